@@ -1,0 +1,210 @@
+"""Talk to a model: one prompt, a pipe, or an interactive loop.
+
+    python generate.py --prompt "def fibonacci(n):" --sample False
+    echo "Once upon a time" | python generate.py
+    python generate.py --chat True
+
+The answer goes to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from prompt_toolkit import PromptSession
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+from transformers.utils import logging
+
+from arguments import GenerateArguments, GenerationConfig, ModelArguments, parse, refuse
+from self_speculation import (
+    GenerationResult,
+    HuggingfaceLlamaGenerator,
+    LoadingError,
+    SpeculativeTextStreamer,
+    StandardTextStreamer,
+    load_model_and_tokenizer,
+    make_strategy,
+)
+from self_speculation.loading import default_model, load_config, resolve_device
+
+
+def main() -> int:
+    model_args, config, args = parse(__doc__ or "", ModelArguments, GenerationConfig, GenerateArguments)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return 0  # one voice is enough
+    interactive = args.prompt is None and sys.stdin.isatty()
+    prompt = None if interactive else _one_prompt(args)
+    generator = _load(model_args, config, args)
+    talk = Conversation(generator, config, args)
+    if interactive:
+        return _loop(talk)
+    try:
+        return 0 if talk.answer(prompt or "") else 130
+    except ValueError as error:
+        refuse(str(error))
+
+
+class Conversation:
+    """Answers prompts, with what was said before when chatting."""
+
+    def __init__(
+        self, generator: HuggingfaceLlamaGenerator, config: GenerationConfig, args: GenerateArguments
+    ) -> None:
+        self._generator = generator
+        self._config = config
+        self._streamer_name = args.streamer
+        self._messages: list[dict[str, str]] | None = [] if args.chat else None
+
+    def answer(self, prompt: str) -> bool:
+        """Show the answer and what it took; whether it came to its end without being interrupted.
+
+        Raises:
+            ValueError: the prompt leaves no room in the model's context.
+        """
+        streamer = self._streamer()
+        with _stopped_by_ctrl_c() as interrupt:
+            result = self._generator.generate(
+                self._ids(prompt), self._config, streamer=streamer, stopping_criteria=[interrupt]
+            )
+        if streamer is None:
+            print(result.decoded_prediction)
+        if self._messages is not None:
+            self._messages.append({"role": "user", "content": prompt})
+            self._messages.append({"role": "assistant", "content": result.decoded_prediction})
+        print(_statistics(result, interrupt.requested), file=sys.stderr)
+        return not interrupt.requested
+
+    def _ids(self, prompt: str) -> str | list[int]:
+        if self._messages is None:
+            return prompt
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        tokenizer = self._generator.tokenizer
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def _streamer(self) -> Any:
+        if self._streamer_name == "none":
+            return None
+        kind = SpeculativeTextStreamer if self._streamer_name == "speculative" else StandardTextStreamer
+        return kind(self._generator.tokenizer, stop_words=self._config.stop_words)
+
+
+class Interrupt:
+    """A stopping criterion that Ctrl-C meets."""
+
+    requested = False
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
+
+
+@contextmanager
+def _stopped_by_ctrl_c() -> Iterator[Interrupt]:
+    """The first Ctrl-C ends the answer after the current token; a second one breaks off at once."""
+    interrupt = Interrupt()
+
+    def handle(*_: Any) -> None:
+        interrupt.requested = True
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _one_prompt(args: GenerateArguments) -> str:
+    """The prompt of the flag, or all of standard input, where a last line break is the shell's."""
+    try:
+        prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
+        prompt.encode()
+    except UnicodeError:
+        refuse("the prompt is not valid UTF-8")
+    return prompt
+
+
+def _load(
+    model_args: ModelArguments, config: GenerationConfig, args: GenerateArguments
+) -> HuggingfaceLlamaGenerator:
+    """Refuse what does not fit the model, as far as its config tells; then load it."""
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    from_pretrained = model_args.from_pretrained_args()
+    try:
+        resolve_device(model_args.device)
+        name = model_args.model or default_model()
+        config.check_depth(load_config(name, from_pretrained).num_hidden_layers)
+        model, tokenizer = load_model_and_tokenizer(
+            name, from_pretrained, model_args.dtype, model_args.device, model_args.seed
+        )
+    except (LoadingError, ValueError) as error:
+        refuse(f"--{error}")
+    if args.chat and not tokenizer.chat_template:
+        refuse("--chat True: the model's tokenizer has no chat template")
+    return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+
+
+def _loop(talk: Conversation) -> int:
+    """Read prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
+    keys = KeyBindings()
+
+    @keys.add("c-d")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.validate_and_handle()
+        else:
+            event.app.exit(exception=EOFError)
+
+    session: PromptSession[str] = PromptSession(
+        multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True)
+    )
+    print("Type a prompt, Ctrl-D sends it. Ctrl-C stops an answer; Ctrl-D or /exit leaves.", file=sys.stderr)
+    while True:
+        try:
+            prompt = session.prompt(">>> ", prompt_continuation="... ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return 0
+        if prompt.strip() == "/exit":
+            return 0
+        try:
+            talk.answer(prompt)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _statistics(result: GenerationResult, interrupted: bool) -> str:
+    took = result.generation_strategy_result
+    reason = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
+    lines = [
+        f"{result.num_tokens_generated} tokens in {result.total_time:.2f} s, {reason}",
+        f"decode {took.decode_tokens_per_second:.1f} tokens/s, "
+        f"prefill {took.prefill_time * 1000:.0f} ms for {took.num_prompt_tokens} tokens",
+    ]
+    if took.num_drafted:
+        lines.append(
+            f"acceptance rate {took.acceptance_rate:.1%} ({took.num_accepted} of {took.num_drafted}), "
+            f"mean accepted length {took.mean_accepted_length:.2f}"
+        )
+    return "\n".join(f"  {line}" for line in ["", *lines])
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader of the answer has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

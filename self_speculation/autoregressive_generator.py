@@ -1,0 +1,29 @@
+"""One token per pass, at full depth or from an early exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from self_speculation.generator_base import DecodingStrategy, GenerationConfig
+from self_speculation.llama_model_utils import Decoder, forward_early
+from self_speculation.output import Output
+
+
+class AutoRegressiveGenerationStrategy(DecodingStrategy):
+    """Layers 0..exit_layer-1 (all of them when it is -1), then norm and head, once for every token."""
+
+    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
+        decoder = Decoder(model, output.prompt_length, output.max_length)
+        sampler = config.sampler()
+        depth = len(decoder.layers) if config.exit_layer == -1 else config.exit_layer
+
+        unseen = output.history()  # [1, P], then [1, 1]
+        while output.remaining:
+            logits = output.process(forward_early(decoder, unseen, depth).logits[0])  # [1, V]
+            token = sampler(logits).tokens  # [1]
+            output.place(token, 0)
+            output.commit(token.tolist(), logits)
+            unseen = output.last()
+        return {}

@@ -1,0 +1,321 @@
+"""The contract of a generation strategy, and the front door: text in, text out.
+
+Knows nothing of how tokens are found; that is the strategies' business.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from self_speculation.llama_model_utils import check_supported, check_window, context_length
+from self_speculation.output import Output
+from self_speculation.sampling import Sampler
+from self_speculation.stopping import StopConditions, StopReason, StopWords, decode
+
+GenerationStrategyName = Literal["autoregressive", "self_speculative"]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to generate.
+
+    Raises:
+        ValueError: a value is out of range, or a combination impossible; the message starts with the field's
+        name.
+    """
+
+    max_steps: int = 512
+    """Most new tokens; at least 1."""
+    exit_layer: int = -1
+    """Layers of the draft (self_speculative) or of the whole generation (autoregressive); -1: full depth."""
+    num_speculations: int = -1
+    """Tokens drafted per round; self_speculative needs at least 1."""
+    generation_strategy: GenerationStrategyName = "autoregressive"
+    """How tokens are generated."""
+    sample: bool = True
+    """Draw tokens at random; False: greedy, always the most likely token."""
+    temperature: float = 0.6
+    """Divides the logits before sampling; 0: greedy."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0: off."""
+    top_p: float = 0.9
+    """Sample among the fewest most likely tokens whose probabilities reach p; 1: off."""
+    no_repeat_ngram_size: int | None = None
+    """No n tokens in a row occur twice in prompt and output."""
+    stop_words: list[str] | None = None
+    """Texts that end the output before themselves."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end the output, besides the EOS ids of tokenizer and model."""
+
+    def __post_init__(self) -> None:
+        def check(field: str, allowed: str, ok: bool) -> None:
+            if not ok:
+                raise ValueError(f"{field} {getattr(self, field)!r}: {allowed}")
+
+        names = get_args(GenerationStrategyName)
+        check("generation_strategy", f"must be one of {', '.join(names)}", self.generation_strategy in names)
+        check("max_steps", "must be at least 1", self.max_steps >= 1)
+        check(
+            "exit_layer",
+            "must be -1 (full depth) or at least 1",
+            self.exit_layer == -1 or self.exit_layer >= 1,
+        )
+        check(
+            "num_speculations",
+            "must be -1 or at least 1",
+            self.num_speculations == -1 or self.num_speculations >= 1,
+        )
+        check("temperature", "must be 0 (greedy) or more", 0 <= self.temperature < math.inf)
+        check("top_k", "must be 0 (off) or more", self.top_k >= 0)
+        check("top_p", "must be between 0 and 1", 0 <= self.top_p <= 1)
+        check(
+            "no_repeat_ngram_size",
+            "must be at least 1",
+            self.no_repeat_ngram_size in (None, *range(1, 1 << 20)),
+        )
+        check("stop_words", "must not be empty texts", all(self.stop_words or []))
+        check("stop_token_ids", "must be 0 or more", all(i >= 0 for i in self.stop_token_ids or []))
+        if self.generation_strategy == "self_speculative":
+            check("exit_layer", "self_speculative needs at least 1", self.exit_layer >= 1)
+            check("num_speculations", "self_speculative needs at least 1", self.num_speculations >= 1)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Refuse an exit layer that a model of `num_layers` does not have.
+
+        Raises:
+            ValueError
+        """
+        if self.exit_layer >= num_layers:
+            raise ValueError(
+                f"exit_layer {self.exit_layer}: must be between 1 and {num_layers - 1}, "
+                f"the model has {num_layers} layers"
+                + ("; -1 is full depth" if self.generation_strategy == "autoregressive" else "")
+            )
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.sample, self.temperature, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class GenerationStrategyResult:
+    """What a strategy generated and what it took; what speaks of drafts is None when autoregressive."""
+
+    predicted_tokens: list[int]  # an end id is not included
+    acceptance_rate: float | None = None  # accepted / drafted; also None when nothing was drafted
+    stop_reason: StopReason | None = None
+    num_prompt_tokens: int = 0
+    num_decode_tokens: int = 0  # tokens after the first, an end id included
+    prefill_time: float = 0.0  # seconds until the first token
+    decode_time: float = 0.0  # seconds for all later ones
+    num_verifications: int | None = None
+    drafted_by_position: tuple[int, ...] | None = None  # [i]: rounds that drafted an i-th token
+    accepted_by_position: tuple[int, ...] | None = (
+        None  # [i]: rounds whose i-th drafted token is part of the output
+    )
+
+    @property
+    def num_drafted(self) -> int | None:
+        return None if self.drafted_by_position is None else sum(self.drafted_by_position)
+
+    @property
+    def num_accepted(self) -> int | None:
+        return None if self.accepted_by_position is None else sum(self.accepted_by_position)
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens per verification."""
+        return self.num_decode_tokens / self.num_verifications if self.num_verifications else None
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...] | None:
+        """Share of the i-th drafted tokens that were accepted."""
+        if self.drafted_by_position is None or self.accepted_by_position is None:
+            return None
+        pairs = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
+        return tuple(accepted / drafted for accepted, drafted in pairs)
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.num_prompt_tokens / self.prefill_time if self.prefill_time else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.num_decode_tokens / self.decode_time if self.num_decode_tokens else 0.0
+
+
+class GenerationStrategy(ABC):
+    """A way to generate token ids: draws them as the model would, stops where they end."""
+
+    @abstractmethod
+    def generate_token_ids(
+        self,
+        model: PreTrainedModel,
+        input_ids: list[int],
+        eos_token_ids: list[int],
+        generation_config: GenerationConfig,
+        logits_processors: Sequence[Callable] | None = None,
+        stopping_criteria: Sequence[Callable] | None = None,
+        streamer: Any = None,
+        ends_text: Callable[[Sequence[int]], bool] | None = None,
+    ) -> GenerationStrategyResult:
+        """Generate the continuation of `input_ids`.
+
+        Args:
+            input_ids: the prompt, at least one id.
+            eos_token_ids: ids that end the output, besides `generation_config.stop_token_ids`.
+            logits_processors: called with the whole history [1, n] and logits [1, V].
+            stopping_criteria: called after each token with the whole history [1, n] and processed logits [1,
+                V].
+            streamer: see `Output`.
+            ends_text: called after each token with the output ids; True ends the output. This is how stop
+                words reach a strategy, which has no tokenizer to find them itself.
+
+        Raises:
+            ValueError: an empty prompt, one beyond the model's context, or an exit layer that the model does
+            not have.
+        """
+
+
+class DecodingStrategy(GenerationStrategy):
+    """What the strategies of this library share: everything around the decode loop."""
+
+    @torch.inference_mode()
+    def generate_token_ids(
+        self,
+        model: PreTrainedModel,
+        input_ids: list[int],
+        eos_token_ids: list[int],
+        generation_config: GenerationConfig,
+        logits_processors: Sequence[Callable] | None = None,
+        stopping_criteria: Sequence[Callable] | None = None,
+        streamer: Any = None,
+        ends_text: Callable[[Sequence[int]], bool] | None = None,
+    ) -> GenerationStrategyResult:
+        config = generation_config
+        check_supported(model.config)
+        config.check_depth(model.config.num_hidden_layers)
+        room = context_length(model.config) - len(input_ids)
+        if not input_ids:
+            raise ValueError("the prompt has no tokens")
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(input_ids)} tokens and leaves no room in the model's context of "
+                f"{len(input_ids) + room}"
+            )
+        max_tokens = min(config.max_steps, room)
+        check_window(model.config, len(input_ids) + max_tokens)
+        stop = StopConditions(
+            end_ids=[*eos_token_ids, *(config.stop_token_ids or [])],
+            max_tokens=max_tokens,
+            at_limit="max_steps" if config.max_steps <= room else "context",
+            ends_text=ends_text,
+            criteria=stopping_criteria,
+        )
+        processors = list(logits_processors or [])
+        if config.no_repeat_ngram_size is not None:
+            processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+        device = model.get_input_embeddings().weight.device
+        output = Output(input_ids, device, stop, processors, streamer)
+        extra = self.decode(model, output, config)
+        return GenerationStrategyResult(**output.result(), **extra)
+
+    @abstractmethod
+    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
+        """Commit tokens to `output` until none remain to be generated.
+
+        Returns:
+            What else there is to report, by the names of `GenerationStrategyResult`.
+        """
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Text, ids and times of one answer."""
+
+    generation_strategy_result: GenerationStrategyResult
+    decoded_prediction: str  # ends before a stop word
+    num_tokens_generated: int
+    total_time: float  # seconds, tokenization included
+    time_per_token: float  # seconds; that of one token when none was generated
+    tokens_per_second: float
+
+
+class HuggingfaceLlamaGenerator:
+    """Text in, text out, by a given strategy.
+
+    Args:
+        tokenizer: the model's.
+        model: a `...ForCausalLM` of transformers, in evaluation mode.
+        generation_strategy: how to generate; `make_strategy(name)` makes one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        generation_strategy: GenerationStrategy,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.generation_strategy = generation_strategy
+
+    def generate(
+        self,
+        prompt: str | list[int],
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        logits_processors: Sequence[Callable] | None = None,
+        stopping_criteria: Sequence[Callable] | None = None,
+    ) -> GenerationResult:
+        """Answer a prompt, given as text or as token ids.
+
+        An empty prompt stands for the tokenizer's BOS token alone.
+
+        Raises:
+            ValueError: what `GenerationStrategy.generate_token_ids` raises.
+        """
+        started = time.perf_counter()
+        stop_words = StopWords(self.tokenizer, generation_config.stop_words or [])
+        result = self.generation_strategy.generate_token_ids(
+            self.model,
+            self.encode(prompt),
+            eos_token_ids=self.eos_token_ids,
+            generation_config=generation_config,
+            logits_processors=logits_processors,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            **({"ends_text": stop_words} if stop_words.words else {}),
+        )
+        text = stop_words.cut(decode(self.tokenizer, result.predicted_tokens))
+        total_time = time.perf_counter() - started
+        num_tokens = len(result.predicted_tokens)
+        return GenerationResult(
+            generation_strategy_result=result,
+            decoded_prediction=text,
+            num_tokens_generated=num_tokens,
+            total_time=total_time,
+            time_per_token=total_time / max(num_tokens, 1),
+            tokens_per_second=num_tokens / total_time,
+        )
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """The prompt's token ids, with the special tokens that the tokenizer adds to a text."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids and self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id]
+        return ids
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end an answer, by the tokenizer and by the model's generation config."""
+        of_model = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = [self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+        return sorted({i for i in ids if i is not None})

@@ -1,0 +1,175 @@
+"""The only module that knows how a transformers decoder is built: it runs a range of its layers.
+
+Knows nothing of tokens' meaning, sampling or strategies. Everything above sees token ids go in, and logits
+and exit hidden states come out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.kv_cache import KVCache
+
+# `config.model_type` of the decoders that are a stack of residual layers between an unscaled embedding and a
+# plain `lm_head(norm(x))`. Every one of them is compared with its own `model(...)` in
+# tests/test_llama_model_utils.py.
+SUPPORTED_MODEL_TYPES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4",
+    "helium", "hunyuan_v1_dense", "ministral", "olmo", "olmo2", "phi3", "seed_oss", "stablelm", "starcoder2",
+)  # fmt: skip
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+
+# Positions beyond the prompt that the cache starts with, where the generation may become longer than that.
+_FIRST_ALLOCATION = 1024
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    logits: Tensor  # [1, n, V] for the n positions asked for; empty when n is 0
+    hidden: Tensor  # [1, T, H] after the last layer that ran, before the norm: the exit query
+
+
+def check_supported(config: Any) -> None:
+    """Refuse a model that cannot be driven layer by layer.
+
+    Raises:
+        ValueError: names the model type or attention implementation and lists the supported ones.
+    """
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported; supported are "
+            + ", ".join(SUPPORTED_MODEL_TYPES)
+        )
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, *SUPPORTED_ATTENTION):
+        raise ValueError(
+            f"attn_implementation {attention!r} is not supported; supported are "
+            + ", ".join(SUPPORTED_ATTENTION)
+        )
+
+
+def context_length(config: Any) -> int:
+    """How many positions (prompt and output together) the model's position embedding covers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond its original context such a model re-reads the whole past with other frequencies, which no
+        # cache of rotated keys can follow.
+        return rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return config.max_position_embeddings
+
+
+def check_window(config: Any, num_positions: int) -> None:
+    """Refuse a generation of `num_positions` (prompt and output) in which a sliding window would hide some of
+    them.
+
+    Raises:
+        ValueError: names the window.
+    """
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        window = None
+    if window is not None and num_positions > window:
+        raise ValueError(
+            f"prompt and max_steps need {num_positions} positions, but this {config.model_type} model has a "
+            f"sliding window of {window}; only full attention is supported, so at most {window} positions"
+        )
+
+
+class Decoder:
+    """One model over one generation's cache: embeds, runs layers [first:last], applies norm and head.
+
+    Rotary tables and the causal mask are made once and sliced by position ever after.
+
+    Args:
+        model: a `...ForCausalLM` of a supported type.
+        num_positions: the most positions that the generation can reach.
+        max_width: the most tokens that a pass after the prompt is given.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1
+    ) -> None:
+        check_supported(model.config)
+        base = model.base_model
+        self.layers: nn.ModuleList = base.layers
+        self.cache = KVCache(len(self.layers), capacity=min(num_positions, prompt_length + _FIRST_ALLOCATION))
+        self._embed, self._norm, self._head = base.embed_tokens, base.norm, model.get_output_embeddings()
+        self._eager = model.config._attn_implementation == "eager"
+        self._prompt_length = prompt_length
+        self._num_positions = num_positions
+
+        weight = self._embed.weight
+        positions = torch.arange(num_positions, device=weight.device)[None]
+        self._cos, self._sin = base.rotary_emb(
+            weight, position_ids=positions
+        )  # each [1, num_positions, head_dim]
+        # A query at position `start + i` sees `start` columns of ones and then a triangle. Rows of one
+        # matrix, shifted:
+        #   [ 1 1 1 1 | 1 0 0 ]      so that the mask of T queries behind `start` positions is the slice
+        #   [ 1 1 1 1 | 1 1 0 ]      [:T, num_positions - start : num_positions + T].
+        #   [ 1 1 1 1 | 1 1 1 ]
+        height = max(max_width, prompt_length if self._eager else 1)
+        visible = torch.ones(height, num_positions + height, dtype=torch.bool, device=weight.device).tril(
+            num_positions
+        )
+        if self._eager:  # eager attention adds its mask
+            visible = torch.zeros_like(visible, dtype=weight.dtype).masked_fill_(
+                ~visible, torch.finfo(weight.dtype).min
+            )
+        self._mask = visible[None, None]  # [1, 1, height, num_positions + height]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[1, T] ids -> [1, T, H]"""
+        return self._embed(input_ids)
+
+    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Run layers first..last-1 on T new positions behind those that layer `first` has seen.
+
+        Args:
+            hidden: [1, T, H] the input of layer `first`.
+
+        Returns:
+            [1, T, H] the output of layer `last - 1`; the keys and values are in the cache.
+        """
+        start, width = self.cache.length(first), hidden.shape[1]
+        rotary = (self._cos[:, start : start + width], self._sin[:, start : start + width])
+        mask = self._causal_mask(start, width)
+        for layer in self.layers[first:last]:
+            hidden = layer(
+                hidden, attention_mask=mask, position_embeddings=rotary, cache=self.cache, use_cache=True
+            )  # [1, T, H]
+        return hidden
+
+    def logits(self, hidden: Tensor, num_positions: int) -> Tensor:
+        """[1, T, H] -> [1, n, V] for the last n positions; the head runs for no others."""
+        if num_positions == 0:
+            return hidden.new_empty(1, 0, 0)
+        return self._head(self._norm(hidden[:, -num_positions:]))
+
+    def _causal_mask(self, start: int, width: int) -> Tensor | None:
+        if not self._eager and (width == 1 or start == 0):
+            return None  # sdpa masks a prompt by itself, and a single query sees everything
+        return self._mask[:, :, :width, self._num_positions - start : self._num_positions + width]
+
+
+def forward(decoder: Decoder, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
+    """All layers over T new tokens [1, T]; logits for the last `num_logits` of them."""
+    return forward_early(decoder, input_ids, len(decoder.layers), num_logits)
+
+
+def forward_early(decoder: Decoder, input_ids: Tensor, exit_layer: int, num_logits: int = 1) -> ForwardResult:
+    """Layers 0..exit_layer-1 over T new tokens [1, T]; norm and head for the last `num_logits` of them."""
+    hidden = decoder.run_layers(decoder.embed(input_ids), 0, exit_layer)
+    return ForwardResult(decoder.logits(hidden, num_logits), hidden)
+
+
+def forward_remainder(decoder: Decoder, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:
+    """Layers exit_layer..L-1 over the exit hidden states [1, T, H] of T tokens; logits for all of them."""
+    hidden = decoder.run_layers(exit_hidden, exit_layer, len(decoder.layers))
+    return ForwardResult(decoder.logits(hidden, hidden.shape[1]), hidden)

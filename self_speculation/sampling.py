@@ -1,0 +1,151 @@
+"""Logits to probabilities to tokens, and the rule that accepts or rejects drafted tokens.
+
+Knows nothing of models, caches, text or stop conditions: tensors in, tensors out. Nothing here reads a value
+back to the host, so a whole round of drafting and verification can stay on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tokens picked for n positions and the distributions they were drawn from."""
+
+    tokens: Tensor  # [n]
+    probabilities: Tensor | None  # [n, V] in fp32; None when greedy
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of verifying k drafted tokens. Both are 0-d tensors on the device of the logits."""
+
+    num_accepted: Tensor  # m, 0 <= m <= k: length of the longest valid prefix of the draft
+    next_token: Tensor  # the target's own token after the accepted prefix
+
+
+def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Set all logits to -inf except the `top_k` largest and, of those, the smallest set whose mass reaches
+    `top_p`.
+
+    Args:
+        logits: [..., V]; not changed.
+        top_k: 0 keeps all.
+        top_p: 1.0 keeps all.
+
+    Returns:
+        [..., V], a new tensor whenever anything is filtered.
+
+    The filters are the ones of transformers, so that ties and edges are decided as `generate` decides them.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    if top_k > 0:
+        rows = TopKLogitsWarper(top_k)(None, rows)
+    if top_p < 1.0:
+        rows = TopPLogitsWarper(top_p)(None, rows)
+    return rows.reshape(logits.shape)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Turns logits into tokens: greedy, or by temperature, top-k and top-p. Made once per generation.
+
+    Draft and target share one sampler, hence one definition of "the distribution after all processing".
+    """
+
+    sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        return not self.sample or self.temperature == 0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., V] logits -> [..., V] probabilities in fp32."""
+        logits = logits.float()
+        # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        return top_k_top_p_filtering(logits, self.top_k, self.top_p).softmax(-1)
+
+    def __call__(self, logits: Tensor) -> Choice:
+        """Pick one token for each row of logits [n, V]."""
+        if self.greedy:
+            return Choice(logits.argmax(-1), None)
+        probabilities = self.probabilities(logits)
+        return Choice(torch.multinomial(probabilities, 1).squeeze(-1), probabilities)
+
+
+def decode_next_token(
+    logits: Tensor,
+    token_idx: int | None = None,
+    sample: bool = False,
+    temperature: float = 0.7,
+    top_k: int = 50,
+    top_p: float = 0.95,
+) -> tuple[Tensor, Tensor | None]:
+    """Pick the next token at one position, or at every position.
+
+    Args:
+        logits: [B, T, V]; not changed.
+        token_idx: the position to decode, negative ones counted from the end; None decodes all T.
+        sample: False (or temperature 0) takes the most likely token.
+
+    Returns:
+        (token [B], probabilities [B, V]) for one position, (token [B, T], probabilities [B, T, V]) for all;
+        probabilities are None when greedy.
+    """
+    if token_idx is not None:
+        logits = logits[:, token_idx]
+    choice = Sampler(sample, temperature, top_k, top_p)(logits.reshape(-1, logits.shape[-1]))
+    probabilities = None if choice.probabilities is None else choice.probabilities.reshape(logits.shape)
+    return choice.tokens.reshape(logits.shape[:-1]), probabilities
+
+
+def verify_draft(
+    draft_tokens: Tensor, draft_probabilities: Tensor | None, target_logits: Tensor, sampler: Sampler
+) -> Verdict:
+    """Accept the longest valid prefix of a draft and emit one more token, such that the output is the
+    target's own.
+
+    Greedy: a drafted token is valid while it is the target's argmax. Sampling: x ~ q is valid with
+    probability min(1, p(x)/q(x)); at the first rejection the next token comes from norm(max(0, p - q)), after
+    k acceptances from p (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318,
+    theorem 1).
+
+    Args:
+        draft_tokens: [k], k >= 0.
+        draft_probabilities: q, [k, V], exactly what the tokens were drawn from; None when greedy.
+        target_logits: [k + 1, V], processed; row i is the target's for the position of draft token i.
+        sampler: the sampler that drew the draft.
+    """
+    if sampler.greedy:
+        target_tokens = target_logits.argmax(-1)  # [k+1]
+        num_accepted = _prefix_length(draft_tokens == target_tokens[:-1])
+        return Verdict(num_accepted, target_tokens.index_select(0, num_accepted.view(1))[0])
+
+    p = sampler.probabilities(target_logits)  # [k+1, V]
+    # With q = 0 behind the last draft token, "all accepted: draw from p" is the residual rule again.
+    q = torch.zeros_like(p)  # [k+1, V]
+    if draft_probabilities is not None:
+        q[:-1] = draft_probabilities
+    x = draft_tokens[:, None]  # [k, 1]
+    u = torch.rand(x.shape, device=p.device)
+    num_accepted = _prefix_length((u * q[:-1].gather(1, x) < p[:-1].gather(1, x))[:, 0])
+
+    row = num_accepted.view(1)
+    p_row, q_row = p.index_select(0, row)[0], q.index_select(0, row)[0]  # [V]
+    residual = (p_row - q_row).clamp(min=0)
+    residual = torch.where(residual.sum() > 0, residual, p_row)
+    return Verdict(num_accepted, torch.multinomial(residual, 1)[0])
+
+
+def _prefix_length(accepted: Tensor) -> Tensor:
+    """[k] booleans -> how many are true before the first false, a 0-d int64 tensor."""
+    return accepted.long().cumprod(0).sum()

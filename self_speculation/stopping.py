@@ -1,0 +1,108 @@
+"""Where the output ends, judged token by token over the whole history.
+
+Both strategies ask the same object after every single token they decide on, also when a round decides on
+several, so both end in the same place. Knows nothing of drafts or layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
+
+StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "context"]
+
+
+class StopConditions:
+    """Everything that can end a generation.
+
+    Args:
+        end_ids: ids that end the output and do not belong to it.
+        max_tokens: the most tokens to generate.
+        at_limit: the reason to give when that many have come.
+        ends_text: called with the output ids so far; True when they hold a stop word.
+        criteria: transformers stopping criteria, called with the whole history and the processed logits.
+    """
+
+    def __init__(
+        self,
+        end_ids: Iterable[int],
+        max_tokens: int,
+        at_limit: StopReason = "max_steps",
+        ends_text: Callable[[Sequence[int]], bool] | None = None,
+        criteria: Iterable[Callable] | None = None,
+    ) -> None:
+        self.end_ids = frozenset(end_ids)
+        self.max_tokens = max_tokens
+        self._at_limit: StopReason = at_limit
+        self._ends_text = ends_text
+        self._criteria = StoppingCriteriaList(criteria or [])
+
+    def reason(self, output: Sequence[int], history: Tensor, scores: Tensor) -> StopReason | None:
+        """Why the output ends after the last token of `output`, or None when it goes on.
+
+        Args:
+            output: ids generated so far, the end id included.
+            history: [1, prompt + output] the same ids behind the prompt's.
+            scores: [1, V] the processed logits of the last token.
+        """
+        if output[-1] in self.end_ids:
+            return "eos"
+        if self._ends_text is not None and self._ends_text(output):
+            return "stop_word"
+        if self._criteria and bool(self._criteria(history, scores).any()):
+            return "stopping_criteria"
+        return self._at_limit if len(output) >= self.max_tokens else None
+
+
+class StopWords:
+    """Finds stop words in generated text, also where a word is spread over tokens or shares one with other
+    text.
+
+    Only the output is searched: a prompt that ends in a stop word does not stop anything.
+    """
+
+    # A window of so many tokens beyond the longest word is decoded after each token, instead of the whole
+    # output: what precedes it was searched before.
+    _SLACK = 16
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> None:
+        self.words = tuple(words)
+        self._tokenizer = tokenizer
+        # Every token but a special one adds at least one byte to the text.
+        self._window = max((len(word.encode()) for word in self.words), default=0) + self._SLACK
+
+    def __call__(self, output: Sequence[int]) -> bool:
+        """Does the text of `output` hold a stop word, given that it did not one token earlier?"""
+        if not self._in_text_of(output[-self._window :]):
+            return False
+        # The first token of a window may decode differently than inside the text.
+        return len(output) <= self._window or self._in_text_of(output)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop word."""
+        return text[: min((i for word in self.words if (i := text.find(word)) >= 0), default=len(text))]
+
+    def settled(self, text: str) -> str:
+        """The part of an unfinished text that no later token can turn into a stop word."""
+        held = max(
+            (
+                n
+                for word in self.words
+                for n in range(1, min(len(word), len(text) + 1))
+                if text.endswith(word[:n])
+            ),
+            default=0,
+        )
+        return text[: len(text) - held]
+
+    def _in_text_of(self, ids: Sequence[int]) -> bool:
+        text = decode(self._tokenizer, ids)
+        return any(word in text for word in self.words)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The exact text of `ids`, special tokens included: the one notion of text, here and in the streamers."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,148 @@
+"""Models and tokenizers that need no download: random tiny Llamas, tokenizers trained on a few sentences."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from self_speculation import GenerationConfig, make_strategy
+
+ROOT = Path(__file__).parent.parent
+EOS = 2
+
+TEXTS = [
+    "def add(a, b):\n    return a + b\n\nclass Stop:\n\tpass\n",
+    "Once upon a time there was a man. Human: who are you? Assistant: nobody.",
+    "naïve café, 日本語のテキスト, 🙂🙃 emoji, Ελληνικά\r\n",
+]
+
+
+@functools.cache
+def tiny_llama(
+    num_layers: int = 4,
+    vocab_size: int = 50,
+    agreement: str = "sometimes",
+    exit_layer: int = 2,
+    **config: object,
+) -> LlamaForCausalLM:
+    """A random Llama in fp32.
+
+    agreement: how often its early exits guess its own token: `always` (the layers from `exit_layer` on add
+    nothing), `never` (the last one turns every logit's sign), `sometimes`.
+    """
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+    if agreement != "sometimes":
+        for layer in model.model.layers[exit_layer:]:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    if agreement == "never":
+        model.model.layers[-1].register_forward_hook(lambda module, inputs, output: -output)
+    return model
+
+
+def generate(model, prompt, strategy=None, **config):
+    """Token ids by one of the strategies; self-speculative when a draft length is given."""
+    call = {
+        name: config.pop(name)
+        for name in ("logits_processors", "stopping_criteria", "streamer")
+        if name in config
+    }
+    eos = config.pop("eos", [EOS])
+    if strategy is None:
+        strategy = "self_speculative" if "num_speculations" in config else "autoregressive"
+    settings = GenerationConfig(**{"sample": False, "generation_strategy": strategy, **config})
+    return make_strategy(strategy).generate_token_ids(model, prompt, eos, settings, **call)
+
+
+def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):
+    """Greedy token ids by transformers, cut before the first end id."""
+    with torch.inference_mode():
+        ids = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=max_steps,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+            **kwargs,
+        )
+    new = ids[0, len(prompt) :].tolist()
+    ends = [i for i, token in enumerate(new) if token in (eos if isinstance(eos, list) else [eos])]
+    return new[: ends[0]] if ends else new
+
+
+def _trained(tokenizer: Tokenizer, vocab_size: int, **trainer: object) -> PreTrainedTokenizerFast:
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, **trainer)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as Llama 3: tokens may be parts of a UTF-8 character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _trained(tokenizer, 330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Spaces as part of words and bytes for what is unknown, as Llama 2: decoding strips the first space."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trained = _trained(tokenizer, 160, initial_alphabet=[], show_progress=False)
+    return trained
+
+
+@pytest.fixture(scope="session")
+def text_model(byte_tokenizer) -> LlamaForCausalLM:
+    """A tiny Llama that speaks the byte tokenizer's ids."""
+    return tiny_llama(vocab_size=len(byte_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def model_folder(byte_tokenizer, text_model, tmp_path_factory) -> Path:
+    """The tiny Llama and its tokenizer as a Hugging Face folder, for the scripts."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
+    byte_tokenizer.save_pretrained(folder)
+    text_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def script():
+    """Command line of a script of this repository."""
+    return lambda name, *args: [sys.executable, str(ROOT / name), *map(str, args)]

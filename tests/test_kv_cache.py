@@ -1,0 +1,52 @@
+"""Keys and values: appended in place, rolled back by count."""
+
+import pytest
+import torch
+
+from self_speculation.kv_cache import KVCache
+
+
+def block(first, n):
+    """n positions holding first, first+1, ..."""
+    return torch.arange(first, first + n, dtype=torch.float).view(1, 1, n, 1).expand(1, 2, n, 3)
+
+
+def contents(view):
+    return view[0, 0, :, 0].tolist()
+
+
+def test_append_and_roll_back():
+    cache = KVCache(num_layers=1, capacity=8)
+    cache.update(block(0, 3), block(0, 3), 0)
+    cache.update(block(3, 2), block(3, 2), 0)
+    cache.rollback(2)
+    assert cache.length(0) == 3
+    keys, values = cache.update(block(7, 1), block(7, 1), 0)
+    assert contents(keys) == contents(values) == [0, 1, 2, 7]
+
+
+def test_nothing_is_copied_or_reallocated_while_the_capacity_lasts():
+    cache = KVCache(num_layers=1, capacity=8)
+    first, _ = cache.update(block(0, 3), block(0, 3), 0)
+    last, _ = cache.update(block(3, 5), block(3, 5), 0)
+    assert first.data_ptr() == last.data_ptr()
+
+
+def test_growing_keeps_what_was_there():
+    cache = KVCache(num_layers=2, capacity=2)
+    cache.update(block(0, 2), block(0, 2), 0)
+    keys, _ = cache.update(block(2, 5), block(2, 5), 0)
+    assert contents(keys) == [0, 1, 2, 3, 4, 5, 6]
+    assert cache.capacity == 8
+    keys, _ = cache.update(block(0, 3), block(0, 3), 1)  # a layer that starts after the others grew
+    assert contents(keys) == [0, 1, 2]
+
+
+def test_rolling_back_more_than_there_is_fails_early():
+    cache = KVCache(num_layers=2, capacity=4)
+    cache.update(block(0, 2), block(0, 2), 0)
+    with pytest.raises(ValueError, match="cannot roll back 1"):
+        cache.rollback(1)  # layer 1 is empty
+    with pytest.raises(ValueError, match="cannot roll back -1"):
+        cache.rollback(-1)
+    assert cache.length(0) == 2

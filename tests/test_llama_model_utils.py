@@ -1,0 +1,147 @@
+"""Layer ranges over our cache give what `model(...)` of transformers gives, for every supported family."""
+
+import pytest
+import torch
+from conftest import generate, tiny_llama, transformers_generate
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from self_speculation.llama_model_utils import (
+    SUPPORTED_MODEL_TYPES,
+    Decoder,
+    context_length,
+    forward,
+    forward_early,
+    forward_remainder,
+)
+
+SHAPE = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def family(model_type, attention="sdpa", **config):
+    torch.manual_seed(0)
+    settings = CONFIG_MAPPING[model_type](**{**SHAPE, **config})
+    model = AutoModelForCausalLM.from_config(
+        settings, dtype=torch.float64, attn_implementation=attention
+    ).eval()
+    for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.tie_weights()
+    return model
+
+
+def pieces_match_the_whole(model):
+    """Prompt, draft, verification, rollback: the logits of one pass of transformers over everything."""
+    ids = torch.randint(3, SHAPE["vocab_size"], (1, 12))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        decoder = Decoder(model, prompt_length=6, num_positions=12, max_width=4)
+        prompt = forward(decoder, ids[:, :6], num_logits=6).logits
+        hidden = [forward_early(decoder, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
+        last = forward_early(decoder, ids[:, 9:10], 2, num_logits=0)
+        assert last.logits.numel() == 0
+        verified = forward_remainder(decoder, torch.cat([*hidden, last.hidden], 1), 2).logits
+        decoder.cache.rollback(2)
+        again = forward(decoder, ids[:, 8:12], num_logits=4).logits
+    torch.testing.assert_close(torch.cat([prompt, verified], 1), expected[:, :10])
+    torch.testing.assert_close(again, expected[:, 8:])
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_family(model_type):
+    """Guards against a family that scales embeddings, caps logits or takes other arguments being let in."""
+    pieces_match_the_whole(family(model_type))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_heads_and_attention(tied, kv_heads, attention):
+    model = family("llama", attention, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    pieces_match_the_whole(model)
+
+
+def test_qwen2_biases_and_attention_biases():
+    pieces_match_the_whole(family("llama", attention_bias=True, mlp_bias=True))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_scaled_rotary_embeddings(rope):
+    """A table for all positions at once must hold what each pass would have computed."""
+    pieces_match_the_whole(family("llama", rope_parameters={"rope_theta": 10000.0, **rope}))
+
+
+def test_longrope_ends_at_its_original_context():
+    """Beyond it the short factors become long ones for all positions, the cached ones too."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+    model = family(
+        "llama", rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors}
+    )
+    assert context_length(model.config) == 32
+    pieces_match_the_whole(model)
+
+
+def test_other_architectures_are_refused_by_name():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    with pytest.raises(ValueError, match=r"model type 'gpt2' is not supported; supported are llama, mistral"):
+        generate(model, [1, 2])
+
+
+def test_other_attention_is_refused_by_name():
+    model = family("llama")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="'flex_attention' is not supported; supported are sdpa, eager"):
+        generate(model, [1, 2])
+
+
+def test_a_sliding_window_is_refused_where_it_would_bite_and_only_there():
+    """Full attention beyond the window would silently compute something else than the model."""
+    model = family("mistral", sliding_window=16).float()
+    prompt = [5, 6, 7, 8]
+    assert generate(model, prompt, max_steps=12).predicted_tokens == transformers_generate(model, prompt, 12)
+    with pytest.raises(
+        ValueError, match="need 17 positions, but this mistral model has a sliding window of 16"
+    ):
+        generate(model, prompt, max_steps=13)
+    full = family("qwen2", sliding_window=16, use_sliding_window=False).float()
+    assert len(generate(full, prompt, max_steps=20, eos=[]).predicted_tokens) == 20
+
+
+def test_prefill_computes_the_head_for_one_position_only():
+    model = tiny_llama()
+    widths = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    generate(model, [3, 4, 5, 6], max_steps=6, eos=[], exit_layer=2, num_speculations=2)
+    hook.remove()
+    assert widths[0] == 1
+    assert max(widths) == 3  # k+1 rows at a verification
+
+
+def test_no_layer_sees_a_token_twice_at_the_same_position():
+    """A draft that is verified from scratch would run its layers twice, as would a prompt fed again."""
+    model = tiny_llama(agreement="always")
+    seen = [0] * 4
+    hooks = [
+        layer.register_forward_hook(lambda m, i, output, n=n: seen.__setitem__(n, seen[n] + output.shape[1]))
+        for n, layer in enumerate(model.model.layers)
+    ]
+    result = generate(model, [3, 4, 5], max_steps=13, eos=[], exit_layer=2, num_speculations=3)
+    for hook in hooks:
+        hook.remove()
+    assert result.acceptance_rate == 1
+    assert seen == [3 + 12] * 4  # the prompt, and every output token but the last

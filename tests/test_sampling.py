@@ -1,0 +1,125 @@
+"""Logits to tokens, and the accept rule as a pure function of tensors."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from self_speculation.sampling import Sampler, decode_next_token, top_k_top_p_filtering, verify_draft
+
+GREEDY = Sampler(sample=False)
+SAMPLING = Sampler(sample=True)
+
+
+def kept(logits):
+    return (logits > -torch.inf).nonzero()[:, 0].tolist()
+
+
+def test_top_k_keeps_the_largest():
+    assert kept(top_k_top_p_filtering(torch.tensor([1.0, 3.0, 2.0, 0.0]), top_k=2)) == [1, 2]
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all():
+    assert kept(top_k_top_p_filtering(torch.tensor([1.0, 3.0]), top_k=9)) == [0, 1]
+
+
+def test_top_p_keeps_the_token_that_crosses_the_threshold():
+    """A filter that stops one short would leave 0.5 of the mass where 0.6 was asked for."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert kept(top_k_top_p_filtering(logits, top_p=0.6)) == [0, 1]
+    assert kept(top_k_top_p_filtering(logits, top_p=0.4)) == [0]
+    assert kept(top_k_top_p_filtering(logits, top_p=0.0)) == [0]
+    assert kept(top_k_top_p_filtering(logits, top_p=1.0)) == [0, 1, 2, 3]
+
+
+def test_filtering_works_on_any_leading_shape():
+    logits = torch.randn(2, 3, 7)
+    assert top_k_top_p_filtering(logits, 2, 0.9).shape == logits.shape
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_decode_next_token_leaves_its_input_alone(sample):
+    """Filtering in place would corrupt the logits that verification reads afterwards."""
+    logits = torch.randn(1, 4, 9)
+    before = logits.clone()
+    decode_next_token(logits, token_idx=-1, sample=sample, top_k=2, top_p=0.5)
+    decode_next_token(logits, sample=sample)
+    assert torch.equal(logits, before)
+
+
+def test_decode_next_token_at_position_zero_is_not_all_positions():
+    """`if token_idx:` takes 0 for None."""
+    logits = torch.eye(4)[None]  # the argmax of position i is i
+    assert decode_next_token(logits, token_idx=0)[0].tolist() == [0]
+    assert decode_next_token(logits, token_idx=-1)[0].tolist() == [3]
+    tokens, probabilities = decode_next_token(logits)
+    assert tokens.tolist() == [[0, 1, 2, 3]]
+    assert probabilities is None
+
+
+def test_decode_next_token_gives_the_distribution_it_drew_from():
+    tokens, probabilities = decode_next_token(torch.randn(1, 3, 8), sample=True, top_k=2)
+    assert tokens.shape == (1, 3)
+    assert probabilities.shape == (1, 3, 8)
+    assert (probabilities > 0).sum(-1).eq(2).all()
+    assert probabilities.gather(-1, tokens[..., None]).gt(0).all()
+
+
+def test_temperature_zero_is_greedy_and_a_tiny_one_does_not_overflow():
+    logits = torch.tensor([[-90000.0, 80000.0, 79999.0]])
+    assert Sampler(sample=True, temperature=0)(logits).tokens.tolist() == [1]
+    assert Sampler(temperature=1e-30).probabilities(logits).tolist() == [[0, 1, 0]]
+
+
+def rows(*tokens, vocab=5):
+    """Logits whose argmax at each row is the given token."""
+    return torch.nn.functional.one_hot(torch.tensor(tokens), vocab).float()
+
+
+@pytest.mark.parametrize(
+    ("draft", "target", "accepted", "following"),
+    [
+        ([1, 2, 3], [1, 2, 3, 4], 3, 4),  # all accepted: one more token from the last row
+        ([1, 2, 3], [0, 2, 3, 4], 0, 0),  # none, although later ones agree
+        ([1, 2, 3], [1, 0, 3, 4], 1, 0),  # up to the first difference only
+        ([], [3], 0, 3),  # an empty draft is a plain step
+    ],
+)
+def test_greedy_verdicts(draft, target, accepted, following):
+    verdict = verify_draft(torch.tensor(draft, dtype=torch.long), None, rows(*target), GREEDY)
+    assert (int(verdict.num_accepted), int(verdict.next_token)) == (accepted, following)
+
+
+def draws(p, q, n, rule=verify_draft):
+    """Counts of the first token out of draft-then-verify, n times."""
+    counts = torch.zeros(len(p), dtype=torch.long)
+    target = torch.stack([p, p]).log()
+    for _ in range(n):
+        x = torch.multinomial(q, 1)
+        verdict = rule(x, q[None], target, SAMPLING)
+        counts[int(x if verdict.num_accepted else verdict.next_token)] += 1
+    return counts
+
+
+P = torch.tensor([0.125, 0.1875, 0.25, 0.4375])
+
+
+@pytest.mark.parametrize("q", [[0.4, 0.3, 0.2, 0.1], [1.0, 0, 0, 0], [0.1, 0.2, 0.3, 0.4], [0, 0.5, 0.5, 0]])
+def test_accept_rule_gives_the_targets_distribution(q):
+    """False alarm: 1e-4 for each q (fixed seed, so it does not flicker)."""
+    torch.manual_seed(1)
+    counts = draws(P, torch.tensor(q), 6000)
+    assert chisquare(counts.numpy(), P.double().numpy() * 6000).pvalue > 1e-4
+
+
+def test_a_rejected_token_of_probability_zero_is_never_output():
+    """`u * q <= p` would accept it when u is 0; a residual that vanishes must not divide by zero."""
+    torch.manual_seed(1)
+    p, q = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.5, 0.25, 0.25])
+    assert draws(p, q, 500)[0] == 0
+
+
+def test_identical_distributions_are_always_accepted():
+    torch.manual_seed(1)
+    for _ in range(200):
+        x = torch.multinomial(P, 3, replacement=True)
+        assert int(verify_draft(x, P.expand(3, 4), P.expand(4, 4).log(), SAMPLING).num_accepted) == 3
