@@ -79,6 +79,8 @@ class Conversation:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
         print(_statistics(result, interrupt.requested), file=sys.stderr)
+        if legend := getattr(streamer, "legend", ""):
+            print(f"  {legend}", file=sys.stderr)
         return not interrupt.requested
 
     def _ids(self, prompt: str) -> str | list[int]:
@@ -195,7 +197,7 @@ def _statistics(result: GenerationResult, interrupted: bool) -> str:
             f"acceptance rate {took.acceptance_rate:.1%} ({took.num_accepted} of {took.num_drafted}), "
             f"mean accepted length {took.mean_accepted_length:.2f}"
         )
-    return "\n".join(f"  {line}" for line in ["", *lines])
+    return "\n" + "\n".join(f"  {line}" for line in lines)
 
 
 if __name__ == "__main__":

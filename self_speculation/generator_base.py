@@ -79,7 +79,7 @@ class GenerationConfig:
         check(
             "no_repeat_ngram_size",
             "must be at least 1",
-            self.no_repeat_ngram_size in (None, *range(1, 1 << 20)),
+            self.no_repeat_ngram_size is None or self.no_repeat_ngram_size >= 1,
         )
         check("stop_words", "must not be empty texts", all(self.stop_words or []))
         check("stop_token_ids", "must be 0 or more", all(i >= 0 for i in self.stop_token_ids or []))
@@ -219,9 +219,9 @@ class DecodingStrategy(GenerationStrategy):
             ends_text=ends_text,
             criteria=stopping_criteria,
         )
-        processors = list(logits_processors or [])
-        if config.no_repeat_ngram_size is not None:
-            processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+        # In the order of transformers: the config's processors come before the caller's.
+        processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
+        processors += logits_processors or []
         device = model.get_input_embeddings().weight.device
         output = Output(input_ids, device, stop, processors, streamer)
         extra = self.decode(model, output, config)

@@ -169,6 +169,15 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         super().end()
         self._screen = _Screen(self._file)
 
+    @property
+    def legend(self) -> str:
+        """What the colours mean, in these colours; empty where nothing but decided text is shown."""
+        if not self._on_terminal:
+            return ""
+        names = {"draft": "drafted", "accepted": "accepted", "target": "the full model's own"}
+        cells = [(char, style) for style, name in names.items() for char in [*name, " "]]
+        return "".join(self._screen.drawn(cells)).rstrip()
+
     def _refresh(self) -> None:
         self._show(
             self._visible([*self._decided, *self._drafts] if self._on_terminal else self._decided, False)
@@ -213,9 +222,9 @@ class _Screen:
         new = self._positions(cells, width)
         if same < len(self.cells):
             old = self._positions(self.cells, width)
-            # Behind a full line the cursor hangs at the margin, where no command can put it back: draw the
-            # last character of the line again.
-            while same and old[same][1] >= width:
+            # Draw the character before the difference again where the cursor cannot be put behind it: at the
+            # margin, where it hangs, and where the difference is an accent on that character.
+            while same and (old[same][1] >= width or old[same] == old[same + 1]):
                 same -= 1
             row, column = old[same]
             up = min(old[-1][0] - row, height - 1)
@@ -227,7 +236,7 @@ class _Screen:
             len(cells) > same and cells[-1][1] == "draft" and new[len(cells)][0] - new[same][0] > height - 2
         ):
             cells = cells[:-1]
-        self._file.write("".join(self._drawn(cells, new, same, width)))
+        self._file.write("".join(self.drawn(cells[same:], [column for _, column in new[same:]])))
         self._file.flush()
         self.cells = cells
 
@@ -236,11 +245,11 @@ class _Screen:
         self._start_column = self._positions(self.cells, self._size()[0])[num_cells][1]
         self.cells = self.cells[num_cells:]
 
-    def _drawn(
-        self, cells: list[Cell], positions: list[tuple[int, int]], first: int, width: int
-    ) -> Iterable[str]:
+    def drawn(self, cells: list[Cell], columns: list[int] | None = None) -> Iterable[str]:
+        """What to write for cells that begin at the given columns, which only tabs need to know."""
+        width = self._size()[0]
         shown_style = ""
-        for (char, style), (_, column) in zip(cells[first:], positions[first:], strict=False):
+        for (char, style), column in zip(cells, columns or [0] * len(cells), strict=False):
             if self._colored and _COLORS[style] != _COLORS[shown_style]:
                 yield _RESET + _COLORS[style]
                 shown_style = style

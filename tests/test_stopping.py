@@ -1,0 +1,142 @@
+"""Where text ends: stop words over token borders, and end ids."""
+
+import copy
+
+import pytest
+from conftest import generate, tiny_llama, transformers_generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
+from self_speculation.stopping import StopWords, decode
+
+
+def first_stop(tokenizer, words, ids):
+    """Fewest ids whose text holds a stop word, found the slow way."""
+    return next(
+        (n for n in range(1, len(ids) + 1) if any(word in decode(tokenizer, ids[:n]) for word in words)), None
+    )
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
+@pytest.mark.parametrize("word", ["Human:", "an. Hu", " man", "é", "本語", "🙃", "\n\n", "a"])
+def test_the_window_finds_what_the_whole_text_holds(name, word, request):
+    """A window that is too short, or cut through a character, would miss words or find them late."""
+    tokenizer = request.getfixturevalue(name)
+    text = "x y z " * 30 + "Once there was a man. Human: café 日本語 🙂🙃\n\nclass a"
+    ids = tokenizer.encode(text)
+    found = StopWords(tokenizer, ["never there", word])
+    expected = first_stop(tokenizer, [word], ids)
+    assert expected is not None
+    assert next(n for n in range(1, len(ids) + 1) if found(ids[:n])) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(3, 300), max_size=40), word=st.text("aeo n.", min_size=1, max_size=3))
+def test_random_ids(byte_tokenizer, ids, word):
+    found = StopWords(byte_tokenizer, [word])
+    stop = next((n for n in range(1, len(ids) + 1) if found(ids[:n])), None)
+    assert stop == first_stop(byte_tokenizer, [word], ids)
+
+
+def test_cut_takes_the_earliest_word():
+    words = StopWords(None, ["def", "\n\n"])
+    assert words.cut("a\n\nb def") == "a"
+    assert words.cut("def") == ""
+    assert words.cut("nothing") == "nothing"
+
+
+def test_settled_holds_back_what_may_become_a_stop_word():
+    words = StopWords(None, ["Human:", "\n\n"])
+    assert words.settled("I am Hum") == "I am "
+    assert words.settled("line\n") == "line"
+    assert words.settled("Humid") == "Humid"
+    assert StopWords(None, []).settled("Hum") == "Hum"
+
+
+@pytest.fixture
+def answer(byte_tokenizer, text_model):
+    def generate_text(prompt, **config):
+        strategy = config.get("generation_strategy", "autoregressive")
+        generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy(strategy))
+        return generator.generate(prompt, GenerationConfig(sample=False, max_steps=30, **config))
+
+    return generate_text
+
+
+SPECULATIVE = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}
+
+
+@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
+def test_stop_words_end_text_before_and_ids_behind(answer, byte_tokenizer, extra):
+    """`decoded_prediction` ends before it; `predicted_tokens` is the shortest run of ids that holds it."""
+    free = answer("def", **extra)
+    text = free.decoded_prediction
+    assert free.num_tokens_generated == 30
+    for start in range(0, len(text) - 3, 5):
+        word = text[start : start + 3]
+        if "\ufffd" in word:
+            continue
+        result = answer("def", stop_words=["never there", word], **extra)
+        ids = result.generation_strategy_result.predicted_tokens
+        n = first_stop(byte_tokenizer, [word], free.generation_strategy_result.predicted_tokens)
+        assert ids == free.generation_strategy_result.predicted_tokens[:n]
+        assert result.decoded_prediction == text[: text.index(word)]
+        assert result.generation_strategy_result.stop_reason == "stop_word"
+
+
+@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
+def test_a_stop_word_in_the_prompt_stops_nothing(answer, extra):
+    free = answer("Human:", **extra)
+    held = answer("Human:", stop_words=["Human:", "uman"], **extra)
+    assert held.decoded_prediction == free.decoded_prediction
+    assert held.num_tokens_generated == 30
+
+
+@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
+def test_an_empty_prompt_stands_for_bos(answer, byte_tokenizer, text_model, extra):
+    result = answer("", **extra)
+    reference = transformers_generate(text_model, [byte_tokenizer.bos_token_id], 30)
+    assert result.generation_strategy_result.predicted_tokens == reference
+    assert result.generation_strategy_result.num_prompt_tokens == 1
+
+
+def test_an_empty_prompt_without_bos_is_refused(text_model, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.bos_token = None
+    generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        generator.generate("", GenerationConfig())
+
+
+@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
+def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extra, monkeypatch):
+    """The flag's, the tokenizer's and the model's (one or a list); the earliest ends the output."""
+    ids = answer("def", **extra).generation_strategy_result.predicted_tokens
+    fresh = [i for i in range(1, len(ids)) if ids[i] not in ids[:i]]
+    late, early = fresh[-1], fresh[0]
+    monkeypatch.setattr(text_model.generation_config, "eos_token_id", [ids[late], 2])
+    assert answer("def", **extra).generation_strategy_result.predicted_tokens == ids[:late]
+    result = answer("def", stop_token_ids=[ids[early]], **extra)
+    assert result.generation_strategy_result.predicted_tokens == ids[:early]
+    assert result.generation_strategy_result.stop_reason == "eos"
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[early])
+    generator = HuggingfaceLlamaGenerator(
+        tokenizer, text_model, make_strategy(extra.get("generation_strategy", "autoregressive"))
+    )
+    result = generator.generate("def", GenerationConfig(sample=False, **extra))
+    assert result.generation_strategy_result.predicted_tokens == ids[:early]
+
+
+def test_stop_token_ids_reach_a_strategy_that_is_called_directly():
+    ids = generate(tiny_llama(), [4, 5, 6], max_steps=10, eos=[]).predicted_tokens
+    result = generate(tiny_llama(), [4, 5, 6], max_steps=10, eos=[], stop_token_ids=[ids[3]])
+    assert result.predicted_tokens == ids[: ids.index(ids[3])]
+
+
+def test_result_of_the_front_door_adds_up(answer):
+    result = answer("def")
+    assert result.num_tokens_generated == len(result.generation_strategy_result.predicted_tokens)
+    assert result.time_per_token == pytest.approx(result.total_time / 30)
+    assert result.tokens_per_second == pytest.approx(30 / result.total_time)

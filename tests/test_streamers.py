@@ -1,0 +1,321 @@
+"""What is on the screen, seen through a terminal emulator."""
+
+import io
+
+import pyte
+import pytest
+import torch
+from conftest import TEXTS, generate, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TextStreamer
+from wcwidth import wcwidth
+
+from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
+from self_speculation.stopping import decode
+
+
+class Screen(pyte.Screen):
+    """A terminal at its margin, where pyte errs: wide characters wrap whole, accents stay on a letter."""
+
+    def draw(self, data):
+        for char in data:
+            if wcwidth(char) == 0 and self.cursor.x == self.columns:
+                line = self.buffer[self.cursor.y]
+                last = self.columns - (1 if line[self.columns - 1].data else 2)
+                line[last] = line[last]._replace(data=line[last].data + char)
+                continue
+            if wcwidth(char) == 2 and self.cursor.x == self.columns - 1:
+                self.cursor.x = self.columns
+            super().draw(char)
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal of the given size, and what it shows."""
+
+    def __init__(self, columns=24, lines=60):
+        super().__init__()
+        self.screen = Screen(columns, lines)
+        self.screen.set_mode(pyte.modes.LNM)  # as a tty turns \n into \r\n
+        self._stream = pyte.Stream(self.screen)
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self._stream.feed(text)
+        return super().write(text)
+
+    def shown(self):
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+
+    def colors(self):
+        """The text in each colour."""
+        found = {}
+        for row in range(self.screen.lines):
+            for column in range(self.screen.columns):
+                cell = self.screen.buffer[row][column]
+                if cell.data.strip():
+                    found[cell.fg] = found.get(cell.fg, "") + cell.data
+        return found
+
+
+def reference(text, columns, lines=60):
+    """What a terminal shows of a text that is printed plainly."""
+    terminal = Terminal(columns, lines)
+    terminal.write(text)
+    return terminal.shown()
+
+
+@pytest.fixture
+def size(monkeypatch):
+    def set_size(columns, lines=60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("LINES", str(lines))
+        return Terminal(columns, lines)
+
+    return set_size
+
+
+def expanded(text):
+    """Text without what a terminal would not print as is."""
+    return text.replace("\r", "").replace("\t", " ")
+
+
+def play(streamer, rounds, ids):
+    """Rounds of (drafted ids, how many of them are right): what a strategy tells a streamer."""
+    position = 0
+    for wrong, num_right in rounds:
+        if position >= len(ids):
+            break
+        right = ids[position : position + num_right]
+        drafts = [*right, *wrong]
+        for draft in drafts:
+            streamer.put([draft], is_draft=True)
+        if drafts:
+            streamer.delete(len(drafts), is_draft=True)
+        decided = ids[position : position + len(right) + 1]
+        streamer.put(torch.tensor(decided))
+        position += len(decided)
+    if position < len(ids):
+        streamer.put(ids[position:])
+    streamer.end()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(["byte_tokenizer", "sentencepiece_tokenizer"]),
+    text=st.text(st.sampled_from("ab \n日é🙂\u0301xyz"), max_size=60),
+    rounds=st.lists(
+        st.tuples(st.lists(st.integers(3, 150), max_size=5), st.integers(0, 5)), min_size=1, max_size=20
+    ),
+    columns=st.integers(3, 30),
+)
+def test_the_terminal_ends_up_with_the_answer_alone(request, name, text, rounds, columns):
+    """Wrapped lines, wide and combining characters, newlines, all rejected: nothing of a draft remains."""
+    tokenizer = request.getfixturevalue(name)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        patch.setenv("LINES", "60")
+        terminal = Terminal(columns, 60)
+        play(SpeculativeTextStreamer(tokenizer, file=terminal), rounds, ids)
+    assert terminal.shown() == reference(expanded(decode(tokenizer, ids)), columns)
+
+
+def test_drafts_are_shown_and_become_accepted_or_vanish(byte_tokenizer, size):
+    encode = byte_tokenizer.encode
+    terminal = size(40)
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
+    streamer.put(encode("A"))
+    for id in [*encode("b"), *encode("c"), *encode("d")]:
+        streamer.put([id], is_draft=True)
+    assert terminal.shown() == "Abcd"
+    assert terminal.colors() == {"default": "A", "brown": "bcd"}
+    streamer.delete(3, is_draft=True)
+    streamer.put([*encode("b"), *encode("X")])
+    assert terminal.shown() == "AbX"
+    assert terminal.colors() == {"default": "AX", "green": "b"}
+    streamer.end()
+    assert terminal.shown() == "AbX"
+
+
+def test_no_color_is_honoured(byte_tokenizer, size, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal = size(40)
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
+    streamer.put(byte_tokenizer.encode("abc"), is_draft=True)
+    assert terminal.colors() == {"default": "abc"}
+
+
+@pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
+@pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
+@pytest.mark.parametrize("text", [*TEXTS, "".join(TEXTS) * 20])
+def test_without_a_terminal_the_text_is_exact(kind, name, text, request):
+    """No escape codes, no half characters, and long answers whose beginning is forgotten on the way."""
+    tokenizer = request.getfixturevalue(name)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    file = io.StringIO()
+    streamer = kind(tokenizer, file=file)
+    for id in ids:
+        if kind is SpeculativeTextStreamer:
+            streamer.put([id], is_draft=True)
+            streamer.delete(1, is_draft=True)
+        streamer.put([id])
+        assert "\ufffd" not in file.getvalue()
+    streamer.end()
+    assert file.getvalue() == decode(tokenizer, ids) + "\n"
+
+
+def test_a_long_answer_on_a_terminal(byte_tokenizer, size):
+    """Old tokens are forgotten; the positions of the rest must not shift."""
+    text = "".join(TEXTS) * 12
+    ids = byte_tokenizer.encode(text)
+    terminal = size(31, 400)
+    play(
+        SpeculativeTextStreamer(byte_tokenizer, file=terminal), [([40, 41], i % 4) for i in range(3000)], ids
+    )
+    flat = terminal.shown().replace("\n", "").replace(" ", "")
+    assert flat == "".join(text.split())
+
+
+def test_a_text_that_ends_inside_a_character_is_shown_as_decoded(byte_tokenizer):
+    ids = byte_tokenizer.encode("ab🙂")[:-1]
+    file = io.StringIO()
+    streamer = StandardTextStreamer(byte_tokenizer, file=file)
+    streamer.put(ids)
+    assert file.getvalue() == "ab"
+    streamer.end()
+    assert file.getvalue() == decode(byte_tokenizer, ids) + "\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
+def test_nothing_of_a_stop_word_is_ever_shown(byte_tokenizer, size, kind, terminal):
+    """Neither its beginning while it may yet become another word, nor a draft behind it."""
+    file = size(80) if terminal else io.StringIO()
+    streamer = kind(byte_tokenizer, stop_words=["Human:"], file=file)
+    for id in byte_tokenizer.encode("A man. Hum"):
+        streamer.put([id])
+        assert "H" not in file.getvalue()
+    if kind is SpeculativeTextStreamer:
+        drafts = byte_tokenizer.encode("an: secret")
+        streamer.put(drafts, is_draft=True)
+        assert "H" not in file.getvalue()
+        streamer.delete(len(drafts), is_draft=True)
+    streamer.put(byte_tokenizer.encode("an:"))
+    streamer.end()
+    assert "A man. " in (file.shown() + " " if terminal else file.getvalue())
+    assert "H" not in file.getvalue()
+
+
+def test_what_only_began_like_a_stop_word_is_shown_in_the_end(byte_tokenizer):
+    file = io.StringIO()
+    streamer = StandardTextStreamer(byte_tokenizer, stop_words=["Human:"], file=file)
+    streamer.put(byte_tokenizer.encode("A Hum"))
+    assert file.getvalue() == "A "
+    streamer.put(byte_tokenizer.encode("id Hu"))
+    assert file.getvalue() == "A Humid "
+    streamer.end()
+    assert file.getvalue() == "A Humid Hu\n"
+
+
+def test_control_characters_of_a_model_do_nothing_to_a_terminal(byte_tokenizer, size):
+    for kind in (StandardTextStreamer, SpeculativeTextStreamer):
+        terminal = size(40)
+        streamer = kind(byte_tokenizer, file=terminal)
+        streamer.put(byte_tokenizer.encode("a\x1b[31mb\x07\x9bc\r\nd\te"))
+        streamer.end()
+        assert "\x07" not in terminal.getvalue()
+        assert "\x1b[31m" not in terminal.getvalue()
+        assert terminal.shown().split() == ["a\u241b[31mb\u2407\ufffdc", "d", "e"]
+
+
+def test_a_draft_higher_than_the_terminal_is_cut(byte_tokenizer, size):
+    """What scrolled off could not be erased."""
+    terminal = size(20, 5)
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
+    streamer.put(byte_tokenizer.encode("start\n"))
+    drafts = byte_tokenizer.encode("\n".join("abcdefgh"))
+    streamer.put(drafts, is_draft=True)
+    streamer.delete(len(drafts), is_draft=True)
+    streamer.put(byte_tokenizer.encode("end"))
+    assert terminal.shown() == "start\nend"
+
+
+def test_delete_of_more_than_there_is_is_refused(byte_tokenizer, size):
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=size(20))
+    streamer.put([40, 41])
+    with pytest.raises(ValueError, match="cannot delete 3 of 2 tokens"):
+        streamer.delete(3)
+    with pytest.raises(ValueError, match="cannot delete 1 of 0 tokens"):
+        streamer.delete(1, is_draft=True)
+
+
+def test_decided_text_can_be_taken_back_on_a_terminal_only(byte_tokenizer, size):
+    terminal = size(20)
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
+    streamer.put(byte_tokenizer.encode("abc"))
+    streamer.delete(1)
+    assert terminal.shown() == decode(byte_tokenizer, byte_tokenizer.encode("abc")[:-1])
+    streamer = SpeculativeTextStreamer(byte_tokenizer, file=io.StringIO())
+    streamer.put(byte_tokenizer.encode("abc"))
+    with pytest.raises(ValueError, match="printed already"):
+        streamer.delete(1)
+
+
+def test_widths_agree_with_the_emulator():
+    """The tests above compare with pyte; it must measure as our layout does."""
+    assert [wcwidth(c) for c in "a日🙂\u0301"] == [1, 2, 2, 0]
+
+
+class Recorder:
+    """A streamer that remembers; with `delete` it asks for drafts."""
+
+    def __init__(self):
+        self.decided, self.drafts, self.events, self.ended = [], [], [], 0
+
+    def put(self, ids, is_draft=False):
+        (self.drafts if is_draft else self.decided).extend(ids.tolist())
+        self.events.append(("draft" if is_draft else "put", len(ids)))
+
+    def delete(self, num_tokens, is_draft=False):
+        assert is_draft
+        assert num_tokens == len(self.drafts)
+        self.drafts = []
+        self.events.append(("delete", num_tokens))
+
+    def end(self):
+        self.ended += 1
+
+
+def test_strategies_stream_what_they_return():
+    """Every id once, in order, without the end id; every draft taken back before the next decision."""
+    for eos in ([], [7, 8, 9, 11, 30]):
+        for extra in ({}, {"exit_layer": 2, "num_speculations": 4}):
+            recorder = Recorder()
+            result = generate(tiny_llama(), [4, 5, 6], max_steps=25, eos=eos, streamer=recorder, **extra)
+            assert recorder.decided == result.predicted_tokens
+            assert (recorder.drafts, recorder.ended) == ([], 1)
+    assert ("draft", 1) in recorder.events
+
+
+def test_nothing_drafted_behind_an_end_id_is_shown():
+    model = tiny_llama(agreement="always", initializer_range=0.5)
+    ids = generate(model, [4, 5, 6], max_steps=8, eos=[]).predicted_tokens
+    end = next(i for i in range(2, 6) if ids[i] not in ids[:i])
+    recorder = Recorder()
+    generate(
+        model, [4, 5, 6], eos=[ids[end]], streamer=recorder, exit_layer=2, num_speculations=7, max_steps=9
+    )
+    assert (
+        recorder.events.count(("draft", 1)) == end - 1
+    )  # the first token is not drafted, the end id not shown
+
+
+def test_a_streamer_of_transformers_works(byte_tokenizer, text_model, capsys):
+    for extra in ({}, {"exit_layer": 2, "num_speculations": 4}):
+        result = generate(
+            text_model, [40, 41], max_steps=20, eos=[], streamer=TextStreamer(byte_tokenizer), **extra
+        )
+        assert capsys.readouterr().out == decode(byte_tokenizer, result.predicted_tokens) + "\n"
