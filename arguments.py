@@ -11,10 +11,20 @@ from typing import Any, Literal, NoReturn
 
 import simple_parsing
 
+from data import DATASETS, DatasetName
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import DtypeName
 
-__all__ = ["GenerateArguments", "GenerationConfig", "ModelArguments", "parse", "refuse"]
+__all__ = [
+    "BenchmarkArguments",
+    "CorrectnessArguments",
+    "DataArguments",
+    "GenerateArguments",
+    "GenerationConfig",
+    "ModelArguments",
+    "parse",
+    "refuse",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,73 @@ class GenerateArguments:
     """Apply the tokenizer's chat template and keep the conversation."""
 
 
+@dataclass(frozen=True)
+class DataArguments:
+    """Which examples."""
+
+    dataset: DatasetName = "human_eval"
+    """Examples to generate from."""
+    data_path: str | None = None
+    """Local .jsonl, .csv or .parquet (.gz too) in the dataset's columns, or a folder of test.* and train.*"""
+    random_shuffle: bool = True
+    """Take the examples in an order drawn from the seed; False: as they stand."""
+    num_samples: int | None = None
+    """How many examples; default: all."""
+    n_shot: int = 0
+    """Solved examples before each prompt, from the training split or else from those not evaluated."""
+    template: str | None = None
+    """Text around each prompt, which stands at {message}; other braces are left alone."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples {self.num_samples}: must be at least 1")
+        if self.n_shot < 0:
+            raise ValueError(f"n_shot {self.n_shot}: must be 0 or more")
+        if self.dataset not in DATASETS:
+            raise ValueError(f"dataset {self.dataset!r}: must be one of {', '.join(DATASETS)}")
+        if self.template is not None and "{message}" not in self.template:
+            raise ValueError(f"template {self.template!r}: must contain {{message}}")
+        if self.n_shot and DATASETS[self.dataset].between is None:
+            raise ValueError(f"n_shot {self.n_shot}: {self.dataset} takes no shots")
+        if self.data_path is None and DATASETS[self.dataset].source is None:
+            raise ValueError(f"dataset {self.dataset}: needs --data_path")
+
+
+@dataclass(frozen=True)
+class BenchmarkArguments:
+    """What to measure and to record."""
+
+    compare: bool = False
+    """Decode each prompt autoregressively as well, in turn, and report the speed-up."""
+    execute_code: bool = False
+    """For pass@1, run the programs that the model wrote for human_eval: code that nobody has read."""
+    resume: str | None = None
+    """Folder of an interrupted run to go on with."""
+    verbose: bool = False
+    """Print prompts and answers."""
+
+
+@dataclass(frozen=True)
+class CorrectnessArguments:
+    """What to compare with, and how hard to look."""
+
+    resume: str | None = None
+    """Folder of an interrupted run to go on with."""
+    reference: Literal["autoregressive", "transformers"] = "autoregressive"
+    """transformers: compare with its `generate` as well."""
+    sampled_prompts: int = 4
+    """With --sample True: on how many prompts the distributions are compared."""
+    samples_per_prompt: int = 200
+    """With --sample True: outputs drawn by each strategy on each prompt."""
+    sampled_tokens: int = 3
+    """With --sample True: tokens of each output that are compared."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("sampled_prompts", 1), ("samples_per_prompt", 20), ("sampled_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+
+
 class _Parser(simple_parsing.ArgumentParser):
     """Refuses in one line."""
 
@@ -92,10 +169,10 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
     return tuple(getattr(values, group.__name__) for group in groups)
 
 
-def refuse(message: str, prog: str | None = None) -> NoReturn:
-    """End the program over bad usage: one line, status 2."""
+def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
+    """End the program in one line; status 2 for bad usage, 1 for what went wrong later."""
     print(f"{prog or sys.argv[0].rpartition('/')[2]}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _literal(text: str) -> Any:

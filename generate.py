@@ -20,19 +20,15 @@ import torch
 from prompt_toolkit import PromptSession
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
-from transformers.utils import logging
 
 from arguments import GenerateArguments, GenerationConfig, ModelArguments, parse, refuse
 from self_speculation import (
     GenerationResult,
     HuggingfaceLlamaGenerator,
-    LoadingError,
     SpeculativeTextStreamer,
     StandardTextStreamer,
-    load_model_and_tokenizer,
-    make_strategy,
 )
-from self_speculation.loading import default_model, load_config, resolve_device
+from startup import load_generator
 
 
 def main() -> int:
@@ -41,7 +37,9 @@ def main() -> int:
         return 0  # one voice is enough
     interactive = args.prompt is None and sys.stdin.isatty()
     prompt = None if interactive else _one_prompt(args)
-    generator = _load(model_args, config, args)
+    generator = load_generator(model_args, config)
+    if args.chat and not generator.tokenizer.chat_template:
+        refuse("--chat True: the model's tokenizer has no chat template")
     talk = Conversation(generator, config, args)
     if interactive:
         return _loop(talk)
@@ -130,28 +128,6 @@ def _one_prompt(args: GenerateArguments) -> str:
     except UnicodeError:
         refuse("the prompt is not valid UTF-8")
     return prompt
-
-
-def _load(
-    model_args: ModelArguments, config: GenerationConfig, args: GenerateArguments
-) -> HuggingfaceLlamaGenerator:
-    """Refuse what does not fit the model, as far as its config tells; then load it."""
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    from_pretrained = model_args.from_pretrained_args()
-    try:
-        resolve_device(model_args.device)
-        name = model_args.model or default_model()
-        config.check_depth(load_config(name, from_pretrained).num_hidden_layers)
-        model, tokenizer = load_model_and_tokenizer(
-            name, from_pretrained, model_args.dtype, model_args.device, model_args.seed
-        )
-    except (LoadingError, ValueError) as error:
-        refuse(f"--{error}")
-    if args.chat and not tokenizer.chat_template:
-        refuse("--chat True: the model's tokenizer has no chat template")
-    return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
 
 
 def _loop(talk: Conversation) -> int:

@@ -37,7 +37,7 @@ def record(arguments: list[str]) -> list[tuple[float, Image.Image]]:
         sys.executable, [script, *arguments], dimensions=(LINES, COLUMNS), encoding="utf-8", timeout=300,
         env={**os.environ, "TERM": "xterm-256color", "TQDM_DISABLE": "1"},
     )  # fmt: skip
-    frames = []
+    frames: list[tuple[float, Image.Image]] = []
     while True:
         try:
             text = child.read_nonblocking(1 << 16, timeout=300)

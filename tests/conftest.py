@@ -145,6 +145,17 @@ def model_folder(byte_tokenizer, text_model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def endless_folder(byte_tokenizer, tmp_path_factory):
+    """A model that never ends by itself, to have time to interrupt it."""
+    folder = tmp_path_factory.mktemp("endless")
+    byte_tokenizer.save_pretrained(folder)
+    model = tiny_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=100_000)
+    torch.nn.init.zeros_(model.lm_head.weight[EOS])
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def script():
     """Command line of a script of this repository."""

@@ -7,8 +7,6 @@ import time
 
 import pexpect
 import pytest
-import torch
-from conftest import EOS, tiny_llama
 
 SPECULATIVE = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 GREEDY = ["--sample", "False", "--max_steps", "20"]
@@ -181,17 +179,6 @@ def test_chat_keeps_the_conversation(talk):
         child.expect(r"for (\d+) tokens")
         sizes.append(int(child.match[1]))
     assert sizes[1] > 2 * sizes[0]
-
-
-@pytest.fixture(scope="session")
-def endless_folder(byte_tokenizer, tmp_path_factory):
-    """A model that never ends by itself, to have time to interrupt it."""
-    folder = tmp_path_factory.mktemp("endless")
-    byte_tokenizer.save_pretrained(folder)
-    model = tiny_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=100_000)
-    torch.nn.init.zeros_(model.lm_head.weight[EOS])
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_its_statistics(talk, endless_folder):

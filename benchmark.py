@@ -1,0 +1,198 @@
+"""Speed and text quality of a strategy over a dataset.
+
+    python benchmark.py --dataset human_eval --num_samples 20 --max_steps 128 --sample False
+    python benchmark.py --compare True --exit_layer 8 --num_speculations 4 --sample False
+
+Results go to a folder of --output_dir as they come; an interrupted run goes on with --resume FOLDER.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import metrics
+from arguments import (
+    BenchmarkArguments,
+    DataArguments,
+    GenerationConfig,
+    ModelArguments,
+    parse,
+    refuse,
+)
+from data import DataError, Example, fingerprint, load_examples
+from example_runs import leave_out_too_long, run_examples
+from records import Record, Run, describe, open_run
+from self_speculation import HuggingfaceLlamaGenerator
+from startup import autoregressive, load_generator
+
+BASELINE = "autoregressive_"  # before the fields of the strategy that --compare compares with
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    groups = (ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments)
+    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    if args.execute_code and data_args.dataset != "human_eval":
+        refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
+    try:
+        if args.compare:
+            config = dataclasses.replace(config, generation_strategy="self_speculative")
+        examples = load_examples(data_args, model_args.seed)
+    except DataError as error:
+        refuse(str(error))
+    except ValueError as error:
+        refuse(f"--compare True: --{error}")
+    generator = load_generator(model_args, config)
+    examples = leave_out_too_long(generator, examples)
+    bench = Benchmark(generator, config, examples, args, model_args.seed)
+    description = describe(
+        "benchmark.py", (model_args, config, data_args, args), fingerprint(examples), generator.model
+    )
+    bench.warm_up()
+    return run_examples(
+        open_run=lambda: open_run(args.resume, model_args.output_dir, "benchmark", description),
+        num_examples=len(examples),
+        measure=bench.measure,
+        progress=bench.progress,
+        conclude=bench.conclude,
+    )
+
+
+class Benchmark:
+    """Decodes examples, and sums up what came of it."""
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        examples: list[Example],
+        args: BenchmarkArguments,
+        seed: int,
+    ) -> None:
+        self._examples, self._config, self._args, self._seed = examples, config, args, seed
+        self._generator = generator
+        self._baseline, self._baseline_config = autoregressive(generator, config)
+
+    def warm_up(self) -> None:
+        """A few tokens by every strategy that will be timed."""
+        few = min(8, self._config.max_steps)
+        prompt = self._examples[0].prompt
+        self._generator.generate(prompt, dataclasses.replace(self._config, max_steps=few))
+        if self._args.compare:
+            self._baseline.generate(prompt, dataclasses.replace(self._baseline_config, max_steps=few))
+
+    def measure(self, index: int) -> Record:
+        """The record of one example; with --compare, the strategies take turns in going first."""
+        example = self._examples[index]
+        record: Record = {"prompt": example.prompt, "reference": example.reference}
+        sides = [("", self._generator, self._config), (BASELINE, self._baseline, self._baseline_config)]
+        sides = sides[: 1 + self._args.compare]
+        for prefix, generator, config in sides[:: 1 if index % 2 else -1]:
+            torch.manual_seed(self._seed + index)  # an example comes out the same in whatever run and rank
+            result = generator.generate(example.prompt, config)
+            took = result.generation_strategy_result
+            fields = {
+                "prediction": result.decoded_prediction,
+                "tokens": took.predicted_tokens,
+                "num_tokens": result.num_tokens_generated,
+                "num_prompt_tokens": took.num_prompt_tokens,
+                "num_decode_tokens": took.num_decode_tokens,
+                "stop_reason": took.stop_reason,
+                "prefill_time": took.prefill_time,
+                "decode_time": took.decode_time,
+                "num_verifications": took.num_verifications,
+                "drafted_by_position": took.drafted_by_position,
+                "accepted_by_position": took.accepted_by_position,
+            }
+            record |= {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
+        if self._args.verbose:
+            tqdm.write(f"--- {index}\n{example.prompt}\n--> {record['prediction']}\n", file=sys.stdout)
+        return record
+
+    def progress(self, records: Sequence[Record]) -> str:
+        text = f"{metrics.speed(records)['tokens_per_second']:.1f} tokens/s"
+        if "num_verifications" in records[-1]:
+            rate = metrics.acceptance(records)["acceptance_rate"]
+            text += f", acceptance {_number(rate, '.1%')}"
+        return text
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        summary: Record = {"num_examples": len(records), "speed": metrics.speed(records)}
+        if "num_verifications" in records[0]:
+            summary["acceptance"] = metrics.acceptance(records)
+        if self._args.compare:
+            summary["autoregressive_speed"] = metrics.speed(records, BASELINE)
+            summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
+        predictions = [record["prediction"] for record in records]
+        summary["text"] = metrics.text_quality(predictions, [record["reference"] for record in records])
+        if self._args.execute_code:
+            print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
+            problems = [example.row for example in self._examples]
+            summary["text"]["pass_at_1"] = metrics.pass_at_1(problems, predictions)
+        summary["peak_memory_mib"] = metrics.peak_memory_mib(self._generator.model.device)
+        run.finish(records, summary)
+        print("\n".join(_rows(summary)))
+        print(f"\n{run.folder}/: run.json, records.jsonl")
+        return 0
+
+    def _predicted_speedup(self, records: Sequence[Record]) -> Record:
+        alpha = metrics.token_acceptance(records)
+        cost = metrics.cost_ratio(self._generator.model, self._config.exit_layer)
+        speedup = (
+            None if alpha is None else metrics.predicted_speedup(alpha, self._config.num_speculations, cost)
+        )
+        return {"token_acceptance": alpha, "draft_cost_ratio": cost, "predicted_decode_speedup": speedup}
+
+
+def _rows(summary: Record) -> list[str]:
+    """The summary as a table of at most 80 columns, one column for each strategy."""
+    speeds = [summary[key] for key in ("speed", "autoregressive_speed") if key in summary]
+
+    def row(name: str, *values: Any, style: str = ".2f") -> str:
+        return f"{name:<36}" + "".join(f"{_number(value, style):>16}" for value in values)
+
+    rows = [row(f"{summary['num_examples']} examples", *["this strategy", "autoregressive"][: len(speeds)])]
+    for name, key, style in (
+        ("tokens/s, prefill included", "tokens_per_second", ".2f"),
+        ("  mean of examples", "tokens_per_second_mean", ".2f"),
+        ("  median of examples", "tokens_per_second_median", ".2f"),
+        ("tokens/s, decode", "decode_tokens_per_second", ".2f"),
+        ("ms per token, decode", "decode_ms_per_token", ".2f"),
+        ("ms to first token", "time_to_first_token_ms", ".1f"),
+        ("tokens", "num_tokens", "d"),
+        ("empty answers", "empty_answers", "d"),
+    ):
+        rows.append(row(name, *(speed[key] for speed in speeds), style=style))
+    if "acceptance" in summary:
+        accepted = summary["acceptance"]
+        rows.append(row("acceptance rate", accepted["acceptance_rate"], style=".1%"))
+        rows.append(row("mean accepted length", accepted["mean_accepted_length"]))
+        by_position = " ".join(f"{rate:.0%}" for rate in accepted["acceptance_by_position"][:8])
+        rows.append(f"{'  by draft position, up to 8':<36}{by_position:>16}")
+    if "comparison" in summary:
+        comparison = summary["comparison"]
+        quartiles = "-".join(f"{q:.2f}" for q in comparison["decode_speedup_quartiles"][::2])
+        rows.append(row("speed-up, prefill included", comparison["speedup"]))
+        rows.append(row("speed-up, decode", comparison["decode_speedup"]))
+        rows.append(f"{'  middle half of examples':<36}{quartiles:>16}")
+        rows.append(row("  predicted from the acceptance", comparison["predicted_decode_speedup"]))
+        rows.append(row("identical outputs", comparison["identical_outputs"], style="d"))
+    for name, value in summary["text"].items():
+        rows.append(row(name.replace("_", " "), value))
+    rows.append(row("peak memory, MiB", summary["peak_memory_mib"], style=".0f"))
+    return rows
+
+
+def _number(value: Any, style: str) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else format(value, style)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

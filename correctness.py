@@ -1,0 +1,234 @@
+"""Does self-speculative decoding give what autoregressive decoding gives, token by token?
+
+    python correctness.py --sample False --exit_layer 8 --num_speculations 4 --num_samples 50
+
+With --sample True it compares distributions instead. Exit status 1 where there is a difference that rounding
+cannot explain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from scipy.stats import combine_pvalues
+from transformers import NoRepeatNGramLogitsProcessor
+
+from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
+from comparison import find_difference, same_distribution
+from data import DataError, Example, fingerprint, load_examples
+from example_runs import leave_out_too_long, run_examples
+from records import Record, Run, describe, open_run
+from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.stopping import StopWords
+from startup import autoregressive, load_generator
+
+# Chance that a right program fails a run with --sample True, over all its tests together.
+FALSE_ALARM = 1e-3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments)
+    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    sampled = not config.sampler().greedy
+    if sampled and args.reference == "transformers":
+        refuse("--reference transformers: compares ids, so it needs --sample False")
+    try:
+        config = dataclasses.replace(config, generation_strategy="self_speculative")
+        examples = load_examples(data_args, model_args.seed)
+    except DataError as error:
+        refuse(str(error))
+    except ValueError as error:
+        refuse(f"--{error}")
+    generator = load_generator(model_args, config)
+    examples = leave_out_too_long(generator, examples)
+    check: Ids | Distributions
+    if sampled:
+        print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
+        examples = examples[: args.sampled_prompts]
+        check = Distributions(generator, config, examples, args, model_args.seed)
+    else:
+        check = Ids(generator, config, examples, args)
+    description = describe(
+        "correctness.py", (model_args, config, data_args, args), fingerprint(examples), generator.model
+    )
+    return run_examples(
+        open_run=lambda: open_run(args.resume, model_args.output_dir, "correctness", description),
+        num_examples=len(examples),
+        measure=check.measure,
+        progress=check.progress,
+        conclude=check.conclude,
+    )
+
+
+class Ids:
+    """Greedy: the ids must be equal, up to near-ties."""
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        examples: list[Example],
+        args: CorrectnessArguments,
+    ) -> None:
+        self._speculative, self._config, self._examples, self._args = generator, config, examples, args
+        self._plain, self._plain_config = autoregressive(generator, config)
+        n = config.no_repeat_ngram_size
+        self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
+
+    def measure(self, index: int) -> Record:
+        prompt = self._speculative.encode(self._examples[index].prompt)
+        tokens = _tokens(self._speculative, prompt, self._config)
+        references = {"autoregressive": _tokens(self._plain, prompt, self._plain_config)}
+        if self._args.reference == "transformers":
+            references["transformers"] = self._by_transformers(prompt)
+        return {
+            "num_tokens": len(tokens),
+            "differences": [
+                difference
+                for name, reference in references.items()
+                if (difference := self._difference(prompt, tokens, name, reference))
+            ],
+        }
+
+    def progress(self, records: Sequence[Record]) -> str:
+        return f"{sum(not record['differences'] for record in records)} of {len(records)} identical"
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        found = [(record["index"], d) for record in records for d in record["differences"]]
+        real = [d for _, d in found if not d["near_tie"]]
+        identical = sum(not record["differences"] for record in records)
+        run.finish(
+            records,
+            {
+                "examples": len(records),
+                "identical": identical,
+                "near_ties": len(found) - len(real),
+                "differences": len(real),
+            },
+        )
+        for index, d in found:
+            print(
+                f"example {index}, token {d['position']}, against {d['reference']}: "
+                f"{'near-tie' if d['near_tie'] else 'DIFFERENCE'}, best logits {d['best_logits'][0]:.6g} and "
+                f"{d['best_logits'][1]:.6g}, gap {d['gap']:.3g}, bound {d['bound']:.3g}\n"
+                f"  self-speculative: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
+            )
+        print(f"report: {run.folder}/run.json, records.jsonl")
+        verdict = "FAILED" if real else "passed"
+        print(
+            f"{verdict}: {identical} of {len(records)} examples identical, {len(found) - len(real)} near-ties"
+            f", {len(real)} differences that rounding does not explain"
+        )
+        return 1 if real else 0
+
+    def _difference(
+        self, prompt: list[int], tokens: list[int], name: str, reference: list[int]
+    ) -> Record | None:
+        found = find_difference(self._speculative.model, prompt, tokens, reference, self._processors)
+        if found is None:
+            return None
+        shown = slice(found.position, found.position + 12)
+        decode = self._speculative.tokenizer.decode
+        return {
+            "reference": name,
+            **dataclasses.asdict(found),
+            "near_tie": found.near_tie,
+            "tokens": tokens[shown],
+            "reference_tokens": reference[shown],
+            "text": decode(tokens[shown]),
+            "reference_text": decode(reference[shown]),
+        }
+
+    @torch.inference_mode()
+    def _by_transformers(self, prompt: list[int]) -> list[int]:
+        model, config = self._speculative.model, self._config
+        stop = StopWords(self._speculative.tokenizer, config.stop_words or [])
+
+        def ends(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.tensor([stop(ids[0, len(prompt) :].tolist())], device=ids.device)
+
+        end_ids = [*self._speculative.eos_token_ids, *(config.stop_token_ids or [])]
+        ids = torch.tensor([prompt], device=model.device)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=config.max_steps,
+            eos_token_id=end_ids or None,
+            pad_token_id=end_ids[0] if end_ids else 0,
+            no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
+            stopping_criteria=[ends],
+        )[0, len(prompt) :].tolist()
+        return output[:-1] if output and output[-1] in end_ids else output
+
+
+class Distributions:
+    """Sampling: each of the next tokens must be distributed alike."""
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        examples: list[Example],
+        args: CorrectnessArguments,
+        seed: int,
+    ) -> None:
+        self._speculative = generator
+        self._config = dataclasses.replace(config, max_steps=args.sampled_tokens)
+        self._plain, self._plain_config = autoregressive(generator, self._config)
+        self._examples, self._args, self._seed = examples, args, seed
+
+    def measure(self, index: int) -> Record:
+        prompt = self._speculative.encode(self._examples[index].prompt)
+        torch.manual_seed(self._seed + index)
+        samples = [
+            [_tokens(side, prompt, config) for _ in range(self._args.samples_per_prompt)]
+            for side, config in ((self._speculative, self._config), (self._plain, self._plain_config))
+        ]
+        return {
+            "p_values": [
+                same_distribution(*([_token(output, i) for output in outputs] for outputs in samples))
+                for i in range(self._args.sampled_tokens)
+            ]
+        }
+
+    def progress(self, records: Sequence[Record]) -> str:
+        return f"smallest p-value {min(p for record in records for p in record['p_values']):.3g}"
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        # Prompts are independent, so their p-values add up; the tokens of one output are not.
+        combined = [
+            float(combine_pvalues(p).pvalue) for p in zip(*(r["p_values"] for r in records), strict=True)
+        ]
+        threshold = FALSE_ALARM / len(combined)
+        failed = sum(p < threshold for p in combined)
+        run.finish(records, {"p_values": combined, "threshold": threshold, "failed": failed})
+        for name, p_values in [
+            *((f"example {record['index']}", record["p_values"]) for record in records),
+            ("all together", combined),
+        ]:
+            print(
+                f"{name}: p-values of tokens 1 to {len(combined)}: " + ", ".join(f"{p:.3g}" for p in p_values)
+            )
+        print(f"report: {run.folder}/run.json, records.jsonl")
+        print(
+            f"{'FAILED' if failed else 'passed'}: {failed} of {len(combined)} chi-square tests below "
+            f"{threshold:.2g}, smallest p-value {min(combined):.3g} (false alarm of a run: {FALSE_ALARM})"
+        )
+        return 1 if failed else 0
+
+
+def _tokens(generator: HuggingfaceLlamaGenerator, prompt: list[int], config: GenerationConfig) -> list[int]:
+    return generator.generate(prompt, config).generation_strategy_result.predicted_tokens
+
+
+def _token(output: list[int], position: int) -> Any:
+    return output[position] if position < len(output) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

