@@ -22,6 +22,8 @@ __all__ = [
     "GenerateArguments",
     "GenerationConfig",
     "ModelArguments",
+    "SweepArguments",
+    "TuningArguments",
     "parse",
     "refuse",
 ]
@@ -135,6 +137,56 @@ class CorrectnessArguments:
         for name, least in (("sampled_prompts", 1), ("samples_per_prompt", 20), ("sampled_tokens", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class SweepArguments:
+    """Which cells, and how they are judged."""
+
+    mode: Literal["predicted", "measured"] = "predicted"
+    """Read the grid off one pass over each example, or run every cell."""
+    exit_layer_first: int = 1
+    """First exit layer of the grid."""
+    exit_layer_last: int = 15
+    """Last exit layer, at most the model's last but one."""
+    exit_layer_step: int = 1
+    """Distance of exit layers."""
+    num_speculations_first: int = 1
+    """First draft length of the grid."""
+    num_speculations_last: int = 6
+    """Last draft length."""
+    num_speculations_step: int = 1
+    """Distance of draft lengths."""
+    verify_top: int = 0
+    """Measure so many of the best predicted cells for real."""
+    resume: str | None = None
+    """Folder of an interrupted sweep to go on with."""
+
+    def __post_init__(self) -> None:
+        for axis in ("exit_layer", "num_speculations"):
+            first, last, step = (getattr(self, f"{axis}_{end}") for end in ("first", "last", "step"))
+            if first < 1 or step < 1:
+                raise ValueError(f"{axis}_first {first}, --{axis}_step {step}: must be at least 1")
+            if first > last:
+                raise ValueError(f"{axis}_first {first}: beyond --{axis}_last {last}, the grid is empty")
+        if self.verify_top < 0:
+            raise ValueError(f"verify_top {self.verify_top}: must be 0 or more")
+
+    def exit_layers(self, num_layers: int) -> range:
+        return range(
+            self.exit_layer_first, min(self.exit_layer_last, num_layers - 1) + 1, self.exit_layer_step
+        )
+
+    def draft_lengths(self) -> range:
+        return range(self.num_speculations_first, self.num_speculations_last + 1, self.num_speculations_step)
+
+
+@dataclass(frozen=True)
+class TuningArguments:
+    """Settings that were found by a sweep."""
+
+    tuned: str | None = None
+    """Folder or CSV of a sweep: use its best exit layer and draft length, self-speculatively."""
 
 
 class _Parser(simple_parsing.ArgumentParser):

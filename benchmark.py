@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import metrics
@@ -22,31 +21,31 @@ from arguments import (
     DataArguments,
     GenerationConfig,
     ModelArguments,
+    TuningArguments,
     parse,
     refuse,
 )
 from data import DataError, Example, fingerprint, load_examples
 from example_runs import leave_out_too_long, run_examples
+from measuring import BASELINE, measure_example
 from records import Record, Run, describe, open_run
 from self_speculation import HuggingfaceLlamaGenerator
 from startup import autoregressive, load_generator
-
-BASELINE = "autoregressive_"  # before the fields of the strategy that --compare compares with
+from tuning import tuned
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments)
-    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    groups = (ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments, TuningArguments)
+    model_args, config, data_args, args, tuning = parse(__doc__ or "", *groups, args=argv)
+    config = tuned(config, tuning)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
     try:
-        if args.compare:
-            config = dataclasses.replace(config, generation_strategy="self_speculative")
         examples = load_examples(data_args, model_args.seed)
     except DataError as error:
         refuse(str(error))
-    except ValueError as error:
-        refuse(f"--compare True: --{error}")
+    if args.compare:
+        config = dataclasses.replace(config, generation_strategy="self_speculative")
     generator = load_generator(model_args, config)
     examples = leave_out_too_long(generator, examples)
     bench = Benchmark(generator, config, examples, args, model_args.seed)
@@ -75,41 +74,25 @@ class Benchmark:
         seed: int,
     ) -> None:
         self._examples, self._config, self._args, self._seed = examples, config, args, seed
-        self._generator = generator
-        self._baseline, self._baseline_config = autoregressive(generator, config)
+        self._model = generator.model
+        self._sides = [("", generator, config)]
+        if args.compare:
+            self._sides.append((BASELINE, *autoregressive(generator, config)))
 
     def warm_up(self) -> None:
         """A few tokens by every strategy that will be timed."""
-        few = min(8, self._config.max_steps)
-        prompt = self._examples[0].prompt
-        self._generator.generate(prompt, dataclasses.replace(self._config, max_steps=few))
-        if self._args.compare:
-            self._baseline.generate(prompt, dataclasses.replace(self._baseline_config, max_steps=few))
+        for _, generator, config in self._sides:
+            few = dataclasses.replace(config, max_steps=min(8, config.max_steps))
+            generator.generate(self._examples[0].prompt, few)
 
     def measure(self, index: int) -> Record:
-        """The record of one example; with --compare, the strategies take turns in going first."""
+        """The record of one example."""
         example = self._examples[index]
-        record: Record = {"prompt": example.prompt, "reference": example.reference}
-        sides = [("", self._generator, self._config), (BASELINE, self._baseline, self._baseline_config)]
-        sides = sides[: 1 + self._args.compare]
-        for prefix, generator, config in sides[:: 1 if index % 2 else -1]:
-            torch.manual_seed(self._seed + index)  # an example comes out the same in whatever run and rank
-            result = generator.generate(example.prompt, config)
-            took = result.generation_strategy_result
-            fields = {
-                "prediction": result.decoded_prediction,
-                "tokens": took.predicted_tokens,
-                "num_tokens": result.num_tokens_generated,
-                "num_prompt_tokens": took.num_prompt_tokens,
-                "num_decode_tokens": took.num_decode_tokens,
-                "stop_reason": took.stop_reason,
-                "prefill_time": took.prefill_time,
-                "decode_time": took.decode_time,
-                "num_verifications": took.num_verifications,
-                "drafted_by_position": took.drafted_by_position,
-                "accepted_by_position": took.accepted_by_position,
-            }
-            record |= {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
+        record = {
+            "prompt": example.prompt,
+            "reference": example.reference,
+            **measure_example(self._sides, example.prompt, index, self._seed),
+        }
         if self._args.verbose:
             tqdm.write(f"--- {index}\n{example.prompt}\n--> {record['prediction']}\n", file=sys.stdout)
         return record
@@ -134,7 +117,7 @@ class Benchmark:
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
             problems = [example.row for example in self._examples]
             summary["text"]["pass_at_1"] = metrics.pass_at_1(problems, predictions)
-        summary["peak_memory_mib"] = metrics.peak_memory_mib(self._generator.model.device)
+        summary["peak_memory_mib"] = metrics.peak_memory_mib(self._model.device)
         run.finish(records, summary)
         print("\n".join(_rows(summary)))
         print(f"\n{run.folder}/: run.json, records.jsonl")
@@ -142,7 +125,7 @@ class Benchmark:
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         alpha = metrics.token_acceptance(records)
-        cost = metrics.cost_ratio(self._generator.model, self._config.exit_layer)
+        cost = metrics.cost_ratio(self._model, self._config.exit_layer)
         speedup = (
             None if alpha is None else metrics.predicted_speedup(alpha, self._config.num_speculations, cost)
         )

@@ -36,13 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampled = not config.sampler().greedy
     if sampled and args.reference == "transformers":
         refuse("--reference transformers: compares ids, so it needs --sample False")
+    config = dataclasses.replace(config, generation_strategy="self_speculative")
     try:
-        config = dataclasses.replace(config, generation_strategy="self_speculative")
         examples = load_examples(data_args, model_args.seed)
     except DataError as error:
         refuse(str(error))
-    except ValueError as error:
-        refuse(f"--{error}")
     generator = load_generator(model_args, config)
     examples = leave_out_too_long(generator, examples)
     check: Ids | Distributions

@@ -36,6 +36,8 @@ def run_examples(
     measure: Callable[[int], Record],
     progress: Callable[[Sequence[Record]], str],
     conclude: Callable[[Run, list[Record]], int],
+    after_each: Callable[[Run], None] = lambda run: None,
+    unit: str = "examples",
 ) -> int:
     """Make the records that are missing, each rank its share; then draw the conclusion, at rank 0.
 
@@ -44,6 +46,8 @@ def run_examples(
         measure: the record of example i; it must depend on i and the flags alone, timings aside.
         progress: what the progress bar says of the records so far.
         conclude: what all records in order add up to; the exit status.
+        after_each: called at rank 0 whenever it has written a record.
+        unit: what an "example" is called.
 
     Returns:
         The exit status: 130 after Ctrl-C, 1 where records could not be written.
@@ -60,11 +64,13 @@ def run_examples(
         mine = missing[distributed.rank() :: distributed.world_size()]
         writer, records = run.writer(distributed.rank()), list(finished.values())
         try:
-            with tqdm(mine, desc="examples", disable=distributed.rank() != 0) as bar:
+            with tqdm(mine, desc=unit, disable=distributed.rank() != 0) as bar:
                 for index in bar:
                     records.append({"index": index, **measure(index)})
                     writer.append(records[-1])
                     bar.set_postfix_str(progress(records))
+                    if distributed.rank() == 0:
+                        after_each(run)
             distributed.gather(None)  # everybody is done
             if distributed.rank() != 0:
                 return 0
@@ -73,7 +79,7 @@ def run_examples(
         except (KeyboardInterrupt, RecordError) as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             print(
-                f"{reason}; {len(run.records())} of {num_examples} examples are kept, go on with "
+                f"{reason}; {len(run.records())} of {num_examples} {unit} are kept, go on with "
                 f"--resume {run.folder}",
                 file=sys.stderr,
             )

@@ -21,7 +21,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
-from arguments import GenerateArguments, GenerationConfig, ModelArguments, parse, refuse
+from arguments import GenerateArguments, GenerationConfig, ModelArguments, TuningArguments, parse, refuse
 from self_speculation import (
     GenerationResult,
     HuggingfaceLlamaGenerator,
@@ -29,10 +29,13 @@ from self_speculation import (
     StandardTextStreamer,
 )
 from startup import load_generator
+from tuning import tuned
 
 
 def main() -> int:
-    model_args, config, args = parse(__doc__ or "", ModelArguments, GenerationConfig, GenerateArguments)
+    groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
+    model_args, config, args, tuning = parse(__doc__ or "", *groups)
+    config = tuned(config, tuning)
     if int(os.environ.get("RANK", 0)) != 0:
         return 0  # one voice is enough
     interactive = args.prompt is None and sys.stdin.isatty()

@@ -70,13 +70,15 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
         / (r[f"{baseline}num_decode_tokens"] / r[f"{baseline}decode_time"])
         for r in decoded
     ]
+    answered = [r for r in records if r["num_tokens"] and r[f"{baseline}num_tokens"]]
     ours, theirs = speed(records), speed(records, baseline)
     return {
         "speedup": ours["tokens_per_second"] / theirs["tokens_per_second"] if theirs["num_tokens"] else None,
         "decode_speedup": ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
         if each
         else None,
-        "decode_speedup_quartiles": statistics.quantiles(each, n=4) if len(each) > 1 else each * 3,
+        "speedup_quartiles": quartiles([_rate(r, "") / _rate(r, baseline) for r in answered]),
+        "decode_speedup_quartiles": quartiles(each),
         "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
     }
 
@@ -144,6 +146,15 @@ def peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _rate(record: Record, prefix: str) -> float:
+    return record[f"{prefix}num_tokens"] / (record[f"{prefix}prefill_time"] + record[f"{prefix}decode_time"])
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """First, second and third; three times the value where there is one alone."""
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
 def _by_position(records: Sequence[Record], field: str) -> list[int]:

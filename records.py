@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 # They say where results go and what is shown, not what they are.
-_NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code")
+_NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
 
 
 class RecordError(Exception):
@@ -97,16 +97,17 @@ class Run:
 
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write everything in order, and what it adds up to."""
-        self._replace("records.jsonl", "".join(map(_line, records)))
+        self.replace("records.jsonl", "".join(map(_line, records)))
         self.write("run.json", {**self.description, "status": "finished", "metrics": metrics})
         for part in self.folder.glob("records.rank*.jsonl"):
             part.unlink()
 
     def write(self, name: str, content: Record) -> None:
         """Replace a JSON file of the folder, in one step."""
-        self._replace(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        self.replace(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
-    def _replace(self, name: str, text: str) -> None:
+    def replace(self, name: str, text: str) -> None:
+        """Replace a file of the folder, in one step."""
         path = self.folder / name
         partial = path.with_suffix(".partial")
         try:

@@ -21,6 +21,15 @@ def autoregressive(
     return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
 
 
+def number_of_layers(model_args: ModelArguments) -> int:
+    """Read off the config alone; what is wrong with it ends the program in one line with status 2."""
+    try:
+        name = model_args.model or default_model()
+        return load_config(name, model_args.from_pretrained_args()).num_hidden_layers
+    except LoadingError as error:
+        refuse(f"--{error}")
+
+
 def load_generator(model_args: ModelArguments, config: GenerationConfig) -> HuggingfaceLlamaGenerator:
     """Load the model that the flags name, with the strategy that they name.
 
@@ -29,13 +38,16 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    from_pretrained = model_args.from_pretrained_args()
+    num_layers = number_of_layers(model_args)
     try:
         resolve_device(model_args.device)
-        name = model_args.model or default_model()
-        config.check_depth(load_config(name, from_pretrained).num_hidden_layers)
+        config.check_depth(num_layers)
         model, tokenizer = load_model_and_tokenizer(
-            name, from_pretrained, model_args.dtype, model_args.device, model_args.seed
+            model_args.model or default_model(),
+            model_args.from_pretrained_args(),
+            model_args.dtype,
+            model_args.device,
+            model_args.seed,
         )
     except (LoadingError, ValueError) as error:
         refuse(f"--{error}")

@@ -28,8 +28,7 @@ class GenerationConfig:
     """How to generate.
 
     Raises:
-        ValueError: a value is out of range, or a combination impossible; the message starts with the field's
-        name.
+        ValueError: a value is out of range; the message starts with the field's name.
     """
 
     max_steps: int = 512
@@ -83,22 +82,21 @@ class GenerationConfig:
         )
         check("stop_words", "must not be empty texts", all(self.stop_words or []))
         check("stop_token_ids", "must be 0 or more", all(i >= 0 for i in self.stop_token_ids or []))
-        if self.generation_strategy == "self_speculative":
-            check("exit_layer", "self_speculative needs at least 1", self.exit_layer >= 1)
-            check("num_speculations", "self_speculative needs at least 1", self.num_speculations >= 1)
 
     def check_depth(self, num_layers: int) -> None:
-        """Refuse an exit layer that a model of `num_layers` does not have.
+        """Refuse what cannot be done with a model of `num_layers`.
 
         Raises:
-            ValueError
+            ValueError: an exit layer that it does not have; self-speculation without one or without drafts.
         """
-        if self.exit_layer >= num_layers:
+        speculative = self.generation_strategy == "self_speculative"
+        if self.exit_layer >= num_layers or (speculative and self.exit_layer < 1):
             raise ValueError(
-                f"exit_layer {self.exit_layer}: must be between 1 and {num_layers - 1}, "
-                f"the model has {num_layers} layers"
-                + ("; -1 is full depth" if self.generation_strategy == "autoregressive" else "")
+                f"exit_layer {self.exit_layer}: must be between 1 and {num_layers - 1}, the model has "
+                f"{num_layers} layers" + ("" if speculative else "; -1 is full depth")
             )
+        if speculative and self.num_speculations < 1:
+            raise ValueError(f"num_speculations {self.num_speculations}: self_speculative needs at least 1")
 
     def sampler(self) -> Sampler:
         return Sampler(self.sample, self.temperature, self.top_k, self.top_p)
@@ -111,6 +109,7 @@ class GenerationStrategyResult:
     predicted_tokens: list[int]  # an end id is not included
     acceptance_rate: float | None = None  # accepted / drafted; also None when nothing was drafted
     stop_reason: StopReason | None = None
+    end_token_id: int | None = None  # the id that ended the output, if one did
     num_prompt_tokens: int = 0
     num_decode_tokens: int = 0  # tokens after the first, an end id included
     prefill_time: float = 0.0  # seconds until the first token

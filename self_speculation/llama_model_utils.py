@@ -6,6 +6,7 @@ and exit hidden states come out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +168,16 @@ def forward_early(decoder: Decoder, input_ids: Tensor, exit_layer: int, num_logi
     """Layers 0..exit_layer-1 over T new tokens [1, T]; norm and head for the last `num_logits` of them."""
     hidden = decoder.run_layers(decoder.embed(input_ids), 0, exit_layer)
     return ForwardResult(decoder.logits(hidden, num_logits), hidden)
+
+
+def forward_exits(
+    decoder: Decoder, input_ids: Tensor, exit_layers: Iterable[int], num_logits: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(exit layer, logits [1, n, V] of the last n tokens) of each exit, in one pass over [1, T] tokens."""
+    hidden, done = decoder.embed(input_ids), 0
+    for exit_layer in sorted(exit_layers):
+        hidden, done = decoder.run_layers(hidden, done, exit_layer), exit_layer
+        yield exit_layer, decoder.logits(hidden, num_logits)
 
 
 def forward_remainder(decoder: Decoder, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:

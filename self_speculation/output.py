@@ -127,6 +127,7 @@ class Output:
         return {
             "predicted_tokens": self.tokens[:-1] if self.stop_reason == "eos" else self.tokens,
             "stop_reason": self.stop_reason,
+            "end_token_id": self.tokens[-1] if self.stop_reason == "eos" else None,
             "num_prompt_tokens": self.prompt_length,
             "num_decode_tokens": len(self.tokens) - 1,
             "prefill_time": self._first_token_at - self._started,

@@ -73,11 +73,6 @@ def test_model_args_become_python_values():
         ("--stop_token_ids -1", "--stop_token_ids [-1]: must be 0 or more"),
         ("--stop_words=", "--stop_words ['']: must not be empty texts"),
         ("--generation_strategy x", "'x' (choose from 'autoregressive', 'self_speculative')"),
-        ("--generation_strategy self_speculative", "--exit_layer -1: self_speculative needs at least 1"),
-        (
-            "--generation_strategy self_speculative --exit_layer 2",
-            "--num_speculations -1: self_speculative needs at least 1",
-        ),
         ("--sample perhaps", "Boolean value expected"),
         ("--streamer x", "choose from 'standard', 'none', 'speculative'"),
         ("--dtype int3", "choose from 'auto', 'float32', 'bfloat16', 'float16'"),

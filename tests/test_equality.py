@@ -194,6 +194,13 @@ def test_exit_layers_that_the_model_does_not_have_are_refused():
         generate(tiny_llama(), PROMPT, exit_layer=4)
 
 
+def test_self_speculation_needs_an_exit_layer_and_a_draft_length():
+    with pytest.raises(ValueError, match="exit_layer -1: must be between 1 and 3, the model has 4 layers"):
+        generate(tiny_llama(), PROMPT, strategy="self_speculative")
+    with pytest.raises(ValueError, match="num_speculations -1: self_speculative needs at least 1"):
+        generate(tiny_llama(), PROMPT, strategy="self_speculative", exit_layer=2)
+
+
 def test_timing_adds_up():
     result = generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
     assert result.prefill_time > 0

@@ -1,0 +1,58 @@
+"""Pictures of results, as PNG and PDF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # never opens a window, never blocks
+
+import numpy
+import pandas
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
+
+
+def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
+    """Speed-up and acceptance over exit layer and draft length; `path` without suffix."""
+    rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
+    size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.42 * rows))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
+    spread = max(0.05, float((table["speedup"] - 1).abs().max()))
+    # Around 1.0: what is slower than no speculation is red, what is faster blue.
+    _heat_map(left, table, "speedup", "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread))
+    left.set_title("speed-up over autoregressive (red: slower)")
+    _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
+    right.set_title("acceptance rate")
+    figure.suptitle(title)
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(suffix), dpi=130)
+    pyplot.close(figure)
+
+
+def _heat_map(
+    axes: Axes, table: pandas.DataFrame, value: str, form: str, colors: str, norm: Normalize
+) -> None:
+    grid = table.pivot(index="exit_layer", columns="num_speculations", values=value)
+    image = axes.imshow(grid.to_numpy(dtype=float), cmap=colors, norm=norm, aspect="auto", origin="lower")
+    axes.set_xticks(range(len(grid.columns)), grid.columns)
+    axes.set_yticks(range(len(grid.index)), grid.index)
+    axes.set_xlabel("num_speculations")
+    axes.set_ylabel("exit_layer")
+    best = table.loc[table["speedup"].idxmax()]
+    for (row, column), number in numpy.ndenumerate(grid.to_numpy(dtype=float)):
+        is_best = (grid.index[row], grid.columns[column]) == (best["exit_layer"], best["num_speculations"])
+        red, green, blue, _ = image.cmap(image.norm(number))
+        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+        axes.text(
+            column, row, form.format(number), ha="center", va="center", fontsize=9,
+            color="white" if dark else "black", weight="bold" if is_best else "normal",
+        )  # fmt: skip
+        if is_best:
+            axes.add_patch(
+                pyplot.Rectangle(
+                    (column - 0.48, row - 0.46), 0.96, 0.92, fill=False, color="gold", linewidth=3
+                )
+            )

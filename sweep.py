@@ -1,0 +1,365 @@
+"""Exit layer x draft length: the whole grid, read off one pass, or measured.
+
+    python sweep.py --num_samples 40 --max_steps 64 --exit_layer_first 2 --exit_layer_last 12
+    python sweep.py --mode measured --num_samples 10 --max_steps 64
+
+Predicted mode generates each example once, at full depth, reads what every exit layer would have guessed, and
+replays the rounds of every cell; a calibration tells what they cost. Counts are exact, times are estimates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import pandas
+import torch
+from transformers import NoRepeatNGramLogitsProcessor
+
+import distributed
+import metrics
+from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
+from calibration import Costs, calibrate
+from data import DataError, Example, fingerprint, load_examples
+from example_runs import leave_out_too_long, run_examples
+from measuring import BASELINE, Side, measure_example
+from plots import heat_maps
+from records import Record, Run, describe, open_run
+from replay import LONGEST_DRAFT, Rounds, replay, run_length
+from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.llama_model_utils import Decoder, context_length, forward_exits
+from startup import autoregressive, load_generator, number_of_layers
+from tuning import best_cell
+
+COLUMNS = [
+    "mode", "exit_layer", "num_speculations", "acceptance_rate", "mean_accepted_length", "total_time",
+    "time_per_token", "tokens_per_second", "speedup", "speedup_q1", "speedup_q3", "num_verifications",
+    "num_drafted", "num_accepted", "num_tokens",
+]  # fmt: skip
+
+HEADINGS = {
+    "mode": "mode", "exit_layer": "exit", "num_speculations": "drafted", "acceptance_rate": "accepted",
+    "mean_accepted_length": "length", "tokens_per_second": "tokens/s", "speedup": "speed-up",
+}  # fmt: skip
+
+Cell = tuple[int, int]  # exit layer, draft length
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
+    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    if args.mode == "predicted" and not config.sampler().greedy:
+        _notice("predicted mode is about greedy decoding: --sample False")
+        config = dataclasses.replace(config, sample=False)
+    # The grid decides both; whatever the flags say, the strategy is self-speculative.
+    config = dataclasses.replace(
+        config, generation_strategy="self_speculative", exit_layer=args.exit_layer_first,
+        num_speculations=args.num_speculations_first,
+    )  # fmt: skip
+    try:
+        examples = load_examples(data_args, model_args.seed)
+    except DataError as error:
+        refuse(str(error))
+    num_layers = number_of_layers(model_args)
+    last = num_layers - 1
+    if args.exit_layer_first > last:
+        refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
+    if args.exit_layer_last > last:
+        _notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
+    generator = load_generator(model_args, config)
+    examples = leave_out_too_long(generator, examples)
+    grid = [(e, k) for e in args.exit_layers(num_layers) for k in args.draft_lengths()]
+    description = describe(
+        "sweep.py", (model_args, config, data_args, args), fingerprint(examples), generator.model
+    )
+    kind = Measured if args.mode == "measured" else Predicted
+    sweep = kind(generator, config, examples, grid, args, model_args.seed)
+    sweep.warm_up()
+    return run_examples(
+        open_run=lambda: open_run(args.resume, model_args.output_dir, "sweep", description),
+        num_examples=sweep.num_steps,
+        measure=sweep.measure,
+        progress=sweep.progress,
+        conclude=sweep.conclude,
+        after_each=sweep.after_each,
+        unit="cells" if args.mode == "measured" else "examples",
+    )
+
+
+class Sweep:
+    """What both modes share: cells measured for real, and what is shown in the end."""
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        examples: list[Example],
+        grid: list[Cell],
+        args: SweepArguments,
+        seed: int,
+    ) -> None:
+        self._generator, self._config, self._examples, self._seed = generator, config, examples, seed
+        self._grid, self._args = grid, args
+        self._baseline, self._baseline_config = autoregressive(generator, config)
+
+    def warm_up(self) -> None:
+        few = min(8, self._config.max_steps)
+        prompt = self._examples[0].prompt
+        self._generator.generate(prompt, dataclasses.replace(self._config, max_steps=few))
+        self._baseline.generate(prompt, dataclasses.replace(self._baseline_config, max_steps=few))
+
+    def measure_cell(self, cell: Cell) -> Record:
+        """All examples by this cell and by the baseline, in turn."""
+        config = dataclasses.replace(self._config, exit_layer=cell[0], num_speculations=cell[1])
+        sides: list[Side] = [
+            ("", self._generator, config),
+            (BASELINE, self._baseline, self._baseline_config),
+        ]
+        records = [
+            measure_example(sides, example.prompt, index, self._seed)
+            for index, example in enumerate(self._examples)
+        ]
+        compared = metrics.speedup(records, BASELINE)
+        return {
+            "mode": "measured",
+            "exit_layer": cell[0],
+            "num_speculations": cell[1],
+            **metrics.acceptance(records),
+            **_times(metrics.speed(records), compared["speedup"], compared["speedup_quartiles"]),
+        }
+
+    def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
+        """Write table and pictures, print the table and the best flags."""
+        table = write_table(run, rows)
+        heat_maps(
+            table[table["mode"] == self._args.mode],
+            f"{self._args.mode}, {len(self._examples)} prompts, at most {self._config.max_steps} tokens each",
+            run.folder / "sweep",
+        )
+        best = best_cell(table)
+        flags = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
+        run.finish(records, {**extra, "best": {**flags, "speedup": float(best["speedup"])}})
+        shown = table.sort_values("speedup", ascending=False).head(20)[list(HEADINGS)]
+        print(shown.rename(columns=HEADINGS).to_string(index=False, float_format="{:.2f}".format))
+        if len(table) > len(shown):
+            print(f"... and {len(table) - len(shown)} more in the CSV")
+        print(f"\n{run.folder}/: sweep.csv, sweep.png, sweep.pdf, run.json")
+        if best["speedup"] < 1:
+            print("no cell is faster than autoregressive decoding; the nearest:")
+        print(
+            f"--generation_strategy self_speculative --exit_layer {flags['exit_layer']} "
+            f"--num_speculations {flags['num_speculations']}"
+        )
+        return 0
+
+
+class Measured(Sweep):
+    """Every cell for real; a step is a cell."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._grid)
+
+    def measure(self, index: int) -> Record:
+        return self.measure_cell(self._grid[index])
+
+    def progress(self, records: Sequence[Record]) -> str:
+        best = max(records, key=lambda record: record["speedup"])
+        return f"best {best['speedup']:.2f}x at {best['exit_layer']}, {best['num_speculations']}"
+
+    def after_each(self, run: Run) -> None:
+        write_table(run, list(run.records().values()))
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        return self.show(run, records, records, {})
+
+
+class Predicted(Sweep):
+    """Every cell by replay; a step is an example."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._examples)
+
+    @torch.inference_mode()
+    def measure(self, index: int) -> Record:
+        """One output, and for every exit layer of the grid a string of 1 (guessed right) and 0."""
+        prompt = self._baseline.encode(self._examples[index].prompt)
+        started = time.perf_counter()
+        result = self._baseline.generate(prompt, self._baseline_config).generation_strategy_result
+        generated = time.perf_counter()
+        tokens = [*result.predicted_tokens]
+        if result.end_token_id is not None:
+            tokens.append(result.end_token_id)
+        model = self._generator.model
+        ids = torch.tensor([[*prompt, *tokens]], device=model.device)
+        decoder = Decoder(model, ids.shape[1], ids.shape[1])
+        expected = ids[0, len(prompt) :]  # [n]
+        matches = {}
+        for layer, logits in forward_exits(decoder, ids[:, :-1], self._exit_layers, len(tokens)):
+            guesses = self._processed(ids, len(prompt), logits[0]).argmax(-1)  # [n]
+            matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())
+        return {
+            "tokens": tokens,
+            "num_prompt_tokens": len(prompt),
+            "num_tokens": len(result.predicted_tokens),
+            "max_tokens": min(self._config.max_steps, context_length(model.config) - len(prompt)),
+            "matches": matches,
+            "prefill_time": result.prefill_time,
+            "decode_time": result.decode_time,
+            "generation_time": generated - started,
+            "exits_time": time.perf_counter() - generated,
+        }
+
+    def progress(self, records: Sequence[Record]) -> str:
+        time_for_exits = sum(r["exits_time"] for r in records) / sum(r["generation_time"] for r in records)
+        return f"reading exits takes {time_for_exits:.0%} of generating"
+
+    def after_each(self, run: Run) -> None:
+        pass
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
+        costs = calibrate(self._generator.model, self._exit_layers, int(context))
+        rows = [self._predict(records, costs, cell) for cell in self._grid]
+        by_speed = sorted(rows, key=lambda row: -row["speedup"])
+        extra: Record = {
+            "calibration": dataclasses.asdict(costs),
+            "beyond_the_grid": self._beyond_the_grid(records, costs),
+        }
+        for row in by_speed[: self._args.verify_top]:
+            measured = self.measure_cell((row["exit_layer"], row["num_speculations"]))
+            print(
+                f"exit layer {row['exit_layer']}, {row['num_speculations']} drafted: predicted "
+                f"{row['speedup']:.2f}x in {row['total_time']:.2f} s, measured {measured['speedup']:.2f}x in "
+                f"{measured['total_time']:.2f} s"
+            )
+            rows.append(measured)
+        for beyond in extra["beyond_the_grid"]:
+            print(
+                f"exit layer {beyond['exit_layer']}: best draft length up to {LONGEST_DRAFT} is "
+                f"{beyond['best_draft_length']} ({beyond['speedup']:.2f}x); stopping each draft at its first "
+                f"mistake would reach {beyond['oracle_speedup']:.2f}x"
+            )
+        return self.show(run, records, rows, extra)
+
+    @property
+    def _exit_layers(self) -> list[int]:
+        return sorted({layer for layer, _ in self._grid})
+
+    def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of the output's positions after the processors that drafts go through."""
+        if not self._config.no_repeat_ngram_size:
+            return logits
+        processor = NoRepeatNGramLogitsProcessor(self._config.no_repeat_ngram_size)
+        rows = logits.float().split(1)
+        return torch.cat([processor(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
+
+    def _predict(self, records: Sequence[Record], costs: Costs, cell: Cell) -> Record:
+        layer, k = cell
+        rounds = [_rounds(record, layer, _always(k)) for record in records]
+        seconds = [_seconds(record, r, costs, layer) for record, r in zip(records, rounds, strict=True)]
+        plain = [_plain_seconds(record, costs) for record in records]
+        each = [a / b for a, b in zip(plain, seconds, strict=True)]
+        counted = [
+            {
+                "num_verifications": r.num_verifications,
+                "num_decode_tokens": r.num_decode_tokens,
+                "drafted_by_position": r.drafted_by_position,
+                "accepted_by_position": r.accepted_by_position,
+            }
+            for r in rounds
+        ]
+        num_tokens = sum(record["num_tokens"] for record in records)
+        speed = {
+            "num_tokens": num_tokens,
+            "total_time": sum(seconds),
+            "tokens_per_second": num_tokens / sum(seconds),
+        }
+        return {
+            "mode": "predicted",
+            "exit_layer": layer,
+            "num_speculations": k,
+            **metrics.acceptance(counted),
+            **_times(speed, sum(plain) / sum(seconds), metrics.quartiles(each)),
+        }
+
+    def _beyond_the_grid(self, records: Sequence[Record], costs: Costs) -> list[Record]:
+        """For each exit layer, the best fixed draft length, and the ceiling of all that stop drafts early."""
+        plain = sum(_plain_seconds(record, costs) for record in records)
+
+        def speedup(layer: int, draft_length: DraftLength) -> float:
+            return plain / sum(
+                _seconds(record, _rounds(record, layer, draft_length), costs, layer) for record in records
+            )
+
+        found = []
+        for layer in self._exit_layers:
+            lengths = range(1, LONGEST_DRAFT + 1)
+            fixed = {k: speedup(layer, _always(k)) for k in lengths}
+            best = max(fixed, key=lambda k: fixed[k])
+            oracle = speedup(layer, lambda matches, position: run_length(matches, position, LONGEST_DRAFT))
+            found.append(
+                {
+                    "exit_layer": layer,
+                    "best_draft_length": best,
+                    "speedup": fixed[best],
+                    "oracle_speedup": oracle,
+                }
+            )
+        return found
+
+
+# What to draft at an output position, by the matches of an example.
+DraftLength = Callable[[list[bool], int], int]
+
+
+def _always(k: int) -> DraftLength:
+    return lambda _matches, _position: k
+
+
+def _rounds(record: Record, layer: int, draft_length: DraftLength) -> Rounds:
+    matches = [match == "1" for match in record["matches"][str(layer)]]
+    rounds = Rounds()
+    replay(matches, record["max_tokens"], lambda position: draft_length(matches, position), rounds)
+    return rounds
+
+
+def _seconds(record: Record, rounds: Rounds, costs: Costs, layer: int) -> float:
+    decode = rounds.time(costs.draft_step[layer], lambda k: costs.verification(layer, k))
+    return record["prefill_time"] + decode
+
+
+def _plain_seconds(record: Record, costs: Costs) -> float:
+    return record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step
+
+
+def _times(speed: Record, speedup: float, quartiles: Sequence[float]) -> Record:
+    return {
+        "num_tokens": speed["num_tokens"],
+        "total_time": speed["total_time"],
+        "time_per_token": speed["total_time"] / max(speed["num_tokens"], 1),
+        "tokens_per_second": speed["tokens_per_second"],
+        "speedup": speedup,
+        "speedup_q1": quartiles[0],
+        "speedup_q3": quartiles[-1],
+    }
+
+
+def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
+    """The CSV of all rows so far, in the order of the grid."""
+    table = pandas.DataFrame(rows)[COLUMNS].sort_values(["mode", "exit_layer", "num_speculations"])
+    run.replace("sweep.csv", table.to_csv(index=False))
+    return table
+
+
+def _notice(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""sweep.py: counts read off one pass are the counts of real decoding; nothing finished is done twice."""
+
+import json
+
+import pandas
+import pytest
+from test_benchmark_scripts import custom_data, only_run, torchrun
+
+import sweep
+from calibration import Costs
+from replay import Rounds, replay, run_length
+
+COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
+
+
+def counts(matches, max_tokens, k):
+    rounds = Rounds()
+    replay([match == "1" for match in matches], max_tokens, lambda _: k, rounds)
+    return rounds
+
+
+def test_replay_by_hand():
+    """Output of 7 tokens; guesses from the second on: right right wrong right right right. Drafts of 2."""
+    rounds = counts("0110111", 7, 2)
+    # [1,2] right + own token 3; [4,5] right + own token 6, the last
+    assert rounds.lengths == {2: 2}
+    assert (rounds.drafted_by_position, rounds.accepted_by_position) == ([2, 2], [2, 2])
+    assert rounds.num_decode_tokens == 6
+    rounds = counts("0110111", 7, 4)
+    # drafts 4, two right, own 3; then room for 3 more: drafts 2, both right, own 6
+    assert rounds.lengths == {4: 1, 2: 1}
+    assert rounds.drafted_by_position == [2, 2, 1, 1]
+    assert rounds.accepted_by_position == [2, 2, 0, 0]
+
+
+def test_replay_ends_inside_a_draft_where_the_output_ends():
+    rounds = counts("0111", 50, 6)
+    assert rounds.lengths == {6: 1}
+    assert rounds.accepted_by_position == [1, 1, 1, 0, 0, 0]
+    assert (rounds.num_verifications, rounds.num_decode_tokens) == (1, 3)
+
+
+def test_replay_of_one_token_has_no_round():
+    assert counts("1", 1, 3) == Rounds()
+
+
+def test_run_length():
+    matches = [False, True, True, False, True]
+    assert run_length(matches, 1, 20) == 2
+    assert run_length(matches, 1, 1) == 1
+    assert run_length(matches, 3, 20) == 0
+    assert run_length(matches, 4, 20) == 1
+
+
+def test_time_of_rounds():
+    rounds = Rounds(lengths={2: 3, 0: 1})
+    assert rounds.time(draft_step=1.0, verification=lambda k: 10.0 + k) == 3 * (2 + 12) + 10
+
+
+def test_costs_between_measured_draft_lengths_are_interpolated():
+    costs = Costs(1.0, {2: 0.5}, {2: (1.0, 2.0, 4.0)}, draft_lengths=(0, 1, 3))
+    assert [costs.verification(2, k) for k in (0, 1, 2, 3)] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def common(model_folder, tmp_path):
+    return [
+        "--model", str(model_folder), "--output_dir", str(tmp_path / "logs"), "--num_samples", "6",
+        "--max_steps", "24", "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path),
+        "--exit_layer_last", "3", "--num_speculations_last", "4", "--sample", "False",
+    ]  # fmt: skip
+
+
+def table(tmp_path):
+    frame = pandas.read_csv(only_run(tmp_path) / "sweep.csv")
+    return frame.set_index(["exit_layer", "num_speculations"]).sort_index()
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--no_repeat_ngram_size", "2"], ["--stop_token_ids", *map(str, range(30, 60))]]
+)
+def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra, capsys):
+    assert sweep.main([*common, *extra, "--output_dir", str(tmp_path / "p" / "logs")]) == 0
+    assert (
+        sweep.main([*common, *extra, "--mode", "measured", "--output_dir", str(tmp_path / "m" / "logs")]) == 0
+    )
+    predicted, measured = table(tmp_path / "p"), table(tmp_path / "m")
+    assert len(predicted) == 12
+    pandas.testing.assert_frame_equal(predicted[COUNTS], measured[COUNTS])
+    assert (predicted["num_tokens"] == measured["num_tokens"]).all()
+    assert (predicted[["total_time", "speedup", "speedup_q1"]] > 0).all(axis=None)
+    assert "stopping each draft at its first mistake would reach" in capsys.readouterr().out
+
+
+def test_pictures_table_and_flags(common, tmp_path, capsys):
+    assert sweep.main([*common, "--verify_top", "2"]) == 0
+    folder = only_run(tmp_path)
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
+    output = capsys.readouterr().out
+    assert output.count("measured") >= 4  # two lines about the cells, two rows
+    assert all(len(line) <= 80 for line in output.splitlines() if line.lstrip().startswith("predicted"))
+    run = json.loads((folder / "run.json").read_text())
+    best = run["metrics"]["best"]
+    assert output.splitlines()[-1] == (
+        f"--generation_strategy self_speculative --exit_layer {best['exit_layer']} "
+        f"--num_speculations {best['num_speculations']}"
+    )
+    rows = pandas.read_csv(folder / "sweep.csv")
+    assert rows["mode"].value_counts().to_dict() == {"predicted": 12, "measured": 2}
+    assert best["speedup"] == pytest.approx(rows[rows["mode"] == "measured"]["speedup"].max())
+    assert len(run["metrics"]["beyond_the_grid"]) == 3
+
+
+@pytest.mark.parametrize(
+    "grid", [["--exit_layer_first", "2", "--exit_layer_last", "2"], ["--num_speculations_last", "1"]]
+)
+def test_a_grid_of_one_row_or_column(common, tmp_path, grid):
+    assert sweep.main([*common, *grid]) == 0
+    assert (only_run(tmp_path) / "sweep.png").exists()
+
+
+def test_the_strategy_may_be_named_or_not(common):
+    assert (
+        sweep.main([*common, "--generation_strategy", "self_speculative", "--num_speculations_last", "1"])
+        == 0
+    )
+
+
+def test_the_grid_is_cut_to_the_model_with_a_notice(common, tmp_path, capsys):
+    assert sweep.main([*common, "--exit_layer_last", "99", "--num_speculations_last", "1"]) == 0
+    assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in capsys.readouterr().err
+    assert table(tmp_path).index.get_level_values(0).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--exit_layer_first", "4"], "--exit_layer_first 4: beyond --exit_layer_last 3, the grid is empty"),
+        (
+            ["--exit_layer_first", "9", "--exit_layer_last", "9"],
+            "--exit_layer_first 9: must be between 1 and 3",
+        ),
+        (["--num_speculations_step", "0"], "--num_speculations_step 0: must be at least 1"),
+        (["--verify_top", "-1"], "--verify_top -1: must be 0 or more"),
+        (["--mode", "x"], "choose from 'predicted', 'measured'"),
+    ],
+)
+def test_impossible_grids(common, args, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        sweep.main([*common, *args])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["predicted", "measured"])
+def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
+    """Finished cells or examples are kept, in the CSV too where it is written by cell, and not done again."""
+    kind = sweep.Measured if mode == "measured" else sweep.Predicted
+    original, done = kind.measure, []
+
+    def measure(self, index):
+        if index == 4 and done.count(4) == 0:
+            done.append(4)
+            raise KeyboardInterrupt
+        done.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(kind, "measure", measure)
+    args = [*common, "--mode", mode]
+    assert sweep.main(args) == 130
+    assert "4 of" in capsys.readouterr().err
+    if mode == "measured":
+        assert len(table(tmp_path)) == 4
+    assert sweep.main([*args, "--resume", str(only_run(tmp_path))]) == 0
+    assert done[:4] == [0, 1, 2, 3]
+    assert sorted(done[5:]) == list(range(4, 12 if mode == "measured" else 6))
+    assert len(table(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("mode", ["predicted", "measured"])
+def test_two_ranks(common, tmp_path, mode, script):
+    args = [*common, "--mode", mode, "--num_speculations_last", "2"]
+    assert sweep.main([*args, "--output_dir", str(tmp_path / "one" / "logs")]) == 0
+    result = torchrun(2, script("sweep.py")[1], *args)
+    assert result.returncode == 0, result.stderr
+    pandas.testing.assert_frame_equal(table(tmp_path)[COUNTS], table(tmp_path / "one")[COUNTS])
+
+
+def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
+    import benchmark
+
+    assert sweep.main([*common, "--num_speculations_last", "2"]) == 0
+    folder = only_run(tmp_path)
+    best = json.loads((folder / "run.json").read_text())["metrics"]["best"]
+    flags = common[: common.index("--exit_layer_last")]
+    assert benchmark.main([*flags, "--tuned", str(folder), "--output_dir", str(tmp_path / "b" / "logs")]) == 0
+    arguments = json.loads((only_run(tmp_path / "b") / "run.json").read_text())["arguments"]
+    assert arguments["generation_strategy"] == "self_speculative"
+    assert {name: arguments[name] for name in ("exit_layer", "num_speculations")} == {
+        name: best[name] for name in ("exit_layer", "num_speculations")
+    }
+    for extra, message in (
+        (["--exit_layer", "2"], "--tuned sets exit_layer and num_speculations"),
+        (["--tuned", str(tmp_path / "nowhere.csv")], "no table of a sweep in there"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.main([*flags, "--tuned", str(folder), *extra])
+        assert message in capsys.readouterr().err
