@@ -186,7 +186,7 @@ class TuningArguments:
     """Settings that were found by a sweep."""
 
     tuned: str | None = None
-    """Folder or CSV of a sweep: use its best exit layer and draft length, self-speculatively."""
+    """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length."""
 
 
 class _Parser(simple_parsing.ArgumentParser):

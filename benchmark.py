@@ -25,12 +25,12 @@ from arguments import (
     parse,
     refuse,
 )
-from data import DataError, Example, fingerprint, load_examples
-from example_runs import leave_out_too_long, run_examples
+from data import Example
+from example_runs import leave_out_too_long, prepare, run_examples
 from measuring import BASELINE, measure_example
-from records import Record, Run, describe, open_run
+from records import Record, Run, describe_model, open_run
 from self_speculation import HuggingfaceLlamaGenerator
-from startup import autoregressive, load_generator
+from startup import autoregressive, load_generator, model_name
 from tuning import tuned
 
 
@@ -40,18 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tuned(config, tuning)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
-    try:
-        examples = load_examples(data_args, model_args.seed)
-    except DataError as error:
-        refuse(str(error))
     if args.compare:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
+    asked = (model_args, config, data_args, args)
+    examples, description = prepare("benchmark.py", asked, model_args, data_args, args.resume)
     generator = load_generator(model_args, config)
-    examples = leave_out_too_long(generator, examples)
+    description |= describe_model(model_name(model_args), generator.model)
+    examples = leave_out_too_long(generator, examples, config.max_steps)
     bench = Benchmark(generator, config, examples, args, model_args.seed)
-    description = describe(
-        "benchmark.py", (model_args, config, data_args, args), fingerprint(examples), generator.model
-    )
     bench.warm_up()
     return run_examples(
         open_run=lambda: open_run(args.resume, model_args.output_dir, "benchmark", description),

@@ -24,13 +24,15 @@ class Difference:
     position: int  # tokens that are the same
     best_tokens: tuple[int, int]
     best_logits: tuple[float, float]
-    gap: float
+    gap: (
+        float | None
+    )  # from the best logit to the worse of the two tokens chosen; None: one output just stops
     bound: float  # a gap of at most this is a near-tie
 
     @property
     def near_tie(self) -> bool:
-        """Rounding could have chosen either of the two best tokens."""
-        return self.gap <= self.bound
+        """Rounding could have made either choice."""
+        return self.gap is not None and self.gap <= self.bound
 
 
 @torch.inference_mode()
@@ -44,6 +46,7 @@ def find_difference(
     """The first position at which two outputs differ; None when they are equal.
 
     Args:
+        first, second: ids, with the id that ended the output where one did.
         processors: the logits processors that both went through.
     """
     if first == second:
@@ -54,13 +57,13 @@ def find_difference(
     logits = model(history, logits_to_keep=1).logits[0]  # [1, V], by transformers alone
     logits = LogitsProcessorList(processors)(history, logits.float())[0]  # [V]
     best = logits.topk(2)
-    high, low = best.values.tolist()
+    chosen = [output[position] for output in (first, second) if position < len(output)]
     scale = float(logits[logits.isfinite()].abs().max())
     return Difference(
         position=position,
         best_tokens=(int(best.indices[0]), int(best.indices[1])),
-        best_logits=(high, low),
-        gap=high - low,
+        best_logits=(float(best.values[0]), float(best.values[1])),
+        gap=float(best.values[0] - logits[chosen].min()) if len(chosen) == 2 else None,
         bound=_NEAR_TIE_IN_EPS[model.dtype] * torch.finfo(model.dtype).eps * scale,
     )
 

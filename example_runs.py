@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 import distributed
-from arguments import refuse
-from data import Example
-from records import Record, RecordError, Run
+from arguments import DataArguments, ModelArguments, refuse
+from data import DataError, Example, fingerprint, load_examples
+from records import Record, RecordError, Run, check_destination, describe
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.llama_model_utils import context_length
+from self_speculation.llama_model_utils import context_length, sliding_window
 
 
-def leave_out_too_long(generator: HuggingfaceLlamaGenerator, examples: list[Example]) -> list[Example]:
+def prepare(
+    script: str,
+    groups: Sequence[Any],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    resume: str | None,
+) -> tuple[list[Example], Record]:
+    """The examples, and what the run is asked for; refuses what can be refused before a model is loaded."""
+    try:
+        examples = load_examples(data_args, model_args.seed)
+        description = describe(script, groups, fingerprint(examples))
+        check_destination(resume, model_args.output_dir, description)
+    except (DataError, RecordError) as error:
+        refuse(str(error))
+    return examples, description
+
+
+def leave_out_too_long(
+    generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int
+) -> list[Example]:
     """The examples whose prompts leave room for an answer in the model's context; says how many do not."""
     room = context_length(generator.model.config) - 1
+    if (window := sliding_window(generator.model.config)) is not None:
+        room = min(room, window - max_steps)
     fitting = [example for example in examples if len(generator.encode(example.prompt)) <= room]
     if not fitting:
         refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
@@ -58,8 +80,7 @@ def run_examples(
         except RecordError as error:
             refuse(str(error))
         assert run is not None
-        finished = run.records()
-        distributed.share(None)  # nobody writes before everybody has read
+        finished = distributed.share(run.records() if distributed.rank() == 0 else {})
         missing = [index for index in range(num_examples) if index not in finished]
         mine = missing[distributed.rank() :: distributed.world_size()]
         writer, records = run.writer(distributed.rank()), list(finished.values())
@@ -71,7 +92,7 @@ def run_examples(
                     bar.set_postfix_str(progress(records))
                     if distributed.rank() == 0:
                         after_each(run)
-            distributed.gather(None)  # everybody is done
+            distributed.barrier()
             if distributed.rank() != 0:
                 return 0
             complete = run.records()

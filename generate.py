@@ -69,10 +69,11 @@ class Conversation:
         Raises:
             ValueError: the prompt leaves no room in the model's context.
         """
-        streamer = self._streamer()
+        ids = self._ids(prompt)
+        streamer = self._streamer(ids)
         with _stopped_by_ctrl_c() as interrupt:
             result = self._generator.generate(
-                self._ids(prompt), self._config, streamer=streamer, stopping_criteria=[interrupt]
+                ids, self._config, streamer=streamer, stopping_criteria=[interrupt]
             )
         if streamer is None:
             print(result.decoded_prediction)
@@ -84,18 +85,18 @@ class Conversation:
             print(f"  {legend}", file=sys.stderr)
         return not interrupt.requested
 
-    def _ids(self, prompt: str) -> str | list[int]:
+    def _ids(self, prompt: str) -> list[int]:
         if self._messages is None:
-            return prompt
+            return self._generator.encode(prompt)
         messages = [*self._messages, {"role": "user", "content": prompt}]
         tokenizer = self._generator.tokenizer
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
-    def _streamer(self) -> Any:
+    def _streamer(self, prompt: list[int]) -> Any:
         if self._streamer_name == "none":
             return None
         kind = SpeculativeTextStreamer if self._streamer_name == "speculative" else StandardTextStreamer
-        return kind(self._generator.tokenizer, stop_words=self._config.stop_words)
+        return kind(self._generator.tokenizer, stop_words=self._config.stop_words, prompt=prompt)
 
 
 class Interrupt:

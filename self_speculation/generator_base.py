@@ -18,7 +18,7 @@ from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrain
 from self_speculation.llama_model_utils import check_supported, check_window, context_length
 from self_speculation.output import Output
 from self_speculation.sampling import Sampler
-from self_speculation.stopping import StopConditions, StopReason, StopWords, decode
+from self_speculation.stopping import StopConditions, StopReason, StopWords, continuation
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative"]
 
@@ -115,6 +115,7 @@ class GenerationStrategyResult:
     prefill_time: float = 0.0  # seconds until the first token
     decode_time: float = 0.0  # seconds for all later ones
     num_verifications: int | None = None
+    judged_by_position: tuple[int, ...] | None = None  # [i]: rounds that got as far as an i-th drafted token
     drafted_by_position: tuple[int, ...] | None = None  # [i]: rounds that drafted an i-th token
     accepted_by_position: tuple[int, ...] | None = (
         None  # [i]: rounds whose i-th drafted token is part of the output
@@ -276,16 +277,17 @@ class HuggingfaceLlamaGenerator:
     ) -> GenerationResult:
         """Answer a prompt, given as text or as token ids.
 
-        An empty prompt stands for the tokenizer's BOS token alone.
+        An empty prompt stands for the tokenizer's BOS token alone, or for its EOS token where it has no BOS.
 
         Raises:
             ValueError: what `GenerationStrategy.generate_token_ids` raises.
         """
         started = time.perf_counter()
-        stop_words = StopWords(self.tokenizer, generation_config.stop_words or [])
+        input_ids = self.encode(prompt)
+        stop_words = StopWords(self.tokenizer, generation_config.stop_words or [], input_ids)
         result = self.generation_strategy.generate_token_ids(
             self.model,
-            self.encode(prompt),
+            input_ids,
             eos_token_ids=self.eos_token_ids,
             generation_config=generation_config,
             logits_processors=logits_processors,
@@ -293,7 +295,7 @@ class HuggingfaceLlamaGenerator:
             streamer=streamer,
             **({"ends_text": stop_words} if stop_words.words else {}),
         )
-        text = stop_words.cut(decode(self.tokenizer, result.predicted_tokens))
+        text = stop_words.cut(continuation(self.tokenizer, input_ids, result.predicted_tokens))
         total_time = time.perf_counter() - started
         num_tokens = len(result.predicted_tokens)
         return GenerationResult(
@@ -308,8 +310,9 @@ class HuggingfaceLlamaGenerator:
     def encode(self, prompt: str | list[int]) -> list[int]:
         """The prompt's token ids, with the special tokens that the tokenizer adds to a text."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids and self.tokenizer.bos_token_id is not None:
-            ids = [self.tokenizer.bos_token_id]
+        if not ids:
+            starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+            ids = [token for token in starts if token is not None][:1]
         return ids
 
     @property

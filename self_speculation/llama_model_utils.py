@@ -64,17 +64,21 @@ def context_length(config: Any) -> int:
     return config.max_position_embeddings
 
 
+def sliding_window(config: Any) -> int | None:
+    """How many positions some of the layers attend to; None where all attend to everything."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 def check_window(config: Any, num_positions: int) -> None:
-    """Refuse a generation of `num_positions` (prompt and output) in which a sliding window would hide some of
-    them.
+    """Refuse a generation of `num_positions` (prompt and output) in which a sliding window would hide some.
 
     Raises:
         ValueError: names the window.
     """
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        window = None
+    window = sliding_window(config)
     if window is not None and num_positions > window:
         raise ValueError(
             f"prompt and max_steps need {num_positions} positions, but this {config.model_type} model has a "
@@ -151,7 +155,8 @@ class Decoder:
         """[1, T, H] -> [1, n, V] for the last n positions; the head runs for no others."""
         if num_positions == 0:
             return hidden.new_empty(1, 0, 0)
-        return self._head(self._norm(hidden[:, -num_positions:]))
+        # With layers on several devices, everything but the layers is where the embedding is.
+        return self._head(self._norm(hidden[:, -num_positions:])).to(self._mask.device)
 
     def _causal_mask(self, start: int, width: int) -> Tensor | None:
         if not self._eager and (width == 1 or start == 0):

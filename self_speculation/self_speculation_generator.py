@@ -38,7 +38,8 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         exit_layer, num_speculations = config.exit_layer, config.num_speculations
         decoder = Decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
         sampler = config.sampler()
-        drafted, accepted, num_verifications = [0] * num_speculations, [0] * num_speculations, 0
+        drafted, judged, accepted = ([0] * num_speculations for _ in range(3))
+        num_verifications = 0
 
         logits = output.process(forward(decoder, output.history()).logits[0])  # [1, V]
         token = sampler(logits).tokens  # [1]
@@ -59,11 +60,15 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
             num_verifications += 1
             for i in range(k):
                 drafted[i] += 1
+                judged[i] += i < min(
+                    m + 1, taken
+                )  # one beyond the accepted ones, unless the output has ended
                 accepted[i] += i < min(m, taken)
         return {
             "acceptance_rate": sum(accepted) / sum(drafted) if sum(drafted) else None,
             "num_verifications": num_verifications,
             "drafted_by_position": tuple(n for n in drafted if n),
+            "judged_by_position": tuple(j for j, n in zip(judged, drafted, strict=True) if n),
             "accepted_by_position": tuple(a for a, n in zip(accepted, drafted, strict=True) if n),
         }
 

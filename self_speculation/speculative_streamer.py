@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
 
-from self_speculation.stopping import StopWords, decode
+from self_speculation.stopping import StopWords, continuation, decode
 
 Cell = tuple[str, str]  # one character and its style
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": "", "": ""}
 _RESET = "\x1b[0m"
-_CONTEXT = 8  # tokens decoded before a new one, so that it reads as it does inside the text
+_CONTEXT = 8  # tokens with text that are decoded before a new one, so that it reads as it does there
 _RECENT = 64  # decided tokens kept besides those a stop word could need; older ones are never touched again
 
 
@@ -42,6 +42,7 @@ class StandardTextStreamer:
         stop_words: the words that end the answer; they are never shown, not even in part.
         file: where to print; standard output by default.
         end_with: printed behind the answer.
+        prompt: the ids that the answer follows; they tell how its first token reads.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class StandardTextStreamer:
         stop_words: Iterable[str] | None = None,
         file: TextIO | None = None,
         end_with: str = "\n",
+        prompt: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_words = StopWords(tokenizer, stop_words or ())
@@ -57,6 +59,7 @@ class StandardTextStreamer:
         self._end_with = end_with
         self._recent = _RECENT + max((len(word) for word in self._stop_words.words), default=0)
         self._on_terminal = self._file.isatty() and os.environ.get("TERM") != "dumb"
+        self._before = list(prompt)  # ids before those in `_decided`, as far as they matter
         self._decided: list[_Token] = []
         self._printed = 0  # characters of the text of `_decided`
 
@@ -67,22 +70,36 @@ class StandardTextStreamer:
 
     def end(self) -> None:
         """Show what was held back, end the line, and be ready for the next answer."""
-        text = decode(self._tokenizer, [token.id for token in self._decided[-_CONTEXT:]])
-        if incomplete := text[len(text.rstrip("\ufffd")) :]:
+        done, waiting = self._context(self._decided)
+        if incomplete := continuation(self._tokenizer, done, waiting):
             self._decided.append(_Token(-1, incomplete, "target"))
         self._show(self._visible(self._decided, finished=True))
         self._file.write(self._end_with)
         self._file.flush()
-        self._decided, self._printed = [], 0
+        self._before, self._decided, self._printed = [], [], 0
 
     def _append(
-        self, tokens: list[_Token], ids: Iterable[int], style: str, before: Iterable[_Token] = ()
+        self, tokens: list[_Token], ids: Iterable[int], style: str, after: Sequence[_Token] = ()
     ) -> None:
         for id in map(int, ids):
-            context = [token.id for token in [*before, *tokens][-_CONTEXT:]]
-            known = decode(self._tokenizer, context).rstrip("\ufffd")
-            text = decode(self._tokenizer, [*context, id]).rstrip("\ufffd")
-            tokens.append(_Token(id, text[len(known) :], style))
+            done, waiting = self._context([*after, *tokens])
+            known = decode(self._tokenizer, done)
+            text = decode(self._tokenizer, [*done, *waiting, id])
+            tokens.append(_Token(id, "" if text.endswith("\ufffd") else text[len(known) :], style))
+
+    def _context(self, tokens: Sequence[_Token]) -> tuple[list[int], list[int]]:
+        """Ids before a new one: some whose text is complete, and behind them those whose text is not yet.
+
+        The first begin where a character begins: a decoder may turn all bytes of a broken run to replacement
+        characters, also those of whole characters in it.
+        """
+        complete = [i for i, token in enumerate(tokens) if token.text]
+        if not complete:
+            return self._before, [token.id for token in tokens]
+        end = complete[-1] + 1
+        start = complete[-_CONTEXT - 1] + 1 if len(complete) > _CONTEXT else 0
+        before = self._before if start == 0 else []
+        return [*before, *(token.id for token in tokens[start:end])], [token.id for token in tokens[end:]]
 
     def _visible(self, tokens: list[_Token], finished: bool) -> list[Cell]:
         """The characters that may be shown: none of a stop word or behind one."""
@@ -103,6 +120,7 @@ class StandardTextStreamer:
     def _retire(self) -> str:
         """Forget old tokens; their text."""
         old, self._decided = self._decided[: -self._recent], self._decided[-self._recent :]
+        self._before = [token.id for token in old[-_CONTEXT:]]
         return "".join(token.text for token in old)
 
 
@@ -120,8 +138,9 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         stop_words: Iterable[str] | None = None,
         file: TextIO | None = None,
         end_with: str = "\n",
+        prompt: Sequence[int] = (),
     ) -> None:
-        super().__init__(tokenizer, stop_words, file, end_with)
+        super().__init__(tokenizer, stop_words, file, end_with, prompt)
         self._drafts: list[_Token] = []
         self._verified: list[int] = []  # the drafted ids that the next decided ones are compared with
         self._screen = _Screen(self._file)
@@ -129,7 +148,7 @@ class SpeculativeTextStreamer(StandardTextStreamer):
     def put(self, ids: Iterable[int], is_draft: bool = False) -> None:
         """Show tokens, decided or drafted. Drafts come behind everything decided."""
         if is_draft:
-            self._append(self._drafts, ids, "draft", before=self._decided)
+            self._append(self._drafts, ids, "draft", after=self._decided)
             self._refresh()
             return
         ids = [int(id) for id in ids]

@@ -61,25 +61,31 @@ class StopWords:
     """Finds stop words in generated text, also where a word is spread over tokens or shares one with other
     text.
 
-    Only the output is searched: a prompt that ends in a stop word does not stop anything.
+    Only the output is searched: a prompt that ends in a stop word does not stop anything. The prompt's ids
+    tell how the output's first token reads.
     """
 
     # A window of so many tokens beyond the longest word is decoded after each token, instead of the whole
     # output: what precedes it was searched before.
     _SLACK = 16
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, words: Iterable[str], prompt: Sequence[int] = ()
+    ) -> None:
         self.words = tuple(words)
         self._tokenizer = tokenizer
+        self._prompt = prompt
         # Every token but a special one adds at least one byte to the text.
         self._window = max((len(word.encode()) for word in self.words), default=0) + self._SLACK
 
     def __call__(self, output: Sequence[int]) -> bool:
         """Does the text of `output` hold a stop word, given that it did not one token earlier?"""
-        if not self._in_text_of(output[-self._window :]):
-            return False
-        # The first token of a window may decode differently than inside the text.
-        return len(output) <= self._window or self._in_text_of(output)
+        if len(output) > self._window:
+            text = decode(self._tokenizer, output[-self._window :])
+            # A window that begins inside a character may decode to nothing but replacement characters.
+            if "\ufffd" not in text and not self._in(text):
+                return False
+        return self._in(continuation(self._tokenizer, self._prompt, output))
 
     def cut(self, text: str) -> str:
         """The text before the first stop word."""
@@ -98,11 +104,15 @@ class StopWords:
         )
         return text[: len(text) - held]
 
-    def _in_text_of(self, ids: Sequence[int]) -> bool:
-        text = decode(self._tokenizer, ids)
+    def _in(self, text: str) -> bool:
         return any(word in text for word in self.words)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The exact text of `ids`, special tokens included: the one notion of text, here and in the streamers."""
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that `ids` add behind `before`. Decoded alone, they may lose a space in front."""
+    return decode(tokenizer, [*before, *ids])[len(decode(tokenizer, before)) :]

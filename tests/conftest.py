@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -96,11 +97,18 @@ def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):
     return new[: ends[0]] if ends else new
 
 
-def _trained(tokenizer: Tokenizer, vocab_size: int, **trainer: object) -> PreTrainedTokenizerFast:
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, **trainer)
-    )
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def _trained(
+    tokenizer: Tokenizer, vocab_size: int, tokens: tuple[str, ...] = (), **trainer: object
+) -> PreTrainedTokenizerFast:
+    """Train on TEXTS; `tokens` are in the vocabulary whether they occur or not."""
+    settings = {"special_tokens": [*SPECIAL, *tokens], "show_progress": False, **trainer}
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -112,19 +120,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _trained(tokenizer, 330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    return _trained(tokenizer, 330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """Spaces as part of words and bytes for what is unknown, as Llama 2: decoding strips the first space."""
+    """Spaces as part of words, bytes for what is unknown, as Llama 2: decoding strips the first space."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    trained = _trained(tokenizer, 160, initial_alphabet=[], show_progress=False)
-    return trained
+    bytes_ = tuple(f"<0x{byte:02X}>" for byte in range(256))
+    return _trained(tokenizer, 360, bytes_, initial_alphabet=[], limit_alphabet=40)
 
 
 @pytest.fixture(scope="session")

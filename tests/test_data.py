@@ -40,8 +40,9 @@ FIRST = {
 
 
 def write(path, rows):
-    if path.name.endswith(".parquet"):
-        pandas.DataFrame(rows).to_parquet(path)
+    if ".parquet" in path.name:
+        content = pandas.DataFrame(rows).to_parquet()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     elif ".csv" in path.name:
         pandas.DataFrame(rows).to_csv(path, index=False)
     else:
@@ -62,8 +63,8 @@ def test_every_dataset_is_covered_here():
     assert set(ROWS) == set(FIRST) == set(DATASETS)
 
 
-KINDS = ["jsonl", "jsonl.gz", "parquet", "csv", "csv.gz"]
-FILES = [(dataset, kind) for dataset in ROWS for kind in (KINDS[:3] if dataset == "chat_format" else KINDS)]
+KINDS = ["jsonl", "jsonl.gz", "parquet", "parquet.gz", "csv", "csv.gz"]
+FILES = [(dataset, kind) for dataset in ROWS for kind in (KINDS[:4] if dataset == "chat_format" else KINDS)]
 
 
 @pytest.mark.parametrize(("dataset", "kind"), FILES)
@@ -113,7 +114,7 @@ def test_the_hub_is_asked_for_the_right_set(dataset, hub, monkeypatch):
 
 
 def test_an_unreachable_hub_says_what_to_do():
-    with pytest.raises(DataError, match=r"cannot load EdinburghNLP/xsum from the hub.*--data_path"):
+    with pytest.raises(DataError, match=r"cannot load EdinburghNLP/xsum from the hub .*--data_path"):
         load("xsum_summarization")
 
 
@@ -142,6 +143,19 @@ def test_shots_come_from_the_training_split_of_a_folder(tmp_path):
     examples = in_order("cnn_dm_summarization", str(tmp_path), n_shot=1)
     assert examples[0].prompt == "Article: old\nSummary: known\n\nArticle: article 0\nSummary:"
     assert len(examples) == 9
+
+
+def test_shots_keep_the_indentation_of_code():
+    prompt = in_order("human_eval", n_shot=1)[0].prompt
+    assert '    """\n    for idx, elem in enumerate(numbers):\n' in prompt
+
+
+def test_a_home_folder_is_found_for_shots_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "test.jsonl", ROWS["custom_jsonl"])
+    write(tmp_path / "train.jsonl", [{"prompt": "old", "response": "known"}])
+    examples = in_order("custom_jsonl", "~", n_shot=1)
+    assert (examples[0].prompt, len(examples)) == ("old known\n\nask 0", 9)
 
 
 def test_a_template_keeps_its_other_braces(tmp_path):
@@ -181,12 +195,15 @@ def test_a_number_in_json_becomes_its_text(tmp_path):
             "line 1: column 'prompt' must be text, not NoneType",
         ),
         ("a.jsonl", b"\xff\xfe", "a.jsonl: 'utf-8' codec can't decode"),
-        ("a.jsonl", b"", "--n_shot 0: custom_jsonl has too few examples"),
-        ("a.csv", b"prompt,answer\na,b\n", "row 1: no column 'response'; found: prompt, answer"),
-        ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv: Error tokenizing data"),
-        ("a.csv", b"", "a.csv: No columns"),
+        ("a.jsonl", b"", "a.jsonl: no examples"),
+        ("a.csv", b"prompt,answer\na,b\n", "line 2: no column 'response'; found: prompt, answer"),
+        ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv, line 3: must have the 2 fields of the header"),
+        ("a.csv", b"prompt,response\na,b,\n", "a.csv, line 2: must have the 2 fields"),
+        ("a.csv", b"prompt,response\nc\n", "a.csv, line 2: must have the 2 fields"),
+        ("a.csv", b"", "a.csv: no examples"),
         ("a.parquet", b"no", "a.parquet: "),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9] + b"xxxxxxxxx", "a.jsonl.gz: "),
         ("a.xml", b"", "must be a .jsonl, .csv or .parquet file"),
     ],
 )
@@ -207,7 +224,13 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_malformed_turns(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"data": [{"role": "USER"}]}])
+    with pytest.raises(DataError, match="line 1: no column 'message'; found: role"):
+        load("chat_format", path)
+    write(tmp_path / "a.jsonl", [{"data": "hi"}])
     with pytest.raises(DataError, match="line 1: column 'data' must be a list of turns"):
+        load("chat_format", path)
+    write(tmp_path / "a.jsonl", [{"data": [{"role": "PARSER", "message": None}]}])
+    with pytest.raises(DataError, match="line 1: column 'message' must be text"):
         load("chat_format", path)
 
 

@@ -10,7 +10,8 @@ import metrics
 def record(drafted=(), accepted=(), **kwargs):
     return {
         "num_tokens": 4, "prefill_time": 1.0, "decode_time": 2.0, "num_decode_tokens": 3, "tokens": [1],
-        "num_verifications": 2, "drafted_by_position": drafted, "accepted_by_position": accepted, **kwargs,
+        "num_verifications": 2, "drafted_by_position": drafted, "accepted_by_position": accepted,
+        "judged_by_position": (), **kwargs,
     }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def test_acceptance_adds_counts_not_rates():
 
 def test_token_acceptance_counts_what_was_judged():
     """Of 10 first tokens 8 are accepted, of the 8 judged second ones 4: 12 of 18."""
-    assert metrics.token_acceptance([record((10, 10), (8, 4))]) == 12 / 18
+    assert metrics.token_acceptance([record((10, 10), (8, 4), judged_by_position=(10, 8))]) == 12 / 18
     assert metrics.token_acceptance([record()]) is None
 
 
@@ -62,6 +63,7 @@ def test_speedup_compares_rates_since_sampled_lengths_differ():
     result = metrics.speedup([fast, fast], "base_")
     assert result["decode_speedup"] == 1.0
     assert result["decode_speedup_quartiles"] == [1.0, 1.0, 1.0]
+    assert metrics.quartiles([1.0, 2.0]) == [1.25, 1.5, 1.75]
     assert result["identical_outputs"] == 0
 
 
@@ -82,11 +84,13 @@ PROBLEM = {
 
 
 def test_pass_at_1_runs_answers_in_a_process_with_limits():
-    """One right, one wrong, one that breaks, one that never ends, one that would end this process."""
+    """One right, one wrong, one that breaks, one that never ends, one that would end this process, and two
+    that are right up to where the function ends."""
     answers = [
         "    return 1", "    return 2", "    return (", "    while True: pass", "    import os; os._exit(0)",
+        "    return 1\n\ndef g(x", "    return 1\nprint(f",
     ]  # fmt: skip
-    assert metrics.pass_at_1([PROBLEM] * 5, answers, timeout=1.0) == 1 / 5
+    assert metrics.pass_at_1([PROBLEM] * 7, answers, timeout=1.0) == pytest.approx(3 / 7)
 
 
 def test_measured_counts_feed_the_formula():
@@ -94,6 +98,8 @@ def test_measured_counts_feed_the_formula():
     result = generate(
         tiny_llama(agreement="always"), [3, 4], exit_layer=2, num_speculations=3, max_steps=13, eos=[]
     )
-    counts = record(result.drafted_by_position, result.accepted_by_position)
+    counts = record(
+        result.drafted_by_position, result.accepted_by_position, judged_by_position=result.judged_by_position
+    )
     assert metrics.token_acceptance([counts]) == 1
     assert torch.tensor(result.mean_accepted_length) == 4

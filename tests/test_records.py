@@ -66,13 +66,18 @@ def test_resuming_with_other_arguments_names_the_difference(run):
         Run.resume(str(run.folder), other)
     where_and_what_is_shown = {**DESCRIPTION, "arguments": {"seed": 1, "output_dir": "b", "verbose": True}}
     assert Run.resume(str(run.folder), where_and_what_is_shown).folder == run.folder
-    with pytest.raises(RecordError, match="examples are not the same"):
-        Run.resume(str(run.folder), {**DESCRIPTION, "dataset_fingerprint": "y"})
+    for key in ("dataset_fingerprint", "device", "model", "dtype"):
+        with pytest.raises(RecordError, match=f"that run had {key} .*, this one has 'y'"):
+            Run.resume(str(run.folder), {**DESCRIPTION, key: "y"})
 
 
 def test_resuming_what_is_not_a_run(tmp_path):
     with pytest.raises(RecordError, match=r"no run.json"):
         Run.resume(str(tmp_path), DESCRIPTION)
+    for content in ("{}", "[]", "{"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(RecordError, match=r"no run.json"):
+            Run.resume(str(tmp_path), DESCRIPTION)
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):

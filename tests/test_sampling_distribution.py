@@ -24,7 +24,7 @@ def model():
 
 def config(**kwargs):
     return GenerationConfig(
-        **{"max_steps": STEPS, "num_speculations": 2, "generation_strategy": "self_speculative",
+        **{"max_steps": STEPS + 2, "num_speculations": 2, "generation_strategy": "self_speculative",
            "exit_layer": 1, "temperature": 1.0, "top_p": 1.0, **kwargs},
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ def observed(config, processors):
     generator = make_strategy(config.generation_strategy)
     for _ in range(SAMPLES):
         result = generator.generate_token_ids(model(), PROMPT, [], config, logits_processors=processors)
-        key = tuple(result.predicted_tokens)
+        key = tuple(result.predicted_tokens[:STEPS])
         counts[key] = counts.get(key, 0) + 1
     return counts
 

@@ -23,7 +23,7 @@ def first_stop(tokenizer, words, ids):
 def test_the_window_finds_what_the_whole_text_holds(name, word, request):
     """A window that is too short, or cut through a character, would miss words or find them late."""
     tokenizer = request.getfixturevalue(name)
-    text = "x y z " * 30 + "Once there was a man. Human: café 日本語 🙂🙃\n\nclass a"
+    text = "x y z " * 30 + "日本語" * 9 + "Once there was a man. Human: café 日本語 🙂🙃\n\nclass a"
     ids = tokenizer.encode(text)
     found = StopWords(tokenizer, ["never there", word])
     expected = first_stop(tokenizer, [word], ids)
@@ -101,9 +101,12 @@ def test_an_empty_prompt_stands_for_bos(answer, byte_tokenizer, text_model, extr
     assert result.generation_strategy_result.num_prompt_tokens == 1
 
 
-def test_an_empty_prompt_without_bos_is_refused(text_model, byte_tokenizer):
+def test_an_empty_prompt_without_bos_stands_for_eos_or_is_refused(text_model, byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.bos_token = None
+    generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
+    assert generator.encode("") == [tokenizer.eos_token_id]
+    tokenizer.eos_token = None
     generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         generator.generate("", GenerationConfig())

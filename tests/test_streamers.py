@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from wcwidth import wcwidth
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.stopping import decode
+from self_speculation.stopping import continuation, decode
 
 
 class Screen(pyte.Screen):
@@ -102,12 +102,45 @@ def play(streamer, rounds, ids):
     streamer.end()
 
 
+@pytest.mark.parametrize("text", ["日本語日本語です日本語日本語です", "🙂🙃🙂🙃🙂🙃 ok", "  x", "é"])
+def test_runs_of_byte_tokens(sentencepiece_tokenizer, text, size):
+    """A byte-fallback decoder gives up on a whole run of bytes when its last character is incomplete."""
+    ids = sentencepiece_tokenizer.encode(text, add_special_tokens=False)
+    expected = decode(sentencepiece_tokenizer, ids)
+    for kind in (StandardTextStreamer, SpeculativeTextStreamer):
+        for file in (io.StringIO(), size(60)):
+            streamer = kind(sentencepiece_tokenizer, file=file)
+            for id in ids:
+                if kind is SpeculativeTextStreamer:
+                    streamer.put([id], is_draft=True)
+                    streamer.delete(1, is_draft=True)
+                streamer.put([id])
+                assert "\ufffd" not in file.getvalue()
+            streamer.end()
+            shown = file.shown() if isinstance(file, Terminal) else file.getvalue().removesuffix("\n")
+            assert shown == expected.rstrip() or shown == expected
+
+
+def test_the_first_space_of_an_answer_is_kept(sentencepiece_tokenizer):
+    """Decoded alone, the ids would lose it: an indentation of four would be shown as three."""
+    prompt = sentencepiece_tokenizer.encode("def a:", add_special_tokens=False)
+    whole = sentencepiece_tokenizer.encode("def a:    return", add_special_tokens=False)
+    assert whole[: len(prompt)] == prompt
+    file = io.StringIO()
+    streamer = StandardTextStreamer(sentencepiece_tokenizer, file=file, prompt=prompt)
+    for id in whole[len(prompt) :]:
+        streamer.put([id])
+    streamer.end()
+    assert file.getvalue() == "    return\n"
+    assert continuation(sentencepiece_tokenizer, prompt, whole[len(prompt) :]) == "    return"
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     name=st.sampled_from(["byte_tokenizer", "sentencepiece_tokenizer"]),
     text=st.text(st.sampled_from("ab \n日é🙂\u0301xyz"), max_size=60),
     rounds=st.lists(
-        st.tuples(st.lists(st.integers(3, 150), max_size=5), st.integers(0, 5)), min_size=1, max_size=20
+        st.tuples(st.lists(st.integers(3, 320), max_size=5), st.integers(0, 5)), min_size=1, max_size=20
     ),
     columns=st.integers(3, 30),
 )

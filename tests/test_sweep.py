@@ -194,7 +194,8 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
     folder = only_run(tmp_path)
     best = json.loads((folder / "run.json").read_text())["metrics"]["best"]
     flags = common[: common.index("--exit_layer_last")]
-    assert benchmark.main([*flags, "--tuned", str(folder), "--output_dir", str(tmp_path / "b" / "logs")]) == 0
+    output = ["--output_dir", str(tmp_path / "b" / "logs")]
+    assert benchmark.main([*flags, "--tuned", str(folder.parent), *output]) == 0
     arguments = json.loads((only_run(tmp_path / "b") / "run.json").read_text())["arguments"]
     assert arguments["generation_strategy"] == "self_speculative"
     assert {name: arguments[name] for name in ("exit_layer", "num_speculations")} == {

