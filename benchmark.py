@@ -26,11 +26,11 @@ from arguments import (
     refuse,
 )
 from data import Example
-from example_runs import leave_out_too_long, prepare, run_examples
+from example_runs import prepare, run_examples
 from measuring import BASELINE, measure_example
-from records import Record, Run, describe_model, open_run
+from records import Record, Run
 from self_speculation import HuggingfaceLlamaGenerator
-from startup import autoregressive, load_generator, model_name
+from startup import autoregressive
 from tuning import tuned
 
 
@@ -42,15 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
     if args.compare:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    asked = (model_args, config, data_args, args)
-    examples, description = prepare("benchmark.py", asked, model_args, data_args, args.resume)
-    generator = load_generator(model_args, config)
-    description |= describe_model(model_name(model_args), generator.model)
-    examples = leave_out_too_long(generator, examples, config.max_steps)
+    generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args)
     bench = Benchmark(generator, config, examples, args, model_args.seed)
     bench.warm_up()
     return run_examples(
-        open_run=lambda: open_run(args.resume, model_args.output_dir, "benchmark", description),
+        open_run=open_run,
         num_examples=len(examples),
         measure=bench.measure,
         progress=bench.progress,

@@ -22,12 +22,12 @@ from transformers import NoRepeatNGramLogitsProcessor
 from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
 from comparison import find_difference, same_distribution
 from data import Example
-from example_runs import leave_out_too_long, prepare, run_examples
-from records import Record, Run, describe_model, open_run
+from example_runs import prepare, run_examples
+from records import Record, Run
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.llama_model_utils import context_length
 from self_speculation.stopping import StopWords
-from startup import autoregressive, load_generator, model_name
+from startup import autoregressive
 
 # Chance that a right program fails a run with --sample True, over all its tests together.
 FALSE_ALARM = 1e-3
@@ -40,11 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sampled and args.reference == "transformers":
         refuse("--reference transformers: compares ids, so it needs --sample False")
     config = dataclasses.replace(config, generation_strategy="self_speculative")
-    asked = (model_args, config, data_args, args)
-    examples, description = prepare("correctness.py", asked, model_args, data_args, args.resume)
-    generator = load_generator(model_args, config)
-    description |= describe_model(model_name(model_args), generator.model)
-    examples = leave_out_too_long(generator, examples, config.max_steps)
+    generator, examples, open_run = prepare("correctness", model_args, config, data_args, args)
     check: Ids | Distributions
     if sampled:
         print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
@@ -53,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         check = Ids(generator, config, examples, args)
     return run_examples(
-        open_run=lambda: open_run(args.resume, model_args.output_dir, "correctness", description),
+        open_run=open_run,
         num_examples=len(examples),
         measure=check.measure,
         progress=check.progress,

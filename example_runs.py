@@ -9,47 +9,37 @@ from typing import Any
 from tqdm import tqdm
 
 import distributed
-from arguments import DataArguments, ModelArguments, refuse
+from arguments import DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
-from records import Record, RecordError, Run, check_destination, describe
+from records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.llama_model_utils import context_length, sliding_window
+from startup import load_generator, model_name
 
 
 def prepare(
-    script: str,
-    groups: Sequence[Any],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    resume: str | None,
-) -> tuple[list[Example], Record]:
-    """The examples, and what the run is asked for; refuses what can be refused before a model is loaded."""
+    script: str, model_args: ModelArguments, config: GenerationConfig, data_args: DataArguments, args: Any
+) -> tuple[HuggingfaceLlamaGenerator, list[Example], Callable[[], Run]]:
+    """What a script over a dataset needs: the model, the examples that fit it, and how to open the run.
+
+    What can be refused before the model is loaded is refused before.
+
+    Args:
+        args: the script's own, `resume` among them.
+    """
     try:
         examples = load_examples(data_args, model_args.seed)
-        description = describe(script, groups, fingerprint(examples))
-        check_destination(resume, model_args.output_dir, description)
+        description = describe(script, (model_args, config, data_args, args), fingerprint(examples))
+        check_destination(args.resume, model_args.output_dir, description)
     except (DataError, RecordError) as error:
         refuse(str(error))
-    return examples, description
-
-
-def leave_out_too_long(
-    generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int
-) -> list[Example]:
-    """The examples whose prompts leave room for an answer in the model's context; says how many do not."""
-    room = context_length(generator.model.config) - 1
-    if (window := sliding_window(generator.model.config)) is not None:
-        room = min(room, window - max_steps)
-    fitting = [example for example in examples if len(generator.encode(example.prompt)) <= room]
-    if not fitting:
-        refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
-    if len(fitting) < len(examples) and distributed.rank() == 0:
-        number = len(examples) - len(fitting)
-        print(
-            f"left out {number} of {len(examples)} examples: prompts of more than {room} tokens",
-            file=sys.stderr,
-        )
-    return fitting
+    generator = load_generator(model_args, config)
+    description |= describe_model(model_name(model_args), generator.model)
+    return (
+        generator,
+        _examples_that_fit(generator, examples, config.max_steps),
+        lambda: open_run(args.resume, model_args.output_dir, script, description),
+    )
 
 
 def run_examples(
@@ -105,3 +95,22 @@ def run_examples(
                 file=sys.stderr,
             )
             return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _examples_that_fit(
+    generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int
+) -> list[Example]:
+    """The examples whose prompts leave room for an answer in the model's context; says how many do not."""
+    room = context_length(generator.model.config) - 1
+    if (window := sliding_window(generator.model.config)) is not None:
+        room = min(room, window - max_steps)
+    fitting = [example for example in examples if len(generator.encode(example.prompt)) <= room]
+    if not fitting:
+        refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
+    if len(fitting) < len(examples) and distributed.rank() == 0:
+        number = len(examples) - len(fitting)
+        print(
+            f"left out {number} of {len(examples)} examples: prompts of more than {room} tokens",
+            file=sys.stderr,
+        )
+    return fitting

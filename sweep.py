@@ -24,14 +24,14 @@ import metrics
 from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
 from calibration import Costs, calibrate
 from data import Example
-from example_runs import leave_out_too_long, prepare, run_examples
+from example_runs import prepare, run_examples
 from measuring import BASELINE, Side, measure_example
 from plots import heat_maps
-from records import Record, Run, describe_model, open_run
+from records import Record, Run
 from replay import LONGEST_DRAFT, Rounds, replay, run_length
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.llama_model_utils import Decoder, context_length, forward_exits
-from startup import autoregressive, load_generator, model_name, number_of_layers
+from startup import autoregressive, number_of_layers
 from tuning import best_cell
 
 COLUMNS = [
@@ -65,17 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
         _notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
-    asked = (model_args, config, data_args, args)
-    examples, description = prepare("sweep.py", asked, model_args, data_args, args.resume)
-    generator = load_generator(model_args, config)
-    description |= describe_model(model_name(model_args), generator.model)
-    examples = leave_out_too_long(generator, examples, config.max_steps)
+    generator, examples, open_run = prepare("sweep", model_args, config, data_args, args)
     grid = [(e, k) for e in args.exit_layers(num_layers) for k in args.draft_lengths()]
     kind = Measured if args.mode == "measured" else Predicted
     sweep = kind(generator, config, examples, grid, args, model_args.seed)
     sweep.warm_up()
     return run_examples(
-        open_run=lambda: open_run(args.resume, model_args.output_dir, "sweep", description),
+        open_run=open_run,
         num_examples=sweep.num_steps,
         measure=sweep.measure,
         progress=sweep.progress,

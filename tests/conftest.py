@@ -71,7 +71,7 @@ def generate(model, prompt, strategy=None, **config):
     """Token ids by one of the strategies; self-speculative when a draft length is given."""
     call = {
         name: config.pop(name)
-        for name in ("logits_processors", "stopping_criteria", "streamer")
+        for name in ("logits_processors", "stopping_criteria", "streamer", "ends_text")
         if name in config
     }
     eos = config.pop("eos", [EOS])

@@ -48,14 +48,26 @@ PROCESSORS = {
     processors=st.sampled_from(sorted(PROCESSORS)),
     eos=st.lists(st.integers(0, 49), max_size=6, unique=True),
     no_repeat_ngram_size=st.sampled_from([None, 1, 2]),
+    stops_at=st.sampled_from([None, 3, 7]),
     prompt=st.lists(st.integers(3, 49), min_size=1, max_size=7),
 )
 def test_ids_equal_for_every_setting(
-    exit_layer, num_speculations, max_steps, agreement, processors, eos, no_repeat_ngram_size, prompt
+    exit_layer,
+    num_speculations,
+    max_steps,
+    agreement,
+    processors,
+    eos,
+    no_repeat_ngram_size,
+    stops_at,
+    prompt,
 ):
-    """Guards against errors of bookkeeping: budget, rollback, end inside a draft, a processor's history."""
+    """Guards against errors of bookkeeping: budget, rollback, end inside a draft, history of a processor or
+    of a stop condition."""
     model = tiny_llama(agreement=agreement)
     shared = {"max_steps": max_steps, "eos": eos, "no_repeat_ngram_size": no_repeat_ngram_size}
+    shared["ends_text"] = lambda output: stops_at is not None and sum(output[-2:]) % stops_at == 0
+    criterion = [lambda ids, *_, **__: torch.tensor([shared["ends_text"](ids[0, len(prompt) :].tolist())])]
     plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
     speculative = generate(
         model, prompt, logits_processors=PROCESSORS[processors](), exit_layer=exit_layer,
@@ -65,7 +77,13 @@ def test_ids_equal_for_every_setting(
     assert speculative.stop_reason == plain.stop_reason
     extra = {"no_repeat_ngram_size": no_repeat_ngram_size} if no_repeat_ngram_size else {}
     reference = transformers_generate(
-        model, prompt, max_steps, eos or -1, logits_processor=PROCESSORS[processors](), **extra
+        model,
+        prompt,
+        max_steps,
+        eos or -1,
+        logits_processor=PROCESSORS[processors](),
+        stopping_criteria=criterion,
+        **extra,
     )
     assert plain.predicted_tokens == reference
 
