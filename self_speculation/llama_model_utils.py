@@ -93,6 +93,7 @@ class Decoder:
 
     Args:
         model: a `...ForCausalLM` of a supported type.
+        prompt_length: positions that come in the first pass.
         num_positions: the most positions that the generation can reach.
         max_width: the most tokens that a pass after the prompt is given.
     """
@@ -106,28 +107,23 @@ class Decoder:
         self.cache = KVCache(len(self.layers), capacity=min(num_positions, prompt_length + _FIRST_ALLOCATION))
         self._embed, self._norm, self._head = base.embed_tokens, base.norm, model.get_output_embeddings()
         self._eager = model.config._attn_implementation == "eager"
-        self._prompt_length = prompt_length
         self._num_positions = num_positions
 
         weight = self._embed.weight
         positions = torch.arange(num_positions, device=weight.device)[None]
-        self._cos, self._sin = base.rotary_emb(
-            weight, position_ids=positions
-        )  # each [1, num_positions, head_dim]
+        # [1, num_positions, head_dim] each
+        self._cos, self._sin = base.rotary_emb(weight, position_ids=positions)
         # A query at position `start + i` sees `start` columns of ones and then a triangle. Rows of one
         # matrix, shifted:
         #   [ 1 1 1 1 | 1 0 0 ]      so that the mask of T queries behind `start` positions is the slice
         #   [ 1 1 1 1 | 1 1 0 ]      [:T, num_positions - start : num_positions + T].
         #   [ 1 1 1 1 | 1 1 1 ]
         height = max(max_width, prompt_length if self._eager else 1)
-        visible = torch.ones(height, num_positions + height, dtype=torch.bool, device=weight.device).tril(
-            num_positions
-        )
+        mask = torch.ones(height, num_positions + height, dtype=torch.bool, device=weight.device)
+        mask = mask.tril(num_positions)
         if self._eager:  # eager attention adds its mask
-            visible = torch.zeros_like(visible, dtype=weight.dtype).masked_fill_(
-                ~visible, torch.finfo(weight.dtype).min
-            )
-        self._mask = visible[None, None]  # [1, 1, height, num_positions + height]
+            mask = (~mask).to(weight.dtype) * torch.finfo(weight.dtype).min
+        self._mask = mask[None, None]  # [1, 1, height, num_positions + height]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[1, T] ids -> [1, T, H]"""

@@ -35,7 +35,8 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     """
 
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
-        exit_layer, num_speculations = config.exit_layer, config.num_speculations
+        exit_layer = config.exit_layer
+        num_speculations = min(config.num_speculations, output.remaining)  # longer drafts would never be made
         decoder = Decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
         sampler = config.sampler()
         drafted, judged, accepted = ([0] * num_speculations for _ in range(3))

@@ -119,6 +119,11 @@ def test_autoregressive_results_do_not_speak_of_speculation():
     assert result.num_verifications is result.mean_accepted_length is result.acceptance_by_position is None
 
 
+def test_a_draft_length_beyond_all_measure_costs_nothing():
+    result = generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=10**9, max_steps=12, eos=[])
+    assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 12, -1)
+
+
 def test_one_step_is_the_prefill_alone():
     result = generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=3, max_steps=1, eos=[])
     assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 1, -1)
