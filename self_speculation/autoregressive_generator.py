@@ -6,13 +6,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from self_speculation.generator_base import DecodingStrategy, GenerationConfig
+from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
 from self_speculation.llama_model_utils import Decoder, forward_early
 from self_speculation.output import Output
 
 
 class AutoRegressiveGenerationStrategy(DecodingStrategy):
     """Layers 0..exit_layer-1 (all of them when it is -1), then norm and head, once for every token."""
+
+    name: GenerationStrategyName = "autoregressive"
 
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
         decoder = Decoder(model, output.prompt_length, output.max_length)

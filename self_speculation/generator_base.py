@@ -9,7 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -187,6 +187,8 @@ class GenerationStrategy(ABC):
 class DecodingStrategy(GenerationStrategy):
     """What the strategies of this library share: everything around the decode loop."""
 
+    name: GenerationStrategyName
+
     @torch.inference_mode()
     def generate_token_ids(
         self,
@@ -199,7 +201,8 @@ class DecodingStrategy(GenerationStrategy):
         streamer: Any = None,
         ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
-        config = generation_config
+        # The strategy that was made counts, whatever the config calls it.
+        config = replace(generation_config, generation_strategy=self.name)
         check_supported(model.config)
         config.check_depth(model.config.num_hidden_layers)
         room = context_length(model.config) - len(input_ids)

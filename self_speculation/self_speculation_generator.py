@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.generator_base import DecodingStrategy, GenerationConfig
+from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
 from self_speculation.llama_model_utils import Decoder, forward, forward_early, forward_remainder
 from self_speculation.output import Output
 from self_speculation.sampling import Sampler, Verdict, verify_draft
@@ -33,6 +33,8 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     """Rounds of k drafted tokens and one verification; the output is what the full model alone would
     generate.
     """
+
+    name: GenerationStrategyName = "self_speculative"
 
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
         exit_layer = config.exit_layer

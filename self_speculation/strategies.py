@@ -7,8 +7,8 @@ from self_speculation.generator_base import GenerationStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
 
 _STRATEGIES: dict[str, type[GenerationStrategy]] = {
-    "autoregressive": AutoRegressiveGenerationStrategy,
-    "self_speculative": SelfSpeculativeGenerationStrategy,
+    strategy.name: strategy
+    for strategy in (AutoRegressiveGenerationStrategy, SelfSpeculativeGenerationStrategy)
 }
 
 

@@ -11,6 +11,8 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from self_speculation import GenerationConfig, make_strategy
+
 PROMPT = [5, 9, 4, 7, 7, 3]
 
 
@@ -222,6 +224,17 @@ def test_self_speculation_needs_an_exit_layer_and_a_draft_length():
         generate(tiny_llama(), PROMPT, strategy="self_speculative")
     with pytest.raises(ValueError, match="num_speculations -1: self_speculative needs at least 1"):
         generate(tiny_llama(), PROMPT, strategy="self_speculative", exit_layer=2)
+
+
+def test_the_strategy_made_counts_not_the_name_in_the_config():
+    """A config left at its defaults would run -1 layers."""
+    strategy = make_strategy("self_speculative")
+    with pytest.raises(ValueError, match="exit_layer -1: must be between 1 and 3"):
+        strategy.generate_token_ids(tiny_llama(), PROMPT, [], GenerationConfig())
+    config = GenerationConfig(exit_layer=2, num_speculations=2, max_steps=5, sample=False)
+    result = strategy.generate_token_ids(tiny_llama(), PROMPT, [], config)
+    assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 5, -1)
+    assert result.num_drafted
 
 
 def test_timing_adds_up():
