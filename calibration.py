@@ -20,6 +20,7 @@ from self_speculation.self_speculation_generator import SelfSpeculativeGeneratio
 from self_speculation.stopping import StopConditions
 
 _REPETITIONS = 7
+_ENOUGH, _LONG = 3, 30.0  # repetitions that will do where all take more than so many seconds
 _DRAFT_LENGTHS = (0, 1, 2, 3, 4, 6, 9, 13, 20)  # in between, the cost is interpolated
 
 
@@ -79,7 +80,10 @@ def calibrate(model: PreTrainedModel, exit_layers: Sequence[int], context: int) 
     jobs += [lambda: plain.append(_timed(plain_step))] * 3
     jobs += [partial(draft_step, layer) for layer in exit_layers]
     jobs += [partial(verification, *place) for place in checks]
+    started = time.perf_counter()
     for turn in tqdm(range(_REPETITIONS + 1), desc="calibration"):
+        if turn > _ENOUGH and time.perf_counter() - started > _LONG:
+            break
         for job in jobs:  # all in turn, so that a slow moment of the machine hits no one step alone
             job()
         if turn == 0:  # warm-up

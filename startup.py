@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 
 from transformers.utils import logging
@@ -40,19 +42,19 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
     Whatever cannot be loaded, or does not fit the model, ends the program in one line with status 2.
     """
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     num_layers = number_of_layers(model_args)
     try:
         resolve_device(model_args.device)
         config.check_depth(num_layers)
-        model, tokenizer = load_model_and_tokenizer(
-            model_name(model_args),
-            model_args.from_pretrained_args(),
-            model_args.dtype,
-            model_args.device,
-            model_args.seed,
-        )
+        # Bars of loading are for somebody who is waiting; what goes wrong is raised.
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            model, tokenizer = load_model_and_tokenizer(
+                model_name(model_args),
+                model_args.from_pretrained_args(),
+                model_args.dtype,
+                model_args.device,
+                model_args.seed,
+            )
     except (LoadingError, ValueError) as error:
         refuse(f"--{error}")
     return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))

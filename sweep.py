@@ -3,8 +3,10 @@
     python sweep.py --num_samples 40 --max_steps 64 --exit_layer_first 2 --exit_layer_last 12
     python sweep.py --mode measured --num_samples 10 --max_steps 64
 
-Predicted mode generates each example once, at full depth, reads what every exit layer would have guessed, and
-replays the rounds of every cell; a calibration tells what they cost. Counts are exact, times are estimates.
+The grid and the strategy are the sweep's own, whatever --exit_layer, --num_speculations and
+--generation_strategy say. Predicted mode generates each example once, at full depth, reads what every exit
+layer would have guessed, and replays the rounds of every cell; a calibration tells what they cost. Counts are
+exact, times are estimates.
 """
 
 from __future__ import annotations

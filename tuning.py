@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pandas
@@ -17,27 +18,37 @@ def best_cell(table: pandas.DataFrame) -> pandas.Series:
     return candidates.loc[candidates["speedup"].idxmax()]
 
 
-def _when(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0.0
-
-
 def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
     """The config with exit layer and draft length of the sweep that --tuned names, if it names one."""
     if args.tuned is None:
         return config
     if config.exit_layer != -1 or config.num_speculations != -1:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
-    path = Path(args.tuned).expanduser()
-    if path.is_dir():  # of a sweep, or of several, of which the last counts
-        path = max([path / "sweep.csv", *path.glob("sweep_*/sweep.csv")], key=_when)
     try:
-        best = best_cell(pandas.read_csv(path))
+        best = best_cell(pandas.read_csv(_table(Path(args.tuned).expanduser())))
         exit_layer, num_speculations = int(best["exit_layer"]), int(best["num_speculations"])
     except (OSError, KeyError, ValueError) as error:
-        refuse(f"--tuned {args.tuned}: no table of a sweep in there ({error})")
+        refuse(f"--tuned {args.tuned}: {getattr(error, 'strerror', None) or error}")
     return dataclasses.replace(
         config,
         generation_strategy="self_speculative",
         exit_layer=exit_layer,
         num_speculations=num_speculations,
     )
+
+
+def _table(path: Path) -> Path:
+    """The CSV that is meant: itself, or that of the sweep in this folder, the last one if there are several.
+
+    Raises:
+        ValueError: there is no sweep, or it is unfinished.
+    """
+    if not path.is_dir():
+        return path
+    runs = [*path.glob("run.json"), *path.glob("sweep_*/run.json")]
+    if not runs:
+        raise ValueError("no sweep in there")
+    last = max(runs, key=lambda run: run.stat().st_mtime)
+    if json.loads(last.read_text()).get("status") != "finished":
+        raise ValueError(f"the sweep is unfinished, go on with sweep.py --resume {last.parent}")
+    return last.with_name("sweep.csv")

@@ -50,9 +50,9 @@ class GenerationConfig:
     no_repeat_ngram_size: int | None = None
     """No n tokens in a row occur twice in prompt and output."""
     stop_words: list[str] | None = None
-    """Texts that end the output before themselves."""
+    """Texts, one or several, that end the output before themselves."""
     stop_token_ids: list[int] | None = None
-    """Token ids that end the output, besides the EOS ids of tokenizer and model."""
+    """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
 
     def __post_init__(self) -> None:
         def check(field: str, allowed: str, ok: bool) -> None:
@@ -90,10 +90,13 @@ class GenerationConfig:
             ValueError: an exit layer that it does not have; self-speculation without one or without drafts.
         """
         speculative = self.generation_strategy == "self_speculative"
-        if self.exit_layer >= num_layers or (speculative and self.exit_layer < 1):
+        between = f"between 1 and {num_layers - 1}, the model has {num_layers} layers"
+        if speculative and self.exit_layer == -1:
+            raise ValueError(f"exit_layer -1: self_speculative needs one {between}")
+        if self.exit_layer >= num_layers:
             raise ValueError(
-                f"exit_layer {self.exit_layer}: must be between 1 and {num_layers - 1}, the model has "
-                f"{num_layers} layers" + ("" if speculative else "; -1 is full depth")
+                f"exit_layer {self.exit_layer}: must be {between}"
+                + ("" if speculative else "; -1 is full depth")
             )
         if speculative and self.num_speculations < 1:
             raise ValueError(f"num_speculations {self.num_speculations}: self_speculative needs at least 1")

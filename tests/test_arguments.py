@@ -101,4 +101,6 @@ def test_help_tells_meaning_and_default_of_every_flag(capsys):
     for group in GROUPS:
         for field in dataclasses.fields(group):
             assert f"--{field.name} " in text
-            assert f"(default: {field.default})" in text
+            assert field.default is None or f"(default: {field.default})" in text
+    assert "None" not in text
+    assert "[" not in "".join(line for line in text.splitlines() if line.endswith(":"))

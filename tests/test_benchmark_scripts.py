@@ -100,7 +100,7 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--compare", "True"], "--exit_layer -1: must be between 1 and 3"),
+        (["--compare", "True"], "--exit_layer -1: self_speculative needs one between 1 and 3"),
         (["--execute_code", "True"], "--execute_code True: only human_eval has programs to run"),
         (["--data_path", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["--exit_layer", "9"], "--exit_layer 9: must be between 1 and 3"),

@@ -93,7 +93,10 @@ def test_chat_applies_the_template(run):
     ("args", "message"),
     [
         (["--exit_layer", "4"], "--exit_layer 4: must be between 1 and 3, the model has 4 layers"),
-        (["--generation_strategy", "self_speculative"], "--exit_layer -1: must be between 1 and 3"),
+        (
+            ["--generation_strategy", "self_speculative"],
+            "--exit_layer -1: self_speculative needs one between 1 and 3",
+        ),
         (SPECULATIVE[:4], "--num_speculations -1: self_speculative needs at least 1"),
         (["--model", "/nowhere"], "--model '/nowhere': no such folder"),
         (["--device", "tpu"], "--device 'tpu': not on this machine"),

@@ -49,6 +49,7 @@ def test_a_prompt(smollm2):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_prompts_and_three_exit_layers(smollm2):
     compare(*smollm2, prompts()[:20], [10, 20, 28])
 

@@ -6,6 +6,7 @@ import pandas
 import pytest
 from test_benchmark_scripts import custom_data, only_run, torchrun
 
+import benchmark
 import sweep
 from calibration import Costs
 from replay import Rounds, replay, run_length
@@ -170,6 +171,9 @@ def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
     args = [*common, "--mode", mode]
     assert sweep.main(args) == 130
     assert "4 of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark.main([*common[:2], "--tuned", str(tmp_path / "logs")])
+    assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in capsys.readouterr().err
     if mode == "measured":
         assert len(table(tmp_path)) == 4
     assert sweep.main([*args, "--resume", str(only_run(tmp_path))]) == 0
@@ -188,8 +192,6 @@ def test_two_ranks(common, tmp_path, mode, script):
 
 
 def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
-    import benchmark
-
     assert sweep.main([*common, "--num_speculations_last", "2"]) == 0
     folder = only_run(tmp_path)
     best = json.loads((folder / "run.json").read_text())["metrics"]["best"]
@@ -203,7 +205,8 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
     }
     for extra, message in (
         (["--exit_layer", "2"], "--tuned sets exit_layer and num_speculations"),
-        (["--tuned", str(tmp_path / "nowhere.csv")], "no table of a sweep in there"),
+        (["--tuned", str(tmp_path / "nowhere.csv")], "nowhere.csv: No such file"),
+        (["--tuned", str(tmp_path)], "no sweep in there"),
     ):
         with pytest.raises(SystemExit):
             benchmark.main([*flags, "--tuned", str(folder), *extra])
