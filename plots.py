@@ -13,6 +13,7 @@ import pandas
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
 
 
 def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
@@ -27,6 +28,10 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
     _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
     right.set_title("acceptance rate")
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
     pyplot.close(figure)
@@ -56,3 +61,19 @@ def _heat_map(
                     (column - 0.48, row - 0.46), 0.96, 0.92, fill=False, color="gold", linewidth=3
                 )
             )
+
+
+def curves_by_exit(tables: dict[str, pandas.DataFrame], values: list[str], path: Path) -> None:
+    """One panel for each of `values` over `exit_layer`, one curve for each table; `path` without suffix."""
+    figure, axes = pyplot.subplots(
+        1, len(values), figsize=(4.8 * len(values), 3.6), constrained_layout=True, squeeze=False
+    )
+    for panel, value in zip(axes[0], values, strict=True):
+        for name, table in tables.items():
+            panel.plot(table["exit_layer"], table[value], marker="o", markersize=3, label=name)
+        panel.set_xlabel("exit layer")
+        panel.set_title(value)
+        panel.grid(alpha=0.3)
+        if len(tables) > 1:
+            panel.legend()
+    _save(figure, path)

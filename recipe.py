@@ -1,0 +1,89 @@
+"""The LayerSkip recipe as arithmetic: which layers are dropped, which exits learn, and how much each counts.
+
+Elhoushi et al. (arXiv 2404.16710), sections 4.1 and 4.2. Layers are numbered from 0; exit layer E is what
+layer E-1 puts out. Knows nothing of models, data or optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100  # labels that no loss is computed for
+
+
+def dropout_rates(
+    num_layers: int, p_max: float, schedule: str = "constant", step: int = 0, num_steps: int = 1
+) -> list[float]:
+    """p_{l,t} = S(t) D(l) p_max: the probability that layer l is skipped by a sample at step t (eq. 1-3).
+
+    D grows from 0 at the first layer to 1 at the last. S is 1 with the `constant` schedule; with the
+    `exponential` one, which is for training from scratch, it grows from 0 to 1 over the training.
+    """
+    over_time = 1.0 if schedule == "constant" else _growth(step, num_steps)
+    return [over_time * _growth(layer, num_layers) * p_max for layer in range(num_layers)]
+
+
+def draw_kept(rates: Sequence[float], batch_size: int, seed: Sequence[int]) -> Tensor:
+    """[L, B], True where a layer runs on a sample; `seed` alone decides, so that all ranks draw the same."""
+    drawn = torch.from_numpy(numpy.random.default_rng(list(seed)).random((len(rates), batch_size)))
+    return drawn >= torch.tensor(rates)[:, None]
+
+
+def enabled_exits(
+    exit_layers: Sequence[int], num_layers: int, curriculum: str, rotation: int, step: int, num_steps: int
+) -> list[int]:
+    """C(t, l): the exits below the last layer that learn at step t.
+
+    `rotational`: every `rotation`-th of `exit_layers`, another one each step. `gradual`: from the last layer
+    downwards, one more every T/(2L) steps, so that all are on at half time. `all`: always all.
+    """
+    if curriculum == "rotational":
+        return [exit for index, exit in enumerate(exit_layers) if (index - step) % rotation == 0]
+    if curriculum == "gradual":
+        reached = num_layers - 1 - math.floor(step / (num_steps / (2 * num_layers)))
+        return [exit for exit in exit_layers if exit - 1 >= reached]
+    return list(exit_layers)
+
+
+def loss_weights(enabled: Sequence[int], num_layers: int, e_scale: float, weighting: str) -> dict[int, float]:
+    """How much the loss of each exit counts, the last layer's (exit L) included.
+
+    `depth` is the paper's (eq. 5-6): e(l) = e_scale * sum_{i<=l} i, e(L-1) = L-1 + e_scale * sum_{i<=L-2} i,
+    divided by their sum, so that early exits hardly count. `equal`: the last layer 1, all others together
+    e_scale.
+    """
+    last = num_layers - 1
+    if weighting == "equal":
+        return {num_layers: 1.0, **{exit: e_scale / len(enabled) for exit in enabled}}
+    scales = {exit: e_scale * (exit - 1) * exit / 2 for exit in enabled}  # sum_{i=0..l} i, l = exit - 1
+    scales[num_layers] = last + e_scale * (last - 1) * last / 2
+    total = sum(scales.values())
+    return {exit: scale / total for exit, scale in scales.items()}
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over [N, V] logits of the cross-entropy with the [N] labels."""
+    return functional.cross_entropy(_at_least_fp32(logits), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def distillation_loss(logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of KL(target || exit) over the positions of [N, V] that have a label; the target learns nothing."""
+    target = _at_least_fp32(target_logits.detach()).log_softmax(-1)
+    guess = _at_least_fp32(logits).log_softmax(-1)
+    per_token = functional.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
+    return per_token[labels != IGNORED].sum()
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _growth(index: int, length: int) -> float:
+    """exp(i ln2 / (n - 1)) - 1: 0 at the first of n, 1 at the last."""
+    return math.exp(index * math.log(2) / (length - 1)) - 1 if length > 1 else 1.0

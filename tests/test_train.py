@@ -1,0 +1,285 @@
+"""train.py as its users run it, on models of a few thousand parameters."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+import torch
+from conftest import ROOT
+from test_benchmark_scripts import only_run, torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+import training_data
+from arguments import TrainingDataArguments
+from data import DataError
+from recipe import IGNORED
+from self_speculation import load_model_and_tokenizer
+
+SMALL = [
+    "--vocabulary_size", "300", "--num_layers", "3", "--hidden_size", "16", "--intermediate_size", "24",
+    "--num_heads", "2", "--num_kv_heads", "1", "--sequence_length", "32", "--batch_size", "4", "--seed", "1",
+    "--warmup_steps", "2", "--learning_rate", "3e-3", "--eval_fraction", "0.2", "--device", "cpu",
+]  # fmt: skip
+STEPS = ["--num_steps", "12", "--log_steps", "2", "--eval_steps", "6", "--save_steps", "4"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A glob of twenty small files."""
+    (tmp_path / "texts").mkdir()
+    for index in range(20):
+        lines = [f"def add_{index}_{line}(a, b):\n    return a + b + {line * index}\n" for line in range(30)]
+        (tmp_path / "texts" / f"{index}.py").write_text("\n".join(lines))
+    return str(tmp_path / "texts" / "*.py")
+
+
+def arguments(tmp_path, texts, *more):
+    return ["--data_path", texts, "--output_dir", str(tmp_path / "logs"), *SMALL, *STEPS, *more]
+
+
+def log(folder):
+    """What training and evaluation logged, without the clock."""
+    frame = pandas.read_csv(folder / "log.csv")
+    return frame[[name for name in frame if "loss" in name or name in ("step", "grad_norm", "eval_accuracy")]]
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def run(tmp_path, texts, *more):
+    assert train.main(arguments(tmp_path, texts, *more)) == 0
+    return only_run(tmp_path)
+
+
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, script):
+    """The model learns, transformers loads it, generate.py answers with it, the plot and tables are there."""
+    folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
+    frame = log(folder)
+    losses = frame["loss"].dropna()
+    assert losses.iloc[-1] < losses.iloc[0] - 0.5
+    assert {f"eval_loss_exit_{exit}" for exit in (1, 2, 3)} <= set(frame)
+    assert list(pandas.read_csv(folder / "exits.csv")["exit_layer"]) == [1, 2, 3]
+    assert (folder / "exits.png").stat().st_size > 1000
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    model, tokenizer = load_model_and_tokenizer(str(folder / "model"))
+    text = "def add(a, b):\n        return a + 12\n"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert model.config.max_position_embeddings == 32
+    # Guards against an end of text that is the padding too, whose embedding stays zero for ever.
+    assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
+    with torch.no_grad():
+        assert model(torch.tensor([ids[:16]])).logits.shape == (1, len(ids[:16]), 300)
+    result = subprocess.run(
+        script("generate.py", "--model", folder / "model", "--prompt", "def", "--max_steps", 8,
+               "--sample", "False", "--generation_strategy", "self_speculative", "--exit_layer", 1,
+               "--num_speculations", 3),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
+    """SIGKILL between two checkpoints; resumed, each logged number and each weight is as if never killed."""
+    more = ["--layer_dropout", "0.5", "--num_steps", "60", "--save_steps", "7", "--exit_loss", "distill"]
+    whole = run(tmp_path, texts, *more)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(parts, texts, *more)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(parts.glob("logs/*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    folder = only_run(parts)
+    assert not (folder / "model").exists()
+    # A checkpoint that the kill cut short is not taken for one.
+    (folder / "checkpoint-59").mkdir()
+    (folder / "checkpoint-59" / "trainer_state.json").write_text('{"global_st')
+    assert train.main([*arguments(parts, texts, *more), "--resume", str(folder)]) == 0
+    pandas.testing.assert_frame_equal(log(folder), log(whole), check_exact=True)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(folder)[name]), name
+
+
+def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
+    folder = run(tmp_path, texts)
+    with pytest.raises(SystemExit) as exit:
+        train.main([*arguments(tmp_path, texts, "--rotation", "3"), "--resume", str(folder)])
+    assert exit.value.code == 2
+    assert "that run had --rotation 8, this one has 3" in capsys.readouterr().err
+
+
+def test_two_ranks_learn_what_one_does(tmp_path, texts):
+    """Two ranks of two samples against one of four: the same curve; both drop the same layers."""
+    common = ["--early_exit_scale", "1.0", "--exit_weighting", "equal", "--rotation", "1"]
+    one = run(tmp_path, texts, *common)
+    two_path = tmp_path / "two"
+    two_path.mkdir()
+    command = arguments(two_path, texts, *common, "--batch_size", "2")
+    result = torchrun(2, str(ROOT / "train.py"), *command)
+    assert result.returncode == 0, result.stderr
+    two = only_run(two_path)
+    columns = ["step", "eval_loss", "eval_accuracy"]
+    left, right = (log(folder)[columns].dropna() for folder in (one, two))
+    pandas.testing.assert_frame_equal(left, right, rtol=0.02)
+    assert list(pandas.read_csv(two / "exits.csv")["exit_layer"]) == [1, 2, 3]
+    dropped = torchrun(2, str(ROOT / "train.py"), *arguments(two_path, texts, "--layer_dropout", "1.0"))
+    assert dropped.returncode == 0, dropped.stderr
+
+
+def test_accumulated_passes_are_one_step(tmp_path):
+    """Two passes of two samples against one of four, with padding: guards against a mean of means."""
+    rows = [{"prompt": f"what is {i} ", "response": "x" * (1 + 7 * (i % 4)) + str(i)} for i in range(60)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = []
+    for name, more in (("one", ()), ("two", ("--batch_size", "2", "--gradient_accumulation", "2"))):
+        (tmp_path / name).mkdir()
+        folder = run(tmp_path / name, str(path), "--layer_dropout", "0", *more)
+        curves.append(log(folder)[["step", "loss", "grad_norm"]].dropna())
+    pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
+
+
+def test_going_on_with_a_model(tmp_path, texts, model_folder):
+    """Continual pretraining: its tokenizer and shape, other weights; checkpointing changes nothing."""
+    curves = []
+    for name, more in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
+        (tmp_path / name).mkdir()
+        folder = run(tmp_path / name, texts, "--model", str(model_folder), "--layer_dropout", "0.5", *more)
+        curves.append(log(folder))
+    pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
+    before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    after = weights(folder)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name].bfloat16(), after[name]) for name in before)
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (model_folder, folder / "model")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+
+
+def test_mixed_precision(tmp_path, texts):
+    frame = log(run(tmp_path, texts, "--dtype", "bfloat16", "--curriculum", "gradual"))
+    assert frame["loss"].dropna().iloc[-1] < frame["loss"].dropna().iloc[0]
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
+    """Guards against an average that leaves such losses out, which is what the trainer does by itself."""
+    assert train.main(arguments(tmp_path, texts, "--learning_rate", "1e30", "--warmup_steps", "0")) == 1
+    assert "loss is nan at step 2; lower --learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layer_dropout", "1.5"], "--layer_dropout 1.5: must be between 0 and 1"),
+        (["--early_exit_scale", "-1"], "--early_exit_scale -1.0: must be 0 or more"),
+        (["--rotation", "0"], "--rotation 0: must be at least 1"),
+        (["--exits", "1", "3"], "--exits [1, 3]: must be between 1 and 2"),
+        (["--num_kv_heads", "3"], "--num_kv_heads 3: must divide --num_heads 2"),
+        (["--hidden_size", "18"], "--hidden_size 18: must be a multiple of 2 x num_heads"),
+        (["--learning_rate", "0"], "--learning_rate 0.0: must be above 0"),
+        (["--eval_fraction", "1"], "--eval_fraction 1.0: must be between 0 and 1"),
+        (["--num_steps", "0"], "--num_steps 0: must be at least 1"),
+    ],
+)
+def test_bad_values_are_refused_before_the_data_is_read(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(arguments(tmp_path, "no/such/*.txt", *flags))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_samples_longer_than_the_context_are_refused(tmp_path, model_folder, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(
+            [*arguments(tmp_path, "no/such/*"), "--model", str(model_folder), "--sequence_length", "257"]
+        )
+    assert exit.value.code == 2
+    assert "--sequence_length 257: must be at most 256" in capsys.readouterr().err
+
+
+def data_arguments(path, **more):
+    return TrainingDataArguments(data_path=str(path), eval_fraction=more.pop("eval_fraction", 0.3), **more)
+
+
+def test_formats_say_the_same(tmp_path):
+    """JSONL, CSV, Parquet and plain files: which texts are held out depends on the texts alone."""
+    texts = [f"text number {i}" for i in range(30)]
+    frame = pandas.DataFrame({"content": texts, "other": range(30)})
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text)
+    found = [
+        tuple(
+            sorted(part["text"])
+            for part in training_data.load_texts(data_arguments(tmp_path / name, text_column=c))
+        )
+        for name, c in (
+            ("a.jsonl", "content"),
+            ("a.csv", "content"),
+            ("a.parquet", "content"),
+            ("*.txt", "text"),
+        )
+    ]
+    assert found[1:] == found[:1] * 3
+    training, evaluation = found[0]
+    assert sorted(training + evaluation) == sorted(texts)
+    assert not set(training) & set(evaluation)
+
+
+def test_what_is_wrong_with_the_data(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"content": \n')
+    (tmp_path / "c.txt").write_text("x")
+    for name, message in (
+        ("none*", "no such files"),
+        ("a.jsonl", "--text_column text: not in the data, which has content"),
+        ("b.jsonl", "--data_path"),
+        ("[ac].*", "mixes formats"),
+        ("c.txt", "leaves nothing of 1 texts for"),
+    ):
+        with pytest.raises(DataError, match=message.replace("*", "\\*")) as error:
+            training_data.load_texts(data_arguments(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+def test_no_file_of_the_standard_library_is_on_both_sides():
+    args = TrainingDataArguments()
+    training, evaluation = training_data.load_texts(args)
+    assert not set(training["text"]) & set(evaluation["text"])
+    assert 0.02 < len(evaluation) / (len(evaluation) + len(training)) < 0.1
+    assert any("def dataclass(" in text for text in (*training["text"], *evaluation["text"]))
+
+
+def test_blocks_lose_nothing_but_the_tail(byte_tokenizer):
+    """Guards against texts run together without an end between them."""
+    dataset = training_data.datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno"]})
+    blocks = training_data.to_blocks(dataset, byte_tokenizer, 4, seed=0)
+    ids = [token for block in blocks["input_ids"] for token in block]
+    assert blocks["labels"] == blocks["input_ids"]
+    shuffled = dataset.shuffle(0)["text"]
+    expected = [t for text in shuffled for t in [*byte_tokenizer.encode(text, add_special_tokens=False), 2]]
+    assert ids == expected[: len(ids)]
+    assert len(expected) - len(ids) < 4
+
+
+def test_prompts_are_masked(byte_tokenizer):
+    """Only the response and its end are learnt; a prompt that fills the block is left out."""
+    rows = {"prompt": ["ab", "x" * 50], "response": ["cd", "y"]}
+    dataset = training_data.datasets.Dataset.from_dict(rows)
+    (block,) = training_data.to_blocks(dataset, byte_tokenizer, 12, seed=0)
+    prompt = byte_tokenizer("ab")["input_ids"]
+    response = [*byte_tokenizer("cd", add_special_tokens=False)["input_ids"], byte_tokenizer.eos_token_id]
+    assert block["input_ids"] == prompt + response
+    assert block["labels"] == [IGNORED] * len(prompt) + response
+    batch = training_data.Padding(0)([block, {"input_ids": [5], "labels": [5]}])
+    assert batch["labels"][1].tolist() == [5] + [IGNORED] * (len(block["labels"]) - 1)

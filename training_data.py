@@ -1,0 +1,198 @@
+"""What a model is trained on: files or a hub dataset -> texts -> blocks of ids, and a tokenizer of its own.
+
+Which text is held out for evaluation depends on its content alone: the same text is never on both sides.
+"""
+
+from __future__ import annotations
+
+import glob
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from data import DataError
+from recipe import IGNORED
+
+if TYPE_CHECKING:
+    from arguments import TrainingDataArguments
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Formats that `datasets` reads, by suffix (compressed files too); any other file is one text.
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Tables written by programs, and sources of other interpreters or that are wrong on purpose.
+_NOT_PROSE = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+}
+
+
+def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training, evaluation) rows: `text`, or `prompt` and `response`.
+
+    Raises:
+        DataError: no such files or dataset, or columns that are neither.
+    """
+    rows = _read(args)
+    columns = (
+        ["prompt", "response"] if {"prompt", "response"} <= set(rows.column_names) else [args.text_column]
+    )
+    if not set(columns) <= set(rows.column_names):
+        raise DataError(
+            f"--text_column {args.text_column}: not in the data, which has {', '.join(rows.column_names)}; "
+            "prompt and response would do as well"
+        )
+    rows = rows.select_columns(columns)
+    if columns == [args.text_column]:
+        rows = rows.rename_column(args.text_column, "text") if args.text_column != "text" else rows
+    held_out = [_is_held_out(row, args.eval_fraction) for row in rows]
+    training = rows.select([index for index, out in enumerate(held_out) if not out])
+    evaluation = rows.select([index for index, out in enumerate(held_out) if out])
+    for name, part in (("training", training), ("evaluation", evaluation)):
+        if not len(part):
+            raise DataError(
+                f"--eval_fraction {args.eval_fraction}: leaves nothing of {len(rows)} texts for {name}"
+            )
+    return training, evaluation
+
+
+def _read(args: TrainingDataArguments) -> datasets.Dataset:
+    if args.data_path is not None:
+        return _read_files(args.data_path)
+    if args.data == "python_stdlib":
+        return datasets.Dataset.from_dict({"text": list(standard_library())})
+    try:
+        return datasets.load_dataset(args.data, split="train")
+    except Exception as error:  # whatever the hub client raises, in one line
+        raise DataError(f"--data {args.data}: {str(error).splitlines()[0]}") from error
+
+
+def _read_files(pattern: str) -> datasets.Dataset:
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
+    if not paths:
+        raise DataError(f"--data_path {pattern}: no such files")
+    kinds = {_READERS.get(path.suffix if path.suffix != ".gz" else Path(path.stem).suffix) for path in paths}
+    if len(kinds) > 1:
+        raise DataError(f"--data_path {pattern}: mixes formats")
+    try:
+        if (reader := kinds.pop()) is None:
+            return datasets.Dataset.from_dict({"text": [path.read_text("utf-8") for path in paths]})
+        return datasets.load_dataset(reader, data_files=[str(path) for path in paths], split="train")
+    except Exception as error:  # parsers of each format raise their own
+        cause = error.__cause__ or error
+        raise DataError(f"--data_path {pattern}: {str(cause).splitlines()[0]}") from error
+
+
+def standard_library() -> Iterator[str]:
+    """The sources of the running interpreter's standard library, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if _NOT_PROSE.isdisjoint(path.relative_to(root).parts):
+            with tokenize.open(path) as file:  # honours the coding line
+                text = file.read()
+            if text.strip():
+                yield text
+
+
+def _is_held_out(row: dict[str, str], fraction: float) -> bool:
+    return zlib.crc32("\0".join(map(str, row.values())).encode()) < fraction * 2**32
+
+
+def train_tokenizer(texts: datasets.Dataset, vocabulary_size: int, context: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer; `<|endoftext|>` begins, ends and pads."""
+    tokenizer = Tokenizer(models.BPE())
+    # Digits stand alone, and a run of spaces is one token: source text is full of both.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    columns = texts.column_names
+    tokenizer.train_from_iterator(("".join(row[column] for column in columns) for row in texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=context,
+    )
+
+
+def to_blocks(
+    texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+) -> datasets.Dataset:
+    """Rows of `input_ids` and `labels`.
+
+    Texts are joined, an end of text after each, and cut into blocks of `length`. A prompt with its response
+    is a row of its own of at most `length`, in which only the response and its end have labels.
+
+    Raises:
+        DataError: not one block.
+    """
+    convert = _pairs if "prompt" in texts.column_names else _joined
+    blocks = texts.shuffle(seed).map(
+        convert,
+        batched=True,
+        remove_columns=texts.column_names,
+        fn_kwargs={"tokenizer": tokenizer, "length": length},
+    )
+    if not len(blocks):
+        raise DataError(f"--sequence_length {length}: longer than all the text there is")
+    return blocks
+
+
+def _joined(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Any]:
+    encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [token for text in encoded for token in [*text, tokenizer.eos_token_id]]
+    blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    return {"input_ids": blocks, "labels": blocks}
+
+
+def _pairs(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Any]:
+    blocks = []
+    labels = []
+    for prompt, response in zip(rows["prompt"], rows["response"], strict=True):
+        before = tokenizer(prompt, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id in before[-1:]:  # of tokenizers that end whatever they are given
+            before.pop()
+        answer = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+        answer.append(tokenizer.eos_token_id)
+        if len(before) < length:  # or there would be nothing to learn
+            blocks.append([*before, *answer][:length])
+            labels.append([*[IGNORED] * len(before), *answer][:length])
+    return {"input_ids": blocks, "labels": labels}
+
+
+class Padding:
+    """Rows of different lengths -> one batch, padded on the right, where no label and no attention is."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad = pad_token_id
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value
+            )
+            for name, value in (("input_ids", self._pad), ("labels", IGNORED))
+        }
