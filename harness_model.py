@@ -1,0 +1,140 @@
+"""A model of lm-evaluation-harness that answers by a generation strategy of this library.
+
+Log-likelihoods come from the harness's own Hugging Face model, or from an early exit where that is what is
+evaluated. Knows nothing of flags or files.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor
+from tqdm import tqdm
+
+from measuring import measure_example
+from records import Record
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.llama_model_utils import exit_logits, hidden_after_each_layer
+
+# What a task may ask of generation, besides the names that the harness has for the number of tokens.
+SUPPORTED_GENERATION_KWARGS = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
+_NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
+
+
+def unsupported(generation_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those that would change the answers and cannot be honoured; `num_beams=1` would not."""
+    known = SUPPORTED_GENERATION_KWARGS | _NUMBER_OF_TOKENS
+    return {
+        name: value
+        for name, value in generation_kwargs.items()
+        if name not in known and (name, value) != ("num_beams", 1)
+    }
+
+
+class HarnessModel(HFLM):
+    """
+    Args:
+        generator: model, tokenizer and strategy.
+        config: exit layer and draft length, and whatever requests do not say.
+        overrides: fields of `config` that count whatever a request says.
+        batch_size: of log-likelihoods, as the harness has it.
+        seed: of sampled answers; each depends on this, its document and its number alone.
+        keep: called with the record of each answer.
+        accelerator: where there are several ranks.
+    """
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        overrides: Sequence[str],
+        batch_size: str,
+        seed: int,
+        keep: Callable[[Record], None],
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained=generator.model, tokenizer=generator.tokenizer, batch_size=batch_size, backend="causal"
+        )
+        if accelerator is not None:  # the harness leaves this to us for a model that is loaded already
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self._generator, self._config, self._seed, self._keep = generator, config, seed, keep
+        self._overrides = {name: getattr(config, name) for name in overrides}
+        early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
+        self._exit_layer = config.exit_layer if early else None
+
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
+        if self._exit_layer is None:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            states = hidden_after_each_layer(self.model, inps)
+            return exit_logits(self.model, next(islice(states, self._exit_layer - 1, None)))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """An answer to each request, by its own generation arguments."""
+        answers = []
+        seen: Counter[int] = Counter()
+        with tqdm(requests, desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
+            for position, request in enumerate(bar):
+                repeat = seen[id(request)]
+                seen[id(request)] += 1
+                answer, record = self._answer(request, repeat)
+                answers.append(answer)
+                if repeat < (request.repeats or 1):  # else it only keeps ranks in step
+                    index = position * self.world_size + self.rank
+                    self._keep(
+                        {"index": index, "task": request.task_name, "doc_id": request.doc_id, **record}
+                    )
+                bar.set_postfix_str(
+                    f"{len(record['tokens']) / (record['prefill_time'] + record['decode_time']):.1f} tokens/s"
+                )
+        return answers
+
+    def _answer(self, request: Instance, repeat: int) -> tuple[str, Record]:
+        context, gen_kwargs = request.args
+        config, until = self.request_config(gen_kwargs)
+        ids, _ = self.tok_batch_encode(
+            [context], left_truncate_len=self.max_length - config.max_steps, truncation=self.truncation
+        )
+        place = zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {repeat}".encode())
+        record = measure_example([("", self._generator, config)], ids[0].tolist(), place, self._seed)
+        # Cut as the harness cuts the answers of its own model.
+        answer = postprocess_generated_text(self.tok_decode(record["tokens"]), until, think_end_token=None)
+        self.cache_hook.add_partial("generate_until", (context, gen_kwargs), answer)
+        return answer, {"prompt": context, **record, "prediction": answer}
+
+    def request_config(self, gen_kwargs: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
+        """The settings that a request asks for, and the texts that end its answer."""
+        asked = normalize_gen_kwargs(copy.deepcopy(gen_kwargs), self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        of_model = self.model.generation_config
+        config = replace(
+            self._config,
+            max_steps=asked["max_gen_toks"],
+            sample=bool(asked["do_sample"]),
+            temperature=asked.get("temperature", 1.0),
+            top_k=asked.get("top_k", of_model.top_k) or 0,
+            top_p=asked.get("top_p", of_model.top_p) or 1.0,
+            no_repeat_ngram_size=asked.get("no_repeat_ngram_size") or None,
+            stop_words=asked["until"],
+        )
+        config = replace(config, **self._overrides)
+        if config.max_steps >= self.max_length:  # the question needs room too
+            config = replace(config, max_steps=self.max_length // 2)
+        until = [text for text in handle_stop_sequences(list(config.stop_words or []), eos) if text]
+        return replace(config, stop_words=until), until
