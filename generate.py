@@ -36,6 +36,8 @@ def main() -> int:
     groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups)
     config = tuned(config, tuning)
+    if args.compare and config.generation_strategy == "autoregressive":
+        refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     if int(os.environ.get("RANK", 0)) != 0:
         return 0  # one voice is enough
     interactive = args.prompt is None and sys.stdin.isatty()
@@ -43,8 +45,6 @@ def main() -> int:
     generator = load_generator(model_args, config)
     if args.chat and not generator.tokenizer.chat_template:
         refuse("--chat True: the model's tokenizer has no chat template")
-    if args.compare and config.generation_strategy == "autoregressive":
-        refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     talk = Conversation(generator, config, args)
     if interactive:
         return _loop(talk)

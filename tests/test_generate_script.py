@@ -1,6 +1,7 @@
 """generate.py as its users run it: pipes, terminals, torchrun, and wrong usage."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -64,6 +65,15 @@ def test_every_strategy_and_streamer_prints_the_same_answer(run, streamer):
     assert "prefill" in other.stderr
 
 
+def test_compare_ends_with_both_speeds(run):
+    result = run("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
+    assert result.returncode == 0, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"  unwatched: [\d.]+ tokens/s, [\d.]+ by autoregressive .*: [\d.]+ times as fast", last
+    )
+
+
 def test_a_pipe_is_one_prompt(run):
     by_flag = run("--prompt", "a\nb", *GREEDY)
     by_pipe = run(*GREEDY, input="a\nb\n")
@@ -98,6 +108,7 @@ def test_chat_applies_the_template(run):
             "--exit_layer -1: self_speculative needs one between 1 and 3",
         ),
         (SPECULATIVE[:4], "--num_speculations -1: self_speculative needs at least 1"),
+        (["--compare", "True"], "--compare True: needs a --generation_strategy to compare"),
         (["--model", "/nowhere"], "--model '/nowhere': no such folder"),
         (["--device", "tpu"], "--device 'tpu': not on this machine"),
         (["--model_args", "attn_implementation=flex_attention"], "supported are sdpa, eager"),
