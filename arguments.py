@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -236,13 +237,12 @@ class EvalArguments:
     def __post_init__(self) -> None:
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"limit {self.limit}: must be above 0")
-        if not (
-            self.batch_size.partition(":")[0] == "auto"
-            or (self.batch_size.isdecimal() and int(self.batch_size))
-        ):
+        if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size):
             raise ValueError(f"batch_size {self.batch_size!r}: must be a number from 1, or auto")
-        _at_least(self, 0, "bootstrap_iters", "random_seed", "numpy_random_seed", "torch_random_seed")
-        _at_least(self, 0, "fewshot_random_seed", *(["num_fewshot"] if self.num_fewshot is not None else []))
+        _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
+        for name in ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name} {getattr(self, name)}: must be between 0 and {2**32 - 1}")
 
 
 @dataclass(frozen=True)
@@ -382,6 +382,8 @@ class OptimizationArguments:
         )
         _at_least(self, 1, *names)
         _at_least(self, 0, "warmup_steps", "weight_decay")
+        if self.warmup_steps >= self.num_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps}: must be below --num_steps {self.num_steps}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate {self.learning_rate}: must be above 0")
 

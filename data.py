@@ -42,6 +42,11 @@ class DataError(ValueError):
     """The data cannot be used; the message is one line that names the file and line, or what is allowed."""
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt and what it should lead to."""
@@ -217,7 +222,7 @@ def _rows(source: tuple[str, ...] | Path, split: str) -> Iterator[tuple[str, Row
     try:
         rows = datasets.load_dataset(*source, split=split)
     except Exception as error:  # the hub's errors have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = one_line(error)
         raise DataError(
             f"cannot load {source[0]} from the hub ({reason}); check the network, or give the same columns "
             "by --data_path"

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(days=7)  # ranks may finish hours apart; one that dies is noticed at once all the same
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -27,8 +29,7 @@ def process_group() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    # Ranks may finish hours apart; one that dies is noticed at once all the same.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    dist.init_process_group("gloo", timeout=PATIENCE)
     yield
     # Not in a `finally`: a rank that fails must end at once, so that torchrun ends the others.
     dist.destroy_process_group()

@@ -6,7 +6,7 @@ layers and a resumed run goes on as if it had never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerControl
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
 
 import recipe
 from self_speculation.llama_model_utils import exit_logits, hidden_after_each_layer
@@ -26,23 +26,22 @@ EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Args:
-    layer_dropout: p_max, the probability of skipping the last layer.
-    dropout_schedule: `constant`, or `exponential` from nothing at the first step.
-    exit_layers: exits that learn, each from 1 to L-1.
-    exit_loss: `label`: cross-entropy with the data; `distill`: towards the last layer's distribution.
-    exit_weighting, e_scale, curriculum, rotation: see `recipe`.
-    num_steps: T, of the whole training.
+    """What `RecipeArguments` says, for a model and a training.
+
+    Args:
+        exits: exit layers that learn, each from 1 to L-1.
+        num_steps: T, of the whole training.
+        seed: of what is dropped.
     """
 
     layer_dropout: float
     dropout_schedule: str
-    exit_layers: tuple[int, ...]
+    early_exit_scale: float
     exit_loss: str
     exit_weighting: str
-    e_scale: float
     curriculum: str
     rotation: int
+    exits: Sequence[int]
     num_steps: int
     seed: int
 
@@ -73,9 +72,9 @@ def early_exit_loss(
     )
     kept = recipe.draw_kept(rates, len(input_ids), (settings.seed, step, micro_step))
     enabled = recipe.enabled_exits(
-        settings.exit_layers, num_layers, settings.curriculum, settings.rotation, step, settings.num_steps
+        settings.exits, num_layers, settings.curriculum, settings.rotation, step, settings.num_steps
     )
-    weights = recipe.loss_weights(enabled, num_layers, settings.e_scale, settings.exit_weighting)
+    weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, settings.exit_weighting)
     states = enumerate(hidden_after_each_layer(model, input_ids, kept), 1)
     targets = labels[:, 1:].flatten()
     # [B * (T - 1), V] each; the last position predicts nothing that is known
@@ -135,6 +134,12 @@ class EarlyExitTrainer(Trainer):
             model, {**inputs, "step": step, "micro_step": next(self._micro_steps)}, *args, **kwargs
         )
 
+    def restore(self, checkpoint: str) -> None:
+        """Be where a finished training was: its weights and its history."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        self.state.is_world_process_zero = self.is_world_process_zero()
+
     def evaluate(
         self, eval_dataset: Any = None, metric_key_prefix: str = "eval", **_: Any
     ) -> dict[str, float]:
@@ -146,7 +151,7 @@ class EarlyExitTrainer(Trainer):
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             for batch in tqdm(loader, desc="evaluation", leave=False, disable=self.args.disable_tqdm):
                 scores = exit_scores(model, batch["input_ids"], batch["labels"])
-                total += self.accelerator.gather_for_metrics(scores).double().sum(0).cpu()
+                total += self.accelerator.gather_for_metrics(scores).cpu().double().sum(0)
         model.train()
         *sums, count = total.T
         by_exit = dict(zip(EXIT_SCORES, (column / count for column in sums), strict=True))

@@ -12,19 +12,23 @@ with --exit_layer and the autoregressive strategy, those of the early exit. Resu
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
+import math
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
 from lm_eval.api.task import Task
 from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
@@ -40,7 +44,8 @@ from arguments import (
     parse,
     refuse,
 )
-from harness_model import SUPPORTED_GENERATION_KWARGS, HarnessModel, unsupported
+from data import one_line
+from harness_model import SUPPORTED_GENERATION_KWARGS, HarnessModel, request_config, unsupported
 from records import Record, RecordError, Run, check_destination, describe, describe_model
 from startup import load_generator, model_name, number_of_layers
 from tuning import tuned
@@ -65,19 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--{error}")
     except RecordError as error:
         refuse(str(error))
-    manager, tasks = _load_tasks(args)
+    manager, tasks = _load_tasks(args, config, overrides)
+    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
     generator = load_generator(model_args, config)
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
     accelerator = None
     if distributed.world_size() > 1:
-        accelerator = Accelerator(cpu=generator.model.device.type == "cpu")
+        patience = InitProcessGroupKwargs(timeout=distributed.PATIENCE)
+        accelerator = Accelerator(cpu=generator.model.device.type == "cpu", kwargs_handlers=[patience])
     try:
         description |= describe_model(model_name(model_args), generator.model)
         first = distributed.rank() == 0
         run = distributed.share(Run.create(model_args.output_dir, "eval", description) if first else None)
         assert run is not None
-        if first and overrides and any(task.OUTPUT_TYPE == "generate_until" for task in _leaves(tasks)):
+        if first and overrides and generates:
             given = ", ".join(f"--{name} {getattr(config, name)}" for name in overrides)
             print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
         model = HarnessModel(
@@ -88,81 +95,109 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = simple_evaluate(
             model,
             model_args={"pretrained": Path(model_name(model_args)).name},
-            tasks=tasks,
+            tasks=list(tasks),
             task_manager=manager,
             evaluation_tracker=tracker,
             device=str(generator.model.device),
-            **_passed_on(args),
+            **_passed_on(args, (model_name(model_args), str(generator.model.dtype), config, overrides)),
         )
+        for what, number in model.notices.items():
+            print(f"{what}: {number}, to fit the model's context", file=sys.stderr)
         distributed.barrier()
         if results is not None:
             _show_and_save(run, tracker, results, args)
     except KeyboardInterrupt:
-        again = (
-            "the same command goes on where it stopped"
-            if args.use_cache
-            else "nothing but --use_cache PATH keeps them"
-        )
-        print(f"interrupted; {again}", file=sys.stderr)
+        kept = "--use_cache PATH would have kept answers to go on from"
+        if args.use_cache:
+            kept = "the same command goes on with what --use_cache kept: all answers but sampled ones"
+        print(f"interrupted; {kept}", file=sys.stderr)
         return 130
     except RecordError as error:
         print(error, file=sys.stderr)
         return 1
+    except (ValueError, AssertionError) as error:  # what the harness says of flags that do not fit a task
+        refuse(f"--tasks {','.join(args.tasks)}: {one_line(error)}")
     if accelerator is not None:
         accelerator.end_training()
     return 0
 
 
-def _load_tasks(args: EvalArguments) -> tuple[TaskManager, list[Any]]:
-    """The harness's manager, and the tasks and groups that were asked for, their data read.
+def _load_tasks(
+    args: EvalArguments, config: GenerationConfig, overrides: Sequence[str]
+) -> tuple[TaskManager, dict[str, Task]]:
+    """The harness's manager, and every single task that was asked for, its data read.
 
     What is wrong with them ends the program in one line with status 2.
     """
     if args.include_path is not None and not Path(args.include_path).is_dir():
         refuse(f"--include_path {args.include_path}: no such folder")
-    asked = EvaluatorConfig(tasks=args.tasks, include_path=args.include_path)
-    try:
-        manager = asked.process_tasks()
-    except ValueError:
-        manager = TaskManager(include_path=args.include_path)
-        names = [name for text in args.tasks for name in text.split(",")]
-        unknown = next(name for name in names if not manager.match_tasks([name]))
-        near = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
-        hint = f"; near are {', '.join(near)}" if near else f"; there are {len(manager.all_tasks)} others"
-        refuse(f"--tasks {unknown}: no such task{hint}")
     try:
         given = simple_parse_args_string(args.gen_kwargs) if args.gen_kwargs else {}
     except Exception:  # whatever its parser stumbles over
         refuse(f"--gen_kwargs {args.gen_kwargs}: must be k=v,k=v")
+    asked = EvaluatorConfig(tasks=args.tasks, include_path=args.include_path)
+    flag = f"--tasks {','.join(args.tasks)}"
     try:
+        manager = TaskManager(include_path=args.include_path)
+        names = [name for text in args.tasks for name in text.split(",")]
+        for name in names:
+            if not (name.endswith(".yaml") or Path(name).is_dir() or manager.match_tasks([name])):
+                near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+                hint = (
+                    f"; near are {', '.join(near)}"
+                    if near
+                    else f"; {len(manager.all_tasks)} others are known"
+                )
+                refuse(f"--tasks {name}: no such task{hint}")
+        asked.process_tasks()
+        if not asked.tasks:
+            refuse(f"{flag}: no task in there")
         loaded = manager.load(asked.tasks)
     except Exception as error:  # data sets, hubs and YAML files raise their own
-        refuse(
-            f"--tasks {','.join(args.tasks)}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        )
+        refuse(f"{flag}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    manager.load = lambda names: loaded  # the harness loads what it is given: once is enough
     for name, task in loaded["tasks"].items():
-        if wrong := unsupported({**(task.get_config("generation_kwargs") or {}), **given}):
+        generation = {**(task.get_config("generation_kwargs") or {}), **given}
+        if wrong := unsupported(generation):
             refuse(
                 f"--tasks {name}: asks for {', '.join(f'{k}={v}' for k, v in wrong.items())} in generation; "
                 f"supported are max_gen_toks, {', '.join(sorted(SUPPORTED_GENERATION_KWARGS))}"
             )
+        try:
+            request_config(generation, config, overrides)
+        except (ValueError, TypeError) as error:
+            refuse(f"--tasks {name}: asks for {error}")
         if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
             refuse(f"--tasks {name}: runs what the model wrote; allow it with --confirm_run_unsafe_code True")
-    grouped = {id(task) for group in loaded["groups"].values() for task in group.get_all_tasks()}
-    inner = {id(child) for group in loaded["groups"].values() for child in group.get_all_groups()}
-    outer = [group for group in loaded["groups"].values() if id(group) not in inner]
-    return manager, [*outer, *(task for task in loaded["tasks"].values() if id(task) not in grouped)]
+        if getattr(task, "MULTIMODAL", False):
+            refuse(f"--tasks {name}: needs a model that sees pictures")
+        number = min(get_sample_size(task, args.limit) or math.inf, len(task.eval_docs))
+        if number < distributed.world_size():
+            refuse(f"--tasks {name}: {number} documents for {distributed.world_size()} ranks")
+        _draw_in_step(task)
+    return manager, loaded["tasks"]
 
 
-def _leaves(tasks: list[Any]) -> list[Task]:
-    return [leaf for task in tasks for leaf in ([task] if isinstance(task, Task) else task.get_all_tasks())]
+def _draw_in_step(task: Task) -> None:
+    """Few-shot examples are drawn document by document: each rank skips the draws of the others."""
+    sample = task.sampler.sample
+    skipped = itertools.chain([distributed.rank()], itertools.repeat(distributed.world_size() - 1))
+
+    def sample_in_step(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(next(skipped)):
+            sample(*args, **kwargs)
+        return sample(*args, **kwargs)
+
+    task.sampler.sample = sample_in_step
 
 
-def _passed_on(args: EvalArguments) -> dict[str, Any]:
-    """What `simple_evaluate` takes as it was given."""
-    own = {"tasks", "include_path", "cache_requests"}
+def _passed_on(args: EvalArguments, answers_depend_on: tuple[Any, ...]) -> dict[str, Any]:
+    """What `simple_evaluate` takes as it was given; kept answers are for the same model and settings only."""
+    own = {"tasks", "include_path", "cache_requests", "use_cache"}
+    key = zlib.crc32(repr((*answers_depend_on, args.torch_random_seed)).encode())
     return {
         **{field.name: getattr(args, field.name) for field in fields(args) if field.name not in own},
+        "use_cache": f"{args.use_cache}_{key:08x}" if args.use_cache else None,
         "cache_requests": args.cache_requests in ("true", "refresh"),
         "rewrite_requests_cache": args.cache_requests == "refresh",
         "delete_requests_cache": args.cache_requests == "delete",
@@ -173,13 +208,13 @@ def _show_and_save(
     run: Run, tracker: EvaluationTracker, results: dict[str, Any], args: EvalArguments
 ) -> None:
     """The harness's files and table, and ours: how fast each task was."""
-    samples = results.pop("samples")
+    samples = results.pop("samples", {})
     tracker.save_results_aggregated(results, samples if args.log_samples else None)
-    if args.log_samples or args.predict_only:
-        for name in results["configs"]:
-            tracker.save_results_samples(name, samples[name])
-    if not list(run.folder.glob("*/results_*.json")):
-        raise RecordError(f"cannot write the results into {run.folder}")
+    for name, said in samples.items():
+        tracker.save_results_samples(name, said)
+    for kind in ("results", *(f"samples_{name}" for name in samples)):
+        if not list(run.folder.glob(f"*/{kind}_*.json*")):  # the harness does not raise
+            raise RecordError(f"cannot write {kind} into {run.folder}")
     print(make_table(results))
     if "groups" in results:
         print(make_table(results, "groups"))
@@ -194,7 +229,7 @@ def _show_and_save(
         }
         for task, own in by_task.items()
     }
-    run.finish(records, {"tasks": speed, "results": results["results"]})
+    run.finish(records, {"tasks": speed})
     for task, figures in speed.items():
         line = f"{task}: {len(by_task[task])} answers, {figures['speed']['tokens_per_second']:.1f} tokens/s"
         if accepted := figures.get("acceptance"):

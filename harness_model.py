@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -25,11 +25,13 @@ from tqdm import tqdm
 from measuring import measure_example
 from records import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.llama_model_utils import exit_logits, hidden_after_each_layer
+from self_speculation.llama_model_utils import attended_length, exit_logits, hidden_after_each_layer
 
 # What a task may ask of generation, besides the names that the harness has for the number of tokens.
 SUPPORTED_GENERATION_KWARGS = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
+_DEFAULT_NUMBER_OF_TOKENS = 256  # as in the harness
+_DEFAULT_TOP_K = 50  # what `generate` of transformers samples from, and so the harness
 
 
 def unsupported(generation_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -40,6 +42,33 @@ def unsupported(generation_kwargs: dict[str, Any]) -> dict[str, Any]:
         for name, value in generation_kwargs.items()
         if name not in known and (name, value) != ("num_beams", 1)
     }
+
+
+def request_config(
+    generation_kwargs: dict[str, Any],
+    config: GenerationConfig,
+    overrides: Collection[str] = (),
+    default_top_k: int = _DEFAULT_TOP_K,
+    default_top_p: float = 1.0,
+) -> GenerationConfig:
+    """What a request asks for, except for the fields of `config` that `overrides` names.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    asked = normalize_gen_kwargs(copy.deepcopy(generation_kwargs), _DEFAULT_NUMBER_OF_TOKENS)
+    sample = bool(asked["do_sample"])
+    fields = {
+        "max_steps": asked["max_gen_toks"],
+        "sample": sample,
+        # The harness calls greedy decoding a temperature of 0, which must not outlive --sample True.
+        "temperature": asked.get("temperature", 1.0) if sample else config.temperature,
+        "top_k": asked.get("top_k", default_top_k) or 0,
+        "top_p": asked.get("top_p", default_top_p),
+        "no_repeat_ngram_size": asked.get("no_repeat_ngram_size") or None,
+        "stop_words": [text for text in asked["until"] if text],
+    }
+    return replace(config, **{name: value for name, value in fields.items() if name not in overrides})
 
 
 class HarnessModel(HFLM):
@@ -58,22 +87,28 @@ class HarnessModel(HFLM):
         self,
         generator: HuggingfaceLlamaGenerator,
         config: GenerationConfig,
-        overrides: Sequence[str],
+        overrides: Collection[str],
         batch_size: str,
         seed: int,
         keep: Callable[[Record], None],
         accelerator: Accelerator | None = None,
     ) -> None:
+        self._generator, self._settings, self._seed, self._keep = generator, config, seed, keep
+        self._overrides = overrides
+        early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
+        self._exit_layer = config.exit_layer if early else None
+        self._room = attended_length(generator.model.config)
+        self.notices: Counter[str] = Counter()  # what was done to requests that do not fit
         super().__init__(
-            pretrained=generator.model, tokenizer=generator.tokenizer, batch_size=batch_size, backend="causal"
+            pretrained=generator.model,
+            tokenizer=generator.tokenizer,
+            batch_size=batch_size,
+            backend="causal",
+            max_length=self._room if early else None,
         )
         if accelerator is not None:  # the harness leaves this to us for a model that is loaded already
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self._generator, self._config, self._seed, self._keep = generator, config, seed, keep
-        self._overrides = {name: getattr(config, name) for name in overrides}
-        early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
-        self._exit_layer = config.exit_layer if early else None
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -107,34 +142,27 @@ class HarnessModel(HFLM):
 
     def _answer(self, request: Instance, repeat: int) -> tuple[str, Record]:
         context, gen_kwargs = request.args
-        config, until = self.request_config(gen_kwargs)
-        ids, _ = self.tok_batch_encode(
-            [context], left_truncate_len=self.max_length - config.max_steps, truncation=self.truncation
+        of_model = self.model.generation_config
+        config = request_config(
+            gen_kwargs,
+            self._settings,
+            self._overrides,
+            default_top_k=_DEFAULT_TOP_K if of_model.top_k is None else of_model.top_k,
+            default_top_p=1.0 if of_model.top_p is None else of_model.top_p,
         )
+        if config.max_steps >= self._room:  # the question needs room too
+            config = replace(config, max_steps=self._room // 2)
+            self.notices["answers cut to half the context"] += 1
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = [text for text in handle_stop_sequences(list(config.stop_words or []), eos) if text]
+        ids = self.tok_batch_encode([context])[0][0].tolist()
+        if len(ids) > (room := self._room - config.max_steps):
+            ids = ids[-room:]
+            self.notices["prompts cut on the left"] += 1
         place = zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {repeat}".encode())
-        record = measure_example([("", self._generator, config)], ids[0].tolist(), place, self._seed)
+        sides = [("", self._generator, replace(config, stop_words=until))]
+        record = measure_example(sides, ids, place, self._seed)
         # Cut as the harness cuts the answers of its own model.
         answer = postprocess_generated_text(self.tok_decode(record["tokens"]), until, think_end_token=None)
         self.cache_hook.add_partial("generate_until", (context, gen_kwargs), answer)
         return answer, {"prompt": context, **record, "prediction": answer}
-
-    def request_config(self, gen_kwargs: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
-        """The settings that a request asks for, and the texts that end its answer."""
-        asked = normalize_gen_kwargs(copy.deepcopy(gen_kwargs), self.max_gen_toks)
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        of_model = self.model.generation_config
-        config = replace(
-            self._config,
-            max_steps=asked["max_gen_toks"],
-            sample=bool(asked["do_sample"]),
-            temperature=asked.get("temperature", 1.0),
-            top_k=asked.get("top_k", of_model.top_k) or 0,
-            top_p=asked.get("top_p", of_model.top_p) or 1.0,
-            no_repeat_ngram_size=asked.get("no_repeat_ngram_size") or None,
-            stop_words=asked["until"],
-        )
-        config = replace(config, **self._overrides)
-        if config.max_steps >= self.max_length:  # the question needs room too
-            config = replace(config, max_steps=self.max_length // 2)
-        until = [text for text in handle_stop_sequences(list(config.stop_words or []), eos) if text]
-        return replace(config, stop_words=until), until

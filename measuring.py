@@ -15,7 +15,7 @@ BASELINE = "autoregressive_"  # before the fields of the strategy that another i
 Side = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
-def measure_example(sides: Sequence[Side], prompt: str, index: int, seed: int) -> Record:
+def measure_example(sides: Sequence[Side], prompt: str | list[int], index: int, seed: int) -> Record:
     """What each side makes of a prompt, and how long it takes; the sides take turns in going first.
 
     The outcome depends on prompt, index and seed alone, not on what was generated before.

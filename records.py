@@ -22,7 +22,16 @@ Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 # Must be the same besides the arguments, as far as it is known.
-_COMPARED = ("script", "dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries")
+_COMPARED = (
+    "script",
+    "dataset_fingerprint",
+    "model",
+    "device",
+    "dtype",
+    "num_parameters",
+    "libraries",
+    "num_ranks",
+)
 # They say where results go and what is shown, not what they are.
 _NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
 

@@ -17,6 +17,8 @@ import math
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -52,8 +55,8 @@ from early_exit_training import EXIT_SCORES, EarlyExitTrainer, Recipe
 from plots import curves_by_exit
 from records import RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.llama_model_utils import check_window, context_length
-from self_speculation.loading import load_config, resolve_device
+from self_speculation.llama_model_utils import attended_length
+from self_speculation.loading import as_if_never_quantized, load_config, resolve_device
 from training_data import Padding, load_texts, to_blocks, train_tokenizer
 
 
@@ -72,11 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         device = resolve_device(model_args.device)
-        exit_layers = recipe_args.exit_layers(_check_model(model_args, shape, data_args))
+        exits = recipe_args.exit_layers(_check_model(model_args, shape, data_args))
+        _check_precision(model_args, device)
         # The ranks meet before anything that only one of them does.
-        PartialState(cpu=device.type == "cpu")
+        PartialState(cpu=device.type == "cpu", timeout=distributed.PATIENCE)
         training, evaluation = load_texts(data_args)
         description = describe("train", arguments, _fingerprint(training, evaluation))
+        description["num_ranks"] = distributed.world_size()
         check_destination(args.resume, model_args.output_dir, description)
         run = distributed.share(
             open_run(args.resume, model_args.output_dir, "train", description)
@@ -100,16 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.num_steps * _samples_per_step(args) / len(blocks[0]):.2f} epochs; {run.folder}"
         )
     settings = Recipe(
-        layer_dropout=recipe_args.layer_dropout,
-        dropout_schedule=recipe_args.dropout_schedule,
-        exit_layers=exit_layers,
-        exit_loss=recipe_args.exit_loss,
-        exit_weighting=recipe_args.exit_weighting,
-        e_scale=recipe_args.early_exit_scale,
-        curriculum=recipe_args.curriculum,
-        rotation=recipe_args.rotation,
-        num_steps=args.num_steps,
-        seed=model_args.seed,
+        **{**asdict(recipe_args), "exits": exits}, num_steps=args.num_steps, seed=model_args.seed
     )
     trainer = EarlyExitTrainer(
         model,
@@ -123,14 +119,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(run))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and _step(checkpoint) >= args.num_steps:
+            trainer.restore(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = trainer.evaluate(blocks[1])
         if trainer.is_world_process_zero():
             _save(run, trainer, tokenizer, metrics)
-    except (KeyboardInterrupt, RecordError, DivergedError) as error:
+    except DivergedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, RecordError) as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         last = _newest_checkpoint(run.folder)
-        kept = f"step {last.name.rpartition('-')[2]} is kept" if last else "no checkpoint was written yet"
+        kept = f"step {_step(last)} is kept" if last else "no checkpoint was written yet"
         print(f"{reason}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     PartialState().destroy_process_group()
@@ -140,17 +142,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_model(
     model_args: ModelArguments, shape: NewModelArguments, data_args: TrainingDataArguments
 ) -> int:
-    """Number of layers; raises LoadingError or ValueError where the samples do not fit the model."""
+    """Number of layers; raises LoadingError or ValueError where the model does not fit the rest."""
     if model_args.model is None:
         return shape.num_layers
     config = load_config(model_args.model, model_args.from_pretrained_args())
-    if data_args.sequence_length > context_length(config):
+    if data_args.sequence_length > (most := attended_length(config)):
         raise ValueError(
-            f"sequence_length {data_args.sequence_length}: must be at most {context_length(config)}, "
-            "the model's context"
+            f"sequence_length {data_args.sequence_length}: must be at most {most}, the model's context"
         )
-    check_window(config, data_args.sequence_length)
+    if config.num_hidden_layers < 2:
+        raise ValueError(f"model {model_args.model}: has no layer to exit from before the last")
     return config.num_hidden_layers
+
+
+def _check_precision(model_args: ModelArguments, device: torch.device) -> None:
+    """Raises ValueError where there is no such mixed precision, or no choosing of a GPU."""
+    if model_args.dtype == "float16" and device.type == "cpu":
+        raise ValueError("dtype float16: mixed precision on a CPU is bfloat16")
+    if model_args.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("dtype bfloat16: this GPU has only float16")
+    if ":" in model_args.device:
+        raise ValueError(
+            f"device {model_args.device}: must be cuda, the GPU of this rank, or cpu, mps or auto"
+        )
 
 
 def _fingerprint(*parts: datasets.Dataset) -> str:
@@ -165,11 +179,14 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     """The last one that was written to its end: the trainer's state comes last."""
     complete = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            complete.append((json.loads(state.read_text())["global_step"], state.parent))
-        except (ValueError, KeyError):
-            continue
-    return max(complete)[1] if complete else None
+        with suppress(ValueError):
+            json.loads(state.read_text())
+            complete.append(state.parent)
+    return max(complete, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _model_and_tokenizer(
@@ -182,7 +199,10 @@ def _model_and_tokenizer(
     """What training starts from; where it goes on, the trainer loads the weights."""
     if model_args.model is not None:
         kwargs = model_args.from_pretrained_args()
-        return load_model_and_tokenizer(model_args.model, kwargs, "float32", "cpu", model_args.seed)
+        model, tokenizer = load_model_and_tokenizer(
+            model_args.model, kwargs, "float32", "cpu", model_args.seed
+        )
+        return (as_if_never_quantized(model) if model_args.model.endswith(".gguf") else model), tokenizer
     if checkpoint is not None:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     else:
@@ -216,7 +236,7 @@ def _samples_per_step(args: OptimizationArguments) -> int:
 def _training_arguments(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=device.type == "cpu",
         bf16=model_args.dtype == "bfloat16",
@@ -245,6 +265,8 @@ def _training_arguments(
         report_to="none",
         disable_tqdm=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several are for torchrun, not for DataParallel
+    return arguments
 
 
 class DivergedError(Exception):
@@ -258,13 +280,19 @@ class Progress(ProgressCallback):
         super().__init__()
         self._run = run
 
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if control.should_save:  # a loss that is averaged over a checkpoint would be lost with a kill
+            control.should_log = True
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         for name, value in logs.items():
             if "loss" in name and not math.isfinite(float(value)):
                 raise DivergedError(f"{name} is {value} at step {state.global_step}; lower --learning_rate")
         if not state.is_world_process_zero:
             return
-        table = pandas.DataFrame(state.log_history)
+        # Without the trainer's own summary, which tells of the time since a resumption only.
+        table = pandas.DataFrame([row for row in state.log_history if "train_runtime" not in row])
         # In an order that does not change with a resumption.
         table = table[sorted(table, key=lambda name: (name != "step", len(name), name))]
         self._run.replace("log.csv", table.to_csv(index=False))

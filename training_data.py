@@ -9,7 +9,8 @@ import glob
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import DataError
+from data import DataError, one_line
 from recipe import IGNORED
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.
     rows = rows.select_columns(columns)
     if columns == [args.text_column]:
         rows = rows.rename_column(args.text_column, "text") if args.text_column != "text" else rows
+    for name in rows.column_names:
+        if not all(isinstance(value, str) for value in rows[name]):
+            raise DataError(f"--text_column {name}: holds values that are no text, or none")
     held_out = [_is_held_out(row, args.eval_fraction) for row in rows]
     training = rows.select([index for index, out in enumerate(held_out) if not out])
     evaluation = rows.select([index for index, out in enumerate(held_out) if out])
@@ -79,7 +83,7 @@ def _read(args: TrainingDataArguments) -> datasets.Dataset:
     try:
         return datasets.load_dataset(args.data, split="train")
     except Exception as error:  # whatever the hub client raises, in one line
-        raise DataError(f"--data {args.data}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"--data {args.data}: {one_line(error)}") from error
 
 
 def _read_files(pattern: str) -> datasets.Dataset:
@@ -95,7 +99,7 @@ def _read_files(pattern: str) -> datasets.Dataset:
         return datasets.load_dataset(reader, data_files=[str(path) for path in paths], split="train")
     except Exception as error:  # parsers of each format raise their own
         cause = error.__cause__ or error
-        raise DataError(f"--data_path {pattern}: {str(cause).splitlines()[0]}") from error
+        raise DataError(f"--data_path {pattern}: {one_line(cause)}") from error
 
 
 def standard_library() -> Iterator[str]:
@@ -149,26 +153,32 @@ def to_blocks(
     Raises:
         DataError: not one block.
     """
-    convert = _pairs if "prompt" in texts.column_names else _joined
-    blocks = texts.shuffle(seed).map(
-        convert,
-        batched=True,
-        remove_columns=texts.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "length": length},
+    convert: Callable = (
+        partial(_pairs, tokenizer, length) if "prompt" in texts.column_names else Joined(tokenizer, length)
     )
+    blocks = texts.shuffle(seed).map(convert, batched=True, remove_columns=texts.column_names)
     if not len(blocks):
         raise DataError(f"--sequence_length {length}: longer than all the text there is")
     return blocks
 
 
-def _joined(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Any]:
-    encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [token for text in encoded for token in [*text, tokenizer.eos_token_id]]
-    blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    return {"input_ids": blocks, "labels": blocks}
+class Joined:
+    """Texts -> blocks of `length`; what is left of some texts begins the first block of the next."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self._tokenizer, self._length = tokenizer, length
+        self._rest: list[int] = []
+
+    def __call__(self, rows: dict[str, list[str]]) -> dict[str, Any]:
+        encoded = self._tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self._rest + [token for text in encoded for token in [*text, self._tokenizer.eos_token_id]]
+        starts = range(0, len(ids) - self._length + 1, self._length)
+        blocks = [ids[start : start + self._length] for start in starts]
+        self._rest = ids[len(blocks) * self._length :]
+        return {"input_ids": blocks, "labels": blocks}
 
 
-def _pairs(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Any]:
+def _pairs(tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]]) -> dict[str, Any]:
     blocks = []
     labels = []
     for prompt, response in zip(rows["prompt"], rows["response"], strict=True):

@@ -1,19 +1,17 @@
 """What a model is worth at each exit layer: accuracy and perplexity of two tasks of the evaluation harness.
 
-    python benchmarks/exit_quality.py
-    python benchmarks/exit_quality.py --model ID --picture models/exit_quality --step 4
+    python benchmarks/exit_quality.py --picture docs/exit_quality
+    python benchmarks/exit_quality.py --model ID --step 4
 
 The tasks are python_lines and python_text of eval_tasks/. Writes a PNG, a PDF and a CSV.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import logging
 import sys
-import tempfile
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import pandas
@@ -21,10 +19,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import eval as eval_script
-from arguments import ModelArguments, parse
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from arguments import GenerationConfig, ModelArguments, parse
+from harness_model import HarnessModel
 from plots import curves_by_exit
-from startup import model_name, number_of_layers
+from startup import load_generator
 
 TASKS = Path(__file__).parent.parent / "eval_tasks"
 
@@ -33,7 +34,7 @@ TASKS = Path(__file__).parent.parent / "eval_tasks"
 class QualityArguments:
     """Which layers, and where to."""
 
-    picture: str = "docs/exit_quality"
+    picture: str = "models/exit_quality"
     """Path of the picture and the table, without suffix."""
     step: int = 1
     """Distance of exit layers."""
@@ -41,24 +42,20 @@ class QualityArguments:
 
 def main() -> None:
     model_args, args = parse(__doc__ or "", ModelArguments, QualityArguments)
-    num_layers = number_of_layers(model_args)
+    path = Path(args.picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = GenerationConfig()
+    generator = load_generator(model_args, config)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    num_layers = generator.model.config.num_hidden_layers
     rows = []
     for exit_layer in tqdm([*range(1, num_layers, args.step), num_layers], desc="exit layers"):
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-            flags = {
-                "model": model_name(model_args),
-                "dtype": model_args.dtype,
-                "device": model_args.device,
-                "include_path": TASKS,
-                "tasks": "python_lines,python_text",
-                "exit_layer": exit_layer if exit_layer < num_layers else -1,
-                "output_dir": folder,
-                "batch_size": 4,
-                "bootstrap_iters": 0,
-            }
-            eval_script.main([text for name, value in flags.items() for text in (f"--{name}", str(value))])
-            (path,) = Path(folder).glob("*/*/results_*.json")
-            results = json.loads(path.read_text())["results"]
+        early = dataclasses.replace(config, exit_layer=exit_layer if exit_layer < num_layers else -1)
+        model = HarnessModel(generator, early, (), "4", model_args.seed, keep=lambda record: None)
+        results = simple_evaluate(
+            model, tasks=["python_lines", "python_text"], task_manager=manager, bootstrap_iters=0
+        )["results"]
         rows.append(
             {
                 "exit_layer": exit_layer,
@@ -67,7 +64,6 @@ def main() -> None:
             }
         )
     table = pandas.DataFrame(rows)
-    path = Path(args.picture)
     table.to_csv(path.with_suffix(".csv"), index=False)
     curves_by_exit({"": table}, list(table)[1:], path)
     print(table.to_string(index=False, float_format="{:.3f}".format))

@@ -72,6 +72,11 @@ def sliding_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def attended_length(config: Any) -> int:
+    """How many positions a sequence may have such that every layer attends to all of them."""
+    return min(context_length(config), sliding_window(config) or context_length(config))
+
+
 def check_window(config: Any, num_positions: int) -> None:
     """Refuse a generation of `num_positions` (prompt and output) in which a sliding window would hide some.
 

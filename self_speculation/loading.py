@@ -6,6 +6,7 @@ file given is one.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -141,6 +142,15 @@ def load_model_and_tokenizer(
                 f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
             )
     return loaded.eval(), tokenizer
+
+
+def as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """A model read from a .gguf file, which transformers will not save because of where it came from."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
 
 
 def _locate(model: str) -> tuple[str, dict[str, Any]]:

@@ -151,11 +151,12 @@ def test_an_early_exit_is_evaluated_as_it_is(model_folder, task_folder, tmp_path
 
 
 def test_two_ranks_score_as_one(model_folder, task_folder, tmp_path):
-    """Sampled answers too: a document's draws do not depend on who draws, nor on what was drawn before."""
+    """Sampled answers and shots too: draws do not depend on the rank, nor on what was drawn before."""
     tasks = "functions,sampled,lines,text"
     one, two = tmp_path / "one", tmp_path / "two"
-    assert eval_script.main(arguments(model_folder, tasks, task_folder, one, *SPECULATION)) == 0
-    ran = torchrun(2, str(ROOT / "eval.py"), *arguments(model_folder, tasks, task_folder, two, *SPECULATION))
+    flags = [*SPECULATION, "--num_fewshot", "1"]
+    assert eval_script.main(arguments(model_folder, tasks, task_folder, one, *flags)) == 0
+    ran = torchrun(2, str(ROOT / "eval.py"), *arguments(model_folder, tasks, task_folder, two, *flags))
     assert ran.returncode == 0, ran.stderr
     left, right = only_run(one), only_run(two)
     assert samples(left)["functions"] == samples(right)["functions"]
@@ -186,6 +187,19 @@ def test_requests_are_honoured_and_flags_win(model_folder, task_folder, tmp_path
     assert (answers["functions"] == answers["sampled"]).all()
 
 
+def test_sampling_can_be_asked_for(model_folder, task_folder, tmp_path):
+    """Guards against the temperature of 0 that the harness means greedy decoding by."""
+    flags = ["--sample", "True", "--temperature", "5"]
+    for seed in ("1", "2"):
+        common = arguments(model_folder, "functions", task_folder, tmp_path / seed, *flags)
+        assert eval_script.main([*common, "--torch_random_seed", seed, "--log_samples", "False"]) == 0
+    left, right = (
+        pandas.read_json(only_run(tmp_path / seed) / "records.jsonl", lines=True) for seed in ("1", "2")
+    )
+    assert (left["tokens"] != right["tokens"]).any()
+    assert not samples(only_run(tmp_path / "1"))
+
+
 def test_an_interrupted_evaluation_goes_on_from_its_cache(
     model_folder, task_folder, tmp_path, monkeypatch, capsys
 ):
@@ -208,10 +222,13 @@ def test_an_interrupted_evaluation_goes_on_from_its_cache(
 
     monkeypatch.setattr(eval_script.HarnessModel, "_answer", interrupted)
     assert eval_script.main(common) == 130
-    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert "the same command goes on with what --use_cache kept" in capsys.readouterr().err
     assert eval_script.main([*common, "--output_dir", str(tmp_path / "again" / "logs")]) == 0
     assert calls == [0, 1, 2, 3, 3, 4, 5]
     assert len(samples(only_run(tmp_path / "again"))["functions"]) == 6
+    # Answers of another exit are none of this one's.
+    assert eval_script.main([*common, "--exit_layer", "1", "--output_dir", str(tmp_path / "e" / "logs")]) == 0
+    assert len(calls) == 7 + 6
 
 
 def test_only_answers_are_wanted(model_folder, task_folder, tmp_path):
@@ -249,10 +266,15 @@ def test_chat_template_and_shots(model_folder, task_folder, tmp_path):
             "--tasks beams: asks for num_beams=4 in generation; supported are max_gen_toks, ",
         ),
         (["--tasks", "functions", "--gen_kwargs", "num_beams=2"], "asks for num_beams=2"),
+        (
+            ["--tasks", "functions", "--gen_kwargs", "top_p=1.5"],
+            "--tasks functions: asks for top_p 1.5: must be",
+        ),
+        (["--tasks", str(ROOT / "tests")], "no task in there"),
         (["--tasks", "functions", "--limit", "0"], "--limit 0.0: must be above 0"),
         (
-            ["--tasks", "functions", "--batch_size", "many"],
-            "--batch_size 'many': must be a number from 1, or auto",
+            ["--tasks", "functions", "--batch_size", "auto:x"],
+            "--batch_size 'auto:x': must be a number from 1, or auto",
         ),
         (["--tasks", "functions", "--include_path", "no/such"], "--include_path no/such: no such folder"),
         (["--tasks", "functions", "--exit_layer", "4"], "--exit_layer 4: must be between 1 and 3"),

@@ -9,9 +9,11 @@ from self_speculation.llama_model_utils import (
     SUPPORTED_MODEL_TYPES,
     Decoder,
     context_length,
+    exit_logits,
     forward,
     forward_early,
     forward_remainder,
+    hidden_after_each_layer,
 )
 
 SHAPE = {
@@ -47,8 +49,11 @@ def pieces_match_the_whole(model):
         verified = forward_remainder(decoder, torch.cat([*hidden, last.hidden], 1), 2).logits
         decoder.cache.rollback(2)
         again = forward(decoder, ids[:, 8:12], num_logits=4).logits
+        *_, trained_on = hidden_after_each_layer(model, ids)
+        trained_on = exit_logits(model, trained_on)
     torch.testing.assert_close(torch.cat([prompt, verified], 1), expected[:, :10])
     torch.testing.assert_close(again, expected[:, 8:])
+    torch.testing.assert_close(trained_on, expected)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)

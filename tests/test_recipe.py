@@ -11,7 +11,7 @@ from early_exit_training import Recipe, early_exit_loss, exit_scores
 from recipe import IGNORED
 from self_speculation.llama_model_utils import hidden_after_each_layer
 
-PAPER = Recipe(0.0, "constant", (1, 2, 3), "label", "depth", 0.2, "all", 1, 10, seed=0)
+PAPER = Recipe(0.0, "constant", 0.2, "label", "depth", "all", 1, (1, 2, 3), 10, seed=0)
 
 
 def settings(**changes):
@@ -184,5 +184,5 @@ def test_distillation_teaches_the_exits_only():
 
     equal = {"exit_loss": "distill", "exit_weighting": "equal"}
     torch.testing.assert_close(
-        gradient(**equal, e_scale=1.0), gradient(exit_layers=(), exit_weighting="equal")
+        gradient(**equal, early_exit_scale=1.0), gradient(exits=(), exit_weighting="equal")
     )

@@ -1,6 +1,7 @@
 """train.py as its users run it, on models of a few thousand parameters."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def log(folder):
 
 def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def same_weights(folder, other):
+    for name, value in weights(other).items():
+        assert torch.equal(value, weights(folder)[name]), name
 
 
 def run(tmp_path, texts, *more):
@@ -105,8 +111,12 @@ def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
     (folder / "checkpoint-59" / "trainer_state.json").write_text('{"global_st')
     assert train.main([*arguments(parts, texts, *more), "--resume", str(folder)]) == 0
     pandas.testing.assert_frame_equal(log(folder), log(whole), check_exact=True)
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(folder)[name]), name
+    same_weights(folder, whole)
+    # Killed during the last evaluation, or simply resumed once more: not a step beyond the last.
+    shutil.rmtree(folder / "model")
+    assert train.main([*arguments(parts, texts, *more), "--resume", str(folder)]) == 0
+    same_weights(folder, whole)
+    assert log(folder)["step"].max() == 60
 
 
 def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
@@ -118,8 +128,8 @@ def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
 
 
 def test_two_ranks_learn_what_one_does(tmp_path, texts):
-    """Two ranks of two samples against one of four: the same curve; both drop the same layers."""
-    common = ["--early_exit_scale", "1.0", "--exit_weighting", "equal", "--rotation", "1"]
+    """Two ranks of two samples against one of four; a layer that all samples skip makes no rank wait."""
+    common = ["--layer_dropout", "0", "--exit_weighting", "equal", "--rotation", "1"]
     one = run(tmp_path, texts, *common)
     two_path = tmp_path / "two"
     two_path.mkdir()
@@ -127,9 +137,9 @@ def test_two_ranks_learn_what_one_does(tmp_path, texts):
     result = torchrun(2, str(ROOT / "train.py"), *command)
     assert result.returncode == 0, result.stderr
     two = only_run(two_path)
-    columns = ["step", "eval_loss", "eval_accuracy"]
-    left, right = (log(folder)[columns].dropna() for folder in (one, two))
-    pandas.testing.assert_frame_equal(left, right, rtol=0.02)
+    for columns in (["step", "loss", "grad_norm"], ["step", "eval_loss"]):
+        left, right = (log(folder)[columns].dropna() for folder in (one, two))
+        pandas.testing.assert_frame_equal(left, right, rtol=1e-3)
     assert list(pandas.read_csv(two / "exits.csv")["exit_layer"]) == [1, 2, 3]
     dropped = torchrun(2, str(ROOT / "train.py"), *arguments(two_path, texts, "--layer_dropout", "1.0"))
     assert dropped.returncode == 0, dropped.stderr
@@ -172,7 +182,7 @@ def test_mixed_precision(tmp_path, texts):
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
     """Guards against an average that leaves such losses out, which is what the trainer does by itself."""
     assert train.main(arguments(tmp_path, texts, "--learning_rate", "1e30", "--warmup_steps", "0")) == 1
-    assert "loss is nan at step 2; lower --learning_rate" in capsys.readouterr().err
+    assert "loss is nan at step 4; lower --learning_rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -187,6 +197,8 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
         (["--learning_rate", "0"], "--learning_rate 0.0: must be above 0"),
         (["--eval_fraction", "1"], "--eval_fraction 1.0: must be between 0 and 1"),
         (["--num_steps", "0"], "--num_steps 0: must be at least 1"),
+        (["--warmup_steps", "12"], "--warmup_steps 12: must be below --num_steps 12"),
+        (["--dtype", "float16"], "--dtype float16: mixed precision on a CPU is bfloat16"),
     ],
 )
 def test_bad_values_are_refused_before_the_data_is_read(flags, message, tmp_path, capsys):
@@ -240,11 +252,13 @@ def test_what_is_wrong_with_the_data(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "b.jsonl").write_text('{"content": \n')
     (tmp_path / "c.txt").write_text("x")
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
     for name, message in (
         ("none*", "no such files"),
         ("a.jsonl", "--text_column text: not in the data, which has content"),
         ("b.jsonl", "--data_path"),
         ("[ac].*", "mixes formats"),
+        ("d.jsonl", "--text_column text: holds values that are no text"),
         ("c.txt", "leaves nothing of 1 texts for"),
     ):
         with pytest.raises(DataError, match=message.replace("*", "\\*")) as error:
@@ -261,8 +275,8 @@ def test_no_file_of_the_standard_library_is_on_both_sides():
 
 
 def test_blocks_lose_nothing_but_the_tail(byte_tokenizer):
-    """Guards against texts run together without an end between them."""
-    dataset = training_data.datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno"]})
+    """Guards against texts without an end between them, and against a tail lost every 1000 texts."""
+    dataset = training_data.datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno"] * 700})
     blocks = training_data.to_blocks(dataset, byte_tokenizer, 4, seed=0)
     ids = [token for block in blocks["input_ids"] for token in block]
     assert blocks["labels"] == blocks["input_ids"]
