@@ -42,7 +42,7 @@ class ModelArguments:
     """What to load, and onto what."""
 
     model: str | None = None
-    """Hub id, local folder or .gguf file; without it, the bundled checkpoint (train.py: a new model)."""
+    """Hub id, folder or .gguf file; without it, SmolLM2-135M-Instruct (train.py: a new model)."""
     model_args: str | None = None
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
     seed: int = 42

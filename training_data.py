@@ -120,9 +120,13 @@ def _is_held_out(row: dict[str, str], fraction: float) -> bool:
 def train_tokenizer(texts: datasets.Dataset, vocabulary_size: int, context: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer; `<|endoftext|>` begins, ends and pads."""
     tokenizer = Tokenizer(models.BPE())
-    # Digits stand alone, and a run of spaces is one token: source text is full of both.
+    # Digits and line breaks stand alone, so that a prompt may end in one, and a run of spaces is one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,4 +1,4 @@
-"""Prompts that the bundled model has not seen: functions of the held-out files of the standard library.
+"""Prompts that a model of train.py has not seen: functions of the held-out files of the standard library.
 
     python benchmarks/held_out_functions.py --file models/held_out.jsonl
     python benchmark.py --dataset custom_jsonl --data_path models/held_out.jsonl --num_samples 50

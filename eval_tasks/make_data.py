@@ -1,4 +1,4 @@
-"""Makes python_lines.jsonl and python_text.jsonl from the files that the bundled model has not seen.
+"""Makes python_lines.jsonl and python_text.jsonl from the files that train.py holds out.
 
     python eval_tasks/make_data.py
 

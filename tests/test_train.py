@@ -77,6 +77,10 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, script):
     text = "def add(a, b):\n        return a + 12\n"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
+    # Guards against line breaks that merge with the indentation behind them: a prompt may end in one.
+    assert tokenizer.encode(text)[: len(tokenizer.encode("def add(a, b):\n"))] == tokenizer.encode(
+        "def add(a, b):\n"
+    )
     assert model.config.max_position_embeddings == 32
     # Guards against an end of text that is the padding too, whose embedding stays zero for ever.
     assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
