@@ -207,7 +207,8 @@ def hidden_after_each_layer(
     rotary = base.rotary_emb(hidden, position_ids=torch.arange(width, device=hidden.device)[None])
     mask = None  # sdpa masks by itself
     if model.config._attn_implementation == "eager":
-        mask = torch.full((1, 1, width, width), torch.finfo(hidden.dtype).min, device=hidden.device).triu(1)
+        lowest = torch.finfo(hidden.dtype).min
+        mask = torch.full((1, 1, width, width), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)
     for index, layer in enumerate(base.layers):
         if kept is None or kept[index].all():
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
