@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"step {_step(last)} is kept" if last else "no checkpoint was written yet"
         print(f"{reason}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
+    # Not before the last gather is over everywhere: a rank that leaves with its tensors waits for itself.
+    distributed.barrier()
     PartialState().destroy_process_group()
     return 0
 

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import pandas
 import pytest
@@ -291,14 +289,11 @@ def test_bad_usage_is_refused_before_the_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_the_tasks_that_come_with_the_repository(model_folder, tmp_path):
+def test_the_tasks_that_come_with_the_repository(model_folder, tmp_path, monkeypatch, capsys):
     """Guards against data that is found from one working directory only."""
-    command = [
-        sys.executable, str(ROOT / "eval.py"),
-        *arguments(model_folder, "python_functions,python_lines,python_text", ROOT / "eval_tasks", tmp_path),
-        "--limit", "2",
-    ]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert "python_functions: 2 answers" in ran.stdout
+    monkeypatch.chdir(tmp_path)
+    tasks = "python_functions,python_lines,python_text"
+    common = arguments(model_folder, tasks, ROOT / "eval_tasks", tmp_path, "--limit", "2")
+    assert eval_script.main(common) == 0
+    assert "python_functions: 2 answers" in capsys.readouterr().out
     assert set(results(only_run(tmp_path))) == {"python_functions", "python_lines", "python_text"}

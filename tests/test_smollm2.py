@@ -44,10 +44,6 @@ def prompts():
     return [problem["prompt"] for problem in read_problems().values()]
 
 
-def test_a_prompt(smollm2):
-    compare(*smollm2, prompts()[:1], [28])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_prompts_and_three_exit_layers(smollm2):
