@@ -221,8 +221,8 @@ def _model_and_tokenizer(
         num_key_value_heads=shape.num_kv_heads,
         max_position_embeddings=data_args.sequence_length,
         tie_word_embeddings=True,
-        initializer_range=shape.hidden_size
-        ** -0.5,  # keeps the size of what goes through; 0.02 is for wide models
+        # Keeps the size of what goes through; 0.02 is for wide models.
+        initializer_range=shape.hidden_size**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,  # its embedding would stay zero, and it is the end of a text here
