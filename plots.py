@@ -77,3 +77,16 @@ def curves_by_exit(tables: dict[str, pandas.DataFrame], values: list[str], path:
         if len(tables) > 1:
             panel.legend()
     _save(figure, path)
+
+
+def bars(table: pandas.DataFrame, value: str, title: str, path: Path) -> None:
+    """One bar for each row, from `low` to `high` marked; `path` without suffix."""
+    figure, axes = pyplot.subplots(figsize=(8.0, 0.8 + 0.45 * len(table)), constrained_layout=True)
+    spread = [table[value] - table["low"], table["high"] - table[value]]
+    drawn = axes.barh(table.index, table[value], xerr=spread, height=0.6, color="#4878a8", ecolor="#333333")
+    axes.bar_label(drawn, [f"{number:.1f}" for number in table[value]], padding=6)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(value)
+    axes.set_title(title, fontsize=10)
+    _save(figure, path)

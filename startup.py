@@ -54,6 +54,8 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
                 model_args.dtype,
                 model_args.device,
                 model_args.seed,
+                model_args.fuse,
+                model_args.compile,
             )
     except (LoadingError, ValueError) as error:
         refuse(f"--{error}")

@@ -202,7 +202,7 @@ def _model_and_tokenizer(
     if model_args.model is not None:
         kwargs = model_args.from_pretrained_args()
         model, tokenizer = load_model_and_tokenizer(
-            model_args.model, kwargs, "float32", "cpu", model_args.seed
+            model_args.model, kwargs, "float32", "cpu", model_args.seed, fuse=False
         )
         return (as_if_never_quantized(model) if model_args.model.endswith(".gguf") else model), tokenizer
     if checkpoint is not None:

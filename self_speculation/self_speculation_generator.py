@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from self_speculation.compiled import make_decoder
 from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
-from self_speculation.llama_model_utils import Decoder, forward, forward_early, forward_remainder
+from self_speculation.llama_model_utils import Decoder, forward_early, forward_remainder, prefill
 from self_speculation.output import Output
 from self_speculation.sampling import Sampler, Verdict, verify_draft
 
@@ -39,12 +40,12 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
         exit_layer = config.exit_layer
         num_speculations = min(config.num_speculations, output.remaining)  # longer drafts would never be made
-        decoder = Decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
+        decoder = make_decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
         sampler = config.sampler()
         drafted, judged, accepted = ([0] * num_speculations for _ in range(3))
         num_verifications = 0
 
-        logits = output.process(forward(decoder, output.history()).logits[0])  # [1, V]
+        logits = output.process(prefill(decoder, output.history(), len(decoder.layers)).logits[0])  # [1, V]
         token = sampler(logits).tokens  # [1]
         output.place(token, 0)
         output.commit(token.tolist(), logits)

