@@ -50,7 +50,8 @@ class ModelArguments:
     output_dir: str = "./logs"
     """Folder for records; generate.py writes none."""
     dtype: DtypeName = "auto"
-    """Number format of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere."""
+    """Number format of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere; half: bfloat16
+    where the device computes in it, else float16."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     fuse: bool = True

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 train.py --model ID --data_path pairs.jsonl --early_exit_scale 1.0
 
 Without --model a small Llama is made, with a tokenizer of its own. Rows with `prompt` and `response` are for
-finetuning: only responses are learnt. --dtype bfloat16 or float16 is mixed precision: the weights stay
+finetuning: only responses are learnt. --dtype bfloat16, float16 or half is mixed precision: the weights stay
 float32 until they are saved as bfloat16. The folder `model` that it ends with is for every script, and for
 transformers.
 """
@@ -56,7 +56,7 @@ from plots import curves_by_exit
 from records import RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.llama_model_utils import attended_length
-from self_speculation.loading import as_if_never_quantized, load_config, resolve_device
+from self_speculation.loading import as_if_never_quantized, load_config, resolve_device, resolve_dtype
 from training_data import Padding, load_texts, to_blocks, train_tokenizer
 
 
@@ -238,11 +238,12 @@ def _samples_per_step(args: OptimizationArguments) -> int:
 def _training_arguments(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainingArguments:
+    mixed = resolve_dtype(model_args.dtype, device)
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=device.type == "cpu",
-        bf16=model_args.dtype == "bfloat16",
-        fp16=model_args.dtype == "float16",
+        bf16=mixed == torch.bfloat16,
+        fp16=mixed == torch.float16,
         seed=model_args.seed,
         max_steps=args.num_steps,
         per_device_train_batch_size=args.batch_size,

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import parse
+from arguments import parse, refuse
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class SyntheticArguments:
     """Width, a multiple of 64."""
     intermediate_size: int = 1024
     """Width of the MLP."""
+    num_kv_heads: int = 3
+    """Heads of keys and values; of queries there is one for each 64 of the width."""
     vocab_size: int = 4096
     """Tokens of the byte-level BPE, trained on the standard library's sources."""
     exit_layer: int = 4
@@ -47,6 +49,9 @@ class SyntheticArguments:
 
 def main() -> None:
     (args,) = parse(__doc__ or "", SyntheticArguments)
+    heads = args.hidden_size // 64
+    if not args.num_kv_heads or heads % args.num_kv_heads:
+        refuse(f"--num_kv_heads {args.num_kv_heads}: must divide {heads}, the heads of queries")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,10 +64,9 @@ def main() -> None:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
     torch.manual_seed(args.seed)
-    heads = args.hidden_size // 64
     config = LlamaConfig(
         vocab_size=args.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.num_layers, num_attention_heads=heads, num_key_value_heads=heads // 2 or 1,
+        num_hidden_layers=args.num_layers, num_attention_heads=heads, num_key_value_heads=args.num_kv_heads,
         max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, initializer_range=0.05,
     )  # fmt: skip
     model = LlamaForCausalLM(config)

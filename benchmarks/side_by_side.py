@@ -98,17 +98,21 @@ class Clock:
 Generate = Callable[[list[int]], Answer]
 
 
-def theirs(generator: Any, max_steps: int, **options: Any) -> Generate:
+def theirs(generator: Any, max_steps: int, assistant: dict | None = None, **options: Any) -> Generate:
+    """`generate` of transformers. What concerns an assistant it reads off the assistant's own config alone,
+    which here is the model's.
+    """
     model, end_ids = generator.model, generator.eos_token_ids
 
     @torch.inference_mode()
     def generate(ids: list[int]) -> Answer:
         inputs, clock = torch.tensor([ids], device=model.device), Clock()
         started = time.perf_counter()
-        output = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=max_steps,
-            eos_token_id=end_ids or None, pad_token_id=0, streamer=clock, **options,
-        )  # fmt: skip
+        with patch.dict(vars(model.generation_config), assistant or {}):
+            output = model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=max_steps,
+                eos_token_id=end_ids or None, pad_token_id=0, streamer=clock, **options,
+            )  # fmt: skip
         _, first, *_, last = clock.times
         return Answer(output[0, len(ids) :].tolist(), clock.counts[1], first - started, last - first)
 
@@ -220,8 +224,11 @@ def main() -> None:
     sides: dict[str, Generate] = {
         TRANSFORMERS: theirs(generator, max_steps),
         EARLY_EXIT: theirs(
-            generator, max_steps, assistant_early_exit=exit_layer, num_assistant_tokens=k,
-            num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0,
+            generator, max_steps, assistant_early_exit=exit_layer, assistant={
+                "num_assistant_tokens": k,
+                "num_assistant_tokens_schedule": "constant",
+                "assistant_confidence_threshold": 0.0,
+            },
         ),
         LOOKUP: theirs(generator, max_steps, prompt_lookup_num_tokens=k),
         OURS: ours(*autoregressive(generator, config)),

@@ -86,8 +86,9 @@ class Passes:
         self.cache = StaticKVCache(
             len(decoder.layers), capacity, config.num_key_value_heads, weight.shape[2], weight
         )
-        for buffer in self.cache.buffers:
-            torch._dynamo.mark_static_address(buffer)
+        for keys, values in self.cache.buffers:
+            torch._dynamo.mark_static_address(keys)
+            torch._dynamo.mark_static_address(values)
         self._positions = torch.arange(capacity, device=weight.device)
         self._compiled: dict[tuple[int, int, int], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
 
@@ -108,10 +109,10 @@ class Passes:
     def _compile(
         self, first: int, last: int, num_logits: int
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        decoder, buffers = self._decoder, self.cache.buffers
+        decoder, buffers, capacity = self._decoder, self.cache.buffers, self.cache.capacity
 
         def run(inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            span = StaticSpan(decoder, positions, buffers[0].shape[2])
+            span = StaticSpan(decoder, positions, capacity)
             cache = WrittenAt(buffers, positions)
             hidden = inputs if first else decoder.embed(inputs)  # [T, H]
             for layer in decoder.layers[first:last]:

@@ -6,7 +6,6 @@ layers, which only ever call `update`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -21,34 +20,34 @@ class KVCache:
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity
         self._lengths = [0] * num_layers
-        self._buffers: list[Tensor | None] = [None] * num_layers  # each [2, kv_heads, capacity, head_dim]
+        # Keys and values, each [1, kv_heads, capacity, head_dim].
+        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
     def length(self, layer: int) -> int:
         """Number of positions that `layer` holds."""
         return self._lengths[layer]
 
-    def append(self, keys_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Append T positions to a layer.
 
         Args:
-            keys_values: [2, kv_heads, T, head_dim]
+            keys: [kv_heads, T, head_dim], or a batch of one; `values` likewise.
 
         Returns:
             Views of all the layer's keys and values, [1, kv_heads, length, head_dim].
         """
-        width = keys_values.shape[2]
-        new, keys, values = self._extend(layer, keys_values, width)
-        new.copy_(keys_values)
-        return keys, values
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """As `append`, of [1, kv_heads, T, head_dim] each: what the layers of transformers call."""
-        new, all_keys, all_values = self._extend(layer_idx, keys, keys.shape[2])
-        new[:1] = keys
-        new[1:] = values
-        return all_keys, all_values
+        width = keys.shape[-2]
+        start, end = self._lengths[layer_idx], self._lengths[layer_idx] + width
+        buffers = self._buffers[layer_idx]
+        if buffers is None or end > buffers[0].shape[2]:
+            buffers = self._grow(layer_idx, end, keys)
+        self._lengths[layer_idx] = end
+        all_keys, all_values = buffers
+        all_keys.narrow(2, start, width).copy_(keys)
+        all_values.narrow(2, start, width).copy_(values)
+        return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
 
     def rollback(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` positions of every layer.
@@ -62,20 +61,16 @@ class KVCache:
             )
         self._lengths = [length - num_tokens for length in self._lengths]
 
-    def _extend(self, layer: int, like: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Make room for `width` positions more: these in the buffer, all keys, all values."""
-        start, end = self._lengths[layer], self._lengths[layer] + width
-        buffer = self._buffers[layer]
-        if buffer is None or end > buffer.shape[2]:
-            while self.capacity < end:
-                self.capacity *= 2
-            larger = like.new_empty(2, like.shape[1], self.capacity, like.shape[3])
-            if buffer is not None:
-                larger[:, :, :start] = buffer[:, :, :start]
-            self._buffers[layer] = buffer = larger
-        self._lengths[layer] = end
-        keys, values = buffer.narrow(2, 0, end).split(1)
-        return buffer.narrow(2, start, width), keys, values
+    def _grow(self, layer: int, least: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """New buffers of a layer, of room for `least` positions, with what the old ones hold."""
+        while self.capacity < least:
+            self.capacity *= 2
+        shape = (1, like.shape[-3], self.capacity, like.shape[-1])
+        larger = (like.new_empty(shape), like.new_empty(shape))
+        for new, old in zip(larger, self._buffers[layer] or (), strict=False):
+            new[:, :, : old.shape[2]] = old
+        self._buffers[layer] = larger
+        return larger
 
 
 class StaticKVCache(KVCache):
@@ -84,7 +79,8 @@ class StaticKVCache(KVCache):
     def __init__(self, num_layers: int, capacity: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
         super().__init__(num_layers, capacity)
         # Zeros: what lies behind the last position is masked, but even so must be numbers.
-        self.buffers = [like.new_zeros(2, kv_heads, capacity, head_dim) for _ in range(num_layers)]
+        shape = (1, kv_heads, capacity, head_dim)
+        self.buffers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(num_layers)]
         self._buffers = list(self.buffers)
 
     def clear(self) -> None:
@@ -103,16 +99,14 @@ class WrittenAt:
         positions: [T]
     """
 
-    def __init__(self, buffers: list[Tensor], positions: Tensor) -> None:
+    def __init__(self, buffers: list[tuple[Tensor, Tensor]], positions: Tensor) -> None:
         self._buffers, self._positions = buffers, positions
-
-    def append(self, keys_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Write [2, kv_heads, T, head_dim]; all keys and values, [1, kv_heads, capacity, head_dim] each."""
-        buffer = self._buffers[layer].index_copy_(2, self._positions, keys_values)
-        return buffer[:1], buffer[1:]
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """As `append`, of [1, kv_heads, T, head_dim] each: what the layers of transformers call."""
-        return self.append(torch.cat((keys, values)), layer_idx)
+        """As that of `KVCache`, with all positions that there can be, [1, kv_heads, capacity, head_dim]."""
+        all_keys, all_values = self._buffers[layer_idx]
+        all_keys[:, :, self._positions] = keys
+        all_values[:, :, self._positions] = values
+        return all_keys, all_values

@@ -27,7 +27,7 @@ LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss
 NARROW = 16
 
 # What `fuse` measures: weights of at least so many elements, so many bytes of them.
-_SMALLEST_TO_CHOOSE, _SAMPLE_BYTES = 2**15, 128_000_000
+_SMALLEST_TO_CHOOSE, _SAMPLE_BYTES = 2**15, 512_000_000
 
 _LEAN: WeakKeyDictionary[nn.Module, Lean] = WeakKeyDictionary()
 
@@ -48,7 +48,7 @@ def fuse(model: Any) -> int:
     if _is_plain(base.norm, head):
         _LEAN[head] = LeanHead(base.norm, head)
     made = [_LEAN[module] for module in (*base.layers, head) if module in _LEAN]
-    _choose_products(made)
+    _choose_forms(made)
     return sum(isinstance(lean, LeanLayer) for lean in made)
 
 
@@ -62,30 +62,45 @@ def lean_head(norm: nn.Module, head: nn.Module) -> LeanHead | None:
     return _still(head, norm, head)
 
 
+def _transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """W x^T, transposed. One vector goes in twice: to multiply two columns is often faster."""
+    columns = torch.cat((x, x)) if x.shape[0] == 1 else x
+    return torch.mm(weight, columns.T).T[: x.shape[0]].contiguous()
+
+
+def _blocked(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by blocks of rows of W: small enough for kernels that do not first copy W into another order."""
+    blocks = weight.view(_num_blocks(weight), -1, weight.shape[1])
+    product = torch.bmm(x.expand(len(blocks), -1, -1), blocks.mT)
+    return product.transpose(0, 1).reshape(x.shape[0], -1)
+
+
+def _num_blocks(weight: Tensor) -> int:
+    """As many as there can be of equal height, 64 rows or more; 1 where a prime number of rows stands."""
+    rows = weight.shape[0]
+    return next((n for n in range(rows // 64, 1, -1) if rows % n == 0), 1)
+
+
+# Ways to multiply [T, in] by a weight [out, in].
+Form = Callable[[Tensor, Tensor], Tensor]
+FORMS: tuple[Form, ...] = (linear, _transposed, _blocked)
+
+
 class Product:
-    """x [T, in] -> x W^T + b [T, out]."""
+    """x [T, in] -> x W^T + b [T, out]. Fewer calls than `linear`, and the fastest form there is."""
 
     def __init__(self, *projections: nn.Linear) -> None:
         """Several projections become one, their weights views of the joint one."""
         self.weight = _joined([projection.weight for projection in projections])
         biases = [projection.bias for projection in projections]
         self.bias = None if biases[0] is None else _joined(biases)
-        # Widths T for which W x^T, transposed, is faster here than x W^T. That can only be on a CPU in fp32,
-        # and does not matter for small weights.
-        self.transposed: frozenset[int] = frozenset()
-        self.may_be_transposed = (
-            self.weight.device.type == "cpu"
-            and self.weight.dtype == torch.float32
-            and self.weight.numel() >= _SMALLEST_TO_CHOOSE
-        )
+        # Widths T that another form than the ordinary one is faster for, see `_choose_forms`.
+        self.forms: dict[int, Form] = {}
+        self._weight_t = self.weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
-        width = x.shape[0]
-        if width not in self.transposed:
-            return linear(x, self.weight, self.bias)
-        # A matrix-vector product may be slower than the product with two columns, of which one is wasted.
-        columns = torch.cat((x, x)) if width == 1 else x
-        product = torch.mm(self.weight, columns.T).T[:width].contiguous()
+        form = self.forms.get(x.shape[0])
+        product = torch.mm(x, self._weight_t) if form is None else form(x, self.weight)
         return product if self.bias is None else product.add_(self.bias)
 
 
@@ -114,21 +129,16 @@ class LeanLayer:
     def __call__(self, hidden: Tensor, span: Any, cache: KVCache | WrittenAt) -> Tensor:
         """[T, H] -> [T, H] for the positions of `span`; their keys and values are in the cache then."""
         width = hidden.shape[0]
-        # [T, heads + 2 kv_heads, head_dim]
+        # [T, heads + kv_heads, head_dim] and [T, kv_heads, head_dim]
         qkv = self._qkv(self._input_norm(hidden)).view(width, -1, self._head_dim)
-        rotated = qkv[:, : self._num_rotated]
+        queries_keys, values = qkv[:, : self._num_rotated], qkv[:, self._num_rotated :]
         if self._query_norm is not None and self._key_norm is not None:
-            queries, keys = rotated.split((self._num_heads, self._num_rotated - self._num_heads), 1)
-            queries.copy_(self._query_norm(queries))
-            keys.copy_(self._key_norm(keys))
-        # rotate_half(x) * sin is x, rolled by half a head, times sin with a negative first half.
-        cos, sin = span.lean_rotary  # [T, 1, head_dim]
-        rolled = rotated.roll(self._head_dim // 2, -1)
-        rotated.mul_(cos).addcmul_(rolled, sin)
-        keys_values = qkv[:, self._num_heads :].view(width, 2, -1, self._head_dim)
-        keys, values = cache.append(keys_values.permute(1, 2, 0, 3), self._index)
-        attended = self._attend(qkv[:, : self._num_heads], keys, values, span)
-        hidden = self._out(attended) + hidden
+            queries, keys = queries_keys[:, : self._num_heads], queries_keys[:, self._num_heads :]
+            queries_keys = torch.cat((self._query_norm(queries), self._key_norm(keys)), 1)
+        rotated = span.rotate(queries_keys)
+        queries, keys = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
+        all_keys, all_values = cache.update(keys.transpose(0, 1), values.transpose(0, 1), self._index)
+        hidden = self._out(self._attend(queries, all_keys, all_values, span)).add_(hidden)
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, -1)
         return self._down(self._activation(gate).mul_(up)).add_(hidden)
 
@@ -186,8 +196,19 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     weight, eps = module.weight.data, module.variance_epsilon
-    shape = tuple(weight.shape)
-    return lambda hidden: rms_norm(hidden, shape, weight, eps)
+    width = len(weight)
+    if weight.device.type != "cpu":
+        return lambda hidden: rms_norm(hidden, (width,), weight, eps)
+    epsilon = torch.tensor(eps)
+
+    def norm(hidden: Tensor) -> Tensor:
+        """On a CPU `rms_norm` is a sequence of kernels, twice as many as these."""
+        exact = hidden.float()
+        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        scale = torch.addcmul(epsilon, norms, norms, value=1 / width).rsqrt_()
+        return exact.mul(scale).to(hidden.dtype).mul_(weight)
+
+    return norm
 
 
 def _is_plain(*roots: nn.Module) -> bool:
@@ -216,43 +237,48 @@ def _layout(*roots: nn.Module) -> list[int]:
     return [weight.data_ptr() for root in roots for weight in root.parameters()]
 
 
-def _choose_products(lean: Sequence[Lean]) -> None:
-    """Find out which form of a product is faster, for each shape of a weight and each width.
+def _choose_forms(lean: Sequence[Lean]) -> None:
+    """Find out which form of a product is fastest, for each shape of a weight and each width.
 
     BLAS libraries differ threefold here, in both directions and from shape to shape, so the answer is
-    measured, in less than a second.
+    measured, in about a second. It can only be another than `linear` on a CPU in fp32, and does not matter
+    for small weights.
     """
+    products = [
+        product
+        for module in lean
+        for product in module.products
+        if product.weight.device.type == "cpu"
+        and product.weight.dtype == torch.float32
+        and product.weight.numel() >= _SMALLEST_TO_CHOOSE
+    ]
     # Layer after layer, as in decoding, and more of them than a processor's cache holds.
-    products = [product for module in lean for product in module.products if product.may_be_transposed]
-    sample: list[Product] = []
-    for product in products:
-        seen = sum(other.weight.nbytes for other in sample)
-        if seen < _SAMPLE_BYTES or product.weight.shape not in {other.weight.shape for other in sample}:
-            sample.append(product)
+    sample: list[Tensor] = []
+    for weight in (product.weight for product in products):
+        seen = sum(other.nbytes for other in sample)
+        if seen < _SAMPLE_BYTES or weight.shape not in {other.shape for other in sample}:
+            sample.append(weight)
+    forms: dict[torch.Size, dict[int, Form]] = {weight.shape: {} for weight in sample}
     for widths in ((1,), (2, 3), (4, 5, 6, 7), tuple(range(8, NARROW + 1))):
-        ordinary = _seconds_by_shape(sample, widths[0])
-        for product in sample:
-            product.transposed |= set(widths)
-        transposed = _seconds_by_shape(sample, widths[0])
-        worse = {shape for shape in ordinary if transposed[shape] > 0.9 * ordinary[shape]}
-        for product in sample:
-            if product.weight.shape in worse:
-                product.transposed -= set(widths)
-    chosen = {product.weight.shape: product.transposed for product in sample}
+        seconds = {form: _seconds_by_shape(form, sample, widths[0]) for form in FORMS}
+        for shape, of_shape in forms.items():
+            best = min(FORMS, key=lambda form: seconds[form][shape] * (0.9 if form is linear else 1.0))
+            if best is not linear:
+                of_shape |= dict.fromkeys(widths, best)
     for product in products:
-        product.transposed = chosen[product.weight.shape]
+        product.forms = forms[product.weight.shape]
 
 
 @torch.inference_mode()
-def _seconds_by_shape(products: Sequence[Product], width: int) -> dict[torch.Size, float]:
-    """The least that each shape of weight took in any of three rounds."""
-    inputs = {product.weight.shape[1]: torch.randn(width, product.weight.shape[1]) for product in products}
+def _seconds_by_shape(form: Form, weights: Sequence[Tensor], width: int) -> dict[torch.Size, float]:
+    """The least that all weights of each shape took in any of three rounds."""
+    inputs = {weight.shape[1]: torch.randn(width, weight.shape[1]) for weight in weights}
     rounds = []
     for _ in range(3):
-        seconds: dict[torch.Size, float] = dict.fromkeys((product.weight.shape for product in products), 0.0)
-        for product in products:
+        seconds: dict[torch.Size, float] = dict.fromkeys((weight.shape for weight in weights), 0.0)
+        for weight in weights:
             started = time.perf_counter()
-            product(inputs[product.weight.shape[1]])
-            seconds[product.weight.shape] += time.perf_counter() - started
+            form(inputs[weight.shape[1]], weight)
+            seconds[weight.shape] += time.perf_counter() - started
         rounds.append(seconds)
     return {shape: min(seconds[shape] for seconds in rounds) for shape in rounds[0]}

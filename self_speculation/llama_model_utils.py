@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.kv_cache import KVCache, WrittenAt
-from self_speculation.lean_layers import lean_head, lean_layer
+from self_speculation.lean_layers import NARROW, lean_head, lean_layer
 
 # `config.model_type` of the decoders that are a stack of residual layers between an unscaled embedding and a
 # plain `lm_head(norm(x))`. Every one of them is compared with its own `model(...)` in
@@ -124,10 +124,17 @@ class Span:
         cos, sin = self._decoder.rotary.narrow(1, self._start, self._width).split(1)
         return cos, sin
 
+    def rotate(self, heads: Tensor) -> Tensor:
+        """[T, n, head_dim] of queries or keys, each turned by the angles of its position."""
+        if self._width > NARROW:
+            return _rotated(heads, *self.rotary)
+        return torch.bmm(heads, self._rotations)
+
     @cached_property
-    def lean_rotary(self) -> tuple[Tensor, ...]:
-        """cos and sin with a negative first half, [T, 1, head_dim]."""
-        return self._decoder.lean_rotary.narrow(1, self._start, self._width).unbind()
+    def _rotations(self) -> Tensor:
+        """[T, head_dim, head_dim]: a product with these is one kernel, `_rotated` takes half a dozen."""
+        cos, sin = (table.transpose(0, 1) for table in self.rotary)  # [T, 1, head_dim]
+        return torch.addcmul(self._decoder.unit * cos, self._decoder.half_turn, sin)
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -147,12 +154,21 @@ class StaticSpan:
 
     def __init__(self, decoder: Decoder, positions: Tensor, capacity: int) -> None:
         self.rotary = decoder.rotary.index_select(1, positions).split(1)  # [1, T, head_dim] each
-        self.lean_rotary = decoder.lean_rotary.index_select(1, positions).unbind()  # [T, 1, head_dim] each
         hidden_positions = torch.arange(capacity, device=positions.device) > positions[:, None]
         lowest = torch.finfo(decoder.rotary.dtype).min
         rows = hidden_positions.to(decoder.rotary.dtype) * lowest  # [T, capacity]
         self.mask = rows[None, None]
         self.grouped_mask = rows.expand(decoder.groups, -1, -1).flatten(0, 1)
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """See `Span`; the compiler makes one kernel of it."""
+        return _rotated(heads, *self.rotary)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, n, head_dim] heads, [1, T, head_dim] tables."""
+    first, second = heads.chunk(2, -1)
+    return heads * cos.transpose(0, 1) + torch.cat((-second, first), -1) * sin.transpose(0, 1)
 
 
 class Decoder:
@@ -186,8 +202,11 @@ class Decoder:
         self.rotary = torch.cat(
             base.rotary_emb(weight, position_ids=positions)
         )  # [2, num_positions, head_dim]
-        self.lean_rotary = self.rotary[:, :, None].clone()  # [2, num_positions, 1, head_dim]
-        self.lean_rotary[1, ..., : self.rotary.shape[2] // 2].neg_()
+        # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
+        head_dim = self.rotary.shape[2]
+        self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
+        self.half_turn = self.unit.roll(head_dim // 2, 1)
+        self.half_turn[:, : head_dim // 2].neg_()
         # A query at position `start + i` sees `start` columns of zeros and then a triangle. Rows of one
         # matrix, shifted:
         #   [ 0 0 0 0 | 0 - - ]      so that the mask of T queries behind `start` positions is the slice

@@ -36,7 +36,7 @@ from self_speculation import lean_layers
 from self_speculation.compiled import compile_decoding
 from self_speculation.llama_model_utils import check_supported
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 
 _BUNDLED = Path(__file__).parent.parent / "checkpoints" / "python-10m"
 
@@ -77,16 +77,23 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """`auto` is fp32 on the CPU and the checkpoint's own dtype elsewhere.
+    """`auto` is fp32 on the CPU and the checkpoint's own dtype elsewhere; `half` is bfloat16 where the device
+    computes in it, else float16.
 
     Raises:
-        LoadingError: unknown.
+        LoadingError: unknown, or there is no such arithmetic.
     """
     if name not in get_args(DtypeName):
         raise LoadingError(f"dtype {name!r}: must be one of {', '.join(get_args(DtypeName))}")
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    return getattr(torch, name)
+    if name != "half":
+        return getattr(torch, name)
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise LoadingError("dtype 'half': this processor does not compute in bfloat16; use float32")
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(False)):
+        return torch.bfloat16
+    return torch.float16
 
 
 def load_config(model: str, model_args: dict[str, Any] | None = None) -> PretrainedConfig:

@@ -76,7 +76,7 @@ def test_model_args_become_python_values():
         ("--generation_strategy x", "'x' (choose from 'autoregressive', 'self_speculative')"),
         ("--sample perhaps", "Boolean value expected"),
         ("--streamer x", "choose from 'standard', 'none', 'speculative'"),
-        ("--dtype int3", "choose from 'auto', 'float32', 'bfloat16', 'float16'"),
+        ("--dtype int3", "choose from 'auto', 'half', 'float32', 'bfloat16', 'float16'"),
         ("--seed -1", "--seed -1: must be between 0 and 4294967295"),
         ("--model_args x", "--model_args 'x': must be k=v,k=v"),
         ("--max_step 3", "unknown argument '--max_step'; did you mean --max_steps?"),

@@ -11,7 +11,7 @@ from conftest import generate, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from self_speculation.lean_layers import NARROW, Product, fuse, lean_head, lean_layer
+from self_speculation.lean_layers import FORMS, NARROW, Product, fuse, lean_head, lean_layer
 from self_speculation.llama_model_utils import Decoder, forward
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -137,16 +137,20 @@ def test_eager_attention_and_other_families_are_left_alone(model):
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, NARROW, NARROW + 1])
+@pytest.mark.parametrize("rows", [(64, 32, 32), (131, 12, 12), (151,)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_transposed_product_is_the_product(width, bias):
-    """Which form is taken depends on the machine; both must be right on every one."""
+def test_every_form_of_a_product_is_the_product(width, rows, bias):
+    """Which form is taken depends on the machine; all must be right on every one, for 2 blocks of 64 rows, 5
+    of 31 and a prime number of rows.
+    """
     torch.manual_seed(0)
-    projections = [nn.Linear(24, n, bias=bias) for n in (16, 8, 8)]
+    projections = [nn.Linear(24, n, bias=bias) for n in rows]
     x = torch.randn(width, 24)
     with torch.inference_mode():
         expected = torch.cat([projection(x) for projection in projections], -1)
         product = Product(*projections)
-        for product.transposed in (frozenset(), frozenset(range(1, NARROW + 1))):
+        for form in FORMS:
+            product.forms = {width: form}
             torch.testing.assert_close(product(x), expected)
             assert product(x).is_contiguous()
 

@@ -55,11 +55,24 @@ def test_auto_is_fp32_on_a_cpu_and_the_checkpoints_own_elsewhere():
     assert resolve_dtype("auto", torch.device("cuda")) == "auto"
 
 
+def test_half_is_what_the_device_computes_in(monkeypatch):
+    """Guards against a silent fallback, and against float16 on a CPU, which is emulated there."""
+    computes = [True, False]
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: computes.pop(0))
+    assert resolve_dtype("half", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(
+        LoadingError, match="dtype 'half': this processor does not compute in bfloat16; use float32"
+    ):
+        resolve_dtype("half", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
+    assert resolve_dtype("half", torch.device("cuda")) == torch.float16
+
+
 def test_unknown_device_and_dtype(model_folder):
     assert refusal(str(model_folder), device="tpu") == (
         "device 'tpu': not on this machine; use auto, cpu, cuda, cuda:N or mps"
     )
-    assert "dtype 'int3': must be one of auto, float32" in refusal(str(model_folder), dtype="int3")
+    assert "dtype 'int3': must be one of auto, half, float32" in refusal(str(model_folder), dtype="int3")
     assert resolve_device("cpu") == torch.device("cpu")
 
 
