@@ -1,6 +1,7 @@
 """Early-exit inference and self-speculative decoding of Llama-type models (LayerSkip, arXiv 2404.16710)."""
 
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
+from self_speculation.custom_generate import self_speculative_generate
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationResult,
@@ -30,6 +31,7 @@ __all__ = [
     "decode_next_token",
     "load_model_and_tokenizer",
     "make_strategy",
+    "self_speculative_generate",
     "top_k_top_p_filtering",
     "verify_draft",
 ]
