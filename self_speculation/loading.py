@@ -38,7 +38,11 @@ from self_speculation.llama_model_utils import check_supported
 
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 
-_BUNDLED = Path(__file__).parent.parent / "checkpoints" / "python-10m"
+# In a checkout, and where the package is installed.
+_BUNDLED = (
+    Path(__file__).parent.parent / "checkpoints" / "python-10m",
+    Path(__file__).parent / "bundled",
+)
 
 
 class LoadingError(Exception):
@@ -46,14 +50,15 @@ class LoadingError(Exception):
 
 
 def default_model() -> str:
-    """The folder of the small LayerSkip model that a checkout of the repository comes with.
+    """The folder of the small LayerSkip model that comes with this library.
 
     Raises:
-        LoadingError: this is not a checkout.
+        LoadingError: it has been removed.
     """
-    if not _BUNDLED.is_dir():
-        raise LoadingError("model: none given, and the bundled one is only in a checkout: name one")
-    return str(_BUNDLED)
+    for folder in _BUNDLED:
+        if folder.is_dir():
+            return str(folder)
+    raise LoadingError(f"model: none given, and the bundled one is gone from {_BUNDLED[0]}: name one")
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -168,8 +168,8 @@ def test_no_code_of_a_repository_is_executed(folder, tmp_path):
 
 
 def test_the_default_model_outside_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr("self_speculation.loading._BUNDLED", tmp_path / "nowhere")
-    with pytest.raises(LoadingError, match="only in a checkout: name one"):
+    monkeypatch.setattr("self_speculation.loading._BUNDLED", (tmp_path / "nowhere",))
+    with pytest.raises(LoadingError, match=r"gone from .*nowhere: name one"):
         default_model()
 
 
