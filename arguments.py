@@ -187,10 +187,9 @@ class SweepArguments:
         if self.verify_top < 0:
             raise ValueError(f"verify_top {self.verify_top}: must be 0 or more")
 
-    def exit_layers(self, num_layers: int) -> range:
-        return range(
-            self.exit_layer_first, min(self.exit_layer_last, num_layers - 1) + 1, self.exit_layer_step
-        )
+    def exit_layers(self, last: int) -> range:
+        """Those of the grid that the model has: up to `last`."""
+        return range(self.exit_layer_first, min(self.exit_layer_last, last) + 1, self.exit_layer_step)
 
     def draft_lengths(self) -> range:
         return range(self.num_speculations_first, self.num_speculations_last + 1, self.num_speculations_step)

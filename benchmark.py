@@ -30,6 +30,7 @@ from example_runs import prepare, run_examples
 from measuring import BASELINE, measure_example
 from records import Record, Run
 from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.drafting import draft_cost
 from startup import autoregressive
 from tuning import tuned
 
@@ -117,7 +118,7 @@ class Benchmark:
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         alpha = metrics.token_acceptance(records)
-        cost = metrics.cost_ratio(self._model, self._config.exit_layer)
+        cost = draft_cost(self._model, self._config)
         speedup = (
             None if alpha is None else metrics.predicted_speedup(alpha, self._config.num_speculations, cost)
         )
@@ -149,6 +150,9 @@ def _rows(summary: Record) -> list[str]:
         rows.append(row("mean accepted length", accepted["mean_accepted_length"]))
         by_position = " ".join(f"{rate:.0%}" for rate in accepted["acceptance_by_position"][:8])
         rows.append(f"{'  by draft position, up to 8':<36}{by_position:>16}")
+        for source, (rounds, drafted, matched) in accepted["drafts_by_source"].items():
+            share = f"{matched} of {drafted}"
+            rows.append(f"{f'  {source}, {rounds} rounds: accepted':<36}{share:>16}")
     if "comparison" in summary:
         comparison = summary["comparison"]
         quartiles = "-".join(f"{q:.2f}" for q in comparison["decode_speedup_quartiles"][::2])

@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from self_speculation.drafting import LayerDrafts
+from self_speculation.generator_base import DraftWeights
 from self_speculation.llama_model_utils import Decoder, forward
 from self_speculation.output import Output
 from self_speculation.sampling import Sampler
@@ -38,7 +40,9 @@ class Costs:
 
 
 @torch.inference_mode()
-def calibrate(model: PreTrainedModel, exit_layers: Sequence[int], context: int) -> Costs:
+def calibrate(
+    model: PreTrainedModel, exit_layers: Sequence[int], context: int, draft_weights: DraftWeights = "exact"
+) -> Costs:
     """Time the steps of the real decode loop behind a context of so many tokens.
 
     Verification is measured at the first and last exit layer; in between, it is a straight line.
@@ -47,7 +51,8 @@ def calibrate(model: PreTrainedModel, exit_layers: Sequence[int], context: int) 
     prompt = torch.randint(model.config.vocab_size, (context,)).tolist()
     output = Output(prompt, model.device, StopConditions([], longest + 1))
     decoder = Decoder(model, context, context + longest + 1, max_width=longest + 1)
-    strategy, greedy = SelfSpeculativeGenerationStrategy, Sampler(sample=False)
+    greedy = Sampler(sample=False)
+    sources = {layer: LayerDrafts(decoder, greedy, layer, draft_weights) for layer in exit_layers}
     forward(decoder, output.history())
     decoder.cache.rollback(1)
 
@@ -57,10 +62,10 @@ def calibrate(model: PreTrainedModel, exit_layers: Sequence[int], context: int) 
 
     def round_of(exit_layer: int, k: int) -> tuple[float, float]:
         started = time.perf_counter()
-        draft = strategy.draft(decoder, output, greedy, exit_layer, k)
+        draft = sources[exit_layer].draft(output, k)
         _wait(model.device)
         drafted = time.perf_counter()
-        verdict, _ = strategy.verify(decoder, output, greedy, exit_layer, draft)
+        verdict, _ = SelfSpeculativeGenerationStrategy.verify(decoder, output, greedy, draft)
         torch.stack([verdict.num_accepted, verdict.next_token, *draft.tokens]).tolist()
         decoder.cache.rollback(k + 1)
         return drafted - started, time.perf_counter() - drafted

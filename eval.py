@@ -51,7 +51,10 @@ from startup import load_generator, model_name, number_of_layers
 from tuning import tuned
 
 # How the model is driven; every other field of GenerationConfig is a task's to choose.
-_DRIVING = {"generation_strategy", "exit_layer", "num_speculations"}
+_DRIVING = {
+    "generation_strategy", "exit_layer", "num_speculations",
+    "draft_weights", "draft_confidence", "prompt_lookup",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

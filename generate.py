@@ -193,6 +193,11 @@ def _statistics(result: GenerationResult, interrupted: bool) -> str:
             f"acceptance rate {took.acceptance_rate:.1%} ({took.num_accepted} of {took.num_drafted}), "
             f"mean accepted length {took.mean_accepted_length:.2f}"
         )
+        if took.drafts_by_source and len(took.drafts_by_source) > 1:
+            lines += [
+                f"  {source}: {accepted} of {drafted} in {rounds} rounds"
+                for source, (rounds, drafted, accepted) in took.drafts_by_source.items()
+            ]
     return "\n" + "\n".join(f"  {line}" for line in lines)
 
 

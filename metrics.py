@@ -15,7 +15,6 @@ import rapidfuzz
 import sacrebleu
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import PreTrainedModel
 
 from self_speculation.stopping import StopWords
 
@@ -63,6 +62,7 @@ def acceptance(records: Sequence[Record]) -> Record:
         "num_drafted": sum(drafted),
         "num_accepted": sum(accepted),
         "num_verifications": rounds,
+        "drafts_by_source": _by_source(records),
     }
 
 
@@ -109,13 +109,6 @@ def predicted_speedup(alpha: float, k: int, cost_ratio: float) -> float:
     """
     tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
     return tokens / (k * cost_ratio + 1)
-
-
-def cost_ratio(model: PreTrainedModel, exit_layer: int) -> float:
-    """c = (E + h) / (L + h), by parameters read; h is the head's size in layers."""
-    layers = model.base_model.layers
-    head = model.get_output_embeddings().weight.numel() / sum(p.numel() for p in layers[0].parameters())
-    return (exit_layer + head) / (len(layers) + head)
 
 
 def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Record:
@@ -166,6 +159,16 @@ def _rate(record: Record, prefix: str) -> float:
 def quartiles(values: list[float]) -> list[float]:
     """First, second and third; three times the value where there is one alone."""
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def _by_source(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Rounds, drafted and accepted tokens of each source of drafts."""
+    totals: dict[str, list[int]] = {}
+    for record in records:
+        for source, counts in record.get("drafts_by_source", {}).items():
+            before = totals.get(source, [0, 0, 0])
+            totals[source] = [a + b for a, b in zip(before, counts, strict=True)]
+    return totals
 
 
 def _by_position(records: Sequence[Record], field: str) -> list[int]:

@@ -32,6 +32,7 @@ from plots import heat_maps
 from records import Record, Run
 from replay import LONGEST_DRAFT, Rounds, replay, run_length
 from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.drafting import make_drafter
 from self_speculation.llama_model_utils import Decoder, context_length, forward_exits
 from startup import autoregressive, number_of_layers
 from tuning import best_cell
@@ -61,14 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, generation_strategy="self_speculative", exit_layer=args.exit_layer_first,
         num_speculations=args.num_speculations_first,
     )  # fmt: skip
+    if args.mode == "predicted" and (config.prompt_lookup or config.draft_confidence):
+        refuse("--mode predicted: is about drafts of layers, of one length; use --mode measured")
     num_layers = number_of_layers(model_args)
-    last = num_layers - 1
+    last = num_layers - (config.draft_weights == "exact")
     if args.exit_layer_first > last:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
         _notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
     generator, examples, open_run = prepare("sweep", model_args, config, data_args, args)
-    grid = [(e, k) for e in args.exit_layers(num_layers) for k in args.draft_lengths()]
+    grid = [(e, k) for e in args.exit_layers(last) for k in args.draft_lengths()]
     kind = Measured if args.mode == "measured" else Predicted
     sweep = kind(generator, config, examples, grid, args, model_args.seed)
     sweep.warm_up()
@@ -193,7 +196,8 @@ class Predicted(Sweep):
         decoder = Decoder(model, ids.shape[1], ids.shape[1])
         expected = ids[0, len(prompt) :]  # [n]
         matches = {}
-        for layer, logits in forward_exits(decoder, ids[:, :-1], self._exit_layers, len(tokens)):
+        drafter = make_drafter(decoder, max(self._exit_layers), self._config.draft_weights)
+        for layer, logits in forward_exits(drafter, ids[:, :-1], self._exit_layers, len(tokens)):
             guesses = self._processed(ids, len(prompt), logits[0]).argmax(-1)  # [n]
             matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())
         return {
@@ -217,7 +221,7 @@ class Predicted(Sweep):
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
-        costs = calibrate(self._generator.model, self._exit_layers, int(context))
+        costs = calibrate(self._generator.model, self._exit_layers, int(context), self._config.draft_weights)
         rows = [self._predict(records, costs, cell) for cell in self._grid]
         by_speed = sorted(rows, key=lambda row: -row["speedup"])
         extra: Record = {

@@ -37,9 +37,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse
-from metrics import cost_ratio, predicted_speedup, quartiles, token_acceptance
+from metrics import predicted_speedup, quartiles, token_acceptance
 from plots import bars
 from self_speculation import GenerationStrategyResult
+from self_speculation.drafting import draft_cost
 from self_speculation.llama_model_utils import Decoder
 from startup import autoregressive, load_generator, model_name
 
@@ -259,7 +260,7 @@ def main() -> None:
     per_pass |= {TRANSFORMERS: 1.0, OURS: 1.0}
     per_pass[SPECULATIVE] = sum(result.num_decode_tokens for result in results) / verifications
     alpha = token_acceptance([dataclasses.asdict(result) for result in results])
-    formula = predicted_speedup(alpha or 0.0, k, cost_ratio(model, exit_layer))
+    formula = predicted_speedup(alpha or 0.0, k, draft_cost(model, config))
 
     layer, head = statistics.median(layer_seconds), statistics.median(head_seconds)
     full_pass = len(model.base_model.layers) * layer + head

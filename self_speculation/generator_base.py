@@ -21,6 +21,7 @@ from self_speculation.sampling import Sampler
 from self_speculation.stopping import StopConditions, StopReason, StopWords, continuation
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative"]
+DraftWeights = Literal["exact", "int8"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class GenerationConfig:
     """Tokens drafted per round; self_speculative needs at least 1."""
     generation_strategy: GenerationStrategyName = "autoregressive"
     """How tokens are generated."""
+    draft_weights: DraftWeights = "exact"
+    """int8: draft with a copy of the layers in eight bits, exit_layer may then be all of them; exact: with
+    the model's own."""
+    draft_confidence: str | None = None
+    """Stop a draft behind a token that it gave a lower probability than this, or, with auto, when another one
+    would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
+    prompt_lookup: int = 0
+    """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""
     sample: bool = True
     """Draw tokens at random; False: greedy, always the most likely token."""
     temperature: float = 0.6
@@ -72,6 +81,10 @@ class GenerationConfig:
             "must be -1 or at least 1",
             self.num_speculations == -1 or self.num_speculations >= 1,
         )
+        weights = get_args(DraftWeights)
+        check("draft_weights", f"must be one of {', '.join(weights)}", self.draft_weights in weights)
+        check("draft_confidence", "must be auto or between 0 and 1", _is_confidence(self.draft_confidence))
+        check("prompt_lookup", "must be 0 (off) or more", self.prompt_lookup >= 0)
         check("temperature", "must be 0 (greedy) or more", 0 <= self.temperature < math.inf)
         check("top_k", "must be 0 (off) or more", self.top_k >= 0)
         check("top_p", "must be between 0 and 1", 0 <= self.top_p <= 1)
@@ -90,10 +103,11 @@ class GenerationConfig:
             ValueError: an exit layer that it does not have; self-speculation without one or without drafts.
         """
         speculative = self.generation_strategy == "self_speculative"
-        between = f"between 1 and {num_layers - 1}, the model has {num_layers} layers"
+        most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
+        between = f"between 1 and {most}, the model has {num_layers} layers"
         if speculative and self.exit_layer == -1:
             raise ValueError(f"exit_layer -1: self_speculative needs one {between}")
-        if self.exit_layer >= num_layers:
+        if self.exit_layer > most:
             raise ValueError(
                 f"exit_layer {self.exit_layer}: must be {between}"
                 + ("" if speculative else "; -1 is full depth")
@@ -103,6 +117,13 @@ class GenerationConfig:
 
     def sampler(self) -> Sampler:
         return Sampler(self.sample, self.temperature, self.top_k, self.top_p)
+
+
+def _is_confidence(text: str | None) -> bool:
+    try:
+        return text in (None, "auto") or 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,7 @@ class GenerationStrategyResult:
     prefill_time: float = 0.0  # seconds until the first token
     decode_time: float = 0.0  # seconds for all later ones
     num_verifications: int | None = None
+    drafts_by_source: dict[str, tuple[int, int, int]] | None = None  # rounds, tokens drafted and accepted
     judged_by_position: tuple[int, ...] | None = None  # [i]: rounds that got as far as an i-th drafted token
     drafted_by_position: tuple[int, ...] | None = None  # [i]: rounds that drafted an i-th token
     accepted_by_position: tuple[int, ...] | None = (

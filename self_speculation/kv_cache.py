@@ -61,6 +61,10 @@ class KVCache:
             )
         self._lengths = [length - num_tokens for length in self._lengths]
 
+    def truncate(self, length: int) -> None:
+        """Forget whatever a layer holds beyond `length` positions."""
+        self._lengths = [min(length, held) for held in self._lengths]
+
     def _grow(self, layer: int, least: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """New buffers of a layer, of room for `least` positions, with what the old ones hold."""
         while self.capacity < least:

@@ -7,6 +7,7 @@ its own `forward`, `state_dict` and `save_pretrained` go on as before.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,6 +127,13 @@ class LeanLayer:
         self.products = (self._qkv, self._out, self._gate_up, self._down)
         self.layout = _layout(layer)
 
+    def over(self, make: Callable[[Product], Any]) -> LeanLayer:
+        """The same layer, its products replaced by what `make` makes of each."""
+        other = copy.copy(self)
+        other.products = tuple(make(product) for product in self.products)
+        other._qkv, other._out, other._gate_up, other._down = other.products
+        return other
+
     def __call__(self, hidden: Tensor, span: Any, cache: KVCache | WrittenAt) -> Tensor:
         """[T, H] -> [T, H] for the positions of `span`; their keys and values are in the cache then."""
         width = hidden.shape[0]
@@ -168,6 +176,13 @@ class LeanHead:
         self._norm, self._head = _norm(norm), Product(head)
         self.products = (self._head,)
         self.layout = _layout(norm, head)
+
+    def over(self, make: Callable[[Product], Any]) -> LeanHead:
+        """As that of `LeanLayer`."""
+        other = copy.copy(self)
+        other._head = make(self._head)
+        other.products = (other._head,)
+        return other
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._head(self._norm(hidden))

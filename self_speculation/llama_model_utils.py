@@ -6,7 +6,8 @@ and exit hidden states come out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -192,7 +193,7 @@ class Decoder:
         self.layers = [lean_layer(layer) or PlainLayer(layer) for layer in base.layers]
         self.cache = KVCache(len(self.layers), capacity=min(num_positions, prompt_length + _FIRST_ALLOCATION))
         self._embed = base.embed_tokens
-        self._logits = lean_head(base.norm, head) or (lambda hidden: head(base.norm(hidden[None]))[0])
+        self.head = lean_head(base.norm, head) or (lambda hidden: head(base.norm(hidden[None]))[0])
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         self._eager = model.config._attn_implementation == "eager"
         self._num_positions = num_positions
@@ -217,6 +218,12 @@ class Decoder:
         lowest = torch.finfo(weight.dtype).min
         mask = torch.full((height, num_positions + height), lowest, dtype=weight.dtype, device=weight.device)
         self._mask = mask.triu(num_positions + 1)
+
+    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
+        """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""
+        other = copy.copy(self)
+        other.layers, other.head = layers, head
+        return other
 
     def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
         """Layers first..last-1 over T new positions, norm and head for the last `num_logits` of them.
@@ -251,13 +258,20 @@ class Decoder:
         if num_positions == 0:
             return hidden.new_empty(1, 0, 0)
         # With layers on several devices, everything but the layers is where the embedding is.
-        return self._logits(hidden[0, -num_positions:])[None].to(self._mask.device)
+        return self.head(hidden[0, -num_positions:])[None].to(self._mask.device)
 
     def mask_rows(self, start: int, width: int) -> Tensor | None:
         """[T, start + T]; None where sdpa masks by itself, and for a single query, which sees everything."""
         if not self._eager and (width == 1 or start == 0):
             return None
         return self._mask[:width, self._num_positions - start : self._num_positions + width]
+
+
+def cost_ratio(model: PreTrainedModel, exit_layer: int) -> float:
+    """c = (E + h) / (L + h), by parameters read; h is the head's size in layers."""
+    layers = model.base_model.layers
+    head = model.get_output_embeddings().weight.numel() / sum(p.numel() for p in layers[0].parameters())
+    return (exit_layer + head) / (len(layers) + head)
 
 
 def prefill(decoder: Decoder, input_ids: Tensor, exit_layer: int) -> ForwardResult:

@@ -41,13 +41,24 @@ PROCESSORS = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+DRAFTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "draft_weights": st.just("int8"),
+        "draft_confidence": st.sampled_from(["auto", "0.3", "1"]),
+        "prompt_lookup": st.integers(1, 3),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
 @given(
     exit_layer=st.integers(1, 3),
     num_speculations=st.integers(1, 8),
     max_steps=st.integers(1, 20),
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     fused=st.booleans(),
+    drafts=DRAFTS,
     processors=st.sampled_from(sorted(PROCESSORS)),
     eos=st.lists(st.integers(0, 49), max_size=6, unique=True),
     no_repeat_ngram_size=st.sampled_from([None, 1, 2]),
@@ -60,6 +71,7 @@ def test_ids_equal_for_every_setting(
     max_steps,
     agreement,
     fused,
+    drafts,
     processors,
     eos,
     no_repeat_ngram_size,
@@ -67,15 +79,15 @@ def test_ids_equal_for_every_setting(
     prompt,
 ):
     """Guards against errors of bookkeeping: budget, rollback, end inside a draft, history of a processor or
-    of a stop condition."""
-    model = tiny_llama(agreement=agreement, fused=fused)
+    of a stop condition, keys and values that an approximate draft leaves behind."""
+    model = tiny_llama(agreement=agreement, fused=fused or "draft_weights" in drafts)
     shared = {"max_steps": max_steps, "eos": eos, "no_repeat_ngram_size": no_repeat_ngram_size}
     shared["ends_text"] = lambda output: stops_at is not None and sum(output[-2:]) % stops_at == 0
     criterion = [lambda ids, *_, **__: torch.tensor([shared["ends_text"](ids[0, len(prompt) :].tolist())])]
     plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
     speculative = generate(
         model, prompt, logits_processors=PROCESSORS[processors](), exit_layer=exit_layer,
-        num_speculations=num_speculations, **shared,
+        num_speculations=num_speculations, **drafts, **shared,
     )  # fmt: skip
     assert speculative.predicted_tokens == plain.predicted_tokens
     assert speculative.stop_reason == plain.stop_reason

@@ -5,6 +5,7 @@ import torch
 from conftest import generate, tiny_llama
 
 import metrics
+from self_speculation.llama_model_utils import cost_ratio
 
 
 def record(drafted=(), accepted=(), **kwargs):
@@ -33,6 +34,10 @@ def test_acceptance_adds_counts_not_rates():
     assert result["acceptance_rate"] == 4 / 8
     assert result["acceptance_by_position"] == [3 / 6, 1 / 2]
     assert result["mean_accepted_length"] == 6 / 4
+    assert result["drafts_by_source"] == {}
+    sources = [{"layers": (3, 6, 2), "lookup": (1, 2, 2)}, {"layers": (2, 4, 1)}]
+    by_source = metrics.acceptance([record((2,), (1,), drafts_by_source=each) for each in sources])
+    assert by_source["drafts_by_source"] == {"layers": [5, 10, 3], "lookup": [1, 2, 2]}
     nothing = metrics.acceptance([record(num_verifications=0)])
     assert nothing["acceptance_rate"] is nothing["mean_accepted_length"] is None
 
@@ -54,7 +59,7 @@ def test_cost_ratio_counts_the_head_in_layers():
     model = tiny_llama()
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     head = model.lm_head.weight.numel() / layer
-    assert metrics.cost_ratio(model, 2) == pytest.approx((2 + head) / (4 + head))
+    assert cost_ratio(model, 2) == pytest.approx((2 + head) / (4 + head))
 
 
 def test_speedup_compares_rates_since_sampled_lengths_differ():

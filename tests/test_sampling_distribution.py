@@ -18,8 +18,11 @@ from self_speculation.sampling import verify_draft
 PROMPT, VOCAB, STEPS, SAMPLES = [3, 1, 4], 5, 3, 2500
 
 
-def model():
-    return tiny_llama(num_layers=2, vocab_size=VOCAB, hidden_size=16, eos_token_id=None, bos_token_id=0)
+def model(fused=False):
+    """Also for int8 drafts, whose kernel takes rows of 32 elements."""
+    return tiny_llama(
+        num_layers=2, vocab_size=VOCAB, hidden_size=32, eos_token_id=None, bos_token_id=0, fused=fused
+    )
 
 
 def config(**kwargs):
@@ -51,7 +54,9 @@ def observed(config, processors):
     counts = {}
     generator = make_strategy(config.generation_strategy)
     for _ in range(SAMPLES):
-        result = generator.generate_token_ids(model(), PROMPT, [], config, logits_processors=processors)
+        result = generator.generate_token_ids(
+            model(config.draft_weights == "int8"), PROMPT, [], config, logits_processors=processors
+        )
         key = tuple(result.predicted_tokens[:STEPS])
         counts[key] = counts.get(key, 0) + 1
     return counts
@@ -77,10 +82,22 @@ SETTINGS = {
     "top_p": ({"top_p": 0.7}, []),
     "all": ({"temperature": 1.5, "top_k": 4, "top_p": 0.8}, []),
     "processor": ({}, [RepetitionPenaltyLogitsProcessor(2.0)]),
+    "confidence": ({"draft_confidence": "0.3", "num_speculations": 3}, []),
+    "confidence, learnt": ({"draft_confidence": "auto", "num_speculations": 3}, []),
+    "lookup": ({"prompt_lookup": 2}, []),
+    "int8": ({"draft_weights": "int8", "exit_layer": 2}, []),
+    "int8, lookup, confidence": (
+        {"draft_weights": "int8", "draft_confidence": "0.2", "prompt_lookup": 1, "top_p": 0.8},
+        [],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# Parts of what "all" and the last one are about.
+SLOW = dict.fromkeys(("hot", "top_k", "confidence", "int8"), pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])
 def test_self_speculative_distribution(name):
     kwargs, processors = SETTINGS[name]
     assert p_value(observed(config(**kwargs), processors), expected(config(**kwargs), processors)) > 1e-4

@@ -1,0 +1,159 @@
+"""Sources of drafts: what they propose and learn. That the output does not depend on them is in
+test_equality.py and test_sampling_distribution.py.
+"""
+
+import pytest
+import torch
+from conftest import generate, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from self_speculation.lean_layers import lean_layer
+from self_speculation.llama_model_utils import Decoder, forward
+from self_speculation.policy import DecayedMean, FixedThreshold, LearnedThreshold, LookupPolicy
+from self_speculation.prompt_lookup import NgramIndex
+from self_speculation.quantized_layers import Int8Product, quantized
+
+PROMPT = [5, 9, 4, 7, 7, 3]
+
+
+def by_scanning(ids, longest, num_tokens):
+    """What the index is for, by looking at every place."""
+    for n in range(min(longest, len(ids) - 1), 0, -1):
+        for start in range(len(ids) - n - 1, -1, -1):
+            if ids[start : start + n] == ids[-n:]:
+                followed = ids[start + n :]
+                while len(followed) < num_tokens:
+                    followed = followed + ids[start + n :]
+                return n, followed[:num_tokens]
+    return 0, []
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 4), st.integers(1, 6), st.integers(1, 8))
+def test_the_index_finds_what_a_scan_finds(ids, longest, num_tokens, step):
+    """Guards against a run that finds itself, an old place or a short match that is preferred."""
+    index = NgramIndex(longest)
+    for start in range(0, len(ids), step):
+        index.extend(ids[start : start + step])
+        assert index.lookup(num_tokens) == by_scanning(ids[: len(index)], longest, num_tokens)
+
+
+def test_a_repetition_is_guessed_to_its_end():
+    index = NgramIndex(3)
+    index.extend([1, 2, 3, 1, 2, 3, 1])
+    assert index.lookup(7) == (3, [2, 3, 1, 2, 3, 1, 2])
+
+
+def test_lookups_are_drafted_and_cost_no_layers():
+    """Without layers a token decides the next one, so the output soon goes round in a circle."""
+    model = tiny_llama(agreement="always", exit_layer=0)
+    shared = {"max_steps": 60, "eos": []}
+    plain = generate(model, PROMPT, **shared)
+    result = generate(model, PROMPT, exit_layer=2, num_speculations=4, prompt_lookup=3, **shared)
+    assert result.predicted_tokens == plain.predicted_tokens
+    rounds, drafted, accepted = result.drafts_by_source["lookup"]
+    assert rounds > 3
+    assert drafted <= 4 * rounds
+    assert accepted > rounds
+    assert sum(counts[0] for counts in result.drafts_by_source.values()) == result.num_verifications
+    assert sum(counts[2] for counts in result.drafts_by_source.values()) == result.num_accepted
+
+
+def test_confidence_ends_drafts():
+    """At 1 every draft ends with its first token, at 0 none does."""
+    model = tiny_llama()
+    shared = {"max_steps": 30, "eos": [], "exit_layer": 2, "num_speculations": 5}
+    short = generate(model, PROMPT, draft_confidence="1", **shared)
+    assert short.num_drafted <= short.num_verifications
+    full = generate(model, PROMPT, draft_confidence="0", **shared)
+    assert full.drafted_by_position == generate(model, PROMPT, **shared).drafted_by_position
+
+
+def test_a_threshold_learns_from_what_was_accepted():
+    """Guards against a rule that ignores what became of drafts: never accepted, they become short."""
+    shared = {"max_steps": 100, "eos": [], "exit_layer": 1, "num_speculations": 6, "draft_confidence": "auto"}
+    length = {}
+    for agreement in ("never", "always"):
+        result = generate(tiny_llama(agreement=agreement, exit_layer=1), PROMPT, **shared)
+        length[agreement] = result.num_drafted / result.num_verifications
+    assert length["never"] < 1.5
+    assert length["always"] > 2 * length["never"]
+
+
+def test_decayed_mean():
+    mean = DecayedMean(1.0, weight=2.0)
+    assert mean.value == 1.0
+    mean.add(4.0)
+    assert mean.value == pytest.approx((2 + 4) / 3)
+    mean.add(0.0)
+    assert mean.value == pytest.approx((2 + 0.95 * 4) / (2 + 0.95 + 1))
+    for _ in range(500):
+        mean.fade()
+    assert mean.value == pytest.approx(1.0)
+
+
+def test_thresholds():
+    assert FixedThreshold(0.5).goes_on([0.1, 0.5])
+    assert not FixedThreshold(0.5).goes_on([0.9, 0.4])
+    cheap, dear = LearnedThreshold(0.05), LearnedThreshold(0.9)
+    assert cheap.threshold < dear.threshold
+    for _ in range(200):  # confident tokens are accepted, others are not
+        cheap.learn([0.95, 0.15, 0.95], 1)
+    assert cheap.goes_on([0.95, 0.95])
+    assert not cheap.goes_on([0.95, 0.15])
+
+
+def test_lookups_that_do_not_pay_are_left_and_tried_again():
+    policy = LookupPolicy(longest=2, draft_step=0.1)
+    for _ in range(100):
+        policy.learn_layers(num_drafted=4, num_accepted=3)  # 4 tokens at the cost of 1.4 passes
+    assert policy.pays(1)
+    for _ in range(10):
+        policy.learn_lookup(1, 0)
+    assert not policy.pays(1)
+    assert policy.pays(2)
+    for _ in range(100):
+        policy.learn_layers(4, 3)
+    assert policy.pays(1)
+
+
+def test_eight_bits_are_close_and_a_quarter_of_the_memory():
+    """Guards against scales of the wrong axis, and against a copy that is made for every generation."""
+    model = tiny_llama(fused=True)
+    decoder = Decoder(model, 6, 20)
+    twin = quantized(decoder, 3)
+    assert len(twin.layers) == 3
+    assert twin.cache is decoder.cache
+    assert quantized(decoder, 4).layers[0] is twin.layers[0]
+    for exact, copied in zip(decoder.layers[0].products, twin.layers[0].products, strict=True):
+        assert isinstance(copied, Int8Product)
+        x = torch.randn(3, exact.weight.shape[1])
+        with torch.inference_mode():
+            wanted = exact(x)
+            assert (copied(x) - wanted).norm() < 0.03 * wanted.norm()
+        assert copied._weight.nbytes * 4 == exact.weight.nbytes
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        wanted = forward(Decoder(model, 6, 6), ids, 6).logits
+        got = forward(quantized(Decoder(model, 6, 6), 4), ids, 6).logits
+    assert (got - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_eight_bits_at_full_depth_guess_almost_everything():
+    model = tiny_llama(fused=True)
+    result = generate(
+        model, PROMPT, max_steps=60, eos=[], exit_layer=4, num_speculations=4, draft_weights="int8"
+    )
+    assert result.acceptance_rate > 0.7
+    assert lean_layer(model.model.layers[0]) is not None  # the target's own layers are as they were
+
+
+def test_what_cannot_be_drafted_is_refused():
+    with pytest.raises(ValueError, match="draft_weights int8: needs lean layers"):
+        generate(tiny_llama(), PROMPT, exit_layer=4, num_speculations=2, draft_weights="int8")
+    with pytest.raises(ValueError, match="exit_layer 5: must be between 1 and 4"):
+        generate(tiny_llama(fused=True), PROMPT, exit_layer=5, num_speculations=2, draft_weights="int8")
+    with pytest.raises(ValueError, match="draft_confidence 'often': must be auto or between 0 and 1"):
+        generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, draft_confidence="often")
+    with pytest.raises(ValueError, match="prompt_lookup -1: must be 0"):
+        generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
