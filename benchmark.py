@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tuned(config, tuning)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
-    if args.compare:
+    if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args)
     bench = Benchmark(generator, config, examples, args, model_args.seed)
@@ -118,6 +118,8 @@ class Benchmark:
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         alpha = metrics.token_acceptance(records)
+        if self._config.generation_strategy == "adaptive":  # the formula is about one exit and one length
+            return {"token_acceptance": alpha, "predicted_decode_speedup": None}
         cost = draft_cost(self._model, self._config)
         speedup = (
             None if alpha is None else metrics.predicted_speedup(alpha, self._config.num_speculations, cost)

@@ -65,7 +65,7 @@ def calibrate(
         draft = sources[exit_layer].draft(output, k)
         _wait(model.device)
         drafted = time.perf_counter()
-        verdict, _ = SelfSpeculativeGenerationStrategy.verify(decoder, output, greedy, draft)
+        verdict = SelfSpeculativeGenerationStrategy.verify(decoder, output, greedy, draft).verdict
         torch.stack([verdict.num_accepted, verdict.next_token, *draft.tokens]).tolist()
         decoder.cache.rollback(k + 1)
         return drafted - started, time.perf_counter() - drafted

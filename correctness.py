@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampled = not config.sampler().greedy
     if sampled and args.reference == "transformers":
         refuse("--reference transformers: compares ids, so it needs --sample False")
-    config = dataclasses.replace(config, generation_strategy="self_speculative")
+    if config.generation_strategy == "autoregressive":
+        config = dataclasses.replace(config, generation_strategy="self_speculative")
     generator, examples, open_run = prepare("correctness", model_args, config, data_args, args)
     check: Ids | Distributions
     if sampled:
@@ -180,7 +181,9 @@ class Distributions:
     ) -> None:
         self._speculative = generator
         # Longer than what is compared, so that no draft is cut short by the budget.
-        self._config = dataclasses.replace(config, max_steps=args.sampled_tokens + config.num_speculations)
+        self._config = dataclasses.replace(
+            config, max_steps=args.sampled_tokens + max(config.num_speculations, 2)
+        )
         self._plain, self._plain_config = autoregressive(generator, self._config)
         self._examples, self._args, self._seed = examples, args, seed
 

@@ -23,6 +23,15 @@ def autoregressive(
     return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
 
 
+def adaptive(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig
+) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
+    """The same model and settings with the rounds chosen as they come."""
+    chosen = replace(config, generation_strategy="adaptive", exit_layer=-1, num_speculations=-1)
+    strategy = make_strategy("adaptive")
+    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), chosen
+
+
 def model_name(model_args: ModelArguments) -> str:
     """The model that the flags name, or the default one; raises LoadingError where there is none."""
     return model_args.model or default_model()

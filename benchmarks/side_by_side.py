@@ -4,9 +4,10 @@
     python benchmarks/side_by_side.py --model ID --dtype bfloat16 --exit_layer 8 --num_speculations 4
 
 Greedy, in one process on one loaded model, prompt by prompt in turns: transformers `generate`, alone, with
-`assistant_early_exit` at the same exit layer and draft length, and with prompt lookup; autoregressive and
-self-speculative decoding here. `--adapter FILE.py` adds another library: the file has a function
-`load(model, tokenizer)` that returns `generate(ids, max_new_tokens) -> new ids`.
+`assistant_early_exit` at the same exit layer and draft length, and with prompt lookup; autoregressive,
+self-speculative (with whatever flags of drafting are given) and adaptive decoding here. `--adapter FILE.py`
+adds another library: the file has a function `load(model, tokenizer)` that returns
+`generate(ids, max_new_tokens) -> new ids`.
 
 Limits: *streaming* is the time of reading the weights that a round needs once, each as fast as the fastest
 product of that weight with one vector reads it, measured in the same run; *formula* is the speed-up that the
@@ -42,10 +43,10 @@ from plots import bars
 from self_speculation import GenerationStrategyResult
 from self_speculation.drafting import draft_cost
 from self_speculation.llama_model_utils import Decoder
-from startup import autoregressive, load_generator, model_name
+from startup import adaptive, autoregressive, load_generator, model_name
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, early exit", "transformers, prompt lookup"
-OURS, SPECULATIVE = "ours, autoregressive", "ours, self-speculative"
+OURS, SPECULATIVE, ADAPTIVE = "ours, autoregressive", "ours, self-speculative", "ours, adaptive"
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ def main() -> None:
         LOOKUP: theirs(generator, max_steps, prompt_lookup_num_tokens=k),
         OURS: ours(*autoregressive(generator, config)),
         SPECULATIVE: ours(generator, config),
+        ADAPTIVE: ours(*adaptive(generator, config)),
     }  # fmt: skip
     sides |= {Path(path).stem: adapted(path, generator, max_steps) for path in args.adapter}
     prompts = [tokenizer.encode(p["prompt"]) for p in list(read_problems().values())[: args.num_prompts]]

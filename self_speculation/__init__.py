@@ -1,5 +1,6 @@
 """Early-exit inference and self-speculative decoding of Llama-type models (LayerSkip, arXiv 2404.16710)."""
 
+from self_speculation.adaptive_generator import AdaptiveGenerationStrategy
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.custom_generate import self_speculative_generate
 from self_speculation.generator_base import (
@@ -16,6 +17,7 @@ from self_speculation.speculative_streamer import SpeculativeTextStreamer, Stand
 from self_speculation.strategies import make_strategy
 
 __all__ = [
+    "AdaptiveGenerationStrategy",
     "AutoRegressiveGenerationStrategy",
     "GenerationConfig",
     "GenerationResult",

@@ -5,7 +5,8 @@ Verification makes any draft safe, as long as it says what distribution its toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,7 +16,14 @@ from transformers import PreTrainedModel
 from self_speculation.generator_base import DraftWeights, GenerationConfig
 from self_speculation.llama_model_utils import Decoder, cost_ratio, forward_early
 from self_speculation.output import Output
-from self_speculation.policy import FixedThreshold, LearnedThreshold, LookupPolicy, Threshold
+from self_speculation.policy import (
+    AdaptivePolicy,
+    FixedThreshold,
+    LearnedThreshold,
+    LookupPolicy,
+    Plan,
+    Threshold,
+)
 from self_speculation.prompt_lookup import NgramIndex
 from self_speculation.quantized_layers import quantized
 from self_speculation.sampling import Sampler
@@ -30,6 +38,7 @@ class Draft:
     probabilities: Tensor | None  # [k, V] what they were drawn from; None when greedy
     exit_layer: int = 0  # the first layer that has not seen them: none has where it is 0
     exit_hidden: list[Tensor] = field(default_factory=list)  # k of [1, 1, H], of the token before each guess
+    probe: int = 0  # an exit layer beyond exit_layer to be read at verification; 0: none
 
 
 class DraftSource(Protocol):
@@ -38,8 +47,10 @@ class DraftSource(Protocol):
     def draft(self, output: Output, k: int) -> Draft:
         """Propose at most k tokens behind the output; the cache may hold what the draft's layers left."""
 
-    def learn(self, draft: Draft, num_accepted: int) -> None:
-        """What became of the last draft."""
+    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:
+        """What became of the last draft, and of the exit that it asked to read: the chances that its guesses
+        would have been accepted, up to the first position that was rejected.
+        """
 
 
 def make_source(
@@ -54,8 +65,8 @@ def make_source(
     layers = LayerDrafts(decoder, sampler, config.exit_layer, config.draft_weights, threshold)
     if not config.prompt_lookup:
         return layers
-    policy = LookupPolicy(config.prompt_lookup, draft_step)
-    return LookupFirst(layers, prompt, NgramIndex(config.prompt_lookup), policy, model.config.vocab_size)
+    lookup = Lookup(prompt, config.prompt_lookup, model.config.vocab_size)
+    return LookupFirst(lookup, layers, LookupPolicy(config.prompt_lookup, draft_step))
 
 
 def draft_cost(model: PreTrainedModel, config: GenerationConfig) -> float:
@@ -112,12 +123,13 @@ class LayerDrafts:
                 break
         tokens = output.drafted(len(exit_hidden))
         q = torch.cat(probabilities) if probabilities else None
+        source = f"exit {self._exit_layer}"
         if self._exact:
-            return Draft("layers", tokens, q, self._exit_layer, exit_hidden)
+            return Draft(source, tokens, q, self._exit_layer, exit_hidden)
         self._drafter.cache.truncate(start)
-        return Draft("layers", tokens, q)
+        return Draft(source, tokens, q)
 
-    def learn(self, draft: Draft, num_accepted: int) -> None:  # noqa: ARG002
+    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:  # noqa: ARG002
         if self._threshold is not None:
             self._threshold.learn(self._confidences, num_accepted)
 
@@ -129,43 +141,77 @@ class LayerDrafts:
         return self._threshold.goes_on(self._confidences)
 
 
-class LookupFirst:
-    """What followed the last tokens when they stood before; where they did not, or it has not paid, another
-    source's draft.
+class Lookup:
+    """What followed the last tokens of prompt and output when they stood there before.
 
     Args:
         prompt: its ids.
+        longest: tokens that are matched at most.
         vocab_size: width of the logits.
     """
 
-    def __init__(
-        self,
-        otherwise: DraftSource,
-        prompt: list[int],
-        index: NgramIndex,
-        policy: LookupPolicy,
-        vocab_size: int,
-    ) -> None:
-        self._otherwise, self._index, self._policy, self._vocab_size = otherwise, index, policy, vocab_size
-        self._prompt_length = len(prompt)
-        self._matched = 0
-        index.extend(prompt)
+    def __init__(self, prompt: list[int], longest: int, vocab_size: int) -> None:
+        self._prompt_length, self._vocab_size = len(prompt), vocab_size
+        self._index = NgramIndex(longest)
+        self._index.extend(prompt)
 
-    def draft(self, output: Output, k: int) -> Draft:
+    def find(self, output: Output, k: int) -> tuple[int, list[int]]:
+        """How many of the last tokens were found, and k ids that followed."""
         self._index.extend(output.tokens[len(self._index) - self._prompt_length :])
-        self._matched, ids = self._index.lookup(k)
-        if not ids or not self._policy.pays(self._matched):
-            self._matched = 0
-            return self._otherwise.draft(output, k)
+        return self._index.lookup(k)
+
+    def draft(self, output: Output, ids: list[int]) -> Draft:
         tokens = torch.tensor(ids, device=output.history().device)
         for i in range(len(ids)):
             output.propose(tokens[i : i + 1], i)
         q = tokens.new_zeros(len(ids), self._vocab_size, dtype=torch.float32)
         return Draft("lookup", tokens, q.scatter_(1, tokens[:, None], 1.0))
 
-    def learn(self, draft: Draft, num_accepted: int) -> None:
+
+class LookupFirst:
+    """Lookups; where nothing is found, or it has not paid, another source's draft."""
+
+    def __init__(self, lookup: Lookup, otherwise: DraftSource, policy: LookupPolicy) -> None:
+        self._lookup, self._otherwise, self._policy = lookup, otherwise, policy
+        self._matched = 0
+
+    def draft(self, output: Output, k: int) -> Draft:
+        self._matched, ids = self._lookup.find(output, k)
+        if ids and self._policy.pays(self._matched):
+            return self._lookup.draft(output, ids)
+        self._matched = 0
+        return self._otherwise.draft(output, k)
+
+    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:
         if self._matched:
             self._policy.learn_lookup(self._matched, num_accepted)
         else:
             self._policy.learn_layers(len(draft.tokens), num_accepted)
-            self._otherwise.learn(draft, num_accepted)
+            self._otherwise.learn(draft, num_accepted, agreement)
+
+
+class AdaptiveDrafts:
+    """Round by round what a policy plans: a draft of one of several exits, a lookup, or nothing."""
+
+    # A draft may become so much longer than planned while it is confident.
+    _SLACK = 4
+
+    def __init__(self, lookup: Lookup, by_layer: dict[int, LayerDrafts], policy: AdaptivePolicy) -> None:
+        self._lookup, self._by_layer, self._policy = lookup, by_layer, policy
+        self._plan = Plan()
+
+    def draft(self, output: Output, k: int) -> Draft:
+        matched, ids = self._lookup.find(output, k)
+        self._plan = plan = self._policy.plan(matched, k)
+        if plan.matched:
+            draft = self._lookup.draft(output, ids[: plan.length])
+        elif plan.exit_layer:
+            draft = self._by_layer[plan.exit_layer].draft(output, min(k, plan.length + self._SLACK))
+        else:
+            draft = Draft("none", output.drafted(0), None)
+        return replace(draft, probe=plan.probe)
+
+    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:
+        self._policy.learn(self._plan, len(draft.tokens), num_accepted, agreement)
+        if self._plan.exit_layer:
+            self._by_layer[self._plan.exit_layer].learn(draft, num_accepted, agreement)

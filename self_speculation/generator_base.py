@@ -20,7 +20,7 @@ from self_speculation.output import Output
 from self_speculation.sampling import Sampler
 from self_speculation.stopping import StopConditions, StopReason, StopWords, continuation
 
-GenerationStrategyName = Literal["autoregressive", "self_speculative"]
+GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int8"]
 
 
@@ -39,7 +39,8 @@ class GenerationConfig:
     num_speculations: int = -1
     """Tokens drafted per round; self_speculative needs at least 1."""
     generation_strategy: GenerationStrategyName = "autoregressive"
-    """How tokens are generated."""
+    """How tokens are generated; adaptive: self-speculative with exit layer, draft length and lookups chosen
+    round by round."""
     draft_weights: DraftWeights = "exact"
     """int8: draft with a copy of the layers in eight bits, exit_layer may then be all of them; exact: with
     the model's own."""
@@ -105,6 +106,14 @@ class GenerationConfig:
         speculative = self.generation_strategy == "self_speculative"
         most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
         between = f"between 1 and {most}, the model has {num_layers} layers"
+        if self.generation_strategy == "adaptive":
+            for field, value in (
+                ("exit_layer", self.exit_layer),
+                ("num_speculations", self.num_speculations),
+            ):
+                if value != -1:
+                    raise ValueError(f"{field} {value}: adaptive chooses it, leave it out")
+            return
         if speculative and self.exit_layer == -1:
             raise ValueError(f"exit_layer -1: self_speculative needs one {between}")
         if self.exit_layer > most:

@@ -1,11 +1,12 @@
-"""What drafting learns while it goes on: decayed means, and when a draft had better end.
+"""What drafting learns while it goes on: decayed means, when a draft had better end, and which to make next.
 
 Numbers in, numbers out; knows nothing of models, tokens or tensors. Costs are in full passes over one token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 _BINS = 10
 
@@ -126,3 +127,109 @@ class LookupPolicy:
         # What did not pay is tried again some time.
         for accepted in self._accepted.values():
             accepted.fade()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of what rounds are made of, in full passes over one token.
+
+    Args:
+        draft_step: exit layer -> one token drafted there.
+        first_layers: exit layer -> its layers over one token; 0 where verification begins from the start.
+        verification: exit layer -> the layers left to verify a draft of 0, 1, ... tokens; 0: all layers.
+        exit: one exit read off a pass.
+        readable: the exit layers that can be.
+    """
+
+    draft_step: Mapping[int, float]
+    first_layers: Mapping[int, float]
+    verification: Mapping[int, Sequence[float]]
+    exit: float
+    readable: Sequence[int]
+
+    def round(self, exit_layer: int, num_drafted: int) -> float:
+        """With tokens drafted at an exit layer; 0: with tokens that were looked up, or with none."""
+        drafts = num_drafted * self.draft_step[exit_layer] if exit_layer else 0.0
+        return drafts + self.first_layers[exit_layer] + self.verification[exit_layer][num_drafted]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round: draft so many tokens at an exit layer, or so many that were looked up; nothing where 0."""
+
+    exit_layer: int = 0
+    matched: int = 0  # tokens that a lookup matched
+    length: int = 0
+    probe: int = 0  # an exit layer to read at verification, whose guesses were not drafted; 0: none
+
+
+class AdaptivePolicy:
+    """Chooses the round that promises most tokens for its cost (after Zarch et al., DEL, arXiv 2504.05598).
+
+    The chance that a drafted token is accepted behind accepted ones is kept for every exit layer and every
+    length of a match, as a decayed mean. Drafting tells about the layer that drafted. About deeper ones, and
+    about all where nothing is drafted, an exit read off the verification tells, now and then, such that all
+    reading together costs at most a share of `probing`. A plain step is a round of no drafts.
+
+    Args:
+        longest: tokens that a lookup can match.
+        probing: the share of the time that may go into exits that were not drafted with.
+    """
+
+    def __init__(self, costs: Costs, longest: int, probing: float = 0.015) -> None:
+        self._costs, self._probing = costs, probing
+        self._longest_draft = len(costs.verification[0]) - 1
+        self._by_layer = {layer: DecayedMean(0.6, weight=1.0) for layer in costs.draft_step}
+        self._by_match = {n: DecayedMean(0.3 + 0.6 * n / longest, weight=1.0) for n in range(1, longest + 1)}
+        self._saved_up = 0.0
+        self._next_probe = 0
+
+    def plan(self, matched: int, room: int) -> Plan:
+        """
+        Args:
+            matched: tokens that a lookup has matched; 0: it found nothing.
+            room: tokens that may be drafted at most.
+        """
+        room = min(room, self._longest_draft)
+        best, best_rate = Plan(), 1.0 / self._costs.round(0, 0)
+        plans = [(Plan(exit_layer=layer), mean.value) for layer, mean in self._by_layer.items()]
+        if matched:
+            plans.append((Plan(matched=matched), self._by_match[matched].value))
+        for plan, acceptance in plans:
+            expected, chance = 1.0, 1.0
+            for length in range(1, room + 1):
+                chance *= acceptance
+                expected += chance
+                rate = expected / self._costs.round(plan.exit_layer, length)
+                if rate > best_rate:
+                    best, best_rate = Plan(plan.exit_layer, plan.matched, length), rate
+                elif chance < 0.05:
+                    break
+        self._saved_up += self._probing * self._costs.round(best.exit_layer, best.length)
+        return self._with_probe(best)
+
+    def learn(self, plan: Plan, num_drafted: int, num_accepted: int, agreement: Sequence[float] = ()) -> None:
+        """What became of a round.
+
+        Args:
+            agreement: the chance that a guess of the probed exit would have been accepted, for each position
+                up to the first rejected one.
+        """
+        mean = self._by_match.get(plan.matched) or self._by_layer.get(plan.exit_layer)
+        if mean is not None:
+            for i in range(min(num_accepted + 1, num_drafted)):
+                mean.add(float(i < num_accepted))
+        for chance in agreement:
+            self._by_layer[plan.probe].add(chance)
+
+    def acceptance(self) -> dict[int, float]:
+        """By exit layer, as it is believed now."""
+        return {layer: mean.value for layer, mean in self._by_layer.items()}
+
+    def _with_probe(self, plan: Plan) -> Plan:
+        unread = [layer for layer in self._costs.readable if layer > plan.exit_layer]
+        if self._saved_up < self._costs.exit or not unread:
+            return plan
+        self._saved_up -= self._costs.exit
+        self._next_probe += 1
+        return Plan(plan.exit_layer, plan.matched, plan.length, unread[self._next_probe % len(unread)])

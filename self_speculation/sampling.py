@@ -81,6 +81,15 @@ class Sampler:
         probabilities = self.probabilities(logits)
         return Choice(torch.multinomial(probabilities, 1).squeeze(-1), probabilities)
 
+    def agreement(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        """[n] chances that a token drafted by one row of [n, V] logits is accepted by that of the other:
+        sum of min(p, q) (Leviathan et al., definition 3.2).
+        """
+        if self.greedy:
+            return (draft_logits.argmax(-1) == target_logits.argmax(-1)).float()
+        q, p = self.probabilities(draft_logits), self.probabilities(target_logits)
+        return torch.minimum(p, q).sum(-1)
+
 
 def decode_next_token(
     logits: Tensor,

@@ -8,6 +8,7 @@ behind, so no layer sees the same token at the same position twice.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.compiled import make_decoder
-from self_speculation.drafting import Draft, make_source
+from self_speculation.drafting import Draft, DraftSource, make_source
 from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
-from self_speculation.llama_model_utils import Decoder, forward, forward_early, forward_remainder, prefill
+from self_speculation.llama_model_utils import Decoder, forward_early, prefill
 from self_speculation.output import Output
 from self_speculation.sampling import Sampler, Verdict, verify_draft
+
+
+@dataclass(frozen=True)
+class Verification:
+    verdict: Verdict
+    logits: Tensor  # [k+1, V], processed, that it was judged by
+    agreement: Tensor | None  # [k+1] chances that guesses of the probed exit would have been accepted
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
@@ -29,11 +37,25 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     name: GenerationStrategyName = "self_speculative"
 
+    def longest_draft(self, config: GenerationConfig) -> int:
+        return config.num_speculations
+
+    def make_source(
+        self,
+        model: PreTrainedModel,
+        decoder: Decoder,
+        sampler: Sampler,
+        config: GenerationConfig,
+        prompt: list[int],
+    ) -> DraftSource:
+        return make_source(model, decoder, sampler, config, prompt)
+
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
-        num_speculations = min(config.num_speculations, output.remaining)  # longer drafts would never be made
+        # Longer drafts would never be made.
+        num_speculations = min(self.longest_draft(config), output.remaining)
         decoder = make_decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
         sampler = config.sampler()
-        source = make_source(model, decoder, sampler, config, output.history()[0].tolist())
+        source = self.make_source(model, decoder, sampler, config, output.history()[0].tolist())
         drafted, judged, accepted = ([0] * num_speculations for _ in range(3))
         by_source: Counter[tuple[str, int]] = Counter()
 
@@ -44,7 +66,8 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         while output.remaining:
             # A round emits one token more than it drafts.
             draft = source.draft(output, min(num_speculations, output.remaining - 1))
-            verdict, logits = self.verify(decoder, output, sampler, draft)
+            verified = self.verify(decoder, output, sampler, draft)
+            verdict = verified.verdict
             # The round's only read from the device.
             m, next_token, *guesses = torch.stack(
                 [verdict.num_accepted, verdict.next_token, *draft.tokens]
@@ -52,8 +75,8 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
             k = len(guesses)
             decoder.cache.rollback(k - m)
             output.place(verdict.next_token, m)
-            taken = output.commit([*guesses[:m], next_token], logits)
-            source.learn(draft, m)
+            taken = output.commit([*guesses[:m], next_token], verified.logits)
+            source.learn(draft, m, () if verified.agreement is None else verified.agreement[: m + 1].tolist())
 
             for i in range(k):
                 drafted[i] += 1
@@ -76,17 +99,20 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         }
 
     @staticmethod
-    def verify(decoder: Decoder, output: Output, sampler: Sampler, draft: Draft) -> tuple[Verdict, Tensor]:
-        """Judge a draft by the layers that have not seen it, in one pass; also the logits [k+1, V] it was
-        judged by.
-        """
-        k = len(draft.tokens)
-        if draft.exit_layer == 0:
-            result = forward(decoder, output.history(k)[:, -(k + 1) :], k + 1)
-        else:
+    def verify(decoder: Decoder, output: Output, sampler: Sampler, draft: Draft) -> Verification:
+        """Judge a draft by the layers that have not seen it, in one pass; read a probed exit on the way."""
+        k, layer = len(draft.tokens), draft.exit_layer
+        inputs = output.history(k)[:, -(k + 1) :]  # [1, k+1] ids
+        if layer:
             # The last guess has not been through the first layers yet: nothing was drafted from it.
-            last = forward_early(decoder, output.last(num_drafted=k), draft.exit_layer, num_logits=0).hidden
-            exit_hidden = torch.cat([*draft.exit_hidden, last], dim=1)  # [1, k+1, H]
-            result = forward_remainder(decoder, exit_hidden, draft.exit_layer)
-        logits = output.process(result.logits[0])  # [k+1, V]
-        return verify_draft(draft.tokens, draft.probabilities, logits, sampler), logits
+            last = forward_early(decoder, output.last(num_drafted=k), layer, num_logits=0).hidden
+            inputs = torch.cat([*draft.exit_hidden, last], dim=1)  # [1, k+1, H]
+        probed = None
+        if draft.probe:
+            probed = decoder.run(inputs, layer, draft.probe, k + 1)
+            inputs, layer = probed.hidden, draft.probe
+        logits = output.process(decoder.run(inputs, layer, len(decoder.layers), k + 1).logits[0])  # [k+1, V]
+        agreement = None if probed is None else sampler.agreement(output.process(probed.logits[0]), logits)
+        return Verification(
+            verify_draft(draft.tokens, draft.probabilities, logits, sampler), logits, agreement
+        )

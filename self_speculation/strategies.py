@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from self_speculation.adaptive_generator import AdaptiveGenerationStrategy
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
 
 _STRATEGIES: dict[str, type[GenerationStrategy]] = {
     strategy.name: strategy
-    for strategy in (AutoRegressiveGenerationStrategy, SelfSpeculativeGenerationStrategy)
+    for strategy in (
+        AutoRegressiveGenerationStrategy,
+        SelfSpeculativeGenerationStrategy,
+        AdaptiveGenerationStrategy,
+    )
 }
 
 

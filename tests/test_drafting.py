@@ -2,15 +2,25 @@
 test_equality.py and test_sampling_distribution.py.
 """
 
+import random
+
 import pytest
 import torch
 from conftest import generate, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+from self_speculation.adaptive_generator import measure_costs
 from self_speculation.lean_layers import lean_layer
 from self_speculation.llama_model_utils import Decoder, forward
-from self_speculation.policy import DecayedMean, FixedThreshold, LearnedThreshold, LookupPolicy
+from self_speculation.policy import (
+    AdaptivePolicy,
+    Costs,
+    DecayedMean,
+    FixedThreshold,
+    LearnedThreshold,
+    LookupPolicy,
+)
 from self_speculation.prompt_lookup import NgramIndex
 from self_speculation.quantized_layers import Int8Product, quantized
 
@@ -157,3 +167,80 @@ def test_what_cannot_be_drafted_is_refused():
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, draft_confidence="often")
     with pytest.raises(ValueError, match="prompt_lookup -1: must be 0"):
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
+
+
+def costs(draft_step=0.1, lengths=8):
+    """Of a model with exits at layers 2 and 4 of 10: a draft step costs as its layers do."""
+    return Costs(
+        draft_step={2: 2 * draft_step, 4: 4 * draft_step},
+        first_layers={0: 0.0, 2: 0.2, 4: 0.4},
+        verification={
+            first: [1.0 - first / 10 + 0.05 * n for n in range(lengths + 1)] for first in (0, 2, 4)
+        },
+        exit=0.05,
+        readable=[2, 4],
+    )
+
+
+def play(policy, chances, rounds=300, matched=0):
+    """Rounds of a model whose exits guess right by these chances; the plans that were made."""
+    draws, plans = random.Random(0), []
+    for _ in range(rounds):
+        plan = policy.plan(matched, 8)
+        chance = chances.get("lookup" if plan.matched else plan.exit_layer, 0)
+        accepted = 0
+        while accepted < plan.length and draws.random() < chance:
+            accepted += 1
+        agreement = [chances[plan.probe]] * (accepted + 1) if plan.probe else []
+        policy.learn(plan, plan.length, accepted, agreement)
+        plans.append(plan)
+    return plans
+
+
+@pytest.mark.parametrize(
+    ("chances", "best"), [({2: 0.9, 4: 0.92}, 2), ({2: 0.2, 4: 0.95}, 4), ({2: 0.05, 4: 0.1}, 0)]
+)
+def test_the_policy_finds_the_best_exit_or_none(chances, best):
+    """A deep exit has to be that much better; where none is good, plain steps are made."""
+    late = play(AdaptivePolicy(costs(), 3), chances)[150:]
+    assert sum(plan.exit_layer == best for plan in late) > 0.8 * len(late)
+
+
+def test_longer_drafts_where_more_is_accepted():
+    sure = play(AdaptivePolicy(costs(), 3), {2: 0.98, 4: 0.98})[-1]
+    unsure = play(AdaptivePolicy(costs(), 3), {2: 0.6, 4: 0.6})[-1]
+    assert sure.length > unsure.length > 0
+
+
+def test_probing_notices_an_exit_that_has_become_good():
+    """Guards against an exit that is never drafted with again, because once it was bad."""
+    policy = AdaptivePolicy(costs(), 3)
+    play(policy, {2: 0.0, 4: 0.0})
+    plans = play(policy, {2: 0.0, 4: 0.95}, rounds=2000)
+    assert plans[0].exit_layer == 0
+    assert plans[-1].exit_layer == 4
+    probes = sum(plan.probe > 0 for plan in plans)
+    spent = sum(costs().round(plan.exit_layer, plan.length) for plan in plans)
+    assert 0 < probes * costs().exit < 0.02 * spent
+
+
+def test_lookups_are_rounds_among_others():
+    policy = AdaptivePolicy(costs(), 3)
+    assert play(policy, {2: 0.5, 4: 0.5, "lookup": 0.95}, matched=3)[-1].matched == 3
+    assert play(policy, {2: 0.9, 4: 0.5, "lookup": 0.0}, matched=3)[-1].exit_layer == 2
+
+
+def test_adaptive_states_what_it_decided():
+    result = generate(tiny_llama(agreement="always", exit_layer=1), PROMPT, "adaptive", max_steps=80, eos=[])
+    assert set(result.drafts_by_source) <= {"none", "lookup", "exit 1"}
+    assert sum(counts[0] for counts in result.drafts_by_source.values()) == result.num_verifications
+    with pytest.raises(ValueError, match="exit_layer 2: adaptive chooses it, leave it out"):
+        generate(tiny_llama(), PROMPT, "adaptive", exit_layer=2)
+
+
+def test_measured_costs_grow_with_layers_and_stay_below_a_step():
+    measured = measure_costs(tiny_llama(num_layers=12), "exact")
+    assert list(measured.draft_step) == [1, 2, 3, 4]
+    assert measured.draft_step[1] < measured.draft_step[4] < 1.5
+    assert measured.round(0, 0) == pytest.approx(1.0)
+    assert measured.round(1, 2) > 2 * measured.draft_step[1]

@@ -1,5 +1,7 @@
 """Greedy: self-speculative, autoregressive and transformers give the same ids, whatever ends the output."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import EOS, generate, tiny_llama, transformers_generate
@@ -12,6 +14,7 @@ from transformers import (
 )
 
 from self_speculation import GenerationConfig, make_strategy
+from self_speculation.policy import AdaptivePolicy, Plan
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
@@ -107,6 +110,44 @@ def test_ids_equal_for_every_setting(
     assert speculative.num_decode_tokens <= speculative.num_verifications * (num_speculations + 1)
     counts = zip(speculative.accepted_by_position, speculative.drafted_by_position, strict=True)
     assert all(0 <= accepted <= drafted for accepted, drafted in counts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.data(),
+    max_steps=st.integers(1, 40),
+    agreement=st.sampled_from(["never", "always", "sometimes"]),
+    int8=st.booleans(),
+    processors=st.sampled_from(sorted(PROCESSORS)),
+    eos=st.lists(st.integers(0, 49), max_size=3, unique=True),
+    prompt=st.lists(st.integers(3, 9), min_size=1, max_size=30),
+)
+def test_ids_equal_whatever_is_chosen_round_by_round(
+    data, max_steps, agreement, int8, processors, eos, prompt
+):
+    """Guards against switching between sources: a cache or a history that one leaves behind for another. The
+    plans are drawn, since on so small a model the best one is always the same.
+    """
+    int8 = int8 and agreement != "never"  # whose last layer is hooked
+    model = tiny_llama(num_layers=8, agreement=agreement, fused=int8)
+
+    def plan(policy, matched, room):
+        kind = data.draw(st.sampled_from(["none", "exit", "lookup"] if matched else ["none", "exit"]))
+        length = data.draw(st.integers(1, room)) if room and kind != "none" else 0
+        layer = data.draw(st.sampled_from(sorted(policy.acceptance()))) if length and kind == "exit" else 0
+        deeper = [x for x in policy.acceptance() if layer < x < 8]
+        probe = data.draw(st.sampled_from([0, *deeper]))
+        return Plan(layer, matched if length and kind == "lookup" else 0, length, probe)
+
+    shared = {"max_steps": max_steps, "eos": eos}
+    plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
+    weights = {"draft_weights": "int8"} if int8 else {}
+    with patch.object(AdaptivePolicy, "plan", plan):
+        chosen = generate(
+            model, prompt, "adaptive", logits_processors=PROCESSORS[processors](), **weights, **shared
+        )
+    assert chosen.predicted_tokens == plain.predicted_tokens
+    assert chosen.stop_reason == plain.stop_reason
 
 
 @pytest.mark.parametrize("agreement", ["never", "always"])

@@ -1,0 +1,135 @@
+"""Self-speculative decoding without numbers to tune: each round is what promises most tokens for its time.
+
+After Zarch et al., DEL (arXiv 2504.05598): exits are judged by what they would have had accepted, and drafts
+end when they are no longer confident. Beyond it, costs are measured, not assumed, lookups are rounds among
+others, and a plain step is one as well, so that nothing is lost where nothing can be guessed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
+
+import numpy
+import torch
+from transformers import PreTrainedModel
+
+from self_speculation.drafting import AdaptiveDrafts, DraftSource, LayerDrafts, Lookup, make_drafter
+from self_speculation.generator_base import DraftWeights, GenerationConfig, GenerationStrategyName
+from self_speculation.llama_model_utils import Decoder, forward, forward_early
+from self_speculation.policy import AdaptivePolicy, Costs, LearnedThreshold
+from self_speculation.sampling import Sampler
+from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
+
+LONGEST_DRAFT = 16
+LONGEST_MATCH = 4
+
+# Widths of passes whose time is measured; what lies in between is interpolated.
+_WIDTHS = (1, 2, 3, 4, 5, 9, LONGEST_DRAFT + 1)
+_REPETITIONS, _CONTEXT = 5, 64
+
+_COSTS: WeakKeyDictionary[PreTrainedModel, dict[DraftWeights, Costs]] = WeakKeyDictionary()
+
+
+class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
+    """Chooses exit layer, draft length and lookups round by round; see the module.
+
+    What a round costs is measured when a model is first decoded with, in some forty of its passes. Since
+    decisions depend on time, sampled outputs differ from run to run in spite of a seed; their distribution
+    does not.
+    """
+
+    name: GenerationStrategyName = "adaptive"
+
+    def longest_draft(self, config: GenerationConfig) -> int:  # noqa: ARG002
+        return LONGEST_DRAFT
+
+    def make_source(
+        self,
+        model: PreTrainedModel,
+        decoder: Decoder,
+        sampler: Sampler,
+        config: GenerationConfig,
+        prompt: list[int],
+    ) -> DraftSource:
+        by_weights = _COSTS.setdefault(model, {})
+        weights = config.draft_weights
+        if weights not in by_weights:
+            by_weights[weights] = measure_costs(model, weights)
+        costs = by_weights[weights]
+        drafts = {
+            layer: LayerDrafts(decoder, sampler, layer, weights, LearnedThreshold(step))
+            for layer, step in costs.draft_step.items()
+        }
+        longest = config.prompt_lookup or LONGEST_MATCH
+        return AdaptiveDrafts(
+            Lookup(prompt, longest, model.config.vocab_size), drafts, AdaptivePolicy(costs, longest)
+        )
+
+
+def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
+    """From a twelfth of the layers to a third; with a copy in fewer bits, also all of them."""
+    early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
+    return sorted(early) if draft_weights == "exact" else [*sorted(early), num_layers]
+
+
+@torch.inference_mode()
+def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Costs:
+    """Time passes of all widths behind a short context, in turn."""
+    num_layers = model.config.num_hidden_layers
+    layers = candidate_layers(num_layers, draft_weights)
+    decoder = Decoder(model, _CONTEXT, _CONTEXT + _WIDTHS[-1], max_width=_WIDTHS[-1])
+    drafter = make_drafter(decoder, layers[-1], draft_weights)
+    ids = torch.randint(model.config.vocab_size, (1, _CONTEXT + _WIDTHS[-1]), device=model.device)
+    forward(decoder, ids[:, :_CONTEXT])
+    hidden = decoder.embed(ids)
+
+    def layers_of(width: int) -> float:
+        return _seconds(model, lambda: decoder.run_layers(hidden[:, :width], 0, num_layers))
+
+    def head_of(width: int) -> float:
+        return _seconds(model, lambda: decoder.logits(hidden, width).argmax(-1))
+
+    def draft_of(layer: int) -> float:
+        return _seconds(model, lambda: forward_early(drafter, ids[:, :1], layer).logits.argmax(-1))
+
+    jobs: list[tuple[Callable[[int], float], int]] = [
+        *((function, width) for function in (layers_of, head_of) for width in _WIDTHS),
+        *((draft_of, layer) for layer in layers),
+    ]
+    times: dict[tuple[Callable[[int], float], int], list[float]] = {job: [] for job in jobs}
+    for _ in range(_REPETITIONS):
+        for function, argument in jobs:
+            times[function, argument].append(function(argument))
+            decoder.cache.truncate(_CONTEXT)
+    seconds = {job: statistics.median(taken) for job, taken in times.items()}
+
+    widths = numpy.arange(1, LONGEST_DRAFT + 2)
+    step = seconds[layers_of, 1] + seconds[head_of, 1]
+
+    def by_width(function: Callable[[int], float]) -> Sequence[float]:
+        return numpy.interp(widths, _WIDTHS, [seconds[function, width] / step for width in _WIDTHS]).tolist()
+
+    one_layer = [cost / num_layers for cost in by_width(layers_of)]
+    head = by_width(head_of)
+    verified_from = {0: 0, **{layer: layer if draft_weights == "exact" else 0 for layer in layers}}
+    return Costs(
+        draft_step={layer: seconds[draft_of, layer] / step for layer in layers},
+        first_layers={layer: first * one_layer[0] for layer, first in verified_from.items()},
+        verification={
+            layer: [(num_layers - first) * a + b for a, b in zip(one_layer, head, strict=True)]
+            for layer, first in verified_from.items()
+        },
+        exit=head[0],
+        readable=[layer for layer in layers if layer < num_layers],
+    )
+
+
+def _seconds(model: PreTrainedModel, run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - started
