@@ -22,6 +22,8 @@ def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
     """The config with exit layer and draft length of the sweep that --tuned names, if it names one."""
     if args.tuned is None:
         return config
+    if config.generation_strategy == "adaptive":
+        refuse("--tuned: adaptive chooses for itself, leave it out")
     if config.exit_layer != -1 or config.num_speculations != -1:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     try:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers import GenerationConfig as TransformersConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from self_speculation.generator_base import GenerationConfig
+from self_speculation.generator_base import DraftWeights, GenerationConfig, GenerationStrategyName
 from self_speculation.strategies import make_strategy
 
 # What `generate` can return besides ids, and nothing here computes.
@@ -38,6 +38,10 @@ def self_speculative_generate(
     generation_config: TransformersConfig,
     exit_layer: int = -1,
     num_speculations: int = -1,
+    generation_strategy: GenerationStrategyName = "self_speculative",
+    draft_weights: DraftWeights = "exact",
+    draft_confidence: str | None = None,
+    prompt_lookup: int = 0,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -45,8 +49,7 @@ def self_speculative_generate(
 
     Args:
         input_ids: [B, P], padding on the left where the attention mask says so. Rows are done one by one.
-        exit_layer: layers of the draft.
-        num_speculations: tokens drafted per round.
+        exit_layer, num_speculations and the rest: see `GenerationConfig`; "adaptive" needs none of them.
 
     Returns:
         What `generate` returns: [B, P + longest output] ids, outputs padded on the right.
@@ -74,10 +77,13 @@ def self_speculative_generate(
         max_steps=generation_config.max_length - input_ids.shape[1],
         exit_layer=exit_layer,
         num_speculations=num_speculations,
-        generation_strategy="self_speculative",
+        generation_strategy=generation_strategy,
         sample=generation_config.do_sample,
         temperature=1.0,
         top_p=1.0,
+        draft_weights=draft_weights,
+        draft_confidence=draft_confidence,
+        prompt_lookup=prompt_lookup,
     )
     ends = generation_config.eos_token_id
     end_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]

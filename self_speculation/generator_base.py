@@ -41,14 +41,6 @@ class GenerationConfig:
     generation_strategy: GenerationStrategyName = "autoregressive"
     """How tokens are generated; adaptive: self-speculative with exit layer, draft length and lookups chosen
     round by round."""
-    draft_weights: DraftWeights = "exact"
-    """int8: draft with a copy of the layers in eight bits, exit_layer may then be all of them; exact: with
-    the model's own."""
-    draft_confidence: str | None = None
-    """Stop a draft behind a token that it gave a lower probability than this, or, with auto, when another one
-    would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
-    prompt_lookup: int = 0
-    """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""
     sample: bool = True
     """Draw tokens at random; False: greedy, always the most likely token."""
     temperature: float = 0.6
@@ -63,6 +55,14 @@ class GenerationConfig:
     """Texts, one or several, that end the output before themselves."""
     stop_token_ids: list[int] | None = None
     """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
+    draft_weights: DraftWeights = "exact"
+    """int8: draft with a copy of the layers in eight bits, exit_layer may then be all of them; exact: with
+    the model's own."""
+    draft_confidence: str | None = None
+    """Stop a draft behind a token that it gave a lower probability than this, or, with auto, when another one
+    would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
+    prompt_lookup: int = 0
+    """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""
 
     def __post_init__(self) -> None:
         def check(field: str, allowed: str, ok: bool) -> None:
@@ -148,12 +148,12 @@ class GenerationStrategyResult:
     prefill_time: float = 0.0  # seconds until the first token
     decode_time: float = 0.0  # seconds for all later ones
     num_verifications: int | None = None
-    drafts_by_source: dict[str, tuple[int, int, int]] | None = None  # rounds, tokens drafted and accepted
     judged_by_position: tuple[int, ...] | None = None  # [i]: rounds that got as far as an i-th drafted token
     drafted_by_position: tuple[int, ...] | None = None  # [i]: rounds that drafted an i-th token
     accepted_by_position: tuple[int, ...] | None = (
         None  # [i]: rounds whose i-th drafted token is part of the output
     )
+    drafts_by_source: dict[str, tuple[int, int, int]] | None = None  # rounds, tokens drafted and accepted
 
     @property
     def num_drafted(self) -> int | None:

@@ -22,7 +22,8 @@ def test_defaults_are_the_documented_ones():
     assert dataclasses.asdict(config) == {
         "max_steps": 512, "exit_layer": -1, "num_speculations": -1, "generation_strategy": "autoregressive",
         "sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "no_repeat_ngram_size": None,
-        "stop_words": None, "stop_token_ids": None,
+        "stop_words": None, "stop_token_ids": None, "draft_weights": "exact", "draft_confidence": None,
+        "prompt_lookup": 0,
     }  # fmt: skip
     assert values() == {
         **dataclasses.asdict(config), "model": None, "model_args": None, "seed": 42, "output_dir": "./logs",
@@ -73,7 +74,7 @@ def test_model_args_become_python_values():
         ("--no_repeat_ngram_size 0", "--no_repeat_ngram_size 0: must be at least 1"),
         ("--stop_token_ids -1", "--stop_token_ids [-1]: must be 0 or more"),
         ("--stop_words=", "--stop_words ['']: must not be empty texts"),
-        ("--generation_strategy x", "'x' (choose from 'autoregressive', 'self_speculative')"),
+        ("--generation_strategy x", "'x' (choose from 'autoregressive', 'self_speculative', 'adaptive')"),
         ("--sample perhaps", "Boolean value expected"),
         ("--streamer x", "choose from 'standard', 'none', 'speculative'"),
         ("--dtype int3", "choose from 'auto', 'half', 'float32', 'bfloat16', 'float16'"),

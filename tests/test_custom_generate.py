@@ -112,6 +112,18 @@ def test_sampling_is_from_the_distribution_that_generate_prepared():
     )
 
 
+def test_every_strategy_and_source_of_drafts():
+    model = tiny_llama(fused=True)
+    plain = model.generate(PROMPT, do_sample=False, max_new_tokens=20).tolist()
+    chosen = {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1}
+    lookup = {"draft_weights": "int8", "draft_confidence": "auto", "prompt_lookup": 2}
+    for options in (chosen, lookup):
+        assert (
+            model.generate(PROMPT, do_sample=False, max_new_tokens=20, **{**SPECULATION, **options}).tolist()
+            == plain
+        )
+
+
 def test_in_a_pipeline(model_folder, rounds):
     generate = pipeline("text-generation", str(model_folder))
     options = {"do_sample": False, "max_new_tokens": 10}
