@@ -4,6 +4,7 @@ False-alarm rate: 1e-4 for each chi-square test; the seed is fixed, so that none
 """
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 import self_speculation.self_speculation_generator as self_speculation_generator
 from self_speculation import GenerationConfig, Verdict, make_strategy
+from self_speculation.policy import AdaptivePolicy, Plan
 from self_speculation.sampling import verify_draft
 
 PROMPT, VOCAB, STEPS, SAMPLES = [3, 1, 4], 5, 3, 2500
@@ -101,6 +103,22 @@ SLOW = dict.fromkeys(("hot", "top_k", "confidence", "int8"), pytest.mark.slow)
 def test_self_speculative_distribution(name):
     kwargs, processors = SETTINGS[name]
     assert p_value(observed(config(**kwargs), processors), expected(config(**kwargs), processors)) > 1e-4
+
+
+def test_adaptive_distribution(monkeypatch):
+    """Plans are drawn, so that exits, lookups, plain steps and probes all come in turn."""
+    draws = random.Random(0)
+
+    def plan(policy, matched, room):
+        kinds = [Plan(0, 0, 0, draws.choice([0, 1]))]
+        if room:
+            kinds.append(Plan(1, 0, draws.randint(1, room)))
+            kinds += [Plan(0, matched, draws.randint(1, room), draws.choice([0, 1]))] if matched else []
+        return draws.choice(kinds)
+
+    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
+    chosen = config(generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8)
+    assert p_value(observed(chosen, []), expected(chosen, [])) > 1e-4
 
 
 def test_autoregressive_distribution():
