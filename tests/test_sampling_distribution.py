@@ -109,7 +109,7 @@ def test_adaptive_distribution(monkeypatch):
     """Plans are drawn, so that exits, lookups, plain steps and probes all come in turn."""
     draws = random.Random(0)
 
-    def plan(policy, matched, room):
+    def plan(_, matched, room):
         kinds = [Plan(0, 0, 0, draws.choice([0, 1]))]
         if room:
             kinds.append(Plan(1, 0, draws.randint(1, room)))
