@@ -35,7 +35,7 @@ def test_side_by_side(measured, tmp_path):
         "--num_prompts", "2", "--adapter", tmp_path / "other.py", "--picture", tmp_path / "bars",
     )  # fmt: skip
     sides = {row["side"]: row for row in record["sides"]}
-    assert len(sides) == 6
+    assert len(sides) == 7
     assert all(row["same ids"] == 2 and row["tokens/s"] > 0 for row in sides.values())
     assert sides["transformers, early exit"]["tokens/pass"] == pytest.approx(
         sides["ours, self-speculative"]["tokens/pass"], rel=0.35

@@ -95,8 +95,8 @@ SETTINGS = {
 }
 
 
-# Parts of what "all" and the last one are about.
-SLOW = dict.fromkeys(("hot", "top_k", "confidence", "int8"), pytest.mark.slow)
+# Parts of what "all" and the last one are about, too.
+SLOW = dict.fromkeys(("cold", "hot", "top_k", "top_p", "confidence", "int8"), pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])
