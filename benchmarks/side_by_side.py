@@ -237,12 +237,18 @@ def main() -> None:
         SPECULATIVE: ours(generator, config),
         ADAPTIVE: ours(*adaptive(generator, config)),
     }  # fmt: skip
+    if exit_layer == len(model.base_model.layers):
+        del sides[
+            EARLY_EXIT
+        ]  # all layers draft for all layers: that takes a copy, which transformers has not
     sides |= {Path(path).stem: adapted(path, generator, max_steps) for path in args.adapter}
     prompts = [tokenizer.encode(p["prompt"]) for p in list(read_problems().values())[: args.num_prompts]]
 
     # The warm-up also counts passes.
-    per_pass = {side: count_passes(model, sides[side], prompts[:2]) for side in (EARLY_EXIT, LOOKUP)}
-    per_pass = {side: count_passes(model, sides[side], prompts) for side in per_pass}
+    assisted = [side for side in (EARLY_EXIT, LOOKUP) if side in sides]
+    for side in assisted:
+        count_passes(model, sides[side], prompts[:2])
+    per_pass = {side: count_passes(model, sides[side], prompts) for side in assisted}
     for generate in sides.values():
         generate(prompts[0])
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
@@ -257,16 +263,20 @@ def main() -> None:
         layer_seconds.append(of_layer)
         head_seconds.append(of_head)
 
-    results = [answer.result for answer in answers[SPECULATIVE] if answer.result is not None]
-    verifications = sum(result.num_verifications or 0 for result in results)
     per_pass |= {TRANSFORMERS: 1.0, OURS: 1.0}
-    per_pass[SPECULATIVE] = sum(result.num_decode_tokens for result in results) / verifications
+    accepted = {EARLY_EXIT: (per_pass.get(EARLY_EXIT, 1.0) - 1) / k}
+    for side in (ADAPTIVE, SPECULATIVE):
+        results = [answer.result for answer in answers[side] if answer.result is not None]
+        verifications = sum(result.num_verifications or 0 for result in results)
+        per_pass[side] = sum(result.num_decode_tokens for result in results) / verifications
+        drafted = sum(result.num_drafted or 0 for result in results)
+        accepted[side] = sum(result.num_accepted or 0 for result in results) / max(drafted, 1)
     alpha = token_acceptance([dataclasses.asdict(result) for result in results])
     formula = predicted_speedup(alpha or 0.0, k, draft_cost(model, config))
 
     layer, head = statistics.median(layer_seconds), statistics.median(head_seconds)
     full_pass = len(model.base_model.layers) * layer + head
-    drafted_round = full_pass + k * (exit_layer * layer + head)
+    drafted_round = full_pass * (1 + k * draft_cost(model, config))
     rows: list[dict[str, Any]] = []
     for side, given in answers.items():
         speeds = [answer.tokens_per_second for answer in given]
@@ -288,8 +298,11 @@ def main() -> None:
                 "ratio_low": low,
                 "ratio_high": high,
                 "tokens/pass": per_pass.get(side),
-                "acceptance": (per_pass[side] - 1) / k if side in (EARLY_EXIT, SPECULATIVE) else None,
-                "of streaming": decode * seconds / per_pass[side] if side in per_pass else None,
+                "acceptance": accepted.get(side),
+                # An adaptive round may be of any kind.
+                "of streaming": decode * seconds / per_pass[side]
+                if side in per_pass and side != ADAPTIVE
+                else None,
                 "same ids": sum(a.ids == b.ids for a, b in zip(given, answers[TRANSFORMERS], strict=True)),
             }
         )
