@@ -317,8 +317,10 @@ def main() -> None:
         f"\nself-speculative over autoregressive, decoding: {speedup[SPECULATIVE] / speedup[OURS]:.2f}; "
         f"the formula allows {formula:.2f} at this acceptance: {of_formula:.0%} of it"
     )
-    outside = time_outside(sides[SPECULATIVE], prompts)
-    print(f"outside layers and head: {outside:.1%} of the time of self-speculative decoding")
+    outside = None
+    if not model_args.compile:  # compiled passes are one piece
+        outside = time_outside(sides[SPECULATIVE], prompts)
+        print(f"outside layers and head: {outside:.1%} of the time of self-speculative decoding")
     path = Path(args.picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     where = (

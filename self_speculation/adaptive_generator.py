@@ -30,7 +30,7 @@ LONGEST_MATCH = 4
 _WIDTHS = (1, 2, 3, 4, 5, 9, LONGEST_DRAFT + 1)
 _REPETITIONS, _CONTEXT = 5, 64
 
-_COSTS: WeakKeyDictionary[PreTrainedModel, dict[DraftWeights, Costs]] = WeakKeyDictionary()
+_COSTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[DraftWeights, Sampler], Costs]] = WeakKeyDictionary()
 
 
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
@@ -54,11 +54,10 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
         config: GenerationConfig,
         prompt: list[int],
     ) -> DraftSource:
-        by_weights = _COSTS.setdefault(model, {})
-        weights = config.draft_weights
-        if weights not in by_weights:
-            by_weights[weights] = measure_costs(model, weights)
-        costs = by_weights[weights]
+        weights, known = config.draft_weights, _COSTS.setdefault(model, {})
+        if (weights, sampler) not in known:
+            known[weights, sampler] = measure_costs(model, weights, sampler)
+        costs = known[weights, sampler]
         drafts = {
             layer: LayerDrafts(decoder, sampler, layer, weights, LearnedThreshold(step))
             for layer, step in costs.draft_step.items()
@@ -76,8 +75,8 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
 
 
 @torch.inference_mode()
-def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Costs:
-    """Time passes of all widths behind a short context, in turn."""
+def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights, sampler: Sampler) -> Costs:
+    """Time passes of all widths behind a short context, in turn, and what picks a token of their logits."""
     num_layers = model.config.num_hidden_layers
     layers = candidate_layers(num_layers, draft_weights)
     decoder = Decoder(model, _CONTEXT, _CONTEXT + _WIDTHS[-1], max_width=_WIDTHS[-1])
@@ -90,10 +89,10 @@ def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights) -> Costs:
         return _seconds(model, lambda: decoder.run_layers(hidden[:, :width], 0, num_layers))
 
     def head_of(width: int) -> float:
-        return _seconds(model, lambda: decoder.logits(hidden, width).argmax(-1))
+        return _seconds(model, lambda: sampler(decoder.logits(hidden, width)[0]))
 
     def draft_of(layer: int) -> float:
-        return _seconds(model, lambda: forward_early(drafter, ids[:, :1], layer).logits.argmax(-1))
+        return _seconds(model, lambda: sampler(forward_early(drafter, ids[:, :1], layer).logits[0]))
 
     jobs: list[tuple[Callable[[int], float], int]] = [
         *((function, width) for function in (layers_of, head_of) for width in _WIDTHS),

@@ -176,6 +176,9 @@ class AdaptivePolicy:
         probing: the share of the time that may go into exits that were not drafted with.
     """
 
+    # Drafting must promise so much more than a plain step: what it promises is an estimate.
+    _MARGIN = 1.05
+
     def __init__(self, costs: Costs, longest: int, probing: float = 0.015) -> None:
         self._costs, self._probing = costs, probing
         self._longest_draft = len(costs.verification[0]) - 1
@@ -191,7 +194,7 @@ class AdaptivePolicy:
             room: tokens that may be drafted at most.
         """
         room = min(room, self._longest_draft)
-        best, best_rate = Plan(), 1.0 / self._costs.round(0, 0)
+        best, best_rate = Plan(), self._MARGIN / self._costs.round(0, 0)
         plans = [(Plan(exit_layer=layer), mean.value) for layer, mean in self._by_layer.items()]
         if matched:
             plans.append((Plan(matched=matched), self._by_match[matched].value))
