@@ -1,6 +1,8 @@
-"""Make a Llama of random weights whose early exits agree with it as often as you like, and a tokenizer.
+r"""Make a Llama of random weights whose early exits agree with it as often as you like, and a tokenizer.
 
     python benchmarks/make_synthetic_model.py --folder models/synthetic
+    python benchmarks/make_synthetic_model.py --num_layers 30 --hidden_size 576 --intermediate_size 1536 \
+        --vocab_size 8192 --exit_layer 8 --scale 0.03      # the one in the README's table
 
 Scaling the output projections of the layers from --exit_layer on makes these layers change little: a model on
 which self-speculation pays, without training. Its text means nothing; its speed is that of its shape.

@@ -70,6 +70,10 @@ class CompiledDecoder(Decoder):
         self._passes.cache.clear()
         self._max_width = max_width
 
+    def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:  # noqa: ARG002
+        """What is compiled is this model's own layers."""
+        raise ValueError("draft_weights int8: not together with compile True")
+
     def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
         width = inputs.shape[1]
         if width != (self._max_width if first else 1):

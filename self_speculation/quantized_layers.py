@@ -51,11 +51,11 @@ def quantized(decoder: Decoder, num_layers: int) -> Decoder:
 
 def _quantized(part: Lean) -> Any:
     if part not in _QUANTIZED:
-        _QUANTIZED[part] = copy = part.over(Int8Product)
-        product = copy.products[0]
-        assert isinstance(product, Int8Product)
+        copy = part.over(Int8Product)
+        weight = part.products[0].weight
         try:
-            product(product._scales.new_zeros(1, product._weight.shape[1]))
+            copy.products[0](weight.new_zeros(1, weight.shape[1]))
         except (NotImplementedError, RuntimeError) as error:
             raise ValueError("draft_weights int8: this device has no kernel for it") from error
+        _QUANTIZED[part] = copy
     return _QUANTIZED[part]

@@ -31,6 +31,15 @@ def test_the_same_ids_and_no_compilation_for_another_prompt(fused):
     assert answers == expected
 
 
+def test_drafts_by_other_layers_are_refused():
+    """Guards against drafts that the compiled passes make with the model's own layers, unnoticed."""
+    model = copy.deepcopy(tiny_llama(fused=True))
+    fuse(model)
+    compile_decoding(model)
+    with pytest.raises(ValueError, match="draft_weights int8: not together with compile True"):
+        generate(model, PROMPTS[0], exit_layer=2, num_speculations=2, draft_weights="int8")
+
+
 def test_without_a_compiler_it_is_refused_beforehand(monkeypatch):
     """Guards against a page of traceback in the middle of the first answer."""
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
