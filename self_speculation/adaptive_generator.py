@@ -29,6 +29,8 @@ LONGEST_MATCH = 4
 # Widths of passes whose time is measured; what lies in between is interpolated.
 _WIDTHS = (1, 2, 3, 4, 5, 9, LONGEST_DRAFT + 1)
 _REPETITIONS, _CONTEXT = 5, 64
+_ENOUGH = 1.0  # seconds, behind which no repetition begins
+_SLOW = 0.1  # seconds of a pass, beyond which a quarter of the layers stands for all
 
 _COSTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[DraftWeights, Sampler], Costs]] = WeakKeyDictionary()
 
@@ -36,15 +38,20 @@ _COSTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[DraftWeights, Sampler], Co
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     """Chooses exit layer, draft length and lookups round by round; see the module.
 
-    What a round costs is measured when a model is first decoded with, in some forty of its passes. Since
-    decisions depend on time, sampled outputs differ from run to run in spite of a seed; their distribution
-    does not.
+    What a round costs is measured before a model's first answer, in about a second, or in ten passes or so of
+    a model that takes longer for them. Since decisions depend on time, sampled outputs differ from run to run
+    in spite of a seed; their distribution does not.
     """
 
     name: GenerationStrategyName = "adaptive"
 
     def longest_draft(self, config: GenerationConfig) -> int:  # noqa: ARG002
         return LONGEST_DRAFT
+
+    def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
+        key, known = (config.draft_weights, config.sampler()), _COSTS.setdefault(model, {})
+        if key not in known:
+            known[key] = measure_costs(model, *key)
 
     def make_source(
         self,
@@ -54,10 +61,8 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
         config: GenerationConfig,
         prompt: list[int],
     ) -> DraftSource:
-        weights, known = config.draft_weights, _COSTS.setdefault(model, {})
-        if (weights, sampler) not in known:
-            known[weights, sampler] = measure_costs(model, weights, sampler)
-        costs = known[weights, sampler]
+        weights = config.draft_weights
+        costs = _COSTS[model][weights, sampler]
         drafts = {
             layer: LayerDrafts(decoder, sampler, layer, weights, LearnedThreshold(step))
             for layer, step in costs.draft_step.items()
@@ -85,8 +90,13 @@ def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights, sampler: 
     forward(decoder, ids[:, :_CONTEXT])
     hidden = decoder.embed(ids)
 
+    slow = _seconds(model, lambda: decoder.run_layers(hidden[:, :1], 0, num_layers)) > _SLOW
+    decoder.cache.truncate(_CONTEXT)
+    timed = -(-num_layers // 4) if slow else num_layers
+
     def layers_of(width: int) -> float:
-        return _seconds(model, lambda: decoder.run_layers(hidden[:, :width], 0, num_layers))
+        taken = _seconds(model, lambda: decoder.run_layers(hidden[:, :width], 0, timed))
+        return taken * num_layers / timed
 
     def head_of(width: int) -> float:
         return _seconds(model, lambda: sampler(decoder.logits(hidden, width)[0]))
@@ -99,7 +109,10 @@ def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights, sampler: 
         *((draft_of, layer) for layer in layers),
     ]
     times: dict[tuple[Callable[[int], float], int], list[float]] = {job: [] for job in jobs}
-    for _ in range(_REPETITIONS):
+    started = time.perf_counter()
+    for turn in range(_REPETITIONS):
+        if turn and time.perf_counter() - started > _ENOUGH:
+            break
         for function, argument in jobs:
             times[function, argument].append(function(argument))
             decoder.cache.truncate(_CONTEXT)

@@ -260,9 +260,13 @@ class DecodingStrategy(GenerationStrategy):
         processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
         processors += logits_processors or []
         device = model.get_input_embeddings().weight.device
+        self.prepare(model, config)
         output = Output(input_ids, device, stop, processors, streamer)
         extra = self.decode(model, output, config)
         return GenerationStrategyResult(**output.result(), **extra)
+
+    def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
+        """What is done once for a model and is not part of an answer's time."""
 
     @abstractmethod
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
