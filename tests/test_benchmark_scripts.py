@@ -243,7 +243,31 @@ def test_correctness_catches_a_wrong_accept_rule_by_ids(common, monkeypatch, cap
     assert output.splitlines()[-1].startswith("FAILED: ")
 
 
-@pytest.mark.parametrize("rule", [accepts_everything, resamples_from_the_target])
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        ["--generation_strategy", "adaptive"],
+        [*SPECULATION, "--draft_weights", "int8", "--prompt_lookup", "2", "--draft_confidence", "auto"],
+    ],
+    ids=["adaptive", "int8 and lookup"],
+)
+def test_every_source_of_drafts(common, drafts, tmp_path, capsys):
+    """Guards against a flag of drafting that a script drops on the way."""
+    assert correctness.main([*common, "--sample", "False", *drafts]) == 0
+    assert "passed: 5 of 5 examples identical" in capsys.readouterr().out
+    common[common.index("--output_dir") + 1] = str(tmp_path / "benchmark")
+    assert benchmark.main([*common, "--sample", "False", "--compare", "True", *drafts]) == 0
+    (folder,) = (tmp_path / "benchmark").iterdir()
+    metrics = json.loads((folder / "run.json").read_text())["metrics"]
+    assert metrics["comparison"]["identical_outputs"] == 5
+    sources = metrics["acceptance"]["drafts_by_source"]
+    assert sum(rounds for rounds, *_ in sources.values()) == metrics["acceptance"]["num_verifications"]
+    assert "rounds: accepted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rule", [accepts_everything, pytest.param(resamples_from_the_target, marks=pytest.mark.slow)]
+)
 def test_correctness_catches_a_wrong_accept_rule_by_distribution(common, rule, monkeypatch, capsys):
     monkeypatch.setattr(self_speculation_generator, "verify_draft", rule)
     sampling = ["--temperature", "1", "--top_p", "1", "--top_k", "2", "--samples_per_prompt", "500"]

@@ -154,6 +154,14 @@ def test_impossible_grids(common, args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path):
+    assert sweep.main([*common, "--draft_weights", "int8", "--exit_layer_last", "9"]) == 0
+    predicted = table(tmp_path).reset_index()
+    assert set(predicted["exit_layer"]) == {1, 2, 3, 4}
+    deepest = predicted[predicted["exit_layer"] == 4]
+    assert deepest["acceptance_rate"].min() > predicted[predicted["exit_layer"] == 1]["acceptance_rate"].max()
+
+
 @pytest.mark.parametrize("mode", ["predicted", "measured"])
 def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
     """Finished cells or examples are kept, in the CSV too where it is written by cell, and not done again."""
