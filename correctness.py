@@ -181,9 +181,7 @@ class Distributions:
     ) -> None:
         self._speculative = generator
         # Longer than what is compared, so that no draft is cut short by the budget.
-        self._config = dataclasses.replace(
-            config, max_steps=args.sampled_tokens + max(config.num_speculations, 2)
-        )
+        self._config = dataclasses.replace(config, max_steps=args.sampled_tokens + config.longest_draft)
         self._plain, self._plain_config = autoregressive(generator, self._config)
         self._examples, self._args, self._seed = examples, args, seed
 

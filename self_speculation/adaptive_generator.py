@@ -17,13 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from self_speculation.drafting import AdaptiveDrafts, DraftSource, LayerDrafts, Lookup, make_drafter
-from self_speculation.generator_base import DraftWeights, GenerationConfig, GenerationStrategyName
+from self_speculation.generator_base import (
+    LONGEST_DRAFT,
+    DraftWeights,
+    GenerationConfig,
+    GenerationStrategyName,
+)
 from self_speculation.llama_model_utils import Decoder, forward, forward_early
 from self_speculation.policy import AdaptivePolicy, Costs, LearnedThreshold
 from self_speculation.sampling import Sampler
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
 
-LONGEST_DRAFT = 16
 LONGEST_MATCH = 4
 
 # Widths of passes whose time is measured; what lies in between is interpolated.
@@ -45,16 +49,13 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
 
     name: GenerationStrategyName = "adaptive"
 
-    def longest_draft(self, config: GenerationConfig) -> int:  # noqa: ARG002
-        return LONGEST_DRAFT
-
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         key, known = (config.draft_weights, config.sampler()), _COSTS.setdefault(model, {})
         if key not in known:
             known[key] = measure_costs(model, *key)
 
+    @staticmethod
     def make_source(
-        self,
         model: PreTrainedModel,
         decoder: Decoder,
         sampler: Sampler,

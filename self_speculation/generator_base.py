@@ -23,6 +23,9 @@ from self_speculation.stopping import StopConditions, StopReason, StopWords, con
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int8"]
 
+# Of adaptive decoding.
+LONGEST_DRAFT = 16
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -123,6 +126,10 @@ class GenerationConfig:
             )
         if speculative and self.num_speculations < 1:
             raise ValueError(f"num_speculations {self.num_speculations}: self_speculative needs at least 1")
+
+    @property
+    def longest_draft(self) -> int:
+        return LONGEST_DRAFT if self.generation_strategy == "adaptive" else self.num_speculations
 
     def sampler(self) -> Sampler:
         return Sampler(self.sample, self.temperature, self.top_k, self.top_p)

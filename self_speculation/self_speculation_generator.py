@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.compiled import make_decoder
-from self_speculation.drafting import Draft, DraftSource, make_source
+from self_speculation.drafting import Draft, make_source
 from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
 from self_speculation.llama_model_utils import Decoder, forward_early, prefill
 from self_speculation.output import Output
@@ -37,22 +37,11 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     name: GenerationStrategyName = "self_speculative"
 
-    def longest_draft(self, config: GenerationConfig) -> int:
-        return config.num_speculations
-
-    def make_source(
-        self,
-        model: PreTrainedModel,
-        decoder: Decoder,
-        sampler: Sampler,
-        config: GenerationConfig,
-        prompt: list[int],
-    ) -> DraftSource:
-        return make_source(model, decoder, sampler, config, prompt)
+    make_source = staticmethod(make_source)
 
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
         # Longer drafts would never be made.
-        num_speculations = min(self.longest_draft(config), output.remaining)
+        num_speculations = min(config.longest_draft, output.remaining)
         decoder = make_decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
         sampler = config.sampler()
         source = self.make_source(model, decoder, sampler, config, output.history()[0].tolist())
