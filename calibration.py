@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.drafting import LayerDrafts
 from self_speculation.generator_base import DraftWeights
-from self_speculation.llama_model_utils import Decoder, forward
+from self_speculation.llama_model_utils import Decoder, agreed, forward
 from self_speculation.output import Output
 from self_speculation.sampling import Sampler
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
@@ -87,7 +87,7 @@ def calibrate(
     jobs += [partial(verification, *place) for place in checks]
     started = time.perf_counter()
     for turn in tqdm(range(_REPETITIONS + 1), desc="calibration"):
-        if turn > _ENOUGH and time.perf_counter() - started > _LONG:
+        if agreed(model, turn > _ENOUGH and time.perf_counter() - started > _LONG):
             break
         for job in jobs:  # all in turn, so that a slow moment of the machine hits no one step alone
             job()
@@ -95,7 +95,7 @@ def calibrate(
             for times in (plain, *drafts.values(), *checks.values()):
                 times.clear()
     at_ends = [[statistics.median(checks[layer, k]) for layer in ends] for k in _DRAFT_LENGTHS]
-    return Costs(
+    costs = Costs(
         plain_step=statistics.median(plain),
         draft_step={layer: statistics.median(times) for layer, times in drafts.items()},
         verifications={
@@ -103,6 +103,7 @@ def calibrate(
             for layer in exit_layers
         },
     )
+    return agreed(model, costs)
 
 
 def _timed(step: Callable[[], None]) -> float:

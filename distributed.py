@@ -1,38 +1,100 @@
-"""Several processes under torchrun: who am I, what does rank 0 say, are the others done?"""
+"""Several processes under torchrun: who am I, what does rank 0 say, are the others done?
+
+Ranks either have a copy of the model each and share the work (--parallel data), or one model together and do
+the same in step (--parallel tensor). In the second case all are rank 0 of one here, and all but the first
+keep what they do to themselves.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # ranks may finish hours apart; one that dies is noticed at once all the same
 
+_one_model_together = False
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Of all processes, the one that shows and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    """Which copy of the model this process has."""
+    return 0 if _one_model_together else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many copies of the model there are."""
+    return 1 if _one_model_together else num_processes()
+
+
+def join_as_one() -> None:
+    """Meet the other ranks to hold one model together; from here on only the first is heard."""
+    global _one_model_together
+    _one_model_together = True
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    if is_first():
+        return
+    errors = sys.stderr
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not is_lost_rank(error):
+            traceback.print_exception(kind, error, trace, file=errors)
+
+    sys.excepthook = show
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank is told, and the others by it
+
+
+def place_to_write(resume: str | None, output_dir: str) -> tuple[str | None, str]:
+    """`--resume` and `--output_dir` of this process; for one that is not heard, a folder that vanishes."""
+    if is_first() or not _one_model_together:
+        return resume, output_dir
+    own = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return resume and shutil.copytree(Path(resume).expanduser(), Path(own, "resumed")).as_posix(), own
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the other ranks, if there are any. Only small objects are exchanged: over the CPU."""
-    if world_size() == 1:
+    if num_processes() == 1:
         yield
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
     yield
     # Not in a `finally`: a rank that fails must end at once, so that torchrun ends the others.
-    dist.destroy_process_group()
+    leave()
+
+
+def leave() -> None:
+    """Part from the other ranks, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share(thing: T) -> T:
@@ -48,3 +110,35 @@ def barrier() -> None:
     """Wait for the other ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a rank that waited for another one learnt so that it is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+@contextmanager
+def last_words(say: Callable[[], str]) -> Iterator[None]:
+    """What rank 0 says when torchrun ends it for the loss of another, even while it waits for that one."""
+    if num_processes() == 1 or not is_first():
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        while (signum := os.read(read, 1)[0]) != 0:
+            if signum == signal.SIGTERM:
+                print(say(), file=sys.stderr, flush=True)
+                os._exit(1)
+
+    # Python runs handlers in the main thread, which may be waiting; the byte is written in any case.
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    previous_fd = signal.set_wakeup_fd(write)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous_fd)
+        signal.signal(signal.SIGTERM, previous_handler)
+        os.write(write, b"\0")

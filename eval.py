@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, EvalArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = tuned(config, tuning)
+    if args.use_cache and model_args.parallel == "tensor":
+        refuse(f"--use_cache {args.use_cache}: not with --parallel tensor, whose ranks would share the file")
     overrides = sorted(given_flags(argv, GenerationConfig) - _DRIVING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         description |= describe_model(model_name(model_args), generator.model)
         first = distributed.rank() == 0
-        run = distributed.share(Run.create(model_args.output_dir, "eval", description) if first else None)
+        _, output_dir = distributed.place_to_write(None, model_args.output_dir)
+        run = distributed.share(Run.create(output_dir, "eval", description) if first else None)
         assert run is not None
         if first and overrides and generates:
             given = ", ".join(f"--{name} {getattr(config, name)}" for name in overrides)
@@ -122,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--tasks {','.join(args.tasks)}: {one_line(error)}")
     if accelerator is not None:
         accelerator.end_training()
+    distributed.leave()
     return 0
 
 

@@ -34,11 +34,12 @@ def prepare(
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config)
+    resume, output_dir = distributed.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     return (
         generator,
         _examples_that_fit(generator, examples, config.max_steps),
-        lambda: open_run(args.resume, model_args.output_dir, script, description),
+        lambda: open_run(resume, output_dir, script, description),
     )
 
 
@@ -74,27 +75,40 @@ def run_examples(
         missing = [index for index in range(num_examples) if index not in finished]
         mine = missing[distributed.rank() :: distributed.world_size()]
         writer, records = run.writer(distributed.rank()), list(finished.values())
+
+        def kept(reason: str) -> str:
+            return (
+                f"{reason}; {len(run.records())} of {num_examples} {unit} are kept, go on with "
+                f"--resume {run.folder}"
+            )
+
         try:
-            with tqdm(mine, desc=unit, disable=distributed.rank() != 0) as bar:
+            with (
+                distributed.last_words(lambda: kept("another rank is gone")),
+                tqdm(mine, desc=unit, disable=distributed.rank() != 0) as bar,
+            ):
                 for index in bar:
                     records.append({"index": index, **measure(index)})
                     writer.append(records[-1])
                     bar.set_postfix_str(progress(records))
                     if distributed.rank() == 0:
                         after_each(run)
-            distributed.barrier()
+                distributed.barrier()
             if distributed.rank() != 0:
                 return 0
             complete = run.records()
             return conclude(run, [complete[index] for index in range(num_examples)])
-        except (KeyboardInterrupt, RecordError) as error:
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            print(
-                f"{reason}; {len(run.records())} of {num_examples} {unit} are kept, go on with "
-                f"--resume {run.folder}",
-                file=sys.stderr,
-            )
-            return 130 if isinstance(error, KeyboardInterrupt) else 1
+        except KeyboardInterrupt:
+            print(kept("interrupted"), file=sys.stderr)
+            return 130
+        except RecordError as error:
+            print(kept(str(error)), file=sys.stderr)
+        except RuntimeError as error:
+            if not distributed.is_lost_rank(error):
+                raise
+            if distributed.is_first():
+                print(kept("another rank is gone"), file=sys.stderr)
+        return 1
 
 
 def _examples_that_fit(

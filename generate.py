@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch
 from prompt_toolkit import PromptSession
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
+from transformers import PreTrainedModel
 
+import distributed
 from arguments import GenerateArguments, GenerationConfig, ModelArguments, TuningArguments, parse, refuse
 from self_speculation import (
     GenerationResult,
@@ -28,6 +30,7 @@ from self_speculation import (
     SpeculativeTextStreamer,
     StandardTextStreamer,
 )
+from self_speculation.llama_model_utils import agreed
 from startup import autoregressive, load_generator
 from tuning import tuned
 
@@ -38,16 +41,17 @@ def main() -> int:
     config = tuned(config, tuning)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
-    if int(os.environ.get("RANK", 0)) != 0:
+    if model_args.parallel == "data" and not distributed.is_first():
         return 0  # one voice is enough
     interactive = args.prompt is None and sys.stdin.isatty()
-    prompt = None if interactive else _one_prompt(args)
+    prompt = None if interactive or not distributed.is_first() else _one_prompt(args)
     generator = load_generator(model_args, config)
+    prompt = agreed(generator.model, prompt)
     if args.chat and not generator.tokenizer.chat_template:
         refuse("--chat True: the model's tokenizer has no chat template")
     talk = Conversation(generator, config, args)
     if interactive:
-        return _loop(talk)
+        return _loop(talk, generator.model)
     try:
         return 0 if talk.answer(prompt or "") else 130
     except ValueError as error:
@@ -73,7 +77,7 @@ class Conversation:
         """
         ids = self._ids(prompt)
         streamer = self._streamer(ids)
-        with _stopped_by_ctrl_c() as interrupt:
+        with _stopped_by_ctrl_c(self._generator.model) as interrupt:
             result = self._generator.generate(
                 ids, self._config, streamer=streamer, stopping_criteria=[interrupt]
             )
@@ -118,16 +122,18 @@ class Conversation:
 class Interrupt:
     """A stopping criterion that Ctrl-C meets."""
 
-    requested = False
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self.requested = model, False
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self.requested = agreed(self._model, self.requested)
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
 
 
 @contextmanager
-def _stopped_by_ctrl_c() -> Iterator[Interrupt]:
+def _stopped_by_ctrl_c(model: PreTrainedModel) -> Iterator[Interrupt]:
     """The first Ctrl-C ends the answer after the current token; a second one breaks off at once."""
-    interrupt = Interrupt()
+    interrupt = Interrupt(model)
 
     def handle(*_: Any) -> None:
         interrupt.requested = True
@@ -150,8 +156,19 @@ def _one_prompt(args: GenerateArguments) -> str:
     return prompt
 
 
-def _loop(talk: Conversation) -> int:
-    """Read prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
+def _loop(talk: Conversation, model: PreTrainedModel) -> int:
+    """Answer prompts until there are no more; where several processes hold the model, the first reads."""
+    read = _reader() if distributed.is_first() else lambda: None
+    while (prompt := agreed(model, read())) is not None:
+        try:
+            talk.answer(prompt)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+    return 0
+
+
+def _reader() -> Callable[[], str | None]:
+    """Reads prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
     keys = KeyBindings()
 
     @keys.add("c-d")
@@ -165,19 +182,18 @@ def _loop(talk: Conversation) -> int:
         multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True)
     )
     print("Type a prompt, Ctrl-D sends it. Ctrl-C stops an answer; Ctrl-D or /exit leaves.", file=sys.stderr)
-    while True:
-        try:
-            prompt = session.prompt(">>> ", prompt_continuation="... ")
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return 0
-        if prompt.strip() == "/exit":
-            return 0
-        try:
-            talk.answer(prompt)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+
+    def read() -> str | None:
+        while True:
+            try:
+                prompt = session.prompt(">>> ", prompt_continuation="... ")
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return None
+            return None if prompt.strip() == "/exit" else prompt
+
+    return read
 
 
 def _statistics(result: GenerationResult, interrupted: bool) -> str:
@@ -205,6 +221,7 @@ if __name__ == "__main__":
     try:
         status = main()
         sys.stdout.flush()
+        distributed.leave()
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # the reader of the answer has seen enough

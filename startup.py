@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from transformers.utils import logging
 
+import distributed
 from arguments import GenerationConfig, ModelArguments, refuse
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.loading import default_model, load_config, resolve_device
@@ -51,10 +52,15 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
     Whatever cannot be loaded, or does not fit the model, ends the program in one line with status 2.
     """
     logging.set_verbosity_error()
+    together = model_args.parallel != "data" and distributed.num_processes() > 1
+    if together and model_args.parallel == "pipeline":
+        refuse("--parallel pipeline: is one process; start it without torchrun")
     num_layers = number_of_layers(model_args)
     try:
         resolve_device(model_args.device)
         config.check_depth(num_layers)
+        if together:
+            distributed.join_as_one()
         # Bars of loading are for somebody who is waiting; what goes wrong is raised.
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             model, tokenizer = load_model_and_tokenizer(
@@ -65,6 +71,8 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
                 model_args.seed,
                 model_args.fuse,
                 model_args.compile,
+                model_args.parallel,
+                model_args.quantization,
             )
     except (LoadingError, ValueError) as error:
         refuse(f"--{error}")

@@ -70,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parse(__doc__ or "", *groups, args=argv)
     model_args, shape, data_args, recipe_args, args = arguments
+    for name, value, only in (
+        ("parallel", model_args.parallel, "data"),
+        ("quantization", model_args.quantization, "none"),
+    ):
+        if value != only:
+            refuse(f"--{name} {value}: training knows {only} only")
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()

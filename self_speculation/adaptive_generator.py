@@ -23,7 +23,7 @@ from self_speculation.generator_base import (
     GenerationConfig,
     GenerationStrategyName,
 )
-from self_speculation.llama_model_utils import Decoder, forward, forward_early
+from self_speculation.llama_model_utils import Decoder, agreed, forward, forward_early
 from self_speculation.policy import AdaptivePolicy, Costs, LearnedThreshold
 from self_speculation.sampling import Sampler
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
@@ -91,7 +91,8 @@ def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights, sampler: 
     forward(decoder, ids[:, :_CONTEXT])
     hidden = decoder.embed(ids)
 
-    slow = _seconds(model, lambda: decoder.run_layers(hidden[:, :1], 0, num_layers)) > _SLOW
+    first = _seconds(model, lambda: decoder.run_layers(hidden[:, :1], 0, num_layers))
+    slow = agreed(model, first > _SLOW)
     decoder.cache.truncate(_CONTEXT)
     timed = -(-num_layers // 4) if slow else num_layers
 
@@ -112,12 +113,14 @@ def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights, sampler: 
     times: dict[tuple[Callable[[int], float], int], list[float]] = {job: [] for job in jobs}
     started = time.perf_counter()
     for turn in range(_REPETITIONS):
-        if turn and time.perf_counter() - started > _ENOUGH:
+        if agreed(model, turn and time.perf_counter() - started > _ENOUGH):
             break
         for function, argument in jobs:
             times[function, argument].append(function(argument))
             decoder.cache.truncate(_CONTEXT)
-    seconds = {job: statistics.median(taken) for job, taken in times.items()}
+    seconds = dict(
+        zip(times, agreed(model, [statistics.median(taken) for taken in times.values()]), strict=True)
+    )
 
     widths = numpy.arange(1, LONGEST_DRAFT + 2)
     step = seconds[layers_of, 1] + seconds[head_of, 1]

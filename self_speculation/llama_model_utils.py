@@ -10,9 +10,10 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +27,8 @@ SUPPORTED_MODEL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4",
     "helium", "hunyuan_v1_dense", "ministral", "olmo", "olmo2", "phi3", "seed_oss", "stablelm", "starcoder2",
 )  # fmt: skip
+T = TypeVar("T")
+
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 # Positions beyond the prompt that the cache starts with, where the generation may become longer than that.
@@ -267,10 +270,23 @@ class Decoder:
         return self._mask[:width, self._num_positions - start : self._num_positions + width]
 
 
+def agreed(model: PreTrainedModel, value: T) -> T:
+    """What the first process says, where several hold one model together and have to do the same.
+
+    Whatever comes from a clock or from a person differs between them, and one that took another turn would
+    leave the others waiting.
+    """
+    if (model.tp_size or 1) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
 def cost_ratio(model: PreTrainedModel, exit_layer: int) -> float:
-    """c = (E + h) / (L + h), by parameters read; h is the head's size in layers."""
+    """c = (E + h) / (L + h), by bytes read; h is the head's size in layers."""
     layers = model.base_model.layers
-    head = model.get_output_embeddings().weight.numel() / sum(p.numel() for p in layers[0].parameters())
+    head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
     return (exit_layer + head) / (len(layers) + head)
 
 

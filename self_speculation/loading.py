@@ -7,6 +7,7 @@ file given is one.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -26,17 +28,22 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
 from self_speculation import lean_layers
 from self_speculation.compiled import compile_decoding
 from self_speculation.llama_model_utils import check_supported
 
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
+Parallel = Literal["data", "tensor", "pipeline"]
+Quantization = Literal["none", "int8", "int4"]
 
 # In a checkout, and where the package is installed.
 _BUNDLED = (
@@ -118,6 +125,8 @@ def load_model_and_tokenizer(
     seed: int = 42,
     fuse: bool = True,
     compile: bool = False,
+    parallel: Parallel = "data",
+    quantization: Quantization = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference.
 
@@ -129,6 +138,10 @@ def load_model_and_tokenizer(
         seed: for every random generator.
         fuse: make the layers lean, see `lean_layers`.
         compile: compile the passes of decoding, see `compiled`.
+        parallel: `tensor`: a share of every layer on each process of torch.distributed, which must have been
+            initialised; `pipeline`: layers on all devices there are, what has no room in memory or on disk.
+        quantization: hold the weights of the layers' products in so many bits. Only weights: a token's
+            result does not depend on what else is in the pass.
 
     Raises:
         LoadingError
@@ -136,14 +149,15 @@ def load_model_and_tokenizer(
     set_seed(seed)
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
-    load_config(model, model_args)
+    config = load_config(model, model_args)
     source, kwargs = _locate(model)
     with _explained(model):
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         options = {
             "dtype": torch_dtype,
-            "device_map": str(torch_device),
             "use_safetensors": True,
+            **_placement(parallel, torch_device, config),
+            **_quantized(quantization, torch_dtype, config, model),
             **(model_args or {}),
         }
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -160,6 +174,44 @@ def load_model_and_tokenizer(
     if compile:
         compile_decoding(loaded)
     return loaded, tokenizer
+
+
+def _placement(parallel: Parallel, device: torch.device, config: PretrainedConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told of devices."""
+    if parallel != "tensor":
+        return {"device_map": "auto" if parallel == "pipeline" else str(device)}
+    if not dist.is_initialized() or (ranks := dist.get_world_size()) < 2:
+        raise LoadingError(
+            "parallel tensor: needs several processes, start it by torchrun --nproc_per_node N"
+        )
+    if config.num_key_value_heads % ranks:
+        heads = config.num_key_value_heads
+        raise LoadingError(f"parallel tensor: {ranks} ranks cannot share {heads} heads of keys and values")
+    return {"distributed_config": DistributedConfig(tp_size=ranks)}
+
+
+def _quantized(
+    quantization: Quantization, dtype: torch.dtype | str, config: PretrainedConfig, weights: str
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of weights in fewer bits."""
+    if quantization == "none":
+        return {}
+    library = {"int8": "torchao", "int4": "bitsandbytes"}[quantization]
+    if importlib.util.find_spec(library) is None:
+        raise LoadingError(
+            f"quantization {quantization}: needs {library}, install requirements-quantization.txt"
+        )
+    if weights.endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
+        raise LoadingError(f"quantization {quantization}: the weights of {weights} are quantised already")
+    how: TorchAoConfig | BitsAndBytesConfig
+    if quantization == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    else:
+        compute = dtype if isinstance(dtype, torch.dtype) else config.dtype
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": how}
 
 
 def as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:

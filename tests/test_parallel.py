@@ -1,0 +1,195 @@
+"""One model over several processes or devices: the ids of one, and an end when a rank is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, tiny_llama
+from test_benchmark_scripts import custom_data, only_run, torchrun, untimed
+
+import benchmark
+from arguments import ModelArguments
+from self_speculation import (
+    GenerationConfig,
+    HuggingfaceLlamaGenerator,
+    LoadingError,
+    load_model_and_tokenizer,
+    make_strategy,
+)
+
+CASES = {
+    "full depth": {},
+    "early exit": {"exit_layer": 2},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "speculative": {"exit_layer": 2, "num_speculations": 3},
+    "lookups, confidence": {
+        "exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3, "draft_confidence": "auto",
+    },
+    "adaptive": {"generation_strategy": "adaptive"},
+    "sampled": {"sample": True},
+    "sampled, speculative": {"sample": True, "exit_layer": 1, "num_speculations": 2},
+}  # fmt: skip
+PROMPTS = ["def add(a, b):", "Once upon a time there was a man."]
+
+
+def ids_of(model, tokenizer):
+    """Of every case and prompt, each from the same seed."""
+    ids = {}
+    for name, case in CASES.items():
+        speculative = "self_speculative" if "num_speculations" in case else "autoregressive"
+        config = GenerationConfig(
+            **{"sample": False, "max_steps": 24, "generation_strategy": speculative, **case}
+        )
+        generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+        for prompt in PROMPTS:
+            torch.manual_seed(1)
+            ids[f"{name}: {prompt}"] = generator.generate(
+                prompt, config
+            ).generation_strategy_result.predicted_tokens
+    return ids
+
+
+@pytest.fixture(scope="module")
+def folder(byte_tokenizer, tmp_path_factory):
+    """A model whose heads four ranks can share."""
+    folder = tmp_path_factory.mktemp("four-heads")
+    byte_tokenizer.save_pretrained(folder)
+    tiny_llama(vocab_size=len(byte_tokenizer), num_key_value_heads=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tensor_parallel_ids_are_those_of_one_process(folder, ranks, tmp_path):
+    """Guards against ranks that part ways by their draws, by a clock, or by a cache of all heads."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import json, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import distributed; distributed.join_as_one()\n"
+        "from test_parallel import ids_of, load_model_and_tokenizer\n"
+        f"loaded = load_model_and_tokenizer({str(folder)!r}, parallel='tensor')\n"
+        "print(json.dumps(ids_of(*loaded)))\n"
+        "heads = loaded[0].model.layers[0].self_attn.k_proj.weight.to_local().shape[0] // 8\n"
+        "print(heads); distributed.leave()\n"
+    )
+    result = torchrun(ranks, str(program))
+    assert result.returncode == 0, result.stderr
+    ids, heads = result.stdout.splitlines()  # one voice
+    assert json.loads(ids) == ids_of(*load_model_and_tokenizer(str(folder), fuse=False))
+    assert int(heads) == 4 // ranks
+
+
+@pytest.fixture
+def common(folder, tmp_path):
+    return [
+        "--model", str(folder), "--output_dir", str(tmp_path / "logs"), "--num_samples", "5",
+        "--max_steps", "12", "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path),
+        "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_benchmark_over_one_model_on_two_ranks(common, tmp_path):
+    assert benchmark.main([*common, "--output_dir", str(tmp_path / "one")]) == 0
+    (one,) = (tmp_path / "one").iterdir()
+    result = torchrun(2, str(ROOT / "benchmark.py"), *common, "--parallel", "tensor", "--compare", "True")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("tokens/s, decode") == 1
+    assert result.stderr.count("5/5") >= 1
+    tokens = [[record["tokens"] for record in untimed(run)] for run in (one, only_run(tmp_path))]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.slow
+def test_four_ranks_with_a_copy_each_give_the_records_of_one(common, tmp_path):
+    assert benchmark.main([*common, "--output_dir", str(tmp_path / "one")]) == 0
+    result = torchrun(4, str(ROOT / "benchmark.py"), *common)
+    assert result.returncode == 0, result.stderr
+    assert untimed(only_run(tmp_path)) == untimed(next((tmp_path / "one").iterdir()))
+
+
+@pytest.mark.slow
+def test_generate_speaks_once_and_reads_standard_input_once(folder):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "generate.py"),
+        "--model", str(folder), "--parallel", "tensor", "--max_steps", "8", "--sample", "False",
+    ]  # fmt: skip
+    said = subprocess.run(command, input="def add(a", capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    alone = [command[0], *command[5:6], *command[6:8], *command[10:]]
+    expected = subprocess.run(alone, input="def add(a", capture_output=True, text=True, timeout=120)
+    assert said.stdout == expected.stdout != ""
+
+
+@pytest.mark.parametrize("parallel", ["data", pytest.param("tensor", marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, common, parallel, tmp_path):
+    """Guards against a rank 0 that waits for ever, or goes without saying how to go on."""
+    args = [*common, "--model", str(endless_folder), "--max_steps", "400", "--sample", "False"]
+    args += ["--num_samples", "10", "--parallel", parallel]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "benchmark.py"),
+    ]
+    run = subprocess.Popen([*command, *args], stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(tmp_path.glob("logs/*/records.rank0.jsonl")):
+            time.sleep(0.1)
+            assert run.poll() is None, run.stderr.read()
+        (victim,) = children_of_rank(run.pid, 1)
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert time.monotonic() - killed < 60
+    assert run.returncode == 1
+    found = re.search(
+        r"another rank is gone; (\d+) of 10 examples are kept, go on with --resume (\S+)", errors
+    )
+    assert found, errors
+    assert int(found[1]) >= 1
+    assert len((tmp_path / "logs").glob("*/records.rank0.jsonl").__next__().read_text().splitlines()) >= 1
+
+
+def children_of_rank(parent, rank):
+    """Process ids of torchrun's children with that rank."""
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
+    return [
+        int(pid) for pid in found
+        if f"\0RANK={rank}\0" in "\0" + open(f"/proc/{pid}/environ", errors="replace").read()
+    ]  # fmt: skip
+
+
+def test_what_tensor_and_pipeline_need(folder):
+    with pytest.raises(LoadingError, match="parallel tensor: needs several processes, start it by torchrun"):
+        load_model_and_tokenizer(str(folder), parallel="tensor")
+    with pytest.raises(ValueError, match="device cpu: must be auto with --parallel tensor"):
+        ModelArguments(parallel="tensor", device="cpu")
+    with pytest.raises(ValueError, match="compile True: not with --parallel pipeline"):
+        ModelArguments(parallel="pipeline", compile=True)
+
+
+def test_heads_that_ranks_cannot_share_are_refused(model_folder, monkeypatch):
+    monkeypatch.setattr("self_speculation.loading.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("self_speculation.loading.dist.get_world_size", lambda: 4)
+    with pytest.raises(LoadingError, match="parallel tensor: 4 ranks cannot share 2 heads"):
+        load_model_and_tokenizer(str(model_folder), parallel="tensor")
+
+
+def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, tmp_path):
+    """Guards against lean layers over weights that are not there, and states that stay on another device."""
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
+    arguments = {"device_map": places, "offload_folder": str(tmp_path)}
+    model, tokenizer = load_model_and_tokenizer(str(folder), arguments, parallel="pipeline")
+    assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
+    assert ids_of(model, tokenizer) == ids_of(*load_model_and_tokenizer(str(folder), fuse=False))
