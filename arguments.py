@@ -45,6 +45,8 @@ class ModelArguments:
     """Hub id, folder or .gguf file; without it, the bundled model (train.py: a new one)."""
     model_args: str | None = None
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
+    trust_remote_code: bool = False
+    """Execute Python code that the model's repository brings; nobody has read it for you."""
     seed: int = 42
     """Seed of every random generator."""
     output_dir: str = "./logs"
@@ -83,6 +85,8 @@ class ModelArguments:
         for key, equals, _ in pairs:
             if not (key.isidentifier() and equals):
                 raise ValueError(f"model_args {self.model_args!r}: must be k=v,k=v")
+            if key == "trust_remote_code":
+                raise ValueError(f"model_args {self.model_args!r}: --trust_remote_code is a flag of its own")
         return {key: _literal(value) for key, _, value in pairs}
 
 

@@ -8,6 +8,11 @@ Results go to a folder of --output_dir as they come; an interrupted run goes on 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
+
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -31,7 +36,7 @@ from measuring import BASELINE, measure_example
 from records import Record, Run
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafting import draft_cost
-from startup import autoregressive
+from startup import autoregressive, run
 from tuning import tuned
 
 
@@ -176,4 +181,4 @@ def _number(value: Any, style: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

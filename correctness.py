@@ -8,6 +8,11 @@ cannot explain.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
+
 import dataclasses
 import math
 import sys
@@ -27,7 +32,7 @@ from records import Record, Run
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.llama_model_utils import context_length
 from self_speculation.stopping import StopWords
-from startup import autoregressive
+from startup import autoregressive, run
 
 # Chance that a right program fails a run with --sample True, over all its tests together.
 FALSE_ALARM = 1e-3
@@ -236,4 +241,4 @@ def _token(output: list[int], position: int) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

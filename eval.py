@@ -11,6 +11,11 @@ with --exit_layer and the autoregressive strategy, those of the early exit. Resu
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
+
 import difflib
 import itertools
 import logging
@@ -47,7 +52,7 @@ from arguments import (
 from data import one_line
 from harness_model import SUPPORTED_GENERATION_KWARGS, HarnessModel, request_config, unsupported
 from records import Record, RecordError, Run, check_destination, describe, describe_model
-from startup import load_generator, model_name, number_of_layers
+from startup import load_generator, model_name, number_of_layers, run
 from tuning import tuned
 
 # How the model is driven; every other field of GenerationConfig is a task's to choose.
@@ -118,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept = "the same command goes on with what --use_cache kept: all answers but sampled ones"
         print(f"interrupted; {kept}", file=sys.stderr)
         return 130
-    except RecordError as error:
+    except (RecordError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 1
     except (ValueError, AssertionError) as error:  # what the harness says of flags that do not fit a task
@@ -249,4 +254,4 @@ def _show_and_save(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -101,7 +101,7 @@ def run_examples(
         except KeyboardInterrupt:
             print(kept("interrupted"), file=sys.stderr)
             return 130
-        except RecordError as error:
+        except (RecordError, FloatingPointError) as error:
             print(kept(str(error)), file=sys.stderr)
         except RuntimeError as error:
             if not distributed.is_lost_rank(error):
@@ -118,7 +118,14 @@ def _examples_that_fit(
     room = context_length(generator.model.config) - 1
     if (window := sliding_window(generator.model.config)) is not None:
         room = min(room, window - max_steps)
-    fitting = [example for example in examples if len(generator.encode(example.prompt)) <= room]
+    try:
+        fitting = [
+            example
+            for example in examples
+            if not generator.is_far_too_long(example.prompt) and len(generator.encode(example.prompt)) <= room
+        ]
+    except ValueError as error:
+        refuse(str(error))
     if not fitting:
         refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
     if len(fitting) < len(examples) and distributed.rank() == 0:

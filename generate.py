@@ -9,10 +9,13 @@ The answer goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
-import os
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
+
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,13 +34,13 @@ from self_speculation import (
     StandardTextStreamer,
 )
 from self_speculation.llama_model_utils import agreed
-from startup import autoregressive, load_generator
+from startup import autoregressive, load_generator, run
 from tuning import tuned
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
-    model_args, config, args, tuning = parse(__doc__ or "", *groups)
+    model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = tuned(config, tuning)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
@@ -162,7 +165,7 @@ def _loop(talk: Conversation, model: PreTrainedModel) -> int:
     while (prompt := agreed(model, read())) is not None:
         try:
             talk.answer(prompt)
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
     return 0
 
@@ -218,13 +221,4 @@ def _statistics(result: GenerationResult, interrupted: bool) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-        sys.stdout.flush()
-        distributed.leave()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # the reader of the answer has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    run(main)

@@ -5,6 +5,7 @@ Nothing that was written is lost to an interruption, and a half-written line is 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -34,6 +35,10 @@ _COMPARED = (
 )
 # They say where results go and what is shown, not what they are.
 _NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
+
+
+# Folders that are this process's, as long as it lives, and the open files that say so.
+_LOCKED: dict[Path, int] = {}
 
 
 class RecordError(Exception):
@@ -153,8 +158,17 @@ class Writer:
 
 
 def open_run(resume: str | None, output_dir: str, name: str, description: Record) -> Run:
-    """A new run, or the one to resume; raises RecordError."""
-    return Run.create(output_dir, name, description) if resume is None else Run.resume(resume, description)
+    """A new run, or the one to resume, for this process alone; raises RecordError."""
+    run = Run.create(output_dir, name, description) if resume is None else Run.resume(resume, description)
+    if (path := run.folder.resolve()) not in _LOCKED:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(folder)
+            raise RecordError(f"--resume {resume}: another run is writing there") from error
+        _LOCKED[path] = folder
+    return run
 
 
 def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
+from typing import NoReturn
 
 from transformers.utils import logging
 
@@ -13,6 +17,25 @@ import distributed
 from arguments import GenerationConfig, ModelArguments, refuse
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.loading import default_model, load_config, resolve_device
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """End the program with what `main` returns, or in a line after a Ctrl-C that `main` has no use for."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status = main()
+        sys.stdout.flush()
+        distributed.leave()
+    except KeyboardInterrupt:
+        status = 130
+        if distributed.is_first():
+            print("interrupted", file=sys.stderr)
+    except FloatingPointError as error:  # the model's
+        refuse(str(error), status=1)
+    except BrokenPipeError:  # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
 
 
 def autoregressive(
@@ -35,13 +58,15 @@ def adaptive(
 
 def model_name(model_args: ModelArguments) -> str:
     """The model that the flags name, or the default one; raises LoadingError where there is none."""
-    return model_args.model or default_model()
+    return default_model() if model_args.model is None else model_args.model
 
 
 def number_of_layers(model_args: ModelArguments) -> int:
     """Read off the config alone; what is wrong with it ends the program in one line with status 2."""
     try:
-        return load_config(model_name(model_args), model_args.from_pretrained_args()).num_hidden_layers
+        return load_config(
+            model_name(model_args), model_args.from_pretrained_args(), model_args.trust_remote_code
+        ).num_hidden_layers
     except LoadingError as error:
         refuse(f"--{error}")
 
@@ -73,6 +98,7 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
                 model_args.compile,
                 model_args.parallel,
                 model_args.quantization,
+                model_args.trust_remote_code,
             )
     except (LoadingError, ValueError) as error:
         refuse(f"--{error}")

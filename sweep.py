@@ -11,6 +11,11 @@ exact, times are estimates.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
+
 import dataclasses
 import statistics
 import sys
@@ -34,7 +39,7 @@ from replay import LONGEST_DRAFT, Rounds, replay, run_length
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafting import make_drafter
 from self_speculation.llama_model_utils import Decoder, context_length, forward_exits
-from startup import autoregressive, number_of_layers
+from startup import autoregressive, number_of_layers, run
 from tuning import best_cell
 
 COLUMNS = [
@@ -361,4 +366,4 @@ def _notice(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

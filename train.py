@@ -12,6 +12,11 @@ transformers.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
+
 import json
 import math
 import sys
@@ -57,6 +62,7 @@ from records import RecordError, Run, check_destination, describe, describe_mode
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.llama_model_utils import attended_length
 from self_speculation.loading import as_if_never_quantized, load_config, resolve_device, resolve_dtype
+from startup import run
 from training_data import Padding, load_texts, to_blocks, train_tokenizer
 
 
@@ -335,4 +341,4 @@ def _save(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -16,12 +17,18 @@ import torch
 from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.llama_model_utils import check_supported, check_window, context_length
-from self_speculation.output import Output
+from self_speculation.output import NOT_A_NUMBER, Output
 from self_speculation.sampling import Sampler
 from self_speculation.stopping import StopConditions, StopReason, StopWords, continuation
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int8"]
+
+# Characters of a prompt from which on it is worth a look whether it can fit.
+_LONG = 1_000_000
+
+# Tokens that a lookup compares; whatever agrees in so many agrees in more.
+_MOST_COMPARED = 32
 
 # Of adaptive decoding.
 LONGEST_DRAFT = 16
@@ -88,7 +95,8 @@ class GenerationConfig:
         weights = get_args(DraftWeights)
         check("draft_weights", f"must be one of {', '.join(weights)}", self.draft_weights in weights)
         check("draft_confidence", "must be auto or between 0 and 1", _is_confidence(self.draft_confidence))
-        check("prompt_lookup", "must be 0 (off) or more", self.prompt_lookup >= 0)
+        compared = f"must be between 0 (off) and {_MOST_COMPARED}"
+        check("prompt_lookup", compared, 0 <= self.prompt_lookup <= _MOST_COMPARED)
         check("temperature", "must be 0 (greedy) or more", 0 <= self.temperature < math.inf)
         check("top_k", "must be 0 (off) or more", self.top_k >= 0)
         check("top_p", "must be between 0 and 1", 0 <= self.top_p <= 1)
@@ -222,6 +230,7 @@ class GenerationStrategy(ABC):
         Raises:
             ValueError: an empty prompt, one beyond the model's context, or an exit layer that the model does
             not have.
+            FloatingPointError: the model's logits are not numbers.
         """
 
 
@@ -269,7 +278,8 @@ class DecodingStrategy(GenerationStrategy):
         device = model.get_input_embeddings().weight.device
         self.prepare(model, config)
         output = Output(input_ids, device, stop, processors, streamer)
-        extra = self.decode(model, output, config)
+        with _not_a_number_explained():
+            extra = self.decode(model, output, config)
         return GenerationStrategyResult(**output.result(), **extra)
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
@@ -282,6 +292,17 @@ class DecodingStrategy(GenerationStrategy):
         Returns:
             What else there is to report, by the names of `GenerationStrategyResult`.
         """
+
+
+@contextmanager
+def _not_a_number_explained() -> Iterator[None]:
+    """What `multinomial` says of NaN says nothing of models."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise FloatingPointError(NOT_A_NUMBER) from error
 
 
 @dataclass(frozen=True)
@@ -356,12 +377,34 @@ class HuggingfaceLlamaGenerator:
         )
 
     def encode(self, prompt: str | list[int]) -> list[int]:
-        """The prompt's token ids, with the special tokens that the tokenizer adds to a text."""
+        """The prompt's token ids, with the special tokens that the tokenizer adds to a text.
+
+        Raises:
+            ValueError: a text that is so long that there is no need to count its tokens, or a token that the
+            model does not know.
+        """
+        if isinstance(prompt, str) and self.is_far_too_long(prompt):
+            raise ValueError(
+                f"the prompt has {len(prompt)} characters, far more than the model's context of "
+                f"{context_length(self.model.config)} tokens has room for"
+            )
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
             ids = [token for token in starts if token is not None][:1]
+        if ids and max(ids) >= (known := self.model.config.vocab_size):
+            raise ValueError(
+                f"the prompt has the token id {max(ids)}, but the model knows only {known}: is the tokenizer "
+                "that of another model?"
+            )
         return ids
+
+    def is_far_too_long(self, prompt: str) -> bool:
+        """Whether every token would have to be longer than the longest there is; tokenizing takes time."""
+        if len(prompt) < _LONG:
+            return False
+        longest = max(map(len, self.tokenizer.get_vocab()))
+        return len(prompt) > longest * context_length(self.model.config)
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -1,7 +1,7 @@
 """Device, dtype, seed, weights, tokenizer; and errors that a person can act on.
 
-No code from a model repository is executed and no pickle is read: weights are safetensors, or GGUF where the
-file given is one.
+No code from a model repository is executed unless asked for, and no pickle is read: weights are safetensors,
+or GGUF where the file given is one.
 """
 
 from __future__ import annotations
@@ -108,9 +108,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return torch.float16
 
 
-def load_config(model: str, model_args: dict[str, Any] | None = None) -> PretrainedConfig:
+def load_config(
+    model: str, model_args: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """The config alone, of a supported type; arguments and errors as `load_model_and_tokenizer`."""
-    source, kwargs = _locate(model)
+    source, kwargs = _locate(model, trust_remote_code)
     with _explained(model):
         config = AutoConfig.from_pretrained(source, **kwargs, **(model_args or {}))
         check_supported(config)
@@ -127,6 +129,7 @@ def load_model_and_tokenizer(
     compile: bool = False,
     parallel: Parallel = "data",
     quantization: Quantization = "none",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference.
 
@@ -142,6 +145,7 @@ def load_model_and_tokenizer(
             initialised; `pipeline`: layers on all devices there are, what has no room in memory or on disk.
         quantization: hold the weights of the layers' products in so many bits. Only weights: a token's
             result does not depend on what else is in the pass.
+        trust_remote_code: execute Python code that the model's repository may bring.
 
     Raises:
         LoadingError
@@ -149,10 +153,15 @@ def load_model_and_tokenizer(
     set_seed(seed)
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
-    config = load_config(model, model_args)
-    source, kwargs = _locate(model)
+    config = load_config(model, model_args, trust_remote_code)
+    source, kwargs = _locate(model, trust_remote_code)
     with _explained(model):
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise LoadingError(
+                f"model {model!r}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only "
+                f"{config.vocab_size}: it is that of another model"
+            )
         options = {
             "dtype": torch_dtype,
             "use_safetensors": True,
@@ -223,22 +232,22 @@ def as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:
     return plain.eval()
 
 
-def _locate(model: str) -> tuple[str, dict[str, Any]]:
+def _locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """Where `from_pretrained` finds the model, and what it must be told."""
-    path = Path(model).expanduser()
+    path, told = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise LoadingError(f"model {model!r}: no such file")
-        return str(path.parent), {"gguf_file": path.name, "trust_remote_code": False}
+        return str(path.parent), {"gguf_file": path.name, **told}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LoadingError(
                 f"model {model!r}: the folder has no config.json, so it is not a Hugging Face model"
             )
-        return str(path), {"trust_remote_code": False}
+        return str(path), told
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise LoadingError(f"model {model!r}: no such folder")
-    return model, {"trust_remote_code": False}
+    return model, told
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from transformers import LogitsProcessorList
 
 from self_speculation.stopping import StopConditions, StopReason
 
+NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
+
 
 class Output:
     """Prompt and generated ids in one buffer on the device, with room for a draft behind what is decided.
@@ -107,6 +109,9 @@ class Output:
         Returns:
             How many were taken, an end id included.
         """
+        if not self.tokens:
+            self._check(scores)
+        self._scores = scores
         taken = 0
         while taken < len(tokens) and not self.stop_reason:
             self.tokens.append(tokens[taken])
@@ -120,6 +125,7 @@ class Output:
 
     def result(self) -> dict[str, Any]:
         """What both strategies report, by the names of `GenerationStrategyResult`."""
+        self._check(self._scores)
         finished = time.perf_counter()
         if self._streamer is not None:
             self._streamer.end()
@@ -133,6 +139,12 @@ class Output:
             "prefill_time": self._first_token_at - self._started,
             "decode_time": finished - self._first_token_at,
         }
+
+    @staticmethod
+    def _check(scores: Tensor) -> None:
+        """NaN in the cache reaches everything behind it: first and last logits tell, at no cost between."""
+        if scores.isnan().any():
+            raise FloatingPointError(NOT_A_NUMBER)
 
     def _stream(self, tokens: Sequence[int]) -> None:
         if self._drafts_shown:

@@ -70,8 +70,10 @@ class Sampler:
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., V] logits -> [..., V] probabilities in fp32."""
         logits = logits.float()
-        # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf, and fp32 must
+        # not take it for 0.
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         return top_k_top_p_filtering(logits, self.top_k, self.top_p).softmax(-1)
 
     def __call__(self, logits: Tensor) -> Choice:

@@ -166,7 +166,7 @@ def test_what_cannot_be_drafted_is_refused():
         generate(tiny_llama(fused=True), PROMPT, exit_layer=5, num_speculations=2, draft_weights="int8")
     with pytest.raises(ValueError, match="draft_confidence 'often': must be auto or between 0 and 1"):
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, draft_confidence="often")
-    with pytest.raises(ValueError, match="prompt_lookup -1: must be 0"):
+    with pytest.raises(ValueError, match="prompt_lookup -1: must be between 0"):
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
 
 

@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pexpect
 import pytest
+
+import generate
 
 SPECULATIVE = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 GREEDY = ["--sample", "False", "--max_steps", "20"]
@@ -23,6 +26,26 @@ def run(script, model_folder):
         )  # fmt: skip
 
     return run_script
+
+
+class Said(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def said(model_folder, capsys):
+    """What `run` gives, without the seconds that a new process takes to import everything."""
+
+    def call(*args):
+        try:
+            status = generate.main(["--model", str(model_folder), *args])
+        except SystemExit as end:
+            status = end.code
+        return Said(status, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture
@@ -51,22 +74,22 @@ def talk(script, model_folder):
 
 
 @pytest.mark.parametrize("streamer", ["standard", "none", "speculative"])
-def test_every_strategy_and_streamer_prints_the_same_answer(run, streamer):
+def test_every_strategy_and_streamer_prints_the_same_answer(said, streamer):
     """The answer alone on standard output, without escape codes; the statistics elsewhere."""
-    plain = run("--prompt", "def add", *GREEDY)
+    plain = said("--prompt", "def add", *GREEDY)
     assert plain.returncode == 0
     assert len(plain.stdout) > 20
     assert "20 tokens in" in plain.stderr
     assert "acceptance" not in plain.stderr
-    other = run("--prompt", "def add", *GREEDY, *SPECULATIVE, "--streamer", streamer)
+    other = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--streamer", streamer)
     assert other.stdout == plain.stdout
     assert "acceptance rate" in other.stderr
     assert "mean accepted length" in other.stderr
     assert "prefill" in other.stderr
 
 
-def test_compare_ends_with_both_speeds(run):
-    result = run("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
+def test_compare_ends_with_both_speeds(said):
+    result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
     assert result.returncode == 0, result.stderr
     last = result.stderr.splitlines()[-1]
     assert re.fullmatch(
@@ -86,17 +109,17 @@ def test_an_empty_pipe_is_an_empty_prompt(run):
     assert "for 1 tokens" in result.stderr
 
 
-def test_stop_words_do_not_show(run):
-    text = run("--prompt", "def add", *GREEDY).stdout
+def test_stop_words_do_not_show(said):
+    text = said("--prompt", "def add", *GREEDY).stdout
     word = text[5:8]
     for streamer in ("standard", "none", "speculative"):
-        result = run("--prompt", "def add", *GREEDY, "--stop_words", word, "--streamer", streamer)
+        result = said("--prompt", "def add", *GREEDY, "--stop_words", word, "--streamer", streamer)
         assert result.stdout == text[: text.index(word)] + "\n"
 
 
-def test_chat_applies_the_template(run):
-    by_template = run("--prompt", "user: hi\nassistant:", *GREEDY)
-    assert run("--prompt", "hi", "--chat", "True", *GREEDY).stdout == by_template.stdout
+def test_chat_applies_the_template(said):
+    by_template = said("--prompt", "user: hi\nassistant:", *GREEDY)
+    assert said("--prompt", "hi", "--chat", "True", *GREEDY).stdout == by_template.stdout
 
 
 @pytest.mark.parametrize(
@@ -116,8 +139,8 @@ def test_chat_applies_the_template(run):
         (["--prompt", b"\xff".decode(errors="surrogateescape")], "the prompt is not valid UTF-8"),
     ],
 )
-def test_mistakes_end_in_one_line_and_status_2(run, args, message):
-    result = run(*args)
+def test_mistakes_end_in_one_line_and_status_2(said, args, message):
+    result = said(*args)
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
