@@ -71,8 +71,9 @@ class Sampler:
         """[..., V] logits -> [..., V] probabilities in fp32."""
         logits = logits.float()
         # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf, and fp32 must
-        # not take it for 0.
-        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        # not take the temperature for 0 or inf.
+        numbers = torch.finfo(torch.float32)
+        temperature = min(max(self.temperature, numbers.tiny), numbers.max)
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         return top_k_top_p_filtering(logits, self.top_k, self.top_p).softmax(-1)
 

@@ -1,5 +1,6 @@
 """generate.py as its users run it: pipes, terminals, torchrun, and wrong usage."""
 
+import io
 import os
 import re
 import subprocess
@@ -35,8 +36,9 @@ class Said(NamedTuple):
 
 
 @pytest.fixture
-def said(model_folder, capsys):
+def said(model_folder, capsys, monkeypatch):
     """What `run` gives, without the seconds that a new process takes to import everything."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
 
     def call(*args):
         try:
