@@ -52,3 +52,12 @@ def test_long_context(measured):
     assert long["cache MiB"] == pytest.approx(3003 * 512 / 2**20)
     assert long["peak MiB"] > long["cache MiB"] > short["cache MiB"]
     assert long["attention ms grown"] > 0
+
+
+def test_soak(script):
+    """Guards against a soak that compares nothing: a wrong reference is found."""
+    command = script("benchmarks/soak.py", "--generations", "21", "--prompts", "2", "--allowed_growth", "500")
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout.splitlines()[-1])
+    assert (record["generations"], record["wrong"]) == (21, 0)

@@ -1,0 +1,40 @@
+# syntax=docker/dockerfile:1
+
+# Two targets, cpu and cuda; see DOCKER.md.
+FROM debian:13.1-slim AS base
+# hadolint ignore=DL3008 -- the pinned image decides on Debian's versions, within a stable release
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 user \
+    && install --directory --owner user /app/logs /cache
+RUN python3 -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir uv==0.13.9
+ENV VIRTUAL_ENV=/opt/venv \
+    PATH=/opt/venv/bin:$PATH \
+    HF_HOME=/cache \
+    PYTHONUNBUFFERED=1 \
+    UV_LINK_MODE=copy
+WORKDIR /app
+COPY requirements.txt requirements-quantization.txt ./
+
+FROM base AS cpu
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --torch-backend cpu --requirement requirements.txt
+COPY . .
+USER user
+VOLUME ["/cache", "/app/logs"]
+CMD ["python", "generate.py", "--help"]
+
+FROM base AS cuda
+# A compiler and Python's headers are what --compile True needs.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --requirement requirements.txt --requirement requirements-quantization.txt
+COPY . .
+USER user
+VOLUME ["/cache", "/app/logs"]
+CMD ["python", "generate.py", "--help"]
