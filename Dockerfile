@@ -7,13 +7,14 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 user \
-    && install --directory --owner user /app/logs /cache
+    && install --directory --mode 1777 /app/logs /cache
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir uv==0.13.9
 ENV VIRTUAL_ENV=/opt/venv \
     PATH=/opt/venv/bin:$PATH \
     HF_HOME=/cache \
     PYTHONUNBUFFERED=1 \
+    UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy
 WORKDIR /app
 COPY requirements.txt requirements-quantization.txt ./

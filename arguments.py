@@ -13,9 +13,10 @@ from typing import Any, Literal, NoReturn
 
 import simple_parsing
 
+import distributed
 from data import DATASETS, DatasetName
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import DtypeName
+from self_speculation.loading import DtypeName, Parallel, Quantization
 
 __all__ = [
     "BenchmarkArguments",
@@ -56,10 +57,10 @@ class ModelArguments:
     where the device computes in it, else float16."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
-    parallel: Literal["data", "tensor", "pipeline"] = "data"
+    parallel: Parallel = "data"
     """Several GPUs: a copy of the model on each (data) or a share of every layer (tensor), both by torchrun;
     or some layers on each, with the rest in memory (pipeline), in one process."""
-    quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Quantization = "none"
     """Hold the layers' weights in so many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers."""
@@ -462,7 +463,8 @@ def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
 
 def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
     """End the program in one line; status 2 for bad usage, 1 for what went wrong later."""
-    print(f"{prog or sys.argv[0].rpartition('/')[2]}: error: {' '.join(message.split())}", file=sys.stderr)
+    name = prog or sys.argv[0].rpartition("/")[2]
+    print(f"{name}: error: {' '.join(message.split())}", file=distributed.errors or sys.stderr)
     sys.exit(status)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import distributed
 import metrics
 from arguments import (
     BenchmarkArguments,
@@ -111,7 +112,7 @@ class Benchmark:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
         predictions = [record["prediction"] for record in records]
         summary["text"] = metrics.text_quality(predictions, [record["reference"] for record in records])
-        if self._args.execute_code:
+        if self._args.execute_code and distributed.is_first():
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
             problems = [example.row for example in self._examples]
             summary["text"]["pass_at_1"] = metrics.pass_at_1(problems, predictions)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.drafting import LayerDrafts
 from self_speculation.generator_base import DraftWeights
-from self_speculation.llama_model_utils import Decoder, agreed, forward
+from self_speculation.llama_model_utils import Decoder, agreed, forward, synchronize
 from self_speculation.output import Output
 from self_speculation.sampling import Sampler
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
@@ -63,7 +63,7 @@ def calibrate(
     def round_of(exit_layer: int, k: int) -> tuple[float, float]:
         started = time.perf_counter()
         draft = sources[exit_layer].draft(output, k)
-        _wait(model.device)
+        synchronize(model)
         drafted = time.perf_counter()
         verdict = SelfSpeculativeGenerationStrategy.verify(decoder, output, greedy, draft).verdict
         torch.stack([verdict.num_accepted, verdict.next_token, *draft.tokens]).tolist()
@@ -110,8 +110,3 @@ def _timed(step: Callable[[], None]) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

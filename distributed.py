@@ -20,16 +20,21 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from self_speculation.llama_model_utils import is_lost_rank
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # ranks may finish hours apart; one that dies is noticed at once all the same
 
 _one_model_together = False
+
+# Where a rank that is not heard says what ends it; None: where all others do.
+errors: TextIO | None = None
 
 
 def num_processes() -> int:
@@ -58,6 +63,7 @@ def join_as_one() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     if is_first():
         return
+    global errors
     errors = sys.stderr
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -70,7 +76,7 @@ def join_as_one() -> None:
 
 
 def place_to_write(resume: str | None, output_dir: str) -> tuple[str | None, str]:
-    """`--resume` and `--output_dir` of this process; for one that is not heard, a folder that vanishes."""
+    """`--resume` and `--output_dir` of this process; for one that is not heard, a temporary folder."""
     if is_first() or not _one_model_together:
         return resume, output_dir
     own = tempfile.mkdtemp()
@@ -110,11 +116,6 @@ def barrier() -> None:
     """Wait for the other ranks."""
     if world_size() > 1:
         dist.barrier()
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a rank that waited for another one learnt so that it is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 @contextmanager

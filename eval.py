@@ -52,7 +52,7 @@ from arguments import (
 from data import one_line
 from harness_model import SUPPORTED_GENERATION_KWARGS, HarnessModel, request_config, unsupported
 from records import Record, RecordError, Run, check_destination, describe, describe_model
-from startup import load_generator, model_name, number_of_layers, run
+from startup import load_generator, meet, model_name, number_of_layers, run
 from tuning import tuned
 
 # How the model is driven; every other field of GenerationConfig is a task's to choose.
@@ -67,8 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, EvalArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = tuned(config, tuning)
-    if args.use_cache and model_args.parallel == "tensor":
-        refuse(f"--use_cache {args.use_cache}: not with --parallel tensor, whose ranks would share the file")
+    for name in ("use_cache", "cache_requests"):
+        if (value := getattr(args, name)) and model_args.parallel == "tensor":
+            refuse(
+                f"--{name} {value}: not with --parallel tensor, whose ranks could find different things there"
+            )
+    meet(model_args)
     overrides = sorted(given_flags(argv, GenerationConfig) - _DRIVING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()

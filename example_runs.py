@@ -13,8 +13,8 @@ from arguments import DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
 from records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.llama_model_utils import context_length, sliding_window
-from startup import load_generator, model_name
+from self_speculation.llama_model_utils import context_length, is_lost_rank, sliding_window
+from startup import load_generator, meet, model_name
 
 
 def prepare(
@@ -27,6 +27,7 @@ def prepare(
     Args:
         args: the script's own, `resume` among them.
     """
+    meet(model_args)
     try:
         examples = load_examples(data_args, model_args.seed)
         description = describe(script, (model_args, config, data_args, args), fingerprint(examples))
@@ -104,7 +105,7 @@ def run_examples(
         except (RecordError, FloatingPointError) as error:
             print(kept(str(error)), file=sys.stderr)
         except RuntimeError as error:
-            if not distributed.is_lost_rank(error):
+            if not is_lost_rank(error):
                 raise
             if distributed.is_first():
                 print(kept("another rank is gone"), file=sys.stderr)

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ from self_speculation import (
     StandardTextStreamer,
 )
 from self_speculation.llama_model_utils import agreed
-from startup import autoregressive, load_generator, run
+from startup import autoregressive, load_generator, meet, run
 from tuning import tuned
 
 
@@ -46,15 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     if model_args.parallel == "data" and not distributed.is_first():
         return 0  # one voice is enough
+    meet(model_args)
     interactive = args.prompt is None and sys.stdin.isatty()
-    prompt = None if interactive or not distributed.is_first() else _one_prompt(args)
+    if interactive and distributed.num_processes() > 1:
+        refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
+    prompt = _one_prompt(args) if distributed.is_first() and not interactive else None
     generator = load_generator(model_args, config)
     prompt = agreed(generator.model, prompt)
     if args.chat and not generator.tokenizer.chat_template:
         refuse("--chat True: the model's tokenizer has no chat template")
     talk = Conversation(generator, config, args)
     if interactive:
-        return _loop(talk, generator.model)
+        return _loop(talk)
     try:
         return 0 if talk.answer(prompt or "") else 130
     except ValueError as error:
@@ -100,8 +103,9 @@ class Conversation:
         if self._messages is None:
             return self._generator.encode(prompt)
         messages = [*self._messages, {"role": "user", "content": prompt}]
-        tokenizer = self._generator.tokenizer
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        template = self._generator.tokenizer.apply_chat_template
+        text = template(messages, add_generation_prompt=True, tokenize=False)
+        return self._generator.encode(text, special_tokens=False)  # the template has them
 
     def _comparison(self, ids: list[int]) -> str:
         """The same prompt once more by either strategy, with nothing shown meanwhile."""
@@ -126,10 +130,10 @@ class Interrupt:
     """A stopping criterion that Ctrl-C meets."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self.requested = model, False
+        self._model, self.wanted, self.requested = model, False, False
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        self.requested = agreed(self._model, self.requested)
+        self.requested = agreed(self._model, self.wanted)
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
 
 
@@ -139,7 +143,7 @@ def _stopped_by_ctrl_c(model: PreTrainedModel) -> Iterator[Interrupt]:
     interrupt = Interrupt(model)
 
     def handle(*_: Any) -> None:
-        interrupt.requested = True
+        interrupt.wanted = True
         signal.signal(signal.SIGINT, previous)
 
     previous = signal.signal(signal.SIGINT, handle)
@@ -159,19 +163,8 @@ def _one_prompt(args: GenerateArguments) -> str:
     return prompt
 
 
-def _loop(talk: Conversation, model: PreTrainedModel) -> int:
-    """Answer prompts until there are no more; where several processes hold the model, the first reads."""
-    read = _reader() if distributed.is_first() else lambda: None
-    while (prompt := agreed(model, read())) is not None:
-        try:
-            talk.answer(prompt)
-        except (ValueError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-    return 0
-
-
-def _reader() -> Callable[[], str | None]:
-    """Reads prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
+def _loop(talk: Conversation) -> int:
+    """Read prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
     keys = KeyBindings()
 
     @keys.add("c-d")
@@ -185,18 +178,19 @@ def _reader() -> Callable[[], str | None]:
         multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True)
     )
     print("Type a prompt, Ctrl-D sends it. Ctrl-C stops an answer; Ctrl-D or /exit leaves.", file=sys.stderr)
-
-    def read() -> str | None:
-        while True:
-            try:
-                prompt = session.prompt(">>> ", prompt_continuation="... ")
-            except KeyboardInterrupt:
-                continue
-            except EOFError:
-                return None
-            return None if prompt.strip() == "/exit" else prompt
-
-    return read
+    while True:
+        try:
+            prompt = session.prompt(">>> ", prompt_continuation="... ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return 0
+        if prompt.strip() == "/exit":
+            return 0
+        try:
+            talk.answer(prompt)
+        except (ValueError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _statistics(result: GenerationResult, interrupted: bool) -> str:

@@ -167,6 +167,8 @@ def open_run(resume: str | None, output_dir: str, name: str, description: Record
         except BlockingIOError as error:
             os.close(folder)
             raise RecordError(f"--resume {resume}: another run is writing there") from error
+        except OSError:  # a file system without locks: runs there can do without the guard
+            pass
         _LOCKED[path] = folder
     return run
 
@@ -182,7 +184,7 @@ def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) ->
 
 
 def check_destination(resume: str | None, output_dir: str, description: Record) -> None:
-    """Refuse, before anything is loaded, what `open_run` would refuse after it.
+    """Refuse, before anything is loaded, what `open_run` would refuse after it, but for a folder in use.
 
     Raises:
         RecordError

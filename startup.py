@@ -16,6 +16,7 @@ from transformers.utils import logging
 import distributed
 from arguments import GenerationConfig, ModelArguments, refuse
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
+from self_speculation.llama_model_utils import is_lost_rank
 from self_speculation.loading import default_model, load_config, resolve_device
 
 
@@ -34,8 +35,21 @@ def run(main: Callable[[], int]) -> NoReturn:
         refuse(str(error), status=1)
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 128 + signal.SIGPIPE
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        refuse("another rank is gone", status=1)
     sys.exit(status)
+
+
+def meet(model_args: ModelArguments) -> None:
+    """What ranks do first of all: become one, where they are to hold one model together."""
+    if model_args.parallel == "data" or distributed.num_processes() == 1:
+        return
+    if model_args.parallel == "pipeline":
+        refuse("--parallel pipeline: is one process; start it without torchrun")
+    distributed.join_as_one()
 
 
 def autoregressive(
@@ -77,15 +91,10 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
     Whatever cannot be loaded, or does not fit the model, ends the program in one line with status 2.
     """
     logging.set_verbosity_error()
-    together = model_args.parallel != "data" and distributed.num_processes() > 1
-    if together and model_args.parallel == "pipeline":
-        refuse("--parallel pipeline: is one process; start it without torchrun")
     num_layers = number_of_layers(model_args)
     try:
         resolve_device(model_args.device)
         config.check_depth(num_layers)
-        if together:
-            distributed.join_as_one()
         # Bars of loading are for somebody who is waiting; what goes wrong is raised.
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             model, tokenizer = load_model_and_tokenizer(

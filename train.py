@@ -159,7 +159,7 @@ def _check_model(
     """Number of layers; raises LoadingError or ValueError where the model does not fit the rest."""
     if model_args.model is None:
         return shape.num_layers
-    config = load_config(model_args.model, model_args.from_pretrained_args())
+    config = load_config(model_args.model, model_args.from_pretrained_args(), model_args.trust_remote_code)
     if data_args.sequence_length > (most := attended_length(config)):
         raise ValueError(
             f"sequence_length {data_args.sequence_length}: must be at most {most}, the model's context"
@@ -214,7 +214,13 @@ def _model_and_tokenizer(
     if model_args.model is not None:
         kwargs = model_args.from_pretrained_args()
         model, tokenizer = load_model_and_tokenizer(
-            model_args.model, kwargs, "float32", "cpu", model_args.seed, fuse=False
+            model_args.model,
+            kwargs,
+            "float32",
+            "cpu",
+            model_args.seed,
+            fuse=False,
+            trust_remote_code=model_args.trust_remote_code,
         )
         return (as_if_never_quantized(model) if model_args.model.endswith(".gguf") else model), tokenizer
     if checkpoint is not None:

@@ -6,7 +6,7 @@
 Prompts of HumanEval, in whole and in part, answers of 1 to 64 tokens, by every strategy in turn. Greedy ids
 are compared with those that `generate` of transformers gave beforehand, sampled ones with those of the same
 seed before. A line for each tenth of the run; the last line is one JSON object. Exit status 1 for a wrong id,
-or where the process holds more memory in the last fifth than in the second, by more than --allowed_growth MiB.
+or where the process holds --allowed_growth MiB more in the last fifth than in the second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse
 from self_speculation import HuggingfaceLlamaGenerator, make_strategy
-from startup import load_generator
+from startup import load_generator, run
 
 LENGTHS = (1, 2, 7, 24, 64)
 
@@ -45,6 +45,11 @@ class SoakArguments:
     """Different prompts."""
     allowed_growth: float = 8.0
     """MiB."""
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
 
 
 def settings(num_layers: int) -> dict[str, GenerationConfig]:
@@ -141,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -42,7 +42,7 @@ def part(generators: list[HuggingfaceLlamaGenerator]) -> tuple[str, list[int], l
             generator.generate(prompt, config).generation_strategy_result.predicted_tokens
             for generator, config in zip(generators, (CONFIG, plain), strict=True)
         ]
-        difference = find_difference(generators[0].model, prompt, *outputs)
+        difference = find_difference(generators[0].model, prompt, outputs[0], outputs[1])
         if difference is not None:
             return task, prompt, outputs, difference
     sys.exit("no outputs part")

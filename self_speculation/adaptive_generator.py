@@ -23,7 +23,7 @@ from self_speculation.generator_base import (
     GenerationConfig,
     GenerationStrategyName,
 )
-from self_speculation.llama_model_utils import Decoder, agreed, forward, forward_early
+from self_speculation.llama_model_utils import Decoder, agreed, forward, forward_early, synchronize
 from self_speculation.policy import AdaptivePolicy, Costs, LearnedThreshold
 from self_speculation.sampling import Sampler
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
@@ -146,6 +146,5 @@ def measure_costs(model: PreTrainedModel, draft_weights: DraftWeights, sampler: 
 def _seconds(model: PreTrainedModel, run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    synchronize(model)
     return time.perf_counter() - started

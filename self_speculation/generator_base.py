@@ -376,8 +376,8 @@ class HuggingfaceLlamaGenerator:
             tokens_per_second=num_tokens / total_time,
         )
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
-        """The prompt's token ids, with the special tokens that the tokenizer adds to a text.
+    def encode(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
+        """The prompt's token ids, with the special tokens that the tokenizer adds to a text, if wanted.
 
         Raises:
             ValueError: a text that is so long that there is no need to count its tokens, or a token that the
@@ -388,7 +388,10 @@ class HuggingfaceLlamaGenerator:
                 f"the prompt has {len(prompt)} characters, far more than the model's context of "
                 f"{context_length(self.model.config)} tokens has room for"
             )
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
+        else:
+            ids = list(prompt)
         if not ids:
             starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
             ids = [token for token in starts if token is not None][:1]

@@ -283,6 +283,18 @@ def agreed(model: PreTrainedModel, value: T) -> T:
     return box[0]
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a process that waited for another one learnt so that it is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def synchronize(model: PreTrainedModel) -> None:
+    """Wait until every GPU that has a part of the model is done."""
+    for device in {model.device, *getattr(model, "hf_device_map", {}).values()}:
+        if isinstance(device, int) or torch.device(str(device).replace("disk", "cpu")).type == "cuda":
+            torch.cuda.synchronize(device)
+
+
 def cost_ratio(model: PreTrainedModel, exit_layer: int) -> float:
     """c = (E + h) / (L + h), by bytes read; h is the head's size in layers."""
     layers = model.base_model.layers

@@ -39,7 +39,7 @@ from transformers.distributed import DistributedConfig
 
 from self_speculation import lean_layers
 from self_speculation.compiled import compile_decoding
-from self_speculation.llama_model_utils import check_supported
+from self_speculation.llama_model_utils import check_supported, is_lost_rank
 
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline"]
@@ -258,6 +258,8 @@ def _explained(model: str) -> Iterator[None]:
     except LoadingError:
         raise
     except Exception as error:
+        if is_lost_rank(error):
+            raise
         raise LoadingError(f"model {model!r}: {_advice(model, error)}") from error
 
 

@@ -80,6 +80,8 @@ class Output:
         Returns:
             [n, V], in fp32 when there are processors. Each row went through them by itself, as [1, V].
         """
+        if not self.tokens:
+            self._check(logits)
         if not self._processors:
             return logits
         rows = logits.float().split(1)
@@ -109,8 +111,6 @@ class Output:
         Returns:
             How many were taken, an end id included.
         """
-        if not self.tokens:
-            self._check(scores)
         self._scores = scores
         taken = 0
         while taken < len(tokens) and not self.stop_reason:
@@ -142,7 +142,7 @@ class Output:
 
     @staticmethod
     def _check(scores: Tensor) -> None:
-        """NaN in the cache reaches everything behind it: first and last logits tell, at no cost between."""
+        """The first and the last logits are looked at: NaN in the cache is in all from there on."""
         if scores.isnan().any():
             raise FloatingPointError(NOT_A_NUMBER)
 

@@ -1,9 +1,12 @@
 """The programs under benchmarks/: what they compare is the same work, and what they print parses."""
 
+import importlib.util
 import json
 import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 ADAPTER = """
 def load(model, tokenizer):
@@ -54,10 +57,19 @@ def test_long_context(measured):
     assert long["attention ms grown"] > 0
 
 
-def test_soak(script):
-    """Guards against a soak that compares nothing: a wrong reference is found."""
-    command = script("benchmarks/soak.py", "--generations", "21", "--prompts", "2", "--allowed_growth", "500")
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    record = json.loads(run.stdout.splitlines()[-1])
-    assert (record["generations"], record["wrong"]) == (21, 0)
+@pytest.mark.parametrize("right", [True, False])
+def test_soak(right, monkeypatch, capsys):
+    """Guards against a soak that compares nothing."""
+    path = ROOT / "benchmarks" / "soak.py"
+    spec = importlib.util.spec_from_file_location("soak", path)
+    soak = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "soak", soak)
+    spec.loader.exec_module(soak)
+    if not right:
+        monkeypatch.setattr(soak, "by_transformers", lambda generator, prompt: [0] * 64)
+    arguments = ["--generations", "14", "--prompts", "2", "--allowed_growth", "500"]
+    monkeypatch.setattr(sys, "argv", ["soak.py", *arguments])
+    assert soak.main() == (0 if right else 1)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["generations"] == 14
+    assert (record["wrong"] == 0) == right

@@ -36,7 +36,14 @@ from pathlib import Path
 _, verb, *words = sys.argv
 if verb == "build":
     target = words[words.index("--target") + 1]
-    sys.exit(f" AS {{target}}\\n" not in Path("Dockerfile").read_text())
+    kept = [line[1:] for line in Path(".dockerignore").read_text().split() if line[0] == "!"]
+    copied = {{path for line in kept for path in Path().glob(re.sub(r"/\\*\\*$", "/**/*", line))}}
+    outside = (".venv", ".git", ".dockerignore", "Dockerfile", "facebook")
+    for top in [path for path in Path().iterdir() if path.name not in outside]:
+        for path in [top, *top.rglob("*")]:
+            if path.is_file() and path not in copied:
+                path.unlink()
+    sys.exit(f" AS {{target}}\n" not in Path("Dockerfile").read_text())
 start = next(i for i, word in enumerate(words) if word in ("python", "torchrun"))
 assert re.fullmatch("self-speculation:(cpu|cuda)", words[start - 1]), words[start - 1]
 command = words[start:]
@@ -138,9 +145,9 @@ def test_every_flag_that_a_page_names_exists(page):
     """The quick half of the slow tests above: guards against a flag that was renamed."""
     sources = ["arguments.py", "self_speculation/generator_base.py", "benchmarks/*.py"]
     text = "".join(path.read_text() for pattern in sources for path in ROOT.glob(pattern))
-    known = set(re.findall(r"^    (\w+):", text, re.MULTILINE))
+    known = {"help", *re.findall(r"^    (\w+):", text, re.MULTILINE)}
     for command in commands(page):
         words = shlex.split(command)
-        if script := next((i for i, word in enumerate(words) if word.endswith(".py")), None):
+        for script in [i for i, word in enumerate(words) if word.endswith(".py")]:
             flags = {word[2:].partition("=")[0] for word in words[script + 1 :] if word.startswith("--")}
             assert flags <= known, command
