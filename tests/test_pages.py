@@ -30,14 +30,14 @@ INSTEAD = {
 
 # Stands in for an engine: checks that a target exists, and runs the command here with the paths that volumes
 # would have.
-DOCKER = """#!{python}
+DOCKER = r"""#!{python}
 import os, re, sys
 from pathlib import Path
 _, verb, *words = sys.argv
 if verb == "build":
     target = words[words.index("--target") + 1]
     kept = [line[1:] for line in Path(".dockerignore").read_text().split() if line[0] == "!"]
-    copied = {{path for line in kept for path in Path().glob(re.sub(r"/\\*\\*$", "/**/*", line))}}
+    copied = {{path for line in kept for path in Path().glob(re.sub(r"/\*\*$", "/**/*", line))}}
     outside = (".venv", ".git", ".dockerignore", "Dockerfile", "facebook")
     for top in [path for path in Path().iterdir() if path.name not in outside]:
         for path in [top, *top.rglob("*")]:
