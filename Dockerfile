@@ -2,7 +2,8 @@
 
 # Two targets, cpu and cuda; see DOCKER.md.
 FROM debian:13.1-slim AS base
-# hadolint ignore=DL3008 -- the pinned image decides on Debian's versions, within a stable release
+# Debian's versions are those of the pinned release.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
@@ -23,7 +24,7 @@ FROM base AS cpu
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --torch-backend cpu --requirement requirements.txt
 COPY . .
-USER user
+USER 1000
 VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]
 
@@ -36,6 +37,6 @@ RUN apt-get update \
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --requirement requirements.txt --requirement requirements-quantization.txt
 COPY . .
-USER user
+USER 1000
 VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]

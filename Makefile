@@ -10,7 +10,7 @@ help:
 	@echo "make demo   watch a small model write Python by self-speculation"
 	@echo "make chat   talk to a larger one, SmolLM2-135M-Instruct"
 	@echo "make test   run the tests"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and hadolint"
 
 demo: $(VENV)/demo
 	$(RUN) generate.py --streamer speculative --generation_strategy self_speculative --exit_layer 3 \
@@ -28,6 +28,7 @@ lint: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/hadolint Dockerfile
 
 $(VENV)/demo: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
