@@ -85,7 +85,7 @@ def run_examples(
 
         try:
             with (
-                distributed.last_words(lambda: kept("another rank is gone")),
+                distributed.last_words(lambda: kept("terminated, as when another rank is gone")),
                 tqdm(mine, desc=unit, disable=distributed.rank() != 0) as bar,
             ):
                 for index in bar:
