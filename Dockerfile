@@ -16,12 +16,13 @@ ENV VIRTUAL_ENV=/opt/venv \
     HF_HOME=/cache \
     PYTHONUNBUFFERED=1 \
     UV_COMPILE_BYTECODE=1 \
+    UV_CACHE_DIR=/uv-cache \
     UV_LINK_MODE=copy
 WORKDIR /app
 COPY requirements.txt requirements-quantization.txt ./
 
 FROM base AS cpu
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/uv-cache \
     uv pip install --torch-backend cpu --requirement requirements.txt
 COPY . .
 USER 1000
@@ -34,7 +35,7 @@ FROM base AS cuda
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/uv-cache \
     uv pip install --requirement requirements.txt --requirement requirements-quantization.txt
 COPY . .
 USER 1000
