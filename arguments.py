@@ -73,12 +73,9 @@ class ModelArguments:
         self.from_pretrained_args()
         if self.parallel != "data" and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
-        for name, refused in (
-            ("parallel", self.parallel != "data"),
-            ("quantization", self.quantization != "none"),
-        ):
-            if self.compile and refused:
-                raise ValueError(f"compile True: not with --{name} {getattr(self, name)}")
+        for name, default in (("parallel", "data"), ("quantization", "none")):
+            if self.compile and (value := getattr(self, name)) != default:
+                raise ValueError(f"compile True: not with --{name} {value}")
 
     def from_pretrained_args(self) -> dict[str, Any]:
         """`model_args` as a dictionary; values that read as Python numbers, booleans or None become those."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -278,8 +277,12 @@ class DecodingStrategy(GenerationStrategy):
         device = model.get_input_embeddings().weight.device
         self.prepare(model, config)
         output = Output(input_ids, device, stop, processors, streamer)
-        with _not_a_number_explained():
+        try:
             extra = self.decode(model, output, config)
+        except RuntimeError as error:  # what `multinomial` says of NaN says nothing of models
+            if "probability tensor contains" not in str(error):
+                raise
+            raise FloatingPointError(NOT_A_NUMBER) from error
         return GenerationStrategyResult(**output.result(), **extra)
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
@@ -292,17 +295,6 @@ class DecodingStrategy(GenerationStrategy):
         Returns:
             What else there is to report, by the names of `GenerationStrategyResult`.
         """
-
-
-@contextmanager
-def _not_a_number_explained() -> Iterator[None]:
-    """What `multinomial` says of NaN says nothing of models."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "probability tensor contains" not in str(error):
-            raise
-        raise FloatingPointError(NOT_A_NUMBER) from error
 
 
 @dataclass(frozen=True)
@@ -383,15 +375,15 @@ class HuggingfaceLlamaGenerator:
             ValueError: a text that is so long that there is no need to count its tokens, or a token that the
             model does not know.
         """
-        if isinstance(prompt, str) and self.is_far_too_long(prompt):
+        if not isinstance(prompt, str):
+            ids = list(prompt)
+        elif self.is_far_too_long(prompt):
             raise ValueError(
                 f"the prompt has {len(prompt)} characters, far more than the model's context of "
                 f"{context_length(self.model.config)} tokens has room for"
             )
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
         else:
-            ids = list(prompt)
+            ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
         if not ids:
             starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
             ids = [token for token in starts if token is not None][:1]

@@ -290,8 +290,8 @@ def is_lost_rank(error: BaseException) -> bool:
 
 def synchronize(model: PreTrainedModel) -> None:
     """Wait until every GPU that has a part of the model is done."""
-    for device in {model.device, *getattr(model, "hf_device_map", {}).values()}:
-        if isinstance(device, int) or torch.device(str(device).replace("disk", "cpu")).type == "cuda":
+    for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
+        if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
 
 
