@@ -9,14 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TextIO
 
 import simple_parsing
 
-import distributed
 from data import DATASETS, DatasetName
-from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import DtypeName, Parallel, Quantization
+from self_speculation.config import DtypeName, GenerationConfig, LoadingOptions, Parallel, Quantization
 
 __all__ = [
     "BenchmarkArguments",
@@ -36,6 +34,9 @@ __all__ = [
     "parse",
     "refuse",
 ]
+
+# Where `refuse` writes; None: to standard error. A rank that is not to be heard has closed its own.
+errors: TextIO | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class ModelArguments:
             if key == "trust_remote_code":
                 raise ValueError(f"model_args {self.model_args!r}: --trust_remote_code is a flag of its own")
         return {key: _literal(value) for key, _, value in pairs}
+
+    def loading_options(self, **changes: Any) -> LoadingOptions:
+        """What the library is told, with changes by field."""
+        own = {field.name: getattr(self, field.name) for field in fields(LoadingOptions)}
+        return LoadingOptions(**{**own, "model_args": self.from_pretrained_args(), **changes})
 
 
 @dataclass(frozen=True)
@@ -461,7 +467,7 @@ def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
 def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
     """End the program in one line; status 2 for bad usage, 1 for what went wrong later."""
     name = prog or sys.argv[0].rpartition("/")[2]
-    print(f"{name}: error: {' '.join(message.split())}", file=distributed.errors or sys.stderr)
+    print(f"{name}: error: {' '.join(message.split())}", file=errors or sys.stderr)
     sys.exit(status)
 
 

@@ -20,8 +20,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-import distributed
-import metrics
 from arguments import (
     BenchmarkArguments,
     DataArguments,
@@ -32,13 +30,15 @@ from arguments import (
     refuse,
 )
 from data import Example
-from example_runs import prepare, run_examples
-from measuring import BASELINE, measure_example
-from records import Record, Run
+from measures import metrics
+from measures.timed_runs import BASELINE, measure_example
+from runs import ranks
+from runs.examples import prepare, run_examples
+from runs.records import Record, Run
+from runs.startup import autoregressive, run
+from runs.tuning import tuned
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.drafting import draft_cost
-from startup import autoregressive, run
-from tuning import tuned
+from self_speculation.drafts.sources import draft_cost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +112,7 @@ class Benchmark:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
         predictions = [record["prediction"] for record in records]
         summary["text"] = metrics.text_quality(predictions, [record["reference"] for record in records])
-        if self._args.execute_code and distributed.is_first():
+        if self._args.execute_code and ranks.is_first():
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
             problems = [example.row for example in self._examples]
             summary["text"]["pass_at_1"] = metrics.pass_at_1(problems, predictions)

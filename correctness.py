@@ -25,14 +25,14 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import NoRepeatNGramLogitsProcessor
 
 from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
-from comparison import find_difference, same_distribution
 from data import Example
-from example_runs import prepare, run_examples
-from records import Record, Run
+from measures.comparison import find_difference, same_distribution
+from runs.examples import prepare, run_examples
+from runs.records import Record, Run
+from runs.startup import autoregressive, run
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.llama_model_utils import context_length
-from self_speculation.stopping import StopWords
-from startup import autoregressive, run
+from self_speculation.decoding.stopping import StopWords
+from self_speculation.model.decoder import context_length
 
 # Chance that a right program fails a run with --sample True, over all its tests together.
 FALSE_ALARM = 1e-3
@@ -41,7 +41,7 @@ FALSE_ALARM = 1e-3
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments)
     model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
-    sampled = not config.sampler().greedy
+    sampled = not config.greedy
     if sampled and args.reference == "transformers":
         refuse("--reference transformers: compares ids, so it needs --sample False")
     if config.generation_strategy == "autoregressive":

@@ -38,8 +38,6 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
 
-import distributed
-import metrics
 from arguments import (
     EvalArguments,
     GenerationConfig,
@@ -50,10 +48,12 @@ from arguments import (
     refuse,
 )
 from data import one_line
-from harness_model import SUPPORTED_GENERATION_KWARGS, HarnessModel, request_config, unsupported
-from records import Record, RecordError, Run, check_destination, describe, describe_model
-from startup import load_generator, meet, model_name, number_of_layers, run
-from tuning import tuned
+from measures import metrics
+from measures.harness_model import SUPPORTED_GENERATION_KWARGS, HarnessModel, request_config, unsupported
+from runs import ranks
+from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
+from runs.startup import load_generator, meet, model_name, number_of_layers, run
+from runs.tuning import tuned
 
 # How the model is driven; every other field of GenerationConfig is a task's to choose.
 _DRIVING = {
@@ -90,21 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
     accelerator = None
-    if distributed.world_size() > 1:
-        patience = InitProcessGroupKwargs(timeout=distributed.PATIENCE)
+    if ranks.world_size() > 1:
+        patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
         accelerator = Accelerator(cpu=generator.model.device.type == "cpu", kwargs_handlers=[patience])
     try:
         description |= describe_model(model_name(model_args), generator.model)
-        first = distributed.rank() == 0
-        _, output_dir = distributed.place_to_write(None, model_args.output_dir)
-        run = distributed.share(Run.create(output_dir, "eval", description) if first else None)
+        first = ranks.rank() == 0
+        _, output_dir = ranks.place_to_write(None, model_args.output_dir)
+        run = ranks.share(Run.create(output_dir, "eval", description) if first else None)
         assert run is not None
         if first and overrides and generates:
             given = ", ".join(f"--{name} {getattr(config, name)}" for name in overrides)
             print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
         model = HarnessModel(
             generator, config, overrides, args.batch_size, args.torch_random_seed,
-            keep=run.writer(distributed.rank()).append, accelerator=accelerator,
+            keep=run.writer(ranks.rank()).append, accelerator=accelerator,
         )  # fmt: skip
         tracker = EvaluationTracker(output_path=str(run.folder))
         results = simple_evaluate(
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for what, number in model.notices.items():
             print(f"{what}: {number}, to fit the model's context", file=sys.stderr)
-        distributed.barrier()
+        ranks.barrier()
         if results is not None:
             _show_and_save(run, tracker, results, args)
     except KeyboardInterrupt:
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--tasks {','.join(args.tasks)}: {one_line(error)}")
     if accelerator is not None:
         accelerator.end_training()
-    distributed.leave()
+    ranks.leave()
     return 0
 
 
@@ -188,8 +188,8 @@ def _load_tasks(
         if getattr(task, "MULTIMODAL", False):
             refuse(f"--tasks {name}: needs a model that sees pictures")
         number = min(get_sample_size(task, args.limit) or math.inf, len(task.eval_docs))
-        if number < distributed.world_size():
-            refuse(f"--tasks {name}: {number} documents for {distributed.world_size()} ranks")
+        if number < ranks.world_size():
+            refuse(f"--tasks {name}: {number} documents for {ranks.world_size()} ranks")
         _draw_in_step(task)
     return manager, loaded["tasks"]
 
@@ -197,7 +197,7 @@ def _load_tasks(
 def _draw_in_step(task: Task) -> None:
     """Few-shot examples are drawn document by document: each rank skips the draws of the others."""
     sample = task.sampler.sample
-    skipped = itertools.chain([distributed.rank()], itertools.repeat(distributed.world_size() - 1))
+    skipped = itertools.chain([ranks.rank()], itertools.repeat(ranks.world_size() - 1))
 
     def sample_in_step(*args: Any, **kwargs: Any) -> Any:
         for _ in range(next(skipped)):

@@ -25,17 +25,17 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from transformers import PreTrainedModel
 
-import distributed
 from arguments import GenerateArguments, GenerationConfig, ModelArguments, TuningArguments, parse, refuse
+from runs import ranks
+from runs.startup import autoregressive, load_generator, meet, run
+from runs.tuning import tuned
 from self_speculation import (
     GenerationResult,
     HuggingfaceLlamaGenerator,
     SpeculativeTextStreamer,
     StandardTextStreamer,
 )
-from self_speculation.llama_model_utils import agreed
-from startup import autoregressive, load_generator, meet, run
-from tuning import tuned
+from self_speculation.model.decoder import agreed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tuned(config, tuning)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
-    if model_args.parallel == "data" and not distributed.is_first():
+    if model_args.parallel == "data" and not ranks.is_first():
         return 0  # one voice is enough
     meet(model_args)
     interactive = args.prompt is None and sys.stdin.isatty()
-    if interactive and distributed.num_processes() > 1:
+    if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
-    prompt = _one_prompt(args) if distributed.is_first() and not interactive else None
+    prompt = _one_prompt(args) if ranks.is_first() and not interactive else None
     generator = load_generator(model_args, config)
     prompt = agreed(generator.model, prompt)
     if args.chat and not generator.tokenizer.chat_template:

@@ -26,21 +26,21 @@ import pandas
 import torch
 from transformers import NoRepeatNGramLogitsProcessor
 
-import distributed
-import metrics
 from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
-from calibration import Costs, calibrate
 from data import Example
-from example_runs import prepare, run_examples
-from measuring import BASELINE, Side, measure_example
-from plots import heat_maps
-from records import Record, Run
-from replay import LONGEST_DRAFT, Rounds, replay, run_length
+from measures import metrics
+from measures.calibration import Costs, calibrate
+from measures.plots import heat_maps
+from measures.replay import LONGEST_DRAFT, Rounds, replay, run_length
+from measures.timed_runs import BASELINE, Side, measure_example
+from runs import ranks
+from runs.examples import prepare, run_examples
+from runs.records import Record, Run
+from runs.startup import autoregressive, number_of_layers, run
+from runs.tuning import best_cell
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.drafting import make_drafter
-from self_speculation.llama_model_utils import Decoder, context_length, forward_exits
-from startup import autoregressive, number_of_layers, run
-from tuning import best_cell
+from self_speculation.drafts.sources import make_drafter
+from self_speculation.model.decoder import Decoder, context_length, forward_exits
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "acceptance_rate", "mean_accepted_length", "total_time",
@@ -59,7 +59,7 @@ Cell = tuple[int, int]  # exit layer, draft length
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
     model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
-    if args.mode == "predicted" and not config.sampler().greedy:
+    if args.mode == "predicted" and not config.greedy:
         _notice("predicted mode is about greedy decoding: --sample False")
         config = dataclasses.replace(config, sample=False)
     # The grid decides both; whatever the flags say, the strategy is self-speculative.
@@ -361,7 +361,7 @@ def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
 
 
 def _notice(text: str) -> None:
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         print(text, file=sys.stderr)
 
 

@@ -45,7 +45,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import distributed
 from arguments import (
     ModelArguments,
     NewModelArguments,
@@ -56,14 +55,15 @@ from arguments import (
     refuse,
 )
 from data import DataError
-from early_exit_training import EXIT_SCORES, EarlyExitTrainer, Recipe
-from plots import curves_by_exit
-from records import RecordError, Run, check_destination, describe, describe_model, open_run
+from measures.plots import curves_by_exit
+from runs import ranks
+from runs.records import RecordError, Run, check_destination, describe, describe_model, open_run
+from runs.startup import run
 from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.llama_model_utils import attended_length
-from self_speculation.loading import as_if_never_quantized, load_config, resolve_device, resolve_dtype
-from startup import run
-from training_data import Padding, load_texts, to_blocks, train_tokenizer
+from self_speculation.model.decoder import attended_length
+from self_speculation.model.loading import as_if_never_quantized, load_config, resolve_device, resolve_dtype
+from training.texts import Padding, load_texts, to_blocks, train_tokenizer
+from training.trainer import EXIT_SCORES, EarlyExitTrainer, Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,15 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         exits = recipe_args.exit_layers(_check_model(model_args, shape, data_args))
         _check_precision(model_args, device)
         # The ranks meet before anything that only one of them does.
-        PartialState(cpu=device.type == "cpu", timeout=distributed.PATIENCE)
+        PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
         training, evaluation = load_texts(data_args)
         description = describe("train", arguments, _fingerprint(training, evaluation))
-        description["num_ranks"] = distributed.world_size()
+        description["num_ranks"] = ranks.world_size()
         check_destination(args.resume, model_args.output_dir, description)
-        run = distributed.share(
-            open_run(args.resume, model_args.output_dir, "train", description)
-            if distributed.rank() == 0
-            else None
+        run = ranks.share(
+            open_run(args.resume, model_args.output_dir, "train", description) if ranks.rank() == 0 else None
         )
         assert run is not None
         checkpoint = _newest_checkpoint(run.folder)
@@ -110,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
     except (LoadingError, ValueError, DataError, RecordError) as error:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         print(
             f"{model.num_parameters() / 1e6:.1f} million parameters; {len(training)} texts, {len(blocks[0])} "
             f"samples to learn from; {len(evaluation)} texts, {len(blocks[1])} samples held out; "
@@ -148,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{reason}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     # Not before the last gather is over everywhere: a rank that leaves with its tensors waits for itself.
-    distributed.barrier()
+    ranks.barrier()
     PartialState().destroy_process_group()
     return 0
 
@@ -159,7 +157,7 @@ def _check_model(
     """Number of layers; raises LoadingError or ValueError where the model does not fit the rest."""
     if model_args.model is None:
         return shape.num_layers
-    config = load_config(model_args.model, model_args.from_pretrained_args(), model_args.trust_remote_code)
+    config = load_config(model_args.model, model_args.loading_options())
     if data_args.sequence_length > (most := attended_length(config)):
         raise ValueError(
             f"sequence_length {data_args.sequence_length}: must be at most {most}, the model's context"
@@ -212,24 +210,16 @@ def _model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What training starts from; where it goes on, the trainer loads the weights."""
     if model_args.model is not None:
-        kwargs = model_args.from_pretrained_args()
-        model, tokenizer = load_model_and_tokenizer(
-            model_args.model,
-            kwargs,
-            "float32",
-            "cpu",
-            model_args.seed,
-            fuse=False,
-            trust_remote_code=model_args.trust_remote_code,
-        )
+        options = model_args.loading_options(dtype="float32", device="cpu", fuse=False)
+        model, tokenizer = load_model_and_tokenizer(model_args.model, options)
         return (as_if_never_quantized(model) if model_args.model.endswith(".gguf") else model), tokenizer
     if checkpoint is not None:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     else:
         trained = None
-        if distributed.rank() == 0:
+        if ranks.rank() == 0:
             trained = train_tokenizer(training, shape.vocabulary_size, data_args.sequence_length)
-        tokenizer = distributed.share(trained)
+        tokenizer = ranks.share(trained)
     config = LlamaConfig(
         vocab_size=shape.vocabulary_size,
         hidden_size=shape.hidden_size,
@@ -250,7 +240,7 @@ def _model_and_tokenizer(
 
 
 def _samples_per_step(args: OptimizationArguments) -> int:
-    return args.batch_size * args.gradient_accumulation * distributed.world_size()
+    return args.batch_size * args.gradient_accumulation * ranks.world_size()
 
 
 def _training_arguments(

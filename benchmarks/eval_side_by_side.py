@@ -27,8 +27,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from arguments import GenerationConfig, ModelArguments, parse
-from harness_model import HarnessModel
-from startup import autoregressive, load_generator
+from measures.harness_model import HarnessModel
+from runs.startup import autoregressive, load_generator
 
 TASKS = Path(__file__).parent.parent / "eval_tasks"
 

@@ -23,9 +23,9 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from arguments import GenerationConfig, ModelArguments, parse
-from harness_model import HarnessModel
-from plots import curves_by_exit
-from startup import load_generator
+from measures.harness_model import HarnessModel
+from measures.plots import curves_by_exit
+from runs.startup import load_generator
 
 TASKS = Path(__file__).parent.parent / "eval_tasks"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import TrainingDataArguments, parse
-from training_data import load_texts
+from training.texts import load_texts
 
 LINES_BEFORE = 10
 

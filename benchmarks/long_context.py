@@ -31,8 +31,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse
-from self_speculation.llama_model_utils import attended_length
-from startup import load_generator, model_name
+from runs.startup import load_generator, model_name
+from self_speculation.model.decoder import attended_length
 
 
 @dataclass(frozen=True)

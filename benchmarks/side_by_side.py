@@ -38,12 +38,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse
-from metrics import predicted_speedup, quartiles, token_acceptance
-from plots import bars
+from measures.metrics import predicted_speedup, quartiles, token_acceptance
+from measures.plots import bars
+from runs.startup import adaptive, autoregressive, load_generator, model_name
 from self_speculation import GenerationStrategyResult
-from self_speculation.drafting import draft_cost
-from self_speculation.llama_model_utils import Decoder
-from startup import adaptive, autoregressive, load_generator, model_name
+from self_speculation.drafts.sources import draft_cost
+from self_speculation.model.decoder import Decoder
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, early exit", "transformers, prompt lookup"
 OURS, SPECULATIVE, ADAPTIVE = "ours, autoregressive", "ours, self-speculative", "ours, adaptive"

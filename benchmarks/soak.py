@@ -29,8 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse
+from runs.startup import load_generator, run
 from self_speculation import HuggingfaceLlamaGenerator, make_strategy
-from startup import load_generator, run
 
 LENGTHS = (1, 2, 7, 24, 64)
 

@@ -21,14 +21,15 @@ from matplotlib import pyplot
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from comparison import Difference, find_difference
+from measures.comparison import Difference, find_difference
 from self_speculation import (
     GenerationConfig,
     HuggingfaceLlamaGenerator,
+    LoadingOptions,
     load_model_and_tokenizer,
     make_strategy,
 )
-from self_speculation.loading import default_model
+from self_speculation.model.loading import default_model
 
 CONFIG = GenerationConfig(sample=False, max_steps=128, exit_layer=3, num_speculations=3)
 
@@ -58,8 +59,8 @@ def gaps(model: torch.nn.Module, prompt: list[int], output: list[int]) -> list[f
 
 def main() -> None:
     name = default_model()
-    half, tokenizer = load_model_and_tokenizer(name, dtype="bfloat16")
-    exact, _ = load_model_and_tokenizer(name, dtype="float32")
+    half, tokenizer = load_model_and_tokenizer(name, LoadingOptions(dtype="bfloat16"))
+    exact, _ = load_model_and_tokenizer(name, LoadingOptions(dtype="float32"))
     generators = [
         HuggingfaceLlamaGenerator(tokenizer, half, make_strategy(strategy))
         for strategy in ("self_speculative", "autoregressive")

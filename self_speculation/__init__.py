@@ -1,39 +1,44 @@
-"""Early-exit inference and self-speculative decoding of Llama-type models (LayerSkip, arXiv 2404.16710)."""
+"""Early-exit inference and self-speculative decoding of Llama-type models (LayerSkip, arXiv 2404.16710).
 
-from self_speculation.adaptive_generator import AdaptiveGenerationStrategy
-from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
-from self_speculation.custom_generate import self_speculative_generate
-from self_speculation.generator_base import (
-    GenerationConfig,
-    GenerationResult,
-    GenerationStrategy,
-    GenerationStrategyResult,
-    HuggingfaceLlamaGenerator,
-)
-from self_speculation.loading import LoadingError, load_model_and_tokenizer
-from self_speculation.sampling import Sampler, Verdict, decode_next_token, top_k_top_p_filtering, verify_draft
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
-from self_speculation.speculative_streamer import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.strategies import make_strategy
+A public name is loaded when it is first used, so that importing the package, or its config alone, is quick.
+"""
 
-__all__ = [
-    "AdaptiveGenerationStrategy",
-    "AutoRegressiveGenerationStrategy",
-    "GenerationConfig",
-    "GenerationResult",
-    "GenerationStrategy",
-    "GenerationStrategyResult",
-    "HuggingfaceLlamaGenerator",
-    "LoadingError",
-    "Sampler",
-    "SelfSpeculativeGenerationStrategy",
-    "SpeculativeTextStreamer",
-    "StandardTextStreamer",
-    "Verdict",
-    "decode_next_token",
-    "load_model_and_tokenizer",
-    "make_strategy",
-    "self_speculative_generate",
-    "top_k_top_p_filtering",
-    "verify_draft",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "AdaptiveGenerationStrategy": "adaptive_generator",
+    "AutoRegressiveGenerationStrategy": "autoregressive_generator",
+    "GenerationConfig": "config",
+    "GenerationResult": "generator_base",
+    "GenerationStrategy": "generator_base",
+    "GenerationStrategyResult": "generator_base",
+    "HuggingfaceLlamaGenerator": "generator_base",
+    "LoadingError": "model.loading",
+    "LoadingOptions": "config",
+    "Sampler": "decoding.sampling",
+    "SelfSpeculativeGenerationStrategy": "self_speculation_generator",
+    "SpeculativeTextStreamer": "speculative_streamer",
+    "StandardTextStreamer": "speculative_streamer",
+    "Verdict": "decoding.sampling",
+    "decode_next_token": "decoding.sampling",
+    "default_model": "model.loading",
+    "fuse": "model.lean_layers",
+    "load_model_and_tokenizer": "model.loading",
+    "make_strategy": "strategies",
+    "self_speculative_generate": "custom_generate",
+    "top_k_top_p_filtering": "decoding.sampling",
+    "verify_draft": "decoding.sampling",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,16 +16,11 @@ import numpy
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation.drafting import AdaptiveDrafts, DraftSource, LayerDrafts, Lookup, make_drafter
-from self_speculation.generator_base import (
-    LONGEST_DRAFT,
-    DraftWeights,
-    GenerationConfig,
-    GenerationStrategyName,
-)
-from self_speculation.llama_model_utils import Decoder, agreed, forward, forward_early, synchronize
-from self_speculation.policy import AdaptivePolicy, Costs, LearnedThreshold
-from self_speculation.sampling import Sampler
+from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig, GenerationStrategyName
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.drafts.policy import AdaptivePolicy, Costs, LearnedThreshold
+from self_speculation.drafts.sources import AdaptiveDrafts, DraftSource, LayerDrafts, Lookup, make_drafter
+from self_speculation.model.decoder import Decoder, agreed, forward, forward_early, synchronize
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
 
 LONGEST_MATCH = 4
@@ -50,7 +45,7 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     name: GenerationStrategyName = "adaptive"
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        key, known = (config.draft_weights, config.sampler()), _COSTS.setdefault(model, {})
+        key, known = (config.draft_weights, Sampler.of(config)), _COSTS.setdefault(model, {})
         if key not in known:
             known[key] = measure_costs(model, *key)
 

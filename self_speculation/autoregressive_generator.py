@@ -6,10 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from self_speculation.compiled import make_decoder
-from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
-from self_speculation.llama_model_utils import forward_early, prefill
-from self_speculation.output import Output
+from self_speculation.config import GenerationConfig, GenerationStrategyName
+from self_speculation.decoding.output import Output
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.generator_base import DecodingStrategy
+from self_speculation.model.compiled import make_decoder
+from self_speculation.model.decoder import forward_early, prefill
 
 
 class AutoRegressiveGenerationStrategy(DecodingStrategy):
@@ -19,7 +21,7 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
 
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
         decoder = make_decoder(model, output.prompt_length, output.max_length)
-        sampler = config.sampler()
+        sampler = Sampler.of(config)
         depth = len(decoder.layers) if config.exit_layer == -1 else config.exit_layer
 
         result = prefill(decoder, output.history(), depth)

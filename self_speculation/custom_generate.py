@@ -23,7 +23,7 @@ from transformers import (
 from transformers import GenerationConfig as TransformersConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from self_speculation.generator_base import DraftWeights, GenerationConfig, GenerationStrategyName
+from self_speculation.config import DraftWeights, GenerationConfig, GenerationStrategyName
 from self_speculation.strategies import make_strategy
 
 # What `generate` can return besides ids, and nothing here computes.

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.compiled import make_decoder
-from self_speculation.drafting import Draft, make_source
-from self_speculation.generator_base import DecodingStrategy, GenerationConfig, GenerationStrategyName
-from self_speculation.llama_model_utils import Decoder, forward_early, prefill
-from self_speculation.output import Output
-from self_speculation.sampling import Sampler, Verdict, verify_draft
+from self_speculation.config import GenerationConfig, GenerationStrategyName
+from self_speculation.decoding.output import Output
+from self_speculation.decoding.sampling import Sampler, Verdict, verify_draft
+from self_speculation.drafts.sources import Draft, make_source
+from self_speculation.generator_base import DecodingStrategy
+from self_speculation.model.compiled import make_decoder
+from self_speculation.model.decoder import Decoder, forward_early, prefill
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         # Longer drafts would never be made.
         num_speculations = min(config.longest_draft, output.remaining)
         decoder = make_decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
-        sampler = config.sampler()
+        sampler = Sampler.of(config)
         source = self.make_source(model, decoder, sampler, config, output.history()[0].tolist())
         drafted, judged, accepted = ([0] * num_speculations for _ in range(3))
         by_source: Counter[tuple[str, int]] = Counter()

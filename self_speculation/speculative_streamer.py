@@ -17,7 +17,7 @@ from typing import TextIO
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
 
-from self_speculation.stopping import StopWords, continuation, decode
+from self_speculation.decoding.stopping import StopWords, continuation, decode
 
 Cell = tuple[str, str]  # one character and its style
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation import GenerationConfig, make_strategy
-from self_speculation.lean_layers import fuse
+from self_speculation.model.lean_layers import fuse
 
 transformers.logging.set_verbosity_error()
 

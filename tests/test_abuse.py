@@ -21,14 +21,15 @@ from safetensors.torch import load_file, save_file
 from test_benchmark_scripts import custom_data, only_run
 
 import benchmark
+from runs.startup import run
 from self_speculation import (
     GenerationConfig,
     HuggingfaceLlamaGenerator,
     LoadingError,
+    LoadingOptions,
     load_model_and_tokenizer,
     make_strategy,
 )
-from startup import run
 
 HUGE = str(10**30)
 
@@ -296,5 +297,5 @@ def test_code_of_a_repository_runs_when_asked_for_alone(folder, tmp_path):
     )
     load_model_and_tokenizer(str(folder))  # by the class of transformers itself
     assert not (tmp_path / "ran").exists()
-    load_model_and_tokenizer(str(folder), trust_remote_code=True)
+    load_model_and_tokenizer(str(folder), LoadingOptions(trust_remote_code=True))
     assert (tmp_path / "ran").exists()

@@ -15,9 +15,9 @@ from test_sampling_distribution import accepts_everything, resamples_from_the_ta
 import benchmark
 import correctness
 import self_speculation.self_speculation_generator as self_speculation_generator
-from comparison import find_difference
+from measures.comparison import find_difference
 from self_speculation import Verdict
-from self_speculation.sampling import verify_draft
+from self_speculation.decoding.sampling import verify_draft
 
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")

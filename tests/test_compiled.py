@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from self_speculation.compiled import CompiledDecoder, compile_decoding, make_decoder
-from self_speculation.lean_layers import fuse
+from self_speculation.model.compiled import CompiledDecoder, compile_decoding, make_decoder
+from self_speculation.model.lean_layers import fuse
 
 PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 3, 11], list(range(3, 40))]
 STRATEGIES = [{}, {"exit_layer": 2, "num_speculations": 3}]

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from self_speculation.adaptive_generator import measure_costs
-from self_speculation.lean_layers import lean_layer
-from self_speculation.llama_model_utils import Decoder, forward
-from self_speculation.policy import (
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.drafts.policy import (
     AdaptivePolicy,
     Costs,
     DecayedMean,
@@ -21,9 +20,10 @@ from self_speculation.policy import (
     LearnedThreshold,
     LookupPolicy,
 )
-from self_speculation.prompt_lookup import NgramIndex
-from self_speculation.quantized_layers import Int8Product, quantized
-from self_speculation.sampling import Sampler
+from self_speculation.drafts.prompt_lookup import NgramIndex
+from self_speculation.model.decoder import Decoder, forward
+from self_speculation.model.lean_layers import lean_layer
+from self_speculation.model.quantized_layers import Int8Product, quantized
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from self_speculation import GenerationConfig, make_strategy
-from self_speculation.policy import AdaptivePolicy, Plan
+from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
@@ -246,7 +246,7 @@ def test_early_exit_is_the_truncated_model():
 
 
 def test_a_cache_that_has_to_grow_changes_nothing(monkeypatch):
-    monkeypatch.setattr("self_speculation.llama_model_utils._FIRST_ALLOCATION", 3)
+    monkeypatch.setattr("self_speculation.model.decoder._FIRST_ALLOCATION", 3)
     reference = transformers_generate(tiny_llama(), PROMPT, 40, -1)
     for extra in ({}, {"exit_layer": 2, "num_speculations": 6}):
         assert generate(tiny_llama(), PROMPT, max_steps=40, eos=[], **extra).predicted_tokens == reference

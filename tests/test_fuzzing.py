@@ -32,7 +32,7 @@ from arguments import (
     parse,
 )
 from data import DATASETS, DataError, load_examples
-from self_speculation.prompt_lookup import NgramIndex
+from self_speculation.drafts.prompt_lookup import NgramIndex
 
 GROUPS = [
     (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from self_speculation.kv_cache import KVCache
+from self_speculation.model.kv_cache import KVCache
 
 
 def block(first, n):

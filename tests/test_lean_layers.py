@@ -11,8 +11,8 @@ from conftest import generate, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from self_speculation.lean_layers import FORMS, NARROW, Product, fuse, lean_head, lean_layer
-from self_speculation.llama_model_utils import Decoder, forward
+from self_speculation.model.decoder import Decoder, forward
+from self_speculation.model.lean_layers import FORMS, NARROW, Product, fuse, lean_head, lean_layer
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 

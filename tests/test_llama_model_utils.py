@@ -5,8 +5,7 @@ import torch
 from conftest import generate, tiny_llama, transformers_generate
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from self_speculation.lean_layers import LEAN_MODEL_TYPES, fuse
-from self_speculation.llama_model_utils import (
+from self_speculation.model.decoder import (
     PREFILL_CHUNK,
     SUPPORTED_MODEL_TYPES,
     Decoder,
@@ -18,6 +17,7 @@ from self_speculation.llama_model_utils import (
     hidden_after_each_layer,
     prefill,
 )
+from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, fuse
 
 SHAPE = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -124,7 +124,7 @@ def test_longrope_ends_at_its_original_context():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention, monkeypatch):
     """Guards against a mask that lets a later chunk see too little, or its own future."""
-    monkeypatch.setattr("self_speculation.llama_model_utils.PREFILL_CHUNK", 20)
+    monkeypatch.setattr("self_speculation.model.decoder.PREFILL_CHUNK", 20)
     model = family("llama", attention)
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 70))
     for _ in ("plain", "lean"):

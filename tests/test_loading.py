@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import errors
 from safetensors import safe_open
 
-from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.loading import default_model, load_config, resolve_device, resolve_dtype
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.model.loading import default_model, load_config, resolve_device, resolve_dtype
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def folder(model_folder, tmp_path):
     return shutil.copytree(model_folder, tmp_path / "model")
 
 
-def refusal(*args, **kwargs):
+def refusal(model, **options):
     with pytest.raises(LoadingError) as caught:
-        load_model_and_tokenizer(*args, **kwargs)
+        load_model_and_tokenizer(model, LoadingOptions(**options))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -37,7 +37,9 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
 
 
 def test_dtype_and_model_args_are_passed_on(model_folder):
-    model, _ = load_model_and_tokenizer(str(model_folder), {"attn_implementation": "eager"}, dtype="bfloat16")
+    model, _ = load_model_and_tokenizer(
+        str(model_folder), LoadingOptions({"attn_implementation": "eager"}, dtype="bfloat16")
+    )
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
 
@@ -45,7 +47,7 @@ def test_dtype_and_model_args_are_passed_on(model_folder):
 def test_the_seed_is_set(model_folder):
     draws = []
     for _ in range(2):
-        load_model_and_tokenizer(str(model_folder), seed=7)
+        load_model_and_tokenizer(str(model_folder), LoadingOptions(seed=7))
         draws.append(torch.rand(3).tolist())
     assert draws[0] == draws[1]
 
@@ -146,7 +148,7 @@ def test_what_the_hub_answers(kind, advice, monkeypatch):
     def answer(*_, **__):
         raise OSError("several\nlines") from hub_error(kind)
 
-    monkeypatch.setattr("self_speculation.loading.AutoConfig.from_pretrained", answer)
+    monkeypatch.setattr("self_speculation.model.loading.AutoConfig.from_pretrained", answer)
     assert advice in refusal("a/b")
 
 
@@ -168,7 +170,7 @@ def test_no_code_of_a_repository_is_executed(folder, tmp_path):
 
 
 def test_the_default_model_outside_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr("self_speculation.loading._BUNDLED", (tmp_path / "nowhere",))
+    monkeypatch.setattr("self_speculation.model.loading._BUNDLED", (tmp_path / "nowhere",))
     with pytest.raises(LoadingError, match=r"gone from .*nowhere: name one"):
         default_model()
 

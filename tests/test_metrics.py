@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-import metrics
-from self_speculation.llama_model_utils import cost_ratio
+from measures import metrics
+from self_speculation.model.decoder import cost_ratio
 
 
 def record(drafted=(), accepted=(), **kwargs):

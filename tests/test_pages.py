@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from self_speculation.loading import default_model
+from self_speculation.model.loading import default_model
 
 PAGES = sorted(
     str(page.relative_to(ROOT))

@@ -19,6 +19,7 @@ from self_speculation import (
     GenerationConfig,
     HuggingfaceLlamaGenerator,
     LoadingError,
+    LoadingOptions,
     load_model_and_tokenizer,
     make_strategy,
 )
@@ -70,17 +71,17 @@ def test_tensor_parallel_ids_are_those_of_one_process(folder, ranks, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         f"import json, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import distributed; distributed.join_as_one()\n"
-        "from test_parallel import ids_of, load_model_and_tokenizer\n"
-        f"loaded = load_model_and_tokenizer({str(folder)!r}, parallel='tensor')\n"
+        "from runs import ranks; ranks.join_as_one()\n"
+        "from test_parallel import LoadingOptions, ids_of, load_model_and_tokenizer\n"
+        f"loaded = load_model_and_tokenizer({str(folder)!r}, LoadingOptions(parallel='tensor'))\n"
         "print(json.dumps(ids_of(*loaded)))\n"
         "heads = loaded[0].model.layers[0].self_attn.k_proj.weight.to_local().shape[0] // 8\n"
-        "print(heads); distributed.leave()\n"
+        "print(heads); ranks.leave()\n"
     )
     result = torchrun(ranks, str(program))
     assert result.returncode == 0, result.stderr
     ids, heads = result.stdout.splitlines()  # one voice
-    assert json.loads(ids) == ids_of(*load_model_and_tokenizer(str(folder), fuse=False))
+    assert json.loads(ids) == ids_of(*load_model_and_tokenizer(str(folder), LoadingOptions(fuse=False)))
     assert int(heads) == 4 // ranks
 
 
@@ -171,7 +172,7 @@ def children_of_rank(parent, rank):
 
 def test_what_tensor_and_pipeline_need(folder):
     with pytest.raises(LoadingError, match="parallel tensor: needs several processes, start it by torchrun"):
-        load_model_and_tokenizer(str(folder), parallel="tensor")
+        load_model_and_tokenizer(str(folder), LoadingOptions(parallel="tensor"))
     with pytest.raises(ValueError, match="device cpu: must be auto with --parallel tensor"):
         ModelArguments(parallel="tensor", device="cpu")
     with pytest.raises(ValueError, match="compile True: not with --parallel pipeline"):
@@ -179,10 +180,10 @@ def test_what_tensor_and_pipeline_need(folder):
 
 
 def test_heads_that_ranks_cannot_share_are_refused(model_folder, monkeypatch):
-    monkeypatch.setattr("self_speculation.loading.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("self_speculation.loading.dist.get_world_size", lambda: 4)
+    monkeypatch.setattr("self_speculation.model.loading.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("self_speculation.model.loading.dist.get_world_size", lambda: 4)
     with pytest.raises(LoadingError, match="parallel tensor: 4 ranks cannot share 2 heads"):
-        load_model_and_tokenizer(str(model_folder), parallel="tensor")
+        load_model_and_tokenizer(str(model_folder), LoadingOptions(parallel="tensor"))
 
 
 def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, tmp_path):
@@ -190,6 +191,8 @@ def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
     arguments = {"device_map": places, "offload_folder": str(tmp_path)}
-    model, tokenizer = load_model_and_tokenizer(str(folder), arguments, parallel="pipeline")
+    model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, parallel="pipeline"))
     assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
-    assert ids_of(model, tokenizer) == ids_of(*load_model_and_tokenizer(str(folder), fuse=False))
+    assert ids_of(model, tokenizer) == ids_of(
+        *load_model_and_tokenizer(str(folder), LoadingOptions(fuse=False))
+    )

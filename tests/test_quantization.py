@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.loading import default_model
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.model.loading import default_model
 
 # `make test` puts the libraries there; in the environment itself they would slow every other test down.
 LIBRARIES = Path(sys.prefix) / "quantization"
@@ -19,10 +19,10 @@ PROGRAM = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from self_speculation import *
-from self_speculation.loading import default_model
+from self_speculation.model.loading import default_model
 found = {{}}
 for quantization in ("none", "int8", "int4"):
-    model, tokenizer = load_model_and_tokenizer(default_model(), quantization=quantization)
+    model, tokenizer = load_model_and_tokenizer(default_model(), LoadingOptions(quantization=quantization))
     weight = model.model.layers[0].mlp.up_proj.weight
     found[quantization] = {{"kind": type(weight).__name__}}
     for strategy, how in (
@@ -56,19 +56,19 @@ def test_strategies_agree_on_a_quantised_model():
 
 @pytest.mark.parametrize(("quantization", "library"), [("int8", "torchao"), ("int4", "bitsandbytes")])
 def test_without_the_library(quantization, library, monkeypatch):
-    monkeypatch.setattr("self_speculation.loading.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("self_speculation.model.loading.importlib.util.find_spec", lambda name: None)
     message = f"quantization {quantization}: needs {library}, install requirements-quantization.txt"
     with pytest.raises(LoadingError, match=message):
-        load_model_and_tokenizer(default_model(), quantization=quantization)
+        load_model_and_tokenizer(default_model(), LoadingOptions(quantization=quantization))
 
 
 def test_what_is_quantised_already_is_refused(model_folder, tmp_path, monkeypatch):
     """Guards against a flag that transformers would ignore with a warning."""
-    monkeypatch.setattr("self_speculation.loading.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("self_speculation.model.loading.importlib.util.find_spec", lambda name: name)
     config = json.loads((model_folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for file in model_folder.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(LoadingError, match=r"quantization int8: the weights of .* are quantised already"):
-        load_model_and_tokenizer(str(tmp_path), quantization="int8")
+        load_model_and_tokenizer(str(tmp_path), LoadingOptions(quantization="int8"))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-import recipe
-from early_exit_training import Recipe, early_exit_loss, exit_scores
-from recipe import IGNORED
-from self_speculation.llama_model_utils import hidden_after_each_layer
+from self_speculation.model.decoder import hidden_after_each_layer
+from training import recipe
+from training.recipe import IGNORED
+from training.trainer import Recipe, early_exit_loss, exit_scores
 
 PAPER = Recipe(0.0, "constant", 0.2, "label", "depth", "all", 1, (1, 2, 3), 10, seed=0)
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from records import RecordError, Run
+from runs.records import RecordError, Run
 
 DESCRIPTION = {"arguments": {"seed": 1, "output_dir": "a", "verbose": False}, "dataset_fingerprint": "x"}
 

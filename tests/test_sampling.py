@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from self_speculation.sampling import Sampler, decode_next_token, top_k_top_p_filtering, verify_draft
+from self_speculation.decoding.sampling import Sampler, decode_next_token, top_k_top_p_filtering, verify_draft
 
 GREEDY = Sampler(sample=False)
 SAMPLING = Sampler(sample=True)

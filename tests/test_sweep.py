@@ -8,8 +8,8 @@ from test_benchmark_scripts import custom_data, only_run, torchrun
 
 import benchmark
 import sweep
-from calibration import Costs
-from replay import Rounds, replay, run_length
+from measures.calibration import Costs
+from measures.replay import Rounds, replay, run_length
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
 

@@ -15,11 +15,11 @@ from test_benchmark_scripts import only_run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-import training_data
 from arguments import TrainingDataArguments
 from data import DataError
-from recipe import IGNORED
 from self_speculation import load_model_and_tokenizer
+from training.recipe import IGNORED
+from training.texts import Padding, datasets, load_texts, to_blocks
 
 SMALL = [
     "--vocabulary_size", "300", "--num_layers", "3", "--hidden_size", "16", "--intermediate_size", "24",
@@ -235,10 +235,7 @@ def test_formats_say_the_same(tmp_path):
     for index, text in enumerate(texts):
         (tmp_path / f"{index}.txt").write_text(text)
     found = [
-        tuple(
-            sorted(part["text"])
-            for part in training_data.load_texts(data_arguments(tmp_path / name, text_column=c))
-        )
+        tuple(sorted(part["text"]) for part in load_texts(data_arguments(tmp_path / name, text_column=c)))
         for name, c in (
             ("a.jsonl", "content"),
             ("a.csv", "content"),
@@ -266,13 +263,13 @@ def test_what_is_wrong_with_the_data(tmp_path):
         ("c.txt", "leaves nothing of 1 texts for"),
     ):
         with pytest.raises(DataError, match=message.replace("*", "\\*")) as error:
-            training_data.load_texts(data_arguments(tmp_path / name))
+            load_texts(data_arguments(tmp_path / name))
         assert "\n" not in str(error.value)
 
 
 def test_no_file_of_the_standard_library_is_on_both_sides():
     args = TrainingDataArguments()
-    training, evaluation = training_data.load_texts(args)
+    training, evaluation = load_texts(args)
     assert not set(training["text"]) & set(evaluation["text"])
     assert 0.02 < len(evaluation) / (len(evaluation) + len(training)) < 0.1
     assert any("def dataclass(" in text for text in (*training["text"], *evaluation["text"]))
@@ -280,8 +277,8 @@ def test_no_file_of_the_standard_library_is_on_both_sides():
 
 def test_blocks_lose_nothing_but_the_tail(byte_tokenizer):
     """Guards against texts without an end between them, and against a tail lost every 1000 texts."""
-    dataset = training_data.datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno"] * 700})
-    blocks = training_data.to_blocks(dataset, byte_tokenizer, 4, seed=0)
+    dataset = datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno"] * 700})
+    blocks = to_blocks(dataset, byte_tokenizer, 4, seed=0)
     ids = [token for block in blocks["input_ids"] for token in block]
     assert blocks["labels"] == blocks["input_ids"]
     shuffled = dataset.shuffle(0)["text"]
@@ -293,11 +290,11 @@ def test_blocks_lose_nothing_but_the_tail(byte_tokenizer):
 def test_prompts_are_masked(byte_tokenizer):
     """Only the response and its end are learnt; a prompt that fills the block is left out."""
     rows = {"prompt": ["ab", "x" * 50], "response": ["cd", "y"]}
-    dataset = training_data.datasets.Dataset.from_dict(rows)
-    (block,) = training_data.to_blocks(dataset, byte_tokenizer, 12, seed=0)
+    dataset = datasets.Dataset.from_dict(rows)
+    (block,) = to_blocks(dataset, byte_tokenizer, 12, seed=0)
     prompt = byte_tokenizer("ab")["input_ids"]
     response = [*byte_tokenizer("cd", add_special_tokens=False)["input_ids"], byte_tokenizer.eos_token_id]
     assert block["input_ids"] == prompt + response
     assert block["labels"] == [IGNORED] * len(prompt) + response
-    batch = training_data.Padding(0)([block, {"input_ids": [5], "labels": [5]}])
+    batch = Padding(0)([block, {"input_ids": [5], "labels": [5]}])
     assert batch["labels"][1].tolist() == [5] + [IGNORED] * (len(block["labels"]) - 1)

@@ -13,11 +13,11 @@ from typing import NoReturn
 
 from transformers.utils import logging
 
-import distributed
 from arguments import GenerationConfig, ModelArguments, refuse
+from runs import ranks
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
-from self_speculation.llama_model_utils import is_lost_rank
-from self_speculation.loading import default_model, load_config, resolve_device
+from self_speculation.model.decoder import is_lost_rank
+from self_speculation.model.loading import default_model, load_config, resolve_device
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -26,10 +26,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     try:
         status = main()
         sys.stdout.flush()
-        distributed.leave()
+        ranks.leave()
     except KeyboardInterrupt:
         status = 130
-        if distributed.is_first():
+        if ranks.is_first():
             print("interrupted", file=sys.stderr)
     except FloatingPointError as error:  # the model's
         refuse(str(error), status=1)
@@ -45,11 +45,11 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 def meet(model_args: ModelArguments) -> None:
     """What ranks do first of all: become one, where they are to hold one model together."""
-    if model_args.parallel == "data" or distributed.num_processes() == 1:
+    if model_args.parallel == "data" or ranks.num_processes() == 1:
         return
     if model_args.parallel == "pipeline":
         refuse("--parallel pipeline: is one process; start it without torchrun")
-    distributed.join_as_one()
+    ranks.join_as_one()
 
 
 def autoregressive(
@@ -78,9 +78,7 @@ def model_name(model_args: ModelArguments) -> str:
 def number_of_layers(model_args: ModelArguments) -> int:
     """Read off the config alone; what is wrong with it ends the program in one line with status 2."""
     try:
-        return load_config(
-            model_name(model_args), model_args.from_pretrained_args(), model_args.trust_remote_code
-        ).num_hidden_layers
+        return load_config(model_name(model_args), model_args.loading_options()).num_hidden_layers
     except LoadingError as error:
         refuse(f"--{error}")
 
@@ -97,18 +95,7 @@ def load_generator(model_args: ModelArguments, config: GenerationConfig) -> Hugg
         config.check_depth(num_layers)
         # Bars of loading are for somebody who is waiting; what goes wrong is raised.
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-            model, tokenizer = load_model_and_tokenizer(
-                model_name(model_args),
-                model_args.from_pretrained_args(),
-                model_args.dtype,
-                model_args.device,
-                model_args.seed,
-                model_args.fuse,
-                model_args.compile,
-                model_args.parallel,
-                model_args.quantization,
-                model_args.trust_remote_code,
-            )
+            model, tokenizer = load_model_and_tokenizer(model_name(model_args), model_args.loading_options())
     except (LoadingError, ValueError) as error:
         refuse(f"--{error}")
     return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))

@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from self_speculation.drafting import LayerDrafts
-from self_speculation.generator_base import DraftWeights
-from self_speculation.llama_model_utils import Decoder, agreed, forward, synchronize
-from self_speculation.output import Output
-from self_speculation.sampling import Sampler
+from self_speculation.config import DraftWeights
+from self_speculation.decoding.output import Output
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.decoding.stopping import StopConditions
+from self_speculation.drafts.sources import LayerDrafts
+from self_speculation.model.decoder import Decoder, agreed, forward, synchronize
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
-from self_speculation.stopping import StopConditions
 
 _REPETITIONS = 7
 _ENOUGH, _LONG = 3, 30.0  # repetitions that will do where all take more than so many seconds

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from self_speculation.config import GenerationConfig
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -62,6 +64,10 @@ class Sampler:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Sampler:
+        return cls(config.sample, config.temperature, config.top_k, config.top_p)
 
     @property
     def greedy(self) -> bool:

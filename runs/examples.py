@@ -8,13 +8,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-import distributed
 from arguments import DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
-from records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
+from runs import ranks
+from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
+from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.llama_model_utils import context_length, is_lost_rank, sliding_window
-from startup import load_generator, meet, model_name
+from self_speculation.model.decoder import context_length, is_lost_rank, sliding_window
 
 
 def prepare(
@@ -35,7 +35,7 @@ def prepare(
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config)
-    resume, output_dir = distributed.place_to_write(args.resume, model_args.output_dir)
+    resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     return (
         generator,
@@ -66,16 +66,16 @@ def run_examples(
     Returns:
         The exit status: 130 after Ctrl-C, 1 where records could not be written.
     """
-    with distributed.process_group():
+    with ranks.process_group():
         try:
-            run = distributed.share(open_run() if distributed.rank() == 0 else None)
+            run = ranks.share(open_run() if ranks.rank() == 0 else None)
         except RecordError as error:
             refuse(str(error))
         assert run is not None
-        finished = distributed.share(run.records() if distributed.rank() == 0 else {})
+        finished = ranks.share(run.records() if ranks.rank() == 0 else {})
         missing = [index for index in range(num_examples) if index not in finished]
-        mine = missing[distributed.rank() :: distributed.world_size()]
-        writer, records = run.writer(distributed.rank()), list(finished.values())
+        mine = missing[ranks.rank() :: ranks.world_size()]
+        writer, records = run.writer(ranks.rank()), list(finished.values())
 
         def kept(reason: str) -> str:
             return (
@@ -85,17 +85,17 @@ def run_examples(
 
         try:
             with (
-                distributed.last_words(lambda: kept("terminated, as when another rank is gone")),
-                tqdm(mine, desc=unit, disable=distributed.rank() != 0) as bar,
+                ranks.last_words(lambda: kept("terminated, as when another rank is gone")),
+                tqdm(mine, desc=unit, disable=ranks.rank() != 0) as bar,
             ):
                 for index in bar:
                     records.append({"index": index, **measure(index)})
                     writer.append(records[-1])
                     bar.set_postfix_str(progress(records))
-                    if distributed.rank() == 0:
+                    if ranks.rank() == 0:
                         after_each(run)
-                distributed.barrier()
-            if distributed.rank() != 0:
+                ranks.barrier()
+            if ranks.rank() != 0:
                 return 0
             complete = run.records()
             return conclude(run, [complete[index] for index in range(num_examples)])
@@ -107,7 +107,7 @@ def run_examples(
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise
-            if distributed.is_first():
+            if ranks.is_first():
                 print(kept("another rank is gone"), file=sys.stderr)
         return 1
 
@@ -129,7 +129,7 @@ def _examples_that_fit(
         refuse(str(error))
     if not fitting:
         refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
-    if len(fitting) < len(examples) and distributed.rank() == 0:
+    if len(fitting) < len(examples) and ranks.rank() == 0:
         number = len(examples) - len(fitting)
         print(
             f"left out {number} of {len(examples)} examples: prompts of more than {room} tokens",

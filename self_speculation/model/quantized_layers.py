@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from self_speculation.lean_layers import Lean, Product
-from self_speculation.llama_model_utils import Decoder
+from self_speculation.model.decoder import Decoder
+from self_speculation.model.lean_layers import Lean, Product
 
 _QUANTIZED: WeakKeyDictionary[Lean, Lean] = WeakKeyDictionary()
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.kv_cache import StaticKVCache, WrittenAt
-from self_speculation.llama_model_utils import Decoder, ForwardResult, StaticSpan, context_length
+from self_speculation.model.decoder import Decoder, ForwardResult, StaticSpan, context_length
+from self_speculation.model.kv_cache import StaticKVCache, WrittenAt
 
 # The cache holds at least so many positions, and twice as many whenever a generation needs more.
 _SMALLEST_CAPACITY = 1024

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.generator_base import DraftWeights, GenerationConfig
-from self_speculation.llama_model_utils import Decoder, cost_ratio, forward_early
-from self_speculation.output import Output
-from self_speculation.policy import (
+from self_speculation.config import DraftWeights, GenerationConfig
+from self_speculation.decoding.output import Output
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.drafts.policy import (
     AdaptivePolicy,
     FixedThreshold,
     LearnedThreshold,
@@ -24,9 +24,9 @@ from self_speculation.policy import (
     Plan,
     Threshold,
 )
-from self_speculation.prompt_lookup import NgramIndex
-from self_speculation.quantized_layers import quantized
-from self_speculation.sampling import Sampler
+from self_speculation.drafts.prompt_lookup import NgramIndex
+from self_speculation.model.decoder import Decoder, cost_ratio, forward_early
+from self_speculation.model.quantized_layers import quantized
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,19 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from self_speculation.llama_model_utils import is_lost_rank
+import arguments
+from self_speculation.model.decoder import is_lost_rank
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # ranks may finish hours apart; one that dies is noticed at once all the same
 
 _one_model_together = False
-
-# Where a rank that is not heard says what ends it; None: where all others do.
-errors: TextIO | None = None
 
 
 def num_processes() -> int:
@@ -63,8 +61,7 @@ def join_as_one() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     if is_first():
         return
-    global errors
-    errors = sys.stderr
+    errors = arguments.errors = sys.stderr
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not is_lost_rank(error):

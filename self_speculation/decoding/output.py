@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from self_speculation.stopping import StopConditions, StopReason
+from self_speculation.decoding.stopping import StopConditions, StopReason
 
 NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
 

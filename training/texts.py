@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import DataError, one_line
-from recipe import IGNORED
+from training.recipe import IGNORED
 
 if TYPE_CHECKING:
     from arguments import TrainingDataArguments

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -37,18 +37,15 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from self_speculation import lean_layers
-from self_speculation.compiled import compile_decoding
-from self_speculation.llama_model_utils import check_supported, is_lost_rank
-
-DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
-Parallel = Literal["data", "tensor", "pipeline"]
-Quantization = Literal["none", "int8", "int4"]
+from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
+from self_speculation.model.compiled import compile_decoding
+from self_speculation.model.decoder import check_supported, is_lost_rank
+from self_speculation.model.lean_layers import fuse
 
 # In a checkout, and where the package is installed.
 _BUNDLED = (
-    Path(__file__).parent.parent / "checkpoints" / "python-10m",
-    Path(__file__).parent / "bundled",
+    Path(__file__).parents[2] / "checkpoints" / "python-10m",
+    Path(__file__).parents[1] / "bundled",
 )
 
 
@@ -108,53 +105,34 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return torch.float16
 
 
-def load_config(
-    model: str, model_args: dict[str, Any] | None = None, trust_remote_code: bool = False
-) -> PretrainedConfig:
+def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
     """The config alone, of a supported type; arguments and errors as `load_model_and_tokenizer`."""
-    source, kwargs = _locate(model, trust_remote_code)
+    options = options or LoadingOptions()
+    source, kwargs = _locate(model, options.trust_remote_code)
     with _explained(model):
-        config = AutoConfig.from_pretrained(source, **kwargs, **(model_args or {}))
+        config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
         check_supported(config)
     return config
 
 
 def load_model_and_tokenizer(
-    model: str,
-    model_args: dict[str, Any] | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    seed: int = 42,
-    fuse: bool = True,
-    compile: bool = False,
-    parallel: Parallel = "data",
-    quantization: Quantization = "none",
-    trust_remote_code: bool = False,
+    model: str, options: LoadingOptions | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference.
 
     Args:
         model: a hub id, a local folder, or a `.gguf` file.
-        model_args: passed to `from_pretrained`.
-        dtype: see `resolve_dtype`.
-        device: see `resolve_device`.
-        seed: for every random generator.
-        fuse: make the layers lean, see `lean_layers`.
-        compile: compile the passes of decoding, see `compiled`.
-        parallel: `tensor`: a share of every layer on each process of torch.distributed, which must have been
-            initialised; `pipeline`: layers on all devices there are, what has no room in memory or on disk.
-        quantization: hold the weights of the layers' products in so many bits. Only weights: a token's
-            result does not depend on what else is in the pass.
-        trust_remote_code: execute Python code that the model's repository may bring.
+        options: see there.
 
     Raises:
         LoadingError
     """
-    set_seed(seed)
-    torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
-    config = load_config(model, model_args, trust_remote_code)
-    source, kwargs = _locate(model, trust_remote_code)
+    options = options or LoadingOptions()
+    set_seed(options.seed)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    config = load_config(model, options)
+    source, kwargs = _locate(model, options.trust_remote_code)
     with _explained(model):
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         if tokenizer.vocab_size > config.vocab_size:
@@ -162,25 +140,23 @@ def load_model_and_tokenizer(
                 f"model {model!r}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only "
                 f"{config.vocab_size}: it is that of another model"
             )
-        options = {
-            "dtype": torch_dtype,
+        how = {
+            "dtype": dtype,
             "use_safetensors": True,
-            **_placement(parallel, torch_device, config),
-            **_quantized(quantization, torch_dtype, config, model),
-            **(model_args or {}),
+            **_placement(options.parallel, device, config),
+            **_quantized(options.quantization, dtype, config, model),
+            **options.model_args,
         }
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            source, **kwargs, **options, output_loading_info=True
-        )
+        loaded, info = AutoModelForCausalLM.from_pretrained(source, **kwargs, **how, output_loading_info=True)
         absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         if absent:
             raise LoadingError(
                 f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
             )
     loaded.eval()
-    if fuse:
-        lean_layers.fuse(loaded)
-    if compile:
+    if options.fuse:
+        fuse(loaded)
+    if options.compile:
         compile_decoding(loaded)
     return loaded, tokenizer
 

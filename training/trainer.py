@@ -17,8 +17,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
 
-import recipe
-from self_speculation.llama_model_utils import exit_logits, hidden_after_each_layer
+from self_speculation.model.decoder import exit_logits, hidden_after_each_layer
+from training import recipe
 
 # What `exit_scores` tells of each exit, as means; agreement is with the last layer.
 EXIT_SCORES = ("loss", "accuracy", "agreement")

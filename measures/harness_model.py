@@ -22,10 +22,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from tqdm import tqdm
 
-from measuring import measure_example
-from records import Record
+from measures.timed_runs import measure_example
+from runs.records import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.llama_model_utils import attended_length, exit_logits, hidden_after_each_layer
+from self_speculation.model.decoder import attended_length, exit_logits, hidden_after_each_layer
 
 # What a task may ask of generation, besides the names that the harness has for the number of tokens.
 SUPPORTED_GENERATION_KWARGS = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
-from self_speculation.kv_cache import KVCache, WrittenAt
+from self_speculation.model.kv_cache import KVCache, WrittenAt
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,

@@ -16,7 +16,7 @@ import sacrebleu
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from self_speculation.stopping import StopWords
+from self_speculation.decoding.stopping import StopWords
 
 Record = dict[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from records import Record
+from runs.records import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
 
 BASELINE = "autoregressive_"  # before the fields of the strategy that another is compared with

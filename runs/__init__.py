@@ -1,0 +1,1 @@
+"""What scripts share around their work: startup, ranks, records, examples, tuning."""

@@ -1,0 +1,1 @@
+"""Where drafts come from, what they have learnt, and what a round costs."""

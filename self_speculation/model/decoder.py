@@ -1,0 +1,370 @@
+"""The only module that knows how a transformers decoder is built: it runs a range of its layers.
+
+Knows nothing of tokens' meaning, sampling or strategies. Everything above sees token ids go in, and logits
+and exit hidden states come out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.model.kv_cache import KVCache, WrittenAt
+from self_speculation.model.lean_layers import NARROW, lean_head, lean_layer
+
+# `config.model_type` of the decoders that are a stack of residual layers between an unscaled embedding and a
+# plain `lm_head(norm(x))`. Every one of them is compared with its own `model(...)` in
+# tests/test_llama_model_utils.py.
+SUPPORTED_MODEL_TYPES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4",
+    "helium", "hunyuan_v1_dense", "ministral", "olmo", "olmo2", "phi3", "seed_oss", "stablelm", "starcoder2",
+)  # fmt: skip
+T = TypeVar("T")
+
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+
+# Positions beyond the prompt that the cache starts with, where the generation may become longer than that.
+_FIRST_ALLOCATION = 1024
+
+# Prompts run through the layers in pieces of so many positions.
+PREFILL_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    logits: Tensor  # [1, n, V] for the n positions asked for; empty when n is 0
+    hidden: Tensor  # [1, T, H] after the last layer that ran, before the norm: the exit query
+
+
+def check_supported(config: Any) -> None:
+    """Refuse a model that cannot be driven layer by layer.
+
+    Raises:
+        ValueError: names the model type or attention implementation and lists the supported ones.
+    """
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported; supported are "
+            + ", ".join(SUPPORTED_MODEL_TYPES)
+        )
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, *SUPPORTED_ATTENTION):
+        raise ValueError(
+            f"attn_implementation {attention!r} is not supported; supported are "
+            + ", ".join(SUPPORTED_ATTENTION)
+        )
+
+
+def context_length(config: Any) -> int:
+    """How many positions (prompt and output together) the model's position embedding covers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond its original context such a model re-reads the whole past with other frequencies, which no
+        # cache of rotated keys can follow.
+        return rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return config.max_position_embeddings
+
+
+def sliding_window(config: Any) -> int | None:
+    """How many positions some of the layers attend to; None where all attend to everything."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def attended_length(config: Any) -> int:
+    """How many positions a sequence may have such that every layer attends to all of them."""
+    return min(context_length(config), sliding_window(config) or context_length(config))
+
+
+def check_window(config: Any, num_positions: int) -> None:
+    """Refuse a generation of `num_positions` (prompt and output) in which a sliding window would hide some.
+
+    Raises:
+        ValueError: names the window.
+    """
+    window = sliding_window(config)
+    if window is not None and num_positions > window:
+        raise ValueError(
+            f"prompt and max_steps need {num_positions} positions, but this {config.model_type} model has a "
+            f"sliding window of {window}; only full attention is supported, so at most {window} positions"
+        )
+
+
+class PlainLayer:
+    """A decoder layer of transformers, called as a lean one is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, hidden: Tensor, span: Span | StaticSpan, cache: KVCache | WrittenAt) -> Tensor:
+        return self._layer(
+            hidden[None],
+            attention_mask=span.mask,
+            position_embeddings=span.rotary,
+            cache=cache,
+            use_cache=True,
+        )[0]
+
+
+class Span:
+    """The T positions from `start` on that a pass adds, as its layers ask for them; made when asked for."""
+
+    def __init__(self, decoder: Decoder, start: int, width: int) -> None:
+        self._decoder, self._start, self._width = decoder, start, width
+
+    @cached_property
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, [1, T, head_dim]."""
+        cos, sin = self._decoder.rotary.narrow(1, self._start, self._width).split(1)
+        return cos, sin
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """[T, n, head_dim] of queries or keys, each turned by the angles of its position."""
+        if self._width > NARROW:
+            return _rotated(heads, *self.rotary)
+        return torch.bmm(heads, self._rotations)
+
+    @cached_property
+    def _rotations(self) -> Tensor:
+        """[T, head_dim, head_dim]: a product with these is one kernel, `_rotated` takes half a dozen."""
+        cos, sin = (table.transpose(0, 1) for table in self.rotary)  # [T, 1, head_dim]
+        return torch.addcmul(self._decoder.unit * cos, self._decoder.half_turn, sin)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[1, 1, T, start + T], added to the scores; None where sdpa needs none."""
+        rows = self._decoder.mask_rows(self._start, self._width)
+        return None if rows is None else rows[None, None]
+
+    @cached_property
+    def grouped_mask(self) -> Tensor | None:
+        """[G * T, start + T] for the queries of G heads that share their keys, head by head."""
+        rows = self._decoder.mask_rows(self._start, self._width)
+        return None if rows is None else rows.expand(self._decoder.groups, -1, -1).flatten(0, 1)
+
+
+class StaticSpan:
+    """As `Span`, of positions [T] that are data, over all `capacity` positions of the cache."""
+
+    def __init__(self, decoder: Decoder, positions: Tensor, capacity: int) -> None:
+        self.rotary = decoder.rotary.index_select(1, positions).split(1)  # [1, T, head_dim] each
+        hidden_positions = torch.arange(capacity, device=positions.device) > positions[:, None]
+        lowest = torch.finfo(decoder.rotary.dtype).min
+        rows = hidden_positions.to(decoder.rotary.dtype) * lowest  # [T, capacity]
+        self.mask = rows[None, None]
+        self.grouped_mask = rows.expand(decoder.groups, -1, -1).flatten(0, 1)
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """See `Span`; the compiler makes one kernel of it."""
+        return _rotated(heads, *self.rotary)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, n, head_dim] heads, [1, T, head_dim] tables."""
+    first, second = heads.chunk(2, -1)
+    return heads * cos.transpose(0, 1) + torch.cat((-second, first), -1) * sin.transpose(0, 1)
+
+
+class Decoder:
+    """One model over one generation's cache: embeds, runs layers [first:last], applies norm and head.
+
+    Rotary tables and the causal mask are made once and sliced by position ever after.
+
+    Args:
+        model: a `...ForCausalLM` of a supported type; what `fuse` has made of its layers is used.
+        prompt_length: positions that come first.
+        num_positions: the most positions that the generation can reach.
+        max_width: the most tokens that a pass after the prompt is given.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1
+    ) -> None:
+        check_supported(model.config)
+        self.config = model.config
+        base, head = model.base_model, model.get_output_embeddings()
+        self.layers = [lean_layer(layer) or PlainLayer(layer) for layer in base.layers]
+        self.cache = KVCache(len(self.layers), capacity=min(num_positions, prompt_length + _FIRST_ALLOCATION))
+        self._embed = base.embed_tokens
+        self.head = lean_head(base.norm, head) or (lambda hidden: head(base.norm(hidden[None]))[0])
+        self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
+        self._eager = model.config._attn_implementation == "eager"
+        self._num_positions = num_positions
+
+        weight = self._embed.weight
+        positions = torch.arange(num_positions, device=weight.device)[None]
+        self.rotary = torch.cat(
+            base.rotary_emb(weight, position_ids=positions)
+        )  # [2, num_positions, head_dim]
+        # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
+        head_dim = self.rotary.shape[2]
+        self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
+        self.half_turn = self.unit.roll(head_dim // 2, 1)
+        self.half_turn[:, : head_dim // 2].neg_()
+        # A query at position `start + i` sees `start` columns of zeros and then a triangle. Rows of one
+        # matrix, shifted:
+        #   [ 0 0 0 0 | 0 - - ]      so that the mask of T queries behind `start` positions is the slice
+        #   [ 0 0 0 0 | 0 0 - ]      [:T, num_positions - start : num_positions + T].
+        #   [ 0 0 0 0 | 0 0 0 ]
+        chunk = PREFILL_CHUNK if prompt_length > PREFILL_CHUNK else 1
+        height = max(max_width, prompt_length if self._eager else chunk)
+        lowest = torch.finfo(weight.dtype).min
+        mask = torch.full((height, num_positions + height), lowest, dtype=weight.dtype, device=weight.device)
+        self._mask = mask.triu(num_positions + 1)
+
+    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
+        """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""
+        other = copy.copy(self)
+        other.layers, other.head = layers, head
+        return other
+
+    def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
+        """Layers first..last-1 over T new positions, norm and head for the last `num_logits` of them.
+
+        Args:
+            inputs: [1, T] ids where `first` is 0, else [1, T, H] the input of layer `first`.
+        """
+        hidden = self.run_layers(inputs if first else self.embed(inputs), first, last)
+        return ForwardResult(self.logits(hidden, num_logits), hidden)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[1, T] ids -> [1, T, H]"""
+        return self._embed(input_ids)
+
+    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Run layers first..last-1 on T new positions behind those that layer `first` has seen.
+
+        Args:
+            hidden: [1, T, H] the input of layer `first`.
+
+        Returns:
+            [1, T, H] the output of layer `last - 1`; the keys and values are in the cache.
+        """
+        span = Span(self, self.cache.length(first), hidden.shape[1])
+        states = hidden[0]  # [T, H]
+        for layer in self.layers[first:last]:
+            states = layer(states, span, self.cache)
+        return states[None]
+
+    def logits(self, hidden: Tensor, num_positions: int) -> Tensor:
+        """[1, T, H] -> [1, n, V] for the last n positions; the head runs for no others."""
+        if num_positions == 0:
+            return hidden.new_empty(1, 0, 0)
+        # With layers on several devices, everything but the layers is where the embedding is.
+        return self.head(hidden[0, -num_positions:])[None].to(self._mask.device)
+
+    def mask_rows(self, start: int, width: int) -> Tensor | None:
+        """[T, start + T]; None where sdpa masks by itself, and for a single query, which sees everything."""
+        if not self._eager and (width == 1 or start == 0):
+            return None
+        return self._mask[:width, self._num_positions - start : self._num_positions + width]
+
+
+def agreed(model: PreTrainedModel, value: T) -> T:
+    """What the first process says, where several hold one model together and have to do the same.
+
+    Whatever comes from a clock or from a person differs between them, and one that took another turn would
+    leave the others waiting.
+    """
+    if (model.tp_size or 1) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a process that waited for another one learnt so that it is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def synchronize(model: PreTrainedModel) -> None:
+    """Wait until every GPU that has a part of the model is done."""
+    for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def cost_ratio(model: PreTrainedModel, exit_layer: int) -> float:
+    """c = (E + h) / (L + h), by bytes read; h is the head's size in layers."""
+    layers = model.base_model.layers
+    head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
+    return (exit_layer + head) / (len(layers) + head)
+
+
+def prefill(decoder: Decoder, input_ids: Tensor, exit_layer: int) -> ForwardResult:
+    """Layers 0..exit_layer-1 over a prompt [1, P], with logits for its last position.
+
+    It goes through in pieces of PREFILL_CHUNK positions: a long one needs no more memory than one of those.
+    """
+    *chunks, last = input_ids.split(PREFILL_CHUNK, dim=1)
+    for chunk in chunks:
+        forward_early(decoder, chunk, exit_layer, num_logits=0)
+    return forward_early(decoder, last, exit_layer)
+
+
+def forward(decoder: Decoder, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
+    """All layers over T new tokens [1, T]; logits for the last `num_logits` of them."""
+    return forward_early(decoder, input_ids, len(decoder.layers), num_logits)
+
+
+def forward_early(decoder: Decoder, input_ids: Tensor, exit_layer: int, num_logits: int = 1) -> ForwardResult:
+    """Layers 0..exit_layer-1 over T new tokens [1, T]; norm and head for the last `num_logits` of them."""
+    return decoder.run(input_ids, 0, exit_layer, num_logits)
+
+
+def forward_exits(
+    decoder: Decoder, input_ids: Tensor, exit_layers: Iterable[int], num_logits: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(exit layer, logits [1, n, V] of the last n tokens) of each exit, in one pass over [1, T] tokens."""
+    hidden, done = decoder.embed(input_ids), 0
+    for exit_layer in sorted(exit_layers):
+        hidden, done = decoder.run_layers(hidden, done, exit_layer), exit_layer
+        yield exit_layer, decoder.logits(hidden, num_logits)
+
+
+def forward_remainder(decoder: Decoder, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:
+    """Layers exit_layer..L-1 over the exit hidden states [1, T, H] of T tokens; logits for all of them."""
+    return decoder.run(exit_hidden, exit_layer, len(decoder.layers), exit_hidden.shape[1])
+
+
+def hidden_after_each_layer(
+    model: PreTrainedModel, input_ids: Tensor, kept: Tensor | None = None
+) -> Iterator[Tensor]:
+    """[B, T, H] after every layer, without a cache: what training looks at.
+
+    Args:
+        input_ids: [B, T], padding only on the right, where no real token attends to it.
+        kept: [L, B] on the CPU, the samples that each layer is run on; the others skip it at no cost.
+    """
+    base = model.base_model
+    hidden = base.embed_tokens(input_ids)
+    width = input_ids.shape[1]
+    rotary = base.rotary_emb(hidden, position_ids=torch.arange(width, device=hidden.device)[None])
+    mask = None  # sdpa masks by itself
+    if model.config._attn_implementation == "eager":
+        lowest = torch.finfo(hidden.dtype).min
+        mask = torch.full((1, 1, width, width), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)
+    for index, layer in enumerate(base.layers):
+        if kept is None or kept[index].all():
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        elif kept[index].any():
+            rows = kept[index].nonzero().squeeze(1).to(hidden.device)
+            changed = layer(hidden[rows], attention_mask=mask, position_embeddings=rotary)
+            hidden = hidden.index_copy(0, rows, changed.to(hidden.dtype))
+        yield hidden
+
+
+def exit_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[..., H] after any layer -> [..., V] by the model's own norm and head."""
+    return model.get_output_embeddings()(model.base_model.norm(hidden))
