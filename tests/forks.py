@@ -149,8 +149,12 @@ def run_ranks(
         for rank, variables in enumerate(environments(ranks)):
             started.append(
                 Fork(
-                    script, *args, stdin=None if rank else stdin.fileno(), stdout=stdout.fileno(),
-                    stderr=stderr.fileno(), env={**variables, **(env or {})},
+                    script,
+                    *args,
+                    stdin=None if rank else stdin.fileno(),
+                    stdout=stdout.fileno(),
+                    stderr=stderr.fileno(),
+                    env={**variables, **(env or {})},
                 )  # fmt: skip
             )
             stack.callback(started[-1].end)

@@ -50,7 +50,10 @@ SLOW = dict.fromkeys(("cold", "hot", "top_k", "top_p", "confidence", "int8"), py
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])
 def test_self_speculative_distribution(name):
     kwargs, processors = SETTINGS[name]
-    assert p_value(observed(config(**kwargs), processors, SAMPLES), expected(config(**kwargs), processors)) > 1e-4
+    assert (
+        p_value(observed(config(**kwargs), processors, SAMPLES), expected(config(**kwargs), processors))
+        > 1e-4
+    )
 
 
 def test_adaptive_distribution(monkeypatch):

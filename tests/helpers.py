@@ -1,0 +1,36 @@
+"""What tests of several scripts share: small data, the folder that a run left, and its records."""
+
+from __future__ import annotations
+
+import json
+
+import forks
+import pandas
+import torch.distributed.run
+
+TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")
+
+
+def custom_data(folder):
+    """A file for `--dataset custom_jsonl`: 12 rows."""
+    path = folder / "data.jsonl"
+    rows = [{"prompt": f"add{i}(a, b):", "response": f"    return a + b + {i}"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def only_run(tmp_path):
+    """The one folder that was written below `--output_dir tmp_path/logs`."""
+    (folder,) = (tmp_path / "logs").iterdir()
+    return folder
+
+
+def untimed(folder):
+    """The records of a run without what a clock said."""
+    frame = pandas.read_json(folder / "records.jsonl", lines=True)
+    return frame.drop(columns=[name for name in TIMES if name in frame]).to_dict("records")
+
+
+def torchrun(ranks, script, *args):
+    """By the launcher itself, which starts a new process for each rank; see forks.run_ranks for a cheap one."""
+    return forks.run(torch.distributed.run.__file__, "--nproc_per_node", ranks, script, *args)
