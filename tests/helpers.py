@@ -8,6 +8,7 @@ import forks
 import pandas
 import torch.distributed.run
 
+TORCHRUN = torch.distributed.run.__file__
 TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")
 
 
@@ -33,4 +34,4 @@ def untimed(folder):
 
 def torchrun(ranks, script, *args):
     """By the launcher itself, which starts a new process for each rank; see forks.run_ranks for a cheap one."""
-    return forks.run(torch.distributed.run.__file__, "--nproc_per_node", ranks, script, *args)
+    return forks.run(TORCHRUN, "--nproc_per_node", ranks, script, *args)
