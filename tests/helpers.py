@@ -8,6 +8,8 @@ import forks
 import pandas
 import torch.distributed.run
 
+from measures.calibration import Costs
+
 TORCHRUN = torch.distributed.run.__file__
 TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")
 
@@ -35,3 +37,20 @@ def untimed(folder):
 def torchrun(ranks, script, *args):
     """By the launcher itself, which starts a new process for each rank; see forks.run_ranks for a cheap one."""
     return forks.run(TORCHRUN, "--nproc_per_node", ranks, script, *args)
+
+
+def no_clock(monkeypatch):
+    """For a test that is not about times: a sweep that neither measures what a pass costs nor draws.
+
+    The one place to change where calibration or plots move.
+    """
+    monkeypatch.setattr(
+        "sweep.calibrate",
+        lambda model, exit_layers, *_: Costs(
+            plain_step=1.0,
+            draft_step={layer: layer / 8 for layer in exit_layers},
+            verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
+            draft_lengths=(0, 20),
+        ),
+    )
+    monkeypatch.setattr("sweep.heat_maps", lambda *_: None)
