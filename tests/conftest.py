@@ -111,6 +111,21 @@ def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):
     return new[: ends[0]] if ends else new
 
 
+def assert_close(actual, expected, computed_in=None, roundings=100):
+    """Equal up to so many roundings of the largest number: sums in another order, by other instructions.
+
+    computed_in: the dtype whose roundings count, where a part is done in fewer bits than the result has.
+    """
+    eps = torch.finfo(computed_in or expected.dtype).eps
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=0,
+        atol=roundings * eps * float(expected.detach().abs().max()),
+        check_dtype=False,
+    )
+
+
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 

@@ -202,14 +202,12 @@ def read(stream: IO[bytes], text: bool) -> str | bytes:
 
 def serve(listener: socket.socket) -> dict[str, Any]:
     """Fork a child for each connection until standard input ends; returns in the child, with what it is to do."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the children
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         import_what_is_heavy()
         _, streams, *_ = socket.recv_fds(connection, 1, 3)
         job = json.loads(connection.makefile("rb").readline())
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             child = os.fork()
             if child == 0:
                 os.setsid()
@@ -225,6 +223,12 @@ def serve(listener: socket.socket) -> dict[str, Any]:
         connection.close()
         for stream in streams:
             os.close(stream)
+        with contextlib.suppress(ChildProcessError):  # none left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    with contextlib.suppress(ChildProcessError):
+        while True:  # so that their processor time counts as the server's
+            os.wait()
     os._exit(0)
 
 

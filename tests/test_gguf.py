@@ -74,7 +74,7 @@ def test_it_is_the_model_that_was_written(loaded, text_model, byte_tokenizer):
     ids = byte_tokenizer.encode("a man: who are you?", return_tensors="pt")
     assert tokenizer.encode("a man: who are you?", return_tensors="pt").tolist() == ids.tolist()
     with torch.inference_mode():
-        torch.testing.assert_close(model(ids).logits, text_model(ids).logits)
+        assert_close(model(ids).logits, text_model(ids).logits)
 
 
 def test_once_trained_it_can_be_saved(loaded, tmp_path):
