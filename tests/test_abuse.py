@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -208,11 +207,15 @@ def test_a_full_disk_keeps_what_was_written(common, tmp_path):
     """By a limit on the size of files, which Python reports as it reports a full disk."""
     common += ["--num_samples", "12", "--max_steps", "40"]
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-
-    command = [sys.executable, str(ROOT / "benchmark.py"), *common]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=forks.HANGS, preexec_fn=limit)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import benchmark\n"
+        "from runs.startup import run\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "run(benchmark.main)\n"
+    )
+    run = forks.run(program, *common)
     assert run.returncode == 1
     folder = only_run(tmp_path)
     kept = (folder / "records.rank0.jsonl").read_text().count("\n")

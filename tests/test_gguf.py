@@ -5,7 +5,7 @@ import json
 import gguf
 import pytest
 import torch
-from conftest import EOS
+from conftest import EOS, assert_close
 from transformers import AutoModelForCausalLM
 
 from self_speculation import load_model_and_tokenizer

@@ -45,10 +45,11 @@ def command(model_folder, tmp_path):
     return of
 
 
-SCRIPTS = ["generate", "benchmark", "correctness", "sweep", "eval", "train"]
+# The harness looks through thousands of files before it finds the two tasks that it is to run.
+SLOW = [pytest.param("eval", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["generate", "benchmark", "correctness", "sweep", "train", *SLOW])
 def test_by_python(name, command):
     words, once = command(name)
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=forks.HANGS)
@@ -56,8 +57,23 @@ def test_by_python(name, command):
     assert done.stdout.count(once) == 1
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def test_eval_begins():
+    """What is left of the slow one above in the default run: everything is imported, in this order."""
+    done = subprocess.run([sys.executable, "-c", "import eval"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# What benchmark.py does with its ranks, the slow ones do as well, by the same functions; and each is started
+# over two ranks by another test, though not by torchrun itself.
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("benchmark", "correctness", "sweep", "eval", "train")
+]
+
+
+@pytest.mark.parametrize("name", ["generate", *SLOW])
 def test_by_torchrun(name, command):
+    """Of benchmark.py in the default run, too: test_parallel.py kills one of its ranks."""
     words, once = command(name)
     done = torchrun(2, *words)
     assert done.returncode == 0, done.stderr
