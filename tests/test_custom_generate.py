@@ -91,8 +91,8 @@ def test_stopping_criteria_are_asked():
 
 
 def test_sampling_is_from_the_distribution_that_generate_prepared():
-    """Guards against a temperature or a top-k applied twice or never. False alarms: 1e-4, fixed seed; that the
-    samples are enough is shown by the last line, which tells a temperature of 0.7 from one of 1.
+    """Guards against a temperature or a top-k applied twice or never. False alarms: 1e-4, fixed seed; that
+    500 samples are enough is shown by the last line, which tells a temperature of 0.7 from one of 1.
     """
     settings = {"temperature": 0.7, "top_k": 3}
     torch.manual_seed(0)

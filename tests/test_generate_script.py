@@ -64,7 +64,7 @@ class Terminal(pexpect.fdpexpect.fdspawn):
         self.send(chr(ord(letter) - ord("a") + 1))
 
     def is_asked(self):
-        """Not only the prompt, which is drawn again whenever something changes: its keys are read from now on."""
+        """Wait until keys are read. The prompt alone says nothing: it is drawn again at every change."""
         self.expect(r"\x1b\[\?2004h")  # pasted text is told from typed one
         self.expect(">>>")
 

@@ -1,4 +1,4 @@
-"""Models in a GGUF file: a small one written here, as converters write them. A real one is in test_smollm2.py."""
+"""Models in a GGUF file: a small one, written here as converters do. A real one is in test_smollm2.py."""
 
 import json
 
@@ -69,7 +69,7 @@ def loaded(text_model, byte_tokenizer, tmp_path):
 
 
 def test_it_is_the_model_that_was_written(loaded, text_model, byte_tokenizer):
-    """Guards against a file whose name is taken for a folder, and a tokenizer that is looked for elsewhere."""
+    """Guards against a file name that is taken for a folder, and a tokenizer looked for elsewhere."""
     model, tokenizer = loaded
     ids = byte_tokenizer.encode("a man: who are you?", return_tensors="pt")
     assert tokenizer.encode("a man: who are you?", return_tensors="pt").tolist() == ids.tolist()

@@ -89,8 +89,8 @@ PROBLEM = {
 
 
 def test_pass_at_1_runs_answers_in_a_process_with_limits():
-    """One right, one wrong, one that breaks, one that would end this process, and two that are right up to where
-    the function ends; none of which a slow machine must not have the time for. Then one that never ends.
+    """One right, one wrong, one that breaks, one that would end this process, and two that are right up to
+    where the function ends: with time enough on a slow machine. Then one that never ends.
     """
     answers = [
         "    return 1", "    return 2", "    return (", "    import os; os._exit(0)",

@@ -1,8 +1,8 @@
 """Each script as a user starts it: by python, and by torchrun over two ranks.
 
-Other tests start scripts as forks of a process that has imported everything (forks.py). Guards against what those
-cannot see: a module that is imported in one order only, an import that is missing, what a script needs of its
-name or its place, and variables that torchrun sets.
+Other tests start scripts as forks of a process that has imported everything (forks.py). Guards against what
+those cannot see: a module that is imported in one order only, an import that is missing, what a script
+needs of its name or its place, and variables that torchrun sets.
 """
 
 import subprocess

@@ -131,6 +131,10 @@ def test_loss_is_the_weighted_sum_of_the_exits():
 
 
 def test_gradient_against_finite_differences():
+    """Norms compute in fp32 even in a double model: a step of 1e-3 is large enough for its roundings not to
+    count (they would be 2 % of a step of 1e-5) and small enough for the curvature not to: errors are below
+    1e-4.
+    """
     model = tiny_llama(vocab_size=49).double()  # of its own: the precision changes for good
     ids, labels = batch()
     changed = settings(layer_dropout=0.4)
@@ -150,9 +154,9 @@ def test_gradient_against_finite_differences():
         with torch.no_grad():
             values = []
             for sign in (1, -2):  # up, then from there down on the other side
-                parameter += sign * 1e-5 * direction  # norms compute in fp32
+                parameter += sign * 1e-3 * direction
                 values.append(loss().item())
-        assert analytic == pytest.approx((values[0] - values[1]) / 2e-5, rel=2e-3)
+        assert analytic == pytest.approx((values[0] - values[1]) / 2e-3, rel=2e-3)
     model.eval()
 
 
