@@ -38,7 +38,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive, run
 from runs.tuning import tuned
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.drafts.sources import draft_cost
+from self_speculation.drafts.costs import Costs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +126,9 @@ class Benchmark:
         alpha = metrics.token_acceptance(records)
         if self._config.generation_strategy == "adaptive":  # the formula is about one exit and one length
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
-        cost = draft_cost(self._model, self._config)
+        exit_layer = self._config.exit_layer
+        costs = Costs.estimated(self._model, exit_layer, self._config.draft_weights)
+        cost = costs.draft_ratio(exit_layer)
         speedup = (
             None if alpha is None else metrics.predicted_speedup(alpha, self._config.num_speculations, cost)
         )

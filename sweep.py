@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 
 import pandas
 import torch
+from tqdm import tqdm
 from transformers import NoRepeatNGramLogitsProcessor
 
 from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
 from data import Example
 from measures import metrics
-from measures.calibration import Costs, calibrate
 from measures.plots import heat_maps
 from measures.replay import LONGEST_DRAFT, Rounds, replay, run_length
 from measures.timed_runs import BASELINE, Side, measure_example
@@ -39,7 +39,9 @@ from runs.records import Record, Run
 from runs.startup import autoregressive, number_of_layers, run
 from runs.tuning import best_cell
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.drafts.sources import make_drafter
+from self_speculation.clock import TURNS, measure
+from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.table import make_drafter
 from self_speculation.model.decoder import Decoder, context_length, forward_exits
 
 COLUMNS = [
@@ -226,7 +228,11 @@ class Predicted(Sweep):
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
-        costs = calibrate(self._generator.model, self._exit_layers, int(context), self._config.draft_weights)
+        longest = max(LONGEST_DRAFT, *(k for _, k in self._grid))
+        with tqdm(range(TURNS), desc="calibration") as turns:
+            costs = measure(
+                self._generator.model, self._config, self._exit_layers, int(context), longest, 30.0, turns
+            )
         rows = [self._predict(records, costs, cell) for cell in self._grid]
         by_speed = sorted(rows, key=lambda row: -row["speedup"])
         extra: Record = {

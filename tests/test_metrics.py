@@ -5,7 +5,6 @@ import torch
 from conftest import generate, tiny_llama
 
 from measures import metrics
-from self_speculation.model.decoder import cost_ratio
 
 
 def record(drafted=(), accepted=(), **kwargs):
@@ -53,13 +52,6 @@ def test_predicted_speedup_of_the_paper():
     assert metrics.predicted_speedup(0.0, 4, 0.25) == 1 / 2
     assert metrics.predicted_speedup(1.0, 4, 0.25) == 5 / 2
     assert metrics.predicted_speedup(0.5, 1, 0.5) == pytest.approx(1.5 / 1.5)
-
-
-def test_cost_ratio_counts_the_head_in_layers():
-    model = tiny_llama()
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    head = model.lm_head.weight.numel() / layer
-    assert cost_ratio(model, 2) == pytest.approx((2 + head) / (4 + head))
 
 
 def test_speedup_compares_rates_since_sampled_lengths_differ():

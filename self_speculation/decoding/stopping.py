@@ -7,12 +7,11 @@ several, so both end in the same place. Knows nothing of drafts or layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "context"]
+from self_speculation.results import StopReason
 
 
 class StopConditions:
