@@ -15,7 +15,7 @@ import torch
 from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.output import NOT_A_NUMBER, Output
+from self_speculation.decoding.output import Output
 from self_speculation.decoding.stopping import StopConditions, StopWords, continuation
 from self_speculation.model.decoder import check_supported, check_window, context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
@@ -111,12 +111,7 @@ class DecodingStrategy(GenerationStrategy):
         device = model.get_input_embeddings().weight.device
         self.prepare(model, config, (2 * len(input_ids) + max_tokens) // 2)
         output = Output(input_ids, device, stop, processors, streamer)
-        try:
-            self.decode(model, output, config)
-        except RuntimeError as error:  # what `multinomial` says of NaN says nothing of models
-            if "probability tensor contains" not in str(error):
-                raise
-            raise FloatingPointError(NOT_A_NUMBER) from error
+        self.decode(model, output, config)
         return output.result()
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig, context: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.output import Output
+from self_speculation.decoding.output import Output, read
 from self_speculation.decoding.sampling import Sampler, Verdict, verify_draft
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
@@ -61,21 +61,17 @@ def speculate(
         draft = source.draft(output, min(num_speculations, output.remaining - 1))
         target = target_logits(decoder, output, draft)
         verdict = verify_draft(draft.tokens, draft.probabilities, target.logits, sampler)
-        read = read_verdict(verdict, draft, target.agreement(sampler))
-        decoder.cache.rollback(len(draft.tokens) - read.num_accepted)
-        output.place(verdict.next_token, read.num_accepted)
-        output.commit(read.tokens, target.logits, len(draft.tokens), draft.source)
-        source.learn(draft, read.num_accepted, read.agreement)
+        found = read_verdict(verdict, draft, target, sampler)
+        decoder.cache.rollback(len(draft.tokens) - found.num_accepted)
+        output.place(verdict.next_token, found.num_accepted)
+        output.commit(found.tokens, target.logits, len(draft.tokens), draft.source)
+        source.learn(draft, found.num_accepted, found.agreement)
 
 
 @dataclass(frozen=True)
 class TargetLogits:
     logits: Tensor  # [k+1, V], processed
     probed: Tensor | None  # [k+1, V], processed, of the exit that the draft asked to be read
-
-    def agreement(self, sampler: Sampler) -> Tensor | None:
-        """[k+1] chances that guesses of the probed exit would have been accepted."""
-        return None if self.probed is None else sampler.agreement(self.probed, self.logits)
 
 
 def target_logits(decoder: Decoder, output: Output, draft: Draft) -> TargetLogits:
@@ -105,12 +101,12 @@ class ReadVerdict:
     agreement: list[float]  # of a probed exit, up to the first position that was rejected
 
 
-def read_verdict(verdict: Verdict, draft: Draft, agreement: Tensor | None) -> ReadVerdict:
-    """The round's one read from the device."""
+def read_verdict(verdict: Verdict, draft: Draft, target: TargetLogits, sampler: Sampler) -> ReadVerdict:
+    """The round's one read from the device. Raises what `read` does."""
     k = len(draft.tokens)
-    numbers = [verdict.num_accepted.view(1), verdict.next_token.view(1), draft.tokens]
-    if agreement is not None:
-        numbers = [*(ids.float() for ids in numbers), agreement]  # fp32 holds ids below 2^24 exactly
-    m, next_token, *rest = torch.cat(numbers).tolist()
-    tokens = [int(token) for token in (*rest[: int(m)], next_token)]
-    return ReadVerdict(int(m), tokens, rest[k:][: int(m) + 1])
+    numbers = [verdict.num_accepted, verdict.next_token, draft.tokens]
+    if target.probed is not None:
+        numbers.append(sampler.agreement(target.probed, target.logits))
+    accepted, next_token, *rest = read(numbers, target.logits)
+    m = int(accepted)
+    return ReadVerdict(m, [int(token) for token in (*rest[:m], next_token)], rest[k:][: m + 1])

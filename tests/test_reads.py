@@ -9,7 +9,6 @@ from self_speculation.decoding.output import Output
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
-OUTSIDE = 2  # the first and the last logits of an answer are looked at for NaN
 
 
 # In inference mode the first two come as they are, and not as the third.
@@ -78,13 +77,13 @@ def test_one_read_a_round_and_at_most_one_for_a_drafted_token(way, reads):
         result = generate(
             tiny_llama(fused=True), PROMPT, exit_layer=2, num_speculations=3, max_steps=30, eos=[], **config
         )
-    assert reads.number == OUTSIDE + 1 + result.num_verifications + drafting(result)
+    assert reads.number == 1 + result.num_verifications + drafting(result)
 
 
 def test_autoregressive_decoding_reads_a_token_at_a_time(reads):
     with reads:
         generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
-    assert reads.number == OUTSIDE + 30
+    assert reads.number == 30
 
 
 def test_adaptive_rounds_read_no_more(reads, monkeypatch):
@@ -104,7 +103,7 @@ def test_adaptive_rounds_read_no_more(reads, monkeypatch):
         result = generate(model, PROMPT, "adaptive", max_steps=30, eos=[])
     by_layers = sum(n for source, (_, n, _) in result.drafts_by_source.items() if source.startswith("exit"))
     assert set(result.drafts_by_source) >= {"none", "exit 1"}
-    assert reads.number == OUTSIDE + 1 + result.num_verifications + by_layers
+    assert reads.number == 1 + result.num_verifications + by_layers
 
 
 def test_what_is_shown_is_read_once(reads):
@@ -112,7 +111,7 @@ def test_what_is_shown_is_read_once(reads):
     model, shared = tiny_llama(), {"exit_layer": 2, "num_speculations": 3, "max_steps": 30, "eos": []}
     with reads:
         result = generate(model, PROMPT, streamer=Terminal(), **shared)
-    assert reads.number == OUTSIDE + 1 + result.num_verifications + result.num_drafted
+    assert reads.number == 1 + result.num_verifications + result.num_drafted
 
 
 @pytest.mark.parametrize("fault", ["token", "confidence"])
@@ -127,4 +126,4 @@ def test_the_count_sees_a_read_too_many(fault, reads, monkeypatch):
     monkeypatch.setattr(Output, "propose", twice)
     with reads:
         result = generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=3, max_steps=30, eos=[])
-    assert reads.number == OUTSIDE + 1 + result.num_verifications + result.num_drafted
+    assert reads.number == 1 + result.num_verifications + result.num_drafted

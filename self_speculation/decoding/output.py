@@ -19,7 +19,24 @@ from self_speculation.decoding.stopping import StopConditions
 from self_speculation.decoding.tally import Tally
 from self_speculation.results import GenerationStrategyResult, StopReason
 
-NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
+_NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
+
+
+def read(numbers: Sequence[Tensor], logits: Tensor | None = None) -> list[float]:
+    """All of these numbers, ids among them, by one read from the device: fp32 holds ids below 2^24 exactly.
+
+    Args:
+        logits: [n, V] that they come from.
+
+    Raises:
+        FloatingPointError: the logits are not numbers. The last row tells: what is no number in the cache
+            makes all logits after it no numbers.
+    """
+    damaged = [] if logits is None else [logits[-1].isnan().any()]
+    values = torch.cat([part.flatten().float() for part in (*damaged, *numbers)]).tolist()
+    if damaged and values.pop(0):
+        raise FloatingPointError(_NOT_A_NUMBER)
+    return values
 
 
 class Output:
@@ -115,8 +132,7 @@ class Output:
         shown = self._shows_drafts and not self._draft_ended
         if confidence is None and not shown:
             return None
-        # fp32 holds ids below 2^24 exactly, so both come by one read.
-        id_, *number = torch.cat([token.float(), *([] if confidence is None else [confidence])]).tolist()
+        id_, *number = read([token] if confidence is None else [token, confidence])
         if shown:
             self._draft_ended = int(id_) in self._stop.end_ids
             if not self._draft_ended:
@@ -126,12 +142,11 @@ class Output:
 
     def emit(self, logits: Tensor, sampler: Sampler) -> None:
         """Pick one token by logits [1, V] and decide on it; one read from the device."""
-        if not self.tokens:
-            self._check(logits)
         logits = self.process(logits)
         token = sampler(logits).tokens  # [1]
         self.place(token, 0)
-        self.commit(token.tolist(), logits)
+        (id_,) = read([token], logits)
+        self.commit([int(id_)], logits)
 
     def commit(self, tokens: Sequence[int], scores: Tensor, drafted: int = 0, source: str = "") -> None:
         """Decide on tokens, up to the one that ends the output.
@@ -141,7 +156,6 @@ class Output:
             scores: [>= n, V] the processed logits that they came from.
             drafted: tokens that were drafted by `source` in the round of which these come.
         """
-        self._scores = scores
         taken = 0
         while taken < len(tokens) and not self.stop_reason:
             self.tokens.append(tokens[taken])
@@ -156,7 +170,6 @@ class Output:
 
     def result(self) -> GenerationStrategyResult:
         """What there is to report, once the output has ended."""
-        self._check(self._scores)
         finished = time.perf_counter()
         if self._streamer is not None:
             self._streamer.end()
@@ -178,12 +191,6 @@ class Output:
             accepted_by_position=tally and tally.accepted_by_position,
             drafts_by_source=tally and tally.by_source,
         )
-
-    @staticmethod
-    def _check(scores: Tensor) -> None:
-        """The first and the last logits are looked at: a NaN in the cache is in all from there on."""
-        if scores.isnan().any():
-            raise FloatingPointError(NOT_A_NUMBER)
 
     def _stream(self, tokens: Sequence[int]) -> None:
         if self._drafts_shown:
