@@ -9,7 +9,6 @@ criteria, streamer. A text-generation pipeline takes the same arguments.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -96,11 +95,15 @@ def self_speculative_generate(
     return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
 
 
-def _with_flags(names: Iterable[str]) -> inspect.Signature:
-    """`generate` hands on those of its arguments that it finds in the signature of what it calls."""
-    *own, rest = inspect.signature(self_speculative_generate).parameters.values()
-    flags = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+def _signature() -> inspect.Signature:
+    """With every flag of the drafts: `generate` hands on those of its arguments that it finds there."""
+    *own, rest = inspect.Signature.from_callable(self_speculative_generate).parameters.values()
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in driving_flags()
+        if name not in {parameter.name for parameter in own}
+    ]
     return inspect.Signature([*own, *flags, rest])
 
 
-self_speculative_generate.__signature__ = _with_flags(driving_flags())  # type: ignore[attr-defined]
+self_speculative_generate.__signature__ = _signature()  # type: ignore[attr-defined]
