@@ -99,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config, model_config)
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
+    name = model_name(model_args)
     try:
         with _accelerator(generator) as accelerator:
-            run = _new_run(model_args, description | describe_model(model_name(model_args), generator.model))
+            run = _new_run(model_args, description | describe_model(name, generator.model))
             if overrides and ranks.rank() == 0 and tasks.generate:
                 given = ", ".join(f"--{name} {getattr(config, name)}" for name in overrides)
                 print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
@@ -110,14 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 keep=run.writer(ranks.rank()).append, accelerator=accelerator,
             )  # fmt: skip
             tracker = EvaluationTracker(output_path=str(run.folder))
+            answers_depend_on = (name, str(generator.model.dtype), config, overrides, args.torch_random_seed)
             results = simple_evaluate(
                 model,
-                model_args={"pretrained": Path(model_name(model_args)).name},
+                model_args={"pretrained": Path(name).name},
                 tasks=tasks.names,
                 task_manager=tasks.manager,
                 evaluation_tracker=tracker,
                 device=str(generator.model.device),
-                **_passed_on(args, (model_name(model_args), str(generator.model.dtype), config, overrides)),
+                **_passed_on(args, zlib.crc32(repr(answers_depend_on).encode())),
             )
             for what, number in model.notices.items():
                 print(f"{what}: {number}, to fit the model's context", file=sys.stderr)
@@ -141,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _accelerator(generator: HuggingfaceLlamaGenerator) -> Iterator[Accelerator | None]:
-    """What the harness exchanges results by, where there are several ranks; ends with its process group."""
+    """What the harness exchanges results by, where there are several ranks."""
     if ranks.world_size() == 1:
         yield None
         return
@@ -150,7 +152,6 @@ def _accelerator(generator: HuggingfaceLlamaGenerator) -> Iterator[Accelerator |
     yield accelerator
     # Not in a `finally`: a rank that fails must end at once, so that torchrun ends the others.
     accelerator.end_training()
-    ranks.leave()
 
 
 def _new_run(model_args: ModelArguments, description: Record) -> Run:
@@ -160,10 +161,9 @@ def _new_run(model_args: ModelArguments, description: Record) -> Run:
     return run
 
 
-def _passed_on(args: EvalArguments, answers_depend_on: tuple[Any, ...]) -> dict[str, Any]:
-    """What `simple_evaluate` takes as it was given; kept answers are for the same model and settings only."""
+def _passed_on(args: EvalArguments, key: int) -> dict[str, Any]:
+    """What `simple_evaluate` takes as it was given; `key` keeps answers of other settings apart."""
     own = {"tasks", "include_path", "cache_requests", "use_cache"}
-    key = zlib.crc32(repr((*answers_depend_on, args.torch_random_seed)).encode())
     return {
         **{field.name: getattr(args, field.name) for field in fields(args) if field.name not in own},
         "use_cache": f"{args.use_cache}_{key:08x}" if args.use_cache else None,
