@@ -16,27 +16,8 @@ from typing import Any, Literal, NoReturn, TextIO, get_args
 
 import simple_parsing
 
-from self_speculation.config import DtypeName, GenerationConfig, LoadingOptions, Parallel, Quantization
-
-__all__ = [
-    "BenchmarkArguments",
-    "CorrectnessArguments",
-    "DataArguments",
-    "DatasetName",
-    "EvalArguments",
-    "GenerateArguments",
-    "GenerationConfig",
-    "ModelArguments",
-    "NewModelArguments",
-    "OptimizationArguments",
-    "RecipeArguments",
-    "SweepArguments",
-    "TrainingDataArguments",
-    "TuningArguments",
-    "given_flags",
-    "parse",
-    "refuse",
-]
+from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
+from self_speculation.config import GenerationConfig as GenerationConfig  # for whoever imports it from here
 
 DatasetName = Literal[
     "cnn_dm_summarization",
@@ -82,8 +63,7 @@ class ModelArguments:
     """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be between 0 and {2**32 - 1}")
+        _check_seeds(self, "seed")
         self.from_pretrained_args()
         if self.parallel != "data" and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
@@ -139,14 +119,12 @@ class DataArguments:
     """Text around each prompt, which stands at {message}; other braces are left alone."""
 
     def __post_init__(self) -> None:
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"num_samples {self.num_samples}: must be at least 1")
-        if self.n_shot < 0:
-            raise ValueError(f"n_shot {self.n_shot}: must be 0 or more")
-        if self.dataset not in (names := get_args(DatasetName)):
-            raise ValueError(f"dataset {self.dataset!r}: must be one of {', '.join(names)}")
-        if self.template is not None and "{message}" not in self.template:
-            raise ValueError(f"template {self.template!r}: must contain {{message}}")
+        _check(self, "num_samples", self.num_samples is None or self.num_samples >= 1, "must be at least 1")
+        _check(self, "n_shot", self.n_shot >= 0, "must be 0 or more")
+        names = get_args(DatasetName)
+        _check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
+        templated = self.template is None or "{message}" in self.template
+        _check(self, "template", templated, "must contain {message}")
 
 
 @dataclass(frozen=True)
@@ -179,9 +157,9 @@ class CorrectnessArguments:
     """With --sample True: tokens of each output that are compared."""
 
     def __post_init__(self) -> None:
-        for name, least in (("sampled_prompts", 1), ("samples_per_prompt", 20), ("sampled_tokens", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+        _at_least(self, 1, "sampled_prompts")
+        _at_least(self, 20, "samples_per_prompt")
+        _at_least(self, 2, "sampled_tokens")
 
 
 @dataclass(frozen=True)
@@ -214,8 +192,7 @@ class SweepArguments:
                 raise ValueError(f"{axis}_first {first}, --{axis}_step {step}: must be at least 1")
             if first > last:
                 raise ValueError(f"{axis}_first {first}: beyond --{axis}_last {last}, the grid is empty")
-        if self.verify_top < 0:
-            raise ValueError(f"verify_top {self.verify_top}: must be 0 or more")
+        _check(self, "verify_top", self.verify_top >= 0, "must be 0 or more")
 
     def exit_layers(self, last: int) -> range:
         """Those of the grid that the model has: up to `last`."""
@@ -269,14 +246,11 @@ class EvalArguments:
     """Let tasks run the programs that the model wrote."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and not self.limit > 0:
-            raise ValueError(f"limit {self.limit}: must be above 0")
-        if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size):
-            raise ValueError(f"batch_size {self.batch_size!r}: must be a number from 1, or auto")
+        _check(self, "limit", self.limit is None or self.limit > 0, "must be above 0")
+        number = re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size)
+        _check(self, "batch_size", bool(number), "must be a number from 1, or auto")
         _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
-        for name in ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"{name} {getattr(self, name)}: must be between 0 and {2**32 - 1}")
+        _check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 @dataclass(frozen=True)
@@ -303,8 +277,7 @@ class TrainingDataArguments:
     """Tokens of a sample; the context of a new model."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction {self.eval_fraction}: must be between 0 and 1")
+        _check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
         _at_least(self, 2, "sequence_length")
 
 
@@ -329,10 +302,10 @@ class NewModelArguments:
         _at_least(self, 257, "vocabulary_size")  # each byte, and the end of a text
         _at_least(self, 2, "num_layers")
         _at_least(self, 1, "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size}: must be a multiple of 2 x num_heads")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads}: must divide --num_heads {self.num_heads}")
+        even = self.hidden_size % (2 * self.num_heads) == 0
+        _check(self, "hidden_size", even, "must be a multiple of 2 x num_heads")
+        shared = self.num_heads % self.num_kv_heads == 0
+        _check(self, "num_kv_heads", shared, f"must divide --num_heads {self.num_heads}")
 
 
 @dataclass(frozen=True)
@@ -357,10 +330,8 @@ class RecipeArguments:
     """Exit layers that learn; without it, all."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.layer_dropout <= 1:
-            raise ValueError(f"layer_dropout {self.layer_dropout}: must be between 0 and 1")
-        if not self.early_exit_scale >= 0:
-            raise ValueError(f"early_exit_scale {self.early_exit_scale}: must be 0 or more")
+        _check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "must be between 0 and 1")
+        _check(self, "early_exit_scale", self.early_exit_scale >= 0, "must be 0 or more")
         _at_least(self, 1, "rotation")
 
     def exit_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -368,10 +339,9 @@ class RecipeArguments:
         if self.early_exit_scale == 0:
             return ()
         exits = self.exits or range(1, num_layers)
-        if not all(1 <= exit < num_layers for exit in exits):
-            raise ValueError(
-                f"exits {self.exits}: must be between 1 and {num_layers - 1}, the last layer learns anyway"
-            )
+        known = all(1 <= exit < num_layers for exit in exits)
+        allowed = f"must be between 1 and {num_layers - 1}, the last layer learns anyway"
+        _check(self, "exits", known, allowed)
         return tuple(sorted(set(exits)))
 
 
@@ -405,21 +375,12 @@ class OptimizationArguments:
     """Folder of an interrupted training to go on with."""
 
     def __post_init__(self) -> None:
-        names = (
-            "num_steps",
-            "batch_size",
-            "gradient_accumulation",
-            "log_steps",
-            "eval_steps",
-            "save_steps",
-            "eval_samples",
-        )
-        _at_least(self, 1, *names)
+        _at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
+        _at_least(self, 1, "log_steps", "eval_steps", "save_steps", "eval_samples")
         _at_least(self, 0, "warmup_steps", "weight_decay")
-        if self.warmup_steps >= self.num_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps}: must be below --num_steps {self.num_steps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate {self.learning_rate}: must be above 0")
+        short = self.warmup_steps < self.num_steps
+        _check(self, "warmup_steps", short, f"must be below --num_steps {self.num_steps}")
+        _check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
@@ -480,10 +441,20 @@ def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def _check(group: Any, name: str, ok: bool, allowed: str) -> None:
+    """Raises ValueError unless `ok`: the field's name and value, and what is allowed."""
+    if not ok:
+        raise ValueError(f"{name} {getattr(group, name)!r}: {allowed}")
+
+
 def _at_least(group: Any, least: int, *names: str) -> None:
     for name in names:
-        if not getattr(group, name) >= least:
-            raise ValueError(f"{name} {getattr(group, name)}: must be at least {least}")
+        _check(group, name, getattr(group, name) >= least, f"must be at least {least}")
+
+
+def _check_seeds(group: Any, *names: str) -> None:
+    for name in names:
+        _check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
 
 
 def _literal(text: str) -> Any:

@@ -8,12 +8,8 @@ Results go to a folder of --output_dir as they come; an interrupted run goes on 
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 import dataclasses
+import signal
 from collections.abc import Sequence
 
 from arguments import (
@@ -25,30 +21,29 @@ from arguments import (
     parse,
     refuse,
 )
-from data import DataError, Example, check
+from data import Example, mismatch
 from runs.tuning import tuned
 
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments]
 
-def flags(
-    argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments]:
+
+def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments, TuningArguments)
     model_args, config, data_args, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = tuned(config, tuning)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
-    try:
-        check(data_args)
-    except DataError as error:
-        refuse(str(error))
+    if wrong := mismatch(data_args):
+        refuse(wrong)
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     return model_args, config, data_args, args
 
 
-if __name__ == "__main__":
-    flags()  # so that a mistake is answered before the seconds that the imports below take
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
 
 import sys
 from typing import Any

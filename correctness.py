@@ -8,37 +8,32 @@ cannot explain.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 import dataclasses
+import signal
 from collections.abc import Sequence
 
 from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
-from data import DataError, Example, check
+from data import Example, mismatch
+
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments]
 
 
-def flags(
-    argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments]:
+def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments)
     model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
     if args.reference == "transformers" and not config.greedy:
         refuse("--reference transformers: compares ids, so it needs --sample False")
-    try:
-        check(data_args)
-    except DataError as error:
-        refuse(str(error))
+    if wrong := mismatch(data_args):
+        refuse(wrong)
     if config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     return model_args, config, data_args, args
 
 
-if __name__ == "__main__":
-    flags()  # so that a mistake is answered before the seconds that the imports below take
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
 
 import math
 import sys

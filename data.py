@@ -105,26 +105,24 @@ DATASETS: dict[str, Dataset] = {
 assert tuple(DATASETS) == get_args(DatasetName)
 
 
-def check(args: DataArguments) -> None:
-    """Refuse what the dataset has not got, without reading it.
-
-    Raises:
-        DataError: shots of a dataset that takes none; no file for a dataset that is only in local files.
-    """
+def mismatch(args: DataArguments) -> str | None:
+    """One line about a flag that does not fit the dataset, or None; nothing is read for it."""
     dataset = DATASETS[args.dataset]
     if args.n_shot and dataset.between is None:
-        raise DataError(f"--n_shot {args.n_shot}: {args.dataset} takes no shots")
+        return f"--n_shot {args.n_shot}: {args.dataset} takes no shots"
     if args.data_path is None and dataset.source is None:
-        raise DataError(f"--dataset {args.dataset}: needs --data_path")
+        return f"--dataset {args.dataset}: needs --data_path"
+    return None
 
 
 def load_examples(args: DataArguments, seed: int) -> list[Example]:
     """The examples that the flags ask for: the same ones in every run, strategy and rank.
 
     Raises:
-        DataError: see `check`; a malformed line, a missing column, too few examples, an unreachable hub.
+        DataError: a `mismatch`, a malformed line, a missing column, too few examples, an unreachable hub.
     """
-    check(args)
+    if wrong := mismatch(args):
+        raise DataError(wrong)
     dataset = DATASETS[args.dataset]
     source = _source(dataset, args)
     examples = _examples(dataset, _rows(source, dataset.split))
@@ -197,7 +195,7 @@ def _value(place: str, row: Row, column: str) -> Any:
 def _source(dataset: Dataset, args: DataArguments) -> tuple[str, ...] | Path:
     if args.data_path is not None:
         return Path(args.data_path).expanduser()
-    assert dataset.source is not None  # by `check`
+    assert dataset.source is not None  # else it is a `mismatch`
     return dataset.source
 
 

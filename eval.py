@@ -12,10 +12,6 @@ with --exit_layer and the autoregressive strategy, those of the early exit. Resu
 from __future__ import annotations
 
 import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,8 +41,9 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
     return model_args, tuned(config, tuning), args
 
 
-if __name__ == "__main__":
-    flags()  # so that a mistake is answered before the seconds that the imports below take
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
 
 import logging
 import os
@@ -95,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--{error}")
     except RecordError as error:
         refuse(str(error))
-    tasks = load_tasks(args, config, overrides)
+    manager, tasks = load_tasks(args, config, overrides)
+    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
     generator = load_generator(model_args, config, model_config)
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
@@ -103,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _accelerator(generator) as accelerator:
             run = _new_run(model_args, description | describe_model(name, generator.model))
-            if overrides and ranks.rank() == 0 and tasks.generate:
+            if overrides and ranks.rank() == 0 and generates:
                 given = ", ".join(f"--{name} {getattr(config, name)}" for name in overrides)
                 print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
             model = HarnessModel(
@@ -115,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = simple_evaluate(
                 model,
                 model_args={"pretrained": Path(name).name},
-                tasks=tasks.names,
-                task_manager=tasks.manager,
+                tasks=list(tasks),
+                task_manager=manager,
                 evaluation_tracker=tracker,
                 device=str(generator.model.device),
                 **_passed_on(args, zlib.crc32(repr(answers_depend_on).encode())),

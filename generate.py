@@ -10,19 +10,13 @@ The answer goes to standard output, everything else to standard error.
 from __future__ import annotations
 
 import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 from collections.abc import Sequence
 
 from arguments import GenerateArguments, GenerationConfig, ModelArguments, TuningArguments, parse, refuse
 from runs.tuning import tuned
 
 
-def flags(
-    argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, GenerationConfig, GenerateArguments]:
+def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, GenerationConfig, GenerateArguments]:
     """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
@@ -32,8 +26,9 @@ def flags(
     return model_args, config, args
 
 
-if __name__ == "__main__":
-    flags()  # so that a mistake is answered before the seconds that the imports below take
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
 
 import sys
 from collections.abc import Iterator

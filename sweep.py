@@ -11,36 +11,31 @@ exact, times are estimates.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 
 from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
-from data import DataError, Example, check
+from data import Example, mismatch
+
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, SweepArguments]
 
 
-def flags(
-    argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, GenerationConfig, DataArguments, SweepArguments]:
+def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
     model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
     if args.mode == "predicted" and (config.prompt_lookup or config.draft_confidence):
         refuse("--mode predicted: is about drafts of layers, of one length; use --mode measured")
-    try:
-        check(data_args)
-    except DataError as error:
-        refuse(str(error))
+    if wrong := mismatch(data_args):
+        refuse(wrong)
     return model_args, config, data_args, args
 
 
-if __name__ == "__main__":
-    flags()  # so that a mistake is answered before the seconds that the imports below take
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
 
 import statistics
 import time
@@ -128,10 +123,7 @@ class Sweep(Job):
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by the baseline, in turn."""
         config = dataclasses.replace(self._config, exit_layer=cell[0], num_speculations=cell[1])
-        sides: list[Side] = [
-            ("", self._generator, config),
-            (BASELINE, self._baseline, self._baseline_config),
-        ]
+        sides: list[Side] = [("", self._generator, config), (BASELINE, self._baseline, self._baseline_config)]
         records = [
             measure_example(sides, example.prompt, index, self._seed)
             for index, example in enumerate(self._examples)

@@ -13,11 +13,8 @@ transformers.
 from __future__ import annotations
 
 import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 from collections.abc import Sequence
+from typing import get_args
 
 from arguments import (
     ModelArguments,
@@ -36,14 +33,7 @@ Flags = tuple[
 
 def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without data and model ends the program."""
-    groups = (
-        ModelArguments,
-        NewModelArguments,
-        TrainingDataArguments,
-        RecipeArguments,
-        OptimizationArguments,
-    )
-    model_args, shape, data_args, recipe_args, args = parse(__doc__ or "", *groups, args=argv)
+    model_args, shape, data_args, recipe_args, args = parse(__doc__ or "", *get_args(Flags), args=argv)
     for name, only in (("parallel", "data"), ("quantization", "none")):
         if (value := getattr(model_args, name)) != only:
             refuse(f"--{name} {value}: training knows {only} only")
@@ -57,8 +47,9 @@ def flags(argv: Sequence[str] | None = None) -> Flags:
     return model_args, shape, data_args, recipe_args, args
 
 
-if __name__ == "__main__":
-    flags()  # so that a mistake is answered before the seconds that the imports below take
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
 
 import json
 import math
@@ -87,9 +78,8 @@ from runs.startup import run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.decoder import attended_length
 from self_speculation.model.loading import as_if_never_quantized, load_config, resolve_device
-from training.checkpoints import newest_checkpoint, step_of
 from training.from_flags import check_precision, new_llama, training_arguments
-from training.progress import DivergedError, Progress
+from training.progress import DivergedError, Progress, newest_checkpoint, step_of
 from training.texts import Padding, load_texts, to_blocks, train_tokenizer
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, Recipe
 

@@ -9,7 +9,6 @@ import difflib
 import itertools
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,10 @@ from measures.harness_model import SUPPORTED_GENERATION_KWARGS, request_config, 
 from runs import ranks
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """The harness's manager, the names of all tasks, and whether one of them generates text."""
-
-    manager: TaskManager
-    names: list[str]
-    generate: bool
-
-
-def load_tasks(args: EvalArguments, config: GenerationConfig, overrides: Collection[str]) -> Tasks:
-    """Every single task that was asked for, its data read.
+def load_tasks(
+    args: EvalArguments, config: GenerationConfig, overrides: Collection[str]
+) -> tuple[TaskManager, dict[str, Task]]:
+    """The harness's manager, and by name every single task that was asked for, its data read.
 
     Args:
         overrides: fields of `config` that count in place of the tasks' own.
@@ -54,8 +46,7 @@ def load_tasks(args: EvalArguments, config: GenerationConfig, overrides: Collect
         if number < ranks.world_size():
             refuse(f"--tasks {name}: {number} documents for {ranks.world_size()} ranks")
         _draw_in_step(task)
-    generate = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
-    return Tasks(manager, list(tasks), generate)
+    return manager, tasks
 
 
 def _find(args: EvalArguments) -> tuple[TaskManager, dict[str, Task]]:

@@ -57,9 +57,7 @@ def autoregressive(
     generator: HuggingfaceLlamaGenerator, config: GenerationConfig
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
     """The same model and settings at full depth, one token per pass: what speculation is held against."""
-    plain = replace(config, generation_strategy="autoregressive", exit_layer=-1)
-    strategy = make_strategy("autoregressive")
-    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
+    return _same_model(generator, replace(config, generation_strategy="autoregressive", exit_layer=-1))
 
 
 def adaptive(
@@ -67,8 +65,14 @@ def adaptive(
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
     """The same model and settings, with exit layer, draft length and lookups chosen round by round."""
     chosen = replace(config, generation_strategy="adaptive", exit_layer=-1, num_speculations=-1)
-    strategy = make_strategy("adaptive")
-    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), chosen
+    return _same_model(generator, chosen)
+
+
+def _same_model(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig
+) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
+    strategy = make_strategy(config.generation_strategy)
+    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), config
 
 
 def model_name(model_args: ModelArguments) -> str:

@@ -1,9 +1,12 @@
-"""What a training shows and logs while it runs, and when it gives up."""
+"""How far a training is: what it shows and logs, when it gives up, and its checkpoints."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pandas
@@ -50,3 +53,17 @@ class Progress(ProgressCallback):
             shown = sorted({exits * part // 8 for part in (1, 2, 4, 8)} - {0})
             losses = ", ".join(f"exit {exit} {logs[f'eval_loss_exit_{exit}']:.3f}" for exit in shown)
             self.training_bar.write(f"step {state.global_step}: held-out loss {losses}")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last one that was written to its end: the trainer writes its state last."""
+    complete = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            json.loads(state.read_text())
+            complete.append(state.parent)
+    return max(complete, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -20,27 +20,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from arguments import TrainingDataArguments
 from data import DataError, one_line
 from training.recipe import IGNORED
-
-if TYPE_CHECKING:
-    from arguments import TrainingDataArguments
 
 END_OF_TEXT = "<|endoftext|>"
 
 # Formats that `datasets` reads, by suffix (compressed files too); any other file is one text.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# Tables written by programs, and sources of other interpreters or that are wrong on purpose.
+# Folders of tables that programs wrote, of sources for other interpreters, or of errors made on purpose.
 _NOT_PROSE = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-    "lib2to3",
-}
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3",
+}  # fmt: skip
 
 
 def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
