@@ -35,14 +35,14 @@ errors: TextIO | None = None
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """What to load, and onto what."""
+    """Which model to load, how, and onto which device."""
 
     model: str | None = None
     """Hub id, folder or .gguf file; without it, the bundled model (train.py: a new one)."""
     model_args: str | None = None
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
     trust_remote_code: bool = False
-    """Execute Python code that the model's repository brings; nobody has read it for you."""
+    """Execute Python code that the model's repository brings; trust it as you trust its author."""
     seed: int = 42
     """Seed of every random generator."""
     output_dir: str = "./logs"
@@ -56,7 +56,7 @@ class ModelArguments:
     """Several GPUs: a copy of the model on each (data) or a share of every layer (tensor), both by torchrun;
     or some layers on each, with the rest in memory (pipeline), in one process."""
     quantization: Quantization = "none"
-    """Hold the layers' weights in so many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
+    """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers."""
     compile: bool = False
@@ -89,12 +89,12 @@ class ModelArguments:
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """How generate.py talks."""
+    """How generate.py takes prompts and shows answers."""
 
     streamer: Literal["standard", "none", "speculative"] = "standard"
     """Show the answer as it is decided, at the end, or with its drafts as they come and go."""
     prompt: str | None = None
-    """Answer this and leave; without it, standard input is one prompt, or a terminal to talk at."""
+    """Answer this and end; without it, a pipe is one prompt, and at a terminal there is a conversation."""
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
     compare: bool = False
@@ -110,13 +110,13 @@ class DataArguments:
     data_path: str | None = None
     """Local .jsonl, .csv or .parquet (.gz too) in the dataset's columns, or a folder of test.* and train.*"""
     random_shuffle: bool = True
-    """Take the examples in an order drawn from the seed; False: as they stand."""
+    """Take the examples in an order drawn from the seed; False: in the order of the dataset."""
     num_samples: int | None = None
     """How many examples; without it, all."""
     n_shot: int = 0
     """Solved examples before each prompt, from the training split or else from those not evaluated."""
     template: str | None = None
-    """Text around each prompt, which stands at {message}; other braces are left alone."""
+    """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
 
     def __post_init__(self) -> None:
         _check(self, "num_samples", self.num_samples is None or self.num_samples >= 1, "must be at least 1")
@@ -134,7 +134,7 @@ class BenchmarkArguments:
     compare: bool = False
     """Decode each prompt self-speculatively and autoregressively, in turn, and report the speed-up."""
     execute_code: bool = False
-    """For pass@1, run the programs that the model wrote for human_eval: code that nobody has read."""
+    """For pass@1, run the programs that the model wrote for human_eval: code that nobody has checked."""
     resume: str | None = None
     """Folder of an interrupted run to go on with."""
     verbose: bool = False
@@ -143,7 +143,7 @@ class BenchmarkArguments:
 
 @dataclass(frozen=True)
 class CorrectnessArguments:
-    """What to compare with, and how hard to look."""
+    """What to compare with, and how much of it."""
 
     resume: str | None = None
     """Folder of an interrupted run to go on with."""
@@ -164,24 +164,24 @@ class CorrectnessArguments:
 
 @dataclass(frozen=True)
 class SweepArguments:
-    """Which cells, and how they are judged."""
+    """Which exit layers and draft lengths, and how they are timed."""
 
     mode: Literal["predicted", "measured"] = "predicted"
-    """Read the grid off one pass over each example, or run every cell."""
+    """predicted: read the whole grid off one pass over each example; measured: run every cell."""
     exit_layer_first: int = 1
     """First exit layer of the grid."""
     exit_layer_last: int = 15
     """Last exit layer, at most the model's last but one."""
     exit_layer_step: int = 1
-    """Distance of exit layers."""
+    """From one exit layer of the grid to the next."""
     num_speculations_first: int = 1
     """First draft length of the grid."""
     num_speculations_last: int = 6
     """Last draft length."""
     num_speculations_step: int = 1
-    """Distance of draft lengths."""
+    """From one draft length to the next."""
     verify_top: int = 0
-    """Measure so many of the best predicted cells for real."""
+    """Measure this many of the best predicted cells for real."""
     resume: str | None = None
     """Folder of an interrupted sweep to go on with."""
 
@@ -204,16 +204,16 @@ class SweepArguments:
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """What the evaluation harness does; flags as those of lm_eval."""
+    """What lm-evaluation-harness does; the flags are those of its own command line."""
 
     tasks: list[str]
-    """Names, groups, patterns or YAML files of tasks, by spaces or commas."""
+    """Names, groups, patterns or YAML files of tasks, separated by spaces or commas."""
     include_path: str | None = None
     """Folder with YAML files of more tasks."""
     limit: float | None = None
-    """So many documents of each task; below 1: that share of them."""
+    """How many documents of each task; below 1: which share of them."""
     num_fewshot: int | None = None
-    """Solved examples before each question; without it, as each task has it."""
+    """Solved examples before each question; without it, as many as each task says."""
     batch_size: str = "1"
     """Sequences in a pass of log-likelihoods, or auto; generation takes one at a time."""
     gen_kwargs: str | None = None
@@ -221,17 +221,17 @@ class EvalArguments:
     apply_chat_template: bool = False
     """Put questions into the tokenizer's chat template."""
     fewshot_as_multiturn: bool = True
-    """With a chat template, examples are turns of their own."""
+    """With a chat template, each solved example is a turn of the conversation."""
     system_instruction: str | None = None
-    """Text that comes before everything."""
+    """Text before everything else, as the system's turn where there is a chat template."""
     log_samples: bool = True
     """Write what the model said to each document."""
     predict_only: bool = False
-    """Write that alone: no metrics."""
+    """Write what the model said, and compute no metrics."""
     use_cache: str | None = None
     """Path of a file that keeps answers: with it, an interrupted evaluation goes on where it stopped."""
     cache_requests: Literal["true", "refresh", "delete"] | None = None
-    """Keep the prompts that tasks build for the next time, make them anew, or delete them."""
+    """true: keep the prompts that tasks build for later runs; refresh: build them anew; delete: remove them."""
     bootstrap_iters: int = 100_000
     """Resamplings for standard errors; 0: none."""
     random_seed: int = 0
@@ -268,9 +268,9 @@ class TrainingDataArguments:
     data: str = "python_stdlib"
     """python_stdlib: the sources of the running interpreter; else a dataset of the hub."""
     data_path: str | None = None
-    """Local files instead, a glob: .jsonl, .csv, .parquet; any other file is one text."""
+    """Local files instead, as a glob pattern: .jsonl, .csv, .parquet; any other file is one text."""
     text_column: str = "text"
-    """Column of the text, where there are none named prompt and response."""
+    """Column of the text, unless there are columns prompt and response."""
     eval_fraction: float = 0.05
     """Share of the texts that is held out for evaluation."""
     sequence_length: int = 768
@@ -283,7 +283,7 @@ class TrainingDataArguments:
 
 @dataclass(frozen=True)
 class NewModelArguments:
-    """Shape of a new model, where --model names none; a Llama."""
+    """Shape of the new Llama that is trained where --model names none."""
 
     vocabulary_size: int = 2048
     """Tokens of its tokenizer, which is trained on the same text."""
@@ -310,22 +310,22 @@ class NewModelArguments:
 
 @dataclass(frozen=True)
 class RecipeArguments:
-    """Layer dropout and early-exit loss; 0 and 0 switch them off."""
+    """Layer dropout and early-exit loss; 0 as layer_dropout or early_exit_scale switches that one off."""
 
     layer_dropout: float = 0.1
-    """Probability that a sample skips the last layer; it falls to 0 at the first."""
+    """Probability that a sample skips the last layer; lower for earlier layers, 0 for the first."""
     dropout_schedule: Literal["constant", "exponential"] = "constant"
-    """exponential: rises from 0 over the training, for a new model."""
+    """exponential: the probability rises from 0 during the training, for a new model."""
     early_exit_scale: float = 0.2
-    """Weight of the early exits' losses; 0: only the last layer learns."""
+    """Weight of the early exits' losses; 0: only the last layer's loss counts."""
     exit_loss: Literal["label", "distill"] = "label"
     """Early exits learn the data's next token, or the distribution of the last layer."""
     exit_weighting: Literal["depth", "equal"] = "depth"
-    """depth: the paper's, for which early exits hardly count; equal: all together early_exit_scale."""
+    """depth: the paper's, by which early exits hardly count; equal: alike, and together early_exit_scale."""
     curriculum: Literal["rotational", "gradual", "all"] = "rotational"
     """Which exits learn at a step: every --rotation-th, more and more from the last down, or all."""
     rotation: int = 8
-    """Of so many exits one learns at a step."""
+    """With the rotational curriculum: of this many exits, one learns at a step."""
     exits: list[int] | None = None
     """Exit layers that learn; without it, all."""
 
@@ -347,7 +347,7 @@ class RecipeArguments:
 
 @dataclass(frozen=True)
 class OptimizationArguments:
-    """How long, how fast, and what is written meanwhile."""
+    """How long and how fast to train, and how often to log, evaluate and save."""
 
     num_steps: int = 1000
     """Optimizer steps."""
@@ -356,11 +356,11 @@ class OptimizationArguments:
     gradient_accumulation: int = 1
     """Passes per step."""
     learning_rate: float = 8e-4
-    """Highest; a cosine brings it down to a tenth."""
+    """The highest; it falls along a cosine to a tenth."""
     warmup_steps: int = 100
-    """Steps in which it rises from 0."""
+    """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     log_steps: int = 10
@@ -384,7 +384,7 @@ class OptimizationArguments:
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
-    """Plain headings, and defaults only where there are some."""
+    """Headings without the names of classes; a default only where it is not None."""
 
     def start_section(self, heading: str | None) -> None:
         super().start_section((heading or "").partition(" [")[0])
@@ -397,7 +397,7 @@ class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
 
 
 class _Parser(simple_parsing.ArgumentParser):
-    """Refuses in one line."""
+    """Refuses bad usage in one line."""
 
     def error(self, message: str) -> NoReturn:
         refuse(message, self.prog)
@@ -429,13 +429,13 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
-    """The fields of a dataclass that the command line sets, whether to their defaults or not."""
+    """The fields of a dataclass that the command line names, also those that it sets to their defaults."""
     flags = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
     return {field.name for field in fields(group) if {f"--{field.name}", f"--no{field.name}"} & flags}
 
 
 def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
-    """End the program in one line; status 2 for bad usage, 1 for what went wrong later."""
+    """End the program with one line of error; status 2 for bad usage, 1 for what went wrong later."""
     name = prog or sys.argv[0].rpartition("/")[2]
     print(f"{name}: error: {' '.join(message.split())}", file=errors or sys.stderr)
     sys.exit(status)

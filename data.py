@@ -39,7 +39,7 @@ class Example:
 
     prompt: str
     reference: str
-    row: Row  # what it was made from
+    row: Row  # of the dataset, from which it was made
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         solved = _examples(dataset, _rows(source, dataset.shots_split))
         shots = _shuffled(solved, args.random_shuffle, f"shots {seed}")[: args.n_shot]
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
-    if args.n_shot and not shots:  # no training split: nothing that serves as a shot is evaluated
+    if args.n_shot and not shots:  # no training split: examples serve as shots, and are not evaluated
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
     if len(shots) < args.n_shot:
@@ -154,7 +154,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def _shot(dataset: Dataset, example: Example) -> str:
-    # Where nothing comes between, the reference's indentation belongs to it.
+    # Where nothing stands between, as in code, the reference begins with its own indentation.
     reference = example.reference.strip() if dataset.between else example.reference.rstrip()
     return f"{example.prompt}{dataset.between}{reference}\n\n"
 
@@ -271,13 +271,13 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
         reader = csv.DictReader(file, strict=True)
         for row in reader:
             place = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():  # the marks of too many fields and of too few
+            if None in row or None in row.values():  # how csv marks too many fields, and too few
                 raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
             yield place, dict(row)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow.parquet  # for nothing where there is no such file
+    import pyarrow.parquet  # only such files need it
 
     with _open(path, "rb") as file:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))

@@ -2,7 +2,7 @@
 
     python eval.py --include_path eval_tasks --tasks python_functions,python_lines --sample False
     python eval.py --tasks gsm8k --generation_strategy self_speculative --exit_layer 8 --num_speculations 6
-    python eval.py --tasks hellaswag --exit_layer 12    # what the model is worth at layer 12
+    python eval.py --tasks hellaswag --exit_layer 12    # the early exit at layer 12 alone
 
 Generation settings are the tasks' own, except where a flag is given. Log-likelihoods are the full model's;
 with --exit_layer and the autoregressive strategy, those of the early exit. Results go to a folder of

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Conversation:
-    """Answers prompts, with what was said before when chatting."""
+    """Answers prompts; when chatting, with all that was said before."""
 
     def __init__(
         self, generator: HuggingfaceLlamaGenerator, config: GenerationConfig, args: GenerateArguments
@@ -172,7 +172,7 @@ def _one_prompt(args: GenerateArguments) -> str:
 
 def _loop(talk: Conversation) -> int:
     """Read prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
-    from prompt_toolkit import PromptSession  # a quarter of a second that only a conversation is worth
+    from prompt_toolkit import PromptSession  # a quarter of a second that other uses save
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
 

@@ -3,10 +3,9 @@
     python sweep.py --num_samples 40 --max_steps 64 --exit_layer_first 2 --exit_layer_last 12
     python sweep.py --mode measured --num_samples 10 --max_steps 64
 
-The grid and the strategy are the sweep's own, whatever --exit_layer, --num_speculations and
---generation_strategy say. Predicted mode generates each example once, at full depth, reads what every exit
-layer would have guessed, and replays the rounds of every cell; a calibration tells what they cost. Counts are
-exact, times are estimates.
+--exit_layer, --num_speculations and --generation_strategy are ignored: the grid has its own. Predicted mode
+generates each example once, at full depth, reads what every exit layer would have guessed, and replays the
+rounds of every cell; a calibration tells what they cost. Counts are exact, times are estimates.
 """
 
 from __future__ import annotations
@@ -165,7 +164,7 @@ class Sweep(Job):
 
 
 class Measured(Sweep):
-    """Every cell for real; a step is a cell."""
+    """Runs every cell for real; a record is a cell."""
 
     unit = "cells"
 
@@ -184,7 +183,7 @@ class Measured(Sweep):
 
 
 class Predicted(Sweep):
-    """Every cell by replay; a step is an example."""
+    """Replays the rounds of every cell; a record is an example."""
 
     @torch.inference_mode()
     def measure(self, index: int) -> Record:
@@ -252,7 +251,7 @@ class Predicted(Sweep):
         return sorted({layer for layer, _ in self._grid})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of the output's positions after the processors that drafts go through."""
+        """Logits [n, V] of the output's positions, after the logits processor that drafts go through too."""
         if not self._config.no_repeat_ngram_size:
             return logits
         processor = NoRepeatNGramLogitsProcessor(self._config.no_repeat_ngram_size)

@@ -1,13 +1,13 @@
-"""The LayerSkip recipe: layer dropout and early-exit loss, for a new model or one to go on with.
+"""Train by the LayerSkip recipe, layer dropout and early-exit loss: a new model or one that exists.
 
     python train.py --data python_stdlib --num_steps 3000
     python train.py --model ID --data_path "corpus/*.jsonl"
     torchrun --nproc_per_node 4 train.py --model ID --data_path pairs.jsonl --early_exit_scale 1.0
 
 Without --model a small Llama is made, with a tokenizer of its own. Rows with `prompt` and `response` are for
-finetuning: only responses are learnt. --dtype bfloat16, float16 or half is mixed precision: the weights stay
-float32 until they are saved as bfloat16. The folder `model` that it ends with is for every script, and for
-transformers.
+finetuning: only the responses are learnt. --dtype bfloat16, float16 or half is mixed precision: the weights
+stay float32 until they are saved as bfloat16. The folder `model` that it writes in the end can be loaded by
+every script, and by transformers.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
         print(f"{reason}; {kept}, go on with --resume {start.run.folder}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
-    # Not before the last gather is over everywhere: a rank that leaves with its tensors waits for itself.
+    # Only after every rank has finished the last gather: one that left earlier would wait for ever.
     ranks.barrier()
     PartialState().destroy_process_group()
     return 0
@@ -133,7 +133,7 @@ class Start:
 
 
 def _prepare(arguments: Flags) -> Start:
-    """Check, read and open everything, what is quick to refuse first.
+    """Check, read and open everything, first what is refused quickly.
 
     Raises:
         LoadingError, ValueError, RecordError: something is not there, or does not fit the rest.
@@ -143,7 +143,7 @@ def _prepare(arguments: Flags) -> Start:
     config = None if model_args.model is None else _read_config(model_args, data_args.sequence_length)
     exits = recipe_args.exit_layers(shape.num_layers if config is None else config.num_hidden_layers)
     check_precision(model_args.dtype, device)
-    # The ranks meet before anything that only one of them does.
+    # All ranks join before rank 0 does anything alone, which the others then wait for.
     PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
     texts = load_texts(data_args)
     run = _open_run(arguments, _fingerprint(*texts))
@@ -200,7 +200,7 @@ def _fingerprint(*parts: datasets.Dataset) -> str:
 def _new_tokenizer(
     vocabulary_size: int, context: int, texts: datasets.Dataset, checkpoint: Path | None
 ) -> PreTrainedTokenizerBase:
-    """Trained at rank 0, for all; a training that goes on has it in its checkpoint."""
+    """Train a tokenizer at rank 0 for all ranks; a resumed training has one in its checkpoint."""
     if checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint)
     return ranks.share(train_tokenizer(texts, vocabulary_size, context) if ranks.rank() == 0 else None)
@@ -209,7 +209,7 @@ def _new_tokenizer(
 def _model_to_go_on_with(
     model_args: ModelArguments, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """On the CPU in fp32; the trainer takes it from there, and loads the weights of a checkpoint itself."""
+    """Load it on the CPU in fp32; the trainer moves it, and loads the weights of a checkpoint itself."""
     assert model_args.model is not None
     options = model_args.loading_options(dtype="float32", device="cpu", fuse=False)
     model, tokenizer = load_model_and_tokenizer(model_args.model, options, config)
@@ -240,7 +240,7 @@ def _save(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, float]) ->
     """Write the model, its tokenizer, the scores of all exits and their plot; returns those scores."""
     run = start.run
     model = trainer.accelerator.unwrap_model(trainer.model)
-    del model.forward  # the loss of all exits; the class has the model's own
+    del model.forward  # gives the loss of all exits; without it, the one of the class is back
     model.to(torch.bfloat16).save_pretrained(run.folder / "model")
     start.tokenizer.save_pretrained(run.folder / "model")
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}

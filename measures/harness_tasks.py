@@ -33,7 +33,7 @@ def load_tasks(
     """
     try:
         given = simple_parse_args_string(args.gen_kwargs) if args.gen_kwargs else {}
-    except Exception:  # whatever its parser stumbles over
+    except Exception:  # its parser raises all kinds
         refuse(f"--gen_kwargs {args.gen_kwargs}: must be k=v,k=v")
     manager, tasks = _find(args)
     for name, task in tasks.items():

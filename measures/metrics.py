@@ -38,7 +38,7 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
 
 
 def acceptance(records: Sequence[Record]) -> Record:
-    """What became of all drafts together; None where nothing was drafted."""
+    """How many drafted tokens were accepted, over all examples; rates are None where nothing was drafted."""
     drafted = _by_position(records, "drafted_by_position")
     accepted = _by_position(records, "accepted_by_position")
     rounds = sum(record["num_verifications"] for record in records)
@@ -101,7 +101,7 @@ def predicted_speedup(alpha: float, k: int, cost_ratio: float) -> float:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU by tensors, else of this process."""
+    """The most memory held so far: on a GPU by tensors, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10

@@ -14,9 +14,9 @@ from measures import metrics
 from measures.calibration import Costs
 from runs.records import Record
 
-LONGEST_DRAFT = 20  # considered beyond the grid
+LONGEST_DRAFT = 20  # tried where draft lengths are not those of the grid
 
-# How many tokens to draft, by what an exit would have guessed along an output and the position to draft for.
+# (which tokens of an output an exit guesses right, position in the output) -> how many tokens to draft there
 DraftLength = Callable[[Sequence[bool], int], int]
 
 

@@ -1,4 +1,4 @@
-"""How good what a model wrote is: against references, or as programs that have to pass their tests."""
+"""How good a model's answers are: compared with references, or as programs that have to pass their tests."""
 
 from __future__ import annotations
 

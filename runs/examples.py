@@ -1,4 +1,4 @@
-"""Does something with each example once: over several ranks, interruptions and resumptions."""
+"""A script's work on each example, done exactly once even over several ranks and interruptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from self_speculation.model.decoder import context_length, is_lost_rank, sliding
 
 
 class Job(ABC):
-    """What is done with each example, said meanwhile, and concluded in the end."""
+    """A script's work: what it does with each example, says meanwhile, and concludes in the end."""
 
     num_steps: int
     """How many records there will be: one for each index from 0."""

@@ -107,7 +107,7 @@ class Run:
         return Writer(self.folder / f"records.rank{rank}.jsonl")
 
     def finish(self, records: list[Record], metrics: Record) -> None:
-        """Write everything in order, and what it adds up to."""
+        """Write all records in order into one file, and the metrics into run.json."""
         self.replace("records.jsonl", "".join(map(_line, records)))
         self.write("run.json", {**self.description, "status": "finished", "metrics": metrics})
         for part in self.folder.glob("records.rank*.jsonl"):

@@ -56,7 +56,7 @@ def meet(model_args: ModelArguments) -> None:
 def autoregressive(
     generator: HuggingfaceLlamaGenerator, config: GenerationConfig
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
-    """The same model and settings at full depth, one token per pass: what speculation is held against."""
+    """The same model and settings at full depth, one token per pass: what speculation is compared with."""
     return _same_model(generator, replace(config, generation_strategy="autoregressive", exit_layer=-1))
 
 

@@ -50,7 +50,7 @@ def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
 
 
 def _table(path: Path) -> Path:
-    """The CSV that is meant: itself, or that of the sweep in this folder, the last one if there are several.
+    """The path itself if it is a file; of a folder, the CSV of the newest sweep in there.
 
     Raises:
         ValueError: there is no sweep, or it is unfinished.
