@@ -231,7 +231,7 @@ class EvalArguments:
     use_cache: str | None = None
     """Path of a file that keeps answers: with it, an interrupted evaluation goes on where it stopped."""
     cache_requests: Literal["true", "refresh", "delete"] | None = None
-    """true: keep the prompts that tasks build for later runs; refresh: build them anew; delete: remove them."""
+    """true: keep the prompts that tasks build for later; refresh: build them anew; delete: remove them."""
     bootstrap_iters: int = 100_000
     """Resamplings for standard errors; 0: none."""
     random_seed: int = 0
@@ -384,7 +384,7 @@ class OptimizationArguments:
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
-    """Headings without the names of classes; a default only where it is not None."""
+    """A group's heading is the name of its class alone; a default is shown only where it is not None."""
 
     def start_section(self, heading: str | None) -> None:
         super().start_section((heading or "").partition(" [")[0])

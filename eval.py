@@ -49,16 +49,17 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
+from transformers import PretrainedConfig
 
 from data import one_line
 from measures import metrics
@@ -67,7 +68,6 @@ from measures.harness_tasks import load_tasks
 from runs import ranks
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
 from runs.startup import load_generator, meet, model_name, read_config, run
-from self_speculation import HuggingfaceLlamaGenerator
 
 # The fields of GenerationConfig that say how the model is driven; tasks choose all others.
 _DRIVING = {
@@ -85,46 +85,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     model_config = read_config(model_args)
     description = describe("eval", (model_args, config, args), "")
-    try:
-        config.check_depth(model_config.num_hidden_layers)
-        check_destination(None, model_args.output_dir, description)
-    except ValueError as error:
-        refuse(f"--{error}")
-    except RecordError as error:
-        refuse(str(error))
+    _check(model_args, config, model_config, description)
     manager, tasks = load_tasks(args, config, overrides)
-    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
     generator = load_generator(model_args, config, model_config)
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
-    name = model_name(model_args)
+    accelerator = _accelerator(generator.model.device)
     try:
-        with _accelerator(generator) as accelerator:
-            run = _new_run(model_args, description | describe_model(name, generator.model))
-            if overrides and ranks.rank() == 0 and generates:
-                given = ", ".join(f"--{name} {getattr(config, name)}" for name in overrides)
-                print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
-            model = HarnessModel(
-                generator, config, overrides, args.batch_size, args.torch_random_seed,
-                keep=run.writer(ranks.rank()).append, accelerator=accelerator,
-            )  # fmt: skip
-            tracker = EvaluationTracker(output_path=str(run.folder))
-            answers_depend_on = (name, str(generator.model.dtype), config, overrides, args.torch_random_seed)
-            results = simple_evaluate(
-                model,
-                model_args={"pretrained": Path(name).name},
-                tasks=list(tasks),
-                task_manager=manager,
-                evaluation_tracker=tracker,
-                device=str(generator.model.device),
-                **_passed_on(args, zlib.crc32(repr(answers_depend_on).encode())),
-            )
-            for what, number in model.notices.items():
-                print(f"{what}: {number}, to fit the model's context", file=sys.stderr)
-            ranks.barrier()
-            if results is not None:  # at rank 0
-                _save(run, tracker, results, args)
-                _show(run, results)
+        run = _new_run(model_args, description | describe_model(model_name(model_args), generator.model))
+        if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values()):
+            _tell(overrides, config)
+        model = HarnessModel(
+            generator, config, overrides, args.batch_size, args.torch_random_seed,
+            keep=run.writer(ranks.rank()).append, accelerator=accelerator,
+        )  # fmt: skip
+        tracker = EvaluationTracker(output_path=str(run.folder))
+        settings = (model_name(model_args), str(generator.model.dtype), config, overrides)
+        results = simple_evaluate(
+            model,
+            model_args={"pretrained": Path(model_name(model_args)).name},
+            tasks=list(tasks),
+            task_manager=manager,
+            evaluation_tracker=tracker,
+            device=str(generator.model.device),
+            **_passed_on(args, settings),
+        )
+        for what, number in model.notices.items():
+            print(f"{what}: {number}, to fit the model's context", file=sys.stderr)
+        ranks.barrier()
+        if results is not None:  # at rank 0
+            _save(run, tracker, results, args)
+            _show(run, results)
     except KeyboardInterrupt:
         kept = "--use_cache PATH would have kept answers to go on from"
         if args.use_cache:
@@ -136,20 +127,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, AssertionError) as error:  # what the harness says of flags that do not fit a task
         refuse(f"--tasks {','.join(args.tasks)}: {one_line(error)}")
+    if accelerator is not None:
+        accelerator.end_training()
     return 0
 
 
-@contextmanager
-def _accelerator(generator: HuggingfaceLlamaGenerator) -> Iterator[Accelerator | None]:
+def _check(
+    model_args: ModelArguments,
+    config: GenerationConfig,
+    model_config: PretrainedConfig,
+    description: Record,
+) -> None:
+    """Refuse an exit that the model does not have, and a folder that cannot be written."""
+    try:
+        config.check_depth(model_config.num_hidden_layers)
+        check_destination(None, model_args.output_dir, description)
+    except ValueError as error:
+        refuse(f"--{error}")
+    except RecordError as error:
+        refuse(str(error))
+
+
+def _tell(overrides: Sequence[str], config: GenerationConfig) -> None:
+    """Say at rank 0 which flags replace settings of the tasks."""
+    if overrides and ranks.rank() == 0:
+        given = ", ".join(f"--{field} {getattr(config, field)}" for field in overrides)
+        print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
+
+
+def _accelerator(device: torch.device) -> Accelerator | None:
     """What the harness exchanges results by, where there are several ranks."""
     if ranks.world_size() == 1:
-        yield None
-        return
+        return None
     patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
-    accelerator = Accelerator(cpu=generator.model.device.type == "cpu", kwargs_handlers=[patience])
-    yield accelerator
-    # Not in a `finally`: a rank that fails must end at once, so that torchrun ends the others.
-    accelerator.end_training()
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
 
 
 def _new_run(model_args: ModelArguments, description: Record) -> Run:
@@ -159,9 +170,10 @@ def _new_run(model_args: ModelArguments, description: Record) -> Run:
     return run
 
 
-def _passed_on(args: EvalArguments, key: int) -> dict[str, Any]:
-    """What `simple_evaluate` takes as it was given; `key` keeps answers of other settings apart."""
+def _passed_on(args: EvalArguments, settings: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments of `simple_evaluate`; answers are kept apart by the settings that they depend on."""
     own = {"tasks", "include_path", "cache_requests", "use_cache"}
+    key = zlib.crc32(repr((*settings, args.torch_random_seed)).encode())
     return {
         **{field.name: getattr(args, field.name) for field in fields(args) if field.name not in own},
         "use_cache": f"{args.use_cache}_{key:08x}" if args.use_cache else None,
