@@ -59,7 +59,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
-from transformers import PretrainedConfig
 
 from data import one_line
 from measures import metrics
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     model_config = read_config(model_args)
     description = describe("eval", (model_args, config, args), "")
-    _check(model_args, config, model_config, description)
+    _check(config, model_config.num_hidden_layers, model_args.output_dir, description)
     manager, tasks = load_tasks(args, config, overrides)
     generator = load_generator(model_args, config, model_config)
     if args.apply_chat_template and not generator.tokenizer.chat_template:
@@ -132,16 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(
-    model_args: ModelArguments,
-    config: GenerationConfig,
-    model_config: PretrainedConfig,
-    description: Record,
-) -> None:
+def _check(config: GenerationConfig, num_layers: int, output_dir: str, description: Record) -> None:
     """Refuse an exit that the model does not have, and a folder that cannot be written."""
     try:
-        config.check_depth(model_config.num_hidden_layers)
-        check_destination(None, model_args.output_dir, description)
+        config.check_depth(num_layers)
+        check_destination(None, output_dir, description)
     except ValueError as error:
         refuse(f"--{error}")
     except RecordError as error:

@@ -127,13 +127,14 @@ class Sweep(Job):
             measure_example(sides, example.prompt, index, self._seed)
             for index, example in enumerate(self._examples)
         ]
-        compared = metrics.speedup(records, BASELINE)
+        speed, compared = metrics.speed(records), metrics.speedup(records, BASELINE)
+        quartiles = compared["speedup_quartiles"]
         return {
             "mode": "measured",
             "exit_layer": cell[0],
             "num_speculations": cell[1],
             **metrics.acceptance(records),
-            **times(metrics.speed(records), compared["speedup"], compared["speedup_quartiles"]),
+            **times(speed["num_tokens"], speed["total_time"], compared["speedup"], quartiles),
         }
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:

@@ -83,22 +83,14 @@ def predicted_cell(records: Sequence[Record], costs: Costs, exit_layer: int, dra
     rounds = [_rounds(record, exit_layer, lambda *_: draft_length) for record in records]
     seconds = [_seconds(record, r, costs, exit_layer) for record, r in zip(records, rounds, strict=True)]
     plain = [_plain_seconds(record, costs) for record in records]
+    speedups = [a / b for a, b in zip(plain, seconds, strict=True)]
     num_tokens = sum(record["num_tokens"] for record in records)
-    speed = {
-        "num_tokens": num_tokens,
-        "total_time": sum(seconds),
-        "tokens_per_second": num_tokens / sum(seconds),
-    }
     return {
         "mode": "predicted",
         "exit_layer": exit_layer,
         "num_speculations": draft_length,
         **metrics.acceptance([asdict(r) for r in rounds]),
-        **times(
-            speed,
-            sum(plain) / sum(seconds),
-            metrics.quartiles([a / b for a, b in zip(plain, seconds, strict=True)]),
-        ),
+        **times(num_tokens, sum(seconds), sum(plain) / sum(seconds), metrics.quartiles(speedups)),
     }
 
 
@@ -126,13 +118,13 @@ def beyond_the_grid(records: Sequence[Record], costs: Costs, exit_layers: Sequen
     return found
 
 
-def times(speed: Record, speedup: float, quartiles: Sequence[float]) -> Record:
-    """The columns of a sweep's table about time; `speed` as from `metrics.speed`, quartiles of speed-ups."""
+def times(num_tokens: int, total_time: float, speedup: float, quartiles: Sequence[float]) -> Record:
+    """The columns of a sweep's table about time; `quartiles` of the speed-ups of single examples."""
     return {
-        "num_tokens": speed["num_tokens"],
-        "total_time": speed["total_time"],
-        "time_per_token": speed["total_time"] / max(speed["num_tokens"], 1),
-        "tokens_per_second": speed["tokens_per_second"],
+        "num_tokens": num_tokens,
+        "total_time": total_time,
+        "time_per_token": total_time / max(num_tokens, 1),
+        "tokens_per_second": num_tokens / total_time,
         "speedup": speedup,
         "speedup_q1": quartiles[0],
         "speedup_q3": quartiles[-1],
