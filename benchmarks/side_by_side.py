@@ -272,12 +272,12 @@ def main() -> None:
         drafted = sum(result.num_drafted or 0 for result in results)
         accepted[side] = sum(result.num_accepted or 0 for result in results) / max(drafted, 1)
     alpha = token_acceptance([dataclasses.asdict(result) for result in results])
-    cost = Costs.estimated(model, config.exit_layer, config.draft_weights).draft_ratio(config.exit_layer)
-    formula = predicted_speedup(alpha or 0.0, k, cost)
+    costs = Costs.estimated(model, config.exit_layer, config.draft_weights)
+    formula = predicted_speedup(alpha or 0.0, k, config.exit_layer, costs)
 
     layer, head = statistics.median(layer_seconds), statistics.median(head_seconds)
     full_pass = len(model.base_model.layers) * layer + head
-    drafted_round = full_pass * (1 + k * cost)
+    drafted_round = full_pass * costs.round(config.exit_layer, k)
     rows: list[dict[str, Any]] = []
     for side, given in answers.items():
         speeds = [answer.tokens_per_second for answer in given]

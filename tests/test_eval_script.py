@@ -14,6 +14,7 @@ from test_benchmark_scripts import only_run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
+from measures import harness_tasks
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 TASKS = ("functions", "lines", "text")
@@ -24,7 +25,7 @@ def few_files_are_read(monkeypatch):
     """Not the harness's own thousands of tasks, nor what pip has installed: that takes seconds."""
     manager = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
-    monkeypatch.setattr(eval_script, "TaskManager", manager)
+    monkeypatch.setattr(harness_tasks, "TaskManager", manager)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from measures import metrics
+from measures import metrics, text_quality
+from self_speculation.drafts.costs import Costs
 
 
 def record(drafted=(), accepted=(), **kwargs):
@@ -49,9 +50,13 @@ def test_token_acceptance_counts_what_was_judged():
 
 def test_predicted_speedup_of_the_paper():
     """DESIGN's rows: llama2-7B on CNN/DM 1-shot, E 8, k 12, acceptance 68.9 %, is predicted 2.32."""
-    assert metrics.predicted_speedup(0.0, 4, 0.25) == 1 / 2
-    assert metrics.predicted_speedup(1.0, 4, 0.25) == 5 / 2
-    assert metrics.predicted_speedup(0.5, 1, 0.5) == pytest.approx(1.5 / 1.5)
+
+    def predicted(alpha, k, cost_ratio):
+        return metrics.predicted_speedup(alpha, k, 8, Costs(1.0, {8: cost_ratio}, {8: (1.0,)}, (0,), 0.0))
+
+    assert predicted(0.0, 4, 0.25) == 1 / 2
+    assert predicted(1.0, 4, 0.25) == 5 / 2
+    assert predicted(0.5, 1, 0.5) == pytest.approx(1.5 / 1.5)
 
 
 def test_speedup_compares_rates_since_sampled_lengths_differ():
@@ -65,7 +70,7 @@ def test_speedup_compares_rates_since_sampled_lengths_differ():
 
 
 def test_text_quality():
-    quality = metrics.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
+    quality = text_quality.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
     assert quality["exact_match"] == 0.5
     assert quality["rouge1"] == pytest.approx(0.5)
     assert quality["edit_distance"] == 1.0  # one space, one letter
@@ -87,7 +92,7 @@ def test_pass_at_1_runs_answers_in_a_process_with_limits():
         "    return 1", "    return 2", "    return (", "    while True: pass", "    import os; os._exit(0)",
         "    return 1\n\ndef g(x", "    return 1\nprint(f",
     ]  # fmt: skip
-    assert metrics.pass_at_1([PROBLEM] * 7, answers, timeout=1.0) == pytest.approx(3 / 7)
+    assert text_quality.pass_at_1([PROBLEM] * 7, answers, timeout=1.0) == pytest.approx(3 / 7)
 
 
 def test_measured_counts_feed_the_formula():
