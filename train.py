@@ -112,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
         print(f"{reason}; {kept}, go on with --resume {start.run.folder}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
-    # Only after every rank has finished the last gather: one that left earlier would wait for ever.
-    ranks.barrier()
+    ranks.barrier()  # after it, no exchange is under way, and the process group can be destroyed
     PartialState().destroy_process_group()
     return 0
 

@@ -33,6 +33,10 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # ranks may finish hours apart; one that dies is noticed at once anyway
 
 _one_model_together = False
+# Kept, because it holds tensors of earlier exchanges. If a thread of gloo were the last to hold it, that
+# thread would free them, for which it needs the interpreter's lock. The main thread may have this lock while
+# it destroys the process group, and waits for the thread: for ever.
+_last_barrier: dist.Work | None = None
 
 
 def num_processes() -> int:
@@ -111,8 +115,10 @@ def share(thing: T) -> T:
 
 def barrier() -> None:
     """Wait for the other ranks."""
+    global _last_barrier
     if world_size() > 1:
-        dist.barrier()
+        _last_barrier = dist.barrier(async_op=True)
+        _last_barrier.wait()
 
 
 @contextmanager
