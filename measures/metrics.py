@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from runs.records import Record
+from self_speculation.drafts.costs import Costs
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:

