@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest has a process for each core
 
+import forks
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -20,6 +23,13 @@ from self_speculation import GenerationConfig, make_strategy
 from self_speculation.model.lean_layers import fuse
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+# Random, but the same at every run: a failure that comes and goes says nothing. `--hypothesis-profile search`
+# looks in other places each time.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).parent.parent
 EOS = 2
@@ -101,6 +111,21 @@ def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):
     return new[: ends[0]] if ends else new
 
 
+def assert_close(actual, expected, computed_in=None, roundings=100):
+    """Equal up to so many roundings of the largest number: sums in another order, by other instructions.
+
+    computed_in: the dtype whose roundings count, where a part is done in fewer bits than the result has.
+    """
+    eps = torch.finfo(computed_in or expected.dtype).eps
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=0,
+        atol=roundings * eps * float(expected.detach().abs().max()),
+        check_dtype=False,
+    )
+
+
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -166,6 +191,14 @@ def endless_folder(byte_tokenizer, tmp_path_factory):
     torch.nn.init.zeros_(model.lm_head.weight[EOS])
     model.save_pretrained(folder)
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of forks, once for all workers."""
+    if not hasattr(config, "workerinput"):
+        server = forks.server()
+        server.__enter__()
+        config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
 @pytest.fixture

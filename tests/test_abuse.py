@@ -4,23 +4,26 @@ What is wrong with a model's files is in test_loading.py, with data files in tes
 """
 
 import copy
+import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, generate, tiny_llama
+from helpers import custom_data, only_run
 from safetensors.torch import load_file, save_file
-from test_benchmark_scripts import custom_data, only_run
 
 import benchmark
+import generate as generate_script
 from runs.startup import run
 from self_speculation import (
     GenerationConfig,
@@ -187,29 +190,32 @@ def test_numbers_that_end_in_the_middle():
         generate(model, [5, 6, 7], eos=[], max_steps=12, exit_layer=1, num_speculations=2)
 
 
-def test_a_prompt_of_100_megabytes(model_folder, script):
+def test_a_prompt_of_100_megabytes(model_folder, monkeypatch, capsys):
     """Guards against minutes of tokenizing before the same answer, and gigabytes for it."""
-    started = time.monotonic()
-    run = subprocess.run(
-        script("generate.py", "--model", model_folder), input=b"all work and no play " * 5_000_000,
-        capture_output=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 2
-    assert (
-        b"the prompt has 105000000 characters, far more than the model's context of 256 tokens" in run.stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO("all work and no play " * 5_000_000))
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerFast._encode_plus", lambda *_, **__: pytest.fail("it was tokenized")
     )
-    assert time.monotonic() - started < 60
+    with pytest.raises(SystemExit) as end:
+        generate_script.main(["--model", str(model_folder)])
+    assert end.value.code == 2
+    said = "the prompt has 105000000 characters, far more than the model's context of 256 tokens"
+    assert said in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_what_was_written(common, tmp_path):
     """By a limit on the size of files, which Python reports as it reports a full disk."""
     common += ["--num_samples", "12", "--max_steps", "40"]
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-
-    command = [sys.executable, str(ROOT / "benchmark.py"), *common]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import benchmark\n"
+        "from runs.startup import run\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "run(benchmark.main)\n"
+    )
+    run = forks.run(program, *common)
     assert run.returncode == 1
     folder = only_run(tmp_path)
     kept = (folder / "records.rank0.jsonl").read_text().count("\n")
@@ -226,7 +232,7 @@ def test_a_cache_that_cannot_be_written(model_folder, script):
     """A local model needs no cache."""
     run = subprocess.run(
         script("generate.py", "--model", model_folder, "--prompt", "def", "--max_steps", "3"),
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=forks.HANGS,
         env={**os.environ, "HF_HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -234,35 +240,35 @@ def test_a_cache_that_cannot_be_written(model_folder, script):
 
 
 def test_ctrl_c_while_imports_take_their_time(common):
+    """Guards against a page of traceback for somebody who changed their mind early."""
     run = subprocess.Popen([sys.executable, str(ROOT / "benchmark.py"), *common], stderr=subprocess.PIPE)
     while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=60)[1] == b""
+    assert run.communicate(timeout=forks.HANGS)[1] == b""
     assert run.returncode == -signal.SIGINT
 
 
 def test_two_runs_into_one_folder_and_ctrl_c(endless_folder, common, tmp_path, capsys):
     """Guards against records of two runs in one file, and a traceback in place of what is kept."""
     args = [*common, "--model", str(endless_folder), "--max_steps", "3000", "--num_samples", "12"]
-    run = subprocess.Popen(
-        [sys.executable, str(ROOT / "benchmark.py"), *args], stderr=subprocess.PIPE, text=True
-    )
-    while not list(tmp_path.glob("logs/*/run.json")):
-        time.sleep(0.05)
-        assert run.poll() is None
-    folder = str(only_run(tmp_path))
-    try:
-        status, line = outcome([*args, "--resume", folder], capsys)
-        run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
-    finally:
-        run.kill()
+    with tempfile.TemporaryFile() as errors:
+        run = forks.Fork(ROOT / "benchmark.py", *args, stderr=errors.fileno())
+        try:
+            while not list(tmp_path.glob("logs/*/run.json")):
+                time.sleep(0.05)
+                assert run.poll() is None
+            folder = str(only_run(tmp_path))
+            status, line = outcome([*args, "--resume", folder], capsys)
+            run.send_signal(signal.SIGINT)
+            assert run.wait() == 130
+        finally:
+            run.end()
+        said = forks.read(errors, text=True)
     assert status == 2
     assert line.endswith(f"--resume {folder}: another run is writing there")
-    assert run.returncode == 130
-    assert "Traceback" not in errors
-    assert "interrupted; " in errors.splitlines()[-1]
+    assert "Traceback" not in said
+    assert "interrupted; " in said.splitlines()[-1]
 
 
 def test_names_with_characters_of_a_shell(common, tmp_path, capsys, monkeypatch):

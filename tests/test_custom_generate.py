@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from conftest import EOS, tiny_llama
-from test_sampling_distribution import PROMPT as SAMPLED_PROMPT
-from test_sampling_distribution import SAMPLES, STEPS, config, expected, p_value
-from test_sampling_distribution import model as sampled_model
+from distributions import PROMPT as SAMPLED_PROMPT
+from distributions import STEPS, config, expected, p_value
+from distributions import model as sampled_model
 from transformers import DynamicCache, TextStreamer, pipeline
 
 import self_speculation.self_speculation_generator as self_speculation_generator
@@ -91,12 +91,14 @@ def test_stopping_criteria_are_asked():
 
 
 def test_sampling_is_from_the_distribution_that_generate_prepared():
-    """Guards against a temperature or a top-k applied twice or never. False alarms: 1e-4, fixed seed."""
+    """Guards against a temperature or a top-k applied twice or never. False alarms: 1e-4, fixed seed; that the
+    samples are enough is shown by the last line, which tells a temperature of 0.7 from one of 1.
+    """
     settings = {"temperature": 0.7, "top_k": 3}
     torch.manual_seed(0)
     counts = {}
     speculation = {"custom_generate": self_speculative_generate, "exit_layer": 1, "num_speculations": 2}
-    prompts = torch.tensor([SAMPLED_PROMPT]).expand(SAMPLES, -1)
+    prompts = torch.tensor([SAMPLED_PROMPT]).expand(500, -1)
     outputs = sampled_model().generate(
         prompts, do_sample=True, max_new_tokens=STEPS, **settings, **speculation
     )

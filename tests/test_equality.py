@@ -54,7 +54,7 @@ DRAFTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     exit_layer=st.integers(1, 3),
     num_speculations=st.integers(1, 8),
@@ -112,7 +112,7 @@ def test_ids_equal_for_every_setting(
     assert all(0 <= accepted <= drafted for accepted, drafted in counts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     max_steps=st.integers(1, 40),

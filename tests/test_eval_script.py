@@ -3,14 +3,15 @@
 import functools
 import json
 
+import forks
 import pandas
 import pytest
 import yaml
 from conftest import ROOT
+from helpers import only_run
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_benchmark_scripts import only_run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
@@ -20,13 +21,15 @@ SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2",
 TASKS = ("functions", "lines", "text")
 
 
-@pytest.fixture(autouse=True)
-def few_files_are_read(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_files_are_read():
     """Not the harness's own thousands of tasks, nor what pip has installed: that takes seconds."""
     manager = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
-    monkeypatch.setattr(harness_tasks, "TaskManager", manager)
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", manager)
+        patch.setattr(harness_tasks, "TaskManager", manager)
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def reference(model_folder, task_folder):
         AutoModelForCausalLM.from_pretrained(model_folder),
         tokenizer=AutoTokenizer.from_pretrained(model_folder),
     )
-    tasks = TaskManager(include_path=str(task_folder))
+    tasks = TaskManager(include_path=str(task_folder), include_defaults=False)
     # It cannot answer an empty prompt, the second one, where the tokenizer adds nothing to it.
     without = {"functions": [0, 2, 3, 4, 5]}
     rest = simple_evaluate(model, tasks=["lines", "text"], task_manager=tasks, bootstrap_iters=0)
@@ -155,7 +158,17 @@ def test_two_ranks_score_as_one(model_folder, task_folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = [*SPECULATION, "--num_fewshot", "1"]
     assert eval_script.main(arguments(model_folder, tasks, task_folder, one, *flags)) == 0
-    ran = torchrun(2, str(ROOT / "eval.py"), *arguments(model_folder, tasks, task_folder, two, *flags))
+    program = tmp_path / "program.py"  # that reads few files, too
+    program.write_text(
+        f"import functools, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import lm_eval.tasks\n"
+        "manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)\n"
+        "lm_eval.tasks.TaskManager = manager\n"
+        "import eval\n"
+        "from runs.startup import run\n"
+        "run(eval.main)\n"
+    )
+    ran = forks.run_ranks(2, program, *arguments(model_folder, tasks, task_folder, two, *flags))
     assert ran.returncode == 0, ran.stderr
     left, right = only_run(one), only_run(two)
     assert samples(left)["functions"] == samples(right)["functions"]

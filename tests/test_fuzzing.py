@@ -67,7 +67,7 @@ def command_lines(draw):
 
 
 @given(command_lines())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_command_line_is_taken_or_refused_in_one_line(case):
     """Guards against tracebacks of the parser, and against refusals that go over several lines."""
     groups, words = case
@@ -99,7 +99,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(case):
     prompt_lookup=st.integers(-1, 40),
     draft_confidence=st.none() | st.sampled_from(["auto", "0", "0.5", "1", "-1", "x", "nan"]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_setting_works_or_is_refused(strategy, **values):
     """Guards against numbers that pass the checks and break the arithmetic behind them."""
     try:
@@ -163,7 +163,7 @@ def folder(tmp_path_factory):
 
 
 @given(file=files(), dataset=st.sampled_from(sorted(DATASETS)), n_shot=st.integers(0, 2))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_file_is_read_or_refused_in_one_line(folder, file, dataset, n_shot):
     """Guards against tracebacks of four readers, and examples that are not text."""
     suffix, content = file

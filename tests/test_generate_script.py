@@ -1,15 +1,18 @@
-"""generate.py as its users run it: pipes, terminals, torchrun, and wrong usage."""
+"""generate.py as its users run it: pipes, terminals, ranks, and wrong usage."""
 
 import io
 import os
+import pty
 import re
-import subprocess
-import sys
-import time
+import signal
+import tempfile
+import termios
 from typing import NamedTuple
 
-import pexpect
+import forks
+import pexpect.fdpexpect
 import pytest
+from conftest import ROOT
 
 import generate
 
@@ -18,15 +21,9 @@ GREEDY = ["--sample", "False", "--max_steps", "20"]
 
 
 @pytest.fixture
-def run(script, model_folder):
-    def run_script(*args, model=model_folder, **kwargs):
-        model = ["--model", str(model)] if model else []
-        return subprocess.run(
-            script("generate.py", *model, *args), capture_output=True, timeout=120,
-            **({"text": True} | ({} if "input" in kwargs else {"stdin": subprocess.DEVNULL}) | kwargs),
-        )  # fmt: skip
-
-    return run_script
+def run(model_folder):
+    """The script in a process of its own, at the end of a pipe."""
+    return lambda *args, **kwargs: forks.run(ROOT / "generate.py", "--model", model_folder, *args, **kwargs)
 
 
 class Said(NamedTuple):
@@ -50,29 +47,44 @@ def said(model_folder, capsys, monkeypatch):
     return call
 
 
+class Terminal(pexpect.fdpexpect.fdspawn):
+    """What stands between a person and the script: 24 lines of 80 columns."""
+
+    def __init__(self, *args):
+        mine, its = pty.openpty()
+        termios.tcsetwinsize(its, (24, 80))
+        env = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+        self.script = forks.Fork(
+            ROOT / "generate.py", *args, stdin=its, stdout=its, stderr=its, env=env, terminal=True
+        )
+        os.close(its)
+        super().__init__(mine, timeout=forks.HANGS, encoding="utf-8", codec_errors="replace")
+
+    def control(self, letter):
+        self.send(chr(ord(letter) - ord("a") + 1))
+
+    def is_asked(self):
+        """Not only the prompt, which is drawn again whenever something changes: its keys are read from now on."""
+        self.expect(r"\x1b\[\?2004h")  # pasted text is told from typed one
+        self.expect(">>>")
+
+    def ends_well(self):
+        self.expect(pexpect.EOF)
+        return self.script.wait() == 0
+
+
 @pytest.fixture
-def talk(script, model_folder):
-    """The script at a terminal of 80 columns."""
-    children = []
+def talk(model_folder):
+    terminals = []
 
     def spawn(*args):
-        command, *rest = script("generate.py", "--model", model_folder, *args)
-        environment = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
-        child = pexpect.spawn(
-            command,
-            rest,
-            env=environment,
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=60,
-            dimensions=(24, 80),
-        )
-        children.append(child)
-        return child
+        terminals.append(Terminal("--model", model_folder, *args))
+        return terminals[-1]
 
     yield spawn
-    for child in children:
-        child.close(force=True)
+    for terminal in terminals:
+        terminal.script.end()
+        terminal.close()
 
 
 @pytest.mark.parametrize("streamer", ["standard", "none", "speculative"])
@@ -150,90 +162,83 @@ def test_mistakes_end_in_one_line_and_status_2(said, args, message):
 
 
 def test_input_that_is_no_text(run):
-    result = run(input=b"\xff\xfe", text=False)
+    result = run(input=b"\xff\xfe")
     assert result.returncode == 2
     assert b"not valid UTF-8" in result.stderr
 
 
-def test_a_reader_that_leaves_is_not_an_error(script, model_folder):
-    command = " ".join(script("generate.py", "--model", model_folder, "--prompt", "def", *GREEDY))
-    result = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in result.stderr
-    assert "BrokenPipe" not in result.stderr
+def test_a_reader_that_leaves_is_not_an_error(model_folder):
+    """As `generate.py | true`. Guards against a traceback for each line that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with tempfile.TemporaryFile() as errors:
+        args = ["--model", model_folder, "--prompt", "def", *GREEDY]
+        script = forks.Fork(ROOT / "generate.py", *args, stdout=writer, stderr=errors.fileno())
+        os.close(writer)
+        assert script.wait() == 128 + signal.SIGPIPE
+        said = forks.read(errors, text=True)
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
 
 
-def test_under_torchrun_only_one_rank_talks(model_folder, script):
-    _, path, *_ = script("generate.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", path,
-         "--model", model_folder, "--prompt", "def add", *GREEDY],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def test_of_several_ranks_only_one_talks(model_folder, said):
+    """Guards against an answer from each rank."""
+    args = ["--prompt", "def add", *GREEDY]
+    result = forks.run_ranks(2, ROOT / "generate.py", "--model", model_folder, *args)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("20 tokens in") == 1
-    alone = subprocess.run(
-        script("generate.py", "--model", model_folder, "--prompt", "def add", *GREEDY),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.stdout == alone.stdout
+    assert result.stdout == said(*args).stdout
 
 
 def test_the_loop_answers_until_ctrl_d(talk):
     child = talk(*GREEDY, *SPECULATIVE, "--streamer", "speculative")
     child.expect("Ctrl-D sends it")
-    child.expect(">>>")
+    child.is_asked()
     child.send("first line\rsecond line")
     child.expect("second line")
-    child.sendcontrol("d")
+    child.control("d")
     child.expect("20 tokens in")
     child.expect("acceptance rate")
-    child.expect(">>>")
-    child.sendcontrol("c")  # nothing to stop
-    child.expect(">>>")
+    child.is_asked()
+    child.control("c")  # nothing to stop
+    child.is_asked()
     child.send("x " * 300)
-    child.sendcontrol("d")
+    child.control("d")
     child.expect("error: the prompt has .* leaves no room")  # and the loop goes on
-    child.expect(">>>")
-    child.sendcontrol("d")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    child.is_asked()
+    child.control("d")
+    assert child.ends_well()
 
 
 def test_the_loop_ends_at_exit(talk):
     child = talk()
-    child.expect(">>>")
+    child.is_asked()
     child.send("/exit")
-    child.sendcontrol("d")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    child.control("d")
+    assert child.ends_well()
 
 
 def test_chat_keeps_the_conversation(talk):
     child = talk("--chat", "True", *GREEDY)
     sizes = []
     for _ in range(2):
-        child.expect(">>>")
+        child.is_asked()
         child.send("hi")
-        child.sendcontrol("d")
+        child.control("d")
         child.expect(r"for (\d+) tokens")
         sizes.append(int(child.match[1]))
     assert sizes[1] > 2 * sizes[0]
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_its_statistics(talk, endless_folder):
-    endless = ["--model", endless_folder, "--max_steps", "90000", "--sample", "False"]
-    child = talk(*endless)
-    child.expect(">>>")
+    child = talk("--model", endless_folder, "--max_steps", "90000", "--sample", "False")
+    child.is_asked()
     child.send("def add")
-    child.sendcontrol("d")
-    time.sleep(3)  # well after the answer began, long before it could end
-    child.sendcontrol("c")
+    child.control("d")
+    child.expect("(?s).{1000}")  # well after the answer began, long before it could end
+    child.control("c")
     child.expect(r"\d+ tokens in .* s, interrupted")
     child.expect(r"decode .* tokens/s")
-    child.expect(">>>")
-    child.sendcontrol("d")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    child.is_asked()
+    child.control("d")
+    assert child.ends_well()

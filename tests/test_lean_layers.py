@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import assert_close, generate, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +33,7 @@ def decodes_like_itself(model):
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
         mine = forward(Decoder(model, 6, 6), ids, 6).logits
-        torch.testing.assert_close(mine, model(ids).logits)
+        assert_close(mine, model(ids).logits, roundings=100 if model.dtype == torch.float32 else 4)
 
 
 def test_no_second_copy_and_the_original_layout_on_disk(model, tmp_path):
@@ -151,7 +151,7 @@ def test_every_form_of_a_product_is_the_product(width, rows, bias):
         product = Product(*projections)
         for form in FORMS:
             product.forms = {width: form}
-            torch.testing.assert_close(product(x), expected)
+            assert_close(product(x), expected)
             assert product(x).is_contiguous()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
+from conftest import assert_close
 from huggingface_hub import errors
 from safetensors import safe_open
 
@@ -33,7 +34,7 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert not model.training
     assert model.dtype == torch.float32
     ids = tokenizer.encode("a man", return_tensors="pt")
-    torch.testing.assert_close(model(ids).logits, text_model(ids).logits)
+    assert_close(model(ids).logits, text_model(ids).logits)
 
 
 def test_dtype_and_model_args_are_passed_on(model_folder):

@@ -86,13 +86,15 @@ PROBLEM = {
 
 
 def test_pass_at_1_runs_answers_in_a_process_with_limits():
-    """One right, one wrong, one that breaks, one that never ends, one that would end this process, and two
-    that are right up to where the function ends."""
+    """One right, one wrong, one that breaks, one that would end this process, and two that are right up to where
+    the function ends; none of which a slow machine must not have the time for. Then one that never ends.
+    """
     answers = [
-        "    return 1", "    return 2", "    return (", "    while True: pass", "    import os; os._exit(0)",
+        "    return 1", "    return 2", "    return (", "    import os; os._exit(0)",
         "    return 1\n\ndef g(x", "    return 1\nprint(f",
     ]  # fmt: skip
-    assert text_quality.pass_at_1([PROBLEM] * 7, answers, timeout=1.0) == pytest.approx(3 / 7)
+    assert text_quality.pass_at_1([PROBLEM] * 6, answers, timeout=100.0) == 3 / 6
+    assert text_quality.pass_at_1([PROBLEM], ["    while True: pass"], timeout=0.5) == 0
 
 
 def test_measured_counts_feed_the_formula():

@@ -5,13 +5,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, tiny_llama
-from test_benchmark_scripts import custom_data, only_run, torchrun, untimed
+from helpers import TORCHRUN, custom_data, only_run, untimed
 
 import benchmark
 from arguments import ModelArguments
@@ -45,7 +46,7 @@ def ids_of(model, tokenizer):
     for name, case in CASES.items():
         speculative = "self_speculative" if "num_speculations" in case else "autoregressive"
         config = GenerationConfig(
-            **{"sample": False, "max_steps": 24, "generation_strategy": speculative, **case}
+            **{"sample": False, "max_steps": 16, "generation_strategy": speculative, **case}
         )
         generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
         for prompt in PROMPTS:
@@ -65,8 +66,14 @@ def folder(byte_tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def expected_ids(folder):
+    """By the layers of transformers, on one device."""
+    return ids_of(*load_model_and_tokenizer(str(folder), LoadingOptions(fuse=False)))
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_tensor_parallel_ids_are_those_of_one_process(folder, ranks, tmp_path):
+def test_tensor_parallel_ids_are_those_of_one_process(folder, expected_ids, ranks, tmp_path):
     """Guards against ranks that part ways by their draws, by a clock, or by a cache of all heads."""
     program = tmp_path / "program.py"
     program.write_text(
@@ -78,10 +85,10 @@ def test_tensor_parallel_ids_are_those_of_one_process(folder, ranks, tmp_path):
         "heads = loaded[0].model.layers[0].self_attn.k_proj.weight.to_local().shape[0] // 8\n"
         "print(heads); ranks.leave()\n"
     )
-    result = torchrun(ranks, str(program))
+    result = forks.run_ranks(ranks, program)
     assert result.returncode == 0, result.stderr
     ids, heads = result.stdout.splitlines()  # one voice
-    assert json.loads(ids) == ids_of(*load_model_and_tokenizer(str(folder), LoadingOptions(fuse=False)))
+    assert json.loads(ids) == expected_ids
     assert int(heads) == 4 // ranks
 
 
@@ -98,7 +105,8 @@ def common(folder, tmp_path):
 def test_benchmark_over_one_model_on_two_ranks(common, tmp_path):
     assert benchmark.main([*common, "--output_dir", str(tmp_path / "one")]) == 0
     (one,) = (tmp_path / "one").iterdir()
-    result = torchrun(2, str(ROOT / "benchmark.py"), *common, "--parallel", "tensor", "--compare", "True")
+    args = [*common, "--parallel", "tensor", "--compare", "True"]
+    result = forks.run_ranks(2, ROOT / "benchmark.py", *args)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("tokens/s, decode") == 1
     assert result.stderr.count("5/5") >= 1
@@ -109,50 +117,38 @@ def test_benchmark_over_one_model_on_two_ranks(common, tmp_path):
 @pytest.mark.slow
 def test_four_ranks_with_a_copy_each_give_the_records_of_one(common, tmp_path):
     assert benchmark.main([*common, "--output_dir", str(tmp_path / "one")]) == 0
-    result = torchrun(4, str(ROOT / "benchmark.py"), *common)
+    result = forks.run_ranks(4, ROOT / "benchmark.py", *common)
     assert result.returncode == 0, result.stderr
     assert untimed(only_run(tmp_path)) == untimed(next((tmp_path / "one").iterdir()))
 
 
 @pytest.mark.slow
 def test_generate_speaks_once_and_reads_standard_input_once(folder):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "generate.py"),
-        "--model", str(folder), "--parallel", "tensor", "--max_steps", "8", "--sample", "False",
-    ]  # fmt: skip
-    said = subprocess.run(command, input="def add(a", capture_output=True, text=True, timeout=120)
+    script = [ROOT / "generate.py", "--model", folder, "--max_steps", "8", "--sample", "False"]
+    said = forks.run_ranks(2, *script, "--parallel", "tensor", input="def add(a")
     assert said.returncode == 0, said.stderr
-    alone = [command[0], *command[5:6], *command[6:8], *command[10:]]
-    expected = subprocess.run(alone, input="def add(a", capture_output=True, text=True, timeout=120)
-    assert said.stdout == expected.stdout != ""
+    assert said.stdout == forks.run(*script, input="def add(a").stdout != ""
 
 
 @pytest.mark.parametrize("parallel", ["data", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, common, parallel, tmp_path):
-    """Guards against a rank 0 that waits for ever, or goes without saying how to go on."""
+    """By the real torchrun, whose signal it is that ends the others. Guards against a rank 0 that waits for ever,
+    or goes without saying how to go on.
+    """
     args = [*common, "--model", str(endless_folder), "--max_steps", "400", "--sample", "False"]
     args += ["--num_samples", "10", "--parallel", parallel]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        str(ROOT / "benchmark.py"),
-    ]
-    run = subprocess.Popen([*command, *args], stderr=subprocess.PIPE, text=True)
-    try:
-        while not list(tmp_path.glob("logs/*/records.rank0.jsonl")):
-            time.sleep(0.1)
-            assert run.poll() is None, run.stderr.read()
-        (victim,) = children_of_rank(run.pid, 1)
-        os.kill(victim, signal.SIGKILL)
-        killed = time.monotonic()
-        _, errors = run.communicate(timeout=120)
-    finally:
-        run.kill()
-    assert time.monotonic() - killed < 60
-    assert run.returncode == 1
+    with tempfile.TemporaryFile() as said:
+        run = forks.Fork(TORCHRUN, "--nproc_per_node", 2, ROOT / "benchmark.py", *args, stderr=said.fileno())
+        try:
+            while not list(tmp_path.glob("logs/*/records.rank0.jsonl")):
+                time.sleep(0.1)
+                assert run.poll() is None, forks.read(said, text=True)
+            (victim,) = children_of_rank(run.pid, 1)
+            os.kill(victim, signal.SIGKILL)
+            assert run.wait() == 1
+        finally:
+            run.end()
+        errors = forks.read(said, text=True)
     found = re.search(
         r"another rank is gone; (\d+) of 10 examples are kept, go on with --resume (\S+)", errors
     )
@@ -186,13 +182,11 @@ def test_heads_that_ranks_cannot_share_are_refused(model_folder, monkeypatch):
         load_model_and_tokenizer(str(model_folder), LoadingOptions(parallel="tensor"))
 
 
-def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, tmp_path):
+def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, tmp_path):
     """Guards against lean layers over weights that are not there, and states that stay on another device."""
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
     arguments = {"device_map": places, "offload_folder": str(tmp_path)}
     model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, parallel="pipeline"))
     assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
-    assert ids_of(model, tokenizer) == ids_of(
-        *load_model_and_tokenizer(str(folder), LoadingOptions(fuse=False))
-    )
+    assert ids_of(model, tokenizer) == expected_ids

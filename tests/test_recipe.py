@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import assert_close, tiny_llama
 
 from self_speculation.model.decoder import hidden_after_each_layer
 from training import recipe
@@ -92,7 +92,7 @@ def test_states_are_those_of_the_model(attention):
     with torch.no_grad():
         *_, last = hidden_after_each_layer(model, ids)
         logits = model.lm_head(model.model.norm(last))
-        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+        assert_close(logits, model(ids).logits)
 
 
 def test_dropped_samples_skip_the_layer_and_cost_nothing():
@@ -111,7 +111,7 @@ def test_dropped_samples_skip_the_layer_and_cost_nothing():
     for hook in hooks:
         hook.remove()
     assert sizes[:3] == [3, 2, 3]  # the third layer was not run at all
-    torch.testing.assert_close(states[1][[0, 2]], full[1][[0, 2]])
+    assert_close(states[1][[0, 2]], full[1][[0, 2]])
     assert torch.equal(states[1][1], states[0][1])
     assert torch.equal(states[2], states[1])
 
@@ -125,9 +125,9 @@ def test_loss_is_the_weighted_sum_of_the_exits():
     weights = recipe.loss_weights([1, 2, 3], 4, 0.2, "depth")
     expected = sum(weights[exit] * scores[exit - 1, 0] / scores[0, 3] for exit in weights)
     loss = early_exit_loss(model, PAPER, ids, labels, step=0, micro_step=0)["loss"]
-    torch.testing.assert_close(loss, expected)
+    assert_close(loss, expected)
     last = model(ids, labels=labels).loss
-    torch.testing.assert_close(scores[-1, 0] / scores[-1, 3], last)
+    assert_close(scores[-1, 0] / scores[-1, 3], last)
 
 
 def test_gradient_against_finite_differences():
@@ -183,6 +183,4 @@ def test_distillation_teaches_the_exits_only():
         return model.model.layers[-1].mlp.up_proj.weight.grad.clone()
 
     equal = {"exit_loss": "distill", "exit_weighting": "equal"}
-    torch.testing.assert_close(
-        gradient(**equal, early_exit_scale=1.0), gradient(exits=(), exit_weighting="equal")
-    )
+    assert_close(gradient(**equal, early_exit_scale=1.0), gradient(exits=(), exit_weighting="equal"))

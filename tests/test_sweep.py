@@ -2,9 +2,11 @@
 
 import json
 
+import forks
 import pandas
 import pytest
-from test_benchmark_scripts import custom_data, only_run, torchrun
+from conftest import ROOT
+from helpers import custom_data, no_clock, only_run
 
 import benchmark
 import sweep
@@ -82,6 +84,11 @@ def common(model_folder, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.fixture
+def timeless(monkeypatch):
+    no_clock(monkeypatch)
+
+
 def table(tmp_path):
     frame = pandas.read_csv(only_run(tmp_path) / "sweep.csv")
     return frame.set_index(["exit_layer", "num_speculations"]).sort_index()
@@ -90,7 +97,8 @@ def table(tmp_path):
 @pytest.mark.parametrize(
     "extra", [[], ["--no_repeat_ngram_size", "2"], ["--stop_token_ids", *map(str, range(30, 60))]]
 )
-def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra, capsys):
+def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra, timeless, capsys):
+    """Guards against a replay that drafts, accepts or ends otherwise than decoding does."""
     assert sweep.main([*common, *extra, "--output_dir", str(tmp_path / "p" / "logs")]) == 0
     assert (
         sweep.main([*common, *extra, "--mode", "measured", "--output_dir", str(tmp_path / "m" / "logs")]) == 0
@@ -131,14 +139,14 @@ def test_a_grid_of_one_row_or_column(common, tmp_path, grid):
     assert (only_run(tmp_path) / "sweep.png").exists()
 
 
-def test_the_strategy_may_be_named_or_not(common):
+def test_the_strategy_may_be_named_or_not(common, timeless):
     assert (
         sweep.main([*common, "--generation_strategy", "self_speculative", "--num_speculations_last", "1"])
         == 0
     )
 
 
-def test_the_grid_is_cut_to_the_model_with_a_notice(common, tmp_path, capsys):
+def test_the_grid_is_cut_to_the_model_with_a_notice(common, tmp_path, capsys, timeless):
     assert sweep.main([*common, "--exit_layer_last", "99", "--num_speculations_last", "1"]) == 0
     assert "--exit_layer_last 99: cut to 3, the model has 4 layers" in capsys.readouterr().err
     assert table(tmp_path).index.get_level_values(0).tolist() == [1, 2, 3]
@@ -164,7 +172,7 @@ def test_impossible_grids(common, args, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path):
+def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path, timeless):
     assert sweep.main([*common, "--draft_weights", "int8", "--exit_layer_last", "9"]) == 0
     predicted = table(tmp_path).reset_index()
     assert set(predicted["exit_layer"]) == {1, 2, 3, 4}
@@ -173,7 +181,7 @@ def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["predicted", "measured"])
-def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
+def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys, timeless):
     """Finished cells or examples are kept, in the CSV too where it is written by cell, and not done again."""
     kind = sweep.Measured if mode == "measured" else sweep.Predicted
     original, done = kind.measure, []
@@ -201,15 +209,16 @@ def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("mode", ["predicted", "measured"])
-def test_two_ranks(common, tmp_path, mode, script):
+def test_two_ranks(common, tmp_path, mode, timeless):
+    """Guards against cells or examples that a rank leaves out or does twice, and a calibration by each."""
     args = [*common, "--mode", mode, "--num_speculations_last", "2"]
     assert sweep.main([*args, "--output_dir", str(tmp_path / "one" / "logs")]) == 0
-    result = torchrun(2, script("sweep.py")[1], *args)
+    result = forks.run_ranks(2, ROOT / "sweep.py", *args)
     assert result.returncode == 0, result.stderr
     pandas.testing.assert_frame_equal(table(tmp_path)[COUNTS], table(tmp_path / "one")[COUNTS])
 
 
-def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
+def test_tuned_uses_the_best_cell(common, tmp_path, capsys, timeless):
     assert sweep.main([*common, "--num_speculations_last", "2"]) == 0
     folder = only_run(tmp_path)
     best = json.loads((folder / "run.json").read_text())["metrics"]["best"]

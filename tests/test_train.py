@@ -3,15 +3,13 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
+import forks
 import pandas
 import pytest
 import torch
 from conftest import ROOT
-from test_benchmark_scripts import only_run, torchrun
+from helpers import only_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -63,7 +61,7 @@ def run(tmp_path, texts, *more):
     return only_run(tmp_path)
 
 
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, script):
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
     """The model learns, transformers loads it, generate.py answers with it, the plot and tables are there."""
     folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
     frame = log(folder)
@@ -86,33 +84,35 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, script):
     assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
     with torch.no_grad():
         assert model(torch.tensor([ids[:16]])).logits.shape == (1, len(ids[:16]), 300)
-    result = subprocess.run(
-        script("generate.py", "--model", folder / "model", "--prompt", "def", "--max_steps", 8,
-               "--sample", "False", "--generation_strategy", "self_speculative", "--exit_layer", 1,
-               "--num_speculations", 3),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    drafts = ["--generation_strategy", "self_speculative", "--exit_layer", 1, "--num_speculations", 3]
+    generate = ["--prompt", "def", "--max_steps", 8, "--sample", "False", *drafts]
+    result = forks.run(ROOT / "generate.py", "--model", folder / "model", *generate)
     assert result.returncode == 0, result.stderr
 
 
 def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
     """SIGKILL between two checkpoints; resumed, each logged number and each weight is as if never killed."""
-    more = ["--layer_dropout", "0.5", "--num_steps", "60", "--save_steps", "7", "--exit_loss", "distill"]
+    more = ["--layer_dropout", "0.5", "--num_steps", "30", "--save_steps", "7", "--exit_loss", "distill"]
     whole = run(tmp_path, texts, *more)
     parts = tmp_path / "parts"
     parts.mkdir()
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(parts, texts, *more)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(parts.glob("logs/*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "step = train.EarlyExitTrainer.training_step\n"
+        "def killed(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "train.EarlyExitTrainer.training_step = killed\n"
+        "sys.exit(train.main())\n"
+    )
+    assert forks.run(program, *arguments(parts, texts, *more)).returncode == -signal.SIGKILL
     folder = only_run(parts)
     assert not (folder / "model").exists()
     # A checkpoint that the kill cut short is not taken for one.
-    (folder / "checkpoint-59").mkdir()
-    (folder / "checkpoint-59" / "trainer_state.json").write_text('{"global_st')
+    (folder / "checkpoint-29").mkdir()
+    (folder / "checkpoint-29" / "trainer_state.json").write_text('{"global_st')
     assert train.main([*arguments(parts, texts, *more), "--resume", str(folder)]) == 0
     pandas.testing.assert_frame_equal(log(folder), log(whole), check_exact=True)
     same_weights(folder, whole)
@@ -120,7 +120,7 @@ def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
     shutil.rmtree(folder / "model")
     assert train.main([*arguments(parts, texts, *more), "--resume", str(folder)]) == 0
     same_weights(folder, whole)
-    assert log(folder)["step"].max() == 60
+    assert log(folder)["step"].max() == 30
 
 
 def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
@@ -138,14 +138,15 @@ def test_two_ranks_learn_what_one_does(tmp_path, texts):
     two_path = tmp_path / "two"
     two_path.mkdir()
     command = arguments(two_path, texts, *common, "--batch_size", "2")
-    result = torchrun(2, str(ROOT / "train.py"), *command)
+    result = forks.run_ranks(2, ROOT / "train.py", *command)
     assert result.returncode == 0, result.stderr
     two = only_run(two_path)
     for columns in (["step", "loss", "grad_norm"], ["step", "eval_loss"]):
         left, right = (log(folder)[columns].dropna() for folder in (one, two))
         pandas.testing.assert_frame_equal(left, right, rtol=1e-3)
     assert list(pandas.read_csv(two / "exits.csv")["exit_layer"]) == [1, 2, 3]
-    dropped = torchrun(2, str(ROOT / "train.py"), *arguments(two_path, texts, "--layer_dropout", "1.0"))
+    dropping = arguments(two_path, texts, "--layer_dropout", "1.0")
+    dropped = forks.run_ranks(2, ROOT / "train.py", *dropping)
     assert dropped.returncode == 0, dropped.stderr
 
 

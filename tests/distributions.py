@@ -1,0 +1,96 @@
+"""The distribution of the first three tokens: enumerated by the full model, drawn by a strategy, compared.
+
+The model is so small (5 tokens, 2 layers) that every sequence can be expected often enough to be counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from conftest import tiny_llama
+from scipy.stats import chisquare
+
+from self_speculation import GenerationConfig, Sampler, Verdict, make_strategy
+from self_speculation.decoding.sampling import verify_draft
+
+PROMPT, VOCAB, STEPS = [3, 1, 4], 5, 3
+
+
+def model(fused=False):
+    """Also for int8 drafts, whose kernel takes rows of 32 elements."""
+    return tiny_llama(
+        num_layers=2, vocab_size=VOCAB, hidden_size=32, eos_token_id=None, bos_token_id=0, fused=fused
+    )
+
+
+def config(**kwargs):
+    return GenerationConfig(
+        **{"max_steps": STEPS + 2, "num_speculations": 2, "generation_strategy": "self_speculative",
+           "exit_layer": 1, "temperature": 1.0, "top_p": 1.0, **kwargs},
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def expected(config, processors):
+    """Probability of every sequence of three tokens by the full model, run by transformers."""
+    sampler = Sampler.of(config)
+    result = {(): 1.0}
+    for _ in range(STEPS):
+        shorter, result = result, {}
+        for tokens, probability in shorter.items():
+            history = torch.tensor([[*PROMPT, *tokens]])
+            logits = model()(history).logits[:, -1].float()
+            for processor in processors:
+                logits = processor(history, logits)
+            following = sampler.probabilities(logits)[0].tolist()
+            result |= {(*tokens, token): probability * p for token, p in enumerate(following)}
+    return result
+
+
+def observed(config, processors, samples):
+    """How often each sequence came, from a fixed seed."""
+    torch.manual_seed(0)
+    strategy = make_strategy(config.generation_strategy)
+    decoded = model(config.draft_weights == "int8")
+    return Counter(
+        tuple(
+            strategy.generate_token_ids(
+                decoded, PROMPT, [], config, logits_processors=processors
+            ).predicted_tokens[:STEPS]
+        )
+        for _ in range(samples)
+    )
+
+
+def p_value(counts, probabilities):
+    """Chi-square over the sequences expected at least five times, the rest in one bin."""
+    samples = sum(counts.values())
+    assert all(probabilities[key] > 0 for key in counts), "a sequence that the model never gives"
+    common = [key for key, p in probabilities.items() if p * samples >= 5]
+    seen = [counts.get(key, 0) for key in common]
+    wanted = [probabilities[key] * samples for key in common]
+    seen, wanted = [*seen, samples - sum(seen)], [*wanted, samples - sum(wanted)]
+    if wanted[-1] < 1e-3:  # no rest: rounding only
+        seen, wanted = seen[:-1], [w * samples / sum(wanted[:-1]) for w in wanted[:-1]]
+    return chisquare(seen, wanted, sum_check=False).pvalue
+
+
+def accepts_everything(draft_tokens, draft_probabilities, target_logits, sampler):
+    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler)
+    return Verdict(torch.tensor(len(draft_tokens)), honest.next_token)
+
+
+def resamples_from_the_target(draft_tokens, draft_probabilities, target_logits, sampler):
+    """Forgets to take q out of p after a rejection."""
+    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler)
+    row = sampler.probabilities(target_logits)[int(honest.num_accepted)]
+    return Verdict(honest.num_accepted, torch.multinomial(row, 1)[0])
+
+
+def judges_by_the_argmax(draft_tokens, _, target_logits, sampler):
+    """The greedy rule on sampled drafts."""
+    agrees = draft_tokens == target_logits[:-1].argmax(-1)
+    accepted = agrees.long().cumprod(0).sum()
+    row = sampler.probabilities(target_logits)[int(accepted)]
+    return Verdict(accepted, torch.multinomial(row, 1)[0])

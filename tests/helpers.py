@@ -1,0 +1,57 @@
+"""What tests of several scripts share: small data, the folder that a run left, and its records."""
+
+from __future__ import annotations
+
+import json
+
+import forks
+import pandas
+import torch.distributed.run
+
+from self_speculation.drafts.costs import Costs
+
+TORCHRUN = torch.distributed.run.__file__
+TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")
+
+
+def custom_data(folder):
+    """A file for `--dataset custom_jsonl`: 12 rows."""
+    path = folder / "data.jsonl"
+    rows = [{"prompt": f"add{i}(a, b):", "response": f"    return a + b + {i}"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def only_run(tmp_path):
+    """The one folder that was written below `--output_dir tmp_path/logs`."""
+    (folder,) = (tmp_path / "logs").iterdir()
+    return folder
+
+
+def untimed(folder):
+    """The records of a run without what a clock said."""
+    frame = pandas.read_json(folder / "records.jsonl", lines=True)
+    return frame.drop(columns=[name for name in TIMES if name in frame]).to_dict("records")
+
+
+def torchrun(ranks, script, *args):
+    """By the launcher itself, which starts a new process for each rank; see forks.run_ranks for a cheap one."""
+    return forks.run(TORCHRUN, "--nproc_per_node", ranks, script, *args)
+
+
+def no_clock(monkeypatch):
+    """For a test that is not about times: a sweep that neither measures what a pass costs nor draws.
+
+    The one place to change where calibration or plots move.
+    """
+    monkeypatch.setattr(
+        "sweep.measure",
+        lambda model, config, exit_layers, *_: Costs(
+            plain_step=1.0,
+            draft_step={layer: layer / 8 for layer in exit_layers},
+            verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
+            lengths=(0, 20),
+            probe=0.1,
+        ),
+    )
+    monkeypatch.setattr("sweep.heat_maps", lambda *_: None)
