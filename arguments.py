@@ -1,4 +1,7 @@
-"""The command line of every script: one dataclass per concern, one parser."""
+"""The command line of every script: one dataclass per concern, one parser.
+
+Imports nothing heavy, so that a mistyped flag is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +12,37 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO, get_args
 
 import simple_parsing
 
-from data import DATASETS, DatasetName
-from self_speculation.config import DtypeName, GenerationConfig, LoadingOptions, Parallel, Quantization
+from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
+from self_speculation.config import GenerationConfig as GenerationConfig  # for whoever imports it from here
 
-__all__ = [
-    "BenchmarkArguments",
-    "CorrectnessArguments",
-    "DataArguments",
-    "EvalArguments",
-    "GenerateArguments",
-    "GenerationConfig",
-    "ModelArguments",
-    "NewModelArguments",
-    "OptimizationArguments",
-    "RecipeArguments",
-    "SweepArguments",
-    "TrainingDataArguments",
-    "TuningArguments",
-    "given_flags",
-    "parse",
-    "refuse",
+DatasetName = Literal[
+    "cnn_dm_summarization",
+    "xsum_summarization",
+    "cnn_dm_lm",
+    "human_eval",
+    "top_v2",
+    "custom_jsonl",
+    "chat_format",
 ]
 
-# Where `refuse` writes; None: to standard error. A rank that is not to be heard has closed its own.
+# Where `refuse` writes; None: to standard error. A rank whose output is silenced keeps its real one here.
 errors: TextIO | None = None
 
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """What to load, and onto what."""
+    """Which model to load, how, and onto which device."""
 
     model: str | None = None
     """Hub id, folder or .gguf file; without it, the bundled model (train.py: a new one)."""
     model_args: str | None = None
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
     trust_remote_code: bool = False
-    """Execute Python code that the model's repository brings; nobody has read it for you."""
+    """Execute Python code that the model's repository brings; trust it as you trust its author."""
     seed: int = 42
     """Seed of every random generator."""
     output_dir: str = "./logs"
@@ -62,15 +56,14 @@ class ModelArguments:
     """Several GPUs: a copy of the model on each (data) or a share of every layer (tensor), both by torchrun;
     or some layers on each, with the rest in memory (pipeline), in one process."""
     quantization: Quantization = "none"
-    """Hold the layers' weights in so many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
+    """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers."""
     compile: bool = False
     """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be between 0 and {2**32 - 1}")
+        _check_seeds(self, "seed")
         self.from_pretrained_args()
         if self.parallel != "data" and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
@@ -96,12 +89,12 @@ class ModelArguments:
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """How generate.py talks."""
+    """How generate.py takes prompts and shows answers."""
 
     streamer: Literal["standard", "none", "speculative"] = "standard"
     """Show the answer as it is decided, at the end, or with its drafts as they come and go."""
     prompt: str | None = None
-    """Answer this and leave; without it, standard input is one prompt, or a terminal to talk at."""
+    """Answer this and end; without it, a pipe is one prompt, and at a terminal there is a conversation."""
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
     compare: bool = False
@@ -117,27 +110,21 @@ class DataArguments:
     data_path: str | None = None
     """Local .jsonl, .csv or .parquet (.gz too) in the dataset's columns, or a folder of test.* and train.*"""
     random_shuffle: bool = True
-    """Take the examples in an order drawn from the seed; False: as they stand."""
+    """Take the examples in an order drawn from the seed; False: in the order of the dataset."""
     num_samples: int | None = None
     """How many examples; without it, all."""
     n_shot: int = 0
     """Solved examples before each prompt, from the training split or else from those not evaluated."""
     template: str | None = None
-    """Text around each prompt, which stands at {message}; other braces are left alone."""
+    """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
 
     def __post_init__(self) -> None:
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"num_samples {self.num_samples}: must be at least 1")
-        if self.n_shot < 0:
-            raise ValueError(f"n_shot {self.n_shot}: must be 0 or more")
-        if self.dataset not in DATASETS:
-            raise ValueError(f"dataset {self.dataset!r}: must be one of {', '.join(DATASETS)}")
-        if self.template is not None and "{message}" not in self.template:
-            raise ValueError(f"template {self.template!r}: must contain {{message}}")
-        if self.n_shot and DATASETS[self.dataset].between is None:
-            raise ValueError(f"n_shot {self.n_shot}: {self.dataset} takes no shots")
-        if self.data_path is None and DATASETS[self.dataset].source is None:
-            raise ValueError(f"dataset {self.dataset}: needs --data_path")
+        _check(self, "num_samples", self.num_samples is None or self.num_samples >= 1, "must be at least 1")
+        _check(self, "n_shot", self.n_shot >= 0, "must be 0 or more")
+        names = get_args(DatasetName)
+        _check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
+        templated = self.template is None or "{message}" in self.template
+        _check(self, "template", templated, "must contain {message}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +134,7 @@ class BenchmarkArguments:
     compare: bool = False
     """Decode each prompt self-speculatively and autoregressively, in turn, and report the speed-up."""
     execute_code: bool = False
-    """For pass@1, run the programs that the model wrote for human_eval: code that nobody has read."""
+    """For pass@1, run the programs that the model wrote for human_eval: code that nobody has checked."""
     resume: str | None = None
     """Folder of an interrupted run to go on with."""
     verbose: bool = False
@@ -156,7 +143,7 @@ class BenchmarkArguments:
 
 @dataclass(frozen=True)
 class CorrectnessArguments:
-    """What to compare with, and how hard to look."""
+    """What to compare with, and how much of it."""
 
     resume: str | None = None
     """Folder of an interrupted run to go on with."""
@@ -170,31 +157,31 @@ class CorrectnessArguments:
     """With --sample True: tokens of each output that are compared."""
 
     def __post_init__(self) -> None:
-        for name, least in (("sampled_prompts", 1), ("samples_per_prompt", 20), ("sampled_tokens", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+        _at_least(self, 1, "sampled_prompts")
+        _at_least(self, 20, "samples_per_prompt")
+        _at_least(self, 2, "sampled_tokens")
 
 
 @dataclass(frozen=True)
 class SweepArguments:
-    """Which cells, and how they are judged."""
+    """Which exit layers and draft lengths, and how they are timed."""
 
     mode: Literal["predicted", "measured"] = "predicted"
-    """Read the grid off one pass over each example, or run every cell."""
+    """predicted: read the whole grid off one pass over each example; measured: run every cell."""
     exit_layer_first: int = 1
     """First exit layer of the grid."""
     exit_layer_last: int = 15
     """Last exit layer, at most the model's last but one."""
     exit_layer_step: int = 1
-    """Distance of exit layers."""
+    """From one exit layer of the grid to the next."""
     num_speculations_first: int = 1
     """First draft length of the grid."""
     num_speculations_last: int = 6
     """Last draft length."""
     num_speculations_step: int = 1
-    """Distance of draft lengths."""
+    """From one draft length to the next."""
     verify_top: int = 0
-    """Measure so many of the best predicted cells for real."""
+    """Measure this many of the best predicted cells for real."""
     resume: str | None = None
     """Folder of an interrupted sweep to go on with."""
 
@@ -205,8 +192,7 @@ class SweepArguments:
                 raise ValueError(f"{axis}_first {first}, --{axis}_step {step}: must be at least 1")
             if first > last:
                 raise ValueError(f"{axis}_first {first}: beyond --{axis}_last {last}, the grid is empty")
-        if self.verify_top < 0:
-            raise ValueError(f"verify_top {self.verify_top}: must be 0 or more")
+        _check(self, "verify_top", self.verify_top >= 0, "must be 0 or more")
 
     def exit_layers(self, last: int) -> range:
         """Those of the grid that the model has: up to `last`."""
@@ -218,16 +204,16 @@ class SweepArguments:
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """What the evaluation harness does; flags as those of lm_eval."""
+    """What lm-evaluation-harness does; the flags are those of its own command line."""
 
     tasks: list[str]
-    """Names, groups, patterns or YAML files of tasks, by spaces or commas."""
+    """Names, groups, patterns or YAML files of tasks, separated by spaces or commas."""
     include_path: str | None = None
     """Folder with YAML files of more tasks."""
     limit: float | None = None
-    """So many documents of each task; below 1: that share of them."""
+    """How many documents of each task; below 1: which share of them."""
     num_fewshot: int | None = None
-    """Solved examples before each question; without it, as each task has it."""
+    """Solved examples before each question; without it, as many as each task says."""
     batch_size: str = "1"
     """Sequences in a pass of log-likelihoods, or auto; generation takes one at a time."""
     gen_kwargs: str | None = None
@@ -235,17 +221,17 @@ class EvalArguments:
     apply_chat_template: bool = False
     """Put questions into the tokenizer's chat template."""
     fewshot_as_multiturn: bool = True
-    """With a chat template, examples are turns of their own."""
+    """With a chat template, each solved example is a turn of the conversation."""
     system_instruction: str | None = None
-    """Text that comes before everything."""
+    """Text before everything else, as the system's turn where there is a chat template."""
     log_samples: bool = True
     """Write what the model said to each document."""
     predict_only: bool = False
-    """Write that alone: no metrics."""
+    """Write what the model said, and compute no metrics."""
     use_cache: str | None = None
     """Path of a file that keeps answers: with it, an interrupted evaluation goes on where it stopped."""
     cache_requests: Literal["true", "refresh", "delete"] | None = None
-    """Keep the prompts that tasks build for the next time, make them anew, or delete them."""
+    """true: keep the prompts that tasks build for later; refresh: build them anew; delete: remove them."""
     bootstrap_iters: int = 100_000
     """Resamplings for standard errors; 0: none."""
     random_seed: int = 0
@@ -260,14 +246,11 @@ class EvalArguments:
     """Let tasks run the programs that the model wrote."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and not self.limit > 0:
-            raise ValueError(f"limit {self.limit}: must be above 0")
-        if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size):
-            raise ValueError(f"batch_size {self.batch_size!r}: must be a number from 1, or auto")
+        _check(self, "limit", self.limit is None or self.limit > 0, "must be above 0")
+        number = re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size)
+        _check(self, "batch_size", bool(number), "must be a number from 1, or auto")
         _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
-        for name in ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"{name} {getattr(self, name)}: must be between 0 and {2**32 - 1}")
+        _check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 @dataclass(frozen=True)
@@ -285,23 +268,22 @@ class TrainingDataArguments:
     data: str = "python_stdlib"
     """python_stdlib: the sources of the running interpreter; else a dataset of the hub."""
     data_path: str | None = None
-    """Local files instead, a glob: .jsonl, .csv, .parquet; any other file is one text."""
+    """Local files instead, as a glob pattern: .jsonl, .csv, .parquet; any other file is one text."""
     text_column: str = "text"
-    """Column of the text, where there are none named prompt and response."""
+    """Column of the text, unless there are columns prompt and response."""
     eval_fraction: float = 0.05
     """Share of the texts that is held out for evaluation."""
     sequence_length: int = 768
     """Tokens of a sample; the context of a new model."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction {self.eval_fraction}: must be between 0 and 1")
+        _check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
         _at_least(self, 2, "sequence_length")
 
 
 @dataclass(frozen=True)
 class NewModelArguments:
-    """Shape of a new model, where --model names none; a Llama."""
+    """Shape of the new Llama that is trained where --model names none."""
 
     vocabulary_size: int = 2048
     """Tokens of its tokenizer, which is trained on the same text."""
@@ -320,38 +302,36 @@ class NewModelArguments:
         _at_least(self, 257, "vocabulary_size")  # each byte, and the end of a text
         _at_least(self, 2, "num_layers")
         _at_least(self, 1, "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size}: must be a multiple of 2 x num_heads")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads}: must divide --num_heads {self.num_heads}")
+        even = self.hidden_size % (2 * self.num_heads) == 0
+        _check(self, "hidden_size", even, "must be a multiple of 2 x num_heads")
+        shared = self.num_heads % self.num_kv_heads == 0
+        _check(self, "num_kv_heads", shared, f"must divide --num_heads {self.num_heads}")
 
 
 @dataclass(frozen=True)
 class RecipeArguments:
-    """Layer dropout and early-exit loss; 0 and 0 switch them off."""
+    """Layer dropout and early-exit loss; 0 as layer_dropout or early_exit_scale switches that one off."""
 
     layer_dropout: float = 0.1
-    """Probability that a sample skips the last layer; it falls to 0 at the first."""
+    """Probability that a sample skips the last layer; lower for earlier layers, 0 for the first."""
     dropout_schedule: Literal["constant", "exponential"] = "constant"
-    """exponential: rises from 0 over the training, for a new model."""
+    """exponential: the probability rises from 0 during the training, for a new model."""
     early_exit_scale: float = 0.2
-    """Weight of the early exits' losses; 0: only the last layer learns."""
+    """Weight of the early exits' losses; 0: only the last layer's loss counts."""
     exit_loss: Literal["label", "distill"] = "label"
     """Early exits learn the data's next token, or the distribution of the last layer."""
     exit_weighting: Literal["depth", "equal"] = "depth"
-    """depth: the paper's, for which early exits hardly count; equal: all together early_exit_scale."""
+    """depth: the paper's, by which early exits hardly count; equal: alike, and together early_exit_scale."""
     curriculum: Literal["rotational", "gradual", "all"] = "rotational"
     """Which exits learn at a step: every --rotation-th, more and more from the last down, or all."""
     rotation: int = 8
-    """Of so many exits one learns at a step."""
+    """With the rotational curriculum: of this many exits, one learns at a step."""
     exits: list[int] | None = None
     """Exit layers that learn; without it, all."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.layer_dropout <= 1:
-            raise ValueError(f"layer_dropout {self.layer_dropout}: must be between 0 and 1")
-        if not self.early_exit_scale >= 0:
-            raise ValueError(f"early_exit_scale {self.early_exit_scale}: must be 0 or more")
+        _check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "must be between 0 and 1")
+        _check(self, "early_exit_scale", self.early_exit_scale >= 0, "must be 0 or more")
         _at_least(self, 1, "rotation")
 
     def exit_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -359,16 +339,15 @@ class RecipeArguments:
         if self.early_exit_scale == 0:
             return ()
         exits = self.exits or range(1, num_layers)
-        if not all(1 <= exit < num_layers for exit in exits):
-            raise ValueError(
-                f"exits {self.exits}: must be between 1 and {num_layers - 1}, the last layer learns anyway"
-            )
+        known = all(1 <= exit < num_layers for exit in exits)
+        allowed = f"must be between 1 and {num_layers - 1}, the last layer learns anyway"
+        _check(self, "exits", known, allowed)
         return tuple(sorted(set(exits)))
 
 
 @dataclass(frozen=True)
 class OptimizationArguments:
-    """How long, how fast, and what is written meanwhile."""
+    """How long and how fast to train, and how often to log, evaluate and save."""
 
     num_steps: int = 1000
     """Optimizer steps."""
@@ -377,11 +356,11 @@ class OptimizationArguments:
     gradient_accumulation: int = 1
     """Passes per step."""
     learning_rate: float = 8e-4
-    """Highest; a cosine brings it down to a tenth."""
+    """The highest; it falls along a cosine to a tenth."""
     warmup_steps: int = 100
-    """Steps in which it rises from 0."""
+    """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     log_steps: int = 10
@@ -396,25 +375,16 @@ class OptimizationArguments:
     """Folder of an interrupted training to go on with."""
 
     def __post_init__(self) -> None:
-        names = (
-            "num_steps",
-            "batch_size",
-            "gradient_accumulation",
-            "log_steps",
-            "eval_steps",
-            "save_steps",
-            "eval_samples",
-        )
-        _at_least(self, 1, *names)
+        _at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
+        _at_least(self, 1, "log_steps", "eval_steps", "save_steps", "eval_samples")
         _at_least(self, 0, "warmup_steps", "weight_decay")
-        if self.warmup_steps >= self.num_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps}: must be below --num_steps {self.num_steps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate {self.learning_rate}: must be above 0")
+        short = self.warmup_steps < self.num_steps
+        _check(self, "warmup_steps", short, f"must be below --num_steps {self.num_steps}")
+        _check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
-    """Plain headings, and defaults only where there are some."""
+    """A group's heading is the name of its class alone; a default is shown only where it is not None."""
 
     def start_section(self, heading: str | None) -> None:
         super().start_section((heading or "").partition(" [")[0])
@@ -427,7 +397,7 @@ class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
 
 
 class _Parser(simple_parsing.ArgumentParser):
-    """Refuses in one line."""
+    """Refuses bad usage in one line."""
 
     def error(self, message: str) -> NoReturn:
         refuse(message, self.prog)
@@ -459,22 +429,32 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
-    """The fields of a dataclass that the command line sets, whether to their defaults or not."""
+    """The fields of a dataclass that the command line names, also those that it sets to their defaults."""
     flags = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
     return {field.name for field in fields(group) if {f"--{field.name}", f"--no{field.name}"} & flags}
 
 
 def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
-    """End the program in one line; status 2 for bad usage, 1 for what went wrong later."""
+    """End the program with one line of error; status 2 for bad usage, 1 for what went wrong later."""
     name = prog or sys.argv[0].rpartition("/")[2]
     print(f"{name}: error: {' '.join(message.split())}", file=errors or sys.stderr)
     sys.exit(status)
 
 
+def _check(group: Any, name: str, ok: bool, allowed: str) -> None:
+    """Raises ValueError unless `ok`: the field's name and value, and what is allowed."""
+    if not ok:
+        raise ValueError(f"{name} {getattr(group, name)!r}: {allowed}")
+
+
 def _at_least(group: Any, least: int, *names: str) -> None:
     for name in names:
-        if not getattr(group, name) >= least:
-            raise ValueError(f"{name} {getattr(group, name)}: must be at least {least}")
+        _check(group, name, getattr(group, name) >= least, f"must be at least {least}")
+
+
+def _check_seeds(group: Any, *names: str) -> None:
+    for name in names:
+        _check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
 
 
 def _literal(text: str) -> Any:

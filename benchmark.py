@@ -8,17 +8,9 @@ Results go to a folder of --output_dir as they come; an interrupted run goes on 
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 import dataclasses
-import sys
+import signal
 from collections.abc import Sequence
-from typing import Any
-
-from tqdm import tqdm
 
 from arguments import (
     BenchmarkArguments,
@@ -29,40 +21,56 @@ from arguments import (
     parse,
     refuse,
 )
-from data import Example
-from measures import metrics
-from measures.timed_runs import BASELINE, measure_example
-from runs import ranks
-from runs.examples import prepare, run_examples
-from runs.records import Record, Run
-from runs.startup import autoregressive, run
+from data import Example, mismatch
 from runs.tuning import tuned
-from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.drafts.sources import draft_cost
+
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def flags(argv: Sequence[str] | None = None) -> Flags:
+    """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments, TuningArguments)
     model_args, config, data_args, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = tuned(config, tuning)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
+    if wrong := mismatch(data_args):
+        refuse(wrong)
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
+    return model_args, config, data_args, args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from measures import metrics
+from measures.text_quality import pass_at_1, text_quality
+from measures.timed_runs import BASELINE, measure_example
+from runs import ranks
+from runs.examples import Job, prepare, run_examples
+from runs.records import Record, Run
+from runs.startup import autoregressive, run
+from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.drafts.costs import Costs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    model_args, config, data_args, args = flags(argv)
     generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args)
     bench = Benchmark(generator, config, examples, args, model_args.seed)
     bench.warm_up()
-    return run_examples(
-        open_run=open_run,
-        num_examples=len(examples),
-        measure=bench.measure,
-        progress=bench.progress,
-        conclude=bench.conclude,
-    )
+    return run_examples(bench, open_run)
 
 
-class Benchmark:
-    """Decodes examples, and sums up what came of it."""
+class Benchmark(Job):
+    """Decodes examples, and sums up speed, acceptance and text quality."""
 
     def __init__(
         self,
@@ -74,6 +82,7 @@ class Benchmark:
     ) -> None:
         self._examples, self._config, self._args, self._seed = examples, config, args, seed
         self._model = generator.model
+        self.num_steps = len(examples)
         self._sides = [("", generator, config)]
         if args.compare:
             self._sides.append((BASELINE, *autoregressive(generator, config)))
@@ -85,7 +94,6 @@ class Benchmark:
             generator.generate(self._examples[0].prompt, few)
 
     def measure(self, index: int) -> Record:
-        """The record of one example."""
         example = self._examples[index]
         record = {
             "prompt": example.prompt,
@@ -111,11 +119,11 @@ class Benchmark:
             summary["autoregressive_speed"] = metrics.speed(records, BASELINE)
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
         predictions = [record["prediction"] for record in records]
-        summary["text"] = metrics.text_quality(predictions, [record["reference"] for record in records])
+        summary["text"] = text_quality(predictions, [record["reference"] for record in records])
         if self._args.execute_code and ranks.is_first():
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
             problems = [example.row for example in self._examples]
-            summary["text"]["pass_at_1"] = metrics.pass_at_1(problems, predictions)
+            summary["text"]["pass_at_1"] = pass_at_1(problems, predictions)
         summary["peak_memory_mib"] = metrics.peak_memory_mib(self._model.device)
         run.finish(records, summary)
         print("\n".join(_rows(summary)))
@@ -126,11 +134,13 @@ class Benchmark:
         alpha = metrics.token_acceptance(records)
         if self._config.generation_strategy == "adaptive":  # the formula is about one exit and one length
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
-        cost = draft_cost(self._model, self._config)
-        speedup = (
-            None if alpha is None else metrics.predicted_speedup(alpha, self._config.num_speculations, cost)
-        )
-        return {"token_acceptance": alpha, "draft_cost_ratio": cost, "predicted_decode_speedup": speedup}
+        exit_layer, k = self._config.exit_layer, self._config.num_speculations
+        costs = Costs.estimated(self._model, exit_layer, self._config.draft_weights)
+        return {
+            "token_acceptance": alpha,
+            "draft_cost_ratio": costs.draft_ratio(exit_layer),
+            "predicted_decode_speedup": alpha and metrics.predicted_speedup(alpha, k, exit_layer, costs),
+        }
 
 
 def _rows(summary: Record) -> list[str]:

@@ -8,15 +8,35 @@ cannot explain.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 import dataclasses
+import signal
+from collections.abc import Sequence
+
+from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
+from data import Example, mismatch
+
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments]
+
+
+def flags(argv: Sequence[str] | None = None) -> Flags:
+    """The command line; a mistake that can be seen without the model ends the program."""
+    groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments)
+    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    if args.reference == "transformers" and not config.greedy:
+        refuse("--reference transformers: compares ids, so it needs --sample False")
+    if wrong := mismatch(data_args):
+        refuse(wrong)
+    if config.generation_strategy == "autoregressive":
+        config = dataclasses.replace(config, generation_strategy="self_speculative")
+    return model_args, config, data_args, args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
+
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,10 +44,8 @@ from scipy.stats import combine_pvalues
 from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import NoRepeatNGramLogitsProcessor
 
-from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
-from data import Example
 from measures.comparison import find_difference, same_distribution
-from runs.examples import prepare, run_examples
+from runs.examples import Job, prepare, run_examples
 from runs.records import Record, Run
 from runs.startup import autoregressive, run
 from self_speculation import HuggingfaceLlamaGenerator
@@ -39,31 +57,15 @@ FALSE_ALARM = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments)
-    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
-    sampled = not config.greedy
-    if sampled and args.reference == "transformers":
-        refuse("--reference transformers: compares ids, so it needs --sample False")
-    if config.generation_strategy == "autoregressive":
-        config = dataclasses.replace(config, generation_strategy="self_speculative")
+    model_args, config, data_args, args = flags(argv)
     generator, examples, open_run = prepare("correctness", model_args, config, data_args, args)
-    check: Ids | Distributions
-    if sampled:
-        print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
-        examples = examples[: args.sampled_prompts]
-        check = Distributions(generator, config, examples, args, model_args.seed)
-    else:
-        check = Ids(generator, config, examples, args)
-    return run_examples(
-        open_run=open_run,
-        num_examples=len(examples),
-        measure=check.measure,
-        progress=check.progress,
-        conclude=check.conclude,
-    )
+    if config.greedy:
+        return run_examples(Ids(generator, config, examples, args), open_run)
+    print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
+    return run_examples(Distributions(generator, config, examples, args, model_args.seed), open_run)
 
 
-class Ids:
+class Ids(Job):
     """Greedy: the ids must be equal, up to near-ties."""
 
     def __init__(
@@ -74,6 +76,7 @@ class Ids:
         args: CorrectnessArguments,
     ) -> None:
         self._speculative, self._config, self._examples, self._args = generator, config, examples, args
+        self.num_steps = len(examples)
         self._plain, self._plain_config = autoregressive(generator, config)
         n = config.no_repeat_ngram_size
         self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
@@ -173,8 +176,8 @@ class Ids:
         return output[0, len(prompt) :].tolist()
 
 
-class Distributions:
-    """Sampling: each of the next tokens must be distributed alike."""
+class Distributions(Job):
+    """Sampling: each of the first tokens of an answer must be distributed alike."""
 
     def __init__(
         self,
@@ -185,10 +188,11 @@ class Distributions:
         seed: int,
     ) -> None:
         self._speculative = generator
-        # Longer than what is compared, so that no draft is cut short by the budget.
+        # Longer than what is compared, so that no draft is cut short at the end of the output.
         self._config = dataclasses.replace(config, max_steps=args.sampled_tokens + config.longest_draft)
         self._plain, self._plain_config = autoregressive(generator, self._config)
-        self._examples, self._args, self._seed = examples, args, seed
+        self._examples, self._args, self._seed = examples[: args.sampled_prompts], args, seed
+        self.num_steps = len(self._examples)
 
     def measure(self, index: int) -> Record:
         prompt = self._speculative.encode(self._examples[index].prompt)
@@ -208,7 +212,7 @@ class Distributions:
         return f"smallest p-value {min(p for record in records for p in record['p_values']):.3g}"
 
     def conclude(self, run: Run, records: list[Record]) -> int:
-        # Prompts are independent, so their p-values add up; the tokens of one output are not.
+        # Prompts are independent, so their p-values combine; those of the tokens of one output would not.
         combined = [
             float(combine_pvalues(p).pvalue) for p in zip(*(r["p_values"] for r in records), strict=True)
         ]

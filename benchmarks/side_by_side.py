@@ -42,7 +42,7 @@ from measures.metrics import predicted_speedup, quartiles, token_acceptance
 from measures.plots import bars
 from runs.startup import adaptive, autoregressive, load_generator, model_name
 from self_speculation import GenerationStrategyResult
-from self_speculation.drafts.sources import draft_cost
+from self_speculation.drafts.costs import Costs
 from self_speculation.model.decoder import Decoder
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, early exit", "transformers, prompt lookup"
@@ -272,11 +272,12 @@ def main() -> None:
         drafted = sum(result.num_drafted or 0 for result in results)
         accepted[side] = sum(result.num_accepted or 0 for result in results) / max(drafted, 1)
     alpha = token_acceptance([dataclasses.asdict(result) for result in results])
-    formula = predicted_speedup(alpha or 0.0, k, draft_cost(model, config))
+    costs = Costs.estimated(model, config.exit_layer, config.draft_weights)
+    formula = predicted_speedup(alpha or 0.0, k, config.exit_layer, costs)
 
     layer, head = statistics.median(layer_seconds), statistics.median(head_seconds)
     full_pass = len(model.base_model.layers) * layer + head
-    drafted_round = full_pass * (1 + k * draft_cost(model, config))
+    drafted_round = full_pass * costs.round(config.exit_layer, k)
     rows: list[dict[str, Any]] = []
     for side, given in answers.items():
         speeds = [answer.tokens_per_second for answer in given]

@@ -21,12 +21,10 @@ _NEAR_TIE_IN_EPS = {torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0
 class Difference:
     """Where two outputs part, and what the full model thinks there."""
 
-    position: int  # tokens that are the same
+    position: int  # of the first token that differs
     best_tokens: tuple[int, int]
     best_logits: tuple[float, float]
-    gap: (
-        float | None
-    )  # from the best logit to the worse of the two tokens chosen; None: one output just stops
+    gap: float | None  # best logit minus that of the worse of the two tokens; None: one output has ended
     bound: float  # a gap of at most this is a near-tie
 
     @property

@@ -31,11 +31,11 @@ from self_speculation.model.decoder import attended_length, exit_logits, hidden_
 SUPPORTED_GENERATION_KWARGS = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
 _DEFAULT_NUMBER_OF_TOKENS = 256  # as in the harness
-_DEFAULT_TOP_K = 50  # what `generate` of transformers samples from, and so the harness
+_DEFAULT_TOP_K = 50  # of `generate` of transformers, which the harness calls
 
 
 def unsupported(generation_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those that would change the answers and cannot be honoured; `num_beams=1` would not."""
+    """The generation arguments that cannot be honoured; `num_beams=1`, which changes nothing, is none."""
     known = SUPPORTED_GENERATION_KWARGS | _NUMBER_OF_TOKENS
     return {
         name: value
@@ -61,7 +61,7 @@ def request_config(
     fields = {
         "max_steps": asked["max_gen_toks"],
         "sample": sample,
-        # The harness calls greedy decoding a temperature of 0, which must not outlive --sample True.
+        # For greedy decoding the harness sets a temperature of 0, which would undo --sample True.
         "temperature": asked.get("temperature", 1.0) if sample else config.temperature,
         "top_k": asked.get("top_k", default_top_k) or 0,
         "top_p": asked.get("top_p", default_top_p),
@@ -72,11 +72,12 @@ def request_config(
 
 
 class HarnessModel(HFLM):
-    """
+    """The model that the harness asks for log-likelihoods and answers.
+
     Args:
         generator: model, tokenizer and strategy.
-        config: exit layer and draft length, and whatever requests do not say.
-        overrides: fields of `config` that count whatever a request says.
+        config: exit layer and draft length, and all settings that a request does not have.
+        overrides: fields of `config` that count in place of what requests say.
         batch_size: of log-likelihoods, as the harness has it.
         seed: of sampled answers; each depends on this, its document and its number alone.
         keep: called with the record of each answer.
@@ -98,7 +99,7 @@ class HarnessModel(HFLM):
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         self._exit_layer = config.exit_layer if early else None
         self._room = attended_length(generator.model.config)
-        self.notices: Counter[str] = Counter()  # what was done to requests that do not fit
+        self.notices: Counter[str] = Counter()  # how often which change made a request fit
         super().__init__(
             pretrained=generator.model,
             tokenizer=generator.tokenizer,
@@ -130,7 +131,7 @@ class HarnessModel(HFLM):
                 seen[id(request)] += 1
                 answer, record = self._answer(request, repeat)
                 answers.append(answer)
-                if repeat < (request.repeats or 1):  # else it only keeps ranks in step
+                if repeat < (request.repeats or 1):  # else the harness has padded this rank's share
                     index = position * self.world_size + self.rank
                     self._keep(
                         {"index": index, "task": request.task_name, "doc_id": request.doc_id, **record}
@@ -150,7 +151,7 @@ class HarnessModel(HFLM):
             default_top_k=_DEFAULT_TOP_K if of_model.top_k is None else of_model.top_k,
             default_top_p=1.0 if of_model.top_p is None else of_model.top_p,
         )
-        if config.max_steps >= self._room:  # the question needs room too
+        if config.max_steps >= self._room:  # leave room for the question
             config = replace(config, max_steps=self._room // 2)
             self.notices["answers cut to half the context"] += 1
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -162,7 +163,7 @@ class HarnessModel(HFLM):
         place = zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {repeat}".encode())
         sides = [("", self._generator, replace(config, stop_words=until))]
         record = measure_example(sides, ids, place, self._seed)
-        # Cut as the harness cuts the answers of its own model.
+        # The harness cuts the answers of its own model in the same way.
         answer = postprocess_generated_text(self.tok_decode(record["tokens"]), until, think_end_token=None)
         self.cache_hook.add_partial("generate_until", (context, gen_kwargs), answer)
         return answer, {"prompt": context, **record, "prediction": answer}

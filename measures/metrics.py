@@ -1,27 +1,16 @@
-"""What records add up to: speed, acceptance, text quality, and the speed-up that a formula predicts."""
+"""What records add up to: speed, acceptance, and the speed-up, measured and by a formula."""
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import rapidfuzz
-import sacrebleu
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 
-from self_speculation.decoding.stopping import StopWords
-
-Record = dict[str, Any]
-
-# What follows a finished function in the output of a model, after the paper of the Codex models.
-HUMAN_EVAL_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+from runs.records import Record
+from self_speculation.drafts.costs import Costs
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
@@ -50,7 +39,7 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
 
 
 def acceptance(records: Sequence[Record]) -> Record:
-    """What became of all drafts together; None where nothing was drafted."""
+    """How many drafted tokens were accepted, over all examples; rates are None where nothing was drafted."""
     drafted = _by_position(records, "drafted_by_position")
     accepted = _by_position(records, "accepted_by_position")
     rounds = sum(record["num_verifications"] for record in records)
@@ -67,7 +56,8 @@ def acceptance(records: Sequence[Record]) -> Record:
 
 
 def speedup(records: Sequence[Record], baseline: str) -> Record:
-    """Of one strategy over another on the same prompts, by tokens per second; `baseline` prefixes its fields.
+    """Of one strategy over another on the same prompts, by tokens per second; `baseline` is the prefix of the
+    other's fields.
 
     Sampled outputs differ in length, so times alone would not compare.
     """
@@ -93,59 +83,27 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
 def token_acceptance(records: Sequence[Record]) -> float | None:
     """alpha, the chance that a drafted token is accepted when all before it in its round were.
 
-    Accepted tokens over tokens judged: what stands behind a rejection was never judged.
+    Accepted tokens over tokens judged: those after a rejection were never judged.
     """
     judged = sum(_by_position(records, "judged_by_position"))
     return sum(_by_position(records, "accepted_by_position")) / judged if judged else None
 
 
-def predicted_speedup(alpha: float, k: int, cost_ratio: float) -> float:
-    """E[tokens] / (k c + 1), E[tokens] = (1 - alpha^(k+1)) / (1 - alpha): Leviathan et al., theorem 3.8.
+def predicted_speedup(alpha: float, k: int, exit_layer: int, costs: Costs) -> float:
+    """E[tokens] of a round over its cost in plain steps, E[tokens] = (1 - alpha^(k+1)) / (1 - alpha).
+
+    With estimated costs that is E[tokens] / (k c + 1) (Leviathan et al., theorem 3.8).
 
     Args:
         alpha: see `token_acceptance`.
         k: tokens drafted per round.
-        cost_ratio: c, of a draft step to a full step.
     """
     tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
-    return tokens / (k * cost_ratio + 1)
-
-
-def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Record:
-    """Means over all examples: ROUGE F1, exact match, edit distance in characters; BLEU over the corpus."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    pairs = list(zip(predictions, references, strict=True))
-    rouge = [scorer.score(reference, prediction) for prediction, reference in pairs]
-    return {
-        **{name: statistics.mean(score[name].fmeasure for score in rouge) for name in rouge[0]},
-        "bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score,
-        "exact_match": statistics.mean(
-            prediction.strip() == reference.strip() for prediction, reference in pairs
-        ),
-        "edit_distance": statistics.mean(rapidfuzz.distance.Levenshtein.distance(*pair) for pair in pairs),
-    }
-
-
-def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: float = 3.0) -> float:
-    """Share of HumanEval problems whose tests a completion passes; runs each in a process of its own.
-
-    A completion counts up to where the function ends: models go on writing.
-
-    Args:
-        problems: rows of HumanEval.
-        timeout: seconds for each.
-    """
-    answers = [StopWords(None, HUMAN_EVAL_ENDS).cut(prediction) for prediction in predictions]
-    jobs = "".join(json.dumps([*pair, timeout]) + "\n" for pair in zip(problems, answers, strict=True))
-    runner = Path(__file__).with_name("run_programs.py")
-    result = subprocess.run(
-        [sys.executable, runner], input=jobs, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return statistics.mean(map(json.loads, result.stdout.splitlines()))
+    return tokens * costs.plain_step / costs.round(exit_layer, k)
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU by tensors, else of this process."""
+    """The most memory held so far: on a GPU by tensors, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -157,7 +115,7 @@ def _rate(record: Record, prefix: str) -> float:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """First, second and third; three times the value where there is one alone."""
+    """The three of them; of a single value, that value three times."""
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 

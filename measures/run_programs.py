@@ -1,7 +1,7 @@
 """Run completions of HumanEval problems against their tests, each in a process of its own with limits.
 
-Reads lines of [problem, completion, timeout] in JSON, writes a line true or false for each. A program apart
-that imports little: where processes are not forked, each of them imports all that this one does.
+Reads lines of [problem, completion, timeout] in JSON, writes a line true or false for each. A program of its
+own, because it must import little: where processes are not forked, each imports all that its parent does.
 """
 
 import json

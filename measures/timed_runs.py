@@ -9,14 +9,14 @@ import torch
 from runs.records import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
 
-BASELINE = "autoregressive_"  # before the fields of the strategy that another is compared with
+BASELINE = "autoregressive_"  # prefix of the fields of the strategy that another is compared with
 
-# The prefix of its fields in the record, what generates, and how.
+# One of the strategies compared: the prefix of its fields in the record, what generates, and how.
 Side = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
 def measure_example(sides: Sequence[Side], prompt: str | list[int], index: int, seed: int) -> Record:
-    """What each side makes of a prompt, and how long it takes; the sides take turns in going first.
+    """What each side makes of a prompt, and how long it takes; the sides take turns at going first.
 
     The outcome depends on prompt, index and seed alone, not on what was generated before.
     """

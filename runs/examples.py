@@ -1,12 +1,14 @@
-"""Does something with each example once: over several ranks, interruptions and resumptions."""
+"""A script's work on each example, done exactly once even over several ranks and interruptions."""
 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from arguments import DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
@@ -17,8 +19,37 @@ from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.decoder import context_length, is_lost_rank, sliding_window
 
 
+class Job(ABC):
+    """A script's work: what it does with each example, says meanwhile, and concludes in the end."""
+
+    num_steps: int
+    """How many records there will be: one for each index from 0."""
+    unit = "examples"
+    """What the progress bar counts."""
+
+    @abstractmethod
+    def measure(self, index: int) -> Record:
+        """The record of an index; timings aside, it must depend on index and flags alone."""
+
+    @abstractmethod
+    def progress(self, records: Sequence[Record]) -> str:
+        """What the progress bar says of the records so far, the newest last."""
+
+    @abstractmethod
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        """Finish the run with all records in order; the exit status."""
+
+    def after_each(self, run: Run) -> None:  # noqa: B027
+        """Called at rank 0 whenever it has written a record."""
+
+
 def prepare(
-    script: str, model_args: ModelArguments, config: GenerationConfig, data_args: DataArguments, args: Any
+    script: str,
+    model_args: ModelArguments,
+    config: GenerationConfig,
+    data_args: DataArguments,
+    args: Any,
+    model_config: PretrainedConfig | None = None,
 ) -> tuple[HuggingfaceLlamaGenerator, list[Example], Callable[[], Run]]:
     """What a script over a dataset needs: the model, the examples that fit it, and how to open the run.
 
@@ -26,6 +57,7 @@ def prepare(
 
     Args:
         args: the script's own, `resume` among them.
+        model_config: of the model, where it was read already.
     """
     meet(model_args)
     try:
@@ -34,7 +66,7 @@ def prepare(
         check_destination(args.resume, model_args.output_dir, description)
     except (DataError, RecordError) as error:
         refuse(str(error))
-    generator = load_generator(model_args, config)
+    generator = load_generator(model_args, config, model_config)
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     return (
@@ -44,24 +76,11 @@ def prepare(
     )
 
 
-def run_examples(
-    open_run: Callable[[], Run],
-    num_examples: int,
-    measure: Callable[[int], Record],
-    progress: Callable[[Sequence[Record]], str],
-    conclude: Callable[[Run, list[Record]], int],
-    after_each: Callable[[Run], None] = lambda run: None,
-    unit: str = "examples",
-) -> int:
+def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
     """Make the records that are missing, each rank its share; then draw the conclusion, at rank 0.
 
     Args:
         open_run: makes or reopens the run's folder; called at rank 0 only.
-        measure: the record of example i; it must depend on i and the flags alone, timings aside.
-        progress: what the progress bar says of the records so far.
-        conclude: what all records in order add up to; the exit status.
-        after_each: called at rank 0 whenever it has written a record.
-        unit: what an "example" is called.
 
     Returns:
         The exit status: 130 after Ctrl-C, 1 where records could not be written.
@@ -73,32 +92,22 @@ def run_examples(
             refuse(str(error))
         assert run is not None
         finished = ranks.share(run.records() if ranks.rank() == 0 else {})
-        missing = [index for index in range(num_examples) if index not in finished]
-        mine = missing[ranks.rank() :: ranks.world_size()]
-        writer, records = run.writer(ranks.rank()), list(finished.values())
+        missing = [index for index in range(job.num_steps) if index not in finished]
 
         def kept(reason: str) -> str:
             return (
-                f"{reason}; {len(run.records())} of {num_examples} {unit} are kept, go on with "
+                f"{reason}; {len(run.records())} of {job.num_steps} {job.unit} are kept, go on with "
                 f"--resume {run.folder}"
             )
 
         try:
-            with (
-                ranks.last_words(lambda: kept("terminated, as when another rank is gone")),
-                tqdm(mine, desc=unit, disable=ranks.rank() != 0) as bar,
-            ):
-                for index in bar:
-                    records.append({"index": index, **measure(index)})
-                    writer.append(records[-1])
-                    bar.set_postfix_str(progress(records))
-                    if ranks.rank() == 0:
-                        after_each(run)
+            with ranks.last_words(lambda: kept("terminated, as when another rank is gone")):
+                _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
                 ranks.barrier()
             if ranks.rank() != 0:
                 return 0
             complete = run.records()
-            return conclude(run, [complete[index] for index in range(num_examples)])
+            return job.conclude(run, [complete[index] for index in range(job.num_steps)])
         except KeyboardInterrupt:
             print(kept("interrupted"), file=sys.stderr)
             return 130
@@ -110,6 +119,18 @@ def run_examples(
             if ranks.is_first():
                 print(kept("another rank is gone"), file=sys.stderr)
         return 1
+
+
+def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) -> None:
+    """Write the records of this rank's examples; `records` are those that were finished before."""
+    writer = run.writer(ranks.rank())
+    with tqdm(indices, desc=job.unit, disable=ranks.rank() != 0) as bar:
+        for index in bar:
+            records.append({"index": index, **job.measure(index)})
+            writer.append(records[-1])
+            bar.set_postfix_str(job.progress(records))
+            if ranks.rank() == 0:
+                job.after_each(run)
 
 
 def _examples_that_fit(

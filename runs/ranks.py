@@ -1,8 +1,8 @@
-"""Several processes under torchrun: who am I, what does rank 0 say, are the others done?
+"""Several processes under torchrun: which one this is, what rank 0 tells the others, waiting for each other.
 
-Ranks either have a copy of the model each and share the work (--parallel data), or one model together and do
-the same in step (--parallel tensor). In the second case all are rank 0 of one here, and all but the first
-keep what they do to themselves.
+With --parallel data, each process has a copy of the model and does a share of the work. With --parallel
+tensor, each holds a part of one model, and all do the same work in step: `rank` is then 0 and `world_size` 1
+in every process, so that each does all of the work, and only the first process shows and writes anything.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from self_speculation.model.decoder import is_lost_rank
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)  # ranks may finish hours apart; one that dies is noticed at once all the same
+PATIENCE = timedelta(days=7)  # ranks may finish hours apart; one that dies is noticed at once anyway
 
 _one_model_together = False
+# Kept, because it holds tensors of earlier exchanges. If a thread of gloo were the last to hold it, that
+# thread would free them, for which it needs the interpreter's lock. The main thread may have this lock while
+# it destroys the process group, and waits for the thread: for ever.
+_last_barrier: dist.Work | None = None
 
 
 def num_processes() -> int:
@@ -40,7 +44,7 @@ def num_processes() -> int:
 
 
 def is_first() -> bool:
-    """Of all processes, the one that shows and writes."""
+    """Whether this is the process that shows and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -55,7 +59,7 @@ def world_size() -> int:
 
 
 def join_as_one() -> None:
-    """Meet the other ranks to hold one model together; from here on only the first is heard."""
+    """Join the other processes to hold one model together, and silence all but the first."""
     global _one_model_together
     _one_model_together = True
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
@@ -69,11 +73,11 @@ def join_as_one() -> None:
 
     sys.excepthook = show
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank is told, and the others by it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets Ctrl-C and tells the others
 
 
 def place_to_write(resume: str | None, output_dir: str) -> tuple[str | None, str]:
-    """`--resume` and `--output_dir` of this process; for one that is not heard, a temporary folder."""
+    """`--resume` and `--output_dir` for this process; a temporary folder for one that is silenced."""
     if is_first() or not _one_model_together:
         return resume, output_dir
     own = tempfile.mkdtemp()
@@ -83,7 +87,7 @@ def place_to_write(resume: str | None, output_dir: str) -> tuple[str | None, str
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other ranks, if there are any. Only small objects are exchanged: over the CPU."""
+    """Join the other ranks, if there are any. Only small objects are exchanged, so over the CPU."""
     if num_processes() == 1:
         yield
         return
@@ -95,13 +99,13 @@ def process_group() -> Iterator[None]:
 
 
 def leave() -> None:
-    """Part from the other ranks, if there are any."""
+    """Leave the group of ranks, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def share(thing: T) -> T:
-    """What rank 0 has, at every rank."""
+    """Give every rank what rank 0 has; the argument of the others is ignored."""
     if world_size() == 1:
         return thing
     box: list[Any] = [thing]
@@ -111,13 +115,18 @@ def share(thing: T) -> T:
 
 def barrier() -> None:
     """Wait for the other ranks."""
+    global _last_barrier
     if world_size() > 1:
-        dist.barrier()
+        _last_barrier = dist.barrier(async_op=True)
+        _last_barrier.wait()
 
 
 @contextmanager
 def last_words(say: Callable[[], str]) -> Iterator[None]:
-    """What rank 0 says when torchrun ends it for the loss of another, even while it waits for that one."""
+    """Print what `say` returns when torchrun terminates rank 0, as it does when another rank has died.
+
+    It works even while rank 0 waits for that rank.
+    """
     if num_processes() == 1 or not is_first():
         yield
         return
@@ -130,7 +139,8 @@ def last_words(say: Callable[[], str]) -> Iterator[None]:
                 print(say(), file=sys.stderr, flush=True)
                 os._exit(1)
 
-    # Python runs handlers in the main thread, which may be waiting; the byte is written in any case.
+    # Python runs handlers in the main thread, which may be waiting for another rank. The signal's number is
+    # written to the pipe all the same, and the thread reads it.
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: None)
     previous_fd = signal.set_wakeup_fd(write)
     threading.Thread(target=watch, daemon=True).start()

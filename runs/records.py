@@ -22,22 +22,14 @@ from transformers import PreTrainedModel
 Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
-# Must be the same besides the arguments, as far as it is known.
+# What a resumed run must have in common with the interrupted one, besides the arguments, if both say it.
 _COMPARED = (
-    "script",
-    "dataset_fingerprint",
-    "model",
-    "device",
-    "dtype",
-    "num_parameters",
-    "libraries",
-    "num_ranks",
-)
-# They say where results go and what is shown, not what they are.
+    "script", "dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries", "num_ranks",
+)  # fmt: skip
+# Arguments that may differ: they say where results go and what is shown, not what the results are.
 _NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
 
-
-# Folders that are this process's, as long as it lives, and the open files that say so.
+# Folders that this process has locked until it ends, and the open files that hold the locks.
 _LOCKED: dict[Path, int] = {}
 
 
@@ -115,7 +107,7 @@ class Run:
         return Writer(self.folder / f"records.rank{rank}.jsonl")
 
     def finish(self, records: list[Record], metrics: Record) -> None:
-        """Write everything in order, and what it adds up to."""
+        """Write all records in order into one file, and the metrics into run.json."""
         self.replace("records.jsonl", "".join(map(_line, records)))
         self.write("run.json", {**self.description, "status": "finished", "metrics": metrics})
         for part in self.folder.glob("records.rank*.jsonl"):
@@ -141,11 +133,11 @@ class Run:
 
 
 class Writer:
-    """Appends records to a file; each is on disk before the next is made."""
+    """Appends records to a file, which is closed after each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if path.exists():  # a line that a kill or a full disk cut in half goes
+        if path.exists():  # remove a last line that a kill or a full disk cut in half
             content = path.read_bytes()
             os.truncate(path, len(_complete(content)))
 
@@ -167,14 +159,14 @@ def open_run(resume: str | None, output_dir: str, name: str, description: Record
         except BlockingIOError as error:
             os.close(folder)
             raise RecordError(f"--resume {resume}: another run is writing there") from error
-        except OSError:  # a file system without locks: runs there can do without the guard
+        except OSError:  # a file system without locks: nothing guards the folder, and the run can do without
             pass
         _LOCKED[path] = folder
     return run
 
 
 def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:
-    """What a run was asked for."""
+    """What a run was asked for, and the versions of the libraries that it uses."""
     return {
         "script": script,
         "arguments": {key: value for group in arguments for key, value in asdict(group).items()},
@@ -184,7 +176,7 @@ def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) ->
 
 
 def check_destination(resume: str | None, output_dir: str, description: Record) -> None:
-    """Refuse, before anything is loaded, what `open_run` would refuse after it, but for a folder in use.
+    """Refuse, before anything is loaded, what `open_run` would refuse later, except a folder in use.
 
     Raises:
         RecordError
@@ -199,7 +191,7 @@ def check_destination(resume: str | None, output_dir: str, description: Record) 
 
 
 def describe_model(name: str, model: PreTrainedModel) -> Record:
-    """What a run runs on."""
+    """The model and the machine of a run."""
     on_gpu = model.device.type == "cuda"
     return {
         "model": name,

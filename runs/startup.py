@@ -1,4 +1,4 @@
-"""What every script does before its work: check the flags against the model's config, then load the model."""
+"""How scripts begin and end: load the model that the flags name, leave with the right status."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import NoReturn
 
+from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
@@ -21,7 +22,7 @@ from self_speculation.model.loading import default_model, load_config, resolve_d
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """End the program with what `main` returns, or in a line after a Ctrl-C that `main` has no use for."""
+    """End the program with the status that `main` returns, or in one line after a Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
@@ -31,9 +32,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = 130
         if ranks.is_first():
             print("interrupted", file=sys.stderr)
-    except FloatingPointError as error:  # the model's
+    except FloatingPointError as error:  # the model's logits are not numbers
         refuse(str(error), status=1)
-    except BrokenPipeError:  # the reader of the output has seen enough
+    except BrokenPipeError:  # whoever read the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except RuntimeError as error:
@@ -44,7 +45,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def meet(model_args: ModelArguments) -> None:
-    """What ranks do first of all: become one, where they are to hold one model together."""
+    """Join the other ranks, where all hold one model together; to be called before anything is read."""
     if model_args.parallel == "data" or ranks.num_processes() == 1:
         return
     if model_args.parallel == "pipeline":
@@ -55,19 +56,23 @@ def meet(model_args: ModelArguments) -> None:
 def autoregressive(
     generator: HuggingfaceLlamaGenerator, config: GenerationConfig
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
-    """The same model and settings at full depth, one token per pass: what speculation is held against."""
-    plain = replace(config, generation_strategy="autoregressive", exit_layer=-1)
-    strategy = make_strategy("autoregressive")
-    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
+    """The same model and settings at full depth, one token per pass: what speculation is compared with."""
+    return _same_model(generator, replace(config, generation_strategy="autoregressive", exit_layer=-1))
 
 
 def adaptive(
     generator: HuggingfaceLlamaGenerator, config: GenerationConfig
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
-    """The same model and settings with the rounds chosen as they come."""
+    """The same model and settings, with exit layer, draft length and lookups chosen round by round."""
     chosen = replace(config, generation_strategy="adaptive", exit_layer=-1, num_speculations=-1)
-    strategy = make_strategy("adaptive")
-    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), chosen
+    return _same_model(generator, chosen)
+
+
+def _same_model(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig
+) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
+    strategy = make_strategy(config.generation_strategy)
+    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), config
 
 
 def model_name(model_args: ModelArguments) -> str:
@@ -75,27 +80,36 @@ def model_name(model_args: ModelArguments) -> str:
     return default_model() if model_args.model is None else model_args.model
 
 
-def number_of_layers(model_args: ModelArguments) -> int:
-    """Read off the config alone; what is wrong with it ends the program in one line with status 2."""
+def read_config(model_args: ModelArguments) -> PretrainedConfig:
+    """The config of the model that the flags name, without its weights.
+
+    What is wrong with it ends the program in one line with status 2.
+    """
     try:
-        return load_config(model_name(model_args), model_args.loading_options()).num_hidden_layers
+        return load_config(model_name(model_args), model_args.loading_options())
     except LoadingError as error:
         refuse(f"--{error}")
 
 
-def load_generator(model_args: ModelArguments, config: GenerationConfig) -> HuggingfaceLlamaGenerator:
+def load_generator(
+    model_args: ModelArguments, config: GenerationConfig, model_config: PretrainedConfig | None = None
+) -> HuggingfaceLlamaGenerator:
     """Load the model that the flags name, with the strategy that they name.
 
     Whatever cannot be loaded, or does not fit the model, ends the program in one line with status 2.
+
+    Args:
+        model_config: of the model, where it was read already.
     """
     logging.set_verbosity_error()
-    num_layers = number_of_layers(model_args)
+    model_config = model_config or read_config(model_args)
+    options = model_args.loading_options()
     try:
         resolve_device(model_args.device)
-        config.check_depth(num_layers)
-        # Bars of loading are for somebody who is waiting; what goes wrong is raised.
+        config.check_depth(model_config.num_hidden_layers)
+        # Only a terminal is shown the progress of loading; what goes wrong is raised.
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-            model, tokenizer = load_model_and_tokenizer(model_name(model_args), model_args.loading_options())
+            model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config)
     except (LoadingError, ValueError) as error:
         refuse(f"--{error}")
     return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))

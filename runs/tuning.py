@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import pandas
+from typing import Any
 
 from arguments import GenerationConfig, TuningArguments, refuse
 
 
-def best_cell(table: pandas.DataFrame) -> pandas.Series:
-    """The row of the highest speed-up; measured ones count before predicted ones."""
-    measured = table[table["mode"] == "measured"]
-    candidates = measured if len(measured) else table
-    return candidates.loc[candidates["speedup"].idxmax()]
+def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The cell of the highest speed-up; predicted ones count only where none was measured.
+
+    Raises:
+        ValueError: there are none.
+        KeyError: a cell without mode or speed-up.
+    """
+    if not cells:
+        raise ValueError("no cells in there")
+    measured = [cell for cell in cells if cell["mode"] == "measured"]
+    return max(measured or cells, key=lambda cell: float(cell["speedup"]))
 
 
 def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
@@ -27,9 +34,12 @@ def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
     if config.exit_layer != -1 or config.num_speculations != -1:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     try:
-        best = best_cell(pandas.read_csv(_table(Path(args.tuned).expanduser())))
+        with open(_table(Path(args.tuned).expanduser()), encoding="utf-8", newline="") as file:
+            best = best_cell(list(csv.DictReader(file)))
         exit_layer, num_speculations = int(best["exit_layer"]), int(best["num_speculations"])
-    except (OSError, KeyError, ValueError) as error:
+    except KeyError as error:
+        refuse(f"--tuned {args.tuned}: no column {error}")
+    except (OSError, ValueError, TypeError, csv.Error) as error:  # TypeError: a row of too few fields
         refuse(f"--tuned {args.tuned}: {getattr(error, 'strerror', None) or error}")
     return dataclasses.replace(
         config,
@@ -40,7 +50,7 @@ def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
 
 
 def _table(path: Path) -> Path:
-    """The CSV that is meant: itself, or that of the sweep in this folder, the last one if there are several.
+    """The path itself if it is a file; of a folder, the CSV of the newest sweep in there.
 
     Raises:
         ValueError: there is no sweep, or it is unfinished.

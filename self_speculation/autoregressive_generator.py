@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
@@ -11,7 +9,7 @@ from self_speculation.decoding.output import Output
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.generator_base import DecodingStrategy
 from self_speculation.model.compiled import make_decoder
-from self_speculation.model.decoder import forward_early, prefill
+from self_speculation.model.decoder import Decoder, forward_early, prefill
 
 
 class AutoRegressiveGenerationStrategy(DecodingStrategy):
@@ -19,17 +17,15 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
 
     name: GenerationStrategyName = "autoregressive"
 
-    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
-        decoder = make_decoder(model, output.prompt_length, output.max_length)
+    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> None:
+        decoder = make_decoder(model, len(output.prompt), output.max_length)
         sampler = Sampler.of(config)
         depth = len(decoder.layers) if config.exit_layer == -1 else config.exit_layer
+        output.emit(prefill(decoder, output.history(), depth).logits[0], sampler)
+        step_by_step(decoder, output, sampler, depth)
 
-        result = prefill(decoder, output.history(), depth)
-        while True:
-            logits = output.process(result.logits[0])  # [1, V]
-            token = sampler(logits).tokens  # [1]
-            output.place(token, 0)
-            output.commit(token.tolist(), logits)
-            if not output.remaining:
-                return {}
-            result = forward_early(decoder, output.last(), depth)
+
+def step_by_step(decoder: Decoder, output: Output, sampler: Sampler, depth: int) -> None:
+    """One token after the other until the output ends; each takes one read from the device."""
+    while output.remaining:
+        output.emit(forward_early(decoder, output.last(), depth).logits[0], sampler)

@@ -8,69 +8,29 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.output import NOT_A_NUMBER, Output
-from self_speculation.decoding.stopping import StopConditions, StopReason, StopWords, continuation
+from self_speculation.decoding.output import Output
+from self_speculation.decoding.stopping import StopConditions, StopWords, continuation
 from self_speculation.model.decoder import check_supported, check_window, context_length
+from self_speculation.results import GenerationResult, GenerationStrategyResult
+
+__all__ = [
+    "DecodingStrategy",
+    "GenerationConfig",
+    "GenerationResult",
+    "GenerationStrategy",
+    "GenerationStrategyResult",
+    "HuggingfaceLlamaGenerator",
+]
 
 # Characters of a prompt from which on it is worth a look whether it can fit.
 _LONG = 1_000_000
-
-
-@dataclass(frozen=True)
-class GenerationStrategyResult:
-    """What a strategy generated and what it took; what speaks of drafts is None when autoregressive."""
-
-    predicted_tokens: list[int]  # an end id is not included
-    acceptance_rate: float | None = None  # accepted / drafted; also None when nothing was drafted
-    stop_reason: StopReason | None = None
-    end_token_id: int | None = None  # the id that ended the output, if one did
-    num_prompt_tokens: int = 0
-    num_decode_tokens: int = 0  # tokens after the first, an end id included
-    prefill_time: float = 0.0  # seconds until the first token
-    decode_time: float = 0.0  # seconds for all later ones
-    num_verifications: int | None = None
-    judged_by_position: tuple[int, ...] | None = None  # [i]: rounds that got as far as an i-th drafted token
-    drafted_by_position: tuple[int, ...] | None = None  # [i]: rounds that drafted an i-th token
-    accepted_by_position: tuple[int, ...] | None = (
-        None  # [i]: rounds whose i-th drafted token is part of the output
-    )
-    drafts_by_source: dict[str, tuple[int, int, int]] | None = None  # rounds, tokens drafted and accepted
-
-    @property
-    def num_drafted(self) -> int | None:
-        return None if self.drafted_by_position is None else sum(self.drafted_by_position)
-
-    @property
-    def num_accepted(self) -> int | None:
-        return None if self.accepted_by_position is None else sum(self.accepted_by_position)
-
-    @property
-    def mean_accepted_length(self) -> float | None:
-        """Tokens per verification."""
-        return self.num_decode_tokens / self.num_verifications if self.num_verifications else None
-
-    @property
-    def acceptance_by_position(self) -> tuple[float, ...] | None:
-        """Share of the i-th drafted tokens that were accepted."""
-        if self.drafted_by_position is None or self.accepted_by_position is None:
-            return None
-        pairs = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
-        return tuple(accepted / drafted for accepted, drafted in pairs)
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.num_prompt_tokens / self.prefill_time if self.prefill_time else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.num_decode_tokens / self.decode_time if self.num_decode_tokens else 0.0
 
 
 class GenerationStrategy(ABC):
@@ -149,38 +109,21 @@ class DecodingStrategy(GenerationStrategy):
         processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
         processors += logits_processors or []
         device = model.get_input_embeddings().weight.device
-        self.prepare(model, config)
+        self.prepare(model, config, (2 * len(input_ids) + max_tokens) // 2)
         output = Output(input_ids, device, stop, processors, streamer)
-        try:
-            extra = self.decode(model, output, config)
-        except RuntimeError as error:  # what `multinomial` says of NaN says nothing of models
-            if "probability tensor contains" not in str(error):
-                raise
-            raise FloatingPointError(NOT_A_NUMBER) from error
-        return GenerationStrategyResult(**output.result(), **extra)
+        self.decode(model, output, config)
+        return output.result()
 
-    def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """What is done once for a model and is not part of an answer's time."""
+    def prepare(self, model: PreTrainedModel, config: GenerationConfig, context: int) -> None:
+        """What is done once for a model and is not part of an answer's time.
 
-    @abstractmethod
-    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
-        """Commit tokens to `output` until none remain to be generated.
-
-        Returns:
-            What else there is to report, by the names of `GenerationStrategyResult`.
+        Args:
+            context: positions that a typical pass of the generation will find in the cache.
         """
 
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """Text, ids and times of one answer."""
-
-    generation_strategy_result: GenerationStrategyResult
-    decoded_prediction: str  # ends before a stop word
-    num_tokens_generated: int
-    total_time: float  # seconds, tokenization included
-    time_per_token: float  # seconds; that of one token when none was generated
-    tokens_per_second: float
+    @abstractmethod
+    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> None:
+        """Commit tokens to `output` until none remain to be generated."""
 
 
 class HuggingfaceLlamaGenerator:

@@ -2,33 +2,27 @@
 2404.16710, §3.3).
 
 Draft and verification share one KV cache, and verification starts from the hidden states that the draft left
-behind, so no layer sees the same token at the same position twice.
+in place, so no layer sees the same token at the same position twice.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.output import Output
+from self_speculation.decoding.output import Output, read
 from self_speculation.decoding.sampling import Sampler, Verdict, verify_draft
-from self_speculation.drafts.sources import Draft, make_source
+from self_speculation.decoding.tally import Tally
+from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.drafts.table import Parts, make_source
 from self_speculation.generator_base import DecodingStrategy
 from self_speculation.model.compiled import make_decoder
 from self_speculation.model.decoder import Decoder, forward_early, prefill
-
-
-@dataclass(frozen=True)
-class Verification:
-    verdict: Verdict
-    logits: Tensor  # [k+1, V], processed, that it was judged by
-    agreement: Tensor | None  # [k+1] chances that guesses of the probed exit would have been accepted
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
@@ -40,69 +34,79 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     make_source = staticmethod(make_source)
 
-    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> dict[str, Any]:
-        # Longer drafts would never be made.
-        num_speculations = min(config.longest_draft, output.remaining)
-        decoder = make_decoder(model, output.prompt_length, output.max_length, max_width=num_speculations + 1)
+    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> None:
+        longest = min(config.longest_draft, output.remaining)  # longer drafts would never be made
+        decoder = make_decoder(model, len(output.prompt), output.max_length, max_width=longest + 1)
         sampler = Sampler.of(config)
-        source = self.make_source(model, decoder, sampler, config, output.history()[0].tolist())
-        drafted, judged, accepted = ([0] * num_speculations for _ in range(3))
-        by_source: Counter[tuple[str, int]] = Counter()
+        costs = self.costs(model, config, (len(output.prompt) + output.max_length) // 2)
+        source = self.make_source(Parts(model, decoder, sampler, config, output.prompt, costs))
+        output.emit(prefill(decoder, output.history(), len(decoder.layers)).logits[0], sampler)
+        speculate(decoder, output, sampler, source, longest)
 
-        logits = output.process(prefill(decoder, output.history(), len(decoder.layers)).logits[0])  # [1, V]
-        token = sampler(logits).tokens  # [1]
-        output.place(token, 0)
-        output.commit(token.tolist(), logits)
-        while output.remaining:
-            # A round emits one token more than it drafts.
-            draft = source.draft(output, min(num_speculations, output.remaining - 1))
-            verified = self.verify(decoder, output, sampler, draft)
-            verdict = verified.verdict
-            # The round's only read from the device.
-            m, next_token, *guesses = torch.stack(
-                [verdict.num_accepted, verdict.next_token, *draft.tokens]
-            ).tolist()
-            k = len(guesses)
-            decoder.cache.rollback(k - m)
-            output.place(verdict.next_token, m)
-            taken = output.commit([*guesses[:m], next_token], verified.logits)
-            source.learn(draft, m, () if verified.agreement is None else verified.agreement[: m + 1].tolist())
+    def costs(self, model: PreTrainedModel, config: GenerationConfig, context: int) -> Costs:  # noqa: ARG002
+        """What sources weigh their drafts by, in the middle of a generation, after so many positions."""
+        return Costs.estimated(model, config.exit_layer, config.draft_weights)
 
-            for i in range(k):
-                drafted[i] += 1
-                # one beyond the accepted ones, unless the output has ended
-                judged[i] += i < min(m + 1, taken)
-                accepted[i] += i < min(m, taken)
-            for index, count in enumerate((1, k, min(m, taken))):
-                by_source[draft.source, index] += count
-        return {
-            "acceptance_rate": sum(accepted) / sum(drafted) if sum(drafted) else None,
-            "num_verifications": sum(n for (_, index), n in by_source.items() if index == 0),
-            "drafted_by_position": tuple(n for n in drafted if n),
-            "judged_by_position": tuple(j for j, n in zip(judged, drafted, strict=True) if n),
-            "accepted_by_position": tuple(a for a, n in zip(accepted, drafted, strict=True) if n),
-            "drafts_by_source": {
-                source: (by_source[source, 0], by_source[source, 1], by_source[source, 2])
-                for source, index in by_source
-                if index == 0
-            },
-        }
 
-    @staticmethod
-    def verify(decoder: Decoder, output: Output, sampler: Sampler, draft: Draft) -> Verification:
-        """Judge a draft by the layers that have not seen it, in one pass; read a probed exit on the way."""
-        k, layer = len(draft.tokens), draft.exit_layer
-        inputs = output.history(k)[:, -(k + 1) :]  # [1, k+1] ids
-        if layer:
-            # The last guess has not been through the first layers yet: nothing was drafted from it.
-            last = forward_early(decoder, output.last(num_drafted=k), layer, num_logits=0).hidden
-            inputs = torch.cat([*draft.exit_hidden, last], dim=1)  # [1, k+1, H]
-        probed = None
-        if draft.probe:
-            probed = decoder.run(inputs, layer, draft.probe, k + 1)
-            inputs, layer = probed.hidden, draft.probe
-        logits = output.process(decoder.run(inputs, layer, len(decoder.layers), k + 1).logits[0])  # [k+1, V]
-        agreement = None if probed is None else sampler.agreement(output.process(probed.logits[0]), logits)
-        return Verification(
-            verify_draft(draft.tokens, draft.probabilities, logits, sampler), logits, agreement
-        )
+def speculate(
+    decoder: Decoder, output: Output, sampler: Sampler, source: DraftSource, num_speculations: int
+) -> None:
+    """Rounds of draft, verification and commitment until the output ends.
+
+    Reads from the device: one in each round, and those of the source.
+    """
+    output.tally = Tally()
+    while output.remaining:
+        # A round emits one token more than it drafts.
+        draft = source.draft(output, min(num_speculations, output.remaining - 1))
+        target = target_logits(decoder, output, draft)
+        verdict = verify_draft(draft.tokens, draft.probabilities, target.logits, sampler)
+        found = read_verdict(verdict, draft, target, sampler)
+        decoder.cache.rollback(len(draft.tokens) - found.num_accepted)
+        output.place(verdict.next_token, found.num_accepted)
+        output.commit(found.tokens, target.logits, len(draft.tokens), draft.source)
+        source.learn(draft, found.num_accepted, found.agreement)
+
+
+@dataclass(frozen=True)
+class TargetLogits:
+    logits: Tensor  # [k+1, V], processed
+    probed: Tensor | None  # [k+1, V], processed, of the exit that the draft asked to be read
+
+
+def target_logits(decoder: Decoder, output: Output, draft: Draft) -> TargetLogits:
+    """The model's own logits after each token of a draft, and before the first one, by the layers that have
+    not seen it, in one pass.
+    """
+    k, layer = len(draft.tokens), draft.exit_layer
+    inputs = output.history(k)[:, -(k + 1) :]  # [1, k+1] ids
+    if layer:
+        # The last guess has not been through the first layers yet: nothing was drafted from it.
+        last = forward_early(decoder, output.last(num_drafted=k), layer, num_logits=0).hidden
+        inputs = torch.cat([*draft.exit_hidden, last], dim=1)  # [1, k+1, H]
+    probed = None
+    if draft.probe:
+        early = decoder.run(inputs, layer, draft.probe, k + 1)
+        inputs, layer = early.hidden, draft.probe
+        # A copy: a compiled pass may write its next output to the same place.
+        probed = output.process(early.logits[0]).clone()
+    logits = output.process(decoder.run(inputs, layer, len(decoder.layers), k + 1).logits[0])
+    return TargetLogits(logits, probed)
+
+
+@dataclass(frozen=True)
+class ReadVerdict:
+    num_accepted: int
+    tokens: list[int]  # those accepted, and the target's own after them
+    agreement: list[float]  # of a probed exit, up to the first position that was rejected
+
+
+def read_verdict(verdict: Verdict, draft: Draft, target: TargetLogits, sampler: Sampler) -> ReadVerdict:
+    """The round's one read from the device. Raises what `read` does."""
+    k = len(draft.tokens)
+    numbers = [verdict.num_accepted, verdict.next_token, draft.tokens]
+    if target.probed is not None:
+        numbers.append(sampler.agreement(target.probed, target.logits))
+    accepted, next_token, *rest = read(numbers, target.logits)
+    m = int(accepted)
+    return ReadVerdict(m, [int(token) for token in (*rest[:m], next_token)], rest[k:][: m + 1])

@@ -8,7 +8,7 @@ import forks
 import pandas
 import torch.distributed.run
 
-from measures.calibration import Costs
+from self_speculation.drafts.costs import Costs
 
 TORCHRUN = torch.distributed.run.__file__
 TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")
@@ -42,12 +42,13 @@ def torchrun(ranks, script, *args):
 def no_calibration(monkeypatch):
     """For a test that is not about times: sweep.py is told what passes cost. The one place that knows how."""
     monkeypatch.setattr(
-        "sweep.calibrate",
-        lambda model, exit_layers, *_: Costs(
+        "sweep.measure",
+        lambda model, config, exit_layers, *_: Costs(
             plain_step=1.0,
             draft_step={layer: layer / 8 for layer in exit_layers},
             verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
-            draft_lengths=(0, 20),
+            lengths=(0, 20),
+            probe=0.1,
         ),
     )
 

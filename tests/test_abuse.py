@@ -163,7 +163,7 @@ def with_a_hole(folder):
 @pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative", "adaptive"])
 def test_logits_that_are_not_numbers(folder, strategy, sample):
-    """argmax would take NaN for the largest, and `multinomial` speaks of a probability tensor."""
+    """argmax takes NaN for the largest, and a draw among NaN falls anywhere."""
     model, tokenizer = load_model_and_tokenizer(str(with_a_hole(folder)))
     layers = {"exit_layer": 2, "num_speculations": 2} if strategy == "self_speculative" else {}
     config = GenerationConfig(generation_strategy=strategy, sample=sample, max_steps=4, **layers)

@@ -241,11 +241,21 @@ def test_malformed_turns(tmp_path):
         ("--n_shot -1", "--n_shot -1: must be 0 or more"),
         ("--dataset nothing", "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'"),
         ("--template x", "--template 'x': must contain {message}"),
-        ("--dataset cnn_dm_lm --n_shot 1", "--n_shot 1: cnn_dm_lm takes no shots"),
-        ("--dataset custom_jsonl", "--dataset custom_jsonl: needs --data_path"),
     ],
 )
 def test_impossible_flags(args, message, capsys):
     with pytest.raises(SystemExit):
         parse("test", DataArguments, args=args.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"dataset": "cnn_dm_lm", "n_shot": 1}, "^--n_shot 1: cnn_dm_lm takes no shots$"),
+        ({"dataset": "custom_jsonl"}, "^--dataset custom_jsonl: needs --data_path$"),
+    ],
+)
+def test_what_a_dataset_has_not_got(args, message):
+    with pytest.raises(DataError, match=message):
+        load(**args)

@@ -2,7 +2,6 @@
 test_equality.py and test_sampling_distribution.py.
 """
 
-import math
 import random
 
 import pytest
@@ -11,11 +10,12 @@ from conftest import generate, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from self_speculation.adaptive_generator import measure_costs
-from self_speculation.decoding.sampling import Sampler
+from self_speculation.clock import _costs, measure
+from self_speculation.config import GenerationConfig
+from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.policy import (
     AdaptivePolicy,
-    Costs,
+    Arm,
     DecayedMean,
     FixedThreshold,
     LearnedThreshold,
@@ -157,7 +157,7 @@ def test_eight_bits_at_full_depth_guess_almost_everything():
         model, PROMPT, max_steps=60, eos=[], exit_layer=4, num_speculations=4, draft_weights="int8"
     )
     assert result.acceptance_rate > 0.7
-    assert lean_layer(model.model.layers[0]) is not None  # the target's own layers are as they were
+    assert lean_layer(model, model.model.layers[0]) is not None  # the target's own layers are as they were
 
 
 def test_what_cannot_be_drafted_is_refused():
@@ -171,65 +171,71 @@ def test_what_cannot_be_drafted_is_refused():
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
 
 
-def costs(draft_step=0.1, lengths=8):
+def policy(draft_step=0.1, lengths=8):
     """Of a model with exits at layers 2 and 4 of 10: a draft step costs as its layers do."""
-    return Costs(
+    costs = Costs(
+        plain_step=1.0,
         draft_step={2: 2 * draft_step, 4: 4 * draft_step},
-        first_layers={0: 0.0, 2: 0.2, 4: 0.4},
-        verification={
-            first: [1.0 - first / 10 + 0.05 * n for n in range(lengths + 1)] for first in (0, 2, 4)
-        },
-        exit=0.05,
-        readable=[2, 4],
+        verifications={exit_layer: [1.0, 1.0 + 0.05 * lengths] for exit_layer in (0, 2, 4)},
+        lengths=[0, lengths],
+        probe=0.05,
     )
+    arms = {"exit 2": Arm(2), "exit 4": Arm(4), "lookup": Arm(priors=[0.3, 0.5, 0.7, 0.9])}
+    return AdaptivePolicy(costs, arms, {2: "exit 2", 4: "exit 4"}, lengths), costs
 
 
-def play(policy, chances, rounds=300, matched=0):
+def play(policy, chances, rounds=300, matched=None):
     """Rounds of a model whose exits guess right by these chances; the plans that were made."""
     draws, plans = random.Random(0), []
+    ready = {"exit 2": 0, "exit 4": 0, **({} if matched is None else {"lookup": matched})}
     for _ in range(rounds):
-        plan = policy.plan(matched, 8)
-        chance = chances.get("lookup" if plan.matched else plan.exit_layer, 0)
+        plan = policy.plan(ready, 8)
+        chance = chances.get(plan.source, 0)
         accepted = 0
         while accepted < plan.length and draws.random() < chance:
             accepted += 1
-        agreement = [chances[plan.probe]] * (accepted + 1) if plan.probe else []
-        policy.learn(plan, plan.length, accepted, agreement)
+        agreement = [chances[f"exit {plan.probe}"]] * (accepted + 1) if plan.probe else []
+        policy.learn(plan.source, ready.get(plan.source, 0), plan.length, accepted, plan.probe, agreement)
         plans.append(plan)
     return plans
 
 
 @pytest.mark.parametrize(
-    ("chances", "best"), [({2: 0.9, 4: 0.92}, 2), ({2: 0.2, 4: 0.95}, 4), ({2: 0.05, 4: 0.1}, 0)]
+    ("chances", "best"),
+    [
+        ({"exit 2": 0.9, "exit 4": 0.92}, "exit 2"),
+        ({"exit 2": 0.2, "exit 4": 0.95}, "exit 4"),
+        ({"exit 2": 0.05, "exit 4": 0.1}, ""),
+    ],
 )
 def test_the_policy_finds_the_best_exit_or_none(chances, best):
     """A deep exit has to be that much better; where none is good, plain steps are made."""
-    late = play(AdaptivePolicy(costs(), 3), chances)[150:]
-    assert sum(plan.exit_layer == best for plan in late) > 0.8 * len(late)
+    late = play(policy()[0], chances)[150:]
+    assert sum(plan.source == best for plan in late) > 0.8 * len(late)
 
 
 def test_longer_drafts_where_more_is_accepted():
-    sure = play(AdaptivePolicy(costs(), 3), {2: 0.98, 4: 0.98})[-1]
-    unsure = play(AdaptivePolicy(costs(), 3), {2: 0.6, 4: 0.6})[-1]
+    sure = play(policy()[0], {"exit 2": 0.98, "exit 4": 0.98})[-1]
+    unsure = play(policy()[0], {"exit 2": 0.6, "exit 4": 0.6})[-1]
     assert sure.length > unsure.length > 0
 
 
 def test_probing_notices_an_exit_that_has_become_good():
     """Guards against an exit that is never drafted with again, because once it was bad."""
-    policy = AdaptivePolicy(costs(), 3)
-    play(policy, {2: 0.0, 4: 0.0})
-    plans = play(policy, {2: 0.0, 4: 0.95}, rounds=2000)
-    assert plans[0].exit_layer == 0
-    assert plans[-1].exit_layer == 4
+    chooser, costs = policy()
+    play(chooser, {"exit 2": 0.0, "exit 4": 0.0})
+    plans = play(chooser, {"exit 2": 0.0, "exit 4": 0.95}, rounds=2000)
+    assert plans[0].source == ""
+    assert plans[-1].source == "exit 4"
     probes = sum(plan.probe > 0 for plan in plans)
-    spent = sum(costs().round(plan.exit_layer, plan.length) for plan in plans)
-    assert 0 < probes * costs().exit < 0.02 * spent
+    spent = sum(costs.round(4 if plan.source else 0, plan.length) for plan in plans)
+    assert 0 < probes * costs.probe < 0.02 * spent
 
 
 def test_lookups_are_rounds_among_others():
-    policy = AdaptivePolicy(costs(), 3)
-    assert play(policy, {2: 0.5, 4: 0.5, "lookup": 0.95}, matched=3)[-1].matched == 3
-    assert play(policy, {2: 0.9, 4: 0.5, "lookup": 0.0}, matched=3)[-1].exit_layer == 2
+    exits = {"exit 2": 0.5, "exit 4": 0.5}
+    assert play(policy()[0], {**exits, "lookup": 0.95}, matched=3)[-1].source == "lookup"
+    assert play(policy()[0], {**exits, "exit 2": 0.9, "lookup": 0.0}, matched=3)[-1].source == "exit 2"
 
 
 def test_adaptive_states_what_it_decided():
@@ -240,9 +246,45 @@ def test_adaptive_states_what_it_decided():
         generate(tiny_llama(), PROMPT, "adaptive", exit_layer=2)
 
 
-def test_measured_costs_are_in_plain_steps():
-    measured = measure_costs(tiny_llama(num_layers=12), "exact", Sampler(sample=False))
-    assert list(measured.draft_step) == [1, 2, 3, 4]
-    assert all(0 < cost < math.inf for cost in measured.draft_step.values())
-    assert measured.round(0, 0) == pytest.approx(1.0)
-    assert measured.round(1, 2) > 2 * measured.draft_step[1]
+@pytest.mark.parametrize("weights", ["exact", "int8"])
+def test_the_clock_plays_rounds(weights):
+    """Guards against parts that are not measured, and against costs without a length or an exit. What they
+    amount to is the machine's business.
+    """
+    model = tiny_llama(num_layers=12, fused=True)
+    config = GenerationConfig(sample=False, draft_weights=weights)
+    measured = measure(model, config, [1, 2, 4], context=100, longest=10, patience=0.0)
+    assert list(measured.draft_step) == [1, 2, 4]
+    assert measured.lengths == [0, 1, 2, 4, 8, 10]
+    assert set(measured.verifications) == {0, 1, 2, 4}
+    assert min(measured.plain_step, measured.probe, *measured.draft_step.values()) > 0
+    assert measured.round(2, 5) == pytest.approx(5 * measured.draft_step[2] + measured.verification(2, 5))
+    assert measured.round(0, 0) == measured.verifications[0][0]
+
+
+def test_costs_between_what_was_measured():
+    """Guards against exits that are given another exit's verification."""
+    seconds = {("plain", 0, 0): [1.0], ("probe", 0, 0): [0.1]}
+    for k in (0, 4, 8):
+        # ten layers of 0.09 + 0.01 k each, a head of 0.1, and a pass of 0.05 more for a draft of layers
+        seconds["verification", 0, k] = [1.0 + 0.1 * k]
+        seconds["verification", 4, k] = [1.0 + 0.1 * k - 4 * 0.01 * k + 0.05]
+        seconds["draft", 4, k] = [0.46]
+    seconds["verification", 2, 4] = [1.4 - 2 * 0.01 * 4 + 0.05]
+    seconds["draft", 2, 4] = [0.28]
+    costs = _costs(seconds, [2, 3, 4], [0, 4, 8])
+    assert costs.draft_step == pytest.approx({2: 0.28, 3: 0.37, 4: 0.46})
+    assert costs.verifications[4] == pytest.approx([1.05, 1.29, 1.53])
+    assert costs.verifications[2] == pytest.approx([1.05, 1.37, 1.69], abs=0.03)
+    assert costs.verification(2, 6) == pytest.approx(
+        (costs.verification(2, 4) + costs.verification(2, 8)) / 2
+    )
+
+
+def test_estimated_costs_are_those_of_the_formula():
+    model = tiny_llama(num_layers=10)
+    costs = Costs.estimated(model, 3, "exact")
+    head = model.lm_head.weight.numel() / sum(p.numel() for p in model.model.layers[0].parameters())
+    assert costs.draft_ratio(3) == pytest.approx((3 + head) / (10 + head))
+    assert costs.round(3, 4) == pytest.approx(4 * costs.draft_ratio(3) + 1)
+    assert Costs.estimated(model, 3, "int8").draft_ratio(3) == pytest.approx(costs.draft_ratio(3) / 4)

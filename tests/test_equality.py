@@ -132,12 +132,11 @@ def test_ids_equal_whatever_is_chosen_round_by_round(
     model = tiny_llama(num_layers=8, agreement=agreement, fused=int8)
 
     def plan(policy, matched, room):
-        kind = data.draw(st.sampled_from(["none", "exit", "lookup"] if matched else ["none", "exit"]))
-        length = data.draw(st.integers(1, room)) if room and kind != "none" else 0
-        layer = data.draw(st.sampled_from(sorted(policy.acceptance()))) if length and kind == "exit" else 0
-        deeper = [x for x in policy.acceptance() if layer < x < 8]
-        probe = data.draw(st.sampled_from([0, *deeper]))
-        return Plan(layer, matched if length and kind == "lookup" else 0, length, probe)
+        source = data.draw(st.sampled_from(["", *sorted(matched)])) if room else ""
+        length = data.draw(st.integers(1, room)) if source else 0
+        layer = policy._arms[source].exit_layer if source else 0
+        probe = data.draw(st.sampled_from([0, *(x for x in policy._readable if x > layer)]))
+        return Plan(source, length, length, probe)
 
     shared = {"max_steps": max_steps, "eos": eos}
     plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)

@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
+from measures import harness_tasks
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 TASKS = ("functions", "lines", "text")
@@ -26,7 +27,7 @@ def few_files_are_read():
     manager = functools.partial(TaskManager, include_defaults=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.tasks.TaskManager", manager)
-        patch.setattr(eval_script, "TaskManager", manager)
+        patch.setattr(harness_tasks, "TaskManager", manager)
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         yield
 

@@ -24,8 +24,8 @@ def model():
 
 def lean(model):
     """Which layers decode lean; the head's answer is the last."""
-    return [lean_layer(layer) is not None for layer in model.model.layers] + [
-        lean_head(model.model.norm, model.lm_head) is not None
+    return [lean_layer(model, layer) is not None for layer in model.model.layers] + [
+        lean_head(model) is not None
     ]
 
 
@@ -46,7 +46,7 @@ def test_no_second_copy_and_the_original_layout_on_disk(model, tmp_path):
     storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in after.values()}
     assert sum(s.nbytes() for s in storages.values()) == sum(w.nbytes for w in before.values())
     attention = model.model.layers[0].self_attn
-    joint = lean_layer(model.model.layers[0]).products[0].weight
+    joint = lean_layer(model, model.model.layers[0]).products[0].weight
     assert joint.data_ptr() == attention.q_proj.weight.data_ptr()
     assert joint.shape[0] == sum(
         len(p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)

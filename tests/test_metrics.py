@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from measures import metrics
-from self_speculation.model.decoder import cost_ratio
+from measures import metrics, text_quality
+from self_speculation.drafts.costs import Costs
 
 
 def record(drafted=(), accepted=(), **kwargs):
@@ -50,16 +50,13 @@ def test_token_acceptance_counts_what_was_judged():
 
 def test_predicted_speedup_of_the_paper():
     """DESIGN's rows: llama2-7B on CNN/DM 1-shot, E 8, k 12, acceptance 68.9 %, is predicted 2.32."""
-    assert metrics.predicted_speedup(0.0, 4, 0.25) == 1 / 2
-    assert metrics.predicted_speedup(1.0, 4, 0.25) == 5 / 2
-    assert metrics.predicted_speedup(0.5, 1, 0.5) == pytest.approx(1.5 / 1.5)
 
+    def predicted(alpha, k, cost_ratio):
+        return metrics.predicted_speedup(alpha, k, 8, Costs(1.0, {8: cost_ratio}, {8: (1.0,)}, (0,), 0.0))
 
-def test_cost_ratio_counts_the_head_in_layers():
-    model = tiny_llama()
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    head = model.lm_head.weight.numel() / layer
-    assert cost_ratio(model, 2) == pytest.approx((2 + head) / (4 + head))
+    assert predicted(0.0, 4, 0.25) == 1 / 2
+    assert predicted(1.0, 4, 0.25) == 5 / 2
+    assert predicted(0.5, 1, 0.5) == pytest.approx(1.5 / 1.5)
 
 
 def test_speedup_compares_rates_since_sampled_lengths_differ():
@@ -73,7 +70,7 @@ def test_speedup_compares_rates_since_sampled_lengths_differ():
 
 
 def test_text_quality():
-    quality = metrics.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
+    quality = text_quality.text_quality(["a cat sat on it", "b"], ["a cat sat on it ", "c"])
     assert quality["exact_match"] == 0.5
     assert quality["rouge1"] == pytest.approx(0.5)
     assert quality["edit_distance"] == 1.0  # one space, one letter
@@ -96,8 +93,8 @@ def test_pass_at_1_runs_answers_in_a_process_with_limits():
         "    return 1", "    return 2", "    return (", "    import os; os._exit(0)",
         "    return 1\n\ndef g(x", "    return 1\nprint(f",
     ]  # fmt: skip
-    assert metrics.pass_at_1([PROBLEM] * 6, answers, timeout=100.0) == 3 / 6
-    assert metrics.pass_at_1([PROBLEM], ["    while True: pass"], timeout=0.5) == 0
+    assert text_quality.pass_at_1([PROBLEM] * 6, answers, timeout=100.0) == 3 / 6
+    assert text_quality.pass_at_1([PROBLEM], ["    while True: pass"], timeout=0.5) == 0
 
 
 def test_measured_counts_feed_the_formula():

@@ -4,7 +4,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from self_speculation.decoding.sampling import Sampler, decode_next_token, top_k_top_p_filtering, verify_draft
+from self_speculation.decoding.sampling import (
+    Sampler,
+    decode_next_token,
+    draw,
+    top_k_top_p_filtering,
+    verify_draft,
+)
 
 GREEDY = Sampler(sample=False)
 SAMPLING = Sampler(sample=True)
@@ -29,6 +35,31 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold():
     assert kept(top_k_top_p_filtering(logits, top_p=0.4)) == [0]
     assert kept(top_k_top_p_filtering(logits, top_p=0.0)) == [0]
     assert kept(top_k_top_p_filtering(logits, top_p=1.0)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("vocab_size", [7, 300])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("top_k", [0, 2, 50])
+def test_probabilities_are_those_of_the_filters_of_transformers(vocab_size, top_p, top_k):
+    """Guards against a nucleus that is looked for among too few tokens (flat rows need more than steep ones),
+    and against a token more or less. Logits are whole numbers, so that tokens on the edge of the nucleus tie.
+    """
+    torch.manual_seed(0)
+    for scale in (0.1, 4.0):
+        logits = (torch.randn(3, vocab_size) * scale).mul(8).round().div(8)
+        wanted = top_k_top_p_filtering(logits / 0.5, top_k, top_p).softmax(-1)
+        got = Sampler(True, 0.5, top_k, top_p).probabilities(logits)
+        # which of several tokens that tie is left out is nobody's business
+        torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
+
+
+def test_draws_follow_the_weights():
+    """Guards against a draw of what has no weight, also at either end, and against a need to sum to 1."""
+    torch.manual_seed(0)
+    drawn = draw(torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0]).expand(4000, -1))
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+    assert chisquare(counts[[1, 3, 4]], [1000, 2000, 1000]).pvalue > 1e-4
 
 
 def test_filtering_works_on_any_leading_shape():

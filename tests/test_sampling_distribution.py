@@ -60,11 +60,9 @@ def test_adaptive_distribution(monkeypatch):
     draws = random.Random(0)
 
     def plan(_, matched, room):
-        kinds = [Plan(0, 0, 0, draws.choice([0, 1]))]
-        if room:
-            kinds.append(Plan(1, 0, draws.randint(1, room)))
-            kinds += [Plan(0, matched, draws.randint(1, room), draws.choice([0, 1]))] if matched else []
-        return draws.choice(kinds)
+        source = draws.choice(["", *matched]) if room else ""
+        length = draws.randint(1, room) if source else 0
+        return Plan(source, length, length, probe=0 if source == "exit 1" else draws.choice([0, 1]))
 
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
     chosen = config(generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8)

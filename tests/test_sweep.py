@@ -10,41 +10,40 @@ from helpers import custom_data, no_calibration, no_pictures, only_run
 
 import benchmark
 import sweep
-from measures.calibration import Costs
-from measures.replay import Rounds, replay, run_length
+from measures.replay import replay, run_length
+from self_speculation.decoding.tally import Tally
+from self_speculation.drafts.costs import Costs
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
 
 
 def counts(matches, max_tokens, k):
-    rounds = Rounds()
-    replay([match == "1" for match in matches], max_tokens, lambda _: k, rounds)
-    return rounds
+    return replay([match == "1" for match in matches], max_tokens, lambda _: k)
 
 
 def test_replay_by_hand():
     """Output of 7 tokens; guesses from the second on: right right wrong right right right. Drafts of 2."""
     rounds = counts("0110111", 7, 2)
     # [1,2] right + own token 3; [4,5] right + own token 6, the last
-    assert rounds.lengths == {2: 2}
-    assert (rounds.drafted_by_position, rounds.accepted_by_position) == ([2, 2], [2, 2])
-    assert rounds.num_decode_tokens == 6
+    assert rounds.rounds_by_length == {2: 2}
+    assert (rounds.drafted_by_position, rounds.accepted_by_position) == ((2, 2), (2, 2))
+    assert rounds.num_emitted == 6
     rounds = counts("0110111", 7, 4)
     # drafts 4, two right, own 3; then room for 3 more: drafts 2, both right, own 6
-    assert rounds.lengths == {4: 1, 2: 1}
-    assert rounds.drafted_by_position == [2, 2, 1, 1]
-    assert rounds.accepted_by_position == [2, 2, 0, 0]
+    assert rounds.rounds_by_length == {4: 1, 2: 1}
+    assert rounds.drafted_by_position == (2, 2, 1, 1)
+    assert rounds.accepted_by_position == (2, 2, 0, 0)
 
 
 def test_replay_ends_inside_a_draft_where_the_output_ends():
     rounds = counts("0111", 50, 6)
-    assert rounds.lengths == {6: 1}
-    assert rounds.accepted_by_position == [1, 1, 1, 0, 0, 0]
-    assert (rounds.num_verifications, rounds.num_decode_tokens) == (1, 3)
+    assert rounds.rounds_by_length == {6: 1}
+    assert rounds.accepted_by_position == (1, 1, 1, 0, 0, 0)
+    assert (rounds.num_verifications, rounds.num_emitted) == (1, 3)
 
 
 def test_replay_of_one_token_has_no_round():
-    assert counts("1", 1, 3) == Rounds()
+    assert counts("1", 1, 3).num_verifications == 0
 
 
 def test_run_length():
@@ -55,14 +54,25 @@ def test_run_length():
     assert run_length(matches, 4, 20) == 1
 
 
-def test_time_of_rounds():
-    rounds = Rounds(lengths={2: 3, 0: 1})
-    assert rounds.time(draft_step=1.0, verification=lambda k: 10.0 + k) == 3 * (2 + 12) + 10
+def test_tally_counts_what_was_output():
+    """Guards against counts of tokens that stand after the end of the output."""
+    tally = Tally()
+    tally.add("a", drafted=4, accepted=3, emitted=2)  # the output ended inside the accepted ones
+    tally.add("b", drafted=2, accepted=0, emitted=1)
+    tally.add("b", drafted=2, accepted=2, emitted=3)
+    assert (tally.num_verifications, tally.num_emitted) == (3, 6)
+    assert tally.drafted_by_position == (3, 3, 1, 1)
+    assert tally.judged_by_position == (3, 2, 0, 0)
+    assert tally.accepted_by_position == (2, 2, 0, 0)
+    assert tally.acceptance_rate == 4 / 8
+    assert tally.by_source == {"a": (1, 4, 2), "b": (2, 4, 2)}
 
 
-def test_costs_between_measured_draft_lengths_are_interpolated():
-    costs = Costs(1.0, {2: 0.5}, {2: (1.0, 2.0, 4.0)}, draft_lengths=(0, 1, 3))
+def test_costs_of_a_round():
+    costs = Costs(1.0, {2: 0.5}, {0: (3.0,) * 3, 2: (1.0, 2.0, 4.0)}, lengths=(0, 1, 3), probe=0.1)
     assert [costs.verification(2, k) for k in (0, 1, 2, 3)] == [1, 2, 3, 4]
+    assert costs.round(2, 3) == 3 * 0.5 + 4
+    assert costs.round(0, 3) == 3
 
 
 @pytest.fixture

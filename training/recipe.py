@@ -55,8 +55,8 @@ def loss_weights(enabled: Sequence[int], num_layers: int, e_scale: float, weight
     """How much the loss of each exit counts, the last layer's (exit L) included.
 
     `depth` is the paper's (eq. 5-6): e(l) = e_scale * sum_{i<=l} i, e(L-1) = L-1 + e_scale * sum_{i<=L-2} i,
-    divided by their sum, so that early exits hardly count. `equal`: the last layer 1, all others together
-    e_scale.
+    divided by their sum, so that early exits hardly count. `equal`: the last layer counts 1, all others
+    together e_scale.
     """
     last = num_layers - 1
     if weighting == "equal":

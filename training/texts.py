@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -20,27 +20,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from arguments import TrainingDataArguments
 from data import DataError, one_line
 from training.recipe import IGNORED
-
-if TYPE_CHECKING:
-    from arguments import TrainingDataArguments
 
 END_OF_TEXT = "<|endoftext|>"
 
 # Formats that `datasets` reads, by suffix (compressed files too); any other file is one text.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# Tables written by programs, and sources of other interpreters or that are wrong on purpose.
+# Folders of tables that programs wrote, of sources for other interpreters, or of errors made on purpose.
 _NOT_PROSE = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-    "lib2to3",
-}
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3",
+}  # fmt: skip
 
 
 def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -82,7 +73,7 @@ def _read(args: TrainingDataArguments) -> datasets.Dataset:
         return datasets.Dataset.from_dict({"text": list(standard_library())})
     try:
         return datasets.load_dataset(args.data, split="train")
-    except Exception as error:  # whatever the hub client raises, in one line
+    except Exception as error:  # the hub's errors have no common base
         raise DataError(f"--data {args.data}: {one_line(error)}") from error
 
 
@@ -167,7 +158,7 @@ def to_blocks(
 
 
 class Joined:
-    """Texts -> blocks of `length`; what is left of some texts begins the first block of the next."""
+    """Texts -> blocks of `length`; the ids left over from one call begin the first block of the next."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self._tokenizer, self._length = tokenizer, length
@@ -187,18 +178,18 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list
     labels = []
     for prompt, response in zip(rows["prompt"], rows["response"], strict=True):
         before = tokenizer(prompt, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id in before[-1:]:  # of tokenizers that end whatever they are given
+        if tokenizer.eos_token_id in before[-1:]:  # some tokenizers end every text
             before.pop()
         answer = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
         answer.append(tokenizer.eos_token_id)
-        if len(before) < length:  # or there would be nothing to learn
+        if len(before) < length:  # else no label is left to learn from
             blocks.append([*before, *answer][:length])
             labels.append([*[IGNORED] * len(before), *answer][:length])
     return {"input_ids": blocks, "labels": labels}
 
 
 class Padding:
-    """Rows of different lengths -> one batch, padded on the right, where no label and no attention is."""
+    """Rows of different lengths -> one batch, padded on the right, where nothing is learnt."""
 
     def __init__(self, pad_token_id: int) -> None:
         self._pad = pad_token_id

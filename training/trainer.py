@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
 from self_speculation.model.decoder import exit_logits, hidden_after_each_layer
 from training import recipe
 
-# What `exit_scores` tells of each exit, as means; agreement is with the last layer.
+# The means that `evaluate` gives of each exit; agreement: how often it guesses as the last layer does.
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 
@@ -62,7 +62,7 @@ def early_exit_loss(
         num_items_in_batch: labels of all micro-batches of the step; without it, of this one.
     """
     num_layers = model.config.num_hidden_layers
-    # Nothing is dropped for evaluation.
+    # In evaluation nothing is dropped.
     rates = recipe.dropout_rates(
         num_layers,
         settings.layer_dropout if model.training else 0.0,
@@ -77,7 +77,7 @@ def early_exit_loss(
     weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, settings.exit_weighting)
     states = enumerate(hidden_after_each_layer(model, input_ids, kept), 1)
     targets = labels[:, 1:].flatten()
-    # [B * (T - 1), V] each; the last position predicts nothing that is known
+    # [B * (T - 1), V] each; no label follows the last position
     logits = {
         exit: exit_logits(model, hidden[:, :-1]).flatten(0, 1) for exit, hidden in states if exit in weights
     }
@@ -119,8 +119,8 @@ class EarlyExitTrainer(Trainer):
     control: TrainerControl
 
     def __init__(self, model: PreTrainedModel, settings: Recipe, **kwargs: Any) -> None:
-        # On the instance: to everything around it the model is what it was, and DistributedDataParallel,
-        # autocast and checkpoints see the loss of all exits as the model's own.
+        # Replaced on the instance, the model keeps its class, and DistributedDataParallel, autocast and
+        # checkpoints take the loss of all exits for the model's own.
         model.forward = partial(early_exit_loss, model, settings)
         self._micro_steps: Iterator[int] = iter(())
         self._counted_step = -1
@@ -135,7 +135,7 @@ class EarlyExitTrainer(Trainer):
         )
 
     def restore(self, checkpoint: str) -> None:
-        """Be where a finished training was: its weights and its history."""
+        """Load the weights and the history of a finished training."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         self.state.is_world_process_zero = self.is_world_process_zero()

@@ -14,13 +14,33 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from self_speculation.decoding.stopping import StopConditions, StopReason
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.decoding.stopping import StopConditions
+from self_speculation.decoding.tally import Tally
+from self_speculation.results import GenerationStrategyResult, StopReason
 
-NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
+_NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
+
+
+def read(numbers: Sequence[Tensor], logits: Tensor | None = None) -> list[float]:
+    """All of these numbers, ids among them, by one read from the device: fp32 holds ids below 2^24 exactly.
+
+    Args:
+        logits: [n, V] that they come from.
+
+    Raises:
+        FloatingPointError: the logits are not numbers. The last row tells: what is no number in the cache
+            makes all logits after it no numbers.
+    """
+    damaged = [] if logits is None else [logits[-1].isnan().any()]
+    values = torch.cat([part.flatten().float() for part in (*damaged, *numbers)]).tolist()
+    if damaged and values.pop(0):
+        raise FloatingPointError(_NOT_A_NUMBER)
+    return values
 
 
 class Output:
-    """Prompt and generated ids in one buffer on the device, with room for a draft behind what is decided.
+    """Prompt and generated ids in one buffer on the device, with room for a draft after what is decided.
 
     Args:
         prompt: the prompt's ids, at least one.
@@ -40,12 +60,13 @@ class Output:
     ) -> None:
         self._started = time.perf_counter()
         self._first_token_at: float | None = None
-        self.prompt_length = len(prompt)
-        self.max_length = self.prompt_length + stop.max_tokens
+        self.prompt = list(prompt)
+        self.max_length = len(prompt) + stop.max_tokens
         self.tokens: list[int] = []  # generated and decided, an end id included
         self.stop_reason: StopReason | None = None
+        self.tally: Tally | None = None  # of the drafts; None until there are some
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
-        self._ids[0, : self.prompt_length] = torch.tensor(prompt, device=device)
+        self._ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
         self._stop = stop
         self._processors = LogitsProcessorList(processors or [])
         self._streamer = streamer
@@ -58,93 +79,118 @@ class Output:
         """Tokens that may still be generated; 0 once the output has ended."""
         return 0 if self.stop_reason else self._stop.max_tokens - len(self.tokens)
 
+    @property
+    def length(self) -> int:
+        """Of the history: prompt and decided tokens."""
+        return len(self.prompt) + len(self.tokens)
+
     def history(self, num_drafted: int = 0) -> Tensor:
         """[1, prompt + output + drafts] ids, a view."""
-        return self._ids[:, : self.prompt_length + len(self.tokens) + num_drafted]
+        return self._ids[:, : self.length + num_drafted]
 
     def last(self, num_drafted: int = 0) -> Tensor:
         """[1, 1] the last id of the history, a view."""
         return self.history(num_drafted)[:, -1:]
 
     def drafted(self, num_drafted: int) -> Tensor:
-        """[k] the ids proposed behind the decided ones, a view."""
-        return self.history(num_drafted)[0, self.prompt_length + len(self.tokens) :]
+        """[k] the ids proposed after the decided ones, a view."""
+        return self.history(num_drafted)[0, self.length :]
 
     def process(self, logits: Tensor, num_drafted: int = 0) -> Tensor:
         """Apply the logits processors.
 
         Args:
-            logits: [n, V]; row i is for the position behind the history with `num_drafted + i` drafted
+            logits: [n, V]; row i is for the position after the history with `num_drafted + i` drafted
                 tokens.
 
         Returns:
             [n, V], in fp32 when there are processors. Each row went through them by itself, as [1, V].
         """
-        if not self.tokens:
-            self._check(logits)
         if not self._processors:
             return logits
         rows = logits.float().split(1)
         return torch.cat([self._processors(self.history(num_drafted + i), row) for i, row in enumerate(rows)])
 
     def place(self, token: Tensor, position: int) -> None:
-        """Write token [1] behind the decided ones, at draft position 0, 1, ..."""
+        """Write token [1] after the decided ones, at draft position 0, 1, ..."""
         self.history(position + 1)[0, -1:] = token
 
-    def propose(self, token: Tensor, position: int) -> None:
-        """Place a drafted token, and show it if drafts are shown."""
+    def propose(self, token: Tensor, position: int, confidence: Tensor | None = None) -> float | None:
+        """Place a drafted token, and show it if drafts are shown.
+
+        One read from the device where drafts are shown or there is a confidence to return; else none.
+
+        Args:
+            token: [1]
+            confidence: [1], in fp32, the token's probability, where it decides how the draft goes on.
+
+        Returns:
+            The confidence.
+        """
         self.place(token, position)
         # Whatever a draft goes on with after an end id will never be output.
-        if self._shows_drafts and not self._draft_ended:
-            self._draft_ended = int(token) in self._stop.end_ids
+        shown = self._shows_drafts and not self._draft_ended
+        if confidence is None and not shown:
+            return None
+        id_, *number = read([token] if confidence is None else [token, confidence])
+        if shown:
+            self._draft_ended = int(id_) in self._stop.end_ids
             if not self._draft_ended:
-                self._streamer.put(token.cpu(), is_draft=True)
+                self._streamer.put(torch.tensor([int(id_)]), is_draft=True)
                 self._drafts_shown += 1
+        return number[0] if number else None
 
-    def commit(self, tokens: Sequence[int], scores: Tensor) -> int:
+    def emit(self, logits: Tensor, sampler: Sampler) -> None:
+        """Pick one token by logits [1, V] and decide on it; one read from the device."""
+        logits = self.process(logits)
+        token = sampler(logits).tokens  # [1]
+        self.place(token, 0)
+        (id_,) = read([token], logits)
+        self.commit([int(id_)], logits)
+
+    def commit(self, tokens: Sequence[int], scores: Tensor, drafted: int = 0, source: str = "") -> None:
         """Decide on tokens, up to the one that ends the output.
 
         Args:
             tokens: n ids, which stand at draft positions 0..n-1.
             scores: [>= n, V] the processed logits that they came from.
-
-        Returns:
-            How many were taken, an end id included.
+            drafted: tokens that were drafted by `source` in the round of which these come.
         """
-        self._scores = scores
         taken = 0
         while taken < len(tokens) and not self.stop_reason:
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
             taken += 1
+        if self.tally is not None:
+            self.tally.add(source, drafted, accepted=len(tokens) - 1, emitted=taken)
         if self._first_token_at is None:
             self._first_token_at = time.perf_counter()
         if self._streamer is not None:
             self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
-        return taken
 
-    def result(self) -> dict[str, Any]:
-        """What both strategies report, by the names of `GenerationStrategyResult`."""
-        self._check(self._scores)
+    def result(self) -> GenerationStrategyResult:
+        """What there is to report, once the output has ended."""
         finished = time.perf_counter()
         if self._streamer is not None:
             self._streamer.end()
         assert self._first_token_at is not None
-        return {
-            "predicted_tokens": self.tokens[:-1] if self.stop_reason == "eos" else self.tokens,
-            "stop_reason": self.stop_reason,
-            "end_token_id": self.tokens[-1] if self.stop_reason == "eos" else None,
-            "num_prompt_tokens": self.prompt_length,
-            "num_decode_tokens": len(self.tokens) - 1,
-            "prefill_time": self._first_token_at - self._started,
-            "decode_time": finished - self._first_token_at,
-        }
-
-    @staticmethod
-    def _check(scores: Tensor) -> None:
-        """The first and the last logits are looked at: NaN in the cache is in all from there on."""
-        if scores.isnan().any():
-            raise FloatingPointError(NOT_A_NUMBER)
+        ended_by_id = self.stop_reason == "eos"
+        tally = self.tally
+        return GenerationStrategyResult(
+            predicted_tokens=self.tokens[:-1] if ended_by_id else self.tokens,
+            acceptance_rate=tally and tally.acceptance_rate,
+            stop_reason=self.stop_reason,
+            end_token_id=self.tokens[-1] if ended_by_id else None,
+            num_prompt_tokens=len(self.prompt),
+            num_decode_tokens=len(self.tokens) - 1,
+            prefill_time=self._first_token_at - self._started,
+            decode_time=finished - self._first_token_at,
+            num_verifications=tally and tally.num_verifications,
+            judged_by_position=tally and tally.judged_by_position,
+            drafted_by_position=tally and tally.drafted_by_position,
+            accepted_by_position=tally and tally.accepted_by_position,
+            drafts_by_source=tally and tally.by_source,
+        )
 
     def _stream(self, tokens: Sequence[int]) -> None:
         if self._drafts_shown:

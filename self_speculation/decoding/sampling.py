@@ -1,7 +1,7 @@
 """Logits to probabilities to tokens, and the rule that accepts or rejects drafted tokens.
 
 Knows nothing of models, caches, text or stop conditions: tensors in, tensors out. Nothing here reads a value
-back to the host, so a whole round of drafting and verification can stay on the device.
+back from a GPU, so a whole round of drafting and verification can stay there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from self_speculation.config import GenerationConfig
+
+# Temperatures from here down make the largest logits there are overflow fp32.
+_SMALL = 1e-20
+_FP32 = torch.finfo(torch.float32)
+
+# The nucleus is first looked for among so many tokens; it hardly ever has more.
+_FEW = 128
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,33 @@ def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) ->
     return rows.reshape(logits.shape)
 
 
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """[..., V] probabilities -> those of the fewest tokens, at least one, that reach `top_p` together, and so
+    divided that they sum to 1.
+    """
+    vocab_size = probabilities.shape[-1]
+    few = min(_FEW, vocab_size)
+    largest, ids = probabilities.topk(few)
+    # On a CPU to sort a large vocabulary takes as long as several layers, and to look at a number nothing.
+    if few < vocab_size and (probabilities.device.type != "cpu" or bool((largest.sum(-1) < top_p).any())):
+        largest, ids = probabilities.sort(descending=True)
+    before = largest.cumsum(-1) - largest  # the mass of what is more likely
+    largest = largest.masked_fill(before >= max(top_p, _FP32.tiny), 0.0)
+    return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
+
+
+def draw(weights: Tensor) -> Tensor:
+    """[n, V] weights, none below 0 -> [n] tokens, each drawn with a probability in proportion to its weight.
+
+    A number up to the sum of all falls into one token's share of it. That takes one random number for a
+    token, where `multinomial` draws one for every entry of the vocabulary.
+    """
+    precise = torch.float32 if weights.device.type == "mps" else torch.float64
+    upto = weights.cumsum(-1, dtype=precise)  # [n, V]
+    number = torch.rand(len(weights), 1, dtype=precise, device=weights.device) * upto[:, -1:]
+    return torch.searchsorted(upto, number, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Turns logits into tokens: greedy, or by temperature, top-k and top-p. Made once per generation.
@@ -76,19 +110,20 @@ class Sampler:
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., V] logits -> [..., V] probabilities in fp32."""
         logits = logits.float()
-        # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf, and fp32 must
-        # not take the temperature for 0 or inf.
-        numbers = torch.finfo(torch.float32)
-        temperature = min(max(self.temperature, numbers.tiny), numbers.max)
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-        return top_k_top_p_filtering(logits, self.top_k, self.top_p).softmax(-1)
+        if self.temperature != 1:
+            if self.temperature < _SMALL:  # or dividing could make inf of the largest, and inf - inf of all
+                logits = logits - logits.amax(-1, keepdim=True)
+            # fp32 must not take the temperature for 0 or inf.
+            logits = logits / min(max(self.temperature, _FP32.tiny), _FP32.max)
+        probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
+        return nucleus(probabilities, self.top_p) if self.top_p < 1 else probabilities
 
     def __call__(self, logits: Tensor) -> Choice:
         """Pick one token for each row of logits [n, V]."""
         if self.greedy:
             return Choice(logits.argmax(-1), None)
         probabilities = self.probabilities(logits)
-        return Choice(torch.multinomial(probabilities, 1).squeeze(-1), probabilities)
+        return Choice(draw(probabilities), probabilities)
 
     def agreement(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
         """[n] chances that a token drafted by one row of [n, V] logits is accepted by that of the other:
@@ -161,7 +196,7 @@ def verify_draft(
     p_row, q_row = p.index_select(0, row)[0], q.index_select(0, row)[0]  # [V]
     residual = (p_row - q_row).clamp(min=0)
     residual = torch.where(residual.sum() > 0, residual, p_row)
-    return Verdict(num_accepted, torch.multinomial(residual, 1)[0])
+    return Verdict(num_accepted, draw(residual[None])[0])
 
 
 def _prefix_length(accepted: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ several, so both end in the same place. Knows nothing of drafts or layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase
 
-StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "context"]
+from self_speculation.results import StopReason
 
 
 class StopConditions:
@@ -38,7 +38,7 @@ class StopConditions:
         self.max_tokens = max_tokens
         self._at_limit: StopReason = at_limit
         self._ends_text = ends_text
-        self._criteria = StoppingCriteriaList(criteria or [])
+        self._criteria = tuple(criteria or ())
 
     def reason(self, output: Sequence[int], history: Tensor, scores: Tensor) -> StopReason | None:
         """Why the output ends after the last token of `output`, or None when it goes on.
@@ -52,7 +52,8 @@ class StopConditions:
             return "eos"
         if self._ends_text is not None and self._ends_text(output):
             return "stop_word"
-        if self._criteria and bool(self._criteria(history, scores).any()):
+        # One by one, so that only a criterion whose answer is on a GPU is waited for.
+        if any(bool(torch.as_tensor(met(history, scores)).any()) for met in self._criteria):
             return "stopping_criteria"
         return self._at_limit if len(output) >= self.max_tokens else None
 

@@ -1,12 +1,14 @@
 """What drafting learns while it goes on: decayed means, when a draft had better end, and which to make next.
 
-Numbers in, numbers out; knows nothing of models, tokens or tensors. Costs are in full passes over one token.
+Numbers in, numbers out; knows nothing of models, tokens or tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from self_speculation.drafts.costs import Costs
 
 _BINS = 10
 
@@ -45,7 +47,7 @@ class FixedThreshold:
         self.threshold = threshold
 
     def goes_on(self, probabilities: Sequence[float]) -> bool:
-        """Whether to draft another token behind those with these probabilities."""
+        """Whether to draft another token after those with these probabilities."""
         return probabilities[-1] >= self.threshold
 
     def learn(self, probabilities: Sequence[float], num_accepted: int) -> None:
@@ -55,12 +57,12 @@ class FixedThreshold:
 class LearnedThreshold:
     """A draft ends when another token would cost more time than it is likely to save.
 
-    How often a drafted token of a probability is accepted, behind accepted ones, is learnt by ranges of
+    How often a drafted token of a probability is accepted after accepted ones is learnt by ranges of
     probability. The product over a draft is the chance that all of it is right; times the acceptance of the
     next token, that is what another step is worth. It costs the tokens that could be had in the same time.
 
     Args:
-        draft_step: of one drafted token, see the module.
+        draft_step: cost of one drafted token, in plain steps.
     """
 
     def __init__(self, draft_step: float) -> None:
@@ -75,14 +77,14 @@ class LearnedThreshold:
         return min(1.0, self._draft_step * self._tokens.value / self._cost.value / self._next.value)
 
     def goes_on(self, probabilities: Sequence[float]) -> bool:
-        """Whether to draft another token behind those with these probabilities."""
+        """Whether to draft another token after those with these probabilities."""
         right = 1.0
         for probability in probabilities:
             right *= self._of(probability).value
         return right >= self.threshold
 
     def learn(self, probabilities: Sequence[float], num_accepted: int) -> None:
-        """What became of a draft; its tokens behind the first rejected one tell nothing."""
+        """Hear what became of a draft; its tokens after the first rejected one tell nothing."""
         for i, probability in enumerate(probabilities[: num_accepted + 1]):
             accepted = float(i < num_accepted)
             self._of(probability).add(accepted)
@@ -105,7 +107,7 @@ class LookupPolicy:
 
     Args:
         longest: tokens matched at most.
-        draft_step: of one token drafted with layers.
+        draft_step: cost of one token drafted with layers, in plain steps.
     """
 
     def __init__(self, longest: int, draft_step: float) -> None:
@@ -130,109 +132,114 @@ class LookupPolicy:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Of what rounds are made of, in full passes over one token.
+class Arm:
+    """A source that adaptive decoding may draft with, as the policy sees it.
 
     Args:
-        draft_step: exit layer -> one token drafted there.
-        first_layers: exit layer -> its layers over one token; 0 where verification begins from the start.
-        verification: exit layer -> the layers left to verify a draft of 0, 1, ... tokens; 0: all layers.
-        exit: one exit read off a pass.
-        readable: the exit layers that can be.
+        exit_layer: the exit that its drafts are made at, and so their cost; 0: they cost nothing.
+        priors: [i] the chance that a drafted token is accepted after accepted ones, before anything is known,
+            where i tokens matched; [0] alone for a source that compares none.
+        slack: tokens that a draft may have beyond the plan. It is for sources that end drafts themselves.
     """
 
-    draft_step: Mapping[int, float]
-    first_layers: Mapping[int, float]
-    verification: Mapping[int, Sequence[float]]
-    exit: float
-    readable: Sequence[int]
-
-    def round(self, exit_layer: int, num_drafted: int) -> float:
-        """With tokens drafted at an exit layer; 0: with tokens that were looked up, or with none."""
-        drafts = num_drafted * self.draft_step[exit_layer] if exit_layer else 0.0
-        return drafts + self.first_layers[exit_layer] + self.verification[exit_layer][num_drafted]
+    exit_layer: int = 0
+    priors: Sequence[float] = (0.6,)
+    slack: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One round: draft so many tokens at an exit layer, or so many that were looked up; nothing where 0."""
+    """One round: so many tokens to be drafted by a source; none, and no source, is a plain step."""
 
-    exit_layer: int = 0
-    matched: int = 0  # tokens that a lookup matched
+    source: str = ""
     length: int = 0
+    at_most: int = 0  # the length that the draft may reach, if its source does not end it before
     probe: int = 0  # an exit layer to read at verification, whose guesses were not drafted; 0: none
 
 
 class AdaptivePolicy:
     """Chooses the round that promises most tokens for its cost (after Zarch et al., DEL, arXiv 2504.05598).
 
-    The chance that a drafted token is accepted behind accepted ones is kept for every exit layer and every
-    length of a match, as a decayed mean. Drafting tells about the layer that drafted. About deeper ones, and
-    about all where nothing is drafted, an exit read off the verification tells, now and then, such that all
-    reading together costs at most a share of `probing`. A plain step is a round of no drafts.
+    The chance that a drafted token is accepted after accepted ones is kept for every source, and for every
+    length of a match, as a decayed mean. Drafting tells about the source that drafted. About exits that are
+    deeper, and about all exits where nothing is drafted, an exit that is read off the verification tells, as
+    often as it costs a share of `probing` at most. A plain step is a round of no drafts.
 
     Args:
-        longest: tokens that a lookup can match.
+        arms: by the name of their source.
+        readable: exit layer -> the name of the source that guesses what this exit of a verification does.
+        longest: tokens that a draft may have.
         probing: the share of the time that may go into exits that were not drafted with.
     """
 
     # Drafting must promise so much more than a plain step: what it promises is an estimate.
     _MARGIN = 1.05
 
-    def __init__(self, costs: Costs, longest: int, probing: float = 0.015) -> None:
-        self._costs, self._probing = costs, probing
-        self._longest_draft = len(costs.verification[0]) - 1
-        self._by_layer = {layer: DecayedMean(0.6, weight=1.0) for layer in costs.draft_step}
-        self._by_match = {n: DecayedMean(0.3 + 0.6 * n / longest, weight=1.0) for n in range(1, longest + 1)}
+    def __init__(
+        self,
+        costs: Costs,
+        arms: Mapping[str, Arm],
+        readable: Mapping[int, str],
+        longest: int,
+        probing: float = 0.015,
+    ) -> None:
+        self._costs, self._arms, self._readable = costs, arms, readable
+        self._longest, self._probing = longest, probing
+        self._means = {
+            (name, matched): DecayedMean(prior, weight=1.0)
+            for name, arm in arms.items()
+            for matched, prior in enumerate(arm.priors)
+        }
         self._saved_up = 0.0
         self._next_probe = 0
 
-    def plan(self, matched: int, room: int) -> Plan:
+    def plan(self, matched: Mapping[str, int], room: int) -> Plan:
         """
         Args:
-            matched: tokens that a lookup has matched; 0: it found nothing.
+            matched: the sources that can draft now, and how many tokens each has matched.
             room: tokens that may be drafted at most.
         """
-        room = min(room, self._longest_draft)
         best, best_rate = Plan(), self._MARGIN / self._costs.round(0, 0)
-        plans = [(Plan(exit_layer=layer), mean.value) for layer, mean in self._by_layer.items()]
-        if matched:
-            plans.append((Plan(matched=matched), self._by_match[matched].value))
-        for plan, acceptance in plans:
+        for name, number in matched.items():
+            acceptance = self._means[name, number].value
             expected, chance = 1.0, 1.0
-            for length in range(1, room + 1):
+            for length in range(1, min(room, self._longest) + 1):
                 chance *= acceptance
                 expected += chance
-                rate = expected / self._costs.round(plan.exit_layer, length)
+                rate = expected / self._costs.round(self._arms[name].exit_layer, length)
                 if rate > best_rate:
-                    best, best_rate = Plan(plan.exit_layer, plan.matched, length), rate
+                    best, best_rate = Plan(name, length, length + self._arms[name].slack), rate
                 elif chance < 0.05:
                     break
-        self._saved_up += self._probing * self._costs.round(best.exit_layer, best.length)
-        return self._with_probe(best)
+        exit_layer = self._arms[best.source].exit_layer if best.source else 0
+        self._saved_up += self._probing * self._costs.round(exit_layer, best.length)
+        return replace(best, probe=self._probe(exit_layer))
 
-    def learn(self, plan: Plan, num_drafted: int, num_accepted: int, agreement: Sequence[float] = ()) -> None:
-        """What became of a round.
+    def learn(
+        self,
+        source: str,
+        matched: int,
+        num_drafted: int,
+        num_accepted: int,
+        probe: int = 0,
+        agreement: Sequence[float] = (),
+    ) -> None:
+        """Hear what became of a round.
 
         Args:
             agreement: the chance that a guess of the probed exit would have been accepted, for each position
                 up to the first rejected one.
         """
-        mean = self._by_match.get(plan.matched) or self._by_layer.get(plan.exit_layer)
-        if mean is not None:
-            for i in range(min(num_accepted + 1, num_drafted)):
-                mean.add(float(i < num_accepted))
+        for i in range(min(num_accepted + 1, num_drafted)):
+            self._means[source, matched].add(float(i < num_accepted))
         for chance in agreement:
-            self._by_layer[plan.probe].add(chance)
+            self._means[self._readable[probe], 0].add(chance)
 
-    def acceptance(self) -> dict[int, float]:
-        """By exit layer, as it is believed now."""
-        return {layer: mean.value for layer, mean in self._by_layer.items()}
-
-    def _with_probe(self, plan: Plan) -> Plan:
-        unread = [layer for layer in self._costs.readable if layer > plan.exit_layer]
-        if self._saved_up < self._costs.exit or not unread:
-            return plan
-        self._saved_up -= self._costs.exit
+    def _probe(self, exit_layer: int) -> int:
+        """The exit to read beyond the one that drafts, in turn; 0 where it is not time for one."""
+        unread = [layer for layer in self._readable if layer > exit_layer]
+        if self._saved_up < self._costs.probe or not unread:
+            return 0
+        self._saved_up -= self._costs.probe
         self._next_probe += 1
-        return Plan(plan.exit_layer, plan.matched, plan.length, unread[self._next_probe % len(unread)])
+        return unread[self._next_probe % len(unread)]

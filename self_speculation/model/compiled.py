@@ -7,7 +7,6 @@ and values are written and what is masked, so nothing about a pass depends on ho
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,14 +14,13 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.decoder import Decoder, ForwardResult, StaticSpan, context_length
 from self_speculation.model.kv_cache import StaticKVCache, WrittenAt
+from self_speculation.model.prepared import prepared
 
 # The cache holds at least so many positions, and twice as many whenever a generation needs more.
 _SMALLEST_CAPACITY = 1024
 
 # Every exit layer and draft length is a pass of its own; a sweep has more than the default of eight.
 _PASSES_AT_MOST = 1024
-
-_COMPILED: WeakKeyDictionary[PreTrainedModel, dict[int, Passes]] = WeakKeyDictionary()
 
 
 def compile_decoding(model: PreTrainedModel) -> None:
@@ -38,14 +36,19 @@ def compile_decoding(model: PreTrainedModel) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError("compile True: needs a C++ compiler, such as g++, and there is none") from error
-    _COMPILED.setdefault(model, {})
+    prepared(model).passes = {}
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether `make_decoder` compiles for it."""
+    return prepared(model).passes is not None
 
 
 def make_decoder(
     model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1
 ) -> Decoder:
     """The decoder of one generation; arguments as `Decoder`."""
-    if model not in _COMPILED:
+    if not is_compiled(model):
         return Decoder(model, prompt_length, num_positions, max_width)
     return CompiledDecoder(model, prompt_length, num_positions, max_width)
 
@@ -61,7 +64,8 @@ class CompiledDecoder(Decoder):
         while capacity < num_positions:
             capacity *= 2
         capacity = min(capacity, context_length(model.config))
-        by_capacity = _COMPILED[model]
+        by_capacity = prepared(model).passes
+        assert by_capacity is not None
         if capacity not in by_capacity:
             by_capacity.clear()  # one cache at a time
             by_capacity[capacity] = Passes(Decoder(model, 1, capacity), capacity)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.kv_cache import KVCache, WrittenAt
 from self_speculation.model.lean_layers import NARROW, lean_head, lean_layer
+from self_speculation.model.prepared import prepared
 
 # `config.model_type` of the decoders that are a stack of residual layers between an unscaled embedding and a
 # plain `lm_head(norm(x))`. Every one of them is compared with its own `model(...)` in
@@ -193,10 +194,11 @@ class Decoder:
         check_supported(model.config)
         self.config = model.config
         base, head = model.base_model, model.get_output_embeddings()
-        self.layers = [lean_layer(layer) or PlainLayer(layer) for layer in base.layers]
+        self.prepared = prepared(model)
+        self.layers = [lean_layer(model, layer) or PlainLayer(layer) for layer in base.layers]
         self.cache = KVCache(len(self.layers), capacity=min(num_positions, prompt_length + _FIRST_ALLOCATION))
         self._embed = base.embed_tokens
-        self.head = lean_head(base.norm, head) or (lambda hidden: head(base.norm(hidden[None]))[0])
+        self.head = lean_head(model) or (lambda hidden: head(base.norm(hidden[None]))[0])
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         self._eager = model.config._attn_implementation == "eager"
         self._num_positions = num_positions
@@ -293,13 +295,6 @@ def synchronize(model: PreTrainedModel) -> None:
     for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
-
-
-def cost_ratio(model: PreTrainedModel, exit_layer: int) -> float:
-    """c = (E + h) / (L + h), by bytes read; h is the head's size in layers."""
-    layers = model.base_model.layers
-    head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
-    return (exit_layer + head) / (len(layers) + head)
 
 
 def prefill(decoder: Decoder, input_ids: Tensor, exit_layer: int) -> ForwardResult:

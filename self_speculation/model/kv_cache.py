@@ -65,6 +65,16 @@ class KVCache:
         """Forget whatever a layer holds beyond `length` positions."""
         self._lengths = [min(length, held) for held in self._lengths]
 
+    def pretend(self, length: int) -> None:
+        """Hold `length` positions of zeros in every layer, to time passes without a prompt. A token must have
+        been through all layers before.
+        """
+        for buffers in self._buffers:
+            assert buffers is not None
+            for buffer in buffers:
+                buffer.zero_()
+        self._lengths = [length] * len(self._lengths)
+
     def _grow(self, layer: int, least: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """New buffers of a layer, of room for `least` positions, with what the old ones hold."""
         while self.capacity < least:

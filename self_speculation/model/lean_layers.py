@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from self_speculation.model.kv_cache import KVCache, WrittenAt
+from self_speculation.model.prepared import prepared
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
@@ -30,8 +30,6 @@ NARROW = 16
 # What `fuse` measures: weights of at least so many elements, so many bytes of them.
 _SMALLEST_TO_CHOOSE, _SAMPLE_BYTES = 2**15, 512_000_000
 
-_LEAN: WeakKeyDictionary[nn.Module, Lean] = WeakKeyDictionary()
-
 
 def fuse(model: Any) -> int:
     """Make what decoding needs of a model lean, as far as it is recognised: plain layers of LEAN_MODEL_TYPES
@@ -42,25 +40,26 @@ def fuse(model: Any) -> int:
     """
     if model.config.model_type not in LEAN_MODEL_TYPES or model.config._attn_implementation != "sdpa":
         return 0
-    base, head = model.base_model, model.get_output_embeddings()
+    base, head, lean = model.base_model, model.get_output_embeddings(), prepared(model).lean
     for layer in base.layers:
         if _is_plain(layer):
-            _LEAN[layer] = LeanLayer(layer)
+            lean[layer] = LeanLayer(layer)
     if _is_plain(base.norm, head):
-        _LEAN[head] = LeanHead(base.norm, head)
-    made = [_LEAN[module] for module in (*base.layers, head) if module in _LEAN]
+        lean[head] = LeanHead(base.norm, head)
+    made = [lean[module] for module in (*base.layers, head) if module in lean]
     _choose_forms(made)
-    return sum(isinstance(lean, LeanLayer) for lean in made)
+    return sum(isinstance(part, LeanLayer) for part in made)
 
 
-def lean_layer(layer: nn.Module) -> LeanLayer | None:
-    """What `fuse` made of the layer, unless the layer has changed since."""
-    return _still(layer, layer)
+def lean_layer(model: Any, layer: nn.Module) -> LeanLayer | None:
+    """What `fuse` made of a layer of the model, unless the layer has changed since."""
+    return _still(prepared(model).lean, layer, layer)
 
 
-def lean_head(norm: nn.Module, head: nn.Module) -> LeanHead | None:
+def lean_head(model: Any) -> LeanHead | None:
     """What `fuse` made of final norm and head, unless they have changed since."""
-    return _still(head, norm, head)
+    head = model.get_output_embeddings()
+    return _still(prepared(model).lean, head, model.base_model.norm, head)
 
 
 def _transposed(x: Tensor, weight: Tensor) -> Tensor:
@@ -191,10 +190,10 @@ class LeanHead:
 Lean = LeanLayer | LeanHead
 
 
-def _still(key: nn.Module, *modules: nn.Module) -> Any:
-    lean = _LEAN.get(key)
+def _still(made: MutableMapping[nn.Module, Lean], key: nn.Module, *modules: nn.Module) -> Any:
+    lean = made.get(key)
     if lean is not None and lean.layout != _layout(*modules):
-        del _LEAN[key]  # moved, converted or loaded anew: the old weights must not be kept alive
+        del made[key]  # moved, converted or loaded anew: the old weights must not be kept alive
         return None
     return lean if lean is not None and _is_plain(*modules) else None
 

@@ -116,13 +116,14 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
 
 
 def load_model_and_tokenizer(
-    model: str, options: LoadingOptions | None = None
+    model: str, options: LoadingOptions | None = None, config: PretrainedConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference.
 
     Args:
         model: a hub id, a local folder, or a `.gguf` file.
         options: see there.
+        config: what `load_config` gave for the same model and options, where it was called already.
 
     Raises:
         LoadingError
@@ -131,7 +132,7 @@ def load_model_and_tokenizer(
     set_seed(options.seed)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    config = load_config(model, options)
+    config = config or load_config(model, options)
     source, kwargs = _locate(model, options.trust_remote_code)
     with _explained(model):
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)

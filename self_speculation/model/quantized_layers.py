@@ -8,16 +8,14 @@ tensor: one byte for each element of the layers and of the head, beside the mode
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from self_speculation.model.decoder import Decoder
 from self_speculation.model.lean_layers import Lean, Product
-
-_QUANTIZED: WeakKeyDictionary[Lean, Lean] = WeakKeyDictionary()
 
 
 class Int8Product:
@@ -45,17 +43,17 @@ def quantized(decoder: Decoder, num_layers: int) -> Decoder:
     lean = [part for part in parts if isinstance(part, Lean)]
     if len(lean) < len(parts):
         raise ValueError("draft_weights int8: needs lean layers (of a known family, plain, fuse True)")
-    *layers, head = map(_quantized, lean)
+    *layers, head = (_quantized(part, decoder.prepared.copies) for part in lean)
     return decoder.over(layers, head)
 
 
-def _quantized(part: Lean) -> Any:
-    if part not in _QUANTIZED:
+def _quantized(part: Lean, copies: MutableMapping[Lean, Lean]) -> Any:
+    if part not in copies:
         copy = part.over(Int8Product)
         weight = part.products[0].weight
         try:
             copy.products[0](weight.new_zeros(1, weight.shape[1]))
         except (NotImplementedError, RuntimeError) as error:
             raise ValueError("draft_weights int8: this device has no kernel for it") from error
-        _QUANTIZED[part] = copy
-    return _QUANTIZED[part]
+        copies[part] = copy
+    return copies[part]

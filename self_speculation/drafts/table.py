@@ -1,0 +1,156 @@
+"""The sources of drafts by what asks for them: a new one is a class, an entry here, and its flags.
+
+What drives drafting, what adaptive decoding chooses among and what a sweep can predict follows from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from transformers import PreTrainedModel
+
+from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.drafts.adaptive import AdaptiveDrafts
+from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.draft import DraftSource
+from self_speculation.drafts.layers import LayerDrafts
+from self_speculation.drafts.lookups import Lookup, LookupFirst
+from self_speculation.drafts.policy import (
+    AdaptivePolicy,
+    Arm,
+    FixedThreshold,
+    LearnedThreshold,
+    LookupPolicy,
+    Threshold,
+)
+from self_speculation.model.decoder import Decoder
+from self_speculation.model.quantized_layers import quantized
+
+# Tokens that lookups of adaptive decoding compare, unless prompt_lookup says how many.
+_LONGEST_MATCH = 4
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the sources of one generation are made from."""
+
+    model: PreTrainedModel
+    decoder: Decoder  # the target's
+    sampler: Sampler
+    config: GenerationConfig
+    prompt: Sequence[int]
+    costs: Costs  # measured for adaptive decoding, else estimated
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the layers that draft are the target's own."""
+        return self.config.draft_weights == "exact"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    Args:
+        flags: the fields of `GenerationConfig` that are about it.
+        asked_for: whether a config asks for it.
+        make: the source, by what there is and the source that it may fall back on.
+        arms: by name, the sources that adaptive decoding chooses among, and how each looks to its policy.
+    """
+
+    flags: tuple[str, ...]
+    asked_for: Callable[[GenerationConfig], bool]
+    make: Callable[[Parts, Callable[[], DraftSource]], DraftSource]
+    arms: Callable[[Parts], Mapping[str, tuple[DraftSource, Arm]]]
+
+
+def make_drafter(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) -> Decoder:
+    """What runs the first layers for a draft. Raises what `quantized` does."""
+    return decoder if draft_weights == "exact" else quantized(decoder, num_layers)
+
+
+def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
+    config = parts.config
+    threshold: Threshold | None = None
+    if config.draft_confidence == "auto":
+        threshold = LearnedThreshold(parts.costs.draft_ratio(config.exit_layer))
+    elif config.draft_confidence is not None:
+        threshold = FixedThreshold(float(config.draft_confidence))
+    return _layer_drafts(parts, config.exit_layer, threshold)
+
+
+def _layer_drafts(parts: Parts, exit_layer: int, threshold: Threshold | None) -> LayerDrafts:
+    drafter = make_drafter(parts.decoder, exit_layer, parts.config.draft_weights)
+    return LayerDrafts(drafter, parts.sampler, exit_layer, parts.keeps_cache, threshold)
+
+
+def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
+    """One for each exit whose cost is known."""
+    return {
+        f"exit {layer}": (
+            _layer_drafts(parts, layer, LearnedThreshold(parts.costs.draft_ratio(layer))),
+            Arm(layer, slack=4),
+        )
+        for layer in parts.costs.draft_step
+    }
+
+
+def _lookup(parts: Parts, longest: int) -> Lookup:
+    return Lookup(parts.prompt, longest, parts.model.config.vocab_size)
+
+
+def _lookup_first(parts: Parts, otherwise: Callable[[], DraftSource]) -> DraftSource:
+    longest = parts.config.prompt_lookup
+    policy = LookupPolicy(longest, parts.costs.draft_ratio(parts.config.exit_layer))
+    return LookupFirst(_lookup(parts, longest), otherwise(), policy)
+
+
+def _lookup_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
+    longest = parts.config.prompt_lookup or _LONGEST_MATCH
+    priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
+    return {"lookup": (_lookup(parts, longest), Arm(priors=priors))}
+
+
+# The first that a config asks for drafts, and may fall back on the next.
+KINDS: list[Kind] = [
+    Kind(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _lookup_first, _lookup_arms),
+    Kind(
+        ("exit_layer", "num_speculations", "draft_weights", "draft_confidence"),
+        lambda config: True,
+        _layers,
+        _layer_arms,
+    ),
+]
+
+
+def make_source(parts: Parts) -> DraftSource:
+    """What the config asks for. Raises what `quantized` does."""
+    asked_for = iter([kind for kind in KINDS if kind.asked_for(parts.config)])
+
+    def following() -> DraftSource:
+        return next(asked_for).make(parts, following)
+
+    return following()
+
+
+def make_adaptive(parts: Parts) -> AdaptiveDrafts:
+    """All that there are, chosen among round by round. Raises what `quantized` does."""
+    made = {name: arm for kind in KINDS for name, arm in kind.arms(parts).items()}
+    sources = {name: source for name, (source, _) in made.items()}
+    arms = {name: arm for name, (_, arm) in made.items()}
+    num_layers = len(parts.decoder.layers)
+    readable = {arm.exit_layer: name for name, arm in arms.items() if 0 < arm.exit_layer < num_layers}
+    return AdaptiveDrafts(sources, AdaptivePolicy(parts.costs, arms, readable, LONGEST_DRAFT))
+
+
+def driving_flags() -> tuple[str, ...]:
+    """The fields of a config that say how drafts are made, and so how fast; never what the output is."""
+    of_sources = {name for kind in KINDS for name in kind.flags}
+    return ("generation_strategy", *(f.name for f in fields(GenerationConfig) if f.name in of_sources))
+
+
+def is_replayable(config: GenerationConfig) -> bool:
+    """Whether all drafts are those of one exit and one length, so that a replay can follow them."""
+    first = next(kind for kind in KINDS if kind.asked_for(config))
+    return first is KINDS[-1] and config.draft_confidence is None

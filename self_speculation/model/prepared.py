@@ -1,0 +1,38 @@
+"""What was prepared for a model once and is kept as long as the model: the only registry of this library."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from self_speculation.model.compiled import Passes
+    from self_speculation.model.lean_layers import Lean
+
+
+@dataclass
+class Prepared:
+    """
+    Args:
+        lean: layer or head -> its lean form, see `fuse`.
+        copies: lean form -> its copy in fewer bits, see `quantized`.
+        passes: by capacity of their cache, see `compile_decoding`; None where nothing is to be compiled.
+        costs: what rounds were measured to cost, by whatever they depend on.
+    """
+
+    lean: dict[nn.Module, Lean] = field(default_factory=dict)
+    copies: WeakKeyDictionary[Lean, Lean] = field(default_factory=WeakKeyDictionary)
+    passes: dict[int, Passes] | None = None
+    costs: dict[Hashable, Any] = field(default_factory=dict)
+
+
+_PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
+
+
+def prepared(model: nn.Module) -> Prepared:
+    """What there is for the model; nothing yet at first."""
+    return _PREPARED.setdefault(model, Prepared())

@@ -1,0 +1,121 @@
+"""A new source of drafts: its class, an entry in the table and its flag are all that it takes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import EOS, tiny_llama
+
+import benchmark
+import correctness
+import eval
+import generate
+import sweep
+from self_speculation import custom_generate
+from self_speculation.config import GenerationConfig
+from self_speculation.drafts import table
+from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.drafts.lookups import certain
+from self_speculation.drafts.policy import AdaptivePolicy, Arm, Plan
+
+SCRIPTS = {
+    generate: [],
+    benchmark: ["--num_samples", "2", "--compare", "True"],
+    correctness: ["--num_samples", "2"],
+    sweep: ["--num_samples", "1", "--mode", "measured", "--exit_layer_last", "1",
+            "--num_speculations_first", "2", "--num_speculations_last", "2"],
+    eval: ["--include_path", "eval_tasks", "--tasks", "python_functions", "--limit", "2"],
+}  # fmt: skip
+HOW = ["--generation_strategy", "self_speculative", "--exit_layer", "1", "--num_speculations", "2"]
+
+
+class Always(DraftSource):
+    """Guesses one token, over and over."""
+
+    made = 0
+
+    def __init__(self, parts):
+        self._token, self._vocab_size = parts.config.always or 7, parts.model.config.vocab_size
+
+    def draft(self, output, k):
+        Always.made += 1
+        tokens = torch.full((k,), self._token)
+        for i in range(k):
+            output.propose(tokens[i : i + 1], i)
+        return Draft("always", tokens, certain(tokens, self._vocab_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class WithAlways(GenerationConfig):
+    always: int | None = None
+    """Guess this token."""
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    kind = table.Kind(
+        flags=("always",),
+        asked_for=lambda config: getattr(config, "always", None) is not None,
+        make=lambda parts, otherwise: Always(parts),
+        arms=lambda parts: {"always": (Always(parts), Arm())},
+    )
+    monkeypatch.setattr(table, "KINDS", [kind, *table.KINDS])
+    monkeypatch.setattr(table, "GenerationConfig", WithAlways)
+    monkeypatch.setattr(Always, "made", 0)
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "GenerationConfig", WithAlways)
+
+
+@pytest.mark.parametrize("script", [pytest.param(script, id=script.__name__) for script in SCRIPTS])
+def test_every_script_drafts_with_it(script, model_folder, tmp_path, capsys):
+    """Guards against a list of sources, or of their flags, outside the table."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "response": "x"}) + "\n" for p in ("Once", "def add")))
+    flags = ["--model", model_folder, "--output_dir", tmp_path / "logs", *HOW, "--max_steps", "8",
+             "--sample", "False", "--always", "9", *SCRIPTS[script]]  # fmt: skip
+    if script is generate:
+        flags += ["--prompt", "Once upon"]
+    elif script is not eval:
+        flags += ["--dataset", "custom_jsonl", "--data_path", data]
+    assert script.main([str(flag) for flag in flags]) == 0
+    assert Always.made
+    said = capsys.readouterr()
+    assert "in place of the tasks' own" not in said.err or "always" not in said.err
+
+
+def test_a_sweep_does_not_predict_what_it_cannot_replay(model_folder, capsys):
+    flags = ["--model", str(model_folder), *HOW, "--always", "9", "--sample", "False"]
+    with pytest.raises(SystemExit):
+        sweep.main(flags)
+    assert "--mode predicted: is about drafts of layers" in capsys.readouterr().err
+
+
+def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
+    model, ids = tiny_llama(), torch.tensor([[5, 9, 4, 7, 7, 3]])
+    speculate = custom_generate.self_speculative_generate
+    monkeypatch.setattr(custom_generate, "GenerationConfig", WithAlways)
+    monkeypatch.setattr(speculate, "__signature__", custom_generate._signature())
+    shared = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": EOS}
+    drafted = model.generate(
+        ids, custom_generate=speculate, exit_layer=1, num_speculations=2, always=9, **shared
+    )
+    assert Always.made
+    assert torch.equal(drafted, model.generate(ids, **shared))
+
+
+def test_adaptive_decoding_chooses_among_it(monkeypatch):
+    """The plans are given: whether it pays is the policy's to learn."""
+    from conftest import generate as ids_of
+
+    offered = []
+
+    def plan(_, matched, room):
+        offered.append(set(matched))
+        return Plan("always", min(2, room), min(2, room)) if room else Plan()
+
+    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
+    monkeypatch.setattr("conftest.GenerationConfig", WithAlways)
+    result = ids_of(tiny_llama(), [5, 9, 4, 7], "adaptive", max_steps=9, eos=[])
+    assert "always" in result.drafts_by_source
+    assert {"always", "exit 1"} <= offered[0]
