@@ -3,7 +3,7 @@
     python benchmarks/long_context.py
     python benchmarks/long_context.py --model ID --contexts 512 2048 8128
 
-Autoregressive and greedy, behind prompts of random ids. *Attention* is the same attention alone, over keys
+Autoregressive and greedy, after prompts of random ids. *Attention* is the same attention alone, over keys
 and values of every layer. *Peak* is the most memory of the process beyond what it holds with the model
 loaded; *cache* is computed: keys and values of all positions. The last line is one JSON object.
 """
@@ -42,7 +42,7 @@ class LongContextArguments:
     contexts: list[int] = field(default_factory=lambda: [128, 256, 512, 704])
     """Tokens of the prompts."""
     new_tokens: int = 33
-    """Tokens generated behind each, the first of them by the prompt's pass."""
+    """Tokens generated after each, the first of them by the prompt's pass."""
     rounds: int = 3
     """How often, context by context in turn."""
 
@@ -90,7 +90,7 @@ def main() -> None:
     shape, like = model.config, model.get_input_embeddings().weight
     most = attended_length(shape) - args.new_tokens
     if args.new_tokens < 2 or not all(1 <= context <= most for context in args.contexts):
-        refuse(f"--contexts {args.contexts}: must be between 1 and {most}, behind which --new_tokens fit")
+        refuse(f"--contexts {args.contexts}: must be between 1 and {most}, so that --new_tokens fit after it")
 
     kv_heads, num_layers = shape.num_key_value_heads, shape.num_hidden_layers
     head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads

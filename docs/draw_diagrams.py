@@ -82,7 +82,7 @@ def draw_round() -> None:
     axes.text(
         left, 4.95,
         "Two guesses are the model's own, the third is not: '()' takes its place, and the keys and values\n"
-        "behind it are forgotten by setting a position back. Three tokens for one pass of layers E .. L-1.",
+        "after it are forgotten by setting a position back. Three tokens for one pass of layers E .. L-1.",
         va="center", fontsize=9, color="#333a46",
     )  # fmt: skip
     save("round")

@@ -55,7 +55,7 @@ class GenerationConfig:
     """int8: draft with a copy of the layers in eight bits, exit_layer may then be all of them; exact: with
     the model's own."""
     draft_confidence: str | None = None
-    """Stop a draft behind a token that it gave a lower probability than this, or, with auto, when another one
+    """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
     would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
     prompt_lookup: int = 0
     """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""

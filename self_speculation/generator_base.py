@@ -29,7 +29,7 @@ __all__ = [
     "HuggingfaceLlamaGenerator",
 ]
 
-# Characters of a prompt from which on it is worth a look whether it can fit.
+# Prompts of so many characters are looked at before they are tokenized, which takes long: can they fit?
 _LONG = 1_000_000
 
 

@@ -41,7 +41,7 @@ class StandardTextStreamer:
         tokenizer: the model's.
         stop_words: the words that end the answer; they are never shown, not even in part.
         file: where to print; standard output by default.
-        end_with: printed behind the answer.
+        end_with: printed after the answer.
         prompt: the ids that the answer follows; they tell how its first token reads.
     """
 
@@ -88,7 +88,7 @@ class StandardTextStreamer:
             tokens.append(_Token(id, "" if text.endswith("\ufffd") else text[len(known) :], style))
 
     def _context(self, tokens: Sequence[_Token]) -> tuple[list[int], list[int]]:
-        """Ids before a new one: some whose text is complete, and behind them those whose text is not yet.
+        """Ids before a new one: some whose text is complete, and after them those whose text is not yet.
 
         The first begin where a character begins: a decoder may turn all bytes of a broken run to replacement
         characters, also those of whole characters in it.
@@ -102,7 +102,7 @@ class StandardTextStreamer:
         return [*before, *(token.id for token in tokens[start:end])], [token.id for token in tokens[end:]]
 
     def _visible(self, tokens: list[_Token], finished: bool) -> list[Cell]:
-        """The characters that may be shown: none of a stop word or behind one."""
+        """The characters that may be shown: none of a stop word or after one."""
         text = "".join(token.text for token in tokens)
         shown = self._stop_words.cut(text)
         if len(shown) == len(text) and not finished:
@@ -146,7 +146,7 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         self._screen = _Screen(self._file)
 
     def put(self, ids: Iterable[int], is_draft: bool = False) -> None:
-        """Show tokens, decided or drafted. Drafts come behind everything decided."""
+        """Show tokens, decided or drafted. Drafts come after everything decided."""
         if is_draft:
             self._append(self._drafts, ids, "draft", after=self._decided)
             self._refresh()
@@ -241,7 +241,7 @@ class _Screen:
         new = self._positions(cells, width)
         if same < len(self.cells):
             old = self._positions(self.cells, width)
-            # Draw the character before the difference again where the cursor cannot be put behind it: at the
+            # Draw the character before the difference again where the cursor cannot be put after it: at the
             # margin, where it hangs, and where the difference is an accent on that character.
             while same and (old[same][1] >= width or old[same] == old[same + 1]):
                 same -= 1
@@ -277,7 +277,7 @@ class _Screen:
             yield _RESET
 
     def _positions(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
-        """(row, column) of the cursor before each cell and behind the last; column `width` at a full line."""
+        """(row, column) of the cursor before each cell and after the last; column `width` at a full line."""
         row, column = 0, self._start_column
         positions = [(row, column)]
         for char, _ in cells:

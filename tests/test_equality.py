@@ -193,7 +193,7 @@ def test_an_end_id_as_the_first_token_gives_an_empty_output():
         assert (result.predicted_tokens, result.stop_reason, result.num_decode_tokens) == ([], "eos", 0)
 
 
-def test_tokens_behind_an_end_id_inside_an_accepted_draft_do_not_count():
+def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     """All drafts are accepted; the third output token ends it, though five were verified at once."""
     model = tiny_llama(agreement="always", initializer_range=0.5)
     ids = generate(model, PROMPT, max_steps=5, eos=[]).predicted_tokens

@@ -137,7 +137,7 @@ def test_scores_are_those_of_the_harness(strategy, model_folder, task_folder, re
 
 
 def test_an_early_exit_is_evaluated_as_it_is(model_folder, task_folder, tmp_path):
-    """Log-likelihoods and answers of a model cut off behind its second layer."""
+    """Log-likelihoods and answers of a model cut off after its second layer."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2

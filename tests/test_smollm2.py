@@ -24,7 +24,7 @@ def smollm2():
 
 
 def near_tie(model, ids):
-    """Gap between the two best logits behind `ids`."""
+    """Gap between the two best logits after `ids`."""
     with torch.inference_mode():
         best = model(torch.tensor([ids])).logits[0, -1].topk(2).values
     return float(best[0] - best[1])

@@ -68,7 +68,7 @@ SPECULATIVE = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_
 
 
 @pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
-def test_stop_words_end_text_before_and_ids_behind(answer, byte_tokenizer, extra):
+def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra):
     """`decoded_prediction` ends before it; `predicted_tokens` is the shortest run of ids that holds it."""
     free = answer("def", **extra)
     text = free.decoded_prediction

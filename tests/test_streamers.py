@@ -225,7 +225,7 @@ def test_a_text_that_ends_inside_a_character_is_shown_as_decoded(byte_tokenizer)
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
 def test_nothing_of_a_stop_word_is_ever_shown(byte_tokenizer, size, kind, terminal):
-    """Neither its beginning while it may yet become another word, nor a draft behind it."""
+    """Neither its beginning while it may yet become another word, nor a draft after it."""
     file = size(80) if terminal else io.StringIO()
     streamer = kind(byte_tokenizer, stop_words=["Human:"], file=file)
     for id in byte_tokenizer.encode("A man. Hum"):
@@ -333,7 +333,7 @@ def test_strategies_stream_what_they_return():
     assert ("draft", 1) in recorder.events
 
 
-def test_nothing_drafted_behind_an_end_id_is_shown():
+def test_nothing_drafted_after_an_end_id_is_shown():
     model = tiny_llama(agreement="always", initializer_range=0.5)
     ids = generate(model, [4, 5, 6], max_steps=8, eos=[]).predicted_tokens
     end = next(i for i in range(2, 6) if ids[i] not in ids[:i])

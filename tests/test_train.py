@@ -75,7 +75,7 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
     text = "def add(a, b):\n        return a + 12\n"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    # Guards against line breaks that merge with the indentation behind them: a prompt may end in one.
+    # Guards against line breaks that merge with the indentation after them: a prompt may end in one.
     assert tokenizer.encode(text)[: len(tokenizer.encode("def add(a, b):\n"))] == tokenizer.encode(
         "def add(a, b):\n"
     )

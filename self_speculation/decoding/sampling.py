@@ -184,7 +184,7 @@ def verify_draft(
         return Verdict(num_accepted, target_tokens.index_select(0, num_accepted.view(1))[0])
 
     p = sampler.probabilities(target_logits)  # [k+1, V]
-    # With q = 0 behind the last draft token, "all accepted: draw from p" is the residual rule again.
+    # With q = 0 after the last draft token, "all accepted: draw from p" is the residual rule again.
     q = torch.zeros_like(p)  # [k+1, V]
     if draft_probabilities is not None:
         q[:-1] = draft_probabilities

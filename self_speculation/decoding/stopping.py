@@ -45,7 +45,7 @@ class StopConditions:
 
         Args:
             output: ids generated so far, the end id included.
-            history: [1, prompt + output] the same ids behind the prompt's.
+            history: [1, prompt + output] the same ids after the prompt's.
             scores: [1, V] the processed logits of the last token.
         """
         if output[-1] in self.end_ids:
@@ -115,5 +115,5 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add behind `before`. Decoded alone, they may lose a space in front."""
+    """The text that `ids` add after `before`. Decoded alone, they may lose a space in front."""
     return decode(tokenizer, [*before, *ids])[len(decode(tokenizer, before)) :]

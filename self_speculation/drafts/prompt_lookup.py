@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class NgramIndex:
-    """The last place behind every run of 1..n tokens.
+    """For every run of 1..n tokens, where the token stands that followed its last occurrence.
 
     Args:
         longest: n.
@@ -15,7 +15,7 @@ class NgramIndex:
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self._ids: list[int] = []
-        self._behind: dict[tuple[int, ...], int] = {}  # run -> position of the token that followed it
+        self._followed_at: dict[tuple[int, ...], int] = {}  # run -> position of the token that followed it
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -25,7 +25,7 @@ class NgramIndex:
             # The runs that end before this token have a follower only now, so that none finds itself.
             position = len(self._ids)
             for n in range(1, min(self.longest, position) + 1):
-                self._behind[tuple(self._ids[position - n :])] = position
+                self._followed_at[tuple(self._ids[position - n :])] = position
             self._ids.append(token)
 
     def lookup(self, num_tokens: int) -> tuple[int, list[int]]:
@@ -41,7 +41,7 @@ class NgramIndex:
             and again: a repetition goes on.
         """
         for n in range(min(self.longest, len(self._ids) - 1), 0, -1):
-            position = self._behind.get(tuple(self._ids[-n:]))
+            position = self._followed_at.get(tuple(self._ids[-n:]))
             if position is not None:
                 period = len(self._ids) - position
                 return n, [self._ids[position + i % period] for i in range(num_tokens)]
