@@ -60,7 +60,7 @@ def recognised(config):
 def compare_pieces(model, ids, expected):
     with torch.inference_mode():
         again_by_transformers = model(ids).logits
-        decoder = Decoder(model, prompt_length=6, num_positions=12, max_width=4)
+        decoder = Decoder(model, prompt_length=6, num_positions=12)
         prompt = forward(decoder, ids[:, :6], num_logits=6).logits
         hidden = [forward_early(decoder, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
         last = forward_early(decoder, ids[:, 9:10], 2, num_logits=0)
@@ -133,7 +133,7 @@ def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention, monkeypatch):
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 70))
     for _ in ("plain", "lean"):
         with torch.inference_mode():
-            decoder = Decoder(model, prompt_length=70, num_positions=75, max_width=3)
+            decoder = Decoder(model, prompt_length=70, num_positions=75)
             last = prefill(decoder, ids, 4).logits[:, 0]
             assert_close(last, model(ids).logits[:, -1], computed_in=torch.float32)
         fuse(model)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from self_speculation.model.kv_cache import KVCache, WrittenAt
+from self_speculation.model.kv_cache import Appendable, KVCache
 from self_speculation.model.lean_layers import NARROW, lean_head, lean_layer
 from self_speculation.model.prepared import prepared
 
@@ -107,10 +107,11 @@ class PlainLayer:
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
 
-    def __call__(self, hidden: Tensor, span: Span | StaticSpan, cache: KVCache | WrittenAt) -> Tensor:
+    def __call__(self, hidden: Tensor, span: Span | StaticSpan, cache: Appendable) -> Tensor:
+        mask = span.mask  # [T, S]
         return self._layer(
             hidden[None],
-            attention_mask=span.mask,
+            attention_mask=None if mask is None else mask[None, None],
             position_embeddings=span.rotary,
             cache=cache,
             use_cache=True,
@@ -143,15 +144,23 @@ class Span:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """[1, 1, T, start + T], added to the scores; None where sdpa needs none."""
-        rows = self._decoder.mask_rows(self._start, self._width)
-        return None if rows is None else rows[None, None]
+        """[T, start + T], added to the scores; None where none is needed."""
+        return self._masked(1)
 
     @cached_property
     def grouped_mask(self) -> Tensor | None:
         """[G * T, start + T] for the queries of G heads that share their keys, head by head."""
-        rows = self._decoder.mask_rows(self._start, self._width)
-        return None if rows is None else rows.expand(self._decoder.groups, -1, -1).flatten(0, 1)
+        return self._masked(self._decoder.groups)
+
+    def _masked(self, groups: int) -> Tensor | None:
+        # A single position sees everything; how to mask a prompt's first pass sdpa knows by itself.
+        if self._width == 1 or (self._start == 0 and not self._decoder.is_eager):
+            return None
+        end = self._start + self._width
+        # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
+        shape = (self._width, round_up(end, 8))
+        mask = self._decoder.lowest.expand(shape).triu(self._start + 1)
+        return (mask if groups == 1 else mask.repeat(groups, 1))[:, :end]
 
 
 class StaticSpan:
@@ -159,15 +168,18 @@ class StaticSpan:
 
     def __init__(self, decoder: Decoder, positions: Tensor, capacity: int) -> None:
         self.rotary = decoder.rotary.index_select(1, positions).split(1)  # [1, T, head_dim] each
-        hidden_positions = torch.arange(capacity, device=positions.device) > positions[:, None]
-        lowest = torch.finfo(decoder.rotary.dtype).min
-        rows = hidden_positions.to(decoder.rotary.dtype) * lowest  # [T, capacity]
-        self.mask = rows[None, None]
-        self.grouped_mask = rows.expand(decoder.groups, -1, -1).flatten(0, 1)
+        later = torch.arange(capacity, device=positions.device) > positions[:, None]
+        self.mask = later.to(decoder.rotary.dtype) * torch.finfo(decoder.rotary.dtype).min  # [T, capacity]
+        self.grouped_mask = self.mask.repeat(decoder.groups, 1)
 
     def rotate(self, heads: Tensor) -> Tensor:
         """See `Span`; the compiler makes one kernel of it."""
         return _rotated(heads, *self.rotary)
+
+
+def round_up(number: int, step: int) -> int:
+    """To the next multiple."""
+    return -(-number // step) * step
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -179,18 +191,15 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Decoder:
     """One model over one generation's cache: embeds, runs layers [first:last], applies norm and head.
 
-    Rotary tables and the causal mask are made once and sliced by position ever after.
+    Rotary tables are made once and sliced by position ever after.
 
     Args:
         model: a `...ForCausalLM` of a supported type; what `fuse` has made of its layers is used.
         prompt_length: positions that come first.
         num_positions: the most positions that the generation can reach.
-        max_width: the most tokens that a pass after the prompt is given.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prompt_length: int, num_positions: int) -> None:
         check_supported(model.config)
         self.config = model.config
         base, head = model.base_model, model.get_output_embeddings()
@@ -200,29 +209,18 @@ class Decoder:
         self._embed = base.embed_tokens
         self.head = lean_head(model) or (lambda hidden: head(base.norm(hidden[None]))[0])
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
-        self._eager = model.config._attn_implementation == "eager"
-        self._num_positions = num_positions
+        self.is_eager = model.config._attn_implementation == "eager"
 
         weight = self._embed.weight
         positions = torch.arange(num_positions, device=weight.device)[None]
-        self.rotary = torch.cat(
-            base.rotary_emb(weight, position_ids=positions)
-        )  # [2, num_positions, head_dim]
+        rotary = base.rotary_emb(weight, position_ids=positions.clamp_(max=context_length(self.config) - 1))
+        self.rotary = torch.cat(rotary)  # [2, num_positions, head_dim]
         # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
         head_dim = self.rotary.shape[2]
         self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
         self.half_turn = self.unit.roll(head_dim // 2, 1)
         self.half_turn[:, : head_dim // 2].neg_()
-        # A query at position `start + i` sees `start` columns of zeros and then a triangle. Rows of one
-        # matrix, shifted:
-        #   [ 0 0 0 0 | 0 - - ]      so that the mask of T queries behind `start` positions is the slice
-        #   [ 0 0 0 0 | 0 0 - ]      [:T, num_positions - start : num_positions + T].
-        #   [ 0 0 0 0 | 0 0 0 ]
-        chunk = PREFILL_CHUNK if prompt_length > PREFILL_CHUNK else 1
-        height = max(max_width, prompt_length if self._eager else chunk)
-        lowest = torch.finfo(weight.dtype).min
-        mask = torch.full((height, num_positions + height), lowest, dtype=weight.dtype, device=weight.device)
-        self._mask = mask.triu(num_positions + 1)
+        self.lowest = weight.new_tensor(torch.finfo(weight.dtype).min)
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""
@@ -236,7 +234,7 @@ class Decoder:
         Args:
             inputs: [1, T] ids where `first` is 0, else [1, T, H] the input of layer `first`.
         """
-        hidden = self.run_layers(inputs if first else self.embed(inputs), first, last)
+        hidden = self.run_layers(inputs.clone() if first else self.embed(inputs), first, last)
         return ForwardResult(self.logits(hidden, num_logits), hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -244,10 +242,10 @@ class Decoder:
         return self._embed(input_ids)
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
-        """Run layers first..last-1 on T new positions behind those that layer `first` has seen.
+        """Run layers first..last-1 on T new positions after those that layer `first` has seen.
 
         Args:
-            hidden: [1, T, H] the input of layer `first`.
+            hidden: [1, T, H] the input of layer `first`. It is used up: lean layers add to it in place.
 
         Returns:
             [1, T, H] the output of layer `last - 1`; the keys and values are in the cache.
@@ -263,13 +261,7 @@ class Decoder:
         if num_positions == 0:
             return hidden.new_empty(1, 0, 0)
         # With layers on several devices, everything but the layers is where the embedding is.
-        return self.head(hidden[0, -num_positions:])[None].to(self._mask.device)
-
-    def mask_rows(self, start: int, width: int) -> Tensor | None:
-        """[T, start + T]; None where sdpa masks by itself, and for a single query, which sees everything."""
-        if not self._eager and (width == 1 or start == 0):
-            return None
-        return self._mask[:width, self._num_positions - start : self._num_positions + width]
+        return self.head(hidden[0, -num_positions:])[None].to(self.rotary.device)
 
 
 def agreed(model: PreTrainedModel, value: T) -> T:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
-from self_speculation.model.kv_cache import KVCache, WrittenAt
+from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.prepared import prepared
 
 # `config.model_type` of those whose layers are all
@@ -103,6 +103,40 @@ class Product:
         product = torch.mm(x, self._weight_t) if form is None else form(x, self.weight)
         return product if self.bias is None else product.add_(self.bias)
 
+    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
+        form = self.forms.get(x.shape[0])
+        hidden = hidden.addmm_(x, self._weight_t) if form is None else hidden.add_(form(x, self.weight))
+        return hidden if self.bias is None else hidden.add_(self.bias)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a pass reads."""
+        return [self.weight, self._weight_t, *([] if self.bias is None else [self.bias])]
+
+
+class Norm:
+    """The rms norm of a module, over its weight; [..., n] -> [..., n]."""
+
+    def __init__(self, module: Any) -> None:
+        self._weight, self._epsilon = module.weight.data, module.variance_epsilon
+        self._shape = self._weight.shape
+        self._on_cpu = self._weight.device.type == "cpu"
+        self._root = len(self._weight) ** 0.5
+        self._zero, self._least = torch.tensor([0.0, self._root * self._epsilon**0.5]).unbind()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if not self._on_cpu:
+            return torch.rms_norm(hidden, self._shape, self._weight, self._epsilon)  # one kernel
+        # On a CPU that is a sequence of kernels, twice as many as these.
+        exact = hidden.float()
+        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
+        return torch.addcdiv(self._zero, exact, norms, value=self._root).type_as(hidden).mul_(self._weight)
+
+    def tensors(self) -> list[Tensor]:
+        """As those of `Product`."""
+        return [self._weight, self._zero, self._least]
+
 
 class LeanLayer:
     """A decoder layer for batch size 1; see the module."""
@@ -111,18 +145,21 @@ class LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self._index, self._head_dim = attention.layer_idx, attention.head_dim
         self._groups, self._scaling = attention.num_key_value_groups, attention.scaling
-        self._num_heads = attention.q_proj.out_features // self._head_dim
-        self._num_rotated = self._num_heads + attention.k_proj.out_features // self._head_dim
+        self._num_heads, self._kv_heads = (
+            projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
+        )
+        self._num_rotated = self._num_heads + self._kv_heads
         self._qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = Product(attention.o_proj)
         self._gate_up = Product(mlp.gate_proj, mlp.up_proj)
         self._down = Product(mlp.down_proj)
-        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn
-        self._input_norm = _norm(layer.input_layernorm)
-        self._mlp_norm = _norm(layer.post_attention_layernorm)
+        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # hooks there are none
+        self._width = mlp.gate_proj.out_features
+        self._input_norm = Norm(layer.input_layernorm)
+        self._mlp_norm = Norm(layer.post_attention_layernorm)
         self._query_norm = self._key_norm = None
         if hasattr(attention, "q_norm"):
-            self._query_norm, self._key_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+            self._query_norm, self._key_norm = Norm(attention.q_norm), Norm(attention.k_norm)
         self.products = (self._qkv, self._out, self._gate_up, self._down)
         self.layout = _layout(layer)
 
@@ -133,46 +170,56 @@ class LeanLayer:
         other._qkv, other._out, other._gate_up, other._down = other.products
         return other
 
-    def __call__(self, hidden: Tensor, span: Any, cache: KVCache | WrittenAt) -> Tensor:
-        """[T, H] -> [T, H] for the positions of `span`; their keys and values are in the cache then."""
+    def __call__(self, hidden: Tensor, span: Any, cache: Appendable) -> Tensor:
+        """[T, H] -> [T, H] for the positions of `span`, in the place of `hidden`; their keys and values are
+        in the cache then.
+        """
         width = hidden.shape[0]
+        heads = self._qkv(self._input_norm(hidden)).view(width, -1, self._head_dim)
         # [T, heads + kv_heads, head_dim] and [T, kv_heads, head_dim]
-        qkv = self._qkv(self._input_norm(hidden)).view(width, -1, self._head_dim)
-        queries_keys, values = qkv[:, : self._num_rotated], qkv[:, self._num_rotated :]
+        queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if self._query_norm is not None and self._key_norm is not None:
-            queries, keys = queries_keys[:, : self._num_heads], queries_keys[:, self._num_heads :]
+            queries, keys = queries_keys.split_with_sizes((self._num_heads, self._kv_heads), 1)
             queries_keys = torch.cat((self._query_norm(queries), self._key_norm(keys)), 1)
         rotated = span.rotate(queries_keys)
-        queries, keys = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
-        all_keys, all_values = cache.update(keys.transpose(0, 1), values.transpose(0, 1), self._index)
-        hidden = self._out(self._attend(queries, all_keys, all_values, span)).add_(hidden)
-        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, -1)
-        return self._down(self._activation(gate).mul_(up)).add_(hidden)
+        queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
+        all_keys, all_values = cache.append(keys, values, self._index)
+        hidden = self._out.add_to(hidden, self._attend(queries, all_keys, all_values, span))
+        gate, up = self._gate_up(self._mlp_norm(hidden)).split_with_sizes((self._width, self._width), 1)
+        return self._down.add_to(hidden, self._activation(gate).mul_(up))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, span: Any) -> Tensor:
-        """[T, heads, head_dim] queries, [1, kv_heads, S, head_dim] keys, values -> [T, heads * head_dim]."""
-        width = queries.shape[0]
-        if width > NARROW or (width > 1 and span.mask is None):
-            attended = scaled_dot_product_attention(
-                queries.transpose(0, 1)[None], keys, values, span.mask, is_causal=span.mask is None,
-                scale=self._scaling, enable_gqa=self._groups > 1,
-            )  # fmt: skip
-            return attended[0].transpose(0, 1).reshape(width, -1)
-        # The heads that share keys are so many more queries of one head: no key is repeated.
-        shape = (keys.shape[1], self._groups, width, self._head_dim)
-        grouped = queries.view(width, *shape[:2], self._head_dim).permute(1, 2, 0, 3)
-        attended = scaled_dot_product_attention(
-            grouped.reshape(1, shape[0], -1, self._head_dim), keys, values,
-            span.grouped_mask, scale=self._scaling,
-        )  # fmt: skip
-        return attended.view(shape).permute(2, 0, 1, 3).reshape(width, -1)
+        """[T, heads, head_dim] queries, [kv_heads, 1, S, head_dim] keys, values -> [T, heads * head_dim].
+
+        A head of keys is one of a batch. The kernels need not know of heads that share keys then: with a mask
+        the fast ones do not.
+        """
+        width, attention = queries.shape[0], scaled_dot_product_attention
+        mask = span.mask if width > NARROW else span.grouped_mask
+        if width == 1:  # the heads that share keys are so many queries of one head
+            rows = queries.view(self._kv_heads, 1, self._groups, self._head_dim)
+            return attention(rows, keys, values, mask, scale=self._scaling).reshape(1, -1)
+        # [kv_heads, groups, T, head_dim]
+        grouped = queries.view(width, self._kv_heads, self._groups, self._head_dim).permute(1, 2, 0, 3)
+        if width <= NARROW and mask is not None:  # and so many more queries
+            rows = grouped.reshape(self._kv_heads, 1, -1, self._head_dim)
+            attended = attention(rows, keys, values, mask, scale=self._scaling).view(grouped.shape)
+        else:
+            keys, values = (shared.expand(-1, self._groups, -1, -1) for shared in (keys, values))
+            attended = attention(grouped, keys, values, mask, is_causal=mask is None, scale=self._scaling)
+        return attended.permute(2, 0, 1, 3).reshape(width, -1)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a pass reads."""
+        norms = (self._input_norm, self._mlp_norm, self._query_norm, self._key_norm)
+        return [t for part in (*self.products, *norms) if part is not None for t in part.tensors()]
 
 
 class LeanHead:
     """Final norm and head, [T, H] -> [T, V]."""
 
     def __init__(self, norm: Any, head: nn.Linear) -> None:
-        self._norm, self._head = _norm(norm), Product(head)
+        self._norm, self._head = Norm(norm), Product(head)
         self.products = (self._head,)
         self.layout = _layout(norm, head)
 
@@ -185,6 +232,10 @@ class LeanHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._head(self._norm(hidden))
+
+    def tensors(self) -> list[Tensor]:
+        """As those of `LeanLayer`."""
+        return [*self._head.tensors(), *self._norm.tensors()]
 
 
 Lean = LeanLayer | LeanHead
@@ -206,23 +257,6 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
     for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
     return joint
-
-
-def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    weight, eps = module.weight.data, module.variance_epsilon
-    width = len(weight)
-    if weight.device.type != "cpu":
-        return lambda hidden: rms_norm(hidden, (width,), weight, eps)
-    epsilon = torch.tensor(eps)
-
-    def norm(hidden: Tensor) -> Tensor:
-        """On a CPU `rms_norm` is a sequence of kernels, twice as many as these."""
-        exact = hidden.float()
-        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        scale = torch.addcmul(epsilon, norms, norms, value=1 / width).rsqrt_()
-        return exact.mul(scale).to(hidden.dtype).mul_(weight)
-
-    return norm
 
 
 def _is_plain(*roots: nn.Module) -> bool:

@@ -32,6 +32,9 @@ class Int8Product:
         product = torch._weight_int8pack_mm(x.to(torch.bfloat16), self._weight, self._scales).to(x.dtype)
         return product if self._bias is None else product.add_(self._bias)
 
+    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return hidden.add_(self(x))
+
 
 def quantized(decoder: Decoder, num_layers: int) -> Decoder:
     """The first layers and the head of a decoder in eight bits, over its own cache. Each copy is made once.
