@@ -34,6 +34,8 @@ from self_speculation.self_speculation_generator import speculate
 # Draft lengths that are measured, as far as they matter; what lies in between is interpolated.
 _LENGTHS = (0, 1, 2, 4, 8, 16, 24)
 _LENGTHS_OF_SLOW = (0, 4, 16)
+# Compiled passes are padded to powers of two: from one of these pairs to the next the cost jumps.
+_LENGTHS_OF_COMPILED = (0, 1, 2, 3, 4, 7, 8, 15, 16, 24)
 # Length of the drafts that tell about an exit, and how many plain steps are made in a row.
 _DRAFTED, _PLAIN_STEPS = 4, 6
 TURNS = 9
@@ -63,17 +65,20 @@ def measure(
         turns: how many there are at most; a progress bar fits around them.
     """
     clock = _Clock(model, config, context, longest)
-    clock.plain_steps(1)
-    clock.plain_steps(1)
+    warm_up = _WARM_UP_OF_COMPILED if is_compiled(model) else 1
+    for _ in range(warm_up + 1):
+        clock.plain_steps(1)
     slow = agreed(model, clock.seconds["plain", 0, 0][-1] > _SLOW)
-    lengths = [k for k in (_LENGTHS_OF_SLOW if slow else _LENGTHS) if k < longest] + [longest]
-    ends = sorted({min(exit_layers), max(exit_layers)})
+    telling = _LENGTHS_OF_SLOW if slow else _LENGTHS_OF_COMPILED if is_compiled(model) else _LENGTHS
+    lengths = [*(k for k in telling if k < longest), longest]
+    warm_up = 0 if slow else warm_up
+    first, last = min(exit_layers), max(exit_layers)
     places = {(0, k) for k in lengths}
     if slow:
-        places |= {(layer, 1) for layer in ends}
+        places |= {(first, 1), (last, 1)}
     else:
-        places |= {(layer, _DRAFTED) for layer in exit_layers} | {(ends[-1], k) for k in lengths if k}
-    warm_up = 0 if slow else _WARM_UP_OF_COMPILED if is_compiled(model) else 1
+        places |= {(layer, min(_DRAFTED, longest)) for layer in exit_layers}
+        places |= {(last, k) for k in lengths if k}
     started = time.perf_counter()
     for turn in turns:
         if turn > warm_up and agreed(model, time.perf_counter() - started > patience):
@@ -135,19 +140,21 @@ class _Clock:
         self._sampler = Sampler.of(config)
         # What is in the prompt and in the cache does not matter, so nothing is prefilled.
         self._prompt = [i % model.config.vocab_size for i in range(context)]
-        self._decoders: dict[int, Decoder] = {}
+        self._decoder = make_decoder(model, context, context + max(longest, _PLAIN_STEPS) + 1, longest + 1)
+        forward(self._decoder, torch.tensor([self._prompt[:1]], device=model.device))
+        self._decoder.cache.pretend(context - 1)
         self.seconds: dict[tuple[str, int, int], list[float]] = defaultdict(list)  # by what, exit, length
 
     def plain_steps(self, number: int) -> None:
         """Of autoregressive decoding at full depth."""
-        decoder, output = self._decoder(0), self._output(number)
+        decoder, output = self._at_context(), self._output(number)
         started = time.perf_counter()
         step_by_step(decoder, output, self._sampler, len(decoder.layers))
         self.seconds["plain", 0, 0].append((time.perf_counter() - started) / number)
 
     def round(self, exit_layer: int, num_drafted: int) -> None:
         """With a draft of an exit layer; 0: with one that takes no layers."""
-        decoder = self._decoder(num_drafted)
+        decoder = self._at_context()
         source = _Timed(self._source(decoder, exit_layer), self._model)
         output = self._output(num_drafted + 1, ends_text=lambda tokens: True)  # after one round
         speculate(decoder, output, self._sampler, source, num_drafted)
@@ -156,7 +163,7 @@ class _Clock:
 
     def probe(self) -> None:
         """Reading an exit: norm, head and choice of a token, for one position."""
-        decoder = self._decoder(0)
+        decoder = self._at_context()
         hidden = decoder.embed(torch.tensor([self._prompt[:1]], device=self._model.device))
         started = time.perf_counter()
         self._sampler(decoder.logits(hidden, 1)[0])
@@ -173,21 +180,10 @@ class _Clock:
         threshold = FixedThreshold(0.0) if watched else None
         return LayerDrafts(drafter, self._sampler, exit_layer, weights == "exact", threshold)
 
-    def _decoder(self, num_drafted: int) -> Decoder:
-        """As decoding would make it, with all but the last of the prompt in its cache."""
-        # Compiled passes are made for the longest draft of a generation; other decoders do not care.
-        longest = num_drafted
-        if self._config.generation_strategy == "adaptive" or not is_compiled(self._model):
-            longest = self._longest
-        context = len(self._prompt)
-        if longest not in self._decoders:
-            room = context + max(self._longest, _PLAIN_STEPS) + 1
-            decoder = make_decoder(self._model, context, room, longest + 1)
-            forward(decoder, torch.tensor([self._prompt[:1]], device=self._model.device))
-            decoder.cache.pretend(context - 1)
-            self._decoders[longest] = decoder
-        self._decoders[longest].cache.truncate(context - 1)
-        return self._decoders[longest]
+    def _at_context(self) -> Decoder:
+        """The decoder, with all but the last token of the prompt in its cache."""
+        self._decoder.cache.truncate(len(self._prompt) - 1)
+        return self._decoder
 
     def _output(self, max_tokens: int, ends_text: Callable[[Sequence[int]], bool] | None = None) -> Output:
         return Output(self._prompt, self._model.device, StopConditions([], max_tokens, ends_text=ends_text))
