@@ -153,9 +153,10 @@ def test_gradient_against_finite_differences():
         analytic = (parameter.grad * direction).sum().item()
         with torch.no_grad():
             values = []
-            for sign in (1, -2):  # up, then from there down on the other side
-                parameter += sign * 1e-3 * direction
+            for step in (1e-3 * direction, -1e-3 * direction):
+                parameter += step
                 values.append(loss().item())
+                parameter -= step
         assert analytic == pytest.approx((values[0] - values[1]) / 2e-3, rel=2e-3)
     model.eval()
 
