@@ -1,11 +1,15 @@
 """The library installed as a package, outside the checkout."""
 
+import importlib
 import re
 import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+
+import self_speculation
 
 
 def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
@@ -35,3 +39,29 @@ def test_its_requirements_are_those_of_the_scripts():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert len(needed) == 7
     assert set(needed) <= set(lines)
+
+
+NAMES = {
+    "generator_base": "GenerationConfig GenerationResult GenerationStrategy GenerationStrategyResult "
+    "HuggingfaceLlamaGenerator",
+    "autoregressive_generator": "AutoRegressiveGenerationStrategy",
+    "self_speculation_generator": "SelfSpeculativeGenerationStrategy",
+    "llama_model_utils": "ForwardResult decode_next_token forward forward_early forward_remainder "
+    "top_k_top_p_filtering",
+    "speculative_streamer": "SpeculativeTextStreamer",
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_that_scripts_for_the_papers_code_base_import(module):
+    """Guards against a module that moves and takes its names along."""
+    found = importlib.import_module(f"self_speculation.{module}")
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+
+
+def test_every_public_name_is_loaded_when_it_is_used():
+    """Guards against a name that is listed and cannot be loaded, and against one that is not listed."""
+    for name in self_speculation.__all__:
+        assert getattr(self_speculation, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        self_speculation.nothing  # noqa: B018
