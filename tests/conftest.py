@@ -203,7 +203,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def few_files_are_read():
-    """By eval.py: not the harness's own thousands of tasks, nor what pip has installed. That takes seconds."""
+    """By eval.py: not the harness's own thousands of tasks, nor what pip has installed: it takes seconds."""
     import lm_eval.tasks
 
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
