@@ -201,6 +201,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
+@pytest.fixture(scope="module")
+def few_files_are_read():
+    """By eval.py: not the harness's own thousands of tasks, nor what pip has installed: it takes seconds."""
+    import lm_eval.tasks
+
+    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", manager)
+        patch.setattr("measures.harness_tasks.TaskManager", manager)
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        yield
+
+
 @pytest.fixture
 def script():
     """Command line of a script of this repository."""

@@ -239,7 +239,7 @@ def test_every_source_of_drafts(common, drafts, tmp_path, capsys):
 def test_correctness_catches_a_wrong_accept_rule_by_distribution(common, rule, monkeypatch, capsys):
     monkeypatch.setattr(self_speculation_generator, "verify_draft", rule)
     sampling = ["--temperature", "1", "--top_p", "1", "--top_k", "2", "--samples_per_prompt", "200"]
-    sampling += ["--exit_layer", "3", "--num_speculations", "1", "--sampled_prompts", "3"]
+    sampling += ["--exit_layer", "3", "--num_speculations", "1", "--sampled_prompts", "1"]
     assert correctness.main([*common, *sampling]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: ")
 

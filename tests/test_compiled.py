@@ -14,7 +14,7 @@ PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 3, 11], list(range(3, 40))]
 STRATEGIES = [{}, {"exit_layer": 2, "num_speculations": 3}]
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_same_ids_and_no_compilation_for_another_prompt(fused, backend, monkeypatch):
     """Guards against a position, a length or a stride that is traced as a constant: the outputs would differ,
