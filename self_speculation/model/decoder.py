@@ -220,7 +220,7 @@ class Decoder:
         self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
         self.half_turn = self.unit.roll(head_dim // 2, 1)
         self.half_turn[:, : head_dim // 2].neg_()
-        self.lowest = weight.new_tensor(torch.finfo(weight.dtype).min)
+        self.lowest = weight.new_full((), torch.finfo(weight.dtype).min)
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""

@@ -99,13 +99,13 @@ class Product:
         self._weight_t = self.weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
-        form = self.forms.get(x.shape[0])
+        form = self.forms.get(x.shape[0]) if self.forms else None
         product = torch.mm(x, self._weight_t) if form is None else form(x, self.weight)
         return product if self.bias is None else product.add_(self.bias)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
-        form = self.forms.get(x.shape[0])
+        form = self.forms.get(x.shape[0]) if self.forms else None
         hidden = hidden.addmm_(x, self._weight_t) if form is None else hidden.add_(form(x, self.weight))
         return hidden if self.bias is None else hidden.add_(self.bias)
 
@@ -121,6 +121,7 @@ class Norm:
         self._weight, self._epsilon = module.weight.data, module.variance_epsilon
         self._shape = self._weight.shape
         self._on_cpu = self._weight.device.type == "cpu"
+        self._is_exact = self._weight.dtype == torch.float32
         self._root = len(self._weight) ** 0.5
         self._zero, self._least = torch.tensor([0.0, self._root * self._epsilon**0.5]).unbind()
 
@@ -128,10 +129,11 @@ class Norm:
         if not self._on_cpu:
             return torch.rms_norm(hidden, self._shape, self._weight, self._epsilon)  # one kernel
         # On a CPU that is a sequence of kernels, twice as many as these.
-        exact = hidden.float()
+        exact = hidden if self._is_exact else hidden.float()
         norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
-        return torch.addcdiv(self._zero, exact, norms, value=self._root).type_as(hidden).mul_(self._weight)
+        scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
+        return (scaled if self._is_exact else scaled.type_as(hidden)).mul_(self._weight)
 
     def tensors(self) -> list[Tensor]:
         """As those of `Product`."""

@@ -1,0 +1,202 @@
+"""The decode paths on CUDA tensors in bfloat16 that have shapes, strides and devices, but no memory.
+
+What only a GPU can do wrong is seen without one: a tensor on the wrong device, a mask that the attention
+kernels reject or copy, attention that falls back to scores in memory, and kernels that are not needed.
+"""
+
+import contextlib
+import random
+
+import pytest
+import torch
+from conftest import generate, tiny_llama
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
+
+from self_speculation.decoding.output import Output
+from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, Span, forward_early, prefill
+from self_speculation.model.lean_layers import NARROW, fuse
+from self_speculation.self_speculation_generator import ReadVerdict
+
+# A torch without CUDA knows no CUDA device, but this one, which for tensors without memory is as good.
+DEVICE = "lazy:0"
+
+# (heads, heads of keys): shared by none, by some, by all.
+HEADS = [(4, 4), (6, 2), (4, 1)]
+VIEWS = {
+    "alias", "as_strided", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split",
+    "split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
+}  # fmt: skip
+
+
+def attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, **_):
+    """Asks for what the fast kernels do. The one that knows of heads that share keys takes no mask."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert not (enable_gqa and attn_mask is not None), "math attention"
+    assert enable_gqa or query.shape[:2] == key.shape[:2] == value.shape[:2], "math attention"
+    for tensor in (query, key, value):
+        assert is_aligned(tensor)
+    if attn_mask is not None:
+        assert attn_mask.dtype == query.dtype
+        assert is_aligned(attn_mask.expand(*query.shape[:3], key.shape[2]))
+    assert not (is_causal and query.shape[2] != key.shape[2])
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def is_aligned(tensor):
+    """At an address of a multiple of 16 bytes, as is every row."""
+    offset = tensor.storage_offset() * tensor.itemsize
+    return offset % 16 == 0 and tensor.stride(-1) == 1 and all(s % 8 == 0 for s in tensor.stride()[:-1])
+
+
+class Kernels(TorchDispatchMode):
+    """Names of what was called, and of what is more than a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.kernels = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name != "device":
+            self.calls.append(name)
+            is_view = name in VIEWS or (name in ("reshape", "to", "type_as") and shares(result, args[0]))
+            self.kernels += [] if is_view else [name]
+        return result
+
+
+def shares(one, other):
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Makes models of fake tensors; whatever is read from the device is drawn."""
+    draws = random.Random(0)
+    monkeypatch.setattr("self_speculation.model.lean_layers.scaled_dot_product_attention", attention)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
+    # A parameter of no memory is no `Parameter`, and nowhere.
+    monkeypatch.setattr("self_speculation.model.lean_layers._is_plain", lambda *modules: True)
+    monkeypatch.setattr("self_speculation.model.lean_layers._layout", lambda *modules: [])
+    monkeypatch.setattr(Output, "_check", lambda *_: None)
+
+    def read_verdict(verdict, draft, agreement):
+        torch.cat([verdict.num_accepted.view(1), verdict.next_token.view(1), draft.tokens])
+        accepted = draws.randint(0, len(draft.tokens))
+        tokens = [draws.randrange(5, 60) for _ in range(accepted + 1)]
+        return ReadVerdict(accepted, tokens, [] if agreement is None else [draws.random() for _ in tokens])
+
+    monkeypatch.setattr("self_speculation.self_speculation_generator.read_verdict", read_verdict)
+
+    def tolist(tensor):
+        return [draws.random() if tensor.is_floating_point() else draws.randrange(5, 60) for _ in tensor]
+
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+
+    # What makes real memory even so.
+    tensor, zeros = torch.tensor, torch.zeros
+    monkeypatch.setattr(
+        "torch.tensor",
+        lambda data, dtype=None, device=None: torch.empty_like(tensor(data, dtype=dtype), device=device),
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "new_zeros", lambda like, *size, **kind: zeros(size, **kind, device=like.device)
+    )
+
+    def make(heads=(6, 2), fused=True):
+        settings = LlamaConfig(
+            vocab_size=64, hidden_size=8 * heads[0], intermediate_size=96, num_hidden_layers=4,
+            num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=4096,
+        )  # fmt: skip
+        with torch.no_grad(), torch.device(DEVICE):
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
+        if fused:
+            assert fuse(model) == 4
+        return model
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        yield make
+
+
+PATHS = {
+    "autoregressive": {},
+    "early exit": {"exit_layer": 2},
+    "self-speculative": {"exit_layer": 2, "num_speculations": 5},
+    "wide": {"exit_layer": 1, "num_speculations": NARROW + 4},
+    "lookups": {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3},
+    "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": "auto"},
+}
+SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(("heads", "fused"), [*((heads, True) for heads in HEADS), (HEADS[1], False)])
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path(cuda, path, heads, fused):
+    """Guards against a tensor made on the CPU, and against attention that only a CPU is good at."""
+    model = cuda(heads, fused)
+    for extra in ({}, SAMPLED, {"logits_processors": [RepetitionPenaltyLogitsProcessor(1.2)]}):
+        generate(model, [5, 6, 7, 8, 9], max_steps=9, eos=[], **PATHS[path], **extra)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_long_prompts(cuda, fused):
+    """Guards against scores in memory where a later chunk needs a mask."""
+    for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 37):
+        generate(cuda(fused=fused), [5] * length, max_steps=3, eos=[])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_masks_of_every_position(groups):
+    """Guards against masks that are aligned for one length in eight only, or tell of the future."""
+    model = tiny_llama(num_attention_heads=2 * groups, num_key_value_heads=2, hidden_size=48)
+    decoder = Decoder(model, 1, 40)
+    for start in range(1, 18):
+        for width in range(2, 10):
+            span = Span(decoder, start, width)
+            visible = torch.ones(width, start + width).tril(start) == 1
+            assert torch.equal(span.mask == 0, visible)
+            assert torch.equal(span.grouped_mask == 0, visible.repeat(groups, 1))
+            for mask in (span.mask, span.grouped_mask):
+                assert mask.stride(0) % 8 == 0
+                assert mask.data_ptr() % 16 == 0
+
+
+# One position: norm, qkv, rotation, keys, values, attention, output, norm, gate and up, activation, product,
+# down. More of them: queries and what they get are put in order. Wide ones: not the queries, but rotation
+# takes five.
+@pytest.mark.parametrize(
+    ("heads", "width", "expected"),
+    [((6, 2), 1, 12), ((4, 4), 1, 12), ((6, 2), 5, 14), ((6, 2), NARROW + 1, 17)],
+)
+def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
+    """Guards against another kernel in each layer: the host has no time for it."""
+    decoder = Decoder(cuda(heads), 30, 100)
+    ids = torch.zeros(1, width, dtype=torch.long, device=DEVICE)
+    names = []
+    with torch.inference_mode():
+        prefill(decoder, torch.zeros(1, 30, dtype=torch.long, device=DEVICE), 4)
+        for depth in (1, 2):
+            decoder.cache.truncate(30)
+            with Kernels() as ran:
+                forward_early(decoder, ids, depth)
+            names.append(ran.kernels)
+    assert len(names[1]) - len(names[0]) == expected, names[1]
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1, 28), (5, 32)])
+def test_calls_of_a_lean_layer(width, expected):
+    """Guards against another view in each layer: to make one takes the host as long as to start a kernel.
+    On a CPU, where a norm is four calls.
+    """
+    decoder, calls = Decoder(tiny_llama(fused=True), 30, 100), []
+    with torch.inference_mode():
+        prefill(decoder, torch.zeros(1, 30, dtype=torch.long), 4)
+        for depth in (1, 2):
+            decoder.cache.truncate(30)
+            with Kernels() as ran:
+                forward_early(decoder, torch.zeros(1, width, dtype=torch.long), depth)
+            calls.append(ran.calls)
+    assert len(calls[1]) - len(calls[0]) == expected, calls[1]
