@@ -50,7 +50,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive, run
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.decoding.stopping import StopWords
-from self_speculation.model.decoder import context_length
+from self_speculation.model.families import context_length
 
 # Chance that a right program fails a run with --sample True, over all its tests together.
 FALSE_ALARM = 1e-3

@@ -46,7 +46,7 @@ from self_speculation import (
     SpeculativeTextStreamer,
     StandardTextStreamer,
 )
-from self_speculation.model.decoder import agreed
+from self_speculation.model.devices import agreed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

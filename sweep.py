@@ -55,7 +55,8 @@ from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.clock import TURNS, measure
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.table import is_replayable, make_drafter
-from self_speculation.model.decoder import Decoder, context_length, forward_exits
+from self_speculation.model.decoder import Decoder, forward_exits
+from self_speculation.model.families import context_length
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "acceptance_rate", "mean_accepted_length", "total_time",

@@ -76,7 +76,7 @@ from runs import ranks
 from runs.records import RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import run
 from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.model.decoder import attended_length
+from self_speculation.model.families import attended_length
 from self_speculation.model.loading import as_if_never_quantized, load_config, resolve_device
 from training.from_flags import check_precision, new_llama, training_arguments
 from training.progress import DivergedError, Progress, newest_checkpoint, step_of

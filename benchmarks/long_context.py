@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse
 from runs.startup import load_generator, model_name
-from self_speculation.model.decoder import attended_length
+from self_speculation.model.families import attended_length
 
 
 @dataclass(frozen=True)

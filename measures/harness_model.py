@@ -25,7 +25,8 @@ from tqdm import tqdm
 from measures.timed_runs import measure_example
 from runs.records import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.model.decoder import attended_length, exit_logits, hidden_after_each_layer
+from self_speculation.model.families import attended_length
+from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 # What a task may ask of generation, besides the names that the harness has for the number of tokens.
 SUPPORTED_GENERATION_KWARGS = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}

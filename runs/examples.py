@@ -16,7 +16,8 @@ from runs import ranks
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.model.decoder import context_length, is_lost_rank, sliding_window
+from self_speculation.model.devices import is_lost_rank
+from self_speculation.model.families import context_length, sliding_window
 
 
 class Job(ABC):

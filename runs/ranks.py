@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import arguments
-from self_speculation.model.decoder import is_lost_rank
+from self_speculation.model.devices import is_lost_rank
 
 T = TypeVar("T")
 

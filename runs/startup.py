@@ -17,7 +17,7 @@ from transformers.utils import logging
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
-from self_speculation.model.decoder import is_lost_rank
+from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.loading import default_model, load_config, resolve_device
 
 

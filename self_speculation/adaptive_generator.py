@@ -14,7 +14,7 @@ from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfi
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.table import make_adaptive
-from self_speculation.model.decoder import context_length
+from self_speculation.model.families import context_length
 from self_speculation.model.prepared import prepared
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
 

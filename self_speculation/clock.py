@@ -28,7 +28,8 @@ from self_speculation.drafts.lookups import certain
 from self_speculation.drafts.policy import FixedThreshold
 from self_speculation.drafts.table import make_drafter
 from self_speculation.model.compiled import is_compiled, make_decoder
-from self_speculation.model.decoder import Decoder, agreed, forward, synchronize
+from self_speculation.model.decoder import Decoder, forward
+from self_speculation.model.devices import agreed, synchronize
 from self_speculation.self_speculation_generator import speculate
 
 # Draft lengths that are measured, as far as they matter; what lies in between is interpolated.

@@ -17,7 +17,7 @@ from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrain
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.stopping import StopConditions, StopWords, continuation
-from self_speculation.model.decoder import check_supported, check_window, context_length
+from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
 __all__ = [

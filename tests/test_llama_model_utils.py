@@ -7,17 +7,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 
 from self_speculation.model.decoder import (
     PREFILL_CHUNK,
-    SUPPORTED_MODEL_TYPES,
     Decoder,
-    context_length,
-    exit_logits,
     forward,
     forward_early,
     forward_remainder,
-    hidden_after_each_layer,
     prefill,
 )
+from self_speculation.model.families import SUPPORTED_MODEL_TYPES, context_length
 from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, fuse
+from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 SHAPE = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,

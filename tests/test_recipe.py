@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_close, tiny_llama
 
-from self_speculation.model.decoder import hidden_after_each_layer
+from self_speculation.model.whole_texts import hidden_after_each_layer
 from training import recipe
 from training.recipe import IGNORED
 from training.trainer import Recipe, early_exit_loss, exit_scores

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
 
-from self_speculation.model.decoder import exit_logits, hidden_after_each_layer
+from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 from training import recipe
 
 # The means that `evaluate` gives of each exit; agreement: how often it guesses as the last layer does.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from self_speculation.model.decoder import Decoder, ForwardResult, StaticSpan, context_length, round_up
+from self_speculation.model.decoder import Decoder, ForwardResult, StaticSpan, round_up
+from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import StaticKVCache, WrittenAt
 from self_speculation.model.lean_layers import Lean
 from self_speculation.model.prepared import prepared

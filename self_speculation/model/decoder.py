@@ -1,4 +1,4 @@
-"""The only module that knows how a transformers decoder is built: it runs a range of its layers.
+"""Runs a range of the layers of a transformers decoder, over a cache of ours.
 
 Knows nothing of tokens' meaning, sampling or strategies. Everything above sees token ids go in, and logits
 and exit hidden states come out.
@@ -10,27 +10,16 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.kv_cache import Appendable, KVCache
 from self_speculation.model.lean_layers import NARROW, lean_head, lean_layer
 from self_speculation.model.prepared import prepared
-
-# `config.model_type` of the decoders that are a stack of residual layers between an unscaled embedding and a
-# plain `lm_head(norm(x))`. Every one of them is compared with its own `model(...)` in
-# tests/test_llama_model_utils.py.
-SUPPORTED_MODEL_TYPES = (
-    "llama", "mistral", "qwen2", "qwen3", "smollm3", "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4",
-    "helium", "hunyuan_v1_dense", "ministral", "olmo", "olmo2", "phi3", "seed_oss", "stablelm", "starcoder2",
-)  # fmt: skip
-T = TypeVar("T")
-
-SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 # Positions beyond the prompt that the cache starts with, where the generation may become longer than that.
 _FIRST_ALLOCATION = 1024
@@ -43,62 +32,6 @@ PREFILL_CHUNK = 1024
 class ForwardResult:
     logits: Tensor  # [1, n, V] for the n positions asked for; empty when n is 0
     hidden: Tensor  # [1, T, H] after the last layer that ran, before the norm: the exit query
-
-
-def check_supported(config: Any) -> None:
-    """Refuse a model that cannot be driven layer by layer.
-
-    Raises:
-        ValueError: names the model type or attention implementation and lists the supported ones.
-    """
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"model type {config.model_type!r} is not supported; supported are "
-            + ", ".join(SUPPORTED_MODEL_TYPES)
-        )
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in (None, *SUPPORTED_ATTENTION):
-        raise ValueError(
-            f"attn_implementation {attention!r} is not supported; supported are "
-            + ", ".join(SUPPORTED_ATTENTION)
-        )
-
-
-def context_length(config: Any) -> int:
-    """How many positions (prompt and output together) the model's position embedding covers."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # Beyond its original context such a model re-reads the whole past with other frequencies, which no
-        # cache of rotated keys can follow.
-        return rope.get("original_max_position_embeddings", config.max_position_embeddings)
-    return config.max_position_embeddings
-
-
-def sliding_window(config: Any) -> int | None:
-    """How many positions some of the layers attend to; None where all attend to everything."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def attended_length(config: Any) -> int:
-    """How many positions a sequence may have such that every layer attends to all of them."""
-    return min(context_length(config), sliding_window(config) or context_length(config))
-
-
-def check_window(config: Any, num_positions: int) -> None:
-    """Refuse a generation of `num_positions` (prompt and output) in which a sliding window would hide some.
-
-    Raises:
-        ValueError: names the window.
-    """
-    window = sliding_window(config)
-    if window is not None and num_positions > window:
-        raise ValueError(
-            f"prompt and max_steps need {num_positions} positions, but this {config.model_type} model has a "
-            f"sliding window of {window}; only full attention is supported, so at most {window} positions"
-        )
 
 
 class PlainLayer:
@@ -264,31 +197,6 @@ class Decoder:
         return self.head(hidden[0, -num_positions:])[None].to(self.rotary.device)
 
 
-def agreed(model: PreTrainedModel, value: T) -> T:
-    """What the first process says, where several hold one model together and have to do the same.
-
-    Whatever comes from a clock or from a person differs between them, and one that took another turn would
-    leave the others waiting.
-    """
-    if (model.tp_size or 1) == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a process that waited for another one learnt so that it is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def synchronize(model: PreTrainedModel) -> None:
-    """Wait until every GPU that has a part of the model is done."""
-    for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-
-
 def prefill(decoder: Decoder, input_ids: Tensor, exit_layer: int) -> ForwardResult:
     """Layers 0..exit_layer-1 over a prompt [1, P], with logits for its last position.
 
@@ -323,35 +231,3 @@ def forward_exits(
 def forward_remainder(decoder: Decoder, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:
     """Layers exit_layer..L-1 over the exit hidden states [1, T, H] of T tokens; logits for all of them."""
     return decoder.run(exit_hidden, exit_layer, len(decoder.layers), exit_hidden.shape[1])
-
-
-def hidden_after_each_layer(
-    model: PreTrainedModel, input_ids: Tensor, kept: Tensor | None = None
-) -> Iterator[Tensor]:
-    """[B, T, H] after every layer, without a cache: what training looks at.
-
-    Args:
-        input_ids: [B, T], padding only on the right, where no real token attends to it.
-        kept: [L, B] on the CPU, the samples that each layer is run on; the others skip it at no cost.
-    """
-    base = model.base_model
-    hidden = base.embed_tokens(input_ids)
-    width = input_ids.shape[1]
-    rotary = base.rotary_emb(hidden, position_ids=torch.arange(width, device=hidden.device)[None])
-    mask = None  # sdpa masks by itself
-    if model.config._attn_implementation == "eager":
-        lowest = torch.finfo(hidden.dtype).min
-        mask = torch.full((1, 1, width, width), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)
-    for index, layer in enumerate(base.layers):
-        if kept is None or kept[index].all():
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-        elif kept[index].any():
-            rows = kept[index].nonzero().squeeze(1).to(hidden.device)
-            changed = layer(hidden[rows], attention_mask=mask, position_embeddings=rotary)
-            hidden = hidden.index_copy(0, rows, changed.to(hidden.dtype))
-        yield hidden
-
-
-def exit_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[..., H] after any layer -> [..., V] by the model's own norm and head."""
-    return model.get_output_embeddings()(model.base_model.norm(hidden))

@@ -39,7 +39,8 @@ from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
 from self_speculation.model.compiled import compile_decoding
-from self_speculation.model.decoder import check_supported, is_lost_rank
+from self_speculation.model.devices import is_lost_rank
+from self_speculation.model.families import check_supported
 from self_speculation.model.lean_layers import fuse
 
 # In a checkout, and where the package is installed.

@@ -1,0 +1,36 @@
+"""One model on several devices, or held by several processes together."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+
+def agreed(model: PreTrainedModel, value: T) -> T:
+    """What the first process says, where several hold one model together and have to do the same.
+
+    Whatever comes from a clock or from a person differs between them, and one that took another turn would
+    leave the others waiting.
+    """
+    if (model.tp_size or 1) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a process that waited for another one learnt so that it is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def synchronize(model: PreTrainedModel) -> None:
+    """Wait until every GPU that has a part of the model is done."""
+    for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
