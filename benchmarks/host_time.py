@@ -4,8 +4,9 @@
     python benchmarks/host_time.py --num_layers 80 --rounds 20
 
 On a GPU a token is at best as fast as the host starts its kernels. Here is what that takes, in milliseconds
-for each token: `generate` of transformers, autoregressive decoding, and self-speculative decoding whose
-drafts are all accepted, in turn. The layers from --exit_layer on change nothing. The last line is one JSON object.
+for each token: `generate` of transformers, autoregressive decoding, and self-speculative decoding of which
+all drafts are accepted, in turn. The layers from --exit_layer on change nothing. The last line is one JSON
+object.
 """
 
 from __future__ import annotations

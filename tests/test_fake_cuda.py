@@ -10,11 +10,10 @@ import random
 import pytest
 import torch
 from conftest import generate, tiny_llama
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
 
-from self_speculation.decoding.output import Output
 from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, Span, forward_early, prefill
 from self_speculation.model.lean_layers import NARROW, fuse
 from self_speculation.self_speculation_generator import ReadVerdict
@@ -80,20 +79,26 @@ def cuda(monkeypatch):
     # A parameter of no memory is no `Parameter`, and nowhere.
     monkeypatch.setattr("self_speculation.model.lean_layers._is_plain", lambda *modules: True)
     monkeypatch.setattr("self_speculation.model.lean_layers._layout", lambda *modules: [])
-    monkeypatch.setattr(Output, "_check", lambda *_: None)
 
-    def read_verdict(verdict, draft, agreement):
-        torch.cat([verdict.num_accepted.view(1), verdict.next_token.view(1), draft.tokens])
+    def read(numbers, logits=None):
+        """Ids, or numbers between 0 and 1."""
+        if logits is not None:
+            logits[-1].isnan().any()
+        torch.cat([part.flatten().float() for part in numbers])
+        return [
+            draws.random() if part.is_floating_point() else draws.randrange(5, 60)
+            for part in numbers
+            for _ in part.flatten()
+        ]
+
+    def read_verdict(verdict, draft, target, _):
+        numbers = [verdict.num_accepted, verdict.next_token, draft.tokens]
+        _, next_token, *guesses = read(numbers, target.logits)
         accepted = draws.randint(0, len(draft.tokens))
-        tokens = [draws.randrange(5, 60) for _ in range(accepted + 1)]
-        return ReadVerdict(accepted, tokens, [] if agreement is None else [draws.random() for _ in tokens])
+        return ReadVerdict(accepted, [*guesses[:accepted], next_token], [])
 
+    monkeypatch.setattr("self_speculation.decoding.output.read", read)
     monkeypatch.setattr("self_speculation.self_speculation_generator.read_verdict", read_verdict)
-
-    def tolist(tensor):
-        return [draws.random() if tensor.is_floating_point() else draws.randrange(5, 60) for _ in tensor]
-
-    monkeypatch.setattr(FakeTensor, "tolist", tolist)
 
     # What makes real memory even so.
     tensor, zeros = torch.tensor, torch.zeros

@@ -153,7 +153,8 @@ class Decoder:
         self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
         self.half_turn = self.unit.roll(head_dim // 2, 1)
         self.half_turn[:, : head_dim // 2].neg_()
-        self.lowest = weight.new_full((), torch.finfo(weight.dtype).min)
+        # Not of the weight's own kind, which may be spread over several processes.
+        self.lowest = torch.full((), torch.finfo(weight.dtype).min, dtype=weight.dtype, device=weight.device)
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""
