@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from runs.records import Record
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
 from self_speculation.model.compiled import is_compiled
 from self_speculation.model.decoder import attended_length, synchronize
 
@@ -33,18 +33,29 @@ def warm_up(sides: Sequence[Side], prompt: str | list[int]) -> None:
         prompt: the longest one that will be timed: compiled passes depend on how much room a cache has.
     """
     for _, generator, config in sides:
-        model, generate = generator.model, generator.generation_strategy.generate_token_ids
-        longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
-        num_tokens = warm_up_tokens(longest)
-        # What would end the answer early is left out. A prompt that fills the context is cut.
-        endless = replace(config, stop_words=None, stop_token_ids=None)
-        ids = generator.encode(prompt)[-max(1, attended_length(model.config) - num_tokens) :]
-        # The output has room for max_steps tokens, as those that are timed have, and ends long before.
-        generate(model, ids, [], endless, ends_text=lambda tokens, enough=num_tokens: len(tokens) >= enough)
-        if is_compiled(model):  # narrower passes too, of drafts that are cut short
-            for width in [1 << power for power in range(longest.bit_length())]:
-                for _ in range(_WARM_UPS):
-                    generate(model, ids, [], replace(endless, max_steps=width + 1))
+        run_every_pass(generator.generation_strategy, generator.model, generator.encode(prompt), config)
+
+
+def run_every_pass(
+    strategy: GenerationStrategy, model: PreTrainedModel, prompt: list[int], config: GenerationConfig
+) -> None:
+    """The warm-up of one side; a prompt that fills the context is cut."""
+    longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
+    num_tokens = warm_up_tokens(longest)
+    ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]
+    endless = replace(config, stop_words=None, stop_token_ids=None)
+
+    def generate(settings: GenerationConfig) -> None:
+        """End ids are left out too; there is room for all of max_steps, and the output ends long before."""
+        strategy.generate_token_ids(
+            model, ids, [], settings, ends_text=lambda tokens: len(tokens) >= num_tokens
+        )
+
+    generate(endless)
+    if is_compiled(model):  # narrower passes too, for drafts that are cut short
+        for width in [1 << power for power in range(longest.bit_length())]:
+            for _ in range(_WARM_UPS):
+                generate(replace(endless, max_steps=width + 1))
 
 
 def warm_up_tokens(longest_draft: int) -> int:
