@@ -128,6 +128,7 @@ def count_passes(model: Any, generate: Callable[[list[int]], Answer], prompts: S
         passes += 1
 
     hook = model.base_model.layers[-1].register_forward_hook(count)
-    tokens = sum(len(generate(ids).ids) for ids in prompts)
-    hook.remove()
-    return tokens / passes
+    try:
+        return sum(len(generate(ids).ids) for ids in prompts) / passes
+    finally:
+        hook.remove()  # or the layers are no plain ones, and no longer lean

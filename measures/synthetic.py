@@ -16,11 +16,11 @@ from self_speculation.model.decoder import exit_logits, hidden_after_each_layer
 # Standard deviation of the logits. With it a distribution is about as peaked as that of a trained model, so
 # that sampled drafts are accepted about as often as greedy ones.
 _LOGIT_SPREAD = 6.0
-# Standard deviation of the embeddings. They weigh enough beside what layers add that the next token depends on
-# the last one above all: else outputs run into circles of a few tokens, and all depends on these.
+# Standard deviation of the embeddings. They weigh enough beside what layers add that the next token depends
+# on the last one above all: else outputs run into circles of a few tokens, and all depends on these.
 _EMBEDDING_SPREAD = 4.0
 # Positions that the exit is compared at, and halvings of the range that the scale is looked for in.
-_POSITIONS, _HALVINGS = 512, 10
+_POSITIONS, _HALVINGS = 512, 12
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def random_llama(
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=_LOGIT_SPREAD / config.hidden_size**0.5)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING_SPREAD)
     ids = torch.randint(config.vocab_size, (1, _POSITIONS), device=device)
-    low, high, scale = 1e-4, 1.0, 1.0
+    low, high, scale = 1e-4, 1e3, 1.0
     for _ in range(_HALVINGS):
         wanted = math.sqrt(low * high)
         scale_down(model, exit_layer, wanted / scale)
