@@ -193,6 +193,19 @@ def endless_folder(byte_tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def few_files_are_read():
+    """By the harness: not its own thousands of tasks, nor what pip has installed. That takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    manager = functools.partial(TaskManager, include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", manager)
+        patch.setattr("measures.harness_tasks.TaskManager", manager)
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start the server of forks, once for all workers."""
     if not hasattr(config, "workerinput"):

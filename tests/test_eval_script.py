@@ -1,6 +1,5 @@
 """eval.py against the harness's own Hugging Face model, on tasks whose data is here."""
 
-import functools
 import json
 
 import forks
@@ -15,21 +14,11 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
-from measures import harness_tasks
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 TASKS = ("functions", "lines", "text")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_files_are_read():
-    """Not the harness's own thousands of tasks, nor what pip has installed: that takes seconds."""
-    manager = functools.partial(TaskManager, include_defaults=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm_eval.tasks.TaskManager", manager)
-        patch.setattr(harness_tasks, "TaskManager", manager)
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-        yield
+pytestmark = pytest.mark.usefixtures("few_files_are_read")
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ def known(monkeypatch):
         monkeypatch.setattr(script, "GenerationConfig", WithAlways)
 
 
+@pytest.mark.usefixtures("few_files_are_read")
 @pytest.mark.parametrize("script", [pytest.param(script, id=script.__name__) for script in SCRIPTS])
 def test_every_script_drafts_with_it(script, model_folder, tmp_path, capsys):
     """Guards against a list of sources, or of their flags, outside the table."""
