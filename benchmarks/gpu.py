@@ -52,7 +52,7 @@ from measures.synthetic import random_llama
 from measures.timed_runs import run_every_pass, warm_up_tokens
 from measures.work import Work, work_per_token
 from runs.records import Record, Run, Writer, describe
-from self_speculation import fuse, make_strategy
+from self_speculation import adaptive_generator, fuse, make_strategy
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.prepared import prepared
@@ -232,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         if args.dry:
             stack.enter_context(patch.object(torch, "compile", partial(torch.compile, backend="eager")))
+            stack.enter_context(patch.object(adaptive_generator, "_PATIENCE", 0.0))
         checks = check(device, args, limit)
         print(
             f"{about['device']}, a copy moves {about['copy_gb_per_s']:.0f} GB/s\n"
@@ -240,7 +241,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print("\n".join(checks["failed"]), end="")
         for number, name in enumerate(args.models):
-            measure_model(name, device, args, limit.share(len(args.models) - number), about, table)
+            try:
+                measure_model(name, device, args, limit.share(len(args.models) - number), about, table)
+            except RuntimeError as error:  # it finds no room, or a kernel left the GPU in disorder
+                table.add_error(name, error)
+            torch._dynamo.reset()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     wrong = checks["wrong"] + sum((row.get("ids") or {}).get("wrong", 0) for row in table.rows)
     failed = len(checks["failed"]) + sum(row["error"] is not None for row in table.rows)
     summary = {
@@ -319,12 +327,8 @@ def measure_model(
         return
     shape = SHAPES[name].dry() if args.dry else SHAPES[name]
     lengths = [length // 16 for length in args.prompts] if args.dry else args.prompts
-    try:
-        model, agreement = random_llama(shape.config(), shape.exit_layer, _AGREEMENT, device, args.seed)
-        fuse(model)
-    except RuntimeError as error:
-        table.add_error(name, error)
-        return
+    model, agreement = random_llama(shape.config(), shape.exit_layer, _AGREEMENT, device, args.seed)
+    fuse(model)
     print(f"\n{name}: exit {shape.exit_layer} agrees at {agreement:.0%} of positions")
     new_tokens = args.new_tokens // 8 if args.dry else args.new_tokens
     config = GenerationConfig(
@@ -344,11 +348,6 @@ def measure_model(
             compile_decoding(model)
         for task in tasks:
             table.add(task, compiled, measure(task, compiled, args.seed, limit))
-    del model, tasks, task
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure(task: Task, compiled: bool, seed: int, limit: Limit) -> dict[str, Measured]:
@@ -441,7 +440,7 @@ class Table:
                 print(f"  {row['of_formula']:.0%} of what the formula allows at this acceptance")
 
     def add_error(self, model: str, error: Exception) -> None:
-        """A model that could not be made."""
+        """A model whose other rows are missing."""
         said = f"{type(error).__name__}: {one_line(error)}"
         self._keep({"model": model, "error": said})
         print(f"\n{model}: {said}")

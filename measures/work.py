@@ -34,12 +34,15 @@ def work_per_token(
 ) -> Work | None:
     """Of the tokens after the first one, which comes with the pass over the prompt.
 
-    None on a CPU where passes are compiled: what is in them is not dispatched.
+    None where nothing can be seen: on a CPU of compiled passes, whose operators are not dispatched, and on a
+    GPU whose driver lets nobody profile.
     """
     if model.device.type == "cpu" and is_compiled(model):
         return None
     num_prefilled, kernels, reads = _counted(model, lambda: len(generate(prompt, 1).ids))
     num_all, all_kernels, all_reads = _counted(model, lambda: len(generate(prompt, num_tokens).ids))
+    if not all_kernels:
+        return None
     decoded = num_all - num_prefilled
     return Work((all_kernels - kernels) / decoded, (all_reads - reads) / decoded)
 
@@ -50,7 +53,11 @@ def _counted(model: PreTrainedModel, call: Callable[[], int]) -> tuple[int, int,
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             result = call()
             synchronize(model)
-        names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        names = [
+            event.name
+            for event in profiler.events()
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        ]
         reads = sum(name.startswith("Memcpy DtoH") for name in names)
         return result, sum(not name.startswith(("Memcpy", "Memset")) for name in names), reads
     counting = _Operators()

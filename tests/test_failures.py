@@ -5,17 +5,15 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from helpers import custom_data, only_run
 
 import benchmark
 import eval as eval_script
 import generate
 import sweep
-from measures.timed_runs import run_every_pass, warm_up_tokens
 from runs import startup
 from runs.failures import is_out_of_memory
-from self_speculation import GenerationConfig, make_strategy
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.model.decoder import Decoder
 
@@ -181,30 +179,3 @@ def test_a_measured_sweep_of_empty_answers(dataset, tmp_path, capsys):
     with pytest.raises(SystemExit):
         benchmark.main([*dataset, "--tuned", str(folder)])
     assert "no answers to compare in there" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("config", "widths"),
-    [
-        ({}, {1: 3}),
-        ({"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}, {6: 3}),
-    ],
-)
-def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
-    """And no more tokens than that takes. Guards against a draft length that is not drafted in full."""
-    seen, run = [], Decoder.run
-
-    def watch(self, inputs, first, last, num_logits):
-        if last == len(self.layers):
-            seen.append(inputs.shape[1])
-        return run(self, inputs, first, last, num_logits)
-
-    monkeypatch.setattr(Decoder, "run", watch)
-    model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
-    settings = GenerationConfig(sample=False, stop_words=["a"], stop_token_ids=list(range(50)), **config)
-    strategy = make_strategy(settings.generation_strategy)
-    run_every_pass(strategy, model, [5, 9, 4, 7] * 100, settings)
-    assert seen[0] == model.config.max_position_embeddings - warm_up_tokens(
-        0 if not config else 5
-    )  # the prompt, cut
-    assert {width: seen[1:].count(width) for width in seen[1:]} == widths
