@@ -92,7 +92,7 @@ def bar_panels(tables: dict[str, pandas.DataFrame], value: str, path: Path) -> N
         drawn = panel.barh(table.index, table[value], height=0.6, color="#4878a8")
         panel.bar_label(drawn, [f"{number:.1f}" for number in table[value]], padding=4)
         panel.invert_yaxis()
-        panel.margins(x=0.12)
+        panel.set_xlim(right=1.2 * table[value].max())
         panel.set_xlabel(value)
         panel.set_title(title, fontsize=10)
     _save(figure, path)
