@@ -52,9 +52,9 @@ from tqdm import tqdm
 
 from measures import metrics
 from measures.text_quality import pass_at_1, text_quality
-from measures.timed_runs import BASELINE, measure_example
+from measures.timed_runs import BASELINE, measure_example, warm_up
 from runs import ranks
-from runs.examples import Job, prepare, run_examples
+from runs.examples import Job, longest_prompt, prepare, run_examples
 from runs.records import Record, Run
 from runs.startup import autoregressive, run
 from self_speculation import HuggingfaceLlamaGenerator
@@ -88,10 +88,7 @@ class Benchmark(Job):
             self._sides.append((BASELINE, *autoregressive(generator, config)))
 
     def warm_up(self) -> None:
-        """A few tokens by every strategy that will be timed."""
-        for _, generator, config in self._sides:
-            few = dataclasses.replace(config, max_steps=min(8, config.max_steps))
-            generator.generate(self._examples[0].prompt, few)
+        warm_up(self._sides, longest_prompt(self._examples))
 
     def measure(self, index: int) -> Record:
         example = self._examples[index]

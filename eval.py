@@ -65,6 +65,7 @@ from measures import metrics
 from measures.harness_model import HarnessModel
 from measures.harness_tasks import load_tasks
 from runs import ranks
+from runs.failures import KINDS, Failed, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
 from runs.startup import load_generator, meet, model_name, read_config, run
 from self_speculation.drafts.table import driving_flags
@@ -112,13 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _save(run, tracker, results, args)
             _show(run, results)
     except KeyboardInterrupt:
-        kept = "--use_cache PATH would have kept answers to go on from"
-        if args.use_cache:
-            kept = "the same command goes on with what --use_cache kept: all answers but sampled ones"
-        print(f"interrupted; {kept}", file=sys.stderr)
+        print(f"interrupted; {_kept(args)}", file=sys.stderr)
         return 130
-    except (RecordError, FloatingPointError) as error:
-        print(error, file=sys.stderr)
+    except (RecordError, Failed) as error:
+        print(f"{error}; {_kept(args)}", file=sys.stderr)
+        return 1
+    except KINDS as error:
+        if (why := reason(error)) is None:
+            raise
+        print(f"{why}, a smaller --batch_size; {_kept(args)}", file=sys.stderr)
         return 1
     except (ValueError, AssertionError) as error:  # what the harness says of flags that do not fit a task
         refuse(f"--tasks {','.join(args.tasks)}: {one_line(error)}")
@@ -136,6 +139,13 @@ def _check(config: GenerationConfig, num_layers: int, output_dir: str, descripti
         refuse(f"--{error}")
     except RecordError as error:
         refuse(str(error))
+
+
+def _kept(args: EvalArguments) -> str:
+    """What there is to go on from."""
+    if args.use_cache:
+        return "the same command goes on with what --use_cache kept: all answers but sampled ones"
+    return "--use_cache PATH would have kept answers to go on from"
 
 
 def _tell(overrides: Sequence[str], config: GenerationConfig) -> None:

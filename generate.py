@@ -38,7 +38,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from measures.timed_runs import warm_up
 from runs import ranks
+from runs.failures import KINDS, reason
 from runs.startup import autoregressive, load_generator, meet, run
 from self_speculation import (
     GenerationResult,
@@ -117,6 +119,7 @@ class Conversation:
     def _comparison(self, ids: list[int]) -> str:
         """Decode the prompt again by both strategies, showing nothing, and say how fast each was."""
         sides = [(self._generator, self._config), autoregressive(self._generator, self._config)]
+        warm_up([("", *side) for side in sides], ids)
         speeds = [
             generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
             for generator, config in sides
@@ -200,8 +203,12 @@ def _loop(talk: Conversation) -> int:
             return 0
         try:
             talk.answer(prompt)
-        except (ValueError, FloatingPointError) as error:
+        except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
+        except KINDS as error:
+            if (why := reason(error)) is None:
+                raise
+            print(f"\nerror: {why}", file=sys.stderr)  # in the middle of an answer
 
 
 def _statistics(result: GenerationResult, interrupted: bool) -> str:

@@ -45,9 +45,9 @@ from transformers import NoRepeatNGramLogitsProcessor
 from measures import metrics
 from measures.plots import heat_maps
 from measures.replay import LONGEST_DRAFT, beyond_the_grid, predicted_cell, times
-from measures.timed_runs import BASELINE, Side, measure_example
+from measures.timed_runs import BASELINE, Side, measure_example, warm_up
 from runs import ranks
-from runs.examples import Job, prepare, run_examples
+from runs.examples import Job, longest_prompt, prepare, run_examples
 from runs.records import Record, Run
 from runs.startup import autoregressive, read_config, run
 from runs.tuning import best_cell
@@ -116,18 +116,17 @@ class Sweep(Job):
         self._generator, self._config, self._examples, self._seed = generator, config, examples, seed
         self._grid, self._args = grid, args
         self.num_steps = len(grid) if args.mode == "measured" else len(examples)
-        self._baseline, self._baseline_config = autoregressive(generator, config)
+        self._plain: Side = (BASELINE, *autoregressive(generator, config))
 
     def warm_up(self) -> None:
-        few = min(8, self._config.max_steps)
-        prompt = self._examples[0].prompt
-        self._generator.generate(prompt, dataclasses.replace(self._config, max_steps=few))
-        self._baseline.generate(prompt, dataclasses.replace(self._baseline_config, max_steps=few))
+        """What both modes time; each cell has a warm-up of its own."""
+        warm_up([self._plain], longest_prompt(self._examples))
 
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by the baseline, in turn."""
         config = dataclasses.replace(self._config, exit_layer=cell[0], num_speculations=cell[1])
-        sides: list[Side] = [("", self._generator, config), (BASELINE, self._baseline, self._baseline_config)]
+        sides: list[Side] = [("", self._generator, config), self._plain]
+        warm_up(sides, longest_prompt(self._examples))
         records = [
             measure_example(sides, example.prompt, index, self._seed)
             for index, example in enumerate(self._examples)
@@ -145,18 +144,23 @@ class Sweep(Job):
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures, print the table and the best flags."""
         table = write_table(run, rows)
+        compared = table[table["speedup"].notna()]
+        if compared.empty:
+            run.finish(records, {**extra, "best": None})
+            print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
+            return 0
         heat_maps(
-            table[table["mode"] == self._args.mode],
+            compared[compared["mode"] == self._args.mode],
             f"{self._args.mode}, {len(self._examples)} prompts, at most {self._config.max_steps} tokens each",
             run.folder / "sweep",
         )
-        best = best_cell(table.to_dict("records"))
+        best = best_cell(compared.to_dict("records"))
         run.finish(
             records,
             {**extra, "best": {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}},
         )
         shown = table.sort_values("speedup", ascending=False).head(20)[list(HEADINGS)]
-        print(shown.rename(columns=HEADINGS).to_string(index=False, float_format="{:.2f}".format))
+        print(shown.rename(columns=HEADINGS).to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if len(table) > len(shown):
             print(f"... and {len(table) - len(shown)} more in the CSV")
         print(f"\n{run.folder}/: sweep.csv, sweep.png, sweep.pdf, run.json")
@@ -174,11 +178,18 @@ class Measured(Sweep):
 
     unit = "cells"
 
+    def name(self, index: int) -> str:
+        exit_layer, k = self._grid[index]
+        return f"exit layer {exit_layer}, {k} drafted"
+
     def measure(self, index: int) -> Record:
         return self.measure_cell(self._grid[index])
 
     def progress(self, records: Sequence[Record]) -> str:
-        best = max(records, key=lambda record: record["speedup"])
+        compared = [record for record in records if record["speedup"] is not None]
+        if not compared:
+            return "no answers to compare"
+        best = max(compared, key=lambda record: record["speedup"])
         return f"best {best['speedup']:.2f}x at {best['exit_layer']}, {best['num_speculations']}"
 
     def after_each(self, run: Run) -> None:
@@ -194,9 +205,10 @@ class Predicted(Sweep):
     @torch.inference_mode()
     def measure(self, index: int) -> Record:
         """One output, and for every exit layer of the grid a string of 1 (guessed right) and 0."""
-        prompt = self._baseline.encode(self._examples[index].prompt)
+        _, plain, config = self._plain
+        prompt = plain.encode(self._examples[index].prompt)
         started = time.perf_counter()
-        result = self._baseline.generate(prompt, self._baseline_config).generation_strategy_result
+        result = plain.generate(prompt, config).generation_strategy_result
         generated = time.perf_counter()
         tokens = [*result.predicted_tokens]
         if result.end_token_id is not None:
@@ -237,9 +249,10 @@ class Predicted(Sweep):
         for row in by_speed[: self._args.verify_top]:
             measured = self.measure_cell((row["exit_layer"], row["num_speculations"]))
             error = row["total_time"] / measured["total_time"] - 1
+            speedup = "-" if measured["speedup"] is None else f"{measured['speedup']:.2f}x"
             print(
                 f"exit layer {row['exit_layer']}, {row['num_speculations']} drafted: predicted "
-                f"{row['speedup']:.2f}x, measured {measured['speedup']:.2f}x; "
+                f"{row['speedup']:.2f}x, measured {speedup}; "
                 f"error of the predicted time {error:+.0%}"
             )
             rows.append(measured)

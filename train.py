@@ -257,4 +257,4 @@ def _show(run: Run, table: pandas.DataFrame, metrics: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less="a smaller --batch_size, a lower --sequence_length, --gradient_checkpointing True")

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import parse, refuse
+from measures.synthetic import scale_down
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ def main() -> None:
         max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, initializer_range=0.05,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    for layer in model.model.layers[args.exit_layer :]:
-        layer.self_attn.o_proj.weight.data *= args.scale
-        layer.mlp.down_proj.weight.data *= args.scale
+    scale_down(model, args.exit_layer, args.scale)
     model.save_pretrained(args.folder)
     wrapped.save_pretrained(args.folder)
     print(f"{args.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")

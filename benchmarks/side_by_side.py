@@ -40,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import GenerationConfig, ModelArguments, parse, refuse
 from measures.metrics import predicted_speedup, quartiles, token_acceptance
 from measures.plots import bars
+from measures.sides import Answer, Generate, count_passes, early_exit, ours, theirs
+from measures.timed_runs import timed
 from runs.startup import adaptive, autoregressive, load_generator, model_name
-from self_speculation import GenerationStrategyResult
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.decoder import Decoder
 
@@ -63,75 +64,6 @@ class SideBySideArguments:
     """Path of the bar chart, without suffix."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """New ids, and the seconds until the first ones and from there to the last."""
-
-    ids: list[int]
-    num_first: int  # ids that came at once, out of the pass over the prompt
-    prefill_time: float
-    decode_time: float
-    result: GenerationStrategyResult | None = None  # of our strategies
-
-    @property
-    def tokens_per_second(self) -> float:
-        return len(self.ids) / (self.prefill_time + self.decode_time)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return (len(self.ids) - self.num_first) / self.decode_time
-
-
-class Clock:
-    """A streamer of transformers that notes when it is given how many ids; the prompt comes first."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.counts: list[int] = []
-
-    def put(self, ids: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        self.counts.append(ids.numel())
-
-    def end(self) -> None:
-        self.times.append(time.perf_counter())
-
-
-Generate = Callable[[list[int]], Answer]
-
-
-def theirs(generator: Any, max_steps: int, assistant: dict | None = None, **options: Any) -> Generate:
-    """`generate` of transformers. What concerns an assistant it reads off the assistant's own config alone,
-    which here is the model's.
-    """
-    model, end_ids = generator.model, generator.eos_token_ids
-
-    @torch.inference_mode()
-    def generate(ids: list[int]) -> Answer:
-        inputs, clock = torch.tensor([ids], device=model.device), Clock()
-        started = time.perf_counter()
-        with patch.dict(vars(model.generation_config), assistant or {}):
-            output = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=max_steps,
-                eos_token_id=end_ids or None, pad_token_id=0, streamer=clock, **options,
-            )  # fmt: skip
-        _, first, *_, last = clock.times
-        return Answer(output[0, len(ids) :].tolist(), clock.counts[1], first - started, last - first)
-
-    return generate
-
-
-def ours(generator: Any, config: GenerationConfig) -> Generate:
-    def generate(ids: list[int]) -> Answer:
-        result = generator.generation_strategy.generate_token_ids(
-            generator.model, ids, generator.eos_token_ids, config
-        )
-        new = [*result.predicted_tokens, *([] if result.end_token_id is None else [result.end_token_id])]
-        return Answer(new, 1, result.prefill_time, result.decode_time, result)
-
-    return generate
-
-
 def adapted(path: str, generator: Any, max_steps: int) -> Generate:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
@@ -140,28 +72,14 @@ def adapted(path: str, generator: Any, max_steps: int) -> Generate:
     spec.loader.exec_module(module)
     answer = module.load(generator.model, generator.tokenizer)
 
-    def generate(ids: list[int]) -> Answer:
+    def generate(ids: list[int], at_most: int | None = None) -> Answer:
         started = time.perf_counter()
         answer(ids, 1)  # how long the first token takes
         prefill = time.perf_counter() - started
-        new = answer(ids, max_steps)
+        new = answer(ids, at_most or max_steps)
         return Answer(new, 1, prefill, time.perf_counter() - started - 2 * prefill)
 
     return generate
-
-
-def count_passes(model: Any, generate: Generate, prompts: Sequence[list[int]]) -> float:
-    """Tokens for each pass through all layers, of a side that decodes by the model's own."""
-    passes = 0
-
-    def count(*_: Any) -> None:
-        nonlocal passes
-        passes += 1
-
-    hook = model.base_model.layers[-1].register_forward_hook(count)
-    tokens = sum(len(generate(ids).ids) for ids in prompts)
-    hook.remove()
-    return tokens / passes
 
 
 @torch.inference_mode()
@@ -181,34 +99,29 @@ def streaming_seconds(model: Any) -> tuple[float, float]:
     for form in forms * 2:
         for place, group in enumerate(weights):
             for index, weight in enumerate(group):
-                _wait(model.device)
-                started = time.perf_counter()
-                form(inputs[weight.shape[1]], weight)
-                _wait(model.device)
-                took = time.perf_counter() - started
+                _, took = timed(model, form, inputs[weight.shape[1]], weight)
                 best[place, index] = min(took, best.get((place, index), took))
     head = best[len(weights) - 1, 0]
     return (sum(best.values()) - head) / (len(weights) - 1), head
 
 
-def time_outside(generate: Generate, prompts: Sequence[list[int]]) -> float:
+def time_outside(model: Any, generate: Generate, prompts: Sequence[list[int]]) -> float:
     """Share of the time of one of our strategies that goes neither into layers nor into the head."""
     inside = 0.0
 
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             nonlocal inside
-            started = time.perf_counter()
-            result = method(*args)
-            inside += time.perf_counter() - started
+            result, took = timed(model, method, *args)
+            inside += took
             return result
 
         return call
 
     total = 0.0
     with (
-        patch.object(Decoder, "run_layers", timed(Decoder.run_layers)),
-        patch.object(Decoder, "logits", timed(Decoder.logits)),
+        patch.object(Decoder, "run_layers", watched(Decoder.run_layers)),
+        patch.object(Decoder, "logits", watched(Decoder.logits)),
     ):
         for ids in prompts:
             answer = generate(ids)
@@ -223,20 +136,15 @@ def main() -> None:
     model, tokenizer = generator.model, generator.tokenizer
     exit_layer, k, max_steps = config.exit_layer, config.num_speculations, config.max_steps
 
+    end_ids = generator.eos_token_ids
     sides: dict[str, Generate] = {
-        TRANSFORMERS: theirs(generator, max_steps),
-        EARLY_EXIT: theirs(
-            generator, max_steps, assistant_early_exit=exit_layer, assistant={
-                "num_assistant_tokens": k,
-                "num_assistant_tokens_schedule": "constant",
-                "assistant_confidence_threshold": 0.0,
-            },
-        ),
-        LOOKUP: theirs(generator, max_steps, prompt_lookup_num_tokens=k),
-        OURS: ours(*autoregressive(generator, config)),
-        SPECULATIVE: ours(generator, config),
-        ADAPTIVE: ours(*adaptive(generator, config)),
-    }  # fmt: skip
+        TRANSFORMERS: theirs(model, end_ids, config),
+        EARLY_EXIT: early_exit(model, end_ids, config),
+        LOOKUP: theirs(model, end_ids, config, prompt_lookup_num_tokens=k),
+        OURS: ours(model, end_ids, autoregressive(generator, config)[1]),
+        SPECULATIVE: ours(model, end_ids, config),
+        ADAPTIVE: ours(model, end_ids, adaptive(generator, config)[1]),
+    }
     if exit_layer == len(model.base_model.layers):
         del sides[
             EARLY_EXIT
@@ -250,7 +158,7 @@ def main() -> None:
         count_passes(model, sides[side], prompts[:2])
     per_pass = {side: count_passes(model, sides[side], prompts) for side in assisted}
     for generate in sides.values():
-        generate(prompts[0])
+        generate(max(prompts, key=len))
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
     layer_seconds, head_seconds = [], []
     for turn in tqdm(range(args.rounds), desc="rounds"):
@@ -320,7 +228,7 @@ def main() -> None:
     )
     outside = None
     if not model_args.compile:  # compiled passes are one piece
-        outside = time_outside(sides[SPECULATIVE], prompts)
+        outside = time_outside(model, sides[SPECULATIVE], prompts)
         print(f"outside layers and head: {outside:.1%} of the time of self-speculative decoding")
     path = Path(args.picture)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -356,11 +264,6 @@ def _device(model: Any) -> str:
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     return f"{model.device}, {torch.get_num_threads()} threads"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

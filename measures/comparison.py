@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import chi2_contingency
+from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
@@ -79,3 +81,45 @@ def same_distribution(first: Sequence[int | None], second: Sequence[int | None])
     if any(rest):
         table = [[*row, other] for row, other in zip(table, rest, strict=True)]
     return float(chi2_contingency(table).pvalue) if len(table[0]) > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Tokens of greedy outputs against the model's choices after the same tokens, computed in fp32."""
+
+    equal: int = 0
+    near_ties: int = 0
+    wrong: int = 0  # others: rounding does not explain them
+
+    def __add__(self, other: Judged) -> Judged:
+        return Judged(self.equal + other.equal, self.near_ties + other.near_ties, self.wrong + other.wrong)
+
+
+def judge_greedy(model: PreTrainedModel, prompt: list[int], output: list[int]) -> Judged:
+    """Every token of a greedy output, however decoded; what a near-tie is depends on the model's dtype."""
+    ids = torch.tensor([[*prompt, *output]], device=model.device)
+    logits = _exact_logits(model, ids[:, :-1], len(output))
+    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    gap = logits.amax(-1) - chosen  # [n]
+    bound = _NEAR_TIE_IN_EPS[model.dtype] * torch.finfo(model.dtype).eps * logits.abs().amax(-1)
+    equal, allowed = int((gap == 0).sum()), int((gap <= bound).sum())
+    return Judged(equal, allowed - equal, len(output) - allowed)
+
+
+@torch.inference_mode()
+def _exact_logits(model: PreTrainedModel, ids: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """[1, T] ids -> [n, V] logits in fp32 of the last n positions, by the layers of transformers.
+
+    One layer at a time has its weights in fp32: there is no room for a copy of all.
+    """
+    base: Any = model.base_model
+    hidden = base.embed_tokens(ids).float()  # [1, T, H]
+    rotary = base.rotary_emb(hidden, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
+    for layer in base.layers:
+        hidden = _in_fp32(layer, hidden, attention_mask=None, position_embeddings=rotary)
+    return _in_fp32(model.get_output_embeddings(), _in_fp32(base.norm, hidden[0, -num_positions:]))
+
+
+def _in_fp32(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    weights = {name: weight.float() for name, weight in module.named_parameters()}
+    return functional_call(module, weights, args, kwargs)

@@ -22,7 +22,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from tqdm import tqdm
 
-from measures.timed_runs import measure_example
+from measures.timed_runs import measure_example, warm_up
+from runs.failures import named
 from runs.records import Record
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.model.families import attended_length
@@ -126,11 +127,19 @@ class HarnessModel(HFLM):
         """An answer to each request, by its own generation arguments."""
         answers = []
         seen: Counter[int] = Counter()
+        notices = self.notices.copy()
+        longest = {r.task_name: r for r in sorted(requests, key=lambda request: len(request.args[0]))}
+        for request in longest.values():  # of each task, which may have settings of its own
+            ids, config = self._question(request)
+            with named(f"{request.task_name}, document {request.doc_id}"):
+                warm_up([("", self._generator, config)], ids)
+        self.notices = notices
         with tqdm(requests, desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
             for position, request in enumerate(bar):
                 repeat = seen[id(request)]
                 seen[id(request)] += 1
-                answer, record = self._answer(request, repeat)
+                with named(f"{request.task_name}, document {request.doc_id}"):
+                    answer, record = self._answer(request, repeat)
                 answers.append(answer)
                 if repeat < (request.repeats or 1):  # else the harness has padded this rank's share
                     index = position * self.world_size + self.rank
@@ -142,7 +151,8 @@ class HarnessModel(HFLM):
                 )
         return answers
 
-    def _answer(self, request: Instance, repeat: int) -> tuple[str, Record]:
+    def _question(self, request: Instance) -> tuple[list[int], GenerationConfig]:
+        """Prompt and settings, both cut so that the answer fits the model's context."""
         context, gen_kwargs = request.args
         of_model = self.model.generation_config
         config = request_config(
@@ -157,14 +167,20 @@ class HarnessModel(HFLM):
             self.notices["answers cut to half the context"] += 1
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = [text for text in handle_stop_sequences(list(config.stop_words or []), eos) if text]
+        config = replace(config, stop_words=until)
         ids = self.tok_batch_encode([context])[0][0].tolist()
         if len(ids) > (room := self._room - config.max_steps):
             ids = ids[-room:]
             self.notices["prompts cut on the left"] += 1
+        return ids, config
+
+    def _answer(self, request: Instance, repeat: int) -> tuple[str, Record]:
+        context, gen_kwargs = request.args
+        ids, config = self._question(request)
         place = zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {repeat}".encode())
-        sides = [("", self._generator, replace(config, stop_words=until))]
-        record = measure_example(sides, ids, place, self._seed)
+        record = measure_example([("", self._generator, config)], ids, place, self._seed)
         # The harness cuts the answers of its own model in the same way.
-        answer = postprocess_generated_text(self.tok_decode(record["tokens"]), until, think_end_token=None)
+        answer = self.tok_decode(record["tokens"])
+        answer = postprocess_generated_text(answer, config.stop_words or [], think_end_token=None)
         self.cache_hook.add_partial("generate_until", (context, gen_kwargs), answer)
         return answer, {"prompt": context, **record, "prediction": answer}

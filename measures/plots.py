@@ -79,6 +79,25 @@ def curves_by_exit(tables: dict[str, pandas.DataFrame], values: list[str], path:
     _save(figure, path)
 
 
+def bar_panels(tables: dict[str, pandas.DataFrame], value: str, path: Path) -> None:
+    """One panel of bars for each table, two beside each other; `path` without suffix."""
+    rows = (len(tables) + 1) // 2
+    height = 0.9 + 0.32 * max(map(len, tables.values()))
+    figure, axes = pyplot.subplots(
+        rows, 2, figsize=(12.0, height * rows), constrained_layout=True, squeeze=False
+    )
+    for panel in axes.flat[len(tables) :]:
+        panel.set_visible(False)
+    for panel, (title, table) in zip(axes.flat, tables.items(), strict=False):
+        drawn = panel.barh(table.index, table[value], height=0.6, color="#4878a8")
+        panel.bar_label(drawn, [f"{number:.1f}" for number in table[value]], padding=4)
+        panel.invert_yaxis()
+        panel.set_xlim(right=1.2 * table[value].max())
+        panel.set_xlabel(value)
+        panel.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
 def bars(table: pandas.DataFrame, value: str, title: str, path: Path) -> None:
     """One bar for each row, from `low` to `high` marked; `path` without suffix."""
     figure, axes = pyplot.subplots(figsize=(8.0, 0.8 + 0.45 * len(table)), constrained_layout=True)

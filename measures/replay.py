@@ -93,16 +93,21 @@ def beyond_the_grid(records: Sequence[Record], costs: Costs, exit_layers: Sequen
     return found
 
 
-def times(num_tokens: int, total_time: float, speedup: float, quartiles: Sequence[float]) -> Record:
-    """The columns of a sweep's table about time; `quartiles` of the speed-ups of single examples."""
+def times(num_tokens: int, total_time: float, speedup: float | None, quartiles: Sequence[float]) -> Record:
+    """The columns of a sweep's table about time.
+
+    Args:
+        speedup: None where there are no answers to compare.
+        quartiles: of the speed-ups of single examples, empty where there are none.
+    """
     return {
         "num_tokens": num_tokens,
         "total_time": total_time,
         "time_per_token": total_time / max(num_tokens, 1),
         "tokens_per_second": num_tokens / total_time,
         "speedup": speedup,
-        "speedup_q1": quartiles[0],
-        "speedup_q3": quartiles[-1],
+        "speedup_q1": quartiles[0] if quartiles else None,
+        "speedup_q3": quartiles[-1] if quartiles else None,
     }
 
 

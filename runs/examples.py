@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from arguments import DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
+from runs.failures import KINDS, Failed, named, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator
@@ -27,6 +28,10 @@ class Job(ABC):
     """How many records there will be: one for each index from 0."""
     unit = "examples"
     """What the progress bar counts."""
+
+    def name(self, index: int) -> str:
+        """What a message calls the work on an index."""
+        return f"example {index}"
 
     @abstractmethod
     def measure(self, index: int) -> Record:
@@ -112,13 +117,13 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
         except KeyboardInterrupt:
             print(kept("interrupted"), file=sys.stderr)
             return 130
-        except (RecordError, FloatingPointError) as error:
+        except (RecordError, Failed) as error:
             print(kept(str(error)), file=sys.stderr)
-        except RuntimeError as error:
-            if not is_lost_rank(error):
+        except KINDS as error:
+            if (why := reason(error)) is None and not is_lost_rank(error):
                 raise
-            if ranks.is_first():
-                print(kept("another rank is gone"), file=sys.stderr)
+            if why is not None or ranks.is_first():
+                print(kept(why or "another rank is gone"), file=sys.stderr)
         return 1
 
 
@@ -127,11 +132,17 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
     writer = run.writer(ranks.rank())
     with tqdm(indices, desc=job.unit, disable=ranks.rank() != 0) as bar:
         for index in bar:
-            records.append({"index": index, **job.measure(index)})
+            with named(job.name(index)):
+                records.append({"index": index, **job.measure(index)})
             writer.append(records[-1])
             bar.set_postfix_str(job.progress(records))
             if ranks.rank() == 0:
                 job.after_each(run)
+
+
+def longest_prompt(examples: Sequence[Example]) -> str:
+    """In characters; what is to be warmed up with."""
+    return max((example.prompt for example in examples), key=len)
 
 
 def _examples_that_fit(

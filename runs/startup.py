@@ -16,13 +16,18 @@ from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
+from runs.failures import KINDS, reason
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.loading import default_model, load_config, resolve_device
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """End the program with the status that `main` returns, or in one line after a Ctrl-C."""
+def run(main: Callable[[], int], **advice: str) -> NoReturn:
+    """End the program with the status that `main` returns, or in one line after a Ctrl-C.
+
+    Args:
+        advice: see `reason`.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
@@ -32,15 +37,13 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = 130
         if ranks.is_first():
             print("interrupted", file=sys.stderr)
-    except FloatingPointError as error:  # the model's logits are not numbers
-        refuse(str(error), status=1)
     except BrokenPipeError:  # whoever read the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except RuntimeError as error:
-        if not is_lost_rank(error):
+    except KINDS as error:
+        if (why := reason(error, **advice)) is None and not is_lost_rank(error):
             raise
-        refuse("another rank is gone", status=1)
+        refuse(why or "another rank is gone", status=1)
     sys.exit(status)
 
 
@@ -111,5 +114,7 @@ def load_generator(
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config)
     except (LoadingError, ValueError) as error:
+        if (why := reason(error)) is not None:
+            refuse(f"--model {model_name(model_args)}: {why}", status=1)
         refuse(f"--{error}")
     return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))

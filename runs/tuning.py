@@ -21,6 +21,9 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """
     if not cells:
         raise ValueError("no cells in there")
+    cells = [cell for cell in cells if cell["speedup"] != ""]
+    if not cells:
+        raise ValueError("no answers to compare in there")
     measured = [cell for cell in cells if cell["mode"] == "measured"]
     return max(measured or cells, key=lambda cell: float(cell["speedup"]))
 

@@ -193,25 +193,25 @@ def endless_folder(byte_tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def few_files_are_read():
+    """By the harness: not its own thousands of tasks, nor what pip has installed. That takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    manager = functools.partial(TaskManager, include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", manager)
+        patch.setattr("measures.harness_tasks.TaskManager", manager)
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start the server of forks, once for all workers."""
     if not hasattr(config, "workerinput"):
         server = forks.server()
         server.__enter__()
         config.add_cleanup(lambda: server.__exit__(None, None, None))
-
-
-@pytest.fixture(scope="module")
-def few_files_are_read():
-    """By eval.py: not the harness's own thousands of tasks, nor what pip has installed: it takes seconds."""
-    import lm_eval.tasks
-
-    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm_eval.tasks.TaskManager", manager)
-        patch.setattr("measures.harness_tasks.TaskManager", manager)
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-        yield
 
 
 @pytest.fixture

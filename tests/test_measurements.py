@@ -7,7 +7,13 @@ import sys
 
 import forks
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, generate, tiny_llama
+from helpers import only_run
+from transformers import LlamaConfig
+
+from measures.comparison import Judged, judge_greedy
+from measures.synthetic import random_llama
 
 ADAPTER = """
 def load(model, tokenizer):
@@ -59,14 +65,24 @@ def test_long_context(measured):
     assert math.isfinite(long["attention ms grown"])  # which way it grew is for a quiet machine to say
 
 
+@pytest.fixture
+def program(monkeypatch):
+    """A program of benchmarks/ as a module, in this process."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
 @pytest.mark.parametrize("right", [True, False])
-def test_soak(right, monkeypatch, capsys):
+def test_soak(right, program, monkeypatch, capsys):
     """Guards against a soak that compares nothing."""
-    path = ROOT / "benchmarks" / "soak.py"
-    spec = importlib.util.spec_from_file_location("soak", path)
-    soak = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "soak", soak)
-    spec.loader.exec_module(soak)
+    soak = program("soak")
     if not right:
         monkeypatch.setattr(soak, "by_transformers", lambda generator, prompt: [0] * 64)
     generations = 7 if right else 1  # one of each kind; the first is compared with transformers
@@ -76,3 +92,107 @@ def test_soak(right, monkeypatch, capsys):
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["generations"] == generations
     assert (record["wrong"] == 0) == right
+
+
+DRY = ["--dry", "True", "--models", "Llama-3.2-1B", "--prompts", "128", "--rounds", "1"]
+EAGER = ["transformers", "hf, early exit", "autoregressive", "self-speculative", "adaptive"]
+
+
+def test_gpu_runs_dry(program, tmp_path, capsys):
+    """Guards against a side, a column or a check that is missing when a GPU is there at last."""
+    assert program("gpu").main([*DRY, "--output_dir", str(tmp_path / "logs")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    record = json.loads(said[-1])
+    assert all(len(line) <= 80 for line in said[:-1] if "run.json" not in line)
+    sides = [(row["sampled"], row["compiled"], row["side"]) for row in record["rows"]]
+    assert sides == [
+        (sampled, compiled, side)
+        for compiled in (False, True)
+        for sampled in (False, True)
+        for side in (EAGER[2:4] if compiled else EAGER)
+    ]
+    assert (record["wrong"], record["failed"], record["checks"]["wrong"]) == (0, 0, 0)
+    assert record["checks"]["answers"] == 2 * 2 * 4 + 2
+    for row in record["rows"]:
+        assert row["tokens/s"] > 0
+        assert row["x transformers"] > 0
+        assert row["limit"] > 0
+        assert row["ids"] is None if row["sampled"] else row["ids"]["equal"] > 0
+        assert (row["kernels"] is None) == row["compiled"]
+        if row["side"] != "adaptive":  # whether that drafts, depends on times
+            assert (row["acceptance"] is None) == (row["side"] in ("transformers", "autoregressive"))
+    by_side = {row["side"]: row for row in record["rows"][:5]}
+    # A plain token takes all weights; of two sides that draft alike, the acceptance is alike.
+    assert by_side["self-speculative"]["gb_per_token"] < 2 * by_side["autoregressive"]["gb_per_token"]
+    assert by_side["self-speculative"]["acceptance"] == pytest.approx(
+        by_side["hf, early exit"]["acceptance"], abs=0.35
+    )
+    assert by_side["autoregressive"]["reads"] == 1
+    assert (only_run(tmp_path) / "gpu.png").stat().st_size > 10_000
+    rows = (only_run(tmp_path) / "records.jsonl").read_text().splitlines()
+    assert [json.loads(row) for row in rows] == record["rows"]
+
+
+def test_gpu_stops_at_its_limit_and_keeps_what_it_has(program, tmp_path, capsys):
+    """No minutes: nothing is measured. A limit that is reached in the middle: whole turns are kept."""
+    gpu = program("gpu")
+    where = ["--output_dir", str(tmp_path / "logs")]
+    assert gpu.main([*DRY, *where, "--minutes", "0"]) == 0
+    said = capsys.readouterr().out
+    record = json.loads(said.splitlines()[-1])
+    assert (record["rows"], record["stopped_by_limit"]) == ([], True)
+    assert "stopped after 0 minutes" in said
+    sides = {"a": gpu.Measured(answers=[1, 2]), "b": gpu.Measured(answers=[3]), "c": gpu.Measured(error="x")}
+    assert [len(side.answers) for side in gpu._complete(sides).values()] == [1, 1, 0]
+    assert gpu._complete({"a": gpu.Measured(answers=[1]), "b": gpu.Measured()}) == {}
+
+
+def test_gpu_goes_on_when_a_side_fails(program, tmp_path, monkeypatch, capsys):
+    """A kernel that refuses its input costs one row, and the exit status."""
+    gpu = program("gpu")
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+
+    monkeypatch.setattr(gpu, "early_exit", lambda *_: fails)
+    monkeypatch.setattr(gpu, "check", lambda *_: {"answers": 0, "near_ties": 0, "wrong": 0, "failed": []})
+    measure = gpu.measure
+    monkeypatch.setattr(
+        gpu, "measure", lambda task, compiled, *_: {} if compiled else measure(task, False, *_)
+    )
+    assert gpu.main([*DRY, "--output_dir", str(tmp_path / "logs")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    failed = [row for row in json.loads(said[-1])["rows"] if row["error"]]
+    assert [row["side"] for row in failed] == ["hf, early exit"] * 2
+    assert failed[0]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+
+
+def test_gpu_without_one(program, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as end:
+        program("gpu").main(["--output_dir", str(tmp_path / "logs")])
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert "no GPU on this machine; --dry True runs all of it" in said
+    assert said.count("\n") == 1
+
+
+def test_greedy_ids_are_judged_token_by_token():
+    """Decoding and judging both in fp32: a token that is not the model's choice is found wherever it is."""
+    model, prompt = tiny_llama(), [5, 9, 4, 7]
+    ids = generate(model, prompt, max_steps=12, eos=[]).predicted_tokens
+    assert judge_greedy(model, prompt, ids) == Judged(equal=12)
+    logits = model(torch.tensor([[*prompt, *ids[:5]]])).logits[0, -1]
+    other = [*ids[:5], int(logits.argmin())]
+    assert judge_greedy(model, prompt, other) == Judged(equal=5, wrong=1)
+
+
+def test_a_random_llama_agrees_as_often_as_wanted():
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    for wanted in (0.5, 0.9):
+        _, agreement = random_llama(config, 2, wanted, torch.device("cpu"))
+        assert agreement == pytest.approx(wanted, abs=0.05)

@@ -1,0 +1,62 @@
+"""Llamas of random weights in the shape of real ones, whose early exits agree with them as often as wanted.
+
+Their text means nothing; their speed is that of their shape.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
+
+# Standard deviation of the logits. With it a distribution is about as peaked as that of a trained model, so
+# that sampled drafts are accepted about as often as greedy ones.
+_LOGIT_SPREAD = 6.0
+# Standard deviation of the embeddings. They weigh enough beside what layers add that the next token depends
+# on the last one above all: else outputs run into circles of a few tokens, and all depends on these.
+_EMBEDDING_SPREAD = 4.0
+# Positions that the exit is compared at, and halvings of the range that the scale is looked for in.
+_POSITIONS, _HALVINGS = 512, 12
+
+
+@torch.no_grad()
+def random_llama(
+    config: LlamaConfig, exit_layer: int, agreement: float, device: torch.device, seed: int = 0
+) -> tuple[PreTrainedModel, float]:
+    """A model in bf16, made on the device, and how often its exit picks the token that it picks itself."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=_LOGIT_SPREAD / config.hidden_size**0.5)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING_SPREAD)
+    ids = torch.randint(config.vocab_size, (1, _POSITIONS), device=device)
+    low, high, scale = 1e-4, 1e3, 1.0
+    for _ in range(_HALVINGS):
+        wanted = math.sqrt(low * high)
+        scale_down(model, exit_layer, wanted / scale)
+        scale = wanted
+        if (found := _agreement(model, exit_layer, ids)) < agreement:
+            high = scale
+        else:
+            low = scale
+    return model, found
+
+
+def scale_down(model: Any, first: int, factor: float) -> None:
+    """Multiply what the layers from `first` on add to the hidden states."""
+    for layer in model.base_model.layers[first:]:
+        layer.self_attn.o_proj.weight.data *= factor
+        layer.mlp.down_proj.weight.data *= factor
+
+
+def _agreement(model: PreTrainedModel, exit_layer: int, ids: torch.Tensor) -> float:
+    picked = [
+        exit_logits(model, hidden).argmax(-1)
+        for number, hidden in enumerate(hidden_after_each_layer(model, ids), 1)
+        if number in (exit_layer, model.config.num_hidden_layers)
+    ]
+    return float((picked[0] == picked[1]).float().mean())

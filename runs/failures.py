@@ -1,0 +1,54 @@
+"""What can end the work through no fault of the program, said in one line with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# What takes less memory when generating.
+_LESS = (
+    "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
+)
+
+# What `reason` may know something about; anything else is a mistake of the program.
+KINDS = (RuntimeError, MemoryError, FloatingPointError)
+
+
+class Failed(Exception):
+    """The work on one example; the message is one line that names it."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the device or the machine had none left, as an error says, or the one that it comes from."""
+    if error is None:
+        return False
+    said = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or (isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "allocate memory" in said))
+        or is_out_of_memory(error.__cause__)
+    )
+
+
+def reason(error: BaseException, less: str = _LESS) -> str | None:
+    """The line about an error, None where it is a mistake of the program.
+
+    Args:
+        less: what takes less memory.
+    """
+    if is_out_of_memory(error):
+        return f"out of memory; less takes {less}"
+    return str(error) if isinstance(error, FloatingPointError) else None
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Raises `Failed`, which names what was worked on, in place of errors that have a reason."""
+    try:
+        yield
+    except KINDS as error:
+        if (why := reason(error)) is None:
+            raise
+        raise Failed(f"{what}: {why}") from error

@@ -1,0 +1,64 @@
+"""What is timed has run before: every width of pass, three times."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import generate, tiny_llama
+
+from measures.timed_runs import run_every_pass, warm_up_tokens
+from self_speculation import GenerationConfig, make_strategy
+from self_speculation.model.compiled import compile_decoding
+from self_speculation.model.decoder import Decoder
+
+SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}
+
+
+@pytest.mark.parametrize(
+    ("config", "widths"),
+    [
+        ({}, {1: 3}),
+        (SPECULATION, {6: 3}),
+    ],
+)
+def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
+    """And no more tokens than that takes. Guards against a draft length that is not drafted in full."""
+    seen, run = [], Decoder.run
+
+    def watch(self, inputs, first, last, num_logits):
+        if last == len(self.layers):
+            seen.append(inputs.shape[1])
+        return run(self, inputs, first, last, num_logits)
+
+    monkeypatch.setattr(Decoder, "run", watch)
+    model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
+    settings = GenerationConfig(sample=False, stop_words=["a"], stop_token_ids=list(range(50)), **config)
+    strategy = make_strategy(settings.generation_strategy)
+    run_every_pass(strategy, model, [5, 9, 4, 7] * 100, settings)
+    longest = config.get("num_speculations", 0)
+    assert seen[0] == model.config.max_position_embeddings - warm_up_tokens(longest)  # the prompt, cut
+    assert {width: seen[1:].count(width) for width in seen[1:]} == widths
+
+
+@pytest.mark.parametrize("config", [{}, SPECULATION], ids=["autoregressive", "self_speculative"])
+def test_after_a_warm_up_nothing_is_compiled(config, monkeypatch):
+    """Guards against a compilation inside a timed example: a draft that is cut short at the end of an answer,
+    or a cache that has to be larger than the warm-up's.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
+    compile_decoding(model)
+    settings = GenerationConfig(sample=False, max_steps=1200, **config)
+    run_every_pass(make_strategy(settings.generation_strategy), model, list(range(3, 43)), settings)
+    config = {key: value for key, value in config.items() if key != "generation_strategy"}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for max_steps in (1200, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20):
+            generate(
+                model,
+                [5, 9, 4, 7],
+                eos=[],
+                max_steps=max_steps,
+                ends_text=lambda ids: len(ids) > 40,
+                **config,
+            )
