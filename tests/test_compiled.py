@@ -43,8 +43,8 @@ def test_drafts_by_other_layers_are_refused():
         generate(model, PROMPTS[0], exit_layer=2, num_speculations=2, draft_weights="int8")
 
 
-def test_without_a_compiler_it_is_refused_beforehand(monkeypatch):
+def test_without_a_compiler_it_is_refused_beforehand():
     """Guards against a page of traceback in the middle of the first answer."""
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match="compile True: needs a C"):
+    missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(ValueError, match="compile True: needs a C"):
         compile_decoding(tiny_llama())
