@@ -42,7 +42,7 @@ _DRAFTED, _PLAIN_STEPS = 4, 6
 TURNS = 9
 # Compiled passes are compiled when they run first, and recorded when they run again.
 _WARM_UP_OF_COMPILED = 3
-# Seconds of a pass from which on a model is slow: its first turn counts, and is short.
+# Seconds of a pass from which on a model is slow: its turns are short, and none is for warming up.
 _SLOW = 0.1
 
 
@@ -62,7 +62,7 @@ def measure(
         config: how tokens are picked, and by what weights drafts are made.
         exit_layers: exits to draft at.
         longest: tokens that a draft may have.
-        patience: seconds, after which no further turn begins; there are two at least, of a slow model one.
+        patience: seconds, after which no further turn begins.
         turns: how many there are at most; a progress bar fits around them.
     """
     clock = _Clock(model, config, context, longest)
@@ -72,6 +72,8 @@ def measure(
     slow = agreed(model, clock.seconds["plain", 0, 0][-1] > _SLOW)
     telling = _LENGTHS_OF_SLOW if slow else _LENGTHS_OF_COMPILED if is_compiled(model) else _LENGTHS
     lengths = [*(k for k in telling if k < longest), longest]
+    # What compiling takes must not count; elsewhere a first turn is better than a long wait for a second.
+    least = warm_up + 1 if is_compiled(model) else 1
     warm_up = 0 if slow else warm_up
     first, last = min(exit_layers), max(exit_layers)
     places = {(0, k) for k in lengths}
@@ -82,7 +84,7 @@ def measure(
         places |= {(last, k) for k in lengths if k}
     started = time.perf_counter()
     for turn in turns:
-        if turn > warm_up and agreed(model, time.perf_counter() - started > patience):
+        if turn >= least and agreed(model, time.perf_counter() - started > patience):
             break
         if turn == warm_up:
             clock.seconds.clear()
