@@ -81,9 +81,10 @@ def target_logits(decoder: Decoder, output: Output, draft: Draft) -> TargetLogit
     k, layer = len(draft.tokens), draft.exit_layer
     inputs = output.history(k)[:, -(k + 1) :]  # [1, k+1] ids
     if layer:
-        # The last guess has not been through the first layers yet: nothing was drafted from it.
-        last = forward_early(decoder, output.last(num_drafted=k), layer, num_logits=0).hidden
-        inputs = torch.cat([*draft.exit_hidden, last], dim=1)  # [1, k+1, H]
+        states = draft.exit_hidden
+        if len(states) == k:  # the last guess has not been through the first layers: nothing came of it
+            states = [*states, forward_early(decoder, output.last(k), layer, num_logits=0).hidden]
+        inputs = torch.cat(states, dim=1)  # [1, k+1, H]
     probed = None
     if draft.probe:
         early = decoder.run(inputs, layer, draft.probe, k + 1)

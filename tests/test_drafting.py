@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from self_speculation.clock import _costs, measure
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.policy import (
     AdaptivePolicy,
     Arm,
@@ -90,6 +91,26 @@ def test_a_threshold_learns_from_what_was_accepted():
         length[agreement] = result.num_drafted / result.num_verifications
     assert length["never"] < 1.5
     assert length["always"] > 2 * length["never"]
+
+
+@pytest.mark.parametrize("weights", ["exact", "int8"])
+@pytest.mark.parametrize("confidence", ["0.1", "0.5", "auto"])
+def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monkeypatch):
+    """As on a GPU: a pass is begun before the threshold is asked. Guards against a pass too many in the
+    cache, or in the states that verification goes on from.
+    """
+    config = {"exit_layer": 2, "num_speculations": 5, "draft_confidence": confidence}
+    shared = {"max_steps": 50, "eos": [], "draft_weights": weights, **config}
+    model = tiny_llama(fused=True)
+    waiting = generate(model, PROMPT, **shared)
+    always = property(lambda source: True, lambda source, value: None)
+    monkeypatch.setattr(LayerDrafts, "_runs_ahead", always, raising=False)
+    ahead = generate(model, PROMPT, **shared)
+    assert ahead.predicted_tokens == waiting.predicted_tokens
+    assert ahead.drafts_by_source == waiting.drafts_by_source
+    assert ahead.drafted_by_position == waiting.drafted_by_position
+    # Besides the last rounds, which have no room for more, some ended early.
+    assert ahead.num_drafted < 5 * ahead.num_verifications - sum(range(5))
 
 
 def test_decayed_mean():

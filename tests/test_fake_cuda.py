@@ -14,6 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
 
+from self_speculation.decoding.output import Reading
+from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, Span, forward_early, prefill
 from self_speculation.model.lean_layers import NARROW, fuse
 from self_speculation.self_speculation_generator import ReadVerdict
@@ -91,13 +94,23 @@ def cuda(monkeypatch):
             for _ in part.flatten()
         ]
 
-    def read_verdict(verdict, draft, target, _):
+    def read_verdict(verdict, draft, target, sampler):
         numbers = [verdict.num_accepted, verdict.next_token, draft.tokens]
-        _, next_token, *guesses = read(numbers, target.logits)
-        accepted = draws.randint(0, len(draft.tokens))
-        return ReadVerdict(accepted, [*guesses[:accepted], next_token], [])
+        if target.probed is not None:
+            numbers.append(sampler.agreement(target.probed, target.logits))
+        _, next_token, *rest = read(numbers, target.logits)
+        k = len(draft.tokens)
+        accepted = draws.randint(0, k)
+        return ReadVerdict(accepted, [*rest[:accepted], next_token], rest[k:][: accepted + 1])
+
+    costs = Costs(1.0, {1: 0.1, 2: 0.2}, {e: [1.0, 1.5] for e in (0, 1, 2)}, [0, 16], 0.001)
+    monkeypatch.setattr("self_speculation.adaptive_generator.measure", lambda *_: costs)
 
     monkeypatch.setattr("self_speculation.decoding.output.read", read)
+    monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))
+    monkeypatch.setattr(Reading, "wait", lambda reading: read(reading.numbers))
+    always = property(lambda source: True, lambda source, value: None)
+    monkeypatch.setattr(LayerDrafts, "_runs_ahead", always, raising=False)  # as on a GPU
     monkeypatch.setattr("self_speculation.self_speculation_generator.read_verdict", read_verdict)
 
     # What makes real memory even so.
@@ -133,6 +146,7 @@ PATHS = {
     "wide": {"exit_layer": 1, "num_speculations": NARROW + 4},
     "lookups": {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3},
     "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": "auto"},
+    "adaptive": {"strategy": "adaptive"},
 }
 SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 
@@ -143,7 +157,7 @@ def test_every_path(cuda, path, heads, fused):
     """Guards against a tensor made on the CPU, and against attention that only a CPU is good at."""
     model = cuda(heads, fused)
     for extra in ({}, SAMPLED, {"logits_processors": [RepetitionPenaltyLogitsProcessor(1.2)]}):
-        generate(model, [5, 6, 7, 8, 9], max_steps=9, eos=[], **PATHS[path], **extra)
+        generate(model, [5, 6, 7, 8, 9], max_steps=20, eos=[], **PATHS[path], **extra)
 
 
 @pytest.mark.parametrize("fused", [True, False])

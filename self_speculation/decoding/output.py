@@ -22,8 +22,33 @@ from self_speculation.results import GenerationStrategyResult, StopReason
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
 
 
-def read(numbers: Sequence[Tensor], logits: Tensor | None = None) -> list[float]:
-    """All of these numbers, ids among them, by one read from the device: fp32 holds ids below 2^24 exactly.
+class Reading:
+    """One read from the device: all of these numbers, ids among them; fp32 holds ids below 2^24 exactly.
+
+    A GPU copies them when it comes to it, and can be given more to do before anybody waits for them.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        self._values = torch.cat([part.flatten().float() for part in numbers])
+        self._numbers: list[float] | None = None
+        self._copied: torch.cuda.Event | None = None
+        if self._values.device.type == "cuda":
+            on_host = torch.empty(self._values.shape, dtype=torch.float32, pin_memory=True)
+            self._values = on_host.copy_(self._values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> list[float]:
+        """The numbers; the second time nothing is waited for."""
+        if self._numbers is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._numbers = self._values.tolist()
+        return self._numbers
+
+
+def read(numbers: Sequence[Tensor], logits: Tensor) -> list[float]:
+    """These numbers at once, by one read.
 
     Args:
         logits: [n, V] that they come from.
@@ -32,9 +57,8 @@ def read(numbers: Sequence[Tensor], logits: Tensor | None = None) -> list[float]
         FloatingPointError: the logits are not numbers. The last row tells: what is no number in the cache
             makes all logits after it no numbers.
     """
-    damaged = [] if logits is None else [logits[-1].isnan().any()]
-    values = torch.cat([part.flatten().float() for part in (*damaged, *numbers)]).tolist()
-    if damaged and values.pop(0):
+    damaged, *values = Reading([logits[-1].isnan().any(), *numbers]).wait()
+    if damaged:
         raise FloatingPointError(_NOT_A_NUMBER)
     return values
 
@@ -115,30 +139,31 @@ class Output:
         """Write token [1] after the decided ones, at draft position 0, 1, ..."""
         self.history(position + 1)[0, -1:] = token
 
-    def propose(self, token: Tensor, position: int, confidence: Tensor | None = None) -> float | None:
+    def propose(self, token: Tensor, position: int, confidence: Tensor | None = None) -> Reading | None:
         """Place a drafted token, and show it if drafts are shown.
 
-        One read from the device where drafts are shown or there is a confidence to return; else none.
+        One read from the device where drafts are shown or there is a confidence; else none.
 
         Args:
             token: [1]
             confidence: [1], in fp32, the token's probability, where it decides how the draft goes on.
 
         Returns:
-            The confidence.
+            The read, if there is one: of the token, and of the confidence.
         """
         self.place(token, position)
         # Whatever a draft goes on with after an end id will never be output.
         shown = self._shows_drafts and not self._draft_ended
         if confidence is None and not shown:
             return None
-        id_, *number = read([token] if confidence is None else [token, confidence])
+        reading = Reading([token] if confidence is None else [token, confidence])
         if shown:
-            self._draft_ended = int(id_) in self._stop.end_ids
+            id_ = int(reading.wait()[0])
+            self._draft_ended = id_ in self._stop.end_ids
             if not self._draft_ended:
-                self._streamer.put(torch.tensor([int(id_)]), is_draft=True)
+                self._streamer.put(torch.tensor([id_]), is_draft=True)
                 self._drafts_shown += 1
-        return number[0] if number else None
+        return reading
 
     def emit(self, logits: Tensor, sampler: Sampler) -> None:
         """Pick one token by logits [1, V] and decide on it; one read from the device."""

@@ -24,7 +24,8 @@ class Draft:
     tokens: Tensor  # [k]
     probabilities: Tensor | None  # [k, V] what they were drawn from; None when greedy
     exit_layer: int = 0  # the first layer that has not seen them: none has where it is 0
-    exit_hidden: list[Tensor] = field(default_factory=list)  # k of [1, 1, H], of the token before each guess
+    # k of [1, 1, H], of the token before each guess; and that of the last guess, if it is known already
+    exit_hidden: list[Tensor] = field(default_factory=list)
     probe: int = 0  # an exit layer beyond exit_layer to be read at verification; 0: none
     confidences: Sequence[float] = ()  # probabilities of the guesses, where they decided how long it is
     matched: int = 0  # tokens that a lookup found again

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.output import Output
+from self_speculation.decoding.output import Output, Reading
 from self_speculation.decoding.sampling import Choice, Sampler
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.policy import Threshold
@@ -19,7 +19,8 @@ class LayerDrafts(DraftSource):
     """Guesses of the first layers, one pass each.
 
     Reads from the device: none, but one for each drafted token where a threshold decides whether another
-    follows, or where drafts are shown; one, not two, where both is so.
+    follows, or where drafts are shown; one, not two, where both is so. A GPU begins the next pass before the
+    threshold is asked: if that ends the draft, verification finds its last token's first layers done.
 
     Args:
         drafter: what runs the layers.
@@ -39,30 +40,32 @@ class LayerDrafts(DraftSource):
     ) -> None:
         self._drafter, self._sampler, self._exit_layer = drafter, sampler, exit_layer
         self._keeps_cache, self._threshold = keeps_cache, threshold
+        self._runs_ahead = drafter.rotary.device.type == "cuda"
 
     def draft(self, output: Output, k: int) -> Draft:
         start = self._drafter.cache.length(0)
-        probabilities: list[Tensor] = []
+        choices: list[Choice] = []
         exit_hidden: list[Tensor] = []
         confidences: list[float] = []
-        for i in range(k):
+        reading: Reading | None = None
+        # The token that ends a draft is part of it: to leave it out for what it is would change the
+        # distribution of the output.
+        while len(choices) < k and (self._runs_ahead or self._goes_on(reading, confidences)):
+            i = len(choices)
             early = forward_early(self._drafter, output.last(num_drafted=i), self._exit_layer)
-            logits = output.process(early.logits[0], i)  # [1, V]
-            choice = self._sampler(logits)
             exit_hidden.append(early.hidden)
-            if choice.probabilities is not None:
-                probabilities.append(choice.probabilities)
-            confidence = output.propose(choice.tokens, i, self._confidence(choice, logits))
-            # The token that ends a draft is part of it: to leave it out for what it is would change the
-            # distribution of the output.
-            if self._threshold is not None and confidence is not None:
-                confidences.append(confidence)
-                if not self._threshold.goes_on(confidences):
-                    break
+            if self._runs_ahead and not self._goes_on(reading, confidences):
+                break
+            logits = output.process(early.logits[0], i)  # [1, V]
+            choices.append(self._sampler(logits))
+            reading = output.propose(choices[i].tokens, i, self._confidence(choices[i], logits))
+        if len(confidences) < len(choices):  # nothing depends on the last one, but it is learnt from
+            self._goes_on(reading, confidences)
+        drawn_from = [choice.probabilities for choice in choices if choice.probabilities is not None]
         draft = Draft(
             f"exit {self._exit_layer}",
-            output.drafted(len(exit_hidden)),
-            torch.cat(probabilities) if probabilities else None,
+            output.drafted(len(choices)),
+            torch.cat(drawn_from) if drawn_from else None,
             confidences=confidences,
         )
         if self._keeps_cache:
@@ -73,6 +76,13 @@ class LayerDrafts(DraftSource):
     def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:  # noqa: ARG002
         if self._threshold is not None:
             self._threshold.learn(draft.confidences, num_accepted)
+
+    def _goes_on(self, reading: Reading | None, confidences: list[float]) -> bool:
+        """Whether another token is wanted after the last one, which is being read; keeps its confidence."""
+        if self._threshold is None or reading is None:
+            return True
+        confidences.append(reading.wait()[1])
+        return self._threshold.goes_on(confidences)
 
     def _confidence(self, choice: Choice, logits: Tensor) -> Tensor | None:
         """[1] the probability of the token chosen by logits [1, V], if anybody asks for it."""
