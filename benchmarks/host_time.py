@@ -78,6 +78,7 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     answers = {name: way() for name, way in ways.items()}  # warm-up
+    drafted = make_strategy("self_speculative").generate_token_ids(model, prompt, [], drafts)
     if len({tuple(answer) for answer in answers.values()}) > 1:
         raise SystemExit("host_time.py: the answers differ, so that the times say nothing")
     for _ in tqdm(range(args.rounds), desc="rounds"):
@@ -90,7 +91,8 @@ def main() -> None:
         print(f"{name:18}{value:8.2f} ms per token, {1000 * min(seconds[name]):.2f} at best")
     record = {
         "num_layers": args.num_layers, "exit_layer": args.exit_layer,
-        "num_speculations": args.num_speculations, "milliseconds_per_token": milliseconds,
+        "num_speculations": args.num_speculations, "acceptance_rate": drafted.acceptance_rate,
+        "milliseconds_per_token": milliseconds,
         "device": str(model.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     print(json.dumps(record))

@@ -55,6 +55,15 @@ def test_side_by_side(measured, tmp_path):
     assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
+def test_host_time():
+    """Guards against drafts that are not all accepted: then it is not the host's time for accepted ones."""
+    arguments = ("--num_layers", "4", "--exit_layer", "1", "--new_tokens", "9", "--rounds", "1")
+    done = forks.run(ROOT / "benchmarks/host_time.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["acceptance_rate"] == 1
+
+
 def test_long_context(measured):
     """Guards against a cache of another size than computed."""
     record = measured("long_context", "--contexts", "20", "3000", "--new_tokens", "3", "--rounds", "1")
