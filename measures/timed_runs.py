@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from runs.records import Record
 from self_speculation import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
-from self_speculation.model.compiled import is_compiled
+from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.devices import synchronize
 from self_speculation.model.families import attended_length
 
@@ -22,9 +22,6 @@ BASELINE = "autoregressive_"  # prefix of the fields of the strategy that anothe
 
 # One of the strategies compared: the prefix of its fields in the record, what generates, and how.
 Side = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
-
-# A compiled pass is compiled when it runs first and recorded when it runs again; then it is replayed.
-_WARM_UPS = 3
 
 
 def warm_up(sides: Sequence[Side], prompt: str | list[int]) -> None:
@@ -55,13 +52,13 @@ def run_every_pass(
     generate(endless)
     if is_compiled(model):  # narrower passes too, for drafts that are cut short
         for width in [1 << power for power in range(longest.bit_length())]:
-            for _ in range(_WARM_UPS):
+            for _ in range(RUNS_TO_WARM_UP):
                 generate(replace(endless, max_steps=width + 1))
 
 
 def warm_up_tokens(longest_draft: int) -> int:
     """The first one, and as many as three rounds of such drafts emit at most."""
-    return _WARM_UPS * (longest_draft + 1) + 1
+    return RUNS_TO_WARM_UP * (longest_draft + 1) + 1
 
 
 def measure_example(sides: Sequence[Side], prompt: str | list[int], index: int, seed: int) -> Record:

@@ -27,7 +27,7 @@ from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.lookups import certain
 from self_speculation.drafts.policy import FixedThreshold
 from self_speculation.drafts.table import make_drafter
-from self_speculation.model.compiled import is_compiled, make_decoder
+from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled, make_decoder
 from self_speculation.model.decoder import Decoder, forward
 from self_speculation.model.devices import agreed, synchronize
 from self_speculation.self_speculation_generator import speculate
@@ -40,8 +40,6 @@ _LENGTHS_OF_COMPILED = (0, 1, 2, 3, 4, 7, 8, 15, 16, 24)
 # Length of the drafts that tell about an exit, and how many plain steps are made in a row.
 _DRAFTED, _PLAIN_STEPS = 4, 6
 TURNS = 9
-# Compiled passes are compiled when they run first, and recorded when they run again.
-_WARM_UP_OF_COMPILED = 3
 # Seconds of a pass from which on a model is slow: its turns are short, and none is for warming up.
 _SLOW = 0.1
 
@@ -66,7 +64,7 @@ def measure(
         turns: how many there are at most; a progress bar fits around them.
     """
     clock = _Clock(model, config, context, longest)
-    warm_up = _WARM_UP_OF_COMPILED if is_compiled(model) else 1
+    warm_up = RUNS_TO_WARM_UP if is_compiled(model) else 1
     for _ in range(warm_up + 1):
         clock.plain_steps(1)
     slow = agreed(model, clock.seconds["plain", 0, 0][-1] > _SLOW)

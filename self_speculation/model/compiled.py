@@ -33,6 +33,9 @@ _ROOM = 64
 # are 8, and 256 of all programs together.
 _PASSES_AT_MOST = 4096
 
+# A pass is compiled when it runs first and recorded when it runs again; from then on it is replayed.
+RUNS_TO_WARM_UP = 3
+
 
 def compile_decoding(model: PreTrainedModel) -> None:
     """From now on `make_decoder` compiles for this model. The first passes take from seconds to minutes.
