@@ -36,11 +36,21 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
 
     make_source = staticmethod(make_adaptive)
 
-    def prepare(self, model: PreTrainedModel, config: GenerationConfig, context: int) -> None:
-        self.costs(model, config, context)
+    def prepare(
+        self, model: PreTrainedModel, config: GenerationConfig, context: int, num_rows: int = 1
+    ) -> None:
+        self.costs(model, config, context, num_rows)
 
-    def costs(self, model: PreTrainedModel, config: GenerationConfig, context: int) -> Costs:
+    def costs(
+        self, model: PreTrainedModel, config: GenerationConfig, context: int, num_rows: int = 1
+    ) -> Costs:
         """As they were measured, or as they are now."""
+        of_all = self._measured(model, config, context, num_rows)
+        return of_all if num_rows == 1 else of_all.falling_to(self._measured(model, config, context, 1))
+
+    def _measured(
+        self, model: PreTrainedModel, config: GenerationConfig, context: int, num_rows: int
+    ) -> Costs:
         # Two rounds must fit into the model's context, however small it is.
         most = context_length(model.config)
         longest = min(LONGEST_DRAFT, most // 2 - 1)
@@ -48,10 +58,10 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
         while measured_at < context:
             measured_at *= 2
         measured_at = min(measured_at, most - longest - 1)
-        known, key = prepared(model).costs, (config.draft_weights, Sampler.of(config), measured_at)
+        known, key = prepared(model).costs, (config.draft_weights, Sampler.of(config), measured_at, num_rows)
         if key not in known:
             exits = candidate_layers(model.config.num_hidden_layers, config.draft_weights)
-            known[key] = measure(model, config, exits, measured_at, longest, _PATIENCE)
+            known[key] = measure(model, config, exits, measured_at, longest, _PATIENCE, num_rows=num_rows)
         return known[key]
 
 

@@ -11,6 +11,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy
 import torch
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 from self_speculation.autoregressive_generator import step_by_step
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.output import Output
+from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.drafts.costs import Costs
@@ -53,6 +56,7 @@ def measure(
     longest: int,
     patience: float,
     turns: Iterable[int] = range(TURNS),
+    num_rows: int = 1,
 ) -> Costs:
     """What rounds cost on this device after a context of so many positions.
 
@@ -62,8 +66,9 @@ def measure(
         longest: tokens that a draft may have.
         patience: seconds, after which no further turn begins.
         turns: how many there are at most; a progress bar fits around them.
+        num_rows: sequences in each pass.
     """
-    clock = _Clock(model, config, context, longest)
+    clock = _Clock(model, config, context, longest, num_rows)
     warm_up = RUNS_TO_WARM_UP if is_compiled(model) else 1
     for _ in range(warm_up + 1):
         clock.plain_steps(1)
@@ -91,7 +96,7 @@ def measure(
         clock.probe()
         for exit_layer, num_drafted in sorted(places):
             clock.round(exit_layer, num_drafted)
-    return agreed(model, _costs(clock.seconds, exit_layers, lengths))
+    return agreed(model, replace(_costs(clock.seconds, exit_layers, lengths), num_rows=num_rows))
 
 
 def _costs(
@@ -136,38 +141,42 @@ def _costs(
 class _Clock:
     """Times plain steps, rounds and probes of one model at one context."""
 
-    def __init__(self, model: PreTrainedModel, config: GenerationConfig, context: int, longest: int) -> None:
-        self._model, self._config, self._longest = model, config, longest
+    def __init__(
+        self, model: PreTrainedModel, config: GenerationConfig, context: int, longest: int, num_rows: int
+    ) -> None:
+        self._model, self._config, self._longest, self._num_rows = model, config, longest, num_rows
         self._sampler = Sampler.of(config)
         # What is in the prompt and in the cache does not matter, so nothing is prefilled.
         self._prompt = [i % model.config.vocab_size for i in range(context)]
-        self._decoder = make_decoder(model, context, context + max(longest, _PLAIN_STEPS) + 1, longest + 1)
-        forward(self._decoder, torch.tensor([self._prompt[:1]], device=model.device))
-        self._decoder.cache.pretend(context - 1)
+        most = context + max(longest, _PLAIN_STEPS) + 1
+        self._decoder = make_decoder(model, context, most, longest + 1, num_rows)
+        self._first = torch.tensor([self._prompt[:1]], device=model.device).expand(num_rows, 1)
+        self._decoder.cache.clear(num_rows)
+        forward(self._decoder, self._first)
         self.seconds: dict[tuple[str, int, int], list[float]] = defaultdict(list)  # by what, exit, length
 
     def plain_steps(self, number: int) -> None:
         """Of autoregressive decoding at full depth."""
-        decoder, output = self._at_context(), self._output(number)
+        decoder, rows = self._at_context(), self._rows(number)
         started = time.perf_counter()
-        step_by_step(decoder, output, self._sampler, len(decoder.layers))
+        step_by_step(decoder, rows, len(decoder.layers))
         self.seconds["plain", 0, 0].append((time.perf_counter() - started) / number)
 
     def round(self, exit_layer: int, num_drafted: int) -> None:
         """With a draft of an exit layer; 0: with one that takes no layers."""
         decoder = self._at_context()
         source = _Timed(self._source(decoder, exit_layer), self._model)
-        output = self._output(num_drafted + 1, ends_text=lambda tokens: True)  # after one round
-        speculate(decoder, output, self._sampler, source, num_drafted)
+        rows = self._rows(num_drafted + 1, ends_text=lambda tokens: True)  # after one round
+        speculate(decoder, rows, source, num_drafted)
         self.seconds["draft", exit_layer, num_drafted].append(source.drafting / max(1, num_drafted))
         self.seconds["verification", exit_layer, num_drafted].append(source.following)
 
     def probe(self) -> None:
         """Reading an exit: norm, head and choice of a token, for one position."""
         decoder = self._at_context()
-        hidden = decoder.embed(torch.tensor([self._prompt[:1]], device=self._model.device))
+        hidden = decoder.embed(self._first)
         started = time.perf_counter()
-        self._sampler(decoder.logits(hidden, 1)[0])
+        self._sampler(decoder.logits(hidden, 1)[:, 0])
         synchronize(self._model)
         self.seconds["probe", 0, 0].append(time.perf_counter() - started)
 
@@ -178,16 +187,25 @@ class _Clock:
         drafter = make_drafter(decoder, exit_layer, weights)
         # A threshold takes time, also one that never ends a draft.
         watched = self._config.generation_strategy == "adaptive" or self._config.draft_confidence is not None
-        threshold = FixedThreshold(0.0) if watched else None
-        return LayerDrafts(drafter, self._sampler, exit_layer, weights == "exact", threshold)
+        threshold = partial(FixedThreshold, 0.0) if watched and self._num_rows == 1 else None
+        return LayerDrafts(drafter, exit_layer, weights == "exact", threshold)
 
     def _at_context(self) -> Decoder:
-        """The decoder, with all but the last token of the prompt in its cache."""
-        self._decoder.cache.truncate(len(self._prompt) - 1)
+        """The decoder, with all but the last token of the prompt in its cache; of a batch, a bit less in each
+        row than in the one before.
+        """
+        most = len(self._prompt) - 1
+        self._decoder.cache.pretend([max(1, most - row) for row in range(self._num_rows)])
         return self._decoder
 
-    def _output(self, max_tokens: int, ends_text: Callable[[Sequence[int]], bool] | None = None) -> Output:
-        return Output(self._prompt, self._model.device, StopConditions([], max_tokens, ends_text=ends_text))
+    def _rows(self, max_tokens: int, ends_text: Callable[[Sequence[int]], bool] | None = None) -> Rows:
+        rows = Rows(self._sampler, self._longest)
+        stop = StopConditions([], max_tokens, ends_text=ends_text)
+        rows.outputs = [
+            Output(self._prompt, self._model.device, stop, has_drafts=True) for _ in range(self._num_rows)
+        ]
+        rows.last = self._first
+        return rows
 
 
 class _Given(DraftSource):
@@ -196,11 +214,13 @@ class _Given(DraftSource):
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def draft(self, output: Output, k: int) -> Draft:
-        tokens = torch.zeros(k, dtype=torch.long, device=output.history().device)
+    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        lengths = rows.rooms(k, wanted)
+        tokens = torch.zeros(len(rows), k, dtype=torch.long, device=rows.last.device)
         for i in range(k):
-            output.propose(tokens[i : i + 1], i)
-        return Draft("given", tokens, certain(tokens, self._vocab_size))
+            rows.propose(tokens[:, i], i, [i < length for length in lengths])
+        probabilities = None if rows.sampler.greedy else certain(tokens, self._vocab_size)
+        return Draft(["given"] * len(rows), tokens, probabilities, lengths)
 
 
 class _Timed(DraftSource):
@@ -210,14 +230,16 @@ class _Timed(DraftSource):
         self._source, self._model = source, model
         self.drafting = self.following = 0.0
 
-    def draft(self, output: Output, k: int) -> Draft:
+    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         started = time.perf_counter()
-        draft = self._source.draft(output, k)
+        draft = self._source.draft(rows, k, wanted)
         synchronize(self._model)
         self._drafted_at = time.perf_counter()
         self.drafting = self._drafted_at - started
         return draft
 
-    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:
-        self._source.learn(draft, num_accepted, agreement)
+    def learn(
+        self, rows: Rows, draft: Draft, num_accepted: Sequence[int], agreement: Sequence[Sequence[float]]
+    ) -> None:
+        self._source.learn(rows, draft, num_accepted, agreement)
         self.following = time.perf_counter() - self._drafted_at

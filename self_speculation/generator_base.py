@@ -7,30 +7,57 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.output import Output
-from self_speculation.decoding.stopping import StopConditions, StopWords, continuation
-from self_speculation.model.families import check_supported, check_window, context_length
+from self_speculation.config import GenerationConfig
+from self_speculation.decoding.stopping import StopWords, continuation
+from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
 __all__ = [
-    "DecodingStrategy",
     "GenerationConfig",
     "GenerationResult",
     "GenerationStrategy",
     "GenerationStrategyResult",
     "HuggingfaceLlamaGenerator",
+    "Prompt",
+    "Request",
+    "RequestError",
 ]
 
 # Prompts of so many characters are looked at before they are tokenized, which takes long: can they fit?
 _LONG = 1_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a strategy is asked to continue, with all that is this output's own; see `generate_token_ids`."""
+
+    input_ids: list[int]
+    eos_token_ids: Sequence[int] = ()
+    logits_processors: Sequence[Callable] | None = None
+    stopping_criteria: Sequence[Callable] | None = None
+    streamer: Any = None
+    ends_text: Callable[[Sequence[int]], bool] | None = None
+    seed: int | None = None
+    """Of the output's own random numbers; None: it takes torch's."""
+
+
+class RequestError(Exception):
+    """What went wrong with one request of a batch; those that were begun have had their results.
+
+    Args:
+        index: of the request.
+    """
+
+    def __init__(self, index: int, cause: Exception) -> None:
+        super().__init__(f"prompt {index}: {cause}")
+        self.index, self.cause = index, cause
 
 
 class GenerationStrategy(ABC):
@@ -66,64 +93,54 @@ class GenerationStrategy(ABC):
             FloatingPointError: the model's logits are not numbers.
         """
 
-
-class DecodingStrategy(GenerationStrategy):
-    """What the strategies of this library share: everything around the decode loop."""
-
-    name: GenerationStrategyName
-
-    @torch.inference_mode()
-    def generate_token_ids(
+    def generate_batch(
         self,
         model: PreTrainedModel,
-        input_ids: list[int],
-        eos_token_ids: list[int],
+        requests: Iterable[Request],
         generation_config: GenerationConfig,
-        logits_processors: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
-        streamer: Any = None,
-        ends_text: Callable[[Sequence[int]], bool] | None = None,
-    ) -> GenerationStrategyResult:
-        # The strategy that was made counts, whatever the config calls it.
-        config = replace(generation_config, generation_strategy=self.name)
-        check_supported(model.config)
-        config.check_depth(model.config.num_hidden_layers)
-        room = context_length(model.config) - len(input_ids)
-        if not input_ids:
-            raise ValueError("the prompt has no tokens")
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(input_ids)} tokens and leaves no room in the model's context of "
-                f"{len(input_ids) + room}"
-            )
-        max_tokens = min(config.max_steps, room)
-        check_window(model.config, len(input_ids) + max_tokens)
-        stop = StopConditions(
-            end_ids=[*eos_token_ids, *(config.stop_token_ids or [])],
-            max_tokens=max_tokens,
-            at_limit="max_steps" if config.max_steps <= room else "context",
-            ends_text=ends_text,
-            criteria=stopping_criteria,
-        )
-        # In the order of transformers: the config's processors come before the caller's.
-        processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
-        processors += logits_processors or []
-        device = model.get_input_embeddings().weight.device
-        self.prepare(model, config, (2 * len(input_ids) + max_tokens) // 2)
-        output = Output(input_ids, device, stop, processors, streamer)
-        self.decode(model, output, config)
-        return output.result()
+        batch_size: int,  # noqa: ARG002
+    ) -> Iterator[tuple[int, GenerationStrategyResult]]:
+        """Generate the continuation of each request, `batch_size` of them at a time.
 
-    def prepare(self, model: PreTrainedModel, config: GenerationConfig, context: int) -> None:
-        """What is done once for a model and is not part of an answer's time.
+        This one does them one after the other, for strategies that know no more than that.
 
-        Args:
-            context: positions that a typical pass of the generation will find in the cache.
+        Returns:
+            The results as they end, each with the index of its request.
+
+        Raises:
+            RequestError: something is wrong with one. Those that were begun before have ended by then.
         """
+        for index, request in enumerate(requests):
+            of_text = {} if request.ends_text is None else {"ends_text": request.ends_text}
+            if request.seed is not None:
+                torch.manual_seed(request.seed)
+            yield (
+                index,
+                self.generate_token_ids(
+                    model,
+                    request.input_ids,
+                    list(request.eos_token_ids),
+                    generation_config,
+                    logits_processors=request.logits_processors,
+                    stopping_criteria=request.stopping_criteria,
+                    streamer=request.streamer,
+                    **of_text,
+                ),
+            )
 
-    @abstractmethod
-    def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> None:
-        """Commit tokens to `output` until none remain to be generated."""
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a batch, with all that is its answer's own."""
+
+    text: str | list[int]
+    """Or its token ids."""
+    logits_processors: Sequence[Callable] | None = None
+    stopping_criteria: Sequence[Callable] | None = None
+    streamer: Any = None
+    seed: int | None = None
+    """Of the answer's own random numbers, so that they do not depend on what else is in the batch; None: it
+    takes torch's."""
 
 
 class HuggingfaceLlamaGenerator:
@@ -160,19 +177,62 @@ class HuggingfaceLlamaGenerator:
         Raises:
             ValueError: what `GenerationStrategy.generate_token_ids` raises.
         """
-        started = time.perf_counter()
-        input_ids = self.encode(prompt)
-        stop_words = StopWords(self.tokenizer, generation_config.stop_words or [], input_ids)
-        result = self.generation_strategy.generate_token_ids(
-            self.model,
-            input_ids,
-            eos_token_ids=self.eos_token_ids,
-            generation_config=generation_config,
-            logits_processors=logits_processors,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            **({"ends_text": stop_words} if stop_words.words else {}),
-        )
+        alone = Prompt(prompt, logits_processors, stopping_criteria, streamer)
+        try:
+            [(_, result)] = self.generate_batch([alone], generation_config, batch_size=1)
+        except RequestError as error:
+            raise error.cause from None
+        return result
+
+    def generate_batch(
+        self,
+        prompts: Iterable[str | list[int] | Prompt],
+        generation_config: GenerationConfig,
+        batch_size: int = 8,
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        """Answer many prompts, `batch_size` of them at a time: where an answer ends, the next prompt begins.
+
+        Each answer is what `generate` gives, whatever else is in the batch.
+
+        Args:
+            prompts: any number, asked for one by one as there is room.
+
+        Returns:
+            The answers as they end, each with the index of its prompt. Only the time of its prefill is an
+            answer's own; the others are shared with what else was in the batch.
+
+        Raises:
+            ValueError: batch_size is not at least 1.
+            RequestError: something is wrong with a prompt; by then, answers that were begun have ended.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: must be at least 1")
+        begun: dict[int, tuple[float, list[int], StopWords]] = {}
+
+        def requests() -> Iterator[Request]:
+            for index, given in enumerate(prompts):
+                started = time.perf_counter()
+                prompt = given if isinstance(given, Prompt) else Prompt(given)
+                input_ids = self.encode(prompt.text)
+                stop_words = StopWords(self.tokenizer, generation_config.stop_words or [], input_ids)
+                begun[index] = (started, input_ids, stop_words)
+                yield Request(
+                    input_ids,
+                    self.eos_token_ids,
+                    prompt.logits_processors,
+                    prompt.stopping_criteria,
+                    prompt.streamer,
+                    stop_words if stop_words.words else None,
+                    prompt.seed,
+                )
+
+        strategy = self.generation_strategy
+        for index, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
+            yield index, self._answer(result, *begun.pop(index))
+
+    def _answer(
+        self, result: GenerationStrategyResult, started: float, input_ids: list[int], stop_words: StopWords
+    ) -> GenerationResult:
         text = stop_words.cut(continuation(self.tokenizer, input_ids, result.predicted_tokens))
         total_time = time.perf_counter() - started
         num_tokens = len(result.predicted_tokens)

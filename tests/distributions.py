@@ -76,21 +76,25 @@ def p_value(counts, probabilities):
     return chisquare(seen, wanted, sum_check=False).pvalue
 
 
-def accepts_everything(draft_tokens, draft_probabilities, target_logits, sampler):
-    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler)
-    return Verdict(torch.tensor(len(draft_tokens)), honest.next_token)
+def accepts_everything(draft_tokens, *rest):
+    honest = verify_draft(draft_tokens, *rest)
+    return Verdict(torch.full_like(honest.num_accepted, draft_tokens.shape[1]), honest.next_token)
 
 
-def resamples_from_the_target(draft_tokens, draft_probabilities, target_logits, sampler):
+def drawn_at(place, target_logits, sampler):
+    """[B] drawn from the target's own distribution at a place [B] of each row."""
+    rows = sampler.probabilities(target_logits).take_along_dim(place[:, None, None], 1)[:, 0]
+    return torch.multinomial(rows, 1)[:, 0]
+
+
+def resamples_from_the_target(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
     """Forgets to take q out of p after a rejection."""
-    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler)
-    row = sampler.probabilities(target_logits)[int(honest.num_accepted)]
-    return Verdict(honest.num_accepted, torch.multinomial(row, 1)[0])
+    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler, *rest)
+    return Verdict(honest.num_accepted, drawn_at(honest.num_accepted, target_logits, sampler))
 
 
-def judges_by_the_argmax(draft_tokens, _, target_logits, sampler):
+def judges_by_the_argmax(draft_tokens, _, target_logits, sampler, *_rest):
     """The greedy rule on sampled drafts."""
-    agrees = draft_tokens == target_logits[:-1].argmax(-1)
-    accepted = agrees.long().cumprod(0).sum()
-    row = sampler.probabilities(target_logits)[int(accepted)]
-    return Verdict(accepted, torch.multinomial(row, 1)[0])
+    agrees = draft_tokens == target_logits[:, :-1].argmax(-1)
+    accepted = agrees.long().cumprod(1).sum(1)
+    return Verdict(accepted, drawn_at(accepted, target_logits, sampler))

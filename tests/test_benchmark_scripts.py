@@ -198,9 +198,9 @@ def test_correctness_passes_when_sampling(common, capsys):
     assert captured.out.splitlines()[-1].startswith("passed: 0 of 3 chi-square tests")
 
 
-def accepts_one_too_many(draft_tokens, draft_probabilities, target_logits, sampler):
-    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler)
-    return Verdict((honest.num_accepted + 1).clamp(max=len(draft_tokens)), honest.next_token)
+def accepts_one_too_many(draft_tokens, *rest):
+    honest = verify_draft(draft_tokens, *rest)
+    return Verdict((honest.num_accepted + 1).clamp(max=draft_tokens.shape[1]), honest.next_token)
 
 
 def test_correctness_catches_a_wrong_accept_rule_by_ids(common, monkeypatch, capsys):

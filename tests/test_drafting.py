@@ -208,15 +208,17 @@ def policy(draft_step=0.1, lengths=8):
 def play(policy, chances, rounds=300, matched=None):
     """Rounds of a model whose exits guess right by these chances; the plans that were made."""
     draws, plans = random.Random(0), []
-    ready = {"exit 2": 0, "exit 4": 0, **({} if matched is None else {"lookup": matched})}
+    ready = {"exit 2": [0], "exit 4": [0], "lookup": [matched]}
     for _ in range(rounds):
-        plan = policy.plan(ready, 8)
+        plan = policy.plan(ready, [8])
         chance = chances.get(plan.source, 0)
         accepted = 0
         while accepted < plan.length and draws.random() < chance:
             accepted += 1
         agreement = [chances[f"exit {plan.probe}"]] * (accepted + 1) if plan.probe else []
-        policy.learn(plan.source, ready.get(plan.source, 0), plan.length, accepted, plan.probe, agreement)
+        policy.learn(
+            plan.source, ready.get(plan.source, [0])[0], plan.length, accepted, plan.probe, agreement
+        )
         plans.append(plan)
     return plans
 

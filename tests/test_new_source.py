@@ -38,12 +38,13 @@ class Always(DraftSource):
     def __init__(self, parts):
         self._token, self._vocab_size = parts.config.always or 7, parts.model.config.vocab_size
 
-    def draft(self, output, k):
+    def draft(self, rows, k, wanted=None):
         Always.made += 1
-        tokens = torch.full((k,), self._token)
-        for i in range(k):
-            output.propose(tokens[i : i + 1], i)
-        return Draft("always", tokens, certain(tokens, self._vocab_size))
+        lengths = rows.rooms(k, wanted)
+        tokens = torch.full((len(rows), max(lengths)), self._token)
+        for i in range(max(lengths)):
+            rows.propose(tokens[:, i], i, [i < length for length in lengths])
+        return Draft(["always"] * len(rows), tokens, certain(tokens, self._vocab_size), lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +112,10 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
 
     offered = []
 
-    def plan(_, matched, room):
+    def plan(_, matched, rooms):
         offered.append(set(matched))
-        return Plan("always", min(2, room), min(2, room)) if room else Plan()
+        length = min(2, max(rooms))
+        return Plan("always", length, length) if length else Plan()
 
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
     monkeypatch.setattr("conftest.GenerationConfig", WithAlways)

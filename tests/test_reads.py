@@ -5,7 +5,7 @@ import torch
 from conftest import generate, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from self_speculation.decoding.output import Output
+from self_speculation.decoding.rows import Rows
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
@@ -90,9 +90,9 @@ def test_adaptive_rounds_read_no_more(reads, monkeypatch):
     """Guards against a probe that is read by itself. Plans are given, so that every kind of round comes."""
     kinds = iter(50 * ["", "exit 1", "lookup", "exit 2"])
 
-    def plan(_, matched, room):
+    def plan(_, matched, rooms):
         source = next(kinds)
-        length = min(room, 2) if source in matched else 0
+        length = 0 if matched.get(source, [None]) == [None] else min(*rooms, 2)
         return Plan(source if length else "", length, length, probe=2 if source != "exit 2" else 0)
 
     model = tiny_llama(num_layers=8)
@@ -117,13 +117,13 @@ def test_what_is_shown_is_read_once(reads):
 @pytest.mark.parametrize("fault", ["token", "confidence"])
 def test_the_count_sees_a_read_too_many(fault, reads, monkeypatch):
     """The counts above mean something: an extra read in the middle is found."""
-    place = Output.propose
+    propose = Rows.propose
 
-    def twice(self, token, position, confidence=None):
-        int(token) if fault == "token" else token.cpu()
-        return place(self, token, position, confidence)
+    def twice(self, tokens, *rest):
+        int(tokens) if fault == "token" else tokens.cpu()
+        return propose(self, tokens, *rest)
 
-    monkeypatch.setattr(Output, "propose", twice)
+    monkeypatch.setattr(Rows, "propose", twice)
     with reads:
         result = generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=3, max_steps=30, eos=[])
     assert reads.number == 1 + result.num_verifications + result.num_drafted

@@ -14,53 +14,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.decoding.tally import Tally
 from self_speculation.results import GenerationStrategyResult, StopReason
+from self_speculation.transfers import on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
-
-
-class Reading:
-    """One read from the device: all of these numbers, ids among them; fp32 holds ids below 2^24 exactly.
-
-    A GPU copies them when it comes to it, and can be given more to do before anybody waits for them.
-    """
-
-    def __init__(self, numbers: Sequence[Tensor]) -> None:
-        self._values = torch.cat([part.flatten().float() for part in numbers])
-        self._numbers: list[float] | None = None
-        self._copied: torch.cuda.Event | None = None
-        if self._values.device.type == "cuda":
-            on_host = torch.empty(self._values.shape, dtype=torch.float32, pin_memory=True)
-            self._values = on_host.copy_(self._values, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def wait(self) -> list[float]:
-        """The numbers; the second time nothing is waited for."""
-        if self._numbers is None:
-            if self._copied is not None:
-                self._copied.synchronize()
-            self._numbers = self._values.tolist()
-        return self._numbers
-
-
-def read(numbers: Sequence[Tensor], logits: Tensor) -> list[float]:
-    """These numbers at once, by one read.
-
-    Args:
-        logits: [n, V] that they come from.
-
-    Raises:
-        FloatingPointError: the logits are not numbers. The last row tells: what is no number in the cache
-            makes all logits after it no numbers.
-    """
-    damaged, *values = Reading([logits[-1].isnan().any(), *numbers]).wait()
-    if damaged:
-        raise FloatingPointError(_NOT_A_NUMBER)
-    return values
 
 
 class Output:
@@ -72,6 +31,8 @@ class Output:
         stop: decides after each token whether the output goes on.
         processors: transformers logits processors.
         streamer: `put(ids)` and `end()`; one that also has `delete` is shown the drafts.
+        generator: of random numbers; None: torch's own.
+        has_drafts: whether there is something to be counted of them.
     """
 
     def __init__(
@@ -81,6 +42,8 @@ class Output:
         stop: StopConditions,
         processors: Sequence[Callable] | None = None,
         streamer: Any = None,
+        generator: torch.Generator | None = None,
+        has_drafts: bool = False,
     ) -> None:
         self._started = time.perf_counter()
         self._first_token_at: float | None = None
@@ -88,11 +51,14 @@ class Output:
         self.max_length = len(prompt) + stop.max_tokens
         self.tokens: list[int] = []  # generated and decided, an end id included
         self.stop_reason: StopReason | None = None
-        self.tally: Tally | None = None  # of the drafts; None until there are some
+        self.is_damaged = False  # its logits are no numbers
+        self.generator = generator
+        self.tally = Tally() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
-        self._ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
+        self._ids[0, : len(prompt)] = on_device(prompt, device)
         self._stop = stop
         self._processors = LogitsProcessorList(processors or [])
+        self._is_looked_at = bool(self._processors) or stop.has_criteria
         self._streamer = streamer
         self._shows_drafts = hasattr(streamer, "delete")
         self._drafts_shown = 0
@@ -101,7 +67,7 @@ class Output:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0 once the output has ended."""
-        return 0 if self.stop_reason else self._stop.max_tokens - len(self.tokens)
+        return 0 if self.stop_reason or self.is_damaged else self._stop.max_tokens - len(self.tokens)
 
     @property
     def length(self) -> int:
@@ -109,84 +75,62 @@ class Output:
         return len(self.prompt) + len(self.tokens)
 
     def history(self, num_drafted: int = 0) -> Tensor:
-        """[1, prompt + output + drafts] ids, a view."""
+        """[1, prompt + output + drafts] ids, a view; only the prompt's where nobody looks at the others."""
         return self._ids[:, : self.length + num_drafted]
 
-    def last(self, num_drafted: int = 0) -> Tensor:
-        """[1, 1] the last id of the history, a view."""
-        return self.history(num_drafted)[:, -1:]
+    @property
+    def has_processors(self) -> bool:
+        return bool(self._processors)
 
-    def drafted(self, num_drafted: int) -> Tensor:
-        """[k] the ids proposed after the decided ones, a view."""
-        return self.history(num_drafted)[0, self.length :]
-
-    def process(self, logits: Tensor, num_drafted: int = 0) -> Tensor:
+    def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
         """Apply the logits processors.
 
         Args:
             logits: [n, V]; row i is for the position after the history with `num_drafted + i` drafted
                 tokens.
+            count: rows that matter; the others are left alone.
 
         Returns:
-            [n, V], in fp32 when there are processors. Each row went through them by itself, as [1, V].
+            [n, V], in fp32. Each row went through the processors by itself, as [1, V].
         """
-        if not self._processors:
+        logits = logits.float()
+        if not self._processors or not count:
             return logits
-        rows = logits.float().split(1)
-        return torch.cat([self._processors(self.history(num_drafted + i), row) for i, row in enumerate(rows)])
+        rows = enumerate(logits[:count].split(1))
+        processed = [self._processors(self.history(num_drafted + i), row) for i, row in rows]
+        return torch.cat([*processed, logits[count:]])
 
-    def place(self, token: Tensor, position: int) -> None:
-        """Write token [1] after the decided ones, at draft position 0, 1, ..."""
-        self.history(position + 1)[0, -1:] = token
+    def place(self, token: Tensor | int, position: int) -> None:
+        """Write a token after the decided ones, at draft position 0, 1, ..., if anybody looks there."""
+        if self._is_looked_at:
+            self._ids[0, self.length + position] = token
 
-    def propose(self, token: Tensor, position: int, confidence: Tensor | None = None) -> Reading | None:
-        """Place a drafted token, and show it if drafts are shown.
+    @property
+    def shows_draft(self) -> bool:
+        """Whether the next drafted token is to be shown."""
+        return self._shows_drafts and not self._draft_ended
 
-        One read from the device where drafts are shown or there is a confidence; else none.
-
-        Args:
-            token: [1]
-            confidence: [1], in fp32, the token's probability, where it decides how the draft goes on.
-
-        Returns:
-            The read, if there is one: of the token, and of the confidence.
-        """
-        self.place(token, position)
-        # Whatever a draft goes on with after an end id will never be output.
-        shown = self._shows_drafts and not self._draft_ended
-        if confidence is None and not shown:
-            return None
-        reading = Reading([token] if confidence is None else [token, confidence])
-        if shown:
-            id_ = int(reading.wait()[0])
-            self._draft_ended = id_ in self._stop.end_ids
-            if not self._draft_ended:
-                self._streamer.put(torch.tensor([id_]), is_draft=True)
-                self._drafts_shown += 1
-        return reading
-
-    def emit(self, logits: Tensor, sampler: Sampler) -> None:
-        """Pick one token by logits [1, V] and decide on it; one read from the device."""
-        logits = self.process(logits)
-        token = sampler(logits).tokens  # [1]
-        self.place(token, 0)
-        (id_,) = read([token], logits)
-        self.commit([int(id_)], logits)
+    def show_drafted(self, id_: int) -> None:
+        self._draft_ended = id_ in self._stop.end_ids
+        if not self._draft_ended:
+            self._streamer.put(torch.tensor([id_]), is_draft=True)
+            self._drafts_shown += 1
 
     def commit(self, tokens: Sequence[int], scores: Tensor, drafted: int = 0, source: str = "") -> None:
         """Decide on tokens, up to the one that ends the output.
 
         Args:
-            tokens: n ids, which stand at draft positions 0..n-1.
+            tokens: n ids, those accepted of a draft and one more.
             scores: [>= n, V] the processed logits that they came from.
             drafted: tokens that were drafted by `source` in the round of which these come.
         """
         taken = 0
         while taken < len(tokens) and not self.stop_reason:
+            self.place(tokens[taken], 0)
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
             taken += 1
-        if self.tally is not None:
+        if self.tally is not None and source:
             self.tally.add(source, drafted, accepted=len(tokens) - 1, emitted=taken)
         if self._first_token_at is None:
             self._first_token_at = time.perf_counter()
@@ -194,10 +138,16 @@ class Output:
             self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
     def result(self) -> GenerationStrategyResult:
-        """What there is to report, once the output has ended."""
+        """What there is to report, once the output has ended.
+
+        Raises:
+            FloatingPointError: its logits were no numbers.
+        """
         finished = time.perf_counter()
         if self._streamer is not None:
             self._streamer.end()
+        if self.is_damaged:
+            raise FloatingPointError(_NOT_A_NUMBER)
         assert self._first_token_at is not None
         ended_by_id = self.stop_reason == "eos"
         tally = self.tally

@@ -32,10 +32,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of verifying k drafted tokens. Both are 0-d tensors on the device of the logits."""
+    """Outcome of verifying k drafted tokens of each row, on the device of the logits."""
 
-    num_accepted: Tensor  # m, 0 <= m <= k: length of the longest valid prefix of the draft
-    next_token: Tensor  # the target's own token after the accepted prefix
+    num_accepted: Tensor  # [...] m, 0 <= m <= k: length of the longest valid prefix of the draft
+    next_token: Tensor  # [...] the target's own token after the accepted prefix
 
 
 def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -75,16 +75,26 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
 
 
-def draw(weights: Tensor) -> Tensor:
+def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """[n] between 0 and 1, as exact as `draw` wants them, by a generator of the device or by torch's own."""
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    return torch.rand(n, dtype=precise, device=device, generator=generator)
+
+
+def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
     """[n, V] weights, none below 0 -> [n] tokens, each drawn with a probability in proportion to its weight.
 
     A number up to the sum of all falls into one token's share of it. That takes one random number for a
     token, where `multinomial` draws one for every entry of the vocabulary.
+
+    Args:
+        numbers: [n] see `random_numbers`; None: new ones.
     """
-    precise = torch.float32 if weights.device.type == "mps" else torch.float64
-    upto = weights.cumsum(-1, dtype=precise)  # [n, V]
-    number = torch.rand(len(weights), 1, dtype=precise, device=weights.device) * upto[:, -1:]
-    return torch.searchsorted(upto, number, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+    if numbers is None:
+        numbers = random_numbers(len(weights), weights.device)
+    upto = weights.cumsum(-1, dtype=numbers.dtype)  # [n, V]
+    places = torch.searchsorted(upto, numbers[:, None] * upto[:, -1:], right=True)
+    return places.squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
@@ -118,15 +128,15 @@ class Sampler:
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
         return nucleus(probabilities, self.top_p) if self.top_p < 1 else probabilities
 
-    def __call__(self, logits: Tensor) -> Choice:
-        """Pick one token for each row of logits [n, V]."""
+    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> Choice:
+        """Pick one token for each row of logits [n, V], with random numbers [n] if they are given."""
         if self.greedy:
             return Choice(logits.argmax(-1), None)
         probabilities = self.probabilities(logits)
-        return Choice(draw(probabilities), probabilities)
+        return Choice(draw(probabilities, numbers), probabilities)
 
     def agreement(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-        """[n] chances that a token drafted by one row of [n, V] logits is accepted by that of the other:
+        """[...] chances that a token drafted by one row of [..., V] logits is accepted by that of the other:
         sum of min(p, q) (Leviathan et al., definition 3.2).
         """
         if self.greedy:
@@ -162,10 +172,15 @@ def decode_next_token(
 
 
 def verify_draft(
-    draft_tokens: Tensor, draft_probabilities: Tensor | None, target_logits: Tensor, sampler: Sampler
+    draft_tokens: Tensor,
+    draft_probabilities: Tensor | None,
+    target_logits: Tensor,
+    sampler: Sampler,
+    lengths: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> Verdict:
     """Accept the longest valid prefix of a draft and emit one more token, such that the output is the
-    target's own.
+    target's own; of each of B rows, or of one.
 
     Greedy: a drafted token is valid while it is the target's argmax. Sampling: x ~ q is valid with
     probability min(1, p(x)/q(x)); at the first rejection the next token comes from norm(max(0, p - q)), after
@@ -173,32 +188,46 @@ def verify_draft(
     theorem 1).
 
     Args:
-        draft_tokens: [k], k >= 0.
-        draft_probabilities: q, [k, V], exactly what the tokens were drawn from; None when greedy.
-        target_logits: [k + 1, V], processed; row i is the target's for the position of draft token i.
+        draft_tokens: [B, k] or [k], k >= 0.
+        draft_probabilities: q, [B, k, V] or [k, V], exactly what the tokens were drawn from; None when
+            greedy.
+        target_logits: [B, k + 1, V] or [k + 1, V], processed; row i is the target's for the position of draft
+            token i.
         sampler: the sampler that drew the draft.
+        lengths: [B] how many of a row's k tokens are its draft, the rest being padding; None: all.
+        numbers: [B, k + 1] random numbers, those of the acceptances and that of the next token; None: new
+            ones.
     """
+    k = draft_tokens.shape[-1]
     if sampler.greedy:
-        target_tokens = target_logits.argmax(-1)  # [k+1]
-        num_accepted = _prefix_length(draft_tokens == target_tokens[:-1])
-        return Verdict(num_accepted, target_tokens.index_select(0, num_accepted.view(1))[0])
+        target_tokens = target_logits.argmax(-1)  # [B, k+1]
+        num_accepted = _prefix_length(draft_tokens == target_tokens[..., :k], lengths)
+        return Verdict(num_accepted, target_tokens.gather(-1, num_accepted[..., None])[..., 0])
 
-    p = sampler.probabilities(target_logits)  # [k+1, V]
+    if numbers is None:
+        shape = target_logits.shape[:-1]
+        numbers = random_numbers(shape.numel(), target_logits.device).view(shape)
+    p = sampler.probabilities(target_logits)  # [B, k+1, V]
     # With q = 0 after the last draft token, "all accepted: draw from p" is the residual rule again.
-    q = torch.zeros_like(p)  # [k+1, V]
+    q = torch.zeros_like(p)  # [B, k+1, V]
     if draft_probabilities is not None:
-        q[:-1] = draft_probabilities
-    x = draft_tokens[:, None]  # [k, 1]
-    u = torch.rand(x.shape, device=p.device)
-    num_accepted = _prefix_length((u * q[:-1].gather(1, x) < p[:-1].gather(1, x))[:, 0])
+        q[..., :k, :] = draft_probabilities
+    if lengths is not None:
+        padding = torch.arange(k + 1, device=q.device) >= lengths[..., None]
+        q.masked_fill_(padding[..., None], 0.0)
+    x = draft_tokens[..., None]  # [B, k, 1]
+    q_x, p_x = (of_all[..., :k, :].gather(-1, x)[..., 0] for of_all in (q, p))
+    num_accepted = _prefix_length(numbers[..., :k] * q_x < p_x, lengths)
 
-    row = num_accepted.view(1)
-    p_row, q_row = p.index_select(0, row)[0], q.index_select(0, row)[0]  # [V]
-    residual = (p_row - q_row).clamp(min=0)
-    residual = torch.where(residual.sum() > 0, residual, p_row)
-    return Verdict(num_accepted, draw(residual[None])[0])
+    place = num_accepted[..., None, None]
+    p_next, q_next = (torch.take_along_dim(of_all, place, -2)[..., 0, :] for of_all in (p, q))  # [B, V]
+    residual = (p_next - q_next).clamp(min=0)
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
+    next_token = draw(residual.view(-1, residual.shape[-1]), numbers[..., k].reshape(-1))
+    return Verdict(num_accepted, next_token.view(num_accepted.shape))
 
 
-def _prefix_length(accepted: Tensor) -> Tensor:
-    """[k] booleans -> how many are true before the first false, a 0-d int64 tensor."""
-    return accepted.long().cumprod(0).sum()
+def _prefix_length(accepted: Tensor, lengths: Tensor | None) -> Tensor:
+    """[..., k] booleans -> [...] how many are true before the first false, and before the length, int64."""
+    before = accepted.long().cumprod(-1).sum(-1)
+    return before if lengths is None else torch.minimum(before, lengths)

@@ -40,6 +40,11 @@ class StopConditions:
         self._ends_text = ends_text
         self._criteria = tuple(criteria or ())
 
+    @property
+    def has_criteria(self) -> bool:
+        """Whether somebody looks at the history."""
+        return bool(self._criteria)
+
     def reason(self, output: Sequence[int], history: Tensor, scores: Tensor) -> StopReason | None:
         """Why the output ends after the last token of `output`, or None when it goes on.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from self_speculation.decoding.output import Output
+from self_speculation.decoding.rows import Rows
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.policy import AdaptivePolicy
 
 
 class AdaptiveDrafts(DraftSource):
-    """What a policy plans: a draft of one of several sources, or nothing.
+    """What a policy plans: drafts of one of several sources, or nothing.
 
     Reads from the device: those of the source that drafts.
     """
@@ -19,16 +19,21 @@ class AdaptiveDrafts(DraftSource):
     def __init__(self, sources: Mapping[str, DraftSource], policy: AdaptivePolicy) -> None:
         self._sources, self._policy = sources, policy
 
-    def draft(self, output: Output, k: int) -> Draft:
-        matched = {name: source.matched(output) for name, source in self._sources.items()}
-        plan = self._policy.plan({name: n for name, n in matched.items() if n is not None}, k)
+    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        matched = {name: source.matched(rows) for name, source in self._sources.items()}
+        plan = self._policy.plan(matched, rows.rooms(k, wanted))
         if not plan.source:
-            return Draft("none", output.drafted(0), None, probe=plan.probe)
-        return replace(self._sources[plan.source].draft(output, min(k, plan.at_most)), probe=plan.probe)
+            return Draft(["none"] * len(rows), rows.last[:, :0], None, [0] * len(rows), probe=plan.probe)
+        source = self._sources[plan.source]
+        return replace(source.draft(rows, min(k, plan.at_most), wanted), probe=plan.probe)
 
-    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:
-        self._policy.learn(
-            draft.source, draft.matched, len(draft.tokens), num_accepted, draft.probe, agreement
-        )
-        if draft.source in self._sources:
-            self._sources[draft.source].learn(draft, num_accepted, agreement)
+    def learn(
+        self, rows: Rows, draft: Draft, num_accepted: Sequence[int], agreement: Sequence[Sequence[float]]
+    ) -> None:
+        matched = draft.matched or [0] * len(rows)
+        for row, name in enumerate(draft.sources):
+            self._policy.learn(
+                name, matched[row], draft.lengths[row], num_accepted[row], draft.probe, agreement[row]
+            )
+        if draft.sources[0] in self._sources:
+            self._sources[draft.sources[0]].learn(rows, draft, num_accepted, agreement)

@@ -6,7 +6,7 @@ Numbers alone. `clock` measures them; `estimated` takes them from the bytes that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy
@@ -28,6 +28,8 @@ class Costs:
             begins; 0: the draft left nothing to go on from, and all layers verify.
         lengths: from 0 up; what lies in between is interpolated.
         probe: one exit read off a pass.
+        num_rows: sequences in the passes: all costs are those of one token, or draft, of each of them.
+        fewer: the same for fewer rows, as a batch has them in the end; all from 1 up.
     """
 
     plain_step: float
@@ -35,6 +37,35 @@ class Costs:
     verifications: Mapping[int, Sequence[float]]
     lengths: Sequence[int]
     probe: float
+    num_rows: int = 1
+    fewer: Mapping[int, Costs] = field(default_factory=dict)
+
+    def of(self, num_rows: int) -> Costs:
+        """Of passes over so many rows."""
+        return self if num_rows == self.num_rows else self.fewer[num_rows]
+
+    def falling_to(self, one: Costs) -> Costs:
+        """With those of fewer rows, on straight lines to those of one."""
+
+        def between(num_rows: int) -> Costs:
+            share = (num_rows - 1) / (self.num_rows - 1)
+
+            def mean(of_one: float, of_all: float) -> float:
+                return of_one + share * (of_all - of_one)
+
+            return Costs(
+                plain_step=mean(one.plain_step, self.plain_step),
+                draft_step={e: mean(one.draft_step[e], cost) for e, cost in self.draft_step.items()},
+                verifications={
+                    e: [mean(one.verification(e, k), self.verification(e, k)) for k in self.lengths]
+                    for e in self.verifications
+                },
+                lengths=self.lengths,
+                probe=mean(one.probe, self.probe),
+                num_rows=num_rows,
+            )
+
+        return replace(self, fewer={n: between(n) for n in range(1, self.num_rows)})
 
     def verification(self, exit_layer: int, num_drafted: int) -> float:
         return float(numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer]))

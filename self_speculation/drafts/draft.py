@@ -6,48 +6,77 @@ Verification makes any draft safe, as long as it says what distribution its toke
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from self_speculation.decoding.output import Output
+from self_speculation.decoding.rows import Rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """k guesses, k >= 0, what of the work for them verification can go on from, and what the source needs to
-    remember of them.
+    """k guesses for each row, k >= 0, what of the work for them verification can go on from, and what the
+    source needs to remember of them.
     """
 
-    source: str  # what drafted, by name
-    tokens: Tensor  # [k]
-    probabilities: Tensor | None  # [k, V] what they were drawn from; None when greedy
+    sources: Sequence[str]  # [B] what drafted, by name
+    tokens: Tensor  # [B, k]
+    probabilities: Tensor | None  # [B, k, V] what they were drawn from; None when greedy
+    lengths: Sequence[int]  # [B] how many of the k are the row's draft, the rest being padding
     exit_layer: int = 0  # the first layer that has not seen them: none has where it is 0
-    # k of [1, 1, H], of the token before each guess; and that of the last guess, if it is known already
+    # k of [B, 1, H], of the token before each guess; and that of the last guess, if it is known already
     exit_hidden: list[Tensor] = field(default_factory=list)
     probe: int = 0  # an exit layer beyond exit_layer to be read at verification; 0: none
-    confidences: Sequence[float] = ()  # probabilities of the guesses, where they decided how long it is
-    matched: int = 0  # tokens that a lookup found again
+    confidences: Sequence[
+        Sequence[float]
+    ] = ()  # of each row's guesses, where they decided how many there are
+    matched: Sequence[int] = ()  # [B] tokens that a lookup found again
 
 
 class DraftSource(ABC):
-    """Makes the drafts of one generation."""
+    """Makes the drafts of one generation, or of one batch."""
 
     @abstractmethod
-    def draft(self, output: Output, k: int) -> Draft:
-        """Propose at most k tokens after the output; the cache may hold what the draft's layers left."""
+    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        """Propose at most k tokens after each output, and no more than there is room for, see `Rows.rooms`.
 
-    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:  # noqa: B027
-        """Hear what became of the last draft.
+        The cache may hold what the draft's layers left; where its `exit_layer` is 0, that is forgotten.
+
+        Args:
+            wanted: [B] the rows that tokens are wanted for; None: all.
+        """
+
+    def learn(  # noqa: B027
+        self, rows: Rows, draft: Draft, num_accepted: Sequence[int], agreement: Sequence[Sequence[float]]
+    ) -> None:
+        """Hear what became of the last draft, row by row.
 
         Args:
             agreement: for a probed exit, the chances that its guesses would have been accepted, one for each
                 position up to the first rejected token.
         """
 
-    def matched(self, output: Output) -> int | None:  # noqa: ARG002
-        """How sure a draft would be now, in tokens that it matches; 0 of a source that compares none. None
-        where there is nothing to draft.
+    def matched(self, rows: Rows) -> list[int | None]:
+        """How sure a draft of each row would be now, in tokens that it matches; 0 of a source that compares
+        none. None where there is nothing to draft.
         """
-        return 0
+        return [0] * len(rows)
+
+
+class PerOutput(Generic[T]):
+    """What a source keeps of each output, made when it is first asked for."""
+
+    def __init__(self, make: Callable[[Output], T]) -> None:
+        self._make = make
+        self._made: WeakKeyDictionary[Output, T] = WeakKeyDictionary()
+
+    def __getitem__(self, output: Output) -> T:
+        if output not in self._made:
+            self._made[output] = self._make(output)
+        return self._made[output]

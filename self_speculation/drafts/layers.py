@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.output import Output, Reading
-from self_speculation.decoding.sampling import Choice, Sampler
-from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.sampling import Choice
+from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
 from self_speculation.drafts.policy import Threshold
 from self_speculation.model.decoder import Decoder, forward_early
+from self_speculation.transfers import Reading
 
 
 class LayerDrafts(DraftSource):
-    """Guesses of the first layers, one pass each.
+    """Guesses of the first layers, one pass each over all rows.
 
     Reads from the device: none, but one for each drafted token where a threshold decides whether another
     follows, or where drafts are shown; one, not two, where both is so. A GPU begins the next pass before the
@@ -26,69 +27,100 @@ class LayerDrafts(DraftSource):
         drafter: what runs the layers.
         exit_layer: so many layers.
         keeps_cache: whether they leave in the cache, and as exit states, what verification can go on from.
-            The model's own layers do; those of a copy are less exact, and all that they leave is removed.
-        threshold: when to stop before k; None: never.
+            The model's own layers do; those of a copy are less exact, and all that they leave is forgotten.
+        threshold: makes what says when an output's draft stops before k; None: it never does. Passes go on
+            until all have stopped.
     """
 
     def __init__(
         self,
         drafter: Decoder,
-        sampler: Sampler,
         exit_layer: int,
         keeps_cache: bool = True,
-        threshold: Threshold | None = None,
+        threshold: Callable[[], Threshold] | None = None,
     ) -> None:
-        self._drafter, self._sampler, self._exit_layer = drafter, sampler, exit_layer
-        self._keeps_cache, self._threshold = keeps_cache, threshold
+        self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, keeps_cache
+        self._name = f"exit {exit_layer}"
+        self._thresholds = None if threshold is None else PerOutput(lambda output: threshold())
         self._runs_ahead = drafter.rotary.device.type == "cuda"
 
-    def draft(self, output: Output, k: int) -> Draft:
-        start = self._drafter.cache.length(0)
+    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        rooms = rows.rooms(k, wanted)
+        inputs, reading = rows.last, None
         choices: list[Choice] = []
         exit_hidden: list[Tensor] = []
-        confidences: list[float] = []
-        reading: Reading | None = None
+        lengths = [0] * len(rooms)
+        confidences: list[list[float]] = [[] for _ in rooms]
+        confident = [True] * len(rooms)
+
         # The token that ends a draft is part of it: to leave it out for what it is would change the
         # distribution of the output.
-        while len(choices) < k and (self._runs_ahead or self._goes_on(reading, confidences)):
-            i = len(choices)
-            early = forward_early(self._drafter, output.last(num_drafted=i), self._exit_layer)
-            exit_hidden.append(early.hidden)
-            if self._runs_ahead and not self._goes_on(reading, confidences):
+        def goes_on(i: int) -> list[bool]:
+            """Which drafts get an i-th token, when what was read is known."""
+            if reading is not None:
+                self._hear(rows, reading, lengths, confidences, confident)
+            return [is_confident and i < room for is_confident, room in zip(confident, rooms, strict=True)]
+
+        for i in range(max(rooms)):
+            if not self._runs_ahead and not any(goes_on(i)):
                 break
-            logits = output.process(early.logits[0], i)  # [1, V]
-            choices.append(self._sampler(logits))
-            reading = output.propose(choices[i].tokens, i, self._confidence(choices[i], logits))
-        if len(confidences) < len(choices):  # nothing depends on the last one, but it is learnt from
-            self._goes_on(reading, confidences)
+            early = forward_early(self._drafter, inputs, self._exit_layer)
+            exit_hidden.append(early.hidden)
+            going = goes_on(i)
+            if not any(going):
+                break
+            choice, logits = rows.choose(early.logits[:, 0], i, going)
+            choices.append(choice)
+            lengths = [length + goes for length, goes in zip(lengths, going, strict=True)]
+            reading = rows.propose(choice.tokens, i, going, self._confidence(choice, logits))
+            inputs = choice.tokens[:, None]
+        goes_on(0)  # nothing depends on the last confidences, but they are learnt from
         drawn_from = [choice.probabilities for choice in choices if choice.probabilities is not None]
         draft = Draft(
-            f"exit {self._exit_layer}",
-            output.drafted(len(choices)),
-            torch.cat(drawn_from) if drawn_from else None,
+            [self._name] * len(rooms),
+            torch.stack([choice.tokens for choice in choices], 1) if choices else rows.last[:, :0],
+            torch.stack(drawn_from, 1) if drawn_from else None,
+            lengths,
             confidences=confidences,
         )
         if self._keeps_cache:
             return replace(draft, exit_layer=self._exit_layer, exit_hidden=exit_hidden)
-        self._drafter.cache.truncate(start)
         return draft
 
-    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:  # noqa: ARG002
-        if self._threshold is not None:
-            self._threshold.learn(draft.confidences, num_accepted)
+    def learn(
+        self,
+        rows: Rows,
+        draft: Draft,
+        num_accepted: Sequence[int],
+        agreement: Sequence[Sequence[float]],  # noqa: ARG002
+    ) -> None:
+        if self._thresholds is None:
+            return
+        for row, output in enumerate(rows.outputs):
+            if draft.sources[row] == self._name:
+                self._thresholds[output].learn(draft.confidences[row], num_accepted[row])
 
-    def _goes_on(self, reading: Reading | None, confidences: list[float]) -> bool:
-        """Whether another token is wanted after the last one, which is being read; keeps its confidence."""
-        if self._threshold is None or reading is None:
-            return True
-        confidences.append(reading.wait()[1])
-        return self._threshold.goes_on(confidences)
+    def _hear(
+        self,
+        rows: Rows,
+        reading: Reading,
+        lengths: Sequence[int],
+        confidences: list[list[float]],
+        confident: list[bool],
+    ) -> None:
+        """Ask the thresholds of outputs whose last confidence has been read and not been heard."""
+        if self._thresholds is None:
+            return
+        for row, output in enumerate(rows.outputs):
+            if len(confidences[row]) < lengths[row]:
+                confidences[row].append(reading.wait()[len(rows) + row])
+                confident[row] = self._thresholds[output].goes_on(confidences[row])
 
     def _confidence(self, choice: Choice, logits: Tensor) -> Tensor | None:
-        """[1] the probability of the token chosen by logits [1, V], if anybody asks for it."""
-        if self._threshold is None:
+        """[B] the probabilities of the tokens chosen by logits [B, V], if anybody asks for them."""
+        if self._thresholds is None:
             return None
         probabilities = choice.probabilities
         if probabilities is None:
             probabilities = logits.float().softmax(-1)
-        return probabilities[0, choice.tokens]
+        return probabilities.gather(1, choice.tokens[:, None])[:, 0]

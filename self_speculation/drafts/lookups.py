@@ -2,69 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from self_speculation.decoding.output import Output
-from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.decoding.rows import Rows
+from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
 from self_speculation.drafts.policy import LookupPolicy
 from self_speculation.drafts.prompt_lookup import NgramIndex
+from self_speculation.transfers import on_device
 
 
 class Lookup(DraftSource):
     """Copies of what followed. No layers, and no reads from the device unless drafts are shown.
 
     Args:
-        prompt: its ids.
         longest: tokens that are matched at most.
         vocab_size: width of the logits.
     """
 
-    def __init__(self, prompt: Sequence[int], longest: int, vocab_size: int) -> None:
-        self.longest = longest
-        self._prompt_length, self._vocab_size = len(prompt), vocab_size
-        self._index = NgramIndex(longest)
-        self._index.extend(prompt)
+    def __init__(self, longest: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._indices = PerOutput(lambda output: NgramIndex(longest))
 
-    def matched(self, output: Output) -> int | None:
+    def matched(self, rows: Rows) -> list[int | None]:
         """How many of the last tokens stood somewhere before; None: not even the last one."""
-        return self._find(output, 0)[0] or None
+        return [self._find(output, 0)[0] or None for output in rows.outputs]
 
-    def draft(self, output: Output, k: int) -> Draft:
-        matched, ids = self._find(output, k)
-        tokens = torch.tensor(ids, dtype=torch.long, device=output.history().device)
-        for i in range(len(ids)):
-            output.propose(tokens[i : i + 1], i)
-        return Draft("lookup", tokens, certain(tokens, self._vocab_size), matched=matched or 0)
+    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        rooms = rows.rooms(k, wanted)
+        found = [self._find(output, room) for output, room in zip(rows.outputs, rooms, strict=True)]
+        lengths = [len(ids) for _, ids in found]
+        width = max(lengths)
+        padded = [id_ for _, ids in found for id_ in [*ids, *[0] * (width - len(ids))]]
+        tokens = on_device(padded, rows.last.device).view(len(rows), width)
+        for i in range(width):
+            rows.propose(tokens[:, i], i, [i < length for length in lengths])
+        probabilities = None if rows.sampler.greedy else certain(tokens, self._vocab_size)
+        matched = [number if length else 0 for (number, _), length in zip(found, lengths, strict=True)]
+        return Draft(["lookup"] * len(rows), tokens, probabilities, lengths, matched=matched)
 
     def _find(self, output: Output, k: int) -> tuple[int, list[int]]:
-        self._index.extend(output.tokens[len(self._index) - self._prompt_length :])
-        return self._index.lookup(k)
+        index = self._indices[output]
+        if not len(index):
+            index.extend(output.prompt)
+        index.extend(output.tokens[len(index) - len(output.prompt) :])
+        return index.lookup(k)
 
 
 def certain(tokens: Tensor, vocab_size: int) -> Tensor:
-    """[k, V] the distribution of tokens [k] that were not drawn."""
-    q = tokens.new_zeros(len(tokens), vocab_size, dtype=torch.float32)
-    return q.scatter_(1, tokens[:, None], 1.0)
+    """[..., V] the distribution of tokens [...] that were not drawn."""
+    q = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return q.scatter_(-1, tokens[..., None], 1.0)
 
 
 class LookupFirst(DraftSource):
-    """Lookups; where nothing is found, or where they have not paid, another source's draft."""
+    """Lookups; for rows where nothing is found, or where they have not paid, another source's draft.
 
-    def __init__(self, lookup: Lookup, otherwise: DraftSource, policy: LookupPolicy) -> None:
-        self._lookup, self._otherwise, self._policy = lookup, otherwise, policy
+    Args:
+        policy: makes what says of each output whether lookups pay.
+    """
 
-    def draft(self, output: Output, k: int) -> Draft:
-        matched = self._lookup.matched(output)
-        if k and matched and self._policy.pays(matched):
-            return self._lookup.draft(output, k)
-        return self._otherwise.draft(output, k)
+    def __init__(
+        self, lookup: Lookup, otherwise: DraftSource, make_policy: Callable[[], LookupPolicy]
+    ) -> None:
+        self._lookup, self._otherwise = lookup, otherwise
+        self._policies = PerOutput(lambda output: make_policy())
 
-    def learn(self, draft: Draft, num_accepted: int, agreement: Sequence[float]) -> None:
-        if draft.matched:
-            self._policy.learn_lookup(draft.matched, num_accepted)
-        else:
-            self._policy.learn_layers(len(draft.tokens), num_accepted)
-            self._otherwise.learn(draft, num_accepted, agreement)
+    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        matched = zip(rows.outputs, self._lookup.matched(rows), rows.rooms(k, wanted), strict=True)
+        pays = [bool(room and n and self._policies[output].pays(n)) for output, n, room in matched]
+        if not any(pays):
+            return self._otherwise.draft(rows, k, wanted)
+        looked_up = self._lookup.draft(rows, k, pays)
+        rest = [not looked and goes for looked, goes in zip(pays, wanted or [True] * len(pays), strict=True)]
+        return _mixed(looked_up, self._otherwise.draft(rows, k, rest), pays) if any(rest) else looked_up
+
+    def learn(
+        self, rows: Rows, draft: Draft, num_accepted: Sequence[int], agreement: Sequence[Sequence[float]]
+    ) -> None:
+        matched = draft.matched or [0] * len(rows)
+        for row, output in enumerate(rows.outputs):
+            if matched[row]:
+                self._policies[output].learn_lookup(matched[row], num_accepted[row])
+            else:
+                self._policies[output].learn_layers(draft.lengths[row], num_accepted[row])
+        if not all(matched):
+            self._otherwise.learn(rows, draft, num_accepted, agreement)
+
+
+def _mixed(first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
+    """Some rows of one draft, the others of another. The layers behind either have not seen all rows, so
+    verification begins with the first one.
+    """
+    width = max(first.tokens.shape[1], second.tokens.shape[1])
+    taken = on_device(from_first, first.tokens.device).bool()[:, None]  # [B, 1]
+
+    def merged(a: Tensor, b: Tensor) -> Tensor:
+        """Of [B, k, ...] each."""
+        missing = [(0, 0) * (part.dim() - 2) + (0, width - part.shape[1]) for part in (a, b)]
+        a, b = pad(a, missing[0]), pad(b, missing[1])
+        return torch.where(taken.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    def chosen(a: Sequence, b: Sequence) -> list:
+        return [x if wins else y for x, y, wins in zip(a, b, from_first, strict=True)]
+
+    q, other_q = first.probabilities, second.probabilities
+    nothing = [0] * len(from_first)
+    return Draft(
+        chosen(first.sources, second.sources),
+        merged(first.tokens, second.tokens),
+        None if q is None or other_q is None else merged(q, other_q),
+        chosen(first.lengths, second.lengths),
+        confidences=second.confidences,
+        matched=chosen(first.matched or nothing, second.matched or nothing),
+    )

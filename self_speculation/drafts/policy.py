@@ -193,26 +193,36 @@ class AdaptivePolicy:
         self._saved_up = 0.0
         self._next_probe = 0
 
-    def plan(self, matched: Mapping[str, int], room: int) -> Plan:
-        """
+    def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
+        """One round of all rows.
+
         Args:
-            matched: the sources that can draft now, and how many tokens each has matched.
-            room: tokens that may be drafted at most.
+            matched: [B] by source, how many tokens it has matched of each row; None where it cannot draft.
+            rooms: [B] tokens that may be drafted at most.
         """
-        best, best_rate = Plan(), self._MARGIN / self._costs.round(0, 0)
-        for name, number in matched.items():
-            acceptance = self._means[name, number].value
-            expected, chance = 1.0, 1.0
-            for length in range(1, min(room, self._longest) + 1):
-                chance *= acceptance
-                expected += chance
-                rate = expected / self._costs.round(self._arms[name].exit_layer, length)
+        costs = self._costs.of(len(rooms))
+        best, best_rate = Plan(), self._MARGIN * len(rooms) / costs.round(0, 0)
+        for name, numbers in matched.items():
+            # room and acceptance of the rows that it can draft for
+            rows = [
+                (room, self._means[name, number].value)
+                for number, room in zip(numbers, rooms, strict=True)
+                if number is not None
+            ]
+            expected, chances = float(len(rooms)), [1.0] * len(rows)
+            for length in range(1, min(max(rooms), self._longest) + 1):
+                chances = [
+                    chance * acceptance if length <= room else 0.0
+                    for chance, (room, acceptance) in zip(chances, rows, strict=True)
+                ]
+                expected += sum(chances)
+                rate = expected / costs.round(self._arms[name].exit_layer, length)
                 if rate > best_rate:
                     best, best_rate = Plan(name, length, length + self._arms[name].slack), rate
-                elif chance < 0.05:
+                elif max(chances, default=0.0) < 0.05:
                     break
         exit_layer = self._arms[best.source].exit_layer if best.source else 0
-        self._saved_up += self._probing * self._costs.round(exit_layer, best.length)
+        self._saved_up += self._probing * costs.round(exit_layer, best.length)
         return replace(best, probe=self._probe(exit_layer))
 
     def learn(

@@ -5,13 +5,13 @@ What drives drafting, what adaptive decoding chooses among and what a sweep can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 
 from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
-from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.adaptive import AdaptiveDrafts
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.draft import DraftSource
@@ -38,9 +38,7 @@ class Parts:
 
     model: PreTrainedModel
     decoder: Decoder  # the target's
-    sampler: Sampler
     config: GenerationConfig
-    prompt: Sequence[int]
     costs: Costs  # measured for adaptive decoding, else estimated
 
     @property
@@ -72,37 +70,37 @@ def make_drafter(decoder: Decoder, num_layers: int, draft_weights: DraftWeights)
 
 def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
     config = parts.config
-    threshold: Threshold | None = None
+    threshold: Callable[[], Threshold] | None = None
     if config.draft_confidence == "auto":
-        threshold = LearnedThreshold(parts.costs.draft_ratio(config.exit_layer))
+        threshold = partial(LearnedThreshold, parts.costs.draft_ratio(config.exit_layer))
     elif config.draft_confidence is not None:
-        threshold = FixedThreshold(float(config.draft_confidence))
+        threshold = partial(FixedThreshold, float(config.draft_confidence))
     return _layer_drafts(parts, config.exit_layer, threshold)
 
 
-def _layer_drafts(parts: Parts, exit_layer: int, threshold: Threshold | None) -> LayerDrafts:
+def _layer_drafts(parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None) -> LayerDrafts:
     drafter = make_drafter(parts.decoder, exit_layer, parts.config.draft_weights)
-    return LayerDrafts(drafter, parts.sampler, exit_layer, parts.keeps_cache, threshold)
+    return LayerDrafts(drafter, exit_layer, parts.keeps_cache, threshold)
 
 
 def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
-    """One for each exit whose cost is known."""
-    return {
-        f"exit {layer}": (
-            _layer_drafts(parts, layer, LearnedThreshold(parts.costs.draft_ratio(layer))),
-            Arm(layer, slack=4),
-        )
-        for layer in parts.costs.draft_step
-    }
+    """One for each exit whose cost is known. In a batch, drafts have the length that was planned for all."""
+    ends_itself = parts.costs.num_rows == 1
+    arms: dict[str, tuple[DraftSource, Arm]] = {}
+    for layer in parts.costs.draft_step:
+        threshold = partial(LearnedThreshold, parts.costs.draft_ratio(layer)) if ends_itself else None
+        arm = Arm(layer, slack=4 if ends_itself else 0)
+        arms[f"exit {layer}"] = (_layer_drafts(parts, layer, threshold), arm)
+    return arms
 
 
 def _lookup(parts: Parts, longest: int) -> Lookup:
-    return Lookup(parts.prompt, longest, parts.model.config.vocab_size)
+    return Lookup(longest, parts.model.config.vocab_size)
 
 
 def _lookup_first(parts: Parts, otherwise: Callable[[], DraftSource]) -> DraftSource:
     longest = parts.config.prompt_lookup
-    policy = LookupPolicy(longest, parts.costs.draft_ratio(parts.config.exit_layer))
+    policy = partial(LookupPolicy, longest, parts.costs.draft_ratio(parts.config.exit_layer))
     return LookupFirst(_lookup(parts, longest), otherwise(), policy)
 
 

@@ -7,6 +7,9 @@ There are passes of a few widths, powers of two, and tokens between are padded t
 written after the last position, where it is masked, and later overwritten. On a GPU it costs next to
 nothing, since a narrow pass takes the time of reading the weights. Where computing takes the time, as on a
 CPU, a verification takes up to as much as one of twice as many tokens.
+
+For a batch there are passes of their own, over all the rows that it may have: while there are fewer, the rest
+of each pass is computed for nobody.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from self_speculation.model.decoder import Decoder, ForwardResult, StaticSpan, round_up
+from self_speculation.model.decoder import Decoder, ForwardResult, RaggedSpan
 from self_speculation.model.families import context_length
-from self_speculation.model.kv_cache import StaticKVCache, WrittenAt
+from self_speculation.model.kv_cache import ALIGNMENT, StaticKVCache, WrittenAt, round_up
 from self_speculation.model.lean_layers import Lean
 from self_speculation.model.prepared import prepared
 
@@ -62,30 +66,57 @@ def is_compiled(model: PreTrainedModel) -> bool:
 
 
 def make_decoder(
-    model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1
+    model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1, num_rows: int = 1
 ) -> Decoder:
-    """The decoder of one generation.
+    """The decoder of one generation, or of one batch.
 
     Args:
-        model, prompt_length, num_positions: as for `Decoder`.
-        max_width: the most tokens that a pass after the prompt is given.
+        model, prompt_length, num_positions, num_rows: as for `Decoder`.
+        max_width: the most tokens that a pass after the prompt is given, of each row.
     """
     if not is_compiled(model):
-        return Decoder(model, prompt_length, num_positions)
-    return CompiledDecoder(model, prompt_length, num_positions, max_width)
+        return Decoder(model, prompt_length, num_positions, num_rows)
+    return CompiledDecoder(model, prompt_length, num_positions, max_width, num_rows)
 
 
 class CompiledDecoder(Decoder):
     """Runs passes over at most `max_width` tokens compiled; those of a prompt as `Decoder`."""
 
+    _passes: Passes | None = None
+
     def __init__(
-        self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int
+        self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
     ) -> None:
-        super().__init__(model, prompt_length, num_positions)
-        self._max_width = max_width
-        self._passes = _passes(model, num_positions, max(padded(max_width), _ROOM))
+        super().__init__(model, prompt_length, num_positions, num_rows)
+        self._model, self._max_width, self._num_rows = model, max_width, num_rows
+        self._passes = self._find_passes(num_positions)
         self.cache = self._passes.cache
         self.cache.clear()
+
+    def reserve(self, num_positions: int) -> None:
+        """See `Decoder`. Where the static cache is too small for it, what it holds moves to another."""
+        super().reserve(num_positions)
+        if self._passes is not None and (larger := self._find_passes(num_positions)) is not self._passes:
+            larger.cache.take_over(self._passes.cache)
+            self._passes, self.cache = larger, larger.cache
+
+    def for_row(self, row: int) -> Decoder:
+        """See `Decoder`. Nothing is compiled for one row of several."""
+        other = super().for_row(row)
+        assert isinstance(other, CompiledDecoder)
+        other._passes = self._passes if self._num_rows == 1 else None
+        return other
+
+    def _find_passes(self, num_positions: int) -> Passes:
+        """Those there are, unless their cache is too small for so many positions and padding."""
+        made, room = prepared(self._model).passes, max(padded(self._max_width), _ROOM)
+        assert made is not None
+        passes = made.get(self._num_rows)
+        if passes is None or num_positions + room > passes.cache.capacity:
+            most = round_up(context_length(self.config) + room, ALIGNMENT)
+            capacity = min(max(_SMALLEST_CAPACITY, padded(num_positions + room)), most)
+            made[self._num_rows] = Passes(Decoder(self._model, 1, capacity), capacity, self._num_rows)
+        return made[self._num_rows]
 
     def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:  # noqa: ARG002
         """What is compiled is this model's own layers."""
@@ -94,9 +125,10 @@ class CompiledDecoder(Decoder):
     def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
         width = inputs.shape[1]
         # A prompt's passes read no logits, or those of the last position.
-        if width > 1 and not num_logits == width <= self._max_width:
+        of_prompt = width > 1 and not num_logits == width <= self._max_width
+        if self._passes is None or of_prompt:
             return super().run(inputs, first, last, num_logits)
-        return self._passes(inputs, self.cache.length(first), first, last, num_logits > 0)
+        return self._passes(inputs, first, last, num_logits > 0)
 
 
 def padded(width: int) -> int:
@@ -104,68 +136,60 @@ def padded(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def _passes(model: PreTrainedModel, num_positions: int, room: int) -> Passes:
-    """Those there are, unless their cache is too small for so many positions and padding."""
-    by_capacity = prepared(model).passes
-    assert by_capacity is not None
-    if num_positions + room > max(by_capacity, default=0):
-        most = round_up(context_length(model.config) + room, 8)
-        capacity = min(max(_SMALLEST_CAPACITY, padded(num_positions + room)), most)
-        by_capacity.clear()  # one cache at a time
-        by_capacity[capacity] = Passes(Decoder(model, 1, capacity), capacity)
-    return by_capacity[max(by_capacity)]
-
-
-# inputs ([T] ids or [T, H] hidden states) and positions [T] -> logits [1, T or 0, V] and hidden [1, T, H]
+# inputs ([B, T] ids or [B, T, H] states) and positions [B, T] -> logits [B, T or 0, V], hidden [B, T, H]
 Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Passes:
     """Compiled passes of one model over one static cache."""
 
-    def __init__(self, decoder: Decoder, capacity: int) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, capacity: int, num_rows: int) -> None:
+        self._decoder, self._num_rows = decoder, num_rows
         config, like = decoder.config, decoder.rotary
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache = StaticKVCache(len(decoder.layers), capacity, config.num_key_value_heads, head_dim, like)
-        self._positions = torch.arange(capacity, device=like.device)
+        like = like.new_empty(num_rows, config.num_key_value_heads, head_dim)
+        self.cache = StaticKVCache(len(decoder.layers), capacity, like)
         self._compiled: dict[tuple[int, int, bool], Pass] = {}
         # CUDA graphs copy their inputs before each replay, but for those that stay where they are. Weights of
         # modules are known to.
         lean = [part for part in (*decoder.layers, decoder.head) if isinstance(part, Lean)]
         of_parts = (tensor for part in lean for tensor in part.tensors())
-        for tensor in (decoder.rotary, *of_parts, *(part for pair in self.cache.buffers for part in pair)):
+        in_cache = (part for pair in self.cache.buffers.of_layers for part in pair or ())
+        for tensor in (decoder.rotary, *of_parts, *in_cache):
             torch._dynamo.mark_static_address(tensor)
 
-    def __call__(
-        self, inputs: Tensor, start: int, first: int, last: int, reads_logits: bool
-    ) -> ForwardResult:
-        """See `Decoder.run`; `start` is the position of the first of the inputs [1, T] or [1, T, H].
-
-        The logits, of all T positions or of none, are valid until the next pass.
-        """
-        key, width = (first, last, reads_logits), inputs.shape[1]
+    def __call__(self, inputs: Tensor, first: int, last: int, reads_logits: bool) -> ForwardResult:
+        """See `Decoder.run`. The logits, of all T positions or of none, are valid until the next pass."""
+        key, (rows, width) = (first, last, reads_logits), inputs.shape[:2]
         if key not in self._compiled:
             self._compiled[key] = self._compile(*key)
-        # Without the batch, since the strides of a view of all ids would change from prompt to prompt.
-        inputs, padding = inputs[0], padded(width) - width
-        if padding:
-            inputs = torch.cat((inputs, inputs.new_zeros(padding, *inputs.shape[1:])))
-        logits, hidden = self._compiled[key](inputs, self._positions[start : start + width + padding])
+        positions = self.cache.positions(first, padded(width), inputs.device)
+        inputs, positions = (_filled(part, self._num_rows, padded(width)) for part in (inputs, positions))
+        logits, hidden = self._compiled[key](inputs, positions)
         self.cache.advance(first, last, width)
         # A CUDA graph writes to the same place when it runs again; hidden states are kept until then.
-        return ForwardResult(logits[:, :width], hidden[:, :width].clone())
+        return ForwardResult(logits[:rows, :width], hidden[:rows, :width].clone())
 
     def _compile(self, first: int, last: int, reads_logits: bool) -> Pass:
-        decoder, buffers, capacity = self._decoder, self.cache.buffers, self.cache.capacity
+        decoder, buffers, capacity = self._decoder, self.cache.buffers.of_layers, self.cache.capacity
 
         def run(inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            span = StaticSpan(decoder, positions, capacity)
-            cache = WrittenAt(buffers, positions)
-            hidden = inputs.clone() if first else decoder.embed(inputs)  # [T, H]
+            rows, width = positions.shape
+            span = RaggedSpan(decoder, positions, capacity, is_compiled=True)
+            cache = WrittenAt(buffers, positions, capacity)
+            states = (inputs.clone() if first else decoder.embed(inputs)).flatten(0, 1)  # [B * T, H]
             for layer in decoder.layers[first:last]:
-                hidden = layer(hidden, span, cache)
-            return decoder.logits(hidden[None], len(positions) if reads_logits else 0), hidden[None]
+                states = layer(states, span, cache)
+            hidden = states.view(rows, width, -1)
+            return decoder.logits(hidden, width if reads_logits else 0), hidden
 
-        mode = "reduce-overhead" if self._positions.device.type == "cuda" else "default"
+        mode = "reduce-overhead" if decoder.rotary.device.type == "cuda" else "default"
         return torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
+
+
+def _filled(inputs: Tensor, rows: int, width: int) -> Tensor:
+    """[b, t, ...] -> [rows, width, ...], with zeros after what there is. Always of the same strides."""
+    missing = (rows - inputs.shape[0], width - inputs.shape[1])
+    if not any(missing):  # one row of a larger tensor passes for contiguous, whatever its stride
+        return inputs.flatten(0, 1).unflatten(0, inputs.shape[:2])
+    return pad(inputs, (*(0, 0) * (inputs.dim() - 2), 0, missing[1], 0, missing[0]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,21 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.families import check_supported, context_length
-from self_speculation.model.kv_cache import Appendable, KVCache
-from self_speculation.model.lean_layers import NARROW, lean_head, lean_layer
+from self_speculation.model.kv_cache import ALIGNMENT, Appendable, KVCache, round_up
+from self_speculation.model.lean_layers import lean_head, lean_layer
 from self_speculation.model.prepared import prepared
 
-# Positions beyond the prompt that the cache starts with, where the generation may become longer than that.
+# Positions beyond the prompt that the cache starts with, where the generation may become longer than that: of
+# one row, or of several together.
 _FIRST_ALLOCATION = 1024
 
 # Prompts run through the layers in pieces of so many positions.
 PREFILL_CHUNK = 1024
 
+# Passes of so many tokens turn heads by a matrix for each of them.
+_FEW_ROTATIONS = 64
+
 
 @dataclass(frozen=True)
 class ForwardResult:
-    logits: Tensor  # [1, n, V] for the n positions asked for; empty when n is 0
-    hidden: Tensor  # [1, T, H] after the last layer that ran, before the norm: the exit query
+    logits: Tensor  # [B, n, V] for the n positions asked for; empty when n is 0
+    hidden: Tensor  # [B, T, H] after the last layer that ran, before the norm: the exit query
 
 
 class PlainLayer:
@@ -40,85 +44,111 @@ class PlainLayer:
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
 
-    def __call__(self, hidden: Tensor, span: Span | StaticSpan, cache: Appendable) -> Tensor:
-        mask = span.mask  # [T, S]
+    def __call__(self, hidden: Tensor, span: Span, cache: Appendable) -> Tensor:
+        mask = span.mask
         return self._layer(
-            hidden[None],
-            attention_mask=None if mask is None else mask[None, None],
+            hidden.view(span.rows, span.width, -1),
+            attention_mask=mask[None, None] if mask is not None and mask.dim() == 2 else mask,
             position_embeddings=span.rotary,
             cache=cache,
             use_cache=True,
-        )[0]
+        ).flatten(0, 1)
 
 
-class Span:
-    """The T positions from `start` on that a pass adds, as its layers ask for them; made when asked for."""
+class LevelSpan:
+    """The T positions from `start` on that a pass adds to each of B rows: what layers ask for, made then."""
 
-    def __init__(self, decoder: Decoder, start: int, width: int) -> None:
-        self._decoder, self._start, self._width = decoder, start, width
+    def __init__(self, decoder: Decoder, rows: int, start: int, width: int) -> None:
+        self._decoder, self.rows, self.width, self._start = decoder, rows, width, start
 
     @cached_property
     def rotary(self) -> tuple[Tensor, Tensor]:
-        """cos and sin, [1, T, head_dim]."""
-        cos, sin = self._decoder.rotary.narrow(1, self._start, self._width).split(1)
+        """cos and sin, [1, T, head_dim] each."""
+        cos, sin = self._decoder.rotary.narrow(1, self._start, self.width).split(1)
         return cos, sin
 
     def rotate(self, heads: Tensor) -> Tensor:
-        """[T, n, head_dim] of queries or keys, each turned by the angles of its position."""
-        if self._width > NARROW:
-            return _rotated(heads, *self.rotary)
-        return torch.bmm(heads, self._rotations)
+        """[B * T, n, head_dim] of queries or keys, each turned by the angles of its position."""
+        return self._turn(heads)
 
     @cached_property
-    def _rotations(self) -> Tensor:
-        """[T, head_dim, head_dim]: a product with these is one kernel, `_rotated` takes half a dozen."""
-        cos, sin = (table.transpose(0, 1) for table in self.rotary)  # [T, 1, head_dim]
-        return torch.addcmul(self._decoder.unit * cos, self._decoder.half_turn, sin)
+    def _turn(self) -> Callable[[Tensor], Tensor]:
+        # [B * T, 1, head_dim] each
+        cos, sin = (table.transpose(0, 1).repeat(self.rows, 1, 1) for table in self.rotary)
+        return _turning(self._decoder, cos, sin)
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """[T, start + T], added to the scores; None where none is needed."""
+        """[T, S], added to the scores; None where none is needed."""
         return self._masked(1)
 
     @cached_property
     def grouped_mask(self) -> Tensor | None:
-        """[G * T, start + T] for the queries of G heads that share their keys, head by head."""
+        """[G * T, S] for the queries of G heads that share their keys, head by head."""
         return self._masked(self._decoder.groups)
 
     def _masked(self, groups: int) -> Tensor | None:
         # A single position sees everything; how to mask a prompt's first pass sdpa knows by itself.
-        if self._width == 1 or (self._start == 0 and not self._decoder.is_eager):
+        if self.width == 1 or (self._start == 0 and not self._decoder.is_eager):
             return None
-        end = self._start + self._width
+        end = self._start + self.width
         # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
-        shape = (self._width, round_up(end, 8))
+        shape = (self.width, round_up(end, ALIGNMENT))
         mask = self._decoder.lowest.expand(shape).triu(self._start + 1)
         return (mask if groups == 1 else mask.repeat(groups, 1))[:, :end]
 
 
-class StaticSpan:
-    """As `Span`, of positions [T] that are data, over all `capacity` positions of the cache."""
+class RaggedSpan:
+    """As `LevelSpan`, at positions [B, T] that are data, over the first `length` positions of the cache."""
 
-    def __init__(self, decoder: Decoder, positions: Tensor, capacity: int) -> None:
-        self.rotary = decoder.rotary.index_select(1, positions).split(1)  # [1, T, head_dim] each
-        later = torch.arange(capacity, device=positions.device) > positions[:, None]
-        self.mask = later.to(decoder.rotary.dtype) * torch.finfo(decoder.rotary.dtype).min  # [T, capacity]
-        self.grouped_mask = self.mask.repeat(decoder.groups, 1)
+    def __init__(self, decoder: Decoder, positions: Tensor, length: int, is_compiled: bool = False) -> None:
+        self.rows, self.width = positions.shape
+        tables = decoder.rotary.index_select(1, positions.flatten())  # [2, B * T, head_dim]
+        self.rotary = tuple(tables.view(2, self.rows, self.width, -1).unbind())  # [B, T, head_dim] each
+        self.mask = _seen(positions, length, tables.dtype)  # [B, 1, T, S]
+        self.grouped_mask = self.mask.repeat(1, 1, decoder.groups, 1)  # [B, 1, G * T, S]
+        cos, sin = tables[:, :, None].unbind()
+        # The compiler makes one kernel of this.
+        self.rotate = partial(_rotated, cos=cos, sin=sin) if is_compiled else _turning(decoder, cos, sin)
 
-    def rotate(self, heads: Tensor) -> Tensor:
-        """See `Span`; the compiler makes one kernel of it."""
-        return _rotated(heads, *self.rotary)
+
+Span = LevelSpan | RaggedSpan
 
 
-def round_up(number: int, step: int) -> int:
-    """To the next multiple."""
-    return -(-number // step) * step
+def _seen(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, S] to be added to scores: nothing where a position [B, T] sees one of the S."""
+    later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
+    return later.to(dtype) * torch.finfo(dtype).min
+
+
+def _turning(decoder: Decoder, cos: Tensor, sin: Tensor) -> Callable[[Tensor], Tensor]:
+    """Turns [N, n, head_dim] heads by tables of [N, 1, head_dim]."""
+    if len(cos) > _FEW_ROTATIONS:
+        return partial(_rotated, cos=cos, sin=sin)
+    # [N, head_dim, head_dim]: a product with these is one kernel, `_rotated` takes half a dozen.
+    rotations = torch.addcmul(decoder.unit * cos, decoder.half_turn, sin)
+    return lambda heads: torch.bmm(heads, rotations)
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[T, n, head_dim] heads, [1, T, head_dim] tables."""
+    """[N, n, head_dim] heads, [N, 1, head_dim] tables."""
     first, second = heads.chunk(2, -1)
-    return heads * cos.transpose(0, 1) + torch.cat((-second, first), -1) * sin.transpose(0, 1)
+    return heads * cos + torch.cat((-second, first), -1) * sin
+
+
+class _Rotary:
+    """Tables of cos and sin, for a decoder and for those that run other layers over its cache."""
+
+    def __init__(self, make: Callable, like: Tensor, context: int) -> None:
+        self._make, self._like, self._last = make, like, context - 1
+        self.tables = like.new_empty(2, 0, 0)  # [2, positions, head_dim]
+
+    def reserve(self, num_positions: int) -> None:
+        held = self.tables.shape[1]
+        if num_positions > held:
+            # Twice as many as there were, so that longer and longer prompts do not make them again and again.
+            positions = torch.arange(max(num_positions, 2 * held), device=self._like.device)[None]
+            self.tables = torch.cat(self._make(self._like, position_ids=positions.clamp_(max=self._last)))
 
 
 class Decoder:
@@ -129,25 +159,28 @@ class Decoder:
     Args:
         model: a `...ForCausalLM` of a supported type; what `fuse` has made of its layers is used.
         prompt_length: positions that come first.
-        num_positions: the most positions that the generation can reach.
+        num_positions: the most positions that the generation can reach; see `reserve`.
+        num_rows: the most sequences at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt_length: int, num_positions: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompt_length: int, num_positions: int, num_rows: int = 1
+    ) -> None:
         check_supported(model.config)
         self.config = model.config
         base, head = model.base_model, model.get_output_embeddings()
         self.prepared = prepared(model)
         self.layers = [lean_layer(model, layer) or PlainLayer(layer) for layer in base.layers]
-        self.cache = KVCache(len(self.layers), capacity=min(num_positions, prompt_length + _FIRST_ALLOCATION))
+        capacity = min(num_positions, prompt_length + _FIRST_ALLOCATION // num_rows)
+        self.cache = KVCache(len(self.layers), capacity, num_rows)
         self._embed = base.embed_tokens
         self.head = lean_head(model) or (lambda hidden: head(base.norm(hidden[None]))[0])
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         self.is_eager = model.config._attn_implementation == "eager"
 
         weight = self._embed.weight
-        positions = torch.arange(num_positions, device=weight.device)[None]
-        rotary = base.rotary_emb(weight, position_ids=positions.clamp_(max=context_length(self.config) - 1))
-        self.rotary = torch.cat(rotary)  # [2, num_positions, head_dim]
+        self._rotary = _Rotary(base.rotary_emb, weight, context_length(self.config))
+        self.reserve(num_positions)
         # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
         head_dim = self.rotary.shape[2]
         self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
@@ -155,6 +188,21 @@ class Decoder:
         self.half_turn[:, : head_dim // 2].neg_()
         # Not of the weight's own kind, which may be spread over several processes.
         self.lowest = torch.full((), torch.finfo(weight.dtype).min, dtype=weight.dtype, device=weight.device)
+
+    @property
+    def rotary(self) -> Tensor:
+        """[2, positions, head_dim] cos and sin."""
+        return self._rotary.tables
+
+    def reserve(self, num_positions: int) -> None:
+        """A sequence follows that can reach so many positions, perhaps more than those before."""
+        self._rotary.reserve(num_positions)
+
+    def for_row(self, row: int) -> Decoder:
+        """The same over a cache of one row, in the place of a row of this one's."""
+        other = copy.copy(self)
+        other.cache = self.cache.row(row)
+        return other
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""
@@ -166,36 +214,45 @@ class Decoder:
         """Layers first..last-1 over T new positions, norm and head for the last `num_logits` of them.
 
         Args:
-            inputs: [1, T] ids where `first` is 0, else [1, T, H] the input of layer `first`.
+            inputs: [B, T] ids where `first` is 0, else [B, T, H] the input of layer `first`.
         """
         hidden = self.run_layers(inputs.clone() if first else self.embed(inputs), first, last)
         return ForwardResult(self.logits(hidden, num_logits), hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[1, T] ids -> [1, T, H]"""
+        """[B, T] ids -> [B, T, H]"""
         return self._embed(input_ids)
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
         """Run layers first..last-1 on T new positions after those that layer `first` has seen.
 
         Args:
-            hidden: [1, T, H] the input of layer `first`. It is used up: lean layers add to it in place.
+            hidden: [B, T, H] the input of layer `first`. It is used up: lean layers add to it in place.
 
         Returns:
-            [1, T, H] the output of layer `last - 1`; the keys and values are in the cache.
+            [B, T, H] the output of layer `last - 1`; the keys and values are in the cache.
         """
-        span = Span(self, self.cache.length(first), hidden.shape[1])
-        states = hidden[0]  # [T, H]
+        rows, width, _ = hidden.shape
+        cache: Appendable = self.cache
+        if self.cache.is_level:
+            span: Span = LevelSpan(self, rows, self.cache.length(first), width)
+        else:
+            positions = self.cache.positions(first, width, self.rotary.device)
+            cache = written = self.cache.scattered(positions, first, last)
+            span = RaggedSpan(self, positions, written.length)
+        states = hidden.flatten(0, 1)  # [B * T, H]
         for layer in self.layers[first:last]:
-            states = layer(states, span, self.cache)
-        return states[None]
+            states = layer(states, span, cache)
+        return states.view(rows, width, -1)
 
     def logits(self, hidden: Tensor, num_positions: int) -> Tensor:
-        """[1, T, H] -> [1, n, V] for the last n positions; the head runs for no others."""
+        """[B, T, H] -> [B, n, V] for the last n positions; the head runs for no others."""
+        rows = hidden.shape[0]
         if num_positions == 0:
-            return hidden.new_empty(1, 0, 0)
+            return hidden.new_empty(rows, 0, 0)
         # With layers on several devices, everything but the layers is where the embedding is.
-        return self.head(hidden[0, -num_positions:])[None].to(self.rotary.device)
+        states = hidden[:, -num_positions:].flatten(0, 1)
+        return self.head(states).view(rows, num_positions, -1).to(self.rotary.device)
 
 
 def prefill(decoder: Decoder, input_ids: Tensor, exit_layer: int) -> ForwardResult:
@@ -210,12 +267,12 @@ def prefill(decoder: Decoder, input_ids: Tensor, exit_layer: int) -> ForwardResu
 
 
 def forward(decoder: Decoder, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
-    """All layers over T new tokens [1, T]; logits for the last `num_logits` of them."""
+    """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
     return forward_early(decoder, input_ids, len(decoder.layers), num_logits)
 
 
 def forward_early(decoder: Decoder, input_ids: Tensor, exit_layer: int, num_logits: int = 1) -> ForwardResult:
-    """Layers 0..exit_layer-1 over T new tokens [1, T]; norm and head for the last `num_logits` of them."""
+    """Layers 0..exit_layer-1 over T new tokens [B, T]; norm and head for the last `num_logits` of them."""
     return decoder.run(input_ids, 0, exit_layer, num_logits)
 
 
@@ -230,5 +287,5 @@ def forward_exits(
 
 
 def forward_remainder(decoder: Decoder, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:
-    """Layers exit_layer..L-1 over the exit hidden states [1, T, H] of T tokens; logits for all of them."""
+    """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
     return decoder.run(exit_hidden, exit_layer, len(decoder.layers), exit_hidden.shape[1])

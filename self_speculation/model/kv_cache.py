@@ -1,4 +1,4 @@
-"""Lifetime of the keys and values of one generation: allocate, append, roll back by count.
+"""Lifetime of the keys and values of the sequences in flight: allocate, append, roll back by count.
 
 Knows nothing of what the layers compute. Inside the decoder layers of transformers it takes the
 place of their cache, of which they only ever call `update`.
@@ -6,137 +6,277 @@ place of their cache, of which they only ever call `update`.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from self_speculation.transfers import on_device
+
+# Attention kernels want masks, and so lengths, in multiples of so many positions.
+ALIGNMENT = 8
+
+
+def round_up(number: int, step: int) -> int:
+    """To the next multiple."""
+    return -(-number // step) * step
 
 
 class Appendable(ABC):
     """What layers of either kind write keys and values to and read them from."""
 
+    num_rows: int
+
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append T positions to a layer.
+        """Append T positions to each of B rows of a layer.
 
         Args:
-            keys: [T, kv_heads, head_dim]; `values` likewise.
+            keys: [B * T, kv_heads, head_dim], row by row; `values` likewise.
 
         Returns:
-            Views of all the layer's keys and values, [kv_heads, 1, length, head_dim].
+            Views of all the layer's keys and values, [B * kv_heads, 1, S, head_dim] where all rows have the
+            same length S, [B, kv_heads, S, head_dim] where the S positions are masked row by row.
         """
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """As layers of transformers append: [1, kv_heads, T, head_dim] -> [1, kv_heads, length, head_dim]."""
-        all_keys, all_values = self.append(keys[0].transpose(0, 1), values[0].transpose(0, 1), layer_idx)
-        return all_keys.transpose(0, 1), all_values.transpose(0, 1)
+        """As layers of transformers append: [B, kv_heads, T, head_dim] -> [B, kv_heads, S, head_dim]."""
+        rows, heads, _width, size = keys.shape
+        new_keys, new_values = (part.transpose(1, 2).reshape(-1, heads, size) for part in (keys, values))
+        held = self.append(new_keys, new_values, layer_idx)
+        all_keys, all_values = (part.reshape(rows, heads, -1, size) for part in held)
+        return all_keys, all_values
+
+
+class _Buffers:
+    """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs."""
+
+    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
+        self.num_rows, self.capacity = num_rows, capacity
+        self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+
+    def having(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a layer, with room for `end` positions; for keys like these, [any, kv_heads, head_dim]."""
+        held = self.of_layers[layer]
+        if held is not None and end <= held[0].shape[2]:
+            return held
+        while self.capacity < end:
+            self.capacity *= 2
+        # Zeros: what lies after a row's last position is masked, but even so must be numbers.
+        shape = (self.num_rows, like.shape[1], self.capacity, like.shape[2])
+        larger = (like.new_zeros(shape), like.new_zeros(shape))
+        for new, old in zip(larger, held or (), strict=False):
+            new[:, :, : old.shape[2]] = old
+        self.of_layers[layer] = larger
+        return larger
 
 
 class KVCache(Appendable):
-    """Keys and values of every layer, batch size 1.
+    """Keys and values of every layer, for the rows of a batch.
 
-    A layer's buffer is allocated once, on the device and in the dtype of the first keys it sees, and
+    A layer's buffers are allocated once, on the device and in the dtype of the first keys they see, and
     appended in place; a layer that never runs costs nothing. Rolling back moves a position. Only a generation
-    that outgrows `capacity` copies: the buffer then doubles.
+    that outgrows `capacity` copies: the buffers then double.
+
+    Every pass appends the same number of positions to all rows, and what a row has of them, it has in every
+    layer. So there is one number for a layer, what it has been given, and one for a row, by how much it is
+    shorter than that. The cache is *level* while all rows are equally long, as a single one always is.
+
+    Args:
+        num_rows: the most there are at a time. At first there is one, and it is empty.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        self.capacity = capacity
-        self._lengths = [0] * num_layers
-        # Keys and values, each [kv_heads, capacity, head_dim].
-        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+    def __init__(self, num_layers: int, capacity: int, num_rows: int = 1) -> None:
+        self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT))
+        self._first_row = 0
+        self._given = [0] * num_layers
+        self._decided = 0  # given to every layer when the last round began
+        self._shorter = [0]  # by row
+        self._shorter_there: Tensor | None = None  # the same on the device, [B, 1]
 
-    def length(self, layer: int) -> int:
-        """Number of positions that `layer` holds."""
-        return self._lengths[layer]
+    def clear(self, num_rows: int = 1) -> None:
+        """So many empty rows."""
+        self._given, self._decided = [0] * len(self._given), 0
+        self._shorter, self._shorter_there = [0] * num_rows, None
+
+    @property
+    def num_rows(self) -> int:  # type: ignore[override]
+        """B: those that hold a sequence now."""
+        return len(self._shorter)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row has room for."""
+        return self.buffers.capacity
+
+    @property
+    def is_level(self) -> bool:
+        return all(shorter == self._shorter[0] for shorter in self._shorter)
+
+    def length(self, layer: int, row: int = 0) -> int:
+        """Number of positions that `layer` holds of a row."""
+        return self._given[layer] - self._shorter[row]
+
+    def longest(self, layer: int) -> int:
+        """Number of positions that `layer` holds of the longest row."""
+        return self._given[layer] - min(self._shorter)
+
+    def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
+        """[B, T] of the next T positions of each row in `layer`, on the device."""
+        if self._shorter_there is None:
+            self._shorter_there = on_device(self._shorter, device)[:, None]
+        start = self._given[layer]
+        return torch.arange(start, start + width, device=device) - self._shorter_there
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        width, heads, size = keys.shape
-        start, end = self._lengths[layer], self._lengths[layer] + width
-        buffers = self._buffers[layer]
-        if buffers is None or end > buffers[0].shape[1]:
-            buffers = self._grow(layer, end, keys)
-        self._lengths[layer] = end
-        all_keys, all_values = buffers
-        # Views by shape and strides: one call each, where slices of two dimensions take three.
-        head = all_keys.stride(0)
-        new, new_strides = (width, heads, size), (size, head, 1)
-        all_keys.as_strided(new, new_strides, start * size).copy_(keys)
-        all_values.as_strided(new, new_strides, start * size).copy_(values)
-        held, strides = (heads, 1, end, size), (head, head, size, 1)
-        return all_keys.as_strided(held, strides), all_values.as_strided(held, strides)
+        rows = len(self._shorter)
+        total, heads, size = keys.shape
+        width = total // rows
+        start = self._given[layer] - self._shorter[0]
+        end = start + width
+        all_keys, all_values = self.buffers.having(layer, end, keys)
+        self._given[layer] += width
+        # Views by shape and strides: one call each, where slices of several dimensions take one for each.
+        of_row, of_head = all_keys.stride(0), all_keys.stride(1)
+        first = self._first_row * of_row
+        new, new_strides = (rows, width, heads, size), (of_row, size, of_head, 1)
+        shape = (rows, width, heads, size)
+        all_keys.as_strided(new, new_strides, first + start * size).copy_(keys.view(shape))
+        all_values.as_strided(new, new_strides, first + start * size).copy_(values.view(shape))
+        held, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
+        return all_keys.as_strided(held, strides, first), all_values.as_strided(held, strides, first)
 
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` positions of every layer.
+    def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
+        """What the layers first..last-1 append to where rows differ in length, at positions [B, T]."""
+        width = positions.shape[1]
+        end = round_up(self.longest(first) + width, ALIGNMENT)
+        for layer in range(first, last):
+            held = self.buffers.of_layers[layer]
+            if held is not None:
+                self.buffers.having(layer, end, held[0][:, :, 0])
+        self.advance(first, last, width)
+        return WrittenAt(self.buffers.of_layers, positions, end)
+
+    def advance(self, first: int, last: int, width: int) -> None:
+        """Count T positions that were written to layers first..last-1 by `WrittenAt`."""
+        self._given[first:last] = [given + width for given in self._given[first:last]]
+
+    def rollback(self, num_tokens: int | Sequence[int]) -> None:
+        """Forget the last `num_tokens` positions in every layer, of every row or row by row.
 
         Raises:
             ValueError: a layer holds fewer positions than that.
         """
-        if not 0 <= num_tokens <= min(self._lengths):
-            raise ValueError(
-                f"cannot roll back {num_tokens} positions of a cache that holds {min(self._lengths)}"
-            )
-        self._lengths = [length - num_tokens for length in self._lengths]
+        forgotten = [num_tokens] * self.num_rows if isinstance(num_tokens, int) else num_tokens
+        least = min(self._given)
+        for number, shorter in zip(forgotten, self._shorter, strict=True):
+            if not 0 <= number <= least - shorter:
+                raise ValueError(
+                    f"cannot roll back {number} positions of a cache that holds {least - shorter}"
+                )
+        if any(forgotten):
+            self._shorter = [s + number for s, number in zip(self._shorter, forgotten, strict=True)]
+            self._shorter_there = None
+        self._decided = least
 
-    def truncate(self, length: int) -> None:
-        """Forget whatever a layer holds beyond `length` positions."""
-        self._lengths = [min(length, held) for held in self._lengths]
+    def forget_draft(self) -> None:
+        """Forget whatever some layers were given since the last `rollback` or `admit`."""
+        self._given = [self._decided] * len(self._given)
 
-    def pretend(self, length: int) -> None:
-        """Hold `length` positions of zeros in every layer, to time passes without a prompt. A token must have
-        been through all layers before.
+    def row(self, row: int) -> KVCache:
+        """A cache of one row, empty, in the place that a row of this one has or will have."""
+        alone = copy.copy(self)
+        alone.clear()
+        alone._first_row = row
+        return alone
+
+    def admit(self, length: int) -> None:
+        """Another row, after those there are: its `length` positions are in every layer that runs."""
+        self._settle()
+        if not self._shorter:
+            self._given = [length] * len(self._given)
+        self._shorter.append(self._given[0] - length)
+        self._decided, self._shorter_there = self._given[0], None
+
+    def drop(self, row: int, damaged: bool = False) -> None:
+        """A row has ended; the last one takes its place.
+
+        Args:
+            damaged: it may hold what is no number, and no mask would keep that from a row that comes after.
         """
-        for buffers in self._buffers:
-            assert buffers is not None
-            for buffer in buffers:
-                buffer.zero_()
-        self._lengths = [length] * len(self._lengths)
+        self._settle()
+        last, length = self.num_rows - 1, self.length(0, self.num_rows - 1)
+        for buffer in (part for held in self.buffers.of_layers for part in held or ()):
+            if damaged:
+                buffer[row].zero_()
+            if row != last:
+                buffer[row, :, :length] = buffer[last, :, :length]
+        self._shorter[row] = self._shorter[last]
+        self._shorter.pop()
+        self._shorter_there = None
 
-    def _grow(self, layer: int, least: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """New buffers of a layer, of room for `least` positions, with what the old ones hold."""
-        while self.capacity < least:
-            self.capacity *= 2
-        shape = (like.shape[1], self.capacity, like.shape[2])
-        larger = (like.new_empty(shape), like.new_empty(shape))
-        for new, old in zip(larger, self._buffers[layer] or (), strict=False):
-            new[:, : old.shape[1]] = old
-        self._buffers[layer] = larger
-        return larger
+    def pretend(self, lengths: Sequence[int]) -> None:
+        """Hold so many positions of each row in every layer, whatever is there, to time passes.
+        A token must have been through all layers before.
+        """
+        self._given = [max(lengths)] * len(self._given)
+        self._shorter = [max(lengths) - length for length in lengths]
+        self._decided, self._shorter_there = max(lengths), None
+
+    def _settle(self) -> None:
+        """Layers beyond an early exit never run: count them as given what the first one was."""
+        self._given = [self._given[0]] * len(self._given)
 
 
 class StaticKVCache(KVCache):
     """Buffers of one size at one place, for compiled passes and for one generation after the other."""
 
-    def __init__(self, num_layers: int, capacity: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
-        super().__init__(num_layers, capacity)
-        # Zeros: what lies after the last position is masked, but even so must be numbers.
-        shape = (kv_heads, capacity, head_dim)
-        self.buffers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(num_layers)]
-        self._buffers = list(self.buffers)
+    def __init__(self, num_layers: int, capacity: int, like: Tensor) -> None:
+        """`like`: [rows, kv_heads, head_dim]"""
+        super().__init__(num_layers, capacity, like.shape[0])
+        for layer in range(num_layers):
+            self.buffers.having(layer, 1, like)
 
-    def clear(self) -> None:
-        self._lengths = [0] * len(self._lengths)
-
-    def advance(self, first: int, last: int, width: int) -> None:
-        """Count `width` positions that were written to layers first..last-1 by `WrittenAt`."""
-        self._lengths[first:last] = [length + width for length in self._lengths[first:last]]
+    def take_over(self, other: StaticKVCache) -> None:
+        """Go on with what a smaller one holds."""
+        self._given, self._decided, self._shorter = other._given, other._decided, other._shorter
+        self._shorter_there = other._shorter_there
+        for mine, held in zip(self.buffers.of_layers, other.buffers.of_layers, strict=True):
+            for new, old in zip(mine or (), held or (), strict=True):
+                new[:, :, : old.shape[2]] = old
 
 
 class WrittenAt(Appendable):
-    """A static cache as a compiled pass sees it: written at positions that are data, attended to as a whole.
+    """A cache as a pass sees it that writes at positions which are data, and masks the rest row by row.
 
     Args:
-        buffers: of the cache.
-        positions: [T]
+        buffers: of the cache, for every layer that runs.
+        positions: [B, T]
+        length: positions that are attended to, of every row.
     """
 
-    def __init__(self, buffers: list[tuple[Tensor, Tensor]], positions: Tensor) -> None:
-        self._buffers, self._positions = buffers, positions
+    def __init__(
+        self, buffers: Sequence[tuple[Tensor, Tensor] | None], positions: Tensor, length: int
+    ) -> None:
+        self._buffers, self._positions, self.length = buffers, positions, length
+        self.num_rows = positions.shape[0]
+        self._places: Tensor | None = None  # [B * T * kv_heads] in buffers of [rows * heads * capacity, ..]
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """As that of `KVCache`, with all positions that there can be, [kv_heads, 1, capacity, head_dim]."""
-        all_keys, all_values = self._buffers[layer]
-        all_keys[:, self._positions] = keys.transpose(0, 1)
-        all_values[:, self._positions] = values.transpose(0, 1)
-        return all_keys[:, None], all_values[:, None]
+        held = self._buffers[layer]
+        assert held is not None
+        _, heads, capacity, size = held[0].shape
+        if self._places is None:
+            rows = torch.arange(self.num_rows, device=self._positions.device)[:, None, None]
+            of_heads = torch.arange(heads, device=self._positions.device)
+            first = (rows * heads + of_heads) * capacity  # [B, 1, kv_heads]
+            self._places = (first + self._positions[:, :, None]).flatten()
+        places = self._places.to(keys.device)  # where layers are on several devices
+        for buffer, new in zip(held, (keys, values), strict=True):
+            buffer.view(-1, size).index_copy_(0, places, new.reshape(-1, size))
+        all_keys, all_values = (buffer[: self.num_rows, :, : self.length] for buffer in held)
+        return all_keys, all_values

@@ -141,7 +141,7 @@ class Norm:
 
 
 class LeanLayer:
-    """A decoder layer for batch size 1; see the module."""
+    """A decoder layer; see the module."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -173,12 +173,11 @@ class LeanLayer:
         return other
 
     def __call__(self, hidden: Tensor, span: Any, cache: Appendable) -> Tensor:
-        """[T, H] -> [T, H] for the positions of `span`, in the place of `hidden`; their keys and values are
-        in the cache then.
+        """[B * T, H] -> [B * T, H] for the T positions of `span` in each of B rows, in the place of `hidden`;
+        their keys and values are in the cache then.
         """
-        width = hidden.shape[0]
-        heads = self._qkv(self._input_norm(hidden)).view(width, -1, self._head_dim)
-        # [T, heads + kv_heads, head_dim] and [T, kv_heads, head_dim]
+        heads = self._qkv(self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if self._query_norm is not None and self._key_norm is not None:
             queries, keys = queries_keys.split_with_sizes((self._num_heads, self._kv_heads), 1)
@@ -191,25 +190,30 @@ class LeanLayer:
         return self._down.add_to(hidden, self._activation(gate).mul_(up))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, span: Any) -> Tensor:
-        """[T, heads, head_dim] queries, [kv_heads, 1, S, head_dim] keys, values -> [T, heads * head_dim].
+        """[B * T, heads, head_dim] queries, keys and values as the cache gives them -> [B * T, heads *
+        head_dim].
 
-        A head of keys is one of a batch. The kernels need not know of heads that share keys then: with a mask
-        the fast ones do not.
+        The heads that share keys are so many more queries of one head. The kernels need not know of them
+        then: with a mask the fast ones do not. Where all rows have one length, a head of a row is one of a
+        batch.
         """
-        width, attention = queries.shape[0], scaled_dot_product_attention
-        mask = span.mask if width > NARROW else span.grouped_mask
-        if width == 1:  # the heads that share keys are so many queries of one head
-            rows = queries.view(self._kv_heads, 1, self._groups, self._head_dim)
-            return attention(rows, keys, values, mask, scale=self._scaling).reshape(1, -1)
-        # [kv_heads, groups, T, head_dim]
-        grouped = queries.view(width, self._kv_heads, self._groups, self._head_dim).permute(1, 2, 0, 3)
-        if width <= NARROW and mask is not None:  # and so many more queries
-            rows = grouped.reshape(self._kv_heads, 1, -1, self._head_dim)
-            attended = attention(rows, keys, values, mask, scale=self._scaling).view(grouped.shape)
-        else:
+        rows, width, attention = span.rows, span.width, scaled_dot_product_attention
+        if width == 1:
+            heads = queries.reshape(*keys.shape[:2], self._groups, self._head_dim)
+            return attention(heads, keys, values, span.grouped_mask, scale=self._scaling).reshape(rows, -1)
+        # [B, kv_heads, groups, T, head_dim]
+        grouped = queries.view(rows, width, self._kv_heads, self._groups, -1).permute(0, 2, 3, 1, 4)
+        is_wide = width > NARROW and keys.shape[1] == 1
+        mask = span.mask if is_wide else span.grouped_mask
+        if is_wide or mask is None:
+            heads = grouped.flatten(0, 1)
             keys, values = (shared.expand(-1, self._groups, -1, -1) for shared in (keys, values))
-            attended = attention(grouped, keys, values, mask, is_causal=mask is None, scale=self._scaling)
-        return attended.permute(2, 0, 1, 3).reshape(width, -1)
+            attended = attention(heads, keys, values, mask, is_causal=mask is None, scale=self._scaling)
+        else:
+            heads = grouped.reshape(*keys.shape[:2], -1, self._head_dim)
+            attended = attention(heads, keys, values, mask, scale=self._scaling)
+        attended = attended.view(grouped.shape)
+        return attended.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
 
     def tensors(self) -> list[Tensor]:
         """All that a pass reads."""

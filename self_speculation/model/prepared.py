@@ -20,7 +20,7 @@ class Prepared:
     Args:
         lean: layer or head -> its lean form, see `fuse`.
         copies: lean form -> its copy in fewer bits, see `quantized`.
-        passes: by capacity of their cache, see `compile_decoding`; None where nothing is to be compiled.
+        passes: by the rows of their batch, see `compile_decoding`; None where nothing is to be compiled.
         costs: what rounds were measured to cost, by whatever they depend on.
     """
 

@@ -1,0 +1,179 @@
+"""The outputs in flight, side by side: one for each row of every tensor that decoding computes.
+
+Rows share passes and nothing else. Each has its own history, processors, random numbers, stop conditions and
+streamer, see `Output`, so that it comes out as it would alone. Knows nothing of layers or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from self_speculation.decoding.output import Output
+from self_speculation.decoding.sampling import Choice, Sampler, random_numbers
+from self_speculation.transfers import Reading, read
+
+
+class Rows:
+    """
+    Args:
+        sampler: picks the tokens of all.
+        longest_draft: tokens that a round may draft; the random numbers of a round do not depend on how many
+            it does draft, in this row or in another one.
+    """
+
+    def __init__(self, sampler: Sampler, longest_draft: int = 0) -> None:
+        self.sampler, self.longest_draft = sampler, longest_draft
+        self.outputs: list[Output] = []
+        self.last: Tensor = torch.empty(0, 1, dtype=torch.long)  # [B, 1] the last token of each
+        self._numbers: Tensor | None = None  # [B, 2 * longest_draft + 1] of this round
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def all_go_on(self) -> bool:
+        """Whether none has ended yet."""
+        return all(output.remaining for output in self.outputs)
+
+    def rooms(self, k: int, wanted: Sequence[bool] | None = None) -> list[int]:
+        """[B] how many tokens may be drafted for each, `k` at most: a round emits one token more.
+
+        Args:
+            wanted: those that tokens are wanted for; None: all.
+        """
+        pairs = zip(self.outputs, wanted or [True] * len(self), strict=True)
+        return [max(0, min(k, output.remaining - 1)) if wants else 0 for output, wants in pairs]
+
+    def admit(self, output: Output, logits: Tensor) -> None:
+        """Another row, with the logits [1, V] of its first token."""
+        alone = Rows(self.sampler)
+        alone.outputs = [output]
+        alone.emit(logits)
+        self.outputs.append(output)
+        self.last = torch.cat((self.last.to(logits.device), alone.last))
+
+    def drop(self, row: int) -> Output:
+        """Take out what has ended; the last one takes its place."""
+        ended, self.outputs[row] = self.outputs[row], self.outputs[-1]
+        self.outputs.pop()
+        if row < len(self.outputs):
+            self.last[row] = self.last[-1]
+        self.last = self.last[:-1]
+        return ended
+
+    def choose(self, logits: Tensor, position: int, going: Sequence[bool]) -> tuple[Choice, Tensor]:
+        """Pick a token to be drafted at a position 0, 1, ... after the decided ones.
+
+        Args:
+            logits: [B, V]
+            going: [B] whether the row's draft is that long; where it is not, a token is picked for nobody.
+
+        Returns:
+            The choice, and the processed logits [B, V] of which it was made.
+        """
+        logits = self.process(logits[:, None], position, going)[:, 0]
+        numbers = self._random()
+        return self.sampler(logits, None if numbers is None else numbers[:, position]), logits
+
+    def propose(
+        self, tokens: Tensor, position: int, going: Sequence[bool], confidence: Tensor | None = None
+    ) -> Reading | None:
+        """Note drafted tokens [B], and show those of rows that show drafts.
+
+        One read from the device where drafts are shown or there is a confidence; else none.
+
+        Args:
+            confidence: [B], in fp32, the tokens' probabilities, where they decide how drafts go on.
+
+        Returns:
+            The read, if there is one: of the tokens, and of the confidences.
+        """
+        drafting = [row for row, goes in enumerate(going) if goes]
+        for row in drafting:
+            self.outputs[row].place(tokens[row], position)
+        # Whatever a draft goes on with after an end id will never be output.
+        shown = [row for row in drafting if self.outputs[row].shows_draft]
+        if confidence is None and not shown:
+            return None
+        reading = Reading([tokens] if confidence is None else [tokens, confidence])
+        for row in shown:
+            self.outputs[row].show_drafted(int(reading.wait()[row]))
+        return reading
+
+    def process(self, logits: Tensor, num_drafted: int = 0, counts: Sequence[int] | None = None) -> Tensor:
+        """Apply each row's logits processors.
+
+        Args:
+            logits: [B, n, V]; position i is for the token after the history with `num_drafted + i` drafted
+                ones.
+            counts: [B] how many of a row's n positions matter; None: all.
+
+        Returns:
+            [B, n, V], in fp32 when there are processors.
+        """
+        if not any(output.has_processors for output in self.outputs):
+            return logits
+        counts = [logits.shape[1]] * len(self) if counts is None else counts
+        rows = zip(self.outputs, logits.unbind(), counts, strict=True)
+        return torch.stack([output.process(of_row, num_drafted, n) for output, of_row, n in rows])
+
+    def numbers(self, num_drafted: int) -> Tensor | None:
+        """[B, k + 1] random numbers for the verdict on a draft; None when greedy."""
+        numbers = self._random()
+        if numbers is None:
+            return None
+        return torch.cat((numbers[:, self.longest_draft :][:, :num_drafted], numbers[:, -1:]), 1)
+
+    def read(self, numbers: Sequence[Tensor], logits: Tensor) -> list[list[float]]:
+        """The numbers of each tensor, by one read. Rows whose logits are no numbers are damaged from then on.
+
+        Args:
+            logits: [B, V] of the last token that is decided on; what is no number in a row's cache makes all
+                its logits no numbers.
+        """
+        damaged, *values = read([logits.isnan().any(-1), *numbers])
+        for output, is_damaged in zip(self.outputs, damaged, strict=True):
+            output.is_damaged |= bool(is_damaged)
+        return values
+
+    def emit(self, logits: Tensor) -> None:
+        """Pick a token of each row by logits [B, V] and decide on it; one read from the device."""
+        logits = self.process(logits[:, None])[:, 0]
+        numbers = self._random()
+        tokens = self.sampler(logits, None if numbers is None else numbers[:, -1]).tokens  # [B]
+        (ids,) = self.read([tokens], logits)
+        no_round = ([0] * len(self), [""] * len(self))
+        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits[:, None], *no_round)
+
+    def commit(
+        self,
+        tokens: Sequence[Sequence[int]],
+        last: Tensor,
+        scores: Tensor,
+        drafted: Sequence[int],
+        sources: Sequence[str],
+    ) -> None:
+        """Decide on the tokens of a round, in each row up to the one that ends it.
+
+        Args:
+            tokens: of each row, the last ones as in `last` [B, 1].
+            scores: [B, >= n, V] the processed logits that they came from.
+            drafted: [B] tokens that were drafted for each.
+            sources: [B] by what; empty where there was no round.
+        """
+        for row, output in enumerate(self.outputs):
+            if output.remaining:
+                output.commit(tokens[row], scores[row], drafted[row], sources[row])
+        self.last, self._numbers = last, None
+
+    def _random(self) -> Tensor | None:
+        """Of this round: one for each token that may be drafted, and accepted, and the next one."""
+        if self._numbers is None and not self.sampler.greedy:
+            n, device = 2 * self.longest_draft + 1, self.last.device
+            self._numbers = torch.stack(
+                [random_numbers(n, device, output.generator) for output in self.outputs]
+            )
+        return self._numbers

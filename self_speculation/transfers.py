@@ -1,0 +1,46 @@
+"""Numbers between host and device. A read waits for all that a GPU was given to do, so there are few."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """[n] int64; nobody waits for what a GPU still has to do."""
+    there = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return there.to(device, non_blocking=True)
+
+
+class Reading:
+    """One read: all of these numbers, ids among them; fp32 holds ids below 2^24 exactly.
+
+    A GPU copies them when it comes to it, and can be given more to do before anybody waits for them.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        self._values = torch.cat([part.flatten().float() for part in numbers])
+        self._numbers: list[float] | None = None
+        self._copied: torch.cuda.Event | None = None
+        if self._values.device.type == "cuda":
+            on_host = torch.empty(self._values.shape, dtype=torch.float32, pin_memory=True)
+            self._values = on_host.copy_(self._values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> list[float]:
+        """The numbers; the second time nothing is waited for."""
+        if self._numbers is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._numbers = self._values.tolist()
+        return self._numbers
+
+
+def read(numbers: Sequence[Tensor]) -> list[list[float]]:
+    """The numbers of each tensor, by one read."""
+    values = iter(Reading(numbers).wait())
+    return [list(itertools.islice(values, part.numel())) for part in numbers]

@@ -1,0 +1,364 @@
+"""Many sequences at once: each comes out as it would alone, whatever its neighbours are, do, or turn into."""
+
+import copy
+from collections import Counter
+from itertools import cycle, islice
+
+import pytest
+import torch
+from conftest import EOS, generate, tiny_llama
+from distributions import PROMPT as SAMPLED_PROMPT
+from distributions import STEPS, expected, p_value
+from distributions import config as sampling
+from distributions import model as sampled_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor
+
+from self_speculation import (
+    GenerationConfig,
+    HuggingfaceLlamaGenerator,
+    Prompt,
+    Request,
+    RequestError,
+    make_strategy,
+)
+from self_speculation.generator_base import GenerationStrategy
+from self_speculation.model import decoder
+from self_speculation.model.compiled import compile_decoding
+from self_speculation.model.kv_cache import KVCache
+
+SAMPLES = 800
+PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
+
+
+def strategy_of(config):
+    if "num_speculations" in config:
+        return "self_speculative"
+    return config.pop("strategy", "autoregressive")
+
+
+def batch(model, requests, batch_size, **config):
+    """Results by index."""
+    name = strategy_of(config)
+    settings = GenerationConfig(**{"sample": False, "generation_strategy": name, **config})
+    return dict(make_strategy(name).generate_batch(model, requests, settings, batch_size))
+
+
+def until_an_error(results):
+    """What came before it, and the error."""
+    got = {}
+    with pytest.raises(RequestError) as raised:  # noqa: PT012
+        for index, result in results:
+            got[index] = result
+    return got, raised.value
+
+
+def alone(model, request, **config):
+    if request.seed is not None:
+        torch.manual_seed(request.seed)
+    return generate(
+        model,
+        request.input_ids,
+        eos=list(request.eos_token_ids),
+        logits_processors=request.logits_processors,
+        stopping_criteria=request.stopping_criteria,
+        **config,
+    )
+
+
+def assert_as_if_alone(model, requests, batch_size, **config):
+    results = batch(model, requests, batch_size, **config)
+    assert sorted(results) == list(range(len(requests)))
+    for index, request in enumerate(requests):
+        solo, mine = alone(model, request, **config), results[index]
+        assert mine.predicted_tokens == solo.predicted_tokens
+        assert (mine.stop_reason, mine.end_token_id) == (solo.stop_reason, solo.end_token_id)
+        if config.get("strategy") != "adaptive":  # whose drafts depend on time
+            assert mine.drafts_by_source == solo.drafts_by_source
+            assert mine.accepted_by_position == solo.accepted_by_position
+
+
+DRAFTS = st.one_of(
+    st.just({"strategy": "adaptive"}),
+    st.just({}),
+    st.fixed_dictionaries({"exit_layer": st.integers(1, 3)}),
+    st.fixed_dictionaries(
+        {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 20)},
+        optional={
+            "prompt_lookup": st.integers(1, 3),
+            "draft_confidence": st.sampled_from(["auto", "0.05", "0.5"]),
+            "draft_weights": st.just("int8"),
+        },
+    ),
+)
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(3, 40), min_size=1, max_size=12), min_size=1, max_size=7),
+    batch_size=st.integers(1, 5),
+    drafts=DRAFTS,
+    max_steps=st.integers(1, 24),
+    ends=st.lists(st.integers(2, 49), max_size=6),
+    penalties=st.lists(st.none() | st.floats(0.5, 2.0), min_size=7, max_size=7),
+    stops_at=st.lists(st.none() | st.integers(1, 9), min_size=7, max_size=7),
+    sample=st.booleans(),
+    agreement=st.sampled_from(["sometimes", "always", "never"]),
+    fused=st.booleans(),
+)
+@settings(max_examples=60)
+def test_every_row_is_as_if_alone(
+    prompts, batch_size, drafts, max_steps, ends, penalties, stops_at, sample, agreement, fused
+):
+    """Guards against whatever a row could take from its neighbours: places, masks, lengths, random numbers,
+    processors, ends. More prompts than rows, so that rows are replaced in every order.
+    """
+    fused = fused or drafts.get("draft_weights") == "int8"
+    if sample and "strategy" in drafts:
+        sample = False  # its decisions depend on time, and so do its draws
+    requests = [
+        Request(
+            prompt,
+            ends,
+            logits_processors=[RepetitionPenaltyLogitsProcessor(penalty)] if penalty else None,
+            stopping_criteria=[MaxLengthCriteria(len(prompt) + at)] if at else None,
+            seed=index,
+        )
+        for index, (prompt, penalty, at) in enumerate(zip(prompts, penalties, stops_at, strict=False))
+    ]
+    model = tiny_llama(agreement=agreement, fused=fused)
+    assert_as_if_alone(model, requests, batch_size, max_steps=max_steps, sample=sample, **drafts)
+
+
+class Says:
+    """A processor that leaves one token: those of a list in turn; where it is None, the model's own."""
+
+    def __init__(self, prompt, tokens):
+        self._start, self._tokens = len(prompt), tokens
+
+    def __call__(self, ids, logits):
+        token = self._tokens[(ids.shape[1] - self._start) % len(self._tokens)]
+        if token is None:
+            return logits
+        return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
+
+
+def test_rows_that_accept_all_and_nothing_and_something():
+    """Guards against a roll back by the same number for all."""
+    model = tiny_llama(agreement="never")
+    said = cycle([[5, 6, 7], [None], [9, 8, None]])
+    requests = [
+        Request(prompt, logits_processors=[Says(prompt, tokens)])
+        for prompt, tokens in zip(PROMPTS, said, strict=False)
+    ]
+    shared = {"exit_layer": 2, "num_speculations": 4, "max_steps": 21}
+    assert_as_if_alone(model, requests, 3, **shared)
+    results = batch(model, requests, 3, **shared)
+    rates = [results[index].acceptance_rate for index in range(3)]
+    assert rates[:2] == [1.0, 0.0]
+    assert 0 < rates[2] < 1
+
+
+def test_a_row_that_ends_inside_an_accepted_draft():
+    """Guards against tokens after the end that count, for this row or for the one that takes its place."""
+    requests = [
+        Request(prompt, [EOS], logits_processors=[Says(prompt, [9] * (3 + index) + [EOS])])
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    results = batch(tiny_llama(), requests, 2, exit_layer=2, num_speculations=7, max_steps=30)
+    for index in range(len(PROMPTS)):
+        assert results[index].predicted_tokens == [9] * (3 + index)
+        assert results[index].stop_reason == "eos"
+
+
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 6}])
+def test_a_row_at_the_end_of_its_context(drafts):
+    """Guards against positions beyond the model's, and against a long row that cuts the others short."""
+    model = tiny_llama(max_position_embeddings=32)
+    requests = [Request([3 + i % 40 for i in range(n)]) for n in (31, 4, 25, 30, 1)]
+    assert_as_if_alone(model, requests, 3, max_steps=100, **drafts)
+    assert {r.stop_reason for r in batch(model, requests, 3, max_steps=100, **drafts).values()} == {"context"}
+
+
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
+def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
+    """Guards against a neighbour's NaN that comes through a mask, at once or from a place that was left."""
+    model = copy.deepcopy(tiny_llama())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[49] = torch.nan
+    good = [Request(prompt) for prompt in PROMPTS]
+    bad = Request([4, 49, 5])
+    late = Request(
+        [4, 6], logits_processors=[lambda ids, logits: logits if ids.shape[1] < 6 else logits * torch.nan]
+    )
+    for broken in (bad, late):
+        strategy = make_strategy(strategy_of(dict(drafts)))
+        config = GenerationConfig(sample=False, generation_strategy=strategy.name, max_steps=20, **drafts)
+        got, error = until_an_error(
+            strategy.generate_batch(model, [good[0], broken, *good[1:3]], config, batch_size=4)
+        )
+        assert str(error).startswith("prompt 1: the model's logits are not numbers")
+        got = {index: result.predicted_tokens for index, result in got.items()}
+        assert got == {
+            index: alone(model, good[max(0, index - 1)], max_steps=20, **drafts).predicted_tokens
+            for index in (0, 2, 3)
+        }
+    cache = KVCache(1, 8, num_rows=2)
+    cache.clear(0)
+    for value in (torch.nan, 1.0):
+        row = cache.row(cache.num_rows)
+        row.append(torch.full((3, 1, 2), value), torch.full((3, 1, 2), value), 0)
+        cache.admit(3)
+    cache.drop(0, damaged=True)
+    held, _ = cache.buffers.of_layers[0]
+    assert not held.isnan().any()
+
+
+def test_places_are_taken_again_as_soon_as_they_are_free():
+    """Guards against a batch that waits for its slowest row, and against prompts that are read in advance."""
+    asked = []
+
+    def requests():
+        for index, prompt in enumerate(islice(cycle(PROMPTS), 9)):
+            asked.append(index)
+            yield Request(prompt, logits_processors=[Says(prompt, [9] * (20 if index == 0 else 3) + [EOS])],
+                          eos_token_ids=[EOS])  # fmt: skip
+
+    config = GenerationConfig(sample=False, max_steps=40)
+    order = []
+    for index, _ in make_strategy("autoregressive").generate_batch(tiny_llama(), requests(), config, 2):
+        order.append(index)
+        assert len(asked) <= len(order) + 2
+    assert order[:4] == [1, 2, 3, 4]  # while the first goes on
+    assert sorted(order) == list(range(9))
+
+
+def test_texts_and_seeds_and_streamers(byte_tokenizer, text_model):
+    """Guards against a front door that mixes up prompts: text, stop words, random numbers, streams."""
+
+    class Collects:
+        def __init__(self):
+            self.ids, self.ended = [], 0
+
+        def put(self, ids):
+            self.ids += ids.tolist()
+
+        def end(self):
+            self.ended += 1
+
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("self_speculative"))
+    config = GenerationConfig(
+        max_steps=20, exit_layer=2, num_speculations=3, temperature=1.0, stop_words=["e"]
+    )
+    texts = ["def add", "Once upon a time", "naïve", "", "class Stop:"]
+    streamers = [Collects() for _ in texts]
+    prompts = [
+        Prompt(text, streamer=streamer, seed=i)
+        for i, (text, streamer) in enumerate(zip(texts, streamers, strict=True))
+    ]
+    results = dict(generator.generate_batch(prompts, config, batch_size=2))
+    for index, text in enumerate(texts):
+        torch.manual_seed(index)
+        solo = generator.generate(text, config)
+        assert results[index].decoded_prediction == solo.decoded_prediction
+        tokens = results[index].generation_strategy_result.predicted_tokens
+        assert tokens == solo.generation_strategy_result.predicted_tokens == streamers[index].ids
+        assert streamers[index].ended == 1
+    assert [index for index, _ in generator.generate_batch(texts, config, batch_size=1)] == [0, 1, 2, 3, 4]
+
+
+def test_what_is_wrong_with_a_prompt_waits_for_the_others(byte_tokenizer, text_model):
+    """Guards against answers that are lost because a later prompt is refused."""
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
+    config = GenerationConfig(max_steps=9, sample=False)
+    for wrong, why in (([10**6], "has the token id 1000000"), ([4] * 256, "has 256 tokens")):
+        prompts = [[5, 6], [7, 8, 9], wrong, [5]]
+        for batch_size in (1, 2, 3):
+            got, error = until_an_error(generator.generate_batch(prompts, config, batch_size))
+            assert sorted(got) == [0, 1]
+            assert (error.index, str(error).startswith(f"prompt 2: the prompt {why}")) == (2, True)
+    with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
+        next(generator.generate_batch(["x"], config, batch_size=0))
+
+
+def test_a_strategy_that_knows_no_batches_does_one_after_the_other(byte_tokenizer, text_model):
+    """Guards against strategies written for `generate_token_ids` alone that no longer work."""
+
+    class Own(GenerationStrategy):
+        def generate_token_ids(self, *args, **kwargs):
+            return make_strategy("autoregressive").generate_token_ids(*args, **kwargs)
+
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, Own())
+    config = GenerationConfig(max_steps=6, sample=False)
+    results = dict(generator.generate_batch([[5, 6], [7, 8, 9]], config, batch_size=2))
+    for index, prompt in enumerate([[5, 6], [7, 8, 9]]):
+        assert results[index].decoded_prediction == generator.generate(prompt, config).decoded_prediction
+
+
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}])
+def test_compiled_passes(drafts, monkeypatch):
+    """Guards against passes of one row that are taken for those of several, and a cache that is too small."""
+    monkeypatch.setattr("torch.compile", lambda run, **_: run)  # traced or not: the shapes are the same
+    model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
+    requests = [Request(prompt) for prompt in [*PROMPTS, [3 + i % 40 for i in range(1200)], [4, 5]]]
+    solo = [alone(model, request, max_steps=12).predicted_tokens for request in requests]
+    compile_decoding(model)
+    for size in (3, 1, 3):
+        results = batch(model, requests, size, max_steps=12, **drafts)
+        assert [results[index].predicted_tokens for index in range(len(requests))] == solo
+
+
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 1, "num_speculations": 2}], ids=["plain", "drafted"])
+def test_the_distribution_of_sampled_rows(drafts):
+    """Rows of one prompt with numbers of their own. False alarm: 1e-4 for each of two tests, fixed seeds."""
+    name = "self_speculative" if drafts else "autoregressive"
+    config = sampling(**{"generation_strategy": name, "exit_layer": -1, "num_speculations": -1, **drafts})
+    requests = [Request(SAMPLED_PROMPT, seed=seed) for seed in range(SAMPLES)]
+    results = dict(make_strategy(name).generate_batch(sampled_model(), requests, config, 4))
+    tokens = [tuple(results[index].predicted_tokens[:STEPS]) for index in range(SAMPLES)]
+    likely = expected(config, [])
+    assert p_value(Counter(tokens), likely) > 1e-4
+    # Neighbours know nothing of each other: pairs come as often as the product says.
+    first = Counter()
+    for key, p in likely.items():
+        first[key[0]] += p
+    pairs = Counter(zip((t[0] for t in tokens[::2]), (t[0] for t in tokens[1::2]), strict=False))
+    assert p_value(pairs, {(a, b): p * q for a, p in first.items() for b, q in first.items()}) > 1e-4
+
+
+def see_everything(monkeypatch):
+    """No row is masked beyond its own end."""
+    monkeypatch.setattr(
+        decoder, "_seen", lambda at, length, dtype: torch.zeros(len(at), 1, at.shape[1], length)
+    )
+
+
+def one_offset(monkeypatch):
+    """All rows are where the first one is."""
+    positions = KVCache.positions
+    monkeypatch.setattr(KVCache, "positions", lambda *args: positions(*args)[:1].expand(args[0].num_rows, -1))
+
+
+def zeroed_slots(monkeypatch):
+    """What is rejected is not masked, but zeros: a zero key still takes its share of the softmax."""
+    rollback = KVCache.rollback
+
+    def zeroing(cache, counts):
+        for row, count in enumerate(counts):
+            end = cache.length(0, row)
+            for part in (part for held in cache.buffers.of_layers for part in held):
+                part[row, :, end - count :] = 0
+        rollback(cache, counts)
+
+    see_everything(monkeypatch)
+    monkeypatch.setattr(KVCache, "rollback", zeroing)
+
+
+@pytest.mark.parametrize("fault", [see_everything, one_offset, zeroed_slots])
+def test_faults_are_found(fault, monkeypatch):
+    """The comparisons above can fail: with each classic mistake they do."""
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_as_if_alone(
+            tiny_llama(), [Request(p) for p in PROMPTS], 3, exit_layer=2, num_speculations=3, max_steps=20
+        )
