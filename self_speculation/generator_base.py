@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,9 @@ __all__ = [
 # Prompts of so many characters are looked at before they are tokenized, which takes long: can they fit?
 _LONG = 1_000_000
 
+# None, one or several; the lists of transformers can be called as well.
+Callables = Sequence[Callable] | Callable | None
+
 
 class GenerationStrategy(ABC):
     """A way to generate token ids: draws them as the model would, stops where they end."""
@@ -43,8 +46,8 @@ class GenerationStrategy(ABC):
         input_ids: list[int],
         eos_token_ids: list[int],
         generation_config: GenerationConfig,
-        logits_processors: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
+        logits_processors: Callables = None,
+        stopping_criteria: Callables = None,
         streamer: Any = None,
         ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
@@ -53,9 +56,9 @@ class GenerationStrategy(ABC):
         Args:
             input_ids: the prompt, at least one id.
             eos_token_ids: ids that end the output, besides `generation_config.stop_token_ids`.
-            logits_processors: called with the whole history [1, n] and logits [1, V].
+            logits_processors: called with the whole history [1, n] and logits [1, V]; one or several.
             stopping_criteria: called after each token with the whole history [1, n] and processed logits [1,
-                V].
+                V]; one or several.
             streamer: see `Output`.
             ends_text: called after each token with the output ids; True ends the output. This is how stop
                 words reach a strategy, which has no tokenizer to find them itself.
@@ -79,8 +82,8 @@ class DecodingStrategy(GenerationStrategy):
         input_ids: list[int],
         eos_token_ids: list[int],
         generation_config: GenerationConfig,
-        logits_processors: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
+        logits_processors: Callables = None,
+        stopping_criteria: Callables = None,
         streamer: Any = None,
         ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
@@ -103,11 +106,11 @@ class DecodingStrategy(GenerationStrategy):
             max_tokens=max_tokens,
             at_limit="max_steps" if config.max_steps <= room else "context",
             ends_text=ends_text,
-            criteria=stopping_criteria,
+            criteria=_several(stopping_criteria),
         )
         # In the order of transformers: the config's processors come before the caller's.
         processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
-        processors += logits_processors or []
+        processors += _several(logits_processors)
         device = model.get_input_embeddings().weight.device
         self.prepare(model, config, (2 * len(input_ids) + max_tokens) // 2)
         output = Output(input_ids, device, stop, processors, streamer)
@@ -150,8 +153,8 @@ class HuggingfaceLlamaGenerator:
         prompt: str | list[int],
         generation_config: GenerationConfig,
         streamer: Any = None,
-        logits_processors: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
+        logits_processors: Callables = None,
+        stopping_criteria: Callables = None,
     ) -> GenerationResult:
         """Answer a prompt, given as text or as token ids.
 
@@ -224,3 +227,9 @@ class HuggingfaceLlamaGenerator:
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
         ids = [self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
         return sorted({i for i in ids if i is not None})
+
+
+def _several(callables: Callables) -> list[Callable]:
+    if callables is None:
+        return []
+    return list(callables) if isinstance(callables, Iterable) else [callables]
