@@ -29,6 +29,10 @@ DatasetName = Literal[
     "chat_format",
 ]
 
+_WORDS = {"true": True, "false": False, "none": None}  # values of k=v, in any case
+_CACHE_REQUESTS = ("true", "refresh", "delete", "false")
+_VERBOSITIES = ("debug", "info", "warning", "error", "critical")
+
 # Where `refuse` writes; None: to standard error. A rank whose output is silenced keeps its real one here.
 errors: TextIO | None = None
 
@@ -72,14 +76,14 @@ class ModelArguments:
                 raise ValueError(f"compile True: not with --{name} {value}")
 
     def from_pretrained_args(self) -> dict[str, Any]:
-        """`model_args` as a dictionary; values that read as Python numbers, booleans or None become those."""
-        pairs = [pair.partition("=") for pair in (self.model_args or "").split(",") if pair]
-        for key, equals, _ in pairs:
-            if not (key.isidentifier() and equals):
-                raise ValueError(f"model_args {self.model_args!r}: must be k=v,k=v")
-            if key == "trust_remote_code":
-                raise ValueError(f"model_args {self.model_args!r}: --trust_remote_code is a flag of its own")
-        return {key: _literal(value) for key, _, value in pairs}
+        """`model_args` as a dictionary, see `simple_parse_args_string`."""
+        try:
+            parsed = simple_parse_args_string(self.model_args)
+        except ValueError as error:
+            raise ValueError(f"model_args {error}") from error
+        if "trust_remote_code" in parsed:
+            raise ValueError(f"model_args {self.model_args!r}: --trust_remote_code is a flag of its own")
+        return parsed
 
     def loading_options(self, **changes: Any) -> LoadingOptions:
         """What the library is told, with changes by field."""
@@ -230,8 +234,10 @@ class EvalArguments:
     """Write what the model said, and compute no metrics."""
     use_cache: str | None = None
     """Path of a file that keeps answers: with it, an interrupted evaluation goes on where it stopped."""
-    cache_requests: Literal["true", "refresh", "delete"] | None = None
+    cache_requests: str | None = None
     """true: keep the prompts that tasks build for later; refresh: build them anew; delete: remove them."""
+    rewrite_requests_cache: bool = False
+    """The same as --cache_requests refresh."""
     bootstrap_iters: int = 100_000
     """Resamplings for standard errors; 0: none."""
     random_seed: int = 0
@@ -242,6 +248,13 @@ class EvalArguments:
     """Seed of torch's, and of sampled answers."""
     fewshot_random_seed: int = 1234
     """Seed for the choice of solved examples."""
+    write_out: bool = False
+    """Log the first document's prompt of each task."""
+    check_integrity: bool = False
+    """Run the harness's own tests of the tasks; it has them where it was installed from its sources."""
+    verbosity: str | None = None
+    """What the harness logs: DEBUG, INFO, WARNING, ERROR or CRITICAL; without it, ERROR, or INFO with
+    --write_out True."""
     confirm_run_unsafe_code: bool = False
     """Let tasks run the programs that the model wrote."""
 
@@ -251,6 +264,23 @@ class EvalArguments:
         _check(self, "batch_size", bool(number), "must be a number from 1, or auto")
         _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
         _check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        for name, allowed in (("cache_requests", _CACHE_REQUESTS), ("verbosity", _VERBOSITIES)):
+            given = getattr(self, name)
+            known = given is None or given.lower() in allowed
+            _check(self, name, known, f"must be one of {', '.join(allowed)}")
+
+    @property
+    def requests_cache(self) -> Literal["true", "refresh", "delete"] | None:
+        """What to do with prompts that were built before, or are built now."""
+        asked = (self.cache_requests or "false").lower()
+        if self.rewrite_requests_cache and asked != "delete":
+            return "refresh"
+        return None if asked == "false" else asked  # type: ignore[return-value]
+
+    @property
+    def logged(self) -> str:
+        """The least important kind of message that the harness is to log."""
+        return (self.verbosity or ("info" if self.write_out else "error")).upper()
 
 
 @dataclass(frozen=True)
@@ -457,7 +487,22 @@ def _check_seeds(group: Any, *names: str) -> None:
         _check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
 
 
+def simple_parse_args_string(args_string: str | None) -> dict[str, Any]:
+    """`k=v,k=v` as a dictionary; values that read as Python numbers, booleans or None become those, the
+    latter in any case.
+
+    Raises:
+        ValueError: it is none.
+    """
+    pairs = [pair.partition("=") for pair in (args_string or "").split(",") if pair.strip()]
+    if not all(key.strip().isidentifier() and equals for key, equals, _ in pairs):
+        raise ValueError(f"{args_string!r}: must be k=v,k=v")
+    return {key.strip(): _literal(value.strip()) for key, _, value in pairs}
+
+
 def _literal(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
