@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, TextIO, get_args
 
@@ -132,7 +133,7 @@ class DataArguments:
 
 
 @dataclass(frozen=True)
-class BenchmarkArguments:
+class MeasurementArguments:
     """What to measure and to record."""
 
     compare: bool = False
@@ -487,13 +488,15 @@ def _check_seeds(group: Any, *names: str) -> None:
         _check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
 
 
-def simple_parse_args_string(args_string: str | None) -> dict[str, Any]:
+def simple_parse_args_string(args_string: str | dict[str, Any] | None) -> dict[str, Any]:
     """`k=v,k=v` as a dictionary; values that read as Python numbers, booleans or None become those, the
-    latter in any case.
+    latter in any case. A dictionary is one already.
 
     Raises:
         ValueError: it is none.
     """
+    if isinstance(args_string, dict):
+        return args_string
     pairs = [pair.partition("=") for pair in (args_string or "").split(",") if pair.strip()]
     if not all(key.strip().isidentifier() and equals for key, equals, _ in pairs):
         raise ValueError(f"{args_string!r}: must be k=v,k=v")
@@ -507,3 +510,17 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def names_in_compat(module: str) -> Callable[[str], Any]:
+    """`__getattr__` of a module of which scripts for the paper's code base import names that `compat` has."""
+
+    def find(name: str) -> Any:
+        if name.startswith("_"):  # Python's own, which it asks for at every import
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return importlib.import_module("compat").lookup(module, name)
+
+    return find
+
+
+__getattr__ = names_in_compat(__name__)
