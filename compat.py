@@ -142,19 +142,29 @@ class EvaluationMetrics:
             self.compared.append((generation_result.decoded_prediction, evaluation_example.output))
 
     def compute(self) -> dict[str, dict[str, float | None]]:
-        """The scores of texts, see `measures.text_quality`, and means over all answers as {"mean": ...}, None
-        where there is nothing to take a mean of, as of the acceptance rate without drafts.
+        """The scores of texts by the names that they have there, see `measures.text_quality`, and means over
+        all answers as {"mean": ...}, None where there is nothing to take a mean of.
         """
-        from measures.text_quality import text_quality
-
         rates = [result.generation_strategy_result.acceptance_rate for result in self.results]
         return {
-            "predicted_text": text_quality(*zip(*self.compared, strict=True)) if self.compared else {},
+            "predicted_text": _scores(*zip(*self.compared, strict=True)) if self.compared else {},
             "acceptance_rate": _mean([rate for rate in rates if rate is not None]),
             "total_time": _mean([result.total_time for result in self.results]),
             "time_per_token": _mean([result.time_per_token for result in self.results]),
             "tokens_per_second": _mean([result.tokens_per_second for result in self.results]),
         }
+
+
+def _scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
+    from measures.text_quality import text_quality
+
+    found = text_quality(answers, references)
+    return {
+        **{f"rouge-{n.lower()}": found[f"rouge{n}"] for n in ("1", "2", "L")},
+        "bleu_score": found["bleu"] / 100,
+        "exact_match": found["exact_match"],
+        "edit_distance": found["edit_distance"],
+    }
 
 
 def _mean(values: Sequence[float]) -> dict[str, float | None]:

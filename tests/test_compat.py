@@ -23,6 +23,7 @@ import compat
 import sweep
 from arguments import DataArguments
 from data import load_examples
+from measures.text_quality import text_quality
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 
 # As printed in the paper's README.
@@ -209,6 +210,9 @@ def test_a_benchmark_measures_what_the_strategy_does(loaded, tmp_path):
         metrics.update(example, generator.generate(example.input, config))
     expected = metrics.compute()
     assert found["predicted_text"] == expected["predicted_text"]
+    scored = text_quality([a for a, _ in metrics.compared], [b for _, b in metrics.compared])
+    assert found["predicted_text"]["rouge-l"] == scored["rougeL"]
+    assert found["predicted_text"]["bleu_score"] == scored["bleu"] / 100
     assert found["acceptance_rate"] == expected["acceptance_rate"]
     assert 0 <= found["acceptance_rate"]["mean"] <= 1
     assert found["total_time"]["mean"] > found["time_per_token"]["mean"] > 0
