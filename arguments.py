@@ -11,7 +11,7 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, TextIO, get_args
 
@@ -447,8 +447,9 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
     )
     for group in groups:
         parser.add_arguments(group, dest=group.__name__)
+    names = {field.name for group in groups for field in fields(group)}
     try:
-        values, unknown = parser.parse_known_args(args)
+        values, unknown = parser.parse_known_args(_as_spelled_here(args, names))
     except ValueError as error:  # raised by a dataclass about its own values, field name first
         parser.error(f"--{error}")
     if unknown:
@@ -461,8 +462,25 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
     """The fields of a dataclass that the command line names, also those that it sets to their defaults."""
-    flags = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
-    return {field.name for field in fields(group) if {f"--{field.name}", f"--no{field.name}"} & flags}
+    names = {field.name for field in fields(group)}
+    flags = {arg.partition("=")[0] for arg in _as_spelled_here(args, names)}
+    return {name for name in names if {f"--{name}", f"--no{name}"} & flags}
+
+
+def _as_spelled_here(args: Sequence[str] | None, names: Collection[str]) -> list[str]:
+    """The command line, with `--max_steps` for `--max-steps` and `--nosample` for `--no_sample`: the paper's
+    scripts take these as well.
+    """
+    spelled = []
+    for arg in sys.argv[1:] if args is None else args:
+        flag, equals, value = arg.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in names:
+            arg = f"--{name}{equals}{value}"
+        elif flag.startswith("--no") and name.removeprefix("no_") in names:
+            arg = f"--no{name.removeprefix('no_')}{equals}{value}"
+        spelled.append(arg)
+    return spelled
 
 
 def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:

@@ -80,12 +80,15 @@ def self_speculative_generate(
         input_ids: [B, P], padding on the left where the attention mask says so. The model sees each prompt
             without it; processors and criteria are shown what `generate` shows them: rows with their padding,
             all B of them where they may tell one from another (then each row stands in the place of all).
+        logits_processor: those of a caller must depend on their arguments alone: they are called for drafts
+            too, and again for the same position where a draft was rejected.
         exit_layer, num_speculations, and whatever else says how drafts are made: see `GenerationConfig`.
             generation_strategy is "self_speculative" unless it is "adaptive", which needs none of them.
 
     Returns:
-        What `generate` returns: [B, P + longest output] ids, outputs padded on the right. The dictionary of
-        `return_dict_in_generate` holds the ids alone.
+        What `generate` returns: [B, P + longest output] ids, outputs padded on the right; sampled ones are of
+        the same distribution, by other random numbers. The dictionary of `return_dict_in_generate` holds the
+        ids alone.
 
     Raises:
         ValueError: an argument that cannot be honoured, by name; an exit layer that the model does not have.

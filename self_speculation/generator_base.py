@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +32,8 @@ __all__ = [
 # Prompts of so many characters are looked at before they are tokenized, which takes long: can they fit?
 _LONG = 1_000_000
 
+T = TypeVar("T")
+
 # None, one or several; the lists of transformers can be called as well.
 Callables = Sequence[Callable] | Callable | None
 
@@ -44,7 +46,7 @@ class GenerationStrategy(ABC):
         self,
         model: PreTrainedModel,
         input_ids: list[int],
-        eos_token_ids: list[int],
+        eos_token_ids: int | list[int] | None,
         generation_config: GenerationConfig,
         logits_processors: Callables = None,
         stopping_criteria: Callables = None,
@@ -55,7 +57,7 @@ class GenerationStrategy(ABC):
 
         Args:
             input_ids: the prompt, at least one id.
-            eos_token_ids: ids that end the output, besides `generation_config.stop_token_ids`.
+            eos_token_ids: one id or several that end the output, besides `generation_config.stop_token_ids`.
             logits_processors: called with the whole history [1, n] and logits [1, V]; one or several.
             stopping_criteria: called after each token with the whole history [1, n] and processed logits [1,
                 V]; one or several.
@@ -80,7 +82,7 @@ class DecodingStrategy(GenerationStrategy):
         self,
         model: PreTrainedModel,
         input_ids: list[int],
-        eos_token_ids: list[int],
+        eos_token_ids: int | list[int] | None,
         generation_config: GenerationConfig,
         logits_processors: Callables = None,
         stopping_criteria: Callables = None,
@@ -102,7 +104,7 @@ class DecodingStrategy(GenerationStrategy):
         max_tokens = min(config.max_steps, room)
         check_window(model.config, len(input_ids) + max_tokens)
         stop = StopConditions(
-            end_ids=[*eos_token_ids, *(config.stop_token_ids or [])],
+            end_ids=[*_several(eos_token_ids), *(config.stop_token_ids or [])],
             max_tokens=max_tokens,
             at_limit="max_steps" if config.max_steps <= room else "context",
             ends_text=ends_text,
@@ -229,7 +231,8 @@ class HuggingfaceLlamaGenerator:
         return sorted({i for i in ids if i is not None})
 
 
-def _several(callables: Callables) -> list[Callable]:
-    if callables is None:
+def _several(values: T | Iterable[T] | None) -> list[T]:
+    """None, one or several, as a list."""
+    if values is None:
         return []
-    return list(callables) if isinstance(callables, Iterable) else [callables]
+    return list(values) if isinstance(values, Iterable) else [values]

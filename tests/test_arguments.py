@@ -9,6 +9,7 @@ from arguments import (
     GenerateArguments,
     GenerationConfig,
     ModelArguments,
+    given_flags,
     parse,
     simple_parse_args_string,
 )
@@ -52,6 +53,25 @@ def test_defaults_are_the_documented_ones():
 )
 def test_spellings_of_a_boolean(args, sample):
     assert values(*args)["sample"] is sample
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "value"),
+    [
+        (["--max-steps", "3"], "max_steps", 3),
+        (["--max-steps=3"], "max_steps", 3),
+        (["--no_sample"], "sample", False),
+        (["--no-sample"], "sample", False),
+        (["--no-repeat-ngram-size", "2"], "no_repeat_ngram_size", 2),
+        (["--no_repeat_ngram_size", "2"], "no_repeat_ngram_size", 2),
+        (["--prompt=--no-sample"], "prompt", "--no-sample"),
+    ],
+)
+def test_spellings_that_the_papers_scripts_take_as_well(args, field, value):
+    """Guards against a script that is refused for its dashes, and a flag whose own name begins with `no_`."""
+    assert values(*args)[field] == value
+    group = GenerationConfig if field != "prompt" else GenerateArguments
+    assert given_flags(args, group) == {field}
 
 
 def test_lists_and_choices():
@@ -109,7 +129,8 @@ def test_flags_of_the_harness_as_the_papers_scripts_spell_them(args, cache, logg
         ("--model_args x", "--model_args 'x': must be k=v,k=v"),
         ("--model_args a=b=c,true,d=1", "--model_args 'a=b=c,true,d=1': must be k=v,k=v"),
         ("--max_step 3", "unknown argument '--max_step'; did you mean --max_steps?"),
-        ("--max-steps 3", "unknown argument '--max-steps'; did you mean --max_steps?"),
+        ("--max-step 3", "unknown argument '--max-step'; did you mean --max_steps?"),
+        ("--no_max_steps", "unknown argument '--nomax_steps'; did you mean --max_steps?"),
         ("--zzz", "unknown argument '--zzz'; --help lists the flags"),
         ("stray", "unknown argument 'stray'"),
     ],

@@ -163,3 +163,6 @@ def test_one_callable_is_as_good_as_a_list_of_one(drafts):
     assert outputs[0] == outputs[1] == outputs[2]
     assert len(outputs[0]) == 6
     assert len(outputs[3]) == 20
+    end = outputs[3][4]
+    by_id = [generate(tiny_llama(), [5, 6, 7], eos=ids, **drafts).predicted_tokens for ids in (end, [end])]
+    assert by_id[0] == by_id[1] == outputs[3][: outputs[3].index(end)]
