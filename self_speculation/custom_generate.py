@@ -23,6 +23,7 @@ from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -82,6 +83,8 @@ def self_speculative_generate(
             all B of them where they may tell one from another (then each row stands in the place of all).
         logits_processor: those of a caller must depend on their arguments alone: they are called for drafts
             too, and again for the same position where a draft was rejected.
+        stopping_criteria: `stop_strings` never get here: `generate` keeps the tokenizer from a callable; pass
+            `StopStringCriteria(tokenizer, strings)`.
         exit_layer, num_speculations, and whatever else says how drafts are made: see `GenerationConfig`.
             generation_strategy is "self_speculative" unless it is "adaptive", which needs none of them.
 
@@ -299,7 +302,9 @@ def _streamer_of_the_caller() -> Any:
     frame = inspect.currentframe()
     for _ in range(2):
         frame = frame and frame.f_back
-    return frame.f_locals.get("streamer") if frame is not None else None
+    if frame is None or frame.f_globals.get("__name__") != GenerationMixin.__module__:
+        return None
+    return frame.f_locals.get("streamer")
 
 
 def _signature() -> inspect.Signature:

@@ -1,5 +1,6 @@
 """self_speculative_generate: what `generate` of transformers returns, by drafts and verifications."""
 
+import copy
 import itertools
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers import (
     EosTokenCriteria,
     LogitsProcessor,
     MaxLengthCriteria,
+    StopStringCriteria,
     SynthIDTextWatermarkingConfig,
     TextStreamer,
     WatermarkingConfig,
@@ -216,6 +218,36 @@ def test_text_on_a_streamer(byte_tokenizer, text_model, capsys):
         options = {"do_sample": False, "max_new_tokens": 12, "streamer": streamer, **SPECULATION}
         assert text_model.generate(ids, **options).tolist() == plain.tolist()
         assert capsys.readouterr().out == text + "\n"
+
+
+def test_stop_strings_by_a_criterion_end_each_row_for_itself(byte_tokenizer, text_model):
+    """Guards against a row that ends where another one does, and one that ends in its prompt."""
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = "<unk>", "left"
+    inputs = tokenizer(["Once upon a time", "def add(", "a"], return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
+    plain = text_model.generate(**inputs, **options)
+    new = plain[:, inputs.input_ids.shape[1] :]
+    strings = [tokenizer.decode(new[0, 3:5]), tokenizer.decode(new[1, 6:8])]
+    options["stopping_criteria"] = [StopStringCriteria(tokenizer, strings)]
+    theirs = text_model.generate(**inputs, **options)
+    assert theirs.tolist() != plain.tolist()
+    assert text_model.generate(**inputs, **options, **SPECULATION).tolist() == theirs.tolist()
+
+
+def test_the_streamer_of_another_function_is_none_of_ours():
+    """Guards against a variable that is called `streamer`, where nobody has passed one."""
+    model, streamer = tiny_llama(), Listener()
+    caught = {}
+
+    def keep(model, input_ids, **kwargs):
+        caught.update(kwargs, model=model, input_ids=input_ids)
+        return input_ids
+
+    model.generate(PROMPT, custom_generate=keep, max_new_tokens=4, do_sample=False)
+    self_speculative_generate(**caught, exit_layer=2, num_speculations=3)
+    assert streamer.told == []
 
 
 def test_transformers_does_not_hand_on_the_streamer():
