@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, TextIO, get_args
 
@@ -28,6 +29,10 @@ DatasetName = Literal[
     "custom_jsonl",
     "chat_format",
 ]
+
+_WORDS = {"true": True, "false": False, "none": None}  # values of k=v, in any case
+_CACHE_REQUESTS = ("true", "refresh", "delete", "false")
+_VERBOSITIES = ("debug", "info", "warning", "error", "critical")
 
 # Where `refuse` writes; None: to standard error. A rank whose output is silenced keeps its real one here.
 errors: TextIO | None = None
@@ -72,14 +77,14 @@ class ModelArguments:
                 raise ValueError(f"compile True: not with --{name} {value}")
 
     def from_pretrained_args(self) -> dict[str, Any]:
-        """`model_args` as a dictionary; values that read as Python numbers, booleans or None become those."""
-        pairs = [pair.partition("=") for pair in (self.model_args or "").split(",") if pair]
-        for key, equals, _ in pairs:
-            if not (key.isidentifier() and equals):
-                raise ValueError(f"model_args {self.model_args!r}: must be k=v,k=v")
-            if key == "trust_remote_code":
-                raise ValueError(f"model_args {self.model_args!r}: --trust_remote_code is a flag of its own")
-        return {key: _literal(value) for key, _, value in pairs}
+        """`model_args` as a dictionary, see `simple_parse_args_string`."""
+        try:
+            parsed = simple_parse_args_string(self.model_args)
+        except ValueError as error:
+            raise ValueError(f"model_args {error}") from error
+        if "trust_remote_code" in parsed:
+            raise ValueError(f"model_args {self.model_args!r}: --trust_remote_code is a flag of its own")
+        return parsed
 
     def loading_options(self, **changes: Any) -> LoadingOptions:
         """What the library is told, with changes by field."""
@@ -128,7 +133,7 @@ class DataArguments:
 
 
 @dataclass(frozen=True)
-class BenchmarkArguments:
+class MeasurementArguments:
     """What to measure and to record."""
 
     compare: bool = False
@@ -230,8 +235,10 @@ class EvalArguments:
     """Write what the model said, and compute no metrics."""
     use_cache: str | None = None
     """Path of a file that keeps answers: with it, an interrupted evaluation goes on where it stopped."""
-    cache_requests: Literal["true", "refresh", "delete"] | None = None
+    cache_requests: str | None = None
     """true: keep the prompts that tasks build for later; refresh: build them anew; delete: remove them."""
+    rewrite_requests_cache: bool = False
+    """The same as --cache_requests refresh."""
     bootstrap_iters: int = 100_000
     """Resamplings for standard errors; 0: none."""
     random_seed: int = 0
@@ -242,6 +249,13 @@ class EvalArguments:
     """Seed of torch's, and of sampled answers."""
     fewshot_random_seed: int = 1234
     """Seed for the choice of solved examples."""
+    write_out: bool = False
+    """Log the first document's prompt of each task."""
+    check_integrity: bool = False
+    """Run the harness's own tests of the tasks; it has them where it was installed from its sources."""
+    verbosity: str | None = None
+    """What the harness logs: DEBUG, INFO, WARNING, ERROR or CRITICAL; without it, ERROR, or INFO with
+    --write_out True."""
     confirm_run_unsafe_code: bool = False
     """Let tasks run the programs that the model wrote."""
 
@@ -251,6 +265,23 @@ class EvalArguments:
         _check(self, "batch_size", bool(number), "must be a number from 1, or auto")
         _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
         _check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        for name, allowed in (("cache_requests", _CACHE_REQUESTS), ("verbosity", _VERBOSITIES)):
+            given = getattr(self, name)
+            known = given is None or given.lower() in allowed
+            _check(self, name, known, f"must be one of {', '.join(allowed)}")
+
+    @property
+    def requests_cache(self) -> Literal["true", "refresh", "delete"] | None:
+        """What to do with prompts that were built before, or are built now."""
+        asked = (self.cache_requests or "false").lower()
+        if self.rewrite_requests_cache and asked != "delete":
+            return "refresh"
+        return None if asked == "false" else asked  # type: ignore[return-value]
+
+    @property
+    def logged(self) -> str:
+        """The least important kind of message that the harness is to log."""
+        return (self.verbosity or ("info" if self.write_out else "error")).upper()
 
 
 @dataclass(frozen=True)
@@ -416,8 +447,9 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
     )
     for group in groups:
         parser.add_arguments(group, dest=group.__name__)
+    names = {field.name for group in groups for field in fields(group)}
     try:
-        values, unknown = parser.parse_known_args(args)
+        values, unknown = parser.parse_known_args(_as_spelled_here(args, names))
     except ValueError as error:  # raised by a dataclass about its own values, field name first
         parser.error(f"--{error}")
     if unknown:
@@ -430,8 +462,25 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:
     """The fields of a dataclass that the command line names, also those that it sets to their defaults."""
-    flags = {arg.partition("=")[0] for arg in (sys.argv[1:] if args is None else args)}
-    return {field.name for field in fields(group) if {f"--{field.name}", f"--no{field.name}"} & flags}
+    names = {field.name for field in fields(group)}
+    flags = {arg.partition("=")[0] for arg in _as_spelled_here(args, names)}
+    return {name for name in names if {f"--{name}", f"--no{name}"} & flags}
+
+
+def _as_spelled_here(args: Sequence[str] | None, names: Collection[str]) -> list[str]:
+    """The command line, with `--max_steps` for `--max-steps` and `--nosample` for `--no_sample`: the paper's
+    scripts take these as well.
+    """
+    spelled = []
+    for arg in sys.argv[1:] if args is None else args:
+        flag, equals, value = arg.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in names:
+            arg = f"--{name}{equals}{value}"
+        elif flag.startswith("--no") and name.removeprefix("no_") in names:
+            arg = f"--no{name.removeprefix('no_')}{equals}{value}"
+        spelled.append(arg)
+    return spelled
 
 
 def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
@@ -457,8 +506,39 @@ def _check_seeds(group: Any, *names: str) -> None:
         _check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
 
 
+def simple_parse_args_string(args_string: str | dict[str, Any] | None) -> dict[str, Any]:
+    """`k=v,k=v` as a dictionary; values that read as Python numbers, booleans or None become those, the
+    latter in any case. A dictionary is one already.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(args_string, dict):
+        return args_string
+    pairs = [pair.partition("=") for pair in (args_string or "").split(",") if pair.strip()]
+    if not all(key.strip().isidentifier() and equals for key, equals, _ in pairs):
+        raise ValueError(f"{args_string!r}: must be k=v,k=v")
+    return {key.strip(): _literal(value.strip()) for key, _, value in pairs}
+
+
 def _literal(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def names_in_compat(module: str) -> Callable[[str], Any]:
+    """`__getattr__` of a module of which scripts for the paper's code base import names that `compat` has."""
+
+    def find(name: str) -> Any:
+        if name.startswith("_"):  # Python's own, which it asks for at every import
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return importlib.import_module("compat").lookup(module, name)
+
+    return find
+
+
+__getattr__ = names_in_compat(__name__)

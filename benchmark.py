@@ -13,23 +13,24 @@ import signal
 from collections.abc import Sequence
 
 from arguments import (
-    BenchmarkArguments,
     DataArguments,
     GenerationConfig,
+    MeasurementArguments,
     ModelArguments,
     TuningArguments,
+    names_in_compat,
     parse,
     refuse,
 )
 from data import Example, mismatch
 from runs.tuning import tuned
 
-Flags = tuple[ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments]
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, MeasurementArguments]
 
 
 def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
-    groups = (ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments, TuningArguments)
+    groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments)
     model_args, config, data_args, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = tuned(config, tuning)
     if args.execute_code and data_args.dataset != "human_eval":
@@ -77,7 +78,7 @@ class Benchmark(Job):
         generator: HuggingfaceLlamaGenerator,
         config: GenerationConfig,
         examples: list[Example],
-        args: BenchmarkArguments,
+        args: MeasurementArguments,
         seed: int,
     ) -> None:
         self._examples, self._config, self._args, self._seed = examples, config, args, seed
@@ -186,6 +187,9 @@ def _number(value: Any, style: str) -> str:
     if value is None:
         return "-"
     return value if isinstance(value, str) else format(value, style)
+
+
+__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

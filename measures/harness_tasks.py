@@ -12,9 +12,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 from lm_eval.api.task import Task
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.evaluator_utils import get_sample_size
+from lm_eval.evaluator_utils import find_test_root, get_sample_size
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
@@ -35,6 +36,8 @@ def load_tasks(
         given = simple_parse_args_string(args.gen_kwargs) if args.gen_kwargs else {}
     except Exception:  # its parser raises all kinds
         refuse(f"--gen_kwargs {args.gen_kwargs}: must be k=v,k=v")
+    if args.check_integrity:
+        _find_the_harness_tests()
     manager, tasks = _find(args)
     for name, task in tasks.items():
         _check_generation(name, {**(task.get_config("generation_kwargs") or {}), **given}, config, overrides)
@@ -69,6 +72,13 @@ def _find(args: EvalArguments) -> tuple[TaskManager, dict[str, Task]]:
         refuse(f"{flag}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     manager.load = lambda names: loaded  # the harness would load them again, data and all
     return manager, loaded["tasks"]
+
+
+def _find_the_harness_tests() -> None:
+    try:
+        find_test_root(Path(lm_eval.__file__))
+    except FileNotFoundError:
+        refuse("--check_integrity True: needs lm-eval from its sources, a wheel leaves its tests out")
 
 
 def _check_generation(

@@ -91,7 +91,7 @@ def read_config(model_args: ModelArguments) -> PretrainedConfig:
     try:
         return load_config(model_name(model_args), model_args.loading_options())
     except LoadingError as error:
-        refuse(f"--{error}")
+        _refuse_to_load(model_args, error)
 
 
 def load_generator(
@@ -116,5 +116,10 @@ def load_generator(
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)
-        refuse(f"--{error}")
+        _refuse_to_load(model_args, error)
     return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+
+
+def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
+    given = f" (with --model_args {model_args.model_args!r})" if model_args.model_args else ""
+    refuse(f"--{error}{given}")

@@ -199,7 +199,7 @@ class _Clock:
         return self._decoder
 
     def _rows(self, max_tokens: int, ends_text: Callable[[Sequence[int]], bool] | None = None) -> Rows:
-        rows = Rows(self._sampler, self._longest)
+        rows = Rows(self._sampler, self._model.device, self._longest)
         stop = StopConditions([], max_tokens, ends_text=ends_text)
         rows.outputs = [
             Output(self._prompt, self._model.device, stop, has_drafts=True) for _ in range(self._num_rows)

@@ -18,7 +18,13 @@ from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.generator_base import GenerationStrategy, Request, RequestError
+from self_speculation.generator_base import (
+    Callables,
+    GenerationStrategy,
+    Request,
+    RequestError,
+    several,
+)
 from self_speculation.model.decoder import Decoder, prefill
 from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.results import GenerationStrategyResult
@@ -49,10 +55,10 @@ class DecodingStrategy(GenerationStrategy):
         self,
         model: PreTrainedModel,
         input_ids: list[int],
-        eos_token_ids: list[int],
+        eos_token_ids: int | list[int] | None,
         generation_config: GenerationConfig,
-        logits_processors: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
+        logits_processors: Callables = None,
+        stopping_criteria: Callables = None,
         streamer: Any = None,
         ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
@@ -117,7 +123,8 @@ class _Batch:
     ) -> None:
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         longest = min(config.longest_draft, config.max_steps, context_length(model.config))
-        self.rows = Rows(Sampler.of(config), longest if strategy.has_drafts else 0)
+        self._device = model.get_input_embeddings().weight.device
+        self.rows = Rows(Sampler.of(config), self._device, longest if strategy.has_drafts else 0)
         self.decoding: Decoding = None  # type: ignore[assignment]  # until there is a row
         self.failed: RequestError | None = None
         self._num_taken = 0
@@ -174,20 +181,19 @@ class _Batch:
             typical = (2 * len(prompt) + max_tokens) // 2
             self._strategy.prepare(model, config, typical, self._batch_size)
         stop = StopConditions(
-            end_ids=[*request.eos_token_ids, *(config.stop_token_ids or [])],
+            end_ids=[*several(request.eos_token_ids), *(config.stop_token_ids or [])],
             max_tokens=max_tokens,
             at_limit="max_steps" if config.max_steps <= room else "context",
             ends_text=request.ends_text,
-            criteria=request.stopping_criteria,
+            criteria=several(request.stopping_criteria),
         )
         # In the order of transformers: the config's processors come before the caller's.
         processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
-        processors += request.logits_processors or []
-        device, generator = model.get_input_embeddings().weight.device, None
+        processors += several(request.logits_processors)
+        generator, has_drafts = None, self._strategy.has_drafts
         if request.seed is not None:
-            generator = torch.Generator(device).manual_seed(request.seed)
-        has_drafts = self._strategy.has_drafts
-        return Output(prompt, device, stop, processors, request.streamer, generator, has_drafts)
+            generator = torch.Generator(self._device).manual_seed(request.seed)
+        return Output(prompt, self._device, stop, processors, request.streamer, generator, has_drafts)
 
     def _prefill(self, output: Output) -> None:
         """Run the prompt through the layers, into a free place of the cache, and pick the first token."""

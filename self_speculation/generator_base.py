@@ -9,10 +9,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.stopping import StopWords, continuation
@@ -33,15 +40,20 @@ __all__ = [
 # Prompts of so many characters are looked at before they are tokenized, which takes long: can they fit?
 _LONG = 1_000_000
 
+T = TypeVar("T")
+
+# None, one or several; the lists of transformers can be called as well.
+Callables = Sequence[Callable] | Callable | None
+
 
 @dataclass(frozen=True)
 class Request:
     """What a strategy is asked to continue, with all that is this output's own; see `generate_token_ids`."""
 
     input_ids: list[int]
-    eos_token_ids: Sequence[int] = ()
-    logits_processors: Sequence[Callable] | None = None
-    stopping_criteria: Sequence[Callable] | None = None
+    eos_token_ids: int | Sequence[int] | None = None
+    logits_processors: Callables = None
+    stopping_criteria: Callables = None
     streamer: Any = None
     ends_text: Callable[[Sequence[int]], bool] | None = None
     seed: int | None = None
@@ -68,10 +80,10 @@ class GenerationStrategy(ABC):
         self,
         model: PreTrainedModel,
         input_ids: list[int],
-        eos_token_ids: list[int],
+        eos_token_ids: int | list[int] | None,
         generation_config: GenerationConfig,
-        logits_processors: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
+        logits_processors: Callables = None,
+        stopping_criteria: Callables = None,
         streamer: Any = None,
         ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
@@ -79,10 +91,10 @@ class GenerationStrategy(ABC):
 
         Args:
             input_ids: the prompt, at least one id.
-            eos_token_ids: ids that end the output, besides `generation_config.stop_token_ids`.
-            logits_processors: called with the whole history [1, n] and logits [1, V].
+            eos_token_ids: one id or several that end the output, besides `generation_config.stop_token_ids`.
+            logits_processors: called with the whole history [1, n] and logits [1, V]; one or several.
             stopping_criteria: called after each token with the whole history [1, n] and processed logits [1,
-                V].
+                V]; one or several.
             streamer: see `Output`.
             ends_text: called after each token with the output ids; True ends the output. This is how stop
                 words reach a strategy, which has no tokenizer to find them itself.
@@ -102,7 +114,8 @@ class GenerationStrategy(ABC):
     ) -> Iterator[tuple[int, GenerationStrategyResult]]:
         """Generate the continuation of each request, `batch_size` of them at a time.
 
-        This one does them one after the other, for strategies that know no more than that.
+        This one does them one after the other, for strategies that know no more than the arguments of the
+        paper's `generate_token_ids`.
 
         Returns:
             The results as they end, each with the index of its request.
@@ -111,22 +124,40 @@ class GenerationStrategy(ABC):
             RequestError: something is wrong with one. Those that were begun before have ended by then.
         """
         for index, request in enumerate(requests):
-            of_text = {} if request.ends_text is None else {"ends_text": request.ends_text}
             if request.seed is not None:
                 torch.manual_seed(request.seed)
+            processors, criteria = several(request.logits_processors), several(request.stopping_criteria)
+            if generation_config.no_repeat_ngram_size:
+                processors = [
+                    NoRepeatNGramLogitsProcessor(generation_config.no_repeat_ngram_size),
+                    *processors,
+                ]
+            if request.ends_text is not None:
+                criteria = [*criteria, _EndsText(request)]
             yield (
                 index,
                 self.generate_token_ids(
                     model,
                     request.input_ids,
-                    list(request.eos_token_ids),
+                    several(request.eos_token_ids),
                     generation_config,
-                    logits_processors=request.logits_processors,
-                    stopping_criteria=request.stopping_criteria,
+                    logits_processors=LogitsProcessorList(processors) if processors else None,
+                    stopping_criteria=StoppingCriteriaList(criteria) if criteria else None,
                     streamer=request.streamer,
-                    **of_text,
                 ),
             )
+
+
+class _EndsText:
+    """`ends_text` of a request, as a stopping criterion."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __call__(self, history: Tensor, *_: Any, **__: Any) -> Tensor:
+        assert self._request.ends_text is not None
+        output = history[0, len(self._request.input_ids) :].tolist()
+        return torch.tensor([self._request.ends_text(output)], device=history.device)
 
 
 @dataclass(frozen=True)
@@ -135,8 +166,8 @@ class Prompt:
 
     text: str | list[int]
     """Or its token ids."""
-    logits_processors: Sequence[Callable] | None = None
-    stopping_criteria: Sequence[Callable] | None = None
+    logits_processors: Callables = None
+    stopping_criteria: Callables = None
     streamer: Any = None
     seed: int | None = None
     """Of the answer's own random numbers, so that they do not depend on what else is in the batch; None: it
@@ -167,8 +198,8 @@ class HuggingfaceLlamaGenerator:
         prompt: str | list[int],
         generation_config: GenerationConfig,
         streamer: Any = None,
-        logits_processors: Sequence[Callable] | None = None,
-        stopping_criteria: Sequence[Callable] | None = None,
+        logits_processors: Callables = None,
+        stopping_criteria: Callables = None,
     ) -> GenerationResult:
         """Answer a prompt, given as text or as token ids.
 
@@ -284,3 +315,10 @@ class HuggingfaceLlamaGenerator:
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
         ids = [self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
         return sorted({i for i in ids if i is not None})
+
+
+def several(values: T | Iterable[T] | None) -> list[T]:
+    """None, one or several, as a list."""
+    if values is None:
+        return []
+    return list(values) if isinstance(values, Iterable) else [values]

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
@@ -64,7 +64,11 @@ class StandardTextStreamer:
         self._printed = 0  # characters of the text of `_decided`
 
     def put(self, ids: Iterable[int]) -> None:
-        """Show decided tokens."""
+        """Show decided tokens. A prompt, which `generate` of transformers puts first, as [1, P], is kept as
+        what the answer follows, and not shown.
+        """
+        if self._is_prompt(ids):
+            return
         self._append(self._decided, ids, "target")
         self._show(self._visible(self._decided, finished=False))
 
@@ -77,6 +81,19 @@ class StandardTextStreamer:
         self._file.write(self._end_with)
         self._file.flush()
         self._before, self._decided, self._printed = [], [], 0
+
+    def _is_prompt(self, ids: Any) -> bool:
+        """Whether these are [1, P] ids of a prompt; keeps them.
+
+        Raises:
+            ValueError: there are several rows.
+        """
+        if getattr(ids, "ndim", 1) != 2:
+            return False
+        if len(ids) != 1:
+            raise ValueError(f"a streamer shows one answer, not {len(ids)} at once")
+        self._before = ids[0].tolist()
+        return True
 
     def _append(
         self, tokens: list[_Token], ids: Iterable[int], style: str, after: Sequence[_Token] = ()
@@ -130,6 +147,10 @@ class SpeculativeTextStreamer(StandardTextStreamer):
     On a terminal a drafted token appears in one colour; once verified it turns into another (accepted), or
     vanishes (rejected); the target's own tokens have the terminal's colour. Elsewhere, only decided text is
     printed. `NO_COLOR` in the environment leaves the colours out.
+
+    Args:
+        non_blocking, skip_prompt: change nothing, since nothing here waits for a device or shows the prompt;
+            scripts written for the paper's code base pass them.
     """
 
     def __init__(
@@ -139,6 +160,8 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         file: TextIO | None = None,
         end_with: str = "\n",
         prompt: Sequence[int] = (),
+        non_blocking: bool = False,  # noqa: ARG002
+        skip_prompt: bool = False,  # noqa: ARG002
     ) -> None:
         super().__init__(tokenizer, stop_words, file, end_with, prompt)
         self._drafts: list[_Token] = []
@@ -150,6 +173,8 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         if is_draft:
             self._append(self._drafts, ids, "draft", after=self._decided)
             self._refresh()
+            return
+        if self._is_prompt(ids):
             return
         ids = [int(id) for id in ids]
         num_accepted = 0

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from arguments import GenerateArguments, GenerationConfig, ModelArguments, parse
+from arguments import (
+    EvalArguments,
+    GenerateArguments,
+    GenerationConfig,
+    ModelArguments,
+    given_flags,
+    parse,
+    simple_parse_args_string,
+)
 
 GROUPS = (ModelArguments, GenerationConfig, GenerateArguments)
 
@@ -47,6 +55,25 @@ def test_spellings_of_a_boolean(args, sample):
     assert values(*args)["sample"] is sample
 
 
+@pytest.mark.parametrize(
+    ("args", "field", "value"),
+    [
+        (["--max-steps", "3"], "max_steps", 3),
+        (["--max-steps=3"], "max_steps", 3),
+        (["--no_sample"], "sample", False),
+        (["--no-sample"], "sample", False),
+        (["--no-repeat-ngram-size", "2"], "no_repeat_ngram_size", 2),
+        (["--no_repeat_ngram_size", "2"], "no_repeat_ngram_size", 2),
+        (["--prompt=--no-sample"], "prompt", "--no-sample"),
+    ],
+)
+def test_spellings_that_the_papers_scripts_take_as_well(args, field, value):
+    """Guards against a script that is refused for its dashes, and a flag whose own name begins with `no_`."""
+    assert values(*args)[field] == value
+    group = GenerationConfig if field != "prompt" else GenerateArguments
+    assert given_flags(args, group) == {field}
+
+
 def test_lists_and_choices():
     parsed = values("--stop_words", "a b", "\n", "--stop_token_ids", "1", "2", "--streamer", "speculative")
     assert parsed["stop_words"] == ["a b", "\n"]
@@ -57,6 +84,25 @@ def test_lists_and_choices():
 def test_model_args_become_python_values():
     (model,) = parse("test", ModelArguments, args=["--model_args", "a=1,b=x,c=True,d=0.5,e=None"])
     assert model.from_pretrained_args() == {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None}
+    in_any_case = simple_parse_args_string("a=true, b=FALSE,c=none,d=nOne")
+    assert in_any_case == {"a": True, "b": False, "c": None, "d": None}
+    assert simple_parse_args_string(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "cache", "logged"),
+    [
+        ([], None, "ERROR"),
+        (["--cache_requests", "True"], "true", "ERROR"),
+        (["--cache_requests", "refresh", "--write_out", "True"], "refresh", "INFO"),
+        (["--cache_requests", "False", "--verbosity", "debug"], None, "DEBUG"),
+        (["--rewrite_requests_cache", "True", "--verbosity", "WARNING", "--write_out"], "refresh", "WARNING"),
+        (["--rewrite_requests_cache", "--cache_requests", "delete"], "delete", "ERROR"),
+    ],
+)
+def test_flags_of_the_harness_as_the_papers_scripts_spell_them(args, cache, logged):
+    (parsed,) = parse("test", EvalArguments, args=["--tasks", "x", *args])
+    assert (parsed.requests_cache, parsed.logged) == (cache, logged)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +127,10 @@ def test_model_args_become_python_values():
         ("--dtype int3", "choose from 'auto', 'half', 'float32', 'bfloat16', 'float16'"),
         ("--seed -1", "--seed -1: must be between 0 and 4294967295"),
         ("--model_args x", "--model_args 'x': must be k=v,k=v"),
+        ("--model_args a=b=c,true,d=1", "--model_args 'a=b=c,true,d=1': must be k=v,k=v"),
         ("--max_step 3", "unknown argument '--max_step'; did you mean --max_steps?"),
-        ("--max-steps 3", "unknown argument '--max-steps'; did you mean --max_steps?"),
+        ("--max-step 3", "unknown argument '--max-step'; did you mean --max_steps?"),
+        ("--no_max_steps", "unknown argument '--nomax_steps'; did you mean --max_steps?"),
         ("--zzz", "unknown argument '--zzz'; --help lists the flags"),
         ("stray", "unknown argument 'stray'"),
     ],

@@ -1,17 +1,30 @@
 """self_speculative_generate: what `generate` of transformers returns, by drafts and verifications."""
 
+import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, tiny_llama
+from conftest import tiny_llama
 from distributions import PROMPT as SAMPLED_PROMPT
 from distributions import STEPS, config, expected, p_value
 from distributions import model as sampled_model
-from transformers import DynamicCache, TextStreamer, pipeline
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+    TextStreamer,
+    WatermarkingConfig,
+    pipeline,
+)
+from transformers import GenerationConfig as TransformersConfig
 
 import self_speculation.self_speculation_generator as self_speculation_generator
-from self_speculation import self_speculative_generate
+from self_speculation import SpeculativeTextStreamer, self_speculative_generate
 
 PROMPT = torch.tensor([[5, 9, 4, 7, 7, 3]])
 SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "num_speculations": 3}
@@ -30,63 +43,230 @@ def rounds(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_length": 11},
-        {"repetition_penalty": 1.7, "min_new_tokens": 9},
-        {"no_repeat_ngram_size": 1, "eos_token_id": [EOS, 11, 30]},
-        {"bad_words_ids": [[7]], "suppress_tokens": [4, 8]},
-        {"return_dict_in_generate": True},
-    ],
-)
-def test_greedy_ids_are_those_of_generate(options, rounds):
-    """Guards against a config, a processor or an end id that is not honoured."""
-    options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, **options}
-    if "max_length" in options:
-        del options["max_new_tokens"]
+class AddsByRow(LogitsProcessor):
+    """A caller's own: something else in each row of the batch, and told by the padding."""
+
+    def __call__(self, input_ids, scores):
+        row = torch.arange(len(scores))
+        scores[row, 7 + row] += 9.0 * input_ids.eq(0).any(-1)
+        return scores
+
+
+def ends_rows_apart(ids, scores, **_):
+    assert scores is None  # as `generate` has it
+    return torch.arange(len(ids)) + ids.shape[1] >= 15
+
+
+def only_even_ones(row, ids):
+    return list(range(row % 2, 50, 2)) if len(ids) % 3 else list(range(50))
+
+
+# Fields of the generation config, and what else `generate` takes. With top_k 1 a draw is no lottery.
+ONE = {"do_sample": True, "top_k": 1}
+COMPARED = [
+    {"max_new_tokens": None, "max_length": 11},
+    {"min_length": 14, "eos_token_id": list(range(2, 30))},
+    {"min_new_tokens": 9, "eos_token_id": list(range(2, 30))},
+    {"eos_token_id": 19},
+    {"eos_token_id": [19, 11, 30]},
+    {"eos_token_id": (19, 11, 30)},
+    {"eos_token_id": torch.tensor(19)},
+    {"eos_token_id": torch.tensor([19, 11, 30])},
+    {"eos_token_id": [19, 11, 30], "pad_token_id": None},
+    {"eos_token_id": [19, 11, 30], "pad_token_id": torch.tensor(5)},
+    {"stopping_criteria": [EosTokenCriteria(11), MaxLengthCriteria(12)], "eos_token_id": 30},
+    {"stopping_criteria": [MaxLengthCriteria(3)]},
+    {"stopping_criteria": [ends_rows_apart]},
+    {"stopping_criteria": [ends_rows_apart], "eos_token_id": None},
+    {"stopping_criteria": [lambda ids, scores, **_: ids.shape[1] >= 9]},
+    {"max_time": 1000.0},
+    {"repetition_penalty": 1.7},
+    {"encoder_repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 1},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"bad_words_ids": [[7], [0, 5]]},
+    {"sequence_bias": [[[11], 3.0], [[0, 5], -9.0]]},
+    {"renormalize_logits": True, "remove_invalid_values": True},
+    {"forced_bos_token_id": 9, "forced_eos_token_id": 4},
+    {"exponential_decay_length_penalty": (3, 1.4)},
+    {"suppress_tokens": [4, 8]},
+    {"begin_suppress_tokens": list(range(10, 50))},
+    {"watermarking_config": WatermarkingConfig(bias=6.0, seeding_scheme="lefthash")},
+    {"watermarking_config": WatermarkingConfig(bias=6.0, seeding_scheme="selfhash", context_width=8)},
+    {"prefix_allowed_tokens_fn": only_even_ones},
+    {"logits_processor": [AddsByRow()]},
+    {**ONE, "temperature": 0.5, "num_return_sequences": 3, "prefix_allowed_tokens_fn": only_even_ones},
+    {**ONE, "top_p": 0.9, "min_p": 0.1, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3},
+    {**ONE, "top_h": 0.4},
+    {**ONE, "typical_p": 0.5},
+    {"return_dict_in_generate": True},
+    {"use_cache": False},
+    {"cache_implementation": "static", "max_cache_len": 64, "disable_compile": True},
+    {"prefill_chunk_size": 2, "num_beams": 1, "low_memory": True, "output_scores": True},
+]  # fmt: skip
+PADDED = torch.tensor([[0, 0, 5, 9, 4, 7], [8, 3, 11, 7, 7, 3], [0, 0, 0, 0, 5, 4]])
+
+
+@pytest.mark.parametrize("options", COMPARED, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
+def test_ids_are_those_of_generate(batch, options, rounds):
+    """Guards against an argument that is not honoured, padding that is taken for text by the model, or kept
+    from processors and criteria, and rows that end at different lengths.
+    """
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
     model = tiny_llama()
-    theirs, ours = model.generate(PROMPT, **options), model.generate(PROMPT, **options, **SPECULATION)
+    options["attention_mask"] = batch.ne(0).long()
+    theirs, ours = model.generate(batch, **options), model.generate(batch, **options, **SPECULATION)
     if options.get("return_dict_in_generate"):
         theirs, ours = theirs.sequences, ours.sequences
     assert ours.tolist() == theirs.tolist()
-    assert rounds
+    assert rounds or theirs.shape[1] == batch.shape[1] + 1
 
 
-def test_a_padded_batch_is_its_rows():
-    """Guards against padding that is taken for text, and rows that end at different lengths."""
+SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])
+REFUSED = [
+    ({"num_beams": 2}, "num_beams: beam search"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha: is another way to decode"),
+    ({"dola_layers": "high"}, "dola_layers: is another way"),
+    ({"force_words_ids": [[4]], "num_beams": 2}, "num_beams: "),
+    ({"constraints": [4], "num_beams": 2}, "num_beams: "),
+    ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight: is another way"),
+    ({"cache_implementation": "quantized"}, "cache_implementation quantized: "),
+    ({"guidance_scale": 1.5}, "guidance_scale: its logits processor remembers"),
+    ({"watermarking_config": SYNTH_ID}, r"watermarking_config \("),
+    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: is not kept"),
+    ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "attention_mask: padding must be on the left"),
+    ({"position_ids": torch.arange(6)[None] + 2}, "position_ids: must be those that follow"),
+    ({"labels": PROMPT}, "labels: does not reach the model"),
+    ({"exit_layer": 4}, "exit_layer 4: must be between 1 and 3"),
+    ({"num_speculations": -1}, "num_speculations -1: self_speculative needs at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_cannot_be_equal_is_refused(options, message, monkeypatch):
+    """Guards against an argument that is silently ignored."""
+    monkeypatch.setattr(
+        "transformers.generation.utils.QuantizedCache", lambda *_, **__: None
+    )  # not installed
+    with pytest.raises(ValueError, match=message):
+        tiny_llama().generate(PROMPT, **{"max_new_tokens": 4, **SPECULATION, **options})
+
+
+def test_embeddings_and_batches_for_a_streamer_are_refused():
     model = tiny_llama()
-    batch = torch.tensor([[0, 0, 5, 9, 4, 7], [8, 3, 11, 7, 7, 3]])
-    options = {"attention_mask": batch.ne(0).long(), "do_sample": False, "max_new_tokens": 12}
-    single = model.generate(batch[:1, 2:], do_sample=False, max_new_tokens=12, eos_token_id=None)[
-        0, 4:
-    ].tolist()
-    ends = {"eos_token_id": single[2], "pad_token_id": 0}
-    expected = model.generate(batch, **options, **ends)
-    assert model.generate(batch, **options, **ends, **SPECULATION).tolist() == expected.tolist()
+    embeddings = model.get_input_embeddings()(PROMPT)
+    with pytest.raises(ValueError, match="inputs_embeds: prompts must be token ids"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=4, **SPECULATION)
+    streamer = SimpleNamespace(put=lambda ids: None, end=lambda: None)
+    with pytest.raises(ValueError, match="streamer: takes one row, not 2"):
+        model.generate(PROMPT.repeat(2, 1), max_new_tokens=4, streamer=streamer, **SPECULATION)
 
 
-def test_stop_strings_and_a_streamer(byte_tokenizer, text_model, capsys):
-    """Guards against a streamer that only sees the prompt, which is all that transformers hands on."""
+def test_every_field_of_the_config_is_compared_refused_or_about_something_else():
+    """Guards against a field of a later transformers that nobody has looked at."""
+    tried = {name for options in COMPARED for name in options} | {n for o, _ in REFUSED for n in o}
+    tried |= {*SPECULATION, "output_logits", "output_attentions", "output_hidden_states"}
+    only_for_beams = {"early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups"}
+    only_how_to_draft = {
+        "use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+        "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "speculation_type",
+    }  # fmt: skip
+    only_how_to_run = {"cache_config", "compile_config", "continuous_batching_config"}
+    # `generate` itself refuses these two, since it keeps the tokenizer from a callable.
+    for name in (stopped_by_generate := {"stop_strings", "token_healing"}):
+        with pytest.raises(ValueError, match="tokenizer"):
+            tiny_llama().generate(PROMPT, tokenizer=object(), **{name: "a"}, max_new_tokens=4, **SPECULATION)
+    not_about_decoders = {"bos_token_id", "decoder_start_token_id", "transformers_version"}
+    known = tried | only_for_beams | only_how_to_draft | only_how_to_run | stopped_by_generate
+    fields = {name for name in vars(TransformersConfig()) if not name.startswith("_")}
+    assert fields - known - not_about_decoders == set()
+
+
+class Listener:
+    """A streamer of transformers that keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def put(self, ids):
+        self.told.append(ids.tolist())
+
+    def end(self):
+        self.told.append("end")
+
+
+@pytest.mark.parametrize("end_ids", [None, list(range(40))])
+def test_a_streamer_is_told_what_generate_tells_it(end_ids):
+    """Guards against several tokens at once, and an end id that is kept from it."""
+    told = []
+    for how in ({}, SPECULATION):
+        listener = Listener()
+        options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": end_ids, "pad_token_id": 0}
+        tiny_llama().generate(PROMPT, streamer=listener, **options, **how)
+        told.append(listener.told)
+    assert told[0] == told[1]
+    assert len(told[0]) > 2
+
+
+def test_text_on_a_streamer(byte_tokenizer, text_model, capsys):
     ids = byte_tokenizer("Once upon a time", return_tensors="pt").input_ids
     plain = text_model.generate(ids, do_sample=False, max_new_tokens=12)
-    streamer = TextStreamer(byte_tokenizer, skip_prompt=True)
-    options = {"do_sample": False, "max_new_tokens": 12, "streamer": streamer, **SPECULATION}
-    assert text_model.generate(ids, **options).tolist() == plain.tolist()
-    assert capsys.readouterr().out == byte_tokenizer.decode(plain[0, ids.shape[1] :]) + "\n"
+    text = byte_tokenizer.decode(plain[0, ids.shape[1] :])
+    for streamer in (TextStreamer(byte_tokenizer, skip_prompt=True), SpeculativeTextStreamer(byte_tokenizer)):
+        options = {"do_sample": False, "max_new_tokens": 12, "streamer": streamer, **SPECULATION}
+        assert text_model.generate(ids, **options).tolist() == plain.tolist()
+        assert capsys.readouterr().out == text + "\n"
 
 
-def test_stopping_criteria_are_asked():
-    stop_after = [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 10])]
-    new = tiny_llama().generate(
-        PROMPT,
-        do_sample=False,
-        max_new_tokens=20,
-        eos_token_id=None,
-        stopping_criteria=stop_after,
-        **SPECULATION,
-    )
+def test_stop_strings_by_a_criterion_end_each_row_for_itself(byte_tokenizer, text_model):
+    """Guards against a row that ends where another one does, and one that ends in its prompt."""
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = "<unk>", "left"
+    inputs = tokenizer(["Once upon a time", "def add(", "a"], return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
+    plain = text_model.generate(**inputs, **options)
+    new = plain[:, inputs.input_ids.shape[1] :]
+    strings = [tokenizer.decode(new[0, 3:5]), tokenizer.decode(new[1, 6:8])]
+    options["stopping_criteria"] = [StopStringCriteria(tokenizer, strings)]
+    theirs = text_model.generate(**inputs, **options)
+    assert theirs.tolist() != plain.tolist()
+    assert text_model.generate(**inputs, **options, **SPECULATION).tolist() == theirs.tolist()
+
+
+def test_the_streamer_of_another_function_is_none_of_ours():
+    """Guards against a variable that is called `streamer`, where nobody has passed one."""
+    model, streamer = tiny_llama(), Listener()
+    caught = {}
+
+    def keep(model, input_ids, **kwargs):
+        caught.update(kwargs, model=model, input_ids=input_ids)
+        return input_ids
+
+    model.generate(PROMPT, custom_generate=keep, max_new_tokens=4, do_sample=False)
+    self_speculative_generate(**caught, exit_layer=2, num_speculations=3)
+    assert streamer.told == []
+
+
+def test_transformers_does_not_hand_on_the_streamer():
+    """Once this fails, `_streamer_of_the_caller` can go: it looks for it in the frame of `generate`."""
+    handed_on = {}
+
+    def callable(_model, input_ids, streamer=None, **_):
+        handed_on.update(streamer=streamer)
+        return input_ids
+
+    tiny_llama().generate(PROMPT, custom_generate=callable, streamer=Listener(), max_new_tokens=4)
+    assert handed_on["streamer"] is None
+
+
+def test_a_text_that_ends_with_the_context_comes_with_a_warning():
+    """`generate` goes on beyond the model's context; guards against a shorter text without a word."""
+    model = tiny_llama(max_position_embeddings=10)
+    with pytest.warns(UserWarning, match="row 0 ends with the model's context"):
+        new = model.generate(PROMPT, do_sample=False, max_new_tokens=20, eos_token_id=None, **SPECULATION)
     assert new.shape[1] == 10
 
 
@@ -133,23 +313,12 @@ def test_in_a_pipeline(model_folder, rounds):
     assert rounds
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 2}, "num_beams: beam search"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: is not kept"),
-        ({"exit_layer": 4}, "exit_layer 4: must be between 1 and 3"),
-        ({"num_speculations": -1}, "num_speculations -1: self_speculative needs at least 1"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_llama().generate(PROMPT, **{"max_new_tokens": 4, **SPECULATION, **options})
-
-
-def test_a_cache_that_holds_something_is_refused():
+@pytest.mark.parametrize("tokens_in_it", [0, 6])
+def test_a_cache_of_the_caller_is_refused(tokens_in_it):
+    """Guards against one whose content is ignored, and one that the caller expects to be filled."""
     model, cache = tiny_llama(), DynamicCache()
-    model(PROMPT, cache=cache)
+    if tokens_in_it:
+        model(PROMPT, cache=cache)
     longer = torch.cat([PROMPT, PROMPT], 1)
-    with pytest.raises(ValueError, match="cache: must be empty"):
+    with pytest.raises(ValueError, match="cache: is neither read nor filled"):
         model.generate(longer, cache=cache, max_new_tokens=4, **SPECULATION)

@@ -1,6 +1,7 @@
 """eval.py against the harness's own Hugging Face model, on tasks whose data is here."""
 
 import json
+import logging
 
 import forks
 import pandas
@@ -242,6 +243,21 @@ def test_only_answers_are_wanted(model_folder, task_folder, tmp_path):
     assert "exact_match,none" not in results(folder)["functions"]
 
 
+def test_a_prompt_is_logged_where_that_is_asked_for(model_folder, task_folder, tmp_path, monkeypatch):
+    """Guards against a level of the harness's log that hides what `--write_out` makes it say."""
+    said = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    logging.getLogger("lm_eval").addHandler(handler)
+    common = arguments(model_folder, "functions", task_folder, tmp_path, "--limit", "1", "--predict_only")
+    assert eval_script.main([*common, "--write_out", "True"]) == 0
+    logged = [text for text in said if "document 0; context prompt" in text]
+    assert eval_script.main(common) == 0
+    logging.getLogger("lm_eval").removeHandler(handler)
+    assert len(logged) == 1
+    assert [text for text in said if "document 0; context prompt" in text] == logged
+
+
 def test_chat_template_and_shots(model_folder, task_folder, tmp_path):
     shots = [
         "--apply_chat_template",
@@ -280,6 +296,9 @@ def test_chat_template_and_shots(model_folder, task_folder, tmp_path):
         ),
         (["--tasks", "functions", "--include_path", "no/such"], "--include_path no/such: no such folder"),
         (["--tasks", "functions", "--exit_layer", "4"], "--exit_layer 4: must be between 1 and 3"),
+        (["--tasks", "functions", "--check_integrity", "True"], "--check_integrity True: needs lm-eval from"),
+        (["--tasks", "functions", "--cache_requests", "x"], "--cache_requests 'x': must be one of true, "),
+        (["--tasks", "functions", "--verbosity", "loud"], "--verbosity 'loud': must be one of debug, "),
         ([], "required"),
     ],
 )

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arguments import (
-    BenchmarkArguments,
     CorrectnessArguments,
     DataArguments,
     EvalArguments,
     GenerateArguments,
     GenerationConfig,
+    MeasurementArguments,
     ModelArguments,
     NewModelArguments,
     OptimizationArguments,
@@ -36,7 +36,7 @@ from self_speculation.drafts.prompt_lookup import NgramIndex
 
 GROUPS = [
     (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments),
-    (ModelArguments, GenerationConfig, DataArguments, BenchmarkArguments, TuningArguments),
+    (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments),
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
     (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
     (ModelArguments, GenerationConfig, EvalArguments, TuningArguments),

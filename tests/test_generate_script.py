@@ -242,3 +242,11 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_statistics(talk, endless_folder):
     child.is_asked()
     child.control("d")
     assert child.ends_well()
+
+
+def test_what_is_refused_of_model_args_is_shown_whole(model_folder):
+    """Guards against an error that names the model, and not the flag whose value is wrong."""
+    given = "x=false,attn_implementation=no such"
+    ran = forks.run(ROOT / "generate.py", "--model", model_folder, "--model_args", given, "--prompt", "a")
+    assert ran.returncode == 2
+    assert f"(with --model_args '{given}')" in ran.stderr

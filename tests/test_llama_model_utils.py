@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama, transformers_generate
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
+from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.model.decoder import (
     PREFILL_CHUNK,
     Decoder,
@@ -196,3 +197,17 @@ def test_no_layer_sees_a_token_twice_at_the_same_position():
         hook.remove()
     assert result.acceptance_rate == 1
     assert seen == [3 + 12] * 4  # the prompt, and every output token but the last
+
+
+@pytest.mark.parametrize("length", [3, 6, 9])
+def test_a_cache_of_transformers_is_cropped_to_a_length(length):
+    """Guards against transformers' own `crop`, which wants the number to remove and refuses a length."""
+    model, cache = tiny_llama(), DynamicCache()
+    ids = torch.tensor([[5, 9, 4, 7, 7, 3]])
+    with torch.inference_mode():
+        model(ids, cache=cache)
+        assert crop_past_key_values(cache, length) is cache
+        kept = min(length, 6)
+        assert cache.get_seq_length() == kept
+        following = model(ids[:, :1], cache=cache).logits
+        assert_close(following, model(torch.cat([ids[:, :kept], ids[:, :1]], 1)).logits[:, -1:])

@@ -46,8 +46,8 @@ NAMES = {
     "HuggingfaceLlamaGenerator",
     "autoregressive_generator": "AutoRegressiveGenerationStrategy",
     "self_speculation_generator": "SelfSpeculativeGenerationStrategy",
-    "llama_model_utils": "ForwardResult decode_next_token forward forward_early forward_remainder "
-    "top_k_top_p_filtering",
+    "llama_model_utils": "ForwardResult crop_past_key_values decode_next_token forward forward_early "
+    "forward_remainder top_k_top_p_filtering",
     "speculative_streamer": "SpeculativeTextStreamer",
 }
 

@@ -91,9 +91,24 @@ def test_decode_next_token_at_position_zero_is_not_all_positions():
 def test_decode_next_token_gives_the_distribution_it_drew_from():
     tokens, probabilities = decode_next_token(torch.randn(1, 3, 8), sample=True, top_k=2)
     assert tokens.shape == (1, 3)
-    assert probabilities.shape == (1, 3, 8)
+    assert probabilities.shape == (3, 8)
     assert (probabilities > 0).sum(-1).eq(2).all()
-    assert probabilities.gather(-1, tokens[..., None]).gt(0).all()
+    assert probabilities.gather(-1, tokens.T).gt(0).all()
+
+
+@pytest.mark.parametrize("token_idx", [None, 0, -1])
+def test_decode_next_token_of_one_position_has_the_shapes_of_the_papers_code_base(token_idx):
+    """Guards against scripts that index a token or its probabilities in the wrong dimension."""
+    tokens, probabilities = decode_next_token(torch.randn(1, 1, 8), token_idx, sample=True)
+    assert (tokens.shape, probabilities.shape) == ((1, 1), (1, 8))
+
+
+def test_what_is_filtered_gets_the_value_that_was_asked_for():
+    """Guards against a `filter_value` that only one of the two filters knows."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    assert top_k_top_p_filtering(logits, 2, filter_value=-9.0).tolist() == [[3, 2, -9, -9]]
+    assert top_k_top_p_filtering(logits, 0, 0.5, -9.0).tolist() == [[3, -9, -9, -9]]
+    assert top_k_top_p_filtering(logits, 1, 0.5, -9.0, 3).tolist() == [[3, 2, 1, -9]]
 
 
 def test_temperature_zero_is_greedy_and_a_tiny_one_does_not_overflow():

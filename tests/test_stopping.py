@@ -6,6 +6,7 @@ import pytest
 from conftest import generate, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 from self_speculation.decoding.stopping import StopWords, decode
@@ -143,3 +144,25 @@ def test_result_of_the_front_door_adds_up(answer):
     assert result.num_tokens_generated == len(result.generation_strategy_result.predicted_tokens)
     assert result.time_per_token == pytest.approx(result.total_time / 30)
     assert result.tokens_per_second == pytest.approx(30 / result.total_time)
+
+
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
+def test_one_callable_is_as_good_as_a_list_of_one(drafts):
+    """Guards against `'function' object is not iterable`, and against a list that is taken for a callable."""
+    processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
+    one = {"logits_processors": processor, "stopping_criteria": criterion}
+    lists = {"logits_processors": [processor], "stopping_criteria": [criterion]}
+    of_transformers = {
+        "logits_processors": LogitsProcessorList([processor]),
+        "stopping_criteria": StoppingCriteriaList([criterion]),
+    }
+    outputs = [
+        generate(tiny_llama(), [5, 6, 7], eos=[], max_steps=20, **drafts, **given).predicted_tokens
+        for given in (one, lists, of_transformers, {})
+    ]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len(outputs[0]) == 6
+    assert len(outputs[3]) == 20
+    end = outputs[3][4]
+    by_id = [generate(tiny_llama(), [5, 6, 7], eos=ids, **drafts).predicted_tokens for ids in (end, [end])]
+    assert by_id[0] == by_id[1] == outputs[3][: outputs[3].index(end)]

@@ -352,3 +352,15 @@ def test_a_streamer_of_transformers_works(byte_tokenizer, text_model, capsys):
             text_model, [40, 41], max_steps=20, eos=[], streamer=TextStreamer(byte_tokenizer), **extra
         )
         assert capsys.readouterr().out == decode(byte_tokenizer, result.predicted_tokens) + "\n"
+
+
+def test_what_scripts_for_the_papers_code_base_and_transformers_pass(byte_tokenizer, capsys):
+    """Guards against arguments that are refused, and a prompt as [1, P] that is shown or cannot be read."""
+    streamer = SpeculativeTextStreamer(byte_tokenizer, non_blocking=True, skip_prompt=True)
+    ids = torch.tensor([byte_tokenizer.encode("def add(a")])
+    streamer.put(ids)
+    streamer.put(ids[0, :2])
+    streamer.end()
+    assert capsys.readouterr().out == byte_tokenizer.decode(ids[0, :2]) + "\n"
+    with pytest.raises(ValueError, match="one answer, not 2"):
+        streamer.put(ids.repeat(2, 1))

@@ -20,14 +20,15 @@ class Rows:
     """
     Args:
         sampler: picks the tokens of all.
+        device: where the model takes its ids.
         longest_draft: tokens that a round may draft; the random numbers of a round do not depend on how many
             it does draft, in this row or in another one.
     """
 
-    def __init__(self, sampler: Sampler, longest_draft: int = 0) -> None:
+    def __init__(self, sampler: Sampler, device: torch.device, longest_draft: int = 0) -> None:
         self.sampler, self.longest_draft = sampler, longest_draft
         self.outputs: list[Output] = []
-        self.last: Tensor = torch.empty(0, 1, dtype=torch.long)  # [B, 1] the last token of each
+        self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] the last token of each
         self._numbers: Tensor | None = None  # [B, 2 * longest_draft + 1] of this round
 
     def __len__(self) -> int:
@@ -49,11 +50,11 @@ class Rows:
 
     def admit(self, output: Output, logits: Tensor) -> None:
         """Another row, with the logits [1, V] of its first token."""
-        alone = Rows(self.sampler)
+        alone = Rows(self.sampler, self.last.device)
         alone.outputs = [output]
         alone.emit(logits)
         self.outputs.append(output)
-        self.last = torch.cat((self.last.to(logits.device), alone.last))
+        self.last = torch.cat((self.last, alone.last))
 
     def drop(self, row: int) -> Output:
         """Take out what has ended; the last one takes its place."""

@@ -6,6 +6,7 @@ back from a GPU, so a whole round of drafting and verification can stay there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +39,21 @@ class Verdict:
     next_token: Tensor  # [...] the target's own token after the accepted prefix
 
 
-def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set all logits to -inf except the `top_k` largest and, of those, the smallest set whose mass reaches
-    `top_p`.
+def top_k_top_p_filtering(
+    logits: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    filter_value: float = -math.inf,
+    min_tokens_to_keep: int = 1,
+) -> Tensor:
+    """Set all logits to `filter_value` except the `top_k` largest and, of those, the smallest set whose mass
+    reaches `top_p`.
 
     Args:
         logits: [..., V]; not changed.
         top_k: 0 keeps all.
         top_p: 1.0 keeps all.
+        min_tokens_to_keep: so many of the largest are kept anyway.
 
     Returns:
         [..., V], a new tensor whenever anything is filtered.
@@ -54,9 +62,9 @@ def top_k_top_p_filtering(logits: Tensor, top_k: int = 0, top_p: float = 1.0) ->
     """
     rows = logits.reshape(-1, logits.shape[-1])
     if top_k > 0:
-        rows = TopKLogitsWarper(top_k)(None, rows)
+        rows = TopKLogitsWarper(top_k, filter_value, min_tokens_to_keep)(None, rows)
     if top_p < 1.0:
-        rows = TopPLogitsWarper(top_p)(None, rows)
+        rows = TopPLogitsWarper(top_p, filter_value, min_tokens_to_keep)(None, rows)
     return rows.reshape(logits.shape)
 
 
@@ -161,14 +169,16 @@ def decode_next_token(
         sample: False (or temperature 0) takes the most likely token.
 
     Returns:
-        (token [B], probabilities [B, V]) for one position, (token [B, T], probabilities [B, T, V]) for all;
-        probabilities are None when greedy.
+        Greedy: the tokens, [B] of one position or [B, T] of all, and None. Sampled: the tokens, [B, 1] or
+        [B, T], and a row of probabilities for each of them, [B, V] or [B * T, V].
     """
     if token_idx is not None:
         logits = logits[:, token_idx]
     choice = Sampler(sample, temperature, top_k, top_p)(logits.reshape(-1, logits.shape[-1]))
-    probabilities = None if choice.probabilities is None else choice.probabilities.reshape(logits.shape)
-    return choice.tokens.reshape(logits.shape[:-1]), probabilities
+    tokens = choice.tokens.reshape(logits.shape[:-1])
+    if choice.probabilities is not None and token_idx is not None:
+        tokens = tokens[:, None]
+    return tokens, choice.probabilities
 
 
 def verify_draft(

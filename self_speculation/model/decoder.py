@@ -74,7 +74,8 @@ class LevelSpan:
     @cached_property
     def _turn(self) -> Callable[[Tensor], Tensor]:
         # [B * T, 1, head_dim] each
-        cos, sin = (table.transpose(0, 1).repeat(self.rows, 1, 1) for table in self.rotary)
+        tables = [table.transpose(0, 1) for table in self.rotary]
+        cos, sin = tables if self.rows == 1 else (table.repeat(self.rows, 1, 1) for table in tables)
         return _turning(self._decoder, cos, sin)
 
     @cached_property

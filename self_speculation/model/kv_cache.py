@@ -144,9 +144,10 @@ class KVCache(Appendable):
         of_row, of_head = all_keys.stride(0), all_keys.stride(1)
         first = self._first_row * of_row
         new, new_strides = (rows, width, heads, size), (of_row, size, of_head, 1)
-        shape = (rows, width, heads, size)
-        all_keys.as_strided(new, new_strides, first + start * size).copy_(keys.view(shape))
-        all_values.as_strided(new, new_strides, first + start * size).copy_(values.view(shape))
+        if rows > 1:
+            keys, values = keys.view(new), values.view(new)
+        all_keys.as_strided(new, new_strides, first + start * size).copy_(keys)
+        all_values.as_strided(new, new_strides, first + start * size).copy_(values)
         held, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
         return all_keys.as_strided(held, strides, first), all_values.as_strided(held, strides, first)
 

@@ -206,7 +206,7 @@ class LeanLayer:
         is_wide = width > NARROW and keys.shape[1] == 1
         mask = span.mask if is_wide else span.grouped_mask
         if is_wide or mask is None:
-            heads = grouped.flatten(0, 1)
+            heads = grouped.reshape(keys.shape[0], self._groups, width, -1)
             keys, values = (shared.expand(-1, self._groups, -1, -1) for shared in (keys, values))
             attended = attention(heads, keys, values, mask, is_causal=mask is None, scale=self._scaling)
         else:

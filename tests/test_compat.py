@@ -1,0 +1,248 @@
+"""Scripts, imports and command lines that were written for the paper's code base."""
+
+import copy
+import importlib
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval.tasks
+import pandas
+import pytest
+import torch
+from conftest import EOS, ROOT, tiny_llama
+from helpers import TORCHRUN, custom_data, no_calibration, no_pictures
+from lm_eval.tasks import TaskManager
+
+import arguments
+import compat
+import sweep
+from arguments import DataArguments
+from data import load_examples
+from measures.text_quality import text_quality
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
+
+# As printed in the paper's README.
+COMMANDS = r"""
+torchrun generate.py --model facebook/layerskip-llama2-7B \
+    --sample True \
+    --max_steps 512
+
+torchrun generate.py --model facebook/layerskip-llama2-7B \
+    --sample True \
+    --max_steps 512 \
+    --generation_strategy self_speculative \
+    --exit_layer 8 \
+    --num_speculations 6
+
+torchrun benchmark.py --model facebook/layerskip-llama2-7B \
+    --dataset cnn_dm_summarization \
+    --num_samples 100 \
+    --generation_strategy self_speculative \
+    --exit_layer 8 \
+    --num_speculations 6 \
+    --output_dir ./logs
+
+torchrun eval.py --model facebook/layerskip-llama2-7B \
+    --tasks gsm8k \
+    --limit 10 \
+    --generation_strategy self_speculative \
+    --exit_layer 8 \
+    --num_speculations 6 \
+    --output_dir ./logs
+
+torchrun sweep.py --model facebook/layerskip-llama2-7B \
+    --dataset human_eval \
+    --generation_strategy self_speculative \
+    --num_samples 150 \
+    --max_steps 256 \
+    --output_dir ./logs/ \
+    --sample False
+
+torchrun correctness.py --model facebook/layerskip-llama2-7B \
+    --dataset human_eval \
+    --generation_strategy self_speculative \
+    --num_speculations 6 \
+    --exit_layer 4 \
+    --num_samples 10 \
+    --sample False \
+    --output_dir ./logs
+"""
+COMMAND_LINES = [shlex.split(command.replace("\\\n", "")) for command in COMMANDS.strip().split("\n\n")]
+# What each writes to standard output.
+SHOWN = {
+    "generate.py": "\n",
+    "benchmark.py": "acceptance rate",
+    "eval.py": "gsm8k: 10 answers",
+    "sweep.py": "--generation_strategy self_speculative",
+    "correctness.py": "passed: ",
+}
+
+
+def short_answers(vocab_size):
+    """A model deep enough for the flags, which ends its answers after a few tokens: one number of its hidden
+    states is the same everywhere, and the head reads the end id off that.
+    """
+    model = copy.deepcopy(tiny_llama(num_layers=12, vocab_size=vocab_size, max_position_embeddings=256))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[EOS] = 0.0
+        model.lm_head.weight[EOS, 0] = 60.0
+    return model
+
+
+def hub_dataset(folder, config, rows):
+    """A dataset of the hub as a folder of that name, which `datasets` prefers."""
+    folder.mkdir(parents=True)
+    splits = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
+    card = {"configs": [{"config_name": config, "data_files": splits}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def hub(byte_tokenizer, tmp_path_factory):
+    """A working directory in which the names that the commands give to the hub are folders."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = folder / "facebook" / "layerskip-llama2-7B"
+    short_answers(len(byte_tokenizer)).save_pretrained(model)
+    byte_tokenizer.save_pretrained(model)
+    articles = [{"article": "There was a man. " * n, "highlights": "A man."} for n in (3, 5)]
+    hub_dataset(folder / "abisee" / "cnn_dailymail", "3.0.0", articles)
+    questions = [{"question": f"What is 1 + {n}?", "answer": f"Count. #### {1 + n}"} for n in range(12)]
+    hub_dataset(folder / "openai" / "gsm8k", "main", questions)
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
+    """Leave out what takes long and is no matter of the command line; of the harness's tasks, read gsm8k."""
+    no_calibration(monkeypatch)
+    no_pictures(monkeypatch)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    own = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
+    manager = lambda **_: TaskManager(include_path=own, include_defaults=False)  # noqa: E731
+    monkeypatch.setattr("measures.harness_tasks.TaskManager", manager)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+
+
+@pytest.mark.parametrize("command", COMMAND_LINES, ids=lambda words: words[1])
+@pytest.mark.usefixtures("quick")
+def test_a_command_of_the_papers_readme(command, hub, monkeypatch, capsys):
+    """Guards against a flag, a value or a default that is not what it was there."""
+    monkeypatch.chdir(hub)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
+    script = importlib.import_module(command[1].removesuffix(".py"))
+    assert script.main(command[2:]) == 0
+    assert SHOWN[command[1]] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMAND_LINES, ids=lambda words: words[1])
+def test_a_command_of_the_papers_readme_by_torchrun(command, hub, tmp_path):
+    """The same with nothing left out."""
+    words = [TORCHRUN, "--nproc_per_node", "1", ROOT / command[1], *command[2:]]
+    ran = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=hub, input="Once upon a time\n", capture_output=True,
+        text=True, timeout=600, env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert SHOWN[command[1]] in ran.stdout
+
+
+@pytest.mark.parametrize("module", compat.NAMES)
+def test_names_that_scripts_import(module):
+    """Guards against a name that is listed and not there, and one that hides what the module has itself."""
+    found = importlib.import_module(module)
+    for name in compat.NAMES[module]:
+        assert getattr(found, name) is getattr(compat, name)
+        assert name not in vars(found)
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
+        found.nothing  # noqa: B018
+
+
+@pytest.fixture
+def loaded(model_folder):
+    args = compat.Arguments(model=str(model_folder), model_args="attn_implementation=eager,use_cache=true")
+    args.model_args = arguments.simple_parse_args_string(args.model_args)
+    compat.setup(args, device="cpu")
+    return args, *compat.load_model_and_tokenizer(args, device="cpu")
+
+
+def test_a_model_is_loaded_as_there(loaded):
+    """Guards against arguments that cannot be set, and a dictionary where a text is expected."""
+    _, model, tokenizer = loaded
+    assert model.config._attn_implementation == "eager"
+    assert tokenizer.encode("def")
+
+
+def test_data_is_that_of_the_scripts(tmp_path):
+    path = custom_data(tmp_path)
+    found = compat.get_data(True, 4, compat.DatasetFormat.CUSTOM_JSONL, path, 2, 7)
+    expected = load_examples(DataArguments("custom_jsonl", path, num_samples=4, n_shot=2), seed=7)
+    assert [(e.input, e.output) for e in found] == [(e.prompt, e.reference) for e in expected]
+    assert compat.EvaluationExample(input="a", output="b").output == "b"
+    assert "human_eval" in compat.get_valid_dataset_formats()
+    with pytest.raises(ValueError, match="dataset 'no': must be one of"):
+        compat.get_data(True, 4, "no")
+
+
+def test_a_benchmark_measures_what_the_strategy_does(loaded, tmp_path):
+    """Guards against means over the wrong thing: against answers that are made here once more."""
+    args, model, tokenizer = loaded
+    data = compat.BenchmarkArguments(dataset="custom_jsonl", data_path=custom_data(tmp_path), num_samples=3)
+    config = GenerationConfig(
+        max_steps=6, sample=False, generation_strategy="self_speculative", exit_layer=2, num_speculations=2
+    )
+    found = compat.benchmark(model, tokenizer, data, config, seed=args.seed)
+    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("self_speculative"))
+    metrics = compat.EvaluationMetrics.build_metrics()
+    for example in compat.get_data(True, 3, "custom_jsonl", data.data_path, seed=args.seed):
+        metrics.update(example, generator.generate(example.input, config))
+    expected = metrics.compute()
+    assert found["predicted_text"] == expected["predicted_text"]
+    scored = text_quality([a for a, _ in metrics.compared], [b for _, b in metrics.compared])
+    assert found["predicted_text"]["rouge-l"] == scored["rougeL"]
+    assert found["predicted_text"]["bleu_score"] == scored["bleu"] / 100
+    assert found["acceptance_rate"] == expected["acceptance_rate"]
+    assert 0 <= found["acceptance_rate"]["mean"] <= 1
+    assert found["total_time"]["mean"] > found["time_per_token"]["mean"] > 0
+    assert found["tokens_per_second"]["mean"] > 0
+
+
+def test_metrics_without_references_or_drafts(loaded):
+    """Guards against scores of nothing, which statistics and ROUGE cannot compute."""
+    _, model, tokenizer = loaded
+    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("autoregressive"))
+    metrics = compat.EvaluationMetrics.build_metrics()
+    assert metrics.compute()["total_time"] == {"mean": None}
+    metrics.update(None, generator.generate("def", GenerationConfig(max_steps=3)))
+    assert metrics.compute()["predicted_text"] == {}
+    assert metrics.compute()["acceptance_rate"] == {"mean": None}
+
+
+def test_a_sweep_writes_a_row_for_each_cell(loaded, tmp_path):
+    args, *_ = loaded
+    data = DataArguments("custom_jsonl", custom_data(tmp_path), num_samples=1)
+    config = GenerationConfig(max_steps=4, sample=False)
+    grid = arguments.SweepArguments(num_speculations_last=2)
+    sweep.sweep(args, data, config, str(tmp_path / "sweep.csv"), grid)
+    table = pandas.read_csv(tmp_path / "sweep.csv")
+    cells = table[["exit_layer", "num_speculations"]].to_numpy().tolist()
+    assert cells == [[layer, k] for layer in (1, 2, 3) for k in (1, 2)]
+    assert (table["tokens_per_second"] > 0).all()
+
+
+@pytest.mark.parametrize("streamer", compat.StreamerType)
+def test_a_streamer_by_its_type(streamer):
+    (args,) = arguments.parse("", arguments.GenerateArguments, args=["--streamer", streamer.value])
+    assert args.streamer == streamer
