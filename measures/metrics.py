@@ -125,7 +125,10 @@ def _compared(name: str, records: Sequence[Record], baseline: str, pace: Pace) -
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Where the median of what values are drawn from lies, with a confidence of 90 %; None with less than 5."""
+    """Where the median of what values are drawn from lies, with a confidence of 90 %.
+
+    None where there are fewer than five values.
+    """
     interval = quantile_test(values, p=0.5).confidence_interval(0.9) if len(values) >= 5 else None
     return interval and (float(interval.low), float(interval.high))
 
