@@ -201,8 +201,7 @@ class Sweep(Job):
             cells = ", ".join(f"{row['exit_layer']}/{row['num_speculations']}" for row in equal[:12])
             more = f" and {len(equal) - 12} more" if len(equal) > 12 else ""
             remarks.append(
-                f"noise does not tell the best cell from these (exit/drafted): {cells}{more}. Any of them "
-                "may be as fast"
+                f"noise does not tell the best cell from {cells}{more} (exit/drafted), which may be as fast"
             )
         return remarks
 

@@ -148,15 +148,15 @@ def speedup_columns(
 def rivals(rows: Sequence[Record], best: Mapping[str, Any]) -> list[Record]:
     """The other rows of the best one's mode which may be as fast: noise does not tell the two apart.
 
-    Two predicted rows have the noise of one calibration, so each draw of it compares them. Of measured ones,
-    the intervals tell.
+    Two predicted rows have the noise of one calibration, so each draw of it compares them. Measured ones are
+    told apart where their ranges are.
     """
 
     def may_be_as_fast(row: Record) -> bool:
         if row["mode"] == "predicted":
             draws = _ratios(row["speedup_draws"], best["speedup_draws"])
             return sum(ratio >= 1 for ratio in draws) > 0.05 * len(draws)
-        return (row["speedup_high"] or 0.0) >= best["speedup"]
+        return (row["speedup_high"] or row["speedup"] or 0.0) >= (best["speedup_low"] or best["speedup"])
 
     others = [row for row in rows if row is not best and row["mode"] == best["mode"]]
     return [row for row in others if may_be_as_fast(row)]

@@ -111,8 +111,8 @@ def test_rivals_are_the_cells_that_noise_does_not_tell_from_the_best():
     rows = [predicted_cell([example("1" * 11)], costs_of(0.5, draws=draws), 2, k) for k in (2, 4)]
     assert rivals(rows, rows[0]) == [rows[1]]
     measured = [
-        {"mode": "measured", "speedup": speedup, "speedup_high": high}
-        for speedup, high in ((1.5, 1.7), (1.4, 1.6), (1.2, 1.3), (1.1, None))
+        {"mode": "measured", "speedup": speedup, "speedup_low": low, "speedup_high": high}
+        for speedup, low, high in ((1.5, 1.35, 1.7), (1.3, 1.2, 1.4), (1.2, 1.1, 1.3), (1.1, None, None))
     ]
     assert rivals([*rows, *measured], measured[0]) == [measured[1]]
 
