@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from arguments import (
     DataArguments,
@@ -52,6 +52,7 @@ from typing import Any
 from tqdm import tqdm
 
 from measures import metrics
+from measures.remarks import lines, on_speedup, on_text
 from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, measure_example, warm_up
 from runs import ranks
@@ -82,7 +83,7 @@ class Benchmark(Job):
         seed: int,
     ) -> None:
         self._examples, self._config, self._args, self._seed = examples, config, args, seed
-        self._model = generator.model
+        self._model, self._tokenizer = generator.model, generator.tokenizer
         self.num_steps = len(examples)
         self._sides = [("", generator, config)]
         if args.compare:
@@ -103,28 +104,31 @@ class Benchmark(Job):
         return record
 
     def progress(self, records: Sequence[Record]) -> str:
-        text = f"{metrics.speed(records)['tokens_per_second']:.1f} tokens/s"
+        text = f"{metrics.speed(records)['tokens_per_second_median']:.1f} tokens/s"
         if "num_verifications" in records[-1]:
             rate = metrics.acceptance(records)["acceptance_rate"]
             text += f", acceptance {_number(rate, '.1%')}"
         return text
 
     def conclude(self, run: Run, records: list[Record]) -> int:
-        summary: Record = {"num_examples": len(records), "speed": metrics.speed(records)}
+        summary: Record = {"num_examples": len(records), "speed": metrics.speed(records), "remarks": []}
         if "num_verifications" in records[0]:
             summary["acceptance"] = metrics.acceptance(records)
         if self._args.compare:
             summary["autoregressive_speed"] = metrics.speed(records, BASELINE)
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
+            summary["remarks"] += on_speedup(records, BASELINE, summary["comparison"])
         predictions = [record["prediction"] for record in records]
         summary["text"] = text_quality(predictions, [record["reference"] for record in records])
+        prompts = [record["prompt"] for record in records]
+        summary["remarks"] += on_text(predictions, prompts, self._tokenizer)
         if self._args.execute_code and ranks.is_first():
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
             problems = [example.row for example in self._examples]
             summary["text"]["pass_at_1"] = pass_at_1(problems, predictions)
         summary["peak_memory_mib"] = metrics.peak_memory_mib(self._model.device)
         run.finish(records, summary)
-        print("\n".join(_rows(summary)))
+        print("\n".join([*_rows(summary), *lines(summary["remarks"])]))
         print(f"\n{run.folder}/: run.json, records.jsonl")
         return 0
 
@@ -142,20 +146,21 @@ class Benchmark(Job):
 
 
 def _rows(summary: Record) -> list[str]:
-    """The summary as a table of at most 80 columns, one column for each strategy."""
+    """The summary as a table of 68 columns, one column for each strategy."""
     speeds = [summary[key] for key in ("speed", "autoregressive_speed") if key in summary]
 
     def row(name: str, *values: Any, style: str = ".2f") -> str:
         return f"{name:<36}" + "".join(f"{_number(value, style):>16}" for value in values)
 
     rows = [row(f"{summary['num_examples']} examples", *["this strategy", "autoregressive"][: len(speeds)])]
+    if "comparison" in summary:
+        rows += _comparison_rows(summary["comparison"], summary["num_examples"], row)
     for name, key, style in (
-        ("tokens/s, prefill included", "tokens_per_second", ".2f"),
-        ("  mean of examples", "tokens_per_second_mean", ".2f"),
-        ("  median of examples", "tokens_per_second_median", ".2f"),
-        ("tokens/s, decode", "decode_tokens_per_second", ".2f"),
-        ("ms per token, decode", "decode_ms_per_token", ".2f"),
-        ("ms to first token", "time_to_first_token_ms", ".1f"),
+        ("tokens/s, prefill included, median", "tokens_per_second_median", ".2f"),
+        ("  all tokens by all time", "tokens_per_second", ".2f"),
+        ("tokens/s, decode, median", "decode_tokens_per_second_median", ".2f"),
+        ("  all tokens by all time", "decode_tokens_per_second", ".2f"),
+        ("ms to first token, median", "time_to_first_token_ms", ".1f"),
         ("tokens", "num_tokens", "d"),
         ("empty answers", "empty_answers", "d"),
     ):
@@ -164,22 +169,27 @@ def _rows(summary: Record) -> list[str]:
         accepted = summary["acceptance"]
         rows.append(row("acceptance rate", accepted["acceptance_rate"], style=".1%"))
         rows.append(row("mean accepted length", accepted["mean_accepted_length"]))
-        by_position = " ".join(f"{rate:.0%}" for rate in accepted["acceptance_by_position"][:8])
-        rows.append(f"{'  by draft position, up to 8':<36}{by_position:>16}")
-        for source, (rounds, drafted, matched) in accepted["drafts_by_source"].items():
-            share = f"{matched} of {drafted}"
-            rows.append(f"{f'  {source}, {rounds} rounds: accepted':<36}{share:>16}")
-    if "comparison" in summary:
-        comparison = summary["comparison"]
-        quartiles = "-".join(f"{q:.2f}" for q in comparison["decode_speedup_quartiles"][::2])
-        rows.append(row("speed-up, prefill included", comparison["speedup"]))
-        rows.append(row("speed-up, decode", comparison["decode_speedup"]))
-        rows.append(f"{'  middle half of examples':<36}{quartiles:>16}")
-        rows.append(row("  predicted from the acceptance", comparison["predicted_decode_speedup"]))
-        rows.append(row("identical outputs", comparison["identical_outputs"], style="d"))
+        shares = " ".join(f"{share:.0%}" for share in accepted["rounds_by_accepted"][:8])
+        rows.append(f"{'  rounds that accept 1, 2, ... tokens':<36} {shares:>15}")
+        for source, counts in accepted["drafts_by_source"].items():
+            share = f"{counts['accepted']} of {counts['drafted']}"
+            rows.append(row(f"  {source}, {counts['rounds']} rounds: accepted", share))
     for name, value in summary["text"].items():
         rows.append(row(name.replace("_", " "), value))
     rows.append(row("peak memory, MiB", summary["peak_memory_mib"], style=".0f"))
+    return rows
+
+
+def _comparison_rows(compared: Record, num_examples: int, row: Callable[..., str]) -> list[str]:
+    rows = []
+    for name, key in (("speed-up, prefill included", "speedup"), ("speed-up, decode", "decode_speedup")):
+        middle_half = "-".join(f"{q:.2f}" for q in compared[f"{key}_quartiles"][::2])
+        rows.append(row(f"{name}, median", compared[key]))
+        rows.append(row("  middle half of examples", middle_half or None))
+        rows.append(row("  faster on", f"{compared[f'{key}_faster']} of {compared[f'{key}_examples']}"))
+        rows.append(row("  of totals", compared[f"{key}_of_totals"]))
+    rows.append(row("  what the formula allows, decode", compared["predicted_decode_speedup"]))
+    rows.append(row("identical outputs", f"{compared['identical_outputs']} of {num_examples}"))
     return rows
 
 

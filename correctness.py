@@ -39,16 +39,18 @@ import math
 import sys
 from typing import Any
 
+import pandas
 import torch
 from scipy.stats import combine_pvalues
 from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import NoRepeatNGramLogitsProcessor
 
-from measures.comparison import find_difference, same_distribution
+from measures.comparison import RARE, detectable_shift, find_difference, same_distribution
+from measures.remarks import lines
 from runs.examples import Job, prepare, run_examples
 from runs.records import Record, Run
 from runs.startup import autoregressive, run
-from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation import GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length
 
@@ -115,8 +117,9 @@ class Ids(Job):
         for index, d in found:
             print(
                 f"example {index}, token {d['position']}, against {d['reference']}: "
-                f"{'near-tie' if d['near_tie'] else 'DIFFERENCE'}, best logits {d['best_logits'][0]:.6g} and "
-                f"{d['best_logits'][1]:.6g}, gap {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
+                f"{'near-tie' if d['near_tie'] else 'DIFFERENCE'}\n"
+                f"  best logits {d['best_logits'][0]:.6g} and {d['best_logits'][1]:.6g}, "
+                f"gap {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
                 f"  self-speculative: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
@@ -192,20 +195,26 @@ class Distributions(Job):
         self._config = dataclasses.replace(config, max_steps=args.sampled_tokens + config.longest_draft)
         self._plain, self._plain_config = autoregressive(generator, self._config)
         self._examples, self._args, self._seed = examples[: args.sampled_prompts], args, seed
+        self._samples = args.samples_per_prompt
         self.num_steps = len(self._examples)
 
     def measure(self, index: int) -> Record:
         prompt = self._speculative.encode(self._examples[index].prompt)
         torch.manual_seed(self._seed + index)
-        samples = [
-            [_tokens(side, prompt, config) for _ in range(self._args.samples_per_prompt)]
+        results = [
+            [side.generate(prompt, config).generation_strategy_result for _ in range(self._samples)]
             for side, config in ((self._speculative, self._config), (self._plain, self._plain_config))
         ]
+        samples = [[_with_end(result) for result in each] for each in results]
+        tests = [
+            same_distribution(*([_token(output, i) for output in outputs] for outputs in samples))
+            for i in range(self._args.sampled_tokens)
+        ]
         return {
-            "p_values": [
-                same_distribution(*([_token(output, i) for output in outputs] for outputs in samples))
-                for i in range(self._args.sampled_tokens)
-            ]
+            "p_values": [test.p_value for test in tests],
+            "num_kinds": [test.num_kinds for test in tests],
+            "num_judged": sum(sum(result.judged_by_position or ()) for result in results[0]),
+            "num_accepted": sum(result.num_accepted or 0 for result in results[0]),
         }
 
     def progress(self, records: Sequence[Record]) -> str:
@@ -218,14 +227,19 @@ class Distributions(Job):
         ]
         threshold = FALSE_ALARM / len(combined)
         failed = sum(p < threshold for p in combined)
-        run.finish(records, {"p_values": combined, "threshold": threshold, "failed": failed})
-        for name, p_values in [
-            *((f"example {record['index']}", record["p_values"]) for record in records),
-            ("all together", combined),
-        ]:
-            print(
-                f"{name}: p-values of tokens 1 to {len(combined)}: " + ", ".join(f"{p:.3g}" for p in p_values)
-            )
+        shift = self._detectable_shift(records, threshold)
+        run.finish(
+            records,
+            {"p_values": combined, "threshold": threshold, "failed": failed, "detectable_shift": shift},
+        )
+        table = pandas.DataFrame(
+            [*(record["p_values"] for record in records), combined],
+            index=[*(f"example {record['index']}" for record in records), "all together"],
+            columns=[f"token {i + 1}" for i in range(len(combined))],
+        )
+        print("p-values")
+        print(table.to_string(float_format="{:.3g}".format, line_width=100))
+        print("\n".join([*lines([self._power(shift, records)]), ""]))
         print(f"report: {run.folder}/run.json, records.jsonl")
         print(
             f"{'FAILED' if failed else 'passed'}: {failed} of {len(combined)} chi-square tests below "
@@ -233,10 +247,38 @@ class Distributions(Job):
         )
         return 1 if failed else 0
 
+    def _detectable_shift(self, records: Sequence[Record], threshold: float) -> float | None:
+        """The least shift that would be found at any token; the first is not drafted."""
+        # A run that began before kinds were counted goes on with --resume: as many as there can be at most.
+        most = [self._samples // RARE + 1] * self._args.sampled_tokens
+        by_token = zip(*(record.get("num_kinds", most) for record in records), strict=True)
+        shifts = [detectable_shift(kinds, self._samples, threshold) for kinds in [*by_token][1:]]
+        return None if None in shifts else max(shift for shift in shifts if shift is not None)
+
+    def _power(self, shift: float | None, records: Sequence[Record]) -> str:
+        """What this many samples can find, and whether that is enough for the crudest of wrong rules."""
+        if shift is None:
+            return "power: too few samples to find any wrong rule with a chance of 90 %"
+        judged = sum(record.get("num_judged", 0) for record in records)
+        crudest = 1 - sum(record.get("num_accepted", 0) for record in records) / judged if judged else None
+        said = (
+            f"power: a wrong rule that shifts {shift:.1%} of a drafted token's probability (total variation) "
+            f"on every prompt is found here with a chance of 90 %; one that shifts less, less often. Tokens "
+            f"expected fewer than {RARE} times in {self._samples} samples count as one. Four times as many "
+            "--samples_per_prompt find half the shift"
+        )
+        if crudest is None:
+            return said
+        found = "less than that, and so not sure to be found" if crudest < shift else "more than that"
+        return f"{said}. A rule that accepts every draft shifts up to {crudest:.1%} here: {found}"
+
 
 def _tokens(generator: HuggingfaceLlamaGenerator, prompt: list[int], config: GenerationConfig) -> list[int]:
+    return _with_end(generator.generate(prompt, config).generation_strategy_result)
+
+
+def _with_end(result: GenerationStrategyResult) -> list[int]:
     """Ids of an answer, with the one that ended it."""
-    result = generator.generate(prompt, config).generation_strategy_result
     return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])
 
 

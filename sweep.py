@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from arguments import (
     DataArguments,
@@ -44,6 +44,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import statistics
 import time
+from typing import Any
 
 import pandas
 import torch
@@ -52,7 +53,8 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from measures import metrics
 from measures.plots import heat_maps
-from measures.replay import LONGEST_DRAFT, beyond_the_grid, predicted_cell, times
+from measures.remarks import lines, on_predictions
+from measures.replay import LONGEST_DRAFT, beyond_the_grid, predicted_cell, rivals, speedup_columns, times
 from measures.timed_runs import BASELINE, Side, measure_example, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
@@ -68,16 +70,19 @@ from self_speculation.model.families import context_length
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "acceptance_rate", "mean_accepted_length", "total_time",
-    "time_per_token", "tokens_per_second", "speedup", "speedup_q1", "speedup_q3", "num_verifications",
-    "num_drafted", "num_accepted", "num_tokens",
+    "time_per_token", "tokens_per_second", "tokens_per_second_median", "speedup", "speedup_q1", "speedup_q3",
+    "speedup_low", "speedup_high", "speedup_of_totals", "num_verifications", "num_drafted", "num_accepted",
+    "num_tokens",
 ]  # fmt: skip
 
 HEADINGS = {
     "mode": "mode", "exit_layer": "exit", "num_speculations": "drafted", "acceptance_rate": "accepted",
-    "mean_accepted_length": "length", "tokens_per_second": "tokens/s", "speedup": "speed-up",
+    "mean_accepted_length": "length", "tokens_per_second_median": "tokens/s", "speedup": "speed-up",
+    "range": "from-to",
 }  # fmt: skip
 
 _PATIENCE = 30.0  # seconds that a calibration may take, about
+_DRAWS = 40  # of what it measured, to see how certain predictions are
 
 Cell = tuple[int, int]  # exit layer, draft length
 
@@ -140,37 +145,45 @@ class Sweep(Job):
             for index, example in enumerate(self._examples)
         ]
         speed, compared = metrics.speed(records), metrics.speedup(records, BASELINE)
-        quartiles = compared["speedup_quartiles"]
+        median = "tokens_per_second_median"
         return {
             "mode": "measured",
             "exit_layer": cell[0],
             "num_speculations": cell[1],
             **metrics.acceptance(records),
-            **times(speed["num_tokens"], speed["total_time"], compared["speedup"], quartiles),
+            **times(speed["num_tokens"], speed["total_time"]),
+            median: speed[median],
+            f"{BASELINE}{median}": metrics.speed(records, BASELINE)[median],
+            **speedup_columns(
+                *(compared[f"speedup{what}"] for what in ("", "_quartiles", "_interval", "_of_totals"))
+            ),
         }
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures, print the table and the best flags."""
+        rows = [{**dict.fromkeys(COLUMNS), **row} for row in rows]
         table = write_table(run, rows)
         compared = table[table["speedup"].notna()]
         if compared.empty:
             run.finish(records, {**extra, "best": None})
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
+        best = best_cell([row for row in rows if row["speedup"] is not None])
+        equal = rivals(rows, best)
         heat_maps(
             compared[compared["mode"] == self._args.mode],
             f"{self._args.mode}, {len(self._examples)} prompts, at most {self._config.max_steps} tokens each",
             run.folder / "sweep",
         )
-        best = best_cell(compared.to_dict("records"))
         run.finish(
             records,
             {**extra, "best": {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}},
         )
-        shown = table.sort_values("speedup", ascending=False).head(20)[list(HEADINGS)]
-        print(shown.rename(columns=HEADINGS).to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
+        shown = table.sort_values("speedup", ascending=False).head(20)
+        print(_for_terminal(shown))
         if len(table) > len(shown):
             print(f"... and {len(table) - len(shown)} more in the CSV")
+        print("\n".join(lines(self._remarks(best, equal))))
         print(f"\n{run.folder}/: sweep.csv, sweep.png, sweep.pdf, run.json")
         if best["speedup"] < 1:
             print("no cell is faster than autoregressive decoding; the nearest:")
@@ -179,6 +192,26 @@ class Sweep(Job):
             f"--num_speculations {best['num_speculations']}"
         )
         return 0
+
+    def _remarks(self, best: Mapping[str, Any], equal: Sequence[Record]) -> list[str]:
+        """What the figures mean, and how sure the choice is."""
+        remarks = [
+            f"speed-up and tokens/s are medians of {len(self._examples)} prompts. From-to holds the speed-up "
+            "with a confidence of 90 %: of predicted cells, by the noise of the calibration; of measured "
+            "ones, by how the prompts scatter"
+        ]
+        if best["speedup_low"] is None:
+            remarks.append(
+                "too little was measured to say how far noise goes: a calibration of "
+                "fewer than three turns, or fewer than five prompts"
+            )
+        if equal:
+            cells = ", ".join(f"{row['exit_layer']}/{row['num_speculations']}" for row in equal[:12])
+            more = f" and {len(equal) - 12} more" if len(equal) > 12 else ""
+            remarks.append(
+                f"noise does not tell the best cell from {cells}{more} (exit/drafted), which may be as fast"
+            )
+        return remarks
 
 
 class Measured(Sweep):
@@ -251,32 +284,27 @@ class Predicted(Sweep):
         rows = [predicted_cell(records, costs, *cell) for cell in self._grid]
         by_speed = sorted(rows, key=lambda row: -row["speedup"])
         extra: Record = {
-            "calibration": dataclasses.asdict(costs),
+            "calibration": dataclasses.asdict(dataclasses.replace(costs, draws=())),
             "beyond_the_grid": beyond_the_grid(records, costs, self._exit_layers),
         }
-        for row in by_speed[: self._args.verify_top]:
-            measured = self.measure_cell((row["exit_layer"], row["num_speculations"]))
-            error = row["total_time"] / measured["total_time"] - 1
-            speedup = "-" if measured["speedup"] is None else f"{measured['speedup']:.2f}x"
-            print(
-                f"exit layer {row['exit_layer']}, {row['num_speculations']} drafted: predicted "
-                f"{row['speedup']:.2f}x, measured {speedup}; "
-                f"error of the predicted time {error:+.0%}"
-            )
-            rows.append(measured)
-        for beyond in extra["beyond_the_grid"]:
-            print(
-                f"exit layer {beyond['exit_layer']}: best draft length up to {LONGEST_DRAFT} is "
-                f"{beyond['best_draft_length']} ({beyond['speedup']:.2f}x); stopping each draft at its first "
-                f"mistake would reach {beyond['oracle_speedup']:.2f}x"
-            )
+        pairs = [
+            (row, self.measure_cell((row["exit_layer"], row["num_speculations"])))
+            for row in by_speed[: self._args.verify_top]
+        ]
+        if pairs:
+            print("\n".join([_verified(pairs), *lines(on_predictions(pairs)), ""]))
+        print(
+            f"Draft lengths up to {LONGEST_DRAFT}, and what a rule that ends each draft at its first mistake "
+            f"could reach\n{_beyond(extra['beyond_the_grid'])}\n"
+        )
+        rows += [measured for _, measured in pairs]
         return self.show(run, records, rows, extra)
 
     def _costs(self, records: Sequence[Record]) -> Costs:
         """What rounds cost in the middle of an output of middling length."""
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
         longest = max(LONGEST_DRAFT, *(k for _, k in self._grid))
-        with tqdm(range(TURNS), desc="calibration") as turns:
+        with tqdm(range(3 * TURNS), desc="calibration, as many turns as it takes") as turns:
             return measure(
                 self._generator.model,
                 self._config,
@@ -285,6 +313,7 @@ class Predicted(Sweep):
                 longest,
                 _PATIENCE,
                 turns,
+                _DRAWS,
             )
 
     @property
@@ -302,9 +331,48 @@ class Predicted(Sweep):
 
 def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
     """The CSV of all rows so far, in the order of the grid."""
-    table = pandas.DataFrame(rows)[COLUMNS].sort_values(["mode", "exit_layer", "num_speculations"])
+    # Rows of a run that began before there were all these columns go on with --resume.
+    table = (
+        pandas.DataFrame(rows)
+        .reindex(columns=COLUMNS)
+        .sort_values(["mode", "exit_layer", "num_speculations"])
+    )
     run.replace("sweep.csv", table.to_csv(index=False))
     return table
+
+
+def _for_terminal(table: pandas.DataFrame) -> str:
+    low, high = (table[f"speedup_{end}"].astype(float).map("{:.2f}".format) for end in ("low", "high"))
+    known = (low + "-" + high).where(table["speedup_low"].notna(), "-")
+    return _plain_text(table.assign(range=known)[list(HEADINGS)].rename(columns=HEADINGS))
+
+
+def _verified(pairs: Sequence[tuple[Record, Record]]) -> str:
+    """Predicted cells, beside what was measured of them."""
+    cells = [
+        {
+            "exit": row["exit_layer"],
+            "drafted": row["num_speculations"],
+            "predicted": row["speedup"],
+            "measured": measured["speedup"],
+            "tokens/s predicted": row["tokens_per_second_median"],
+            "measured ": measured["tokens_per_second_median"],
+        }
+        for row, measured in pairs
+    ]
+    return _plain_text(pandas.DataFrame(cells))
+
+
+def _beyond(cells: Sequence[Record]) -> str:
+    names = {
+        "exit_layer": "exit", "best_draft_length": "best length", "speedup": "speed-up",
+        "oracle_speedup": "stopping each draft at its first mistake would reach",
+    }  # fmt: skip
+    return _plain_text(pandas.DataFrame(cells).rename(columns=names))
+
+
+def _plain_text(table: pandas.DataFrame) -> str:
+    return table.to_string(index=False, float_format="{:.2f}".format, na_rep="-")
 
 
 def _notice(text: str) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from runs.records import Record
 from self_speculation.drafts.costs import Costs
+from self_speculation.results import SourceCounts
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
-    """Totals over all examples, and the spread over single ones.
+    """Totals over all examples, and the medians of single ones, which a stall of the machine leaves alone.
 
     Args:
         prefix: of the fields of one strategy, in records that hold two.
@@ -24,14 +26,16 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     decode = [record[f"{prefix}decode_time"] for record in records]
     decoded = [record[f"{prefix}num_decode_tokens"] for record in records]
     each = [n / (p + d) for n, p, d in zip(tokens, prefill, decode, strict=True)]
+    each_decode = [n / d for n, d in zip(decoded, decode, strict=True) if n]
     total_time = sum(prefill) + sum(decode)
     return {
         "tokens_per_second": sum(tokens) / total_time,
         "tokens_per_second_mean": statistics.mean(each),
         "tokens_per_second_median": statistics.median(each),
         "decode_tokens_per_second": sum(decoded) / sum(decode) if sum(decoded) else None,
+        "decode_tokens_per_second_median": statistics.median(each_decode) if each_decode else None,
         "decode_ms_per_token": 1000 * sum(decode) / sum(decoded) if sum(decoded) else None,
-        "time_to_first_token_ms": 1000 * statistics.mean(prefill),
+        "time_to_first_token_ms": 1000 * statistics.median(prefill),
         "total_time": total_time,
         "num_tokens": sum(tokens),
         "empty_answers": tokens.count(0),
@@ -39,7 +43,12 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
 
 
 def acceptance(records: Sequence[Record]) -> Record:
-    """How many drafted tokens were accepted, over all examples; rates are None where nothing was drafted."""
+    """How many drafted tokens were accepted, over all examples; rates are None where nothing was drafted.
+
+    `acceptance_by_position` is of the drafts that were so long: long ones may be those of another source, or
+    those that their source was sure of, so it may rise from one position to the next. `rounds_by_accepted` is
+    of all rounds: [i] is the share of those that accepted more than i tokens.
+    """
     drafted = _by_position(records, "drafted_by_position")
     accepted = _by_position(records, "accepted_by_position")
     rounds = sum(record["num_verifications"] for record in records)
@@ -48,6 +57,7 @@ def acceptance(records: Sequence[Record]) -> Record:
         "acceptance_rate": sum(accepted) / sum(drafted) if drafted else None,
         "mean_accepted_length": decoded / rounds if rounds else None,
         "acceptance_by_position": [a / d for a, d in zip(accepted, drafted, strict=True)],
+        "rounds_by_accepted": [a / rounds for a in accepted],
         "num_drafted": sum(drafted),
         "num_accepted": sum(accepted),
         "num_verifications": rounds,
@@ -59,25 +69,69 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     """Of one strategy over another on the same prompts, by tokens per second; `baseline` is the prefix of the
     other's fields.
 
-    Sampled outputs differ in length, so times alone would not compare.
+    The two answered each prompt one right after the other, so the ratio of an example means something on a
+    busy machine too, and the median of these ratios is the speed-up. A ratio of totals is dominated by an
+    example that met a stall. Sampled outputs differ in length, so times alone would not compare.
+
+    `..._interval` is where the median lies with a confidence of 90 %; None with fewer than five examples.
     """
-    decoded = [r for r in records if r["num_decode_tokens"] and r[f"{baseline}num_decode_tokens"]]
-    each = [
-        (r["num_decode_tokens"] / r["decode_time"])
-        / (r[f"{baseline}num_decode_tokens"] / r[f"{baseline}decode_time"])
-        for r in decoded
-    ]
-    answered = [r for r in records if r["num_tokens"] and r[f"{baseline}num_tokens"]]
-    ours, theirs = speed(records), speed(records, baseline)
+    identical = sum(record["tokens"] == record[f"{baseline}tokens"] for record in records)
     return {
-        "speedup": ours["tokens_per_second"] / theirs["tokens_per_second"] if theirs["num_tokens"] else None,
-        "decode_speedup": ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"]
-        if each
-        else None,
-        "speedup_quartiles": quartiles([_rate(r, "") / _rate(r, baseline) for r in answered]),
-        "decode_speedup_quartiles": quartiles(each),
-        "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
+        **_compared("speedup", records, baseline, answer_pace),
+        **_compared("decode_speedup", records, baseline, decode_pace),
+        "identical_outputs": identical,
     }
+
+
+# (record, prefix of one strategy's fields) -> tokens, and the seconds that they took.
+Pace = Callable[[Record, str], tuple[int, float]]
+
+
+def answer_pace(record: Record, prefix: str) -> tuple[int, float]:
+    """Of the whole answer."""
+    return record[f"{prefix}num_tokens"], record[f"{prefix}prefill_time"] + record[f"{prefix}decode_time"]
+
+
+def decode_pace(record: Record, prefix: str) -> tuple[int, float]:
+    """Of all tokens but the first."""
+    return record[f"{prefix}num_decode_tokens"], record[f"{prefix}decode_time"]
+
+
+def with_tokens(records: Sequence[Record], baseline: str, pace: Pace) -> list[Record]:
+    """The examples that can be compared: neither side's answer is empty."""
+    return [record for record in records if pace(record, "")[0] and pace(record, baseline)[0]]
+
+
+def ratio_of_totals(records: Sequence[Record], baseline: str, pace: Pace) -> float:
+    def rate(prefix: str) -> float:
+        tokens, seconds = zip(*(pace(record, prefix) for record in records), strict=True)
+        return sum(tokens) / sum(seconds)
+
+    return rate("") / rate(baseline)
+
+
+def _compared(name: str, records: Sequence[Record], baseline: str, pace: Pace) -> Record:
+    records = with_tokens(records, baseline, pace)
+    each = [ratio_of_totals([record], baseline, pace) for record in records]
+    return {
+        name: statistics.median(each) if each else None,
+        f"{name}_quartiles": quartiles(each),
+        f"{name}_interval": median_interval(each),
+        f"{name}_of_totals": ratio_of_totals(records, baseline, pace) if each else None,
+        f"{name}_faster": sum(ratio > 1 for ratio in each),
+        f"{name}_examples": len(each),
+    }
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Where the median of what values are drawn from lies, with a confidence of 90 %.
+
+    None where there are fewer than five values.
+    """
+    from scipy.stats import quantile_test  # a second that runs without a comparison save
+
+    interval = quantile_test(values, p=0.5).confidence_interval(0.9) if len(values) >= 5 else None
+    return interval and (float(interval.low), float(interval.high))
 
 
 def token_acceptance(records: Sequence[Record]) -> float | None:
@@ -110,23 +164,21 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _rate(record: Record, prefix: str) -> float:
-    return record[f"{prefix}num_tokens"] / (record[f"{prefix}prefill_time"] + record[f"{prefix}decode_time"])
-
-
 def quartiles(values: list[float]) -> list[float]:
     """The three of them; of a single value, that value three times."""
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def _by_source(records: Sequence[Record]) -> dict[str, list[int]]:
-    """Rounds, drafted and accepted tokens of each source of drafts."""
-    totals: dict[str, list[int]] = {}
+def _by_source(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+    """Rounds, drafted and accepted tokens of each source of drafts, in the order of their names."""
+    found: dict[str, list[SourceCounts]] = defaultdict(list)
     for record in records:
         for source, counts in record.get("drafts_by_source", {}).items():
-            before = totals.get(source, [0, 0, 0])
-            totals[source] = [a + b for a, b in zip(before, counts, strict=True)]
-    return totals
+            # A run that began before fields had names goes on with --resume.
+            named = isinstance(counts, Mapping)
+            found[source].append(SourceCounts(**counts) if named else SourceCounts(*counts))
+    totals = {source: SourceCounts(*map(sum, zip(*all_, strict=True))) for source, all_ in found.items()}
+    return {source: totals[source]._asdict() for source in sorted(totals)}
 
 
 def _by_position(records: Sequence[Record], field: str) -> list[int]:

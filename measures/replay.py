@@ -7,7 +7,11 @@ position i is output token i", decides every round for every draft length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy
 
 from measures import metrics
 from runs.records import Record
@@ -51,32 +55,46 @@ def run_length(matches: Sequence[bool], position: int, longest: int) -> int:
 def predicted_cell(records: Sequence[Record], costs: Costs, exit_layer: int, draft_length: int) -> Record:
     """The row of a sweep's table for one exit layer and draft length.
 
+    Besides, `speedup_draws` has a speed-up for each draw of the costs.
+
     Args:
         records: of outputs, with what each exit would have guessed along them.
         costs: what a plain step, a draft step and a verification take.
     """
     rounds = [_rounds(record, exit_layer, lambda *_: draft_length) for record in records]
-    seconds = [_seconds(record, r, costs, exit_layer) for record, r in zip(records, rounds, strict=True)]
-    plain = [_plain_seconds(record, costs) for record in records]
-    speedups = [a / b for a, b in zip(plain, seconds, strict=True)]
-    num_tokens = sum(record["num_tokens"] for record in records)
+    seconds = _seconds(records, rounds, costs, exit_layer)
+    plain = _plain_seconds(records, costs)
+    speedups = _ratios(plain, seconds)
+    draws = [
+        statistics.median(_ratios(_plain_seconds(records, draw), _seconds(records, rounds, draw, exit_layer)))
+        for draw in costs.draws
+    ]
+    tokens = [record["num_tokens"] for record in records]
     return {
         "mode": "predicted",
         "exit_layer": exit_layer,
         "num_speculations": draft_length,
         **metrics.acceptance([_counted(r) for r in rounds]),
-        **times(num_tokens, sum(seconds), sum(plain) / sum(seconds), metrics.quartiles(speedups)),
+        **times(sum(tokens), sum(seconds)),
+        "tokens_per_second_median": statistics.median(_ratios(tokens, seconds)),
+        "autoregressive_tokens_per_second_median": statistics.median(_ratios(tokens, plain)),
+        **speedup_columns(
+            statistics.median(speedups),
+            metrics.quartiles(speedups),
+            (float(numpy.quantile(draws, 0.05)), float(numpy.quantile(draws, 0.95))) if draws else None,
+            sum(plain) / sum(seconds),
+        ),
+        "speedup_draws": draws,
     }
 
 
 def beyond_the_grid(records: Sequence[Record], costs: Costs, exit_layers: Sequence[int]) -> list[Record]:
     """For each exit layer, the best fixed draft length, and the most that ending drafts early could reach."""
-    plain = sum(_plain_seconds(record, costs) for record in records)
+    plain = _plain_seconds(records, costs)
 
     def speedup(layer: int, draft_length: DraftLength) -> float:
-        return plain / sum(
-            _seconds(record, _rounds(record, layer, draft_length), costs, layer) for record in records
-        )
+        rounds = [_rounds(record, layer, draft_length) for record in records]
+        return statistics.median(_ratios(plain, _seconds(records, rounds, costs, layer)))
 
     found = []
     for layer in exit_layers:
@@ -93,22 +111,55 @@ def beyond_the_grid(records: Sequence[Record], costs: Costs, exit_layers: Sequen
     return found
 
 
-def times(num_tokens: int, total_time: float, speedup: float | None, quartiles: Sequence[float]) -> Record:
-    """The columns of a sweep's table about time.
-
-    Args:
-        speedup: None where there are no answers to compare.
-        quartiles: of the speed-ups of single examples, empty where there are none.
-    """
+def times(num_tokens: int, total_time: float) -> Record:
+    """The columns of a sweep's table about totals of time."""
     return {
         "num_tokens": num_tokens,
         "total_time": total_time,
         "time_per_token": total_time / max(num_tokens, 1),
         "tokens_per_second": num_tokens / total_time,
-        "speedup": speedup,
+    }
+
+
+def speedup_columns(
+    median: float | None,
+    quartiles: Sequence[float],
+    interval: tuple[float, float] | None,
+    of_totals: float | None,
+) -> Record:
+    """The columns of a sweep's table about the speed-up.
+
+    Args:
+        median: over the examples; None where there are no answers to compare.
+        quartiles: of the speed-ups of single examples, empty where there are none.
+        interval: where the median lies with a confidence of 90 %, as far as noise goes.
+        of_totals: all seconds of one strategy by all those of the other.
+    """
+    return {
+        "speedup": median,
         "speedup_q1": quartiles[0] if quartiles else None,
         "speedup_q3": quartiles[-1] if quartiles else None,
+        "speedup_low": interval and interval[0],
+        "speedup_high": interval and interval[1],
+        "speedup_of_totals": of_totals,
     }
+
+
+def rivals(rows: Sequence[Record], best: Mapping[str, Any]) -> list[Record]:
+    """The other rows of the best one's mode which may be as fast: noise does not tell the two apart.
+
+    Two predicted rows have the noise of one calibration, so each draw of it compares them. Measured ones are
+    told apart where their ranges are.
+    """
+
+    def may_be_as_fast(row: Record) -> bool:
+        if row["mode"] == "predicted":
+            draws = _ratios(row["speedup_draws"], best["speedup_draws"])
+            return sum(ratio >= 1 for ratio in draws) > 0.05 * len(draws)
+        return (row["speedup_high"] or row["speedup"] or 0.0) >= (best["speedup_low"] or best["speedup"])
+
+    others = [row for row in rows if row is not best and row["mode"] == best["mode"]]
+    return [row for row in others if may_be_as_fast(row)]
 
 
 def _rounds(record: Record, exit_layer: int, draft_length: DraftLength) -> Tally:
@@ -126,10 +177,21 @@ def _counted(rounds: Tally) -> Record:
     }
 
 
-def _seconds(record: Record, rounds: Tally, costs: Costs, exit_layer: int) -> float:
-    decode = sum(n * costs.round(exit_layer, k) for k, n in rounds.rounds_by_length.items())
-    return record["prefill_time"] + decode
+def _seconds(
+    records: Sequence[Record], rounds: Sequence[Tally], costs: Costs, exit_layer: int
+) -> list[float]:
+    """Of each record, with its rounds."""
+    by_length = [each.rounds_by_length for each in rounds]
+    cost = {k: costs.round(exit_layer, k) for k in set().union(*by_length)}
+    return [
+        record["prefill_time"] + sum(n * cost[k] for k, n in lengths.items())
+        for record, lengths in zip(records, by_length, strict=True)
+    ]
 
 
-def _plain_seconds(record: Record, costs: Costs) -> float:
-    return record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step
+def _plain_seconds(records: Sequence[Record], costs: Costs) -> list[float]:
+    return [record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step for record in records]
+
+
+def _ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(first, second, strict=True)]

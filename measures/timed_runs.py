@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from self_speculation import GenerationConfig, GenerationStrategy, HuggingfaceLl
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.devices import synchronize
 from self_speculation.model.families import attended_length
+from self_speculation.results import SourceCounts
 
 T = TypeVar("T")
 
@@ -81,13 +82,18 @@ def measure_example(sides: Sequence[Side], prompt: str | list[int], index: int, 
             "prefill_time": took.prefill_time,
             "decode_time": took.decode_time,
             "num_verifications": took.num_verifications,
-            "drafts_by_source": took.drafts_by_source,
+            "drafts_by_source": took.drafts_by_source and _named(took.drafts_by_source),
             "drafted_by_position": took.drafted_by_position,
             "judged_by_position": took.judged_by_position,
             "accepted_by_position": took.accepted_by_position,
         }
         record |= {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
     return record
+
+
+def _named(counts: Mapping[str, SourceCounts]) -> Record:
+    """JSON would make nameless lists of tuples."""
+    return {source: each._asdict() for source, each in counts.items()}
 
 
 def timed(model: PreTrainedModel, call: Callable[..., T], *args: Any) -> tuple[T, float]:

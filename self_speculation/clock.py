@@ -7,6 +7,7 @@ steps, and what is timed is a draft, and then everything from there to the next 
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -24,7 +25,7 @@ from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.costs import Costs, never_falling
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.lookups import certain
@@ -45,6 +46,9 @@ _DRAFTED, _PLAIN_STEPS = 4, 6
 TURNS = 9
 # Seconds of a pass from which on a model is slow: its turns are short, and none is for warming up.
 _SLOW = 0.1
+# Below this many turns nobody knows how times scatter; above this error they are repeated; and none is known
+# better than to the last of these shares.
+_FEW, _SCATTER, _FINEST = 3, 0.03, 0.005
 
 
 @torch.inference_mode()
@@ -56,6 +60,7 @@ def measure(
     longest: int,
     patience: float,
     turns: Iterable[int] = range(TURNS),
+    draws: int = 0,
     num_rows: int = 1,
 ) -> Costs:
     """What rounds cost on this device after a context of so many positions.
@@ -65,14 +70,16 @@ def measure(
         exit_layers: exits to draft at.
         longest: tokens that a draft may have.
         patience: seconds, after which no further turn begins.
-        turns: how many there are at most; a progress bar fits around them.
+        turns: how many there are at most; a progress bar fits around them. Those beyond `TURNS` repeat what
+            scatters, as long as something does.
+        draws: how many `Costs.draws` to take along.
         num_rows: sequences in each pass.
     """
     clock = _Clock(model, config, context, longest, num_rows)
     warm_up = RUNS_TO_WARM_UP if is_compiled(model) else 1
     for _ in range(warm_up + 1):
         clock.plain_steps(1)
-    slow = agreed(model, clock.seconds["plain", 0, 0][-1] > _SLOW)
+    slow = agreed(model, clock.seconds["plain", 0, 0][0] > _SLOW)
     telling = _LENGTHS_OF_SLOW if slow else _LENGTHS_OF_COMPILED if is_compiled(model) else _LENGTHS
     lengths = [*(k for k in telling if k < longest), longest]
     # What compiling takes must not count; elsewhere a first turn is better than a long wait for a second.
@@ -86,39 +93,74 @@ def measure(
         places |= {(layer, min(_DRAFTED, longest)) for layer in exit_layers}
         places |= {(last, k) for k in lengths if k}
     started = time.perf_counter()
-    for turn in turns:
-        if turn >= least and agreed(model, time.perf_counter() - started > patience):
+    for clock.turn in turns:
+        if clock.turn >= least and agreed(model, time.perf_counter() - started > patience):
             break
-        if turn == warm_up:
+        if clock.turn == warm_up:
             clock.seconds.clear()
+        if clock.turn >= TURNS:
+            places = agreed(model, {place for place in places if clock.scatters(*place)})
+            if not places:
+                break
         # All in turn, so that a slow moment of the machine hits no one part alone.
         clock.plain_steps(1 if slow else _PLAIN_STEPS)
         clock.probe()
         for exit_layer, num_drafted in sorted(places):
             clock.round(exit_layer, num_drafted)
-    return agreed(model, replace(_costs(clock.seconds, exit_layers, lengths), num_rows=num_rows))
+    return agreed(model, replace(_costs(clock.seconds, exit_layers, lengths, draws), num_rows=num_rows))
 
 
-def _costs(
-    seconds: Mapping[tuple[str, int, int], Sequence[float]],
-    exit_layers: Sequence[int],
-    lengths: Sequence[int],
+# What is timed: "plain", "draft", "verification" or "probe", the exit layer, the draft length.
+Part = tuple[str, int, int]
+# Part -> turn -> seconds.
+Seconds = Mapping[Part, Mapping[int, float]]
+
+
+def _costs(seconds: Seconds, exit_layers: Sequence[int], lengths: Sequence[int], draws: int) -> Costs:
+    """What was measured here and there, for all exits and lengths; and as other draws of turns say."""
+    turns = list(seconds["plain", 0, 0])
+    chance = random.Random(0)
+    samples = [chance.choices(turns, k=len(turns)) for _ in range(draws if len(turns) >= _FEW else 0)]
+    fitted, *others = (_fitted(seconds, turns, exit_layers, lengths) for turns in [turns, *samples])
+    return replace(fitted, draws=others)
+
+
+def _fitted(
+    seconds: Seconds, turns: Sequence[int], exit_layers: Sequence[int], lengths: Sequence[int]
 ) -> Costs:
-    """What was measured here and there, for all exits and lengths.
+    """Of these turns, the costs of all exits and lengths.
+
+    A part is compared with the plain steps of its own turn, since the machine may be slower in another turn,
+    and the median counts. More tokens, or more layers, never take less: what says otherwise is evened out.
 
     A draft from an exit saves verification the layers below it, and costs it one more pass. For the last exit
     this saving was measured at all lengths, or at one. Other exits save their share of it, and whatever else
     they save or cost, the same at all lengths, was measured at one.
     """
-    median = {place: statistics.median(times) for place, times in seconds.items()}
-    of_all = [median["verification", 0, k] for k in lengths]
-    last, drafted = max(exit_layers), {}
-    saved: dict[int, dict[int, float]] = defaultdict(dict)  # by exit and length
-    for (what, layer, k), cost in sorted(median.items()):
+    plain = seconds["plain", 0, 0]
+    plain_step = statistics.median(plain[turn] for turn in turns)
+    ratios = {
+        part: [times[turn] / plain[turn] for turn in turns if turn in times]
+        or [time / plain[turn] for turn, time in times.items()]
+        for part, times in seconds.items()
+    }
+    cost = {part: plain_step * statistics.median(each) for part, each in ratios.items()}
+    weight = {part: 1 / (_FINEST + _error(each)) ** 2 for part, each in ratios.items()}
+    whole = [("verification", 0, k) for k in lengths]
+    of_whole = [weight[part] for part in whole]
+    of_all = never_falling([cost[part] for part in whole], of_whole)
+    timed_at: dict[int, set[int]] = defaultdict(set)
+    for what, layer, k in cost:
         if layer and what == "draft":
-            drafted[layer] = cost
-        elif layer:
-            saved[layer][k] = cost - float(numpy.interp(k, lengths, of_all))
+            timed_at[layer].add(k)
+    at_all = max(set.intersection(*timed_at.values()))
+    drafts = [("draft", layer, at_all) for layer in sorted(timed_at)]
+    steps = never_falling([cost[part] for part in drafts], [weight[part] for part in drafts])
+    saved: dict[int, dict[int, float]] = defaultdict(dict)  # by exit and length
+    for what, layer, k in sorted(cost):
+        if layer and what == "verification":
+            saved[layer][k] = cost[what, layer, k] - float(numpy.interp(k, lengths, of_all))
+    last = max(exit_layers)
 
     def saved_by_last(k: int) -> float:
         return float(numpy.interp(k, list(saved[last]), list(saved[last].values())))
@@ -127,15 +169,24 @@ def _costs(
         share = layer / last
         same_at_all = [saving - share * saved_by_last(k) for k, saving in saved[layer].items()][:1]
         savings = [share * saved_by_last(k) + sum(same_at_all) for k in lengths]
-        return [max(cost + saving, 0.0) for cost, saving in zip(of_all, savings, strict=True)]
+        costs = [max(cost + saving, 0.0) for cost, saving in zip(of_all, savings, strict=True)]
+        return never_falling(costs, of_whole)
 
     return Costs(
-        plain_step=median["plain", 0, 0],
-        draft_step={e: float(numpy.interp(e, list(drafted), list(drafted.values()))) for e in exit_layers},
+        plain_step=plain_step,
+        draft_step={e: float(numpy.interp(e, [layer for _, layer, _ in drafts], steps)) for e in exit_layers},
         verifications={0: of_all, **{layer: verifications(layer) for layer in exit_layers}},
         lengths=lengths,
-        probe=median["probe", 0, 0],
+        probe=cost["probe", 0, 0],
     )
+
+
+def _error(values: Sequence[float]) -> float:
+    """By what share the median of values may be off: its standard error, going by their middle half."""
+    if len(values) < _FEW:
+        return 1.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return 0.93 * (high - low) / middle / len(values) ** 0.5
 
 
 class _Clock:
@@ -153,14 +204,24 @@ class _Clock:
         self._first = torch.tensor([self._prompt[:1]], device=model.device).expand(num_rows, 1)
         self._decoder.cache.clear(num_rows)
         forward(self._decoder, self._first)
-        self.seconds: dict[tuple[str, int, int], list[float]] = defaultdict(list)  # by what, exit, length
+        self.turn = 0
+        self.seconds: dict[Part, dict[int, float]] = defaultdict(dict)
+
+    def scatters(self, exit_layer: int, num_drafted: int) -> bool:
+        """Whether too little is known of these rounds."""
+        plain = self.seconds["plain", 0, 0]
+        return any(
+            _error([seconds / plain[turn] for turn, seconds in times.items()]) > _SCATTER
+            for (what, *place), times in self.seconds.items()
+            if place == [exit_layer, num_drafted] and (what == "verification" or exit_layer)
+        )
 
     def plain_steps(self, number: int) -> None:
         """Of autoregressive decoding at full depth."""
         decoder, rows = self._at_context(), self._rows(number)
         started = time.perf_counter()
         step_by_step(decoder, rows, len(decoder.layers))
-        self.seconds["plain", 0, 0].append((time.perf_counter() - started) / number)
+        self.seconds["plain", 0, 0][self.turn] = (time.perf_counter() - started) / number
 
     def round(self, exit_layer: int, num_drafted: int) -> None:
         """With a draft of an exit layer; 0: with one that takes no layers."""
@@ -168,8 +229,8 @@ class _Clock:
         source = _Timed(self._source(decoder, exit_layer), self._model)
         rows = self._rows(num_drafted + 1, ends_text=lambda tokens: True)  # after one round
         speculate(decoder, rows, source, num_drafted)
-        self.seconds["draft", exit_layer, num_drafted].append(source.drafting / max(1, num_drafted))
-        self.seconds["verification", exit_layer, num_drafted].append(source.following)
+        self.seconds["draft", exit_layer, num_drafted][self.turn] = source.drafting / max(1, num_drafted)
+        self.seconds["verification", exit_layer, num_drafted][self.turn] = source.following
 
     def probe(self) -> None:
         """Reading an exit: norm, head and choice of a token, for one position."""
@@ -178,7 +239,7 @@ class _Clock:
         started = time.perf_counter()
         self._sampler(decoder.logits(hidden, 1)[:, 0])
         synchronize(self._model)
-        self.seconds["probe", 0, 0].append(time.perf_counter() - started)
+        self.seconds["probe", 0, 0][self.turn] = time.perf_counter() - started
 
     def _source(self, decoder: Decoder, exit_layer: int) -> DraftSource:
         if not exit_layer:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "context"]
+
+
+class SourceCounts(NamedTuple):
+    """What came of the drafts of one source."""
+
+    rounds: int
+    drafted: int  # tokens
+    accepted: int  # tokens, as far as they were output
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class GenerationStrategyResult:
     judged_by_position: tuple[int, ...] | None = None  # [i]: rounds that got as far as an i-th drafted token
     drafted_by_position: tuple[int, ...] | None = None  # [i]: rounds that drafted an i-th token
     accepted_by_position: tuple[int, ...] | None = None  # [i]: rounds whose i-th drafted token was output
-    drafts_by_source: dict[str, tuple[int, int, int]] | None = None  # rounds, tokens drafted and accepted
+    drafts_by_source: dict[str, SourceCounts] | None = None
 
     @property
     def num_drafted(self) -> int | None:

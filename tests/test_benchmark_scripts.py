@@ -5,17 +5,19 @@ import random
 import time
 
 import forks
+import numpy
 import pandas
 import pytest
 import torch
 from conftest import ROOT
 from distributions import accepts_everything, resamples_from_the_target
 from helpers import custom_data, only_run, untimed
+from scipy.stats import combine_pvalues
 
 import benchmark
 import correctness
 import self_speculation.self_speculation_generator as self_speculation_generator
-from measures.comparison import find_difference
+from measures.comparison import detectable_shift, find_difference, same_distribution
 from self_speculation import Verdict
 from self_speculation.decoding.sampling import verify_draft
 
@@ -49,7 +51,13 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert {"rouge1", "rouge2", "rougeL", "bleu", "exact_match", "edit_distance"} == metrics["text"].keys()
     table = capsys.readouterr().out
     assert all(len(line) <= 80 for line in table.splitlines() if "run.json" not in line)
-    for name in ("tokens/s, decode", "ms to first token", "acceptance rate", "speed-up, decode", "predicted"):
+    for name in (
+        "tokens/s, decode",
+        "ms to first token",
+        "acceptance rate",
+        "speed-up, decode",
+        "formula allows",
+    ):
         assert name in table
 
 
@@ -190,12 +198,69 @@ def test_correctness_passes_and_reports(common, tmp_path, capsys):
     assert report["metrics"] == {"examples": 5, "identical": 5, "near_ties": 0, "differences": 0}
 
 
-def test_correctness_passes_when_sampling(common, capsys):
+def test_correctness_passes_when_sampling(common, tmp_path, capsys):
     args = [*common, *SPECULATION, "--samples_per_prompt", "100", "--sampled_prompts", "2", "--top_k", "8"]
     assert correctness.main(args) == 0
     captured = capsys.readouterr()
     assert "distributions are compared" in captured.err
     assert captured.out.splitlines()[-1].startswith("passed: 0 of 3 chi-square tests")
+    assert all(len(line) <= 100 for line in captured.out.splitlines() if "run.json" not in line)
+    report = json.loads((only_run(tmp_path) / "run.json").read_text())
+    shift = report["metrics"]["detectable_shift"]
+    said = " ".join(captured.out.split())
+    assert f"shifts {shift:.1%} of a drafted token's probability" in said
+    assert "A rule that accepts every draft shifts up to" in said
+
+
+def test_an_older_sampled_run_is_read(common, tmp_path, capsys):
+    """Guards against a --resume that fails on records from before kinds of tokens were counted."""
+    args = [*common, *SPECULATION, "--samples_per_prompt", "20", "--sampled_prompts", "2", "--top_k", "3"]
+    assert correctness.main(args) == 0
+    folder = only_run(tmp_path)
+    new = json.loads((folder / "run.json").read_text())["metrics"]
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    kept = ("index", "p_values")
+    old = [{name: record[name] for name in kept} for record in records]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
+    assert correctness.main([*args, "--resume", str(folder)]) == 0
+    read = json.loads((folder / "run.json").read_text())["metrics"]
+    assert read["p_values"] == new["p_values"]
+    assert read["detectable_shift"] >= new["detectable_shift"]  # nothing is claimed that is not known
+    assert capsys.readouterr().out.count("power: ") == 2
+
+
+@pytest.mark.parametrize("num_kinds", [2, 6])
+def test_the_power_that_correctness_states_is_there(num_kinds):
+    """Guards against a stated power that the tests do not have: the shift that it names is put into samples,
+    spread as hard to find as can be, and the tests have to find it about as often as they say.
+    """
+    num_samples, num_prompts, threshold, runs = 150, 2, 1e-3, 200
+    shift = detectable_shift([num_kinds] * num_prompts, num_samples, threshold)
+    chance = numpy.random.default_rng(0)
+    tilt = numpy.where(numpy.arange(num_kinds) % 2, shift, -shift)
+
+    def found(tilt):
+        p_values = []
+        for _ in range(num_prompts):
+            draws = [
+                chance.choice(num_kinds, num_samples, p=(1 + sign * tilt) / num_kinds).tolist()
+                for sign in (1, -1)
+            ]
+            p_values.append(same_distribution(*draws).p_value)
+        return combine_pvalues(p_values).pvalue < threshold
+
+    assert 0.82 <= sum(found(tilt) for _ in range(runs)) / runs <= 0.97
+    assert sum(found(tilt / 3) for _ in range(runs)) / runs < 0.5
+    assert sum(found(0 * tilt) for _ in range(runs)) <= 2
+
+
+def test_more_samples_find_smaller_shifts():
+    """Guards against a power that does not depend on what was drawn."""
+    few, many = (detectable_shift([5, 3], n, 3e-4) for n in (100, 400))
+    assert many == pytest.approx(few / 2, rel=0.1)
+    assert detectable_shift([5], 100, 3e-4) > few
+    assert detectable_shift([50], 100, 3e-4) > detectable_shift([5], 100, 3e-4)
+    assert detectable_shift([4], 2, 1e-9) is None
 
 
 def accepts_one_too_many(draft_tokens, *rest):
@@ -229,7 +294,7 @@ def test_every_source_of_drafts(common, drafts, tmp_path, capsys):
     metrics = json.loads((folder / "run.json").read_text())["metrics"]
     assert metrics["comparison"]["identical_outputs"] == 5
     sources = metrics["acceptance"]["drafts_by_source"]
-    assert sum(rounds for rounds, *_ in sources.values()) == metrics["acceptance"]["num_verifications"]
+    assert sum(counts["rounds"] for counts in sources.values()) == metrics["acceptance"]["num_verifications"]
     assert "rounds: accepted" in capsys.readouterr().out
 
 

@@ -3,6 +3,7 @@ test_equality.py and test_sampling_distribution.py.
 """
 
 import random
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from conftest import generate, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from self_speculation.clock import _costs, measure
+from self_speculation.clock import TURNS, _Clock, _costs, measure
 from self_speculation.config import GenerationConfig
-from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.costs import Costs, never_falling
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.policy import (
     AdaptivePolicy,
@@ -287,21 +288,87 @@ def test_the_clock_plays_rounds(weights):
 
 def test_costs_between_what_was_measured():
     """Guards against exits that are given another exit's verification."""
-    seconds = {("plain", 0, 0): [1.0], ("probe", 0, 0): [0.1]}
+    seconds = {("plain", 0, 0): {0: 1.0}, ("probe", 0, 0): {0: 0.1}}
     for k in (0, 4, 8):
         # ten layers of 0.09 + 0.01 k each, a head of 0.1, and a pass of 0.05 more for a draft of layers
-        seconds["verification", 0, k] = [1.0 + 0.1 * k]
-        seconds["verification", 4, k] = [1.0 + 0.1 * k - 4 * 0.01 * k + 0.05]
-        seconds["draft", 4, k] = [0.46]
-    seconds["verification", 2, 4] = [1.4 - 2 * 0.01 * 4 + 0.05]
-    seconds["draft", 2, 4] = [0.28]
-    costs = _costs(seconds, [2, 3, 4], [0, 4, 8])
+        seconds["verification", 0, k] = {0: 1.0 + 0.1 * k}
+        seconds["verification", 4, k] = {0: 1.0 + 0.1 * k - 4 * 0.01 * k + 0.05}
+        seconds["draft", 4, k] = {0: 0.46}
+    seconds["verification", 2, 4] = {0: 1.4 - 2 * 0.01 * 4 + 0.05}
+    seconds["draft", 2, 4] = {0: 0.28}
+    costs = _costs(seconds, [2, 3, 4], [0, 4, 8], draws=5)
     assert costs.draft_step == pytest.approx({2: 0.28, 3: 0.37, 4: 0.46})
+    assert costs.draws == []  # one turn does not tell how the next would be
     assert costs.verifications[4] == pytest.approx([1.05, 1.29, 1.53])
     assert costs.verifications[2] == pytest.approx([1.05, 1.37, 1.69], abs=0.03)
     assert costs.verification(2, 6) == pytest.approx(
         (costs.verification(2, 4) + costs.verification(2, 8)) / 2
     )
+
+
+def test_never_falling():
+    """Guards against means that are not weighted, and against blocks that are not merged any further."""
+    assert never_falling([1, 2, 3], [1, 1, 1]) == [1, 2, 3]
+    assert never_falling([1, 4, 2, 3], [1, 1, 1, 1]) == [1, 3, 3, 3]
+    assert never_falling([1, 4, 2], [1, 1, 3]) == [1, 2.5, 2.5]
+    assert never_falling([3, 2, 1], [1, 1, 1]) == [2, 2, 2]
+
+
+def turns_of_a_busy_machine(stalled, number=9):
+    """Seconds of parts that cost 1 + 0.1 k plain steps, some lengths held up in five turns of nine; the whole
+    machine is twice as slow in every other turn.
+    """
+    chance = random.Random(0)
+    seconds = defaultdict(dict)
+    for turn in range(number):
+        pace = 1.0 + turn % 2
+        seconds["plain", 0, 0][turn], seconds["probe", 0, 0][turn] = pace, 0.1 * pace
+        for exit_layer, k in [*((0, k) for k in (0, 1, 2, 4, 8)), *((4, k) for k in (1, 2, 4, 8))]:
+            held_up = 1.9 if k in stalled and turn % 9 < 5 else 1.0
+            cost = (1 + 0.1 * k) * pace * held_up * chance.gauss(1, 0.01)
+            seconds["verification", exit_layer, k][turn] = cost
+            seconds["draft", exit_layer, k][turn] = 0.4 * pace * chance.gauss(1, 0.01)
+    return seconds
+
+
+def test_noise_of_the_clock_is_not_drawn_as_fact():
+    """Guards against one length of a row that is twice as dear as both its neighbours, and against certainty
+    where there is none.
+    """
+    costs = _costs(turns_of_a_busy_machine(stalled={2}), [4], [0, 1, 2, 4, 8], draws=40)
+    assert len(costs.draws) == 40
+    for each in [costs, *costs.draws]:
+        for verifications in each.verifications.values():
+            assert list(verifications) == sorted(verifications)
+    in_plain_steps = [costs.verification(4, k) / costs.plain_step for k in (1, 2, 4, 8)]
+    assert in_plain_steps == pytest.approx([1.1, 1.2, 1.4, 1.8], rel=0.2)
+
+    def spread(costs, k):
+        each = [draw.round(4, k) / draw.plain_step for draw in costs.draws]
+        return max(each) / min(each)
+
+    quiet = _costs(turns_of_a_busy_machine(stalled=()), [4], [0, 1, 2, 4, 8], draws=40)
+    assert spread(quiet, 2) < 1.05 < spread(costs, 2)
+
+
+def test_what_scatters_is_measured_again(monkeypatch):
+    """Guards against parts that are left as the first turns had them, and against quiet ones done again."""
+    played = Counter()
+
+    def round(self, exit_layer, num_drafted):
+        played[exit_layer, num_drafted] += 1
+        noise = self.turn % 3 if (exit_layer, num_drafted) == (0, 4) else 0.0
+        self.seconds["draft", exit_layer, num_drafted][self.turn] = 0.5
+        self.seconds["verification", exit_layer, num_drafted][self.turn] = 1.0 + noise
+
+    def plain_steps(self, number):  # noqa: ARG001
+        self.seconds["plain", 0, 0][self.turn] = 0.01
+
+    monkeypatch.setattr(_Clock, "round", round)
+    monkeypatch.setattr(_Clock, "plain_steps", plain_steps)
+    measure(tiny_llama(), GenerationConfig(sample=False), [1, 2], 50, 8, 1e9, range(2 * TURNS))
+    assert played.pop((0, 4)) == 2 * TURNS
+    assert set(played.values()) == {TURNS}
 
 
 def test_estimated_costs_are_those_of_the_formula():

@@ -103,12 +103,23 @@ def test_every_strategy_and_streamer_prints_the_same_answer(said, streamer):
 
 
 def test_compare_ends_with_both_speeds(said):
+    """Guards against the verdict of a single turn, and a figure outside its own range."""
     result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
     assert result.returncode == 0, result.stderr
     last = result.stderr.splitlines()[-1]
-    assert re.fullmatch(
-        r"  unwatched: [\d.]+ tokens/s, [\d.]+ by autoregressive .*: [\d.]+ times as fast", last
-    )
+    ratio, low, high = re.fullmatch(
+        r"  unwatched: [\d.]+ tokens/s, [\d.]+ by autoregressive decoding: "
+        r"([\d.]+) times as fast \(([\d.]+)-([\d.]+) in 3 turns\)",
+        last,
+    ).groups()
+    assert float(low) <= float(ratio) <= float(high)
+
+
+def test_compare_of_answers_of_one_token(said):
+    """Guards against a division by the speed of decoding nothing."""
+    result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True", "--max_steps", "1")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == "  unwatched: answers of one token, nothing to compare"
 
 
 def test_a_pipe_is_one_prompt(run):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from measures import metrics, text_quality
+from measures import metrics, remarks, text_quality
 from self_speculation.drafts.costs import Costs
 
 
@@ -33,13 +33,23 @@ def test_acceptance_adds_counts_not_rates():
     result = metrics.acceptance(records)
     assert result["acceptance_rate"] == 4 / 8
     assert result["acceptance_by_position"] == [3 / 6, 1 / 2]
+    assert result["rounds_by_accepted"] == [3 / 4, 1 / 4]
     assert result["mean_accepted_length"] == 6 / 4
     assert result["drafts_by_source"] == {}
-    sources = [{"layers": (3, 6, 2), "lookup": (1, 2, 2)}, {"layers": (2, 4, 1)}]
-    by_source = metrics.acceptance([record((2,), (1,), drafts_by_source=each) for each in sources])
-    assert by_source["drafts_by_source"] == {"layers": [5, 10, 3], "lookup": [1, 2, 2]}
     nothing = metrics.acceptance([record(num_verifications=0)])
     assert nothing["acceptance_rate"] is nothing["mean_accepted_length"] is None
+
+
+def test_sources_are_added_in_one_order_and_by_name():
+    """Guards against counts without names, and against records of a run that began before they had them."""
+    new = {"lookup": {"rounds": 1, "drafted": 2, "accepted": 2}}
+    old = {"layers": [2, 4, 1], "lookup": [1, 1, 0]}
+    records = [record((2,), (1,), drafts_by_source=each) for each in (new, old)]
+    summed = metrics.acceptance(records)["drafts_by_source"]
+    assert list(summed.items()) == [
+        ("layers", {"rounds": 2, "drafted": 4, "accepted": 1}),
+        ("lookup", {"rounds": 2, "drafted": 3, "accepted": 2}),
+    ]
 
 
 def test_token_acceptance_counts_what_was_judged():
@@ -67,6 +77,85 @@ def test_speedup_compares_rates_since_sampled_lengths_differ():
     assert result["decode_speedup_quartiles"] == [1.0, 1.0, 1.0]
     assert metrics.quartiles([1.0, 2.0]) == [1.25, 1.5, 1.75]
     assert result["identical_outputs"] == 0
+
+
+def compared(ours, theirs, tokens=()):
+    """Records of these seconds of decoding, what they come to, and what is said of it."""
+    tokens = tokens or [100] * len(ours)
+    records = [
+        {
+            "index": i, "num_tokens": n, "num_decode_tokens": n, "prefill_time": 1e-9, "decode_time": a,
+            "tokens": [], "base_num_tokens": n, "base_num_decode_tokens": n, "base_prefill_time": 1e-9,
+            "base_decode_time": b, "base_tokens": [],
+        }
+        for i, (a, b, n) in enumerate(zip(ours, theirs, tokens, strict=True))
+    ]  # fmt: skip
+    result = metrics.speedup(records, "base_")
+    return result, remarks.on_speedup(records, "base_", result)
+
+
+def test_two_stalled_examples_are_no_speedup():
+    """Guards against a headline outside its own middle half: a sum of times is that of its stalls."""
+    result, said = compared([1.0] * 10, [1.4] * 8 + [30.0, 1.4])
+    low, median, high = result["decode_speedup_quartiles"]
+    assert low <= result["decode_speedup"] == median <= high
+    assert result["decode_speedup"] == pytest.approx(1.4)
+    assert result["decode_speedup_of_totals"] > 4
+    assert (result["decode_speedup_faster"], result["decode_speedup_examples"]) == (10, 10)
+    assert len(said) == 2  # one with the prompt, one without
+    assert all("1 of 10 examples (8) took 28.6 s more than their length explains" in each for each in said)
+    assert all("without them totals say 1.40" in each for each in said)
+
+
+def test_totals_that_differ_without_a_stall():
+    """Guards against a stall that is made up: here long answers gain more, at a pace of their own."""
+    said = compared([1.0] * 5 + [10.0] * 4, [1.1] * 5 + [30.0] * 4, [100] * 5 + [1000] * 4)[1]
+    assert all("differs from example to example" in each for each in said)
+    assert said
+
+
+def test_what_few_or_contrary_examples_tell():
+    """Guards against a gain that is told from examples that do not show one."""
+    assert compared([1.0] * 8, [1.3] * 8)[1] == []
+    (few,) = compared([1.0] * 4, [1.3] * 4)[1]
+    assert "fewer than five examples" in few
+    said = compared([1.0] * 6, [1.3, 0.8, 1.2, 0.9, 1.3, 0.7])[1]
+    assert "do not tell which strategy is faster" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_loop"),
+    [
+        ("return x\n" * 5, True),
+        ("a = 1\n" + "print(a, b)\n" * 3 + "print(a", True),
+        ("0" * 40, True),
+        ("return x\n" * 2, False),
+        ("    return [a for a in b if a > 0]\n\n\n\n", False),
+        ("", False),
+    ],
+)
+def test_loops(text, is_loop):
+    """Guards against remarks about answers that merely end in empty lines, and against loops cut short."""
+    assert remarks.loops(text) == is_loop
+
+
+def test_remarks_on_text():
+    """Guards against scores of a chat model's text that pass for scores of its answers."""
+
+    class Tokenizer:
+        chat_template = "a template"
+
+        def apply_chat_template(self, messages, tokenize):
+            assert not tokenize
+            return f"<s><|im_start|>user\n{messages[0]['content']}<|im_end|>"
+
+    asked, bare = "<s><|im_start|>user\nHi<|im_end|>", "Hi"
+    assert remarks.on_text(["Hello"], [asked], Tokenizer()) == []
+    (said,) = remarks.on_text(["Hello"], [bare], Tokenizer())
+    assert "the prompts come without it" in said
+    (said,) = remarks.on_text(["ab " * 20, "c"], [asked] * 2, Tokenizer())
+    assert said.startswith("1 of 2 answers end in a loop")
+    assert all(len(line) <= 80 for text in remarks.lines([said * 3]) for line in text.splitlines())
 
 
 def test_text_quality():

@@ -10,7 +10,8 @@ from helpers import custom_data, no_calibration, no_pictures, only_run
 
 import benchmark
 import sweep
-from measures.replay import replay, run_length
+from measures.remarks import on_predictions
+from measures.replay import predicted_cell, replay, rivals, run_length
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
 
@@ -75,6 +76,72 @@ def test_costs_of_a_round():
     assert costs.round(0, 3) == 3
 
 
+def example(matches, prefill_time=0.0):
+    """A record of predicted mode."""
+    return {
+        "tokens": [1] * len(matches), "num_tokens": len(matches), "max_tokens": 100,
+        "prefill_time": prefill_time, "matches": {"2": matches},
+    }  # fmt: skip
+
+
+def costs_of(draft_step, plain_step=1.0, draws=()):
+    return Costs(plain_step, {2: draft_step}, {2: (plain_step,)}, (0,), 0.1, draws)
+
+
+def test_a_predicted_cell_is_the_median_example_and_says_how_sure_it_is():
+    """Guards against one slow prompt that makes up the figure of a cell, and certainty without draws."""
+    examples = [example("1" * 10), example("1" * 10), example("0" * 10, prefill_time=1000.0)]
+    cell = predicted_cell(examples, costs_of(0.25), 2, 2)
+    assert cell["speedup"] == pytest.approx(9 / (3 * 1.5))  # three rounds of two steps and a verification
+    assert cell["speedup_of_totals"] == pytest.approx(1.0, abs=0.02)
+    assert cell["speedup_low"] is cell["speedup_high"] is None
+    draws = [costs_of(0.25), costs_of(0.5)] * 10
+    cell = predicted_cell(examples, costs_of(0.25, draws=draws), 2, 2)
+    assert (cell["speedup_low"], cell["speedup_high"]) == pytest.approx((9 / (3 * 2.0), 9 / (3 * 1.5)))
+
+
+def test_rivals_are_the_cells_that_noise_does_not_tell_from_the_best():
+    """Guards against ranges that overlap only because all cells have the noise of one plain step."""
+    examples = [example("11011011011")]
+    draws = [costs_of(0.25, plain_step) for plain_step in (0.6, 0.8, 1.0, 1.3, 1.6)] * 4
+    rows = [predicted_cell(examples, costs_of(0.25, draws=draws), 2, k) for k in (2, 3)]
+    assert rows[1]["speedup_high"] > rows[0]["speedup_low"]
+    assert rivals(rows, rows[0]) == []
+    draws += [costs_of(0.001), costs_of(0.001), costs_of(0.0)]  # where longer drafts are all but free
+    rows = [predicted_cell([example("1" * 11)], costs_of(0.5, draws=draws), 2, k) for k in (2, 4)]
+    assert rivals(rows, rows[0]) == [rows[1]]
+    measured = [
+        {"mode": "measured", "speedup": speedup, "speedup_low": low, "speedup_high": high}
+        for speedup, low, high in ((1.5, 1.35, 1.7), (1.3, 1.2, 1.4), (1.2, 1.1, 1.3), (1.1, None, None))
+    ]
+    assert rivals([*rows, *measured], measured[0]) == [measured[1]]
+
+
+def verified(speedup, pace, low=1.3, high=1.5):
+    """A cell as predicted, and as measured with this speed-up at this pace of the machine."""
+    names = ("exit_layer", "num_speculations", "speedup", "speedup_low", "speedup_high")
+    speeds = ("tokens_per_second_median", "autoregressive_tokens_per_second_median")
+    return (
+        dict(zip((*names, *speeds), (2, 3, 1.4, low, high, 140.0, 100.0), strict=True)),
+        dict(
+            zip(
+                (*names, *speeds),
+                (2, 3, speedup, speedup - 0.1, speedup + 0.1, pace * 100 * speedup, pace * 100.0),
+                strict=True,
+            )
+        ),
+    )
+
+
+def test_what_an_error_of_the_time_means_is_said():
+    """Guards against a slower machine taken for a wrong prediction, and a wrong one that is passed over."""
+    (said,) = on_predictions([verified(1.4, pace=0.8)])
+    assert "+25% off, those of plain decoding +25%, the speed-up +0%" in said
+    _, contradicted = on_predictions([verified(0.9, pace=1.0)])
+    assert "differ at 2/3 (exit/drafted)" in contradicted
+    assert on_predictions([(verified(1.4, 1.0)[0], {"speedup": None})]) == []
+
+
 @pytest.fixture
 def common(model_folder, tmp_path):
     return [
@@ -120,7 +187,8 @@ def test_pictures_table_and_flags(common, tmp_path, capsys):
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
     output = capsys.readouterr().out
     assert output.count("measured") >= 4  # two lines about the cells, two rows
-    assert all(len(line) <= 80 for line in output.splitlines() if line.lstrip().startswith("predicted"))
+    assert all(len(line) <= 100 for line in output.splitlines() if "run.json" not in line)
+    assert "another now than in the calibration" in " ".join(output.split())
     run = json.loads((folder / "run.json").read_text())
     best = run["metrics"]["best"]
     assert output.splitlines()[-1] == (
@@ -214,6 +282,23 @@ def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
     assert done[:4] == [0, 1, 2, 3]
     assert sorted(done[5:]) == list(range(4, 12 if mode == "measured" else 6))
     assert len(table(tmp_path)) == 12
+
+
+@pytest.mark.usefixtures("timeless")
+def test_cells_of_an_older_run_are_read(common, tmp_path, capsys):
+    """Guards against a --resume that fails on records from before a column was added."""
+    args = [*common, "--mode", "measured", "--exit_layer_last", "1", "--num_speculations_last", "2"]
+    assert sweep.main(args) == 0
+    path = only_run(tmp_path) / "records.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    added = ("speedup_low", "speedup_high", "speedup_of_totals", "tokens_per_second_median")
+    for name in added:
+        del records[0][name]
+    records[0]["drafts_by_source"] = {"exit 1": [1, 2, 0]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert sweep.main([*args, "--resume", str(only_run(tmp_path))]) == 0
+    assert len(table(tmp_path)) == 2
+    assert capsys.readouterr().out.count("from-to") == 2
 
 
 @pytest.mark.parametrize("mode", ["predicted", "measured"])

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import final
 
+from self_speculation.results import SourceCounts
+
 
 @final
 class Tally:
@@ -54,14 +56,16 @@ class Tally:
         return self._by_position(lambda drafted, accepted, emitted: min(accepted, emitted))
 
     @property
-    def by_source(self) -> dict[str, tuple[int, int, int]]:
-        """Rounds, tokens drafted, tokens accepted and output; in the order in which sources came up."""
-        totals: dict[str, tuple[int, int, int]] = {}
-        for (source, drafted, accepted, emitted), n in self._rounds.items():
-            rounds, all_drafted, all_accepted = totals.get(source, (0, 0, 0))
-            totals[source] = (
-                rounds + n, all_drafted + n * drafted, all_accepted + n * min(accepted, emitted)
-            )  # fmt: skip
+    def by_source(self) -> dict[str, SourceCounts]:
+        """In the order of the sources' names, whichever came up first."""
+        totals: dict[str, SourceCounts] = {}
+        for (source, drafted, accepted, emitted), n in sorted(self._rounds.items()):
+            before = totals.get(source, SourceCounts(0, 0, 0))
+            totals[source] = SourceCounts(
+                rounds=before.rounds + n,
+                drafted=before.drafted + n * drafted,
+                accepted=before.accepted + n * min(accepted, emitted),
+            )
         return totals
 
     @property

@@ -28,6 +28,8 @@ class Costs:
             begins; 0: the draft left nothing to go on from, and all layers verify.
         lengths: from 0 up; what lies in between is interpolated.
         probe: one exit read off a pass.
+        draws: the same as other draws of what was measured would have it, so that it shows how certain
+            anything is that follows from costs; none where nobody asked, or too little was measured.
         num_rows: sequences in the passes: all costs are those of one token, or draft, of each of them.
         fewer: the same for fewer rows, as a batch has them in the end; all from 1 up.
     """
@@ -37,6 +39,7 @@ class Costs:
     verifications: Mapping[int, Sequence[float]]
     lengths: Sequence[int]
     probe: float
+    draws: Sequence[Costs] = ()
     num_rows: int = 1
     fewer: Mapping[int, Costs] = field(default_factory=dict)
 
@@ -94,3 +97,19 @@ class Costs:
             lengths=(0,),
             probe=head / (len(layers) + head),
         )
+
+
+def never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Of all sequences that never fall, the nearest one in weighted squares (isotonic regression).
+
+    Where a value is below the one before, both become their mean, and so on with the means.
+    """
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, how many values
+    for value, weight in zip(values, weights, strict=True):
+        block = (value, weight, 1)
+        while blocks and blocks[-1][0] > block[0]:
+            mean, before, number = blocks.pop()
+            together = before + block[1]
+            block = ((mean * before + block[0] * block[1]) / together, together, number + block[2])
+        blocks.append(block)
+    return [mean for mean, _, number in blocks for _ in range(number)]
