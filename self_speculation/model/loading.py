@@ -41,6 +41,7 @@ from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantiz
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import check_supported
+from self_speculation.model.hub import hub_answers
 from self_speculation.model.lean_layers import fuse
 
 # In a checkout, and where the package is installed.
@@ -225,7 +226,7 @@ def _locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
         return str(path), told
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise LoadingError(f"model {model!r}: no such folder")
-    return model, told
+    return model, {**told, "local_files_only": not hub_answers(model)}
 
 
 @contextmanager
