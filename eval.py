@@ -23,6 +23,7 @@ from arguments import (
     given_flags,
     parse,
     refuse,
+    refuse_idle_drafts,
 )
 from runs.tuning import tuned
 
@@ -38,7 +39,9 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
             )
     if args.include_path is not None and not Path(args.include_path).is_dir():
         refuse(f"--include_path {args.include_path}: no such folder")
-    return model_args, tuned(config, tuning), args
+    config = tuned(config, tuning, argv)
+    refuse_idle_drafts(config)
+    return model_args, config, args
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds

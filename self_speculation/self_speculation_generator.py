@@ -19,7 +19,7 @@ from self_speculation.decoding.sampling import Sampler, Verdict, verify_draft
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.table import Parts, make_source
+from self_speculation.drafts.table import Parts, make_drafter, make_source
 from self_speculation.generator_base import DecodingStrategy
 from self_speculation.model.compiled import make_decoder
 from self_speculation.model.decoder import Decoder, forward_early, prefill
@@ -33,6 +33,12 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     name: GenerationStrategyName = "self_speculative"
 
     make_source = staticmethod(make_source)
+
+    @torch.inference_mode()
+    def prepare(self, model: PreTrainedModel, config: GenerationConfig, context: int) -> None:  # noqa: ARG002
+        """Copy the layers that draft, where they do so in fewer bits. Raises what `quantized` does."""
+        if config.draft_weights != "exact":
+            make_drafter(make_decoder(model, 1, 1), config.exit_layer, config.draft_weights)
 
     def decode(self, model: PreTrainedModel, output: Output, config: GenerationConfig) -> None:
         longest = min(config.longest_draft, output.remaining)  # longer drafts would never be made

@@ -80,7 +80,7 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
         (["--data_path", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["--exit_layer", "9"], "--exit_layer 9: must be between 1 and 3"),
         (["--resume", "/nowhere"], "--resume /nowhere: no run.json"),
-        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: Not a directory"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: cannot be created (Not a directory)"),
     ],
 )
 def test_wrong_usage_of_the_benchmark(common, args, message, capsys):

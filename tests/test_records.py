@@ -7,7 +7,11 @@ import pytest
 
 from runs.records import RecordError, Run
 
-DESCRIPTION = {"arguments": {"seed": 1, "output_dir": "a", "verbose": False}, "dataset_fingerprint": "x"}
+DESCRIPTION = {
+    "script": "test",
+    "arguments": {"seed": 1, "output_dir": "a", "verbose": False},
+    "dataset_fingerprint": "x",
+}
 
 
 @pytest.fixture
@@ -82,5 +86,5 @@ def test_resuming_what_is_not_a_run(tmp_path):
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match=r"--output_dir .*: Not a directory"):
+    with pytest.raises(RecordError, match=r"--output_dir .*: cannot be created \(Not a directory\)"):
         Run.create(str(tmp_path / "file" / "x"), "test", DESCRIPTION)
