@@ -50,6 +50,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import logging
 import os
+import shutil
+import subprocess
 import sys
 import zlib
 from collections.abc import Iterable
@@ -57,6 +59,7 @@ from dataclasses import fields
 from typing import Any
 
 import datasets
+import lm_eval.evaluator
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
@@ -81,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = sorted(given_flags(argv, GenerationConfig) - set(driving_flags()))
     meet(model_args)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _hush_git()
     datasets.disable_progress_bars()
     model_config = read_config(model_args)
     description = describe("eval", (model_args, config, args), "")
@@ -142,6 +146,12 @@ def _check(config: GenerationConfig, num_layers: int, output_dir: str, descripti
         refuse(f"--{error}")
     except RecordError as error:
         refuse(str(error))
+
+
+def _hush_git() -> None:
+    """The harness asks git for a version, whose complaint where there is no repository would be shown."""
+    if shutil.which("git") and subprocess.run(["git", "rev-parse"], capture_output=True).returncode:
+        lm_eval.evaluator.get_git_commit_hash = lambda: None
 
 
 def _kept(args: EvalArguments) -> str:

@@ -132,7 +132,7 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
     """What failed is not part of it, what came before is."""
     prompts = iter(["one", "two", "three"])
 
-    def ask(session):
+    def ask(_):
         try:
             return next(prompts)
         except StopIteration:
