@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 
@@ -62,6 +63,22 @@ def test_a_full_disk_is_said_and_loses_nothing(run, monkeypatch):
     assert set(run.records()) == {0}
     assert json.loads((run.folder / "run.json").read_text())["status"] == "running"
     assert not list(run.folder.glob("*.partial"))
+
+
+def test_a_record_is_on_the_disk_before_the_next_is_made(run, monkeypatch):
+    """Guards against records that a power cut takes with it."""
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr("runs.records.os.fsync", noted)
+    writer, sizes = run.writer(0), []
+    for index in range(3):
+        writer.append({"index": index})
+        sizes.append((run.folder / "records.rank0.jsonl").stat().st_size)
+    assert synced == sizes
 
 
 def test_resuming_with_other_arguments_names_the_difference(run):
