@@ -468,7 +468,7 @@ def refuse_idle_drafts(config: GenerationConfig) -> None:
 
 
 def _earlier_arguments(args: Sequence[str] | None, groups: Sequence[type]) -> dict[str, Any]:
-    """Those of the run that --resume names, but for where it was to be written; none without --resume.
+    """Those of the run that --resume names; none without that flag.
 
     Raises:
         ValueError: there is no such run.

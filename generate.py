@@ -199,7 +199,7 @@ def _one_prompt(args: GenerateArguments) -> str:
 
 
 # What a line that begins with a slash does; everything else is a prompt, of one line or several.
-_COMMANDS = {"/help": "lists these", "/exit": "leaves"}
+_COMMANDS = {"/help": "lists commands and keys", "/exit": "leaves"}
 _KEYS = """Ctrl-D   sends the prompt; leaves where there is none
 Enter    begins another line of the prompt
 Ctrl-C   stops an answer"""

@@ -136,7 +136,7 @@ def get_ready(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, nu
     adaptive = config.generation_strategy == "adaptive"
     work = "measuring what passes cost on this machine" if adaptive else "preparing the layers that draft"
     try:
-        with says_if_slow(f"{work}, compiled ones" if compiles else work):
+        with says_if_slow(f"{work}, and compiling them" if compiles else work):
             generator.generation_strategy.prepare(generator.model, config, context)
     except ValueError as error:
         refuse(f"--{error}")
