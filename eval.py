@@ -23,6 +23,7 @@ from arguments import (
     given_flags,
     parse,
     refuse,
+    refuse_idle_drafts,
 )
 from runs.tuning import tuned
 
@@ -38,7 +39,9 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
             )
     if args.include_path is not None and not Path(args.include_path).is_dir():
         refuse(f"--include_path {args.include_path}: no such folder")
-    return model_args, tuned(config, tuning), args
+    config = tuned(config, tuning, argv)
+    refuse_idle_drafts(config)
+    return model_args, config, args
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -46,6 +49,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     flags()
 
 import os
+import shutil
+import subprocess
 import sys
 import zlib
 from collections.abc import Iterable
@@ -53,6 +58,7 @@ from dataclasses import fields
 from typing import Any
 
 import datasets
+import lm_eval.evaluator
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval import simple_evaluate
@@ -77,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = sorted(given_flags(argv, GenerationConfig) - set(driving_flags()))
     meet(model_args)
     setup_logging(args.logged)
+    _hush_git()
     datasets.disable_progress_bars()
     model_config = read_config(model_args)
     description = describe("eval", (model_args, config, args), "")
@@ -138,6 +145,12 @@ def _check(config: GenerationConfig, num_layers: int, output_dir: str, descripti
         refuse(f"--{error}")
     except RecordError as error:
         refuse(str(error))
+
+
+def _hush_git() -> None:
+    """The harness asks git for a version, whose complaint where there is no repository would be shown."""
+    if shutil.which("git") and subprocess.run(["git", "rev-parse"], capture_output=True).returncode:
+        lm_eval.evaluator.get_git_commit_hash = lambda: None
 
 
 def _kept(args: EvalArguments) -> str:

@@ -20,6 +20,7 @@ from arguments import (
     names_in_compat,
     parse,
     refuse,
+    refuse_idle_drafts,
 )
 from runs.tuning import tuned
 
@@ -28,9 +29,10 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
     """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = tuned(config, tuning)
+    config = tuned(config, tuning, argv)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
+    refuse_idle_drafts(config)
     return model_args, config, args
 
 
@@ -38,11 +40,13 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     flags()
 
+import re
 import statistics
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -50,7 +54,7 @@ from transformers import PreTrainedModel
 from measures.timed_runs import warm_up
 from runs import ranks
 from runs.failures import KINDS, reason
-from runs.startup import autoregressive, load_generator, meet, run
+from runs.startup import autoregressive, get_ready, load_generator, meet, run
 from self_speculation import (
     GenerationResult,
     HuggingfaceLlamaGenerator,
@@ -60,6 +64,8 @@ from self_speculation import (
 from self_speculation.model.devices import agreed
 
 _TURNS = 3  # of a comparison: one alone says what the machine did meanwhile
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
     meet(model_args)
-    interactive = args.prompt is None and sys.stdin.isatty()
+    interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = _one_prompt(args) if ranks.is_first() and not interactive else None
@@ -95,13 +101,19 @@ class Conversation:
         self._args = args
         self._messages: list[dict[str, str]] | None = [] if args.chat else None
 
+    def get_ready(self, num_prompt_tokens: int = 0) -> None:
+        """Do what comes before a first answer; for longer prompts there may be more to do."""
+        get_ready(self._generator, self._config, num_prompt_tokens)
+
     def answer(self, prompt: str) -> bool:
         """Show the answer and its statistics; False where Ctrl-C ended it.
 
         Raises:
             ValueError: the prompt leaves no room in the model's context.
         """
+        prompt = prompt.replace("\r\n", "\n")  # pasted or read from what Windows wrote
         ids = self._ids(prompt)
+        self.get_ready(len(ids))
         streamer = self._streamer(ids)
         with _stopped_by_ctrl_c(self._generator.model) as interrupt:
             result = self._generator.generate(
@@ -112,7 +124,7 @@ class Conversation:
         if self._messages is not None:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
-        print(_statistics(result, interrupt.requested), file=sys.stderr)
+        print(_statistics(result, self._config, interrupt.requested), file=sys.stderr)
         if legend := getattr(streamer, "legend", ""):
             print(f"  {legend}", file=sys.stderr)
         if self._args.compare and not interrupt.requested:
@@ -185,16 +197,60 @@ def _stopped_by_ctrl_c(model: PreTrainedModel) -> Iterator[Interrupt]:
 def _one_prompt(args: GenerateArguments) -> str:
     """--prompt, or all of standard input without the line break that `echo` and editors add at the end."""
     try:
-        prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
+        if args.prompt is not None:
+            args.prompt.encode()
+            return args.prompt
+        prompt = sys.stdin.read().removesuffix("\n") if sys.stdin is not None else ""
         prompt.encode()
     except UnicodeError:
         refuse("the prompt is not valid UTF-8")
+    if not prompt:
+        refuse('the prompt is empty: standard input has no text; --prompt "" stands for the BOS token alone')
     return prompt
+
+
+# What a line that begins with a slash does; everything else is a prompt, of one line or several.
+_COMMANDS = {"/help": "lists commands and keys", "/exit": "leaves"}
+_KEYS = """Ctrl-D   sends the prompt; leaves where there is none
+Enter    begins another line of the prompt
+Ctrl-C   stops an answer"""
 
 
 def _loop(talk: Conversation) -> int:
     """Read prompts of several lines; Ctrl-D sends one, and leaves when there is none."""
+    talk.get_ready()
+    session = _session()
+    print(
+        "Type a prompt, Ctrl-D sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.",
+        file=sys.stderr,
+    )
+    while True:
+        try:
+            prompt = _ask(session)
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return 0
+        if _is_command(prompt):
+            if prompt.strip() == "/exit":
+                return 0
+            print(_command(prompt.strip()), file=sys.stderr)
+            continue
+        try:
+            talk.answer(prompt)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KINDS as error:
+            if (why := reason(error)) is None:
+                raise
+            print(f"\nerror: {why}", file=sys.stderr)  # in the middle of an answer
+
+
+def _session() -> PromptSession[str]:
+    """What reads prompts from a terminal: commands act on Enter, prompts on Ctrl-D."""
     from prompt_toolkit import PromptSession  # a quarter of a second that other uses save
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
 
@@ -207,34 +263,40 @@ def _loop(talk: Conversation) -> int:
         else:
             event.app.exit(exception=EOFError)
 
-    session: PromptSession[str] = PromptSession(
-        multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True)
-    )
-    print("Type a prompt, Ctrl-D sends it. Ctrl-C stops an answer; Ctrl-D or /exit leaves.", file=sys.stderr)
-    while True:
-        try:
-            prompt = session.prompt(">>> ", prompt_continuation="... ")
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return 0
-        if prompt.strip() == "/exit":
-            return 0
-        try:
-            talk.answer(prompt)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-        except KINDS as error:
-            if (why := reason(error)) is None:
-                raise
-            print(f"\nerror: {why}", file=sys.stderr)  # in the middle of an answer
+    @keys.add("enter", filter=Condition(lambda: _is_command(get_app().current_buffer.text)))
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    return PromptSession(multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True))
 
 
-def _statistics(result: GenerationResult, interrupted: bool) -> str:
+def _ask(session: PromptSession[str]) -> str:
+    """The next prompt; without the keys that were typed before it was asked for."""
+    from prompt_toolkit.input.typeahead import clear_typeahead
+
+    clear_typeahead(session.input)  # those that came together with the last ones
+    termios.tcflush(sys.stdin, termios.TCIFLUSH)
+    return session.prompt(">>> ", prompt_continuation="... ")
+
+
+def _is_command(text: str) -> bool:
+    return re.fullmatch(r"\s*/\w*\s*", text) is not None
+
+
+def _command(name: str) -> str:
+    """What is said to a command that does not leave."""
+    if name not in _COMMANDS:
+        return f"{name}: no such command, there are {', '.join(_COMMANDS)}"
+    return "\n".join([*(f"{name:<8} {what}" for name, what in _COMMANDS.items()), _KEYS])
+
+
+def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:
     took = result.generation_strategy_result
     reason = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
+    early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
+    whose = f"; by the early exit at layer {config.exit_layer} alone, not by the full model" if early else ""
     lines = [
-        f"{result.num_tokens_generated} tokens in {result.total_time:.2f} s, {reason}",
+        f"{result.num_tokens_generated} tokens in {result.total_time:.2f} s, {reason}{whose}",
         f"decode {took.decode_tokens_per_second:.1f} tokens/s, "
         f"prefill {took.prefill_time * 1000:.0f} ms for {took.num_prompt_tokens} tokens",
     ]

@@ -60,6 +60,7 @@ from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
 from runs.records import Record, Run
 from runs.startup import autoregressive, read_config, run
+from runs.status import says_if_slow
 from runs.tuning import best_cell
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.clock import TURNS, measure
@@ -133,7 +134,8 @@ class Sweep(Job):
 
     def warm_up(self) -> None:
         """What both modes time; each cell has a warm-up of its own."""
-        warm_up([self._plain], longest_prompt(self._examples))
+        with says_if_slow("warming up"):
+            warm_up([self._plain], longest_prompt(self._examples))
 
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by the baseline, in turn."""

@@ -8,6 +8,9 @@ Without --model a small Llama is made, with a tokenizer of its own. Rows with `p
 finetuning: only the responses are learnt. --dtype bfloat16, float16 or half is mixed precision: the weights
 stay float32 until they are saved as bfloat16. The folder `model` that it writes in the end can be loaded by
 every script, and by transformers.
+
+--resume FOLDER goes on with a training by the arguments that it had; with a higher --num_steps, also with one
+that is finished.
 """
 
 from __future__ import annotations
@@ -185,6 +188,8 @@ def _open_run(arguments: Flags, fingerprint: str) -> Run:
     check_destination(resume, output_dir, description)
     run = ranks.share(open_run(resume, output_dir, "train", description) if ranks.rank() == 0 else None)
     assert run is not None
+    if resume is not None and ranks.rank() == 0:  # it may be asked for more steps than before
+        run.write("run.json", {**description, "status": "running"})
     return run
 
 

@@ -26,6 +26,7 @@ from arguments import GenerationConfig, ModelArguments, parse
 from measures.harness_model import HarnessModel
 from measures.plots import curves_by_exit
 from runs.startup import load_generator
+from runs.status import bars_fit_the_output
 
 TASKS = Path(__file__).parent.parent / "eval_tasks"
 
@@ -71,4 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    bars_fit_the_output()
     main()

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import parse, refuse
+from runs.status import bars_fit_the_output
 from self_speculation import GenerationConfig, make_strategy
 from self_speculation.model.lean_layers import fuse
 
@@ -116,4 +117,5 @@ def narrow_model(num_layers: int, exit_layer: int) -> LlamaForCausalLM:
 
 
 if __name__ == "__main__":
+    bars_fit_the_output()
     main()

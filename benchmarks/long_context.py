@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse
 from runs.startup import load_generator, model_name
+from runs.status import bars_fit_the_output
 from self_speculation.model.families import attended_length
 
 
@@ -145,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    bars_fit_the_output()
     main()

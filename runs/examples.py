@@ -15,7 +15,7 @@ from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
 from runs.failures import KINDS, Failed, named, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
-from runs.startup import load_generator, meet, model_name
+from runs.startup import get_ready, load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length, sliding_window
@@ -75,9 +75,11 @@ def prepare(
     generator = load_generator(model_args, config, model_config)
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
+    examples = _examples_that_fit(generator, examples, config.max_steps)
+    get_ready(generator, config, len(generator.encode(longest_prompt(examples))))
     return (
         generator,
-        _examples_that_fit(generator, examples, config.max_steps),
+        examples,
         lambda: open_run(resume, output_dir, script, description),
     )
 
@@ -135,7 +137,7 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
             with named(job.name(index)):
                 records.append({"index": index, **job.measure(index)})
             writer.append(records[-1])
-            bar.set_postfix_str(job.progress(records))
+            bar.set_postfix_str(job.progress(records), refresh=False)
             if ranks.rank() == 0:
                 job.after_each(run)
 
@@ -152,6 +154,11 @@ def _examples_that_fit(
     room = context_length(generator.model.config) - 1
     if (window := sliding_window(generator.model.config)) is not None:
         room = min(room, window - max_steps)
+    if window is not None and room < 1:
+        refuse(
+            f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of {window} "
+            "positions, which prompt and answer share"
+        )
     try:
         fitting = [
             example

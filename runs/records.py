@@ -19,15 +19,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from arguments import read_run
+
 Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 # What a resumed run must have in common with the interrupted one, besides the arguments, if both say it.
 _COMPARED = (
-    "script", "dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries", "num_ranks",
+    "dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries", "num_ranks",
 )  # fmt: skip
 # Arguments that may differ: they say where results go and what is shown, not what the results are.
 _NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
+# Arguments that may be higher than they were: what was done before is the beginning of what is done then.
+_MAY_GROW = ("num_steps",)
 
 # Folders that this process has locked until it ends, and the open files that hold the locks.
 _LOCKED: dict[Path, int] = {}
@@ -61,10 +65,10 @@ class Run:
                 folder.mkdir(parents=True)
             except FileExistsError as error:
                 if not folder.is_dir():
-                    raise RecordError(f"--output_dir {output_dir}: {error.strerror}") from error
+                    raise _not_created(output_dir, error) from error
                 continue
             except OSError as error:
-                raise RecordError(f"--output_dir {output_dir}: {error.strerror}") from error
+                raise _not_created(output_dir, error) from error
             run = cls(folder, description)
             run.write("run.json", {**description, "status": "running"})
             return run
@@ -77,21 +81,22 @@ class Run:
         Raises:
             RecordError: there is none, or its arguments differ; names the difference.
         """
-        folder = Path(path).expanduser()
         try:
-            earlier = json.loads((folder / "run.json").read_text())
-            asked_for = earlier["arguments"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"--resume {path}: no run.json of a run in there") from error
+            earlier = read_run(path)
+        except ValueError as error:
+            raise RecordError(f"--{error}") from error
+        if (script := earlier.get("script")) != description["script"]:
+            raise RecordError(f"--resume {path}: is of {script}.py, go on with that")
         for key, now in description["arguments"].items():
-            was = asked_for.get(key)
-            if was != now and key not in _NOT_COMPARED:
+            was = earlier["arguments"].get(key)
+            grows = key in _MAY_GROW and isinstance(was, int) and now > was
+            if was != now and not grows and key not in _NOT_COMPARED:
                 raise RecordError(f"--resume {path}: that run had --{key} {was!r}, this one has {now!r}")
         for key in _COMPARED:
             was, now = earlier.get(key), description.get(key)
             if key in description and was != now:
                 raise RecordError(f"--resume {path}: that run had {key} {was!r}, this one has {now!r}")
-        return cls(folder, description)
+        return cls(Path(path).expanduser(), description)
 
     def records(self) -> dict[int, Record]:
         """Every complete record by its index."""
@@ -133,7 +138,7 @@ class Run:
 
 
 class Writer:
-    """Appends records to a file, which is closed after each."""
+    """Appends records to a file; each is on the disk before `append` returns."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -145,6 +150,8 @@ class Writer:
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(_line(record))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise RecordError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -187,7 +194,12 @@ def check_destination(resume: str | None, output_dir: str, description: Record) 
     try:
         Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecordError(f"--output_dir {output_dir}: {error.strerror}") from error
+        raise _not_created(output_dir, error) from error
+
+
+def _not_created(output_dir: str, error: OSError) -> RecordError:
+    # Of /proc the system says "No such file or directory", which alone would not be understood.
+    return RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})")
 
 
 def describe_model(name: str, model: PreTrainedModel) -> Record:

@@ -17,9 +17,13 @@ from transformers.utils import logging
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from runs.failures import KINDS, reason
+from runs.status import bars_fit_the_output, says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
+from self_speculation.model.compiled import is_compiled
 from self_speculation.model.devices import is_lost_rank
+from self_speculation.model.families import context_length
 from self_speculation.model.loading import default_model, load_config, resolve_device
+from self_speculation.model.prepared import prepared
 
 
 def run(main: Callable[[], int], **advice: str) -> NoReturn:
@@ -29,6 +33,7 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
         advice: see `reason`.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    bars_fit_the_output()
     try:
         status = main()
         sys.stdout.flush()
@@ -123,3 +128,27 @@ def load_generator(
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
     given = f" (with --model_args {model_args.model_args!r})" if model_args.model_args else ""
     refuse(f"--{error}{given}")
+
+
+def get_ready(
+    generator: HuggingfaceLlamaGenerator,
+    config: GenerationConfig,
+    num_prompt_tokens: int,
+    batch_size: int = 1,
+) -> None:
+    """Do now what the strategy does once for a model, and say so where that takes its time.
+
+    What does not fit the model ends the program in one line with status 2.
+    """
+    room = context_length(generator.model.config) - num_prompt_tokens
+    context = num_prompt_tokens + min(config.max_steps, max(0, room)) // 2
+    compiles = is_compiled(generator.model) and not prepared(generator.model).passes
+    adaptive = config.generation_strategy == "adaptive"
+    work = "measuring what passes cost on this machine" if adaptive else "preparing the layers that draft"
+    try:
+        with says_if_slow(f"{work}, and compiling them" if compiles else work):
+            generator.generation_strategy.prepare(generator.model, config, context, batch_size)
+    except ValueError as error:
+        refuse(f"--{error}")
+    if compiles and not prepared(generator.model).passes and ranks.is_first():
+        print("compiling the passes, which takes a minute or so ...", file=sys.stderr)

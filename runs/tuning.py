@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import GenerationConfig, TuningArguments, refuse
+from arguments import GenerationConfig, TuningArguments, given_flags, refuse
 
 
 def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -28,13 +28,19 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max(measured or cells, key=lambda cell: float(cell["speedup"]))
 
 
-def tuned(config: GenerationConfig, args: TuningArguments) -> GenerationConfig:
-    """The config with exit layer and draft length of the sweep that --tuned names, if it names one."""
+def tuned(
+    config: GenerationConfig, args: TuningArguments, argv: Sequence[str] | None = None
+) -> GenerationConfig:
+    """The config with exit layer and draft length of the sweep that --tuned names, if it names one.
+
+    Args:
+        argv: the command line, as for `parse`.
+    """
     if args.tuned is None:
         return config
     if config.generation_strategy == "adaptive":
         refuse("--tuned: adaptive chooses for itself, leave it out")
-    if config.exit_layer != -1 or config.num_speculations != -1:
+    if given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations"}:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     try:
         with open(_table(Path(args.tuned).expanduser()), encoding="utf-8", newline="") as file:

@@ -20,7 +20,7 @@ from self_speculation.decoding.sampling import Verdict, verify_draft
 from self_speculation.decoding_strategy import Decoding, DecodingStrategy
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.table import Parts, make_source
+from self_speculation.drafts.table import Parts, make_drafter, make_source
 from self_speculation.model.compiled import make_decoder
 from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.transfers import on_device
@@ -34,6 +34,18 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     name: GenerationStrategyName = "self_speculative"
 
     make_source = staticmethod(make_source)
+
+    @torch.inference_mode()
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        config: GenerationConfig,
+        context: int,  # noqa: ARG002
+        num_rows: int = 1,  # noqa: ARG002
+    ) -> None:
+        """Copy the layers that draft, where they do so in fewer bits. Raises what `quantized` does."""
+        if config.draft_weights != "exact":
+            make_drafter(make_decoder(model, 1, 1), config.exit_layer, config.draft_weights)
 
     def begin(
         self, model: PreTrainedModel, rows: Rows, first: Output, config: GenerationConfig, batch_size: int

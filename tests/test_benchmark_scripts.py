@@ -13,10 +13,12 @@ from conftest import ROOT
 from distributions import accepts_everything, resamples_from_the_target
 from helpers import custom_data, only_run, untimed
 from scipy.stats import combine_pvalues
+from transformers import MistralConfig, MistralForCausalLM
 
 import benchmark
 import correctness
 import self_speculation.self_speculation_generator as self_speculation_generator
+import sweep
 from measures.comparison import detectable_shift, find_difference, same_distribution
 from self_speculation import Verdict
 from self_speculation.decoding.sampling import verify_draft
@@ -88,7 +90,7 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
         (["--data_path", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["--exit_layer", "9"], "--exit_layer 9: must be between 1 and 3"),
         (["--resume", "/nowhere"], "--resume /nowhere: no run.json"),
-        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: Not a directory"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: cannot be created (Not a directory)"),
     ],
 )
 def test_wrong_usage_of_the_benchmark(common, args, message, capsys):
@@ -146,7 +148,67 @@ def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(common, tmp_path, monkeypa
         capsys.readouterr().err
     )
     monkeypatch.undo()
-    assert benchmark.main([*common, "--resume", str(only_run(tmp_path))]) == 0
+    assert benchmark.main(["--resume", str(only_run(tmp_path))]) == 0  # by the arguments that it had
+    assert len(untimed(only_run(tmp_path))) == 5
+
+
+def test_a_check_goes_on_by_the_arguments_that_it_had(common, tmp_path, capsys):
+    """Guards against a run that is refused, or continued by other settings, where flags are not repeated."""
+    args = [*common, "--sample", "False", *SPECULATION]
+    assert correctness.main(args) == 0
+    folder = only_run(tmp_path)
+    records = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    (folder / "records.jsonl").write_text("".join(records[:-1]))
+    capsys.readouterr()
+    assert correctness.main(["--resume", str(folder)]) == 0
+    assert "5 of 5 examples identical" in capsys.readouterr().out
+    for flags, said in (
+        (["--exit_layer", "1"], "that run had --exit_layer 2, this one has 1"),
+        (["--max_steps=7"], "that run had --max_steps 12, this one has 7"),
+    ):
+        with pytest.raises(SystemExit):
+            correctness.main([f"--resume={folder}", *flags])
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark.main(["--resume", str(folder)])
+    assert "is of correctness.py, go on with that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [benchmark, correctness, sweep])
+def test_drafts_in_eight_bits_without_lean_layers(script, common, capsys):
+    """Guards against a traceback from the warm-up, with status 1."""
+    args = [*common, "--sample", "False", "--fuse", "False", "--draft_weights", "int8"]
+    if script is not sweep:
+        args += [*SPECULATION, "--generation_strategy", "self_speculative"]
+    with pytest.raises(SystemExit) as exit:
+        script.main(args)
+    assert exit.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(
+        "error: --draft_weights int8: needs lean layers (of a known family, plain, fuse True)"
+    )
+
+
+def test_a_sliding_window_shorter_than_max_steps(byte_tokenizer, common, tmp_path, capsys):
+    """Guards against `every prompt has more than the -256 tokens` by the default --max_steps."""
+    folder = tmp_path / "window"
+    config = MistralConfig(**text_shape(byte_tokenizer), sliding_window=256, max_position_embeddings=1024)
+    MistralForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    args = [*common, "--model", str(folder)]
+    assert benchmark.main(args) == 0
+    with pytest.raises(SystemExit) as exit:
+        benchmark.main([*args, "--max_steps", "512"])
+    assert exit.value.code == 2
+    said = "--max_steps 512: leaves no room for a prompt in the model's sliding window of 256 positions"
+    assert said in capsys.readouterr().err
+
+
+def text_shape(tokenizer):
+    return {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
 
 
 def test_two_ranks_give_the_records_of_one(common, tmp_path):

@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import random
+import re
 
 import datasets
 import pandas
 import pytest
 
+import data
 from arguments import DataArguments, parse
 from data import DATASETS, DataError, fingerprint, load_examples
 
@@ -143,6 +146,60 @@ def test_shots_come_from_the_training_split_of_a_folder(tmp_path):
     examples = in_order("cnn_dm_summarization", str(tmp_path), n_shot=1)
     assert examples[0].prompt == "Article: old\nSummary: known\n\nArticle: article 0\nSummary:"
     assert len(examples) == 9
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_only_the_shots_that_are_needed_become_examples(place, tmp_path, monkeypatch):
+    """Guards against gigabytes of examples of a training split, of which three are used; and against other
+    shots than the whole of them, shuffled, would begin with.
+    """
+    rows = [{"document": f"text {i}", "summary": f"summary {i}"} for i in range(500)]
+    splits = {"train": rows, "test": rows[:2]}
+    for split, part in splits.items():
+        write(tmp_path / f"{split}.jsonl", part)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list(splits[split]))
+    read, value = [], data._value
+    monkeypatch.setattr(data, "_value", lambda *args: read.append(args) or value(*args))
+    path = str(tmp_path) if place == "folder" else None
+    (example,) = load("xsum_summarization", path, n_shot=3, num_samples=1)
+    assert len(read) == 2 * (3 + 2)  # columns of the shots, and of the test split
+    numbers = random.Random("shots 42").sample(range(500), 500)[:3]
+    assert re.findall(r"summary (\d+)", example.prompt) == [str(number) for number in numbers]
+
+
+@pytest.mark.parametrize("is_script", [True, False])
+def test_a_dataset_that_is_a_script_on_the_hub(is_script, tmp_path, monkeypatch):
+    """Under datasets 4 and later, EdinburghNLP/xsum is read from its Parquet branch; where the hub's copy is
+    no script, as it is. What is refused, and the words for it, are those of `datasets` itself.
+    """
+    main, branch = tmp_path / "main" / "xsum", tmp_path / "branch" / "xsum"
+    for folder, origin in ((main, "main"), (branch, "branch")):
+        if is_script and folder == main:
+            folder.mkdir(parents=True)
+            (folder / "xsum.py").write_text("raise SystemExit('it was run')")
+            continue
+        for split in ("train", "test"):
+            (folder / "default" / split).mkdir(parents=True)
+            rows = [{"document": f"{origin} {split} {i}", "summary": "s", "id": "0"} for i in range(3)]
+            write(folder / "default" / split / "0000.parquet", rows)
+    load_dataset = datasets.load_dataset
+    branches = {None: main, "refs/convert/parquet": branch}
+
+    def stand_in(name, *, split, revision=None):
+        assert name == "EdinburghNLP/xsum"
+        return load_dataset(str(branches[revision]), split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    first = in_order("xsum_summarization", n_shot=1)[0].prompt
+    origin = "branch" if is_script else "main"
+    assert first == f"Article: {origin} train 0\nSummary: s\n\nArticle: {origin} test 0\nSummary:"
+
+
+def test_line_ends_of_windows(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_bytes(b'prompt,response\r\n"a\r\nb","c\r\nd"\r\n')
+    (example,) = in_order("custom_jsonl", str(path))
+    assert (example.prompt, example.reference) == ("a\nb", "c\nd")
 
 
 def test_shots_keep_the_indentation_of_code():

@@ -4,6 +4,7 @@ import json
 import logging
 
 import forks
+import lm_eval.evaluator
 import pandas
 import pytest
 import yaml
@@ -15,6 +16,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
+from measures.harness_model import request_config
+from self_speculation import GenerationConfig
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 TASKS = ("functions", "lines", "text")
@@ -188,6 +191,23 @@ def test_requests_are_honoured_and_flags_win(model_folder, task_folder, tmp_path
     assert frame["num_tokens"].max() == 3
     answers = frame.pivot(index="doc_id", columns="task", values="tokens")
     assert (answers["functions"] == answers["sampled"]).all()
+
+
+def test_numbers_end_answers_too(model_folder, task_folder, tmp_path):
+    """The harness reads `until=5` as a number. Guards against an AttributeError where texts are expected."""
+    common = arguments(model_folder, "functions", task_folder, tmp_path, "--limit", "1")
+    assert eval_script.main([*common, "--gen_kwargs", "until=5"]) == 0
+    config = request_config({"until": [5, 0, ""]}, GenerationConfig())
+    assert config.stop_words == ["5", "0"]
+
+
+def test_git_does_not_complain(model_folder, task_folder, tmp_path, monkeypatch, capfd):
+    """The harness asks git for a version. Guards against `fatal: not a git repository` outside of one."""
+    monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lm_eval.evaluator.get_git_commit_hash)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert eval_script.main(arguments(model_folder, "lines", task_folder, tmp_path, "--limit", "1")) == 0
+    assert "fatal" not in capfd.readouterr().err
 
 
 def test_sampling_can_be_asked_for(model_folder, task_folder, tmp_path):

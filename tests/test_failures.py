@@ -132,18 +132,14 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
     """What failed is not part of it, what came before is."""
     prompts = iter(["one", "two", "three"])
 
-    class Session:
-        def __init__(self, **_):
-            pass
+    def ask(_):
+        try:
+            return next(prompts)
+        except StopIteration:
+            raise EOFError from None
 
-        def prompt(self, *_, **__):
-            try:
-                return next(prompts)
-            except StopIteration:
-                raise EOFError from None
-
-    monkeypatch.setattr("prompt_toolkit.PromptSession", Session)
-    monkeypatch.setattr("prompt_toolkit.output.create_output", lambda **_: None)
+    monkeypatch.setattr("generate._session", lambda: None)
+    monkeypatch.setattr("generate._ask", ask)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     answer, asked = generate.Conversation._ids, []
 

@@ -35,7 +35,7 @@ class Said(NamedTuple):
 @pytest.fixture
 def said(model_folder, capsys, monkeypatch):
     """What `run` gives, without the seconds that a new process takes to import everything."""
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", io.StringIO("def"))
 
     def call(*args):
         try:
@@ -128,10 +128,51 @@ def test_a_pipe_is_one_prompt(run):
     assert (by_pipe.returncode, by_pipe.stdout) == (0, by_flag.stdout)
 
 
-def test_an_empty_pipe_is_an_empty_prompt(run):
-    result = run(*GREEDY)
+def test_a_command_in_a_pipe_is_a_prompt(run):
+    """Guards against a text that begins with a slash and is not answered."""
+    by_flag = run("--prompt", "/exit", *GREEDY)
+    by_pipe = run(*GREEDY, input="/exit\n")
+    assert by_flag.stdout.strip()
+    assert (by_pipe.returncode, by_pipe.stdout) == (0, by_flag.stdout)
+
+
+@pytest.mark.parametrize("standard_input", ["", "\n", None])
+def test_no_prompt_is_refused(standard_input, said, monkeypatch):
+    """Guards against an answer to nothing, and an AttributeError where standard input is closed (None)."""
+    stream = None if standard_input is None else io.StringIO(standard_input)
+    monkeypatch.setattr("sys.stdin", stream)
+    result = said()
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert 'the prompt is empty: standard input has no text; --prompt "" stands for' in result.stderr
+
+
+def test_a_flag_without_its_value_is_refused(said):
+    """Guards against `--prompt` and `--stop_words` that count as left out."""
+    assert "argument --prompt: expected one argument" in said("--prompt").stderr
+    assert "argument --stop_words: expected at least one argument" in said("--stop_words").stderr
+
+
+def test_an_empty_prompt_that_is_meant_is_the_bos_token(said, byte_tokenizer):
+    result = said("--prompt", "", *GREEDY)
     assert result.returncode == 0
     assert "for 1 tokens" in result.stderr
+    assert said("--prompt", byte_tokenizer.bos_token, *GREEDY).stdout == result.stdout
+
+
+def test_line_ends_of_windows(said):
+    """Guards against carriage returns that the model has hardly ever seen."""
+    ours, theirs = (said("--prompt", f"def f():{end}    pass{end}", *GREEDY) for end in ("\n", "\r\n"))
+    assert theirs.stdout == ours.stdout
+    tokens = [re.search(r"for (\d+) tokens", result.stderr)[1] for result in (ours, theirs)]
+    assert tokens[0] == tokens[1]
+
+
+def test_an_early_exit_is_not_taken_for_the_model(said):
+    """Guards against an answer of the first layers that looks like the model's."""
+    early = said("--prompt", "def", *GREEDY, "--exit_layer", "2").stderr
+    assert "by the early exit at layer 2 alone, not by the full model" in early
+    for flags in ([], SPECULATIVE):
+        assert "early exit" not in said("--prompt", "def", *GREEDY, *flags).stderr
 
 
 def test_stop_words_do_not_show(said):
@@ -156,6 +197,15 @@ def test_chat_applies_the_template(said):
             "--exit_layer -1: self_speculative needs one between 1 and 3",
         ),
         (SPECULATIVE[:4], "--num_speculations -1: self_speculative needs at least 1"),
+        (
+            ["--exit_layer", "2", "--num_speculations", "3"],
+            "--num_speculations 3: autoregressive decoding drafts nothing, add --generation_strategy self_",
+        ),
+        (["--prompt_lookup", "3"], "--prompt_lookup 3: autoregressive decoding drafts nothing, add"),
+        (
+            [*SPECULATIVE, "--draft_weights", "int8", "--fuse", "False"],
+            "--draft_weights int8: needs lean layers",
+        ),
         (["--compare", "True"], "--compare True: needs a --generation_strategy to compare"),
         (["--model", "/nowhere"], "--model '/nowhere': no such folder"),
         (["--device", "tpu"], "--device 'tpu': not on this machine"),
@@ -221,12 +271,48 @@ def test_the_loop_answers_until_ctrl_d(talk):
     assert child.ends_well()
 
 
-def test_the_loop_ends_at_exit(talk):
-    child = talk()
+def test_commands_act_on_enter(talk):
+    """Guards against an Enter that begins a second line, which makes `/exit` a prompt."""
+    child = talk(*GREEDY)
     child.is_asked()
-    child.send("/exit")
+    child.send("/help\r")
+    child.expect("/exit +leaves")
+    child.expect("Ctrl-D +sends the prompt")
+    child.is_asked()
+    child.send("/leave\r")
+    child.expect("/leave: no such command, there are /help, /exit")
+    child.is_asked()
+    child.send("/exit of this function:\rreturn")  # a prompt of two lines
     child.control("d")
+    child.expect("20 tokens in")
+    child.is_asked()
+    child.send(" /exit \r")
     assert child.ends_well()
+
+
+def test_keys_typed_meanwhile_are_not_replayed(talk):
+    """While the model is loaded, while it answers, and in the same breath as the end of a prompt."""
+    child = talk(*GREEDY)
+    child.send("while it loads\r")
+    child.is_asked()
+    for _ in range(2):
+        child.send("hi\x04same breath\r")
+        child.expect(r"for (\d+) tokens")
+        assert int(child.match[1]) <= 3
+        child.is_asked()
+    child.send("/exit\r")  # would not act after other keys
+    assert child.ends_well()
+
+
+def test_work_before_the_first_token_says_so(said, monkeypatch):
+    """Guards against seconds in which nothing seems to happen."""
+    monkeypatch.setattr("runs.status._SILENCE", 0.0)
+    assert (
+        "measuring what passes cost"
+        in said("--prompt", "def", *GREEDY, "--generation_strategy", "adaptive").stderr
+    )
+    quiet = said("--prompt", "def", *GREEDY).stderr
+    assert "measuring" not in quiet
 
 
 def test_chat_keeps_the_conversation(talk):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import httpx2
+import huggingface_hub
 import pytest
 import torch
 from conftest import assert_close
@@ -12,6 +13,7 @@ from huggingface_hub import errors
 from safetensors import safe_open
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.model.hub import hub_answers
 from self_speculation.model.loading import default_model, load_config, resolve_device, resolve_dtype
 
 
@@ -156,6 +158,48 @@ def test_what_the_hub_answers(kind, advice, monkeypatch):
 def test_an_unreachable_hub_for_real():
     with pytest.raises(LoadingError, match="the hub cannot be reached"):
         load_config("facebook/layerskip-llama3.2-1B")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """The hub is a port that nobody listens at; waiting before another try fails the test."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("it waits to try again")
+    )
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_it_fails_at_once(capsys):
+    """Guards against half a minute of tries, each with its raw error, before the line that matters."""
+    with pytest.raises(LoadingError, match="not in the local cache, and the hub cannot be reached"):
+        load_config("a/b")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_the_cache_is_enough(model_folder, tmp_path, monkeypatch):
+    """Guards against a check of the network that shuts out what was downloaded before."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
+    shutil.copytree(model_folder, snapshot)
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model, tokenizer = load_model_and_tokenizer("a/b")
+    assert model.config.num_hidden_layers == 4
+    assert tokenizer.encode("def")
+
+
+@pytest.mark.parametrize(("error", "answers"), [(404, True), (401, True), (503, False), (None, False)])
+def test_what_counts_as_an_answer_of_the_hub(error, answers, monkeypatch):
+    def ask(*_, **__):
+        raise ConnectionError if error is None else hub_error(errors.HfHubHTTPError, error)
+
+    monkeypatch.setattr("self_speculation.model.hub.get_hf_file_metadata", ask)
+    assert hub_answers("a/b") == answers
 
 
 def test_no_code_of_a_repository_is_executed(folder, tmp_path):

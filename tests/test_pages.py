@@ -100,7 +100,8 @@ def checkout(tmp_path):
 def run(command, folder, language="bash"):
     kind = ["bash", "-e", "-o", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
     return subprocess.run(
-        [*kind, command], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
+        # Where generate.py has no --prompt, somebody is there to type one.
+        [*kind, command], cwd=folder, input="def f(x):\n", capture_output=True, text=True, timeout=900,
         env={**os.environ, "PATH": f"{folder.parent}/bin:{os.environ['PATH']}"},
     )  # fmt: skip
 

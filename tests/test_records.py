@@ -2,12 +2,17 @@
 
 import errno
 import json
+import os
 
 import pytest
 
 from runs.records import RecordError, Run
 
-DESCRIPTION = {"arguments": {"seed": 1, "output_dir": "a", "verbose": False}, "dataset_fingerprint": "x"}
+DESCRIPTION = {
+    "script": "test",
+    "arguments": {"seed": 1, "output_dir": "a", "verbose": False},
+    "dataset_fingerprint": "x",
+}
 
 
 @pytest.fixture
@@ -60,6 +65,22 @@ def test_a_full_disk_is_said_and_loses_nothing(run, monkeypatch):
     assert not list(run.folder.glob("*.partial"))
 
 
+def test_a_record_is_on_the_disk_before_the_next_is_made(run, monkeypatch):
+    """Guards against records that a power cut takes with it."""
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr("runs.records.os.fsync", noted)
+    writer, sizes = run.writer(0), []
+    for index in range(3):
+        writer.append({"index": index})
+        sizes.append((run.folder / "records.rank0.jsonl").stat().st_size)
+    assert synced == sizes
+
+
 def test_resuming_with_other_arguments_names_the_difference(run):
     other = {**DESCRIPTION, "arguments": {"seed": 2, "output_dir": "b", "verbose": True}}
     with pytest.raises(RecordError, match="that run had --seed 1, this one has 2"):
@@ -82,5 +103,5 @@ def test_resuming_what_is_not_a_run(tmp_path):
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match=r"--output_dir .*: Not a directory"):
+    with pytest.raises(RecordError, match=r"--output_dir .*: cannot be created \(Not a directory\)"):
         Run.create(str(tmp_path / "file" / "x"), "test", DESCRIPTION)

@@ -278,7 +278,7 @@ def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
     assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in capsys.readouterr().err
     if mode == "measured":
         assert len(table(tmp_path)) == 4
-    assert sweep.main([*args, "--resume", str(only_run(tmp_path))]) == 0
+    assert sweep.main(["--resume", str(only_run(tmp_path))]) == 0  # by the arguments that it had
     assert done[:4] == [0, 1, 2, 3]
     assert sorted(done[5:]) == list(range(4, 12 if mode == "measured" else 6))
     assert len(table(tmp_path)) == 12
@@ -325,6 +325,11 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
     assert {name: arguments[name] for name in ("exit_layer", "num_speculations")} == {
         name: best[name] for name in ("exit_layer", "num_speculations")
     }
+    # The same command goes on with it, though the run has an exit layer by now.
+    assert (
+        benchmark.main([*flags, "--tuned", str(folder.parent), "--resume", str(only_run(tmp_path / "b"))])
+        == 0
+    )
     for extra, message in (
         (["--exit_layer", "2"], "--tuned sets exit_layer and num_speculations"),
         (["--tuned", str(tmp_path / "nowhere.csv")], "nowhere.csv: No such file"),

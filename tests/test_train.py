@@ -118,7 +118,7 @@ def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
     same_weights(folder, whole)
     # Killed during the last evaluation, or simply resumed once more: not a step beyond the last.
     shutil.rmtree(folder / "model")
-    assert train.main([*arguments(parts, texts, *more), "--resume", str(folder)]) == 0
+    assert train.main(["--resume", str(folder)]) == 0  # by the arguments that it had
     same_weights(folder, whole)
     assert log(folder)["step"].max() == 30
 
@@ -129,6 +129,30 @@ def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
         train.main([*arguments(tmp_path, texts, "--rotation", "3"), "--resume", str(folder)])
     assert exit.value.code == 2
     assert "that run had --rotation 8, this one has 3" in capsys.readouterr().err
+
+
+def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, monkeypatch):
+    """From its last checkpoint, not from the start; killed in the middle, it has not forgotten how many."""
+    folder = run(tmp_path, texts)
+    seen, step = [], train.EarlyExitTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        seen.append(self.state.global_step)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(train.EarlyExitTrainer, "training_step", interrupted)
+    assert train.main(["--resume", str(folder), "--num_steps", "20"]) == 130
+    assert "step 16 is kept" in capsys.readouterr().err
+    assert train.main(["--resume", str(folder)]) == 0
+    assert seen == [*range(12, 18), *range(16, 20)]
+    assert log(folder)["step"].max() == 20
+    described = json.loads((folder / "run.json").read_text())
+    assert (described["status"], described["arguments"]["num_steps"]) == ("finished", 20)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(folder), "--num_steps", "15"])
+    assert "that run had --num_steps 20, this one has 15" in capsys.readouterr().err
 
 
 def test_two_ranks_learn_what_one_does(tmp_path, texts):
@@ -260,10 +284,11 @@ def test_what_is_wrong_with_the_data(tmp_path):
         ("a.jsonl", "--text_column text: not in the data, which has content"),
         ("b.jsonl", "--data_path"),
         ("[ac].*", "mixes formats"),
+        ("", 'is a folder; name its files: ".*/\\*\\*/\\*.jsonl"'),
         ("d.jsonl", "--text_column text: holds values that are no text"),
         ("c.txt", "leaves nothing of 1 texts for"),
     ):
-        with pytest.raises(DataError, match=message.replace("*", "\\*")) as error:
+        with pytest.raises(DataError, match=message) as error:
             load_texts(data_arguments(tmp_path / name))
         assert "\n" not in str(error.value)
 

@@ -6,9 +6,11 @@ Which text is held out for evaluation depends on its content alone: the same tex
 from __future__ import annotations
 
 import glob
+import os
 import sysconfig
 import tokenize
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from arguments import TrainingDataArguments
-from data import DataError, one_line
+from data import DataError, load_from_hub, one_line
 from training.recipe import IGNORED
 
 END_OF_TEXT = "<|endoftext|>"
@@ -72,13 +74,18 @@ def _read(args: TrainingDataArguments) -> datasets.Dataset:
     if args.data == "python_stdlib":
         return datasets.Dataset.from_dict({"text": list(standard_library())})
     try:
-        return datasets.load_dataset(args.data, split="train")
+        return load_from_hub(args.data, split="train")
     except Exception as error:  # the hub's errors have no common base
         raise DataError(f"--data {args.data}: {one_line(error)}") from error
 
 
 def _read_files(pattern: str) -> datasets.Dataset:
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
+    if (folder := Path(pattern).expanduser()).is_dir():
+        suffixes = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
+        most = max(suffixes, key=lambda suffix: suffixes[suffix], default="")
+        raise DataError(f'--data_path {pattern}: is a folder; name its files: "{folder}/**/*{most}"')
+    found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    paths = [Path(path) for path in found if Path(path).is_file()]
     if not paths:
         raise DataError(f"--data_path {pattern}: no such files")
     kinds = {_READERS.get(path.suffix if path.suffix != ".gz" else Path(path.stem).suffix) for path in paths}

@@ -38,9 +38,11 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
+from self_speculation.model.adapters import Adapter, find_adapter
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import check_supported
+from self_speculation.model.hub import hub_answers
 from self_speculation.model.lean_layers import fuse
 
 # In a checkout, and where the package is installed.
@@ -109,6 +111,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
     """The config alone, of a supported type; arguments and errors as `load_model_and_tokenizer`."""
     options = options or LoadingOptions()
+    if (adapter := _adapter(model, options)) is not None:
+        model = adapter.base
     source, kwargs = _locate(model, options.trust_remote_code)
     with _explained(model):
         config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
@@ -122,7 +126,7 @@ def load_model_and_tokenizer(
     """Load a model for inference.
 
     Args:
-        model: a hub id, a local folder, or a `.gguf` file.
+        model: a hub id, a local folder (of a LoRA adapter too, which is merged), or a `.gguf` file.
         options: see there.
         config: what `load_config` gave for the same model and options, where it was called already.
 
@@ -134,9 +138,11 @@ def load_model_and_tokenizer(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     config = config or load_config(model, options)
-    source, kwargs = _locate(model, options.trust_remote_code)
+    adapter = _adapter(model, options)
+    source, kwargs = _locate(model if adapter is None else adapter.base, options.trust_remote_code)
     with _explained(model):
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        own_tokenizer = adapter is not None and adapter.has_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(model if own_tokenizer else source, **kwargs)
         if tokenizer.vocab_size > config.vocab_size:
             raise LoadingError(
                 f"model {model!r}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only "
@@ -155,12 +161,26 @@ def load_model_and_tokenizer(
             raise LoadingError(
                 f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
             )
+        if adapter is not None:
+            loaded = adapter.merge_into(loaded)
     loaded.eval()
     if options.fuse:
         fuse(loaded)
     if options.compile:
         compile_decoding(loaded)
     return loaded, tokenizer
+
+
+def _adapter(model: str, options: LoadingOptions) -> Adapter | None:
+    """The LoRA adapter that `model` is a folder of; None for any other model. Raises LoadingError."""
+    try:
+        adapter = find_adapter(model)
+    except ValueError as error:
+        raise LoadingError(f"model {model!r}: {error}") from error
+    for name, plain in (("quantization", "none"), ("parallel", "data")):
+        if adapter is not None and (value := getattr(options, name)) != plain:
+            raise LoadingError(f"{name} {value}: not with a LoRA adapter; merge it into its model before")
+    return adapter
 
 
 def _placement(parallel: Parallel, device: torch.device, config: PretrainedConfig) -> dict[str, Any]:
@@ -225,7 +245,7 @@ def _locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
         return str(path), told
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise LoadingError(f"model {model!r}: no such folder")
-    return model, told
+    return model, {**told, "local_files_only": not hub_answers(model)}
 
 
 @contextmanager

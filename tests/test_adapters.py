@@ -1,0 +1,118 @@
+"""A LoRA folder as a model: merged into the model that it names, or refused in one line."""
+
+import json
+import sys
+from pathlib import Path
+
+import forks
+import pytest
+from conftest import ROOT
+
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.model.loading import load_config
+
+# `make test` puts peft there; in the environment itself it would slow every other test down.
+LIBRARIES = Path(sys.prefix) / "lora"
+
+PROGRAM = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(LIBRARIES)!r}]
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from self_speculation import fuse, load_model_and_tokenizer
+from runs.startup import run
+import generate
+base, folder = sys.argv[1:]
+adapted = AutoModelForCausalLM.from_pretrained(base)
+# Not initialised to zero: such an adapter changes nothing.
+targets = ["q_proj", "down_proj"]
+adapted = get_peft_model(adapted, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+adapted.save_pretrained(folder)
+merged, tokenizer = load_model_and_tokenizer(folder)
+plain, _ = load_model_and_tokenizer(base)
+ids = torch.tensor([[5, 6, 7, 8]])
+expected = adapted(ids).logits
+torch.testing.assert_close(merged(ids).logits, expected)
+assert not torch.allclose(plain(ids).logits, expected, atol=0.1)
+assert {{name for name, _ in merged.named_parameters()}} == {{name for name, _ in plain.named_parameters()}}
+assert tokenizer.encode("add") == _.encode("add")
+sys.argv[1:] = ["--model", folder, "--prompt", "def", "--max_steps", "4", "--draft_weights", "int8",
+                "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "2"]
+run(generate.main)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What tells a LoRA folder: the config; nothing here reads the weights."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+def refusal(folder, **options):
+    """What is said by the config alone and by loading, which must be the same line."""
+    said = set()
+    for load in (load_config, load_model_and_tokenizer):
+        with pytest.raises(LoadingError) as error:
+            load(str(folder), LoadingOptions(**options))
+        said.add(str(error.value))
+    (line,) = said
+    assert "\n" not in line
+    return line
+
+
+def test_it_is_merged_into_its_model(model_folder, tmp_path):
+    """Guards against an answer of the base model, and against weights that are not plain: those have no lean
+    layers, and so no draft in eight bits.
+    """
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    result = forks.run(program, model_folder, tmp_path / "adapter")
+    assert result.returncode == 0, result.stderr
+    assert "4 tokens in" in result.stderr
+
+
+def test_without_peft(folder, monkeypatch):
+    """Guards against `the folder has no config.json, so it is not a Hugging Face model`."""
+    monkeypatch.setattr("self_speculation.model.adapters.importlib.util.find_spec", lambda name: None)
+    assert f"is a LoRA adapter of {folder / 'base'}: pip install peft, which merges it" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("adapter_config.json", "{", "its adapter_config.json is damaged"),
+        ("adapter_config.json", '{"peft_type": "LORA"}', "its adapter_config.json is damaged"),
+        (
+            "adapter_config.json",
+            '{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}',
+            "is an adapter of type PROMPT_TUNING; only LORA can be merged",
+        ),
+        ("adapter_model.safetensors", None, "other formats are not read (pickles can run code)"),
+    ],
+)
+def test_what_cannot_be_merged(folder, name, content, says):
+    """Guards against tracebacks from inside peft, and against its reading a pickle."""
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    assert says in refusal(folder)
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"parallel": "tensor"}])
+def test_what_it_cannot_be_combined_with(folder, options, monkeypatch):
+    monkeypatch.setattr("self_speculation.model.adapters.importlib.util.find_spec", lambda name: object())
+    ((name, value),) = options.items()
+    assert (
+        refusal(folder, **options)
+        == f"{name} {value}: not with a LoRA adapter; merge it into its model before"
+    )
+
+
+def test_the_model_that_it_names_is_gone(folder, monkeypatch):
+    monkeypatch.setattr("self_speculation.model.adapters.importlib.util.find_spec", lambda name: object())
+    assert refusal(folder) == f"model '{folder / 'base'}': no such folder"

@@ -1,0 +1,40 @@
+"""What scripts say while they work."""
+
+import sys
+import threading
+
+import forks
+from conftest import ROOT
+from helpers import custom_data
+
+from runs import status
+
+
+def test_bars_in_a_file_are_lines(model_folder, tmp_path):
+    """Guards against one long line of carriage returns, and against a line for every example."""
+    result = forks.run(
+        ROOT / "benchmark.py", "--model", model_folder, "--output_dir", tmp_path, "--max_steps", "4",
+        "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "\r" not in result.stderr
+    assert "\x1b" not in result.stderr
+    bars = [line for line in result.stderr.splitlines() if line.startswith("examples:")]
+    assert "| 0/12 [" in bars[0]
+    assert "| 12/12 [" in bars[-1]
+    assert "tokens/s" in bars[-1]
+
+
+def test_slow_work_is_named_and_quick_work_is_not(capsys, monkeypatch):
+    """Neither half waits for the clock: the one until it was said, the other is over at once."""
+    monkeypatch.setattr(status, "_SILENCE", 0.0)
+    said = threading.Event()
+    write = sys.stderr.write
+    monkeypatch.setattr(sys.stderr, "write", lambda text: (write(text), said.set()))
+    with status.says_if_slow("thinking"):
+        assert said.wait(forks.HANGS)
+    assert capsys.readouterr().err == "thinking ...\n"
+    monkeypatch.setattr(status, "_SILENCE", forks.HANGS)
+    with status.says_if_slow("thinking"):
+        pass
+    assert capsys.readouterr().err == ""
