@@ -9,6 +9,8 @@ self-speculative (with whatever flags of drafting are given) and adaptive decodi
 adds another library: the file has a function `load(model, tokenizer)` that returns
 `generate(ids, max_new_tokens) -> new ids`.
 
+*weights MB* is what the weights of a side take in memory, copies in fewer bits included.
+
 Limits: *streaming* is the time of reading the weights that a round needs once, each as fast as the fastest
 product of that weight with one vector reads it, measured in the same run; *formula* is the speed-up that the
 acceptance allows when a layer costs the same everywhere (DESIGN section 5). The last line is one JSON object.
@@ -45,6 +47,7 @@ from measures.timed_runs import timed
 from runs.startup import adaptive, autoregressive, load_generator, model_name
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.decoder import Decoder
+from self_speculation.model.quantized_layers import bytes_held
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, early exit", "transformers, prompt lookup"
 OURS, SPECULATIVE, ADAPTIVE = "ours, autoregressive", "ours, self-speculative", "ours, adaptive"
@@ -215,6 +218,10 @@ def main() -> None:
                 "same ids": sum(a.ids == b.ids for a, b in zip(given, answers[TRANSFORMERS], strict=True)),
             }
         )
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    for row in rows:
+        copies = bytes_held(model) if row["side"] in (SPECULATIVE, ADAPTIVE) else 0
+        row["weights MB"] = (weights + copies) / 1e6
     table = pandas.DataFrame(rows)
     speedup = table.set_index("side")["decode tokens/s"]
     of_formula = speedup[SPECULATIVE] / speedup[OURS] / formula

@@ -15,7 +15,13 @@ from self_speculation.model import quantized_layers
 from self_speculation.model.decoder import Decoder, forward
 from self_speculation.model.lean_layers import Product, lean_head, lean_layer
 from self_speculation.model.loading import default_model, load_model_and_tokenizer
-from self_speculation.model.quantized_layers import Int4Product, Int8Product, bytes_of_copies, quantized
+from self_speculation.model.quantized_layers import (
+    Int4Product,
+    Int8Product,
+    bytes_held,
+    bytes_of_copies,
+    quantized,
+)
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
@@ -157,6 +163,7 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
         quantized(decoder, 2, "int4")
     monkeypatch.setattr(quantized_layers, "free_memory", lambda device: needed)
     quantized(decoder, 2, "int4")
+    assert bytes_held(model) == needed
     monkeypatch.setattr(quantized_layers, "free_memory", lambda device: 0)
     quantized(decoder, 2, "int4")  # it is there already
     with pytest.raises(ValueError, match="draft_weights int4: takes"):

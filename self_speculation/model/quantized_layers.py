@@ -196,6 +196,16 @@ def bytes_of_copies(parts: Sequence[Lean], draft_weights: DraftWeights) -> int:
     )
 
 
+def bytes_held(model: PreTrainedModel) -> int:
+    """By all copies that were made for a model."""
+    return sum(
+        kind.num_bytes(product.weight)
+        for part, made in prepared(model).copies.items()
+        for kind in made
+        for product in part.products
+    )
+
+
 def _lean(parts: Sequence[Any], draft_weights: DraftWeights) -> list[Lean]:
     """The same; raises ValueError where one of them is not lean."""
     lean = [part for part in parts if isinstance(part, Lean)]
