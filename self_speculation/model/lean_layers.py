@@ -29,9 +29,9 @@ LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss
 # Wider passes are a prompt's: no tricks, ordinary kernels.
 NARROW = 16
 
-# What `fuse` measures: forms of products with weights of at least so many elements, by pieces of about so
-# many, at these widths, in so many rounds. What lies between two widths is done as the wider one.
-_SMALLEST_TO_CHOOSE, _PIECE = 2**15, 2**20
+# What `fuse` measures: forms of products with weights of at least so many elements, about so many elements at
+# a time, at these widths, in so many rounds. What lies between two widths is done as the wider one.
+_SMALLEST_TO_CHOOSE, _PIECE = 2**15, 2**19
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
 _ROUNDS = 4
 # After two rounds, forms that took so many times as long as the best are out.
@@ -335,14 +335,16 @@ def _choose_forms(lean: Sequence[Lean]) -> None:
 def _fastest(weights: Sequence[Tensor]) -> dict[int, Form]:
     """By width, what is clearly faster than `linear` for weights of one shape, where there is such a form."""
     # Each time another piece, as in decoding, where a weight has left the processor's cache before its turn.
-    pieces = itertools.cycle([piece for weight in weights for piece in _pieces(weight)])
+    parts = [piece for weight in weights for piece in _pieces(weight)]
+    pieces, at_once = itertools.cycle(parts), max(1, _PIECE // parts[0].numel())
     inputs = {width: torch.randn(width, weights[0].shape[1]) for width in _WIDTHS}
     best: dict[int, dict[Form, float]] = {width: dict.fromkeys(FORMS, math.inf) for width in _WIDTHS}
     for turn in range(_ROUNDS):  # all in turn: a slow moment of the machine hits no one form alone
         for width, seconds in best.items():
             limit = min(seconds.values()) * _HOPELESS if turn >= 2 else math.inf
             for form in [form for form in FORMS if seconds[form] <= limit]:
-                seconds[form] = min(seconds[form], _seconds(form, inputs[width], next(pieces)))
+                some = list(itertools.islice(pieces, at_once))
+                seconds[form] = min(seconds[form], _seconds(form, inputs[width], some))
     chosen: dict[int, Form] = {}
     for narrower, (width, seconds) in zip((0, *_WIDTHS), best.items(), strict=False):
         form = min(FORMS, key=lambda form: seconds[form] * (0.9 if form is linear else 1.0))
@@ -358,8 +360,9 @@ def _pieces(weight: Tensor) -> Sequence[Tensor]:
 
 
 @torch.inference_mode()
-def _seconds(form: Form, x: Tensor, weight: Tensor) -> float:
+def _seconds(form: Form, x: Tensor, weights: Sequence[Tensor]) -> float:
     # Of this thread: on a busy machine it does not count while others have its processor.
     started = time.thread_time()
-    form(x, weight)
+    for weight in weights:
+        form(x, weight)
     return time.thread_time() - started
