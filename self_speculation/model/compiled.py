@@ -120,7 +120,7 @@ class CompiledDecoder(Decoder):
 
     def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:  # noqa: ARG002
         """What is compiled is this model's own layers."""
-        raise ValueError("draft_weights int8: not together with compile True")
+        raise ValueError("draft_weights: no copies of layers with compile True")
 
     def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
         width = inputs.shape[1]
