@@ -499,6 +499,7 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
         values, unknown = parser.parse_known_args(args)
     except ValueError as error:  # raised by a dataclass about its own values, field name first
         parser.error(f"--{error}")
+    _check_copies(parser, values)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
@@ -547,6 +548,17 @@ def read_run(folder: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"resume {folder}: no run.json of a run in there") from error
     return described
+
+
+def _check_copies(parser: _Parser, values: argparse.Namespace) -> None:
+    """Copies for drafts are made of lean layers of one device, and passes over them are not compiled."""
+    model_args = getattr(values, ModelArguments.__name__, None)
+    config = getattr(values, GenerationConfig.__name__, None)
+    if model_args is None or config is None or config.draft_weights == "exact":
+        return
+    for name, needed in (("fuse", True), ("compile", False), ("quantization", "none"), ("parallel", "data")):
+        if (value := getattr(model_args, name)) != needed:
+            parser.error(f"--draft_weights {config.draft_weights}: not with --{name} {value}")
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

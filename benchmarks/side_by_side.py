@@ -9,6 +9,8 @@ self-speculative (with whatever flags of drafting are given) and adaptive decodi
 adds another library: the file has a function `load(model, tokenizer)` that returns
 `generate(ids, max_new_tokens) -> new ids`.
 
+*weights MB* is what the weights of a side take in memory, copies in fewer bits included.
+
 Limits: *streaming* is the time of reading the weights that a round needs once, each as fast as the fastest
 product of that weight with one vector reads it, measured in the same run; *formula* is the speed-up that the
 acceptance allows when a layer costs the same everywhere (DESIGN section 5). The last line is one JSON object.
@@ -46,6 +48,7 @@ from runs.startup import adaptive, autoregressive, load_generator, model_name
 from runs.status import bars_fit_the_output
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.decoder import Decoder
+from self_speculation.model.quantized_layers import bytes_held
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, early exit", "transformers, prompt lookup"
 OURS, SPECULATIVE, ADAPTIVE = "ours, autoregressive", "ours, self-speculative", "ours, adaptive"
@@ -213,6 +216,10 @@ def main() -> None:
                 "same ids": sum(a.ids == b.ids for a, b in zip(given, answers[TRANSFORMERS], strict=True)),
             }
         )
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    for row in rows:
+        copies = bytes_held(model) if row["side"] in (SPECULATIVE, ADAPTIVE) else 0
+        row["weights MB"] = (weights + copies) / 1e6
     table = pandas.DataFrame(rows)
     pairs = zip(answers[SPECULATIVE], answers[OURS], strict=True)
     gains = quartiles([a.decode_tokens_per_second / b.decode_tokens_per_second for a, b in pairs])

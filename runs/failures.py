@@ -46,7 +46,8 @@ def reason(error: BaseException, less: str = _LESS) -> str | None:
         less: what takes less memory.
     """
     if is_out_of_memory(error):
-        return f"out of memory; less takes {less}"
+        said = f": {error}" if isinstance(error, MemoryError) and str(error) else ""
+        return f"out of memory{said}; less takes {less}"
     return str(error) if isinstance(error, FloatingPointError) else None
 
 

@@ -24,6 +24,7 @@ from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import default_model, load_config, resolve_device
 from self_speculation.model.prepared import prepared
+from self_speculation.model.quantized_layers import check_copies
 
 
 def run(main: Callable[[], int], **advice: str) -> NoReturn:
@@ -118,6 +119,9 @@ def load_generator(
         # Only a terminal is shown the progress of loading; what goes wrong is raised.
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config)
+        if config.draft_weights != "exact":
+            depth = model_config.num_hidden_layers if config.exit_layer == -1 else config.exit_layer
+            check_copies(model, depth, config.draft_weights)
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)

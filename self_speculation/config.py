@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
-DraftWeights = Literal["exact", "int8"]
+DraftWeights = Literal["exact", "int8", "int4"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline"]
 Quantization = Literal["none", "int8", "int4"]
@@ -52,8 +52,8 @@ class GenerationConfig:
     stop_token_ids: list[int] | None = None
     """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = "exact"
-    """int8: draft with a copy of the layers in eight bits, exit_layer may then be all of them; exact: with
-    the model's own."""
+    """int8, int4: draft with a copy of the layers in so many bits, exit_layer may then be all of them; takes
+    1 or 0.63 bytes more for each weight of theirs and 1 for each of the head. exact: with the model's own."""
     draft_confidence: str | None = None
     """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
     would cost more than it is likely to save; without it, drafts have num_speculations tokens."""

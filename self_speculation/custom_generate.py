@@ -235,8 +235,10 @@ def _answers(
             if isinstance(own, _TokenByToken):
                 own.finish(result)
     except RequestError as error:
-        raise error.cause from None
-    return outputs
+        cause = error.cause
+    else:
+        return outputs
+    raise cause  # see `the_only`
 
 
 class _TokenByToken:

@@ -24,6 +24,7 @@ from self_speculation.generator_base import (
     Request,
     RequestError,
     several,
+    the_only,
 )
 from self_speculation.model.decoder import Decoder, prefill
 from self_speculation.model.families import check_supported, check_window, context_length
@@ -63,11 +64,7 @@ class DecodingStrategy(GenerationStrategy):
         ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
         request = Request(input_ids, eos_token_ids, logits_processors, stopping_criteria, streamer, ends_text)
-        try:
-            [(_, result)] = self.generate_batch(model, [request], generation_config, batch_size=1)
-        except RequestError as error:
-            raise error.cause from None
-        return result
+        return the_only(self.generate_batch(model, [request], generation_config, batch_size=1))
 
     @torch.inference_mode()
     def generate_batch(

@@ -209,11 +209,7 @@ class HuggingfaceLlamaGenerator:
             ValueError: what `GenerationStrategy.generate_token_ids` raises.
         """
         alone = Prompt(prompt, logits_processors, stopping_criteria, streamer)
-        try:
-            [(_, result)] = self.generate_batch([alone], generation_config, batch_size=1)
-        except RequestError as error:
-            raise error.cause from None
-        return result
+        return the_only(self.generate_batch([alone], generation_config, batch_size=1))
 
     def generate_batch(
         self,
@@ -315,6 +311,16 @@ class HuggingfaceLlamaGenerator:
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
         ids = [self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
         return sorted({i for i in ids if i is not None})
+
+
+def the_only(results: Iterator[tuple[int, T]]) -> T:
+    """The result of a batch of one. Raises what went wrong with it."""
+    try:
+        [(_, result)] = results
+        return result
+    except RequestError as error:
+        cause = error.cause
+    raise cause  # here: raised above, it would have in its context the error that it is the cause of
 
 
 def several(values: T | Iterable[T] | None) -> list[T]:

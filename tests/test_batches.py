@@ -60,7 +60,7 @@ def alone(model, request, **config):
     return generate(
         model,
         request.input_ids,
-        eos=list(request.eos_token_ids),
+        eos=request.eos_token_ids or [],
         logits_processors=request.logits_processors,
         stopping_criteria=request.stopping_criteria,
         **config,
@@ -271,6 +271,9 @@ def test_what_is_wrong_with_a_prompt_waits_for_the_others(byte_tokenizer, text_m
     """Guards against answers that are lost because a later prompt is refused."""
     generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
     config = GenerationConfig(max_steps=9, sample=False)
+    with pytest.raises(ValueError, match="the prompt has the token id 1000000") as raised:
+        generator.generate([10**6], config)
+    assert raised.value.__context__ is None  # a circle there would be walked for ever
     for wrong, why in (([10**6], "has the token id 1000000"), ([4] * 256, "has 256 tokens")):
         prompts = [[5, 6], [7, 8, 9], wrong, [5]]
         for batch_size in (1, 2, 3):

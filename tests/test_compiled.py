@@ -39,7 +39,7 @@ def test_drafts_by_other_layers_are_refused():
     model = copy.deepcopy(tiny_llama(fused=True))
     fuse(model)
     compile_decoding(model)
-    with pytest.raises(ValueError, match="draft_weights int8: not together with compile True"):
+    with pytest.raises(ValueError, match="draft_weights: no copies of layers with compile True"):
         generate(model, PROMPTS[0], exit_layer=2, num_speculations=2, draft_weights="int8")
 
 

@@ -23,7 +23,7 @@ class Graphs:
 
     def __init__(self):
         self.compiled = 0
-        self.passes = set()  # (pass, width) of those that ran
+        self.passes = set()  # (pass, rows and width) of those that ran
         self.static_bytes, self.copied_bytes = [], []  # by compilation
         self._compile, self._outputs = torch.compile, ()
 
@@ -31,7 +31,7 @@ class Graphs:
         compiled = self._compile(run, fullgraph=True, dynamic=False, backend=self._backend)
 
         def replay(*inputs):
-            self.passes.add((run, len(inputs[0])))
+            self.passes.add((run, inputs[0].shape[:2]))
             inputs = [tensor.clone() for tensor in inputs]
             for lost in self._outputs:
                 lost.fill_(torch.nan)

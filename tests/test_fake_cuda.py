@@ -156,6 +156,7 @@ PATHS = {
     "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": "auto"},
     "adaptive": {"strategy": "adaptive"},
     "int8": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8"},
+    "int4": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
 }
 SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 
@@ -164,7 +165,9 @@ SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
     ("path", "heads", "fused"),
     [
         *((path, heads, True) for path in PATHS for heads in HEADS),
-        *((path, HEADS[1], False) for path in PATHS if path != "int8"),  # copies are made of lean layers
+        *(
+            (path, HEADS[1], False) for path in PATHS if path not in ("int8", "int4")
+        ),  # copies are made of lean layers
     ],
 )
 def test_every_path(cuda, path, heads, fused):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from self_speculation.model.quantized_layers import bytes_per_weight
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -89,10 +91,11 @@ class Costs:
         """
         layers = model.base_model.layers
         head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
-        bytes_per_weight = 1.0 if draft_weights == "exact" else 1.0 / model.dtype.itemsize
+        of_layers, of_head = bytes_per_weight(model, draft_weights)
+        read = (of_layers * exit_layer + of_head * head) / model.dtype.itemsize
         return cls(
             plain_step=1.0,
-            draft_step={exit_layer: bytes_per_weight * (exit_layer + head) / (len(layers) + head)},
+            draft_step={exit_layer: read / (len(layers) + head)},
             verifications={0: (1.0,), exit_layer: (1.0,)},
             lengths=(0,),
             probe=head / (len(layers) + head),

@@ -65,7 +65,7 @@ class Kind:
 
 def make_drafter(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) -> Decoder:
     """What runs the first layers for a draft. Raises what `quantized` does."""
-    return decoder if draft_weights == "exact" else quantized(decoder, num_layers)
+    return decoder if draft_weights == "exact" else quantized(decoder, num_layers, draft_weights)
 
 
 def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:

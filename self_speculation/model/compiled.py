@@ -14,6 +14,7 @@ of each pass is computed for nobody.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -111,6 +112,7 @@ class CompiledDecoder(Decoder):
         """Those there are, unless their cache is too small for so many positions and padding."""
         made, room = prepared(self._model).passes, max(padded(self._max_width), _ROOM)
         assert made is not None
+        num_positions = min(num_positions, context_length(self.config))  # beyond it there is padding alone
         passes = made.get(self._num_rows)
         if passes is None or num_positions + room > passes.cache.capacity:
             most = round_up(context_length(self.config) + room, ALIGNMENT)
@@ -120,7 +122,7 @@ class CompiledDecoder(Decoder):
 
     def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:  # noqa: ARG002
         """What is compiled is this model's own layers."""
-        raise ValueError("draft_weights int8: not together with compile True")
+        raise ValueError("draft_weights: no copies of layers with compile True")
 
     def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
         width = inputs.shape[1]
@@ -190,6 +192,7 @@ class Passes:
 def _filled(inputs: Tensor, rows: int, width: int) -> Tensor:
     """[b, t, ...] -> [rows, width, ...], with zeros after what there is. Always of the same strides."""
     missing = (rows - inputs.shape[0], width - inputs.shape[1])
-    if not any(missing):  # one row of a larger tensor passes for contiguous, whatever its stride
-        return inputs.flatten(0, 1).unflatten(0, inputs.shape[:2])
+    if not any(missing):  # what has one row passes for contiguous, whatever the stride from row to row
+        strides = [math.prod(inputs.shape[i + 1 :]) for i in range(inputs.dim())]
+        return inputs.contiguous().as_strided(inputs.shape, strides)
     return pad(inputs, (*(0, 0) * (inputs.dim() - 2), 0, missing[1], 0, missing[0]))

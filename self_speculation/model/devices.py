@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
@@ -34,3 +35,11 @@ def synchronize(model: PreTrainedModel) -> None:
     for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated there, those included that torch keeps of what it has freed."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

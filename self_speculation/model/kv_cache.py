@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from self_speculation.model.devices import free_memory
 from self_speculation.transfers import on_device
 
 # Attention kernels want masks, and so lengths, in multiples of so many positions.
@@ -66,6 +67,7 @@ class _Buffers:
             return held
         while self.capacity < end:
             self.capacity *= 2
+        self._check_room(like)
         # Zeros: what lies after a row's last position is masked, but even so must be numbers.
         shape = (self.num_rows, like.shape[1], self.capacity, like.shape[2])
         larger = (like.new_zeros(shape), like.new_zeros(shape))
@@ -73,6 +75,17 @@ class _Buffers:
             new[:, :, : old.shape[2]] = old
         self.of_layers[layer] = larger
         return larger
+
+    def _check_room(self, like: Tensor) -> None:
+        """Raises MemoryError where buffers of this capacity, of all layers, do not fit."""
+        row = 2 * len(self.of_layers) * like.shape[1:].numel() * self.capacity * like.itemsize
+        held = sum(part.nbytes for pair in self.of_layers for part in pair or ())
+        if (free := held + free_memory(like.device)) < self.num_rows * row:
+            fitting = f"; batch_size {free // row} would fit" if free >= row else ""
+            raise MemoryError(
+                f"{self.num_rows} times {self.capacity} positions of keys and values take "
+                f"{self.num_rows * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
+            )
 
 
 class KVCache(Appendable):

@@ -8,6 +8,8 @@ its own `forward`, `state_dict` and `save_pretrained` go on as before.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
@@ -27,8 +29,13 @@ LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss
 # Wider passes are a prompt's: no tricks, ordinary kernels.
 NARROW = 16
 
-# What `fuse` measures: weights of at least so many elements, so many bytes of them.
-_SMALLEST_TO_CHOOSE, _SAMPLE_BYTES = 2**15, 512_000_000
+# What `fuse` measures: forms of products with weights of at least so many elements, about so many elements at
+# a time, at these widths, in so many rounds. What lies between two widths is done as the wider one.
+_SMALLEST_TO_CHOOSE, _PIECE = 2**15, 2**19
+_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
+_ROUNDS = 4
+# After two rounds, forms that took so many times as long as the best are out.
+_HOPELESS = 1.5
 
 
 def fuse(model: Any) -> int:
@@ -81,9 +88,23 @@ def _num_blocks(weight: Tensor) -> int:
     return next((n for n in range(rows // 64, 1, -1) if rows % n == 0), 1)
 
 
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by another library than the one behind `linear` in fp32; a compiler makes its own choice."""
+    if torch.compiler.is_compiling():
+        return linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _onednn_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """W x^T, transposed: of two matrices this library copies the second into another order, the small one."""
+    return _onednn(weight, x).T.contiguous()
+
+
 # Ways to multiply [T, in] by a weight [out, in].
 Form = Callable[[Tensor, Tensor], Tensor]
 FORMS: tuple[Form, ...] = (linear, _transposed, _blocked)
+if torch.backends.mkldnn.is_available():
+    FORMS += (_onednn, _onednn_transposed)
 
 
 class Product:
@@ -102,6 +123,10 @@ class Product:
         form = self.forms.get(x.shape[0]) if self.forms else None
         product = torch.mm(x, self._weight_t) if form is None else form(x, self.weight)
         return product if self.bias is None else product.add_(self.bias)
+
+    def unconverted(self, x: Tensor) -> Tensor:
+        """The product in the format that it is computed in, which copies in fewer bits have of their own."""
+        return self(x)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
@@ -186,7 +211,8 @@ class LeanLayer:
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = cache.append(keys, values, self._index)
         hidden = self._out.add_to(hidden, self._attend(queries, all_keys, all_values, span))
-        gate, up = self._gate_up(self._mlp_norm(hidden)).split_with_sizes((self._width, self._width), 1)
+        joint = self._gate_up.unconverted(self._mlp_norm(hidden))
+        gate, up = joint.split_with_sizes((self._width, self._width), 1)
         return self._down.add_to(hidden, self._activation(gate).mul_(up))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, span: Any) -> Tensor:
@@ -294,45 +320,53 @@ def _layout(*roots: nn.Module) -> list[int]:
 def _choose_forms(lean: Sequence[Lean]) -> None:
     """Find out which form of a product is fastest, for each shape of a weight and each width.
 
-    BLAS libraries differ threefold here, in both directions and from shape to shape, so the answer is
-    measured, in about a second. It can only be another than `linear` on a CPU in fp32, and does not matter
-    for small weights.
+    BLAS libraries differ threefold here, in both directions, from shape to shape and from width to width, so
+    the answer is measured, in less than a second. It can only be another than `linear` on a CPU in fp32, and
+    does not matter for small weights.
     """
-    products = [
-        product
-        for module in lean
-        for product in module.products
-        if product.weight.device.type == "cpu"
-        and product.weight.dtype == torch.float32
-        and product.weight.numel() >= _SMALLEST_TO_CHOOSE
-    ]
-    # Layer after layer, as in decoding, and more of them than a processor's cache holds.
-    sample: list[Tensor] = []
-    for weight in (product.weight for product in products):
-        seen = sum(other.nbytes for other in sample)
-        if seen < _SAMPLE_BYTES or weight.shape not in {other.shape for other in sample}:
-            sample.append(weight)
-    forms: dict[torch.Size, dict[int, Form]] = {weight.shape: {} for weight in sample}
-    for widths in ((1,), (2, 3), (4, 5, 6, 7), tuple(range(8, NARROW + 1))):
-        seconds = {form: _seconds_by_shape(form, sample, widths[0]) for form in FORMS}
-        for shape, of_shape in forms.items():
-            best = min(FORMS, key=lambda form: seconds[form][shape] * (0.9 if form is linear else 1.0))
-            if best is not linear:
-                of_shape |= dict.fromkeys(widths, best)
-    for product in products:
-        product.forms = forms[product.weight.shape]
+    alike: dict[torch.Size, list[Product]] = {}
+    for product in (product for part in lean for product in part.products):
+        weight = product.weight
+        is_exact = weight.device.type == "cpu" and weight.dtype == torch.float32
+        if is_exact and weight.numel() >= _SMALLEST_TO_CHOOSE:
+            alike.setdefault(weight.shape, []).append(product)
+    for products in alike.values():
+        forms = _fastest([product.weight for product in products])
+        for product in products:
+            product.forms = forms
+
+
+def _fastest(weights: Sequence[Tensor]) -> dict[int, Form]:
+    """By width, what is clearly faster than `linear` for weights of one shape, where there is such a form."""
+    # Each time another piece, as in decoding, where a weight has left the processor's cache before its turn.
+    parts = [piece for weight in weights for piece in _pieces(weight)]
+    pieces, at_once = itertools.cycle(parts), max(1, _PIECE // parts[0].numel())
+    inputs = {width: torch.randn(width, weights[0].shape[1]) for width in _WIDTHS}
+    best: dict[int, dict[Form, float]] = {width: dict.fromkeys(FORMS, math.inf) for width in _WIDTHS}
+    for turn in range(_ROUNDS):  # all in turn: a slow moment of the machine hits no one form alone
+        for width, seconds in best.items():
+            limit = min(seconds.values()) * _HOPELESS if turn >= 2 else math.inf
+            for form in [form for form in FORMS if seconds[form] <= limit]:
+                some = list(itertools.islice(pieces, at_once))
+                seconds[form] = min(seconds[form], _seconds(form, inputs[width], some))
+    chosen: dict[int, Form] = {}
+    for narrower, (width, seconds) in zip((0, *_WIDTHS), best.items(), strict=False):
+        form = min(FORMS, key=lambda form: seconds[form] * (0.9 if form is linear else 1.0))
+        if form is not linear:
+            chosen |= dict.fromkeys(range(narrower + 1, width + 1), form)
+    return chosen
+
+
+def _pieces(weight: Tensor) -> Sequence[Tensor]:
+    """A weight, or its rows by some of the blocks that `_blocked` makes of them."""
+    height = len(weight) // _num_blocks(weight)
+    return weight.split(height * max(1, _PIECE // (height * weight.shape[1])))
 
 
 @torch.inference_mode()
-def _seconds_by_shape(form: Form, weights: Sequence[Tensor], width: int) -> dict[torch.Size, float]:
-    """The least that all weights of each shape took in any of three rounds."""
-    inputs = {weight.shape[1]: torch.randn(width, weight.shape[1]) for weight in weights}
-    rounds = []
-    for _ in range(3):
-        seconds: dict[torch.Size, float] = dict.fromkeys((weight.shape for weight in weights), 0.0)
-        for weight in weights:
-            started = time.perf_counter()
-            form(inputs[weight.shape[1]], weight)
-            seconds[weight.shape] += time.perf_counter() - started
-        rounds.append(seconds)
-    return {shape: min(seconds[shape] for seconds in rounds) for shape in rounds[0]}
+def _seconds(form: Form, x: Tensor, weights: Sequence[Tensor]) -> float:
+    # Of this thread: on a busy machine it does not count while others have its processor.
+    started = time.thread_time()
+    for weight in weights:
+        form(x, weight)
+    return time.thread_time() - started

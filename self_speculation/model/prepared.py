@@ -19,13 +19,13 @@ class Prepared:
     """
     Args:
         lean: layer or head -> its lean form, see `fuse`.
-        copies: lean form -> its copy in fewer bits, see `quantized`.
+        copies: lean form -> its copies in fewer bits, by what they multiply by, see `quantized`.
         passes: by the rows of their batch, see `compile_decoding`; None where nothing is to be compiled.
         costs: what rounds were measured to cost, by whatever they depend on.
     """
 
     lean: dict[nn.Module, Lean] = field(default_factory=dict)
-    copies: WeakKeyDictionary[Lean, Lean] = field(default_factory=WeakKeyDictionary)
+    copies: WeakKeyDictionary[Lean, dict[Any, Lean]] = field(default_factory=WeakKeyDictionary)
     passes: dict[int, Passes] | None = None
     costs: dict[Hashable, Any] = field(default_factory=dict)
 

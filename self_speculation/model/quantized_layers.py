@@ -1,62 +1,365 @@
-"""Lean layers over weights of eight bits, made from the model's own: for cheap drafts, never for the target.
+"""Lean layers over weights of eight or four bits, made from the model's own: for cheap drafts, never for the
+target.
 
-Weight-only: a row of a weight is stored in 127 steps of its largest element, activations are bfloat16, and
-the product is torch's own `_weight_int8pack_mm`. Of what torch has (dynamic quantisation by fbgemm and oneDNN
-besides), it is as fast as any for one token on two cores, the most exact, and keeps its weights as a plain
-tensor: one byte for each element of the layers and of the head, beside the model's own.
+Weight-only, by kernels of torch's own, with activations in bfloat16:
+- int8: a row of a weight is stored in 127 steps of its largest element, a byte each.
+- int4: 32 elements of a row share a scale and an offset and are stored in 16 steps, five bits each with
+  those. Scale and offset are those by which the product is off least for inputs as large as the model's own
+  are. The head stays in eight bits: it is where four cost most agreement.
+
+What other groups and roundings give is in docs/performance.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
+import copy
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
-from self_speculation.model.decoder import Decoder
-from self_speculation.model.lean_layers import Lean, Product
+from self_speculation.config import DraftWeights
+from self_speculation.model.decoder import Decoder, forward_early
+from self_speculation.model.devices import free_memory
+from self_speculation.model.kv_cache import KVCache, round_up
+from self_speculation.model.lean_layers import Lean, LeanHead, Product, lean_head, lean_layer
+from self_speculation.model.prepared import prepared
+
+# Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32.
+_AT_A_TIME = 2**20
+
+# Elements of a row that share a scale and an offset.
+_GROUP = 32
+
+# Scales that are tried reach over so much of the range of a group.
+_SHARES_OF_RANGE = (1.0, 0.9, 0.8)
+
+# How large inputs are is learnt from so many tokens, in passes over at most so many.
+_TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
+
+# Kernels for four bits take rows by so many: a weight that has others is padded.
+_BLOCK_OF_ROWS = 16
 
 
-class Int8Product:
-    """As `Product`, over a copy of its weight."""
+class LowBitProduct:
+    """As `Product`, over a copy of its weight in fewer bits; bfloat16 inside."""
 
-    def __init__(self, product: Product) -> None:
-        weight = product.weight.float()
-        scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self._weight = (weight / scales).round().to(torch.int8)  # [out, in]
-        self._scales = scales[:, 0].to(torch.bfloat16)
-        self._bias = product.bias
+    bytes_per_weight: float
+    weighs_inputs = False
+
+    def __init__(self, product: Product, squares: Tensor | None = None) -> None:  # noqa: ARG002
+        """
+        Args:
+            squares: [in] how large the squares of inputs are, where `weighs_inputs`; None: all alike.
+        """
+        self._bias = None if product.bias is None else product.bias.to(torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = torch._weight_int8pack_mm(x.to(torch.bfloat16), self._weight, self._scales).to(x.dtype)
+        return self.unconverted(x).to(x.dtype)
+
+    def unconverted(self, x: Tensor) -> Tensor:
+        """The product in bfloat16, whatever x is."""
+        product = self._multiply(x.to(torch.bfloat16))
         return product if self._bias is None else product.add_(self._bias)
+
+    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """As that of `Product`."""
+        return hidden.add_(self.unconverted(x))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def num_bytes(weight: Tensor) -> int:
+        """That a copy of a weight [out, in] takes."""
+        raise NotImplementedError
+
+
+class Int8Product(LowBitProduct):
+    """Each row in 127 steps of its largest element."""
+
+    bytes_per_weight = 1.0
+
+    def __init__(self, product: Product, squares: Tensor | None = None) -> None:
+        super().__init__(product, squares)
+        rows = [_in_eight_bits(rows) for rows in _some_rows(product.weight)]
+        weights, scales = zip(*rows, strict=True)
+        self._weight, self._scales = torch.cat(weights), torch.cat(scales)  # [out, in], [out]
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x, self._weight, self._scales)
+
+    @staticmethod
+    def num_bytes(weight: Tensor) -> int:
+        return weight.numel() + 2 * len(weight)  # and the scales
+
+
+class Int4Product(LowBitProduct):
+    """Each group of a row in 16 steps."""
+
+    bytes_per_weight = 0.5 + 4 / _GROUP
+    weighs_inputs = True
+
+    def __init__(self, product: Product, squares: Tensor | None = None) -> None:
+        super().__init__(product, squares)
+        weight = product.weight
+        squares = weight.new_ones(weight.shape[1]) if squares is None else squares
+        self._num_rows = len(weight)
+        self._padding = round_up(weight.shape[1], _GROUP) - weight.shape[1]
+        is_on_cpu = weight.device.type == "cpu"
+        pack = _packed_for_cpu if is_on_cpu else _packed
+        self._kernel = (
+            torch.ops.aten._weight_int4pack_mm_for_cpu if is_on_cpu else torch.ops.aten._weight_int4pack_mm
+        )
+        parts, scales = [], []
+        for rows in _some_rows(weight):
+            steps, scale = in_four_bits(_padded(rows), pad(squares, (0, self._padding)))
+            parts.append(pack(steps))
+            scales.append(scale)
+        self._weight = torch.cat(parts)
+        self._scales = torch.cat(scales, 1)  # [groups of a row, out, 2]
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        columns = pad(x, (0, self._padding)) if self._padding else x
+        product = self._kernel(columns, self._weight, _GROUP, self._scales)
+        # [T, out], of rows that lie one after another as those of every product
+        return product if product.shape[1] == self._num_rows else product[:, : self._num_rows].contiguous()
+
+    @staticmethod
+    def num_bytes(weight: Tensor) -> int:
+        rows, columns = round_up(len(weight), _BLOCK_OF_ROWS), round_up(weight.shape[1], _GROUP)
+        return rows * columns // 2 + rows * columns // _GROUP * 4  # and scales and middles
+
+
+# Of each lean form, its copies by what they multiply by.
+Copies = MutableMapping[Lean, dict[Any, Lean]]
+
+# What a copy's layers and its head multiply by.
+KINDS: Mapping[str, tuple[type[LowBitProduct], type[LowBitProduct]]] = {
+    "int8": (Int8Product, Int8Product),
+    "int4": (Int4Product, Int8Product),
+}
+
+
+def quantized(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) -> Decoder:
+    """The first layers and the head of a decoder in fewer bits, over its own cache. Each copy is made once.
+
+    Raises:
+        ValueError: what `check_copies` raises.
+    """
+    parts = _lean([*decoder.layers[:num_layers], decoder.head], draft_weights)
+    copies = decoder.prepared.copies
+    if missing := _check_room(parts, copies, draft_weights):
+        weigh = any(_kind(part, draft_weights).weighs_inputs for part in missing)
+        squares = _squares_of_inputs(decoder, parts[:-1]) if weigh else {}
+        for part in missing:
+            kind = _kind(part, draft_weights)
+            copies.setdefault(part, {})[kind] = part.over(partial(_copied, kind, squares))
+    *layers, head = (copies[part][_kind(part, draft_weights)] for part in parts)
+    return decoder.over(list(layers), cast(LeanHead, head))
+
+
+def check_copies(model: PreTrainedModel, num_layers: int, draft_weights: DraftWeights) -> None:
+    """That `quantized` can be called for so many layers of the model, before anything is made.
+
+    Raises:
+        ValueError: layers that are not lean, a device without the kernel, or without room for the copies.
+    """
+    layers = [lean_layer(model, layer) for layer in model.base_model.layers[:num_layers]]
+    parts = _lean([*layers, lean_head(model)], draft_weights)
+    _check_room(parts, prepared(model).copies, draft_weights)
+    weight = parts[0].products[0].weight
+    tiny = Product(nn.Linear(_GROUP, _BLOCK_OF_ROWS, device=weight.device, dtype=weight.dtype))
+    for kind in set(KINDS[draft_weights]):
+        try:
+            kind(tiny)(weight.new_zeros(1, _GROUP))
+        except (NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"draft_weights {draft_weights}: this device has no kernel for it") from error
+
+
+def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tuple[float, float]:
+    """That a draft reads of its layers and of its head."""
+    if draft_weights == "exact":
+        return model.dtype.itemsize, model.dtype.itemsize
+    of_layers, of_head = KINDS[draft_weights]
+    return of_layers.bytes_per_weight, of_head.bytes_per_weight
+
+
+def bytes_of_copies(parts: Sequence[Lean], draft_weights: DraftWeights) -> int:
+    """That copies of layers and heads take, or would take."""
+    return sum(
+        _kind(part, draft_weights).num_bytes(product.weight) for part in parts for product in part.products
+    )
+
+
+def bytes_held(model: PreTrainedModel) -> int:
+    """By all copies that were made for a model."""
+    return sum(
+        kind.num_bytes(product.weight)
+        for part, made in prepared(model).copies.items()
+        for kind in made
+        for product in part.products
+    )
+
+
+def _lean(parts: Sequence[Any], draft_weights: DraftWeights) -> list[Lean]:
+    """The same; raises ValueError where one of them is not lean."""
+    lean = [part for part in parts if isinstance(part, Lean)]
+    if len(lean) < len(parts):
+        raise ValueError(
+            f"draft_weights {draft_weights}: needs lean layers (of a known family, plain, fuse True)"
+        )
+    return lean
+
+
+def _check_room(parts: Sequence[Lean], copies: Copies, draft_weights: DraftWeights) -> list[Lean]:
+    """Those that have no copy yet; raises ValueError where their copies do not fit."""
+    missing = [part for part in parts if _kind(part, draft_weights) not in copies.get(part, {})]
+    if not missing:
+        return []
+    needed = bytes_of_copies(missing, draft_weights)
+    free = free_memory(missing[0].products[0].weight.device)
+    if needed > free:
+        raise ValueError(
+            f"draft_weights {draft_weights}: takes {needed / 2**30:.2f} GiB more than the model, and "
+            f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
+        )
+    return missing
+
+
+def _copied(kind: type[LowBitProduct], squares: Mapping[Product, Tensor], product: Product) -> LowBitProduct:
+    return kind(product, squares.get(product))
+
+
+class _Watched:
+    """A product that adds up the squares of its inputs."""
+
+    def __init__(self, squares: MutableMapping[Product, Tensor], product: Product) -> None:
+        self._squares, self._product = squares, product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        sums = x.float().square().sum(0)
+        self._squares[self._product] = self._squares.get(self._product, 0) + sums
+        return self._product(x)
+
+    unconverted = __call__
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         return hidden.add_(self(x))
 
 
-def quantized(decoder: Decoder, num_layers: int) -> Decoder:
-    """The first layers and the head of a decoder in eight bits, over its own cache. Each copy is made once.
+@torch.no_grad()
+def _squares_of_inputs(decoder: Decoder, layers: Sequence[Lean]) -> Mapping[Product, Tensor]:
+    """[in] for every product of these layers, summed over some tokens.
 
-    Raises:
-        ValueError: layers that are not lean, or a device without the kernel.
+    Which inputs are large is the layers' matter more than the text's: tokens from all over the vocabulary
+    tell as much of it as texts do, and need no tokenizer.
     """
-    parts = [*decoder.layers[:num_layers], decoder.head]
-    lean = [part for part in parts if isinstance(part, Lean)]
-    if len(lean) < len(parts):
-        raise ValueError("draft_weights int8: needs lean layers (of a known family, plain, fuse True)")
-    *layers, head = (_quantized(part, decoder.prepared.copies) for part in lean)
-    return decoder.over(layers, head)
+    squares: dict[Product, Tensor] = {}
+    watched = decoder.over([layer.over(partial(_Watched, squares)) for layer in layers], decoder.head)
+    vocabulary = watched.config.vocab_size
+    tokens = torch.arange(_TOKENS_TO_LEARN, device=decoder.rotary.device) * vocabulary // _TOKENS_TO_LEARN
+    width = min(_TOKENS_OF_A_PASS, decoder.rotary.shape[1])
+    for start in range(0, _TOKENS_TO_LEARN, width):
+        watched.cache = KVCache(len(layers), width)
+        # Far apart in the vocabulary, so that neighbours are not alike.
+        ids = tokens.view(16, -1).T.flatten()[start : start + width]
+        forward_early(watched, ids[None], len(layers), num_logits=0)
+    return squares
 
 
-def _quantized(part: Lean, copies: MutableMapping[Lean, Lean]) -> Any:
-    if part not in copies:
-        copy = part.over(Int8Product)
-        weight = part.products[0].weight
-        try:
-            copy.products[0](weight.new_zeros(1, weight.shape[1]))
-        except (NotImplementedError, RuntimeError) as error:
-            raise ValueError("draft_weights int8: this device has no kernel for it") from error
-        copies[part] = copy
-    return copies[part]
+def _kind(part: Lean, draft_weights: DraftWeights) -> type[LowBitProduct]:
+    of_layers, of_head = KINDS[draft_weights]
+    return of_head if isinstance(part, LeanHead) else of_layers
+
+
+def _some_rows(weight: Tensor) -> Sequence[Tensor]:
+    """A weight part by part. Kernels for four bits keep rows in blocks of 64 at most: a multiple of it can be
+    packed on its own.
+    """
+    return weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64)
+
+
+def _in_eight_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] -> steps [n, in] from -127 to 127, and how large a step is in each row [n]."""
+    exact = rows.float()
+    scales = exact.abs().amax(1).clamp(min=1e-12) / 127
+    return (exact / scales[:, None]).round().to(torch.int8), scales.to(torch.bfloat16)
+
+
+def in_four_bits(rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] and how large the squares of inputs [in] are -> steps [n, in] of int32 from 0 to 15, and for
+    each group [groups of a row, n, 2] how large a step is, and the value of step 8.
+    """
+    groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
+    counts = squares.float().unflatten(0, (-1, _GROUP))
+    counts = counts + 1e-6 * counts.mean() + 1e-30  # what was never used does not count, but must be a number
+    counts = counts / counts.sum(1, keepdim=True)
+    least, largest = groups.aminmax(dim=2)
+    mean = (groups * counts).sum(2)
+    best = None
+    for share in _SHARES_OF_RANGE:
+        scales = (largest - least) * share / 15
+        tried = _Rounded(groups, counts, mean, scales, (least + largest + scales) / 2)
+        for one in (tried, _Rounded(groups, counts, mean, *tried.fitted())):
+            best = one if best is None else best.where_better(one)
+    assert best is not None
+    numbers = torch.stack((best.scales, best.middles), 2).to(torch.bfloat16).transpose(0, 1).contiguous()
+    return (best.steps + 8).to(torch.int32).flatten(1), numbers
+
+
+class _Rounded:
+    """Groups [n, g, elements] rounded to steps from -8 to 7 by scales and middles [n, g], these as the
+    kernels keep them; and how far off that is.
+
+    Args:
+        counts: [g, elements] how much an element counts, 1 in sum.
+        mean: [n, g] of the groups, so weighted.
+    """
+
+    def __init__(self, groups: Tensor, counts: Tensor, mean: Tensor, scales: Tensor, middles: Tensor) -> None:
+        self.scales = scales = scales.clamp(min=1e-12).to(torch.bfloat16).float()
+        self.middles = middles = middles.to(torch.bfloat16).float()
+        self.steps = steps = ((groups - middles[..., None]) / scales[..., None]).round_().clamp_(-8, 7)
+        weighted = steps * counts
+        self._mean, self._mean_step = mean, weighted.sum(2)
+        self._square, self._product = (weighted * steps).sum(2), (weighted * groups).sum(2)
+        # Of (middle + scale * step - element)^2, what depends on the choice.
+        of_scales = scales * (scales * self._square + 2 * (middles * self._mean_step - self._product))
+        self._off = of_scales + middles * (middles - 2 * mean)
+
+    def fitted(self) -> tuple[Tensor, Tensor]:
+        """By least squares, the scales and middles for these steps."""
+        variance = self._square - self._mean_step.square()
+        scales = (self._product - self._mean_step * self._mean) / variance.clamp(min=1e-12)
+        return scales, self._mean - scales * self._mean_step
+
+    def where_better(self, other: _Rounded) -> _Rounded:
+        """Group by group, whichever is less far off."""
+        better, chosen = other._off < self._off, copy.copy(self)
+        chosen.steps = torch.where(better[..., None], other.steps, self.steps)
+        for name in ("scales", "middles", "_off"):
+            setattr(chosen, name, torch.where(better, getattr(other, name), getattr(self, name)))
+        return chosen
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """With zeros, to whole groups and to as many rows as kernels take at once."""
+    n, columns = rows.shape
+    return pad(rows, (0, round_up(columns, _GROUP) - columns, 0, round_up(n, _BLOCK_OF_ROWS) - n))
+
+
+def _packed_for_cpu(steps: Tensor) -> Tensor:
+    """[n, in] of int32 -> [n, in / 2] of uint8, in an order that is the kernel's business."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1)
+
+
+def _packed(steps: Tensor) -> Tensor:
+    """[n, in] of int32 -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4 and 8 that fits."""
+    tiles = next(t for t in (8, 4, 2) if steps.shape[1] % (16 * t) == 0)
+    pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

@@ -1,0 +1,210 @@
+"""Copies of layers in fewer bits: their products, their memory, and where there are none. That the output
+does not depend on them is in test_equality.py and test_sampling_distribution.py.
+"""
+
+import pytest
+import torch
+from conftest import assert_close, generate, tiny_llama
+from torch import nn
+
+import benchmark
+import correctness
+import generate as generate_script
+import sweep
+from self_speculation.model import quantized_layers
+from self_speculation.model.decoder import Decoder, forward
+from self_speculation.model.lean_layers import Product, lean_head, lean_layer
+from self_speculation.model.loading import default_model, load_model_and_tokenizer
+from self_speculation.model.quantized_layers import (
+    Int4Product,
+    Int8Product,
+    bytes_held,
+    bytes_of_copies,
+    quantized,
+)
+
+PROMPT = [5, 9, 4, 7, 7, 3]
+SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
+
+
+def meant_by_eight_bits(weight):
+    steps, scales = quantized_layers._in_eight_bits(weight)
+    return steps.float() * scales.float()[:, None]
+
+
+def meant_by_four_bits(weight):
+    """What steps, scales and middles stand for; input sizes beyond whole groups are padded."""
+    padded = quantized_layers._padded(weight)
+    counts = nn.functional.pad(torch.ones(weight.shape[1]), (0, padded.shape[1] - weight.shape[1]))
+    steps, numbers = quantized_layers.in_four_bits(padded, counts)
+    scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
+    return ((steps - 8) * scales + middles)[: len(weight), : weight.shape[1]]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 17])
+@pytest.mark.parametrize("shape", [(64, 32), (2128, 96), (50, 48), (2100, 576)])
+@pytest.mark.parametrize(
+    ("kind", "meant", "error"),
+    [(Int8Product, meant_by_eight_bits, 0.02), (Int4Product, meant_by_four_bits, 0.13)],
+)
+def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, width):
+    """Guards against another order of steps, scales or middles than the kernel's, parts of a large weight
+    that cannot be packed one by one, and padding that counts: for whole blocks and groups, and for neither.
+    """
+    torch.manual_seed(0)
+    linear = nn.Linear(*reversed(shape)).requires_grad_(False)
+    product = Product(linear)
+    x = torch.randn(width, shape[1]).to(torch.bfloat16).float()
+    copied = kind(product)
+    approximate = meant(product.weight)
+    assert (approximate - product.weight).norm() < error * product.weight.norm()
+    wanted = x @ approximate.T + linear.bias
+    got = copied(x)
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    # Weights are rounded to bfloat16 on their way, and so is the result.
+    assert_close(got, wanted, computed_in=torch.bfloat16, roundings=2)
+    hidden = torch.randn(width, shape[0])
+    assert_close(copied.add_to(hidden.clone(), x), hidden + got, roundings=2)
+    assert copied.unconverted(x).dtype == torch.bfloat16
+    held = [value for value in vars(copied).values() if isinstance(value, torch.Tensor)]
+    assert sum(t.nbytes for t in held) == kind.num_bytes(product.weight) + 2 * len(linear.bias)
+
+
+def test_four_bits_reach_the_ends_of_a_group():
+    """Guards against a range around zero only: what lies on one side of it needs all 16 steps too."""
+    weight = torch.linspace(3.0, 4.0, 32)[None]
+    steps, _ = quantized_layers.in_four_bits(weight, torch.ones(32))
+    assert steps.min() == 0
+    assert steps.max() == 15
+    assert (meant_by_four_bits(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
+    assert not meant_by_four_bits(torch.zeros(1, 32)).any()
+
+
+def test_the_columns_that_count_are_closest():
+    """Guards against a rounding that ignores which inputs are large: their errors are those of the output."""
+    torch.manual_seed(0)
+    weight, squares = torch.randn(200, 32), torch.ones(32)
+    squares[::8] = 100.0
+
+    def error(counts):
+        steps, numbers = quantized_layers.in_four_bits(weight, counts)
+        scales, middles = numbers[0].float().unbind(1)
+        off = (steps - 8) * scales[:, None] + middles[:, None] - weight
+        return (off.square() @ squares).mean()
+
+    assert error(squares) < 0.7 * error(torch.ones(32))
+    twin, watched = tiny_llama(fused=True), {}
+    decoder = Decoder(twin, 6, 20)
+    watched = quantized_layers._squares_of_inputs(decoder, decoder.layers)
+    assert set(watched) == {product for layer in decoder.layers for product in layer.products}
+    assert all(len(squares) == product.weight.shape[1] for product, squares in watched.items())
+    assert decoder.cache.length(0) == 0
+
+
+def test_what_other_devices_are_given():
+    """Guards against pairs of steps in the wrong order, the first of each in the upper half of a byte; and
+    against tiles that do not divide the input size.
+    """
+    packed = []
+
+    def convert(pairs, tiles):
+        packed.append((pairs.tolist(), tiles))
+        return pairs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
+        for columns in (32, 64, 96, 128):
+            quantized_layers._packed(torch.arange(columns, dtype=torch.int32)[None] % 16)
+    assert [tiles for _, tiles in packed] == [2, 4, 2, 8]
+    assert packed[0][0] == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2]
+
+
+@pytest.mark.parametrize(("weights", "error"), [("int8", 0.1), ("int4", 0.5)])
+def test_copies_are_made_once_over_the_same_cache(weights, error):
+    """Guards against a copy for every generation, and layers in an order that is not theirs."""
+    model = tiny_llama(fused=True)
+    decoder = Decoder(model, 6, 20)
+    twin = quantized(decoder, 3, weights)
+    assert len(twin.layers) == 3
+    assert twin.cache is decoder.cache
+    assert quantized(decoder, 4, weights).layers[0] is twin.layers[0]
+    assert quantized(decoder, 3, "int8").head is quantized(decoder, 3, "int4").head
+    assert lean_layer(model, model.model.layers[0]) is decoder.layers[0]  # as it was
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        wanted = forward(Decoder(model, 6, 6), ids, 6).logits
+        got = forward(quantized(Decoder(model, 6, 6), 4, weights), ids, 6).logits
+    assert (got - wanted).norm() < error * wanted.norm()
+
+
+def test_at_full_depth_they_guess_almost_everything():
+    """Guards against copies that decode, and guess worse than their bits allow. By a trained model: the best
+    and the second best guess of a random one are too close.
+    """
+    model, tokenizer = load_model_and_tokenizer(default_model())
+    prompt = tokenizer.encode("def parse_header(line):\n")
+    depth = model.config.num_hidden_layers
+    for weights, accepted in (("int8", 0.9), ("int4", 0.8)):
+        result = generate(
+            model, prompt, max_steps=80, eos=[], exit_layer=depth, num_speculations=4, draft_weights=weights
+        )
+        assert result.acceptance_rate > accepted
+
+
+def test_memory_that_is_not_there_is_refused(monkeypatch):
+    """Guards against a machine that is brought to its knees by a second model."""
+    model = tiny_llama(num_layers=3, fused=True)
+    parts = [*(lean_layer(model, layer) for layer in model.model.layers[:2]), lean_head(model)]
+    needed = bytes_of_copies(parts, "int4")
+    decoder = Decoder(model, 6, 20)
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
+        quantized(decoder, 2, "int4")
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda device: needed)
+    quantized(decoder, 2, "int4")
+    assert bytes_held(model) == needed
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda device: 0)
+    quantized(decoder, 2, "int4")  # it is there already
+    with pytest.raises(ValueError, match="draft_weights int4: takes"):
+        quantized(decoder, 3, "int4")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_where_there_are_no_copies(weights):
+    with pytest.raises(ValueError, match=f"draft_weights {weights}: needs lean layers"):
+        generate(tiny_llama(), PROMPT, exit_layer=4, num_speculations=2, draft_weights=weights)
+
+
+SCRIPTS = {
+    "generate": (generate_script, ["--prompt", "Once"]),
+    "benchmark": (benchmark, ["--num_samples", "1"]),
+    "correctness": (correctness, ["--num_samples", "1"]),
+    "sweep": (sweep, ["--num_samples", "1", "--exit_layer_last", "2"]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model_args", "attn_implementation=eager"], "needs lean layers"),
+        (["--no_room"], "more than the model, and 0.00 GiB are free"),
+    ],
+)
+def test_scripts_refuse_in_one_line(name, flags, said, model_folder, tmp_path, monkeypatch, capsys):
+    """Guards against a traceback where a model turns out not to be lean, or too large, when it is loaded."""
+    if flags == ["--no_room"]:
+        monkeypatch.setattr(quantized_layers, "free_memory", lambda device: 0)
+        flags = []
+    script, how = SCRIPTS[name]
+    speculation = [] if name == "sweep" else SPECULATION
+    with pytest.raises(SystemExit) as end:
+        script.main(
+            ["--model", str(model_folder), "--output_dir", str(tmp_path), "--draft_weights", "int4",
+             *how, *speculation, *flags]
+        )  # fmt: skip
+    assert end.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --draft_weights int4: " in error
+    assert said in error
