@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def less(batch_size: int) -> str:
     """What takes less memory when generating so many sequences at a time."""
-    return _LESS if batch_size == 1 else f"a --batch_size of {batch_size // 2}, {_LESS}"
+    return _LESS if batch_size == 1 else f"a --batch_size below {batch_size}, {_LESS}"
 
 
 def reason(error: BaseException, less: str = _LESS) -> str | None:
@@ -58,8 +58,12 @@ def named(what: str, batch_size: int = 1) -> Iterator[None]:
     """
     try:
         yield
-    except (RequestError, *KINDS) as error:
-        cause = error.cause if isinstance(error, RequestError) else error
-        if not isinstance(cause, KINDS) or (why := reason(cause, less(batch_size))) is None:
-            raise cause from None
-        raise Failed(f"{what}: {why}") from cause
+        return
+    except RequestError as error:
+        cause = error.cause
+    except KINDS as error:
+        cause = error
+    # Here: raised above, the cause of a RequestError would have that in its context.
+    if not isinstance(cause, KINDS) or (why := reason(cause, less(batch_size))) is None:
+        raise cause
+    raise Failed(f"{what}: {why}") from cause
