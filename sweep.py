@@ -65,6 +65,7 @@ from measures.replay import LONGEST_DRAFT, beyond_the_grid, predicted_cell, riva
 from measures.timed_runs import BASELINE, Question, Side, measure_examples, warm_up
 from runs import ranks
 from runs.examples import OneByOne, longest_prompt, prepare, run_examples
+from runs.failures import named
 from runs.records import Record, Run
 from runs.startup import autoregressive, read_config, run
 from runs.status import says_if_slow
@@ -261,8 +262,7 @@ class Measured(Sweep):
     unit = "cells"
 
     def name(self, index: int) -> str:
-        exit_layer, k = self._grid[index]
-        return f"exit layer {exit_layer}, {k} drafted"
+        return _name(self._grid[index])
 
     def measure(self, index: int) -> Record:
         return self.measure_cell(self._grid[index])
@@ -328,10 +328,11 @@ class Predicted(Sweep):
             "calibration": dataclasses.asdict(dataclasses.replace(costs, draws=())),
             "beyond_the_grid": beyond_the_grid(records, costs, self._exit_layers),
         }
-        pairs = [
-            (row, self.measure_cell((row["exit_layer"], row["num_speculations"])))
-            for row in by_speed[: self._args.verify_top]
-        ]
+        pairs = []
+        for row in by_speed[: self._args.verify_top]:
+            cell = row["exit_layer"], row["num_speculations"]
+            with named(_name(cell)):
+                pairs.append((row, self.measure_cell(cell)))
         if pairs:
             print("\n".join([_verified(pairs), *lines(on_predictions(pairs)), ""]))
         print(
@@ -368,6 +369,10 @@ class Predicted(Sweep):
         processor = NoRepeatNGramLogitsProcessor(self._config.no_repeat_ngram_size)
         rows = logits.float().split(1)
         return torch.cat([processor(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
+
+
+def _name(cell: Cell) -> str:
+    return f"exit layer {cell[0]}, {cell[1]} drafted"
 
 
 def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
