@@ -36,6 +36,10 @@ _WORDS = {"true": True, "false": False, "none": None}  # values of k=v, in any c
 _CACHE_REQUESTS = ("true", "refresh", "delete", "false")
 _VERBOSITIES = ("debug", "info", "warning", "error", "critical")
 
+# Sequences that eval.py generates at a time where --batch_size is auto: nobody knows before how long answers
+# get, and so how many fit.
+_AUTO_GENERATES = 8
+
 # What is about drafts alone; an exit layer means something to autoregressive decoding too.
 _ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "prompt_lookup")
 
@@ -153,6 +157,17 @@ class MeasurementArguments:
 
 
 @dataclass(frozen=True)
+class BatchArguments:
+    """How many sequences at once."""
+
+    batch_size: int = 1
+    """Sequences decoded at a time; each comes out as it would alone."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+
+
+@dataclass(frozen=True)
 class CorrectnessArguments:
     """What to compare with, and how much of it."""
 
@@ -226,7 +241,8 @@ class EvalArguments:
     num_fewshot: int | None = None
     """Solved examples before each question; without it, as many as each task says."""
     batch_size: str = "1"
-    """Sequences in a pass of log-likelihoods, or auto; generation takes one at a time."""
+    """Sequences at a time, in log-likelihoods and in generation; auto (or auto:N, looking N times): as many
+    as fit in log-likelihoods, and 8 in generation."""
     gen_kwargs: str | None = None
     """k=v,k=v in place of the tasks' own generation arguments."""
     apply_chat_template: bool = False
@@ -275,6 +291,10 @@ class EvalArguments:
             given = getattr(self, name)
             known = given is None or given.lower() in allowed
             _check(self, name, known, f"must be one of {', '.join(allowed)}")
+
+    @property
+    def generation_batch_size(self) -> int:
+        return _AUTO_GENERATES if self.batch_size.startswith("auto") else int(self.batch_size)
 
     @property
     def requests_cache(self) -> Literal["true", "refresh", "delete"] | None:

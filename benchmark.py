@@ -2,6 +2,7 @@
 
     python benchmark.py --dataset human_eval --num_samples 20 --max_steps 128 --sample False
     python benchmark.py --compare True --exit_layer 8 --num_speculations 4 --sample False
+    python benchmark.py --batch_size 8 --sample False
 
 Results go to a folder of --output_dir as they come; an interrupted run goes on with --resume FOLDER.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from arguments import (
+    BatchArguments,
     DataArguments,
     GenerationConfig,
     MeasurementArguments,
@@ -26,13 +28,14 @@ from arguments import (
 from data import Example, mismatch
 from runs.tuning import tuned
 
-Flags = tuple[ModelArguments, GenerationConfig, DataArguments, MeasurementArguments]
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments]
 
 
 def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
-    groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments)
-    model_args, config, data_args, args, tuning = parse(__doc__ or "", *groups, args=argv)
+    groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments)
+    *rest, tuning = parse(__doc__ or "", *groups, TuningArguments, args=argv)
+    model_args, config, data_args, args, batch = rest
     config = tuned(config, tuning, argv)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
@@ -41,7 +44,7 @@ def flags(argv: Sequence[str] | None = None) -> Flags:
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     refuse_idle_drafts(config)
-    return model_args, config, data_args, args
+    return model_args, config, data_args, args, batch
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -54,9 +57,9 @@ from typing import Any
 from tqdm import tqdm
 
 from measures import metrics
-from measures.remarks import lines, on_speedup, on_text
+from measures.remarks import lines, on_batch_sizes, on_speedup, on_text, on_throughput
 from measures.text_quality import pass_at_1, text_quality
-from measures.timed_runs import BASELINE, measure_example, warm_up
+from measures.timed_runs import BASELINE, Question, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
 from runs.records import Record, Run
@@ -67,9 +70,9 @@ from self_speculation.drafts.costs import Costs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, data_args, args = flags(argv)
-    generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args)
-    bench = Benchmark(generator, config, examples, args, model_args.seed)
+    model_args, config, data_args, args, batch = flags(argv)
+    generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args, batch)
+    bench = Benchmark(generator, config, examples, args, model_args.seed, batch.batch_size)
     bench.warm_up()
     return run_examples(bench, open_run)
 
@@ -84,44 +87,54 @@ class Benchmark(Job):
         examples: list[Example],
         args: MeasurementArguments,
         seed: int,
+        batch_size: int = 1,
     ) -> None:
         self._examples, self._config, self._args, self._seed = examples, config, args, seed
         self._model, self._tokenizer = generator.model, generator.tokenizer
-        self.num_steps = len(examples)
+        self.num_steps, self.batch_size = len(examples), batch_size
         self._sides = [("", generator, config)]
         if args.compare:
             self._sides.append((BASELINE, *autoregressive(generator, config)))
 
     def warm_up(self) -> None:
         with says_if_slow("warming up"):
-            warm_up(self._sides, longest_prompt(self._examples))
+            warm_up(self._sides, longest_prompt(self._examples), self.batch_size)
 
-    def measure(self, index: int) -> Record:
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+        questions = [Question(index, self._examples[index].prompt, self._seed + index) for index in indices]
+        for index, measured in measure_examples(self._sides, questions, self.batch_size):
+            yield index, self._record(index, measured)
+
+    def _record(self, index: int, measured: Record) -> Record:
         example = self._examples[index]
-        record = {
-            "prompt": example.prompt,
-            "reference": example.reference,
-            **measure_example(self._sides, example.prompt, index, self._seed),
-        }
+        record = {"prompt": example.prompt, "reference": example.reference, **measured}
         if self._args.verbose:
             tqdm.write(f"--- {index}\n{example.prompt}\n--> {record['prediction']}\n", file=sys.stdout)
         return record
 
     def progress(self, records: Sequence[Record]) -> str:
-        text = f"{metrics.speed(records)['tokens_per_second_median']:.1f} tokens/s"
+        if self.batch_size == 1:
+            text = f"{metrics.speed(records)['tokens_per_second_median']:.1f} tokens/s"
+        else:
+            text = f"{metrics.throughput(records)['tokens_per_second']:.1f} tokens/s, all together"
         if "num_verifications" in records[-1]:
             rate = metrics.acceptance(records)["acceptance_rate"]
             text += f", acceptance {_number(rate, '.1%')}"
         return text
 
     def conclude(self, run: Run, records: list[Record]) -> int:
-        summary: Record = {"num_examples": len(records), "speed": metrics.speed(records), "remarks": []}
+        summary: Record = {"num_examples": len(records), "batch_size": self.batch_size, "remarks": []}
+        for prefix, *_ in self._sides:
+            summary |= metrics.speeds(records, self.batch_size, prefix)
         if "num_verifications" in records[0]:
             summary["acceptance"] = metrics.acceptance(records)
-        if self._args.compare:
-            summary["autoregressive_speed"] = metrics.speed(records, BASELINE)
+        if self._args.compare and self.batch_size == 1:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
             summary["remarks"] += on_speedup(records, BASELINE, summary["comparison"])
+        elif self._args.compare:
+            summary["comparison"] = metrics.throughput_ratio(records, BASELINE)
+            summary["remarks"] += on_throughput(summary["comparison"])
+        summary["remarks"] += on_batch_sizes(records)
         predictions = [record["prediction"] for record in records]
         summary["text"] = text_quality(predictions, [record["reference"] for record in records])
         prompts = [record["prompt"] for record in records]
@@ -151,24 +164,19 @@ class Benchmark(Job):
 
 def _rows(summary: Record) -> list[str]:
     """The summary as a table of 68 columns, one column for each strategy."""
-    speeds = [summary[key] for key in ("speed", "autoregressive_speed") if key in summary]
+    sides = [prefix for prefix in ("", BASELINE) if f"{prefix}throughput" in summary]
 
     def row(name: str, *values: Any, style: str = ".2f") -> str:
         return f"{name:<36}" + "".join(f"{_number(value, style):>16}" for value in values)
 
-    rows = [row(f"{summary['num_examples']} examples", *["this strategy", "autoregressive"][: len(speeds)])]
+    alone = summary["batch_size"] == 1
+    title = f"{summary['num_examples']} examples" + ("" if alone else f", batches of {summary['batch_size']}")
+    rows = [row(title, *["this strategy", "autoregressive"][: len(sides)])]
     if "comparison" in summary:
-        rows += _comparison_rows(summary["comparison"], summary["num_examples"], row)
-    for name, key, style in (
-        ("tokens/s, prefill included, median", "tokens_per_second_median", ".2f"),
-        ("  all tokens by all time", "tokens_per_second", ".2f"),
-        ("tokens/s, decode, median", "decode_tokens_per_second_median", ".2f"),
-        ("  all tokens by all time", "decode_tokens_per_second", ".2f"),
-        ("ms to first token, median", "time_to_first_token_ms", ".1f"),
-        ("tokens", "num_tokens", "d"),
-        ("empty answers", "empty_answers", "d"),
-    ):
-        rows.append(row(name, *(speed[key] for speed in speeds), style=style))
+        compared = _comparison_rows if alone else _comparison_rows_of_batches
+        rows += compared(summary["comparison"], summary["num_examples"], row)
+    for name, of, key, style in _SPEED_ROWS if alone else _SPEED_ROWS_OF_BATCHES:
+        rows.append(row(name, *(summary[f"{prefix}{of}"][key] for prefix in sides), style=style))
     if "acceptance" in summary:
         accepted = summary["acceptance"]
         rows.append(row("acceptance rate", accepted["acceptance_rate"], style=".1%"))
@@ -184,17 +192,53 @@ def _rows(summary: Record) -> list[str]:
     return rows
 
 
+# What is said of each strategy, out of which figures of the summary, how.
+_SPEED_ROWS = [
+    ("tokens/s, prefill included, median", "speed", "tokens_per_second_median", ".2f"),
+    ("  all tokens by all time", "speed", "tokens_per_second", ".2f"),
+    ("tokens/s, decode, median", "speed", "decode_tokens_per_second_median", ".2f"),
+    ("  all tokens by all time", "speed", "decode_tokens_per_second", ".2f"),
+    ("ms to first token, median", "speed", "time_to_first_token_ms", ".1f"),
+    ("tokens", "speed", "num_tokens", "d"),
+    ("empty answers", "speed", "empty_answers", "d"),
+]
+_SHARED = "speed_shared_with_the_batch"
+_SPEED_ROWS_OF_BATCHES = [
+    ("tokens/s, all tokens by wall time", "throughput", "tokens_per_second", ".2f"),
+    ("of one answer, shared with the batch", _SHARED, "decode_tokens_per_second_median", ".2f"),
+    ("ms of a prompt's own pass, median", _SHARED, "time_to_first_token_ms", ".1f"),
+    ("seconds, all together", "throughput", "wall_time", ".1f"),
+    ("tokens", "throughput", "num_tokens", "d"),
+    ("empty answers", "throughput", "empty_answers", "d"),
+]
+
+
 def _comparison_rows(compared: Record, num_examples: int, row: Callable[..., str]) -> list[str]:
     rows = []
     for name, key in (("speed-up, prefill included", "speedup"), ("speed-up, decode", "decode_speedup")):
-        middle_half = "-".join(f"{q:.2f}" for q in compared[f"{key}_quartiles"][::2])
-        rows.append(row(f"{name}, median", compared[key]))
-        rows.append(row("  middle half of examples", middle_half or None))
-        rows.append(row("  faster on", f"{compared[f'{key}_faster']} of {compared[f'{key}_examples']}"))
-        rows.append(row("  of totals", compared[f"{key}_of_totals"]))
+        rows += _ratio_rows(name, key, compared, row)
     rows.append(row("  what the formula allows, decode", compared["predicted_decode_speedup"]))
     rows.append(row("identical outputs", f"{compared['identical_outputs']} of {num_examples}"))
     return rows
+
+
+def _comparison_rows_of_batches(compared: Record, num_examples: int, row: Callable[..., str]) -> list[str]:
+    rows = _ratio_rows("ratio of throughputs", "throughput_ratio", compared, row, "windows")
+    rows.append(row("identical outputs", f"{compared['identical_outputs']} of {num_examples}"))
+    return rows
+
+
+def _ratio_rows(
+    name: str, key: str, compared: Record, row: Callable[..., str], parts: str = "examples"
+) -> list[str]:
+    """A median of paired ratios, and how far it is to be trusted."""
+    middle_half = "-".join(f"{q:.2f}" for q in compared[f"{key}_quartiles"][::2])
+    return [
+        row(f"{name}, median", compared[key]),
+        row(f"  middle half of {parts}", middle_half or None),
+        row("  faster on", f"{compared[f'{key}_faster']} of {compared[f'{key}_examples']}"),
+        row("  of totals", compared[f"{key}_of_totals"]),
+    ]
 
 
 def _number(value: Any, style: str) -> str:

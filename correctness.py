@@ -2,7 +2,8 @@
 
     python correctness.py --sample False --exit_layer 8 --num_speculations 4 --num_samples 50
 
-With --sample True it compares distributions instead. Exit status 1 where there is a difference that rounding
+With --batch_size N, so does a batch what its rows give alone? With --sample True it compares distributions
+instead. Exit status 1 where there is a difference that rounding
 cannot explain.
 """
 
@@ -10,25 +11,35 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from arguments import CorrectnessArguments, DataArguments, GenerationConfig, ModelArguments, parse, refuse
+from arguments import (
+    BatchArguments,
+    CorrectnessArguments,
+    DataArguments,
+    GenerationConfig,
+    ModelArguments,
+    parse,
+    refuse,
+)
 from data import Example, mismatch
 
-Flags = tuple[ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments]
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments, BatchArguments]
 
 
 def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
-    groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments)
-    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    groups = (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments, BatchArguments)
+    model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
     if args.reference == "transformers" and not config.greedy:
         refuse("--reference transformers: compares ids, so it needs --sample False")
     if wrong := mismatch(data_args):
         refuse(wrong)
-    if config.generation_strategy == "autoregressive":
+    # A batch may also be compared without drafts.
+    no_drafts = batch.batch_size > 1 and config.exit_layer == config.num_speculations == -1
+    if config.generation_strategy == "autoregressive" and not no_drafts:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    return model_args, config, data_args, args
+    return model_args, config, data_args, args, batch
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -37,6 +48,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import math
 import sys
+import zlib
 from typing import Any
 
 import pandas
@@ -47,10 +59,12 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from measures.comparison import RARE, detectable_shift, find_difference, same_distribution
 from measures.remarks import lines
-from runs.examples import Job, prepare, run_examples
+from measures.timed_runs import Question, answers, windows
+from runs.examples import Job, OneByOne, prepare, run_examples
+from runs.failures import named
 from runs.records import Record, Run
 from runs.startup import autoregressive, run
-from self_speculation import GenerationStrategyResult, HuggingfaceLlamaGenerator
+from self_speculation import GenerationStrategyResult, HuggingfaceLlamaGenerator, Prompt
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length
 
@@ -59,12 +73,13 @@ FALSE_ALARM = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, data_args, args = flags(argv)
-    generator, examples, open_run = prepare("correctness", model_args, config, data_args, args)
+    model_args, config, data_args, args, batch = flags(argv)
+    generator, examples, open_run = prepare("correctness", model_args, config, data_args, args, batch)
     if config.greedy:
-        return run_examples(Ids(generator, config, examples, args), open_run)
+        return run_examples(Ids(generator, config, examples, args, batch.batch_size), open_run)
     print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
-    return run_examples(Distributions(generator, config, examples, args, model_args.seed), open_run)
+    job = Distributions(generator, config, examples, args, model_args.seed, batch.batch_size)
+    return run_examples(job, open_run)
 
 
 class Ids(Job):
@@ -76,16 +91,26 @@ class Ids(Job):
         config: GenerationConfig,
         examples: list[Example],
         args: CorrectnessArguments,
+        batch_size: int,
     ) -> None:
         self._speculative, self._config, self._examples, self._args = generator, config, examples, args
-        self.num_steps = len(examples)
+        self.num_steps, self.batch_size = len(examples), batch_size
         self._plain, self._plain_config = autoregressive(generator, config)
         n = config.no_repeat_ngram_size
         self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
 
-    def measure(self, index: int) -> Record:
-        prompt = self._speculative.encode(self._examples[index].prompt)
-        tokens = _tokens(self._speculative, prompt, self._config)
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+        prompts = {index: self._speculative.encode(self._examples[index].prompt) for index in indices}
+        questions = [Question(index, prompt, seed=0) for index, prompt in prompts.items()]
+        for window in windows(questions, self.batch_size, num_sides=1):
+            for index, result in answers(self._speculative, self._config, window, self.batch_size):
+                with named(self.name(index)):
+                    tokens = _with_end(result.generation_strategy_result)
+                    record = self._compared(prompts[index], tokens)
+                yield index, record
+
+    def _compared(self, prompt: list[int], tokens: list[int]) -> Record:
+        """With what the prompt gives alone."""
         references = {"autoregressive": _tokens(self._plain, prompt, self._plain_config)}
         if self._args.reference == "transformers":
             references["transformers"] = self._by_transformers(prompt)
@@ -120,7 +145,7 @@ class Ids(Job):
                 f"{'near-tie' if d['near_tie'] else 'DIFFERENCE'}\n"
                 f"  best logits {d['best_logits'][0]:.6g} and {d['best_logits'][1]:.6g}, "
                 f"gap {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
-                f"  self-speculative: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
+                f"  {self._strategy}: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
         verdict = "FAILED" if real else "passed"
@@ -129,6 +154,11 @@ class Ids(Job):
             f", {len(real)} differences that rounding does not explain"
         )
         return 1 if real else 0
+
+    @property
+    def _strategy(self) -> str:
+        name = self._config.generation_strategy.replace("_", "-")
+        return name if self.batch_size == 1 else f"{name}, batches of {self.batch_size}"
 
     def _difference(
         self, prompt: list[int], tokens: list[int], name: str, reference: list[int]
@@ -179,7 +209,7 @@ class Ids(Job):
         return output[0, len(prompt) :].tolist()
 
 
-class Distributions(Job):
+class Distributions(OneByOne):
     """Sampling: each of the first tokens of an answer must be distributed alike."""
 
     def __init__(
@@ -189,21 +219,23 @@ class Distributions(Job):
         examples: list[Example],
         args: CorrectnessArguments,
         seed: int,
+        batch_size: int,
     ) -> None:
         self._speculative = generator
         # Longer than what is compared, so that no draft is cut short at the end of the output.
-        self._config = dataclasses.replace(config, max_steps=args.sampled_tokens + config.longest_draft)
+        self._config = dataclasses.replace(
+            config, max_steps=args.sampled_tokens + max(0, config.longest_draft)
+        )
         self._plain, self._plain_config = autoregressive(generator, self._config)
         self._examples, self._args, self._seed = examples[: args.sampled_prompts], args, seed
         self._samples = args.samples_per_prompt
-        self.num_steps = len(self._examples)
+        self.num_steps, self.batch_size = len(self._examples), batch_size
 
     def measure(self, index: int) -> Record:
         prompt = self._speculative.encode(self._examples[index].prompt)
-        torch.manual_seed(self._seed + index)
         results = [
-            [side.generate(prompt, config).generation_strategy_result for _ in range(self._samples)]
-            for side, config in ((self._speculative, self._config), (self._plain, self._plain_config))
+            self._draw(self._speculative, self._config, prompt, f"{index}"),
+            self._draw(self._plain, self._plain_config, prompt, f"{index}, reference"),
         ]
         samples = [[_with_end(result) for result in each] for each in results]
         tests = [
@@ -216,6 +248,19 @@ class Distributions(Job):
             "num_judged": sum(sum(result.judged_by_position or ()) for result in results[0]),
             "num_accepted": sum(result.num_accepted or 0 for result in results[0]),
         }
+
+    def _draw(
+        self, side: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int], name: str
+    ) -> list[GenerationStrategyResult]:
+        """Outputs of one strategy, each by random numbers of its own, so that no batch size changes them.
+
+        Args:
+            name: of these outputs among all that are drawn.
+        """
+        seeds = [zlib.crc32(f"{self._seed}, {name}, {i}".encode()) for i in range(self._samples)]
+        prompts = [Prompt(prompt, seed=seed) for seed in seeds]
+        results = dict(side.generate_batch(prompts, config, self.batch_size))
+        return [results[i].generation_strategy_result for i in range(self._samples)]
 
     def progress(self, records: Sequence[Record]) -> str:
         return f"smallest p-value {min(p for record in records for p in record['p_values']):.3g}"

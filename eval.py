@@ -98,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values()):
             _tell(overrides, config)
         model = HarnessModel(
-            generator, config, overrides, args.batch_size, args.torch_random_seed,
-            keep=run.writer(ranks.rank()).append, accelerator=accelerator,
+            generator, config, overrides, args.batch_size, args.generation_batch_size,
+            args.torch_random_seed, keep=run.writer(ranks.rank()).append, accelerator=accelerator,
         )  # fmt: skip
         tracker = EvaluationTracker(output_path=str(run.folder))
         settings = (model_name(model_args), str(generator.model.dtype), config, overrides)
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.barrier()
         if results is not None:  # at rank 0
             _save(run, tracker, results, args)
-            _show(run, results)
+            _show(run, results, args)
     except KeyboardInterrupt:
         print(f"interrupted; {_kept(args)}", file=sys.stderr)
         return 130
@@ -205,17 +205,20 @@ def _save(run: Run, tracker: EvaluationTracker, results: dict[str, Any], args: E
         if not list(run.folder.glob(f"*/{kind}_*.json*")):  # the harness does not raise
             raise RecordError(f"cannot write {kind} into {run.folder}")
     records = [record for _, record in sorted(run.records().items())]
-    run.finish(records, {"tasks": {task: _figures(own) for task, own in _by_task(records).items()}})
+    tasks = {task: _figures(own, args) for task, own in _by_task(records).items()}
+    run.finish(records, {"tasks": tasks})
 
 
-def _show(run: Run, results: dict[str, Any]) -> None:
+def _show(run: Run, results: dict[str, Any], args: EvalArguments) -> None:
     """The harness's tables, and for each task that generates a line about its speed."""
     print(make_table(results))
     if "groups" in results:
         print(make_table(results, "groups"))
     for task, own in _by_task(run.records().values()).items():
-        figures = _figures(own)
-        line = f"{task}: {len(own)} answers, {figures['speed']['tokens_per_second']:.1f} tokens/s"
+        figures, size = _figures(own, args), args.generation_batch_size
+        line = f"{task}: {len(own)} answers, {figures['throughput']['tokens_per_second']:.1f} tokens/s"
+        if size > 1:
+            line += f" in batches of {size}"
         if accepted := figures.get("acceptance"):
             line += (
                 f", acceptance rate {accepted['acceptance_rate'] or 0:.1%}, mean accepted length "
@@ -232,8 +235,8 @@ def _by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def _figures(records: list[Record]) -> Record:
-    figures: Record = {"speed": metrics.speed(records)}
+def _figures(records: list[Record], args: EvalArguments) -> Record:
+    figures = metrics.speeds(records, args.generation_batch_size)
     if "num_verifications" in records[0]:
         figures["acceptance"] = metrics.acceptance(records)
     return figures

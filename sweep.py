@@ -2,6 +2,7 @@
 
     python sweep.py --num_samples 40 --max_steps 64 --exit_layer_first 2 --exit_layer_last 12
     python sweep.py --mode measured --num_samples 10 --max_steps 64
+    python sweep.py --mode measured --num_samples 40 --max_steps 64 --batch_size 8
 
 --exit_layer, --num_speculations and --generation_strategy are ignored: the grid has its own. Predicted mode
 generates each example once, at full depth, reads what every exit layer would have guessed, and replays the
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from arguments import (
+    BatchArguments,
     DataArguments,
     GenerationConfig,
     ModelArguments,
@@ -26,16 +28,21 @@ from arguments import (
 )
 from data import Example, mismatch
 
-Flags = tuple[ModelArguments, GenerationConfig, DataArguments, SweepArguments]
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, SweepArguments, BatchArguments]
 
 
 def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
-    groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments)
-    model_args, config, data_args, args = parse(__doc__ or "", *groups, args=argv)
+    groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments, BatchArguments)
+    model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
+    if batch.batch_size > 1 and args.mode == "predicted":
+        refuse(
+            f"--batch_size {batch.batch_size}: must be 1 in predicted mode, whose costs are those of one "
+            "sequence; --mode measured takes more"
+        )
     if wrong := mismatch(data_args):
         refuse(wrong)
-    return model_args, config, data_args, args
+    return model_args, config, data_args, args, batch
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -55,9 +62,10 @@ from measures import metrics
 from measures.plots import heat_maps
 from measures.remarks import lines, on_predictions
 from measures.replay import LONGEST_DRAFT, beyond_the_grid, predicted_cell, rivals, speedup_columns, times
-from measures.timed_runs import BASELINE, Side, measure_example, warm_up
+from measures.timed_runs import BASELINE, Question, Side, measure_examples, warm_up
 from runs import ranks
-from runs.examples import Job, longest_prompt, prepare, run_examples
+from runs.examples import OneByOne, longest_prompt, prepare, run_examples
+from runs.failures import named
 from runs.records import Record, Run
 from runs.startup import autoregressive, read_config, run
 from runs.status import says_if_slow
@@ -89,7 +97,7 @@ Cell = tuple[int, int]  # exit layer, draft length
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, data_args, args = flags(argv)
+    model_args, config, data_args, args, batch = flags(argv)
     if args.mode == "predicted" and not is_replayable(config):
         refuse("--mode predicted: is about drafts of layers, of one length; use --mode measured")
     if args.mode == "predicted" and not config.greedy:
@@ -107,15 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
         _notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
-    generator, examples, open_run = prepare("sweep", model_args, config, data_args, args, model_config)
+    generator, examples, open_run = prepare("sweep", model_args, config, data_args, args, batch, model_config)
     grid = [(e, k) for e in args.exit_layers(last) for k in args.draft_lengths()]
     kind = Measured if args.mode == "measured" else Predicted
-    sweep = kind(generator, config, examples, grid, args, model_args.seed)
+    sweep = kind(generator, config, examples, grid, args, model_args.seed, batch.batch_size)
     sweep.warm_up()
     return run_examples(sweep, open_run)
 
 
-class Sweep(Job):
+class Sweep(OneByOne):
     """What both modes share: cells measured for real, and what is shown in the end."""
 
     def __init__(
@@ -126,39 +134,34 @@ class Sweep(Job):
         grid: list[Cell],
         args: SweepArguments,
         seed: int,
+        batch_size: int = 1,
     ) -> None:
         self._generator, self._config, self._examples, self._seed = generator, config, examples, seed
-        self._grid, self._args = grid, args
+        self._grid, self._args, self.batch_size = grid, args, batch_size
         self.num_steps = len(grid) if args.mode == "measured" else len(examples)
         self._plain: Side = (BASELINE, *autoregressive(generator, config))
 
     def warm_up(self) -> None:
         """What both modes time; each cell has a warm-up of its own."""
         with says_if_slow("warming up"):
-            warm_up([self._plain], longest_prompt(self._examples))
+            warm_up([self._plain], longest_prompt(self._examples), self.batch_size)
 
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by the baseline, in turn."""
         config = dataclasses.replace(self._config, exit_layer=cell[0], num_speculations=cell[1])
         sides: list[Side] = [("", self._generator, config), self._plain]
-        warm_up(sides, longest_prompt(self._examples))
-        records = [
-            measure_example(sides, example.prompt, index, self._seed)
+        warm_up(sides, longest_prompt(self._examples), self.batch_size)
+        questions = [
+            Question(index, example.prompt, self._seed + index)
             for index, example in enumerate(self._examples)
         ]
-        speed, compared = metrics.speed(records), metrics.speedup(records, BASELINE)
-        median = "tokens_per_second_median"
+        records = [record for _, record in measure_examples(sides, questions, self.batch_size)]
         return {
             "mode": "measured",
             "exit_layer": cell[0],
             "num_speculations": cell[1],
             **metrics.acceptance(records),
-            **times(speed["num_tokens"], speed["total_time"]),
-            median: speed[median],
-            f"{BASELINE}{median}": metrics.speed(records, BASELINE)[median],
-            **speedup_columns(
-                *(compared[f"speedup{what}"] for what in ("", "_quartiles", "_interval", "_of_totals"))
-            ),
+            **(_speed_of_examples if self.batch_size == 1 else _speed_of_batches)(records),
         }
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
@@ -174,7 +177,8 @@ class Sweep(Job):
         equal = rivals(rows, best)
         heat_maps(
             compared[compared["mode"] == self._args.mode],
-            f"{self._args.mode}, {len(self._examples)} prompts, at most {self._config.max_steps} tokens each",
+            f"{self._args.mode}, {len(self._examples)} prompts, at most {self._config.max_steps} tokens each"
+            + (f", batches of {self.batch_size}" if self.batch_size > 1 else ""),
             run.folder / "sweep",
         )
         run.finish(
@@ -197,15 +201,22 @@ class Sweep(Job):
 
     def _remarks(self, best: Mapping[str, Any], equal: Sequence[Record]) -> list[str]:
         """What the figures mean, and how sure the choice is."""
+        if self.batch_size == 1:
+            what = f"speed-up and tokens/s are medians of {len(self._examples)} prompts"
+        else:
+            what = (
+                f"in batches of {self.batch_size}: tokens/s are all tokens by wall time, and the speed-up is "
+                "the median ratio of them in windows of a few batches"
+            )
+        parts = "prompts" if self.batch_size == 1 else "windows"
         remarks = [
-            f"speed-up and tokens/s are medians of {len(self._examples)} prompts. From-to holds the speed-up "
-            "with a confidence of 90 %: of predicted cells, by the noise of the calibration; of measured "
-            "ones, by how the prompts scatter"
+            f"{what}. From-to holds the speed-up with a confidence of 90 %: of predicted cells, by the noise "
+            f"of the calibration; of measured ones, by how the {parts} scatter"
         ]
         if best["speedup_low"] is None:
             remarks.append(
                 "too little was measured to say how far noise goes: a calibration of "
-                "fewer than three turns, or fewer than five prompts"
+                f"fewer than three turns, or fewer than five {parts}"
             )
         if equal:
             cells = ", ".join(f"{row['exit_layer']}/{row['num_speculations']}" for row in equal[:12])
@@ -216,14 +227,42 @@ class Sweep(Job):
         return remarks
 
 
+def _speed_of_examples(records: Sequence[Record]) -> Record:
+    """Columns of a measured cell."""
+    speed, compared = metrics.speed(records), metrics.speedup(records, BASELINE)
+    median = "tokens_per_second_median"
+    return {
+        **times(speed["num_tokens"], speed["total_time"]),
+        median: speed[median],
+        f"{BASELINE}{median}": metrics.speed(records, BASELINE)[median],
+        **_speedup(compared, "speedup"),
+    }
+
+
+def _speed_of_batches(records: Sequence[Record]) -> Record:
+    """The same columns; what is a median of examples there is that of all together here."""
+    all_, plain = metrics.throughput(records), metrics.throughput(records, BASELINE)
+    return {
+        **times(all_["num_tokens"], all_["wall_time"]),
+        "tokens_per_second_median": all_["tokens_per_second"],
+        f"{BASELINE}tokens_per_second_median": plain["tokens_per_second"],
+        **_speedup(metrics.throughput_ratio(records, BASELINE), "throughput_ratio"),
+    }
+
+
+def _speedup(compared: Record, name: str) -> Record:
+    return speedup_columns(
+        *(compared[f"{name}{what}"] for what in ("", "_quartiles", "_interval", "_of_totals"))
+    )
+
+
 class Measured(Sweep):
     """Runs every cell for real; a record is a cell."""
 
     unit = "cells"
 
     def name(self, index: int) -> str:
-        exit_layer, k = self._grid[index]
-        return f"exit layer {exit_layer}, {k} drafted"
+        return _name(self._grid[index])
 
     def measure(self, index: int) -> Record:
         return self.measure_cell(self._grid[index])
@@ -289,10 +328,11 @@ class Predicted(Sweep):
             "calibration": dataclasses.asdict(dataclasses.replace(costs, draws=())),
             "beyond_the_grid": beyond_the_grid(records, costs, self._exit_layers),
         }
-        pairs = [
-            (row, self.measure_cell((row["exit_layer"], row["num_speculations"])))
-            for row in by_speed[: self._args.verify_top]
-        ]
+        pairs = []
+        for row in by_speed[: self._args.verify_top]:
+            cell = row["exit_layer"], row["num_speculations"]
+            with named(_name(cell)):
+                pairs.append((row, self.measure_cell(cell)))
         if pairs:
             print("\n".join([_verified(pairs), *lines(on_predictions(pairs)), ""]))
         print(
@@ -329,6 +369,10 @@ class Predicted(Sweep):
         processor = NoRepeatNGramLogitsProcessor(self._config.no_repeat_ngram_size)
         rows = logits.float().split(1)
         return torch.cat([processor(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
+
+
+def _name(cell: Cell) -> str:
+    return f"exit layer {cell[0]}, {cell[1]} drafted"
 
 
 def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:

@@ -41,6 +41,8 @@ class SideBySideArguments:
     """Documents of each task; without it, all."""
     rounds: int = 3
     """How often each side generates, in turn."""
+    batch_size: int = 1
+    """Sequences at a time, on each side."""
 
 
 def main() -> int:
@@ -50,10 +52,11 @@ def main() -> int:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def ours(generator: Any, config: GenerationConfig) -> HarnessModel:
-        return HarnessModel(generator, config, (), "1", model_args.seed, keep=lambda record: None)
+        seed, size = model_args.seed, args.batch_size
+        return HarnessModel(generator, config, (), str(size), size, seed, keep=lambda record: None)
 
     sides: dict[str, HFLM] = {
-        "hf": HFLM(pretrained=generator.model, tokenizer=generator.tokenizer, batch_size=1),
+        "hf": HFLM(pretrained=generator.model, tokenizer=generator.tokenizer, batch_size=args.batch_size),
         "autoregressive": ours(*autoregressive(generator, config)),
         "self_speculative": ours(generator, config),
     }

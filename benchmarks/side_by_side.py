@@ -11,6 +11,10 @@ adds another library: the file has a function `load(model, tokenizer)` that retu
 
 *weights MB* is what the weights of a side take in memory, copies in fewer bits included.
 
+With `--batch_size 1 4 16`, many prompts at once instead: the throughput of transformers' `generate` on
+batches padded on the left, and of the strategies here, for each batch size; all prompts by one side after the
+other.
+
 Limits: *streaming* is the time of reading the weights that a round needs once, each as fast as the fastest
 product of that weight with one vector reads it, measured in the same run; *formula* is the speed-up that the
 acceptance allows when a layer costs the same everywhere (DESIGN section 5). The last line is one JSON object.
@@ -41,11 +45,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse
 from measures.metrics import predicted_speedup, quartiles, token_acceptance
-from measures.plots import bars
-from measures.sides import Answer, Generate, count_passes, early_exit, ours, theirs
+from measures.plots import bars, lines
+from measures.sides import (
+    Answer,
+    Batched,
+    Generate,
+    count_passes,
+    early_exit,
+    ours,
+    ours_batched,
+    theirs,
+    theirs_batched,
+)
 from measures.timed_runs import timed
 from runs.startup import adaptive, autoregressive, load_generator, model_name
 from runs.status import bars_fit_the_output
+from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.decoder import Decoder
 from self_speculation.model.quantized_layers import bytes_held
@@ -58,14 +73,30 @@ OURS, SPECULATIVE, ADAPTIVE = "ours, autoregressive", "ours, self-speculative", 
 class SideBySideArguments:
     """How much to measure, and where to."""
 
-    num_prompts: int = 10
-    """Prompts of HumanEval."""
+    num_prompts: int | None = None
+    """Prompts of HumanEval; without it 10, and twice the largest batch where there are batches."""
+    batch_size: list[int] = field(default_factory=lambda: [1])
+    """Sequences at a time, several numbers one after the other; 1 alone: one prompt after the other."""
     rounds: int = 3
     """How often each prompt is answered by each side, in turn."""
     adapter: list[str] = field(default_factory=list)
-    """Python files that add other libraries."""
+    """Python files that add other libraries; not with batches."""
     picture: str = "models/side_by_side"
-    """Path of the bar chart, without suffix."""
+    """Path of the bar chart, of batches a line for each side; without suffix."""
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size) < 1:
+            raise ValueError(f"batch_size {min(self.batch_size)}: must be at least 1")
+        if self.has_batches and self.adapter:
+            raise ValueError(f"adapter {self.adapter[0]}: not with batches")
+
+    @property
+    def has_batches(self) -> bool:
+        return self.batch_size != [1]
+
+    def prompts(self) -> list[str]:
+        number = self.num_prompts or max(10, 2 * max(self.batch_size) if self.has_batches else 0)
+        return [problem["prompt"] for problem in list(read_problems().values())[:number]]
 
 
 def adapted(path: str, generator: Any, max_steps: int) -> Generate:
@@ -137,6 +168,9 @@ def main() -> None:
     model_args, config, args = parse(__doc__ or "", ModelArguments, GenerationConfig, SideBySideArguments)
     config = dataclasses.replace(config, generation_strategy="self_speculative", sample=False)
     generator = load_generator(model_args, config)
+    if args.has_batches:
+        compare_batches(generator, config, args, model_args)
+        return
     model, tokenizer = generator.model, generator.tokenizer
     exit_layer, k, max_steps = config.exit_layer, config.num_speculations, config.max_steps
 
@@ -154,7 +188,7 @@ def main() -> None:
             EARLY_EXIT
         ]  # all layers draft for all layers: that takes a copy, which transformers has not
     sides |= {Path(path).stem: adapted(path, generator, max_steps) for path in args.adapter}
-    prompts = [tokenizer.encode(p["prompt"]) for p in list(read_problems().values())[: args.num_prompts]]
+    prompts = [tokenizer.encode(prompt) for prompt in args.prompts()]
 
     # The warm-up also counts passes.
     assisted = [side for side in (EARLY_EXIT, LOOKUP) if side in sides]
@@ -236,23 +270,11 @@ def main() -> None:
         print(f"outside layers and head: {outside:.1%} of the time of self-speculative decoding")
     path = Path(args.picture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    where = (
-        f"{Path(model_name(model_args)).name}, {str(model.dtype).removeprefix('torch.')}, {_device(model)}"
-    )
-    bars(table.set_index("side"), "tokens/s", f"{where}, exit layer {exit_layer}, {k} drafted", path)
+    bars(table.set_index("side"), "tokens/s", _title(model_args, model, config), path)
     print(
         json.dumps(
             {
-                "model": Path(model_name(model_args)).name,
-                "dtype": str(model.dtype),
-                "device": _device(model),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "exit_layer": exit_layer,
-                "num_speculations": k,
-                "max_steps": max_steps,
-                "prompts": len(prompts),
-                "rounds": args.rounds,
+                **_settings(model_args, model, config, args.rounds, len(prompts)),
                 "layer_streaming_ms": 1000 * layer,
                 "head_streaming_ms": 1000 * head,
                 "formula": formula,
@@ -262,6 +284,94 @@ def main() -> None:
             }
         )
     )
+
+
+def compare_batches(
+    generator: HuggingfaceLlamaGenerator,
+    config: GenerationConfig,
+    args: SideBySideArguments,
+    model_args: ModelArguments,
+) -> None:
+    """Tokens of all prompts by the wall time that they took, by each side at each batch size, in turns."""
+    model, end_ids = generator.model, generator.eos_token_ids
+    configs = {
+        OURS: autoregressive(generator, config)[1],
+        SPECULATIVE: config,
+        ADAPTIVE: adaptive(generator, config)[1],
+    }
+    prompts = [generator.tokenizer.encode(prompt) for prompt in args.prompts()]
+    sizes = sorted(set(args.batch_size))
+    sides: dict[Place, Batched] = {}
+    for size in sizes:
+        sides[size, TRANSFORMERS] = theirs_batched(model, end_ids, config, size)
+        sides |= {(size, name): ours_batched(model, end_ids, own, size) for name, own in configs.items()}
+    for (size, _), generate in tqdm(sides.items(), desc="warm-up"):
+        generate(sorted(prompts, key=len)[-size:])
+    speeds: dict[Place, list[float]] = {place: [] for place in sides}
+    ids: dict[Place, list[list[int]]] = {}
+    for turn in tqdm(range(args.rounds), desc="rounds"):
+        for size in sizes:
+            order = [place for place in sides if place[0] == size]
+            start = turn % len(order)
+            for place in order[start:] + order[:start]:
+                ids[place], took = timed(model, sides[place], prompts)
+                speeds[place].append(sum(map(len, ids[place])) / took)
+    rows = []
+    for (size, side), own in speeds.items():
+        alone, theirs = speeds[sizes[0], side], speeds[size, TRANSFORMERS]
+        rows.append(
+            {
+                "batch size": size,
+                "side": side,
+                "tokens/s": statistics.median(own),
+                "low": quartiles(own)[0],
+                "high": quartiles(own)[2],
+                "ratio": statistics.median(a / b for a, b in zip(own, theirs, strict=True)),
+                f"x batch {sizes[0]}": statistics.median(a / b for a, b in zip(own, alone, strict=True)),
+                "same ids": sum(a == b for a, b in zip(ids[size, side], ids[sizes[0], OURS], strict=True)),
+            }
+        )
+    table = pandas.DataFrame(rows)
+    print(table.to_string(index=False, float_format="{:.2f}".format))
+    print(
+        f"\ntokens/s: all tokens of {len(prompts)} prompts by wall time, medians of {args.rounds} rounds\n"
+        f"ratio: to transformers at the same batch size; same ids: as {OURS}, at batch size {sizes[0]}"
+    )
+    path = Path(args.picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    by_size = table.pivot(index="batch size", columns="side", values="tokens/s")
+    by_size = by_size[[TRANSFORMERS, *configs]]
+    lines(by_size, "batch size", "tokens/s", _title(model_args, model, config), path)
+    print(json.dumps({**_settings(model_args, model, config, args.rounds, len(prompts)), "rows": rows}))
+
+
+# A batch size and a side.
+Place = tuple[int, str]
+
+
+def _title(model_args: ModelArguments, model: Any, config: GenerationConfig) -> str:
+    return (
+        f"{Path(model_name(model_args)).name}, {str(model.dtype).removeprefix('torch.')}, {_device(model)}, "
+        f"exit layer {config.exit_layer}, {config.num_speculations} drafted"
+    )
+
+
+def _settings(
+    model_args: ModelArguments, model: Any, config: GenerationConfig, rounds: int, num_prompts: int
+) -> dict[str, Any]:
+    """What was measured, and with what, for the JSON."""
+    return {
+        "model": Path(model_name(model_args)).name,
+        "dtype": str(model.dtype),
+        "device": _device(model),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "exit_layer": config.exit_layer,
+        "num_speculations": config.num_speculations,
+        "max_steps": config.max_steps,
+        "prompts": num_prompts,
+        "rounds": rounds,
+    }
 
 
 def _shown(table: pandas.DataFrame) -> str:

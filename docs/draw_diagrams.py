@@ -2,7 +2,7 @@
 
     python docs/draw_diagrams.py
 
-Writes round.png, family.png and dataset.png beside itself.
+Writes round.png, batch.png, family.png and dataset.png beside itself.
 """
 
 from __future__ import annotations
@@ -88,6 +88,40 @@ def draw_round() -> None:
     save("round")
 
 
+def draw_batch() -> None:
+    """A ragged round of three rows: what is in the cache during and after it, and before the next one."""
+    axes = canvas(10.2, 6.1)
+    left, size = 1.0, 0.5
+    notes = left + 12 * size + 0.2
+
+    def note(x: float, y: float, text: str) -> None:
+        axes.text(x, y, text, va="center", fontsize=9, color="#333a46")
+
+    def row(number: int, y: float, *runs: tuple[int, str], outcome: str = "") -> None:
+        """So many of each color, from the first position on."""
+        note(0.1, y + 0.18, f"row {number}")
+        for i, color in enumerate([color for times, color in runs for _ in range(times)]):
+            box(axes, left + i * size, y, size - 0.06, 0.36, "", color)
+        note(notes, y + 0.18, outcome)
+
+    last = (1, DRAFT)
+    note(0.1, 5.8, "Verification: one pass over 3 x 4 tokens, each at its row's own position")
+    row(0, 5.2, (5, KEPT), last, (2, VERIFIED), (1, LOST), outcome="two of three guesses stand")
+    row(1, 4.7, (2, KEPT), last, (3, VERIFIED), outcome="all three stand")
+    row(2, 4.2, (8, KEPT), last, (1, VERIFIED), (2, LOST), outcome="one stands, and ends the text")
+    note(0.1, 3.55, "After it: what was rejected is masked, and written over by what comes there later")
+    row(0, 2.95, (8, KEPT), last, outcome="three tokens further")
+    row(1, 2.45, (6, KEPT), last, outcome="four tokens further")
+    row(2, 1.95, (10, KEPT), (2, LOST), outcome="has ended: its answer goes out")
+    note(0.1, 1.3, "Before the next round: the next prompt takes the free place, by a pass of its own")
+    row(2, 0.7, (5, KEPT), last)
+    colors = {"in the cache": KEPT, "last token": DRAFT, "accepted": VERIFIED, "rejected": LOST}
+    for i, (text, color) in enumerate(colors.items()):
+        box(axes, left + i * 2.1, 0.08, 0.3, 0.26, "", color)
+        note(left + i * 2.1 + 0.38, 0.21, text)
+    save("batch")
+
+
 def draw_family() -> None:
     """What of a transformers model is used, and by which names."""
     axes = canvas(10, 3.1)
@@ -131,5 +165,6 @@ def draw_dataset() -> None:
 
 if __name__ == "__main__":
     draw_round()
+    draw_batch()
     draw_family()
     draw_dataset()

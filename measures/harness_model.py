@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +22,12 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from tqdm import tqdm
 
-from measures.timed_runs import measure_example, warm_up
+from measures.timed_runs import Question, measure_examples, warm_up
 from runs.failures import named
 from runs.records import Record
 from runs.startup import get_ready
 from runs.status import says_if_slow
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, RequestError
 from self_speculation.model.families import attended_length
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
@@ -83,6 +83,7 @@ class HarnessModel(HFLM):
         config: exit layer and draft length, and all settings that a request does not have.
         overrides: fields of `config` that count in place of what requests say.
         batch_size: of log-likelihoods, as the harness has it.
+        at_a_time: answers that are generated side by side.
         seed: of sampled answers; each depends on this, its document and its number alone.
         keep: called with the record of each answer.
         accelerator: where there are several ranks.
@@ -94,12 +95,13 @@ class HarnessModel(HFLM):
         config: GenerationConfig,
         overrides: Collection[str],
         batch_size: str,
+        at_a_time: int,
         seed: int,
         keep: Callable[[Record], None],
         accelerator: Accelerator | None = None,
     ) -> None:
         self._generator, self._settings, self._seed, self._keep = generator, config, seed, keep
-        self._overrides = overrides
+        self._overrides, self._at_a_time = overrides, at_a_time
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         self._exit_layer = config.exit_layer if early else None
         self._room = attended_length(generator.model.config)
@@ -127,32 +129,48 @@ class HarnessModel(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer to each request, by its own generation arguments."""
-        answers = []
+        asked = self._asked(requests)
+        self._get_ready(asked)
+        answers: dict[int, str] = {}
+        tokens, seconds = 0, 0.0
+        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
+            for place, record in self._measured(asked):
+                answers[place], record = self._answer(asked[place], record)
+                if asked[place].repeat < (asked[place].request.repeats or 1):  # else the harness has padded
+                    self._keep(record)  # this rank's share
+                tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]
+                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
+                bar.update()
+        return [answers[place] for place in range(len(requests))]
+
+    def _asked(self, requests: list[Instance]) -> list[_Asked]:
         seen: Counter[int] = Counter()
-        notices = self.notices.copy()
-        longest = {r.task_name: r for r in sorted(requests, key=lambda request: len(request.args[0]))}
-        for request in longest.values():  # of each task, which may have settings of its own
+        asked = []
+        for place, request in enumerate(requests):
             ids, config = self._question(request)
-            with named(f"{request.task_name}, document {request.doc_id}"):
-                get_ready(self._generator, config, len(ids))
+            asked.append(_Asked(place, request, seen[id(request)], ids, config))
+            seen[id(request)] += 1
+        return asked
+
+    def _get_ready(self, asked: Sequence[_Asked]) -> None:
+        """For the longest question of each task, which may have settings of its own."""
+        longest = {each.request.task_name: each for each in sorted(asked, key=lambda each: len(each.ids))}
+        for each in longest.values():
+            with named(each.name, self._at_a_time):
+                get_ready(self._generator, each.config, len(each.ids), self._at_a_time)
                 with says_if_slow("warming up"):
-                    warm_up([("", self._generator, config)], ids)
-        self.notices = notices
-        with tqdm(requests, desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
-            for position, request in enumerate(bar):
-                repeat = seen[id(request)]
-                seen[id(request)] += 1
-                with named(f"{request.task_name}, document {request.doc_id}"):
-                    answer, record = self._answer(request, repeat)
-                answers.append(answer)
-                if repeat < (request.repeats or 1):  # else the harness has padded this rank's share
-                    index = position * self.world_size + self.rank
-                    self._keep(
-                        {"index": index, "task": request.task_name, "doc_id": request.doc_id, **record}
-                    )
-                speed = len(record["tokens"]) / (record["prefill_time"] + record["decode_time"])
-                bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
-        return answers
+                    warm_up([("", self._generator, each.config)], each.ids, self._at_a_time)
+
+    def _measured(self, asked: Sequence[_Asked]) -> Iterator[tuple[int, Record]]:
+        """Place and record of each answer; those that are asked for by the same settings share batches."""
+        for _, alike in groupby(sorted(asked, key=_Asked.settings), key=_Asked.settings):
+            first, *rest = alike
+            questions = [Question(each.place, each.ids, self._seed + each.number) for each in (first, *rest)]
+            try:
+                yield from measure_examples([("", self._generator, first.config)], questions, self._at_a_time)
+            except RequestError as error:
+                with named(asked[error.index].name, self._at_a_time):
+                    raise
 
     def _question(self, request: Instance) -> tuple[list[int], GenerationConfig]:
         """Prompt and settings, both cut so that the answer fits the model's context."""
@@ -177,13 +195,41 @@ class HarnessModel(HFLM):
             self.notices["prompts cut on the left"] += 1
         return ids, config
 
-    def _answer(self, request: Instance, repeat: int) -> tuple[str, Record]:
-        context, gen_kwargs = request.args
-        ids, config = self._question(request)
-        place = zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {repeat}".encode())
-        record = measure_example([("", self._generator, config)], ids, place, self._seed)
+    def _answer(self, asked: _Asked, measured: Record) -> tuple[str, Record]:
+        """The text that the harness wants, and all that is to be kept."""
+        context, gen_kwargs = asked.request.args
         # The harness cuts the answers of its own model in the same way.
-        answer = self.tok_decode(record["tokens"])
-        answer = postprocess_generated_text(answer, config.stop_words or [], think_end_token=None)
+        answer = self.tok_decode(measured["tokens"])
+        answer = postprocess_generated_text(answer, asked.config.stop_words or [], think_end_token=None)
         self.cache_hook.add_partial("generate_until", (context, gen_kwargs), answer)
-        return answer, {"prompt": context, **record, "prediction": answer}
+        return answer, {
+            "index": asked.place * self.world_size + self.rank,
+            "task": asked.request.task_name,
+            "doc_id": asked.request.doc_id,
+            "prompt": context,
+            **measured,
+            "prediction": answer,
+        }
+
+
+class _Asked(NamedTuple):
+    """A request as it is put to the model."""
+
+    place: int  # among this rank's requests
+    request: Instance
+    repeat: int  # how often it stood among them before
+    ids: list[int]
+    config: GenerationConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.request.task_name}, document {self.request.doc_id}"
+
+    @property
+    def number(self) -> int:
+        """The same wherever the request stands, and on whatever rank."""
+        request = self.request
+        return zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {self.repeat}".encode())
+
+    def settings(self) -> str:
+        return repr(self.config)

@@ -42,6 +42,64 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     }
 
 
+def speeds(records: Sequence[Record], batch_size: int, prefix: str = "") -> Record:
+    """Of all answers together and of single ones, the latter called as what they are in a batch."""
+    together = {f"{prefix}throughput": throughput(records, prefix)}
+    if batch_size == 1:
+        return {**together, f"{prefix}speed": speed(records, prefix)}
+    return {**together, f"{prefix}speed_shared_with_the_batch": _speed_in_batch(records, prefix)}
+
+
+def _speed_in_batch(records: Sequence[Record], prefix: str) -> Record:
+    """What of `speed` means something where the times of answers overlap."""
+    names = (
+        "tokens_per_second_median", "decode_tokens_per_second_median", "time_to_first_token_ms",
+    )  # fmt: skip
+    of_each = speed(records, prefix)
+    return {name: of_each[name] for name in names}
+
+
+def throughput(records: Sequence[Record], prefix: str = "") -> Record:
+    """Of all answers together: tokens over the wall time of the run, which is that of its slowest rank."""
+    tokens = [record[f"{prefix}num_tokens"] for record in records]
+    by_rank: dict[int, float] = defaultdict(float)
+    for record in records:
+        by_rank[record.get("rank", 0)] += _wall_time(record, prefix)
+    wall_time = max(by_rank.values())
+    return {
+        "tokens_per_second": sum(tokens) / wall_time,
+        "wall_time": wall_time,
+        "num_tokens": sum(tokens),
+        "empty_answers": tokens.count(0),
+    }
+
+
+def throughput_ratio(records: Sequence[Record], baseline: str) -> Record:
+    """As `speedup`, of batches: what is compared is not examples but windows of them, each of which the one
+    strategy answered right after the other.
+    """
+    windows = _windows(records, ("", baseline))
+    identical = sum(record["tokens"] == record[f"{baseline}tokens"] for record in records)
+    return {**_compared("throughput_ratio", windows, baseline, wall_pace), "identical_outputs": identical}
+
+
+def _windows(records: Sequence[Record], prefixes: Sequence[str]) -> list[Record]:
+    """Tokens and wall time of each window."""
+    sums: dict[int, Record] = defaultdict(lambda: defaultdict(float))
+    for record in records:
+        window = sums[record["window"] if "window" in record else record["index"]]
+        for prefix in prefixes:
+            window[f"{prefix}num_tokens"] += record[f"{prefix}num_tokens"]
+            window[f"{prefix}wall_time"] += _wall_time(record, prefix)
+    return list(sums.values())
+
+
+def _wall_time(record: Record, prefix: str) -> float:
+    # A run that began before wall times were taken goes on with --resume; its examples were alone.
+    alone = record[f"{prefix}prefill_time"] + record[f"{prefix}decode_time"]
+    return record.get(f"{prefix}wall_time", alone)
+
+
 def acceptance(records: Sequence[Record]) -> Record:
     """How many drafted tokens were accepted, over all examples; rates are None where nothing was drafted.
 
@@ -95,6 +153,11 @@ def answer_pace(record: Record, prefix: str) -> tuple[int, float]:
 def decode_pace(record: Record, prefix: str) -> tuple[int, float]:
     """Of all tokens but the first."""
     return record[f"{prefix}num_decode_tokens"], record[f"{prefix}decode_time"]
+
+
+def wall_pace(record: Record, prefix: str) -> tuple[int, float]:
+    """Of a window."""
+    return record[f"{prefix}num_tokens"], record[f"{prefix}wall_time"]
 
 
 def with_tokens(records: Sequence[Record], baseline: str, pace: Pace) -> list[Record]:

@@ -99,6 +99,23 @@ def curves_by_exit(tables: dict[str, pandas.DataFrame], values: list[str], path:
     _save(figure, path)
 
 
+def lines(table: pandas.DataFrame, x: str, y: str, title: str, path: Path) -> None:
+    """One line for each column over the index, whose values stand for themselves; `path` without suffix."""
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.2), constrained_layout=True)
+    for name in table.columns:
+        axes.plot(table.index, table[name], marker="o", markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(table.index, table.index)
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def bar_panels(tables: dict[str, pandas.DataFrame], value: str, path: Path) -> None:
     """One panel of bars for each table, two beside each other; `path` without suffix."""
     rows = (len(tables) + 1) // 2

@@ -47,6 +47,34 @@ def on_speedup(records: Sequence[Record], baseline: str, compared: Record) -> li
     return remarks
 
 
+def on_throughput(compared: Record) -> list[str]:
+    """About a comparison of two strategies on batches.
+
+    Args:
+        compared: what `metrics.throughput_ratio` says.
+    """
+    if not compared["throughput_ratio_examples"]:
+        return ["both strategies give no tokens: there is nothing to compare"]
+    interval = compared["throughput_ratio_interval"]
+    if interval is None:
+        return ["fewer than five windows: too few to tell a gain from chance; more --num_samples make more"]
+    if interval[0] <= 1 <= interval[1]:
+        return [
+            "these examples do not tell which strategy is faster: the median ratio of throughputs is "
+            f"somewhere from {interval[0]:.2f} to {interval[1]:.2f} (confidence 90 %)"
+        ]
+    return []
+
+
+def on_batch_sizes(records: Sequence[Record]) -> list[str]:
+    """Where a run went on with another batch size."""
+    sizes = sorted({record.get("batch_size", 1) for record in records})
+    if len(sizes) == 1:
+        return []
+    listed = ", ".join(map(str, sizes))
+    return [f"the run had batches of {listed}: its throughput is that of none of them"]
+
+
 def _why_totals_differ(records: Sequence[Record], baseline: str, pace: Pace, median: float) -> str:
     """Names the examples that took too long for their length, if without a few such the two agree."""
     by_delay = sorted(records, key=lambda record: -max(_delays(record, records, baseline, pace)))

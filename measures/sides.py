@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation import GenerationConfig, GenerationStrategyResult, make_strategy
+from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,59 @@ def ours(model: PreTrainedModel, end_ids: Sequence[int], config: GenerationConfi
         return Answer(new, 1, result.prefill_time, result.decode_time, result)
 
     return generate
+
+
+# Prompts, as ids -> the new ids of each.
+Batched = Callable[[Sequence[list[int]]], list[list[int]]]
+
+
+def theirs_batched(
+    model: PreTrainedModel, end_ids: Sequence[int], config: GenerationConfig, batch_size: int
+) -> Batched:
+    """Greedy `generate` of transformers: prompts in their order, padded on the left to batches; a batch goes
+    on until its last row has ended.
+    """
+
+    @torch.inference_mode()
+    def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
+        new: list[list[int]] = []
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            width = max(map(len, batch))
+            ids, mask = (
+                torch.tensor([[0] * (width - len(row)) + of(row) for row in batch], device=model.device)
+                for of in (list, lambda row: [1] * len(row))
+            )
+            output = model.generate(
+                ids, attention_mask=mask, max_new_tokens=config.max_steps, do_sample=False,
+                eos_token_id=list(end_ids) or None, pad_token_id=0,
+            )  # fmt: skip
+            new += [_up_to_the_end(row, end_ids) for row in output[:, width:].tolist()]
+        return new
+
+    return generate
+
+
+def ours_batched(
+    model: PreTrainedModel, end_ids: Sequence[int], config: GenerationConfig, batch_size: int
+) -> Batched:
+    """The strategy that `config` names; a row that ends makes room for the next prompt."""
+    strategy = make_strategy(config.generation_strategy)
+
+    def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
+        requests = [Request(ids, list(end_ids)) for ids in prompts]
+        found = dict(strategy.generate_batch(model, requests, config, batch_size))
+        results = [found[index] for index in range(len(prompts))]
+        ends = [[] if result.end_token_id is None else [result.end_token_id] for result in results]
+        return [[*result.predicted_tokens, *end] for result, end in zip(results, ends, strict=True)]
+
+    return generate
+
+
+def _up_to_the_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """What was generated of a padded row, the end id included."""
+    end = next((position for position, token in enumerate(ids) if token in end_ids), len(ids))
+    return ids[: end + 1]
 
 
 def count_passes(model: Any, generate: Callable[[list[int]], Answer], prompts: Sequence[list[int]]) -> float:

@@ -1,17 +1,26 @@
-"""Timed generation of one example, by one strategy or by several in turn, and the warm-up before it."""
+"""Timed generation of examples, by one strategy or by several in turn, and the warm-up before it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from transformers import PreTrainedModel
 
+from runs import ranks
+from runs.failures import KINDS
 from runs.records import Record
-from self_speculation import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
+from self_speculation import (
+    GenerationConfig,
+    GenerationResult,
+    GenerationStrategy,
+    HuggingfaceLlamaGenerator,
+    Prompt,
+    Request,
+    RequestError,
+)
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.devices import synchronize
 from self_speculation.model.families import attended_length
@@ -21,34 +30,46 @@ T = TypeVar("T")
 
 BASELINE = "autoregressive_"  # prefix of the fields of the strategy that another is compared with
 
+# Batches that a side answers before it is the next one's turn. In the last of them the rows become fewer.
+_BATCHES_IN_TURN = 4
+
 # One of the strategies compared: the prefix of its fields in the record, what generates, and how.
 Side = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
-def warm_up(sides: Sequence[Side], prompt: str | list[int]) -> None:
+def warm_up(sides: Sequence[Side], prompt: str | list[int], batch_size: int = 1) -> None:
     """Run the passes that will be timed, by each side, three times each: no more tokens than that takes.
 
     Args:
         prompt: the longest one that will be timed: compiled passes depend on how much room a cache has.
     """
     for _, generator, config in sides:
-        run_every_pass(generator.generation_strategy, generator.model, generator.encode(prompt), config)
+        ids = generator.encode(prompt)
+        run_every_pass(generator.generation_strategy, generator.model, ids, config, batch_size)
 
 
 def run_every_pass(
-    strategy: GenerationStrategy, model: PreTrainedModel, prompt: list[int], config: GenerationConfig
+    strategy: GenerationStrategy,
+    model: PreTrainedModel,
+    prompt: list[int],
+    config: GenerationConfig,
+    batch_size: int = 1,
 ) -> None:
     """The warm-up of one side; a prompt that fills the context is cut."""
     longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
     num_tokens = warm_up_tokens(longest)
     ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]
+    # Rows of different lengths, as those of a batch are. There is room for all of max_steps, and the outputs
+    # end long before; end ids are left out too.
+    rows = [
+        Request(ids[row % len(ids) :], [], ends_text=lambda tokens: len(tokens) >= num_tokens)
+        for row in range(batch_size)
+    ]
     endless = replace(config, stop_words=None, stop_token_ids=None)
 
     def generate(settings: GenerationConfig) -> None:
-        """End ids are left out too; there is room for all of max_steps, and the output ends long before."""
-        strategy.generate_token_ids(
-            model, ids, [], settings, ends_text=lambda tokens: len(tokens) >= num_tokens
-        )
+        for _ in strategy.generate_batch(model, rows, settings, batch_size):
+            pass
 
     generate(endless)
     if is_compiled(model):  # narrower passes too, for drafts that are cut short
@@ -62,33 +83,93 @@ def warm_up_tokens(longest_draft: int) -> int:
     return RUNS_TO_WARM_UP * (longest_draft + 1) + 1
 
 
-def measure_example(sides: Sequence[Side], prompt: str | list[int], index: int, seed: int) -> Record:
-    """What each side makes of a prompt, and how long it takes; the sides take turns at going first.
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered, and the seed of the answer's own random numbers."""
 
-    The outcome depends on prompt, index and seed alone, not on what was generated before.
+    index: int
+    prompt: str | list[int]
+    seed: int
+
+
+def measure_examples(
+    sides: Sequence[Side], questions: Sequence[Question], batch_size: int
+) -> Iterator[tuple[int, Record]]:
+    """What each side makes of each prompt, and how long it takes, as all sides have it; with its index.
+
+    Sides take turns, and at going first too: after each prompt, or after a window of a few batches where
+    there are batches. The outcome depends on prompt and seed alone, not on what else is generated
+    before or beside it. Of the times, `wall_time` is that since the side's last answer before: times of
+    several answers of a batch overlap, their wall times add up.
+
+    Raises:
+        RequestError: something is wrong with the prompt of its index.
     """
-    record: Record = {}
-    for prefix, generator, config in sides[:: 1 if index % 2 else -1]:
-        torch.manual_seed(seed + index)
-        result = generator.generate(prompt, config)
-        took = result.generation_strategy_result
-        fields = {
-            "prediction": result.decoded_prediction,
-            "tokens": took.predicted_tokens,
-            "num_tokens": result.num_tokens_generated,
-            "num_prompt_tokens": took.num_prompt_tokens,
-            "num_decode_tokens": took.num_decode_tokens,
-            "stop_reason": took.stop_reason,
-            "prefill_time": took.prefill_time,
-            "decode_time": took.decode_time,
-            "num_verifications": took.num_verifications,
-            "drafts_by_source": took.drafts_by_source and _named(took.drafts_by_source),
-            "drafted_by_position": took.drafted_by_position,
-            "judged_by_position": took.judged_by_position,
-            "accepted_by_position": took.accepted_by_position,
-        }
-        record |= {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
-    return record
+    for number, window in enumerate(windows(questions, batch_size, len(sides))):
+        *others, last = sides if number % 2 else sides[::-1]
+        measured: dict[int, Record] = {question.index: {} for question in window}
+        for side in others:
+            for index, fields in _measured(side, window, batch_size):
+                measured[index] |= fields
+        for index, fields in _measured(last, window, batch_size):
+            place = {"batch_size": batch_size, "window": window[0].index, "rank": ranks.rank()}
+            yield index, {**measured[index], **fields, **place}
+
+
+def answers(
+    generator: HuggingfaceLlamaGenerator,
+    config: GenerationConfig,
+    questions: Sequence[Question],
+    batch_size: int,
+) -> Iterator[tuple[int, GenerationResult]]:
+    """The answers as they end, each with its index; raises what `measure_examples` does."""
+    prompts = [Prompt(question.prompt, seed=question.seed) for question in questions]
+    try:
+        for position, result in generator.generate_batch(prompts, config, batch_size):
+            yield questions[position].index, result
+    except RequestError as error:
+        raise RequestError(questions[error.index].index, error.cause) from error.cause
+    except KINDS as error:  # in a pass over all rows in flight
+        if len(questions) > 1:
+            raise
+        raise RequestError(questions[0].index, error) from error
+
+
+def windows(questions: Sequence[T], batch_size: int, num_sides: int) -> Iterator[Sequence[T]]:
+    """What a side answers before it is the next one's turn."""
+    size = 1
+    if batch_size > 1:  # the rows of one side alone flow without an end
+        size = _BATCHES_IN_TURN * batch_size if num_sides > 1 else max(1, len(questions))
+    return (questions[start : start + size] for start in range(0, len(questions), size))
+
+
+def _measured(side: Side, window: Sequence[Question], batch_size: int) -> Iterator[tuple[int, Record]]:
+    """The fields of one side, with their prefix."""
+    prefix, generator, config = side
+    started = time.perf_counter()
+    for index, result in answers(generator, config, window, batch_size):
+        fields = {**_fields(result), "wall_time": time.perf_counter() - started}
+        yield index, {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
+        started = time.perf_counter()  # what is done with an answer is not a part of the next one's time
+
+
+def _fields(result: GenerationResult) -> Record:
+    took = result.generation_strategy_result
+    return {
+        "prediction": result.decoded_prediction,
+        "tokens": took.predicted_tokens,
+        "num_tokens": result.num_tokens_generated,
+        "num_prompt_tokens": took.num_prompt_tokens,
+        "num_decode_tokens": took.num_decode_tokens,
+        "stop_reason": took.stop_reason,
+        "prefill_time": took.prefill_time,
+        "decode_time": took.decode_time,
+        "num_verifications": took.num_verifications,
+        "drafts_by_source": took.drafts_by_source and _named(took.drafts_by_source),
+        "drafted_by_position": took.drafted_by_position,
+        "judged_by_position": took.judged_by_position,
+        "accepted_by_position": took.accepted_by_position,
+    }
 
 
 def _named(counts: Mapping[str, SourceCounts]) -> Record:

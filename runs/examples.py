@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from arguments import DataArguments, GenerationConfig, ModelArguments, refuse
+from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
-from runs.failures import KINDS, Failed, named, reason
+from runs.failures import KINDS, Failed, less, named, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import get_ready, load_generator, meet, model_name
-from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation import HuggingfaceLlamaGenerator, RequestError
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length, sliding_window
 
@@ -28,14 +28,20 @@ class Job(ABC):
     """How many records there will be: one for each index from 0."""
     unit = "examples"
     """What the progress bar counts."""
+    batch_size = 1
+    """Sequences decoded at a time."""
 
     def name(self, index: int) -> str:
         """What a message calls the work on an index."""
         return f"example {index}"
 
     @abstractmethod
-    def measure(self, index: int) -> Record:
-        """The record of an index; timings aside, it must depend on index and flags alone."""
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+        """The records of these indices as they come, in any order, each with its index.
+
+        Timings aside, a record must depend on index and flags alone. Raises RequestError with an index where
+        something is wrong with that one.
+        """
 
     @abstractmethod
     def progress(self, records: Sequence[Record]) -> str:
@@ -49,12 +55,27 @@ class Job(ABC):
         """Called at rank 0 whenever it has written a record."""
 
 
+class OneByOne(Job):
+    """A job whose records are made one after the other."""
+
+    @abstractmethod
+    def measure(self, index: int) -> Record:
+        """The record of an index, see `records`."""
+
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+        for index in indices:
+            with named(self.name(index), self.batch_size):
+                record = self.measure(index)
+            yield index, record
+
+
 def prepare(
     script: str,
     model_args: ModelArguments,
     config: GenerationConfig,
     data_args: DataArguments,
     args: Any,
+    batch: BatchArguments,
     model_config: PretrainedConfig | None = None,
 ) -> tuple[HuggingfaceLlamaGenerator, list[Example], Callable[[], Run]]:
     """What a script over a dataset needs: the model, the examples that fit it, and how to open the run.
@@ -68,7 +89,7 @@ def prepare(
     meet(model_args)
     try:
         examples = load_examples(data_args, model_args.seed)
-        description = describe(script, (model_args, config, data_args, args), fingerprint(examples))
+        description = describe(script, (model_args, config, data_args, args, batch), fingerprint(examples))
         check_destination(args.resume, model_args.output_dir, description)
     except (DataError, RecordError) as error:
         refuse(str(error))
@@ -76,7 +97,7 @@ def prepare(
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     examples = _examples_that_fit(generator, examples, config.max_steps)
-    get_ready(generator, config, len(generator.encode(longest_prompt(examples))))
+    get_ready(generator, config, len(generator.encode(longest_prompt(examples))), batch.batch_size)
     return (
         generator,
         examples,
@@ -122,7 +143,7 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
         except (RecordError, Failed) as error:
             print(kept(str(error)), file=sys.stderr)
         except KINDS as error:
-            if (why := reason(error)) is None and not is_lost_rank(error):
+            if (why := reason(error, less(job.batch_size))) is None and not is_lost_rank(error):
                 raise
             if why is not None or ranks.is_first():
                 print(kept(why or "another rank is gone"), file=sys.stderr)
@@ -132,14 +153,23 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
 def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) -> None:
     """Write the records of this rank's examples; `records` are those that were finished before."""
     writer = run.writer(ranks.rank())
-    with tqdm(indices, desc=job.unit, disable=ranks.rank() != 0) as bar:
-        for index in bar:
-            with named(job.name(index)):
-                records.append({"index": index, **job.measure(index)})
+    with tqdm(total=len(indices), desc=job.unit, disable=ranks.rank() != 0) as bar:
+        for index, record in _naming_what_fails(job, indices):
+            records.append({"index": index, **record})
             writer.append(records[-1])
             bar.set_postfix_str(job.progress(records), refresh=False)
+            bar.update()
             if ranks.rank() == 0:
                 job.after_each(run)
+
+
+def _naming_what_fails(job: Job, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+    """The records of a job; `Failed` for what is wrong with one of them."""
+    try:
+        yield from job.records(indices)
+    except RequestError as error:
+        with named(job.name(error.index), job.batch_size):
+            raise
 
 
 def longest_prompt(examples: Sequence[Example]) -> str:

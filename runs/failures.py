@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from self_speculation import RequestError
+
 # What takes less memory when generating.
 _LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
@@ -32,6 +34,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     )
 
 
+def less(batch_size: int) -> str:
+    """What takes less memory when generating so many sequences at a time."""
+    return _LESS if batch_size == 1 else f"a --batch_size below {batch_size}, {_LESS}"
+
+
 def reason(error: BaseException, less: str = _LESS) -> str | None:
     """The line about an error, None where it is a mistake of the program.
 
@@ -45,11 +52,18 @@ def reason(error: BaseException, less: str = _LESS) -> str | None:
 
 
 @contextmanager
-def named(what: str) -> Iterator[None]:
-    """Raises `Failed`, which names what was worked on, in place of errors that have a reason."""
+def named(what: str, batch_size: int = 1) -> Iterator[None]:
+    """Raises `Failed`, which names what was worked on, in place of errors that have a reason; of one request
+    of a batch, the error that it met.
+    """
     try:
         yield
+        return
+    except RequestError as error:
+        cause = error.cause
     except KINDS as error:
-        if (why := reason(error)) is None:
-            raise
-        raise Failed(f"{what}: {why}") from error
+        cause = error
+    # Here: raised above, the cause of a RequestError would have that in its context.
+    if not isinstance(cause, KINDS) or (why := reason(cause, less(batch_size))) is None:
+        raise cause
+    raise Failed(f"{what}: {why}") from cause

@@ -30,6 +30,8 @@ _COMPARED = (
 )  # fmt: skip
 # Arguments that may differ: they say where results go and what is shown, not what the results are.
 _NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
+# By script: others that only what a clock says depends on, where records are more than that.
+_NOT_COMPARED_IN = {"benchmark": ("batch_size",), "correctness": ("batch_size",)}
 # Arguments that may be higher than they were: what was done before is the beginning of what is done then.
 _MAY_GROW = ("num_steps",)
 
@@ -87,10 +89,11 @@ class Run:
             raise RecordError(f"--{error}") from error
         if (script := earlier.get("script")) != description["script"]:
             raise RecordError(f"--resume {path}: is of {script}.py, go on with that")
+        not_compared = (*_NOT_COMPARED, *_NOT_COMPARED_IN.get(script, ()))
         for key, now in description["arguments"].items():
             was = earlier["arguments"].get(key)
             grows = key in _MAY_GROW and isinstance(was, int) and now > was
-            if was != now and not grows and key not in _NOT_COMPARED:
+            if was != now and not grows and key not in not_compared:
                 raise RecordError(f"--resume {path}: that run had --{key} {was!r}, this one has {now!r}")
         for key in _COMPARED:
             was, now = earlier.get(key), description.get(key)

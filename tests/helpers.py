@@ -11,7 +11,9 @@ import torch.distributed.run
 from self_speculation.drafts.costs import Costs
 
 TORCHRUN = torch.distributed.run.__file__
-TIMES = ("prefill_time", "decode_time", "autoregressive_prefill_time", "autoregressive_decode_time")
+# What a record says of the clock, and of who else was there when it was taken.
+TIMES = [f"{side}{time}_time" for side in ("", "autoregressive_") for time in ("prefill", "decode", "wall")]
+TIMES += ["batch_size", "window", "rank"]
 
 
 def custom_data(folder):

@@ -135,14 +135,14 @@ def kept(folder):
 
 
 def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(common, tmp_path, monkeypatch, capsys):
-    original = benchmark.Benchmark.measure
+    original = benchmark.Benchmark._record
 
-    def measure(self, index):
+    def record(self, index, measured):
         if index == 2:
             raise KeyboardInterrupt
-        return original(self, index)
+        return original(self, index, measured)
 
-    monkeypatch.setattr(benchmark.Benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark.Benchmark, "_record", record)
     assert benchmark.main(common) == 130
     assert f"interrupted; 2 of 5 examples are kept, go on with --resume {only_run(tmp_path)}" in (
         capsys.readouterr().err
@@ -241,8 +241,8 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import benchmark\n"
         "from runs.startup import run\n"
-        "def measure(self, index): raise TypeError('rank 1 broke')\n"
-        "if os.environ['RANK'] == '1': benchmark.Benchmark.measure = measure\n"
+        "def records(self, indices): raise TypeError('rank 1 broke')\n"
+        "if os.environ['RANK'] == '1': benchmark.Benchmark.records = records\n"
         "run(benchmark.main)\n"
     )
     result = forks.run_ranks(2, program, *common)

@@ -237,11 +237,11 @@ def test_an_interrupted_evaluation_goes_on_from_its_cache(
     calls = []
     answer = eval_script.HarnessModel._answer
 
-    def interrupted(self, request, repeat):
-        calls.append(request.doc_id)
+    def interrupted(self, asked, measured):
+        calls.append(asked.request.doc_id)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return answer(self, request, repeat)
+        return answer(self, asked, measured)
 
     monkeypatch.setattr(eval_script.HarnessModel, "_answer", interrupted)
     assert eval_script.main(common) == 130

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import ROOT
-from helpers import custom_data, only_run
+from helpers import custom_data, no_calibration, only_run
 
 import benchmark
 import eval as eval_script
@@ -14,6 +14,7 @@ import generate
 import sweep
 from runs import startup
 from runs.failures import is_out_of_memory
+from self_speculation import RequestError
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.model.decoder import Decoder
 
@@ -82,6 +83,20 @@ def test_a_sweep_names_the_cell(dataset, fails_at, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"exit layer 1, 2 drafted: {OUT_OF_MEMORY}")
     assert "; 1 of 12 cells are kept, go on with --resume" in said
+
+
+def test_a_cell_that_is_verified_is_named_too(dataset, monkeypatch, capsys):
+    """Guards against a traceback out of the cells that a predicted sweep measures in the end."""
+    no_calibration(monkeypatch)
+
+    def fails(*_, **__):
+        raise RequestError(1, MemoryError())
+
+    monkeypatch.setattr(sweep, "measure_examples", fails)
+    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--verify_top", "1"]
+    assert sweep.main([*dataset, *grid]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"exit layer 1, 1 drafted: {OUT_OF_MEMORY}")
 
 
 @pytest.mark.usefixtures("few_files_are_read")

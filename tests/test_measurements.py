@@ -13,7 +13,9 @@ from helpers import only_run
 from transformers import LlamaConfig
 
 from measures.comparison import Judged, judge_greedy
+from measures.sides import ours_batched, theirs_batched
 from measures.synthetic import random_llama
+from self_speculation import GenerationConfig
 
 ADAPTER = """
 def load(model, tokenizer):
@@ -53,6 +55,32 @@ def test_side_by_side(measured, tmp_path):
     )
     assert 0 < record["outside_layers_and_head"] < 1
     assert (tmp_path / "bars.png").stat().st_size > 10_000
+
+
+def test_side_by_side_in_batches(measured, tmp_path):
+    """Guards against padding that counts as tokens, and a side whose rows are those of other prompts."""
+    record = measured(
+        "side_by_side", "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "2",
+        "--num_prompts", "5", "--batch_size", "1", "3", "--picture", tmp_path / "lines",
+    )  # fmt: skip
+    assert [(row["batch size"], row["side"].split(", ")[-1]) for row in record["rows"]] == [
+        (size, side)
+        for size in (1, 3)
+        for side in ("transformers", "autoregressive", "self-speculative", "adaptive")
+    ]
+    assert all(row["same ids"] == 5 and row["tokens/s"] > 0 for row in record["rows"])
+    assert all(row["ratio"] == 1 for row in record["rows"] if row["side"] == "transformers")
+    assert (tmp_path / "lines.png").stat().st_size > 10_000
+
+
+def test_what_follows_the_end_of_a_padded_row_does_not_count():
+    """Guards against a throughput of transformers that counts the padding of rows that have ended."""
+    model, prompts = tiny_llama(), [[5, 9, 4, 7], [7]]
+    settings = GenerationConfig(max_steps=12, sample=False)
+    ends = [generate(model, prompts[0], max_steps=12, eos=[]).predicted_tokens[4]]
+    padded = theirs_batched(model, ends, settings, 2)(prompts)
+    assert padded == ours_batched(model, ends, settings, 2)(prompts)
+    assert len(padded[0]) <= 5
 
 
 def test_host_time():
