@@ -141,7 +141,9 @@ class Benchmark(Job):
         if self._config.generation_strategy == "adaptive":  # the formula is about one exit and one length
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
         exit_layer, k = self._config.exit_layer, self._config.num_speculations
-        costs = Costs.estimated(self._model, exit_layer, self._config.draft_weights)
+        costs = Costs.estimated(
+            self._model, exit_layer, self._config.draft_weights, self._config.draft_vocabulary
+        )
         return {
             "token_acceptance": alpha,
             "draft_cost_ratio": costs.draft_ratio(exit_layer),

@@ -27,6 +27,8 @@ from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model import decoder
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.kv_cache import KVCache
+from self_speculation.model.prepared import prepared
+from self_speculation.model.vocabulary import Vocabulary
 
 SAMPLES = 800
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
@@ -42,6 +44,7 @@ def batch(model, requests, batch_size, **config):
     """Results by index."""
     name = strategy_of(config)
     settings = GenerationConfig(**{"sample": False, "generation_strategy": name, **config})
+    prepared(model).vocabulary = Vocabulary()
     return dict(make_strategy(name).generate_batch(model, requests, settings, batch_size))
 
 
@@ -55,12 +58,13 @@ def until_an_error(results):
 
 
 def alone(model, request, **config):
+    prepared(model).vocabulary = Vocabulary()  # what was written before decides what is drafted
     if request.seed is not None:
         torch.manual_seed(request.seed)
     return generate(
         model,
         request.input_ids,
-        eos=list(request.eos_token_ids),
+        eos=list(request.eos_token_ids or []),
         logits_processors=request.logits_processors,
         stopping_criteria=request.stopping_criteria,
         **config,
@@ -89,6 +93,7 @@ DRAFTS = st.one_of(
             "prompt_lookup": st.integers(1, 3),
             "draft_confidence": st.sampled_from(["auto", "0.05", "0.5"]),
             "draft_weights": st.just("int8"),
+            "draft_vocabulary": st.integers(1, 40),
         },
     ),
 )

@@ -83,16 +83,25 @@ class Costs:
         return self.draft_step[exit_layer] / self.plain_step
 
     @classmethod
-    def estimated(cls, model: PreTrainedModel, exit_layer: int, draft_weights: DraftWeights) -> Costs:
+    def estimated(
+        cls,
+        model: PreTrainedModel,
+        exit_layer: int,
+        draft_weights: DraftWeights,
+        draft_vocabulary: int | None = None,
+    ) -> Costs:
         """By bytes of weights read: a draft step takes c = (E + h) / (L + h), h being the head's size in
-        layers, and a verification as much as a plain step, however wide it is.
+        layers (E + h N / V with N of V rows of it), and a verification as much as a plain step, however wide
+        it is.
         """
         layers = model.base_model.layers
         head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
+        rows = len(model.get_output_embeddings().weight)
+        head_of_draft = head * min(draft_vocabulary or rows, rows) / rows
         bytes_per_weight = 1.0 if draft_weights == "exact" else 1.0 / model.dtype.itemsize
         return cls(
             plain_step=1.0,
-            draft_step={exit_layer: bytes_per_weight * (exit_layer + head) / (len(layers) + head)},
+            draft_step={exit_layer: bytes_per_weight * (exit_layer + head_of_draft) / (len(layers) + head)},
             verifications={0: (1.0,), exit_layer: (1.0,)},
             lengths=(0,),
             probe=head / (len(layers) + head),
