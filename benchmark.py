@@ -26,7 +26,7 @@ from arguments import (
 from data import Example, mismatch
 from runs.tuning import tuned
 
-Flags = tuple[ModelArguments, GenerationConfig, DataArguments, MeasurementArguments]
+Flags = tuple[ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments]
 
 
 def flags(argv: Sequence[str] | None = None) -> Flags:
@@ -41,7 +41,7 @@ def flags(argv: Sequence[str] | None = None) -> Flags:
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     refuse_idle_drafts(config)
-    return model_args, config, data_args, args
+    return model_args, config, data_args, args, tuning
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -60,15 +60,16 @@ from measures.timed_runs import BASELINE, measure_example, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
 from runs.records import Record, Run
-from runs.startup import autoregressive, run
+from runs.startup import autoregressive, know_what_was_written, run
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, data_args, args = flags(argv)
+    model_args, config, data_args, args, tuning = flags(argv)
     generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args)
+    know_what_was_written(generator, tuning)
     bench = Benchmark(generator, config, examples, args, model_args.seed)
     bench.warm_up()
     return run_examples(bench, open_run)

@@ -313,7 +313,11 @@ def test_compiled_passes(drafts, monkeypatch):
         assert [results[index].predicted_tokens for index in range(len(requests))] == solo
 
 
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 1, "num_speculations": 2}], ids=["plain", "drafted"])
+SAMPLED_DRAFTS = [{}, {"exit_layer": 1, "num_speculations": 2}]
+SAMPLED_DRAFTS += [{**SAMPLED_DRAFTS[1], "draft_vocabulary": 1}]
+
+
+@pytest.mark.parametrize("drafts", SAMPLED_DRAFTS, ids=["plain", "drafted", "short vocabulary"])
 def test_the_distribution_of_sampled_rows(drafts):
     """Rows of one prompt with numbers of their own. False alarm: 1e-4 for each of two tests, fixed seeds."""
     name = "self_speculative" if drafts else "autoregressive"

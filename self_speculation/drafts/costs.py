@@ -70,6 +70,20 @@ class Costs:
 
         return replace(self, fewer={n: between(n) for n in range(1, self.num_rows)})
 
+    def with_share_of_head(self, share: float, bytes_of_head: float = 1.0) -> Costs:
+        """With drafts that read a share of the head's rows, where these have read all.
+
+        Args:
+            bytes_of_head: that they read of each weight of the head, for each of the model's own.
+        """
+        saved = (1.0 - share) * bytes_of_head * self.probe
+        return replace(
+            self,
+            draft_step={layer: max(0.0, cost - saved) for layer, cost in self.draft_step.items()},
+            draws=[draw.with_share_of_head(share, bytes_of_head) for draw in self.draws],
+            fewer={n: costs.with_share_of_head(share, bytes_of_head) for n, costs in self.fewer.items()},
+        )
+
     def verification(self, exit_layer: int, num_drafted: int) -> float:
         return float(numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer]))
 
