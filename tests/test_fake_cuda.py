@@ -120,7 +120,13 @@ def cuda(monkeypatch):
 
     # What makes real memory even so.
     tensor, zeros = torch.tensor, torch.zeros
-    for module in ("decoding.output", "drafts.lookups", "model.kv_cache", "self_speculation_generator"):
+    for module in (
+        "decoding.output",
+        "drafts.lookups",
+        "model.kv_cache",
+        "model.short_head",
+        "self_speculation_generator",
+    ):
         monkeypatch.setattr(
             f"self_speculation.{module}.on_device",
             lambda numbers, device: torch.empty(len(numbers), dtype=torch.long, device=device),
@@ -158,6 +164,7 @@ PATHS = {
     "wide": {"exit_layer": 1, "num_speculations": NARROW + 4},
     "lookups": {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3},
     "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": "auto"},
+    "short vocabulary": {"exit_layer": 2, "num_speculations": 5, "draft_vocabulary": 9},
     "adaptive": {"strategy": "adaptive"},
     "int8": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8"},
     "int4": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},

@@ -27,6 +27,7 @@ from self_speculation.drafts.policy import (
 )
 from self_speculation.model.decoder import Decoder
 from self_speculation.model.quantized_layers import quantized
+from self_speculation.model.short_head import ShortHead
 
 # Tokens that lookups of adaptive decoding compare, unless prompt_lookup says how many.
 _LONGEST_MATCH = 4
@@ -63,9 +64,14 @@ class Kind:
     arms: Callable[[Parts], Mapping[str, tuple[DraftSource, Arm]]]
 
 
-def make_drafter(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) -> Decoder:
-    """What runs the first layers for a draft. Raises what `quantized` does."""
-    return decoder if draft_weights == "exact" else quantized(decoder, num_layers, draft_weights)
+def make_drafter(
+    decoder: Decoder, num_layers: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
+) -> Decoder:
+    """What runs the first layers for a draft, and a head. Raises what `quantized` and `ShortHead` do."""
+    drafter = decoder if draft_weights == "exact" else quantized(decoder, num_layers, draft_weights)
+    if draft_vocabulary is None or draft_vocabulary >= decoder.config.vocab_size:
+        return drafter
+    return drafter.over(drafter.layers, ShortHead(decoder, drafter.head, draft_vocabulary))
 
 
 def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
@@ -79,7 +85,8 @@ def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
 
 
 def _layer_drafts(parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None) -> LayerDrafts:
-    drafter = make_drafter(parts.decoder, exit_layer, parts.config.draft_weights)
+    config = parts.config
+    drafter = make_drafter(parts.decoder, exit_layer, config.draft_weights, config.draft_vocabulary)
     return LayerDrafts(drafter, exit_layer, parts.keeps_cache, threshold)
 
 
@@ -89,8 +96,8 @@ def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
     arms: dict[str, tuple[DraftSource, Arm]] = {}
     for layer in parts.costs.draft_step:
         threshold = partial(LearnedThreshold, parts.costs.draft_ratio(layer)) if ends_itself else None
-        arm = Arm(layer, slack=4 if ends_itself else 0)
-        arms[f"exit {layer}"] = (_layer_drafts(parts, layer, threshold), arm)
+        source = _layer_drafts(parts, layer, threshold)
+        arms[source.name] = (source, Arm(layer, slack=4 if ends_itself else 0))
     return arms
 
 
@@ -114,7 +121,7 @@ def _lookup_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
 KINDS: list[Kind] = [
     Kind(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _lookup_first, _lookup_arms),
     Kind(
-        ("exit_layer", "num_speculations", "draft_weights", "draft_confidence"),
+        ("exit_layer", "num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary"),
         lambda config: True,
         _layers,
         _layer_arms,
