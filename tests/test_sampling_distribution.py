@@ -59,7 +59,8 @@ def test_adaptive_distribution(monkeypatch):
     """Plans are drawn, so that exits, lookups, plain steps and probes all come in turn."""
     draws = random.Random(0)
 
-    def plan(_, matched, room):
+    def plan(_, matched, rooms):
+        room = max(rooms)
         source = draws.choice(["", *matched]) if room else ""
         length = draws.randint(1, room) if source else 0
         return Plan(source, length, length, probe=0 if source == "exit 1" else draws.choice([0, 1]))

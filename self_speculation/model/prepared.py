@@ -22,12 +22,14 @@ class Prepared:
         copies: lean form -> its copy in fewer bits, see `quantized`.
         passes: by the rows of their batch, see `compile_decoding`; None where nothing is to be compiled.
         costs: what rounds were measured to cost, by whatever they depend on.
+        learnt: what adaptive decoding has learnt of its drafts, by whatever that depends on.
     """
 
     lean: dict[nn.Module, Lean] = field(default_factory=dict)
     copies: WeakKeyDictionary[Lean, Lean] = field(default_factory=WeakKeyDictionary)
     passes: dict[int, Passes] | None = None
     costs: dict[Hashable, Any] = field(default_factory=dict)
+    learnt: dict[Hashable, Any] = field(default_factory=dict)
 
 
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
