@@ -207,6 +207,7 @@ class Memory:
         """The chances that a token is accepted, by source and tokens matched, for the answer to fill in."""
         for key, mean in self._of_answer.items():
             self._of_answers[key].taught_by(mean, self._ENOUGH)
+        self._of_answer = {}
         for name, arm in arms.items():
             for matched, prior in enumerate(arm.priors):
                 new = DecayedMean(prior, self._OF_PRIOR, self._DECAY)
