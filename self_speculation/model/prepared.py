@@ -27,6 +27,7 @@ class Prepared:
         vocabulary: what it wrote, and what it is likely to write.
         gathered: rows of its head for drafts, by their number and what they are multiplied by.
         costs: what rounds were measured to cost, by whatever they depend on.
+        learnt: what adaptive decoding has learnt of its drafts, by whatever that depends on.
     """
 
     lean: dict[nn.Module, Lean] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Prepared:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     gathered: dict[Hashable, Gathered] = field(default_factory=dict)
     costs: dict[Hashable, Any] = field(default_factory=dict)
+    learnt: dict[Hashable, Any] = field(default_factory=dict)
 
 
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
