@@ -56,7 +56,7 @@ def test_side_by_side(measured, tmp_path):
 
 
 def test_adaptive(measured):
-    """Guards against a workload, a way of picking or the best fixed setting that is missing when it counts."""
+    """Guards against a workload, a way of picking or a fixed setting that is missing."""
     record = measured(
         "adaptive", "--max_steps", "6", "--num_prompts", "1", "--searched", "1", "--lengths", "2",
         "--finalists", "1", "--draft_weights", "int8", "--workloads", "code", "repeat",
