@@ -18,8 +18,8 @@ ADAPTIVE = --generation_strategy adaptive --draft_weights int8 --streamer specul
 
 demo: $(VENV)/chat
 	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) --sample False --max_steps 120 --compare True \
-		--prompt "Why does the moon change its shape over a month?"
-	@echo "  Trained for drafts of its first layers: facebook/layerskip-llama2-7B, for one, see the README." >&2
+		--prompt "Give me three tips for sleeping better."
+	@echo "  The model that comes along, trained by train.py to draft with its first layers: checkpoints/python-10m" >&2
 
 chat: $(VENV)/chat
 	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE)

@@ -1,6 +1,6 @@
 """Record `generate.py --streamer speculative` at a terminal and draw it as an animated GIF.
 
-    python docs/record_streamer.py docs/streamer.gif [arguments of generate.py]
+    python docs/record_streamer.py docs/streamer.gif --model FILE.gguf [other arguments of generate.py]
 
 Needs requirements-dev.txt. Frames keep their real durations.
 """
@@ -21,10 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 COLUMNS, LINES, FONT_SIZE = 84, 20, 15
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
 BACKGROUND = "#1d2026"
+# The demo of the Makefile; the model is its own argument.
 DEFAULT_ARGUMENTS = [
-    *("--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
-    *("--generation_strategy", "self_speculative", "--exit_layer", "3", "--num_speculations", "3"),
-    *("--prompt", 'def parse_header(line):\n    """Parse a header line and return its name and value."""'),
+    *("--chat", "True", "--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
+    *("--generation_strategy", "adaptive", "--draft_weights", "int8", "--compare", "True"),
+    *("--prompt", "Give me three tips for sleeping better."),
 ]
 
 
@@ -63,7 +64,7 @@ def draw(screen: pyte.Screen) -> Image.Image:
 
 def main() -> None:
     path, *arguments = sys.argv[1:]
-    frames = record(arguments or DEFAULT_ARGUMENTS)
+    frames = record([*DEFAULT_ARGUMENTS, *arguments])
     times = [when for when, _ in frames]
     durations = [max(20, round((b - a) * 1000)) for a, b in itertools.pairwise(times)]
     first, *others = [image for _, image in frames]

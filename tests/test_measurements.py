@@ -83,6 +83,20 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
     assert len(padded[0]) <= 5
 
 
+def test_adaptive(measured):
+    """Guards against a workload, a way of picking or a fixed setting that is missing."""
+    record = measured(
+        "adaptive", "--max_steps", "6", "--num_prompts", "1", "--searched", "1", "--lengths", "2",
+        "--finalists", "1", "--draft_weights", "int8", "--workloads", "code", "repeat",
+    )  # fmt: skip
+    rows = record["rows"]
+    assert [(row["picking"], row["workload"]) for row in rows if row["side"] == "adaptive"] == [
+        (picking, workload) for picking in ("greedy", "sampled") for workload in ("code", "repeat")
+    ]
+    assert len(rows) == 8
+    assert all(row["x plain"] > 0 for row in rows)
+
+
 def test_host_time():
     """Guards against drafts that are not all accepted: then it is not the host's time for accepted ones."""
     arguments = ("--num_layers", "4", "--exit_layer", "1", "--new_tokens", "9", "--rounds", "1")

@@ -33,6 +33,11 @@ class DecayedMean:
         prior = self._prior.value if isinstance(self._prior, DecayedMean) else self._prior
         return (prior * self._weight + self._sum) / (self._weight + self._count)
 
+    @property
+    def count(self) -> float:
+        """Observations that still count."""
+        return self._count
+
     def add(self, value: float) -> None:
         self.fade()
         self._sum += value
@@ -212,7 +217,9 @@ class Memory:
             for matched, prior in enumerate(arm.priors):
                 new = DecayedMean(prior, self._OF_PRIOR, self._DECAY)
                 of_answers = self._of_answers.setdefault((name, matched), new)
-                self._of_answer[name, matched] = DecayedMean(of_answers, self._OF_ANSWERS)
+                # A prior that no answer has confirmed gives way to the first observations.
+                weight = min(self._OF_ANSWERS, 1.0 + self._OF_ANSWERS * of_answers.count)
+                self._of_answer[name, matched] = DecayedMean(of_answers, weight)
         return self._of_answer
 
     def threshold(self, source: str, draft_step: float, verifications: Sequence[float]) -> LearnedThreshold:
