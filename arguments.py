@@ -41,7 +41,7 @@ _VERBOSITIES = ("debug", "info", "warning", "error", "critical")
 _AUTO_GENERATES = 8
 
 # What is about drafts alone; an exit layer means something to autoregressive decoding too.
-_ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "prompt_lookup")
+_ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary", "prompt_lookup")
 
 # Where `refuse` writes; None: to standard error. A rank whose output is silenced keeps its real one here.
 errors: TextIO | None = None

@@ -28,7 +28,9 @@ from arguments import (
 from data import Example, mismatch
 from runs.tuning import tuned
 
-Flags = tuple[ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments]
+Flags = tuple[
+    ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments, TuningArguments
+]
 
 
 def flags(argv: Sequence[str] | None = None) -> Flags:
@@ -44,7 +46,7 @@ def flags(argv: Sequence[str] | None = None) -> Flags:
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     refuse_idle_drafts(config)
-    return model_args, config, data_args, args, batch
+    return model_args, config, data_args, args, batch, tuning
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -63,15 +65,16 @@ from measures.timed_runs import BASELINE, Question, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
 from runs.records import Record, Run
-from runs.startup import autoregressive, run
+from runs.startup import autoregressive, know_what_was_written, run
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, data_args, args, batch = flags(argv)
+    model_args, config, data_args, args, batch, tuning = flags(argv)
     generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args, batch)
+    know_what_was_written(generator, tuning)
     bench = Benchmark(generator, config, examples, args, model_args.seed, batch.batch_size)
     bench.warm_up()
     return run_examples(bench, open_run)
@@ -154,7 +157,9 @@ class Benchmark(Job):
         if self._config.generation_strategy == "adaptive":  # the formula is about one exit and one length
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
         exit_layer, k = self._config.exit_layer, self._config.num_speculations
-        costs = Costs.estimated(self._model, exit_layer, self._config.draft_weights)
+        costs = Costs.estimated(
+            self._model, exit_layer, self._config.draft_weights, self._config.draft_vocabulary
+        )
         return {
             "token_acceptance": alpha,
             "draft_cost_ratio": costs.draft_ratio(exit_layer),

@@ -27,8 +27,10 @@ from arguments import (
 )
 from runs.tuning import tuned
 
+Flags = tuple[ModelArguments, GenerationConfig, EvalArguments, TuningArguments]
 
-def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, GenerationConfig, EvalArguments]:
+
+def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without model and harness ends the program."""
     groups = (ModelArguments, GenerationConfig, EvalArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
@@ -41,7 +43,7 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
         refuse(f"--include_path {args.include_path}: no such folder")
     config = tuned(config, tuning, argv)
     refuse_idle_drafts(config)
-    return model_args, config, args
+    return model_args, config, args, tuning
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -72,13 +74,13 @@ from measures.harness_tasks import load_tasks
 from runs import ranks
 from runs.failures import KINDS, Failed, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
-from runs.startup import load_generator, meet, model_name, read_config, run
+from runs.startup import know_what_was_written, load_generator, meet, model_name, read_config, run
 from self_speculation.drafts.table import driving_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    model_args, config, args = flags(argv)
+    model_args, config, args, tuning = flags(argv)
     # How drafts are made is not for tasks to say; every other setting is, unless a flag is given.
     overrides = sorted(given_flags(argv, GenerationConfig) - set(driving_flags()))
     meet(model_args)
@@ -90,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(config, model_config.num_hidden_layers, model_args.output_dir, description)
     manager, tasks = load_tasks(args, config, overrides)
     generator = load_generator(model_args, config, model_config)
+    know_what_was_written(generator, tuning)
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
     accelerator = _accelerator(generator.model.device)

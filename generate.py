@@ -24,8 +24,10 @@ from arguments import (
 )
 from runs.tuning import tuned
 
+Flags = tuple[ModelArguments, GenerationConfig, GenerateArguments, TuningArguments]
 
-def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, GenerationConfig, GenerateArguments]:
+
+def flags(argv: Sequence[str] | None = None) -> Flags:
     """The command line; a mistake that can be seen without the model ends the program."""
     groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
@@ -33,7 +35,7 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     refuse_idle_drafts(config)
-    return model_args, config, args
+    return model_args, config, args, tuning
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -54,7 +56,7 @@ from transformers import PreTrainedModel
 from measures.timed_runs import warm_up
 from runs import ranks
 from runs.failures import KINDS, reason
-from runs.startup import autoregressive, get_ready, load_generator, meet, run
+from runs.startup import autoregressive, get_ready, know_what_was_written, load_generator, meet, run
 from self_speculation import (
     GenerationResult,
     HuggingfaceLlamaGenerator,
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, args = flags(argv)
+    model_args, config, args, tuning = flags(argv)
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
     meet(model_args)
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = _one_prompt(args) if ranks.is_first() and not interactive else None
     generator = load_generator(model_args, config)
+    know_what_was_written(generator, tuning)
     prompt = agreed(generator.model, prompt)
     if args.chat and not generator.tokenizer.chat_template:
         refuse("--chat True: the model's tokenizer has no chat template")

@@ -49,6 +49,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     flags()
 
+import json
 import statistics
 import time
 from typing import Any
@@ -63,29 +64,33 @@ from measures.plots import heat_maps
 from measures.remarks import lines, on_predictions
 from measures.replay import LONGEST_DRAFT, beyond_the_grid, predicted_cell, rivals, speedup_columns, times
 from measures.timed_runs import BASELINE, Question, Side, measure_examples, warm_up
+from measures.vocabularies import best_with_a_vocabulary, written
 from runs import ranks
 from runs.examples import OneByOne, longest_prompt, prepare, run_examples
 from runs.failures import named
 from runs.records import Record, Run
 from runs.startup import autoregressive, read_config, run
 from runs.status import says_if_slow
-from runs.tuning import best_cell
+from runs.tuning import COUNTS, best_cell
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.clock import TURNS, measure
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.table import is_replayable, make_drafter
 from self_speculation.model.decoder import Decoder, forward_exits
 from self_speculation.model.families import context_length
+from self_speculation.model.short_head import ShortHead
 
 COLUMNS = [
-    "mode", "exit_layer", "num_speculations", "acceptance_rate", "mean_accepted_length", "total_time",
+    "mode", "exit_layer", "num_speculations", "draft_vocabulary", "acceptance_rate",
+    "mean_accepted_length", "total_time",
     "time_per_token", "tokens_per_second", "tokens_per_second_median", "speedup", "speedup_q1", "speedup_q3",
     "speedup_low", "speedup_high", "speedup_of_totals", "num_verifications", "num_drafted", "num_accepted",
     "num_tokens",
 ]  # fmt: skip
 
 HEADINGS = {
-    "mode": "mode", "exit_layer": "exit", "num_speculations": "drafted", "acceptance_rate": "accepted",
+    "mode": "mode", "exit_layer": "exit", "num_speculations": "drafted", "draft_vocabulary": "ids",
+    "acceptance_rate": "accepted",
     "mean_accepted_length": "length", "tokens_per_second_median": "tokens/s", "speedup": "speed-up",
     "range": "from-to",
 }  # fmt: skip
@@ -146,9 +151,12 @@ class Sweep(OneByOne):
         with says_if_slow("warming up"):
             warm_up([self._plain], longest_prompt(self._examples), self.batch_size)
 
-    def measure_cell(self, cell: Cell) -> Record:
+    def measure_cell(self, cell: Cell, draft_vocabulary: int | None = None) -> Record:
         """All examples by this cell and by the baseline, in turn."""
-        config = dataclasses.replace(self._config, exit_layer=cell[0], num_speculations=cell[1])
+        vocabulary = draft_vocabulary or self._config.draft_vocabulary
+        config = dataclasses.replace(
+            self._config, exit_layer=cell[0], num_speculations=cell[1], draft_vocabulary=vocabulary
+        )
         sides: list[Side] = [("", self._generator, config), self._plain]
         warm_up(sides, longest_prompt(self._examples), self.batch_size)
         questions = [
@@ -160,6 +168,7 @@ class Sweep(OneByOne):
             "mode": "measured",
             "exit_layer": cell[0],
             "num_speculations": cell[1],
+            "draft_vocabulary": vocabulary,
             **metrics.acceptance(records),
             **(_speed_of_examples if self.batch_size == 1 else _speed_of_batches)(records),
         }
@@ -175,8 +184,9 @@ class Sweep(OneByOne):
             return 0
         best = best_cell([row for row in rows if row["speedup"] is not None])
         equal = rivals(rows, best)
+        of_grid = compared["draft_vocabulary"].isna() | (self._config.draft_vocabulary is not None)
         heat_maps(
-            compared[compared["mode"] == self._args.mode],
+            compared[(compared["mode"] == self._args.mode) & of_grid],
             f"{self._args.mode}, {len(self._examples)} prompts, at most {self._config.max_steps} tokens each"
             + (f", batches of {self.batch_size}" if self.batch_size > 1 else ""),
             run.folder / "sweep",
@@ -196,6 +206,7 @@ class Sweep(OneByOne):
         print(
             f"--generation_strategy self_speculative --exit_layer {best['exit_layer']} "
             f"--num_speculations {best['num_speculations']}"
+            + (f" --draft_vocabulary {int(vocabulary)}" if (vocabulary := best["draft_vocabulary"]) else "")
         )
         return 0
 
@@ -300,13 +311,17 @@ class Predicted(Sweep):
         decoder = Decoder(model, ids.shape[1], ids.shape[1])
         expected = ids[0, len(prompt) :]  # [n]
         matches = {}
-        drafter = make_drafter(decoder, max(self._exit_layers), self._config.draft_weights)
+        drafts = (self._config.draft_weights, self._config.draft_vocabulary)
+        drafter = make_drafter(decoder, max(self._exit_layers), *drafts)
+        if isinstance(drafter.head, ShortHead):
+            drafter.head.follow([{*prompt, *plain.eos_token_ids}])
         for layer, logits in forward_exits(drafter, ids[:, :-1], self._exit_layers, len(tokens)):
             guesses = self._processed(ids, len(prompt), logits[0]).argmax(-1)  # [n]
             matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())
         return {
             "tokens": tokens,
             "num_prompt_tokens": len(prompt),
+            "prompt_ids": sorted(set(prompt)),
             "num_tokens": len(result.predicted_tokens),
             "max_tokens": min(self._config.max_steps, context_length(model.config) - len(prompt)),
             "matches": matches,
@@ -322,9 +337,15 @@ class Predicted(Sweep):
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         costs = self._costs(records)
-        rows = [predicted_cell(records, costs, *cell) for cell in self._grid]
+        run.replace(COUNTS, json.dumps(written(records)))
+        given = {"draft_vocabulary": self._config.draft_vocabulary}
+        rows = [predicted_cell(records, costs, *cell) | given for cell in self._grid]
         by_speed = sorted(rows, key=lambda row: -row["speedup"])
+        short = self._with_a_vocabulary(records, by_speed, costs)
+        if short is not None and short["speedup"] > by_speed[0]["speedup"]:
+            rows, by_speed = [*rows, short], [short, *by_speed]
         extra: Record = {
+            "with_a_draft_vocabulary": short,
             "calibration": dataclasses.asdict(dataclasses.replace(costs, draws=())),
             "beyond_the_grid": beyond_the_grid(records, costs, self._exit_layers),
         }
@@ -332,7 +353,7 @@ class Predicted(Sweep):
         for row in by_speed[: self._args.verify_top]:
             cell = row["exit_layer"], row["num_speculations"]
             with named(_name(cell)):
-                pairs.append((row, self.measure_cell(cell)))
+                pairs.append((row, self.measure_cell(cell, row["draft_vocabulary"])))
         if pairs:
             print("\n".join([_verified(pairs), *lines(on_predictions(pairs)), ""]))
         print(
@@ -341,6 +362,25 @@ class Predicted(Sweep):
         )
         rows += [measured for _, measured in pairs]
         return self.show(run, records, rows, extra)
+
+    def _with_a_vocabulary(
+        self, records: Sequence[Record], by_speed: Sequence[Record], costs: Costs
+    ) -> Record | None:
+        """The best of these cells with a few rows of the head, which is said; None where that was given
+        already, or the head is small.
+        """
+        if self._config.draft_vocabulary is not None:
+            return None
+        model = self._generator.model
+        bytes_of_head = 1.0 if self._config.draft_weights == "exact" else 1.0 / model.dtype.itemsize
+        short = best_with_a_vocabulary(records, by_speed, costs, model.config.vocab_size, bytes_of_head)
+        if short is not None:
+            print(
+                f"With --draft_vocabulary {short['draft_vocabulary']}, the best of those tried, "
+                f"{short['speedup']:.2f} at {short['exit_layer']}/{short['num_speculations']}, "
+                f"and {by_speed[0]['speedup']:.2f} with the whole head\n"
+            )
+        return short
 
     def _costs(self, records: Sequence[Record]) -> Costs:
         """What rounds cost in the middle of an output of middling length."""
@@ -381,7 +421,8 @@ def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
     table = (
         pandas.DataFrame(rows)
         .reindex(columns=COLUMNS)
-        .sort_values(["mode", "exit_layer", "num_speculations"])
+        .astype({"draft_vocabulary": "Int64"})
+        .sort_values(["mode", "exit_layer", "num_speculations", "draft_vocabulary"])
     )
     run.replace("sweep.csv", table.to_csv(index=False))
     return table

@@ -218,7 +218,7 @@ def main() -> None:
         drafted = sum(result.num_drafted or 0 for result in results)
         accepted[side] = sum(result.num_accepted or 0 for result in results) / max(drafted, 1)
     alpha = token_acceptance([dataclasses.asdict(result) for result in results])
-    costs = Costs.estimated(model, config.exit_layer, config.draft_weights)
+    costs = Costs.estimated(model, config.exit_layer, config.draft_weights, config.draft_vocabulary)
     formula = predicted_speedup(alpha or 0.0, k, config.exit_layer, costs)
 
     layer, head = statistics.median(layer_seconds), statistics.median(head_seconds)

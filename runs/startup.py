@@ -14,10 +14,11 @@ from typing import NoReturn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from arguments import GenerationConfig, ModelArguments, refuse
+from arguments import GenerationConfig, ModelArguments, TuningArguments, refuse
 from runs import ranks
 from runs.failures import KINDS, reason
 from runs.status import bars_fit_the_output, says_if_slow
+from runs.tuning import counts
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
 from self_speculation.model.devices import is_lost_rank
@@ -132,6 +133,11 @@ def load_generator(
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
     given = f" (with --model_args {model_args.model_args!r})" if model_args.model_args else ""
     refuse(f"--{error}{given}")
+
+
+def know_what_was_written(generator: HuggingfaceLlamaGenerator, args: TuningArguments) -> None:
+    """Tell the model's vocabulary what the sweep that --tuned names has seen, if it names one."""
+    prepared(generator.model).vocabulary.add(counts(args))
 
 
 def get_ready(

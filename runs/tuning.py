@@ -11,6 +11,9 @@ from typing import Any
 
 from arguments import GenerationConfig, TuningArguments, given_flags, refuse
 
+# Beside the table of a predicted sweep: how often each token id was output.
+COUNTS = "vocabulary.json"
+
 
 def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The cell of the highest speed-up; predicted ones count only where none was measured.
@@ -31,7 +34,8 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def tuned(
     config: GenerationConfig, args: TuningArguments, argv: Sequence[str] | None = None
 ) -> GenerationConfig:
-    """The config with exit layer and draft length of the sweep that --tuned names, if it names one.
+    """The config with exit layer and draft length, and with the draft vocabulary, of the sweep that --tuned
+    names, if it names one.
 
     Args:
         argv: the command line, as for `parse`.
@@ -46,6 +50,7 @@ def tuned(
         with open(_table(Path(args.tuned).expanduser()), encoding="utf-8", newline="") as file:
             best = best_cell(list(csv.DictReader(file)))
         exit_layer, num_speculations = int(best["exit_layer"]), int(best["num_speculations"])
+        draft_vocabulary = int(best.get("draft_vocabulary") or 0) or None
     except KeyError as error:
         refuse(f"--tuned {args.tuned}: no column {error}")
     except (OSError, ValueError, TypeError, csv.Error) as error:  # TypeError: a row of too few fields
@@ -55,7 +60,21 @@ def tuned(
         generation_strategy="self_speculative",
         exit_layer=exit_layer,
         num_speculations=num_speculations,
+        draft_vocabulary=config.draft_vocabulary or draft_vocabulary,
     )
+
+
+def counts(args: TuningArguments) -> dict[int, int]:
+    """How often each token id was output in the sweep that --tuned names; empty where nobody counted."""
+    if args.tuned is None:
+        return {}
+    path = _table(Path(args.tuned).expanduser()).with_name(COUNTS)
+    try:
+        return {int(id_): int(number) for id_, number in json.loads(path.read_text("utf-8")).items()}
+    except FileNotFoundError:
+        return {}  # by a sweep that measured, or one of before there were counts
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        refuse(f"--tuned {args.tuned}: {COUNTS}: {getattr(error, 'strerror', None) or error}")
 
 
 def _table(path: Path) -> Path:

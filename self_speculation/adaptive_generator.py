@@ -58,7 +58,8 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
         while measured_at < context:
             measured_at *= 2
         measured_at = min(measured_at, most - longest - 1)
-        known, key = prepared(model).costs, (config.draft_weights, Sampler.of(config), measured_at, num_rows)
+        known, drafts = prepared(model).costs, (config.draft_weights, config.draft_vocabulary)
+        key = (drafts, Sampler.of(config), measured_at, num_rows)
         if key not in known:
             exits = candidate_layers(model.config.num_hidden_layers, config.draft_weights)
             known[key] = measure(model, config, exits, measured_at, longest, _PATIENCE, num_rows=num_rows)

@@ -66,7 +66,7 @@ def measure(
     """What rounds cost on this device after a context of so many positions.
 
     Args:
-        config: how tokens are picked, and by what weights drafts are made.
+        config: how tokens are picked, and by what weights and vocabulary drafts are made.
         exit_layers: exits to draft at.
         longest: tokens that a draft may have.
         patience: seconds, after which no further turn begins.
@@ -245,7 +245,7 @@ class _Clock:
         if not exit_layer:
             return _Given(self._model.config.vocab_size)
         weights = self._config.draft_weights
-        drafter = make_drafter(decoder, exit_layer, weights)
+        drafter = make_drafter(decoder, exit_layer, weights, self._config.draft_vocabulary)
         # A threshold takes time, also one that never ends a draft.
         watched = self._config.generation_strategy == "adaptive" or self._config.draft_confidence is not None
         threshold = partial(FixedThreshold, 0.0) if watched and self._num_rows == 1 else None

@@ -57,6 +57,10 @@ class GenerationConfig:
     draft_confidence: str | None = None
     """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
     would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
+    draft_vocabulary: int | None = None
+    """Draft with so many rows of the head: those of the tokens written most, the first ones of the tokenizer
+    where too few were written, and besides the prompt's and the answer's own; without it, with the whole
+    head."""
     prompt_lookup: int = 0
     """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""
 
@@ -81,6 +85,8 @@ class GenerationConfig:
         weights = get_args(DraftWeights)
         check("draft_weights", f"must be one of {', '.join(weights)}", self.draft_weights in weights)
         check("draft_confidence", "must be auto or between 0 and 1", _is_confidence(self.draft_confidence))
+        few = self.draft_vocabulary is None or self.draft_vocabulary >= 1
+        check("draft_vocabulary", "must be at least 1", few)
         compared = f"must be between 0 (off) and {_MOST_COMPARED}"
         check("prompt_lookup", compared, 0 <= self.prompt_lookup <= _MOST_COMPARED)
         check("temperature", "must be 0 (greedy) or more", 0 <= self.temperature < math.inf)

@@ -28,6 +28,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.model.decoder import Decoder, prefill
 from self_speculation.model.families import check_supported, check_window, context_length
+from self_speculation.model.prepared import prepared
 from self_speculation.results import GenerationStrategyResult
 
 
@@ -156,6 +157,7 @@ class _Batch:
                 except FloatingPointError as error:
                     self._fail(index, error)
                 else:
+                    prepared(self._model).vocabulary.count(output.tokens)
                     yield index, result
 
     def _fail(self, index: int, error: Exception) -> None:

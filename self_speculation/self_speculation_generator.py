@@ -43,9 +43,10 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         context: int,  # noqa: ARG002
         num_rows: int = 1,  # noqa: ARG002
     ) -> None:
-        """Copy the layers that draft, where they do so in fewer bits. Raises what `quantized` does."""
-        if config.draft_weights != "exact":
-            make_drafter(make_decoder(model, 1, 1), config.exit_layer, config.draft_weights)
+        """Make the copies that drafts need, of layers or of the head. Raises what `make_drafter` does."""
+        if config.draft_weights != "exact" or config.draft_vocabulary is not None:
+            decoder = make_decoder(model, 1, 1)
+            make_drafter(decoder, config.exit_layer, config.draft_weights, config.draft_vocabulary)
 
     def begin(
         self, model: PreTrainedModel, rows: Rows, first: Output, config: GenerationConfig, batch_size: int
@@ -66,7 +67,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         num_rows: int = 1,  # noqa: ARG002
     ) -> Costs:
         """What sources weigh their drafts by, in the middle of a generation, after so many positions."""
-        return Costs.estimated(model, config.exit_layer, config.draft_weights)
+        return Costs.estimated(model, config.exit_layer, config.draft_weights, config.draft_vocabulary)
 
 
 def speculate(decoder: Decoder, rows: Rows, source: DraftSource, num_speculations: int) -> None:

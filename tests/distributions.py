@@ -93,6 +93,18 @@ def resamples_from_the_target(draft_tokens, draft_probabilities, target_logits, 
     return Verdict(honest.num_accepted, drawn_at(honest.num_accepted, target_logits, sampler))
 
 
+def forgets_what_was_not_drafted(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
+    """After a rejection, draws among the ids that the draft could have had."""
+    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler, *rest)
+    k, place = draft_tokens.shape[1], honest.num_accepted
+    if not k:
+        return honest
+    at = place.clamp(max=k - 1)[:, None, None]
+    undraftable = draft_probabilities.take_along_dim(at, 1) == 0
+    narrowed = torch.where(undraftable & (place < k)[:, None, None], -torch.inf, target_logits)
+    return Verdict(place, drawn_at(place, narrowed, sampler))
+
+
 def judges_by_the_argmax(draft_tokens, _, target_logits, sampler, *_rest):
     """The greedy rule on sampled drafts."""
     agrees = draft_tokens == target_logits[:, :-1].argmax(-1)

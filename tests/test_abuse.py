@@ -86,6 +86,7 @@ def outcome(args, capsys):
         (["--seed", HUGE], f"--seed {HUGE}: must be between 0 and 4294967295"),
         (["--num_samples", "-3"], "--num_samples -3: must be at least 1"),
         (["--n_shot", HUGE], f"--n_shot {HUGE}: "),
+        (["--draft_vocabulary", "0"], "--draft_vocabulary 0: must be at least 1"),
         (["--draft_confidence", "2"], "--draft_confidence '2': must be auto or between 0 and 1"),
         (["--prompt_lookup", "-1"], "--prompt_lookup -1: must be between 0 (off) and 32"),
         (["--prompt_lookup", HUGE], f"--prompt_lookup {HUGE}: must be between 0 (off) and 32"),

@@ -27,6 +27,8 @@ from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model import decoder
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.kv_cache import KVCache
+from self_speculation.model.prepared import prepared
+from self_speculation.model.vocabulary import Vocabulary
 
 SAMPLES = 800
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
@@ -42,6 +44,7 @@ def batch(model, requests, batch_size, **config):
     """Results by index."""
     name = strategy_of(config)
     settings = GenerationConfig(**{"sample": False, "generation_strategy": name, **config})
+    prepared(model).vocabulary = Vocabulary()
     return dict(make_strategy(name).generate_batch(model, requests, settings, batch_size))
 
 
@@ -55,6 +58,7 @@ def until_an_error(results):
 
 
 def alone(model, request, **config):
+    prepared(model).vocabulary = Vocabulary()  # what was written before decides what is drafted
     if request.seed is not None:
         torch.manual_seed(request.seed)
     return generate(
@@ -89,6 +93,7 @@ DRAFTS = st.one_of(
             "prompt_lookup": st.integers(1, 3),
             "draft_confidence": st.sampled_from(["auto", "0.05", "0.5"]),
             "draft_weights": st.just("int8"),
+            "draft_vocabulary": st.integers(1, 40),
         },
     ),
 )
@@ -311,7 +316,11 @@ def test_compiled_passes(drafts, monkeypatch):
         assert [results[index].predicted_tokens for index in range(len(requests))] == solo
 
 
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 1, "num_speculations": 2}], ids=["plain", "drafted"])
+SAMPLED_DRAFTS = [{}, {"exit_layer": 1, "num_speculations": 2}]
+SAMPLED_DRAFTS += [{**SAMPLED_DRAFTS[1], "draft_vocabulary": 1}]
+
+
+@pytest.mark.parametrize("drafts", SAMPLED_DRAFTS, ids=["plain", "drafted", "short vocabulary"])
 def test_the_distribution_of_sampled_rows(drafts):
     """Rows of one prompt with numbers of their own. False alarm: 1e-4 for each of two tests, fixed seeds."""
     name = "self_speculative" if drafts else "autoregressive"

@@ -11,7 +11,8 @@ from self_speculation.model.compiled import CompiledDecoder, compile_decoding, m
 from self_speculation.model.lean_layers import fuse
 
 PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 3, 11], list(range(3, 40))]
-STRATEGIES = [{}, {"exit_layer": 2, "num_speculations": 3}]
+SHORT = {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20}
+STRATEGIES = [{}, {"exit_layer": 2, "num_speculations": 3}, SHORT]
 
 
 @pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 test_equality.py and test_sampling_distribution.py.
 """
 
+import copy
 import random
 from collections import Counter, defaultdict
 
@@ -21,8 +22,10 @@ from self_speculation.drafts.policy import (
     FixedThreshold,
     LearnedThreshold,
     LookupPolicy,
+    Memory,
 )
 from self_speculation.drafts.prompt_lookup import NgramIndex
+from self_speculation.model.prepared import prepared
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
@@ -126,7 +129,7 @@ def test_thresholds():
     assert FixedThreshold(0.5).goes_on([0.1, 0.5])
     assert not FixedThreshold(0.5).goes_on([0.9, 0.4])
     cheap, dear = LearnedThreshold(0.05), LearnedThreshold(0.9)
-    assert cheap.threshold < dear.threshold
+    assert cheap.threshold(1) < dear.threshold(1)
     for _ in range(200):  # confident tokens are accepted, others are not
         cheap.learn([0.95, 0.15, 0.95], 1)
     assert cheap.goes_on([0.95, 0.95])
@@ -156,30 +159,36 @@ def test_what_cannot_be_drafted_is_refused():
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
 
 
-def policy(draft_step=0.1, lengths=8):
-    """Of a model with exits at layers 2 and 4 of 10: a draft step costs as its layers do."""
+def policy(draft_step=0.1, lengths=8, memory=None, of_copy=None):
+    """Of a model with exits at layers 2 and 4 of 10: a draft step costs as its layers do.
+
+    Args:
+        of_copy: cost of a token drafted by a copy of all ten layers; None: there is none.
+    """
+    copies = {} if of_copy is None else {10: of_copy}
     costs = Costs(
         plain_step=1.0,
-        draft_step={2: 2 * draft_step, 4: 4 * draft_step},
-        verifications={exit_layer: [1.0, 1.0 + 0.05 * lengths] for exit_layer in (0, 2, 4)},
+        draft_step={2: 2 * draft_step, 4: 4 * draft_step, **copies},
+        verifications={exit_layer: [1.0, 1.0 + 0.05 * lengths] for exit_layer in (0, 2, 4, *copies)},
         lengths=[0, lengths],
         probe=0.05,
     )
     arms = {"exit 2": Arm(2), "exit 4": Arm(4), "lookup": Arm(priors=[0.3, 0.5, 0.7, 0.9])}
-    return AdaptivePolicy(costs, arms, {2: "exit 2", 4: "exit 4"}, lengths), costs
+    arms |= {f"exit {layer}": Arm(layer, priors=(0.9,), leaves_layers=False) for layer in copies}
+    return AdaptivePolicy(costs, arms, {2: "exit 2", 4: "exit 4"}, lengths, memory), costs
 
 
 def play(policy, chances, rounds=300, matched=None):
     """Rounds of a model whose exits guess right by these chances; the plans that were made."""
     draws, plans = random.Random(0), []
-    ready = {"exit 2": [0], "exit 4": [0], "lookup": [matched]}
+    ready = {name: [0] for name in policy._arms if name != "lookup"} | {"lookup": [matched]}
     for _ in range(rounds):
         plan = policy.plan(ready, [8])
         chance = chances.get(plan.source, 0)
         accepted = 0
         while accepted < plan.length and draws.random() < chance:
             accepted += 1
-        agreement = [chances[f"exit {plan.probe}"]] * (accepted + 1) if plan.probe else []
+        agreement = [chances.get(f"exit {plan.probe}", 0.0)] * (accepted + 1) if plan.probe else []
         policy.learn(
             plan.source, ready.get(plan.source, [0])[0], plan.length, accepted, plan.probe, agreement
         )
@@ -223,6 +232,85 @@ def test_lookups_are_rounds_among_others():
     exits = {"exit 2": 0.5, "exit 4": 0.5}
     assert play(policy()[0], {**exits, "lookup": 0.95}, matched=3)[-1].source == "lookup"
     assert play(policy()[0], {**exits, "exit 2": 0.9, "lookup": 0.0}, matched=3)[-1].source == "exit 2"
+
+
+def test_the_second_answer_knows_what_the_first_one_learnt():
+    """Guards against an answer that begins from nothing: of 30 rounds, most would go into finding out."""
+
+    def good_rounds(plans):
+        return sum(plan.source == "exit 4" for plan in plans)
+
+    chances, memory = {"exit 2": 0.0, "exit 4": 0.95}, Memory()
+    first = play(policy(memory=memory)[0], chances, rounds=30)
+    second = play(policy(memory=memory)[0], chances, rounds=30)
+    assert second[0].source == "exit 4"
+    assert good_rounds(second) > good_rounds(first)
+
+
+def test_exits_that_were_never_right_are_not_drafted_with_again():
+    """Guards against every answer of a model without early exits paying for the same disappointment."""
+    memory = Memory()
+    for answer in range(8):
+        plans = play(policy(memory=memory)[0], {"exit 2": 0.0, "exit 4": 0.0}, rounds=40)
+        if answer:
+            assert {plan.source for plan in plans} == {""}
+
+
+def test_a_model_that_has_changed_its_ways_is_noticed():
+    """Guards against a memory that outweighs what the answer at hand shows."""
+    memory = Memory()
+    for _ in range(20):
+        play(policy(memory=memory)[0], {"exit 2": 0.95, "exit 4": 0.95}, rounds=60)
+    changed = play(policy(memory=memory)[0], {"exit 2": 0.0, "exit 4": 0.95}, rounds=60)
+    assert changed[0].source == "exit 2"
+    assert {plan.source for plan in changed[30:]} == {"exit 4"}
+
+
+def test_what_one_answer_repeats_says_little_of_the_next():
+    """Guards against a long answer that counts as much as it has tokens."""
+    memory = Memory()
+
+    def answer(num_rounds, accepted):
+        chooser, _ = policy(memory=memory)
+        for _ in range(num_rounds):
+            chooser.learn("lookup", 1, 1, accepted)
+
+    for _ in range(10):
+        answer(20, 0)
+    known = policy(memory=memory)[0]._means["lookup", 1].value
+    answer(1000, 1)
+    assert known < policy(memory=memory)[0]._means["lookup", 1].value < known + 0.2
+
+
+def test_a_copy_is_tried_again_and_costs_little_meanwhile():
+    """Guards against a copy in fewer bits that one bad stretch rules out for good: no verification shows what
+    it would have guessed. And against trials that nobody limits.
+    """
+    chooser, costs = policy(of_copy=0.3)
+    play(chooser, {"exit 10": 0.0}, rounds=100)
+    plans = play(chooser, {"exit 10": 0.0}, rounds=2000)
+    trials = [plan for plan in plans if plan.source == "exit 10"]
+    assert trials
+    assert sum(costs.round(10, plan.length) - costs.round(0, 0) for plan in trials) < 0.02 * 2000
+    assert play(chooser, {"exit 10": 0.95}, rounds=2000)[-1].source == "exit 10"
+
+
+def test_a_memory_is_as_large_as_there_are_sources():
+    """Guards against a process that grows with every answer, and models that share what they learn."""
+    model, other = (copy.deepcopy(tiny_llama(fused=True)) for _ in range(2))
+
+    def size():
+        (memory,) = prepared(model).learnt.values()
+        return len(memory._of_answer), len(memory._of_answers), len(memory._thresholds)
+
+    generate(model, PROMPT, "adaptive", max_steps=20, eos=[])
+    at_first = size()
+    for seed in range(5):
+        generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
+    assert size() == at_first
+    assert not prepared(other).learnt
+    generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
+    assert len(prepared(model).learnt) == 2  # drawn tokens are accepted by other chances
 
 
 def test_adaptive_states_what_it_decided():

@@ -5,6 +5,7 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 """
 
 import contextlib
+import dataclasses
 import random
 
 import pytest
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
 
-from self_speculation import self_speculation_generator
+from self_speculation import GenerationConfig, Request, make_strategy, self_speculation_generator
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, LevelSpan, forward_early, prefill
@@ -104,7 +105,10 @@ def cuda(monkeypatch):
         )
 
     costs = Costs(1.0, {1: 0.1, 2: 0.2}, {e: [1.0, 1.5] for e in (0, 1, 2)}, [0, 16], 0.001)
-    monkeypatch.setattr("self_speculation.adaptive_generator.measure", lambda *_, **__: costs)
+    monkeypatch.setattr(
+        "self_speculation.adaptive_generator.measure",
+        lambda *_, num_rows=1: dataclasses.replace(costs, num_rows=num_rows),
+    )
 
     monkeypatch.setattr("self_speculation.decoding.rows.read", read)
     monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))
@@ -116,7 +120,13 @@ def cuda(monkeypatch):
 
     # What makes real memory even so.
     tensor, zeros = torch.tensor, torch.zeros
-    for module in ("decoding.output", "drafts.lookups", "model.kv_cache", "self_speculation_generator"):
+    for module in (
+        "decoding.output",
+        "drafts.lookups",
+        "model.kv_cache",
+        "model.short_head",
+        "self_speculation_generator",
+    ):
         monkeypatch.setattr(
             f"self_speculation.{module}.on_device",
             lambda numbers, device: torch.empty(len(numbers), dtype=torch.long, device=device),
@@ -154,6 +164,7 @@ PATHS = {
     "wide": {"exit_layer": 1, "num_speculations": NARROW + 4},
     "lookups": {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3},
     "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": "auto"},
+    "short vocabulary": {"exit_layer": 2, "num_speculations": 5, "draft_vocabulary": 9},
     "adaptive": {"strategy": "adaptive"},
     "int8": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8"},
     "int4": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
@@ -175,6 +186,17 @@ def test_every_path(cuda, path, heads, fused):
     model = cuda(heads, fused)
     for extra in ({}, SAMPLED, {"logits_processors": [RepetitionPenaltyLogitsProcessor(1.2)]}):
         generate(model, [5, 6, 7, 8, 9], max_steps=20, eos=[], **PATHS[path], **extra)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_of_a_batch(cuda, path):
+    """Guards against the same where rows differ in length, end, and make room for others."""
+    how = dict(PATHS[path])
+    name = how.pop("strategy", "self_speculative" if "num_speculations" in how else "autoregressive")
+    for extra in ({"sample": False}, SAMPLED):
+        config = GenerationConfig(max_steps=9, generation_strategy=name, **how, **extra)
+        requests = [Request([5 + i for i in range(n)]) for n in (3, 7, 1, 4)]
+        assert len(dict(make_strategy(name).generate_batch(cuda(), requests, config, batch_size=3))) == 4
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -217,6 +239,28 @@ def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
             decoder.cache.pretend([30])
             with Kernels() as ran:
                 forward_early(decoder, ids, depth)
+            names.append(ran.kernels)
+    assert len(names[1]) - len(names[0]) == expected, names[1]
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1, 15), (5, 16)])
+def test_kernels_of_a_lean_layer_where_rows_differ_in_length(cuda, width, expected):
+    """Guards against masks, places or rotations that each layer makes anew."""
+    decoder = Decoder(cuda(), 30, 100, num_rows=3)
+    names = []
+    with torch.inference_mode():
+        decoder.cache.clear(num_rows=0)
+        for length in (30, 20, 7):
+            prefill(
+                decoder.for_row(decoder.cache.num_rows),
+                torch.zeros(1, length, dtype=torch.long, device=DEVICE),
+                4,
+            )
+            decoder.cache.admit(length)
+        for depth in (1, 2):
+            decoder.cache.pretend([30, 20, 7])
+            with Kernels() as ran:
+                forward_early(decoder, torch.zeros(3, width, dtype=torch.long, device=DEVICE), depth)
             names.append(ran.kernels)
     assert len(names[1]) - len(names[0]) == expected, names[1]
 

@@ -7,10 +7,13 @@ samples: of 7 experiments with each wrong rule below all found it, with p-values
 import random
 
 import pytest
+import torch
 from distributions import (
+    PROMPT,
     accepts_everything,
     config,
     expected,
+    forgets_what_was_not_drafted,
     judges_by_the_argmax,
     observed,
     p_value,
@@ -22,6 +25,16 @@ import self_speculation.self_speculation_generator as self_speculation_generator
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 SAMPLES = 800
+
+
+class OnlyOthers:
+    """A processor that now and then leaves nothing but ids that a short vocabulary does not have."""
+
+    def __call__(self, ids, logits):
+        if int(ids.sum()) % 2:
+            return logits
+        return logits.index_fill(1, torch.tensor(PROMPT), -torch.inf)
+
 
 SETTINGS = {
     "plain": ({}, []),
@@ -36,6 +49,12 @@ SETTINGS = {
     "lookup": ({"prompt_lookup": 2}, []),
     "int8": ({"draft_weights": "int8", "exit_layer": 2}, []),
     "int4": ({"draft_weights": "int4", "exit_layer": 2}, []),
+    "vocabulary": ({"draft_vocabulary": 1}, []),
+    "vocabulary, processor": ({"draft_vocabulary": 2, "top_p": 0.9}, [OnlyOthers()]),
+    "vocabulary, all": (
+        {"draft_vocabulary": 1, "draft_weights": "int8", "draft_confidence": "auto", "prompt_lookup": 1},
+        [],
+    ),
     "int4, lookup, confidence": (
         {"draft_weights": "int4", "draft_confidence": "0.2", "prompt_lookup": 1, "top_p": 0.8},
         [],
@@ -44,7 +63,9 @@ SETTINGS = {
 
 
 # Parts of what "all" and the last one are about, too.
-SLOW = dict.fromkeys(("cold", "hot", "top_k", "top_p", "confidence", "int8", "int4"), pytest.mark.slow)
+SLOW = dict.fromkeys(
+    ("cold", "hot", "top_k", "top_p", "confidence", "int8", "int4", "vocabulary"), pytest.mark.slow
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])
@@ -56,18 +77,22 @@ def test_self_speculative_distribution(name):
     )
 
 
-def test_adaptive_distribution(monkeypatch):
+@pytest.mark.parametrize("draft_vocabulary", [None, 2])
+def test_adaptive_distribution(draft_vocabulary, monkeypatch):
     """Plans are drawn, so that exits, lookups, plain steps and probes all come in turn."""
     draws = random.Random(0)
 
     def plan(_, matched, rooms):
-        room, able = max(rooms), [name for name, numbers in matched.items() if numbers != [None]]
+        [room], able = rooms, [name for name in matched if matched[name] != [None]]
         source = draws.choice(["", *able]) if room else ""
         length = draws.randint(1, room) if source else 0
-        return Plan(source, length, length, probe=0 if source == "exit 1" else draws.choice([0, 1]))
+        return Plan(source, length, length, probe=0 if source.startswith("exit") else draws.choice([0, 1]))
 
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
-    chosen = config(generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8)
+    chosen = config(
+        generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8,
+        draft_vocabulary=draft_vocabulary,
+    )  # fmt: skip
     assert p_value(observed(chosen, [], SAMPLES), expected(chosen, [])) > 1e-4
 
 
@@ -78,13 +103,20 @@ def test_autoregressive_distribution():
 
 @pytest.mark.parametrize(
     ("rule", "samples"),
-    [(accepts_everything, 200), (resamples_from_the_target, 600), (judges_by_the_argmax, 600)],
+    [
+        (accepts_everything, 200),
+        (resamples_from_the_target, 600),
+        (judges_by_the_argmax, 600),
+        (forgets_what_was_not_drafted, 600),
+    ],
 )
 def test_a_wrong_accept_rule_is_caught(rule, samples, monkeypatch):
     """The tests above could not fail if their statistics were too weak; with each classic mistake they do.
 
     Power: 30 experiments of 200 samples all found the first (p at most 1e-14), 10 of 600 samples each all
-    found the second and the third (p at most 4e-7).
+    found the second and the third (p at most 4e-7). With a short vocabulary, 5 of 300 samples each all found
+    the fourth (p at most 5e-8).
     """
     monkeypatch.setattr(self_speculation_generator, "verify_draft", rule)
-    assert p_value(observed(config(), [], samples), expected(config(), [])) < 1e-4
+    drafts = config(draft_vocabulary=1 if rule is forgets_what_was_not_drafted else None)
+    assert p_value(observed(drafts, [], samples), expected(drafts, [])) < 1e-4

@@ -1,6 +1,7 @@
 """sweep.py: counts read off one pass are the counts of real decoding; nothing finished is done twice."""
 
 import json
+from collections import Counter
 
 import forks
 import pandas
@@ -12,8 +13,10 @@ import benchmark
 import sweep
 from measures.remarks import on_predictions
 from measures.replay import predicted_cell, replay, rivals, run_length
+from measures.vocabularies import _narrowed, written
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
+from self_speculation.model.vocabulary import Vocabulary
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
 
@@ -310,6 +313,58 @@ def test_two_ranks(common, tmp_path, mode):
     result = forks.run_ranks(2, ROOT / "sweep.py", *args)
     assert result.returncode == 0, result.stderr
     pandas.testing.assert_frame_equal(table(tmp_path)[COUNTS], table(tmp_path / "one")[COUNTS])
+
+
+@pytest.mark.usefixtures("timeless")
+def test_the_best_vocabulary_is_reported_and_used(common, tmp_path, capsys, monkeypatch):
+    """Guards against counts or a number that --tuned does not hand on, and a guess of an unknown id that
+    counts as right: with 8 ids and nothing saved, no cell could be better than with the whole head.
+    """
+    monkeypatch.setattr("measures.vocabularies.NUMBERS", (8, 200, 10**6))
+    assert sweep.main([*common, "--num_speculations_last", "2"]) == 0
+    folder, output = only_run(tmp_path), capsys.readouterr().out
+    counts = {int(id_): n for id_, n in json.loads((folder / "vocabulary.json").read_text()).items()}
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert counts == Counter(id_ for record in records for id_ in record["tokens"])
+    short = json.loads((folder / "run.json").read_text())["metrics"]["with_a_draft_vocabulary"]
+    assert f"With --draft_vocabulary {short['draft_vocabulary']}, the best" in output
+    rows = pandas.read_csv(folder / "sweep.csv")
+    whole = rows[rows["draft_vocabulary"].isna()]
+    cell = {name: short[name] for name in ("exit_layer", "num_speculations")}
+    same = whole[(whole[list(cell)] == pandas.Series(cell)).all(axis=1)]
+    assert short["acceptance_rate"] <= same["acceptance_rate"].item()
+    assert short["speedup"] > whole["speedup"].max()
+    assert output.splitlines()[-1].endswith(f"--draft_vocabulary {short['draft_vocabulary']}")
+    known = []
+    monkeypatch.setattr(Vocabulary, "add", lambda self, counts: known.append(counts))
+    flags = common[: common.index("--exit_layer_last")]
+    output = ["--output_dir", str(tmp_path / "b" / "logs")]
+    assert benchmark.main([*flags, "--tuned", str(folder), *output]) == 0
+    arguments = json.loads((only_run(tmp_path / "b") / "run.json").read_text())["arguments"]
+    assert arguments["draft_vocabulary"] == short["draft_vocabulary"]
+    assert known == [counts]
+    (folder / "vocabulary.json").write_text("[1]")
+    with pytest.raises(SystemExit):
+        benchmark.main([*flags, "--tuned", str(folder), *output])
+    assert "vocabulary.json: " in capsys.readouterr().err
+
+
+def test_a_guess_counts_where_its_token_can_be_drafted():
+    """By hand: the first ids, what the others wrote, the prompt, and what was written before."""
+    records = [
+        {**example("0111111"), "tokens": [30, 40, 1, 31, 30, 50, 41], "prompt_ids": [31]},
+        {**example("0"), "tokens": [40]},
+    ]
+    narrowed = _narrowed(records[0], written(records), 3, 60)  # 40, 0 and 1
+    assert narrowed["matches"] == {"2": "0111100"}
+
+
+def test_a_share_of_the_head_costs_its_share():
+    costs = Costs(1.0, {2: 0.5}, {0: (1.0,), 2: (0.9,)}, (0,), 0.2, draws=[costs_of(0.25)])
+    shorter = costs.with_share_of_head(0.25, 0.5)
+    assert shorter.draft_step[2] == pytest.approx(0.5 - 0.75 * 0.5 * 0.2)
+    assert shorter.draws[0].draft_step[2] == pytest.approx(0.25 - 0.75 * 0.5 * 0.1)
+    assert shorter.round(0, 3) == costs.round(0, 3)
 
 
 @pytest.mark.usefixtures("timeless")

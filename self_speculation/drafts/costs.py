@@ -72,6 +72,20 @@ class Costs:
 
         return replace(self, fewer={n: between(n) for n in range(1, self.num_rows)})
 
+    def with_share_of_head(self, share: float, bytes_of_head: float = 1.0) -> Costs:
+        """With drafts that read a share of the head's rows, where these have read all.
+
+        Args:
+            bytes_of_head: that they read of each weight of the head, for each of the model's own.
+        """
+        saved = (1.0 - share) * bytes_of_head * self.probe
+        return replace(
+            self,
+            draft_step={layer: max(0.0, cost - saved) for layer, cost in self.draft_step.items()},
+            draws=[draw.with_share_of_head(share, bytes_of_head) for draw in self.draws],
+            fewer={n: costs.with_share_of_head(share, bytes_of_head) for n, costs in self.fewer.items()},
+        )
+
     def verification(self, exit_layer: int, num_drafted: int) -> float:
         return float(numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer]))
 
@@ -85,14 +99,23 @@ class Costs:
         return self.draft_step[exit_layer] / self.plain_step
 
     @classmethod
-    def estimated(cls, model: PreTrainedModel, exit_layer: int, draft_weights: DraftWeights) -> Costs:
+    def estimated(
+        cls,
+        model: PreTrainedModel,
+        exit_layer: int,
+        draft_weights: DraftWeights,
+        draft_vocabulary: int | None = None,
+    ) -> Costs:
         """By bytes of weights read: a draft step takes c = (E + h) / (L + h), h being the head's size in
-        layers, and a verification as much as a plain step, however wide it is.
+        layers (E + h N / V with N of V rows of it), and a verification as much as a plain step, however wide
+        it is.
         """
         layers = model.base_model.layers
         head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
+        rows = len(model.get_output_embeddings().weight)
+        head_of_draft = head * min(draft_vocabulary or rows, rows) / rows
         of_layers, of_head = bytes_per_weight(model, draft_weights)
-        read = (of_layers * exit_layer + of_head * head) / model.dtype.itemsize
+        read = (of_layers * exit_layer + of_head * head_of_draft) / model.dtype.itemsize
         return cls(
             plain_step=1.0,
             draft_step={exit_layer: read / (len(layers) + head)},

@@ -8,12 +8,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import Choice
 from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
 from self_speculation.drafts.policy import Threshold
 from self_speculation.model.decoder import Decoder, forward_early
+from self_speculation.model.short_head import ShortHead
 from self_speculation.transfers import Reading
+
+
+class _OwnIds:
+    """Of one output: those of its prompt, those that may end it, and what has been written of it."""
+
+    def __init__(self, output: Output) -> None:
+        self.ids, self._num_seen = output.given_ids, 0
+
+    def update(self, output: Output) -> set[int]:
+        """What has come since."""
+        new = {*output.tokens[self._num_seen :]} - self.ids
+        self.ids |= new
+        self._num_seen = len(output.tokens)
+        return new
 
 
 class LayerDrafts(DraftSource):
@@ -40,12 +56,16 @@ class LayerDrafts(DraftSource):
         threshold: Callable[[], Threshold] | None = None,
     ) -> None:
         self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, keeps_cache
-        self._name = f"exit {exit_layer}"
+        self._short = drafter.head if isinstance(drafter.head, ShortHead) else None
+        self.name = f"exit {exit_layer}" + (f", {self._short.number} ids" if self._short else "")
+        self._followed: list[Output] = []
+        self._own = PerOutput(_OwnIds)
         self._thresholds = None if threshold is None else PerOutput(lambda output: threshold())
         self._runs_ahead = drafter.rotary.device.type == "cuda"
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         rooms = rows.rooms(k, wanted)
+        self._follow(rows.outputs)
         inputs, reading = rows.last, None
         choices: list[Choice] = []
         exit_hidden: list[Tensor] = []
@@ -77,7 +97,7 @@ class LayerDrafts(DraftSource):
         goes_on(0)  # nothing depends on the last confidences, but they are learnt from
         drawn_from = [choice.probabilities for choice in choices if choice.probabilities is not None]
         draft = Draft(
-            [self._name] * len(rooms),
+            [self.name] * len(rooms),
             torch.stack([choice.tokens for choice in choices], 1) if choices else rows.last[:, :0],
             torch.stack(drawn_from, 1) if drawn_from else None,
             lengths,
@@ -97,8 +117,22 @@ class LayerDrafts(DraftSource):
         if self._thresholds is None:
             return
         for row, output in enumerate(rows.outputs):
-            if draft.sources[row] == self._name:
+            if draft.sources[row] == self.name:
                 self._thresholds[output].learn(draft.confidences[row], num_accepted[row])
+
+    def _follow(self, outputs: Sequence[Output]) -> None:
+        """Where the head is short, have it know the ids of each output. In the middle of one it keeps its
+        list, so that what is drafted does not depend on the other rows.
+        """
+        if self._short is None:
+            return
+        is_other = self._followed != outputs
+        if is_other and not any(output in self._followed for output in outputs):
+            self._short.renew()
+        self._followed = list(outputs)
+        new = [self._own[output].update(output) for output in outputs]
+        if is_other or not self._short.knows(set().union(*new)):
+            self._short.follow([self._own[output].ids for output in outputs])
 
     def _hear(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy
+
 from self_speculation.drafts.costs import Costs
 
 _BINS = 10
@@ -17,27 +19,40 @@ class DecayedMean:
     """The mean of what was seen, the latest most, and of a prior.
 
     Args:
+        prior: a number, or another mean, whose value counts as it is at the time.
         weight: observations that the prior counts as.
         decay: the share of an observation that counts one later.
     """
 
-    def __init__(self, prior: float, weight: float = 2.0, decay: float = 0.95) -> None:
+    def __init__(self, prior: float | DecayedMean, weight: float = 2.0, decay: float = 0.95) -> None:
         self._prior, self._weight, self._decay = prior, weight, decay
         self._sum = self._count = 0.0
 
     @property
     def value(self) -> float:
-        return (self._prior * self._weight + self._sum) / (self._weight + self._count)
+        prior = self._prior.value if isinstance(self._prior, DecayedMean) else self._prior
+        return (prior * self._weight + self._sum) / (self._weight + self._count)
 
     def add(self, value: float) -> None:
         self.fade()
         self._sum += value
         self._count += 1.0
 
-    def fade(self) -> None:
-        """Time passes without an observation: back towards the prior."""
-        self._sum *= self._decay
-        self._count *= self._decay
+    def fade(self, observations: float = 1.0) -> None:
+        """Back towards the prior, as far as so many other observations would bring what was seen."""
+        share = self._decay**observations
+        self._sum *= share
+        self._count *= share
+
+    def taught_by(self, other: DecayedMean, enough: float) -> None:
+        """All that another one has seen counts as one observation; below `enough` of them, as a part of one.
+        Where it has seen little, what was known is forgotten slowly.
+        """
+        weight = min(1.0, other._count / enough)
+        self.fade(max(weight, 0.2))
+        if other._count:
+            self._sum += weight * other._sum / other._count
+            self._count += weight
 
 
 class FixedThreshold:
@@ -63,25 +78,31 @@ class LearnedThreshold:
 
     Args:
         draft_step: cost of one drafted token, in plain steps.
+        verifications: [k] what follows a draft of k tokens, in plain steps; the last one holds for longer
+            ones too.
     """
 
-    def __init__(self, draft_step: float) -> None:
-        self._draft_step = draft_step
+    def __init__(self, draft_step: float, verifications: Sequence[float] = (1.0,)) -> None:
+        self.now_costs(draft_step, verifications)
         self._acceptance = [DecayedMean((i + 0.5) / _BINS, weight=1.0, decay=0.98) for i in range(_BINS)]
         self._next = DecayedMean(0.5)
-        self._tokens, self._cost = DecayedMean(2.0), DecayedMean(1.0 + 2 * draft_step)
+        self._tokens, self._cost = DecayedMean(2.0), DecayedMean(self._round(2))
 
-    @property
-    def threshold(self) -> float:
+    def now_costs(self, draft_step: float, verifications: Sequence[float]) -> None:
+        """At another context, or in another batch, what was learnt holds, but not what it costs."""
+        self._draft_step, self._verifications = draft_step, verifications
+
+    def threshold(self, num_drafted: int) -> float:
         """Drafting goes on while the chance that all of the draft is right is above this."""
-        return min(1.0, self._draft_step * self._tokens.value / self._cost.value / self._next.value)
+        another = self._round(num_drafted + 1) - self._round(num_drafted)
+        return min(1.0, another * self._tokens.value / self._cost.value / self._next.value)
 
     def goes_on(self, probabilities: Sequence[float]) -> bool:
         """Whether to draft another token after those with these probabilities."""
         right = 1.0
         for probability in probabilities:
             right *= self._of(probability).value
-        return right >= self.threshold
+        return right >= self.threshold(len(probabilities))
 
     def learn(self, probabilities: Sequence[float], num_accepted: int) -> None:
         """Hear what became of a draft; its tokens after the first rejected one tell nothing."""
@@ -90,7 +111,11 @@ class LearnedThreshold:
             self._of(probability).add(accepted)
             self._next.add(accepted)
         self._tokens.add(num_accepted + 1.0)
-        self._cost.add(1.0 + len(probabilities) * self._draft_step)
+        self._cost.add(self._round(len(probabilities)))
+
+    def _round(self, num_drafted: int) -> float:
+        last = len(self._verifications) - 1
+        return num_drafted * self._draft_step + self._verifications[min(num_drafted, last)]
 
     def _of(self, probability: float) -> DecayedMean:
         return self._acceptance[min(int(probability * _BINS), _BINS - 1)]
@@ -140,11 +165,14 @@ class Arm:
         priors: [i] the chance that a drafted token is accepted after accepted ones, before anything is known,
             where i tokens matched; [0] alone for a source that compares none.
         slack: tokens that a draft may have beyond the plan. It is for sources that end drafts themselves.
+        leaves_layers: whether verification goes on from where the draft ended; else it begins with the first
+            layer, and every exit can be read off it.
     """
 
     exit_layer: int = 0
-    priors: Sequence[float] = (0.6,)
+    priors: Sequence[float] = (0.4,)
     slack: int = 0
+    leaves_layers: bool = True
 
 
 @dataclass(frozen=True)
@@ -157,23 +185,65 @@ class Plan:
     probe: int = 0  # an exit layer to read at verification, whose guesses were not drafted; 0: none
 
 
+class Memory:
+    """What was learnt of the sources of a model, and is kept from one answer to the next.
+
+    Answers differ: one repeats itself, and lookups are right all the time, the next does not. So an answer
+    counts once, however long it is, and is forgotten after some more of them. Bounded in size by the sources
+    and the tokens that they compare.
+    """
+
+    # Observations of an answer from which on it counts in full; what of an answer still counts one later.
+    _ENOUGH, _DECAY = 5.0, 0.9
+    # The prior's weight among answers, and that of all answers among the observations of a new one.
+    _OF_PRIOR, _OF_ANSWERS = 0.3, 8.0
+
+    def __init__(self) -> None:
+        self._of_answers: dict[tuple[str, int], DecayedMean] = {}
+        self._of_answer: dict[tuple[str, int], DecayedMean] = {}
+        self._thresholds: dict[str, LearnedThreshold] = {}
+
+    def begin_answer(self, arms: Mapping[str, Arm]) -> Mapping[tuple[str, int], DecayedMean]:
+        """The chances that a token is accepted, by source and tokens matched, for the answer to fill in."""
+        for key, mean in self._of_answer.items():
+            self._of_answers[key].taught_by(mean, self._ENOUGH)
+        self._of_answer = {}
+        for name, arm in arms.items():
+            for matched, prior in enumerate(arm.priors):
+                new = DecayedMean(prior, self._OF_PRIOR, self._DECAY)
+                of_answers = self._of_answers.setdefault((name, matched), new)
+                self._of_answer[name, matched] = DecayedMean(of_answers, self._OF_ANSWERS)
+        return self._of_answer
+
+    def threshold(self, source: str, draft_step: float, verifications: Sequence[float]) -> LearnedThreshold:
+        """Of a source whose drafts cost so much now, see `LearnedThreshold`."""
+        known = self._thresholds.setdefault(source, LearnedThreshold(draft_step, verifications))
+        known.now_costs(draft_step, verifications)
+        return known
+
+
 class AdaptivePolicy:
     """Chooses the round that promises most tokens for its cost (after Zarch et al., DEL, arXiv 2504.05598).
 
     The chance that a drafted token is accepted after accepted ones is kept for every source, and for every
-    length of a match, as a decayed mean. Drafting tells about the source that drafted. About exits that are
-    deeper, and about all exits where nothing is drafted, an exit that is read off the verification tells, as
-    often as it costs a share of `probing` at most. A plain step is a round of no drafts.
+    length of a match, as a decayed mean, whose prior is what earlier answers of the model have taught.
+    Drafting tells about the source that drafted. A share of the time goes into the others. Exits of the
+    model are read off verifications, which tells as much as a draft and costs less. What cannot be read
+    there drafts a token or two now and then, the one first that was not heard of for longest. A plain step is
+    a round of no drafts.
 
     Args:
         arms: by the name of their source.
         readable: exit layer -> the name of the source that guesses what this exit of a verification does.
         longest: tokens that a draft may have.
-        probing: the share of the time that may go into exits that were not drafted with.
+        memory: of the model; None: there is nothing to remember.
+        searching: the share of the time that may go into reading exits, and the same into trials.
     """
 
     # Drafting must promise so much more than a plain step: what it promises is an estimate.
     _MARGIN = 1.05
+    # Tokens of a draft that is made to see what its source is worth.
+    _TRIAL = 2
 
     def __init__(
         self,
@@ -181,17 +251,18 @@ class AdaptivePolicy:
         arms: Mapping[str, Arm],
         readable: Mapping[int, str],
         longest: int,
-        probing: float = 0.015,
+        memory: Memory | None = None,
+        searching: float = 0.01,
     ) -> None:
         self._costs, self._arms, self._readable = costs, arms, readable
-        self._longest, self._probing = longest, probing
-        self._means = {
-            (name, matched): DecayedMean(prior, weight=1.0)
-            for name, arm in arms.items()
-            for matched, prior in enumerate(arm.priors)
-        }
-        self._saved_up = 0.0
+        self._longest, self._searching = longest, searching
+        self._means = (memory or Memory()).begin_answer(arms)
+        self._known_rounds: dict[tuple[int, str], numpy.ndarray] = {}
+        self._for_probes = self._for_trials = 0.0
         self._next_probe = 0
+        # Round -> when a source was heard of that no verification tells about.
+        self._now = 0
+        self._heard = {key: 0 for key in self._means if key[0] not in readable.values()}
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
@@ -200,30 +271,33 @@ class AdaptivePolicy:
             matched: [B] by source, how many tokens it has matched of each row; None where it cannot draft.
             rooms: [B] tokens that may be drafted at most.
         """
-        costs = self._costs.of(len(rooms))
-        best, best_rate = Plan(), self._MARGIN * len(rooms) / costs.round(0, 0)
-        for name, numbers in matched.items():
-            # room and acceptance of the rows that it can draft for
-            rows = [
-                (room, self._means[name, number].value)
-                for number, room in zip(numbers, rooms, strict=True)
-                if number is not None
-            ]
-            expected, chances = float(len(rooms)), [1.0] * len(rows)
-            for length in range(1, min(max(rooms), self._longest) + 1):
-                chances = [
-                    chance * acceptance if length <= room else 0.0
-                    for chance, (room, acceptance) in zip(chances, rows, strict=True)
+        self._now += 1
+        num_rows, longest = len(rooms), min(max(rooms), self._longest)
+        names = list(matched)
+        plain_step = self._rounds(num_rows, "")[0]
+        best = Plan()
+        if names and longest:
+            acceptance = numpy.array(
+                [
+                    [0.0 if number is None else self._means[name, number].value for number in matched[name]]
+                    for name in names
                 ]
-                expected += sum(chances)
-                rate = expected / costs.round(self._arms[name].exit_layer, length)
-                if rate > best_rate:
-                    best, best_rate = Plan(name, length, length + self._arms[name].slack), rate
-                elif max(chances, default=0.0) < 0.05:
-                    break
-        exit_layer = self._arms[best.source].exit_layer if best.source else 0
-        self._saved_up += self._probing * costs.round(exit_layer, best.length)
-        return replace(best, probe=self._probe(exit_layer))
+            )  # [sources, B]
+            lengths = numpy.arange(1, longest + 1)
+            chances = acceptance[..., None] ** lengths  # [sources, B, lengths], that all of a draft is right
+            if min(rooms) < longest:
+                chances *= lengths <= numpy.array(rooms)[:, None]
+            expected = num_rows + chances.sum(1).cumsum(-1)
+            rates = expected / numpy.array([self._rounds(num_rows, name)[1 : longest + 1] for name in names])
+            at, more = divmod(int(rates.argmax()), longest)
+            if rates[at, more] > self._MARGIN * num_rows / plain_step:
+                best = Plan(names[at], more + 1, more + 1 + self._arms[names[at]].slack)
+        if (trial := self._trial(best.source, matched, rooms, plain_step)) is not None:
+            return trial
+        spent = self._searching * self._rounds(num_rows, best.source)[best.length]
+        self._for_probes += spent
+        self._for_trials += spent
+        return replace(best, probe=self._probe(best.source))
 
     def learn(
         self,
@@ -241,15 +315,55 @@ class AdaptivePolicy:
                 up to the first rejected one.
         """
         for i in range(min(num_accepted + 1, num_drafted)):
-            self._means[source, matched].add(float(i < num_accepted))
+            self._hear((source, matched), float(i < num_accepted))
         for chance in agreement:
-            self._means[self._readable[probe], 0].add(chance)
+            self._hear((self._readable[probe], 0), chance)
 
-    def _probe(self, exit_layer: int) -> int:
+    def _hear(self, key: tuple[str, int], chance: float) -> None:
+        self._means[key].add(chance)
+        if key in self._heard:
+            self._heard[key] = self._now
+
+    def _rounds(self, num_rows: int, source: str) -> numpy.ndarray:
+        """[k] as `Costs.round` says of drafts of k tokens, looked up: every round asks for all of them."""
+        key = (num_rows, source)
+        if key not in self._known_rounds:
+            exit_layer = self._arms[source].exit_layer if source else 0
+            costs = self._costs.of(num_rows)
+            rounds = [costs.round(exit_layer, k) for k in range(self._longest + 1)]
+            self._known_rounds[key] = numpy.array(rounds)
+        return self._known_rounds[key]
+
+    def _trial(
+        self,
+        chosen: str,
+        matched: Mapping[str, Sequence[int | None]],
+        rooms: Sequence[int],
+        plain_step: float,
+    ) -> Plan | None:
+        """A short draft of the source that was not heard of for longest, where there is time for one."""
+        length = min(self._TRIAL, max(rooms))
+        able = [
+            (self._heard[name, number], name)
+            for name, numbers in matched.items()
+            for number in numbers
+            if number is not None and (name, number) in self._heard and name != chosen
+        ]
+        if not able or not length:
+            return None
+        _, name = min(able)
+        price = self._rounds(len(rooms), name)[length] - plain_step
+        if self._for_trials < price:
+            return None
+        self._for_trials -= max(price, 0.0)
+        return Plan(name, length, length)
+
+    def _probe(self, source: str) -> int:
         """The exit to read beyond the one that drafts, in turn; 0 where it is not time for one."""
-        unread = [layer for layer in self._readable if layer > exit_layer]
-        if self._saved_up < self._costs.probe or not unread:
+        seen = self._arms[source].exit_layer if source and self._arms[source].leaves_layers else 0
+        unread = [layer for layer in self._readable if layer > seen]
+        if self._for_probes < self._costs.probe or not unread:
             return 0
-        self._saved_up -= self._costs.probe
+        self._for_probes -= self._costs.probe
         self._next_probe += 1
         return unread[self._next_probe % len(unread)]

@@ -23,13 +23,18 @@ from self_speculation.drafts.policy import (
     FixedThreshold,
     LearnedThreshold,
     LookupPolicy,
+    Memory,
     Threshold,
 )
 from self_speculation.model.decoder import Decoder
 from self_speculation.model.quantized_layers import quantized
+from self_speculation.model.short_head import ShortHead
 
 # Tokens that lookups of adaptive decoding compare, unless prompt_lookup says how many.
 _LONGEST_MATCH = 4
+
+# Before anything is known: exits are right if they were trained for it, a copy of all layers mostly is.
+_PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,13 @@ class Parts:
     def keeps_cache(self) -> bool:
         """Whether the layers that draft are the target's own."""
         return self.config.draft_weights == "exact"
+
+    @property
+    def memory(self) -> Memory:
+        """What earlier answers of the model have taught about such drafts."""
+        of_model, config = self.decoder.prepared.learnt, self.config
+        kind = (config.draft_weights, config.greedy, config.prompt_lookup)
+        return of_model.setdefault(kind, Memory())
 
 
 @dataclass(frozen=True)
@@ -63,9 +75,14 @@ class Kind:
     arms: Callable[[Parts], Mapping[str, tuple[DraftSource, Arm]]]
 
 
-def make_drafter(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) -> Decoder:
-    """What runs the first layers for a draft. Raises what `quantized` does."""
-    return decoder if draft_weights == "exact" else quantized(decoder, num_layers, draft_weights)
+def make_drafter(
+    decoder: Decoder, num_layers: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
+) -> Decoder:
+    """What runs the first layers for a draft, and a head. Raises what `quantized` and `ShortHead` do."""
+    drafter = decoder if draft_weights == "exact" else quantized(decoder, num_layers, draft_weights)
+    if draft_vocabulary is None or draft_vocabulary >= decoder.config.vocab_size:
+        return drafter
+    return drafter.over(drafter.layers, ShortHead(decoder, drafter.head, draft_vocabulary))
 
 
 def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
@@ -79,19 +96,35 @@ def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
 
 
 def _layer_drafts(parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None) -> LayerDrafts:
-    drafter = make_drafter(parts.decoder, exit_layer, parts.config.draft_weights)
+    config = parts.config
+    drafter = make_drafter(parts.decoder, exit_layer, config.draft_weights, config.draft_vocabulary)
     return LayerDrafts(drafter, exit_layer, parts.keeps_cache, threshold)
 
 
 def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
     """One for each exit whose cost is known. In a batch, drafts have the length that was planned for all."""
     ends_itself = parts.costs.num_rows == 1
+    plain_step, lengths = parts.costs.plain_step, range(LONGEST_DRAFT + 1)
     arms: dict[str, tuple[DraftSource, Arm]] = {}
     for layer in parts.costs.draft_step:
-        threshold = partial(LearnedThreshold, parts.costs.draft_ratio(layer)) if ends_itself else None
-        arm = Arm(layer, slack=4 if ends_itself else 0)
-        arms[f"exit {layer}"] = (_layer_drafts(parts, layer, threshold), arm)
+        ratio = parts.costs.draft_ratio(layer)
+        verifications = [parts.costs.verification(layer, k) / plain_step for k in lengths]
+        is_copy = layer == len(parts.decoder.layers)
+        arm = Arm(
+            layer,
+            _PRIOR_OF_COPY if is_copy else _PRIOR_OF_EXIT,
+            slack=4 if ends_itself else 0,
+            leaves_layers=parts.keeps_cache,
+        )
+        known = parts.memory.threshold(f"exit {layer}", ratio, verifications)
+        source = _layer_drafts(parts, layer, partial(_same, known) if ends_itself else None)
+        arms[source.name] = (source, arm)
     return arms
+
+
+def _same(threshold: Threshold) -> Threshold:
+    """For whichever output: what one of them teaches, the others know."""
+    return threshold
 
 
 def _lookup(parts: Parts, longest: int) -> Lookup:
@@ -114,7 +147,7 @@ def _lookup_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
 KINDS: list[Kind] = [
     Kind(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _lookup_first, _lookup_arms),
     Kind(
-        ("exit_layer", "num_speculations", "draft_weights", "draft_confidence"),
+        ("exit_layer", "num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary"),
         lambda config: True,
         _layers,
         _layer_arms,
@@ -133,13 +166,15 @@ def make_source(parts: Parts) -> DraftSource:
 
 
 def make_adaptive(parts: Parts) -> AdaptiveDrafts:
-    """All that there are, chosen among round by round. Raises what `quantized` does."""
+    """All that there are, chosen among round by round, by what earlier answers of the model have taught too.
+    Raises what `quantized` does.
+    """
     made = {name: arm for kind in KINDS for name, arm in kind.arms(parts).items()}
     sources = {name: source for name, (source, _) in made.items()}
     arms = {name: arm for name, (_, arm) in made.items()}
     num_layers = len(parts.decoder.layers)
     readable = {arm.exit_layer: name for name, arm in arms.items() if 0 < arm.exit_layer < num_layers}
-    return AdaptiveDrafts(sources, AdaptivePolicy(parts.costs, arms, readable, LONGEST_DRAFT))
+    return AdaptiveDrafts(sources, AdaptivePolicy(parts.costs, arms, readable, LONGEST_DRAFT, parts.memory))
 
 
 def driving_flags() -> tuple[str, ...]:

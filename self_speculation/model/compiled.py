@@ -84,6 +84,7 @@ class CompiledDecoder(Decoder):
     """Runs passes over at most `max_width` tokens compiled; those of a prompt as `Decoder`."""
 
     _passes: Passes | None = None
+    _layers_of: CompiledDecoder | None = None  # whose passes this one's are, up to another head
 
     def __init__(
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
@@ -120,11 +121,19 @@ class CompiledDecoder(Decoder):
             made[self._num_rows] = Passes(Decoder(self._model, 1, capacity), capacity, self._num_rows)
         return made[self._num_rows]
 
-    def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:  # noqa: ARG002
-        """What is compiled is this model's own layers."""
-        raise ValueError("draft_weights: no copies of layers with compile True")
+    def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:
+        """See `Decoder`. What is compiled is this model's own layers; another head is not."""
+        if layers is not self.layers:
+            raise ValueError("draft_weights: no copies of layers with compile True")
+        other = super().over(layers, head)
+        assert isinstance(other, CompiledDecoder)
+        other._layers_of = self
+        return other
 
     def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
+        if self._layers_of is not None:
+            hidden = self._layers_of.run(inputs, first, last, 0).hidden
+            return ForwardResult(self.logits(hidden, num_logits), hidden)
         width = inputs.shape[1]
         # A prompt's passes read no logits, or those of the last position.
         of_prompt = width > 1 and not num_logits == width <= self._max_width

@@ -55,6 +55,19 @@ class PlainLayer:
         ).flatten(0, 1)
 
 
+class PlainHead:
+    """Final norm and head of transformers, called as a lean one is."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
+        self._norm, self.module = norm, head
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.module(self._norm(hidden[None]))[0]
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self._norm(hidden[None])[0]
+
+
 class LevelSpan:
     """The T positions from `start` on that a pass adds to each of B rows: what layers ask for, made then."""
 
@@ -175,7 +188,7 @@ class Decoder:
         capacity = min(num_positions, prompt_length + _FIRST_ALLOCATION // num_rows)
         self.cache = KVCache(len(self.layers), capacity, num_rows)
         self._embed = base.embed_tokens
-        self.head = lean_head(model) or (lambda hidden: head(base.norm(hidden[None]))[0])
+        self.head: Any = lean_head(model) or PlainHead(base.norm, head)
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         self.is_eager = model.config._attn_implementation == "eager"
 

@@ -69,6 +69,11 @@ def lean_head(model: Any) -> LeanHead | None:
     return _still(prepared(model).lean, head, model.base_model.norm, head)
 
 
+def plain_product(head: nn.Module) -> Product | None:
+    """That of a head which is not lean, unless its weight is in parts, quantised or elsewhere."""
+    return Product(head) if isinstance(head, nn.Linear) and _is_plain(head) else None
+
+
 def _transposed(x: Tensor, weight: Tensor) -> Tensor:
     """W x^T, transposed. One vector goes in twice: to multiply two columns is often faster."""
     columns = torch.cat((x, x)) if x.shape[0] == 1 else x
@@ -133,6 +138,14 @@ class Product:
         form = self.forms.get(x.shape[0]) if self.forms else None
         hidden = hidden.addmm_(x, self._weight_t) if form is None else hidden.add_(form(x, self.weight))
         return hidden if self.bias is None else hidden.add_(self.bias)
+
+    def of_rows(self, ids: Tensor) -> Product:
+        """The same over a copy of some rows [n] of the weight."""
+        other = copy.copy(self)
+        other.weight = self.weight[ids]
+        other.bias = None if self.bias is None else self.bias[ids]
+        other._weight_t = other.weight.t()
+        return other
 
     def tensors(self) -> list[Tensor]:
         """All that a pass reads."""
@@ -251,7 +264,7 @@ class LeanHead:
     """Final norm and head, [T, H] -> [T, V]."""
 
     def __init__(self, norm: Any, head: nn.Linear) -> None:
-        self._norm, self._head = Norm(norm), Product(head)
+        self.norm, self._head = Norm(norm), Product(head)
         self.products = (self._head,)
         self.layout = _layout(norm, head)
 
@@ -263,11 +276,11 @@ class LeanHead:
         return other
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._head(self._norm(hidden))
+        return self._head(self.norm(hidden))
 
     def tensors(self) -> list[Tensor]:
         """As those of `LeanLayer`."""
-        return [*self._head.tensors(), *self._norm.tensors()]
+        return [*self._head.tensors(), *self.norm.tensors()]
 
 
 Lean = LeanLayer | LeanHead

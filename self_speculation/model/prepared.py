@@ -9,9 +9,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from self_speculation.model.vocabulary import Vocabulary
+
 if TYPE_CHECKING:
     from self_speculation.model.compiled import Passes
     from self_speculation.model.lean_layers import Lean
+    from self_speculation.model.short_head import Gathered
 
 
 @dataclass
@@ -21,13 +24,19 @@ class Prepared:
         lean: layer or head -> its lean form, see `fuse`.
         copies: lean form -> its copies in fewer bits, by what they multiply by, see `quantized`.
         passes: by the rows of their batch, see `compile_decoding`; None where nothing is to be compiled.
+        vocabulary: what it wrote, and what it is likely to write.
+        gathered: rows of its head for drafts, by their number and what they are multiplied by.
         costs: what rounds were measured to cost, by whatever they depend on.
+        learnt: what adaptive decoding has learnt of its drafts, by whatever that depends on.
     """
 
     lean: dict[nn.Module, Lean] = field(default_factory=dict)
     copies: WeakKeyDictionary[Lean, dict[Any, Lean]] = field(default_factory=WeakKeyDictionary)
     passes: dict[int, Passes] | None = None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    gathered: dict[Hashable, Gathered] = field(default_factory=dict)
     costs: dict[Hashable, Any] = field(default_factory=dict)
+    learnt: dict[Hashable, Any] = field(default_factory=dict)
 
 
 _PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
