@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,8 +69,13 @@ def run_every_pass(
     endless = replace(config, stop_words=None, stop_token_ids=None)
 
     def generate(settings: GenerationConfig) -> None:
-        for _ in strategy.generate_batch(model, rows, settings, batch_size):
-            pass
+        wrong: Exception | None = None
+        try:
+            collections.deque(strategy.generate_batch(model, rows, settings, batch_size), maxlen=0)
+        except RequestError as error:
+            wrong = error.cause
+        if wrong is not None:
+            raise wrong
 
     generate(endless)
     if is_compiled(model):  # narrower passes too, for drafts that are cut short

@@ -94,7 +94,7 @@ def test_a_threshold_learns_from_what_was_accepted():
 
 
 @pytest.mark.parametrize("weights", ["exact", "int8", "int4"])
-@pytest.mark.parametrize("confidence", ["0.1", "0.5", "auto"])
+@pytest.mark.parametrize("confidence", ["0.2", "0.5", "auto"])
 def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monkeypatch):
     """As on a GPU: a pass is begun before the threshold is asked. Guards against a pass too many in the
     cache, or in the states that verification goes on from.

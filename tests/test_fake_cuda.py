@@ -175,7 +175,7 @@ SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 @pytest.mark.parametrize(
     ("path", "heads", "fused"),
     [
-        *((path, heads, True) for path in PATHS for heads in HEADS),
+        *((path, heads, True) for path in PATHS for heads in (HEADS if path != "int4" else HEADS[:1])),
         *(
             (path, HEADS[1], False) for path in PATHS if path not in ("int8", "int4")
         ),  # copies are made of lean layers
@@ -188,7 +188,9 @@ def test_every_path(cuda, path, heads, fused):
         generate(model, [5, 6, 7, 8, 9], max_steps=20, eos=[], **PATHS[path], **extra)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if path == "int4" else []) for path in PATHS]
+)
 def test_every_path_of_a_batch(cuda, path):
     """Guards against the same where rows differ in length, end, and make room for others."""
     how = dict(PATHS[path])

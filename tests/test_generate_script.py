@@ -204,7 +204,7 @@ def test_chat_applies_the_template(said):
         (["--prompt_lookup", "3"], "--prompt_lookup 3: autoregressive decoding drafts nothing, add"),
         (
             [*SPECULATIVE, "--draft_weights", "int8", "--fuse", "False"],
-            "--draft_weights int8: needs lean layers",
+            "--draft_weights int8: not with --fuse False",
         ),
         (["--compare", "True"], "--compare True: needs a --generation_strategy to compare"),
         (["--model", "/nowhere"], "--model '/nowhere': no such folder"),

@@ -35,7 +35,10 @@ def command(model_folder, tmp_path):
         "correctness": ([*model, *SHORT, *DRAFTS, *data], "passed: "),
         "sweep": ([*model, *SHORT, *data, *grid], "--generation_strategy self_speculative"),
         "eval": ([*model, *SHORT, *tasks, "--bootstrap_iters", "0"], "python_functions: 2 answers"),
-        "train": ([*model[2:], *TRAINING, "--data_path", ROOT / "runs/*.py"], "exits.csv"),
+        "train": (
+            [*model[2:], *TRAINING, "--data_path", ROOT / "runs/*.py", "--eval_fraction", "0.4"],
+            "exits.csv",
+        ),
     }
 
     def of(name):
