@@ -80,12 +80,9 @@ class LevelSpan:
         cos, sin = self._decoder.rotary.narrow(1, self._start, self.width).split(1)
         return cos, sin
 
-    def rotate(self, heads: Tensor) -> Tensor:
-        """[B * T, n, head_dim] of queries or keys, each turned by the angles of its position."""
-        return self._turn(heads)
-
     @cached_property
-    def _turn(self) -> Callable[[Tensor], Tensor]:
+    def rotate(self) -> Callable[[Tensor], Tensor]:
+        """Turns [B * T, n, head_dim] of queries or keys by the angles of their positions."""
         # [B * T, 1, head_dim] each
         tables = [table.transpose(0, 1) for table in self.rotary]
         cos, sin = tables if self.rows == 1 else (table.repeat(self.rows, 1, 1) for table in tables)

@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,15 @@ LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss
 # Wider passes are a prompt's: no tricks, ordinary kernels.
 NARROW = 16
 
-# What `fuse` measures: forms of products with weights of at least so many elements, about so many elements at
-# a time, at these widths, in so many rounds. What lies between two widths is done as the wider one.
-_SMALLEST_TO_CHOOSE, _PIECE = 2**15, 2**19
-_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
-_ROUNDS = 4
-# After two rounds, forms that took so many times as long as the best are out.
-_HOPELESS = 1.5
+# What `fuse` measures: forms of products with weights of at least so many elements, at these widths, in so
+# many rounds. What lies between two widths is done as the wider one.
+_SMALLEST_TO_CHOOSE = 2**15
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_ROUNDS = 3
+# After the first round, forms that took so many times as long as the best are out.
+_HOPELESS = 1.3
+# Of large models some weights are enough, and of a large weight some rows: so many elements.
+_SAMPLE, _LARGE = 2**24, 2**23
 
 
 def fuse(model: Any) -> int:
@@ -334,52 +336,64 @@ def _choose_forms(lean: Sequence[Lean]) -> None:
     """Find out which form of a product is fastest, for each shape of a weight and each width.
 
     BLAS libraries differ threefold here, in both directions, from shape to shape and from width to width, so
-    the answer is measured, in less than a second. It can only be another than `linear` on a CPU in fp32, and
-    does not matter for small weights.
+    the answer is measured, in about a second. It can only be another than `linear` on a CPU in fp32, and does
+    not matter for small weights.
     """
-    alike: dict[torch.Size, list[Product]] = {}
-    for product in (product for part in lean for product in part.products):
-        weight = product.weight
-        is_exact = weight.device.type == "cpu" and weight.dtype == torch.float32
-        if is_exact and weight.numel() >= _SMALLEST_TO_CHOOSE:
-            alike.setdefault(weight.shape, []).append(product)
-    for products in alike.values():
-        forms = _fastest([product.weight for product in products])
-        for product in products:
-            product.forms = forms
+    products = [
+        product
+        for part in lean
+        for product in part.products
+        if product.weight.device.type == "cpu"
+        and product.weight.dtype == torch.float32
+        and product.weight.numel() >= _SMALLEST_TO_CHOOSE
+    ]
+    sample = _sample([product.weight for product in products])
+    forms: dict[torch.Size, dict[int, Form]] = {shape: {} for shape, _ in sample}
+    least: dict[tuple[torch.Size, int], dict[Form, float]] = {
+        (shape, width): dict.fromkeys(FORMS, math.inf) for shape in forms for width in _WIDTHS
+    }
+    # All in turn: a slow moment of the machine hits no one form alone.
+    for turn, width, form in itertools.product(range(_ROUNDS), _WIDTHS, FORMS):
+        hopeful = {
+            shape
+            for shape in forms
+            if not turn or least[shape, width][form] <= _HOPELESS * min(least[shape, width].values())
+        }
+        for shape, seconds in _seconds_by_shape(form, sample, width, hopeful).items():
+            least[shape, width][form] = min(least[shape, width][form], seconds)
+    for shape, chosen in forms.items():
+        for narrower, width in itertools.pairwise((0, *_WIDTHS)):
+            seconds = least[shape, width]
+            best = min(FORMS, key=lambda form: seconds[form] * (0.9 if form is linear else 1.0))
+            if best is not linear:
+                chosen |= dict.fromkeys(range(narrower + 1, width + 1), best)
+    for product in products:
+        product.forms = forms[product.weight.shape]
 
 
-def _fastest(weights: Sequence[Tensor]) -> dict[int, Form]:
-    """By width, what is clearly faster than `linear` for weights of one shape, where there is such a form."""
-    # Each time another piece, as in decoding, where a weight has left the processor's cache before its turn.
-    parts = [piece for weight in weights for piece in _pieces(weight)]
-    pieces, at_once = itertools.cycle(parts), max(1, _PIECE // parts[0].numel())
-    inputs = {width: torch.randn(width, weights[0].shape[1]) for width in _WIDTHS}
-    best: dict[int, dict[Form, float]] = {width: dict.fromkeys(FORMS, math.inf) for width in _WIDTHS}
-    for turn in range(_ROUNDS):  # all in turn: a slow moment of the machine hits no one form alone
-        for width, seconds in best.items():
-            limit = min(seconds.values()) * _HOPELESS if turn >= 2 else math.inf
-            for form in [form for form in FORMS if seconds[form] <= limit]:
-                some = list(itertools.islice(pieces, at_once))
-                seconds[form] = min(seconds[form], _seconds(form, inputs[width], some))
-    chosen: dict[int, Form] = {}
-    for narrower, (width, seconds) in zip((0, *_WIDTHS), best.items(), strict=False):
-        form = min(FORMS, key=lambda form: seconds[form] * (0.9 if form is linear else 1.0))
-        if form is not linear:
-            chosen |= dict.fromkeys(range(narrower + 1, width + 1), form)
-    return chosen
-
-
-def _pieces(weight: Tensor) -> Sequence[Tensor]:
-    """A weight, or its rows by some of the blocks that `_blocked` makes of them."""
-    height = len(weight) // _num_blocks(weight)
-    return weight.split(height * max(1, _PIECE // (height * weight.shape[1])))
+def _sample(weights: Sequence[Tensor]) -> list[tuple[torch.Size, Tensor]]:
+    """Weights layer after layer, as decoding reads them: some of them, one of each shape at least."""
+    sample: list[tuple[torch.Size, Tensor]] = []
+    for weight in weights:
+        rows = _LARGE // weight.shape[1] // 64 * 64
+        part = weight[:rows] if rows and weight.numel() > _LARGE else weight
+        taken = sum(other.numel() for _, other in sample)
+        if taken < _SAMPLE or weight.shape not in {shape for shape, _ in sample}:
+            sample.append((weight.shape, part))
+    return sample
 
 
 @torch.inference_mode()
-def _seconds(form: Form, x: Tensor, weights: Sequence[Tensor]) -> float:
-    # Of this thread: on a busy machine it does not count while others have its processor.
-    started = time.thread_time()
-    for weight in weights:
-        form(x, weight)
-    return time.thread_time() - started
+def _seconds_by_shape(
+    form: Form, sample: Sequence[tuple[torch.Size, Tensor]], width: int, shapes: Collection[torch.Size]
+) -> dict[torch.Size, float]:
+    """What the products of these shapes took together."""
+    inputs = {weight.shape[1]: torch.randn(width, weight.shape[1]) for _, weight in sample}
+    taken = dict.fromkeys(shapes, 0.0)
+    for shape, weight in sample:
+        if shape in taken:
+            x = inputs[weight.shape[1]]
+            started = time.perf_counter()
+            form(x, weight)
+            taken[shape] += time.perf_counter() - started
+    return taken
