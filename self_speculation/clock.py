@@ -246,8 +246,9 @@ class _Clock:
             return _Given(self._model.config.vocab_size)
         weights = self._config.draft_weights
         drafter = make_drafter(decoder, exit_layer, weights, self._config.draft_vocabulary)
-        # A threshold takes time, also one that never ends a draft.
-        watched = self._config.generation_strategy == "adaptive" or self._config.draft_confidence is not None
+        # A threshold takes time, also one that never ends a draft. Adaptive drafts of all layers have none.
+        adaptive = self._config.generation_strategy == "adaptive" and exit_layer < len(decoder.layers)
+        watched = adaptive or self._config.draft_confidence is not None
         threshold = partial(FixedThreshold, 0.0) if watched and self._num_rows == 1 else None
         return LayerDrafts(drafter, exit_layer, weights == "exact", threshold)
 

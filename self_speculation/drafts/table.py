@@ -103,13 +103,14 @@ def _layer_drafts(parts: Parts, exit_layer: int, threshold: Callable[[], Thresho
 
 def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
     """One for each exit whose cost is known. In a batch, drafts have the length that was planned for all."""
-    ends_itself = parts.costs.num_rows == 1
     plain_step, lengths = parts.costs.plain_step, range(LONGEST_DRAFT + 1)
     arms: dict[str, tuple[DraftSource, Arm]] = {}
     for layer in parts.costs.draft_step:
         ratio = parts.costs.draft_ratio(layer)
         verifications = [parts.costs.verification(layer, k) / plain_step for k in lengths]
+        # A copy of all layers is right nearly always, and to ask it how sure it is takes time.
         is_copy = layer == len(parts.decoder.layers)
+        ends_itself = parts.costs.num_rows == 1 and not is_copy
         arm = Arm(
             layer,
             _PRIOR_OF_COPY if is_copy else _PRIOR_OF_EXIT,
