@@ -59,7 +59,8 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
             measured_at *= 2
         measured_at = min(measured_at, most - longest - 1)
         known, drafts = prepared(model).costs, (config.draft_weights, config.draft_vocabulary)
-        key = (drafts, Sampler.of(config), measured_at, num_rows)
+        # The rows of a batch have contexts of all lengths: that of the first one will do.
+        key = (drafts, Sampler.of(config), measured_at if num_rows == 1 else 0, num_rows)
         if key not in known:
             exits = candidate_layers(model.config.num_hidden_layers, config.draft_weights)
             known[key] = measure(model, config, exits, measured_at, longest, _PATIENCE, num_rows=num_rows)
