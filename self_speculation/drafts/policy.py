@@ -169,6 +169,7 @@ class Arm:
         exit_layer: the exit that its drafts are made at, and so their cost; 0: they cost nothing.
         priors: [i] the chance that a drafted token is accepted after accepted ones, before anything is known,
             where i tokens matched; [0] alone for a source that compares none.
+        trust: observations that the priors count as, where no answer has confirmed them yet.
         slack: tokens that a draft may have beyond the plan. It is for sources that end drafts themselves.
         leaves_layers: whether verification goes on from where the draft ended; else it begins with the first
             layer, and every exit can be read off it.
@@ -176,6 +177,7 @@ class Arm:
 
     exit_layer: int = 0
     priors: Sequence[float] = (0.4,)
+    trust: float = 1.0
     slack: int = 0
     leaves_layers: bool = True
 
@@ -215,10 +217,10 @@ class Memory:
         self._of_answer = {}
         for name, arm in arms.items():
             for matched, prior in enumerate(arm.priors):
-                new = DecayedMean(prior, self._OF_PRIOR, self._DECAY)
+                new = DecayedMean(prior, self._OF_PRIOR * arm.trust, self._DECAY)
                 of_answers = self._of_answers.setdefault((name, matched), new)
-                # A prior that no answer has confirmed gives way to the first observations.
-                weight = min(self._OF_ANSWERS, 1.0 + self._OF_ANSWERS * of_answers.count)
+                # A prior that no answer has confirmed gives way to the first observations, or soon.
+                weight = min(self._OF_ANSWERS, arm.trust + self._OF_ANSWERS * of_answers.count)
                 self._of_answer[name, matched] = DecayedMean(of_answers, weight)
         return self._of_answer
 

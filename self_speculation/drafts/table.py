@@ -35,6 +35,8 @@ _LONGEST_MATCH = 4
 
 # Before anything is known: exits are right if they were trained for it, a copy of all layers mostly is.
 _PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
+# Two mistakes in the first rounds of an answer must not be the end of it.
+_TRUST_IN_COPY = 6.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
         arm = Arm(
             layer,
             _PRIOR_OF_COPY if is_copy else _PRIOR_OF_EXIT,
+            trust=_TRUST_IN_COPY if is_copy else 1.0,
             slack=4 if ends_itself else 0,
             leaves_layers=parts.keeps_cache,
         )
