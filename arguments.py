@@ -632,12 +632,14 @@ def _literal(text: str) -> Any:
 
 
 def names_in_compat(module: str) -> Callable[[str], Any]:
-    """`__getattr__` of a module of which scripts for the paper's code base import names that `compat` has."""
+    """`__getattr__` of a module of which scripts for the paper's code base import names that stand in
+    `measures/compat.py`.
+    """
 
     def find(name: str) -> Any:
         if name.startswith("_"):  # Python's own, which it asks for at every import
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return importlib.import_module("compat").lookup(module, name)
+        return importlib.import_module("measures.compat").lookup(module, name)
 
     return find
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from self_speculation import (
     Request,
     RequestError,
 )
+from self_speculation.generator_base import unwrapped
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.devices import synchronize
 from self_speculation.model.families import attended_length
@@ -69,13 +69,8 @@ def run_every_pass(
     endless = replace(config, stop_words=None, stop_token_ids=None)
 
     def generate(settings: GenerationConfig) -> None:
-        wrong: Exception | None = None
-        try:
-            collections.deque(strategy.generate_batch(model, rows, settings, batch_size), maxlen=0)
-        except RequestError as error:
-            wrong = error.cause
-        if wrong is not None:
-            raise wrong
+        for _ in unwrapped(strategy.generate_batch(model, rows, settings, batch_size)):
+            pass
 
     generate(endless)
     if is_compiled(model):  # narrower passes too, for drafts that are cut short

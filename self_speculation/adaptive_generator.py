@@ -46,7 +46,7 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     ) -> Costs:
         """As they were measured, or as they are now."""
         of_all = self._measured(model, config, context, num_rows)
-        return of_all if num_rows == 1 else of_all.falling_to(self._measured(model, config, context, 1))
+        return of_all if num_rows == 1 else of_all.with_fewer_rows(self._measured(model, config, context, 1))
 
     def _measured(
         self, model: PreTrainedModel, config: GenerationConfig, context: int, num_rows: int

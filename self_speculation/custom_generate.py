@@ -39,7 +39,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts.table import driving_flags
-from self_speculation.generator_base import Request, RequestError
+from self_speculation.generator_base import Request, unwrapped
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.strategies import make_strategy
 
@@ -222,23 +222,16 @@ def _answers(
         for row in unfinished
     ]
     strategy = make_strategy(config.generation_strategy)
-    try:
-        for place, result in strategy.generate_batch(model, requests, config, batch_size=len(rows)):
-            index = unfinished[place].index
-            outputs[index] = outputs[index] + result.predicted_tokens
-            if result.end_token_id is not None:
-                outputs[index].append(result.end_token_id)
-            if result.stop_reason == "context":
-                warnings.warn(
-                    f"row {index} ends with the model's context, before its max_length", stacklevel=2
-                )
-            if isinstance(own, _TokenByToken):
-                own.finish(result)
-    except RequestError as error:
-        cause = error.cause
-    else:
-        return outputs
-    raise cause  # see `the_only`
+    for place, result in unwrapped(strategy.generate_batch(model, requests, config, batch_size=len(rows))):
+        index = unfinished[place].index
+        outputs[index] = outputs[index] + result.predicted_tokens
+        if result.end_token_id is not None:
+            outputs[index].append(result.end_token_id)
+        if result.stop_reason == "context":
+            warnings.warn(f"row {index} ends with the model's context, before its max_length", stacklevel=2)
+        if isinstance(own, _TokenByToken):
+            own.finish(result)
+    return outputs
 
 
 class _TokenByToken:

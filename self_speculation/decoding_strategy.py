@@ -145,8 +145,9 @@ class _Batch:
         self._num_taken += 1
         return True
 
-    def take_out(self) -> Iterator[tuple[int, GenerationStrategyResult]]:
+    def take_out(self) -> list[tuple[int, GenerationStrategyResult]]:
         """What has ended. The last row takes the place of each."""
+        ended = []
         for row in reversed(range(len(self.rows))):
             if not self.rows.outputs[row].remaining:
                 output = self.rows.drop(row)
@@ -158,7 +159,8 @@ class _Batch:
                     self._fail(index, error)
                 else:
                     prepared(self._model).vocabulary.count(output.tokens)
-                    yield index, result
+                    ended.append((index, result))
+        return ended
 
     def _fail(self, index: int, error: Exception) -> None:
         self.failed = self.failed or RequestError(index, error)

@@ -313,14 +313,22 @@ class HuggingfaceLlamaGenerator:
         return sorted({i for i in ids if i is not None})
 
 
-def the_only(results: Iterator[tuple[int, T]]) -> T:
-    """The result of a batch of one. Raises what went wrong with it."""
+def unwrapped(results: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
+    """The results of a batch, for callers that do not care which request failed: raises what went wrong with
+    it, in place of the `RequestError`.
+    """
     try:
-        [(_, result)] = results
-        return result
+        yield from results
+        return
     except RequestError as error:
         cause = error.cause
     raise cause  # here: raised above, it would have in its context the error that it is the cause of
+
+
+def the_only(results: Iterable[tuple[int, T]]) -> T:
+    """The result of a batch of one. Raises what went wrong with it."""
+    [(_, result)] = unwrapped(results)
+    return result
 
 
 def several(values: T | Iterable[T] | None) -> list[T]:

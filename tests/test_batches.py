@@ -338,6 +338,24 @@ def test_the_distribution_of_sampled_rows(drafts):
     assert p_value(pairs, {(a, b): p * q for a, p in first.items() for b, q in first.items()}) > 1e-4
 
 
+def test_batches_that_are_taken_from_in_turn(monkeypatch):
+    """Guards against generations that share a cache: two eager ones do not, and compiled ones say so."""
+    monkeypatch.setattr("torch.compile", lambda run, **_: run)
+    model, strategy = copy.deepcopy(tiny_llama()), make_strategy("autoregressive")
+    config = GenerationConfig(sample=False, max_steps=12)
+    requests = [Request(prompt) for prompt in PROMPTS]
+    solo = {i: alone(model, request, max_steps=12).predicted_tokens for i, request in enumerate(requests)}
+    both = [strategy.generate_batch(model, requests, config, batch_size=2) for _ in range(2)]
+    for results in zip(*both, strict=True):
+        assert all(result.predicted_tokens == solo[index] for index, result in results)
+    compile_decoding(model)
+    first, second = (strategy.generate_batch(model, requests, config, batch_size=2) for _ in range(2))
+    next(first)
+    assert {index: result.predicted_tokens for index, result in second} == solo
+    _, error = until_an_error(first)
+    assert "let one end before the next begins" in str(error)
+
+
 def see_everything(monkeypatch):
     """No row is masked beyond its own end."""
     monkeypatch.setattr(

@@ -19,10 +19,10 @@ from helpers import TORCHRUN, custom_data, no_calibration, no_pictures
 from lm_eval.tasks import TaskManager
 
 import arguments
-import compat
 import sweep
 from arguments import DataArguments
 from data import load_examples
+from measures import compat
 from measures.text_quality import text_quality
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 

@@ -12,7 +12,6 @@ SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train")
 # From top to bottom; a module imports from its own room and from those below.
 ROOMS = [
     SCRIPTS,
-    ("compat",),
     ("measures",),
     ("runs",),
     ("training",),
@@ -36,7 +35,7 @@ LIBRARY = {
 
 def modules():
     """Name -> path of every module of the product."""
-    paths = [ROOT / f"{name}.py" for name in (*SCRIPTS, "compat", "data", "arguments")]
+    paths = [ROOT / f"{name}.py" for name in (*SCRIPTS, "data", "arguments")]
     for folder in ("measures", "runs", "training", "self_speculation"):
         paths += sorted((ROOT / folder).rglob("*.py"))
     names = (path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in paths)
@@ -103,7 +102,9 @@ def test_there_is_no_circle():
         pytest.fail(" <- ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("module", ["arguments", "self_speculation.config", "data", "runs.tuning", "compat"])
+@pytest.mark.parametrize(
+    "module", ["arguments", "self_speculation.config", "data", "runs.tuning", "measures.compat"]
+)
 def test_flags_are_read_without_anything_heavy(module):
     """What scripts import before they parse; guards against seconds of waiting for the word on a typo."""
     program = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"

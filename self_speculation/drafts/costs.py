@@ -49,8 +49,8 @@ class Costs:
         """Of passes over so many rows."""
         return self if num_rows == self.num_rows else self.fewer[num_rows]
 
-    def falling_to(self, one: Costs) -> Costs:
-        """With those of fewer rows, on straight lines to those of one."""
+    def with_fewer_rows(self, one: Costs) -> Costs:
+        """The same, and those of fewer rows: on straight lines between these and those of one."""
 
         def between(num_rows: int) -> Costs:
             share = (num_rows - 1) / (self.num_rows - 1)

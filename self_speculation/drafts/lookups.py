@@ -66,11 +66,9 @@ class LookupFirst(DraftSource):
         policy: makes what says of each output whether lookups pay.
     """
 
-    def __init__(
-        self, lookup: Lookup, otherwise: DraftSource, make_policy: Callable[[], LookupPolicy]
-    ) -> None:
+    def __init__(self, lookup: Lookup, otherwise: DraftSource, policy: Callable[[], LookupPolicy]) -> None:
         self._lookup, self._otherwise = lookup, otherwise
-        self._policies = PerOutput(lambda output: make_policy())
+        self._policies = PerOutput(lambda output: policy())
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         matched = zip(rows.outputs, self._lookup.matched(rows), rows.rooms(k, wanted), strict=True)

@@ -57,7 +57,7 @@ class Parts:
     def memory(self) -> Memory:
         """What earlier answers of the model have taught about such drafts."""
         of_model, config = self.decoder.prepared.learnt, self.config
-        kind = (config.draft_weights, config.greedy, config.prompt_lookup)
+        kind = (config.draft_weights, config.draft_vocabulary, config.greedy, config.prompt_lookup)
         return of_model.setdefault(kind, Memory())
 
 

@@ -9,7 +9,8 @@ nothing, since a narrow pass takes the time of reading the weights. Where comput
 CPU, a verification takes up to as much as one of twice as many tokens.
 
 For a batch there are passes of their own, over all the rows that it may have: while there are fewer, the rest
-of each pass is computed for nobody.
+of each pass is computed for nobody. The passes of one batch size have one cache, and so one generation at a
+time; one that goes on after another has begun is told so.
 """
 
 from __future__ import annotations
@@ -91,16 +92,19 @@ class CompiledDecoder(Decoder):
     ) -> None:
         super().__init__(model, prompt_length, num_positions, num_rows)
         self._model, self._max_width, self._num_rows = model, max_width, num_rows
-        self._passes = self._find_passes(num_positions)
-        self.cache = self._passes.cache
+        self._generation = object()
+        self._use(self._find_passes(num_positions))
         self.cache.clear()
 
     def reserve(self, num_positions: int) -> None:
         """See `Decoder`. Where the static cache is too small for it, what it holds moves to another."""
         super().reserve(num_positions)
-        if self._passes is not None and (larger := self._find_passes(num_positions)) is not self._passes:
+        if self._passes is None:
+            return
+        self._check_turn(self._passes)
+        if (larger := self._find_passes(num_positions)) is not self._passes:
             larger.cache.take_over(self._passes.cache)
-            self._passes, self.cache = larger, larger.cache
+            self._use(larger)
 
     def for_row(self, row: int) -> Decoder:
         """See `Decoder`. Nothing is compiled for one row of several."""
@@ -121,6 +125,15 @@ class CompiledDecoder(Decoder):
             made[self._num_rows] = Passes(Decoder(self._model, 1, capacity), capacity, self._num_rows)
         return made[self._num_rows]
 
+    def _use(self, passes: Passes) -> None:
+        self._passes, self.cache, passes.generation = passes, passes.cache, self._generation
+
+    def _check_turn(self, passes: Passes) -> None:
+        if passes.generation is not self._generation:
+            raise RuntimeError(
+                "compile True: another generation has this one's cache; let one end before the next begins"
+            )
+
     def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:
         """See `Decoder`. What is compiled is this model's own layers; another head is not."""
         if layers is not self.layers:
@@ -137,6 +150,8 @@ class CompiledDecoder(Decoder):
         width = inputs.shape[1]
         # A prompt's passes read no logits, or those of the last position.
         of_prompt = width > 1 and not num_logits == width <= self._max_width
+        if self._passes is not None:
+            self._check_turn(self._passes)
         if self._passes is None or of_prompt:
             return super().run(inputs, first, last, num_logits)
         return self._passes(inputs, first, last, num_logits > 0)
@@ -156,6 +171,7 @@ class Passes:
 
     def __init__(self, decoder: Decoder, capacity: int, num_rows: int) -> None:
         self._decoder, self._num_rows = decoder, num_rows
+        self.generation: object = None  # whose keys and values the cache holds
         config, like = decoder.config, decoder.rotary
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         like = like.new_empty(num_rows, config.num_key_value_heads, head_dim)

@@ -28,8 +28,6 @@ def round_up(number: int, step: int) -> int:
 class Appendable(ABC):
     """What layers of either kind write keys and values to and read them from."""
 
-    num_rows: int
-
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append T positions to each of B rows of a layer.
@@ -59,15 +57,22 @@ class _Buffers:
     def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
         self.num_rows, self.capacity = num_rows, capacity
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self._fitting = 0  # a capacity that was found to fit
 
-    def having(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a layer, with room for `end` positions; for keys like these, [any, kv_heads, head_dim]."""
+    def with_room(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a layer, for `end` positions at least; of keys like these, [any, kv_heads, head_dim].
+
+        Raises:
+            MemoryError: there is no room for them, and for as many of all other layers.
+        """
         held = self.of_layers[layer]
         if held is not None and end <= held[0].shape[2]:
             return held
         while self.capacity < end:
             self.capacity *= 2
-        self._check_room(like)
+        if self._fitting < self.capacity:
+            self._check_room(like)
+            self._fitting = self.capacity
         # Zeros: what lies after a row's last position is masked, but even so must be numbers.
         shape = (self.num_rows, like.shape[1], self.capacity, like.shape[2])
         larger = (like.new_zeros(shape), like.new_zeros(shape))
@@ -77,7 +82,7 @@ class _Buffers:
         return larger
 
     def _check_room(self, like: Tensor) -> None:
-        """Raises MemoryError where buffers of this capacity, of all layers, do not fit."""
+        """See `with_room`."""
         row = 2 * len(self.of_layers) * like.shape[1:].numel() * self.capacity * like.itemsize
         held = sum(part.nbytes for pair in self.of_layers for part in pair or ())
         if (free := held + free_memory(like.device)) < self.num_rows * row:
@@ -117,7 +122,7 @@ class KVCache(Appendable):
         self._shorter, self._shorter_there = [0] * num_rows, None
 
     @property
-    def num_rows(self) -> int:  # type: ignore[override]
+    def num_rows(self) -> int:
         """B: those that hold a sequence now."""
         return len(self._shorter)
 
@@ -151,7 +156,7 @@ class KVCache(Appendable):
         width = total // rows
         start = self._given[layer] - self._shorter[0]
         end = start + width
-        all_keys, all_values = self.buffers.having(layer, end, keys)
+        all_keys, all_values = self.buffers.with_room(layer, end, keys)
         self._given[layer] += width
         # Views by shape and strides: one call each, where slices of several dimensions take one for each.
         of_row, of_head = all_keys.stride(0), all_keys.stride(1)
@@ -171,7 +176,7 @@ class KVCache(Appendable):
         for layer in range(first, last):
             held = self.buffers.of_layers[layer]
             if held is not None:
-                self.buffers.having(layer, end, held[0][:, :, 0])
+                self.buffers.with_room(layer, end, held[0][:, :, 0])
         self.advance(first, last, width)
         return WrittenAt(self.buffers.of_layers, positions, end)
 
@@ -253,7 +258,7 @@ class StaticKVCache(KVCache):
         """`like`: [rows, kv_heads, head_dim]"""
         super().__init__(num_layers, capacity, like.shape[0])
         for layer in range(num_layers):
-            self.buffers.having(layer, 1, like)
+            self.buffers.with_room(layer, 1, like)
 
     def take_over(self, other: StaticKVCache) -> None:
         """Go on with what a smaller one holds."""
@@ -277,7 +282,7 @@ class WrittenAt(Appendable):
         self, buffers: Sequence[tuple[Tensor, Tensor] | None], positions: Tensor, length: int
     ) -> None:
         self._buffers, self._positions, self.length = buffers, positions, length
-        self.num_rows = positions.shape[0]
+        self._num_rows = positions.shape[0]
         self._places: Tensor | None = None  # [B * T * kv_heads] in buffers of [rows * heads * capacity, ..]
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -285,12 +290,12 @@ class WrittenAt(Appendable):
         assert held is not None
         _, heads, capacity, size = held[0].shape
         if self._places is None:
-            rows = torch.arange(self.num_rows, device=self._positions.device)[:, None, None]
+            rows = torch.arange(self._num_rows, device=self._positions.device)[:, None, None]
             of_heads = torch.arange(heads, device=self._positions.device)
             first = (rows * heads + of_heads) * capacity  # [B, 1, kv_heads]
             self._places = (first + self._positions[:, :, None]).flatten()
         places = self._places.to(keys.device)  # where layers are on several devices
         for buffer, new in zip(held, (keys, values), strict=True):
             buffer.view(-1, size).index_copy_(0, places, new.reshape(-1, size))
-        all_keys, all_values = (buffer[: self.num_rows, :, : self.length] for buffer in held)
+        all_keys, all_values = (buffer[: self._num_rows, :, : self.length] for buffer in held)
         return all_keys, all_values

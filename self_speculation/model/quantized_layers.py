@@ -13,6 +13,7 @@ What other groups and roundings give is in docs/performance.md.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -45,7 +46,7 @@ _TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
 _BLOCK_OF_ROWS = 16
 
 
-class LowBitProduct:
+class LowBitProduct(ABC):
     """As `Product`, over a copy of its weight in fewer bits; bfloat16 inside."""
 
     bytes_per_weight: float
@@ -70,13 +71,14 @@ class LowBitProduct:
         """As that of `Product`."""
         return hidden.add_(self.unconverted(x))
 
+    @abstractmethod
     def _multiply(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """[T, in] -> [T, out] in bfloat16, without a bias."""
 
     @staticmethod
+    @abstractmethod
     def num_bytes(weight: Tensor) -> int:
         """That a copy of a weight [out, in] takes."""
-        raise NotImplementedError
 
 
 class Int8Product(LowBitProduct):
