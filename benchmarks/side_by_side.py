@@ -63,6 +63,7 @@ from runs.status import bars_fit_the_output
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.decoder import Decoder
+from self_speculation.model.lean_layers import bytes_packed
 from self_speculation.model.quantized_layers import bytes_held
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, early exit", "transformers, prompt lookup"
@@ -252,7 +253,8 @@ def main() -> None:
         )
     weights = sum(parameter.nbytes for parameter in model.parameters())
     for row in rows:
-        copies = bytes_held(model) if row["side"] in (SPECULATIVE, ADAPTIVE) else 0
+        copies = bytes_packed(model) if row["side"].startswith("ours") else 0
+        copies += bytes_held(model) if row["side"] in (SPECULATIVE, ADAPTIVE) else 0
         row["weights MB"] = (weights + copies) / 1e6
     table = pandas.DataFrame(rows)
     pairs = zip(answers[SPECULATIVE], answers[OURS], strict=True)

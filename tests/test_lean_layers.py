@@ -11,10 +11,13 @@ from conftest import assert_close, generate, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from self_speculation.model import products
 from self_speculation.model.decoder import Decoder, forward
-from self_speculation.model.lean_layers import FORMS, NARROW, Product, fuse, lean_head, lean_layer
+from self_speculation.model.lean_layers import NARROW, bytes_packed, fuse, lean_head, lean_layer
+from self_speculation.model.products import FORMS, Packed, Product
 
 PROMPT = [5, 9, 4, 7, 7, 3]
+NEEDS_ONEDNN = [Packed] if torch.backends.mkldnn.is_available() else []
 
 
 @pytest.fixture
@@ -27,6 +30,13 @@ def lean(model):
     return [lean_layer(model, layer) is not None for layer in model.model.layers] + [
         lean_head(model) is not None
     ]
+
+
+def made_by_fuse(model):
+    """The products of all layers and of the head."""
+    fuse(model)
+    parts = [*(lean_layer(model, layer) for layer in model.model.layers), lean_head(model)]
+    return [product for part in parts for product in part.products]
 
 
 def decodes_like_itself(model):
@@ -149,10 +159,54 @@ def test_every_form_of_a_product_is_the_product(width, rows, bias):
     with torch.inference_mode():
         expected = torch.cat([projection(x) for projection in projections], -1)
         product = Product(*projections)
-        for form in FORMS:
-            product.forms = {width: form}
+        for form in (*FORMS, *NEEDS_ONEDNN):
+            product.use({width: form})
             assert_close(product(x), expected)
             assert product(x).is_contiguous()
+
+
+@pytest.mark.parametrize("kind", NEEDS_ONEDNN)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.mul_(2),  # as adapters are merged
+        lambda weight: weight[3].zero_(),
+    ],
+)
+def test_a_copy_in_another_order_follows_the_weights(model, kind, change):
+    """Guards against decoding with weights that a model had before it was trained on."""
+    fuse(model)
+    layer = model.model.layers[1]
+    for product in (*lean_layer(model, layer).products, *lean_head(model).products):
+        product.use(dict.fromkeys(range(1, 9), kind))
+    decodes_like_itself(model)
+    with torch.no_grad():
+        change(layer.self_attn.k_proj.weight)
+        change(layer.mlp.down_proj.weight)
+        change(model.lm_head.weight)
+    decodes_like_itself(model)
+
+
+@pytest.mark.skipif(not NEEDS_ONEDNN, reason="torch without oneDNN")
+def test_weights_are_copied_where_that_is_faster_and_fits(model, monkeypatch):
+    """Guards against a model that takes twice its memory on a machine that has it once."""
+    monkeypatch.setattr(products, "_SMALLEST_TO_CHOOSE", 1)
+    monkeypatch.setattr(
+        products,
+        "_least_seconds",
+        lambda kinds, sample: {
+            (shape, 1): {kind: 1.0 - (kind is Packed) * 0.5 for kind in kinds} for shape, _ in sample
+        },
+    )
+    weights = 4 * sum(product.weight.numel() for product in made_by_fuse(model))
+    monkeypatch.setattr(products, "free_memory", lambda device: 3 * weights + 30)
+    fuse(model)
+    assert bytes_packed(model) == weights
+    monkeypatch.setattr(products, "free_memory", lambda device: 3 * weights - 30)
+    fuse(model)
+    assert not bytes_packed(model)
+    decodes_like_itself(model)
 
 
 def test_generating_does_not_depend_on_it(model):

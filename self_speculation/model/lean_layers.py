@@ -8,18 +8,16 @@ its own `forward`, `state_dict` and `save_pretrained` go on as before.
 from __future__ import annotations
 
 import copy
-import itertools
-import math
-import time
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.prepared import prepared
+from self_speculation.model.products import Product, choose_forms
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
@@ -28,16 +26,6 @@ LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss
 
 # Wider passes are a prompt's: no tricks, ordinary kernels.
 NARROW = 16
-
-# What `fuse` measures: forms of products with weights of at least so many elements, at these widths, in so
-# many rounds. What lies between two widths is done as the wider one.
-_SMALLEST_TO_CHOOSE = 2**15
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-_ROUNDS = 3
-# After the first round, forms that took so many times as long as the best are out.
-_HOPELESS = 1.3
-# Of large models some weights are enough, and of a large weight some rows: so many elements.
-_SAMPLE, _LARGE = 2**24, 2**23
 
 
 def fuse(model: Any) -> int:
@@ -56,7 +44,7 @@ def fuse(model: Any) -> int:
     if _is_plain(base.norm, head):
         lean[head] = LeanHead(base.norm, head)
     made = [lean[module] for module in (*base.layers, head) if module in lean]
-    _choose_forms(made)
+    choose_forms([product for part in made for product in part.products])
     return sum(isinstance(part, LeanLayer) for part in made)
 
 
@@ -71,87 +59,15 @@ def lean_head(model: Any) -> LeanHead | None:
     return _still(prepared(model).lean, head, model.base_model.norm, head)
 
 
+def bytes_packed(model: Any) -> int:
+    """That copies of weights take which products made for themselves, see `Packed`."""
+    products = (product for part in prepared(model).lean.values() for product in part.products)
+    return sum(product.packed.num_bytes for product in products if product.packed is not None)
+
+
 def plain_product(head: nn.Module) -> Product | None:
     """That of a head which is not lean, unless its weight is in parts, quantised or elsewhere."""
     return Product(head) if isinstance(head, nn.Linear) and _is_plain(head) else None
-
-
-def _transposed(x: Tensor, weight: Tensor) -> Tensor:
-    """W x^T, transposed. One vector goes in twice: to multiply two columns is often faster."""
-    columns = torch.cat((x, x)) if x.shape[0] == 1 else x
-    return torch.mm(weight, columns.T).T[: x.shape[0]].contiguous()
-
-
-def _blocked(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by blocks of rows of W: small enough for kernels that do not first copy W into another order."""
-    blocks = weight.view(_num_blocks(weight), -1, weight.shape[1])
-    product = torch.bmm(x.expand(len(blocks), -1, -1), blocks.mT)
-    return product.transpose(0, 1).reshape(x.shape[0], -1)
-
-
-def _num_blocks(weight: Tensor) -> int:
-    """As many as there can be of equal height, 64 rows or more; 1 where a prime number of rows stands."""
-    rows = weight.shape[0]
-    return next((n for n in range(rows // 64, 1, -1) if rows % n == 0), 1)
-
-
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by another library than the one behind `linear` in fp32; a compiler makes its own choice."""
-    if torch.compiler.is_compiling():
-        return linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def _onednn_transposed(x: Tensor, weight: Tensor) -> Tensor:
-    """W x^T, transposed: of two matrices this library copies the second into another order, the small one."""
-    return _onednn(weight, x).T.contiguous()
-
-
-# Ways to multiply [T, in] by a weight [out, in].
-Form = Callable[[Tensor, Tensor], Tensor]
-FORMS: tuple[Form, ...] = (linear, _transposed, _blocked)
-if torch.backends.mkldnn.is_available():
-    FORMS += (_onednn, _onednn_transposed)
-
-
-class Product:
-    """x [T, in] -> x W^T + b [T, out]. Fewer calls than `linear`, and the fastest form there is."""
-
-    def __init__(self, *projections: nn.Linear) -> None:
-        """Several projections become one, their weights views of the joint one."""
-        self.weight = _joined([projection.weight for projection in projections])
-        biases = [projection.bias for projection in projections]
-        self.bias = None if biases[0] is None else _joined(biases)
-        # Widths T that another form than the ordinary one is faster for, see `_choose_forms`.
-        self.forms: dict[int, Form] = {}
-        self._weight_t = self.weight.t()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        form = self.forms.get(x.shape[0]) if self.forms else None
-        product = torch.mm(x, self._weight_t) if form is None else form(x, self.weight)
-        return product if self.bias is None else product.add_(self.bias)
-
-    def unconverted(self, x: Tensor) -> Tensor:
-        """The product in the format that it is computed in, which copies in fewer bits have of their own."""
-        return self(x)
-
-    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
-        form = self.forms.get(x.shape[0]) if self.forms else None
-        hidden = hidden.addmm_(x, self._weight_t) if form is None else hidden.add_(form(x, self.weight))
-        return hidden if self.bias is None else hidden.add_(self.bias)
-
-    def of_rows(self, ids: Tensor) -> Product:
-        """The same over a copy of some rows [n] of the weight."""
-        other = copy.copy(self)
-        other.weight = self.weight[ids]
-        other.bias = None if self.bias is None else self.bias[ids]
-        other._weight_t = other.weight.t()
-        return other
-
-    def tensors(self) -> list[Tensor]:
-        """All that a pass reads."""
-        return [self.weight, self._weight_t, *([] if self.bias is None else [self.bias])]
 
 
 class Norm:
@@ -293,17 +209,11 @@ def _still(made: MutableMapping[nn.Module, Lean], key: nn.Module, *modules: nn.M
     if lean is not None and lean.layout != _layout(*modules):
         del made[key]  # moved, converted or loaded anew: the old weights must not be kept alive
         return None
-    return lean if lean is not None and _is_plain(*modules) else None
-
-
-def _joined(parameters: Sequence[Tensor]) -> Tensor:
-    """One tensor of all rows; the parameters become views of it."""
-    if len(parameters) == 1:
-        return parameters[0].data
-    joint = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
-        parameter.data = part
-    return joint
+    if lean is None or not _is_plain(*modules):
+        return None
+    for product in lean.products:
+        product.follow()
+    return lean
 
 
 def _is_plain(*roots: nn.Module) -> bool:
@@ -330,70 +240,3 @@ def _is_as_built(module: nn.Module) -> bool:
 def _layout(*roots: nn.Module) -> list[int]:
     """Where the weights are."""
     return [weight.data_ptr() for root in roots for weight in root.parameters()]
-
-
-def _choose_forms(lean: Sequence[Lean]) -> None:
-    """Find out which form of a product is fastest, for each shape of a weight and each width.
-
-    BLAS libraries differ threefold here, in both directions, from shape to shape and from width to width, so
-    the answer is measured, in about a second. It can only be another than `linear` on a CPU in fp32, and does
-    not matter for small weights.
-    """
-    products = [
-        product
-        for part in lean
-        for product in part.products
-        if product.weight.device.type == "cpu"
-        and product.weight.dtype == torch.float32
-        and product.weight.numel() >= _SMALLEST_TO_CHOOSE
-    ]
-    sample = _sample([product.weight for product in products])
-    forms: dict[torch.Size, dict[int, Form]] = {shape: {} for shape, _ in sample}
-    least: dict[tuple[torch.Size, int], dict[Form, float]] = {
-        (shape, width): dict.fromkeys(FORMS, math.inf) for shape in forms for width in _WIDTHS
-    }
-    # All in turn: a slow moment of the machine hits no one form alone.
-    for turn, width, form in itertools.product(range(_ROUNDS), _WIDTHS, FORMS):
-        hopeful = {
-            shape
-            for shape in forms
-            if not turn or least[shape, width][form] <= _HOPELESS * min(least[shape, width].values())
-        }
-        for shape, seconds in _seconds_by_shape(form, sample, width, hopeful).items():
-            least[shape, width][form] = min(least[shape, width][form], seconds)
-    for shape, chosen in forms.items():
-        for narrower, width in itertools.pairwise((0, *_WIDTHS)):
-            # Another form must be clearly faster than the ordinary one.
-            took = {form: t * (0.9 if form is linear else 1.0) for form, t in least[shape, width].items()}
-            if (best := min(FORMS, key=took.__getitem__)) is not linear:
-                chosen |= dict.fromkeys(range(narrower + 1, width + 1), best)
-    for product in products:
-        product.forms = forms[product.weight.shape]
-
-
-def _sample(weights: Sequence[Tensor]) -> list[tuple[torch.Size, Tensor]]:
-    """Weights layer after layer, as decoding reads them: some of them, one of each shape at least."""
-    sample: list[tuple[torch.Size, Tensor]] = []
-    for weight in weights:
-        rows = _LARGE // weight.shape[1] // 64 * 64
-        part = weight[:rows] if rows and weight.numel() > _LARGE else weight
-        taken = sum(other.numel() for _, other in sample)
-        if taken < _SAMPLE or weight.shape not in {shape for shape, _ in sample}:
-            sample.append((weight.shape, part))
-    return sample
-
-
-@torch.inference_mode()
-def _seconds_by_shape(
-    form: Form, sample: Sequence[tuple[torch.Size, Tensor]], width: int, shapes: Collection[torch.Size]
-) -> dict[torch.Size, float]:
-    """What the products of these shapes took together."""
-    inputs = {weight.shape[1]: torch.randn(width, weight.shape[1]) for _, weight in sample}
-    taken = dict.fromkeys(shapes, 0.0)
-    for shape, weight in sample:
-        if shape in taken:
-            x = inputs[weight.shape[1]]
-            started = time.perf_counter()
-            form(x, weight)
-            taken[shape] += time.perf_counter() - started
-    return taken

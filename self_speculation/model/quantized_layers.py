@@ -27,8 +27,9 @@ from self_speculation.config import DraftWeights
 from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.model.devices import free_memory
 from self_speculation.model.kv_cache import KVCache, round_up
-from self_speculation.model.lean_layers import Lean, LeanHead, Product, lean_head, lean_layer
+from self_speculation.model.lean_layers import Lean, LeanHead, lean_head, lean_layer
 from self_speculation.model.prepared import prepared
+from self_speculation.model.products import Product
 
 # Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32.
 _AT_A_TIME = 2**20
