@@ -114,7 +114,7 @@ class GenerateArguments:
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
     compare: bool = False
-    """Then decode the prompt by autoregressive decoding too, and say how fast both are."""
+    """Then decode the prompt by autoregressive decoding too, in three turns, and say how fast both are."""
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from self_speculation.self_speculation_generator import SelfSpeculativeGeneratio
 
 # Costs are measured at contexts of so many positions, doubled until a generation's fits.
 _SHORTEST_CONTEXT = 64
-_PATIENCE = 1.0  # seconds for that, about
+_PATIENCE = 2.0  # seconds for that, about
 
 
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     """Chooses exit layer, draft length and lookups round by round; see the module.
 
     What a round costs is measured before the first answer of a model, and again where answers become much
-    longer. It takes about a second, or ten passes or so of a model that takes longer for them. Since
+    longer. It takes about two seconds, or ten passes or so of a model that takes longer for them. Since
     decisions depend on time, sampled outputs differ from run to run in spite of a seed; their distribution
     does not.
     """

@@ -87,8 +87,8 @@ def measure(
     warm_up = 0 if slow else warm_up
     first, last = min(exit_layers), max(exit_layers)
     places = {(0, k) for k in lengths}
-    if slow:
-        places |= {(first, 1), (last, 1)}
+    if slow or clock.drafts_by_copy:  # what a copy's layers take grows with their number
+        places |= {(layer, 1 if slow else min(_DRAFTED, longest)) for layer in (first, last)}
     else:
         places |= {(layer, min(_DRAFTED, longest)) for layer in exit_layers}
         places |= {(last, k) for k in lengths if k}
@@ -135,7 +135,8 @@ def _fitted(
 
     A draft from an exit saves verification the layers below it, and costs it one more pass. For the last exit
     this saving was measured at all lengths, or at one. Other exits save their share of it, and whatever else
-    they save or cost, the same at all lengths, was measured at one.
+    they save or cost, the same at all lengths, was measured at one. A draft by a copy saves nothing, and what
+    follows it was not measured.
     """
     plain = seconds["plain", 0, 0]
     plain_step = statistics.median(plain[turn] for turn in turns)
@@ -148,7 +149,10 @@ def _fitted(
     weight = {part: 1 / (_FINEST + _error(each)) ** 2 for part, each in ratios.items()}
     whole = [("verification", 0, k) for k in lengths]
     of_whole = [weight[part] for part in whole]
-    of_all = never_falling([cost[part] for part in whole], of_whole)
+    # A plain step is the same pass as a verification of nothing, with less around it.
+    plain_step, *of_all = never_falling(
+        [plain_step, *(cost[part] for part in whole)], [of_whole[0], *of_whole]
+    )
     timed_at: dict[int, set[int]] = defaultdict(set)
     for what, layer, k in cost:
         if layer and what == "draft":
@@ -166,6 +170,8 @@ def _fitted(
         return float(numpy.interp(k, list(saved[last]), list(saved[last].values())))
 
     def verifications(layer: int) -> list[float]:
+        if not saved:
+            return of_all
         share = layer / last
         same_at_all = [saving - share * saved_by_last(k) for k, saving in saved[layer].items()][:1]
         savings = [share * saved_by_last(k) + sum(same_at_all) for k in lengths]
@@ -197,6 +203,7 @@ class _Clock:
     ) -> None:
         self._model, self._config, self._longest, self._num_rows = model, config, longest, num_rows
         self._sampler = Sampler.of(config)
+        self.drafts_by_copy = config.draft_weights != "exact"
         # What is in the prompt and in the cache does not matter, so nothing is prefilled.
         self._prompt = [i % model.config.vocab_size for i in range(context)]
         most = context + max(longest, _PLAIN_STEPS) + 1
@@ -230,7 +237,8 @@ class _Clock:
         rows = self._rows(num_drafted + 1, ends_text=lambda tokens: True)  # after one round
         speculate(decoder, rows, source, num_drafted)
         self.seconds["draft", exit_layer, num_drafted][self.turn] = source.drafting / max(1, num_drafted)
-        self.seconds["verification", exit_layer, num_drafted][self.turn] = source.following
+        if not (exit_layer and self.drafts_by_copy):
+            self.seconds["verification", exit_layer, num_drafted][self.turn] = source.following
 
     def probe(self) -> None:
         """Reading an exit: norm, head and choice of a token, for one position."""
@@ -250,7 +258,7 @@ class _Clock:
         adaptive = self._config.generation_strategy == "adaptive" and exit_layer < len(decoder.layers)
         watched = adaptive or self._config.draft_confidence is not None
         threshold = partial(FixedThreshold, 0.0) if watched and self._num_rows == 1 else None
-        return LayerDrafts(drafter, exit_layer, weights == "exact", threshold)
+        return LayerDrafts(drafter, exit_layer, not self.drafts_by_copy, threshold)
 
     def _at_context(self) -> Decoder:
         """The decoder, with all but the last token of the prompt in its cache; of a batch, a bit less in each
