@@ -21,7 +21,7 @@ from self_speculation.model.devices import free_memory
 # What `choose_forms` measures: forms of products with weights of at least so many elements, at these widths,
 # in so many rounds. What lies between two widths is done as the wider one.
 _SMALLEST_TO_CHOOSE = 2**15
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 _ROUNDS = 3
 # After the first round, forms that took so many times as long as the best are out.
 _HOPELESS = 1.3
