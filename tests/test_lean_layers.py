@@ -192,6 +192,7 @@ def test_a_copy_in_another_order_follows_the_weights(model, kind, change):
 def test_weights_are_copied_where_that_is_faster_and_fits(model, monkeypatch):
     """Guards against a model that takes twice its memory on a machine that has it once."""
     monkeypatch.setattr(products, "_SMALLEST_TO_CHOOSE", 1)
+    monkeypatch.setattr(products, "_CACHED", 1)
     monkeypatch.setattr(
         products,
         "_least_seconds",

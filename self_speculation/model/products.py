@@ -27,8 +27,9 @@ _ROUNDS = 3
 _HOPELESS = 1.3
 # Of large models some weights are enough, and of a large weight some rows: so many elements.
 _SAMPLE, _LARGE = 2**24, 2**23
-# Copies of weights may take so much of the memory that is free.
-_SHARE_OF_ROOM = 1 / 3
+# Copies of weights may take so much of the memory that is free. Models of fewer bytes than these have none:
+# they stay largely in the processor's cache, where copies would compete with the weights.
+_SHARE_OF_ROOM, _CACHED = 1 / 3, 2**27
 
 
 def _transposed(x: Tensor, weight: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def choose_forms(products: Sequence[Product]) -> None:
     weights = [product.weight for product in products]
     kinds: tuple[Kind, ...] = FORMS
     room = _SHARE_OF_ROOM * free_memory(torch.device("cpu"))
-    if torch.backends.mkldnn.is_available() and sum(weight.nbytes for weight in weights) <= room:
+    if torch.backends.mkldnn.is_available() and _CACHED <= sum(weight.nbytes for weight in weights) <= room:
         kinds += (Packed,)
     least = _least_seconds(kinds, _sample(weights))
     chosen: dict[torch.Size, dict[int, Kind]] = {weight.shape: {} for weight in weights}
