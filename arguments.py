@@ -73,7 +73,8 @@ class ModelArguments:
     """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers. On a
-    CPU in fp32 some keep a second copy of weights, if it takes less than a third of the free memory."""
+    CPU in fp32, models of 128 MiB and more may keep a second copy of weights, if it fits into a third of the
+    free memory."""
     compile: bool = False
     """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 

@@ -87,7 +87,7 @@ def measure(
     warm_up = 0 if slow else warm_up
     first, last = min(exit_layers), max(exit_layers)
     places = {(0, k) for k in lengths}
-    if slow or clock.drafts_by_copy:  # what a copy's layers take grows with their number
+    if slow or clock.drafts_by_copy:  # a copy's layers are alike: the fewest and the most tell of all
         places |= {(layer, 1 if slow else min(_DRAFTED, longest)) for layer in (first, last)}
     else:
         places |= {(layer, min(_DRAFTED, longest)) for layer in exit_layers}
@@ -135,8 +135,8 @@ def _fitted(
 
     A draft from an exit saves verification the layers below it, and costs it one more pass. For the last exit
     this saving was measured at all lengths, or at one. Other exits save their share of it, and whatever else
-    they save or cost, the same at all lengths, was measured at one. A draft by a copy saves nothing, and what
-    follows it was not measured.
+    they save or cost, the same at all lengths, was measured at one. A draft by a copy saves nothing: all
+    layers verify, as they do after a lookup.
     """
     plain = seconds["plain", 0, 0]
     plain_step = statistics.median(plain[turn] for turn in turns)

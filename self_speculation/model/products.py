@@ -64,7 +64,7 @@ def _onednn_transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Packed:
-    """x W^T over a copy of W in the order that kernels read it in; elsewhere each pass copies it into one.
+    """x W^T over a copy of W in the order that kernels read: without it, each pass brings W into that order.
 
     Args:
         weight: W [out, in], in fp32 on a CPU.
@@ -176,7 +176,7 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def choose_forms(products: Sequence[Product]) -> None:
-    """Find out which form of a product is fastest, for each shape of a weight and each width.
+    """Find out which form of a product is fastest for each shape of a weight and each width, and use it.
 
     BLAS libraries differ threefold here, in both directions, from shape to shape and from width to width, so
     the answer is measured, in about a second. It can only be another than `linear` on a CPU in fp32, and does
