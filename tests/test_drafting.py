@@ -5,12 +5,14 @@ test_equality.py and test_sampling_distribution.py.
 import copy
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 from conftest import generate, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+from self_speculation import clock
 from self_speculation.clock import TURNS, _Clock, _costs, measure
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts.costs import Costs, never_falling
@@ -25,6 +27,9 @@ from self_speculation.drafts.policy import (
     Memory,
 )
 from self_speculation.drafts.prompt_lookup import NgramIndex
+from self_speculation.drafts.table import make_drafter
+from self_speculation.model import quantized_layers
+from self_speculation.model.lean_layers import lean_head
 from self_speculation.model.prepared import prepared
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -159,11 +164,12 @@ def test_what_cannot_be_drafted_is_refused():
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
 
 
-def policy(draft_step=0.1, lengths=8, memory=None, of_copy=None):
+def policy(draft_step=0.1, lengths=8, memory=None, of_copy=None, saved_by_short_head=0.0):
     """Of a model with exits at layers 2 and 4 of 10: a draft step costs as its layers do.
 
     Args:
         of_copy: cost of a token drafted by a copy of all ten layers; None: there is none.
+        saved_by_short_head: where it is more than nothing, each exit has a short head as well.
     """
     copies = {} if of_copy is None else {10: of_copy}
     costs = Costs(
@@ -172,9 +178,12 @@ def policy(draft_step=0.1, lengths=8, memory=None, of_copy=None):
         verifications={exit_layer: [1.0, 1.0 + 0.05 * lengths] for exit_layer in (0, 2, 4, *copies)},
         lengths=[0, lengths],
         probe=0.05,
+        saved_by_short_head=saved_by_short_head,
     )
     arms = {"exit 2": Arm(2), "exit 4": Arm(4), "lookup": Arm(priors=[0.3, 0.5, 0.7, 0.9])}
     arms |= {f"exit {layer}": Arm(layer, priors=(0.9,), leaves_layers=False) for layer in copies}
+    if saved_by_short_head:
+        arms |= {f"{name}, few": replace(arm, like=name) for name, arm in arms.items() if arm.exit_layer}
     return AdaptivePolicy(costs, arms, {2: "exit 2", 4: "exit 4"}, lengths, memory), costs
 
 
@@ -295,6 +304,37 @@ def test_a_copy_is_tried_again_and_costs_little_meanwhile():
     assert play(chooser, {"exit 10": 0.95}, rounds=2000)[-1].source == "exit 10"
 
 
+@pytest.mark.parametrize(
+    ("chances", "best"),
+    [
+        ({"exit 2": 0.9, "exit 2, few": 0.88}, "exit 2, few"),
+        ({"exit 2": 0.9, "exit 2, few": 0.3}, "exit 2"),
+        ({"exit 10": 0.95, "exit 10, few": 0.93}, "exit 10, few"),
+        ({"exit 10": 0.95, "exit 10, few": 0.4}, "exit 10"),
+        ({}, ""),
+    ],
+)
+def test_the_policy_finds_whether_a_short_head_pays(chances, best):
+    """Guards against a short head that is used where the text is not made of its tokens, or not used where it
+    is, and against one that is thought to be cheaper than it is.
+    """
+    memory = Memory()
+    for _ in range(2):
+        chooser, costs = policy(of_copy=0.4, memory=memory, saved_by_short_head=0.1)
+        late = play(chooser, chances, rounds=1000)[500:]
+    assert sum(plan.source == best for plan in late) > 0.8 * len(late)
+    assert chooser._rounds(1, "exit 10, few")[3] == pytest.approx(costs.round(10, 3) - 0.3)
+    assert costs.draft_ratio(2, short_head=True) == pytest.approx(costs.draft_ratio(2) - 0.1)
+
+
+def test_a_short_head_that_was_bad_is_tried_again():
+    """As a copy is. Guards against a text of rare words that rules it out for all that follows."""
+    chooser, _ = policy(of_copy=0.4, saved_by_short_head=0.1)
+    play(chooser, {"exit 10": 0.95, "exit 10, few": 0.0}, rounds=500)
+    late = play(chooser, {"exit 10": 0.95, "exit 10, few": 0.95}, rounds=3000)[-1]
+    assert late.source == "exit 10, few"
+
+
 def test_a_memory_is_as_large_as_there_are_sources():
     """Guards against a process that grows with every answer, and models that share what they learn."""
     model, other = (copy.deepcopy(tiny_llama(fused=True)) for _ in range(2))
@@ -335,6 +375,25 @@ def test_the_clock_plays_rounds(weights):
     assert min(measured.plain_step, measured.probe, *measured.draft_step.values()) > 0
     assert measured.round(2, 5) == pytest.approx(5 * measured.draft_step[2] + measured.verification(2, 5))
     assert measured.round(0, 0) == measured.verifications[0][0]
+    assert measured.saved_by_short_head == 0
+
+
+def test_the_clock_plays_both_heads_where_there_is_a_choice(monkeypatch):
+    """Guards against a draft with the whole head that is thought to cost what one with a short head does."""
+    heads = []
+
+    def make(decoder, exit_layer, draft_weights, draft_vocabulary):
+        heads.append((exit_layer, draft_vocabulary))
+        return make_drafter(decoder, exit_layer, draft_weights, draft_vocabulary)
+
+    monkeypatch.setattr(clock, "make_drafter", make)
+    config = GenerationConfig(sample=False, draft_vocabulary=9)
+    shared = {"exit_layers": [1, 2], "context": 50, "longest": 8, "patience": 0.0}
+    measure(tiny_llama(), config, **shared)
+    assert set(heads) == {(1, 9), (2, 9)}
+    heads.clear()
+    measure(tiny_llama(), replace(config, generation_strategy="adaptive"), **shared)
+    assert set(heads) == {(1, None), (2, None), (2, 9)}
 
 
 def test_costs_between_what_was_measured():
@@ -423,13 +482,13 @@ def test_what_scatters_is_measured_again(monkeypatch):
 
 
 def test_estimated_costs_are_those_of_the_formula():
-    model = tiny_llama(num_layers=10)
+    model = tiny_llama(num_layers=10, fused=True)
     costs = Costs.estimated(model, 3, "exact")
     head = model.lm_head.weight.numel() / sum(p.numel() for p in model.model.layers[0].parameters())
     assert costs.draft_ratio(3) == pytest.approx((3 + head) / (10 + head))
     assert costs.round(3, 4) == pytest.approx(4 * costs.draft_ratio(3) + 1)
     assert Costs.estimated(model, 3, "int8").draft_ratio(3) == pytest.approx(costs.draft_ratio(3) / 4)
-    four = Costs.estimated(model, 3, "int4").draft_ratio(
-        3
-    )  # five bits of 32 with scales, and eight of the head
-    assert four == pytest.approx((3 * 5 / 32 + head / 4) / (10 + head))
+    # Five bits of 32 with scales; of the head 16 where there is a kernel for them, else eight.
+    four = Costs.estimated(model, 3, "int4").draft_ratio(3)
+    of_head = 2 if "float16" in quantized_layers._possible([lean_head(model)]) else 1
+    assert four == pytest.approx((3 * 5 / 32 + head * of_head / 4) / (10 + head))

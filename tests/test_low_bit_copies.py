@@ -13,18 +13,29 @@ import generate as generate_script
 import sweep
 from self_speculation.model import quantized_layers
 from self_speculation.model.decoder import Decoder, forward
-from self_speculation.model.lean_layers import Product, lean_head, lean_layer
+from self_speculation.model.lean_layers import Product, fuse, lean_head, lean_layer
 from self_speculation.model.loading import default_model, load_model_and_tokenizer
+from self_speculation.model.prepared import Prepared
 from self_speculation.model.quantized_layers import (
+    Float16Product,
     Int4Product,
     Int8Product,
     bytes_held,
-    bytes_of_copies,
+    check_copies,
     quantized,
 )
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
+
+
+# Not every processor has a kernel for it.
+HAS_FLOAT16 = quantized_layers._works(Float16Product, torch.device("cpu"), torch.float32)
+needs_float16 = pytest.mark.skipif(not HAS_FLOAT16, reason="no kernel here")
+
+
+def meant_by_sixteen_bits(weight):
+    return weight.half().float()
 
 
 def meant_by_eight_bits(weight):
@@ -45,7 +56,11 @@ def meant_by_four_bits(weight):
 @pytest.mark.parametrize("shape", [(64, 32), (2128, 96), (50, 48), (2100, 576)])
 @pytest.mark.parametrize(
     ("kind", "meant", "error"),
-    [(Int8Product, meant_by_eight_bits, 0.02), (Int4Product, meant_by_four_bits, 0.13)],
+    [
+        pytest.param(Float16Product, meant_by_sixteen_bits, 1e-3, marks=needs_float16),
+        (Int8Product, meant_by_eight_bits, 0.02),
+        (Int4Product, meant_by_four_bits, 0.13),
+    ],
 )
 def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, width):
     """Guards against another order of steps, scales or middles than the kernel's, parts of a large weight
@@ -62,11 +77,13 @@ def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, wid
     got = copied(x)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
-    # Weights are rounded to bfloat16 on their way, and so is the result.
-    assert_close(got, wanted, computed_in=torch.bfloat16, roundings=2)
+    # Weights are rounded to the format of the product on their way, and so is the result, or every sum.
+    assert_close(got, wanted, computed_in=kind.dtype, roundings=2 if kind.dtype == torch.bfloat16 else 32)
     hidden = torch.randn(width, shape[0])
     assert_close(copied.add_to(hidden.clone(), x), hidden + got, roundings=2)
-    assert copied.unconverted(x).dtype == torch.bfloat16
+    assert copied.unconverted(x).dtype == kind.dtype
+    if kind is Float16Product:  # what it holds is the kernel's business
+        return
     held = [value for value in vars(copied).values() if isinstance(value, torch.Tensor)]
     assert sum(t.nbytes for t in held) == kind.num_bytes(product.weight) + 2 * len(linear.bias)
 
@@ -120,7 +137,10 @@ def test_what_other_devices_are_given():
     assert packed[0][0] == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2]
 
 
-@pytest.mark.parametrize(("weights", "error"), [("int8", 0.1), ("int4", 0.5)])
+@pytest.mark.parametrize(
+    ("weights", "error"),
+    [pytest.param("float16", 0.01, marks=needs_float16), ("int8", 0.1), ("int4", 0.5)],
+)
 def test_copies_are_made_once_over_the_same_cache(weights, error):
     """Guards against a copy for every generation, and layers in an order that is not theirs."""
     model = tiny_llama(fused=True)
@@ -129,7 +149,8 @@ def test_copies_are_made_once_over_the_same_cache(weights, error):
     assert len(twin.layers) == 3
     assert twin.cache is decoder.cache
     assert quantized(decoder, 4, weights).layers[0] is twin.layers[0]
-    assert quantized(decoder, 3, "int8").head is quantized(decoder, 3, "int4").head
+    like_int4 = "float16" if HAS_FLOAT16 else "int8"
+    assert quantized(decoder, 3, like_int4).head is quantized(decoder, 3, "int4").head
     assert lean_layer(model, model.model.layers[0]) is decoder.layers[0]  # as it was
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
@@ -145,7 +166,7 @@ def test_at_full_depth_they_guess_almost_everything():
     model, tokenizer = load_model_and_tokenizer(default_model())
     prompt = tokenizer.encode("def parse_header(line):\n")
     depth = model.config.num_hidden_layers
-    for weights, accepted in (("int8", 0.9), ("int4", 0.8)):
+    for weights, accepted in (("int8", 0.9), ("int4", 0.8), ("auto", 0.8)):
         result = generate(
             model, prompt, max_steps=80, eos=[], exit_layer=depth, num_speculations=4, draft_weights=weights
         )
@@ -156,7 +177,7 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     """Guards against a machine that is brought to its knees by a second model."""
     model = tiny_llama(num_layers=3, fused=True)
     parts = [*(lean_layer(model, layer) for layer in model.model.layers[:2]), lean_head(model)]
-    needed = bytes_of_copies(parts, "int4")
+    needed = quantized_layers._num_bytes(quantized_layers._possible(parts)["int4"])
     decoder = Decoder(model, 6, 20)
     monkeypatch.setattr(quantized_layers, "free_memory", lambda device: needed - 1)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
@@ -174,6 +195,45 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
 def test_where_there_are_no_copies(weights):
     with pytest.raises(ValueError, match=f"draft_weights {weights}: needs lean layers"):
         generate(tiny_llama(), PROMPT, exit_layer=4, num_speculations=2, draft_weights=weights)
+
+
+@needs_float16
+def test_a_model_that_has_no_more_bits_has_no_such_copy():
+    """Guards against drafts by a copy as large as the model."""
+    model = tiny_llama.__wrapped__().to(torch.bfloat16)
+    fuse(model)
+    with pytest.raises(ValueError, match="draft_weights float16: there is no kernel for a model in bfloat16"):
+        check_copies(model, 2, "float16")
+    check_copies(model, 2, "auto")
+
+
+@pytest.mark.parametrize("fast", ["float16", "int8", "int4"])
+def test_the_fastest_is_found_and_kept(fast, monkeypatch):
+    """Guards against another format than the one that was measured, against one for each generation, and
+    against one that there is no room for. Time is what a product says it takes.
+    """
+    now = [0.0]
+    for weights, (kind, _) in quantized_layers.KINDS.items():
+        takes = 1.0 if weights == fast else 2.0
+
+        def takes_its_time(self, x, takes=takes):  # noqa: ARG001
+            now[0] += takes
+
+        monkeypatch.setattr(kind, "__call__", takes_its_time)
+    monkeypatch.setattr(quantized_layers.time, "perf_counter", lambda: now[0])
+    parts = Decoder(tiny_llama(fused=True), 6, 20).layers[:2]
+    possible = dict.fromkeys(quantized_layers.KINDS, dict.fromkeys(parts, Int8Product))
+    if not HAS_FLOAT16:
+        del possible["float16"]
+    if fast not in possible:
+        pytest.skip("no kernel here")
+    assert quantized_layers._fastest(parts, possible) == fast
+    known = Prepared(fastest="int8")
+    assert {*quantized_layers._kinds(parts, "auto", known).values()} == {Int8Product}
+    small = {**possible, "int8": dict.fromkeys(parts[:1], Int8Product)}
+    room = quantized_layers._num_bytes(small["int8"])
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda device: room)
+    assert quantized_layers._fastest(parts, small) == "int8"
 
 
 SCRIPTS = {

@@ -49,6 +49,7 @@ SETTINGS = {
     "lookup": ({"prompt_lookup": 2}, []),
     "int8": ({"draft_weights": "int8", "exit_layer": 2}, []),
     "int4": ({"draft_weights": "int4", "exit_layer": 2}, []),
+    "auto": ({"draft_weights": "auto", "exit_layer": 2}, []),
     "vocabulary": ({"draft_vocabulary": 1}, []),
     "vocabulary, processor": ({"draft_vocabulary": 2, "top_p": 0.9}, [OnlyOthers()]),
     "vocabulary, all": (
@@ -64,7 +65,7 @@ SETTINGS = {
 
 # Parts of what "all" and the last one are about, too.
 SLOW = dict.fromkeys(
-    ("cold", "hot", "top_k", "top_p", "confidence", "int8", "int4", "vocabulary"), pytest.mark.slow
+    ("cold", "hot", "top_k", "top_p", "confidence", "int8", "int4", "auto", "vocabulary"), pytest.mark.slow
 )
 
 

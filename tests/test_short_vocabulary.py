@@ -162,12 +162,12 @@ def test_a_head_in_parts_is_refused():
 
 
 def test_adaptive_drafts_with_it():
-    """Guards against arms of one name, and a cost that was measured with another vocabulary."""
-    model = fresh(agreement="always", exit_layer=1)
-    for draft_vocabulary in (None, 20):
-        result = generate(
-            model, PROMPT, "adaptive", max_steps=40, eos=[EOS], draft_vocabulary=draft_vocabulary
-        )
-        by_layers = [name for name in result.drafts_by_source if name.startswith("exit")]
-        assert all(name.endswith(", 20 ids") == bool(draft_vocabulary) for name in by_layers)
-    assert len(prepared(model).costs) == 2
+    """Guards against arms of one name, one for a list of all there are, and costs of another vocabulary."""
+    model, asked = fresh(agreement="always", exit_layer=1), {"max_steps": 40, "eos": [EOS]}
+    for vocabulary in (None, 20, 50):
+        result = generate(model, PROMPT, "adaptive", draft_vocabulary=vocabulary, **asked)
+        assert {*result.drafts_by_source} <= {"none", "lookup", "exit 1", "exit 1, 20 ids"}
+        arms = {name for name, _ in [*prepared(model).learnt.values()][-1]._of_answers}
+        assert ("exit 1, 20 ids" in arms) == (vocabulary == 20)
+        assert "exit 1" in arms
+    assert len(prepared(model).costs) == 3

@@ -34,6 +34,7 @@ class Costs:
             anything is that follows from costs; none where nobody asked, or too little was measured.
         num_rows: sequences in the passes: all costs are those of one token, or draft, of each of them.
         fewer: the same for fewer rows, as a batch has them in the end; all from 1 up.
+        saved_by_short_head: what a drafted token costs less where a draft reads few rows of the head.
     """
 
     plain_step: float
@@ -44,6 +45,7 @@ class Costs:
     draws: Sequence[Costs] = ()
     num_rows: int = 1
     fewer: Mapping[int, Costs] = field(default_factory=dict)
+    saved_by_short_head: float = 0.0
 
     def of(self, num_rows: int) -> Costs:
         """Of passes over so many rows."""
@@ -67,6 +69,7 @@ class Costs:
                 },
                 lengths=self.lengths,
                 probe=mean(one.probe, self.probe),
+                saved_by_short_head=mean(one.saved_by_short_head, self.saved_by_short_head),
                 num_rows=num_rows,
             )
 
@@ -89,14 +92,18 @@ class Costs:
     def verification(self, exit_layer: int, num_drafted: int) -> float:
         return float(numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer]))
 
-    def round(self, exit_layer: int, num_drafted: int) -> float:
+    def drafted(self, exit_layer: int, short_head: bool = False) -> float:
+        """One token, drafted at an exit layer, if so with few rows of the head."""
+        return max(0.0, self.draft_step[exit_layer] - self.saved_by_short_head * short_head)
+
+    def round(self, exit_layer: int, num_drafted: int, short_head: bool = False) -> float:
         """With tokens drafted at an exit layer; 0: with tokens that cost nothing to draft, or with none."""
-        drafts = num_drafted * self.draft_step[exit_layer] if exit_layer else 0.0
+        drafts = num_drafted * self.drafted(exit_layer, short_head) if exit_layer else 0.0
         return drafts + self.verification(exit_layer, num_drafted)
 
-    def draft_ratio(self, exit_layer: int) -> float:
+    def draft_ratio(self, exit_layer: int, short_head: bool = False) -> float:
         """c of the formula: a drafted token, in plain steps."""
-        return self.draft_step[exit_layer] / self.plain_step
+        return self.drafted(exit_layer, short_head) / self.plain_step
 
     @classmethod
     def estimated(

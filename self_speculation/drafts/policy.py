@@ -173,6 +173,8 @@ class Arm:
         slack: tokens that a draft may have beyond the plan. It is for sources that end drafts themselves.
         leaves_layers: whether verification goes on from where the draft ended; else it begins with the first
             layer, and every exit can be read off it.
+        like: the arm whose drafts these are but for a short head. As long as nothing else is known, they are
+            as good.
     """
 
     exit_layer: int = 0
@@ -180,6 +182,7 @@ class Arm:
     trust: float = 1.0
     slack: int = 0
     leaves_layers: bool = True
+    like: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ class Memory:
         self._of_answer = {}
         for name, arm in arms.items():
             for matched, prior in enumerate(arm.priors):
-                new = DecayedMean(prior, self._OF_PRIOR * arm.trust, self._DECAY)
+                known = self._of_answers[arm.like, matched] if arm.like else prior
+                new = DecayedMean(known, self._OF_PRIOR * arm.trust, self._DECAY)
                 of_answers = self._of_answers.setdefault((name, matched), new)
                 # A prior that no answer has confirmed gives way to the first observations, or soon.
                 weight = min(self._OF_ANSWERS, arm.trust + self._OF_ANSWERS * of_answers.count)
@@ -269,9 +273,10 @@ class AdaptivePolicy:
         self._known_rounds: dict[tuple[int, str], numpy.ndarray] = {}
         self._for_probes = self._for_trials = 0.0
         self._next_probe = 0
-        # Round -> when a source was heard of that no verification tells about.
+        # Round -> when a source was heard of that no verification tells about, nor about what it is like.
         self._now = 0
-        self._heard = {key: 0 for key in self._means if key[0] not in readable.values()}
+        read = {*readable.values()}
+        self._heard = {key: 0 for key in self._means if read.isdisjoint((key[0], arms[key[0]].like))}
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
@@ -337,9 +342,9 @@ class AdaptivePolicy:
         """[k] as `Costs.round` says of drafts of k tokens, looked up: every round asks for all of them."""
         key = (num_rows, source)
         if key not in self._known_rounds:
-            exit_layer = self._arms[source].exit_layer if source else 0
+            arm = self._arms[source] if source else Arm()
             costs = self._costs.of(num_rows)
-            rounds = [costs.round(exit_layer, k) for k in range(self._longest + 1)]
+            rounds = [costs.round(arm.exit_layer, k, bool(arm.like)) for k in range(self._longest + 1)]
             self._known_rounds[key] = numpy.array(rounds)
         return self._known_rounds[key]
 

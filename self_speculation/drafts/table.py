@@ -5,6 +5,7 @@ What drives drafting, what adaptive decoding chooses among and what a sweep can 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -94,21 +95,27 @@ def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
         threshold = partial(LearnedThreshold, parts.costs.draft_ratio(config.exit_layer))
     elif config.draft_confidence is not None:
         threshold = partial(FixedThreshold, float(config.draft_confidence))
-    return _layer_drafts(parts, config.exit_layer, threshold)
+    return _layer_drafts(parts, config.exit_layer, threshold, config.draft_vocabulary)
 
 
-def _layer_drafts(parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None) -> LayerDrafts:
-    config = parts.config
-    drafter = make_drafter(parts.decoder, exit_layer, config.draft_weights, config.draft_vocabulary)
+def _layer_drafts(
+    parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None, draft_vocabulary: int | None
+) -> LayerDrafts:
+    drafter = make_drafter(parts.decoder, exit_layer, parts.config.draft_weights, draft_vocabulary)
     return LayerDrafts(drafter, exit_layer, parts.keeps_cache, threshold)
 
 
 def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
-    """One for each exit whose cost is known. In a batch, drafts have the length that was planned for all."""
+    """One for each exit whose cost is known, and another where its drafts may have a short vocabulary. In a
+    batch, drafts have the length that was planned for all.
+    """
     plain_step, lengths = parts.costs.plain_step, range(LONGEST_DRAFT + 1)
     arms: dict[str, tuple[DraftSource, Arm]] = {}
-    for layer in parts.costs.draft_step:
-        ratio = parts.costs.draft_ratio(layer)
+    few, all_ids = parts.config.draft_vocabulary, parts.decoder.config.vocab_size
+    vocabularies = [None] if few is None or few >= all_ids else [None, few]
+    for layer, vocabulary in itertools.product(parts.costs.draft_step, vocabularies):
+        whole, is_short = f"exit {layer}", vocabulary is not None
+        ratio = parts.costs.draft_ratio(layer, is_short)
         verifications = [parts.costs.verification(layer, k) / plain_step for k in lengths]
         # A copy of all layers is right nearly always, and to ask it how sure it is takes time.
         is_copy = layer == len(parts.decoder.layers)
@@ -119,9 +126,10 @@ def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
             trust=_TRUST_IN_COPY if is_copy else 1.0,
             slack=4 if ends_itself else 0,
             leaves_layers=parts.keeps_cache,
+            like=whole if is_short else "",
         )
-        known = parts.memory.threshold(f"exit {layer}", ratio, verifications)
-        source = _layer_drafts(parts, layer, partial(_same, known) if ends_itself else None)
+        known = parts.memory.threshold(f"{whole} {vocabulary}", ratio, verifications)
+        source = _layer_drafts(parts, layer, partial(_same, known) if ends_itself else None, vocabulary)
         arms[source.name] = (source, arm)
     return arms
 
@@ -177,7 +185,9 @@ def make_adaptive(parts: Parts) -> AdaptiveDrafts:
     sources = {name: source for name, (source, _) in made.items()}
     arms = {name: arm for name, (_, arm) in made.items()}
     num_layers = len(parts.decoder.layers)
-    readable = {arm.exit_layer: name for name, arm in arms.items() if 0 < arm.exit_layer < num_layers}
+    readable = {
+        arm.exit_layer: name for name, arm in arms.items() if 0 < arm.exit_layer < num_layers and not arm.like
+    }
     return AdaptiveDrafts(sources, AdaptivePolicy(parts.costs, arms, readable, LONGEST_DRAFT, parts.memory))
 
 

@@ -1,11 +1,12 @@
-"""Lean layers over weights of eight or four bits, made from the model's own: for cheap drafts, never for the
-target.
+"""Lean layers over weights in fewer bits, made from the model's own: for cheap drafts, never for the target.
 
-Weight-only, by kernels of torch's own, with activations in bfloat16:
-- int8: a row of a weight is stored in 127 steps of its largest element, a byte each.
+Weight-only, by kernels that torch has:
+- float16: of a float32 model on a CPU. Activations stay as they are.
+- int8: a row of a weight is stored in 127 steps of its largest element, a byte each; activations in bfloat16.
 - int4: 32 elements of a row share a scale and an offset and are stored in 16 steps, five bits each with
-  those. Scale and offset are those by which the product is off least for inputs as large as the model's own
-  are. The head stays in eight bits: it is where four cost most agreement.
+  those; activations in bfloat16. Scale and offset are those by which the product is off least for inputs as
+  large as the model's own are. The head, where four bits cost most agreement, is in float16 or else in int8.
+- auto: of these, what this machine is fastest with.
 
 What other groups and roundings give is in docs/performance.md.
 """
@@ -13,9 +14,12 @@ What other groups and roundings give is in docs/performance.md.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +32,7 @@ from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.model.devices import free_memory
 from self_speculation.model.kv_cache import KVCache, round_up
 from self_speculation.model.lean_layers import Lean, LeanHead, lean_head, lean_layer
-from self_speculation.model.prepared import prepared
+from self_speculation.model.prepared import Prepared, prepared
 from self_speculation.model.products import Product
 
 # Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32.
@@ -46,11 +50,18 @@ _TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
 # Kernels for four bits take rows by so many: a weight that has others is padded.
 _BLOCK_OF_ROWS = 16
 
+# How much longer a format may take than a less exact one that it is preferred to: worse drafts cost as much.
+_DEMANDS: Mapping[DraftWeights, float] = {"float16": 1.0, "int4": 1.1, "int8": 1.15}
+# What is timed to find the fastest: products of so many elements, so often; between them, so many others are
+# read, since decoding does not find weights in the processor's cache either.
+_SAMPLE, _TURNS, _LARGER_THAN_CACHES = 2**23, 5, 2**25
+
 
 class LowBitProduct(ABC):
-    """As `Product`, over a copy of its weight in fewer bits; bfloat16 inside."""
+    """As `Product`, over a copy of its weight in fewer bits."""
 
     bytes_per_weight: float
+    dtype = torch.bfloat16  # of what is multiplied, and of the product
     weighs_inputs = False
 
     def __init__(self, product: Product, squares: Tensor | None = None) -> None:  # noqa: ARG002
@@ -58,14 +69,14 @@ class LowBitProduct(ABC):
         Args:
             squares: [in] how large the squares of inputs are, where `weighs_inputs`; None: all alike.
         """
-        self._bias = None if product.bias is None else product.bias.to(torch.bfloat16)
+        self._bias = None if product.bias is None else product.bias.to(self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.unconverted(x).to(x.dtype)
 
     def unconverted(self, x: Tensor) -> Tensor:
-        """The product in bfloat16, whatever x is."""
-        product = self._multiply(x.to(torch.bfloat16))
+        """The product in a format of its own, whatever x is."""
+        product = self._multiply(x.to(self.dtype))
         return product if self._bias is None else product.add_(self._bias)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
@@ -74,12 +85,32 @@ class LowBitProduct(ABC):
 
     @abstractmethod
     def _multiply(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out] in bfloat16, without a bias."""
+        """[T, in] -> [T, out] in `dtype`, without a bias."""
 
     @staticmethod
     @abstractmethod
     def num_bytes(weight: Tensor) -> int:
         """That a copy of a weight [out, in] takes."""
+
+
+class Float16Product(LowBitProduct):
+    """Each element rounded, by a kernel of FBGEMM's."""
+
+    bytes_per_weight = 2.0
+    dtype = torch.float32
+
+    def __init__(self, product: Product, squares: Tensor | None = None) -> None:
+        super().__init__(product, squares)
+        if product.weight.dtype != torch.float32:
+            raise NotImplementedError("the model's own weights have no more bits")
+        self._weight = torch.ops.quantized.linear_prepack_fp16(product.weight, None)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self._weight)
+
+    @staticmethod
+    def num_bytes(weight: Tensor) -> int:
+        return 2 * weight.numel()
 
 
 class Int8Product(LowBitProduct):
@@ -141,10 +172,11 @@ class Int4Product(LowBitProduct):
 # Of each lean form, its copies by what they multiply by.
 Copies = MutableMapping[Lean, dict[Any, Lean]]
 
-# What a copy's layers and its head multiply by.
-KINDS: Mapping[str, tuple[type[LowBitProduct], type[LowBitProduct]]] = {
-    "int8": (Int8Product, Int8Product),
-    "int4": (Int4Product, Int8Product),
+# What layers and heads of a copy multiply by; of several, the first that works.
+KINDS: Mapping[DraftWeights, tuple[type[LowBitProduct], Sequence[type[LowBitProduct]]]] = {
+    "float16": (Float16Product, [Float16Product]),
+    "int4": (Int4Product, [Float16Product, Int8Product]),
+    "int8": (Int8Product, [Int8Product]),
 }
 
 
@@ -155,14 +187,13 @@ def quantized(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) ->
         ValueError: what `check_copies` raises.
     """
     parts = _lean([*decoder.layers[:num_layers], decoder.head], draft_weights)
-    copies = decoder.prepared.copies
-    if missing := _check_room(parts, copies, draft_weights):
-        weigh = any(_kind(part, draft_weights).weighs_inputs for part in missing)
+    kinds, copies = _kinds(parts, draft_weights, decoder.prepared), decoder.prepared.copies
+    if missing := _check_room(kinds, copies, draft_weights):
+        weigh = any(kind.weighs_inputs for kind in missing.values())
         squares = _squares_of_inputs(decoder, parts[:-1]) if weigh else {}
-        for part in missing:
-            kind = _kind(part, draft_weights)
+        for part, kind in missing.items():
             copies.setdefault(part, {})[kind] = part.over(partial(_copied, kind, squares))
-    *layers, head = (copies[part][_kind(part, draft_weights)] for part in parts)
+    *layers, head = (copies[part][kind] for part, kind in kinds.items())
     return decoder.over(list(layers), cast(LeanHead, head))
 
 
@@ -170,43 +201,31 @@ def check_copies(model: PreTrainedModel, num_layers: int, draft_weights: DraftWe
     """That `quantized` can be called for so many layers of the model, before anything is made.
 
     Raises:
-        ValueError: layers that are not lean, a device without the kernel, or without room for the copies.
+        ValueError: layers that are not lean, no kernel for them, or no room for the copies.
     """
-    layers = [lean_layer(model, layer) for layer in model.base_model.layers[:num_layers]]
-    parts = _lean([*layers, lean_head(model)], draft_weights)
-    _check_room(parts, prepared(model).copies, draft_weights)
-    weight = parts[0].products[0].weight
-    tiny = Product(nn.Linear(_GROUP, _BLOCK_OF_ROWS, device=weight.device, dtype=weight.dtype))
-    for kind in set(KINDS[draft_weights]):
-        try:
-            kind(tiny)(weight.new_zeros(1, _GROUP))
-        except (NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"draft_weights {draft_weights}: this device has no kernel for it") from error
+    known = prepared(model)
+    _check_room(
+        _kinds(_parts(model, num_layers, draft_weights), draft_weights, known), known.copies, draft_weights
+    )
 
 
 def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tuple[float, float]:
-    """That a draft reads of its layers and of its head."""
+    """That a draft reads of its layers and of its head. Raises what `check_copies` does."""
     if draft_weights == "exact":
         return model.dtype.itemsize, model.dtype.itemsize
-    of_layers, of_head = KINDS[draft_weights]
-    return of_layers.bytes_per_weight, of_head.bytes_per_weight
-
-
-def bytes_of_copies(parts: Sequence[Lean], draft_weights: DraftWeights) -> int:
-    """That copies of layers and heads take, or would take."""
-    return sum(
-        _kind(part, draft_weights).num_bytes(product.weight) for part in parts for product in part.products
-    )
+    kinds = _kinds(_parts(model, 1, draft_weights), draft_weights, prepared(model))
+    of_layers, of_head = (kind.bytes_per_weight for kind in kinds.values())
+    return of_layers, of_head
 
 
 def bytes_held(model: PreTrainedModel) -> int:
     """By all copies that were made for a model."""
-    return sum(
-        kind.num_bytes(product.weight)
-        for part, made in prepared(model).copies.items()
-        for kind in made
-        for product in part.products
-    )
+    return sum(_num_bytes({part: kind}) for part, made in prepared(model).copies.items() for kind in made)
+
+
+def _parts(model: PreTrainedModel, num_layers: int, draft_weights: DraftWeights) -> list[Lean]:
+    layers = [lean_layer(model, layer) for layer in model.base_model.layers[:num_layers]]
+    return _lean([*layers, lean_head(model)], draft_weights)
 
 
 def _lean(parts: Sequence[Any], draft_weights: DraftWeights) -> list[Lean]:
@@ -219,13 +238,86 @@ def _lean(parts: Sequence[Any], draft_weights: DraftWeights) -> list[Lean]:
     return lean
 
 
-def _check_room(parts: Sequence[Lean], copies: Copies, draft_weights: DraftWeights) -> list[Lean]:
+# What each part of a copy multiplies by.
+Kinds = Mapping[Lean, type[LowBitProduct]]
+
+
+def _kinds(parts: Sequence[Lean], draft_weights: DraftWeights, known: Prepared) -> Kinds:
+    """Raises ValueError where there is no kernel."""
+    possible = _possible(parts)
+    if draft_weights == "auto" and possible:
+        known.fastest = draft_weights = known.fastest or _fastest(parts, possible)
+    if draft_weights not in possible:
+        weight = parts[0].products[0].weight
+        has = f"a model in {str(weight.dtype).removeprefix('torch.')} on this {weight.device.type}"
+        raise ValueError(f"draft_weights {draft_weights}: there is no kernel for {has}")
+    return possible[draft_weights]
+
+
+def _possible(parts: Sequence[Lean]) -> dict[DraftWeights, Kinds]:
+    """By the formats that there are kernels for."""
+    weight = parts[0].products[0].weight
+    possible: dict[DraftWeights, Kinds] = {}
+    for draft_weights, (of_layers, for_head) in KINDS.items():
+        of_head = next((kind for kind in for_head if _works(kind, weight.device, weight.dtype)), None)
+        if of_head is not None and _works(of_layers, weight.device, weight.dtype):
+            possible[draft_weights] = {
+                part: of_head if isinstance(part, LeanHead) else of_layers for part in parts
+            }
+    return possible
+
+
+@cache
+@torch.no_grad()
+def _works(kind: type[LowBitProduct], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel."""
+    tiny = nn.Linear(_GROUP, _BLOCK_OF_ROWS, bias=False, device="meta")  # which draws no random numbers
+    tiny.weight = nn.Parameter(torch.zeros(tiny.weight.shape, device=device, dtype=dtype))
+    try:
+        kind(Product(tiny))(torch.zeros(1, _GROUP, device=device, dtype=dtype))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _fastest(parts: Sequence[Lean], possible: Mapping[DraftWeights, Kinds]) -> DraftWeights:
+    """Of formats that fit: on a CPU by timing some products, since kernels differ by processor; elsewhere
+    what reads least.
+    """
+    first = parts[0].products[0]
+    device, free = first.weight.device, free_memory(first.weight.device)
+    num_bytes = {draft_weights: _num_bytes(kinds) for draft_weights, kinds in possible.items()}
+    fitting = [each for each in possible if num_bytes[each] <= free]
+    if device.type != "cpu" or not fitting:
+        return min(possible, key=num_bytes.__getitem__)
+    sample: list[Product] = []
+    for product in itertools.chain.from_iterable(part.products for part in parts):
+        room = _SAMPLE - sum(taken.weight.numel() for taken in sample)
+        if rows := min(len(product.weight), room // product.weight.shape[1]):
+            sample.append(product.of_rows(torch.arange(rows)))
+    copies = {each: [KINDS[each][0](product) for product in sample] for each in fitting}
+    inputs = [torch.zeros(1, product.weight.shape[1], dtype=first.weight.dtype) for product in sample]
+    others, took = torch.zeros(_LARGER_THAN_CACHES), dict.fromkeys(fitting, math.inf)
+    for _, each in itertools.product(range(_TURNS), fitting):
+        others.sum()
+        started = time.perf_counter()
+        for copied, x in zip(copies[each], inputs, strict=True):
+            copied(x)
+        took[each] = min(took[each], time.perf_counter() - started)
+    return min(fitting, key=lambda each: took[each] * _DEMANDS[each])
+
+
+def _num_bytes(kinds: Kinds) -> int:
+    """That copies of these kinds take, or would take."""
+    return sum(kind.num_bytes(product.weight) for part, kind in kinds.items() for product in part.products)
+
+
+def _check_room(kinds: Kinds, copies: Copies, draft_weights: DraftWeights) -> Kinds:
     """Those that have no copy yet; raises ValueError where their copies do not fit."""
-    missing = [part for part in parts if _kind(part, draft_weights) not in copies.get(part, {})]
+    missing = {part: kind for part, kind in kinds.items() if kind not in copies.get(part, {})}
     if not missing:
-        return []
-    needed = bytes_of_copies(missing, draft_weights)
-    free = free_memory(missing[0].products[0].weight.device)
+        return {}
+    needed, free = _num_bytes(missing), free_memory(next(iter(missing)).products[0].weight.device)
     if needed > free:
         raise ValueError(
             f"draft_weights {draft_weights}: takes {needed / 2**30:.2f} GiB more than the model, and "
@@ -273,11 +365,6 @@ def _squares_of_inputs(decoder: Decoder, layers: Sequence[Lean]) -> Mapping[Prod
         ids = tokens.view(16, -1).T.flatten()[start : start + width]
         forward_early(watched, ids[None], len(layers), num_logits=0)
     return squares
-
-
-def _kind(part: Lean, draft_weights: DraftWeights) -> type[LowBitProduct]:
-    of_layers, of_head = KINDS[draft_weights]
-    return of_head if isinstance(part, LeanHead) else of_layers
 
 
 def _some_rows(weight: Tensor) -> Sequence[Tensor]:
