@@ -5,22 +5,21 @@
 
 On questions, on prompts of HumanEval and on text to be repeated, greedy and sampled, in one process on one
 loaded model, prompt by prompt in turns. Fixed settings are searched for on the first prompts of each
-workload: exits, draft lengths, the model's own layers and a copy in fewer bits, with and without lookups. The
-best of them and adaptive decoding then answer all prompts. Adaptive decoding goes on with what it has learnt,
+workload: exits, draft lengths, the model's own layers and a copy in fewer bits, with and without lookups and
+the short vocabulary of --draft_vocabulary. The best of them and adaptive decoding then answer all prompts. Adaptive decoding goes on with what it has learnt,
 as in a program that answers one prompt after the other, from nothing at the start of a workload. The last
 line is one JSON object.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +70,13 @@ def fixed_settings(
     if config.draft_weights != "exact":
         weights.append(config.draft_weights)
     return {
-        f"{kind} {layer} x {k}{' + lookup' if lookup else ''}": dataclasses.replace(
+        f"{kind} {layer} x {k}{' + lookup' if lookup else ''}{f', {ids} ids' if ids else ''}": replace(
             config, generation_strategy="self_speculative", exit_layer=layer, num_speculations=k,
-            draft_weights=kind, prompt_lookup=lookup,
+            draft_weights=kind, prompt_lookup=lookup, draft_vocabulary=ids,
         )
         for kind in weights
         for layer in candidate_layers(num_layers, kind)
-        for k, lookup in itertools.product(lengths, (0, 4))
+        for k, lookup, ids in itertools.product(lengths, (0, 4), {None, config.draft_vocabulary})
     }  # fmt: skip
 
 
@@ -117,7 +116,7 @@ def main() -> None:
     given = workloads(generator.tokenizer)
     rows: list[dict[str, Any]] = []
     for picking, workload in itertools.product(args.picking, args.workloads):
-        picked = dataclasses.replace(config, sample=picking == "sampled")
+        picked = replace(config, sample=picking == "sampled")
         plain = {PLAIN: ours(model, end_ids, autoregressive(generator, picked)[1])}
         prompts = given[workload][: args.num_prompts]
         longest = max(prompts, key=len)

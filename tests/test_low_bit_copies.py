@@ -2,6 +2,8 @@
 does not depend on them is in test_equality.py and test_sampling_distribution.py.
 """
 
+import copy
+
 import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
@@ -207,33 +209,60 @@ def test_a_model_that_has_no_more_bits_has_no_such_copy():
     check_copies(model, 2, "auto")
 
 
-@pytest.mark.parametrize("fast", ["float16", "int8", "int4"])
-def test_the_fastest_is_found_and_kept(fast, monkeypatch):
-    """Guards against another format than the one that was measured, against one for each generation, and
-    against one that there is no room for. Time is what a product says it takes.
-    """
+@pytest.fixture
+def takes(monkeypatch):
+    """Seconds that a product takes, by its class, on a clock that only products move."""
+    seconds = {Product: 1.0, Float16Product: 1.0, Int8Product: 1.0, Int4Product: 1.0}
     now = [0.0]
-    for weights, (kind, _) in quantized_layers.KINDS.items():
-        takes = 1.0 if weights == fast else 2.0
+    for kind in seconds:
 
-        def takes_its_time(self, x, takes=takes):  # noqa: ARG001
-            now[0] += takes
+        def multiply(self, x, multiply=kind.__call__, kind=kind):
+            now[0] += seconds[kind]
+            return multiply(self, x)
 
-        monkeypatch.setattr(kind, "__call__", takes_its_time)
+        monkeypatch.setattr(kind, "__call__", multiply)
     monkeypatch.setattr(quantized_layers.time, "perf_counter", lambda: now[0])
+    return seconds
+
+
+@pytest.mark.parametrize("fast", [pytest.param("float16", marks=needs_float16), "int8", "int4"])
+def test_the_fastest_is_found_and_kept(fast, takes, monkeypatch):
+    """Guards against another format than the one that was measured, against a measurement for each
+    generation, and against a format that there is no room for.
+    """
+    takes[quantized_layers.KINDS[fast][0]] = 0.3
     parts = Decoder(tiny_llama(fused=True), 6, 20).layers[:2]
-    possible = dict.fromkeys(quantized_layers.KINDS, dict.fromkeys(parts, Int8Product))
-    if not HAS_FLOAT16:
-        del possible["float16"]
-    if fast not in possible:
-        pytest.skip("no kernel here")
+    possible = quantized_layers._possible(parts)
     assert quantized_layers._fastest(parts, possible) == fast
-    known = Prepared(fastest="int8")
-    assert {*quantized_layers._kinds(parts, "auto", known).values()} == {Int8Product}
-    small = {**possible, "int8": dict.fromkeys(parts[:1], Int8Product)}
-    room = quantized_layers._num_bytes(small["int8"])
+    other = "int8" if fast == "int4" else "int4"
+    kinds = quantized_layers._kinds(parts, "auto", Prepared(fastest=other))
+    assert {*kinds.values()} == {quantized_layers.KINDS[other][0]}
+    room = min(map(quantized_layers._num_bytes, possible.values()))
     monkeypatch.setattr(quantized_layers, "free_memory", lambda device: room)
-    assert quantized_layers._fastest(parts, small) == "int8"
+    assert quantized_layers._fastest(parts, possible) == "int4"
+
+
+@needs_float16
+def test_the_fastest_depends_on_what_rounding_costs(takes):
+    """Guards against four bits for a model that they suit badly, which is most, and against more for one that
+    comes from a file in four bits.
+    """
+    takes |= {Float16Product: 0.45, Int8Product: 0.7, Int4Product: 0.35}
+    model = copy.deepcopy(tiny_llama(hidden_size=64, intermediate_size=96))
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data = torch.rand_like(weight) - 0.5
+    fuse(model)
+    assert quantized_layers._kinds(_parts(model), "auto", Prepared())[_parts(model)[0]] is Float16Product
+    for weight in model.parameters():
+        if weight.dim() == 2:  # in whole groups
+            weight.data.copy_((weight.data * 15).round() / 16)
+            weight.data[:, ::32], weight.data[:, 1::32] = -0.5, 7 / 16
+    assert quantized_layers._kinds(_parts(model), "auto", Prepared())[_parts(model)[0]] is Int4Product
+
+
+def _parts(model):
+    return quantized_layers._parts(model, 2, "auto")
 
 
 SCRIPTS = {
