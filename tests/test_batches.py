@@ -185,6 +185,16 @@ def test_a_row_at_the_end_of_its_context(drafts):
     assert {r.stop_reason for r in batch(model, requests, 3, max_steps=100, **drafts).values()} == {"context"}
 
 
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_first_row_without_room_does_not_keep_the_others_short(batch_size, sample):
+    """Guards against drafts that are as short as the first prompt wants them, and so against other draws."""
+    full, *others = [[3 + i % 40 for i in range(30)], [5, 9], [7]]
+    requests = [Request(prompt, seed=index) for index, prompt in enumerate((full, *others))]
+    shared = {"exit_layer": 2, "num_speculations": 8, "max_steps": 20, "sample": sample}
+    assert_as_if_alone(tiny_llama(max_position_embeddings=32), requests, batch_size, **shared)
+
+
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
 def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
     """Guards against a neighbour's NaN that comes through a mask, at once or from a place that was left."""
