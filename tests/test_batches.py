@@ -289,7 +289,9 @@ def test_what_is_wrong_with_a_prompt_waits_for_the_others(byte_tokenizer, text_m
     with pytest.raises(ValueError, match="the prompt has the token id 1000000") as raised:
         generator.generate([10**6], config)
     assert raised.value.__context__ is None  # a circle there would be walked for ever
-    for wrong, why in (([10**6], "has the token id 1000000"), ([4] * 256, "has 256 tokens")):
+    # A negative id is no token either, though it is below all of them.
+    unknown = (([10**6], "has the token id 1000000"), ([5, -1], "has the token id -1"))
+    for wrong, why in (*unknown, ([4] * 256, "has 256 tokens")):
         prompts = [[5, 6], [7, 8, 9], wrong, [5]]
         for batch_size in (1, 2, 3):
             got, error = until_an_error(generator.generate_batch(prompts, config, batch_size))
