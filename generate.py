@@ -131,7 +131,11 @@ class Conversation:
         if legend := getattr(streamer, "legend", ""):
             print(f"  {legend}", file=sys.stderr)
         if self._args.compare and not interrupt.requested:
-            print(f"  {self._comparison(ids)}", file=sys.stderr)
+            try:
+                print(f"  {self._comparison(ids)}", file=sys.stderr)
+            except KeyboardInterrupt:  # the answer is there, and so is the conversation
+                print("\n  unwatched: interrupted", file=sys.stderr)
+                return False
         return not interrupt.requested
 
     def _ids(self, prompt: str) -> list[int]:

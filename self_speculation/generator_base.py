@@ -291,10 +291,11 @@ class HuggingfaceLlamaGenerator:
         if not ids:
             starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
             ids = [token for token in starts if token is not None][:1]
-        if ids and max(ids) >= (known := self.model.config.vocab_size):
+        known = self.model.config.vocab_size
+        if unknown := [id_ for id_ in ids if not 0 <= id_ < known]:
             raise ValueError(
-                f"the prompt has the token id {max(ids)}, but the model knows only {known}: is the tokenizer "
-                "that of another model?"
+                f"the prompt has the token id {unknown[0]}, but the model knows only {known}: is the "
+                "tokenizer that of another model?"
             )
         return ids
 

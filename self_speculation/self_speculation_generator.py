@@ -51,10 +51,9 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     def begin(
         self, model: PreTrainedModel, rows: Rows, first: Output, config: GenerationConfig, batch_size: int
     ) -> Decoding:
-        # Of one output, longer drafts than it has room for would never be made.
-        longest = min(rows.longest_draft, first.remaining) if batch_size == 1 else rows.longest_draft
+        longest = rows.longest_draft
         costs = self.costs(model, config, (len(first.prompt) + first.max_length) // 2, batch_size)
-        most = first.max_length + rows.longest_draft
+        most = first.max_length + longest
         decoder = make_decoder(model, len(first.prompt), most, longest + 1, batch_size)
         source = self.make_source(Parts(model, decoder, config, costs))
         return Decoding(decoder, len(decoder.layers), lambda: speculate(decoder, rows, source, longest))

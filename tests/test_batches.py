@@ -185,6 +185,16 @@ def test_a_row_at_the_end_of_its_context(drafts):
     assert {r.stop_reason for r in batch(model, requests, 3, max_steps=100, **drafts).values()} == {"context"}
 
 
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_first_row_without_room_does_not_keep_the_others_short(batch_size, sample):
+    """Guards against drafts that are as short as the first prompt wants them, and so against other draws."""
+    full, *others = [[3 + i % 40 for i in range(30)], [5, 9], [7]]
+    requests = [Request(prompt, seed=index) for index, prompt in enumerate((full, *others))]
+    shared = {"exit_layer": 2, "num_speculations": 8, "max_steps": 20, "sample": sample}
+    assert_as_if_alone(tiny_llama(max_position_embeddings=32), requests, batch_size, **shared)
+
+
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
 def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
     """Guards against a neighbour's NaN that comes through a mask, at once or from a place that was left."""
@@ -279,7 +289,9 @@ def test_what_is_wrong_with_a_prompt_waits_for_the_others(byte_tokenizer, text_m
     with pytest.raises(ValueError, match="the prompt has the token id 1000000") as raised:
         generator.generate([10**6], config)
     assert raised.value.__context__ is None  # a circle there would be walked for ever
-    for wrong, why in (([10**6], "has the token id 1000000"), ([4] * 256, "has 256 tokens")):
+    # A negative id is no token either, though it is below all of them.
+    unknown = (([10**6], "has the token id 1000000"), ([5, -1], "has the token id -1"))
+    for wrong, why in (*unknown, ([4] * 256, "has 256 tokens")):
         prompts = [[5, 6], [7, 8, 9], wrong, [5]]
         for batch_size in (1, 2, 3):
             got, error = until_an_error(generator.generate_batch(prompts, config, batch_size))

@@ -87,6 +87,18 @@ def test_confidence_ends_drafts():
     assert full.drafted_by_position == generate(model, PROMPT, **shared).drafted_by_position
 
 
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("confidence", ["auto", "0.5"])
+def test_a_draft_that_may_say_nothing_is_not_confident(confidence, sample):
+    """Guards against a confidence that is no number: the only id that the draft knows is forbidden."""
+    result = generate(
+        copy.deepcopy(tiny_llama()), [0, 5], max_steps=20, eos=[], exit_layer=2, num_speculations=4,
+        sample=sample, draft_vocabulary=1, no_repeat_ngram_size=1, draft_confidence=confidence,
+    )  # fmt: skip
+    assert len({*result.predicted_tokens}) == 20
+    assert (result.num_accepted, result.num_drafted) == (0, 18)  # one at a time, and none for the last token
+
+
 def test_a_threshold_learns_from_what_was_accepted():
     """Guards against a rule that ignores what became of drafts: never accepted, they become short."""
     shared = {"max_steps": 100, "eos": [], "exit_layer": 1, "num_speculations": 6, "draft_confidence": "auto"}

@@ -121,6 +121,18 @@ def test_compare_of_answers_of_one_token(said):
     assert result.stderr.splitlines()[-1] == "  unwatched: answers of one token, nothing to compare"
 
 
+def test_compare_can_be_interrupted(said, monkeypatch):
+    """Guards against a Ctrl-C that is meant for the comparison and ends the conversation."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate.Conversation, "_comparison", interrupted)
+    result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
+    assert result.returncode == 130
+    assert result.stderr.splitlines()[-1] == "  unwatched: interrupted"
+
+
 def test_a_pipe_is_one_prompt(run):
     by_flag = run("--prompt", "a\nb", *GREEDY)
     by_pipe = run(*GREEDY, input="a\nb\n")

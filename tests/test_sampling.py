@@ -173,3 +173,9 @@ def test_identical_distributions_are_always_accepted():
     for _ in range(200):
         x = torch.multinomial(P, 3, replacement=True)
         assert int(verify_draft(x, P.expand(3, 4), P.expand(4, 4).log(), SAMPLING).num_accepted) == 3
+
+
+def test_what_is_no_distribution_agrees_with_nothing():
+    """Guards against one damaged row that makes a mean of what adaptive decoding has learnt no number."""
+    logits = torch.tensor([[0.0, 1.0], [torch.nan, torch.nan]])
+    assert SAMPLING.agreement(logits, logits).tolist() == pytest.approx([1.0, 0.0])

@@ -157,4 +157,5 @@ class LayerDrafts(DraftSource):
         probabilities = choice.probabilities
         if probabilities is None:
             probabilities = logits.float().softmax(-1)
-        return probabilities.gather(1, choice.tokens[:, None])[:, 0]
+        # Where processors forbid all that a short head knows, there is no distribution, and no confidence.
+        return probabilities.gather(1, choice.tokens[:, None])[:, 0].nan_to_num(0.0)
