@@ -76,6 +76,7 @@ from runs.failures import KINDS, Failed, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
 from runs.startup import know_what_was_written, load_generator, meet, model_name, read_config, run
 from self_speculation.drafts.table import driving_flags
+from self_speculation.model.prepared import prepared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     manager, tasks = load_tasks(args, config, overrides)
     generator = load_generator(model_args, config, model_config)
     know_what_was_written(generator, tuning)
+    prepared(generator.model).vocabulary.learns = False  # an answer must not depend on those before it
     if args.apply_chat_template and not generator.tokenizer.chat_template:
         refuse("--apply_chat_template True: the model's tokenizer has no chat template")
     accelerator = _accelerator(generator.model.device)

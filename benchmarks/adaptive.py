@@ -1,14 +1,14 @@
 """Adaptive decoding against decoding token by token, and against the best fixed setting that a search finds.
 
     python benchmarks/adaptive.py --max_steps 128
-    python benchmarks/adaptive.py --model FOLDER_OR_FILE --draft_weights int8 --max_steps 128
+    python benchmarks/adaptive.py --model FOLDER_OR_FILE --draft_weights auto --max_steps 128
 
 On questions, on prompts of HumanEval and on text to be repeated, greedy and sampled, in one process on one
 loaded model, prompt by prompt in turns. Fixed settings are searched for on the first prompts of each
 workload: exits, draft lengths, the model's own layers and a copy in fewer bits, with and without lookups and
-the short vocabulary of --draft_vocabulary. The best of them and adaptive decoding then answer all prompts. Adaptive decoding goes on with what it has learnt,
-as in a program that answers one prompt after the other, from nothing at the start of a workload. The last
-line is one JSON object.
+the short vocabulary of --draft_vocabulary. The best of them and adaptive decoding then answer all prompts.
+Adaptive decoding goes on with what it has learnt, as in a program that answers one prompt after the other,
+from nothing at the start of a workload. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ BACKGROUND = "#1d2026"
 # The demo of the Makefile; the model is its own argument.
 DEFAULT_ARGUMENTS = [
     *("--chat", "True", "--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
-    *("--generation_strategy", "adaptive", "--draft_weights", "int4", "--compare", "True"),
+    *("--generation_strategy", "adaptive", "--draft_weights", "auto", "--compare", "True"),
     *("--prompt", "Give me three tips for sleeping better."),
 ]
 

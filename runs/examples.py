@@ -19,6 +19,7 @@ from runs.startup import get_ready, load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, RequestError
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length, sliding_window
+from self_speculation.model.prepared import prepared
 
 
 class Job(ABC):
@@ -94,6 +95,7 @@ def prepare(
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config, model_config)
+    prepared(generator.model).vocabulary.learns = False  # a record must not depend on those before it
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     examples = _examples_that_fit(generator, examples, config.max_steps)

@@ -55,7 +55,7 @@ def meant_by_four_bits(weight):
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 17])
-@pytest.mark.parametrize("shape", [(64, 32), (2128, 96), (50, 48), (2100, 576)])
+@pytest.mark.parametrize("shape", [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)])
 @pytest.mark.parametrize(
     ("kind", "meant", "error"),
     [
@@ -66,7 +66,8 @@ def meant_by_four_bits(weight):
 )
 def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, width):
     """Guards against another order of steps, scales or middles than the kernel's, parts of a large weight
-    that cannot be packed one by one, and padding that counts: for whole blocks and groups, and for neither.
+    that cannot be packed one by one, padding that counts, and reading beyond the end of a row: for whole
+    blocks and groups, and for neither.
     """
     torch.manual_seed(0)
     linear = nn.Linear(*reversed(shape)).requires_grad_(False)

@@ -50,6 +50,9 @@ _TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
 # Kernels for four bits take rows by so many: a weight that has others is padded.
 _BLOCK_OF_ROWS = 16
 
+# That for eight bits reads rows by so many elements, also where a row ends before.
+_BLOCK_OF_COLUMNS = 16
+
 # What is timed to find the fastest: products of so many elements, so often; between them, so many others are
 # read, since decoding does not find weights in the processor's cache either.
 _SAMPLE, _TURNS, _LARGER_THAN_CACHES = 2**23, 5, 2**25
@@ -118,16 +121,19 @@ class Int8Product(LowBitProduct):
 
     def __init__(self, product: Product, squares: Tensor | None = None) -> None:
         super().__init__(product, squares)
-        rows = [_in_eight_bits(rows) for rows in _some_rows(product.weight)]
+        columns = product.weight.shape[1]
+        self._padding = round_up(columns, _BLOCK_OF_COLUMNS) - columns
+        rows = [_in_eight_bits(pad(rows, (0, self._padding))) for rows in _some_rows(product.weight)]
         weights, scales = zip(*rows, strict=True)
         self._weight, self._scales = torch.cat(weights), torch.cat(scales)  # [out, in], [out]
 
     def _multiply(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, self._weight, self._scales)
+        columns = pad(x, (0, self._padding)) if self._padding else x
+        return torch._weight_int8pack_mm(columns, self._weight, self._scales)
 
     @staticmethod
     def num_bytes(weight: Tensor) -> int:
-        return weight.numel() + 2 * len(weight)  # and the scales
+        return len(weight) * (round_up(weight.shape[1], _BLOCK_OF_COLUMNS) + 2)  # and the scales
 
 
 class Int4Product(LowBitProduct):

@@ -25,9 +25,14 @@ class Shortlist:
 
 
 class Vocabulary:
-    """What one model has written in this process, or in a sweep before."""
+    """What one model has written in this process, or in a sweep before.
 
-    def __init__(self) -> None:
+    Args:
+        learns: whether what is written counts. It must not where an answer may not depend on others.
+    """
+
+    def __init__(self, learns: bool = True) -> None:
+        self.learns = learns
         self.counts: Counter[int] = Counter()
         self._last: deque[int] = deque(maxlen=_LAST)
         self._num_written = 0
@@ -35,6 +40,8 @@ class Vocabulary:
 
     def count(self, ids: Sequence[int]) -> None:
         """These were written."""
+        if not self.learns:
+            return
         self.counts.update(ids)
         self._last.extend(ids)
         self._num_written += len(ids)
