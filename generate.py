@@ -299,6 +299,7 @@ def _command(name: str) -> str:
 def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:
     took = result.generation_strategy_result
     reason = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
+    is_adaptive = config.generation_strategy == "adaptive"
     early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
     whose = f"; by the early exit at layer {config.exit_layer} alone, not by the full model" if early else ""
     lines = [
@@ -311,7 +312,7 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
             f"acceptance rate {took.acceptance_rate:.1%} ({took.num_accepted} of {took.num_drafted}), "
             f"mean accepted length {took.mean_accepted_length:.2f}"
         )
-        if took.drafts_by_source and len(took.drafts_by_source) > 1:
+        if took.drafts_by_source and (is_adaptive or len(took.drafts_by_source) > 1):
             lines += [
                 f"  {source}: {accepted} of {drafted} in {rounds} rounds"
                 for source, (rounds, drafted, accepted) in took.drafts_by_source.items()

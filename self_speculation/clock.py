@@ -266,7 +266,8 @@ class _Clock:
         adaptive = self._adaptive and exit_layer < len(decoder.layers)
         watched = adaptive or self._config.draft_confidence is not None
         threshold = partial(FixedThreshold, 0.0) if watched and self._num_rows == 1 else None
-        return LayerDrafts(drafter, exit_layer, not self.drafts_by_copy, threshold)
+        copied_in = self._config.draft_weights if self.drafts_by_copy else ""
+        return LayerDrafts(drafter, exit_layer, copied_in, threshold)
 
     def _at_context(self) -> Decoder:
         """The decoder, with all but the last token of the prompt in its cache; of a batch, a bit less in each

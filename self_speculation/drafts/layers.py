@@ -42,8 +42,9 @@ class LayerDrafts(DraftSource):
     Args:
         drafter: what runs the layers.
         exit_layer: so many layers.
-        keeps_cache: whether they leave in the cache, and as exit states, what verification can go on from.
-            The model's own layers do; those of a copy are less exact, and all that they leave is forgotten.
+        copied_in: the format of a copy of the layers; empty: they are the model's own. Those leave in the
+            cache, and as exit states, what verification can go on from. What a copy leaves is less exact, and
+            forgotten.
         threshold: makes what says when an output's draft stops before k; None: it never does. Passes go on
             until all have stopped.
     """
@@ -52,12 +53,13 @@ class LayerDrafts(DraftSource):
         self,
         drafter: Decoder,
         exit_layer: int,
-        keeps_cache: bool = True,
+        copied_in: str = "",
         threshold: Callable[[], Threshold] | None = None,
     ) -> None:
-        self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, keeps_cache
+        self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, not copied_in
         self._short = drafter.head if isinstance(drafter.head, ShortHead) else None
-        self.name = f"exit {exit_layer}" + (f", {self._short.number} ids" if self._short else "")
+        few = f"{self._short.number} ids" if self._short else ""
+        self.name = ", ".join(filter(None, (f"exit {exit_layer}", copied_in, few)))
         self._followed: list[Output] = []
         self._own = PerOutput(_OwnIds)
         self._thresholds = None if threshold is None else PerOutput(lambda output: threshold())

@@ -50,9 +50,12 @@ class Parts:
     costs: Costs  # measured for adaptive decoding, else estimated
 
     @property
-    def keeps_cache(self) -> bool:
-        """Whether the layers that draft are the target's own."""
-        return self.config.draft_weights == "exact"
+    def copied_in(self) -> str:
+        """The format of the layers that draft, once they are there; empty: they are the target's own."""
+        weights = self.config.draft_weights
+        if weights == "auto":
+            return self.decoder.prepared.fastest or weights
+        return "" if weights == "exact" else weights
 
     @property
     def memory(self) -> Memory:
@@ -102,7 +105,7 @@ def _layer_drafts(
     parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None, draft_vocabulary: int | None
 ) -> LayerDrafts:
     drafter = make_drafter(parts.decoder, exit_layer, parts.config.draft_weights, draft_vocabulary)
-    return LayerDrafts(drafter, exit_layer, parts.keeps_cache, threshold)
+    return LayerDrafts(drafter, exit_layer, parts.copied_in, threshold)
 
 
 def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
@@ -112,9 +115,9 @@ def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
     plain_step, lengths = parts.costs.plain_step, range(LONGEST_DRAFT + 1)
     arms: dict[str, tuple[DraftSource, Arm]] = {}
     few, all_ids = parts.config.draft_vocabulary, parts.decoder.config.vocab_size
-    vocabularies = [None] if few is None or few >= all_ids else [None, few]
+    vocabularies, whole = [None] if few is None or few >= all_ids else [None, few], ""
     for layer, vocabulary in itertools.product(parts.costs.draft_step, vocabularies):
-        whole, is_short = f"exit {layer}", vocabulary is not None
+        is_short = vocabulary is not None
         ratio = parts.costs.draft_ratio(layer, is_short)
         verifications = [parts.costs.verification(layer, k) / plain_step for k in lengths]
         # A copy of all layers is right nearly always, and to ask it how sure it is takes time.
@@ -125,12 +128,13 @@ def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
             _PRIOR_OF_COPY if is_copy else _PRIOR_OF_EXIT,
             trust=_TRUST_IN_COPY if is_copy else 1.0,
             slack=4 if ends_itself else 0,
-            leaves_layers=parts.keeps_cache,
+            leaves_layers=parts.config.draft_weights == "exact",
             like=whole if is_short else "",
         )
-        known = parts.memory.threshold(f"{whole} {vocabulary}", ratio, verifications)
+        known = parts.memory.threshold(f"{layer} {vocabulary}", ratio, verifications)
         source = _layer_drafts(parts, layer, partial(_same, known) if ends_itself else None, vocabulary)
         arms[source.name] = (source, arm)
+        whole = whole if is_short else source.name
     return arms
 
 
