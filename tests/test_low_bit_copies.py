@@ -13,26 +13,20 @@ import benchmark
 import correctness
 import generate as generate_script
 import sweep
-from self_speculation.model import quantized_layers
+from self_speculation.model import low_bit_products, quantized_layers
 from self_speculation.model.decoder import Decoder, forward
 from self_speculation.model.lean_layers import Product, fuse, lean_head, lean_layer
 from self_speculation.model.loading import default_model, load_model_and_tokenizer
+from self_speculation.model.low_bit_products import Float16Product, Int4Product, Int8Product
 from self_speculation.model.prepared import Prepared
-from self_speculation.model.quantized_layers import (
-    Float16Product,
-    Int4Product,
-    Int8Product,
-    bytes_held,
-    check_copies,
-    quantized,
-)
+from self_speculation.model.quantized_layers import bytes_held, check_copies, quantized
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 
 
 # Not every processor has a kernel for it.
-HAS_FLOAT16 = quantized_layers._works(Float16Product, torch.device("cpu"), torch.float32)
+HAS_FLOAT16 = low_bit_products.works(Float16Product, torch.device("cpu"), torch.float32)
 needs_float16 = pytest.mark.skipif(not HAS_FLOAT16, reason="no kernel here")
 
 
@@ -41,15 +35,15 @@ def meant_by_sixteen_bits(weight):
 
 
 def meant_by_eight_bits(weight):
-    steps, scales = quantized_layers._in_eight_bits(weight)
+    steps, scales = low_bit_products._in_eight_bits(weight)
     return steps.float() * scales.float()[:, None]
 
 
 def meant_by_four_bits(weight):
     """What steps, scales and middles stand for; input sizes beyond whole groups are padded."""
-    padded = quantized_layers._padded(weight)
+    padded = low_bit_products._padded(weight)
     counts = nn.functional.pad(torch.ones(weight.shape[1]), (0, padded.shape[1] - weight.shape[1]))
-    steps, numbers = quantized_layers.in_four_bits(padded, counts)
+    steps, numbers = low_bit_products.in_four_bits(padded, counts)
     scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
     return ((steps - 8) * scales + middles)[: len(weight), : weight.shape[1]]
 
@@ -94,7 +88,7 @@ def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, wid
 def test_four_bits_reach_the_ends_of_a_group():
     """Guards against a range around zero only: what lies on one side of it needs all 16 steps too."""
     weight = torch.linspace(3.0, 4.0, 32)[None]
-    steps, _ = quantized_layers.in_four_bits(weight, torch.ones(32))
+    steps, _ = low_bit_products.in_four_bits(weight, torch.ones(32))
     assert steps.min() == 0
     assert steps.max() == 15
     assert (meant_by_four_bits(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
@@ -108,7 +102,7 @@ def test_the_columns_that_count_are_closest():
     squares[::8] = 100.0
 
     def error(counts):
-        steps, numbers = quantized_layers.in_four_bits(weight, counts)
+        steps, numbers = low_bit_products.in_four_bits(weight, counts)
         scales, middles = numbers[0].float().unbind(1)
         off = (steps - 8) * scales[:, None] + middles[:, None] - weight
         return (off.square() @ squares).mean()
@@ -135,7 +129,7 @@ def test_what_other_devices_are_given():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
         for columns in (32, 64, 96, 128):
-            quantized_layers._packed(torch.arange(columns, dtype=torch.int32)[None] % 16)
+            low_bit_products._packed(torch.arange(columns, dtype=torch.int32)[None] % 16)
     assert [tiles for _, tiles in packed] == [2, 4, 2, 8]
     assert packed[0][0] == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2]
 
