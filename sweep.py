@@ -78,6 +78,7 @@ from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.table import is_replayable, make_drafter
 from self_speculation.model.decoder import Decoder, forward_exits
 from self_speculation.model.families import context_length
+from self_speculation.model.quantized_layers import bytes_per_weight
 from self_speculation.model.short_head import ShortHead
 
 COLUMNS = [
@@ -372,7 +373,7 @@ class Predicted(Sweep):
         if self._config.draft_vocabulary is not None:
             return None
         model = self._generator.model
-        bytes_of_head = 1.0 if self._config.draft_weights == "exact" else 1.0 / model.dtype.itemsize
+        bytes_of_head = bytes_per_weight(model, self._config.draft_weights)[1] / model.dtype.itemsize
         short = best_with_a_vocabulary(records, by_speed, costs, model.config.vocab_size, bytes_of_head)
         if short is not None:
             print(

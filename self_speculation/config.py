@@ -54,7 +54,8 @@ class GenerationConfig:
     draft_weights: DraftWeights = "exact"
     """float16 (of a float32 model on a CPU), int8, int4: draft with a copy of the layers in so many bits,
     exit_layer may then be all of them; takes 2, 1 or 0.63 bytes more for each weight of theirs and 2 or 1 for
-    each of the head. auto: with whichever of these is fastest here. exact: with the model's own."""
+    each of the head. auto: with whichever of these promises most when they are timed, which may be another
+    one in the next run. exact: with the model's own."""
     draft_confidence: str | None = None
     """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
     would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
