@@ -120,7 +120,8 @@ def _kinds(parts: Sequence[Lean], draft_weights: DraftWeights, known: Prepared) 
     if draft_weights not in possible:
         weight = parts[0].products[0].weight
         has = f"a model in {str(weight.dtype).removeprefix('torch.')} on this {weight.device.type}"
-        raise ValueError(f"draft_weights {draft_weights}: there is no kernel for {has}")
+        others = f", but there are for {', '.join(possible)}" if possible else ""
+        raise ValueError(f"draft_weights {draft_weights}: there is no kernel for {has}{others}")
     return possible[draft_weights]
 
 
