@@ -199,7 +199,8 @@ class SweepArguments:
     exit_layer_first: int = 1
     """First exit layer of the grid."""
     exit_layer_last: int = 15
-    """Last exit layer, at most the model's last but one."""
+    """Last exit layer; at most the model's last but one, and with --draft_weights its last, which is then in
+    the grid where this flag is left out."""
     exit_layer_step: int = 1
     """From one exit layer of the grid to the next."""
     num_speculations_first: int = 1
@@ -517,9 +518,12 @@ def refuse_idle_drafts(config: GenerationConfig) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in _ABOUT_DRAFTS and value != field.default:
+            # Adaptive asks for nothing more, but chooses these for itself.
+            is_chosen = field.name in ("num_speculations", "draft_confidence")
+            strategy = "self_speculative" if is_chosen else "adaptive"
             refuse(
                 f"--{field.name} {value}: autoregressive decoding drafts nothing, add --generation_strategy "
-                "self_speculative"
+                f"{strategy}"
             )
 
 
@@ -561,6 +565,11 @@ def _check_copies(parser: _Parser, values: argparse.Namespace) -> None:
     for name, needed in (("fuse", True), ("compile", False), ("quantization", "none"), ("parallel", "data")):
         if (value := getattr(model_args, name)) != needed:
             parser.error(f"--draft_weights {config.draft_weights}: not with --{name} {value}")
+    if config.draft_weights == "float16" and model_args.dtype not in ("auto", "float32"):
+        parser.error(
+            f"--draft_weights float16: is for a model in float32, not with --dtype {model_args.dtype}; int8, "
+            "int4 and auto are for all"
+        )
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

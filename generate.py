@@ -116,7 +116,11 @@ class Conversation:
         """
         prompt = prompt.replace("\r\n", "\n")  # pasted or read from what Windows wrote
         ids = self._ids(prompt)
-        self.get_ready(len(ids))
+        try:
+            self.get_ready(len(ids))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return False
         streamer = self._streamer(ids)
         with _stopped_by_ctrl_c(self._generator.model) as interrupt:
             result = self._generator.generate(
@@ -218,7 +222,7 @@ def _one_prompt(args: GenerateArguments) -> str:
 # What a line that begins with a slash does; everything else is a prompt, of one line or several.
 _COMMANDS = {"/help": "lists commands and keys", "/exit": "leaves"}
 _KEYS = """Ctrl-D   sends the prompt; leaves where there is none
-Enter    begins another line of the prompt
+Enter    begins another line of the prompt; after a command, runs it
 Ctrl-C   stops an answer"""
 
 
@@ -264,7 +268,7 @@ def _session() -> PromptSession[str]:
 
     @keys.add("c-d")
     def _(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
+        if event.current_buffer.text.strip():
             event.current_buffer.validate_and_handle()
         else:
             event.app.exit(exception=EOFError)
@@ -312,10 +316,11 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
             f"acceptance rate {took.acceptance_rate:.1%} ({took.num_accepted} of {took.num_drafted}), "
             f"mean accepted length {took.mean_accepted_length:.2f}"
         )
-        if took.drafts_by_source and (is_adaptive or len(took.drafts_by_source) > 1):
+        sources = took.drafts_by_source or {}
+        if is_adaptive or config.draft_weights != "exact" or len(sources) > 1:
             lines += [
                 f"  {source}: {accepted} of {drafted} in {rounds} rounds"
-                for source, (rounds, drafted, accepted) in took.drafts_by_source.items()
+                for source, (rounds, drafted, accepted) in sources.items()
             ]
     return "\n" + "\n".join(f"  {line}" for line in lines)
 

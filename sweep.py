@@ -78,12 +78,13 @@ from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.table import is_replayable, make_drafter
 from self_speculation.model.decoder import Decoder, forward_exits
 from self_speculation.model.families import context_length
-from self_speculation.model.quantized_layers import bytes_per_weight
+from self_speculation.model.prepared import prepared
+from self_speculation.model.quantized_layers import bytes_per_weight, format_of
 from self_speculation.model.short_head import ShortHead
 
 COLUMNS = [
-    "mode", "exit_layer", "num_speculations", "draft_vocabulary", "acceptance_rate",
-    "mean_accepted_length", "total_time",
+    "mode", "exit_layer", "num_speculations", "draft_weights", "draft_vocabulary",
+    "acceptance_rate", "mean_accepted_length", "total_time",
     "time_per_token", "tokens_per_second", "tokens_per_second_median", "speedup", "speedup_q1", "speedup_q3",
     "speedup_low", "speedup_high", "speedup_of_totals", "num_verifications", "num_drafted", "num_accepted",
     "num_tokens",
@@ -122,7 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.exit_layer_last > last:
         _notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
     generator, examples, open_run = prepare("sweep", model_args, config, data_args, args, batch, model_config)
-    grid = [(e, k) for e in args.exit_layers(last) for k in args.draft_lengths()]
+    exit_layers = [*args.exit_layers(last)]
+    # Of a copy, all layers guess best: they are part of its grid where no end of it was asked for.
+    if last == num_layers > exit_layers[-1] and args.exit_layer_last == SweepArguments.exit_layer_last:
+        exit_layers.append(last)
+    grid = [(e, k) for e in exit_layers for k in args.draft_lengths()]
     kind = Measured if args.mode == "measured" else Predicted
     sweep = kind(generator, config, examples, grid, args, model_args.seed, batch.batch_size)
     sweep.warm_up()
@@ -176,7 +181,8 @@ class Sweep(OneByOne):
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures, print the table and the best flags."""
-        rows = [{**dict.fromkeys(COLUMNS), **row} for row in rows]
+        weights = format_of(prepared(self._generator.model), self._config.draft_weights)
+        rows = [{**dict.fromkeys(COLUMNS), "draft_weights": weights, **row} for row in rows]
         table = write_table(run, rows)
         compared = table[table["speedup"].notna()]
         if compared.empty:
@@ -207,6 +213,7 @@ class Sweep(OneByOne):
         print(
             f"--generation_strategy self_speculative --exit_layer {best['exit_layer']} "
             f"--num_speculations {best['num_speculations']}"
+            + (f" --draft_weights {weights}" if weights != "exact" else "")
             + (f" --draft_vocabulary {int(vocabulary)}" if (vocabulary := best["draft_vocabulary"]) else "")
         )
         return 0
@@ -432,7 +439,9 @@ def write_table(run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
 def _for_terminal(table: pandas.DataFrame) -> str:
     low, high = (table[f"speedup_{end}"].astype(float).map("{:.2f}".format) for end in ("low", "high"))
     known = (low + "-" + high).where(table["speedup_low"].notna(), "-")
-    return _plain_text(table.assign(range=known)[list(HEADINGS)].rename(columns=HEADINGS))
+    ids = table["draft_vocabulary"].map(str).where(table["draft_vocabulary"].notna(), "all")
+    shown = table.assign(range=known, draft_vocabulary=ids)
+    return _plain_text(shown[list(HEADINGS)].rename(columns=HEADINGS))
 
 
 def _verified(pairs: Sequence[tuple[Record, Record]]) -> str:

@@ -74,7 +74,9 @@ def adaptive(
     generator: HuggingfaceLlamaGenerator, config: GenerationConfig
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
     """The same model and settings, with exit layer, draft length and lookups chosen round by round."""
-    chosen = replace(config, generation_strategy="adaptive", exit_layer=-1, num_speculations=-1)
+    chosen = replace(
+        config, generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, draft_confidence=None
+    )
     return _same_model(generator, chosen)
 
 

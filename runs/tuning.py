@@ -34,8 +34,8 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def tuned(
     config: GenerationConfig, args: TuningArguments, argv: Sequence[str] | None = None
 ) -> GenerationConfig:
-    """The config with exit layer and draft length, and with the draft vocabulary, of the sweep that --tuned
-    names, if it names one.
+    """The config with exit layer and draft length, and with the drafts' weights and vocabulary, of the sweep
+    that --tuned names, if it names one.
 
     Args:
         argv: the command line, as for `parse`.
@@ -44,24 +44,22 @@ def tuned(
         return config
     if config.generation_strategy == "adaptive":
         refuse("--tuned: adaptive chooses for itself, leave it out")
-    if given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations"}:
+    given = given_flags(argv, GenerationConfig)
+    if given & {"exit_layer", "num_speculations"}:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     try:
         with open(_table(Path(args.tuned).expanduser()), encoding="utf-8", newline="") as file:
             best = best_cell(list(csv.DictReader(file)))
-        exit_layer, num_speculations = int(best["exit_layer"]), int(best["num_speculations"])
-        draft_vocabulary = int(best.get("draft_vocabulary") or 0) or None
+        found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
+        # Tables of before there was this column are of the model's own layers.
+        if "draft_weights" not in given:
+            found["draft_weights"] = best.get("draft_weights") or "exact"
+        found["draft_vocabulary"] = config.draft_vocabulary or int(best.get("draft_vocabulary") or 0) or None
+        return dataclasses.replace(config, generation_strategy="self_speculative", **found)
     except KeyError as error:
         refuse(f"--tuned {args.tuned}: no column {error}")
     except (OSError, ValueError, TypeError, csv.Error) as error:  # TypeError: a row of too few fields
         refuse(f"--tuned {args.tuned}: {getattr(error, 'strerror', None) or error}")
-    return dataclasses.replace(
-        config,
-        generation_strategy="self_speculative",
-        exit_layer=exit_layer,
-        num_speculations=num_speculations,
-        draft_vocabulary=config.draft_vocabulary or draft_vocabulary,
-    )
 
 
 def counts(args: TuningArguments) -> dict[int, int]:

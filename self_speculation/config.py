@@ -112,11 +112,8 @@ class GenerationConfig:
         most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
         between = f"between 1 and {most}, the model has {num_layers} layers"
         if self.generation_strategy == "adaptive":
-            for field, value in (
-                ("exit_layer", self.exit_layer),
-                ("num_speculations", self.num_speculations),
-            ):
-                if value != -1:
+            for field, default in (("exit_layer", -1), ("num_speculations", -1), ("draft_confidence", None)):
+                if (value := getattr(self, field)) != default:
                     raise ValueError(f"{field} {value}: adaptive chooses it, leave it out")
             return
         if speculative and self.exit_layer == -1:

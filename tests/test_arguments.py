@@ -120,6 +120,7 @@ def test_flags_of_the_harness_as_the_papers_scripts_spell_them(args, cache, logg
         ("--top_p 1.5", "--top_p 1.5: must be between 0 and 1"),
         ("--no_repeat_ngram_size 0", "--no_repeat_ngram_size 0: must be at least 1"),
         ("--draft_weights int2", "choose from 'exact', 'float16', 'int8', 'int4', 'auto'"),
+        ("--draft_weights float16 --dtype half", "--draft_weights float16: is for a model in float32"),
         ("--draft_weights int4 --fuse False", "--draft_weights int4: not with --fuse False"),
         ("--draft_weights int8 --compile True", "--draft_weights int8: not with --compile True"),
         ("--draft_weights int4 --parallel tensor", "--draft_weights int4: not with --parallel tensor"),

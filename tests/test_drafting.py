@@ -371,6 +371,8 @@ def test_adaptive_states_what_it_decided():
     assert sum(counts[0] for counts in result.drafts_by_source.values()) == result.num_verifications
     with pytest.raises(ValueError, match="exit_layer 2: adaptive chooses it, leave it out"):
         generate(tiny_llama(), PROMPT, "adaptive", exit_layer=2)
+    with pytest.raises(ValueError, match="draft_confidence auto: adaptive chooses it, leave it out"):
+        generate(tiny_llama(), PROMPT, "adaptive", draft_confidence="auto")
 
 
 @pytest.mark.parametrize("weights", ["exact", "int4"])

@@ -133,6 +133,18 @@ def test_compare_can_be_interrupted(said, monkeypatch):
     assert result.stderr.splitlines()[-1] == "  unwatched: interrupted"
 
 
+def test_getting_ready_can_be_interrupted(said, monkeypatch):
+    """Guards against a Ctrl-C that is meant for an answer and ends the conversation, since it came early."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate.Conversation, "get_ready", interrupted)
+    result = said("--prompt", "def add", *GREEDY, *SPECULATIVE)
+    assert result.returncode == 130
+    assert result.stderr.splitlines()[-1] == "interrupted"
+
+
 def test_a_pipe_is_one_prompt(run):
     by_flag = run("--prompt", "a\nb", *GREEDY)
     by_pipe = run(*GREEDY, input="a\nb\n")

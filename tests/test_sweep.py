@@ -11,9 +11,11 @@ from helpers import custom_data, no_calibration, no_pictures, only_run
 
 import benchmark
 import sweep
+from arguments import GenerationConfig, SweepArguments, TuningArguments
 from measures.remarks import on_predictions
 from measures.replay import predicted_cell, replay, rivals, run_length
 from measures.vocabularies import _narrowed, written
+from runs.tuning import tuned
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.vocabulary import Vocabulary
@@ -201,7 +203,9 @@ def test_pictures_table_and_flags(common, tmp_path, capsys):
     rows = pandas.read_csv(folder / "sweep.csv")
     assert rows["mode"].value_counts().to_dict() == {"predicted": 12, "measured": 2}
     assert best["speedup"] == pytest.approx(rows[rows["mode"] == "measured"]["speedup"].max())
-    assert len(run["metrics"]["beyond_the_grid"]) == 3
+    beyond = run["metrics"]["beyond_the_grid"]
+    assert len(beyond) == 3
+    assert all(row["oracle_speedup"] >= row["speedup"] for row in beyond)  # a rule that knows cannot be worse
 
 
 @pytest.mark.parametrize(
@@ -250,12 +254,31 @@ def test_impossible_grids(common, args, message, capsys):
 
 
 @pytest.mark.usefixtures("timeless")
-def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path):
+def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path, capsys):
+    """Guards against a cell that is named, and used by --tuned, without the copy that it drafts with."""
     assert sweep.main([*common, "--draft_weights", "int8", "--exit_layer_last", "9"]) == 0
+    said = capsys.readouterr().out
+    assert " --draft_weights int8" in said.splitlines()[-1]
+    assert " all " in said
+    assert "<NA>" not in said
+    best, by_hand = (
+        tuned(GenerationConfig(), TuningArguments(str(only_run(tmp_path))), argv)
+        for argv in ([], ["--draft_weights", "exact"])
+    )
+    assert (best.draft_weights, by_hand.draft_weights) == ("int8", "exact")
     predicted = table(tmp_path).reset_index()
     assert set(predicted["exit_layer"]) == {1, 2, 3, 4}
     deepest = predicted[predicted["exit_layer"] == 4]
     assert deepest["acceptance_rate"].min() > predicted[predicted["exit_layer"] == 1]["acceptance_rate"].max()
+
+
+@pytest.mark.usefixtures("timeless")
+def test_all_layers_of_a_copy_are_in_the_grid(common, tmp_path, monkeypatch):
+    """Guards against a grid that ends before the one exit that pays for a model without early exits."""
+    monkeypatch.setattr(SweepArguments, "exit_layer_last", 2)  # as if nobody had asked for an end
+    given = [*common, "--exit_layer_last", "2"]
+    assert sweep.main([*given, "--draft_weights", "int8"]) == 0
+    assert set(table(tmp_path).reset_index()["exit_layer"]) == {1, 2, 4}
 
 
 @pytest.mark.parametrize("mode", ["predicted", "measured"])

@@ -5,7 +5,6 @@ What drives drafting, what adaptive decoding chooses among and what a sweep can 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -28,7 +27,7 @@ from self_speculation.drafts.policy import (
     Threshold,
 )
 from self_speculation.model.decoder import Decoder
-from self_speculation.model.quantized_layers import quantized
+from self_speculation.model.quantized_layers import format_of, quantized
 from self_speculation.model.short_head import ShortHead
 
 # Tokens that lookups of adaptive decoding compare, unless prompt_lookup says how many.
@@ -52,9 +51,7 @@ class Parts:
     @property
     def copied_in(self) -> str:
         """The format of the layers that draft, once they are there; empty: they are the target's own."""
-        weights = self.config.draft_weights
-        if weights == "auto":
-            return self.decoder.prepared.fastest or weights
+        weights = format_of(self.decoder.prepared, self.config.draft_weights)
         return "" if weights == "exact" else weights
 
     @property
@@ -109,33 +106,39 @@ def _layer_drafts(
 
 
 def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
-    """One for each exit whose cost is known, and another where its drafts may have a short vocabulary. In a
-    batch, drafts have the length that was planned for all.
-    """
-    plain_step, lengths = parts.costs.plain_step, range(LONGEST_DRAFT + 1)
-    arms: dict[str, tuple[DraftSource, Arm]] = {}
-    few, all_ids = parts.config.draft_vocabulary, parts.decoder.config.vocab_size
-    vocabularies, whole = [None] if few is None or few >= all_ids else [None, few], ""
-    for layer, vocabulary in itertools.product(parts.costs.draft_step, vocabularies):
-        is_short = vocabulary is not None
-        ratio = parts.costs.draft_ratio(layer, is_short)
-        verifications = [parts.costs.verification(layer, k) / plain_step for k in lengths]
-        # A copy of all layers is right nearly always, and to ask it how sure it is takes time.
-        is_copy = layer == len(parts.decoder.layers)
-        ends_itself = parts.costs.num_rows == 1 and not is_copy
-        arm = Arm(
-            layer,
-            _PRIOR_OF_COPY if is_copy else _PRIOR_OF_EXIT,
-            trust=_TRUST_IN_COPY if is_copy else 1.0,
-            slack=4 if ends_itself else 0,
-            leaves_layers=parts.config.draft_weights == "exact",
-            like=whole if is_short else "",
-        )
-        known = parts.memory.threshold(f"{layer} {vocabulary}", ratio, verifications)
-        source = _layer_drafts(parts, layer, partial(_same, known) if ends_itself else None, vocabulary)
-        arms[source.name] = (source, arm)
-        whole = whole if is_short else source.name
+    """One for each exit whose cost is known, and another where its drafts may have a short vocabulary."""
+    few, arms = parts.config.draft_vocabulary, {}
+    for layer in parts.costs.draft_step:
+        source, arm = _layer_arm(parts, layer)
+        arms[source.name] = source, arm
+        if few is not None and few < parts.decoder.config.vocab_size:
+            short, arm = _layer_arm(parts, layer, few, like=source.name)
+            arms[short.name] = short, arm
     return arms
+
+
+def _layer_arm(
+    parts: Parts, layer: int, vocabulary: int | None = None, like: str = ""
+) -> tuple[LayerDrafts, Arm]:
+    """An exit, if so with a short vocabulary, and then like the arm without one. In a batch, drafts have the
+    length that was planned for all.
+    """
+    costs = parts.costs
+    verifications = [costs.verification(layer, k) / costs.plain_step for k in range(LONGEST_DRAFT + 1)]
+    # A copy of all layers is right nearly always, and to ask it how sure it is takes time.
+    is_copy = layer == len(parts.decoder.layers)
+    ends_itself = costs.num_rows == 1 and not is_copy
+    arm = Arm(
+        layer,
+        _PRIOR_OF_COPY if is_copy else _PRIOR_OF_EXIT,
+        trust=_TRUST_IN_COPY if is_copy else 1.0,
+        slack=4 if ends_itself else 0,
+        leaves_layers=parts.config.draft_weights == "exact",
+        like=like,
+    )
+    ratio = costs.draft_ratio(layer, short_head=vocabulary is not None)
+    known = parts.memory.threshold(f"{layer} {vocabulary}", ratio, verifications)
+    return _layer_drafts(parts, layer, partial(_same, known) if ends_itself else None, vocabulary), arm
 
 
 def _same(threshold: Threshold) -> Threshold:

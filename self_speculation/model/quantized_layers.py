@@ -79,6 +79,11 @@ def check_copies(model: PreTrainedModel, num_layers: int, draft_weights: DraftWe
     )
 
 
+def format_of(known: Prepared, draft_weights: DraftWeights) -> DraftWeights:
+    """The same, or what auto has found to be fastest."""
+    return known.fastest or draft_weights if draft_weights == "auto" else draft_weights
+
+
 def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tuple[float, float]:
     """That a draft reads of its layers and of its head. Raises what `check_copies` does."""
     if draft_weights == "exact":
