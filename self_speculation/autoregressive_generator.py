@@ -5,10 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding_strategy import Decoding, DecodingStrategy
-from self_speculation.model.compiled import make_decoder
 from self_speculation.model.decoder import Decoder, forward_early
 
 
@@ -18,15 +16,14 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     name: GenerationStrategyName = "autoregressive"
     has_drafts = False
 
-    def begin(
-        self, model: PreTrainedModel, rows: Rows, first: Output, config: GenerationConfig, batch_size: int
-    ) -> Decoding:
-        decoder = make_decoder(model, len(first.prompt), first.max_length, num_rows=batch_size)
-        depth = len(decoder.layers) if config.exit_layer == -1 else config.exit_layer
-        return Decoding(decoder, depth, lambda: step_by_step(decoder, rows, depth))
+    def begin(self, model: PreTrainedModel, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
+        return Decoding(rows, decoder, config)
 
+    def depth(self, decoding: Decoding) -> int:
+        exit_layer = decoding.config.exit_layer
+        return len(decoding.decoder.layers) if exit_layer == -1 else exit_layer
 
-def step_by_step(decoder: Decoder, rows: Rows, depth: int) -> None:
-    """One token of each row after the other until a row ends; each step takes one read from the device."""
-    while rows.all_go_on:
-        rows.emit(forward_early(decoder, rows.last, depth).logits[:, 0])
+    def round(self, decoding: Decoding) -> None:
+        """One token of each row; one read from the device."""
+        rows = decoding.rows
+        rows.emit(forward_early(decoding.decoder, rows.last, self.depth(decoding)).logits[:, 0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
-DraftWeights = Literal["exact", "float16", "int8", "int4", "auto"]
+DraftWeights = Literal["exact", "int8", "int4"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline"]
 Quantization = Literal["none", "int8", "int4"]
@@ -52,17 +52,14 @@ class GenerationConfig:
     stop_token_ids: list[int] | None = None
     """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = "exact"
-    """float16 (of a float32 model on a CPU), int8, int4: draft with a copy of the layers in so many bits,
-    exit_layer may then be all of them; takes 2, 1 or 0.63 bytes more for each weight of theirs and 2 or 1 for
-    each of the head. auto: with whichever of these promises most when they are timed, which may be another
-    one in the next run. exact: with the model's own."""
+    """int8, int4: draft with a copy of the layers in so many bits, exit_layer may then be all of them; takes 1 or
+    0.63 bytes more for each weight of theirs and 1 or 2 for each of the head. exact: with the model's own."""
     draft_confidence: str | None = None
     """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
     would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
     draft_vocabulary: int | None = None
-    """Draft with so many rows of the head: those of the tokens written most, the first ones of the tokenizer
-    where too few were written, and besides the prompt's and the answer's own; without it, with the whole
-    head."""
+    """Draft with so many rows of the head: those of the ids that the sweep of --tuned met most, or the first
+    ones of the tokenizer; without it, with the whole head."""
     prompt_lookup: int = 0
     """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""
 

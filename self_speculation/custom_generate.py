@@ -39,7 +39,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts.table import driving_flags
-from self_speculation.generator_base import Request, unwrapped
+from self_speculation.generator_base import Request
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.strategies import make_strategy
 
@@ -214,7 +214,7 @@ def _answers(
     requests = [
         Request(
             [*row.prompt, *outputs[row.index]],
-            end_ids,
+            eos_token_ids=end_ids,
             logits_processors=[row.process] if row.processors else None,
             stopping_criteria=row.all_criteria,
             streamer=own,
@@ -222,7 +222,9 @@ def _answers(
         for row in unfinished
     ]
     strategy = make_strategy(config.generation_strategy)
-    for place, result in unwrapped(strategy.generate_batch(model, requests, config, batch_size=len(rows))):
+    for place, result in strategy.generate_batch(model, requests, config, batch_size=len(rows)):
+        if isinstance(result, Exception):
+            raise result
         index = unfinished[place].index
         outputs[index] = outputs[index] + result.predicted_tokens
         if result.end_token_id is not None:

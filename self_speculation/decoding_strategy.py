@@ -1,14 +1,15 @@
 """Everything around the decode loop that the strategies of this library share: requests in, results out.
 
-A strategy decodes the rows in flight until one has ended; that one makes room for the next request.
+A strategy decodes the rows in flight by one round. Between two rounds rows come and go.
 """
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel
@@ -18,33 +19,30 @@ from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.generator_base import (
-    Callables,
-    GenerationStrategy,
-    Request,
-    RequestError,
-    several,
-    the_only,
-)
+from self_speculation.generator_base import Callables, GenerationStrategy, Request, several, the_only
+from self_speculation.model.compiled import make_decoder
 from self_speculation.model.decoder import Decoder, prefill
 from self_speculation.model.families import check_supported, check_window, context_length
-from self_speculation.model.prepared import prepared
 from self_speculation.results import GenerationStrategyResult
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a strategy goes about the rows that it was given.
+    """What the rounds of a batch are made with.
 
     Args:
+        rows: those in flight.
         decoder: over the cache of all.
-        depth: layers that prompts go through.
-        go_on: decodes until a row has ended.
+        config: how to generate.
+        source: of drafts; None: there are none.
     """
 
+    rows: Rows
     decoder: Decoder
-    depth: int
-    go_on: Callable[[], None]
+    config: GenerationConfig
+    source: Any = None
 
 
 class DecodingStrategy(GenerationStrategy):
@@ -64,111 +62,140 @@ class DecodingStrategy(GenerationStrategy):
         streamer: Any = None,
         ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
-        request = Request(input_ids, eos_token_ids, logits_processors, stopping_criteria, streamer, ends_text)
+        request = Request(
+            input_ids,
+            logits_processors,
+            stopping_criteria,
+            streamer,
+            eos_token_ids=eos_token_ids,
+            ends_text=ends_text,
+        )
         return the_only(self.generate_batch(model, [request], generation_config, batch_size=1))
 
-    @torch.inference_mode()
     def generate_batch(
         self,
         model: PreTrainedModel,
         requests: Iterable[Request],
         generation_config: GenerationConfig,
         batch_size: int,
-    ) -> Iterator[tuple[int, GenerationStrategyResult]]:
-        # The strategy that was made counts, whatever the config calls it.
-        config = replace(generation_config, generation_strategy=self.name)
-        check_supported(model.config)
-        config.check_depth(model.config.num_hidden_layers)
-        batch = _Batch(self, model, config, batch_size)
-        waiting = iter(requests)
-        while True:
-            while batch.take_in(waiting):
-                pass
-            if not batch.rows:
-                break
-            batch.decoding.go_on()
+    ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
+        batch: Batch[int] = Batch(self, model, generation_config, batch_size)
+        waiting, there_may_be_more = enumerate(requests), True
+        while there_may_be_more or batch.rows:
+            while there_may_be_more and batch.has_room:
+                if (following := next(waiting, None)) is None:
+                    there_may_be_more = False
+                else:
+                    batch.admit(*following)
+            batch.round()
             yield from batch.take_out()
-        if batch.failed is not None:
-            raise batch.failed from batch.failed.cause
 
-    def prepare(
-        self, model: PreTrainedModel, config: GenerationConfig, context: int, num_rows: int = 1
-    ) -> None:
-        """What is done once for a model and is not part of an answer's time.
-
-        Args:
-            context: positions that a typical pass of the generation will find in the cache.
-            num_rows: outputs that will be generated at a time.
-        """
+    def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
+        """Make what is made once for a model, such as copies of layers, and is not part of an answer's time."""
 
     @abstractmethod
-    def begin(
-        self, model: PreTrainedModel, rows: Rows, first: Output, config: GenerationConfig, batch_size: int
-    ) -> Decoding:
-        """Get ready for rows of which there are none yet.
+    def begin(self, model: PreTrainedModel, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
+        """Get ready for rows of which there are none yet. Raises what is wrong with the config."""
 
-        Args:
-            rows: where they will come and go, `batch_size` at most.
-            first: the first of them.
-        """
+    @abstractmethod
+    def depth(self, decoding: Decoding) -> int:
+        """Layers that prompts go through."""
+
+    @abstractmethod
+    def round(self, decoding: Decoding) -> None:
+        """One round of all rows: each is decided on one token more at least."""
 
 
-class _Batch:
-    """The rows in flight, their places in the cache, and the requests that they come from."""
+class Batch(Generic[Key]):
+    """Rows in flight, driven from outside: admit requests, make rounds, take out what has ended.
 
+    A request that something is wrong with, or whose processors, criteria or streamer raise, has the error for
+    its result; the others do not notice. What goes wrong in a pass over all rows is raised.
+
+    Args:
+        batch_size: rows at most.
+
+    Raises:
+        ValueError: a model or a config that cannot be decoded with.
+    """
+
+    @torch.inference_mode()
     def __init__(
         self, strategy: DecodingStrategy, model: PreTrainedModel, config: GenerationConfig, batch_size: int
     ) -> None:
+        self._began: float | None = time.perf_counter()
+        # The strategy that was made counts, whatever the config calls it.
+        config = replace(config, generation_strategy=strategy.name)
+        check_supported(model.config)
+        config.check_depth(model.config.num_hidden_layers)
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
-        longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         self._device = model.get_input_embeddings().weight.device
-        self.rows = Rows(Sampler.of(config), self._device, longest if strategy.has_drafts else 0)
-        self.decoding: Decoding = None  # type: ignore[assignment]  # until there is a row
-        self.failed: RequestError | None = None
-        self._num_taken = 0
-        self._indices: dict[Output, int] = {}
+        longest = 0
+        if strategy.has_drafts:
+            longest = min(config.longest_draft, config.max_steps, context_length(model.config))
+        self.rows = Rows(Sampler.of(config), self._device, longest)
+        with self._exactly():
+            decoder = make_decoder(model, 1, 1, longest + 1, batch_size)
+            self._decoding = strategy.begin(model, decoder, self.rows, config)
+        decoder.cache.clear(num_rows=0)
+        self._keys: dict[Output, Key] = {}
+        self._ended: list[tuple[Key, GenerationStrategyResult | Exception]] = []
 
-    def take_in(self, requests: Iterator[Request]) -> bool:
-        """The next request, if there is one and room for it.
+    @property
+    def has_room(self) -> bool:
+        return len(self.rows) < self._batch_size
 
-        What is wrong with one of them waits until the others have ended, and no further one is taken.
+    @torch.inference_mode()
+    def admit(self, key: Key, request: Request) -> None:
+        """Run a prompt through the layers, into a free place of the cache, and pick its first token.
+
+        Args:
+            key: what to call its result by.
         """
-        if self.failed is not None or len(self.rows) == self._batch_size:
-            return False
+        started, self._began = self._began or time.perf_counter(), None
         try:
-            request = next(requests, None)
-            if request is None:
-                return False
-            self._prefill(self._output(request))
+            output = self._output(request, started)
+            decoder = self._decoding.decoder
+            decoder.reserve(len(output.prompt), output.max_length + self.rows.longest_draft)
+            alone, depth = decoder.for_row(len(self.rows)), self._strategy.depth(self._decoding)
+            with self._exactly():
+                logits = prefill(alone, output.history(), depth).logits[0]
+            self.rows.admit(output, logits)
+            decoder.cache.admit(len(output.prompt))
+            self._keys[output] = key
         except Exception as error:
-            self._fail(self._num_taken, error)
-        self._num_taken += 1
-        return True
+            self._ended.append((key, error))
 
-    def take_out(self) -> list[tuple[int, GenerationStrategyResult]]:
-        """What has ended. The last row takes the place of each."""
-        ended = []
+    @torch.inference_mode()
+    def round(self) -> None:
+        """One round of the rows that there are."""
+        if self.rows and self.rows.all_go_on:  # else there are none, or some to take out
+            with self._exactly():
+                self._strategy.round(self._decoding)
+
+    @torch.inference_mode()
+    def take_out(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
+        """What has ended, by the keys of the requests. The last row takes the place of each."""
         for row in reversed(range(len(self.rows))):
             if not self.rows.outputs[row].remaining:
                 output = self.rows.drop(row)
-                self.decoding.decoder.cache.drop(row, output.is_damaged)
-                index = self._indices.pop(output)
-                try:
-                    result = output.result()
-                except FloatingPointError as error:
-                    self._fail(index, error)
-                else:
-                    prepared(self._model).vocabulary.count(output.tokens)
-                    ended.append((index, result))
+                self._decoding.decoder.cache.drop(row, output.is_damaged)
+                self._ended.append((self._keys.pop(output), output.result()))
+        ended, self._ended = self._ended, []
         return ended
 
-    def _fail(self, index: int, error: Exception) -> None:
-        self.failed = self.failed or RequestError(index, error)
+    def _exactly(self) -> torch.autocast:
+        """The model is what it is, whatever format a caller would have products computed in."""
+        return torch.autocast(self._device.type, enabled=False)
 
-    def _output(self, request: Request) -> Output:
-        """Raises what `generate_token_ids` does."""
+    def _output(self, request: Request, started: float) -> Output:
+        """Raises what `generate_token_ids` does.
+
+        Args:
+            started: when its time began; of the first one, with getting ready.
+        """
         model, config = self._model, self._config
-        context, prompt = context_length(model.config), request.input_ids
+        context, prompt = context_length(model.config), request.ids
         room = context - len(prompt)
         if not prompt:
             raise ValueError("the prompt has no tokens")
@@ -178,9 +205,6 @@ class _Batch:
             )
         max_tokens = min(config.max_steps, room)
         check_window(model.config, len(prompt) + max_tokens)
-        if self.decoding is None:
-            typical = (2 * len(prompt) + max_tokens) // 2
-            self._strategy.prepare(model, config, typical, self._batch_size)
         stop = StopConditions(
             end_ids=[*several(request.eos_token_ids), *(config.stop_token_ids or [])],
             max_tokens=max_tokens,
@@ -194,18 +218,4 @@ class _Batch:
         generator, has_drafts = None, self._strategy.has_drafts
         if request.seed is not None:
             generator = torch.Generator(self._device).manual_seed(request.seed)
-        return Output(prompt, self._device, stop, processors, request.streamer, generator, has_drafts)
-
-    def _prefill(self, output: Output) -> None:
-        """Run the prompt through the layers, into a free place of the cache, and pick the first token."""
-        if self.decoding is None:
-            self.decoding = self._strategy.begin(
-                self._model, self.rows, output, self._config, self._batch_size
-            )
-            self.decoding.decoder.cache.clear(num_rows=0)
-        decoder = self.decoding.decoder
-        decoder.reserve(output.max_length + self.rows.longest_draft)
-        alone = decoder.for_row(len(self.rows))
-        self.rows.admit(output, prefill(alone, output.history(), self.decoding.depth).logits[0])
-        decoder.cache.admit(len(output.prompt))
-        self._indices[output] = self._num_taken
+        return Output(prompt, self._device, stop, processors, request.streamer, generator, has_drafts, started)

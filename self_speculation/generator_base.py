@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -32,9 +32,7 @@ __all__ = [
     "GenerationStrategy",
     "GenerationStrategyResult",
     "HuggingfaceLlamaGenerator",
-    "Prompt",
     "Request",
-    "RequestError",
 ]
 
 # Prompts of so many characters are looked at before they are tokenized, which takes long: can they fit?
@@ -48,28 +46,27 @@ Callables = Sequence[Callable] | Callable | None
 
 @dataclass(frozen=True)
 class Request:
-    """What a strategy is asked to continue, with all that is this output's own; see `generate_token_ids`."""
+    """A prompt, and all that is its answer's own; see `GenerationStrategy.generate_token_ids`."""
 
-    input_ids: list[int]
-    eos_token_ids: int | Sequence[int] | None = None
+    prompt: str | list[int]
+    """Text or token ids; a strategy takes ids alone."""
     logits_processors: Callables = None
     stopping_criteria: Callables = None
     streamer: Any = None
-    ends_text: Callable[[Sequence[int]], bool] | None = None
     seed: int | None = None
-    """Of the output's own random numbers; None: it takes torch's."""
+    """Of the answer's own random numbers, so that they do not depend on what else is in the batch; None: it
+    takes torch's."""
+    eos_token_ids: int | Sequence[int] | None = None
+    """That end the answer. `HuggingfaceLlamaGenerator` adds those of tokenizer and model."""
+    ends_text: Callable[[Sequence[int]], bool] | None = None
+    """Called after each token with the output ids; True ends the answer. This is how stop words reach a
+    strategy, which has no tokenizer to find them itself."""
 
-
-class RequestError(Exception):
-    """What went wrong with one request of a batch; those that were begun have had their results.
-
-    Args:
-        index: of the request.
-    """
-
-    def __init__(self, index: int, cause: Exception) -> None:
-        super().__init__(f"prompt {index}: {cause}")
-        self.index, self.cause = index, cause
+    @property
+    def ids(self) -> list[int]:
+        """The prompt's, once it is tokenized."""
+        assert not isinstance(self.prompt, str), "a strategy takes token ids"
+        return self.prompt
 
 
 class GenerationStrategy(ABC):
@@ -85,7 +82,6 @@ class GenerationStrategy(ABC):
         logits_processors: Callables = None,
         stopping_criteria: Callables = None,
         streamer: Any = None,
-        ends_text: Callable[[Sequence[int]], bool] | None = None,
     ) -> GenerationStrategyResult:
         """Generate the continuation of `input_ids`.
 
@@ -96,8 +92,6 @@ class GenerationStrategy(ABC):
             stopping_criteria: called after each token with the whole history [1, n] and processed logits [1,
                 V]; one or several.
             streamer: see `Output`.
-            ends_text: called after each token with the output ids; True ends the output. This is how stop
-                words reach a strategy, which has no tokenizer to find them itself.
 
         Raises:
             ValueError: an empty prompt, one beyond the model's context, or an exit layer that the model does
@@ -111,67 +105,52 @@ class GenerationStrategy(ABC):
         requests: Iterable[Request],
         generation_config: GenerationConfig,
         batch_size: int,  # noqa: ARG002
-    ) -> Iterator[tuple[int, GenerationStrategyResult]]:
+    ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
         """Generate the continuation of each request, `batch_size` of them at a time.
 
         This one does them one after the other, for strategies that know no more than the arguments of the
         paper's `generate_token_ids`.
 
         Returns:
-            The results as they end, each with the index of its request.
-
-        Raises:
-            RequestError: something is wrong with one. Those that were begun before have ended by then.
+            The results as they end, each with the index of its request; of a request that something is wrong
+            with, the error. The others do not notice.
         """
         for index, request in enumerate(requests):
             if request.seed is not None:
                 torch.manual_seed(request.seed)
             processors, criteria = several(request.logits_processors), several(request.stopping_criteria)
-            if generation_config.no_repeat_ngram_size:
-                processors = [
-                    NoRepeatNGramLogitsProcessor(generation_config.no_repeat_ngram_size),
-                    *processors,
-                ]
+            if n := generation_config.no_repeat_ngram_size:
+                processors = [NoRepeatNGramLogitsProcessor(n), *processors]
             if request.ends_text is not None:
-                criteria = [*criteria, _EndsText(request)]
-            yield (
-                index,
-                self.generate_token_ids(
+                criteria = [*criteria, _as_criterion(request.ends_text, len(request.ids))]
+            try:
+                result: GenerationStrategyResult | Exception = self.generate_token_ids(
                     model,
-                    request.input_ids,
+                    request.ids,
                     several(request.eos_token_ids),
                     generation_config,
                     logits_processors=LogitsProcessorList(processors) if processors else None,
                     stopping_criteria=StoppingCriteriaList(criteria) if criteria else None,
                     streamer=request.streamer,
-                ),
-            )
+                )
+            except Exception as error:
+                result = error
+            yield index, result
 
 
-class _EndsText:
-    """`ends_text` of a request, as a stopping criterion."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    def __call__(self, history: Tensor, *_: Any, **__: Any) -> Tensor:
-        assert self._request.ends_text is not None
-        output = history[0, len(self._request.input_ids) :].tolist()
-        return torch.tensor([self._request.ends_text(output)], device=history.device)
+Ends = Callable[[Sequence[int]], bool]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt of a batch, with all that is its answer's own."""
+def _either(first: Ends | None, second: Ends | None) -> Ends | None:
+    """What ends a text where one of them does, if there are any."""
+    if first is None or second is None:
+        return first or second
+    return lambda output: first(output) or second(output)
 
-    text: str | list[int]
-    """Or its token ids."""
-    logits_processors: Callables = None
-    stopping_criteria: Callables = None
-    streamer: Any = None
-    seed: int | None = None
-    """Of the answer's own random numbers, so that they do not depend on what else is in the batch; None: it
-    takes torch's."""
+
+def _as_criterion(ends_text: Callable[[Sequence[int]], bool], prompt_length: int) -> Callable[..., Tensor]:
+    """`Request.ends_text` as a stopping criterion of transformers."""
+    return lambda ids, *_, **__: torch.tensor([ends_text(ids[0, prompt_length:].tolist())], device=ids.device)
 
 
 class HuggingfaceLlamaGenerator:
@@ -208,15 +187,15 @@ class HuggingfaceLlamaGenerator:
         Raises:
             ValueError: what `GenerationStrategy.generate_token_ids` raises.
         """
-        alone = Prompt(prompt, logits_processors, stopping_criteria, streamer)
-        return the_only(self.generate_batch([alone], generation_config, batch_size=1))
+        request = Request(prompt, logits_processors, stopping_criteria, streamer)
+        return the_only(self.generate_batch([request], generation_config, batch_size=1))
 
     def generate_batch(
         self,
-        prompts: Iterable[str | list[int] | Prompt],
+        prompts: Iterable[str | list[int] | Request],
         generation_config: GenerationConfig,
         batch_size: int = 8,
-    ) -> Iterator[tuple[int, GenerationResult]]:
+    ) -> Iterator[tuple[int, GenerationResult | Exception]]:
         """Answer many prompts, `batch_size` of them at a time: where an answer ends, the next prompt begins.
 
         Each answer is what `generate` gives, whatever else is in the batch.
@@ -225,37 +204,43 @@ class HuggingfaceLlamaGenerator:
             prompts: any number, asked for one by one as there is room.
 
         Returns:
-            The answers as they end, each with the index of its prompt. Only the time of its prefill is an
-            answer's own; the others are shared with what else was in the batch.
+            The answers as they end, each with the index of its prompt; of a prompt that something is wrong
+            with, the error. Only the time of its prefill is an answer's own; the others are shared with what
+            else was in the batch.
 
         Raises:
-            ValueError: batch_size is not at least 1.
-            RequestError: something is wrong with a prompt; by then, answers that were begun have ended.
+            ValueError: batch_size is not at least 1, or an exit layer that the model does not have.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
-        begun: dict[int, tuple[float, list[int], StopWords]] = {}
+        begun: list[tuple[int, float, list[int], StopWords]] = []  # in the order of the strategy
+        failed: list[tuple[int, Exception]] = []
+
+        began = time.perf_counter()  # the first answer's time is also that of getting ready
 
         def requests() -> Iterator[Request]:
             for index, given in enumerate(prompts):
-                started = time.perf_counter()
-                prompt = given if isinstance(given, Prompt) else Prompt(given)
-                input_ids = self.encode(prompt.text)
-                stop_words = StopWords(self.tokenizer, generation_config.stop_words or [], input_ids)
-                begun[index] = (started, input_ids, stop_words)
-                yield Request(
-                    input_ids,
-                    self.eos_token_ids,
-                    prompt.logits_processors,
-                    prompt.stopping_criteria,
-                    prompt.streamer,
-                    stop_words if stop_words.words else None,
-                    prompt.seed,
+                started = time.perf_counter() if index else began
+                request = given if isinstance(given, Request) else Request(given)
+                try:
+                    ids = self.encode(request.prompt)
+                except ValueError as error:
+                    failed.append((index, error))
+                    continue
+                words = StopWords(self.tokenizer, generation_config.stop_words or [], ids)
+                begun.append((index, started, ids, words))
+                yield replace(
+                    request,
+                    prompt=ids,
+                    eos_token_ids=[*self.eos_token_ids, *several(request.eos_token_ids)],
+                    ends_text=_either(words if words.words else None, request.ends_text),
                 )
 
         strategy = self.generation_strategy
-        for index, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
-            yield index, self._answer(result, *begun.pop(index))
+        for place, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
+            index, *answering = begun[place]
+            yield index, result if isinstance(result, Exception) else self._answer(result, *answering)
+        yield from failed
 
     def _answer(
         self, result: GenerationStrategyResult, started: float, input_ids: list[int], stop_words: StopWords
@@ -314,21 +299,11 @@ class HuggingfaceLlamaGenerator:
         return sorted({i for i in ids if i is not None})
 
 
-def unwrapped(results: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
-    """The results of a batch, for callers that do not care which request failed: raises what went wrong with
-    it, in place of the `RequestError`.
-    """
-    try:
-        yield from results
-        return
-    except RequestError as error:
-        cause = error.cause
-    raise cause  # here: raised above, it would have in its context the error that it is the cause of
-
-
-def the_only(results: Iterable[tuple[int, T]]) -> T:
+def the_only(results: Iterable[tuple[int, T | Exception]]) -> T:
     """The result of a batch of one. Raises what went wrong with it."""
-    [(_, result)] = unwrapped(results)
+    [(_, result)] = results
+    if isinstance(result, Exception):
+        raise result
     return result
 
 

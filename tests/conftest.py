@@ -19,12 +19,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation import GenerationConfig, adaptive_generator, make_strategy
+from self_speculation import GenerationConfig, make_strategy
 from self_speculation.model.lean_layers import fuse
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
-adaptive_generator._PATIENCE = 0.2  # what passes of a random model cost need not be known well
 
 # Random, but the same at every run: a failure that comes and goes says nothing. `--hypothesis-profile search`
 # looks in other places each time.

@@ -35,6 +35,61 @@ def test_the_same_ids_and_no_compilation_for_another_prompt(fused, backend, monk
     assert answers == expected
 
 
+def hooked(model):
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
+
+
+def adapted(model):
+    """As peft wraps a projection."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    model.model.layers[1].mlp.down_proj = Adapter(model.model.layers[1].mlp.down_proj)
+
+
+def taken_from_a_vector(model):
+    vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(vector * torch.rand_like(vector), model.parameters())
+
+
+CHANGES = {
+    "from a vector": taken_from_a_vector,
+    "assigned": lambda model: model.load_state_dict(tiny_llama(agreement="never").state_dict(), assign=True),
+    "pointed elsewhere": lambda model: setattr(
+        model.model.layers[1].mlp.down_proj.weight, "data", torch.ones(32, 48)
+    ),
+    "fused again": fuse,
+    "hooked": hooked,
+    "adapted": adapted,
+    "dtype": lambda model: model.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_compiled_anew(change, fused, monkeypatch):
+    """Guards against kept passes that decode with the weights, or without the hooks, of before."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = copy.deepcopy(tiny_llama())
+    if fused:
+        fuse(model)
+    compile_decoding(model)
+    shared = {"max_steps": 9, "eos": []}
+    for strategy in STRATEGIES:
+        generate(model, PROMPTS[0], **shared, **strategy)
+    CHANGES[change](model)
+    twin = copy.deepcopy(model)  # neither lean nor compiled
+    for strategy in STRATEGIES:
+        found = generate(model, PROMPTS[0], **shared, **strategy).predicted_tokens
+        assert found == generate(twin, PROMPTS[0], **shared).predicted_tokens
+
+
 def test_drafts_by_other_layers_are_refused():
     """Guards against drafts that the compiled passes make with the model's own layers, unnoticed."""
     model = copy.deepcopy(tiny_llama(fused=True))

@@ -44,7 +44,7 @@ class Always(DraftSource):
         tokens = torch.full((len(rows), max(lengths)), self._token)
         for i in range(max(lengths)):
             rows.propose(tokens[:, i], i, [i < length for length in lengths])
-        return Draft(["always"] * len(rows), tokens, certain(tokens, self._vocab_size), lengths)
+        return Draft(rows.sampler, ["always"] * len(rows), tokens, certain(tokens, self._vocab_size), lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def known(monkeypatch):
         make=lambda parts, otherwise: Always(parts),
         arms=lambda parts: {"always": (Always(parts), Arm())},
     )
-    monkeypatch.setattr(table, "KINDS", [kind, *table.KINDS])
+    monkeypatch.setattr(table, "KINDS", [*table.KINDS, kind])
     monkeypatch.setattr(table, "GenerationConfig", WithAlways)
     monkeypatch.setattr(Always, "made", 0)
     for script in SCRIPTS:
@@ -115,7 +115,7 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
     def plan(_, matched, rooms):
         offered.append(set(matched))
         length = min(2, max(rooms))
-        return Plan("always", length, length) if length else Plan()
+        return Plan("always", length) if length else Plan()
 
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
     monkeypatch.setattr("conftest.GenerationConfig", WithAlways)

@@ -4,17 +4,21 @@ False-alarm rate: 1e-4 for each chi-square test; the seed is fixed, so that none
 samples: of 7 experiments with each wrong rule below all found it, with p-values of 2e-9 at most.
 """
 
+import itertools
 import random
+from collections import Counter
 
 import pytest
 import torch
 from distributions import (
     PROMPT,
+    STEPS,
     accepts_everything,
     config,
     expected,
     forgets_what_was_not_drafted,
     judges_by_the_argmax,
+    model,
     observed,
     p_value,
     resamples_from_the_target,
@@ -22,6 +26,7 @@ from distributions import (
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import self_speculation.self_speculation_generator as self_speculation_generator
+from self_speculation import Request, make_strategy
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
 
 SAMPLES = 800
@@ -49,7 +54,6 @@ SETTINGS = {
     "lookup": ({"prompt_lookup": 2}, []),
     "int8": ({"draft_weights": "int8", "exit_layer": 2}, []),
     "int4": ({"draft_weights": "int4", "exit_layer": 2}, []),
-    "auto": ({"draft_weights": "auto", "exit_layer": 2}, []),
     "vocabulary": ({"draft_vocabulary": 1}, []),
     "vocabulary, processor": ({"draft_vocabulary": 2, "top_p": 0.9}, [OnlyOthers()]),
     "vocabulary, all": (
@@ -65,7 +69,7 @@ SETTINGS = {
 
 # Parts of what "all" and the last one are about, too.
 SLOW = dict.fromkeys(
-    ("cold", "hot", "top_k", "top_p", "confidence", "int8", "int4", "auto", "vocabulary"), pytest.mark.slow
+    ("cold", "hot", "top_k", "top_p", "confidence", "int8", "int4", "vocabulary"), pytest.mark.slow
 )
 
 
@@ -80,14 +84,13 @@ def test_self_speculative_distribution(name):
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 2])
 def test_adaptive_distribution(draft_vocabulary, monkeypatch):
-    """Plans are drawn, so that exits, lookups, plain steps and probes all come in turn."""
+    """Plans are drawn, so that exits, lookups and plain steps all come in turn."""
     draws = random.Random(0)
 
     def plan(_, matched, rooms):
         [room], able = rooms, [name for name in matched if matched[name] != [None]]
         source = draws.choice(["", *able]) if room else ""
-        length = draws.randint(1, room) if source else 0
-        return Plan(source, length, length, probe=0 if source.startswith("exit") else draws.choice([0, 1]))
+        return Plan(source, draws.randint(1, room) if source else 0)
 
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
     chosen = config(
@@ -95,6 +98,33 @@ def test_adaptive_distribution(draft_vocabulary, monkeypatch):
         draft_vocabulary=draft_vocabulary,
     )  # fmt: skip
     assert p_value(observed(chosen, [], SAMPLES), expected(chosen, [])) > 1e-4
+
+
+MIXTURES = {
+    "exit": {},
+    "lookup": {"prompt_lookup": 1},
+    "lookup, confidence": {"prompt_lookup": 2, "draft_confidence": "0.3", "num_speculations": 3},
+    "int8, vocabulary, lookup": {"draft_weights": "int8", "draft_vocabulary": 2, "prompt_lookup": 1},
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("batch_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("refilled", [False, True])
+def test_the_distribution_of_rows_with_drafts_of_several_sources(refilled, batch_size, name):
+    """Guards against a lookup of one row that is accepted whatever it is, because another row drafts nothing.
+    Where rows are refilled, some have room for one token and others for three.
+    """
+    chosen, likely = config(**MIXTURES[name]), expected(config(**MIXTURES[name]), [])
+    lengths = itertools.cycle((3, 5, 4) if refilled else (5,))
+    prompts = itertools.islice(zip(itertools.count(), lengths), SAMPLES)  # noqa: B905
+    requests = [
+        Request(PROMPT, seed=seed, ends_text=lambda tokens, end=end: len(tokens) >= end) for seed, end in prompts
+    ]
+    fused = chosen.draft_weights != "exact"
+    results = make_strategy("self_speculative").generate_batch(model(fused), requests, chosen, batch_size)
+    tokens = Counter(tuple(result.predicted_tokens[:STEPS]) for _, result in results)
+    assert p_value(tokens, likely) > 1e-4
 
 
 def test_autoregressive_distribution():

@@ -7,7 +7,8 @@ or caches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Output:
         streamer: `put(ids)` and `end()`; one that also has `delete` is shown the drafts.
         generator: of random numbers; None: torch's own.
         has_drafts: whether there is something to be counted of them.
+        started: when its time began, by `time.perf_counter`; None: now.
     """
 
     def __init__(
@@ -44,14 +46,15 @@ class Output:
         streamer: Any = None,
         generator: torch.Generator | None = None,
         has_drafts: bool = False,
+        started: float | None = None,
     ) -> None:
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() if started is None else started
         self._first_token_at: float | None = None
         self.prompt = list(prompt)
         self.max_length = len(prompt) + stop.max_tokens
         self.tokens: list[int] = []  # generated and decided, an end id included
         self.stop_reason: StopReason | None = None
-        self.is_damaged = False  # its logits are no numbers
+        self.error: Exception | None = None  # what ended it before its time
         self.generator = generator
         self.tally = Tally() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
@@ -67,7 +70,24 @@ class Output:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0 once the output has ended."""
-        return 0 if self.stop_reason or self.is_damaged else self._stop.max_tokens - len(self.tokens)
+        return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether its logits are no numbers, and its keys and values may be none either."""
+        return isinstance(self.error, FloatingPointError)
+
+    def damage(self) -> None:
+        """Its logits are no numbers: end it."""
+        self.error = self.error or FloatingPointError(_NOT_A_NUMBER)
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """What its processors, criteria or streamer raise ends this output, and no other one."""
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
 
     @property
     def length(self) -> int:
@@ -101,9 +121,11 @@ class Output:
         logits = logits.float()
         if not self._processors or not count:
             return logits
-        rows = enumerate(logits[:count].split(1))
-        processed = [self._processors(self.history(num_drafted + i), row) for i, row in rows]
-        return torch.cat([*processed, logits[count:]])
+        with self._own_errors():
+            rows = enumerate(logits[:count].split(1))
+            processed = [self._processors(self.history(num_drafted + i), row) for i, row in rows]
+            return torch.cat([*processed, logits[count:]])
+        return logits
 
     def place(self, token: Tensor | int, position: int) -> None:
         """Write a token after the decided ones, at draft position 0, 1, ..., if anybody looks there."""
@@ -118,8 +140,9 @@ class Output:
     def show_drafted(self, id_: int) -> None:
         self._draft_ended = id_ in self._stop.end_ids
         if not self._draft_ended:
-            self._streamer.put(torch.tensor([id_]), is_draft=True)
             self._drafts_shown += 1
+            with self._own_errors():
+                self._streamer.put(torch.tensor([id_]), is_draft=True)
 
     def commit(self, tokens: Sequence[int], scores: Tensor, drafted: int = 0, source: str = "") -> None:
         """Decide on tokens, up to the one that ends the output.
@@ -129,6 +152,10 @@ class Output:
             scores: [>= n, V] the processed logits that they came from.
             drafted: tokens that were drafted by `source` in the round of which these come.
         """
+        with self._own_errors():
+            self._commit(tokens, scores, drafted, source)
+
+    def _commit(self, tokens: Sequence[int], scores: Tensor, drafted: int, source: str) -> None:
         taken = 0
         while taken < len(tokens) and not self.stop_reason:
             self.place(tokens[taken], 0)
@@ -142,17 +169,16 @@ class Output:
         if self._streamer is not None:
             self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
-    def result(self) -> GenerationStrategyResult:
-        """What there is to report, once the output has ended.
-
-        Raises:
-            FloatingPointError: its logits were no numbers.
+    def result(self) -> GenerationStrategyResult | Exception:
+        """What there is to report, once the output has ended: FloatingPointError where its logits were no
+        numbers, and whatever its processors, criteria or streamer raised.
         """
         finished = time.perf_counter()
-        if self._streamer is not None:
-            self._streamer.end()
-        if self.is_damaged:
-            raise FloatingPointError(_NOT_A_NUMBER)
+        with self._own_errors():
+            if self._streamer is not None:
+                self._streamer.end()
+        if self.error is not None:
+            return self.error
         assert self._first_token_at is not None
         ended_by_id = self.stop_reason == "eos"
         tally = self.tally

@@ -17,7 +17,8 @@ from self_speculation.transfers import Reading, read
 
 
 class Rows:
-    """
+    """See the module.
+
     Args:
         sampler: picks the tokens of all.
         device: where the model takes its ids.
@@ -104,6 +105,15 @@ class Rows:
             self.outputs[row].show_drafted(int(reading.wait()[row]))
         return reading
 
+    def joined(self, choices: Sequence[Choice], vocab_size: int) -> tuple[Tensor, Tensor | None]:
+        """The tokens [B, k] of k choices, and what they were drawn from, [B, k, V]; None when greedy."""
+        if not choices:
+            nothing = self.last.new_zeros(len(self), 0, vocab_size, dtype=torch.float32)
+            return self.last[:, :0], None if self.sampler.greedy else nothing
+        drawn_from = [choice.probabilities for choice in choices if choice.probabilities is not None]
+        tokens = torch.stack([choice.tokens for choice in choices], 1)
+        return tokens, torch.stack(drawn_from, 1) if drawn_from else None
+
     def process(self, logits: Tensor, num_drafted: int = 0, counts: Sequence[int] | None = None) -> Tensor:
         """Apply each row's logits processors.
 
@@ -137,7 +147,8 @@ class Rows:
         """
         damaged, *values = read([logits.isnan().any(-1), *numbers])
         for output, is_damaged in zip(self.outputs, damaged, strict=True):
-            output.is_damaged |= bool(is_damaged)
+            if is_damaged:
+                output.damage()
         return values
 
     def emit(self, logits: Tensor) -> None:

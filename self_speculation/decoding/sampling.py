@@ -143,15 +143,6 @@ class Sampler:
         probabilities = self.probabilities(logits)
         return Choice(draw(probabilities, numbers), probabilities)
 
-    def agreement(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-        """[...] chances that a token drafted by one row of [..., V] logits is accepted by that of the other:
-        sum of min(p, q) (Leviathan et al., definition 3.2). None where one of them is no distribution.
-        """
-        if self.greedy:
-            return (draft_logits.argmax(-1) == target_logits.argmax(-1)).float()
-        q, p = self.probabilities(draft_logits), self.probabilities(target_logits)
-        return torch.minimum(p, q).sum(-1).nan_to_num(0.0)
-
 
 def decode_next_token(
     logits: Tensor,

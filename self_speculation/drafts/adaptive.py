@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.rows import Rows
 from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.policy import AdaptivePolicy
+from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Plan
+from self_speculation.model.devices import agreed
 
 
 class AdaptiveDrafts(DraftSource):
     """What a policy plans: drafts of one of several sources, or nothing.
 
     Reads from the device: those of the source that drafts.
+
+    Args:
+        model: whose processes must agree on what is planned, where several hold it together.
     """
 
-    def __init__(self, sources: Mapping[str, DraftSource], policy: AdaptivePolicy) -> None:
-        self._sources, self._policy = sources, policy
+    def __init__(
+        self, model: PreTrainedModel, sources: Mapping[str, DraftSource], policy: AdaptivePolicy
+    ) -> None:
+        self._model, self._sources, self._policy = model, sources, policy
+        self._plan = Plan()
+        self._began = 0.0
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        self._began = time.perf_counter()
         matched = {name: source.matched(rows) for name, source in self._sources.items()}
-        plan = self._policy.plan(matched, rows.rooms(k, wanted))
-        if not plan.source:
-            return Draft(["none"] * len(rows), rows.last[:, :0], None, [0] * len(rows), probe=plan.probe)
-        source = self._sources[plan.source]
-        return replace(source.draft(rows, min(k, plan.at_most), wanted), probe=plan.probe)
+        self._plan = self._policy.plan(matched, rows.rooms(k, wanted))
+        if self._plan.source == PLAIN:
+            nothing, drawn_from = rows.joined([], self._model.config.vocab_size)
+            return Draft(rows.sampler, ["none"] * len(rows), nothing, drawn_from, [0] * len(rows))
+        return self._sources[self._plan.source].draft(rows, min(k, self._plan.length), wanted)
 
-    def learn(
-        self, rows: Rows, draft: Draft, num_accepted: Sequence[int], agreement: Sequence[Sequence[float]]
-    ) -> None:
-        matched = draft.matched or [0] * len(rows)
-        for row, name in enumerate(draft.sources):
-            self._policy.learn(
-                name, matched[row], draft.lengths[row], num_accepted[row], draft.probe, agreement[row]
-            )
-        if draft.sources[0] in self._sources:
-            self._sources[draft.sources[0]].learn(rows, draft, num_accepted, agreement)
+    def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
+        seconds = agreed(self._model, time.perf_counter() - self._began)
+        plan = Plan(self._plan.source, draft.tokens.shape[1])
+        self._policy.took(plan, len(rows), seconds)
+        self._policy.learn(plan, draft.matched or [0] * len(rows), draft.lengths, num_accepted)
+        if plan.source != PLAIN:
+            self._sources[plan.source].learn(rows, draft, num_accepted)

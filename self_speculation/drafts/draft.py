@@ -15,6 +15,7 @@ from torch import Tensor
 
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.sampling import Sampler
 
 T = TypeVar("T")
 
@@ -23,8 +24,12 @@ T = TypeVar("T")
 class Draft:
     """k guesses for each row, k >= 0, what of the work for them verification can go on from, and what the
     source needs to remember of them.
+
+    Raises:
+        ValueError: tokens that were drawn, without the distribution that they were drawn from.
     """
 
+    sampler: Sampler  # that picked the tokens
     sources: Sequence[str]  # [B] what drafted, by name
     tokens: Tensor  # [B, k]
     probabilities: Tensor | None  # [B, k, V] what they were drawn from; None when greedy
@@ -32,11 +37,13 @@ class Draft:
     exit_layer: int = 0  # the first layer that has not seen them: none has where it is 0
     # k of [B, 1, H], of the token before each guess; and that of the last guess, if it is known already
     exit_hidden: list[Tensor] = field(default_factory=list)
-    probe: int = 0  # an exit layer beyond exit_layer to be read at verification; 0: none
-    confidences: Sequence[
-        Sequence[float]
-    ] = ()  # of each row's guesses, where they decided how many there are
+    confidences: Sequence[Sequence[float]] = ()  # of each row's guesses, where they decided how many there are
     matched: Sequence[int] = ()  # [B] tokens that a lookup found again
+
+    def __post_init__(self) -> None:
+        q = self.probabilities
+        if not self.sampler.greedy and (q is None or q.shape[:2] != self.tokens.shape):
+            raise ValueError("a sampled draft needs the distribution of each of its tokens")
 
 
 class DraftSource(ABC):
@@ -52,15 +59,8 @@ class DraftSource(ABC):
             wanted: [B] the rows that tokens are wanted for; None: all.
         """
 
-    def learn(  # noqa: B027
-        self, rows: Rows, draft: Draft, num_accepted: Sequence[int], agreement: Sequence[Sequence[float]]
-    ) -> None:
-        """Hear what became of the last draft, row by row.
-
-        Args:
-            agreement: for a probed exit, the chances that its guesses would have been accepted, one for each
-                position up to the first rejected token.
-        """
+    def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:  # noqa: B027
+        """Hear what became of the last draft, row by row."""
 
     def matched(self, rows: Rows) -> list[int | None]:
         """How sure a draft of each row would be now, in tokens that it matches; 0 of a source that compares

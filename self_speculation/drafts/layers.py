@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import Choice
 from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
-from self_speculation.drafts.policy import Threshold
+from self_speculation.drafts.threshold import Threshold
 from self_speculation.model.decoder import Decoder, forward_early
-from self_speculation.model.short_head import ShortHead
 from self_speculation.transfers import Reading
-
-
-class _OwnIds:
-    """Of one output: those of its prompt, those that may end it, and what has been written of it."""
-
-    def __init__(self, output: Output) -> None:
-        self.ids, self._num_seen = output.given_ids, 0
-
-    def update(self, output: Output) -> set[int]:
-        """What has come since."""
-        new = {*output.tokens[self._num_seen :]} - self.ids
-        self.ids |= new
-        self._num_seen = len(output.tokens)
-        return new
 
 
 class LayerDrafts(DraftSource):
@@ -57,17 +39,12 @@ class LayerDrafts(DraftSource):
         threshold: Callable[[], Threshold] | None = None,
     ) -> None:
         self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, not copied_in
-        self._short = drafter.head if isinstance(drafter.head, ShortHead) else None
-        few = f"{self._short.number} ids" if self._short else ""
-        self.name = ", ".join(filter(None, (f"exit {exit_layer}", copied_in, few)))
-        self._followed: list[Output] = []
-        self._own = PerOutput(_OwnIds)
+        self.name = f"exit {exit_layer}, {copied_in}" if copied_in else f"exit {exit_layer}"
         self._thresholds = None if threshold is None else PerOutput(lambda output: threshold())
         self._runs_ahead = drafter.rotary.device.type == "cuda"
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         rooms = rows.rooms(k, wanted)
-        self._follow(rows.outputs)
         inputs, reading = rows.last, None
         choices: list[Choice] = []
         exit_hidden: list[Tensor] = []
@@ -97,44 +74,24 @@ class LayerDrafts(DraftSource):
             reading = rows.propose(choice.tokens, i, going, self._confidence(choice, logits))
             inputs = choice.tokens[:, None]
         goes_on(0)  # nothing depends on the last confidences, but they are learnt from
-        drawn_from = [choice.probabilities for choice in choices if choice.probabilities is not None]
-        draft = Draft(
+        tokens, probabilities = rows.joined(choices, self._drafter.config.vocab_size)
+        return Draft(
+            rows.sampler,
             [self.name] * len(rooms),
-            torch.stack([choice.tokens for choice in choices], 1) if choices else rows.last[:, :0],
-            torch.stack(drawn_from, 1) if drawn_from else None,
+            tokens,
+            probabilities,
             lengths,
-            confidences=confidences,
+            self._exit_layer if self._keeps_cache else 0,
+            exit_hidden if self._keeps_cache else [],
+            confidences,
         )
-        if self._keeps_cache:
-            return replace(draft, exit_layer=self._exit_layer, exit_hidden=exit_hidden)
-        return draft
 
-    def learn(
-        self,
-        rows: Rows,
-        draft: Draft,
-        num_accepted: Sequence[int],
-        agreement: Sequence[Sequence[float]],  # noqa: ARG002
-    ) -> None:
+    def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
         if self._thresholds is None:
             return
         for row, output in enumerate(rows.outputs):
             if draft.sources[row] == self.name:
                 self._thresholds[output].learn(draft.confidences[row], num_accepted[row])
-
-    def _follow(self, outputs: Sequence[Output]) -> None:
-        """Where the head is short, have it know the ids of each output. In the middle of one it keeps its
-        list, so that what is drafted does not depend on the other rows.
-        """
-        if self._short is None:
-            return
-        is_other = self._followed != outputs
-        if is_other and not any(output in self._followed for output in outputs):
-            self._short.renew()
-        self._followed = list(outputs)
-        new = [self._own[output].update(output) for output in outputs]
-        if is_other or not self._short.knows(set().union(*new)):
-            self._short.follow([self._own[output].ids for output in outputs])
 
     def _hear(
         self,

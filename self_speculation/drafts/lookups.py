@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
-from self_speculation.drafts.policy import LookupPolicy
 from self_speculation.drafts.prompt_lookup import NgramIndex
 from self_speculation.transfers import on_device
 
@@ -43,7 +42,7 @@ class Lookup(DraftSource):
             rows.propose(tokens[:, i], i, [i < length for length in lengths])
         probabilities = None if rows.sampler.greedy else certain(tokens, self._vocab_size)
         matched = [number if length else 0 for (number, _), length in zip(found, lengths, strict=True)]
-        return Draft(["lookup"] * len(rows), tokens, probabilities, lengths, matched=matched)
+        return Draft(rows.sampler, ["lookup"] * len(rows), tokens, probabilities, lengths, matched=matched)
 
     def _find(self, output: Output, k: int) -> tuple[int, list[int]]:
         index = self._indices[output]
@@ -60,36 +59,27 @@ def certain(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 class LookupFirst(DraftSource):
-    """Lookups; for rows where nothing is found, or where they have not paid, another source's draft.
+    """Lookups; for rows where too little is found, another source's draft.
 
     Args:
-        policy: makes what says of each output whether lookups pay.
+        at_least: tokens that must match: what followed a single one is mostly chance.
     """
 
-    def __init__(self, lookup: Lookup, otherwise: DraftSource, policy: Callable[[], LookupPolicy]) -> None:
-        self._lookup, self._otherwise = lookup, otherwise
-        self._policies = PerOutput(lambda output: policy())
+    def __init__(self, lookup: Lookup, otherwise: DraftSource, at_least: int) -> None:
+        self._lookup, self._otherwise, self._at_least = lookup, otherwise, at_least
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
-        matched = zip(rows.outputs, self._lookup.matched(rows), rows.rooms(k, wanted), strict=True)
-        pays = [bool(room and n and self._policies[output].pays(n)) for output, n, room in matched]
-        if not any(pays):
+        matched = zip(self._lookup.matched(rows), rows.rooms(k, wanted), strict=True)
+        found = [bool(room) and (n or 0) >= self._at_least for n, room in matched]
+        if not any(found):
             return self._otherwise.draft(rows, k, wanted)
-        looked_up = self._lookup.draft(rows, k, pays)
-        rest = [not looked and goes for looked, goes in zip(pays, wanted or [True] * len(pays), strict=True)]
-        return _mixed(looked_up, self._otherwise.draft(rows, k, rest), pays) if any(rest) else looked_up
+        looked_up = self._lookup.draft(rows, k, found)
+        rest = [not is_found and goes for is_found, goes in zip(found, wanted or [True] * len(rows), strict=True)]
+        return _mixed(looked_up, self._otherwise.draft(rows, k, rest), found) if any(rest) else looked_up
 
-    def learn(
-        self, rows: Rows, draft: Draft, num_accepted: Sequence[int], agreement: Sequence[Sequence[float]]
-    ) -> None:
-        matched = draft.matched or [0] * len(rows)
-        for row, output in enumerate(rows.outputs):
-            if matched[row]:
-                self._policies[output].learn_lookup(matched[row], num_accepted[row])
-            else:
-                self._policies[output].learn_layers(draft.lengths[row], num_accepted[row])
-        if not all(matched):
-            self._otherwise.learn(rows, draft, num_accepted, agreement)
+    def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
+        if not draft.matched or not all(draft.matched):
+            self._otherwise.learn(rows, draft, num_accepted)
 
 
 def _mixed(first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
@@ -109,12 +99,12 @@ def _mixed(first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
         return [x if wins else y for x, y, wins in zip(a, b, from_first, strict=True)]
 
     q, other_q = first.probabilities, second.probabilities
-    nothing = [0] * len(from_first)
     return Draft(
+        first.sampler,
         chosen(first.sources, second.sources),
         merged(first.tokens, second.tokens),
-        None if q is None or other_q is None else merged(q, other_q),
+        None if q is None or other_q is None else merged(q, other_q),  # both are None, or neither
         chosen(first.lengths, second.lengths),
         confidences=second.confidences,
-        matched=chosen(first.matched or nothing, second.matched or nothing),
+        matched=chosen(first.matched, second.matched or [0] * len(from_first)),
     )

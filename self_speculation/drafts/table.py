@@ -5,38 +5,40 @@ What drives drafting, what adaptive decoding chooses among and what a sweep can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptiveDrafts
-from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.costs import Costs, RoundTimes
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.lookups import Lookup, LookupFirst
-from self_speculation.drafts.policy import (
-    AdaptivePolicy,
-    Arm,
-    FixedThreshold,
-    LearnedThreshold,
-    LookupPolicy,
-    Memory,
-    Threshold,
-)
+from self_speculation.drafts.policy import AdaptivePolicy, Arm, Memory
+from self_speculation.drafts.threshold import FixedThreshold, LearnedThreshold, Threshold
+from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.decoder import Decoder
-from self_speculation.model.quantized_layers import format_of, quantized
+from self_speculation.model.quantized_layers import quantized
 from self_speculation.model.short_head import ShortHead
 
 # Tokens that lookups of adaptive decoding compare, unless prompt_lookup says how many.
 _LONGEST_MATCH = 4
+# Tokens that must match where lookups come first and another source drafts what they do not find.
+_LEAST_MATCH = 2
 
 # Before anything is known: exits are right if they were trained for it, a copy of all layers mostly is.
 _PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
 # Two mistakes in the first rounds of an answer must not be the end of it.
 _TRUST_IN_COPY = 6.0
+
+# Of each model, what adaptive decoding has learnt of its drafts, by what that depends on.
+_LEARNT: WeakKeyDictionary[nn.Module, dict[Hashable, Memory]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,12 @@ class Parts:
     model: PreTrainedModel
     decoder: Decoder  # the target's
     config: GenerationConfig
-    costs: Costs  # measured for adaptive decoding, else estimated
 
-    @property
-    def copied_in(self) -> str:
-        """The format of the layers that draft, once they are there; empty: they are the target's own."""
-        weights = format_of(self.decoder.prepared, self.config.draft_weights)
-        return "" if weights == "exact" else weights
-
-    @property
-    def memory(self) -> Memory:
-        """What earlier answers of the model have taught about such drafts."""
-        of_model, config = self.decoder.prepared.learnt, self.config
-        kind = (config.draft_weights, config.draft_vocabulary, config.greedy, config.prompt_lookup)
-        return of_model.setdefault(kind, Memory())
+    def draft_ratio(self, exit_layer: int) -> float:
+        """c of the formula, estimated."""
+        config = self.config
+        costs = Costs.estimated(self.model, exit_layer, config.draft_weights, config.draft_vocabulary)
+        return costs.draft_ratio(exit_layer)
 
 
 @dataclass(frozen=True)
@@ -68,13 +62,13 @@ class Kind:
     Args:
         flags: the fields of `GenerationConfig` that are about it.
         asked_for: whether a config asks for it.
-        make: the source, by what there is and the source that it may fall back on.
+        make: the source, by what there is and the source that the kinds before make, to fall back on.
         arms: by name, the sources that adaptive decoding chooses among, and how each looks to its policy.
     """
 
     flags: tuple[str, ...]
     asked_for: Callable[[GenerationConfig], bool]
-    make: Callable[[Parts, Callable[[], DraftSource]], DraftSource]
+    make: Callable[[Parts, Any], DraftSource]
     arms: Callable[[Parts], Mapping[str, tuple[DraftSource, Arm]]]
 
 
@@ -88,72 +82,67 @@ def make_drafter(
     return drafter.over(drafter.layers, ShortHead(decoder, drafter.head, draft_vocabulary))
 
 
-def _layers(parts: Parts, _otherwise: Callable[[], DraftSource]) -> DraftSource:
-    config = parts.config
-    threshold: Callable[[], Threshold] | None = None
+def make_source(parts: Parts) -> DraftSource:
+    """What the config asks for. Raises what `make_drafter` does."""
+    source: DraftSource | None = None
+    for kind in KINDS:
+        if kind.asked_for(parts.config):
+            source = kind.make(parts, source)
+    assert source is not None
+    return source
+
+
+def make_adaptive(parts: Parts) -> DraftSource:
+    """All that there are, chosen among round by round, by what earlier answers of the model have taught too.
+    Raises what `make_drafter` does.
+    """
+    made = {name: arm for kind in KINDS for name, arm in kind.arms(parts).items()}
+    sources = {name: source for name, (source, _) in made.items()}
+    arms = {name: arm for name, (_, arm) in made.items()}
+    return AdaptiveDrafts(parts.model, sources, AdaptivePolicy(arms, LONGEST_DRAFT, _memory(parts)))
+
+
+def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
+    """From a twelfth of the layers to a third; with a copy in fewer bits, also all of them."""
+    early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
+    return sorted(early) if draft_weights == "exact" else [*sorted(early), num_layers]
+
+
+def _layers(parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None = None) -> LayerDrafts:
+    weights = parts.config.draft_weights
+    drafter = make_drafter(parts.decoder, exit_layer, weights, parts.config.draft_vocabulary)
+    return LayerDrafts(drafter, exit_layer, "" if weights == "exact" else weights, threshold)
+
+
+def _layers_asked_for(parts: Parts, _: None) -> DraftSource:
+    config, threshold = parts.config, None
     if config.draft_confidence == "auto":
-        threshold = partial(LearnedThreshold, parts.costs.draft_ratio(config.exit_layer))
+        threshold = partial(LearnedThreshold, parts.draft_ratio(config.exit_layer))
     elif config.draft_confidence is not None:
         threshold = partial(FixedThreshold, float(config.draft_confidence))
-    return _layer_drafts(parts, config.exit_layer, threshold, config.draft_vocabulary)
-
-
-def _layer_drafts(
-    parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None, draft_vocabulary: int | None
-) -> LayerDrafts:
-    drafter = make_drafter(parts.decoder, exit_layer, parts.config.draft_weights, draft_vocabulary)
-    return LayerDrafts(drafter, exit_layer, parts.copied_in, threshold)
-
-
-def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
-    """One for each exit whose cost is known, and another where its drafts may have a short vocabulary."""
-    few, arms = parts.config.draft_vocabulary, {}
-    for layer in parts.costs.draft_step:
-        source, arm = _layer_arm(parts, layer)
-        arms[source.name] = source, arm
-        if few is not None and few < parts.decoder.config.vocab_size:
-            short, arm = _layer_arm(parts, layer, few, like=source.name)
-            arms[short.name] = short, arm
-    return arms
-
-
-def _layer_arm(
-    parts: Parts, layer: int, vocabulary: int | None = None, like: str = ""
-) -> tuple[LayerDrafts, Arm]:
-    """An exit, if so with a short vocabulary, and then like the arm without one. In a batch, drafts have the
-    length that was planned for all.
-    """
-    costs = parts.costs
-    verifications = [costs.verification(layer, k) / costs.plain_step for k in range(LONGEST_DRAFT + 1)]
-    # A copy of all layers is right nearly always, and to ask it how sure it is takes time.
-    is_copy = layer == len(parts.decoder.layers)
-    ends_itself = costs.num_rows == 1 and not is_copy
-    arm = Arm(
-        layer,
-        _PRIOR_OF_COPY if is_copy else _PRIOR_OF_EXIT,
-        trust=_TRUST_IN_COPY if is_copy else 1.0,
-        slack=4 if ends_itself else 0,
-        leaves_layers=parts.config.draft_weights == "exact",
-        like=like,
-    )
-    ratio = costs.draft_ratio(layer, short_head=vocabulary is not None)
-    known = parts.memory.threshold(f"{layer} {vocabulary}", ratio, verifications)
-    return _layer_drafts(parts, layer, partial(_same, known) if ends_itself else None, vocabulary), arm
-
-
-def _same(threshold: Threshold) -> Threshold:
-    """For whichever output: what one of them teaches, the others know."""
-    return threshold
+    return _layers(parts, config.exit_layer, threshold)
 
 
 def _lookup(parts: Parts, longest: int) -> Lookup:
     return Lookup(longest, parts.model.config.vocab_size)
 
 
-def _lookup_first(parts: Parts, otherwise: Callable[[], DraftSource]) -> DraftSource:
+def _lookup_first(parts: Parts, otherwise: DraftSource) -> DraftSource:
     longest = parts.config.prompt_lookup
-    policy = partial(LookupPolicy, longest, parts.costs.draft_ratio(parts.config.exit_layer))
-    return LookupFirst(_lookup(parts, longest), otherwise(), policy)
+    return LookupFirst(_lookup(parts, longest), otherwise, min(_LEAST_MATCH, longest))
+
+
+def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
+    arms: dict[str, tuple[DraftSource, Arm]] = {}
+    num_layers, below = len(parts.decoder.layers), ""
+    for layer in candidate_layers(num_layers, parts.config.draft_weights):
+        source, ratio = _layers(parts, layer), parts.draft_ratio(layer)
+        if layer == num_layers:
+            arm = Arm(ratio, _PRIOR_OF_COPY, _TRUST_IN_COPY)
+        else:
+            arm = Arm(ratio, _PRIOR_OF_EXIT, below=below)
+        arms[source.name], below = (source, arm), source.name
+    return arms
 
 
 def _lookup_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
@@ -162,40 +151,26 @@ def _lookup_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
     return {"lookup": (_lookup(parts, longest), Arm(priors=priors))}
 
 
-# The first that a config asks for drafts, and may fall back on the next.
 KINDS: list[Kind] = [
-    Kind(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _lookup_first, _lookup_arms),
     Kind(
         ("exit_layer", "num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary"),
         lambda config: True,
-        _layers,
+        _layers_asked_for,
         _layer_arms,
     ),
+    Kind(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _lookup_first, _lookup_arms),
 ]
 
 
-def make_source(parts: Parts) -> DraftSource:
-    """What the config asks for. Raises what `quantized` does."""
-    asked_for = iter([kind for kind in KINDS if kind.asked_for(parts.config)])
-
-    def following() -> DraftSource:
-        return next(asked_for).make(parts, following)
-
-    return following()
-
-
-def make_adaptive(parts: Parts) -> AdaptiveDrafts:
-    """All that there are, chosen among round by round, by what earlier answers of the model have taught too.
-    Raises what `quantized` does.
-    """
-    made = {name: arm for kind in KINDS for name, arm in kind.arms(parts).items()}
-    sources = {name: source for name, (source, _) in made.items()}
-    arms = {name: arm for name, (_, arm) in made.items()}
-    num_layers = len(parts.decoder.layers)
-    readable = {
-        arm.exit_layer: name for name, arm in arms.items() if 0 < arm.exit_layer < num_layers and not arm.like
-    }
-    return AdaptiveDrafts(sources, AdaptivePolicy(parts.costs, arms, readable, LONGEST_DRAFT, parts.memory))
+def _memory(parts: Parts) -> Memory:
+    """What earlier answers of the model have taught about such drafts on the device where it is now."""
+    model, config = parts.model, parts.config
+    key = (
+        (config.draft_weights, config.draft_vocabulary, config.greedy, config.prompt_lookup),
+        (model.device, model.dtype, is_compiled(model)),
+    )
+    times = RoundTimes(RUNS_TO_WARM_UP if is_compiled(model) else 1)
+    return _LEARNT.setdefault(model, {}).setdefault(key, Memory(times))
 
 
 def driving_flags() -> tuple[str, ...]:
@@ -206,5 +181,4 @@ def driving_flags() -> tuple[str, ...]:
 
 def is_replayable(config: GenerationConfig) -> bool:
     """Whether all drafts are those of one exit and one length, so that a replay can follow them."""
-    first = next(kind for kind in KINDS if kind.asked_for(config))
-    return first is KINDS[-1] and config.draft_confidence is None
+    return [kind for kind in KINDS if kind.asked_for(config)] == KINDS[:1] and config.draft_confidence is None

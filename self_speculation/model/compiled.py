@@ -16,10 +16,11 @@ time; one that goes on after another has begun is told so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -27,7 +28,6 @@ from self_speculation.model.decoder import Decoder, ForwardResult, RaggedSpan
 from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import ALIGNMENT, StaticKVCache, WrittenAt, round_up
 from self_speculation.model.lean_layers import Lean
-from self_speculation.model.prepared import prepared
 
 # The cache holds at least so many positions, and twice as many whenever a generation needs more.
 _SMALLEST_CAPACITY = 1024
@@ -43,6 +43,10 @@ _PASSES_AT_MOST = 4096
 RUNS_TO_WARM_UP = 3
 
 
+# Of each model that is to be compiled, its passes by the rows of their batch.
+_PASSES: WeakKeyDictionary[nn.Module, dict[int, Passes]] = WeakKeyDictionary()
+
+
 def compile_decoding(model: PreTrainedModel) -> None:
     """From now on `make_decoder` compiles for this model. The first passes take from seconds to minutes.
 
@@ -56,15 +60,21 @@ def compile_decoding(model: PreTrainedModel) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError("compile True: needs a C++ compiler, such as g++, and there is none") from error
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, _PASSES_AT_MOST)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _PASSES_AT_MOST)
-    prepared(model).passes = {}
+    compiler = torch._dynamo.config
+    compiler.recompile_limit = max(compiler.recompile_limit, _PASSES_AT_MOST)
+    compiler.accumulated_recompile_limit = max(compiler.accumulated_recompile_limit, _PASSES_AT_MOST)
+    compiler.skip_nnmodule_hook_guards = False  # or hooks that are put on later would be passed over
+    _PASSES[model] = {}
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
     """Whether `make_decoder` compiles for it."""
-    return prepared(model).passes is not None
+    return model in _PASSES
+
+
+def has_passes(model: PreTrainedModel) -> bool:
+    """Whether some were compiled already."""
+    return bool(_PASSES.get(model))
 
 
 def make_decoder(
@@ -91,14 +101,14 @@ class CompiledDecoder(Decoder):
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
     ) -> None:
         super().__init__(model, prompt_length, num_positions, num_rows)
-        self._model, self._max_width, self._num_rows = model, max_width, num_rows
+        self._max_width = max_width
         self._generation = object()
         self._use(self._find_passes(num_positions))
         self.cache.clear()
 
-    def reserve(self, num_positions: int) -> None:
+    def reserve(self, prompt_length: int, num_positions: int) -> None:
         """See `Decoder`. Where the static cache is too small for it, what it holds moves to another."""
-        super().reserve(num_positions)
+        super().reserve(prompt_length, num_positions)
         if self._passes is None:
             return
         self._check_turn(self._passes)
@@ -114,15 +124,17 @@ class CompiledDecoder(Decoder):
         return other
 
     def _find_passes(self, num_positions: int) -> Passes:
-        """Those there are, unless their cache is too small for so many positions and padding."""
-        made, room = prepared(self._model).passes, max(padded(self._max_width), _ROOM)
-        assert made is not None
+        """Those there are, if they are of the model as it is now, and their cache has room for so many
+        positions and padding.
+        """
+        made, room = _PASSES[self.model], max(padded(self._max_width), _ROOM)
         num_positions = min(num_positions, context_length(self.config))  # beyond it there is padding alone
         passes = made.get(self._num_rows)
-        if passes is None or num_positions + room > passes.cache.capacity:
+        if passes is None or passes.made_of != _made_of(self) or num_positions + room > passes.cache.capacity:
             most = round_up(context_length(self.config) + room, ALIGNMENT)
             capacity = min(max(_SMALLEST_CAPACITY, padded(num_positions + room)), most)
-            made[self._num_rows] = Passes(Decoder(self._model, 1, capacity), capacity, self._num_rows)
+            made.pop(self._num_rows, None)  # so that there is room for the next
+            made[self._num_rows] = Passes(Decoder(self.model, 1, capacity), capacity, self._num_rows)
         return made[self._num_rows]
 
     def _use(self, passes: Passes) -> None:
@@ -157,6 +169,12 @@ class CompiledDecoder(Decoder):
         return self._passes(inputs, first, last, num_logits > 0)
 
 
+def _made_of(decoder: Decoder) -> Hashable:
+    """The modules, tensors and hooks that passes of this decoder are compiled for."""
+    parts = [(type(part), part.places) for part in (*decoder.layers, decoder.head)]
+    return decoder.embedding_places, tuple(parts)
+
+
 def padded(width: int) -> int:
     """To the next power of two."""
     return 1 << (width - 1).bit_length()
@@ -171,6 +189,7 @@ class Passes:
 
     def __init__(self, decoder: Decoder, capacity: int, num_rows: int) -> None:
         self._decoder, self._num_rows = decoder, num_rows
+        self.made_of = _made_of(decoder)
         self.generation: object = None  # whose keys and values the cache holds
         config, like = decoder.config, decoder.rotary
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

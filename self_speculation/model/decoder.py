@@ -7,7 +7,7 @@ and exit hidden states come out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.kv_cache import ALIGNMENT, Appendable, KVCache, round_up
-from self_speculation.model.lean_layers import lean_head, lean_layer
-from self_speculation.model.prepared import prepared
+from self_speculation.model.lean_layers import lean_forms, places
 
 # Positions beyond the prompt that the cache starts with, where the generation may become longer than that: of
 # one row, or of several together.
@@ -44,6 +43,10 @@ class PlainLayer:
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
 
+    @property
+    def places(self) -> Hashable:
+        return _places_and_hooks(self._layer)
+
     def __call__(self, hidden: Tensor, span: Span, cache: Appendable) -> Tensor:
         mask = span.mask
         return self._layer(
@@ -61,11 +64,22 @@ class PlainHead:
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         self._norm, self.module = norm, head
 
+    @property
+    def places(self) -> Hashable:
+        return _places_and_hooks(self._norm, self.module)
+
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.module(self._norm(hidden[None]))[0]
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden[None])[0]
+
+
+def _places_and_hooks(*roots: nn.Module) -> Hashable:
+    """What a compiled pass over these modules is valid for."""
+    modules = [module for root in roots for module in root.modules()]
+    hooks = [id(hook) for m in modules for of_m in (m._forward_pre_hooks, m._forward_hooks) for hook in of_m.values()]
+    return places(*roots), tuple(map(id, modules)), tuple(hooks)
 
 
 class LevelSpan:
@@ -178,20 +192,22 @@ class Decoder:
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, num_rows: int = 1
     ) -> None:
         check_supported(model.config)
-        self.config = model.config
+        self.model, self.config = model, model.config
         base, head = model.base_model, model.get_output_embeddings()
-        self.prepared = prepared(model)
-        self.layers = [lean_layer(model, layer) or PlainLayer(layer) for layer in base.layers]
-        capacity = min(num_positions, prompt_length + _FIRST_ALLOCATION // num_rows)
-        self.cache = KVCache(len(self.layers), capacity, num_rows)
+        lean_layers, lean_head = lean_forms(model)
+        self.layers = [
+            lean or PlainLayer(layer) for lean, layer in zip(lean_layers, base.layers, strict=True)
+        ]
+        self._num_rows = num_rows
+        self.cache = KVCache(len(self.layers), 1, num_rows)
         self._embed = base.embed_tokens
-        self.head: Any = lean_head(model) or PlainHead(base.norm, head)
+        self.head: Any = lean_head or PlainHead(base.norm, head)
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         self.is_eager = model.config._attn_implementation == "eager"
 
         weight = self._embed.weight
         self._rotary = _Rotary(base.rotary_emb, weight, context_length(self.config))
-        self.reserve(num_positions)
+        self.reserve(prompt_length, num_positions)
         # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
         head_dim = self.rotary.shape[2]
         self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
@@ -201,13 +217,19 @@ class Decoder:
         self.lowest = torch.full((), torch.finfo(weight.dtype).min, dtype=weight.dtype, device=weight.device)
 
     @property
+    def embedding_places(self) -> Hashable:
+        """See `places`."""
+        return _places_and_hooks(self._embed)
+
+    @property
     def rotary(self) -> Tensor:
         """[2, positions, head_dim] cos and sin."""
         return self._rotary.tables
 
-    def reserve(self, num_positions: int) -> None:
+    def reserve(self, prompt_length: int, num_positions: int) -> None:
         """A sequence follows that can reach so many positions, perhaps more than those before."""
         self._rotary.reserve(num_positions)
+        self.cache.reserve(min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows))
 
     def for_row(self, row: int) -> Decoder:
         """The same over a cache of one row, in the place of a row of this one's."""

@@ -131,6 +131,10 @@ class KVCache(Appendable):
         """Positions that a row has room for."""
         return self.buffers.capacity
 
+    def reserve(self, num_positions: int) -> None:
+        """Let buffers that are made from now on have room for so many positions."""
+        self.buffers.capacity = max(self.capacity, round_up(num_positions, ALIGNMENT))
+
     @property
     def is_level(self) -> bool:
         return all(shorter == self._shorter[0] for shorter in self._shorter)

@@ -1,23 +1,27 @@
 """Decoder layers with fewer and faster kernels, over the very weights of the layers that they stand for.
 
 Of transformers this knows the layout that Llama's relatives share. A model stays what it is: projections
-that read the same input are laid side by side in memory, each module keeps its share of them as a view, and
-its own `forward`, `state_dict` and `save_pretrained` go on as before.
+that read the same input are laid side by side in memory, and that is all. Its own `forward`, and whatever
+saves, trains or moves it, go on as before.
+
+A lean form is valid for the modules and the tensors that it was made of. Where these are others by the time
+a generation begins, it is made anew; where there is a hook or an adapter, there is none.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.prepared import prepared
-from self_speculation.model.products import Product, choose_forms
+from self_speculation.model.products import Product, choose_packed_widths, follow
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
@@ -28,41 +32,81 @@ LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss
 NARROW = 16
 
 
+@dataclass
+class _Fused:
+    """
+    Args:
+        forms: of one model, by the layer or the head that they stand for.
+        packed_widths: see `choose_packed_widths`; None: nobody has asked yet.
+    """
+
+    forms: dict[nn.Module, Lean] = field(default_factory=dict)
+    packed_widths: frozenset[int] | None = None
+
+
+_FUSED: WeakKeyDictionary[nn.Module, _Fused] = WeakKeyDictionary()
+
+
 def fuse(model: Any) -> int:
-    """Make what decoding needs of a model lean, as far as it is recognised: plain layers of LEAN_MODEL_TYPES
-    with sdpa attention. Quantised, adapter-wrapped, offloaded or hooked modules are left as they are.
+    """From now on decode this model by lean layers, as far as it is recognised: plain layers of
+    LEAN_MODEL_TYPES with sdpa attention. Quantised, adapter-wrapped, offloaded or hooked modules are left as
+    they are.
 
     Returns:
         How many layers are lean now.
     """
-    if model.config.model_type not in LEAN_MODEL_TYPES or model.config._attn_implementation != "sdpa":
-        return 0
-    base, head, lean = model.base_model, model.get_output_embeddings(), prepared(model).lean
-    for layer in base.layers:
-        if _is_plain(layer):
-            lean[layer] = LeanLayer(layer)
-    if _is_plain(base.norm, head):
-        lean[head] = LeanHead(base.norm, head)
-    made = [lean[module] for module in (*base.layers, head) if module in lean]
-    choose_forms([product for part in made for product in part.products])
-    return sum(isinstance(part, LeanLayer) for part in made)
+    _FUSED.setdefault(model, _Fused())
+    layers, _ = lean_forms(model)
+    return sum(layer is not None for layer in layers)
 
 
-def lean_layer(model: Any, layer: nn.Module) -> LeanLayer | None:
-    """What `fuse` made of a layer of the model, unless the layer has changed since."""
-    return _still(prepared(model).lean, layer, layer)
+def lean_forms(model: Any) -> tuple[list[LeanLayer | None], LeanHead | None]:
+    """Of each layer, and of final norm and head; None of what is not lean. To be called when a generation
+    begins: what has changed by then is made anew.
+    """
+    base, head = model.base_model, model.get_output_embeddings()
+    fused = _FUSED.get(model)
+    if fused is None or not (
+        model.config.model_type in LEAN_MODEL_TYPES and model.config._attn_implementation == "sdpa"
+    ):
+        return [None] * len(base.layers), None
+    lean = [_form(fused, LeanLayer, layer, layer) for layer in base.layers]
+    lean_head = _form(fused, LeanHead, head, base.norm, head)
+    products = [p for form in (*lean, lean_head) if form is not None for p in form.products]
+    if packable := [product for product in products if product.can_be_packed]:
+        if fused.packed_widths is None:
+            fused.packed_widths = choose_packed_widths([product.weight for product in packable])
+        for product in packable:
+            product.packed_widths = fused.packed_widths
+    follow(products)
+    return lean, lean_head
 
 
-def lean_head(model: Any) -> LeanHead | None:
-    """What `fuse` made of final norm and head, unless they have changed since."""
-    head = model.get_output_embeddings()
-    return _still(prepared(model).lean, head, model.base_model.norm, head)
+def bytes_made(model: Any) -> int:
+    """That copies of weights take which were made of lean forms: packed ones, and those in fewer bits."""
+    forms = _FUSED[model].forms.values() if model in _FUSED else ()
+    return sum(kept.num_bytes for form in forms for product in form.products for kept in product.all_kept)
 
 
-def bytes_packed(model: Any) -> int:
-    """That copies of weights take which products made for themselves, see `Packed`."""
-    products = (product for part in prepared(model).lean.values() for product in part.products)
-    return sum(product.packed.num_bytes for product in products if product.packed is not None)
+def places(*modules: nn.Module) -> Hashable:
+    """Which tensors the parameters of modules are: others when one is replaced, moved or converted."""
+    return tuple((p.data_ptr(), p.shape, p.dtype, p.device) for root in modules for p in root.parameters())
+
+
+_Form = TypeVar("_Form", "LeanLayer", "LeanHead")
+
+
+def _form(fused: _Fused, kind: type[_Form], key: nn.Module, *modules: nn.Module) -> _Form | None:
+    """The lean form of these modules, made anew where its tensors are others by now."""
+    form: Any = fused.forms.pop(key, None)  # what is out of date must not be kept alive
+    if not _is_plain(*modules):
+        return None
+    if form is None or form.places != places(*modules):
+        # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
+        with torch.inference_mode(False), torch.no_grad():
+            form = kind(*modules)
+    fused.forms[key] = form
+    return form
 
 
 def plain_product(head: nn.Module) -> Product | None:
@@ -119,7 +163,7 @@ class LeanLayer:
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = Norm(attention.q_norm), Norm(attention.k_norm)
         self.products = (self._qkv, self._out, self._gate_up, self._down)
-        self.layout = _layout(layer)
+        self.places = places(layer)
 
     def over(self, make: Callable[[Product], Any]) -> LeanLayer:
         """The same layer, its products replaced by what `make` makes of each."""
@@ -184,7 +228,7 @@ class LeanHead:
     def __init__(self, norm: Any, head: nn.Linear) -> None:
         self.norm, self._head = Norm(norm), Product(head)
         self.products = (self._head,)
-        self.layout = _layout(norm, head)
+        self.places = places(norm, head)
 
     def over(self, make: Callable[[Product], Any]) -> LeanHead:
         """As that of `LeanLayer`."""
@@ -202,18 +246,6 @@ class LeanHead:
 
 
 Lean = LeanLayer | LeanHead
-
-
-def _still(made: MutableMapping[nn.Module, Lean], key: nn.Module, *modules: nn.Module) -> Any:
-    lean = made.get(key)
-    if lean is not None and lean.layout != _layout(*modules):
-        del made[key]  # moved, converted or loaded anew: the old weights must not be kept alive
-        return None
-    if lean is None or not _is_plain(*modules):
-        return None
-    for product in lean.products:
-        product.follow()
-    return lean
 
 
 def _is_plain(*roots: nn.Module) -> bool:
@@ -235,8 +267,3 @@ def _is_as_built(module: nn.Module) -> bool:
         and kind.__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
     )
-
-
-def _layout(*roots: nn.Module) -> list[int]:
-    """Where the weights are."""
-    return [weight.data_ptr() for root in roots for weight in root.parameters()]

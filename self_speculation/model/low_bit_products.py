@@ -1,6 +1,6 @@
 """Products over copies of weights in fewer bits, by kernels that torch has; the formats themselves.
 
-- float16: of a float32 model on a CPU. Activations stay as they are.
+- float16: the head of a float32 model on a CPU, beside layers in four bits. Activations stay as they are.
 - int8: a row of a weight is stored in 127 steps of its largest element, a byte each; activations in bfloat16.
 - int4: 32 elements of a row share a scale and an offset and are stored in 16 steps, five bits each with
   those; activations in bfloat16. Scale and offset are those by which the product is off least for inputs as
@@ -43,6 +43,7 @@ class LowBitProduct(ABC):
     """As `Product`, over a copy of its weight in fewer bits."""
 
     bytes_per_weight: float
+    num_bytes: int  # that the copy takes
     dtype = torch.bfloat16  # of what is multiplied, and of the product
     weighs_inputs = False
 
@@ -52,6 +53,7 @@ class LowBitProduct(ABC):
             squares: [in] how large the squares of inputs are, where `weighs_inputs`; None: all alike.
         """
         self._bias = None if product.bias is None else product.bias.to(self.dtype)
+        self.num_bytes = self.bytes_of(product.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.unconverted(x).to(x.dtype)
@@ -71,8 +73,8 @@ class LowBitProduct(ABC):
 
     @staticmethod
     @abstractmethod
-    def num_bytes(weight: Tensor) -> int:
-        """That a copy of a weight [out, in] takes."""
+    def bytes_of(weight: Tensor) -> int:
+        """That a copy of a weight [out, in] takes, made or not."""
 
 
 class Float16Product(LowBitProduct):
@@ -91,7 +93,7 @@ class Float16Product(LowBitProduct):
         return torch.ops.quantized.linear_dynamic_fp16(x, self._weight)
 
     @staticmethod
-    def num_bytes(weight: Tensor) -> int:
+    def bytes_of(weight: Tensor) -> int:
         return 2 * weight.numel()
 
 
@@ -113,7 +115,7 @@ class Int8Product(LowBitProduct):
         return torch._weight_int8pack_mm(columns, self._weight, self._scales)
 
     @staticmethod
-    def num_bytes(weight: Tensor) -> int:
+    def bytes_of(weight: Tensor) -> int:
         return len(weight) * (round_up(weight.shape[1], _BLOCK_OF_COLUMNS) + 2)  # and the scales
 
 
@@ -149,7 +151,7 @@ class Int4Product(LowBitProduct):
         return product if product.shape[1] == self._num_rows else product[:, : self._num_rows].contiguous()
 
     @staticmethod
-    def num_bytes(weight: Tensor) -> int:
+    def bytes_of(weight: Tensor) -> int:
         rows, columns = round_up(len(weight), _BLOCK_OF_ROWS), round_up(weight.shape[1], _GROUP)
         return rows * columns // 2 + rows * columns // _GROUP * 4  # and scales and middles
 
