@@ -183,7 +183,8 @@ class Decoder:
         self.prepared = prepared(model)
         self.layers = [lean_layer(model, layer) or PlainLayer(layer) for layer in base.layers]
         capacity = min(num_positions, prompt_length + _FIRST_ALLOCATION // num_rows)
-        self.cache = KVCache(len(self.layers), capacity, num_rows)
+        devices = [next(layer.parameters()).device for layer in base.layers]
+        self.cache = KVCache(len(self.layers), capacity, num_rows, devices)
         self._embed = base.embed_tokens
         self.head: Any = lean_head(model) or PlainHead(base.norm, head)
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
