@@ -151,7 +151,7 @@ class _Batch:
         for row in reversed(range(len(self.rows))):
             if not self.rows.outputs[row].remaining:
                 output = self.rows.drop(row)
-                self.decoding.decoder.cache.drop(row, output.is_damaged)
+                self.decoding.decoder.cache.drop(row, bool(output.damage))
                 index = self._indices.pop(output)
                 try:
                     result = output.result()

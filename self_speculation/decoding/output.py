@@ -6,6 +6,7 @@ or caches.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,9 @@ from self_speculation.results import GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
+_NO_DISTRIBUTION = (
+    "no token can be drawn: the largest logit is infinite, as where logits processors leave -inf alone"
+)
 
 
 class Output:
@@ -51,7 +55,7 @@ class Output:
         self.max_length = len(prompt) + stop.max_tokens
         self.tokens: list[int] = []  # generated and decided, an end id included
         self.stop_reason: StopReason | None = None
-        self.is_damaged = False  # its logits are no numbers
+        self.damage = ""  # why no token can be picked by its last logits
         self.generator = generator
         self.tally = Tally() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
@@ -67,7 +71,14 @@ class Output:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0 once the output has ended."""
-        return 0 if self.stop_reason or self.is_damaged else self._stop.max_tokens - len(self.tokens)
+        return 0 if self.stop_reason or self.damage else self._stop.max_tokens - len(self.tokens)
+
+    def check(self, largest: float, greedy: bool) -> None:
+        """Look at the largest logit that the last token of a round was picked by."""
+        if math.isnan(largest):
+            self.damage = _NOT_A_NUMBER
+        elif math.isinf(largest) and not greedy:
+            self.damage = _NO_DISTRIBUTION
 
     @property
     def length(self) -> int:
@@ -125,12 +136,12 @@ class Output:
         """Decide on tokens, up to the one that ends the output.
 
         Args:
-            tokens: n ids, those accepted of a draft and one more.
+            tokens: n ids, those accepted of a draft and one more, which counts for nothing after `damage`.
             scores: [>= n, V] the processed logits that they came from.
             drafted: tokens that were drafted by `source` in the round of which these come.
         """
         taken = 0
-        while taken < len(tokens) and not self.stop_reason:
+        while taken < len(tokens) - bool(self.damage) and not self.stop_reason:
             self.place(tokens[taken], 0)
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
@@ -146,13 +157,13 @@ class Output:
         """What there is to report, once the output has ended.
 
         Raises:
-            FloatingPointError: its logits were no numbers.
+            FloatingPointError: no token could be picked by its logits.
         """
         finished = time.perf_counter()
         if self._streamer is not None:
             self._streamer.end()
-        if self.is_damaged:
-            raise FloatingPointError(_NOT_A_NUMBER)
+        if self.damage and not self.stop_reason:
+            raise FloatingPointError(self.damage)
         assert self._first_token_at is not None
         ended_by_id = self.stop_reason == "eos"
         tally = self.tally
