@@ -22,14 +22,15 @@ class Reading:
     """
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
-        self._values = torch.cat([part.flatten().float() for part in numbers])
+        self._values = values = torch.cat([part.flatten().float() for part in numbers])
         self._numbers: list[float] | None = None
         self._copied: torch.cuda.Event | None = None
-        if self._values.device.type == "cuda":
-            on_host = torch.empty(self._values.shape, dtype=torch.float32, pin_memory=True)
-            self._values = on_host.copy_(self._values, non_blocking=True)
+        if values.device.type == "cuda":
+            on_host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
+            self._values = on_host.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            # By itself it would take the stream of the current GPU, which need not be the one that copies.
+            self._copied.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[float]:
         """The numbers; the second time nothing is waited for."""

@@ -21,6 +21,7 @@ from self_speculation import (
     Request,
     make_strategy,
 )
+from self_speculation.decoding.rows import Rows
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model import decoder
 from self_speculation.model.compiled import compile_decoding
@@ -210,6 +211,32 @@ def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
     cache.drop(0, damaged=True)
     held, _ = cache.buffers.of_layers[0]
     assert not held.isnan().any()
+
+
+def test_what_is_drafted_for_nobody_ends_no_row(monkeypatch):
+    """Guards against a row that ends because its neighbours' drafts are longer: a token that was picked for
+    nobody leaves NaN in the cache, and no mask keeps that from the row.
+    """
+    model = copy.deepcopy(tiny_llama())
+    shared = {"max_steps": 20, "exit_layer": 2, "num_speculations": 3}
+    expected = [alone(model, Request(prompt), **shared).predicted_tokens for prompt in PROMPTS]
+    bad = min({*range(50)}.difference(*expected, *PROMPTS))
+    model.model.embed_tokens.weight.data[bad] = torch.nan
+    choose = Rows.choose
+
+    def all_but_the_first_row_stop(rows, k, _):
+        return [k if row == 0 else 0 for row in range(len(rows))]
+
+    def worse(rows, logits, position, going):
+        logits = logits.clone()
+        logits[:, bad] = torch.tensor([-torch.inf if goes else torch.inf for goes in going])
+        return choose(rows, logits, position, going)
+
+    monkeypatch.setattr(Rows, "rooms", all_but_the_first_row_stop)
+    monkeypatch.setattr(Rows, "choose", worse)
+    strategy, config = make_strategy("self_speculative"), GenerationConfig(sample=False, **shared)
+    got = dict(strategy.generate_batch(model, [Request(p) for p in PROMPTS[2:5]], config, batch_size=3))
+    assert [got[index].predicted_tokens for index in range(3)] == expected[2:5]
 
 
 def test_places_are_taken_again_as_soon_as_they_are_free():

@@ -4,11 +4,16 @@ A graph copies those of its inputs that may move, and writes its outputs to the 
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from conftest import generate, tiny_llama
 from test_llama_model_utils import family
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes import reinplace
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from self_speculation.model.compiled import compile_decoding, make_decoder
@@ -159,3 +164,31 @@ def test_rotary_embeddings_of_a_part_of_a_head(graphs, model_type):
     assert make_decoder(model, 1, 10).rotary.shape[2] == 4
     assert generate(model, PROMPT, **shared).predicted_tokens == expected
     assert graphs.compiled > 2
+
+
+def test_a_static_cache_is_written_in_place(monkeypatch):
+    """Guards against a cache that each pass copies as a whole, as Inductor has it, before torch 2.13, where a
+    view of it is written to.
+    """
+    written = []
+
+    def compiler(graph, _):
+        reinplace.reinplace_inplaceable_ops_core(graph.graph)
+        written.append([node.target for node in graph.graph.nodes])
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    # What torch 2.13 has learnt.
+    monkeypatch.setattr(reinplace, "_is_layout_preserving_view_copy_back", lambda *_: False, raising=False)
+    backend = aot_autograd(
+        fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )  # fmt: skip
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend))
+    model = lean_copy()
+    expected = generate(model, PROMPT, max_steps=4, eos=[]).predicted_tokens
+    compile_decoding(model)
+    assert generate(model, PROMPT, max_steps=4, eos=[]).predicted_tokens == expected
+    [targets] = written
+    assert targets.count(torch.ops.aten.index_put_.default) == 4  # keys and values of two layers
+    assert torch.ops.aten.copy_.default not in targets

@@ -11,15 +11,24 @@ import random
 import pytest
 import torch
 from conftest import generate, tiny_llama
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
 
-from self_speculation import GenerationConfig, Request, make_strategy, self_speculation_generator
+from self_speculation import (
+    GenerationConfig,
+    LoadingOptions,
+    Request,
+    Sampler,
+    load_model_and_tokenizer,
+    make_strategy,
+    self_speculation_generator,
+)
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, LevelSpan, forward_early, prefill
 from self_speculation.model.lean_layers import NARROW, fuse
+from self_speculation.model.loading import resolve_device
 from self_speculation.self_speculation_generator import ReadVerdict
 from self_speculation.transfers import Reading
 
@@ -122,6 +131,7 @@ def cuda(monkeypatch):
     tensor, zeros = torch.tensor, torch.zeros
     for module in (
         "decoding.output",
+        "decoding.rows",
         "drafts.lookups",
         "model.kv_cache",
         "model.short_head",
@@ -245,9 +255,9 @@ def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
     assert len(names[1]) - len(names[0]) == expected, names[1]
 
 
-@pytest.mark.parametrize(("width", "expected"), [(1, 15), (5, 16)])
+@pytest.mark.parametrize(("width", "expected"), [(1, 13), (5, 14)])
 def test_kernels_of_a_lean_layer_where_rows_differ_in_length(cuda, width, expected):
-    """Guards against masks, places or rotations that each layer makes anew."""
+    """Guards against masks, places or rotations that each layer makes anew, and copies of new keys."""
     decoder = Decoder(cuda(), 30, 100, num_rows=3)
     names = []
     with torch.inference_mode():
@@ -281,3 +291,46 @@ def test_calls_of_a_lean_layer(width, expected):
                 forward_early(decoder, torch.zeros(1, width, dtype=torch.long), depth)
             calls.append(ran.calls)
     assert len(calls[1]) - len(calls[0]) == expected, calls[1]
+
+
+def test_a_read_waits_for_the_gpu_that_copies(monkeypatch):
+    """Guards against an event of the current GPU, which is over before another one has copied anything."""
+    recorded, empty = [], torch.empty
+    event = type("Event", (), {"record": lambda event, stream=None: recorded.append(stream)})
+    monkeypatch.setattr("torch.cuda.Event", event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device=None: device)
+    monkeypatch.setattr("torch.empty", lambda *size, pin_memory=False, **kind: empty(*size, **kind))
+    with FakeTensorMode() as mode:
+        Reading([FakeTensor(mode, empty(3, device="meta"), torch.device("cuda:1"))])
+    assert recorded == [torch.device("cuda:1")]
+
+
+def test_a_model_loaded_on_a_gpu(model_folder, monkeypatch):
+    """Guards against work that goes to the first GPU instead, and against attention by cuDNN, which makes a
+    plan for every length of keys.
+    """
+    chosen, switched, load = [], [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr("self_speculation.model.loading.resolve_device", torch.device)
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, device_map, **kwargs: load(*args, **kwargs)
+    )
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", switched.append)
+    load_model_and_tokenizer(str(model_folder), LoadingOptions(device="cuda:1"))
+    assert (chosen, switched) == ([torch.device("cuda:1")], [False])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_a_gpu_that_torch_does_not_see(monkeypatch):
+    """Guards against hours on a CPU because of an old driver, unnoticed."""
+    monkeypatch.setattr("os.path.exists", "/proc/driver/nvidia".__eq__)
+    with pytest.warns(UserWarning, match="does not see this machine's NVIDIA GPU .* driver 580"):
+        resolve_device("auto")
+
+
+@pytest.mark.parametrize(("top_k", "sorts"), [(0, ["sort"]), (20, ["topk", "topk"])])
+def test_what_sampling_sorts(top_k, sorts):
+    """Guards against a vocabulary that is sorted although few tokens are left, or searched before it is."""
+    with FakeTensorMode(), Kernels() as ran:
+        Sampler(top_k=top_k, top_p=0.9).probabilities(torch.empty(1, 1000, device=DEVICE))
+    assert [name for name in ran.kernels if name in ("sort", "topk")] == sorts

@@ -50,3 +50,25 @@ def test_rolling_back_more_than_there_is_fails_early():
     with pytest.raises(ValueError, match="cannot roll back -1"):
         cache.rollback(-1)
     assert cache.length(0) == 2
+
+
+def test_each_device_is_asked_for_what_its_layers_need(monkeypatch):
+    """Guards against a model over several GPUs whose cache is refused because it does not fit the first one,
+    and against one that is found too large in the middle of a pass.
+    """
+    cpu, other, absent = torch.device("cpu"), torch.device("cuda:1"), torch.device("meta")
+    free = {}
+    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", free.get)
+    layer = 2 * 2 * 8 * 3 * 4  # bytes: keys and values of 2 heads, 8 positions, 3 numbers
+
+    def append(*devices):
+        KVCache(len(devices), 8, devices=devices).update(block(0, 1), block(0, 1), 0)
+
+    free.update({cpu: 2 * layer, other: layer})
+    append(cpu, other, absent)  # the last one's weights are loaded when it runs, where the first one does
+    free.update({cpu: 2 * layer, other: layer - 1})
+    with pytest.raises(MemoryError, match="1 times 8 positions"):
+        append(cpu, other, absent)
+    free.update({cpu: 2 * layer - 1, other: layer})
+    with pytest.raises(MemoryError, match="1 times 8 positions"):
+        append(cpu, other, absent)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import generate, tiny_llama
 from scipy.stats import chisquare
 
 from self_speculation.decoding.sampling import (
@@ -179,3 +180,44 @@ def test_what_is_no_distribution_agrees_with_nothing():
     """Guards against one damaged row that makes a mean of what adaptive decoding has learnt no number."""
     logits = torch.tensor([[0.0, 1.0], [torch.nan, torch.nan]])
     assert SAMPLING.agreement(logits, logits).tolist() == pytest.approx([1.0, 0.0])
+
+
+DRAFTS = [{}, {"exit_layer": 2, "num_speculations": 2}]
+
+
+def leaves(value, first, other=-torch.inf):
+    """A processor: from a history of `first` ids on, one logit is `value` and the others are `other`."""
+
+    def process(ids, logits):
+        if ids.shape[1] < first:
+            return logits
+        return torch.full_like(logits, other).index_fill_(1, torch.tensor([7]), value)
+
+    return process
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize(("value", "other"), [(-torch.inf, -torch.inf), (torch.inf, 0.0)])
+@pytest.mark.parametrize("first", [2, 5])
+def test_logits_that_nothing_can_be_drawn_from(drafts, value, other, first):
+    """Guards against the last token of the vocabulary, drawn from what is no distribution. `generate` of
+    transformers raises there; greedy, it takes the first of the largest, and so does this.
+    """
+    shared = {"logits_processors": [leaves(value, first, other)], "max_steps": 8, "eos": [], **drafts}
+    with pytest.raises(FloatingPointError, match=r"no token can be drawn: .* logits processors leave"):
+        generate(tiny_llama(), [5, 6], sample=True, **shared)
+    tokens = generate(tiny_llama(), [5, 6], **shared).predicted_tokens
+    assert set(tokens[first - 2 :]) == {7 if value > 0 else 0}
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_what_comes_after_the_end_need_not_be_drawn(drafts):
+    """Guards against an answer that is lost because a draft goes on beyond its end, where processors leave
+    nothing.
+    """
+    processors = [leaves(0.0, 4), leaves(-torch.inf, 5)]
+    for sample in (True, False):
+        result = generate(
+            tiny_llama(), [5, 6], sample=sample, logits_processors=processors, max_steps=9, eos=[7], **drafts
+        )
+        assert (len(result.predicted_tokens), result.stop_reason) == (2, "eos")

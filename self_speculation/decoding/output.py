@@ -6,6 +6,7 @@ or caches.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from self_speculation.results import GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
+_NO_DISTRIBUTION = (
+    "no token can be drawn: the largest logit is infinite, as where logits processors leave -inf alone"
+)
 
 
 class Output:
@@ -74,12 +78,15 @@ class Output:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether its logits are no numbers, and its keys and values may be none either."""
+        """Whether no token could be picked by its logits: its keys and values may be no numbers either."""
         return isinstance(self.error, FloatingPointError)
 
-    def damage(self) -> None:
-        """Its logits are no numbers: end it."""
-        self.error = self.error or FloatingPointError(_NOT_A_NUMBER)
+    def check(self, largest: float, greedy: bool) -> None:
+        """Look at the largest logit that the last token of a round was picked by."""
+        if math.isnan(largest):
+            self.error = self.error or FloatingPointError(_NOT_A_NUMBER)
+        elif math.isinf(largest) and not greedy:
+            self.error = self.error or FloatingPointError(_NO_DISTRIBUTION)
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
@@ -148,16 +155,19 @@ class Output:
         """Decide on tokens, up to the one that ends the output.
 
         Args:
-            tokens: n ids, those accepted of a draft and one more.
+            tokens: n ids, those accepted of a draft and one more, which counts for nothing where it could
+                not be picked.
             scores: [>= n, V] the processed logits that they came from.
             drafted: tokens that were drafted by `source` in the round of which these come.
         """
+        if self.error is not None and not self.is_damaged:
+            return  # what was picked was not picked as its processors would have it
         with self._own_errors():
             self._commit(tokens, scores, drafted, source)
 
     def _commit(self, tokens: Sequence[int], scores: Tensor, drafted: int, source: str) -> None:
         taken = 0
-        while taken < len(tokens) and not self.stop_reason:
+        while taken < len(tokens) - self.is_damaged and not self.stop_reason:
             self.place(tokens[taken], 0)
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
@@ -170,14 +180,14 @@ class Output:
             self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
     def result(self) -> GenerationStrategyResult | Exception:
-        """What there is to report, once the output has ended: FloatingPointError where its logits were no
-        numbers, and whatever its processors, criteria or streamer raised.
+        """What there is to report, once the output has ended: FloatingPointError where no token could be picked
+        by its logits, and whatever its processors, criteria or streamer raised.
         """
         finished = time.perf_counter()
         with self._own_errors():
             if self._streamer is not None:
                 self._streamer.end()
-        if self.error is not None:
+        if self.error is not None and not (self.is_damaged and self.stop_reason):
             return self.error
         assert self._first_token_at is not None
         ended_by_id = self.stop_reason == "eos"

@@ -7,13 +7,14 @@ streamer, see `Output`, so that it comes out as it would alone. Knows nothing of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.sampling import Choice, Sampler, random_numbers
-from self_speculation.transfers import Reading, read
+from self_speculation.transfers import Reading, on_device, read
 
 
 class Rows:
@@ -71,14 +72,19 @@ class Rows:
 
         Args:
             logits: [B, V]
-            going: [B] whether the row's draft is that long; where it is not, a token is picked for nobody.
+            going: [B] whether the row's draft is that long. Where it is not, its last token is repeated:
+                another one might leave NaN in the cache, which no mask keeps from the row.
 
         Returns:
             The choice, and the processed logits [B, V] of which it was made.
         """
         logits = self.process(logits[:, None], position, going)[:, 0]
         numbers = self._random()
-        return self.sampler(logits, None if numbers is None else numbers[:, position]), logits
+        choice = self.sampler(logits, None if numbers is None else numbers[:, position])
+        if not all(going):
+            is_going = on_device(going, logits.device).bool()
+            choice = replace(choice, tokens=choice.tokens.where(is_going, self.last[:, 0]))
+        return choice, logits
 
     def propose(
         self, tokens: Tensor, position: int, going: Sequence[bool], confidence: Tensor | None = None
@@ -139,16 +145,15 @@ class Rows:
         return torch.cat((numbers[:, self.longest_draft :][:, :num_drafted], numbers[:, -1:]), 1)
 
     def read(self, numbers: Sequence[Tensor], logits: Tensor) -> list[list[float]]:
-        """The numbers of each tensor, by one read. Rows whose logits are no numbers are damaged from then on.
+        """The numbers of each tensor, by one read. Outputs learn whether their logits let a token be picked.
 
         Args:
             logits: [B, V] of the last token that is decided on; what is no number in a row's cache makes all
                 its logits no numbers.
         """
-        damaged, *values = read([logits.isnan().any(-1), *numbers])
-        for output, is_damaged in zip(self.outputs, damaged, strict=True):
-            if is_damaged:
-                output.damage()
+        largest, *values = read([logits.amax(-1), *numbers])
+        for output, number in zip(self.outputs, largest, strict=True):
+            output.check(number, self.sampler.greedy)
         return values
 
     def emit(self, logits: Tensor) -> None:
@@ -177,7 +182,7 @@ class Rows:
             sources: [B] by what; empty where there was no round.
         """
         for row, output in enumerate(self.outputs):
-            if output.remaining:
+            if not output.stop_reason:
                 output.commit(tokens[row], scores[row], drafted[row], sources[row])
         self.last, self._numbers = last, None
 

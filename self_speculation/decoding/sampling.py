@@ -68,15 +68,20 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0) -> Tensor:
     """[..., V] probabilities -> those of the fewest tokens, at least one, that reach `top_p` together, and so
     divided that they sum to 1.
+
+    Args:
+        top_k: so many tokens are left, but for ties at the last place, of which a GPU drops what is beyond
+            it; 0: nobody knows how many.
     """
-    vocab_size = probabilities.shape[-1]
-    few = min(_FEW, vocab_size)
-    largest, ids = probabilities.topk(few)
-    # On a CPU to sort a large vocabulary takes as long as several layers, and to look at a number nothing.
-    if few < vocab_size and (probabilities.device.type != "cpu" or bool((largest.sum(-1) < top_p).any())):
+    vocab_size, on_cpu = probabilities.shape[-1], probabilities.device.type == "cpu"
+    # On a CPU to sort a large vocabulary takes as long as several layers, and to look at a number nothing. A
+    # GPU would wait for all that it was given to do.
+    few = min(_FEW if on_cpu else top_k or vocab_size, vocab_size)
+    largest, ids = probabilities.topk(few) if few < vocab_size else probabilities.sort(descending=True)
+    if few < vocab_size and on_cpu and bool((largest.sum(-1) < top_p).any()):
         largest, ids = probabilities.sort(descending=True)
     before = largest.cumsum(-1) - largest  # the mass of what is more likely
     largest = largest.masked_fill(before >= max(top_p, _FP32.tiny), 0.0)
@@ -134,7 +139,7 @@ class Sampler:
             # fp32 must not take the temperature for 0 or inf.
             logits = logits / min(max(self.temperature, _FP32.tiny), _FP32.max)
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
-        return nucleus(probabilities, self.top_p) if self.top_p < 1 else probabilities
+        return nucleus(probabilities, self.top_p, self.top_k) if self.top_p < 1 else probabilities
 
     def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> Choice:
         """Pick one token for each row of logits [n, V], with random numbers [n] if they are given."""

@@ -199,7 +199,8 @@ class Decoder:
             lean or PlainLayer(layer) for lean, layer in zip(lean_layers, base.layers, strict=True)
         ]
         self._num_rows = num_rows
-        self.cache = KVCache(len(self.layers), 1, num_rows)
+        devices = [next(layer.parameters()).device for layer in base.layers]
+        self.cache = KVCache(len(self.layers), 1, num_rows, devices)
         self._embed = base.embed_tokens
         self.head: Any = lean_head or PlainHead(base.norm, head)
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads

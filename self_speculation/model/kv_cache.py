@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -54,8 +55,10 @@ class Appendable(ABC):
 class _Buffers:
     """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs."""
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
-        self.num_rows, self.capacity = num_rows, capacity
+    def __init__(
+        self, num_layers: int, num_rows: int, capacity: int, devices: Sequence[torch.device] = ()
+    ) -> None:
+        self.num_rows, self.capacity, self._devices = num_rows, capacity, devices
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._fitting = 0  # a capacity that was found to fit
 
@@ -82,15 +85,20 @@ class _Buffers:
         return larger
 
     def _check_room(self, like: Tensor) -> None:
-        """See `with_room`."""
-        row = 2 * len(self.of_layers) * like.shape[1:].numel() * self.capacity * like.itemsize
-        held = sum(part.nbytes for pair in self.of_layers for part in pair or ())
-        if (free := held + free_memory(like.device)) < self.num_rows * row:
-            fitting = f"; batch_size {free // row} would fit" if free >= row else ""
-            raise MemoryError(
-                f"{self.num_rows} times {self.capacity} positions of keys and values take "
-                f"{self.num_rows * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
-            )
+        """See `with_room`. Each device is asked for what the layers on it need."""
+        # Layers whose weights are elsewhere, on "meta", run where the first one does.
+        devices = [like.device if device.type == "meta" else device for device in self._devices]
+        devices = devices or [like.device] * len(self.of_layers)
+        for device, num_layers in Counter(devices).items():
+            row = 2 * num_layers * like.shape[1:].numel() * self.capacity * like.itemsize
+            pairs = (pair for of, pair in zip(devices, self.of_layers, strict=True) if of == device)
+            held = sum(part.nbytes for pair in pairs for part in pair or ())
+            if (free := held + free_memory(device)) < self.num_rows * row:
+                fitting = f"; batch_size {free // row} would fit" if free >= row else ""
+                raise MemoryError(
+                    f"{self.num_rows} times {self.capacity} positions of keys and values take "
+                    f"{self.num_rows * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
+                )
 
 
 class KVCache(Appendable):
@@ -106,10 +114,17 @@ class KVCache(Appendable):
 
     Args:
         num_rows: the most there are at a time. At first there is one, and it is empty.
+        devices: of each layer, the one that has its weights; none: all are where the first keys are.
     """
 
-    def __init__(self, num_layers: int, capacity: int, num_rows: int = 1) -> None:
-        self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT))
+    def __init__(
+        self,
+        num_layers: int,
+        capacity: int,
+        num_rows: int = 1,
+        devices: Sequence[torch.device] = (),
+    ) -> None:
+        self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices)
         self._first_row = 0
         self._given = [0] * num_layers
         self._decided = 0  # given to every layer when the last round began
@@ -286,20 +301,18 @@ class WrittenAt(Appendable):
         self, buffers: Sequence[tuple[Tensor, Tensor] | None], positions: Tensor, length: int
     ) -> None:
         self._buffers, self._positions, self.length = buffers, positions, length
-        self._num_rows = positions.shape[0]
-        self._places: Tensor | None = None  # [B * T * kv_heads] in buffers of [rows * heads * capacity, ..]
+        self._places: tuple[Tensor, ...] = ()  # of row, head and position, [B, 1, 1], [kv_heads], [B, T, 1]
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         held = self._buffers[layer]
         assert held is not None
-        _, heads, capacity, size = held[0].shape
-        if self._places is None:
-            rows = torch.arange(self._num_rows, device=self._positions.device)[:, None, None]
-            of_heads = torch.arange(heads, device=self._positions.device)
-            first = (rows * heads + of_heads) * capacity  # [B, 1, kv_heads]
-            self._places = (first + self._positions[:, :, None]).flatten()
-        places = self._places.to(keys.device)  # where layers are on several devices
+        (rows, width), (_, heads, _, size) = self._positions.shape, held[0].shape
+        if not self._places:
+            all_rows, all_heads = (torch.arange(n, device=self._positions.device) for n in (rows, heads))
+            self._places = (all_rows[:, None, None], all_heads, self._positions[:, :, None])
+        places = tuple(index.to(keys.device) for index in self._places)  # layers may be on several devices
         for buffer, new in zip(held, (keys, values), strict=True):
-            buffer.view(-1, size).index_copy_(0, places, new.reshape(-1, size))
-        all_keys, all_values = (buffer[: self._num_rows, :, : self.length] for buffer in held)
+            # Into the buffer itself: before torch 2.13, Inductor copies all of what is written to by a view.
+            buffer.index_put_(places, new.view(rows, width, heads, size))
+        all_keys, all_values = (buffer[:rows, :, : self.length] for buffer in held)
         return all_keys, all_values

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
+        if os.path.exists("/proc/driver/nvidia"):
+            warnings.warn(
+                f"device 'auto': running on the CPU; torch {torch.__version__} does not see this machine's "
+                "NVIDIA GPU (torch for CUDA 13 needs driver 580 or newer)",
+                stacklevel=1,
+            )
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -136,6 +143,10 @@ def load_model_and_tokenizer(
     options = options or LoadingOptions()
     set_seed(options.seed)
     device = resolve_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # It makes a plan for every new length of keys, which takes longer than a token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = resolve_dtype(options.dtype, device)
     config = config or load_config(model, options)
     adapter = _adapter(model, options)
