@@ -64,8 +64,9 @@ from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, Question, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
+from runs.program import run
 from runs.records import Record, Run
-from runs.startup import autoregressive, know_what_was_written, run
+from runs.startup import autoregressive, know_what_was_written
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs

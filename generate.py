@@ -56,7 +56,8 @@ from transformers import PreTrainedModel
 from measures.timed_runs import warm_up
 from runs import ranks
 from runs.failures import KINDS, reason
-from runs.startup import autoregressive, get_ready, know_what_was_written, load_generator, meet, run
+from runs.program import run
+from runs.startup import autoregressive, get_ready, know_what_was_written, load_generator, meet
 from self_speculation import (
     GenerationResult,
     HuggingfaceLlamaGenerator,

@@ -68,8 +68,9 @@ from measures.vocabularies import best_with_a_vocabulary, written
 from runs import ranks
 from runs.examples import OneByOne, longest_prompt, prepare, run_examples
 from runs.failures import named
+from runs.program import run
 from runs.records import Record, Run
-from runs.startup import autoregressive, read_config, run
+from runs.startup import autoregressive, read_config
 from runs.status import says_if_slow
 from runs.tuning import COUNTS, best_cell
 from self_speculation import HuggingfaceLlamaGenerator

@@ -76,8 +76,8 @@ from transformers.utils import logging
 
 from measures.plots import curves_by_exit
 from runs import ranks
+from runs.program import run
 from runs.records import RecordError, Run, check_destination, describe, describe_model, open_run
-from runs.startup import run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
 from self_speculation.model.loading import as_if_never_quantized, load_config, resolve_device

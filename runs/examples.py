@@ -17,7 +17,6 @@ from runs.failures import KINDS, Failed, less, named, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import get_ready, load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, RequestError
-from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length, sliding_window
 from self_speculation.model.prepared import prepared
 
@@ -132,20 +131,20 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             )
 
         try:
-            with ranks.last_words(lambda: kept("terminated, as when another rank is gone")):
-                _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
-                ranks.barrier()
+            _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
+            ranks.barrier()
             if ranks.rank() != 0:
                 return 0
             complete = run.records()
             return job.conclude(run, [complete[index] for index in range(job.num_steps)])
         except KeyboardInterrupt:
-            print(kept("interrupted"), file=sys.stderr)
+            if ranks.is_first():
+                print(kept("interrupted"), file=sys.stderr)
             return 130
         except (RecordError, Failed) as error:
             print(kept(str(error)), file=sys.stderr)
         except KINDS as error:
-            if (why := reason(error, less(job.batch_size))) is None and not is_lost_rank(error):
+            if (why := reason(error, less(job.batch_size))) is None and not ranks.is_lost(error):
                 raise
             if why is not None or ranks.is_first():
                 print(kept(why or "another rank is gone"), file=sys.stderr)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import benchmark
 import generate as generate_script
-from runs.startup import run
+from runs.program import run
 from self_speculation import (
     GenerationConfig,
     HuggingfaceLlamaGenerator,
@@ -213,7 +213,7 @@ def test_a_full_disk_keeps_what_was_written(common, tmp_path):
     program.write_text(
         f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import benchmark\n"
-        "from runs.startup import run\n"
+        "from runs.program import run\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "run(benchmark.main)\n"
     )
@@ -243,7 +243,8 @@ def test_a_cache_that_cannot_be_written(model_folder, script):
 
 def test_ctrl_c_while_imports_take_their_time(common):
     """Guards against a page of traceback for somebody who changed their mind early."""
-    run = subprocess.Popen([sys.executable, str(ROOT / "benchmark.py"), *common], stderr=subprocess.PIPE)
+    command = [sys.executable, str(ROOT / "benchmark.py"), *common]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE)
     while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
