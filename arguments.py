@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_args
@@ -640,19 +639,3 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def names_in_compat(module: str) -> Callable[[str], Any]:
-    """`__getattr__` of a module of which scripts for the paper's code base import names that stand in
-    `measures/compat.py`.
-    """
-
-    def find(name: str) -> Any:
-        if name.startswith("_"):  # Python's own, which it asks for at every import
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return importlib.import_module("measures.compat").lookup(module, name)
-
-    return find
-
-
-__getattr__ = names_in_compat(__name__)

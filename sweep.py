@@ -22,7 +22,6 @@ from arguments import (
     GenerationConfig,
     ModelArguments,
     SweepArguments,
-    names_in_compat,
     parse,
     refuse,
 )
@@ -476,9 +475,6 @@ def _plain_text(table: pandas.DataFrame) -> str:
 def _notice(text: str) -> None:
     if ranks.rank() == 0:
         print(text, file=sys.stderr)
-
-
-__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_there_is_no_circle():
 
 
 @pytest.mark.parametrize(
-    "module", ["arguments", "self_speculation.config", "data", "runs.tuning", "measures.compat"]
+    "module", ["arguments", "self_speculation.config", "data", "runs.tuning", "runs.program"]
 )
 def test_flags_are_read_without_anything_heavy(module):
     """What scripts import before they parse; guards against seconds of waiting for the word on a typo."""
