@@ -89,8 +89,9 @@ def prepare(
     meet(model_args)
     try:
         examples = load_examples(data_args, model_args.seed)
-        description = describe(script, (model_args, config, data_args, args, batch), fingerprint(examples))
-        check_destination(args.resume, model_args.output_dir, description)
+        arguments = (model_args, config, data_args, args, batch)
+        description = describe(script, arguments, fingerprint(examples))
+        check_destination(args.resume, model_args.output_dir, description, arguments)
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config, model_config)

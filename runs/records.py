@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,6 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 _COMPARED = (
     "dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries", "num_ranks",
 )  # fmt: skip
-# Arguments that may differ: they say where results go and what is shown, not what the results are.
-_NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
-# By script: others that only what a clock says depends on, where records are more than that.
-_NOT_COMPARED_IN = {"benchmark": ("batch_size",), "correctness": ("batch_size",)}
-# Arguments that may be higher than they were: what was done before is the beginning of what is done then.
-_MAY_GROW = ("num_steps",)
-
 # Folders that this process has locked until it ends, and the open files that hold the locks.
 _LOCKED: dict[Path, int] = {}
 
@@ -78,23 +71,12 @@ class Run:
 
     @classmethod
     def resume(cls, path: str, description: Record) -> Run:
-        """The folder of an interrupted run that was asked for the same.
+        """The folder of an interrupted run of the same script on the same data, model and machine.
 
         Raises:
-            RecordError: there is none, or its arguments differ; names the difference.
+            RecordError: there is none, or something differs; names the difference.
         """
-        try:
-            earlier = read_run(path)
-        except ValueError as error:
-            raise RecordError(f"--{error}") from error
-        if (script := earlier.get("script")) != description["script"]:
-            raise RecordError(f"--resume {path}: is of {script}.py, go on with that")
-        not_compared = (*_NOT_COMPARED, *_NOT_COMPARED_IN.get(script, ()))
-        for key, now in description["arguments"].items():
-            was = earlier["arguments"].get(key)
-            grows = key in _MAY_GROW and isinstance(was, int) and now > was
-            if was != now and not grows and key not in not_compared:
-                raise RecordError(f"--resume {path}: that run had --{key} {was!r}, this one has {now!r}")
+        earlier = _earlier(path, description["script"])
         for key in _COMPARED:
             was, now = earlier.get(key), description.get(key)
             if key in description and was != now:
@@ -185,19 +167,41 @@ def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) ->
     }
 
 
-def check_destination(resume: str | None, output_dir: str, description: Record) -> None:
-    """Refuse, before anything is loaded, what `open_run` would refuse later, except a folder in use.
+def check_destination(
+    resume: str | None, output_dir: str, description: Record, arguments: Sequence[Any] = ()
+) -> None:
+    """Refuse, before anything is loaded, what `open_run` would refuse later, except a folder in use; and an
+    argument that the run to resume had not, unless the flag's metadata allow it.
 
     Raises:
         RecordError
     """
     if resume is not None:
+        script = description["script"]
+        earlier = _earlier(resume, script)["arguments"]
+        for flag in [flag for group in arguments for flag in fields(group)]:
+            was, now = earlier.get(flag.name), description["arguments"][flag.name]
+            allowed = flag.metadata.get("resume")
+            if flag.name == "resume" or was == now or (allowed and allowed(script, was, now)):
+                continue
+            raise RecordError(f"--resume {resume}: that run had --{flag.name} {was!r}, this one has {now!r}")
         Run.resume(resume, description)
         return
     try:
         Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_created(output_dir, error) from error
+
+
+def _earlier(folder: str, script: str) -> Record:
+    """What a run of the script wrote about itself; raises RecordError where there is none."""
+    try:
+        earlier = read_run(folder)
+    except ValueError as error:
+        raise RecordError(f"--{error}") from error
+    if earlier.get("script") != script:
+        raise RecordError(f"--resume {folder}: is of {earlier.get('script')}.py, go on with that")
+    return earlier
 
 
 def _not_created(output_dir: str, error: OSError) -> RecordError:

@@ -13,6 +13,7 @@ import eval as eval_script
 import generate
 import sweep
 from runs import program
+from runs.conversation import Conversation
 from runs.failures import reason
 from self_speculation import RequestError
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
@@ -153,16 +154,16 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("generate._session", lambda: None)
-    monkeypatch.setattr("generate._ask", ask)
+    monkeypatch.setattr("runs.conversation._session", lambda: None)
+    monkeypatch.setattr("runs.conversation._ask", ask)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    answer, asked = generate.Conversation._ids, []
+    answer, asked = Conversation._ids, []
 
     def ids(self, prompt):
         asked.append([message["content"] for message in self._messages if message["role"] == "user"])
         return answer(self, prompt)
 
-    monkeypatch.setattr(generate.Conversation, "_ids", ids)
+    monkeypatch.setattr(Conversation, "_ids", ids)
     fails_at(ERRORS[kind], 1, 1)
     assert generate.main([*common, "--chat", "True"]) == 0
     assert asked == [[], ["one"], ["one"]]

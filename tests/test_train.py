@@ -13,11 +13,12 @@ from helpers import only_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from arguments import TrainingDataArguments
 from data import DataError
 from self_speculation import load_model_and_tokenizer
+from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 from training.texts import Padding, datasets, load_texts, to_blocks
+from training.trainer import EarlyExitTrainer
 
 SMALL = [
     "--vocabulary_size", "300", "--num_layers", "3", "--hidden_size", "16", "--intermediate_size", "24",
@@ -100,11 +101,12 @@ def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
     program.write_text(
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import train\n"
-        "step = train.EarlyExitTrainer.training_step\n"
+        "from training.trainer import EarlyExitTrainer\n"
+        "step = EarlyExitTrainer.training_step\n"
         "def killed(self, *args, **kwargs):\n"
         "    if self.state.global_step == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *args, **kwargs)\n"
-        "train.EarlyExitTrainer.training_step = killed\n"
+        "EarlyExitTrainer.training_step = killed\n"
         "sys.exit(train.main())\n"
     )
     assert forks.run(program, *arguments(parts, texts, *more)).returncode == -signal.SIGKILL
@@ -134,7 +136,7 @@ def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
 def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, monkeypatch):
     """From its last checkpoint, not from the start; killed in the middle, it has not forgotten how many."""
     folder = run(tmp_path, texts)
-    seen, step = [], train.EarlyExitTrainer.training_step
+    seen, step = [], EarlyExitTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
         seen.append(self.state.global_step)
@@ -142,7 +144,7 @@ def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, mon
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.EarlyExitTrainer, "training_step", interrupted)
+    monkeypatch.setattr(EarlyExitTrainer, "training_step", interrupted)
     assert train.main(["--resume", str(folder), "--num_steps", "20"]) == 130
     assert "step 16 is kept" in capsys.readouterr().err
     assert train.main(["--resume", str(folder)]) == 0

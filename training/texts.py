@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arguments import TrainingDataArguments
 from data import DataError, load_from_hub, one_line
+from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 
 END_OF_TEXT = "<|endoftext|>"
