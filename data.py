@@ -132,10 +132,11 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
     if args.n_shot and dataset.shots_split is not None and _has_split(source, dataset.shots_split):
-        # Only their numbers are shuffled, and only those that are needed become examples.
-        rows = _rows(source, dataset.shots_split)
-        numbers = _shuffled(range(len(rows)), args.random_shuffle, f"shots {seed}")
-        shots = _examples(dataset, [rows[number] for number in numbers[: args.n_shot]])
+        # Only numbers are shuffled, and only the rows that are needed become examples.
+        def chosen(number: int) -> list[int]:
+            return _shuffled(range(number), args.random_shuffle, f"shots {seed}")[: args.n_shot]
+
+        shots = _examples(dataset, _rows(source, dataset.shots_split, chosen))
     if args.n_shot and not shots:  # no training split: examples serve as shots, and are not evaluated
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
@@ -211,10 +212,23 @@ def _has_split(source: tuple[str, ...] | Path, split: str) -> bool:
     return isinstance(source, tuple) or (source.is_dir() and any(source.glob(f"{split}.*")))
 
 
-def _rows(source: tuple[str, ...] | Path, split: str) -> Sequence[tuple[str, Row]]:
-    """The rows of a split, each with its place for messages; of a path that is a file, all."""
+def _rows(
+    source: tuple[str, ...] | Path, split: str, chosen: Callable[[int], Iterable[int]] = range
+) -> list[tuple[str, Row]]:
+    """Rows of a split, or of a path that is a file, each with its place for messages.
+
+    Args:
+        chosen: how many there are -> the numbers of those to return, in order.
+    """
     if isinstance(source, tuple):
-        return _HubRows(source, split)
+        try:
+            found = load_from_hub(*source, split=split)  # on the disk, until a row is asked for
+        except Exception as error:  # the hub's errors have no common base
+            raise DataError(
+                f"cannot load {source[0]} from the hub ({one_line(error)}); check the network, or give the "
+                "same columns by --data_path"
+            ) from error
+        return [(f"{source[0]}, row {number + 1}", found[number]) for number in chosen(len(found))]
     if source.is_dir():
         files = sorted(source.glob(f"{split}.*"))
         if len(files) != 1:
@@ -223,29 +237,8 @@ def _rows(source: tuple[str, ...] | Path, split: str) -> Sequence[tuple[str, Row
     if not is_table(source):
         allowed = "must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
         raise DataError(f"--data_path {source}: {allowed}")
-    return list(read_table(source))
-
-
-class _HubRows(Sequence[tuple[str, Row]]):
-    """The rows of a dataset of the hub, which stay on the disk until they are asked for."""
-
-    def __init__(self, source: tuple[str, ...], split: str) -> None:
-        self._name = source[0]
-        try:
-            self._rows = load_from_hub(*source, split=split)
-        except Exception as error:  # the hub's errors have no common base
-            raise DataError(
-                f"cannot load {self._name} from the hub ({one_line(error)}); check the network, or give the "
-                "same columns by --data_path"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: Any) -> Any:
-        if number >= len(self):
-            raise IndexError(number)
-        return f"{self._name}, row {number + 1}", self._rows[number]
+    rows = list(read_table(source))
+    return [rows[number] for number in chosen(len(rows))]
 
 
 def load_from_hub(*source: str, split: str) -> Any:
