@@ -124,7 +124,7 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
         assert run is not None
         finished = ranks.share(run.records() if ranks.rank() == 0 else {})
         missing = [index for index in range(job.num_steps) if index not in finished]
-        status = 1
+        status, why = 1, ""
         try:
             _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
             ranks.barrier()
@@ -132,16 +132,16 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
                 return 0
             complete = run.records()
             return job.conclude(run, [complete[index] for index in range(job.num_steps)])
-        except KeyboardInterrupt:
-            status, why = 130, "interrupted" if ranks.is_first() else ""
         except (RecordError, Failed) as error:
             why = str(error)
         except KINDS as error:
-            if (why := reason(error, less(job.batch_size)) or "") == "":
-                if not ranks.is_lost(error):
-                    raise
-                why = "another rank is gone" if ranks.is_first() else ""
-        if why:
+            why = reason(error, less(job.batch_size)) or ""
+            if not why and not ranks.is_lost(error):
+                raise
+        except KeyboardInterrupt:
+            status = 130
+        if why or ranks.is_first():  # what ends all ranks is said by the first
+            why = why or ("interrupted" if status == 130 else "another rank is gone")
             kept = f"{len(run.records())} of {job.num_steps} {job.unit} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
         return status
@@ -182,8 +182,8 @@ def _examples_that_fit(
         room = min(room, window - max_steps)
         if room < 1:
             refuse(
-                f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of {window} "
-                "positions, which prompt and answer share"
+                f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of "
+                f"{window} positions, which prompt and answer share"
             )
 
     def fits(prompt: str) -> bool:
