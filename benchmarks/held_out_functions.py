@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import TrainingDataArguments, parse
+from arguments import parse
+from training.flags import TrainingDataArguments
 from training.texts import load_texts
 
 LINES_BEFORE = 10

@@ -29,7 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, parse
-from runs.startup import load_generator, run
+from runs.program import run
+from runs.startup import load_generator
 from self_speculation import HuggingfaceLlamaGenerator, make_strategy
 
 LENGTHS = (1, 2, 7, 24, 64)

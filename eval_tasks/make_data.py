@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import TrainingDataArguments
+from training.flags import TrainingDataArguments
 from training.texts import load_texts
 
 NUM_QUESTIONS, NUM_TEXTS, LENGTH_OF_TEXT, SHORTEST_LINE = 120, 20, 1500, 12

@@ -17,7 +17,6 @@ from runs.failures import KINDS, Failed, less, named, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import get_ready, load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, RequestError
-from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length, sliding_window
 from self_speculation.model.prepared import prepared
 
@@ -90,8 +89,9 @@ def prepare(
     meet(model_args)
     try:
         examples = load_examples(data_args, model_args.seed)
-        description = describe(script, (model_args, config, data_args, args, batch), fingerprint(examples))
-        check_destination(args.resume, model_args.output_dir, description)
+        arguments = (model_args, config, data_args, args, batch)
+        description = describe(script, arguments, fingerprint(examples))
+        check_destination(args.resume, model_args.output_dir, description, arguments)
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config, model_config)
@@ -124,54 +124,48 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
         assert run is not None
         finished = ranks.share(run.records() if ranks.rank() == 0 else {})
         missing = [index for index in range(job.num_steps) if index not in finished]
-
-        def kept(reason: str) -> str:
-            return (
-                f"{reason}; {len(run.records())} of {job.num_steps} {job.unit} are kept, go on with "
-                f"--resume {run.folder}"
-            )
-
+        status, why = 1, ""
         try:
-            with ranks.last_words(lambda: kept("terminated, as when another rank is gone")):
-                _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
-                ranks.barrier()
+            _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
+            ranks.barrier()
             if ranks.rank() != 0:
                 return 0
             complete = run.records()
             return job.conclude(run, [complete[index] for index in range(job.num_steps)])
-        except KeyboardInterrupt:
-            print(kept("interrupted"), file=sys.stderr)
-            return 130
         except (RecordError, Failed) as error:
-            print(kept(str(error)), file=sys.stderr)
+            why = str(error)
         except KINDS as error:
-            if (why := reason(error, less(job.batch_size))) is None and not is_lost_rank(error):
+            why = reason(error, less(job.batch_size)) or ""
+            if not why and not ranks.is_lost(error):
                 raise
-            if why is not None or ranks.is_first():
-                print(kept(why or "another rank is gone"), file=sys.stderr)
-        return 1
+        except KeyboardInterrupt:
+            status = 130
+        if why or ranks.is_first():  # what ends all ranks is said by the first
+            why = why or ("interrupted" if status == 130 else "another rank is gone")
+            kept = f"{len(run.records())} of {job.num_steps} {job.unit} are kept"
+            print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
+        return status
 
 
 def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) -> None:
-    """Write the records of this rank's examples; `records` are those that were finished before."""
+    """Write the records of this rank's examples; `records` are those that were finished before.
+
+    Raises:
+        Failed: what is wrong with one of them.
+    """
     writer = run.writer(ranks.rank())
     with tqdm(total=len(indices), desc=job.unit, disable=ranks.rank() != 0) as bar:
-        for index, record in _naming_what_fails(job, indices):
-            records.append({"index": index, **record})
-            writer.append(records[-1])
-            bar.set_postfix_str(job.progress(records), refresh=False)
-            bar.update()
-            if ranks.rank() == 0:
-                job.after_each(run)
-
-
-def _naming_what_fails(job: Job, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
-    """The records of a job; `Failed` for what is wrong with one of them."""
-    try:
-        yield from job.records(indices)
-    except RequestError as error:
-        with named(job.name(error.index), job.batch_size):
-            raise
+        try:
+            for index, record in job.records(indices):
+                records.append({"index": index, **record})
+                writer.append(records[-1])
+                bar.set_postfix_str(job.progress(records), refresh=False)
+                bar.update()
+                if ranks.rank() == 0:
+                    job.after_each(run)
+        except RequestError as error:
+            with named(job.name(error.index), job.batch_size):
+                raise
 
 
 def longest_prompt(examples: Sequence[Example]) -> str:
@@ -186,25 +180,22 @@ def _examples_that_fit(
     room = context_length(generator.model.config) - 1
     if (window := sliding_window(generator.model.config)) is not None:
         room = min(room, window - max_steps)
-    if window is not None and room < 1:
-        refuse(
-            f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of {window} "
-            "positions, which prompt and answer share"
-        )
+        if room < 1:
+            refuse(
+                f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of "
+                f"{window} positions, which prompt and answer share"
+            )
+
+    def fits(prompt: str) -> bool:
+        return not generator.is_far_too_long(prompt) and len(generator.encode(prompt)) <= room
+
     try:
-        fitting = [
-            example
-            for example in examples
-            if not generator.is_far_too_long(example.prompt) and len(generator.encode(example.prompt)) <= room
-        ]
+        fitting = [example for example in examples if fits(example.prompt)]
     except ValueError as error:
         refuse(str(error))
     if not fitting:
         refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
-    if len(fitting) < len(examples) and ranks.rank() == 0:
-        number = len(examples) - len(fitting)
-        print(
-            f"left out {number} of {len(examples)} examples: prompts of more than {room} tokens",
-            file=sys.stderr,
-        )
+    if (number := len(examples) - len(fitting)) and ranks.rank() == 0:
+        left_out = f"left out {number} of {len(examples)} examples"
+        print(f"{left_out}: prompts of more than {room} tokens", file=sys.stderr)
     return fitting

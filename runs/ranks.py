@@ -13,20 +13,18 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import arguments
-from self_speculation.model.devices import is_lost_rank
+
+if TYPE_CHECKING:  # torch is imported where ranks exchange something: flags are read before
+    import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -60,6 +58,9 @@ def world_size() -> int:
 
 def join_as_one() -> None:
     """Join the other processes to hold one model together, and silence all but the first."""
+    import torch
+    import torch.distributed as dist
+
     global _one_model_together
     _one_model_together = True
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
@@ -68,7 +69,7 @@ def join_as_one() -> None:
     errors = arguments.errors = sys.stderr
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not is_lost_rank(error):
+        if not is_lost(error):
             traceback.print_exception(kind, error, trace, file=errors)
 
     sys.excepthook = show
@@ -87,27 +88,44 @@ def place_to_write(resume: str | None, output_dir: str) -> tuple[str | None, str
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other ranks, if there are any. Only small objects are exchanged, so over the CPU."""
-    if num_processes() == 1:
+    """Join the other ranks, if there are any. Only small objects are exchanged, so over the CPU.
+
+    Meanwhile SIGTERM raises KeyboardInterrupt, as Ctrl-C does: torchrun sends it when another rank is lost.
+    """
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if num_processes() > 1:
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=PATIENCE)
         yield
-        return
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    yield
-    # Not in a `finally`: a rank that fails must end at once, so that torchrun ends the others.
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    # Not in the `finally`: a rank that fails must end at once, so that torchrun ends the others.
     leave()
 
 
 def leave() -> None:
     """Leave the group of ranks, if there is one."""
-    if dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a process that waited for another one learnt so that it is gone."""
+    from self_speculation.model.devices import is_lost_rank
+
+    return is_lost_rank(error)
 
 
 def share(thing: T) -> T:
     """Give every rank what rank 0 has; the argument of the others is ignored."""
     if world_size() == 1:
         return thing
+    import torch.distributed as dist
+
     box: list[Any] = [thing]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -117,36 +135,7 @@ def barrier() -> None:
     """Wait for the other ranks."""
     global _last_barrier
     if world_size() > 1:
+        import torch.distributed as dist
+
         _last_barrier = dist.barrier(async_op=True)
         _last_barrier.wait()
-
-
-@contextmanager
-def last_words(say: Callable[[], str]) -> Iterator[None]:
-    """Print what `say` returns when torchrun terminates rank 0, as it does when another rank has died.
-
-    It works even while rank 0 waits for that rank.
-    """
-    if num_processes() == 1 or not is_first():
-        yield
-        return
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-
-    def watch() -> None:
-        while (signum := os.read(read, 1)[0]) != 0:
-            if signum == signal.SIGTERM:
-                print(say(), file=sys.stderr, flush=True)
-                os._exit(1)
-
-    # Python runs handlers in the main thread, which may be waiting for another rank. The signal's number is
-    # written to the pipe all the same, and the thread reads it.
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: None)
-    previous_fd = signal.set_wakeup_fd(write)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(previous_fd)
-        signal.signal(signal.SIGTERM, previous_handler)
-        os.write(write, b"\0")

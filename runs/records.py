@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,8 @@ from arguments import read_run
 Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
-# What a resumed run must have in common with the interrupted one, besides the arguments, if both say it.
-_COMPARED = (
-    "dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries", "num_ranks",
-)  # fmt: skip
-# Arguments that may differ: they say where results go and what is shown, not what the results are.
-_NOT_COMPARED = ("output_dir", "resume", "verbose", "execute_code", "verify_top")
-# By script: others that only what a clock says depends on, where records are more than that.
-_NOT_COMPARED_IN = {"benchmark": ("batch_size",), "correctness": ("batch_size",)}
-# Arguments that may be higher than they were: what was done before is the beginning of what is done then.
-_MAY_GROW = ("num_steps",)
+# What a resumed run must have in common with the interrupted one besides its arguments, where it is known.
+_FACTS = ("dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries", "num_ranks")
 
 # Folders that this process has locked until it ends, and the open files that hold the locks.
 _LOCKED: dict[Path, int] = {}
@@ -55,60 +47,41 @@ class Run:
 
     @classmethod
     def create(cls, output_dir: str, name: str, description: Record) -> Run:
-        """A new folder `name_<time>` in `output_dir`.
-
-        Raises:
-            RecordError: it cannot be made.
-        """
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        for attempt in range(1000):  # another run may have begun in the same second
-            folder = Path(output_dir).expanduser() / f"{name}_{stamp}{f'_{attempt}' if attempt else ''}"
+        """A new folder `name_<time>` in `output_dir`; raises RecordError where it cannot be made."""
+        folder = first = Path(output_dir).expanduser() / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+        number = 0
+        while True:
             try:
                 folder.mkdir(parents=True)
-            except FileExistsError as error:
+                break
+            except OSError as error:
                 if not folder.is_dir():
                     raise _not_created(output_dir, error) from error
-                continue
-            except OSError as error:
-                raise _not_created(output_dir, error) from error
-            run = cls(folder, description)
-            run.write("run.json", {**description, "status": "running"})
-            return run
-        raise RecordError(f"--output_dir {output_dir}: a thousand runs began in this second")
+                number += 1  # another run began in the same second
+                folder = first.with_name(f"{first.name}_{number}")
+        run = cls(folder, description)
+        run.write("run.json", {**description, "status": "running"})
+        return run
 
     @classmethod
     def resume(cls, path: str, description: Record) -> Run:
-        """The folder of an interrupted run that was asked for the same.
+        """The folder of an interrupted run of the same script on the same data, model and machine.
 
         Raises:
-            RecordError: there is none, or its arguments differ; names the difference.
+            RecordError: there is none, or something differs; names the difference.
         """
-        try:
-            earlier = read_run(path)
-        except ValueError as error:
-            raise RecordError(f"--{error}") from error
-        if (script := earlier.get("script")) != description["script"]:
-            raise RecordError(f"--resume {path}: is of {script}.py, go on with that")
-        not_compared = (*_NOT_COMPARED, *_NOT_COMPARED_IN.get(script, ()))
-        for key, now in description["arguments"].items():
-            was = earlier["arguments"].get(key)
-            grows = key in _MAY_GROW and isinstance(was, int) and now > was
-            if was != now and not grows and key not in not_compared:
-                raise RecordError(f"--resume {path}: that run had --{key} {was!r}, this one has {now!r}")
-        for key in _COMPARED:
-            was, now = earlier.get(key), description.get(key)
-            if key in description and was != now:
-                raise RecordError(f"--resume {path}: that run had {key} {was!r}, this one has {now!r}")
+        earlier = _earlier(path, description)
+        for key in [key for key in _FACTS if key in description]:
+            _same_or_refused(path, key, earlier.get(key), description[key])
         return cls(Path(path).expanduser(), description)
 
     def records(self) -> dict[int, Record]:
         """Every complete record by its index."""
         found: dict[int, Record] = {}
-        for path in [*self.folder.glob("records.rank*.jsonl"), self.folder / "records.jsonl"]:
-            if path.exists():
-                for line in _complete(path.read_bytes()).decode().splitlines():
-                    record = json.loads(line)
-                    found[record["index"]] = record
+        for path in [*self.folder.glob("records.rank*.jsonl"), *self.folder.glob("records.jsonl")]:
+            for line in _complete(path.read_bytes()).decode().splitlines():
+                record = json.loads(line)
+                found[record["index"]] = record
         return found
 
     def writer(self, rank: int) -> Writer:
@@ -130,10 +103,7 @@ class Run:
         path = self.folder / name
         partial = path.with_suffix(".partial")
         try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(partial, "w", text)
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -146,15 +116,11 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self._path = path
         if path.exists():  # remove a last line that a kill or a full disk cut in half
-            content = path.read_bytes()
-            os.truncate(path, len(_complete(content)))
+            os.truncate(path, len(_complete(path.read_bytes())))
 
     def append(self, record: Record) -> None:
         try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(_line(record))
-                file.flush()
-                os.fsync(file.fileno())
+            _write(self._path, "a", _line(record))
         except OSError as error:
             raise RecordError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -175,6 +141,46 @@ def open_run(resume: str | None, output_dir: str, name: str, description: Record
     return run
 
 
+def check_destination(
+    resume: str | None, output_dir: str, description: Record, arguments: Sequence[Any] = ()
+) -> None:
+    """Refuse, before anything is loaded, what `open_run` would refuse later, except a folder in use; and an
+    argument that the run to resume did not have, unless the flag's metadata allow it (see `MAY_DIFFER`).
+
+    Raises:
+        RecordError
+    """
+    if resume is None:
+        try:
+            Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_created(output_dir, error) from error
+        return
+    earlier = _earlier(resume, description)["arguments"]
+    for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
+        was, now = earlier.get(flag.name), description["arguments"][flag.name]
+        may_differ = flag.metadata.get("resume")
+        if may_differ is None or not may_differ(description["script"], was, now):
+            _same_or_refused(resume, f"--{flag.name}", was, now)
+    Run.resume(resume, description)
+
+
+def _earlier(path: str, description: Record) -> Record:
+    """What an earlier run of the same script wrote about itself; raises RecordError where there is none."""
+    try:
+        earlier = read_run(path)
+    except ValueError as error:
+        raise RecordError(f"--{error}") from error
+    if (script := earlier.get("script")) != description["script"]:
+        raise RecordError(f"--resume {path}: is of {script}.py, go on with that")
+    return earlier
+
+
+def _same_or_refused(path: str, what: str, was: Any, now: Any) -> None:
+    if was != now:
+        raise RecordError(f"--resume {path}: that run had {what} {was!r}, this one has {now!r}")
+
+
 def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:
     """What a run was asked for, and the versions of the libraries that it uses."""
     return {
@@ -183,26 +189,6 @@ def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) ->
         "dataset_fingerprint": dataset_fingerprint,
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
-
-
-def check_destination(resume: str | None, output_dir: str, description: Record) -> None:
-    """Refuse, before anything is loaded, what `open_run` would refuse later, except a folder in use.
-
-    Raises:
-        RecordError
-    """
-    if resume is not None:
-        Run.resume(resume, description)
-        return
-    try:
-        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_created(output_dir, error) from error
-
-
-def _not_created(output_dir: str, error: OSError) -> RecordError:
-    # Of /proc the system says "No such file or directory", which alone would not be understood.
-    return RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})")
 
 
 def describe_model(name: str, model: PreTrainedModel) -> Record:
@@ -217,6 +203,18 @@ def describe_model(name: str, model: PreTrainedModel) -> Record:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
+
+
+def _not_created(output_dir: str, error: OSError) -> RecordError:
+    # Of /proc the system says "No such file or directory", which alone would not be understood.
+    return RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})")
+
+
+def _write(path: Path, mode: str, text: str) -> None:
+    with open(path, mode, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _line(record: Record) -> str:

@@ -1,12 +1,9 @@
-"""How scripts begin and end: load the model that the flags name, leave with the right status."""
+"""How scripts begin: they load the model that the flags name."""
 
 from __future__ import annotations
 
 import io
-import os
-import signal
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import NoReturn
@@ -16,42 +13,15 @@ from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, TuningArguments, refuse
 from runs import ranks
-from runs.failures import KINDS, reason
-from runs.status import bars_fit_the_output, says_if_slow
+from runs.failures import reason
+from runs.status import says_if_slow
 from runs.tuning import counts
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
-from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import default_model, load_config, resolve_device
 from self_speculation.model.prepared import prepared
 from self_speculation.model.quantized_layers import check_copies
-
-
-def run(main: Callable[[], int], **advice: str) -> NoReturn:
-    """End the program with the status that `main` returns, or in one line after a Ctrl-C.
-
-    Args:
-        advice: see `reason`.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    bars_fit_the_output()
-    try:
-        status = main()
-        sys.stdout.flush()
-        ranks.leave()
-    except KeyboardInterrupt:
-        status = 130
-        if ranks.is_first():
-            print("interrupted", file=sys.stderr)
-    except BrokenPipeError:  # whoever read the output, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
-    except KINDS as error:
-        if (why := reason(error, **advice)) is None and not is_lost_rank(error):
-            raise
-        refuse(why or "another rank is gone", status=1)
-    sys.exit(status)
 
 
 def meet(model_args: ModelArguments) -> None:

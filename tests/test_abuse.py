@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import benchmark
 import generate as generate_script
-from runs.startup import run
+from runs.program import run
 from self_speculation import (
     GenerationConfig,
     HuggingfaceLlamaGenerator,
@@ -213,7 +213,7 @@ def test_a_full_disk_keeps_what_was_written(common, tmp_path):
     program.write_text(
         f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import benchmark\n"
-        "from runs.startup import run\n"
+        "from runs.program import run\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "run(benchmark.main)\n"
     )
@@ -241,14 +241,15 @@ def test_a_cache_that_cannot_be_written(model_folder, script):
     assert "Traceback" not in run.stderr
 
 
-def test_ctrl_c_while_imports_take_their_time(common):
+def test_ctrl_c_while_imports_take_their_time(model_folder):
     """Guards against a page of traceback for somebody who changed their mind early."""
-    run = subprocess.Popen([sys.executable, str(ROOT / "benchmark.py"), *common], stderr=subprocess.PIPE)
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(model_folder), "--prompt", "def"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE)
     while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=forks.HANGS)[1] == b""
-    assert run.returncode == -signal.SIGINT
+    assert run.communicate(timeout=forks.HANGS)[1] == b"interrupted\n"
+    assert run.returncode == 130
 
 
 def test_two_runs_into_one_folder_and_ctrl_c(endless_folder, common, tmp_path, capsys):

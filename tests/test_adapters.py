@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from self_speculation import fuse, load_model_and_tokenizer
-from runs.startup import run
+from runs.program import run
 import generate
 base, folder = sys.argv[1:]
 adapted = AutoModelForCausalLM.from_pretrained(base)

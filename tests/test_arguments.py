@@ -6,13 +6,12 @@ import pytest
 
 from arguments import (
     EvalArguments,
-    GenerateArguments,
     GenerationConfig,
     ModelArguments,
     given_flags,
     parse,
-    simple_parse_args_string,
 )
+from generate import GenerateArguments
 
 GROUPS = (ModelArguments, GenerationConfig, GenerateArguments)
 
@@ -84,9 +83,9 @@ def test_lists_and_choices():
 def test_model_args_become_python_values():
     (model,) = parse("test", ModelArguments, args=["--model_args", "a=1,b=x,c=True,d=0.5,e=None"])
     assert model.from_pretrained_args() == {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None}
-    in_any_case = simple_parse_args_string("a=true, b=FALSE,c=none,d=nOne")
+    in_any_case = ModelArguments(model_args="a=true, b=FALSE,c=none,d=nOne").from_pretrained_args()
     assert in_any_case == {"a": True, "b": False, "c": None, "d": None}
-    assert simple_parse_args_string(None) == {}
+    assert ModelArguments().from_pretrained_args() == {}
 
 
 @pytest.mark.parametrize(

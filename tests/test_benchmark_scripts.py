@@ -240,7 +240,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
     program.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import benchmark\n"
-        "from runs.startup import run\n"
+        "from runs.program import run\n"
         "def records(self, indices): raise TypeError('rank 1 broke')\n"
         "if os.environ['RANK'] == '1': benchmark.Benchmark.records = records\n"
         "run(benchmark.main)\n"

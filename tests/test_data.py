@@ -158,8 +158,8 @@ def test_only_the_shots_that_are_needed_become_examples(place, tmp_path, monkeyp
     for split, part in splits.items():
         write(tmp_path / f"{split}.jsonl", part)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list(splits[split]))
-    read, value = [], data._value
-    monkeypatch.setattr(data, "_value", lambda *args: read.append(args) or value(*args))
+    read, value = [], data.cell
+    monkeypatch.setattr(data, "cell", lambda *args: read.append(args) or value(*args))
     path = str(tmp_path) if place == "folder" else None
     (example,) = load("xsum_summarization", path, n_shot=3, num_samples=1)
     assert len(read) == 2 * (3 + 2)  # columns of the shots, and of the test split
@@ -200,6 +200,17 @@ def test_line_ends_of_windows(tmp_path):
     path.write_bytes(b'prompt,response\r\n"a\r\nb","c\r\nd"\r\n')
     (example,) = in_order("custom_jsonl", str(path))
     assert (example.prompt, example.reference) == ("a\nb", "c\nd")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "prompt,response\na,b\n"), ("a.jsonl", '{"prompt": "a", "response": "b"}\n')],
+)
+def test_a_byte_order_mark_is_no_text(name, content, tmp_path):
+    """Guards against a file that Windows wrote and whose first column is not found."""
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    (example,) = in_order("custom_jsonl", str(tmp_path / name))
+    assert (example.prompt, example.reference) == ("a", "b")
 
 
 def test_shots_keep_the_indentation_of_code():
@@ -246,6 +257,11 @@ def test_a_number_in_json_becomes_its_text(tmp_path):
             "line 1: no column 'response'; found: prompt, answer",
         ),
         ("a.jsonl", b"[1]\n", "line 1: must be an object, not list"),
+        (
+            "a.jsonl",
+            b'{"prompt": ' + b"[" * 99_999,
+            "line 1: lists and objects within each other",
+        ),
         (
             "a.jsonl",
             b'{"prompt": null, "response": "b"}',

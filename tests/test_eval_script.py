@@ -159,7 +159,7 @@ def test_two_ranks_score_as_one(model_folder, task_folder, tmp_path):
         "manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)\n"
         "lm_eval.tasks.TaskManager = manager\n"
         "import eval\n"
-        "from runs.startup import run\n"
+        "from runs.program import run\n"
         "run(eval.main)\n"
     )
     ran = forks.run_ranks(2, program, *arguments(model_folder, tasks, task_folder, two, *flags))

@@ -12,8 +12,9 @@ import benchmark
 import eval as eval_script
 import generate
 import sweep
-from runs import startup
-from runs.failures import is_out_of_memory
+from runs import program
+from runs.conversation import Conversation
+from runs.failures import reason
 from self_speculation import RequestError
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.model.decoder import Decoder
@@ -115,7 +116,7 @@ def test_one_prompt_ends_in_one_line(kind, common, fails_at, monkeypatch, capsys
     fails_at(ERRORS[kind], 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
-        startup.run(lambda: generate.main([*common, "--prompt", "Once"]))
+        program.run(lambda: generate.main([*common, "--prompt", "Once"]))
     assert end.value.code == 1
     said = capsys.readouterr().err
     assert f"error: {SAID.get(kind, OUT_OF_MEMORY)}" in said
@@ -126,7 +127,7 @@ def test_other_errors_are_not_explained_away(common, fails_at):
     """A mistake of the program must show its traceback."""
     fails_at(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 0)
     with pytest.raises(RuntimeError, match="mat1"):
-        startup.run(lambda: generate.main([*common, "--prompt", "Once"]))
+        program.run(lambda: generate.main([*common, "--prompt", "Once"]))
 
 
 def test_while_loading(common, monkeypatch, capsys):
@@ -153,16 +154,16 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("generate._session", lambda: None)
-    monkeypatch.setattr("generate._ask", ask)
+    monkeypatch.setattr("runs.conversation._session", lambda: None)
+    monkeypatch.setattr("runs.conversation._ask", ask)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    answer, asked = generate.Conversation._ids, []
+    answer, asked = Conversation._ids, []
 
     def ids(self, prompt):
         asked.append([message["content"] for message in self._messages if message["role"] == "user"])
         return answer(self, prompt)
 
-    monkeypatch.setattr(generate.Conversation, "_ids", ids)
+    monkeypatch.setattr(Conversation, "_ids", ids)
     fails_at(ERRORS[kind], 1, 1)
     assert generate.main([*common, "--chat", "True"]) == 0
     assert asked == [[], ["one"], ["one"]]
@@ -172,11 +173,17 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
 
 
 def test_out_of_memory_is_told_from_other_errors():
-    assert all(is_out_of_memory(error) == (kind != "nan") for kind, error in ERRORS.items())
+    """Guards against a mistake of the program that is explained away, and against a traceback where an error
+    of the memory comes wrapped.
+    """
+    assert all(reason(error).startswith("out of memory") == (kind != "nan") for kind, error in ERRORS.items())
+    assert reason(MemoryError("the cache takes 9 GiB")).startswith(
+        "out of memory: the cache takes 9 GiB; less"
+    )
     wrapped = ValueError("cannot load")
     wrapped.__cause__ = ERRORS["cpu"]
-    assert is_out_of_memory(wrapped)
-    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert reason(wrapped).startswith("out of memory")
+    assert reason(RuntimeError("size mismatch")) is None
 
 
 def test_a_measured_sweep_of_empty_answers(dataset, tmp_path, capsys):

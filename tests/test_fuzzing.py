@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+from typing import get_type_hints
 
 import pyarrow
 import pyarrow.parquet
@@ -19,20 +20,17 @@ from arguments import (
     CorrectnessArguments,
     DataArguments,
     EvalArguments,
-    GenerateArguments,
     GenerationConfig,
     MeasurementArguments,
     ModelArguments,
-    NewModelArguments,
-    OptimizationArguments,
-    RecipeArguments,
     SweepArguments,
-    TrainingDataArguments,
     TuningArguments,
     parse,
 )
 from data import DATASETS, DataError, load_examples
+from generate import GenerateArguments
 from self_speculation.drafts.prompt_lookup import NgramIndex
+from training.flags import Flags
 
 GROUPS = [
     (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments),
@@ -40,7 +38,7 @@ GROUPS = [
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
     (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
     (ModelArguments, GenerationConfig, EvalArguments, TuningArguments),
-    (ModelArguments, NewModelArguments, TrainingDataArguments, RecipeArguments, OptimizationArguments),
+    tuple(get_type_hints(Flags).values()),
 ]  # as the scripts have them
 
 NUMBERS = st.one_of(

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 import generate
+from runs.conversation import Conversation
 
 SPECULATIVE = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 GREEDY = ["--sample", "False", "--max_steps", "20"]
@@ -127,7 +128,7 @@ def test_compare_can_be_interrupted(said, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.Conversation, "_comparison", interrupted)
+    monkeypatch.setattr(Conversation, "_comparison", interrupted)
     result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
     assert result.returncode == 130
     assert result.stderr.splitlines()[-1] == "  unwatched: interrupted"
@@ -139,7 +140,7 @@ def test_getting_ready_can_be_interrupted(said, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.Conversation, "get_ready", interrupted)
+    monkeypatch.setattr(Conversation, "get_ready", interrupted)
     result = said("--prompt", "def add", *GREEDY, *SPECULATIVE)
     assert result.returncode == 130
     assert result.stderr.splitlines()[-1] == "interrupted"
@@ -274,39 +275,58 @@ def test_of_several_ranks_only_one_talks(model_folder, said):
     assert result.stdout == said(*args).stdout
 
 
-def test_the_loop_answers_until_ctrl_d(talk):
+def test_the_conversation_goes_on_until_ctrl_d(talk):
     child = talk(*GREEDY, *SPECULATIVE, "--streamer", "speculative")
-    child.expect("Ctrl-D sends it")
+    child.expect("Enter sends it")
     child.is_asked()
-    child.send("first line\rsecond line")
-    child.expect("second line")
-    child.control("d")
+    child.send("def add\r")
     child.expect("20 tokens in")
     child.expect("acceptance rate")
     child.is_asked()
     child.control("c")  # nothing to stop
     child.is_asked()
-    child.send("x " * 300)
-    child.control("d")
-    child.expect("error: the prompt has .* leaves no room")  # and the loop goes on
+    child.send("x " * 300 + "\r")
+    child.expect("error: the prompt has .* leaves no room")  # and the conversation goes on
     child.is_asked()
     child.control("d")
     assert child.ends_well()
 
 
-def test_commands_act_on_enter(talk):
-    """Guards against an Enter that begins a second line, which makes `/exit` a prompt."""
+@pytest.mark.parametrize(
+    ("keys", "num_lines"),
+    [
+        ("abcdef\r", 1),
+        ("ab\x1b\rcd\x1b\ref\r", 3),  # Alt-Enter
+        ("ab\\\rcd\\\ref\r", 3),  # a backslash at the end
+        ("\x1b[200~ab\rcd\ref\x1b[201~\r", 3),  # pasted, as terminals tell it
+        ("\r \r\x7fabcdef\r", 1),  # Enter where there is nothing to send
+    ],
+)
+def test_keys_of_a_prompt(keys, num_lines, talk, byte_tokenizer):
+    """Guards against a prompt of several lines that is sent after the first, and a backslash that stays."""
+    prompt = "\n".join(["abcdef"] if num_lines == 1 else ["ab", "cd", "ef"])
+    child = talk(*GREEDY)
+    child.is_asked()
+    child.send(keys)
+    child.expect(r"for (\d+) tokens")
+    assert int(child.match[1]) == len(byte_tokenizer.encode(prompt))
+    child.is_asked()
+    child.control("d")
+    assert child.ends_well()
+
+
+def test_commands(talk):
+    """Guards against a prompt that begins with a slash and is taken for a command, or the reverse."""
     child = talk(*GREEDY)
     child.is_asked()
     child.send("/help\r")
     child.expect("/exit +leaves")
-    child.expect("Ctrl-D +sends the prompt")
+    child.expect("Enter +sends the prompt")
     child.is_asked()
     child.send("/leave\r")
     child.expect("/leave: no such command, there are /help, /exit")
     child.is_asked()
-    child.send("/exit of this function:\rreturn")  # a prompt of two lines
-    child.control("d")
+    child.send("/exit of this function:\r")
     child.expect("20 tokens in")
     child.is_asked()
     child.send(" /exit \r")
@@ -319,7 +339,7 @@ def test_keys_typed_meanwhile_are_not_replayed(talk):
     child.send("while it loads\r")
     child.is_asked()
     for _ in range(2):
-        child.send("hi\x04same breath\r")
+        child.send("hi\rsame breath\r")
         child.expect(r"for (\d+) tokens")
         assert int(child.match[1]) <= 3
         child.is_asked()
@@ -343,8 +363,7 @@ def test_chat_keeps_the_conversation(talk):
     sizes = []
     for _ in range(2):
         child.is_asked()
-        child.send("hi")
-        child.control("d")
+        child.send("hi\r")
         child.expect(r"for (\d+) tokens")
         sizes.append(int(child.match[1]))
     assert sizes[1] > 2 * sizes[0]
@@ -353,8 +372,7 @@ def test_chat_keeps_the_conversation(talk):
 def test_ctrl_c_stops_the_answer_and_keeps_its_statistics(talk, endless_folder):
     child = talk("--model", endless_folder, "--max_steps", "90000", "--sample", "False")
     child.is_asked()
-    child.send("def add")
-    child.control("d")
+    child.send("def add\r")
     child.expect("(?s).{1000}")  # well after the answer began, long before it could end
     child.control("c")
     child.expect(r"\d+ tokens in .* s, interrupted")

@@ -144,7 +144,7 @@ def test_the_readme_links_every_page():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_that_a_page_names_exists(page):
     """The quick half of the slow tests above: guards against a flag that was renamed."""
-    sources = ["arguments.py", "self_speculation/config.py", "benchmarks/*.py"]
+    sources = ["*.py", "runs/*.py", "training/*.py", "self_speculation/config.py", "benchmarks/*.py"]
     text = "".join(path.read_text() for pattern in sources for path in ROOT.glob(pattern))
     known = {"help", *re.findall(r"^    (\w+):", text, re.MULTILINE)}
     for command in commands(page):

@@ -155,7 +155,8 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, co
             run.end()
         errors = forks.read(said, text=True)
     found = re.search(
-        r"another rank is gone; (\d+) of 10 examples are kept, go on with --resume (\S+)", errors
+        r"(?:another rank is gone|interrupted); (\d+) of 10 examples are kept, go on with --resume (\S+)",
+        errors,
     )
     assert found, errors
     assert int(found[1]) >= 1

@@ -1,16 +1,19 @@
 """Run folders: nothing is lost, nothing half-written is believed."""
 
+import dataclasses
 import errno
 import json
 import os
 
 import pytest
 
-from runs.records import RecordError, Run
+from arguments import MAY_DIFFER
+from runs.records import RecordError, Run, check_destination, describe
+from training.flags import MAY_GROW
 
 DESCRIPTION = {
     "script": "test",
-    "arguments": {"seed": 1, "output_dir": "a", "verbose": False},
+    "arguments": {"seed": 1},
     "dataset_fingerprint": "x",
 }
 
@@ -81,15 +84,32 @@ def test_a_record_is_on_the_disk_before_the_next_is_made(run, monkeypatch):
     assert synced == sizes
 
 
-def test_resuming_with_other_arguments_names_the_difference(run):
-    other = {**DESCRIPTION, "arguments": {"seed": 2, "output_dir": "b", "verbose": True}}
+def test_resuming_with_other_arguments_names_the_difference(tmp_path):
+    """Guards against records of two runs in one file, and a --resume that insists on what does not matter."""
+
+    @dataclasses.dataclass
+    class Flags:
+        seed: int = 1
+        steps: int = dataclasses.field(default=5, metadata=MAY_GROW)
+        verbose: bool = dataclasses.field(default=False, metadata=MAY_DIFFER)
+        resume: str | None = None
+
+    def described(flags):
+        return {**describe("test", [flags], "x"), "model": "m", "device": "d", "dtype": "t"}
+
+    def resumed(flags, **facts):
+        check_destination(folder, "", {**described(flags), **facts}, [flags])
+
+    folder = str(Run.create(str(tmp_path), "test", described(Flags())).folder)
+    resumed(Flags(verbose=True, resume=folder))
+    resumed(Flags(steps=6))
     with pytest.raises(RecordError, match="that run had --seed 1, this one has 2"):
-        Run.resume(str(run.folder), other)
-    where_and_what_is_shown = {**DESCRIPTION, "arguments": {"seed": 1, "output_dir": "b", "verbose": True}}
-    assert Run.resume(str(run.folder), where_and_what_is_shown).folder == run.folder
+        resumed(Flags(seed=2))
+    with pytest.raises(RecordError, match="that run had --steps 5, this one has 4"):
+        resumed(Flags(steps=4))
     for key in ("dataset_fingerprint", "device", "model", "dtype"):
         with pytest.raises(RecordError, match=f"that run had {key} .*, this one has 'y'"):
-            Run.resume(str(run.folder), {**DESCRIPTION, key: "y"})
+            resumed(Flags(), **{key: "y"})
 
 
 def test_resuming_what_is_not_a_run(tmp_path):

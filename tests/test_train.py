@@ -13,11 +13,12 @@ from helpers import only_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from arguments import TrainingDataArguments
 from data import DataError
 from self_speculation import load_model_and_tokenizer
+from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 from training.texts import Padding, datasets, load_texts, to_blocks
+from training.trainer import EarlyExitTrainer
 
 SMALL = [
     "--vocabulary_size", "300", "--num_layers", "3", "--hidden_size", "16", "--intermediate_size", "24",
@@ -100,11 +101,12 @@ def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
     program.write_text(
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import train\n"
-        "step = train.EarlyExitTrainer.training_step\n"
+        "from training.trainer import EarlyExitTrainer\n"
+        "step = EarlyExitTrainer.training_step\n"
         "def killed(self, *args, **kwargs):\n"
         "    if self.state.global_step == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *args, **kwargs)\n"
-        "train.EarlyExitTrainer.training_step = killed\n"
+        "EarlyExitTrainer.training_step = killed\n"
         "sys.exit(train.main())\n"
     )
     assert forks.run(program, *arguments(parts, texts, *more)).returncode == -signal.SIGKILL
@@ -134,7 +136,7 @@ def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
 def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, monkeypatch):
     """From its last checkpoint, not from the start; killed in the middle, it has not forgotten how many."""
     folder = run(tmp_path, texts)
-    seen, step = [], train.EarlyExitTrainer.training_step
+    seen, step = [], EarlyExitTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
         seen.append(self.state.global_step)
@@ -142,7 +144,7 @@ def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, mon
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.EarlyExitTrainer, "training_step", interrupted)
+    monkeypatch.setattr(EarlyExitTrainer, "training_step", interrupted)
     assert train.main(["--resume", str(folder), "--num_steps", "20"]) == 130
     assert "step 16 is kept" in capsys.readouterr().err
     assert train.main(["--resume", str(folder)]) == 0
@@ -282,15 +284,36 @@ def test_what_is_wrong_with_the_data(tmp_path):
     for name, message in (
         ("none*", "no such files"),
         ("a.jsonl", "--text_column text: not in the data, which has content"),
-        ("b.jsonl", "--data_path"),
-        ("[ac].*", "mixes formats"),
+        ("b.jsonl", "b.jsonl, line 1: not JSON"),
         ("", 'is a folder; name its files: ".*/\\*\\*/\\*.jsonl"'),
-        ("d.jsonl", "--text_column text: holds values that are no text"),
+        ("d.jsonl", "d.jsonl, line 2: column 'text' must be text, not NoneType"),
         ("c.txt", "leaves nothing of 1 texts for"),
     ):
         with pytest.raises(DataError, match=message) as error:
             load_texts(data_arguments(tmp_path / name))
         assert "\n" not in str(error.value)
+
+
+def test_files_of_several_formats_and_with_a_byte_order_mark(tmp_path):
+    """Guards against a mark of Windows that becomes part of a text or of a column's name."""
+    mark = "\ufeff".encode()
+    (tmp_path / "a.csv").write_bytes(mark + b"prompt,response\r\n" + b"1,2\r\n" * 9)
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"prompt": "3", "response": "4", "more": 5}\n' * 9)
+    parts = load_texts(data_arguments(tmp_path / "*", eval_fraction=0.5))
+    assert {(row["prompt"], row["response"]) for part in parts for row in part} == {("1", "2"), ("3", "4")}
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_bytes(mark + str(number).encode())
+    parts = load_texts(data_arguments(tmp_path / "*.txt", eval_fraction=0.5))
+    assert sorted(int(text) for part in parts for text in part["text"]) == list(range(9))
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    """Guards against a training on what a file held before."""
+    path = tmp_path / "a.jsonl"
+    for word in ("old", "new"):
+        path.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(9)))
+        parts = load_texts(data_arguments(path))
+        assert {text.split()[0] for part in parts for text in part["text"]} == {word}
 
 
 def test_no_file_of_the_standard_library_is_on_both_sides():

@@ -14,8 +14,9 @@ from transformers import (
     set_seed,
 )
 
-from arguments import ModelArguments, NewModelArguments, OptimizationArguments
+from arguments import ModelArguments
 from self_speculation.model.loading import resolve_dtype
+from training.flags import NewModelArguments, OptimizationArguments
 
 
 def new_llama(

@@ -11,7 +11,7 @@ import sysconfig
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arguments import TrainingDataArguments
-from data import DataError, load_from_hub, one_line
+from data import DataError, cell, is_table, load_from_hub, one_line, read_table
+from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Formats that `datasets` reads, by suffix (compressed files too); any other file is one text.
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Folders of tables that programs wrote, of sources for other interpreters, or of errors made on purpose.
 _NOT_PROSE = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3",
@@ -43,20 +41,6 @@ def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.
         DataError: no such files or dataset, or columns that are neither.
     """
     rows = _read(args)
-    columns = (
-        ["prompt", "response"] if {"prompt", "response"} <= set(rows.column_names) else [args.text_column]
-    )
-    if not set(columns) <= set(rows.column_names):
-        raise DataError(
-            f"--text_column {args.text_column}: not in the data, which has {', '.join(rows.column_names)}; "
-            "prompt and response would do as well"
-        )
-    rows = rows.select_columns(columns)
-    if columns == [args.text_column]:
-        rows = rows.rename_column(args.text_column, "text") if args.text_column != "text" else rows
-    for name in rows.column_names:
-        if not all(isinstance(value, str) for value in rows[name]):
-            raise DataError(f"--text_column {name}: holds values that are no text, or none")
     held_out = [_is_held_out(row, args.eval_fraction) for row in rows]
     training = rows.select([index for index, out in enumerate(held_out) if not out])
     evaluation = rows.select([index for index, out in enumerate(held_out) if out])
@@ -69,35 +53,68 @@ def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.
 
 
 def _read(args: TrainingDataArguments) -> datasets.Dataset:
+    """All rows, with the columns that are learnt."""
     if args.data_path is not None:
-        return _read_files(args.data_path)
-    if args.data == "python_stdlib":
+        paths, what = _files(args.data_path), f"--data_path {args.data_path}"
+        # What was read before is read again when a file has changed.
+        key = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+        kwargs = {"files": key, "column": args.text_column}
+        make = partial(datasets.Dataset.from_generator, _rows_of_files, gen_kwargs=kwargs)
+    elif args.data == "python_stdlib":
         return datasets.Dataset.from_dict({"text": list(standard_library())})
+    else:
+        what = f"--data {args.data}"
+        make = partial(_hub_rows, args.data, args.text_column)
     try:
-        return load_from_hub(args.data, split="train")
-    except Exception as error:  # the hub's errors have no common base
-        raise DataError(f"--data {args.data}: {one_line(error)}") from error
+        return make()
+    except Exception as error:  # those of the hub, of Arrow and of generators have no common base
+        cause = error.__cause__ or error
+        raise cause if isinstance(cause, DataError) else DataError(f"{what}: {one_line(cause)}") from error
 
 
-def _read_files(pattern: str) -> datasets.Dataset:
+def _files(pattern: str) -> list[Path]:
     if (folder := Path(pattern).expanduser()).is_dir():
         suffixes = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
         most = max(suffixes, key=lambda suffix: suffixes[suffix], default="")
         raise DataError(f'--data_path {pattern}: is a folder; name its files: "{folder}/**/*{most}"')
     found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    paths = [Path(path) for path in found if Path(path).is_file()]
-    if not paths:
+    if not (paths := [Path(path) for path in found if Path(path).is_file()]):
         raise DataError(f"--data_path {pattern}: no such files")
-    kinds = {_READERS.get(path.suffix if path.suffix != ".gz" else Path(path.stem).suffix) for path in paths}
-    if len(kinds) > 1:
-        raise DataError(f"--data_path {pattern}: mixes formats")
-    try:
-        if (reader := kinds.pop()) is None:
-            return datasets.Dataset.from_dict({"text": [path.read_text("utf-8") for path in paths]})
-        return datasets.load_dataset(reader, data_files=[str(path) for path in paths], split="train")
-    except Exception as error:  # parsers of each format raise their own
-        cause = error.__cause__ or error
-        raise DataError(f"--data_path {pattern}: {one_line(cause)}") from error
+    return paths
+
+
+def _rows_of_files(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
+    """The rows of tables, and other files as one text each; of the first row's columns, those to learn."""
+    columns: list[str] = []
+    for name, *_ in files:
+        path = Path(name)
+        whole = [(name, {"text": path.read_text("utf-8-sig")})] if not is_table(path) else read_table(path)
+        for place, row in whole:
+            columns = columns or _columns(row, column)
+            values = [cell(place, row, column) for column in columns]
+            yield dict(zip(columns if len(columns) > 1 else ["text"], values, strict=True))
+
+
+def _hub_rows(name: str, column: str) -> datasets.Dataset:
+    rows = load_from_hub(name, split="train")
+    columns = _columns(rows.column_names, column)
+    rows = rows.select_columns(columns)
+    for name in columns:
+        if not all(isinstance(value, str) for value in rows[name]):
+            raise DataError(f"--text_column {name}: holds values that are no text, or none")
+    return rows if len(columns) > 1 else rows.rename_columns({column: "text"})
+
+
+def _columns(found: Collection[str], column: str) -> list[str]:
+    """Those to learn, prompt and response before any other; raises DataError where there are none."""
+    if {"prompt", "response"} <= set(found):
+        return ["prompt", "response"]
+    if column not in found:
+        raise DataError(
+            f"--text_column {column}: not in the data, which has {', '.join(found)}; prompt and response "
+            "would do as well"
+        )
+    return [column]
 
 
 def standard_library() -> Iterator[str]:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
 _FILE = "adapter_config.json"
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """
-    Args:
-        folder: where it is.
-        base: the model that it changes, a folder or a hub id.
-    """
+class Adapter(NamedTuple):
+    """A LoRA adapter in a folder, and the model that it changes: a folder or a hub id."""
 
     folder: Path
     base: str
@@ -35,7 +30,8 @@ class Adapter:
 
 
 def find_adapter(model: str) -> Adapter | None:
-    """The adapter in a folder; None where it is no such folder.
+    """The adapter in a folder; None where it is no such folder. Read without peft, which takes seconds to
+    import, so that whatever cannot be used is refused at once.
 
     Raises:
         ValueError: it cannot be used; one line that says what to do.
@@ -46,7 +42,7 @@ def find_adapter(model: str) -> Adapter | None:
     try:
         config = json.loads((folder / _FILE).read_text("utf-8"))
         kind, base = config["peft_type"], config["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its {_FILE} is damaged: no peft_type or base_model_name_or_path") from error
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError("no adapter_model.safetensors; other formats are not read (pickles can run code)")

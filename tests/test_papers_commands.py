@@ -1,4 +1,4 @@
-"""Scripts, imports and command lines that were written for the paper's code base."""
+"""The command lines of the paper's README, word by word."""
 
 import copy
 import importlib
@@ -11,20 +11,11 @@ import sys
 from pathlib import Path
 
 import lm_eval.tasks
-import pandas
 import pytest
 import torch
 from conftest import EOS, ROOT, tiny_llama
-from helpers import TORCHRUN, custom_data, no_calibration, no_pictures
+from helpers import TORCHRUN, no_calibration, no_pictures
 from lm_eval.tasks import TaskManager
-
-import arguments
-import sweep
-from arguments import DataArguments
-from data import load_examples
-from measures import compat
-from measures.text_quality import text_quality
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 
 # As printed in the paper's README.
 COMMANDS = r"""
@@ -157,92 +148,3 @@ def test_a_command_of_the_papers_readme_by_torchrun(command, hub, tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert SHOWN[command[1]] in ran.stdout
-
-
-@pytest.mark.parametrize("module", compat.NAMES)
-def test_names_that_scripts_import(module):
-    """Guards against a name that is listed and not there, and one that hides what the module has itself."""
-    found = importlib.import_module(module)
-    for name in compat.NAMES[module]:
-        assert getattr(found, name) is getattr(compat, name)
-        assert name not in vars(found)
-    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
-        found.nothing  # noqa: B018
-
-
-@pytest.fixture
-def loaded(model_folder):
-    args = compat.Arguments(model=str(model_folder), model_args="attn_implementation=eager,use_cache=true")
-    args.model_args = arguments.simple_parse_args_string(args.model_args)
-    compat.setup(args, device="cpu")
-    return args, *compat.load_model_and_tokenizer(args, device="cpu")
-
-
-def test_a_model_is_loaded_as_there(loaded):
-    """Guards against arguments that cannot be set, and a dictionary where a text is expected."""
-    _, model, tokenizer = loaded
-    assert model.config._attn_implementation == "eager"
-    assert tokenizer.encode("def")
-
-
-def test_data_is_that_of_the_scripts(tmp_path):
-    path = custom_data(tmp_path)
-    found = compat.get_data(True, 4, compat.DatasetFormat.CUSTOM_JSONL, path, 2, 7)
-    expected = load_examples(DataArguments("custom_jsonl", path, num_samples=4, n_shot=2), seed=7)
-    assert [(e.input, e.output) for e in found] == [(e.prompt, e.reference) for e in expected]
-    assert compat.EvaluationExample(input="a", output="b").output == "b"
-    assert "human_eval" in compat.get_valid_dataset_formats()
-    with pytest.raises(ValueError, match="dataset 'no': must be one of"):
-        compat.get_data(True, 4, "no")
-
-
-def test_a_benchmark_measures_what_the_strategy_does(loaded, tmp_path):
-    """Guards against means over the wrong thing: against answers that are made here once more."""
-    args, model, tokenizer = loaded
-    data = compat.BenchmarkArguments(dataset="custom_jsonl", data_path=custom_data(tmp_path), num_samples=3)
-    config = GenerationConfig(
-        max_steps=6, sample=False, generation_strategy="self_speculative", exit_layer=2, num_speculations=2
-    )
-    found = compat.benchmark(model, tokenizer, data, config, seed=args.seed)
-    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("self_speculative"))
-    metrics = compat.EvaluationMetrics.build_metrics()
-    for example in compat.get_data(True, 3, "custom_jsonl", data.data_path, seed=args.seed):
-        metrics.update(example, generator.generate(example.input, config))
-    expected = metrics.compute()
-    assert found["predicted_text"] == expected["predicted_text"]
-    scored = text_quality([a for a, _ in metrics.compared], [b for _, b in metrics.compared])
-    assert found["predicted_text"]["rouge-l"] == scored["rougeL"]
-    assert found["predicted_text"]["bleu_score"] == scored["bleu"] / 100
-    assert found["acceptance_rate"] == expected["acceptance_rate"]
-    assert 0 <= found["acceptance_rate"]["mean"] <= 1
-    assert found["total_time"]["mean"] > found["time_per_token"]["mean"] > 0
-    assert found["tokens_per_second"]["mean"] > 0
-
-
-def test_metrics_without_references_or_drafts(loaded):
-    """Guards against scores of nothing, which statistics and ROUGE cannot compute."""
-    _, model, tokenizer = loaded
-    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("autoregressive"))
-    metrics = compat.EvaluationMetrics.build_metrics()
-    assert metrics.compute()["total_time"] == {"mean": None}
-    metrics.update(None, generator.generate("def", GenerationConfig(max_steps=3)))
-    assert metrics.compute()["predicted_text"] == {}
-    assert metrics.compute()["acceptance_rate"] == {"mean": None}
-
-
-def test_a_sweep_writes_a_row_for_each_cell(loaded, tmp_path):
-    args, *_ = loaded
-    data = DataArguments("custom_jsonl", custom_data(tmp_path), num_samples=1)
-    config = GenerationConfig(max_steps=4, sample=False)
-    grid = arguments.SweepArguments(num_speculations_last=2)
-    sweep.sweep(args, data, config, str(tmp_path / "sweep.csv"), grid)
-    table = pandas.read_csv(tmp_path / "sweep.csv")
-    cells = table[["exit_layer", "num_speculations"]].to_numpy().tolist()
-    assert cells == [[layer, k] for layer in (1, 2, 3) for k in (1, 2)]
-    assert (table["tokens_per_second"] > 0).all()
-
-
-@pytest.mark.parametrize("streamer", compat.StreamerType)
-def test_a_streamer_by_its_type(streamer):
-    (args,) = arguments.parse("", arguments.GenerateArguments, args=["--streamer", streamer.value])
-    assert args.streamer == streamer

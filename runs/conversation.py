@@ -1,0 +1,278 @@
+"""Prompts in, answers and their statistics out: one prompt, or a conversation at a terminal.
+
+Answers go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import statistics
+import sys
+import termios
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from arguments import refuse
+from runs.failures import KINDS, reason
+from runs.startup import autoregressive, get_ready
+from self_speculation import (
+    GenerationConfig,
+    GenerationResult,
+    HuggingfaceLlamaGenerator,
+    SpeculativeTextStreamer,
+    StandardTextStreamer,
+)
+from self_speculation.model.devices import agreed
+
+if TYPE_CHECKING:  # it takes a quarter of a second to import, which one prompt does without
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyPressEvent
+
+_TURNS = 3  # of a comparison: one alone says what the machine did meanwhile
+
+# What a line that begins with a slash does; everything else is a prompt.
+_COMMANDS = {"/help": "lists commands and keys", "/exit": "leaves"}
+_KEYS = """Enter      sends the prompt
+Alt-Enter  begins a new line, as a backslash at the end and Enter do
+Ctrl-C     stops an answer
+Ctrl-D     leaves"""
+
+
+class Conversation:
+    """Answers prompts.
+
+    Args:
+        streamer: a value of --streamer.
+        chat: put prompts into the tokenizer's chat template, together with all that was said before.
+        compare: measure each answer's speed against autoregressive decoding.
+    """
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        streamer: str = "standard",
+        chat: bool = False,
+        compare: bool = False,
+    ) -> None:
+        self._generator, self._config = generator, config
+        self._streamer_name, self._compare = streamer, compare
+        self._messages: list[dict[str, str]] | None = [] if chat else None
+
+    def get_ready(self, num_prompt_tokens: int = 0) -> None:
+        """Do what comes before a first answer; for longer prompts there may be more to do."""
+        get_ready(self._generator, self._config, num_prompt_tokens)
+
+    def answer(self, prompt: str) -> bool:
+        """Show the answer and its statistics; False where Ctrl-C ended it.
+
+        Raises:
+            ValueError: the prompt leaves no room in the model's context.
+        """
+        prompt = prompt.replace("\r\n", "\n")  # pasted or read from what Windows wrote
+        ids = self._ids(prompt)
+        try:
+            self.get_ready(len(ids))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return False
+        streamer = self._streamer(ids)
+        with Interrupt(self._generator.model) as interrupt:
+            result = self._generator.generate(
+                ids, self._config, streamer=streamer, stopping_criteria=[interrupt]
+            )
+        if streamer is None:
+            print(result.decoded_prediction)
+        if self._messages is not None:
+            self._messages.append({"role": "user", "content": prompt})
+            self._messages.append({"role": "assistant", "content": result.decoded_prediction})
+        print(_statistics(result, self._config, interrupt.met), file=sys.stderr)
+        if legend := getattr(streamer, "legend", ""):
+            print(f"  {legend}", file=sys.stderr)
+        if self._compare and not interrupt.met:
+            try:
+                print(f"  {self._comparison(ids)}", file=sys.stderr)
+            except KeyboardInterrupt:  # the answer is there, and so is the conversation
+                print("\n  unwatched: interrupted", file=sys.stderr)
+                return False
+        return not interrupt.met
+
+    def _ids(self, prompt: str) -> list[int]:
+        """The prompt's token ids; when chatting, those of the whole conversation."""
+        if self._messages is None:
+            return self._generator.encode(prompt)
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        template = self._generator.tokenizer.apply_chat_template
+        text = template(messages, add_generation_prompt=True, tokenize=False)
+        return self._generator.encode(text, special_tokens=False)  # the template has them
+
+    def _streamer(self, prompt: list[int]) -> Any:
+        if self._streamer_name == "none":
+            return None
+        kind = SpeculativeTextStreamer if self._streamer_name == "speculative" else StandardTextStreamer
+        return kind(self._generator.tokenizer, stop_words=self._config.stop_words, prompt=prompt)
+
+    def _comparison(self, ids: list[int]) -> str:
+        """Decode the prompt again by both strategies in turn, showing nothing, and say how fast each was."""
+        sides = [(self._generator, self._config), autoregressive(self._generator, self._config)]
+        turns = [
+            [
+                generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
+                for generator, config in sides
+            ]
+            for _ in range(1 + _TURNS)
+        ][1:]  # the first one warms up
+        if not all(map(all, turns)):
+            return "unwatched: answers of one token, nothing to compare"
+        ours, plain = map(statistics.median, zip(*turns, strict=True))
+        ratios = [a / b for a, b in turns]
+        return (
+            f"unwatched: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
+            f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f}-{max(ratios):.2f})"
+        )
+
+
+class Interrupt:
+    """A stopping criterion that is met once Ctrl-C was pressed; a second Ctrl-C ends the program at once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._pressed, self.met = model, False, False
+
+    def __enter__(self) -> Interrupt:
+        self._previous = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _press(self, *_: Any) -> None:
+        self._pressed = True
+        signal.signal(signal.SIGINT, self._previous)
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self.met = agreed(self._model, self._pressed)
+        return torch.full((input_ids.shape[0],), self.met)  # on the host: nobody has to wait for a GPU
+
+
+def one_prompt(given: str | None) -> str:
+    """The text of --prompt, or all of standard input without the line break that `echo` and editors add.
+
+    What is no text, or none at all, ends the program with status 2.
+    """
+    try:
+        if given is not None:
+            given.encode()
+            return given
+        prompt = sys.stdin.read().removesuffix("\n") if sys.stdin is not None else ""
+        prompt.encode()
+    except UnicodeError:
+        refuse("the prompt is not valid UTF-8")
+    if not prompt:
+        refuse('the prompt is empty: standard input has no text; --prompt "" stands for the BOS token alone')
+    return prompt
+
+
+def converse(talk: Conversation) -> int:
+    """Read prompts from the terminal and answer them, until /exit or Ctrl-D; the exit status."""
+    talk.get_ready()
+    session = _session()
+    print(
+        "Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.",
+        file=sys.stderr,
+    )
+    while True:
+        try:
+            prompt = _ask(session)
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return 0
+        if re.fullmatch(r"\s*/\w*\s*", prompt):
+            if (command := prompt.strip()) == "/exit":
+                return 0
+            print(_said_to(command), file=sys.stderr)
+            continue
+        try:
+            talk.answer(prompt)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KINDS as error:
+            if (why := reason(error)) is None:
+                raise
+            print(f"\nerror: {why}", file=sys.stderr)  # in the middle of an answer
+
+
+def _session() -> PromptSession[str]:
+    """What reads prompts from a terminal; pasted lines stay together, by bracketed paste."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.output import create_output
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.text.endswith("\\") and buffer.document.is_cursor_at_the_end:
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        elif buffer.text.strip():
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True))
+
+
+def _ask(session: PromptSession[str]) -> str:
+    """The next prompt; without the keys that were typed before it was asked for.
+
+    Raises:
+        EOFError: Ctrl-D where nothing is typed.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    from prompt_toolkit.input.typeahead import clear_typeahead
+
+    clear_typeahead(session.input)  # those that came together with the last ones
+    termios.tcflush(sys.stdin, termios.TCIFLUSH)
+    return session.prompt(">>> ", prompt_continuation="... ")
+
+
+def _said_to(command: str) -> str:
+    """What is said to a command that does not leave."""
+    if command not in _COMMANDS:
+        return f"{command}: no such command, there are {', '.join(_COMMANDS)}"
+    return "\n".join([*(f"{name:<10} {what}" for name, what in _COMMANDS.items()), _KEYS])
+
+
+def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:
+    """Several lines: how many tokens, how fast, and what became of drafts."""
+    took = result.generation_strategy_result
+    ended = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
+    early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
+    whose = f"; by the early exit at layer {config.exit_layer} alone, not by the full model" if early else ""
+    lines = [
+        f"{result.num_tokens_generated} tokens in {result.total_time:.2f} s, {ended}{whose}",
+        f"decode {took.decode_tokens_per_second:.1f} tokens/s, "
+        f"prefill {took.prefill_time * 1000:.0f} ms for {took.num_prompt_tokens} tokens",
+    ]
+    if took.num_drafted:
+        lines.append(
+            f"acceptance rate {took.acceptance_rate:.1%} ({took.num_accepted} of {took.num_drafted}), "
+            f"mean accepted length {took.mean_accepted_length:.2f}"
+        )
+        sources = took.drafts_by_source or {}
+        if len(sources) > 1 or config.generation_strategy == "adaptive" or config.draft_weights != "exact":
+            lines += [
+                f"  {source}: {accepted} of {drafted} in {rounds} rounds"
+                for source, (rounds, drafted, accepted) in sources.items()
+            ]
+    return "\n" + "\n".join(f"  {line}" for line in lines)
