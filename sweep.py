@@ -176,7 +176,7 @@ class Sweep(OneByOne):
             "num_speculations": cell[1],
             "draft_vocabulary": vocabulary,
             **metrics.acceptance(records),
-            **(_speed_of_examples if self.batch_size == 1 else _speed_of_batches)(records),
+            **_speed(records),
         }
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
@@ -224,8 +224,8 @@ class Sweep(OneByOne):
             what = f"speed-up and tokens/s are medians of {len(self._examples)} prompts"
         else:
             what = (
-                f"in batches of {self.batch_size}: tokens/s are all tokens by wall time, and the speed-up is "
-                "the median ratio of them in windows of a few batches"
+                f"in batches of {self.batch_size}: speed-up and tokens/s are medians of windows of a few "
+                "batches"
             )
         parts = "prompts" if self.batch_size == 1 else "windows"
         remarks = [
@@ -246,7 +246,7 @@ class Sweep(OneByOne):
         return remarks
 
 
-def _speed_of_examples(records: Sequence[Record]) -> Record:
+def _speed(records: Sequence[Record]) -> Record:
     """Columns of a measured cell."""
     speed, compared = metrics.speed(records), metrics.speedup(records, BASELINE)
     median = "tokens_per_second_median"
@@ -254,25 +254,10 @@ def _speed_of_examples(records: Sequence[Record]) -> Record:
         **times(speed["num_tokens"], speed["total_time"]),
         median: speed[median],
         f"{BASELINE}{median}": metrics.speed(records, BASELINE)[median],
-        **_speedup(compared, "speedup"),
+        **speedup_columns(
+            *(compared[f"speedup{what}"] for what in ("", "_quartiles", "_interval", "_of_totals"))
+        ),
     }
-
-
-def _speed_of_batches(records: Sequence[Record]) -> Record:
-    """The same columns; what is a median of examples there is that of all together here."""
-    all_, plain = metrics.throughput(records), metrics.throughput(records, BASELINE)
-    return {
-        **times(all_["num_tokens"], all_["wall_time"]),
-        "tokens_per_second_median": all_["tokens_per_second"],
-        f"{BASELINE}tokens_per_second_median": plain["tokens_per_second"],
-        **_speedup(metrics.throughput_ratio(records, BASELINE), "throughput_ratio"),
-    }
-
-
-def _speedup(compared: Record, name: str) -> Record:
-    return speedup_columns(
-        *(compared[f"{name}{what}"] for what in ("", "_quartiles", "_interval", "_of_totals"))
-    )
 
 
 class Measured(Sweep):
