@@ -191,47 +191,6 @@ class CorrectnessArguments:
 
 
 @dataclass(frozen=True)
-class SweepArguments:
-    """Which exit layers and draft lengths, and how they are timed."""
-
-    mode: Literal["predicted", "measured"] = "predicted"
-    """predicted: read the whole grid off one pass over each example; measured: run every cell."""
-    exit_layer_first: int = 1
-    """First exit layer of the grid."""
-    exit_layer_last: int = 15
-    """Last exit layer; at most the model's last but one, and with --draft_weights its last, which is then in
-    the grid where this flag is left out."""
-    exit_layer_step: int = 1
-    """From one exit layer of the grid to the next."""
-    num_speculations_first: int = 1
-    """First draft length of the grid."""
-    num_speculations_last: int = 6
-    """Last draft length."""
-    num_speculations_step: int = 1
-    """From one draft length to the next."""
-    verify_top: int = 0
-    """Measure this many of the best predicted cells for real."""
-    resume: str | None = None
-    """Folder of an interrupted sweep to go on with."""
-
-    def __post_init__(self) -> None:
-        for axis in ("exit_layer", "num_speculations"):
-            first, last, step = (getattr(self, f"{axis}_{end}") for end in ("first", "last", "step"))
-            if first < 1 or step < 1:
-                raise ValueError(f"{axis}_first {first}, --{axis}_step {step}: must be at least 1")
-            if first > last:
-                raise ValueError(f"{axis}_first {first}: beyond --{axis}_last {last}, the grid is empty")
-        _check(self, "verify_top", self.verify_top >= 0, "must be 0 or more")
-
-    def exit_layers(self, last: int) -> range:
-        """Those of the grid that the model has: up to `last`."""
-        return range(self.exit_layer_first, min(self.exit_layer_last, last) + 1, self.exit_layer_step)
-
-    def draft_lengths(self) -> range:
-        return range(self.num_speculations_first, self.num_speculations_last + 1, self.num_speculations_step)
-
-
-@dataclass(frozen=True)
 class EvalArguments:
     """What lm-evaluation-harness does; the flags are those of its own command line."""
 
@@ -311,14 +270,6 @@ class EvalArguments:
     def logged(self) -> str:
         """The least important kind of message that the harness is to log."""
         return (self.verbosity or ("info" if self.write_out else "error")).upper()
-
-
-@dataclass(frozen=True)
-class TuningArguments:
-    """Settings that were found by a sweep."""
-
-    tuned: str | None = None
-    """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ from arguments import (
     GenerationConfig,
     MeasurementArguments,
     ModelArguments,
-    TuningArguments,
     names_in_compat,
     parse,
     refuse,
     refuse_idle_drafts,
 )
 from data import Example, mismatch
-from runs.tuning import tuned
+from runs.tuning import TuningArguments, tuned
 
 Flags = tuple[
     ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments, TuningArguments

@@ -19,13 +19,12 @@ from arguments import (
     EvalArguments,
     GenerationConfig,
     ModelArguments,
-    TuningArguments,
     given_flags,
     parse,
     refuse,
     refuse_idle_drafts,
 )
-from runs.tuning import tuned
+from runs.tuning import TuningArguments, tuned
 
 Flags = tuple[ModelArguments, GenerationConfig, EvalArguments, TuningArguments]
 

@@ -16,13 +16,12 @@ from arguments import (
     GenerateArguments,
     GenerationConfig,
     ModelArguments,
-    TuningArguments,
     names_in_compat,
     parse,
     refuse,
     refuse_idle_drafts,
 )
-from runs.tuning import tuned
+from runs.tuning import TuningArguments, tuned
 
 Flags = tuple[ModelArguments, GenerationConfig, GenerateArguments, TuningArguments]
 

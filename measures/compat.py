@@ -12,13 +12,13 @@ from __future__ import annotations
 import enum
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
-from arguments import DataArguments, DatasetName, GenerationConfig, ModelArguments, SweepArguments
+from arguments import DataArguments, DatasetName, GenerationConfig, ModelArguments
 from data import load_examples
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ NAMES = {
     "data": ("get_data", "EvaluationExample", "DatasetFormat", "get_valid_dataset_formats"),
     "generate": (*_OF_MODELS, "StreamerType"),
     "benchmark": (*_OF_MODELS, "BenchmarkArguments", "EvaluationExample", "EvaluationMetrics", "benchmark"),
-    "sweep": (*_OF_MODELS, "BenchmarkArguments", "benchmark", "sweep"),
 }
 
 
@@ -196,32 +195,3 @@ def benchmark(
         answer = generator.generate(example.prompt, generation_config)
         metrics.update(EvaluationExample(example.prompt, example.reference), answer)
     return metrics.compute()
-
-
-def sweep(
-    args: ModelArguments,
-    benchmark_arguments: DataArguments,
-    generation_config: GenerationConfig,
-    output_fname: str,
-    sweep_arguments: SweepArguments | None = None,
-) -> None:
-    """Benchmark every exit layer and draft length of the grid; the CSV has a row more after each.
-
-    `sweep.py` itself reads the whole grid off one pass, and `sweep.py --mode measured` can be interrupted.
-    """
-    import pandas
-
-    grid = sweep_arguments or SweepArguments()
-    setup(args)
-    model, tokenizer = load_model_and_tokenizer(args)
-    rows = []
-    for exit_layer in grid.exit_layers(model.config.num_hidden_layers - 1):
-        for num_speculations in grid.draft_lengths():
-            config = replace(
-                generation_config, generation_strategy="self_speculative", exit_layer=exit_layer,
-                num_speculations=num_speculations,
-            )  # fmt: skip
-            found = benchmark(model, tokenizer, benchmark_arguments, config, args.seed)
-            means = {name: scores["mean"] for name, scores in found.items() if "mean" in scores}
-            rows.append({"exit_layer": exit_layer, "num_speculations": num_speculations, **means})
-            pandas.DataFrame(rows).to_csv(output_fname, index=False)

@@ -14,11 +14,11 @@ from typing import NoReturn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from arguments import GenerationConfig, ModelArguments, TuningArguments, refuse
+from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from runs.failures import KINDS, reason
 from runs.status import bars_fit_the_output, says_if_slow
-from runs.tuning import counts
+from runs.tuning import TuningArguments, counts
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
 from self_speculation.model.devices import is_lost_rank

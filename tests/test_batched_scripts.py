@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 from conftest import ROOT
-from helpers import custom_data, only_run, untimed
+from helpers import custom_data, no_pictures, only_run, untimed
 
 import benchmark
 import correctness
@@ -212,7 +212,7 @@ def test_a_measured_sweep_counts_the_same(common, tmp_path, monkeypatch, capsys)
     """Guards against cells that count other drafts than single sequences make, and a --resume that mixes
     speed-ups of several batch sizes.
     """
-    monkeypatch.setattr("sweep.heat_maps", lambda *_: None)
+    no_pictures(monkeypatch)
     grid = ["--mode", "measured", "--exit_layer_last", "2", "--num_speculations_last", "2"]
     args = [*common, "--sample", "False", *grid]
     assert sweep.main([*args, *elsewhere(tmp_path, "one")]) == 0

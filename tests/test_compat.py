@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import lm_eval.tasks
-import pandas
 import pytest
 import torch
 from conftest import EOS, ROOT, tiny_llama
@@ -19,7 +18,6 @@ from helpers import TORCHRUN, custom_data, no_calibration, no_pictures
 from lm_eval.tasks import TaskManager
 
 import arguments
-import sweep
 from arguments import DataArguments
 from data import load_examples
 from measures import compat
@@ -228,18 +226,6 @@ def test_metrics_without_references_or_drafts(loaded):
     metrics.update(None, generator.generate("def", GenerationConfig(max_steps=3)))
     assert metrics.compute()["predicted_text"] == {}
     assert metrics.compute()["acceptance_rate"] == {"mean": None}
-
-
-def test_a_sweep_writes_a_row_for_each_cell(loaded, tmp_path):
-    args, *_ = loaded
-    data = DataArguments("custom_jsonl", custom_data(tmp_path), num_samples=1)
-    config = GenerationConfig(max_steps=4, sample=False)
-    grid = arguments.SweepArguments(num_speculations_last=2)
-    sweep.sweep(args, data, config, str(tmp_path / "sweep.csv"), grid)
-    table = pandas.read_csv(tmp_path / "sweep.csv")
-    cells = table[["exit_layer", "num_speculations"]].to_numpy().tolist()
-    assert cells == [[layer, k] for layer in (1, 2, 3) for k in (1, 2)]
-    assert (table["tokens_per_second"] > 0).all()
 
 
 @pytest.mark.parametrize("streamer", compat.StreamerType)

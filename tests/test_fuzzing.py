@@ -26,13 +26,13 @@ from arguments import (
     NewModelArguments,
     OptimizationArguments,
     RecipeArguments,
-    SweepArguments,
     TrainingDataArguments,
-    TuningArguments,
     parse,
 )
 from data import DATASETS, DataError, load_examples
+from runs.tuning import TuningArguments
 from self_speculation.drafts.prompt_lookup import NgramIndex
+from sweep import SweepArguments
 
 GROUPS = [
     (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments),
