@@ -16,12 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arguments import (
-    CorrectnessArguments,
     DataArguments,
     EvalArguments,
     GenerateArguments,
     GenerationConfig,
-    MeasurementArguments,
     ModelArguments,
     NewModelArguments,
     OptimizationArguments,
@@ -31,6 +29,8 @@ from arguments import (
     TuningArguments,
     parse,
 )
+from benchmark import MeasurementArguments
+from correctness import CorrectnessArguments
 from data import DATASETS, DataError, load_examples
 from self_speculation.drafts.prompt_lookup import NgramIndex
 
