@@ -145,20 +145,6 @@ class DataArguments:
 
 
 @dataclass(frozen=True)
-class MeasurementArguments:
-    """What to measure and to record."""
-
-    compare: bool = False
-    """Decode each prompt self-speculatively and autoregressively, in turn, and report the speed-up."""
-    execute_code: bool = False
-    """For pass@1, run the programs that the model wrote for human_eval: code that nobody has checked."""
-    resume: str | None = None
-    """Folder of an interrupted run to go on with."""
-    verbose: bool = False
-    """Print prompts and answers."""
-
-
-@dataclass(frozen=True)
 class BatchArguments:
     """How many sequences at once."""
 
@@ -166,28 +152,7 @@ class BatchArguments:
     """Sequences decoded at a time; each comes out as it would alone."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
-
-
-@dataclass(frozen=True)
-class CorrectnessArguments:
-    """What to compare with, and how much of it."""
-
-    resume: str | None = None
-    """Folder of an interrupted run to go on with."""
-    reference: Literal["autoregressive", "transformers"] = "autoregressive"
-    """transformers: compare with its `generate` as well."""
-    sampled_prompts: int = 4
-    """With --sample True: on how many prompts the distributions are compared."""
-    samples_per_prompt: int = 200
-    """With --sample True: outputs drawn by each strategy on each prompt."""
-    sampled_tokens: int = 3
-    """With --sample True: tokens of each output that are compared."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "sampled_prompts")
-        _at_least(self, 20, "samples_per_prompt")
-        _at_least(self, 2, "sampled_tokens")
+        at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -247,7 +212,7 @@ class EvalArguments:
         _check(self, "limit", self.limit is None or self.limit > 0, "must be above 0")
         number = re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size)
         _check(self, "batch_size", bool(number), "must be a number from 1, or auto")
-        _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
+        at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
         _check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         for name, allowed in (("cache_requests", _CACHE_REQUESTS), ("verbosity", _VERBOSITIES)):
             given = getattr(self, name)
@@ -289,7 +254,7 @@ class TrainingDataArguments:
 
     def __post_init__(self) -> None:
         _check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
-        _at_least(self, 2, "sequence_length")
+        at_least(self, 2, "sequence_length")
 
 
 @dataclass(frozen=True)
@@ -310,9 +275,9 @@ class NewModelArguments:
     """Heads of keys and values."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 257, "vocabulary_size")  # each byte, and the end of a text
-        _at_least(self, 2, "num_layers")
-        _at_least(self, 1, "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+        at_least(self, 257, "vocabulary_size")  # each byte, and the end of a text
+        at_least(self, 2, "num_layers")
+        at_least(self, 1, "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
         even = self.hidden_size % (2 * self.num_heads) == 0
         _check(self, "hidden_size", even, "must be a multiple of 2 x num_heads")
         shared = self.num_heads % self.num_kv_heads == 0
@@ -343,7 +308,7 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         _check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "must be between 0 and 1")
         _check(self, "early_exit_scale", self.early_exit_scale >= 0, "must be 0 or more")
-        _at_least(self, 1, "rotation")
+        at_least(self, 1, "rotation")
 
     def exit_layers(self, num_layers: int) -> tuple[int, ...]:
         """Those that learn; raises ValueError where the model has no such exit."""
@@ -386,9 +351,9 @@ class OptimizationArguments:
     """Folder of an interrupted training to go on with."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
-        _at_least(self, 1, "log_steps", "eval_steps", "save_steps", "eval_samples")
-        _at_least(self, 0, "warmup_steps", "weight_decay")
+        at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
+        at_least(self, 1, "log_steps", "eval_steps", "save_steps", "eval_samples")
+        at_least(self, 0, "warmup_steps", "weight_decay")
         short = self.warmup_steps < self.num_steps
         _check(self, "warmup_steps", short, f"must be below --num_steps {self.num_steps}")
         _check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
@@ -559,7 +524,7 @@ def _check(group: Any, name: str, ok: bool, allowed: str) -> None:
         raise ValueError(f"{name} {getattr(group, name)!r}: {allowed}")
 
 
-def _at_least(group: Any, least: int, *names: str) -> None:
+def at_least(group: Any, least: int, *names: str) -> None:
     for name in names:
         _check(group, name, getattr(group, name) >= least, f"must be at least {least}")
 

@@ -1,4 +1,7 @@
-"""How scripts begin and end: with one line, whatever happens, and the right exit status. Light to import."""
+"""How a script begins and ends: Ctrl-C, the exit status, and errors in one line.
+
+Light: a script imports it before it has read its flags.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,16 @@ from arguments import refuse
 
 
 def run(main: Callable[[], int], **advice: str) -> NoReturn:
-    """End the program with the status that `main` returns, or in one line after a Ctrl-C.
+    """End the program with the status that `main` returns; after Ctrl-C, or what is no mistake of the
+    program, in one line.
 
     Args:
-        advice: see `runs.failures.reason`.
+        advice: see `reason`.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    from runs.status import bars_fit_the_output
+
+    bars_fit_the_output()
     try:
         status = main()
         sys.stdout.flush()
@@ -26,7 +33,8 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
         ranks.leave()
     except KeyboardInterrupt:
         status = 130
-        print("interrupted", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("interrupted", file=sys.stderr)
     except BrokenPipeError:  # whoever read the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE

@@ -16,12 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arguments import (
-    CorrectnessArguments,
     DataArguments,
     EvalArguments,
     GenerateArguments,
     GenerationConfig,
-    MeasurementArguments,
     ModelArguments,
     NewModelArguments,
     OptimizationArguments,
@@ -29,6 +27,8 @@ from arguments import (
     TrainingDataArguments,
     parse,
 )
+from benchmark import MeasurementArguments
+from correctness import CorrectnessArguments
 from data import DATASETS, DataError, load_examples
 from runs.tuning import TuningArguments
 from self_speculation.drafts.prompt_lookup import NgramIndex
