@@ -64,9 +64,10 @@ class Sweep(OneByOne):
     batch_size: int = 1
     verify_top: int = 0  # of the best predicted cells, so many are measured
 
-    mode = ""  # of the cells that the pictures show
+    mode = ""  # of the grid's cells
 
     def __post_init__(self) -> None:
+        self.num_steps = len(self.grid if self.mode == "measured" else self.examples)
         self._plain: Side = (BASELINE, *autoregressive(self.generator, self.config))
 
     def warm_up(self) -> None:
@@ -110,14 +111,13 @@ class Sweep(OneByOne):
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
         best = best_cell([row for row in rows if row["speedup"] is not None])
-        heat_maps(
-            compared[compared["mode"] == self.mode],
-            f"{self.mode}, {len(self.examples)} prompts, at most {self.config.max_steps} tokens each"
-            + (f", batches of {self.batch_size}" if self.batch_size > 1 else ""),
-            run.folder / "sweep",
-        )
+        title = f"{len(self.examples)} prompts, at most {self.config.max_steps} tokens each"
+        if self.batch_size > 1:
+            title += f", in batches of {self.batch_size}"
+        heat_maps(compared[compared["mode"] == self.mode], f"{self.mode}, {title}", run.folder / "sweep")
         chosen = {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}
         run.finish(records, {**extra, "best": chosen})
+        print(f"{title}; medians, from and to hold the speed-up with 90 % confidence")
         print(_plain_text(compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)))
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
@@ -156,10 +156,6 @@ class Measured(Sweep):
 
     mode, unit = "measured", "cells"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.num_steps = len(self.grid)
-
     def name(self, index: int) -> str:
         return _name(self.grid[index])
 
@@ -185,10 +181,9 @@ class Predicted(Sweep):
 
     mode = "predicted"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.num_steps = len(self.examples)
-        self._exit_layers = sorted({layer for layer, _ in self.grid})
+    @property
+    def _exit_layers(self) -> list[int]:
+        return sorted({layer for layer, _ in self.grid})
 
     @torch.inference_mode()
     def measure(self, index: int) -> Record:
