@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import textwrap
 from collections.abc import Sequence
 
-from measures.timed_runs import BASELINE
 from runs.records import Record
 
 # Totals and the median differ by much from this on, as a ratio.
@@ -47,42 +45,3 @@ def lines(remarks: Sequence[str]) -> list[str]:
         for remark in remarks
     ]
     return [line for text in indented for line in ("", text)]
-
-
-def on_predictions(pairs: Sequence[tuple[Record, Record]]) -> list[str]:
-    """About predicted cells of a sweep that were measured too, in this order; one with answers at least.
-
-    A machine that is slower now than while the costs were measured makes all times longer, those of plain
-    decoding too; the speed-ups, and so the choice, stay.
-    """
-    pairs = [pair for pair in pairs if pair[1]["speedup"] and pair[1]["tokens_per_second_median"]]
-    if not pairs:
-        return []
-
-    def error(key: str) -> float:
-        """Of what was predicted, the median cell."""
-        return statistics.median(predicted[key] / measured[key] for predicted, measured in pairs) - 1
-
-    ours, plain = error("tokens_per_second_median"), error(f"{BASELINE}tokens_per_second_median")
-    remarks = [
-        f"predicted tokens/s are {ours:+.0%} off, those of plain decoding {plain:+.0%}, the speed-up "
-        f"{error('speedup'):+.0%}. What is off in both is the pace of the machine, which is another now than "
-        "in the calibration; all cells share it, so the choice stays. An error of the speed-up may change it"
-    ]
-    apart = [
-        f"{predicted['exit_layer']}/{predicted['num_speculations']}"
-        for predicted, measured in pairs
-        if _above(predicted, measured) or _above(measured, predicted)
-    ]
-    if apart:
-        remarks.append(
-            f"beyond what noise explains, measured and predicted speed-up differ at {', '.join(apart)} "
-            "(exit/drafted): trust the measured one, or measure again when the machine is quieter"
-        )
-    return remarks
-
-
-def _above(first: Record, second: Record) -> bool:
-    """Whether the least that the first speed-up may be is more than the second can be."""
-    low, high = first["speedup_low"], second["speedup_high"]
-    return low is not None and high is not None and low > high
