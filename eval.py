@@ -19,13 +19,12 @@ from arguments import (
     EvalArguments,
     GenerationConfig,
     ModelArguments,
-    TuningArguments,
     given_flags,
     parse,
     refuse,
     refuse_idle_drafts,
 )
-from runs.tuning import tuned
+from runs.tuning import TuningArguments, tuned
 
 Flags = tuple[ModelArguments, GenerationConfig, EvalArguments, TuningArguments]
 
@@ -211,7 +210,7 @@ def _save(run: Run, tracker: EvaluationTracker, results: dict[str, Any], args: E
         if not list(run.folder.glob(f"*/{kind}_*.json*")):  # the harness does not raise
             raise RecordError(f"cannot write {kind} into {run.folder}")
     records = [record for _, record in sorted(run.records().items())]
-    tasks = {task: _figures(own, args) for task, own in _by_task(records).items()}
+    tasks = {task: _figures(own) for task, own in _by_task(records).items()}
     run.finish(records, {"tasks": tasks})
 
 
@@ -221,8 +220,8 @@ def _show(run: Run, results: dict[str, Any], args: EvalArguments) -> None:
     if "groups" in results:
         print(make_table(results, "groups"))
     for task, own in _by_task(run.records().values()).items():
-        figures, size = _figures(own, args), args.generation_batch_size
-        line = f"{task}: {len(own)} answers, {figures['throughput']['tokens_per_second']:.1f} tokens/s"
+        figures, size = _figures(own), args.generation_batch_size
+        line = f"{task}: {len(own)} answers, {figures['speed']['tokens_per_second']:.1f} tokens/s"
         if size > 1:
             line += f" in batches of {size}"
         if accepted := figures.get("acceptance"):
@@ -241,8 +240,8 @@ def _by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def _figures(records: list[Record], args: EvalArguments) -> Record:
-    figures = metrics.speeds(records, args.generation_batch_size)
+def _figures(records: list[Record]) -> Record:
+    figures: Record = {"speed": metrics.speed(records)}
     if "num_verifications" in records[0]:
         figures["acceptance"] = metrics.acceptance(records)
     return figures

@@ -17,13 +17,12 @@ from typing import Literal
 from arguments import (
     GenerationConfig,
     ModelArguments,
-    TuningArguments,
     parse,
     refuse,
     refuse_idle_drafts,
 )
 from runs.program import run
-from runs.tuning import tuned
+from runs.tuning import TuningArguments, tuned
 
 
 @dataclass(frozen=True)

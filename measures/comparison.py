@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy
 import torch
-from scipy.stats import chi2, chi2_contingency
+from scipy.stats import chi2_contingency
 from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
@@ -21,8 +19,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 _NEAR_TIE_IN_EPS = {torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 # Times that a token has to be expected in a sample to be counted by itself in a chi-square test.
-RARE = 5
-_SIMULATED = 4000  # runs of all tests, to see how often they find something
+_RARE = 5
 
 
 @dataclass(frozen=True)
@@ -84,51 +81,17 @@ class SameDistribution(NamedTuple):
 def same_distribution(first: Sequence[int | None], second: Sequence[int | None]) -> SameDistribution:
     """Test two samples.
 
-    Tokens expected fewer than `RARE` times in a sample are counted as one; None stands for "ended before".
+    Tokens expected fewer than `_RARE` times in a sample are counted as one; None stands for "ended before".
     """
     a, b = Counter(first), Counter(second)
     share = min(len(first), len(second)) / (len(first) + len(second))
-    common = [token for token in a.keys() | b.keys() if (a[token] + b[token]) * share >= RARE]
+    common = [token for token in a.keys() | b.keys() if (a[token] + b[token]) * share >= _RARE]
     table = [[counts[token] for token in common] for counts in (a, b)]
     rest = [len(first) - sum(table[0]), len(second) - sum(table[1])]
     if any(rest):
         table = [[*row, other] for row, other in zip(table, rest, strict=True)]
     num_kinds = len(table[0])
     return SameDistribution(float(chi2_contingency(table).pvalue) if num_kinds > 1 else 1.0, num_kinds)
-
-
-def detectable_shift(
-    num_kinds: Sequence[int], num_samples: int, threshold: float, power: float = 0.9
-) -> float | None:
-    """The least total variation between two distributions that tests on several prompts find together.
-
-    Two samples of n tokens whose distributions are d apart give a statistic of non-centrality 2 n d^2 or more
-    (Cauchy-Schwarz: n/2 sum (p-q)^2/m >= n/2 (2 d)^2, m being the mean of p and q). So this is a bound: what
-    shifts a few rare kinds is found earlier. Tests of the prompts are put together by Fisher's method.
-
-    Args:
-        num_kinds: for each prompt, the kinds of tokens that its test told apart.
-        num_samples: n, drawn by each strategy on each prompt.
-        threshold: p-values of all prompts together below it fail.
-        power: the chance to be found.
-
-    Returns:
-        None where not even distributions that have nothing in common would be found so often.
-    """
-
-    def found(shift: float) -> bool:
-        chance = numpy.random.default_rng(0)
-        logs = numpy.zeros(_SIMULATED)
-        for kinds in num_kinds:
-            freedom = max(1, kinds - 1)  # what shifts the one kind there is, makes a second one
-            statistic = chance.noncentral_chisquare(freedom, 2 * num_samples * shift**2, _SIMULATED)
-            logs += chi2.logsf(statistic, freedom)
-        together = chi2.sf(-2 * logs, 2 * len(num_kinds))
-        return bool((together < threshold).mean() >= power)
-
-    shifts = [step / 200 for step in range(1, 201)]
-    least = bisect_left(shifts, True, key=found)
-    return shifts[least] if least < len(shifts) else None
 
 
 @dataclass(frozen=True)

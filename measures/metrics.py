@@ -6,7 +6,8 @@ import resource
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,88 +17,107 @@ from self_speculation.results import SourceCounts
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
-    """Totals over all examples, and the medians of single ones, which a stall of the machine leaves alone.
+    """How fast one strategy answered; a batch of one is a batch.
 
     Args:
-        prefix: of the fields of one strategy, in records that hold two.
+        records: of `timed_runs.measure_examples`, one at least.
+        prefix: of the strategy's fields, in records that hold two.
+
+    Returns:
+        Wall times are in seconds. `total_time` is the wall time of the slowest rank, so `tokens_per_second`
+        is what all ranks give together. `tokens_per_second_median` is of windows: a stall of the machine
+        leaves it alone. A window is an example, or with batches a few of them. The two medians of single
+        answers are `time_to_first_token_ms`, and `decode_tokens_per_second_median` (None where no answer has
+        two tokens), which in a batch is a row's share.
     """
-    tokens = [record[f"{prefix}num_tokens"] for record in records]
-    prefill = [record[f"{prefix}prefill_time"] for record in records]
-    decode = [record[f"{prefix}decode_time"] for record in records]
-    decoded = [record[f"{prefix}num_decode_tokens"] for record in records]
-    each = [n / (p + d) for n, p, d in zip(tokens, prefill, decode, strict=True)]
-    each_decode = [n / d for n, d in zip(decoded, decode, strict=True) if n]
-    total_time = sum(prefill) + sum(decode)
+    num_tokens = [record[f"{prefix}num_tokens"] for record in records]
+    decode = [
+        record[f"{prefix}num_decode_tokens"] / record[f"{prefix}decode_time"]
+        for record in records
+        if record[f"{prefix}num_decode_tokens"]
+    ]
+    total_time = max(pace.seconds for pace in _paces(records, "rank", prefix).values())
     return {
-        "tokens_per_second": sum(tokens) / total_time,
-        "tokens_per_second_mean": statistics.mean(each),
-        "tokens_per_second_median": statistics.median(each),
-        "decode_tokens_per_second": sum(decoded) / sum(decode) if sum(decoded) else None,
-        "decode_tokens_per_second_median": statistics.median(each_decode) if each_decode else None,
-        "decode_ms_per_token": 1000 * sum(decode) / sum(decoded) if sum(decoded) else None,
-        "time_to_first_token_ms": 1000 * statistics.median(prefill),
+        "tokens_per_second": sum(num_tokens) / total_time,
+        "tokens_per_second_median": statistics.median(
+            pace.rate for pace in _paces(records, "window", prefix).values()
+        ),
+        "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
+        "time_to_first_token_ms": 1000 * statistics.median(r[f"{prefix}prefill_time"] for r in records),
         "total_time": total_time,
-        "num_tokens": sum(tokens),
-        "empty_answers": tokens.count(0),
+        "num_tokens": sum(num_tokens),
+        "empty_answers": num_tokens.count(0),
     }
 
 
-def speeds(records: Sequence[Record], batch_size: int, prefix: str = "") -> Record:
-    """Of all answers together and of single ones, the latter called as what they are in a batch."""
-    together = {f"{prefix}throughput": throughput(records, prefix)}
-    if batch_size == 1:
-        return {**together, f"{prefix}speed": speed(records, prefix)}
-    return {**together, f"{prefix}speed_shared_with_the_batch": _speed_in_batch(records, prefix)}
+def speedup(records: Sequence[Record], baseline: str) -> Record:
+    """How much faster one strategy answered the same prompts than another, by tokens per second.
 
+    Both answered each window one right after the other, so the ratio of a window means something on a busy
+    machine too, and the median of these ratios is the speed-up. A ratio of totals is dominated by a window
+    that met a stall. Sampled outputs differ in length, so times alone would not compare. Windows in which
+    a strategy gave no token are left out.
 
-def _speed_in_batch(records: Sequence[Record], prefix: str) -> Record:
-    """What of `speed` means something where the times of answers overlap."""
-    names = (
-        "tokens_per_second_median", "decode_tokens_per_second_median", "time_to_first_token_ms",
-    )  # fmt: skip
-    of_each = speed(records, prefix)
-    return {name: of_each[name] for name in names}
+    Args:
+        records: of `timed_runs.measure_examples`, one at least.
+        baseline: prefix of the other strategy's fields.
 
-
-def throughput(records: Sequence[Record], prefix: str = "") -> Record:
-    """Of all answers together: tokens over the wall time of the run, which is that of its slowest rank."""
-    tokens = [record[f"{prefix}num_tokens"] for record in records]
-    by_rank: dict[int, float] = defaultdict(float)
-    for record in records:
-        by_rank[record.get("rank", 0)] += _wall_time(record, prefix)
-    wall_time = max(by_rank.values())
-    return {
-        "tokens_per_second": sum(tokens) / wall_time,
-        "wall_time": wall_time,
-        "num_tokens": sum(tokens),
-        "empty_answers": tokens.count(0),
-    }
-
-
-def throughput_ratio(records: Sequence[Record], baseline: str) -> Record:
-    """As `speedup`, of batches: what is compared is not examples but windows of them, each of which the one
-    strategy answered right after the other.
+    Returns:
+        `speedup_interval` is where the median lies with a confidence of 90 %, None with fewer than five
+        windows. `decode_speedup` leaves the first token of each answer out; it is None where there were
+        batches, since decode times of their rows overlap.
     """
-    windows = _windows(records, ("", baseline))
-    identical = sum(record["tokens"] == record[f"{baseline}tokens"] for record in records)
-    return {**_compared("throughput_ratio", windows, baseline, wall_pace), "identical_outputs": identical}
+    ratios, totals = _ratios(records, baseline, "num_tokens", "wall_time")
+    decode = None
+    if all(record["batch_size"] == 1 for record in records):
+        of_examples, _ = _ratios(records, baseline, "num_decode_tokens", "decode_time")
+        decode = statistics.median(of_examples) if of_examples else None
+    return {
+        "speedup": statistics.median(ratios) if ratios else None,
+        "speedup_quartiles": quartiles(ratios),
+        "speedup_interval": median_interval(ratios),
+        "speedup_of_totals": totals,
+        "speedup_faster": sum(ratio > 1 for ratio in ratios),
+        "speedup_windows": len(ratios),
+        "decode_speedup": decode,
+        "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
+    }
 
 
-def _windows(records: Sequence[Record], prefixes: Sequence[str]) -> list[Record]:
-    """Tokens and wall time of each window."""
-    sums: dict[int, Record] = defaultdict(lambda: defaultdict(float))
+@dataclass
+class _Pace:
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def _paces(
+    records: Sequence[Record], by: str, prefix: str, tokens: str = "num_tokens", seconds: str = "wall_time"
+) -> dict[int, _Pace]:
+    """Tokens and seconds of one strategy, summed over the records that share the field `by`."""
+    sums: dict[int, _Pace] = defaultdict(_Pace)
     for record in records:
-        window = sums[record["window"] if "window" in record else record["index"]]
-        for prefix in prefixes:
-            window[f"{prefix}num_tokens"] += record[f"{prefix}num_tokens"]
-            window[f"{prefix}wall_time"] += _wall_time(record, prefix)
-    return list(sums.values())
+        sums[record[by]].tokens += record[f"{prefix}{tokens}"]
+        sums[record[by]].seconds += record[f"{prefix}{seconds}"]
+    return sums
 
 
-def _wall_time(record: Record, prefix: str) -> float:
-    # A run that began before wall times were taken goes on with --resume; its examples were alone.
-    alone = record[f"{prefix}prefill_time"] + record[f"{prefix}decode_time"]
-    return record.get(f"{prefix}wall_time", alone)
+def _ratios(
+    records: Sequence[Record], baseline: str, tokens: str, seconds: str
+) -> tuple[list[float], float | None]:
+    """The rate of ours by that of theirs: of each window in which both gave tokens, and of totals."""
+    ours, theirs = (_paces(records, "window", prefix, tokens, seconds) for prefix in ("", baseline))
+    both = [(mine, theirs[window]) for window, mine in ours.items() if mine.tokens and theirs[window].tokens]
+    if not both:
+        return [], None
+    total, other = (
+        _Pace(sum(pace.tokens for pace in side), sum(pace.seconds for pace in side))
+        for side in zip(*both, strict=True)
+    )
+    return [mine.rate / their.rate for mine, their in both], total.rate / other.rate
 
 
 def acceptance(records: Sequence[Record]) -> Record:
@@ -120,69 +140,6 @@ def acceptance(records: Sequence[Record]) -> Record:
         "num_accepted": sum(accepted),
         "num_verifications": rounds,
         "drafts_by_source": _by_source(records),
-    }
-
-
-def speedup(records: Sequence[Record], baseline: str) -> Record:
-    """Of one strategy over another on the same prompts, by tokens per second; `baseline` is the prefix of the
-    other's fields.
-
-    The two answered each prompt one right after the other, so the ratio of an example means something on a
-    busy machine too, and the median of these ratios is the speed-up. A ratio of totals is dominated by an
-    example that met a stall. Sampled outputs differ in length, so times alone would not compare.
-
-    `..._interval` is where the median lies with a confidence of 90 %; None with fewer than five examples.
-    """
-    identical = sum(record["tokens"] == record[f"{baseline}tokens"] for record in records)
-    return {
-        **_compared("speedup", records, baseline, answer_pace),
-        **_compared("decode_speedup", records, baseline, decode_pace),
-        "identical_outputs": identical,
-    }
-
-
-# (record, prefix of one strategy's fields) -> tokens, and the seconds that they took.
-Pace = Callable[[Record, str], tuple[int, float]]
-
-
-def answer_pace(record: Record, prefix: str) -> tuple[int, float]:
-    """Of the whole answer."""
-    return record[f"{prefix}num_tokens"], record[f"{prefix}prefill_time"] + record[f"{prefix}decode_time"]
-
-
-def decode_pace(record: Record, prefix: str) -> tuple[int, float]:
-    """Of all tokens but the first."""
-    return record[f"{prefix}num_decode_tokens"], record[f"{prefix}decode_time"]
-
-
-def wall_pace(record: Record, prefix: str) -> tuple[int, float]:
-    """Of a window."""
-    return record[f"{prefix}num_tokens"], record[f"{prefix}wall_time"]
-
-
-def with_tokens(records: Sequence[Record], baseline: str, pace: Pace) -> list[Record]:
-    """The examples that can be compared: neither side's answer is empty."""
-    return [record for record in records if pace(record, "")[0] and pace(record, baseline)[0]]
-
-
-def ratio_of_totals(records: Sequence[Record], baseline: str, pace: Pace) -> float:
-    def rate(prefix: str) -> float:
-        tokens, seconds = zip(*(pace(record, prefix) for record in records), strict=True)
-        return sum(tokens) / sum(seconds)
-
-    return rate("") / rate(baseline)
-
-
-def _compared(name: str, records: Sequence[Record], baseline: str, pace: Pace) -> Record:
-    records = with_tokens(records, baseline, pace)
-    each = [ratio_of_totals([record], baseline, pace) for record in records]
-    return {
-        name: statistics.median(each) if each else None,
-        f"{name}_quartiles": quartiles(each),
-        f"{name}_interval": median_interval(each),
-        f"{name}_of_totals": ratio_of_totals(records, baseline, pace) if each else None,
-        f"{name}_faster": sum(ratio > 1 for ratio in each),
-        f"{name}_examples": len(each),
     }
 
 
@@ -237,9 +194,7 @@ def _by_source(records: Sequence[Record]) -> dict[str, dict[str, int]]:
     found: dict[str, list[SourceCounts]] = defaultdict(list)
     for record in records:
         for source, counts in record.get("drafts_by_source", {}).items():
-            # A run that began before fields had names goes on with --resume.
-            named = isinstance(counts, Mapping)
-            found[source].append(SourceCounts(**counts) if named else SourceCounts(*counts))
+            found[source].append(SourceCounts(**counts))
     totals = {source: SourceCounts(*map(sum, zip(*all_, strict=True))) for source, all_ in found.items()}
     return {source: totals[source]._asdict() for source in sorted(totals)}
 

@@ -17,15 +17,14 @@ from matplotlib.figure import Figure
 
 
 def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
-    """Speed-up and its range, and acceptance, over exit layer and draft length; `path` without suffix."""
+    """Speed-up and acceptance over exit layer and draft length; `path` without suffix."""
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
     spread = max(0.05, float((table["speedup"] - 1).abs().max()))
     # Around 1.0: what is slower than no speculation is red, what is faster blue.
     _heat_map(left, table, "speedup", "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread))
-    _ranges(left, table)
-    left.set_title("speed-up over autoregressive (red: slower), small: its 90 % range", fontsize=10)
+    left.set_title("speed-up over autoregressive (red: slower)", fontsize=10)
     _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
     right.set_title("acceptance rate", fontsize=10)
     figure.suptitle(title)
@@ -62,25 +61,6 @@ def _heat_map(
                     (column - 0.48, row - 0.46), 0.96, 0.92, fill=False, color="gold", linewidth=3
                 )
             )
-
-
-def _ranges(axes: Axes, table: pandas.DataFrame) -> None:
-    """Below the number of each cell, where it may lie; in the color of that number."""
-    drawn = iter(axes.texts[:])
-    low, high = (
-        table.pivot(index="exit_layer", columns="num_speculations", values=f"speedup_{end}").to_numpy(
-            dtype=float
-        )
-        for end in ("low", "high")
-    )
-    for (row, column), least in numpy.ndenumerate(low):
-        number = next(drawn)
-        if numpy.isfinite(least):
-            number.set_verticalalignment("bottom")
-            axes.text(
-                column, row, f"{least:.2f}-{high[row, column]:.2f}", ha="center", va="top", fontsize=6.5,
-                color=number.get_color(),
-            )  # fmt: skip
 
 
 def curves_by_exit(tables: dict[str, pandas.DataFrame], values: list[str], path: Path) -> None:

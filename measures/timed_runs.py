@@ -39,7 +39,7 @@ Side = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
 def warm_up(sides: Sequence[Side], prompt: str | list[int], batch_size: int = 1) -> None:
-    """Run the passes that will be timed, by each side, three times each: no more tokens than that takes.
+    """Run each pass that will be timed three times by each side, with no more tokens than that takes.
 
     Args:
         prompt: the longest one that will be timed: compiled passes depend on how much room a cache has.
@@ -56,7 +56,7 @@ def run_every_pass(
     config: GenerationConfig,
     batch_size: int = 1,
 ) -> None:
-    """The warm-up of one side; a prompt that fills the context is cut."""
+    """Warm up one side; a prompt that fills the context is cut at its beginning."""
     longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
     num_tokens = warm_up_tokens(longest)
     ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]
@@ -80,13 +80,13 @@ def run_every_pass(
 
 
 def warm_up_tokens(longest_draft: int) -> int:
-    """The first one, and as many as three rounds of such drafts emit at most."""
+    """Tokens of a warm-up: the first one, and the most that three rounds with such drafts emit."""
     return RUNS_TO_WARM_UP * (longest_draft + 1) + 1
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be answered, and the seed of the answer's own random numbers."""
+    """A prompt, and the seed of its answer's own random numbers."""
 
     index: int
     prompt: str | list[int]
@@ -96,12 +96,15 @@ class Question:
 def measure_examples(
     sides: Sequence[Side], questions: Sequence[Question], batch_size: int
 ) -> Iterator[tuple[int, Record]]:
-    """What each side makes of each prompt, and how long it takes, as all sides have it; with its index.
+    """Answer each question by each side, and time it.
 
-    Sides take turns, and at going first too: after each prompt, or after a window of a few batches where
-    there are batches. The outcome depends on prompt and seed alone, not on what else is generated
-    before or beside it. Of the times, `wall_time` is that since the side's last answer before: times of
-    several answers of a batch overlap, their wall times add up.
+    Sides take turns, and take turns at going first: after each question, or after a window of a few batches
+    where there are batches. An answer depends on prompt and seed alone, not on what else is generated.
+
+    Yields:
+        The index of a question and its record, once all sides have answered it. A side's fields have its
+        prefix. Times are in seconds. `wall_time` is the time since the side's answer before: decode times of
+        the rows of a batch overlap, wall times add up. `window` is the index of the window's first question.
 
     Raises:
         RequestError: something is wrong with the prompt of its index.
@@ -123,7 +126,11 @@ def answers(
     questions: Sequence[Question],
     batch_size: int,
 ) -> Iterator[tuple[int, GenerationResult]]:
-    """The answers as they end, each with its index; raises what `measure_examples` does."""
+    """Answer questions by one side; yields index and result of each as it ends.
+
+    Raises:
+        RequestError: something is wrong with the prompt of its index.
+    """
     prompts = [Prompt(question.prompt, seed=question.seed) for question in questions]
     try:
         for position, result in generator.generate_batch(prompts, config, batch_size):
@@ -137,7 +144,7 @@ def answers(
 
 
 def windows(questions: Sequence[T], batch_size: int, num_sides: int) -> Iterator[Sequence[T]]:
-    """What a side answers before it is the next one's turn."""
+    """Split questions into what a side answers before it is the next side's turn."""
     size = 1
     if batch_size > 1:  # the rows of one side alone flow without an end
         size = _BATCHES_IN_TURN * batch_size if num_sides > 1 else max(1, len(questions))
@@ -145,7 +152,7 @@ def windows(questions: Sequence[T], batch_size: int, num_sides: int) -> Iterator
 
 
 def _measured(side: Side, window: Sequence[Question], batch_size: int) -> Iterator[tuple[int, Record]]:
-    """The fields of one side, with their prefix."""
+    """Index and fields of each answer of one side, the names of fields with its prefix."""
     prefix, generator, config = side
     started = time.perf_counter()
     for index, result in answers(generator, config, window, batch_size):

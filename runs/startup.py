@@ -11,17 +11,16 @@ from typing import NoReturn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from arguments import GenerationConfig, ModelArguments, TuningArguments, refuse
+from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from runs.failures import reason
 from runs.status import says_if_slow
-from runs.tuning import counts
+from runs.tuning import TuningArguments, counts
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
 from self_speculation.model.families import context_length
 from self_speculation.model.loading import default_model, load_config, resolve_device
-from self_speculation.model.prepared import prepared
-from self_speculation.model.quantized_layers import check_copies
+from self_speculation.model.short_head import prefer_ids
 
 
 def meet(model_args: ModelArguments) -> None:
@@ -92,14 +91,16 @@ def load_generator(
         # Only a terminal is shown the progress of loading; what goes wrong is raised.
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config)
-        if config.draft_weights != "exact":
-            depth = model_config.num_hidden_layers if config.exit_layer == -1 else config.exit_layer
-            check_copies(model, depth, config.draft_weights)
+        strategy = make_strategy(config.generation_strategy)
+        with says_if_slow("preparing the layers that draft"):
+            strategy.prepare(model, config)
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)
         _refuse_to_load(model_args, error)
-    return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+    if is_compiled(model) and ranks.is_first():
+        print("the first passes are compiled, which takes a minute or so ...", file=sys.stderr)
+    return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
@@ -108,29 +109,5 @@ def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
 
 
 def know_what_was_written(generator: HuggingfaceLlamaGenerator, args: TuningArguments) -> None:
-    """Tell the model's vocabulary what the sweep that --tuned names has seen, if it names one."""
-    prepared(generator.model).vocabulary.add(counts(args))
-
-
-def get_ready(
-    generator: HuggingfaceLlamaGenerator,
-    config: GenerationConfig,
-    num_prompt_tokens: int,
-    batch_size: int = 1,
-) -> None:
-    """Do now what the strategy does once for a model, and say so where that takes its time.
-
-    What does not fit the model ends the program in one line with status 2.
-    """
-    room = context_length(generator.model.config) - num_prompt_tokens
-    context = num_prompt_tokens + min(config.max_steps, max(0, room)) // 2
-    compiles = is_compiled(generator.model) and not prepared(generator.model).passes
-    adaptive = config.generation_strategy == "adaptive"
-    work = "measuring what passes cost on this machine" if adaptive else "preparing the layers that draft"
-    try:
-        with says_if_slow(f"{work}, and compiling them" if compiles else work):
-            generator.generation_strategy.prepare(generator.model, config, context, batch_size)
-    except ValueError as error:
-        refuse(f"--{error}")
-    if compiles and not prepared(generator.model).passes and ranks.is_first():
-        print("compiling the passes, which takes a minute or so ...", file=sys.stderr)
+    """Have drafts of a short vocabulary prefer the ids that the sweep of --tuned counted, if it is given."""
+    prefer_ids(generator.model, counts(args))

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arguments import GenerationConfig, TuningArguments, given_flags, refuse
+from arguments import GenerationConfig, given_flags, refuse
 
 # Beside the table of a predicted sweep: how often each token id was output.
 COUNTS = "vocabulary.json"
+
+
+@dataclass(frozen=True)
+class TuningArguments:
+    """Settings that were found by a sweep."""
+
+    tuned: str | None = None
+    """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length."""
 
 
 def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -34,8 +42,8 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def tuned(
     config: GenerationConfig, args: TuningArguments, argv: Sequence[str] | None = None
 ) -> GenerationConfig:
-    """The config with exit layer and draft length, and with the drafts' weights and vocabulary, of the sweep
-    that --tuned names, if it names one.
+    """The config with exit layer, draft length and the drafts' weights of the sweep that --tuned names, if it
+    names one.
 
     Args:
         argv: the command line, as for `parse`.
@@ -51,11 +59,12 @@ def tuned(
         with open(_table(Path(args.tuned).expanduser()), encoding="utf-8", newline="") as file:
             best = best_cell(list(csv.DictReader(file)))
         found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
-        # Tables of before there was this column are of the model's own layers.
+        # Older tables lack a column, and mean the model's own layers; or have one more, for short heads.
         if "draft_weights" not in given:
             found["draft_weights"] = best.get("draft_weights") or "exact"
-        found["draft_vocabulary"] = config.draft_vocabulary or int(best.get("draft_vocabulary") or 0) or None
-        return dataclasses.replace(config, generation_strategy="self_speculative", **found)
+        if "draft_vocabulary" not in given:
+            found["draft_vocabulary"] = int(best.get("draft_vocabulary") or 0) or None
+        return replace(config, generation_strategy="self_speculative", **found)
     except KeyError as error:
         refuse(f"--tuned {args.tuned}: no column {error}")
     except (OSError, ValueError, TypeError, csv.Error) as error:  # TypeError: a row of too few fields

@@ -44,17 +44,19 @@ def torchrun(ranks, script, *args):
 def no_calibration(monkeypatch):
     """For a test that is not about times: sweep.py is told what passes cost. The one place that knows how."""
     monkeypatch.setattr(
-        "sweep.measure",
-        lambda model, config, exit_layers, *_: Costs(
-            plain_step=1.0,
-            draft_step={layer: layer / 8 for layer in exit_layers},
-            verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
-            lengths=(0, 20),
-            probe=0.1,
-        ),
+        "measures.sweeping.calibrate",
+        lambda model, config, exit_layers, *_: [
+            Costs(
+                plain_step=1.0,
+                draft_step={layer: layer / 8 for layer in exit_layers},
+                verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
+                lengths=(0, 20),
+                probe=0.0,
+            )
+        ],
     )
 
 
 def no_pictures(monkeypatch):
     """For a test that is not about what sweep.py draws."""
-    monkeypatch.setattr("sweep.heat_maps", lambda *_: None)
+    monkeypatch.setattr("measures.sweeping.heat_maps", lambda *_: None)

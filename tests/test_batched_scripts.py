@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 from conftest import ROOT
-from helpers import custom_data, only_run, untimed
+from helpers import custom_data, no_pictures, only_run, untimed
 
 import benchmark
 import correctness
@@ -59,11 +59,10 @@ def test_a_benchmark_has_the_records_of_batch_1(drafts, common, tmp_path, capsys
     records = pandas.read_json(folder / "records.jsonl", lines=True)
     assert set(records["batch_size"]) == {3}
     found = metrics_of(folder)
-    assert found["throughput"]["wall_time"] == pytest.approx(records["wall_time"].sum())
-    assert "total_time" not in found["speed_shared_with_the_batch"]  # overlapping times do not add up
+    assert found["speed"]["total_time"] == pytest.approx(records["wall_time"].sum())
     table = capsys.readouterr().out
     assert "8 examples, batches of 3" in table
-    assert "shared with the batch" in table
+    assert "tokens/s, decode, beside other rows" in table
     assert all(len(line) <= 80 for line in table.splitlines() if "run.json" not in line)
 
 
@@ -76,8 +75,9 @@ def test_sides_take_turns_by_windows(common, tmp_path, monkeypatch, capsys):
     folder = only_run(tmp_path)
     assert by_index(folder) == by_index(only_run(tmp_path / "one"))
     compared = metrics_of(folder)["comparison"]
-    assert (compared["throughput_ratio_examples"], compared["identical_outputs"]) == (4, 8)
-    assert compared["throughput_ratio_of_totals"] > 0
+    assert (compared["speedup_windows"], compared["identical_outputs"]) == (4, 8)
+    assert compared["speedup_of_totals"] > 0
+    assert compared["decode_speedup"] is compared["predicted_decode_speedup"] is None  # times overlap
     assert set(pandas.read_json(folder / "records.jsonl", lines=True)["window"]) == {0, 2, 4, 6}
     assert "middle half of windows" in capsys.readouterr().out
 
@@ -87,20 +87,22 @@ def test_ratio_of_windows_by_hand():
     records = [
         {
             "index": i, "window": i // 2, "rank": 0, "num_tokens": 10, "wall_time": wall, "tokens": [i],
-            "prefill_time": 9.0, "decode_time": 9.0, "b_num_tokens": 5, "b_wall_time": 1.0, "b_tokens": [i],
+            "batch_size": 2, "prefill_time": 9.0, "decode_time": 9.0, "num_decode_tokens": 9,
+            "b_num_tokens": 5, "b_wall_time": 1.0, "b_tokens": [i],
             "b_prefill_time": 9.0, "b_decode_time": 9.0,
         }
         for i, wall in enumerate([0.0, 1.0, 2.0, 2.0])
     ]  # fmt: skip
-    found = metrics.throughput_ratio(records, "b_")
+    found = metrics.speedup(records, "b_")
     # 20 tokens in 1 s and in 4 s, against 10 in 2 s each
-    assert found["throughput_ratio_quartiles"] == pytest.approx([1.0 + 0.25 * 3, 2.5, 1.0 + 0.75 * 3])
-    assert found["throughput_ratio_of_totals"] == pytest.approx((40 / 5) / (20 / 4))
+    assert found["speedup_quartiles"] == pytest.approx([1.0 + 0.25 * 3, 2.5, 1.0 + 0.75 * 3])
+    assert found["speedup_of_totals"] == pytest.approx((40 / 5) / (20 / 4))
     records[2]["rank"] = records[3]["rank"] = 1  # at the same time as the others
-    assert metrics.throughput(records)["wall_time"] == 4.0
+    assert metrics.speed(records)["total_time"] == 4.0
+    assert metrics.speed(records)["tokens_per_second"] == 40 / 4.0
 
 
-def test_killed_and_resumed_with_other_batch_sizes(common, tmp_path):
+def test_killed_and_resumed_with_other_batch_sizes(common, tmp_path, capsys):
     """Guards against rows that had ended and are lost, and a --resume that insists on the batch size."""
     args = [*common, "--num_samples", "12", "--max_steps", "150", "--no_repeat_ngram_size", "3", *SPECULATION]
     assert benchmark.main([*args, *elsewhere(tmp_path, "one")]) == 0
@@ -116,7 +118,8 @@ def test_killed_and_resumed_with_other_batch_sizes(common, tmp_path):
     sizes = pandas.read_json(folder / "records.jsonl", lines=True)["batch_size"]
     assert (sizes == 3).sum() == before
     if before < 12:
-        assert any("batches of 3, 5" in remark for remark in metrics_of(folder)["remarks"])
+        assert metrics_of(folder)["batch_sizes"] == [3, 5]
+        assert "12 examples, batches of 3, 5" in capsys.readouterr().out
 
 
 def kept(tmp_path):
@@ -133,7 +136,7 @@ def test_ranks_have_batches_of_their_own(common, tmp_path):
     assert by_index(folder) == by_index(only_run(tmp_path / "one"))
     by_rank = pandas.read_json(folder / "records.jsonl", lines=True).groupby("rank")["wall_time"].sum()
     assert len(by_rank) == 2
-    assert metrics_of(folder)["throughput"]["wall_time"] == pytest.approx(by_rank.max())
+    assert metrics_of(folder)["speed"]["total_time"] == pytest.approx(by_rank.max())
 
 
 def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
@@ -212,7 +215,7 @@ def test_a_measured_sweep_counts_the_same(common, tmp_path, monkeypatch, capsys)
     """Guards against cells that count other drafts than single sequences make, and a --resume that mixes
     speed-ups of several batch sizes.
     """
-    monkeypatch.setattr("sweep.heat_maps", lambda *_: None)
+    no_pictures(monkeypatch)
     grid = ["--mode", "measured", "--exit_layer_last", "2", "--num_speculations_last", "2"]
     args = [*common, "--sample", "False", *grid]
     assert sweep.main([*args, *elsewhere(tmp_path, "one")]) == 0
@@ -272,4 +275,4 @@ def test_an_evaluation_has_the_answers_of_batch_1(size, model_folder, tmp_path):
         for metric, value in own.items():
             wanted = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
             assert batched_scores[task][metric] == wanted
-    assert "speed_shared_with_the_batch" in metrics_of(folder)["tasks"]["python_functions"]
+    assert "speed" in metrics_of(folder)["tasks"]["python_functions"]

@@ -93,7 +93,7 @@ def test_a_cell_that_is_verified_is_named_too(dataset, monkeypatch, capsys):
     def fails(*_, **__):
         raise RequestError(1, MemoryError())
 
-    monkeypatch.setattr(sweep, "measure_examples", fails)
+    monkeypatch.setattr("measures.sweeping.measure_examples", fails)
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--verify_top", "1"]
     assert sweep.main([*dataset, *grid]) == 1
     said = capsys.readouterr().err.splitlines()[-1]

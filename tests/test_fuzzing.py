@@ -16,20 +16,14 @@ from conftest import EOS, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arguments import (
-    CorrectnessArguments,
-    DataArguments,
-    EvalArguments,
-    GenerationConfig,
-    MeasurementArguments,
-    ModelArguments,
-    SweepArguments,
-    TuningArguments,
-    parse,
-)
+from arguments import DataArguments, GenerationConfig, ModelArguments, parse
+from benchmark import MeasurementArguments
+from correctness import CorrectnessArguments
 from data import DATASETS, DataError, load_examples
 from generate import GenerateArguments
+from runs.tuning import TuningArguments
 from self_speculation.drafts.prompt_lookup import NgramIndex
+from sweep import SweepArguments
 from training.flags import Flags
 
 GROUPS = [
@@ -37,7 +31,7 @@ GROUPS = [
     (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments),
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
     (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
-    (ModelArguments, GenerationConfig, EvalArguments, TuningArguments),
+    (ModelArguments, GenerationConfig, TuningArguments),
     tuple(get_type_hints(Flags).values()),
 ]  # as the scripts have them
 

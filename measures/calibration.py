@@ -1,0 +1,146 @@
+"""What the parts of a round cost on this machine, for a predicted sweep.
+
+Knows nothing of acceptance or of text: it times passes after a context of some length, in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from self_speculation.config import GenerationConfig
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.table import make_drafter
+from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled, make_decoder
+from self_speculation.model.decoder import forward, forward_early
+from self_speculation.model.devices import agreed, synchronize
+
+# Draft lengths whose verification is timed. Compiled passes have widths of powers of two, so their cost jumps
+# after 0, 1, 3, 7 and 15.
+_LENGTHS = (0, 1, 2, 3, 4, 7, 8, 15, 16)
+# Exit layers at which a draft step is timed, at most; and steps of one kind in a row, as a draft has them.
+_EXITS, _STEPS = 5, 4
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    exit_layers: Sequence[int],
+    context: int,
+    longest: int,
+    patience: float,
+    progress: Iterable[int],
+) -> list[Costs]:
+    """What rounds cost after a context of so many positions, in seconds: once for each turn.
+
+    Each turn times a plain step, draft steps, and verifications with what goes with them: sampling, and the
+    read of what was accepted. In between, costs are interpolated linearly.
+
+    Args:
+        config: how tokens are picked, and by what weights and vocabulary drafts are made.
+        exit_layers: the exits that are asked about, in ascending order.
+        longest: the most tokens of a draft.
+        patience: seconds, after which no other turn begins.
+        progress: the turns, as many as there may be; the first ones warm up and do not count.
+    """
+    sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
+    decoder = make_decoder(model, context, context + longest + _STEPS, longest + 1, 1)
+    drafter = make_drafter(decoder, exit_layers[-1], config.draft_weights, config.draft_vocabulary)
+    ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)
+    forward(decoder, ids[:, :1])  # the cache takes its place
+
+    def now() -> float:
+        synchronize(model)
+        return time.perf_counter()
+
+    def plain_step() -> float:
+        decoder.cache.pretend([context])
+        started = now()
+        for _ in range(_STEPS):
+            sampler(forward(decoder, ids[:, :1]).logits[:, 0]).tokens.item()
+        return (now() - started) / _STEPS
+
+    def draft_step(exit_layer: int) -> float:
+        decoder.cache.pretend([context])
+        tokens = ids[:, :1]
+        forward(decoder, tokens)  # a draft follows a pass through all layers
+        started = now()
+        for _ in range(_STEPS):
+            tokens = sampler(forward_early(drafter, tokens, exit_layer).logits[:, 0]).tokens[:, None]
+        return (now() - started) / _STEPS
+
+    def verification(exit_layer: int, k: int) -> float:
+        decoder.cache.pretend([context])
+        inputs, states = ids[:, : k + 1], list[Tensor]()
+        if exit_layer and k:  # what the draft leaves, in one pass
+            states.append(forward_early(decoder, ids[:, :k], exit_layer, num_logits=0).hidden)
+        started = now()
+        if exit_layer:  # the last drafted token has not been through the first layers
+            states.append(forward_early(decoder, ids[:, :1], exit_layer, num_logits=0).hidden)
+            inputs = torch.cat(states, 1)  # [1, k+1, H]
+        choice = sampler(decoder.run(inputs, exit_layer, num_layers, k + 1).logits[0]).tokens  # [k+1]
+        accepted = (choice[:-1] == ids[0, :k]).cumprod(0).sum()
+        torch.cat((accepted[None], choice[accepted][None], ids[0, :k])).tolist()
+        decoder.cache.rollback(k)
+        return now() - started
+
+    lengths = [*(k for k in _LENGTHS if k < longest), longest]
+    places = numpy.linspace(0, len(exit_layers) - 1, min(_EXITS, len(exit_layers))).round().astype(int)
+    drafted = [exit_layers[place] for place in places]
+    # A copy leaves nothing to go on from: all layers verify, whatever its exit.
+    verified = sorted({exit_layers[0], exit_layers[-1]}) if config.draft_weights == "exact" else [0]
+
+    def turn() -> Costs:
+        plain = plain_step()
+        steps = [draft_step(layer) for layer in drafted]
+        by_length = [[verification(layer, k) for layer in verified] for k in lengths]
+        return Costs(
+            plain_step=plain,
+            draft_step={layer: float(numpy.interp(layer, drafted, steps)) for layer in exit_layers},
+            verifications={
+                layer: [float(numpy.interp(layer, verified, costs)) for costs in by_length]
+                for layer in exit_layers
+            },
+            lengths=lengths,
+            probe=0.0,
+        )
+
+    warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()
+    started = time.perf_counter()
+    for _ in progress:
+        if len(turns) > warm_up and agreed(model, time.perf_counter() - started > patience):
+            break
+        turns.append(turn())
+    return agreed(model, turns[warm_up:])
+
+
+def medians(turns: Sequence[Costs]) -> Costs:
+    """Of the plain step, and of each part by the plain step of its own turn: the machine may have been slower
+    in another one.
+    """
+    plain_step = statistics.median(costs.plain_step for costs in turns)
+
+    def middle(seconds: Iterable[float]) -> float:
+        ratios = [each / costs.plain_step for each, costs in zip(seconds, turns, strict=True)]
+        return plain_step * statistics.median(ratios)
+
+    return replace(
+        turns[0],
+        plain_step=plain_step,
+        draft_step={
+            layer: middle(costs.draft_step[layer] for costs in turns) for layer in turns[0].draft_step
+        },
+        verifications={
+            layer: [*map(middle, zip(*(costs.verifications[layer] for costs in turns), strict=True))]
+            for layer in turns[0].verifications
+        },
+    )

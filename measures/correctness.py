@@ -1,0 +1,238 @@
+"""What correctness.py does with its examples: compare ids of greedy answers, or samples of drafted tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from scipy.stats import combine_pvalues
+from transformers import GenerationConfig as TransformersGenerationConfig
+from transformers import NoRepeatNGramLogitsProcessor
+
+from arguments import GenerationConfig
+from data import Example
+from measures.comparison import find_difference, same_distribution
+from measures.timed_runs import Question, answers, windows
+from runs.examples import Job, OneByOne
+from runs.failures import named
+from runs.records import Record, Run
+from runs.startup import autoregressive
+from self_speculation import GenerationStrategyResult, HuggingfaceLlamaGenerator, Prompt
+from self_speculation.decoding.stopping import StopWords
+from self_speculation.model.families import context_length
+
+# Chance that a right program fails a run with --sample True.
+FALSE_ALARM = 1e-3
+# The first token of an answer comes from the prompt's own pass; drafts begin with the next one.
+_FIRST_DRAFTED = 1
+
+
+class Ids(Job):
+    """Greedy: the ids must be equal, up to near-ties.
+
+    Args:
+        reference: `transformers` compares with its `generate` as well.
+    """
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        examples: list[Example],
+        batch_size: int,
+        reference: str,
+    ) -> None:
+        self._speculative, self._config, self._examples = generator, config, examples
+        self._reference = reference
+        self.num_steps, self.batch_size = len(examples), batch_size
+        self._plain, self._plain_config = autoregressive(generator, config)
+        n = config.no_repeat_ngram_size
+        self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
+
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+        prompts = {index: self._speculative.encode(self._examples[index].prompt) for index in indices}
+        questions = [Question(index, prompt, seed=0) for index, prompt in prompts.items()]
+        for window in windows(questions, self.batch_size, num_sides=1):
+            for index, result in answers(self._speculative, self._config, window, self.batch_size):
+                with named(self.name(index)):
+                    tokens = _with_end(result.generation_strategy_result)
+                    record = self._compared(prompts[index], tokens)
+                yield index, record
+
+    def _compared(self, prompt: list[int], tokens: list[int]) -> Record:
+        """With what the prompt gives alone."""
+        references = {"autoregressive": _tokens(self._plain, prompt, self._plain_config)}
+        if self._reference == "transformers":
+            references["transformers"] = self._by_transformers(prompt)
+        return {
+            "num_tokens": len(tokens),
+            "differences": [
+                difference
+                for name, reference in references.items()
+                if (difference := self._difference(prompt, tokens, name, reference))
+            ],
+        }
+
+    def progress(self, records: Sequence[Record]) -> str:
+        return f"{sum(not record['differences'] for record in records)} of {len(records)} identical"
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        found = [(record["index"], d) for record in records for d in record["differences"]]
+        real = [d for _, d in found if not d["near_tie"]]
+        identical = sum(not record["differences"] for record in records)
+        run.finish(
+            records,
+            {
+                "examples": len(records),
+                "identical": identical,
+                "near_ties": len(found) - len(real),
+                "differences": len(real),
+            },
+        )
+        for index, d in found:
+            print(
+                f"example {index}, token {d['position']}, against {d['reference']}: "
+                f"{'near-tie' if d['near_tie'] else 'DIFFERENCE'}\n"
+                f"  best logits {d['best_logits'][0]:.6g} and {d['best_logits'][1]:.6g}, "
+                f"gap {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
+                f"  {self._strategy}: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
+            )
+        print(f"report: {run.folder}/run.json, records.jsonl")
+        verdict = "FAILED" if real else "passed"
+        print(
+            f"{verdict}: {identical} of {len(records)} examples identical, {len(found) - len(real)} near-ties"
+            f", {len(real)} differences that rounding does not explain"
+        )
+        return 1 if real else 0
+
+    @property
+    def _strategy(self) -> str:
+        name = self._config.generation_strategy.replace("_", "-")
+        return name if self.batch_size == 1 else f"{name}, batches of {self.batch_size}"
+
+    def _difference(
+        self, prompt: list[int], tokens: list[int], name: str, reference: list[int]
+    ) -> Record | None:
+        found = find_difference(self._speculative.model, prompt, tokens, reference, self._processors)
+        if found is None:
+            return None
+        shown = slice(found.position, found.position + 12)
+        gap = found.gap if found.gap is None or math.isfinite(found.gap) else None  # JSON knows no infinity
+        decode = self._speculative.tokenizer.decode
+        return {
+            "reference": name,
+            **dataclasses.asdict(found),
+            "gap": gap,
+            "near_tie": found.near_tie,
+            "tokens": tokens[shown],
+            "reference_tokens": reference[shown],
+            "text": decode(tokens[shown]),
+            "reference_text": decode(reference[shown]),
+        }
+
+    @torch.inference_mode()
+    def _by_transformers(self, prompt: list[int]) -> list[int]:
+        model, config = self._speculative.model, self._config
+        stop = StopWords(self._speculative.tokenizer, config.stop_words or [], prompt)
+        end_ids = [*self._speculative.eos_token_ids, *(config.stop_token_ids or [])]
+        room = context_length(model.config) - len(prompt)
+
+        def ends(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.tensor([stop(ids[0, len(prompt) :].tolist())], device=ids.device)
+
+        ids = torch.tensor([prompt], device=model.device)
+        # The model's own defaults, such as a repetition penalty, are not among the flags.
+        own, model.generation_config = model.generation_config, TransformersGenerationConfig()
+        try:
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=min(config.max_steps, room),
+                eos_token_id=end_ids or None,
+                pad_token_id=end_ids[0] if end_ids else 0,
+                no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
+                stopping_criteria=[ends] if config.stop_words else None,
+            )
+        finally:
+            model.generation_config = own
+        return output[0, len(prompt) :].tolist()
+
+
+class Distributions(OneByOne):
+    """Sampling: the first drafted token must be distributed as without drafts, on every prompt.
+
+    Args:
+        seed: of the random numbers of all samples.
+        num_samples: answers drawn on each prompt by each strategy.
+    """
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        config: GenerationConfig,
+        examples: list[Example],
+        seed: int,
+        batch_size: int,
+        num_samples: int,
+    ) -> None:
+        self._speculative, self._examples, self._seed = generator, examples, seed
+        # Room for a whole draft: none is cut short at the end of the output.
+        max_steps = _FIRST_DRAFTED + 1 + max(0, config.longest_draft)
+        self._config = dataclasses.replace(config, max_steps=max_steps)
+        self._plain, self._plain_config = autoregressive(generator, self._config)
+        self.num_steps, self.batch_size, self._num_samples = len(examples), batch_size, num_samples
+
+    def measure(self, index: int) -> Record:
+        prompt = self._speculative.encode(self._examples[index].prompt)
+        drafted = self._draw(self._speculative, self._config, prompt, f"{index}")
+        plain = self._draw(self._plain, self._plain_config, prompt, f"{index}, reference")
+        return same_distribution(drafted, plain)._asdict()
+
+    def _draw(
+        self, side: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int], name: str
+    ) -> list[int | None]:
+        """A sample of the first drafted token; None stands for an answer that ended before it.
+
+        Each answer has random numbers of its own, so that no batch size changes it.
+
+        Args:
+            name: of this sample among all that are drawn.
+        """
+        seeds = [zlib.crc32(f"{self._seed}, {name}, {i}".encode()) for i in range(self._num_samples)]
+        prompts = [Prompt(prompt, seed=seed) for seed in seeds]
+        drawn = dict(side.generate_batch(prompts, config, self.batch_size))
+        outputs = [_with_end(drawn[i].generation_strategy_result) for i in range(self._num_samples)]
+        return [output[_FIRST_DRAFTED] if len(output) > _FIRST_DRAFTED else None for output in outputs]
+
+    def progress(self, records: Sequence[Record]) -> str:
+        return f"smallest p-value {min(record['p_value'] for record in records):.3g}"
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        p_value = float(combine_pvalues([record["p_value"] for record in records]).pvalue)
+        failed = p_value < FALSE_ALARM
+        run.finish(records, {"p_value": p_value, "false_alarm": FALSE_ALARM, "failed": failed})
+        for record in records:
+            print(
+                f"example {record['index']}: p-value {record['p_value']:.3g}, "
+                f"{record['num_kinds']} kinds of tokens in {self._num_samples} samples of each strategy"
+            )
+        print(f"report: {run.folder}/run.json, records.jsonl")
+        print(
+            f"{'FAILED' if failed else 'passed'}: chi-square tests of the first drafted token: p-value "
+            f"{p_value:.3g}; below {FALSE_ALARM} is a failure (false alarms: 1 run in {1 / FALSE_ALARM:.0f})"
+        )
+        return 1 if failed else 0
+
+
+def _tokens(generator: HuggingfaceLlamaGenerator, prompt: list[int], config: GenerationConfig) -> list[int]:
+    return _with_end(generator.generate(prompt, config).generation_strategy_result)
+
+
+def _with_end(result: GenerationStrategyResult) -> list[int]:
+    """Ids of an answer, with the one that ended it."""
+    return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])

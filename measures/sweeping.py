@@ -1,0 +1,270 @@
+"""The two ways through a sweep's grid: every cell run for real, or all of them read off one pass.
+
+A cell is an exit layer and a draft length.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas
+import torch
+from tqdm import tqdm
+from transformers import NoRepeatNGramLogitsProcessor
+
+from data import Example
+from measures import metrics
+from measures.calibration import calibrate, medians
+from measures.plots import heat_maps
+from measures.replay import predicted_cell, within_noise
+from measures.timed_runs import BASELINE, Question, Side, measure_examples, warm_up
+from runs.examples import OneByOne, longest_prompt
+from runs.failures import named
+from runs.records import Record, Run
+from runs.startup import autoregressive
+from runs.status import says_if_slow
+from runs.tuning import COUNTS, best_cell
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.drafts.table import make_drafter
+from self_speculation.model.decoder import Decoder, forward_exits
+from self_speculation.model.families import context_length
+
+COLUMNS = [
+    "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",
+    "tokens_per_second", "tokens_per_second_median", "total_time", "num_tokens", "acceptance_rate",
+    "mean_accepted_length", "num_verifications", "num_drafted", "num_accepted",
+]  # fmt: skip
+
+HEADINGS = {
+    "mode": "mode", "exit_layer": "exit", "num_speculations": "drafted", "acceptance_rate": "accepted",
+    "mean_accepted_length": "length", "tokens_per_second_median": "tokens/s", "speedup": "speed-up",
+    "speedup_low": "from", "speedup_high": "to",
+}  # fmt: skip
+
+_TURNS, _PATIENCE = 20, 30.0  # of a calibration, at most; and the seconds that it may take, about
+_ROWS_SHOWN, _CELLS_NAMED = 20, 12
+
+Cell = tuple[int, int]  # exit layer, draft length
+
+
+@dataclass
+class Sweep(OneByOne):
+    """What both ways share: cells that are measured, and what is shown in the end."""
+
+    generator: HuggingfaceLlamaGenerator
+    config: GenerationConfig
+    examples: Sequence[Example]
+    grid: Sequence[Cell]
+    seed: int
+    batch_size: int = 1
+    verify_top: int = 0  # of the best predicted cells, so many are measured
+
+    mode = ""  # of the grid's cells
+
+    def __post_init__(self) -> None:
+        self.num_steps = len(self.grid if self.mode == "measured" else self.examples)
+        self._plain: Side = (BASELINE, *autoregressive(self.generator, self.config))
+
+    def warm_up(self) -> None:
+        """Of plain decoding, which both time; each cell has a warm-up of its own."""
+        with says_if_slow("warming up"):
+            warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
+
+    def measure_cell(self, cell: Cell) -> Record:
+        """All examples by this cell and by plain decoding, in turn."""
+        config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
+        sides: list[Side] = [("", self.generator, config), self._plain]
+        warm_up(sides, longest_prompt(self.examples), self.batch_size)
+        questions = [
+            Question(index, example.prompt, self.seed + index) for index, example in enumerate(self.examples)
+        ]
+        records = [record for _, record in measure_examples(sides, questions, self.batch_size)]
+        compared = metrics.speedup(records, BASELINE)
+        low, high = compared["speedup_interval"] or (None, None)
+        row = {
+            "mode": "measured", "exit_layer": cell[0], "num_speculations": cell[1],
+            **metrics.acceptance(records), **metrics.speed(records),
+            "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
+        }  # fmt: skip
+        return {name: row[name] for name in COLUMNS if name in row}
+
+    def write_table(self, run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
+        """The CSV of all rows so far, in the order of the grid."""
+        table = pandas.DataFrame([{"draft_weights": self.config.draft_weights, **row} for row in rows])
+        # Rows of an older version's run, which goes on with --resume, have other columns.
+        table = table.reindex(columns=COLUMNS).sort_values(COLUMNS[:3])
+        table = table.astype(dict.fromkeys(("speedup", "speedup_low", "speedup_high"), float))
+        run.replace("sweep.csv", table.to_csv(index=False))
+        return table
+
+    def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
+        """Write table and pictures, print the table, the best cell and its flags."""
+        table = self.write_table(run, rows)
+        compared = table[table["speedup"].notna()].sort_values("speedup", ascending=False)
+        if compared.empty:
+            run.finish(records, {**extra, "best": None})
+            print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
+            return 0
+        best = best_cell([row for row in rows if row["speedup"] is not None])
+        title = f"{len(self.examples)} prompts, at most {self.config.max_steps} tokens each"
+        if self.batch_size > 1:
+            title += f", in batches of {self.batch_size}"
+        heat_maps(compared[compared["mode"] == self.mode], f"{self.mode}, {title}", run.folder / "sweep")
+        chosen = {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}
+        run.finish(records, {**extra, "best": chosen})
+        print(f"{title}; medians, from and to hold the speed-up with 90 % confidence")
+        print(_plain_text(compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)))
+        if len(table) > _ROWS_SHOWN:
+            print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
+        print(f"\n{self._certainty(best, within_noise(rows, best))}")
+        print(f"\n{run.folder}/: sweep.csv, sweep.png, sweep.pdf, run.json")
+        if best["speedup"] < 1:
+            print("no cell is faster than autoregressive decoding; the nearest:")
+        print(self._flags(best))
+        return 0
+
+    def _certainty(self, best: Mapping[str, Any], others: Sequence[Record]) -> str:
+        """Which cells noise does not tell from the best one, in one sentence."""
+        cell = f"{_short(best)} (exit/drafted)"
+        if best.get("speedup_low") is None:
+            few = "turns of the calibration" if best["mode"] == "predicted" else "prompts or windows"
+            return f"Whether {cell} is the best is not known: fewer than five {few}."
+        if not others:
+            return f"{cell} is the best beyond noise (90 %)."
+        cells = ", ".join(map(_short, others[:_CELLS_NAMED]))
+        more = f" and {len(others) - _CELLS_NAMED} more" if len(others) > _CELLS_NAMED else ""
+        return f"As fast as {cell} within noise (90 %): {cells}{more}."
+
+    def _flags(self, best: Mapping[str, Any]) -> str:
+        """Those that use the cell."""
+        config = self.config
+        return (
+            f"--generation_strategy self_speculative --exit_layer {best['exit_layer']} "
+            f"--num_speculations {best['num_speculations']}"
+            + (f" --draft_weights {config.draft_weights}" if config.draft_weights != "exact" else "")
+            + (f" --draft_vocabulary {config.draft_vocabulary}" if config.draft_vocabulary else "")
+        )
+
+
+class Measured(Sweep):
+    """Runs every cell for real; a record is a cell."""
+
+    mode, unit = "measured", "cells"
+
+    def name(self, index: int) -> str:
+        return _name(self.grid[index])
+
+    def measure(self, index: int) -> Record:
+        return self.measure_cell(self.grid[index])
+
+    def progress(self, records: Sequence[Record]) -> str:
+        compared = [record for record in records if record["speedup"] is not None]
+        if not compared:
+            return "no answers to compare"
+        best = max(compared, key=lambda record: record["speedup"])
+        return f"best {best['speedup']:.2f}x at {_short(best)}"
+
+    def after_each(self, run: Run) -> None:
+        self.write_table(run, list(run.records().values()))
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        return self.show(run, records, records, {})
+
+
+class Predicted(Sweep):
+    """Generates each example once and replays the rounds of every cell; a record is an example."""
+
+    mode = "predicted"
+
+    @property
+    def _exit_layers(self) -> list[int]:
+        return sorted({layer for layer, _ in self.grid})
+
+    @torch.inference_mode()
+    def measure(self, index: int) -> Record:
+        """One output, and for every exit layer of the grid a string of 1 (guessed right) and 0."""
+        _, plain, config = self._plain
+        prompt = plain.encode(self.examples[index].prompt)
+        result = plain.generate(prompt, config).generation_strategy_result
+        tokens = [*result.predicted_tokens]
+        if result.end_token_id is not None:
+            tokens.append(result.end_token_id)
+        model = self.generator.model
+        ids = torch.tensor([[*prompt, *tokens]], device=model.device)
+        expected = ids[0, len(prompt) :]  # [n]
+        decoder = Decoder(model, ids.shape[1], ids.shape[1])
+        drafter = make_drafter(
+            decoder, self._exit_layers[-1], self.config.draft_weights, self.config.draft_vocabulary
+        )
+        matches = {}
+        for layer, logits in forward_exits(drafter, ids[:, :-1], self._exit_layers, len(tokens)):
+            guesses = self._processed(ids, len(prompt), logits[0]).argmax(-1)  # [n]
+            matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())
+        return {
+            "tokens": tokens,
+            "num_prompt_tokens": len(prompt),
+            "num_tokens": len(result.predicted_tokens),
+            "max_tokens": min(self.config.max_steps, context_length(model.config) - len(prompt)),
+            "matches": matches,
+            "prefill_time": result.prefill_time,
+            "decode_time": result.decode_time,
+        }
+
+    def progress(self, records: Sequence[Record]) -> str:
+        return f"{sum(record['num_tokens'] for record in records)} tokens"
+
+    def conclude(self, run: Run, records: list[Record]) -> int:
+        run.replace(COUNTS, json.dumps(Counter(id_ for record in records for id_ in record["tokens"])))
+        # In the middle of an output of middling length.
+        context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
+        longest = max(k for _, k in self.grid)
+        with tqdm(range(_TURNS), desc="calibration") as progress:
+            turns = calibrate(
+                self.generator.model,
+                self.config,
+                self._exit_layers,
+                int(context),
+                longest,
+                _PATIENCE,
+                progress,
+            )
+        costs = medians(turns)
+        predicted = [predicted_cell(records, costs, turns, *cell) for cell in self.grid]
+        verified = []
+        for row in sorted(predicted, key=lambda row: -row["speedup"])[: self.verify_top]:
+            cell = row["exit_layer"], row["num_speculations"]
+            with named(_name(cell)):
+                verified.append(self.measure_cell(cell))
+            print(
+                f"{_name(cell)}: {row['speedup']:.2f} predicted, {_number(verified[-1]['speedup'])} measured"
+            )
+        return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
+
+    def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of the output's positions, after the logits processor that drafts go through too."""
+        if not self.config.no_repeat_ngram_size:
+            return logits
+        processor = NoRepeatNGramLogitsProcessor(self.config.no_repeat_ngram_size)
+        rows = logits.float().split(1)
+        return torch.cat([processor(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
+
+
+def _name(cell: Cell) -> str:
+    return f"exit layer {cell[0]}, {cell[1]} drafted"
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    return f"{row['exit_layer']}/{row['num_speculations']}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _plain_text(table: pandas.DataFrame) -> str:
+    return table.to_string(index=False, float_format="{:.2f}".format, na_rep="-")
