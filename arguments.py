@@ -10,7 +10,6 @@ import ast
 import difflib
 import importlib
 import json
-import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
@@ -33,12 +32,6 @@ DatasetName = Literal[
 ]
 
 _WORDS = {"true": True, "false": False, "none": None}  # values of k=v, in any case
-_CACHE_REQUESTS = ("true", "refresh", "delete", "false")
-_VERBOSITIES = ("debug", "info", "warning", "error", "critical")
-
-# Sequences that eval.py generates at a time where --batch_size is auto: nobody knows before how long answers
-# get, and so how many fit.
-_AUTO_GENERATES = 8
 
 # What is about drafts alone; an exit layer means something to autoregressive decoding too.
 _ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary", "prompt_lookup")
@@ -232,88 +225,6 @@ class SweepArguments:
 
 
 @dataclass(frozen=True)
-class EvalArguments:
-    """What lm-evaluation-harness does; the flags are those of its own command line."""
-
-    tasks: list[str]
-    """Names, groups, patterns or YAML files of tasks, separated by spaces or commas."""
-    include_path: str | None = None
-    """Folder with YAML files of more tasks."""
-    limit: float | None = None
-    """How many documents of each task; below 1: which share of them."""
-    num_fewshot: int | None = None
-    """Solved examples before each question; without it, as many as each task says."""
-    batch_size: str = "1"
-    """Sequences at a time, in log-likelihoods and in generation; auto (or auto:N, looking N times): as many
-    as fit in log-likelihoods, and 8 in generation."""
-    gen_kwargs: str | None = None
-    """k=v,k=v in place of the tasks' own generation arguments."""
-    apply_chat_template: bool = False
-    """Put questions into the tokenizer's chat template."""
-    fewshot_as_multiturn: bool = True
-    """With a chat template, each solved example is a turn of the conversation."""
-    system_instruction: str | None = None
-    """Text before everything else, as the system's turn where there is a chat template."""
-    log_samples: bool = True
-    """Write what the model said to each document."""
-    predict_only: bool = False
-    """Write what the model said, and compute no metrics."""
-    use_cache: str | None = None
-    """Path of a file that keeps answers: with it, an interrupted evaluation goes on where it stopped."""
-    cache_requests: str | None = None
-    """true: keep the prompts that tasks build for later; refresh: build them anew; delete: remove them."""
-    rewrite_requests_cache: bool = False
-    """The same as --cache_requests refresh."""
-    bootstrap_iters: int = 100_000
-    """Resamplings for standard errors; 0: none."""
-    random_seed: int = 0
-    """Seed of Python's generator."""
-    numpy_random_seed: int = 1234
-    """Seed of numpy's."""
-    torch_random_seed: int = 1234
-    """Seed of torch's, and of sampled answers."""
-    fewshot_random_seed: int = 1234
-    """Seed for the choice of solved examples."""
-    write_out: bool = False
-    """Log the first document's prompt of each task."""
-    check_integrity: bool = False
-    """Run the harness's own tests of the tasks; it has them where it was installed from its sources."""
-    verbosity: str | None = None
-    """What the harness logs: DEBUG, INFO, WARNING, ERROR or CRITICAL; without it, ERROR, or INFO with
-    --write_out True."""
-    confirm_run_unsafe_code: bool = False
-    """Let tasks run the programs that the model wrote."""
-
-    def __post_init__(self) -> None:
-        _check(self, "limit", self.limit is None or self.limit > 0, "must be above 0")
-        number = re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", self.batch_size)
-        _check(self, "batch_size", bool(number), "must be a number from 1, or auto")
-        _at_least(self, 0, "bootstrap_iters", *(["num_fewshot"] if self.num_fewshot is not None else []))
-        _check_seeds(self, "random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-        for name, allowed in (("cache_requests", _CACHE_REQUESTS), ("verbosity", _VERBOSITIES)):
-            given = getattr(self, name)
-            known = given is None or given.lower() in allowed
-            _check(self, name, known, f"must be one of {', '.join(allowed)}")
-
-    @property
-    def generation_batch_size(self) -> int:
-        return _AUTO_GENERATES if self.batch_size.startswith("auto") else int(self.batch_size)
-
-    @property
-    def requests_cache(self) -> Literal["true", "refresh", "delete"] | None:
-        """What to do with prompts that were built before, or are built now."""
-        asked = (self.cache_requests or "false").lower()
-        if self.rewrite_requests_cache and asked != "delete":
-            return "refresh"
-        return None if asked == "false" else asked  # type: ignore[return-value]
-
-    @property
-    def logged(self) -> str:
-        """The least important kind of message that the harness is to log."""
-        return (self.verbosity or ("info" if self.write_out else "error")).upper()
-
-
-@dataclass(frozen=True)
 class TuningArguments:
     """Settings that were found by a sweep."""
 
@@ -480,14 +391,23 @@ class _StoreValue(argparse._StoreAction):
         super().__init__(option_strings, dest, nargs, **kwargs)
 
 
-def parse(description: str, *groups: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse(
+    description: str,
+    *groups: type,
+    args: Sequence[str] | None = None,
+    rest: argparse.ArgumentParser | None = None,
+) -> tuple[Any, ...]:
     """One instance of each dataclass in `groups`, from the command line.
 
     With --resume FOLDER, what is not given is as it was in that run. Bad usage ends the program with status 2
     and one line that names the flag, the value and what is allowed.
+
+    Args:
+        rest: parses all other flags; what it finds comes last, and its help too.
     """
     parser = _Parser(
         description=description,
+        epilog=rest.format_help() if rest else None,
         allow_abbrev=False,
         add_option_string_dash_variants=simple_parsing.DashVariant.UNDERSCORE,
         formatter_class=_HelpFormatter,
@@ -503,12 +423,18 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
     except ValueError as error:  # raised by a dataclass about its own values, field name first
         parser.error(f"--{error}")
     _check_copies(parser, values)
+    found = [getattr(values, group.__name__) for group in groups]
+    actions = list(parser._actions)
+    if rest is not None:
+        others, unknown = rest.parse_known_args(unknown)
+        found.append(others)
+        actions += rest._actions
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = [flag for action in actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         parser.error(f"unknown argument {unknown[0]!r}; {hint}--help lists the flags")
-    return tuple(getattr(values, group.__name__) for group in groups)
+    return tuple(found)
 
 
 def refuse_idle_drafts(config: GenerationConfig) -> None:

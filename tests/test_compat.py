@@ -131,7 +131,6 @@ def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     own = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
     manager = lambda **_: TaskManager(include_path=own, include_defaults=False)  # noqa: E731
-    monkeypatch.setattr("measures.harness_tasks.TaskManager", manager)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
 
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from arguments import (
     CorrectnessArguments,
     DataArguments,
-    EvalArguments,
     GenerateArguments,
     GenerationConfig,
     MeasurementArguments,
@@ -39,7 +38,7 @@ GROUPS = [
     (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments),
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
     (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
-    (ModelArguments, GenerationConfig, EvalArguments, TuningArguments),
+    (ModelArguments, GenerationConfig, TuningArguments),
     (ModelArguments, NewModelArguments, TrainingDataArguments, RecipeArguments, OptimizationArguments),
 ]  # as the scripts have them
 
