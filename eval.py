@@ -64,14 +64,14 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
     Run.create(commands)
     groups = (ModelArguments, GenerationConfig, TuningArguments)
     model_args, config, tuning, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
-    given = given_flags(argv, GenerationConfig)
     config = tuned(config, tuning, argv)
     refuse_idle_drafts(config)
     _read_config_file(args)
+    given = given_flags(argv, GenerationConfig)
     asked = {theirs: getattr(config, ours) for ours, theirs in OF_TASKS.items() if ours in given}
-    if asked.get("do_sample"):  # greedy tasks have a temperature of 0
-        asked["temperature"] = config.temperature
-    args.gen_kwargs = {**(args.gen_kwargs or {}), **asked}
+    # Where sampling is asked for, there is a temperature: that of greedy tasks is 0.
+    warm = {"temperature": config.temperature} if asked.get("do_sample") else {}
+    args.gen_kwargs = {**warm, **(args.gen_kwargs or {}), **asked}
     args.model_args = {  # lm_eval prints and saves them
         each.name: value
         for group in (model_args, config)
@@ -82,26 +82,30 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
     args.device, args.trust_remote_code = model_args.device, model_args.trust_remote_code
     if "seed" in given_flags(argv, ModelArguments):
         args.seed = [model_args.seed] * 4
+    if args.use_cache:
+        # The harness's keys know the request alone: it would take the answer of another model or exit layer.
+        key = zlib.crc32(repr((replace(model_args, output_dir=""), config)).encode())
+        args.use_cache = f"{args.use_cache}_{key:08x}"
+    args.output_path = args.output_path or model_args.output_dir
+    _check(args, model_args)
+    return model_args, config, args
+
+
+def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
+    """Refuse what lm_eval would notice after hours, or not at all."""
     size = str(getattr(args, "batch_size", 1))
     if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", size):
         refuse(f"--batch_size {size}: must be a number from 1, auto or auto:N")
     for name in ("use_cache", "cache_requests"):
         if getattr(args, name) and model_args.parallel == "tensor":
             refuse(f"--{name}: not with --parallel tensor, whose ranks could find different things there")
-    if (
-        args.use_cache
-    ):  # the harness would take an answer of another model, or of another exit layer, for ours
-        key = zlib.crc32(repr((replace(model_args, output_dir=""), config)).encode())
-        args.use_cache = f"{args.use_cache}_{key:08x}"
-    args.output_path = args.output_path or model_args.output_dir
     path = Path(args.output_path)
     folder = path.parent if path.suffix == ".json" else path
-    try:  # the harness would go on without results
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         refuse(f"--output_path {path}: cannot be written: {error.strerror}")
-    return model_args, config, args
 
 
 def _read_config_file(args: argparse.Namespace) -> None:
@@ -109,9 +113,12 @@ def _read_config_file(args: argparse.Namespace) -> None:
     if args.config is None:
         return
     from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.utils import simple_parse_args_string
 
     try:
         file = EvaluatorConfig.load_yaml_config(args.config)
+        if isinstance(file.get("gen_kwargs"), str):
+            file["gen_kwargs"] = simple_parse_args_string(file["gen_kwargs"])
     except (OSError, ValueError, TypeError) as error:
         refuse(f"--config {args.config}: {error}")
     if ours := {"model", "model_args", "device"} & file.keys():

@@ -67,7 +67,8 @@ def evaluate(model_args: ModelArguments, config: GenerationConfig, args: argpars
                 _show(list(itertools.chain.from_iterable(of_ranks)))
                 print(f"\nresults are in {args.output_path}")
     except KeyboardInterrupt:
-        print(f"interrupted; {_kept(args)}", file=sys.stderr)
+        if ranks.is_first():
+            print(f"interrupted; {_kept(args)}", file=sys.stderr)
         return 130
     except Exception as error:
         if (why := str(error) if isinstance(error, Failed) else reason(error, _LESS)) is not None:

@@ -269,14 +269,39 @@ def test_chat_template_and_shots(model_folder, task_folder, tmp_path):
 
 def test_flags_of_a_file(model_folder, task_folder, tmp_path, monkeypatch):
     """--config; what the command line says goes before it. Guards against --output_dir in place of the file's
-    path, and --gen_kwargs of flags in place of all that the file has.
+    path, and against flags in place of all that the file asks of generation.
     """
     file = tmp_path / "flags.yaml"
     asked = {"tasks": ["functions"], "limit": 3, "output_path": str(tmp_path / "logs"), "log_samples": True}
-    file.write_text(yaml.safe_dump({**asked, "include_path": str(task_folder)}))
+    more = {"include_path": str(task_folder), "gen_kwargs": "temperature=0.7,max_gen_toks=4"}
+    file.write_text(yaml.safe_dump({**asked, **more}))
     monkeypatch.chdir(tmp_path)
-    assert eval_script.main(["--config", str(file), "--model", str(model_folder), "--limit", "2"]) == 0
+    flags = [
+        "--config",
+        file,
+        "--model",
+        model_folder,
+        "--limit",
+        "2",
+        "--sample",
+        "True",
+        "--max_steps",
+        "3",
+    ]
+    assert eval_script.main([*map(str, flags)]) == 0
     assert len(samples(tmp_path)["functions"]) == 2
+    used = saved(tmp_path)["config"]["gen_kwargs"]
+    assert used == {"temperature": 0.7, "max_gen_toks": 3, "do_sample": True}
+
+
+def test_a_file_may_not_choose_the_model(tmp_path, capsys):
+    """Guards against settings of --config that are ignored: which model answers is said by our flags."""
+    file = tmp_path / "flags.yaml"
+    file.write_text("tasks: [functions]\nmodel: hf\n")
+    with pytest.raises(SystemExit) as exit:
+        eval_script.main(["--config", str(file), "--output_dir", str(tmp_path)])
+    assert exit.value.code == 2
+    assert "has model, which are flags of eval.py" in capsys.readouterr().err
 
 
 def test_results_are_written_below_the_output_dir(model_folder, task_folder, tmp_path):
@@ -346,6 +371,7 @@ def test_mistakes_of_the_program_are_not_explained_away(model_folder, task_folde
 
 
 def test_help_has_the_flags_of_both(capsys):
+    """Guards against flags that work and that nobody can find."""
     with pytest.raises(SystemExit) as exit:
         eval_script.main(["--help"])
     assert exit.value.code == 0
