@@ -61,6 +61,14 @@ def test_by_python(name, command):
     assert done.stdout.count(once) == 1
 
 
+def test_eval_begins():
+    """What is left of the slow one above in the default run: everything is imported, in this order."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import eval, measures.evaluation"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # What benchmark.py does with its ranks, the slow ones do as well, by the same functions; and each is started
 # over two ranks by another test, though not by torchrun itself.
 SLOW = [
