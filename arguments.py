@@ -9,7 +9,6 @@ import argparse
 import ast
 import difflib
 import json
-import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -32,12 +31,6 @@ DatasetName = Literal[
 ]
 
 _WORDS = ("true", "false", "none")  # values of k=v, in any case
-_CACHE_REQUESTS = ("true", "refresh", "delete", "false")
-_VERBOSITIES = ("debug", "info", "warning", "error", "critical")
-
-# Sequences that eval.py generates at a time where --batch_size is auto: nobody knows before how long answers
-# get, and so how many fit.
-_AUTO_GENERATES = 8
 
 # What is about drafts alone; an exit layer means something to autoregressive decoding too.
 _ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary", "prompt_lookup")
@@ -181,14 +174,23 @@ class _StoreValue(argparse._StoreAction):
         super().__init__(option_strings, dest, nargs, **kwargs)
 
 
-def parse(description: str, *groups: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse(
+    description: str,
+    *groups: type,
+    args: Sequence[str] | None = None,
+    rest: argparse.ArgumentParser | None = None,
+) -> tuple[Any, ...]:
     """One instance of each dataclass in `groups`, from the command line.
 
     With --resume FOLDER, what is not given is as it was in that run. Bad usage ends the program with status 2
     and one line that names the flag, the value and what is allowed.
+
+    Args:
+        rest: parses all other flags; what it finds comes last, and its help too.
     """
     parser = _Parser(
         description=description,
+        epilog=rest.format_help() if rest else None,
         allow_abbrev=False,
         add_option_string_dash_variants=simple_parsing.DashVariant.UNDERSCORE,
         formatter_class=_HelpFormatter,
@@ -204,12 +206,18 @@ def parse(description: str, *groups: type, args: Sequence[str] | None = None) ->
     except ValueError as error:  # raised by a dataclass about its own values, field name first
         parser.error(f"--{error}")
     _check_copies(parser, values)
+    found = [getattr(values, group.__name__) for group in groups]
+    actions = list(parser._actions)
+    if rest is not None:
+        others, unknown = rest.parse_known_args(unknown)
+        found.append(others)
+        actions += rest._actions
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = [flag for action in actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         parser.error(f"unknown argument {unknown[0]!r}; {hint}--help lists the flags")
-    return tuple(getattr(values, group.__name__) for group in groups)
+    return tuple(found)
 
 
 def refuse_idle_drafts(config: GenerationConfig) -> None:

@@ -4,247 +4,135 @@
     python eval.py --tasks gsm8k --generation_strategy self_speculative --exit_layer 8 --num_speculations 6
     python eval.py --tasks hellaswag --exit_layer 12    # the early exit at layer 12 alone
 
-Generation settings are the tasks' own, except where a flag is given. Log-likelihoods are the full model's;
-with --exit_layer and the autoregressive strategy, those of the early exit. Results go to a folder of
---output_dir.
+The flags below say which model answers, and how. All others are those of lm_eval's own command line, and mean
+what they mean there; they stand at the end. Where both have a flag of one name (--model, --model_args,
+--device, --seed, --trust_remote_code), it is the one below.
+
+Generation settings are the tasks' own; one that is given here goes before them, as in --gen_kwargs.
+Log-likelihoods are the full model's; with --exit_layer and the autoregressive strategy, those of the early
+exit. lm_eval writes its results to --output_path; without it, to --output_dir.
 """
 
 from __future__ import annotations
 
-import signal
+import argparse
+import re
+import tempfile
+import zlib
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, NoReturn
+
+from lm_eval._cli.run import Run  # light, as all imports here
 
 from arguments import (
-    EvalArguments,
     GenerationConfig,
     ModelArguments,
+    TuningArguments,
     given_flags,
     parse,
     refuse,
     refuse_idle_drafts,
 )
-from runs.tuning import TuningArguments, tuned
+from runs.program import run
+from runs.tuning import tuned
 
-Flags = tuple[ModelArguments, GenerationConfig, EvalArguments, TuningArguments]
+# Flags that tasks have settings of their own for, and the harness's names of these.
+OF_TASKS = {
+    "max_steps": "max_gen_toks", "sample": "do_sample", "temperature": "temperature", "top_k": "top_k",
+    "top_p": "top_p", "no_repeat_ngram_size": "no_repeat_ngram_size", "stop_words": "until",
+}  # fmt: skip
 
 
-def flags(argv: Sequence[str] | None = None) -> Flags:
-    """The command line; a mistake that can be seen without model and harness ends the program."""
-    groups = (ModelArguments, GenerationConfig, EvalArguments, TuningArguments)
-    model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    for name, value in (("use_cache", args.use_cache), ("cache_requests", args.requests_cache)):
-        if value and model_args.parallel == "tensor":
-            refuse(
-                f"--{name} {value}: not with --parallel tensor, whose ranks could find different things there"
-            )
-    if args.include_path is not None and not Path(args.include_path).is_dir():
-        refuse(f"--include_path {args.include_path}: no such folder")
+class _Parser(argparse.ArgumentParser):
+    """lm_eval's, which refuses bad usage in one line."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_known_args(*args, **kwargs)
+        except (ValueError, AssertionError) as error:  # of values that it splits itself
+            self.error(str(error))
+
+    def error(self, message: str) -> NoReturn:
+        refuse(message)
+
+
+def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, GenerationConfig, argparse.Namespace]:
+    """Our flags, and lm_eval's with ours among them; what is wrong with either ends the program."""
+    commands = _Parser().add_subparsers()
+    Run.create(commands)
+    groups = (ModelArguments, GenerationConfig, TuningArguments)
+    model_args, config, tuning, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
     config = tuned(config, tuning, argv)
     refuse_idle_drafts(config)
-    return model_args, config, args, tuning
+    _read_config_file(args)
+    given = given_flags(argv, GenerationConfig)
+    asked = {theirs: getattr(config, ours) for ours, theirs in OF_TASKS.items() if ours in given}
+    # Where sampling is asked for, there is a temperature: that of greedy tasks is 0.
+    warm = {"temperature": config.temperature} if asked.get("do_sample") else {}
+    args.gen_kwargs = {**warm, **(args.gen_kwargs or {}), **asked}
+    args.model_args = {  # lm_eval prints and saves them
+        each.name: value
+        for group in (model_args, config)
+        for each in fields(group)
+        if (value := getattr(group, each.name)) != each.default
+        and each.name not in (*OF_TASKS, "model", "output_dir")
+    }
+    args.device, args.trust_remote_code = model_args.device, model_args.trust_remote_code
+    if "seed" in given_flags(argv, ModelArguments):
+        args.seed = [model_args.seed] * 4
+    if args.use_cache:
+        # The harness's keys know the request alone: it would take the answer of another model or exit layer.
+        key = zlib.crc32(repr((replace(model_args, output_dir=""), config)).encode())
+        args.use_cache = f"{args.use_cache}_{key:08x}"
+    args.output_path = args.output_path or model_args.output_dir
+    _check(args, model_args)
+    return model_args, config, args
 
 
-if __name__ == "__main__":  # before the imports below, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    flags()
+def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
+    """Refuse what lm_eval would notice after hours, or not at all."""
+    size = str(getattr(args, "batch_size", 1))
+    if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", size):
+        refuse(f"--batch_size {size}: must be a number from 1, auto or auto:N")
+    for name in ("use_cache", "cache_requests"):
+        if getattr(args, name) and model_args.parallel == "tensor":
+            refuse(f"--{name}: not with --parallel tensor, whose ranks could find different things there")
+    path = Path(args.output_path)
+    folder = path.parent if path.suffix == ".json" else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        refuse(f"--output_path {path}: cannot be written: {error.strerror}")
 
-import os
-import shutil
-import subprocess
-import sys
-import zlib
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any
 
-import datasets
-import lm_eval.evaluator
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from lm_eval import simple_evaluate
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.utils import make_table, setup_logging
+def _read_config_file(args: argparse.Namespace) -> None:
+    """Add what the file of --config has and the command line has not."""
+    if args.config is None:
+        return
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.utils import simple_parse_args_string
 
-from data import one_line
-from measures import metrics
-from measures.harness_model import HarnessModel
-from measures.harness_tasks import load_tasks
-from runs import ranks
-from runs.failures import KINDS, Failed, reason
-from runs.program import run
-from runs.records import Record, RecordError, Run, check_destination, describe, describe_model
-from runs.startup import know_what_was_written, load_generator, meet, model_name, read_config
-from self_speculation.drafts.table import driving_flags
-from self_speculation.model.prepared import prepared
+    try:
+        file = EvaluatorConfig.load_yaml_config(args.config)
+        if isinstance(file.get("gen_kwargs"), str):
+            file["gen_kwargs"] = simple_parse_args_string(file["gen_kwargs"])
+    except (OSError, ValueError, TypeError) as error:
+        refuse(f"--config {args.config}: {error}")
+    if ours := {"model", "model_args", "device"} & file.keys():
+        refuse(f"--config {args.config}: has {', '.join(sorted(ours))}, which are flags of eval.py")
+    for name, value in file.items():
+        if not getattr(args, name, None):
+            setattr(args, name, value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    model_args, config, args, tuning = flags(argv)
-    # How drafts are made is not for tasks to say; every other setting is, unless a flag is given.
-    overrides = sorted(given_flags(argv, GenerationConfig) - set(driving_flags()))
-    meet(model_args)
-    setup_logging(args.logged)
-    _hush_git()
-    datasets.disable_progress_bars()
-    model_config = read_config(model_args)
-    description = describe("eval", (model_args, config, args), "")
-    _check(config, model_config.num_hidden_layers, model_args.output_dir, description)
-    manager, tasks = load_tasks(args, config, overrides)
-    generator = load_generator(model_args, config, model_config)
-    know_what_was_written(generator, tuning)
-    prepared(generator.model).vocabulary.learns = False  # an answer must not depend on those before it
-    if args.apply_chat_template and not generator.tokenizer.chat_template:
-        refuse("--apply_chat_template True: the model's tokenizer has no chat template")
-    accelerator = _accelerator(generator.model.device)
-    try:
-        run = _new_run(model_args, description | describe_model(model_name(model_args), generator.model))
-        if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values()):
-            _tell(overrides, config)
-        model = HarnessModel(
-            generator, config, overrides, args.batch_size, args.generation_batch_size,
-            args.torch_random_seed, keep=run.writer(ranks.rank()).append, accelerator=accelerator,
-        )  # fmt: skip
-        tracker = EvaluationTracker(output_path=str(run.folder))
-        settings = (model_name(model_args), str(generator.model.dtype), config, overrides)
-        results = simple_evaluate(
-            model,
-            model_args={"pretrained": Path(model_name(model_args)).name},
-            tasks=list(tasks),
-            task_manager=manager,
-            evaluation_tracker=tracker,
-            device=str(generator.model.device),
-            **_passed_on(args, settings),
-        )
-        for what, number in model.notices.items():
-            print(f"{what}: {number}, to fit the model's context", file=sys.stderr)
-        ranks.barrier()
-        if results is not None:  # at rank 0
-            _save(run, tracker, results, args)
-            _show(run, results, args)
-    except KeyboardInterrupt:
-        print(f"interrupted; {_kept(args)}", file=sys.stderr)
-        return 130
-    except (RecordError, Failed) as error:
-        print(f"{error}; {_kept(args)}", file=sys.stderr)
-        return 1
-    except KINDS as error:
-        if (why := reason(error)) is None:
-            raise
-        print(f"{why}, a smaller --batch_size; {_kept(args)}", file=sys.stderr)
-        return 1
-    except (ValueError, AssertionError) as error:  # what the harness says of flags that do not fit a task
-        refuse(f"--tasks {','.join(args.tasks)}: {one_line(error)}")
-    if accelerator is not None:
-        accelerator.end_training()
-    return 0
+    model_args, config, args = flags(argv)
+    from measures.evaluation import evaluate
 
-
-def _check(config: GenerationConfig, num_layers: int, output_dir: str, description: Record) -> None:
-    """Refuse an exit that the model does not have, and a folder that cannot be written."""
-    try:
-        config.check_depth(num_layers)
-        check_destination(None, output_dir, description)
-    except ValueError as error:
-        refuse(f"--{error}")
-    except RecordError as error:
-        refuse(str(error))
-
-
-def _hush_git() -> None:
-    """The harness asks git for a version, whose complaint where there is no repository would be shown."""
-    if shutil.which("git") and subprocess.run(["git", "rev-parse"], capture_output=True).returncode:
-        lm_eval.evaluator.get_git_commit_hash = lambda: None
-
-
-def _kept(args: EvalArguments) -> str:
-    """What there is to go on from."""
-    if args.use_cache:
-        return "the same command goes on with what --use_cache kept: all answers but sampled ones"
-    return "--use_cache PATH would have kept answers to go on from"
-
-
-def _tell(overrides: Sequence[str], config: GenerationConfig) -> None:
-    """Say at rank 0 which flags replace settings of the tasks."""
-    if overrides and ranks.rank() == 0:
-        given = ", ".join(f"--{field} {getattr(config, field)}" for field in overrides)
-        print(f"in place of the tasks' own generation settings: {given}", file=sys.stderr)
-
-
-def _accelerator(device: torch.device) -> Accelerator | None:
-    """What the harness exchanges results by, where there are several ranks."""
-    if ranks.world_size() == 1:
-        return None
-    patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
-    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
-
-
-def _new_run(model_args: ModelArguments, description: Record) -> Run:
-    _, output_dir = ranks.place_to_write(None, model_args.output_dir)
-    run = ranks.share(Run.create(output_dir, "eval", description) if ranks.rank() == 0 else None)
-    assert run is not None
-    return run
-
-
-def _passed_on(args: EvalArguments, settings: tuple[Any, ...]) -> dict[str, Any]:
-    """Arguments of `simple_evaluate`; answers are kept apart by the settings that they depend on."""
-    own = {"tasks", "include_path", "cache_requests", "rewrite_requests_cache", "use_cache", "verbosity"}
-    key = zlib.crc32(repr((*settings, args.torch_random_seed)).encode())
-    return {
-        **{field.name: getattr(args, field.name) for field in fields(args) if field.name not in own},
-        "use_cache": f"{args.use_cache}_{key:08x}" if args.use_cache else None,
-        "cache_requests": args.requests_cache in ("true", "refresh"),
-        "rewrite_requests_cache": args.requests_cache == "refresh",
-        "delete_requests_cache": args.requests_cache == "delete",
-    }
-
-
-def _save(run: Run, tracker: EvaluationTracker, results: dict[str, Any], args: EvalArguments) -> None:
-    """The harness's files, and ours: how fast each task was."""
-    samples = results.pop("samples", {})
-    tracker.save_results_aggregated(results, samples if args.log_samples else None)
-    for name, said in samples.items():
-        tracker.save_results_samples(name, said)
-    for kind in ("results", *(f"samples_{name}" for name in samples)):
-        if not list(run.folder.glob(f"*/{kind}_*.json*")):  # the harness does not raise
-            raise RecordError(f"cannot write {kind} into {run.folder}")
-    records = [record for _, record in sorted(run.records().items())]
-    tasks = {task: _figures(own) for task, own in _by_task(records).items()}
-    run.finish(records, {"tasks": tasks})
-
-
-def _show(run: Run, results: dict[str, Any], args: EvalArguments) -> None:
-    """The harness's tables, and for each task that generates a line about its speed."""
-    print(make_table(results))
-    if "groups" in results:
-        print(make_table(results, "groups"))
-    for task, own in _by_task(run.records().values()).items():
-        figures, size = _figures(own), args.generation_batch_size
-        line = f"{task}: {len(own)} answers, {figures['speed']['tokens_per_second']:.1f} tokens/s"
-        if size > 1:
-            line += f" in batches of {size}"
-        if accepted := figures.get("acceptance"):
-            line += (
-                f", acceptance rate {accepted['acceptance_rate'] or 0:.1%}, mean accepted length "
-                f"{accepted['mean_accepted_length'] or 1:.2f}"
-            )
-        print(line)
-    print(f"\n{run.folder}/: run.json, records.jsonl, and the harness's results and samples")
-
-
-def _by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        found.setdefault(record["task"], []).append(record)
-    return found
-
-
-def _figures(records: list[Record]) -> Record:
-    figures: Record = {"speed": metrics.speed(records)}
-    if "num_verifications" in records[0]:
-        figures["acceptance"] = metrics.acceptance(records)
-    return figures
+    return evaluate(model_args, config, args)
 
 
 if __name__ == "__main__":

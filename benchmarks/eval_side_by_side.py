@@ -52,8 +52,7 @@ def main() -> int:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def ours(generator: Any, config: GenerationConfig) -> HarnessModel:
-        seed, size = model_args.seed, args.batch_size
-        return HarnessModel(generator, config, (), str(size), size, seed, keep=lambda record: None)
+        return HarnessModel(generator, config, model_args.seed, args.batch_size)
 
     sides: dict[str, HFLM] = {
         "hf": HFLM(pretrained=generator.model, tokenizer=generator.tokenizer, batch_size=args.batch_size),

@@ -53,7 +53,7 @@ def main() -> None:
     rows = []
     for exit_layer in tqdm([*range(1, num_layers, args.step), num_layers], desc="exit layers"):
         early = dataclasses.replace(config, exit_layer=exit_layer if exit_layer < num_layers else -1)
-        model = HarnessModel(generator, early, (), "4", 4, model_args.seed, keep=lambda record: None)
+        model = HarnessModel(generator, early, model_args.seed, batch_size=4)
         results = simple_evaluate(
             model, tasks=["python_lines", "python_text"], task_manager=manager, bootstrap_iters=0
         )["results"]

@@ -6,11 +6,11 @@ evaluated. Knows nothing of flags or files.
 
 from __future__ import annotations
 
-import copy
+import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -31,88 +31,86 @@ from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Reques
 from self_speculation.model.families import attended_length
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
-# What a task may ask of generation, besides the names that the harness has for the number of tokens.
-SUPPORTED_GENERATION_KWARGS = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
+# What may be asked of generation; the harness has four names for the number of tokens.
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
-_DEFAULT_NUMBER_OF_TOKENS = 256  # as in the harness
-_DEFAULT_TOP_K = 50  # of `generate` of transformers, which the harness calls
+_SUPPORTED = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
+_CHANGES_NOTHING = {"num_beams": 1}
 
 
-def unsupported(generation_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The generation arguments that cannot be honoured; `num_beams=1`, which changes nothing, is none."""
-    known = SUPPORTED_GENERATION_KWARGS | _NUMBER_OF_TOKENS
-    return {
-        name: value
-        for name, value in generation_kwargs.items()
-        if name not in known and (name, value) != ("num_beams", 1)
-    }
+class UnsupportedError(ValueError):
+    """A request asks for what this model cannot do."""
 
 
-def request_config(
-    generation_kwargs: dict[str, Any],
-    config: GenerationConfig,
-    overrides: Collection[str] = (),
-    default_top_k: int = _DEFAULT_TOP_K,
-    default_top_p: float = 1.0,
-) -> GenerationConfig:
-    """What a request asks for, except for the fields of `config` that `overrides` names.
+def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_model: Any) -> GenerationConfig:
+    """`config`, changed to what a request asks for by the harness's names.
+
+    Args:
+        of_model: has the top_k and top_p of requests that ask for none, as transformers' `generate` does.
 
     Raises:
-        ValueError: a value is out of range.
+        UnsupportedError: names arguments that cannot be honoured, or a value that is out of range.
     """
-    asked = normalize_gen_kwargs(copy.deepcopy(generation_kwargs), _DEFAULT_NUMBER_OF_TOKENS)
-    sample = bool(asked["do_sample"])
-    fields = {
-        "max_steps": asked["max_gen_toks"],
-        "sample": sample,
-        # For greedy decoding the harness sets a temperature of 0, which would undo --sample True.
-        "temperature": asked.get("temperature", 1.0) if sample else config.temperature,
-        "top_k": asked.get("top_k", default_top_k) or 0,
-        "top_p": asked.get("top_p", default_top_p),
-        "no_repeat_ngram_size": asked.get("no_repeat_ngram_size") or None,
-        "stop_words": [str(text) for text in asked["until"] if text not in (None, "")],
-    }
-    return replace(config, **{name: value for name, value in fields.items() if name not in overrides})
+    known = _SUPPORTED | _NUMBER_OF_TOKENS
+    wrong = {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) not in _CHANGES_NOTHING.items()}
+    if wrong:
+        given = ", ".join(f"{name}={value}" for name, value in wrong.items())
+        raise UnsupportedError(f"{given}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
+    top_k, top_p = getattr(of_model, "top_k", None), getattr(of_model, "top_p", None)
+    try:
+        asked = normalize_gen_kwargs(gen_kwargs)
+        return replace(
+            config,
+            max_steps=asked["max_gen_toks"],
+            sample=bool(asked["do_sample"]),
+            temperature=asked.get("temperature", 1.0),
+            top_k=asked.get("top_k", 50 if top_k is None else top_k) or 0,
+            top_p=asked.get("top_p", 1.0 if top_p is None else top_p),
+            no_repeat_ngram_size=asked.get("no_repeat_ngram_size") or None,
+            stop_words=[str(text) for text in asked["until"] if text not in (None, "")],
+        )
+    except (ValueError, TypeError) as error:
+        raise UnsupportedError(str(error)) from error
 
 
 class HarnessModel(HFLM):
     """The model that the harness asks for log-likelihoods and answers.
 
+    `has_begun` is True from the first pass on, and `records` then fills: how each answer came about.
+
     Args:
         generator: model, tokenizer and strategy.
-        config: exit layer and draft length, and all settings that a request does not have.
-        overrides: fields of `config` that count in place of what requests say.
-        batch_size: of log-likelihoods, as the harness has it.
-        at_a_time: answers that are generated side by side.
+        config: exit layer, draft length and whatever else a request does not have.
         seed: of sampled answers; each depends on this, its document and its number alone.
-        keep: called with the record of each answer.
-        accelerator: where there are several ranks.
+        batch_size: as the harness has it: a number, auto or auto:N.
+        max_batch_size: the most that auto tries.
+        accelerator: where several processes share the documents.
     """
 
     def __init__(
         self,
         generator: HuggingfaceLlamaGenerator,
         config: GenerationConfig,
-        overrides: Collection[str],
-        batch_size: str,
-        at_a_time: int,
         seed: int,
-        keep: Callable[[Record], None],
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self._generator, self._settings, self._seed, self._keep = generator, config, seed, keep
-        self._overrides, self._at_a_time = overrides, at_a_time
+        self._generator, self._settings, self._seed = generator, config, seed
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         self._exit_layer = config.exit_layer if early else None
         self._room = attended_length(generator.model.config)
-        self.notices: Counter[str] = Counter()  # how often which change made a request fit
+        self.records: list[Record] = []
+        self.has_begun = False
+        logging.disable(logging.WARNING)  # that a loaded model must not share documents with other processes
         super().__init__(
             pretrained=generator.model,
             tokenizer=generator.tokenizer,
             batch_size=batch_size,
+            max_batch_size=max_batch_size or 64,  # as in the harness
             backend="causal",
             max_length=self._room if early else None,
         )
+        logging.disable(logging.NOTSET)
         if accelerator is not None:  # the harness leaves this to us for a model that is loaded already
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
@@ -121,6 +119,7 @@ class HarnessModel(HFLM):
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
+        self.has_begun = True
         if self._exit_layer is None:
             return super()._model_call(inps, attn_mask, labels)
         with torch.no_grad():
@@ -128,88 +127,73 @@ class HarnessModel(HFLM):
             return exit_logits(self.model, next(islice(states, self._exit_layer - 1, None)))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each request, by its own generation arguments."""
-        asked = self._asked(requests)
-        self._get_ready(asked)
-        answers: dict[int, str] = {}
-        tokens, seconds = 0, 0.0
-        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
-            for place, record in self._measured(asked):
-                answers[place], record = self._answer(asked[place], record)
-                if asked[place].repeat < (asked[place].request.repeats or 1):  # else the harness has padded
-                    self._keep(record)  # this rank's share
-                tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]
-                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
-                bar.update()
-        return [answers[place] for place in range(len(requests))]
+        """An answer to each request, by its own generation arguments.
 
-    def _asked(self, requests: list[Instance]) -> list[_Asked]:
+        Raises:
+            UnsupportedError: names the task and what it asks for; nothing has been generated by then.
+            Failed: names the document at which there was not enough memory.
+        """
         seen: Counter[int] = Counter()
         asked = []
         for place, request in enumerate(requests):
-            ids, config = self._question(request)
-            asked.append(_Asked(place, request, seen[id(request)], ids, config))
+            asked.append(self._asked(place, request, seen[id(request)]))
             seen[id(request)] += 1
-        return asked
+        self.has_begun = True
+        answers: dict[int, str] = {}
+        tokens, seconds = 0, 0.0
+        with tqdm(total=len(asked), desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
+            for place, record in self._measured(asked):
+                answers[place] = self._answer(asked[place], record)
+                tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]
+                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
+                bar.update()
+        return [answers[place] for place in range(len(asked))]
 
-    def _get_ready(self, asked: Sequence[_Asked]) -> None:
-        """For the longest question of each task, which may have settings of its own."""
-        longest = {each.request.task_name: each for each in sorted(asked, key=lambda each: len(each.ids))}
-        for each in longest.values():
-            with named(each.name, self._at_a_time):
-                get_ready(self._generator, each.config, len(each.ids), self._at_a_time)
-                with says_if_slow("warming up"):
-                    warm_up([("", self._generator, each.config)], each.ids, self._at_a_time)
+    def _asked(self, place: int, request: Instance, repeat: int) -> _Asked:
+        """A request with its settings; its prompt is cut on the left where the context has no room for it."""
+        context, gen_kwargs = request.args
+        try:
+            config = request_config(gen_kwargs, self._settings, self.model.generation_config)
+            if (room := self._room - config.max_steps) < 1:
+                raise UnsupportedError(
+                    f"max_gen_toks {config.max_steps}: must be below the {self._room} positions of the "
+                    "model, --max_steps lowers it"
+                )
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{request.task_name} asks for {error}") from error
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(list(config.stop_words or []), eos)
+        ids = self.tok_batch_encode([context], left_truncate_len=room)[0][0].tolist()
+        return _Asked(
+            place, request, repeat, ids, replace(config, stop_words=[text for text in until if text])
+        )
 
     def _measured(self, asked: Sequence[_Asked]) -> Iterator[tuple[int, Record]]:
         """Place and record of each answer; those that are asked for by the same settings share batches."""
+        # As everywhere in the harness, the largest batch that fits is looked for where --batch_size is auto.
+        size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
         for _, alike in groupby(sorted(asked, key=_Asked.settings), key=_Asked.settings):
-            first, *rest = alike
-            questions = [Question(each.place, each.ids, self._seed + each.number) for each in (first, *rest)]
+            group = list(alike)
+            config, longest = group[0].config, max(group, key=lambda each: len(each.ids))
+            with named(longest.name, size):
+                get_ready(self._generator, config, len(longest.ids), size)
+                with says_if_slow("warming up"):
+                    warm_up([("", self._generator, config)], longest.ids, size)
+            questions = [Question(each.place, each.ids, self._seed + each.number) for each in group]
             try:
-                yield from measure_examples([("", self._generator, first.config)], questions, self._at_a_time)
+                yield from measure_examples([("", self._generator, config)], questions, size)
             except RequestError as error:
-                with named(asked[error.index].name, self._at_a_time):
+                with named(asked[error.index].name, size):
                     raise
 
-    def _question(self, request: Instance) -> tuple[list[int], GenerationConfig]:
-        """Prompt and settings, both cut so that the answer fits the model's context."""
-        context, gen_kwargs = request.args
-        of_model = self.model.generation_config
-        config = request_config(
-            gen_kwargs,
-            self._settings,
-            self._overrides,
-            default_top_k=_DEFAULT_TOP_K if of_model.top_k is None else of_model.top_k,
-            default_top_p=1.0 if of_model.top_p is None else of_model.top_p,
-        )
-        if config.max_steps >= self._room:  # leave room for the question
-            config = replace(config, max_steps=self._room // 2)
-            self.notices["answers cut to half the context"] += 1
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        until = [text for text in handle_stop_sequences(list(config.stop_words or []), eos) if text]
-        config = replace(config, stop_words=until)
-        ids = self.tok_batch_encode([context])[0][0].tolist()
-        if len(ids) > (room := self._room - config.max_steps):
-            ids = ids[-room:]
-            self.notices["prompts cut on the left"] += 1
-        return ids, config
-
-    def _answer(self, asked: _Asked, measured: Record) -> tuple[str, Record]:
-        """The text that the harness wants, and all that is to be kept."""
-        context, gen_kwargs = asked.request.args
-        # The harness cuts the answers of its own model in the same way.
-        answer = self.tok_decode(measured["tokens"])
-        answer = postprocess_generated_text(answer, asked.config.stop_words or [], think_end_token=None)
-        self.cache_hook.add_partial("generate_until", (context, gen_kwargs), answer)
-        return answer, {
-            "index": asked.place * self.world_size + self.rank,
-            "task": asked.request.task_name,
-            "doc_id": asked.request.doc_id,
-            "prompt": context,
-            **measured,
-            "prediction": answer,
-        }
+    def _answer(self, asked: _Asked, record: Record) -> str:
+        """The text that the harness wants, cut as it cuts the answers of its own model."""
+        answer = self.tok_decode(record["tokens"])
+        answer = postprocess_generated_text(answer, asked.config.stop_words, think_end_token=None)
+        self.cache_hook.add_partial("generate_until", asked.request.args, answer)
+        if asked.repeat < (asked.request.repeats or 1):  # else the harness has padded this rank's share
+            self.records.append({"task": asked.request.task_name, **record})
+        return answer
 
 
 class _Asked(NamedTuple):
@@ -233,3 +217,19 @@ class _Asked(NamedTuple):
 
     def settings(self) -> str:
         return repr(self.config)
+
+
+@dataclass
+class Loader:
+    """Stands for the model where the harness asks for it by name: after it has found the tasks.
+
+    All loaders are equal, so that the harness's registry lets one take the place of another.
+    """
+
+    load: Callable[..., HarnessModel] = field(compare=False)  # called with batch_size and max_batch_size
+    model: HarnessModel | None = field(default=None, compare=False)
+
+    def create_from_arg_obj(self, _arguments: dict[str, Any], sizes: dict[str, Any]) -> HarnessModel:
+        """What the harness calls; the arguments are for its files alone."""
+        self.model = self.load(sizes["batch_size"], sizes["max_batch_size"])
+        return self.model

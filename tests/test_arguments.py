@@ -89,22 +89,6 @@ def test_model_args_become_python_values():
 
 
 @pytest.mark.parametrize(
-    ("args", "cache", "logged"),
-    [
-        ([], None, "ERROR"),
-        (["--cache_requests", "True"], "true", "ERROR"),
-        (["--cache_requests", "refresh", "--write_out", "True"], "refresh", "INFO"),
-        (["--cache_requests", "False", "--verbosity", "debug"], None, "DEBUG"),
-        (["--rewrite_requests_cache", "True", "--verbosity", "WARNING", "--write_out"], "refresh", "WARNING"),
-        (["--rewrite_requests_cache", "--cache_requests", "delete"], "delete", "ERROR"),
-    ],
-)
-def test_flags_of_the_harness_as_the_papers_scripts_spell_them(args, cache, logged):
-    (parsed,) = parse("test", EvalArguments, args=["--tasks", "x", *args])
-    assert (parsed.requests_cache, parsed.logged) == (cache, logged)
-
-
-@pytest.mark.parametrize(
     ("args", "message"),
     [
         ("--max_steps 0", "--max_steps 0: must be at least 1"),

@@ -254,19 +254,20 @@ def test_impossible_batches(script, flags, said, common, capsys):
 
 @pytest.mark.usefixtures("few_files_are_read")
 @pytest.mark.parametrize("size", ["3", "auto"])
-def test_an_evaluation_has_the_answers_of_batch_1(size, model_folder, tmp_path):
+def test_an_evaluation_has_the_answers_of_batch_1(size, model_folder, tmp_path, capsys):
     """Sampled, two tasks at once. Guards against answers handed to another document, and log-likelihoods'
     batch size where answers are generated.
     """
     tasks = ["--include_path", str(ROOT / "eval_tasks"), "--tasks", "python_functions,python_lines"]
     args = ["--model", str(model_folder), *tasks, "--limit", "7", "--max_steps", "12", *SPECULATION]
-    args += ["--sample", "True", "--bootstrap_iters", "0", "--device", "cpu"]
+    args += ["--sample", "True", "--log_samples", "--device", "cpu"]
     results = []
     for name, batch in (("one", "1"), ("many", size)):
         assert eval_script.main([*args, "--batch_size", batch, *elsewhere(tmp_path, name)]) == 0
         folder = only_run(tmp_path / name)
-        (path,) = folder.glob("*/results_*.json")
-        results.append((by_index(folder), json.loads(path.read_text())["results"]))
+        (answers,), (path,) = folder.glob("samples_python_functions_*"), folder.glob("results_*.json")
+        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        results.append(([row["resps"] for row in rows], json.loads(path.read_text())["results"]))
     (single, scores), (batched, batched_scores) = results
     assert batched == single
     assert len(single) == 7

@@ -78,7 +78,7 @@ def short_answers(vocab_size):
     """A model deep enough for the flags, which ends its answers after a few tokens: one number of its hidden
     states is the same everywhere, and the head reads the end id off that.
     """
-    model = copy.deepcopy(tiny_llama(num_layers=12, vocab_size=vocab_size, max_position_embeddings=256))
+    model = copy.deepcopy(tiny_llama(num_layers=12, vocab_size=vocab_size, max_position_embeddings=512))
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 1.0
         for layer in model.model.layers:
@@ -122,7 +122,6 @@ def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     own = str(Path(lm_eval.tasks.__file__).parent / "gsm8k")
     manager = lambda **_: TaskManager(include_path=own, include_defaults=False)  # noqa: E731
-    monkeypatch.setattr("measures.harness_tasks.TaskManager", manager)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
 
 

@@ -34,7 +34,7 @@ def command(model_folder, tmp_path):
         "benchmark": ([*model, *SHORT, *data], "tokens/s, decode"),
         "correctness": ([*model, *SHORT, *DRAFTS, *data], "passed: "),
         "sweep": ([*model, *SHORT, *data, *grid], "--generation_strategy self_speculative"),
-        "eval": ([*model, *SHORT, *tasks, "--bootstrap_iters", "0"], "python_functions: 2 answers"),
+        "eval": ([*model, *SHORT, *tasks], "python_functions: 2 answers"),
         "train": (
             [*model[2:], *TRAINING, "--data_path", ROOT / "runs/*.py", "--eval_fraction", "0.4"],
             "exits.csv",
@@ -63,7 +63,9 @@ def test_by_python(name, command):
 
 def test_eval_begins():
     """What is left of the slow one above in the default run: everything is imported, in this order."""
-    done = subprocess.run([sys.executable, "-c", "import eval"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import eval, measures.evaluation"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

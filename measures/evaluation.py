@@ -1,0 +1,113 @@
+"""One run of lm_eval's own command line with a model that answers by a strategy of this library."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+from collections import Counter, defaultdict
+
+from accelerate import Accelerator, InitProcessGroupKwargs
+from lm_eval.api.registry import model_registry
+from lm_eval.utils import setup_logging
+
+from arguments import GenerationConfig, ModelArguments, refuse
+from data import one_line
+from measures.harness_model import HarnessModel, Loader, UnsupportedError, request_config
+from measures.metrics import acceptance
+from runs import ranks
+from runs.failures import Failed, reason
+from runs.records import Record
+from runs.startup import load_generator, meet, model_name, read_config
+
+_NAME = "self_speculation"  # what lm_eval calls our model
+_LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
+
+
+def evaluate(model_args: ModelArguments, config: GenerationConfig, args: argparse.Namespace) -> int:
+    """Let lm_eval evaluate, print and save; then print how fast each task was answered.
+
+    Args:
+        config: exit layer, draft length and whatever else tasks have no settings for.
+        args: lm_eval's flags, by its own parser.
+
+    Returns:
+        The program's exit status.
+    """
+    meet(model_args)
+    model_config = read_config(model_args)
+    try:
+        config.check_depth(model_config.num_hidden_layers)
+    except ValueError as error:
+        refuse(f"--{error}")
+    try:
+        request_config(args.gen_kwargs, config, None)
+    except UnsupportedError as error:
+        refuse(f"--gen_kwargs {error}")
+
+    def load(batch_size: int | str, max_batch_size: int | None) -> HarnessModel:
+        generator = load_generator(model_args, config, model_config)
+        accelerator = None
+        if ranks.world_size() > 1:
+            patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
+            on_cpu = generator.model.device.type == "cpu"
+            accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
+        return HarnessModel(generator, config, model_args.seed, batch_size, max_batch_size, accelerator)
+
+    loader = Loader(load)
+    model_registry.register(_NAME, target=loader)
+    args.model, args.model_args = _NAME, {"pretrained": model_name(model_args), **args.model_args}
+    try:
+        setup_logging(args.verbosity or logging.INFO)
+        args.func(args)
+        if loader.model is not None:
+            of_ranks = loader.model.gather_object(loader.model.records)
+            if of_ranks is not None:  # at rank 0
+                _show(list(itertools.chain.from_iterable(of_ranks)))
+                print(f"\nresults are in {args.output_path}")
+    except KeyboardInterrupt:
+        if ranks.is_first():
+            print(f"interrupted; {_kept(args)}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (why := str(error) if isinstance(error, Failed) else reason(error, _LESS)) is not None:
+            print(f"{why}; {_kept(args)}", file=sys.stderr)
+            return 1
+        if loader.model is not None and loader.model.has_begun and not isinstance(error, UnsupportedError):
+            raise
+        refuse(f"lm_eval: {one_line(error)}")  # flags, tasks and data sets, each with errors of its own
+    return 0
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """What there is to go on from."""
+    if args.use_cache:
+        return "the same command goes on with what --use_cache kept: all answers but sampled ones"
+    return "--use_cache PATH would have kept answers to go on from"
+
+
+def _show(records: list[Record]) -> None:
+    """A line for each task that generates: how fast its answers came, and how many drafts were accepted.
+
+    Args:
+        records: of the answers of all ranks.
+    """
+    by_task: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_task[record["task"]].append(record)
+    for task, own in by_task.items():
+        seconds: Counter[int] = Counter()
+        for record in own:
+            seconds[record["rank"]] += record["wall_time"]
+        speed = sum(record["num_tokens"] for record in own) / max(seconds.values())
+        line = f"{task}: {len(own)} answers, {speed:.1f} tokens/s"
+        if (size := own[0]["batch_size"]) > 1:
+            line += f" in batches of {size}"
+        if "num_verifications" in own[0]:
+            accepted = acceptance(own)
+            line += (
+                f", acceptance rate {accepted['acceptance_rate'] or 0:.1%}, mean accepted length "
+                f"{accepted['mean_accepted_length'] or 1:.2f}"
+            )
+        print(line)
