@@ -1,0 +1,47 @@
+"""How a script begins and ends: Ctrl-C, the exit status, and errors in one line.
+
+Light: a script imports it before it has read its flags.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from arguments import refuse
+
+
+def run(main: Callable[[], int], **advice: str) -> NoReturn:
+    """End the program with the status that `main` returns; after Ctrl-C, or what is no mistake of the
+    program, in one line.
+
+    Args:
+        advice: see `reason`.
+    """
+    from runs import ranks
+    from runs.failures import KINDS, reason
+    from runs.status import bars_fit_the_output
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    bars_fit_the_output()
+    try:
+        status = main()
+        sys.stdout.flush()
+        ranks.leave()
+    except KeyboardInterrupt:
+        status = 130
+        if ranks.is_first():
+            print("interrupted", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    except KINDS as error:
+        from self_speculation.model.devices import is_lost_rank
+
+        if (why := reason(error, **advice)) is None and not is_lost_rank(error):
+            raise
+        refuse(why or "another rank is gone", status=1)
+    sys.exit(status)
