@@ -59,6 +59,7 @@ from measures.sides import (
 from runs.program import run
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.model.compiled import is_compiled
 from self_speculation.model.lean_layers import bytes_packed
 from self_speculation.model.quantized_layers import bytes_held
 
@@ -158,6 +159,8 @@ def compare(
     """
     model = generator.model
     configs = strategies(config, len(model.base_model.layers))
+    if is_compiled(model) or configs[COPY] == configs[SPECULATIVE]:
+        del configs[COPY]  # passes of copies are not compiled; or the flags ask for that copy already
     sides = sides_of(generator, configs, size)
     in_turn = 1 if size == 1 else _BATCHES_IN_TURN * size
     groups = [prompts[start : start + in_turn] for start in range(0, len(prompts), in_turn)]

@@ -54,15 +54,17 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
     return [(when - written[0][0], text) for when, text in written]
 
 
-def frames(written: list[tuple[float, str]]) -> list[tuple[int, Image.Image]]:
-    """Pictures of the terminal, each with the number of the frame that it is seen from."""
+def film(written: list[tuple[float, str]]) -> tuple[list[Image.Image], list[int]]:
+    """Pictures of the terminal, and the milliseconds that each is seen."""
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.Stream(screen)
-    pictures = []
+    pictures, numbers = [], []
     for number, group in itertools.groupby(written, key=lambda part: round(part[0] / FRAME)):
         stream.feed("".join(text for _, text in group))
-        pictures.append((number, draw(screen)))
-    return pictures
+        pictures.append(draw(screen))
+        numbers.append(number)
+    durations = [round(1000 * FRAME) * (after - before) for before, after in itertools.pairwise(numbers)]
+    return pictures, [*durations, round(1000 * LAST)]
 
 
 def draw(screen: pyte.Screen) -> Image.Image:
@@ -82,11 +84,7 @@ def draw(screen: pyte.Screen) -> Image.Image:
 def main() -> None:
     path, *arguments = sys.argv[1:]
     written = record([*DEFAULT_ARGUMENTS, *arguments])
-    pictures = frames(written)
-    numbers = [number for number, _ in pictures]
-    durations = [round(1000 * FRAME) * (after - before) for before, after in itertools.pairwise(numbers)]
-    first, *others = [image for _, image in pictures]
-    durations.append(round(1000 * LAST))
+    (first, *others), durations = film(written)
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
     print(json.dumps({"seconds": written[-1][0], "film_seconds": sum(durations) / 1000 - LAST}))
 

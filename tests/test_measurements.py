@@ -17,7 +17,7 @@ from measures.comparison import Judged, judge_greedy
 from measures.sides import ours, theirs
 from measures.synthetic import random_llama
 from measures.work import work_per_token
-from self_speculation import GenerationConfig
+from self_speculation import GenerationConfig, fuse
 
 OURS = ["autoregressive", "self-speculative", "int4 copy", "adaptive"]
 
@@ -98,13 +98,22 @@ def test_one_token_is_no_decoding(program, endless_folder):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """benchmarks/gpu.py as a module, in this process."""
-    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu", module)
-    spec.loader.exec_module(module)
-    return module
+def program(monkeypatch):
+    """A program as a module, in this process."""
+
+    def load(folder, name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def gpu(program):
+    return program("benchmarks", "gpu")
 
 
 @pytest.fixture
@@ -254,6 +263,14 @@ def test_gpu_without_one(gpu, tmp_path, capsys):
     assert said.count("\n") == 1
 
 
+def test_a_recording_lasts_as_long_as_what_it_shows(program):
+    """Guards against tokens that come faster than pictures, each of which made the film longer."""
+    recorder = program("docs", "record_streamer")
+    pictures, durations = recorder.film([(0.003 * number, "x") for number in range(201)])
+    assert sum(durations) == pytest.approx(600 + 1000 * recorder.LAST, abs=1000 * recorder.FRAME)
+    assert len(pictures) == len(durations) <= 17
+
+
 def test_work_of_a_token_is_what_a_longer_answer_takes_more():
     """Guards against a pass over the prompt that counts as work of a token."""
 
@@ -273,6 +290,7 @@ def test_work_of_a_token_is_what_a_longer_answer_takes_more():
 def test_memory_does_not_grow():
     """Guards against something kept of each answer: caches, rows, drafts, what adaptive decoding learns."""
     model = tiny_llama()
+    fuse(model)
     drafts = {"exit_layer": 1, "num_speculations": 3}
     kinds = [
         GenerationConfig(max_steps=24),
