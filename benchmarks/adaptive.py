@@ -1,59 +1,57 @@
 """Adaptive decoding against decoding token by token, and against the best fixed setting that a search finds.
 
     python benchmarks/adaptive.py --max_steps 128
-    python benchmarks/adaptive.py --model FOLDER_OR_FILE --draft_weights auto --max_steps 128
+    python benchmarks/adaptive.py --model FOLDER_OR_FILE --draft_weights int4 --max_steps 128
 
-On questions, on prompts of HumanEval and on text to be repeated, greedy and sampled, in one process on one
-loaded model, prompt by prompt in turns. Fixed settings are searched for on the first prompts of each
-workload: exits, draft lengths, the model's own layers and a copy in fewer bits, with and without lookups and
-the short vocabulary of --draft_vocabulary. The best of them and adaptive decoding then answer all prompts.
-Adaptive decoding goes on with what it has learnt, as in a program that answers one prompt after the other,
-from nothing at the start of a workload. The last line is one JSON object.
+On questions (chat), on prompts of HumanEval (code) and on text to be repeated or changed a little (repeat),
+in one process on one loaded model, prompt by prompt in turns. Fixed settings are searched for on the first
+prompts of each workload: exits and draft lengths, by the model's own layers and by the copy that
+--draft_weights asks for, with and without lookups. The best of them and adaptive decoding then answer all
+prompts. Adaptive decoding goes on with what it has learnt, as in a program that answers one prompt after the
+other; it begins with nothing at the start of a workload.
+
+*x* is how many times as fast as autoregressive decoding a side decodes, the median over all prompts, with
+its middle half; *first* that of the first prompt; *of best* that of adaptive decoding against the best fixed
+setting; *sums* all tokens by all time. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas
-import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import GenerationConfig, ModelArguments, parse
+from arguments import GenerationConfig, ModelArguments, parse, refuse
 from measures.metrics import quartiles
-from measures.sides import Answer, Generate, ours
-from measures.workloads import workloads
-from runs.startup import adaptive, autoregressive, load_generator, model_name
-from runs.status import bars_fit_the_output
-from self_speculation.adaptive_generator import candidate_layers
+from measures.sides import ADAPTIVE, PLAIN, Answers, forget_what_was_learnt, in_turns, ours, strategies
+from measures.workloads import NAMES, workloads
+from runs.program import run
+from runs.startup import load_generator, model_name
 from self_speculation.config import DraftWeights
-from self_speculation.model.prepared import prepared
-
-PLAIN, ADAPTIVE = "autoregressive", "adaptive"
 
 
 @dataclass(frozen=True)
 class AdaptiveArguments:
     """How much to measure."""
 
-    workloads: list[str] = field(default_factory=lambda: ["chat", "code", "repeat"])
-    """Which."""
+    workloads: list[str] = field(default_factory=lambda: list(NAMES))
+    """Which: chat, code, repeat."""
     picking: list[str] = field(default_factory=lambda: ["greedy", "sampled"])
     """How tokens are picked: greedy, sampled, or both."""
     num_prompts: int | None = None
     """Prompts of each workload; without it, all."""
     rounds: int = 1
-    """How often each prompt is answered by each side, in turn."""
+    """How often each prompt is answered by each side."""
     lengths: list[int] = field(default_factory=lambda: [2, 4, 8])
     """Draft lengths of the fixed settings."""
     searched: int = 2
@@ -61,125 +59,125 @@ class AdaptiveArguments:
     finalists: int = 2
     """Fixed settings that answer all prompts; 0: no search."""
 
+    def __post_init__(self) -> None:
+        for name, allowed in (("workloads", NAMES), ("picking", ("greedy", "sampled"))):
+            if unknown := set(getattr(self, name)) - set(allowed):
+                raise ValueError(f"{name} {min(unknown)}: must be among {', '.join(allowed)}")
+        least = {"num_prompts": self.num_prompts or 1, "rounds": self.rounds, "searched": self.searched}
+        for name, value in {**least, "lengths": min(self.lengths)}.items():
+            if value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
+
 
 def fixed_settings(
     config: GenerationConfig, num_layers: int, lengths: Sequence[int]
 ) -> dict[str, GenerationConfig]:
-    """The grid, by name."""
-    weights: list[DraftWeights] = ["exact"]
+    """The grid, by name: exits at a twelfth to a third of the layers, and for a copy all of them as well."""
+    exits = sorted({max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 4, 1 / 3)})
+    kinds: list[DraftWeights] = ["exact"]
     if config.draft_weights != "exact":
-        weights.append(config.draft_weights)
+        kinds.append(config.draft_weights)
     return {
-        f"{kind} {layer} x {k}{' + lookup' if lookup else ''}{f', {ids} ids' if ids else ''}": replace(
+        f"{kind} {layer} x {k}{' + lookup' if lookup else ''}": replace(
             config, generation_strategy="self_speculative", exit_layer=layer, num_speculations=k,
-            draft_weights=kind, prompt_lookup=lookup, draft_vocabulary=ids,
+            draft_weights=kind, prompt_lookup=lookup,
         )
-        for kind in weights
-        for layer in candidate_layers(num_layers, kind)
-        for k, lookup, ids in itertools.product(lengths, (0, 4), {None, config.draft_vocabulary})
+        for kind in kinds
+        for layer in (exits if kind == "exact" else [*exits, num_layers])
+        for k, lookup in itertools.product(lengths, (0, 4))
     }  # fmt: skip
 
 
-def in_turns(
-    sides: Mapping[str, Generate], prompts: Sequence[list[int]], rounds: int, seed: int, title: str
-) -> Iterator[dict[str, Answer]]:
-    """What all sides answer to each prompt; another one goes first each time."""
-    turns = list(itertools.product(range(rounds), enumerate(prompts)))
-    for turn, (number, ids) in tqdm(turns, desc=title, leave=False):
-        order = list(sides)
-        start = (turn + number) % len(order)
-        answers = {}
-        for side in order[start:] + order[:start]:
-            torch.manual_seed(seed + number)
-            answers[side] = sides[side](ids)
-        if all(len(answer.ids) > answer.num_first for answer in answers.values()):
-            yield answers
-
-
-def seconds_per_token(answer: Answer) -> float:
-    return 1.0 / answer.decode_tokens_per_second
-
-
-def ratios(answers: Sequence[Mapping[str, Answer]], side: str, other: str) -> list[float]:
+def ratios(turns: Sequence[Mapping[str, Answers]], side: str, other: str) -> list[float]:
     """How many times as fast a side decodes as another one, prompt by prompt."""
-    return [seconds_per_token(each[other]) / seconds_per_token(each[side]) for each in answers]
+    return [
+        each[side].decode_tokens_per_second / each[other].decode_tokens_per_second
+        for each in turns
+        if each[side].num_decoded and each[other].num_decoded  # an answer of one token took no decoding
+    ]
 
 
 def typical(values: Sequence[float]) -> float:
-    return statistics.geometric_mean(values) if values else math.nan
+    """Their geometric mean; 0 where nothing was decoded."""
+    return statistics.geometric_mean(values) if values else 0.0
 
 
-def main() -> None:
-    model_args, config, args = parse(__doc__ or "", ModelArguments, GenerationConfig, AdaptiveArguments)
+def of_sums(turns: Sequence[Mapping[str, Answers]], side: str) -> float:
+    """Tokens per second, all decoded tokens by all time, in which long answers count more."""
+    own = [each[side] for each in turns]
+    return sum(a.num_decoded for a in own) / sum(a.total_time - a.prefill_time for a in own)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    model_args, config, args = parse(
+        __doc__ or "", ModelArguments, GenerationConfig, AdaptiveArguments, args=argv
+    )
+    if config.max_steps < 2:
+        refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
     generator = load_generator(model_args, config)
-    model, end_ids = generator.model, generator.eos_token_ids
+    model, end_ids, seed = generator.model, generator.eos_token_ids, model_args.seed
+    num_layers = len(model.base_model.layers)
     given = workloads(generator.tokenizer)
     rows: list[dict[str, Any]] = []
     for picking, workload in itertools.product(args.picking, args.workloads):
         picked = replace(config, sample=picking == "sampled")
-        plain = {PLAIN: ours(model, end_ids, autoregressive(generator, picked)[1])}
-        prompts = given[workload][: args.num_prompts]
-        longest = max(prompts, key=len)
-        for generate in (*plain.values(), ours(model, end_ids, adaptive(generator, picked)[1])):
-            generate(longest)  # warms up, and measures what passes cost
-        grid = {
-            name: ours(model, end_ids, setting)
-            for name, setting in fixed_settings(picked, len(model.base_model.layers), args.lengths).items()
+        prompts = [[ids] for ids in given[workload][: args.num_prompts]]
+        both = {
+            name: ours(model, end_ids, strategies(picked, num_layers)[name]) for name in (PLAIN, ADAPTIVE)
         }
-        found: list[str] = []
+        for side in both.values():
+            side(max(prompts, key=lambda group: len(group[0])))  # warms up
+        found: dict[str, Any] = {}
         if args.finalists:
-            trial = in_turns({**plain, **grid}, prompts[: args.searched], 1, model_args.seed, "searching")
-            tried = list(trial)
-            found = sorted(grid, key=lambda name: typical(ratios(tried, name, PLAIN)))[-args.finalists :]
-        prepared(model).learnt.clear()
-        sides = {**plain, ADAPTIVE: ours(model, end_ids, adaptive(generator, picked)[1])}
-        sides |= {name: grid[name] for name in found}
-        answers = list(in_turns(sides, prompts, args.rounds, model_args.seed, f"{picking}, {workload}"))
-        for side in [ADAPTIVE, *found]:
-            low, middle, high = quartiles(ratios(answers, side, PLAIN))
-            took = [each[side] for each in answers]
+            grid = {
+                name: ours(model, end_ids, setting)
+                for name, setting in fixed_settings(picked, num_layers, args.lengths).items()
+            }
+            tried = list(
+                in_turns({PLAIN: both[PLAIN], **grid}, prompts[: args.searched], 1, seed, "searching")
+            )
+            best = sorted(grid, key=lambda name: typical(ratios(tried, name, PLAIN)), reverse=True)
+            found = {name: grid[name] for name in best[: args.finalists]}
+        forget_what_was_learnt(model)
+        sides = {**both, **found}
+        turns = list(in_turns(sides, prompts, args.rounds, seed, f"{picking}, {workload}"))
+        best_fixed = max(found, key=lambda name: typical(ratios(turns, name, PLAIN)), default=None)
+        for name in [ADAPTIVE, *found]:
+            each = ratios(turns, name, PLAIN)
+            low, middle, high = quartiles(each) if each else (None, None, None)
+            paired = ratios(turns, ADAPTIVE, best_fixed) if name == ADAPTIVE and best_fixed else []
             rows.append(
                 {
-                    "picking": picking,
-                    "workload": workload,
-                    "side": side,
-                    "x plain": middle,
-                    "low": low,
-                    "high": high,
-                    "first": ratios(answers, side, PLAIN)[0],
-                    # of all prompts together, which long answers count more in
-                    "in all": sum(each[PLAIN].decode_time for each in answers)
-                    / sum(len(each[PLAIN].ids) - 1 for each in answers)
-                    * sum(len(answer.ids) - 1 for answer in took)
-                    / sum(answer.decode_time for answer in took),
-                    "sources": _sources(took),
+                    "picking": picking, "workload": workload, "side": name, "x": middle, "low": low,
+                    "high": high, "first": each[0] if each else None,
+                    "of best": statistics.median(paired) if paired else None,
+                    "sums": of_sums(turns, name) / of_sums(turns, PLAIN),
+                    "sources": sources([turn[name] for turn in turns]),
                 }
-            )
-        print(_shown(rows[-1 - len(found) :]), flush=True)
-    best = [row for row in rows if row["side"] == ADAPTIVE]
-    print(
-        json.dumps({"model": model_name(model_args), "rows": rows, "worst": min(r["x plain"] for r in best)})
-    )
+            )  # fmt: skip
+        show(rows[-1 - len(found) :])
+    worst = min((row["x"] for row in rows if row["side"] == ADAPTIVE and row["x"]), default=None)
+    print(json.dumps({"model": Path(model_name(model_args)).name, "rows": rows, "worst": worst}))
+    return 0
 
 
-def _sources(answers: Sequence[Answer]) -> dict[str, list[int]]:
+def sources(answers: Sequence[Answers]) -> dict[str, dict[str, int]]:
     """Source -> rounds, drafted and accepted tokens of all answers."""
-    totals: dict[str, list[int]] = {}
-    for answer in answers:
-        for source, counts in ((answer.result and answer.result.drafts_by_source) or {}).items():
-            before = totals.get(source, [0, 0, 0])
-            totals[source] = [a + b for a, b in zip(before, counts, strict=True)]
-    return totals
+    totals: dict[str, Counter[str]] = {}
+    for result in (result for each in answers for result in each.results):
+        for source, counts in (result.drafts_by_source or {}).items():
+            totals.setdefault(source, Counter()).update(counts._asdict())
+    return {source: dict(counts) for source, counts in totals.items()}
 
 
-def _shown(rows: Sequence[Mapping[str, Any]]) -> str:
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The sides of one workload, and where the drafts of adaptive decoding came from."""
     table = pandas.DataFrame(rows).drop(columns=["sources"])
-    lines = [table.to_string(index=False, float_format="{:.2f}".format)]
+    print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
     for source, counts in rows[0]["sources"].items():
-        lines.append(f"  {source}: {counts[2]} of {counts[1]} in {counts[0]} rounds")
-    return "\n".join(lines)
+        print(f"  {source}: {counts['accepted']} of {counts['drafted']} in {counts['rounds']} rounds")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    bars_fit_the_output()
-    main()
+    run(main)

@@ -1,13 +1,16 @@
-"""Record `generate.py --streamer speculative` at a terminal and draw it as an animated GIF.
+"""Record `generate.py --streamer speculative` at a terminal and draw it as an animated GIF, at its own speed.
 
     python docs/record_streamer.py docs/streamer.gif --model FILE.gguf [other arguments of generate.py]
 
-Needs requirements-dev.txt. Frames keep their real durations.
+Needs requirements-dev.txt. While the program runs, nothing is drawn: that would take processor time from it,
+and the recording would show a slower program. What came within a frame of the GIF is one picture, so that
+the film lasts as long as the program did. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 import time
@@ -19,33 +22,49 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS, LINES, FONT_SIZE = 84, 20, 15
+FRAME = 0.04  # seconds; viewers slow down what is faster than 0.02
+LAST = 4.0  # seconds that the last picture stays
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
 BACKGROUND = "#1d2026"
-# The demo of the Makefile; the model is its own argument.
+# The demo of the Makefile without its comparison, which nobody watches; the model is its own argument.
 DEFAULT_ARGUMENTS = [
     *("--chat", "True", "--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
-    *("--generation_strategy", "adaptive", "--draft_weights", "auto", "--compare", "True"),
+    *("--generation_strategy", "adaptive", "--draft_weights", "int4"),
     *("--prompt", "Give me three tips for sleeping better."),
 ]
 
 
-def record(arguments: list[str]) -> list[tuple[float, Image.Image]]:
-    """Pictures of the terminal after each change, with the time of the change."""
-    screen = pyte.Screen(COLUMNS, LINES)
-    stream = pyte.Stream(screen)
+def record(arguments: list[str]) -> list[tuple[float, str]]:
+    """What the program wrote, and when, in seconds since it wrote first."""
     script = str(Path(__file__).parent.parent / "generate.py")
     child = pexpect.spawn(
         sys.executable, [script, *arguments], dimensions=(LINES, COLUMNS), encoding="utf-8", timeout=300,
         env={**os.environ, "TERM": "xterm-256color", "TQDM_DISABLE": "1"},
     )  # fmt: skip
-    frames: list[tuple[float, Image.Image]] = []
+    written: list[tuple[float, str]] = []
     while True:
         try:
             text = child.read_nonblocking(1 << 16, timeout=300)
         except pexpect.EOF:
-            return frames
-        stream.feed(text)
-        frames.append((time.monotonic(), draw(screen)))
+            break
+        written.append((time.monotonic(), text))
+    child.close()
+    if child.exitstatus != 0:
+        sys.exit("".join(text for _, text in written))
+    return [(when - written[0][0], text) for when, text in written]
+
+
+def film(written: list[tuple[float, str]]) -> tuple[list[Image.Image], list[int]]:
+    """Pictures of the terminal, and the milliseconds that each is seen."""
+    screen = pyte.Screen(COLUMNS, LINES)
+    stream = pyte.Stream(screen)
+    pictures, numbers = [], []
+    for number, group in itertools.groupby(written, key=lambda part: round(part[0] / FRAME)):
+        stream.feed("".join(text for _, text in group))
+        pictures.append(draw(screen))
+        numbers.append(number)
+    durations = [round(1000 * FRAME) * (after - before) for before, after in itertools.pairwise(numbers)]
+    return pictures, [*durations, round(1000 * LAST)]
 
 
 def draw(screen: pyte.Screen) -> Image.Image:
@@ -64,11 +83,10 @@ def draw(screen: pyte.Screen) -> Image.Image:
 
 def main() -> None:
     path, *arguments = sys.argv[1:]
-    frames = record([*DEFAULT_ARGUMENTS, *arguments])
-    times = [when for when, _ in frames]
-    durations = [max(20, round((b - a) * 1000)) for a, b in itertools.pairwise(times)]
-    first, *others = [image for _, image in frames]
-    first.save(path, save_all=True, append_images=others, duration=[*durations, 4000], loop=0)
+    written = record([*DEFAULT_ARGUMENTS, *arguments])
+    (first, *others), durations = film(written)
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+    print(json.dumps({"seconds": written[-1][0], "film_seconds": sum(durations) / 1000 - LAST}))
 
 
 if __name__ == "__main__":

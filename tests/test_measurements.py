@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
-import math
+import signal
 import sys
 
 import forks
+import psutil
 import pytest
 import torch
 from conftest import ROOT, generate, tiny_llama
@@ -13,17 +14,12 @@ from helpers import only_run
 from transformers import LlamaConfig
 
 from measures.comparison import Judged, judge_greedy
-from measures.sides import ours_batched, theirs_batched
+from measures.sides import ours, theirs
 from measures.synthetic import random_llama
-from self_speculation import GenerationConfig
+from measures.work import work_per_token
+from self_speculation import GenerationConfig, fuse
 
-ADAPTER = """
-def load(model, tokenizer):
-    def generate(ids, max_new_tokens):
-        return model.generate(model.base_model.embed_tokens.weight.new_tensor([ids]).long(), do_sample=False,
-                              max_new_tokens=max_new_tokens)[0, len(ids):].tolist()
-    return generate
-"""
+OURS = ["autoregressive", "self-speculative", "int4 copy", "adaptive"]
 
 
 @pytest.fixture
@@ -39,38 +35,28 @@ def measured(endless_folder):
 
 
 def test_side_by_side(measured, tmp_path):
-    """Guards against a comparison of different outputs, or of drafts of different lengths: transformers reads
-    its draft length from another place than `generate`'s arguments.
+    """Guards against a comparison of different outputs, or of drafts of different lengths (transformers reads
+    its draft length from another place than `generate`'s arguments), and against padding that counts as
+    tokens.
     """
-    (tmp_path / "other.py").write_text(ADAPTER)
     record = measured(
         "side_by_side", "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
-        "--num_prompts", "2", "--adapter", tmp_path / "other.py", "--picture", tmp_path / "bars",
+        "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars",
     )  # fmt: skip
-    sides = {row["side"]: row for row in record["sides"]}
-    assert len(sides) == 7
-    assert all(row["same ids"] == 2 and row["tokens/s"] > 0 for row in sides.values())
-    assert sides["transformers, early exit"]["tokens/pass"] == pytest.approx(
-        sides["ours, self-speculative"]["tokens/pass"], rel=0.35
-    )
-    assert 0 < record["outside_layers_and_head"] < 1
-    assert (tmp_path / "bars.png").stat().st_size > 10_000
-
-
-def test_side_by_side_in_batches(measured, tmp_path):
-    """Guards against padding that counts as tokens, and a side whose rows are those of other prompts."""
-    record = measured(
-        "side_by_side", "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "2",
-        "--num_prompts", "5", "--batch_size", "1", "3", "--picture", tmp_path / "lines",
-    )  # fmt: skip
-    assert [(row["batch size"], row["side"].split(", ")[-1]) for row in record["rows"]] == [
-        (size, side)
-        for size in (1, 3)
-        for side in ("transformers", "autoregressive", "self-speculative", "adaptive")
+    rows = record["rows"]
+    assert [(row["batch_size"], row["side"]) for row in rows] == [
+        *[(1, side) for side in ("transformers", "transformers, exit", "transformers, lookup", *OURS)],
+        *[(2, side) for side in ("transformers", *OURS)],
     ]
-    assert all(row["same ids"] == 5 and row["tokens/s"] > 0 for row in record["rows"])
-    assert all(row["ratio"] == 1 for row in record["rows"] if row["side"] == "transformers")
-    assert (tmp_path / "lines.png").stat().st_size > 10_000
+    assert all(row["same_ids"] == row["answers"] == 3 for row in rows)
+    assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
+    assert all(row["ratio"] == 1 for row in rows if row["side"] == "transformers")
+    by_side = {row["side"]: row for row in rows[:7]}
+    assert by_side["transformers, exit"]["tokens_per_pass"] == pytest.approx(
+        by_side["self-speculative"]["tokens_per_pass"], rel=0.35
+    )
+    assert by_side["int4 copy"]["weights_mb"] > by_side["autoregressive"]["weights_mb"]
+    assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():
@@ -78,9 +64,11 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
     model, prompts = tiny_llama(), [[5, 9, 4, 7], [7]]
     settings = GenerationConfig(max_steps=12, sample=False)
     ends = [generate(model, prompts[0], max_steps=12, eos=[]).predicted_tokens[4]]
-    padded = theirs_batched(model, ends, settings, 2)(prompts)
-    assert padded == ours_batched(model, ends, settings, 2)(prompts)
-    assert len(padded[0]) <= 5
+    padded = theirs(model, ends, settings, 2)(prompts)
+    alone = ours(model, ends, settings, 2)(prompts)
+    assert padded.ids == alone.ids
+    assert len(padded.ids[0]) <= 5
+    assert padded.num_first == alone.num_first == 2
 
 
 def test_adaptive(measured):
@@ -94,34 +82,27 @@ def test_adaptive(measured):
         (picking, workload) for picking in ("greedy", "sampled") for workload in ("code", "repeat")
     ]
     assert len(rows) == 8
-    assert all(row["x plain"] > 0 for row in rows)
+    assert all(row["x"] > 0 and row["sums"] > 0 for row in rows)
+    assert all((row["of best"] is not None) == (row["side"] == "adaptive") for row in rows)
 
 
-def test_host_time():
-    """Guards against drafts that are not all accepted: then it is not the host's time for accepted ones."""
-    arguments = ("--num_layers", "4", "--exit_layer", "1", "--new_tokens", "9", "--rounds", "1")
-    done = forks.run(ROOT / "benchmarks/host_time.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
-    assert record["acceptance_rate"] == 1
-
-
-def test_long_context(measured):
-    """Guards against a cache of another size than computed."""
-    record = measured("long_context", "--contexts", "20", "3000", "--new_tokens", "3", "--rounds", "1")
-    short, long = record["contexts"]
-    # 2 (keys and values) x 4 layers x 2 heads x 8 wide x 4 bytes, for the prompt and 3 tokens
-    assert long["cache MiB"] == pytest.approx(3003 * 512 / 2**20)
-    assert long["peak MiB"] > long["cache MiB"] > short["cache MiB"]
-    assert math.isfinite(long["attention ms grown"])  # which way it grew is for a quiet machine to say
+@pytest.mark.parametrize("program", ["side_by_side", "adaptive"])
+def test_one_token_is_no_decoding(program, endless_folder):
+    """Guards against a division by no seconds at all, after everything was measured."""
+    drafts = ("--exit_layer", "2", "--num_speculations", "3") if program == "side_by_side" else ()
+    done = forks.run(
+        ROOT / f"benchmarks/{program}.py", "--model", endless_folder, "--max_steps", "1", *drafts
+    )
+    assert done.returncode == 2
+    assert "--max_steps 1: must be at least 2" in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture
 def program(monkeypatch):
-    """A program of benchmarks/ as a module, in this process."""
+    """A program as a module, in this process."""
 
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    def load(folder, name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
@@ -130,103 +111,199 @@ def program(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_soak(right, program, monkeypatch, capsys):
-    """Guards against a soak that compares nothing."""
-    soak = program("soak")
-    if not right:
-        monkeypatch.setattr(soak, "by_transformers", lambda generator, prompt: [0] * 64)
-    generations = 7 if right else 1  # one of each kind; the first is compared with transformers
-    arguments = ["--generations", str(generations), "--prompts", "1", "--allowed_growth", "500"]
-    monkeypatch.setattr(sys, "argv", ["soak.py", *arguments])
-    assert soak.main() == (0 if right else 1)
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert record["generations"] == generations
-    assert (record["wrong"] == 0) == right
+@pytest.fixture
+def gpu(program):
+    return program("benchmarks", "gpu")
 
 
-DRY = ["--dry", "True", "--models", "Llama-3.2-1B", "--prompts", "128", "--rounds", "1"]
-EAGER = ["transformers", "hf, early exit", "autoregressive", "self-speculative", "adaptive"]
+@pytest.fixture
+def dry(gpu, tmp_path, capsys):
+    """Runs it on the tiny model; returns its status, its lines and what its last one says."""
+
+    def run(*args):
+        few = ("--dry", "True", "--prompts", "128", "--rounds", "1")
+        status = gpu.main([*few, "--output_dir", str(tmp_path / "logs"), *args])
+        said = capsys.readouterr().out.splitlines()
+        record = json.loads(said[-1])
+        rows = (only_run(tmp_path) / "records.jsonl").read_text().splitlines()
+        assert [json.loads(row) for row in rows] == record["rows"]
+        return status, said, record
+
+    return run
 
 
-def test_gpu_runs_dry(program, tmp_path, capsys):
-    """Guards against a side, a column or a check that is missing when a GPU is there at last."""
-    assert program("gpu").main([*DRY, "--output_dir", str(tmp_path / "logs")]) == 0
-    said = capsys.readouterr().out.splitlines()
-    record = json.loads(said[-1])
+@pytest.fixture
+def nothing_is_measured(gpu, monkeypatch):
+    """What a run does with its parts, without the seconds that they take."""
+
+    def replace(measure):
+        monkeypatch.setattr(gpu, "measure", measure)
+        monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: 1e9)
+
+    return replace
+
+
+def test_gpu_runs_dry(dry):
+    """Guards against a side, a column or a check that is missing when a GPU is there at last, against drafts
+    that transformers makes otherwise.
+    """
+    status, said, record = dry("--batch_size", "1", "2")
+    assert status == 0
     assert all(len(line) <= 80 for line in said[:-1] if "run.json" not in line)
-    sides = [(row["sampled"], row["compiled"], row["side"]) for row in record["rows"]]
+    sides = [(row["prompt"], row["batch_size"], row["compiled"], row["side"]) for row in record["rows"]]
     assert sides == [
-        (sampled, compiled, side)
+        (8, size, compiled, side)
+        for size in (1, 2)
         for compiled in (False, True)
-        for sampled in (False, True)
-        for side in (EAGER[2:4] if compiled else EAGER)
+        for side in (
+            OURS[:2] if compiled else ["transformers", *(["transformers, exit"] if size == 1 else []), *OURS]
+        )
     ]
-    assert (record["wrong"], record["failed"], record["checks"]["wrong"]) == (0, 0, 0)
-    assert record["checks"]["answers"] == 2 * 2 * 4 + 2
+    assert (record["ended"], record["wrong"], record["failed"]) == ("finished", 0, 0)
     for row in record["rows"]:
         assert row["tokens/s"] > 0
         assert row["x transformers"] > 0
-        assert row["limit"] > 0
-        assert row["ids"] is None if row["sampled"] else row["ids"]["equal"] > 0
-        assert (row["kernels"] is None) == row["compiled"]
+        assert row["ids"]["equal"] + row["ids"]["near_ties"] == 16 * row["batch_size"]
+        assert (row["limit"] is not None) == (row["side"] in ("transformers", "autoregressive"))
         if row["side"] != "adaptive":  # whether that drafts, depends on times
             assert (row["acceptance"] is None) == (row["side"] in ("transformers", "autoregressive"))
-    by_side = {row["side"]: row for row in record["rows"][:5]}
-    # A plain token takes all weights; of two sides that draft alike, the acceptance is alike.
-    assert by_side["self-speculative"]["gb_per_token"] < 2 * by_side["autoregressive"]["gb_per_token"]
+    by_side = {row["side"]: row for row in record["rows"][:6]}
     assert by_side["self-speculative"]["acceptance"] == pytest.approx(
-        by_side["hf, early exit"]["acceptance"], abs=0.35
+        by_side["transformers, exit"]["acceptance"], abs=0.35
     )
-    assert by_side["autoregressive"]["reads"] == 1
-    assert (only_run(tmp_path) / "gpu.png").stat().st_size > 10_000
-    rows = (only_run(tmp_path) / "records.jsonl").read_text().splitlines()
-    assert [json.loads(row) for row in rows] == record["rows"]
 
 
-def test_gpu_stops_at_its_limit_and_keeps_what_it_has(program, tmp_path, capsys):
-    """No minutes: nothing is measured. A limit that is reached in the middle: whole turns are kept."""
-    gpu = program("gpu")
-    where = ["--output_dir", str(tmp_path / "logs")]
-    assert gpu.main([*DRY, *where, "--minutes", "0"]) == 0
-    said = capsys.readouterr().out
-    record = json.loads(said.splitlines()[-1])
-    assert (record["rows"], record["stopped_by_limit"]) == ([], True)
-    assert "stopped after 0 minutes" in said
-    sides = {"a": gpu.Measured(answers=[1, 2]), "b": gpu.Measured(answers=[3]), "c": gpu.Measured(error="x")}
-    assert [len(side.answers) for side in gpu._complete(sides).values()] == [1, 1, 0]
-    assert gpu._complete({"a": gpu.Measured(answers=[1]), "b": gpu.Measured()}) == {}
+def test_gpu_takes_a_prompt_length_after_the_other(dry, nothing_is_measured):
+    """Guards against compiled rows that come so late that the time is over by then."""
+    order = []
+    nothing_is_measured(lambda task, found: order.append((*task.place, task.compiled)))
+    assert dry("--prompts", "128", "160")[0] == 0
+    assert order == [
+        (length, size, compiled) for length in (8, 10) for size in (1, 8) for compiled in (False, True)
+    ]
 
 
-def test_gpu_goes_on_when_a_side_fails(program, tmp_path, monkeypatch, capsys):
-    """A kernel that refuses its input costs one row, and the exit status."""
-    gpu = program("gpu")
+def test_gpu_keeps_what_it_has_when_it_is_interrupted(gpu, dry, nothing_is_measured):
+    """Guards against a part that is left in its middle with all that it measured."""
 
-    def fails(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+    def measure(_, found):
+        answers = gpu.Answers([[1, 2, 3]], 1, 1.0, 2.0)
+        found["autoregressive"] = gpu.Measured(answers=[answers])
+        signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(gpu, "early_exit", lambda *_: fails)
-    monkeypatch.setattr(gpu, "check", lambda *_: {"answers": 0, "near_ties": 0, "wrong": 0, "failed": []})
-    measure = gpu.measure
-    monkeypatch.setattr(
-        gpu, "measure", lambda task, compiled, *_: {} if compiled else measure(task, False, *_)
-    )
-    assert gpu.main([*DRY, "--output_dir", str(tmp_path / "logs")]) == 1
-    said = capsys.readouterr().out.splitlines()
-    failed = [row for row in json.loads(said[-1])["rows"] if row["error"]]
-    assert [row["side"] for row in failed] == ["hf, early exit"] * 2
-    assert failed[0]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    nothing_is_measured(measure)
+    status, said, record = dry()
+    assert (status, record["ended"]) == (130, "interrupted")
+    assert [(row["side"], row["tokens/s"]) for row in record["rows"]] == [("autoregressive", 2.0)]
+    assert any(line.startswith("interrupted: 1 rows") for line in said)
 
 
-def test_gpu_without_one(program, tmp_path, capsys):
+def test_gpu_ends_when_its_time_is_over(dry):
+    """Guards against a run that is ended from outside, by whoever lent the machine for nine minutes."""
+    status, _, record = dry("--minutes", "0")
+    assert (status, record["ended"], record["rows"]) == (0, "stopped after 0 minutes", [])
+
+
+def test_gpu_goes_on_when_a_side_fails(gpu, dry, monkeypatch):
+    """Guards against a kernel that refuses its input, no room for a cache (a MemoryError, which is no
+    RuntimeError) or no C++ compiler, after which nothing else is measured: each costs its own rows, and the
+    exit status.
+    """
+
+    def fails(error):
+        def call(*_):
+            raise error
+
+        return call
+
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+    monkeypatch.setattr(gpu, "early_exit", lambda *_: fails(out_of_memory))
+    warm_up = gpu.run_every_pass
+
+    def warms_up(strategy, model, prompt, config, batch_size):
+        if config.draft_weights == "int4":
+            raise MemoryError("no room")
+        warm_up(strategy, model, prompt, config, batch_size)
+
+    monkeypatch.setattr(gpu, "run_every_pass", warms_up)
+    monkeypatch.setattr("measures.sides.compile_decoding", fails(ValueError("compile True: needs g++")))
+    status, _, record = dry("--batch_size", "1")
+    assert status == 1
+    failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
+    assert failed == {
+        (False, "transformers, exit"): "OutOfMemoryError: CUDA out of memory. Tried to allocate",
+        (False, "int4 copy"): "MemoryError: no room",
+        (True, "autoregressive"): "ValueError: compile True: needs g++",
+        (True, "self-speculative"): "ValueError: compile True: needs g++",
+    }
+    assert sum(row["error"] is None for row in record["rows"]) == 4
+
+
+def test_gpu_measures_without_plans_of_cudnn(dry, nothing_is_measured):
+    """Guards against seconds that torch waits at cuDNN for plans of new lengths, in the time of a side."""
+    seen = []
+    nothing_is_measured(lambda task, found: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        dry("--batch_size", "1")
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False, False]
+
+
+def test_gpu_without_one(gpu, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as end:
-        program("gpu").main(["--output_dir", str(tmp_path / "logs")])
+        gpu.main(["--output_dir", str(tmp_path / "logs")])
     assert end.value.code == 1
     said = capsys.readouterr().err
     assert "no GPU on this machine; --dry True runs all of it" in said
     assert said.count("\n") == 1
+
+
+def test_a_recording_lasts_as_long_as_what_it_shows(program):
+    """Guards against tokens that come faster than pictures, each of which made the film longer."""
+    recorder = program("docs", "record_streamer")
+    pictures, durations = recorder.film([(0.003 * number, "x") for number in range(201)])
+    assert sum(durations) == pytest.approx(600 + 1000 * recorder.LAST, abs=1000 * recorder.FRAME)
+    assert len(pictures) == len(durations) <= 17
+
+
+def test_work_of_a_token_is_what_a_longer_answer_takes_more():
+    """Guards against a pass over the prompt that counts as work of a token."""
+
+    def answer(num_tokens):
+        torch.ones(3).exp()  # of the prompt
+        for _ in range(num_tokens):
+            torch.ones(3).sum().item()
+        return num_tokens
+
+    one, two, five = (lambda n=n: answer(n) for n in (1, 2, 5))
+    work = work_per_token(torch.device("cpu"), one, five)
+    assert work.reads == 1
+    assert work == work_per_token(torch.device("cpu"), two, five)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow():
+    """Guards against something kept of each answer: caches, rows, drafts, what adaptive decoding learns."""
+    model = tiny_llama()
+    fuse(model)
+    drafts = {"exit_layer": 1, "num_speculations": 3}
+    kinds = [
+        GenerationConfig(max_steps=24),
+        GenerationConfig(max_steps=24, generation_strategy="self_speculative", **drafts, prompt_lookup=3),
+        GenerationConfig(max_steps=24, generation_strategy="adaptive", draft_weights="int4"),
+    ]
+    sides = [ours(model, [], config, batch_size) for config in kinds for batch_size in (1, 3)]
+    held = []
+    for number in range(900):
+        prompts = torch.randint(20, (3, 5 + number % 40)).tolist()
+        sides[number % len(sides)](prompts)
+        held.append(psutil.Process().memory_info().rss / 2**20)
+    assert max(held[-100:]) - max(held[300:400]) < 8
 
 
 def test_greedy_ids_are_judged_token_by_token():
@@ -240,6 +317,7 @@ def test_greedy_ids_are_judged_token_by_token():
 
 
 def test_a_random_llama_agrees_as_often_as_wanted():
+    """Guards against early exits that are right more or less often than those of a trained model."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2,

@@ -127,14 +127,13 @@ def test_every_example_in_python_runs(page, checkout):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_page_has_a_picture_or_is_a_manual_and_its_links_lead_somewhere(page):
+def test_every_link_leads_somewhere(page):
+    """Guards against a page or a picture that was moved or deleted."""
     text = (ROOT / page).read_text()
     targets = re.findall(r"\]\(([^)]+)\)", text)
     for target in targets:
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
-    if page.startswith("docs/"):
-        assert any(target.endswith((".png", ".gif")) for target in targets)
 
 
 def test_the_readme_links_every_page():
