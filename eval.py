@@ -29,14 +29,13 @@ from lm_eval._cli.run import Run  # light, as all imports here
 from arguments import (
     GenerationConfig,
     ModelArguments,
-    TuningArguments,
     given_flags,
     parse,
     refuse,
     refuse_idle_drafts,
 )
 from runs.program import run
-from runs.tuning import tuned
+from runs.tuning import TuningArguments, tuned
 
 # Flags that tasks have settings of their own for, and the harness's names of these.
 OF_TASKS = {

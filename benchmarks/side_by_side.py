@@ -60,8 +60,7 @@ from runs.program import run
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.compiled import is_compiled
-from self_speculation.model.lean_layers import bytes_packed
-from self_speculation.model.quantized_layers import bytes_held
+from self_speculation.model.lean_layers import bytes_made
 
 _BATCHES_IN_TURN = 2  # of several prompts: what ends early makes room for the next
 
@@ -168,7 +167,7 @@ def compare(
     per_pass: dict[str, float | None] = {TRANSFORMERS: 1.0, PLAIN: 1.0}
     added: dict[str, float | None] = {}
     for name, side in list(sides.items()):  # warms up
-        before = bytes_held(model)
+        before = bytes_made(model)
         try:
             side(longest)
         except ValueError as error:
@@ -179,7 +178,7 @@ def compare(
             continue
         if name in configs:
             kind = configs[name].draft_weights
-            copies[kind] = copies.get(kind, 0) + bytes_held(model) - before
+            copies[kind] = copies.get(kind, 0) + bytes_made(model) - before
         elif name != TRANSFORMERS:
             per_pass[name] = tokens_per_pass(model, side, groups[0])
         _, added[name] = memory_added(model.device, partial(side, longest))
@@ -190,7 +189,9 @@ def compare(
     rows = []
     for name in sides:
         own = [each[name] for each in turns]
-        held = weights + (bytes_packed(model) + copies[configs[name].draft_weights] if name in configs else 0)
+        # What is packed is made by the first side that drafts with nothing, or with the model's own weights.
+        kinds = {"exact", configs[name].draft_weights} if name in configs else set()
+        held = weights + sum(copies[kind] for kind in kinds)
         share = None
         if name in (SPECULATIVE, COPY, ADAPTIVE):
             per_pass[name], share = accepted(own)

@@ -55,10 +55,10 @@ class Benchmark(Job):
         with says_if_slow("warming up"):
             warm_up(self._sides, longest_prompt(self._examples), self.batch_size)
 
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         questions = [Question(index, self._examples[index].prompt, self._seed + index) for index in indices]
         for index, measured in measure_examples(self._sides, questions, self.batch_size):
-            yield index, self._record(index, measured)
+            yield index, measured if isinstance(measured, Exception) else self._record(index, measured)
 
     def _record(self, index: int, measured: Record) -> Record:
         example = self._examples[index]

@@ -111,7 +111,6 @@ def calibrate(
                 for layer in exit_layers
             },
             lengths=lengths,
-            probe=0.0,
         )
 
     warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()

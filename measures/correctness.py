@@ -18,10 +18,9 @@ from data import Example
 from measures.comparison import find_difference, same_distribution
 from measures.timed_runs import Question, answers, windows
 from runs.examples import Job, OneByOne
-from runs.failures import named
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from self_speculation import GenerationStrategyResult, HuggingfaceLlamaGenerator, Prompt
+from self_speculation import GenerationResult, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length
 
@@ -53,18 +52,21 @@ class Ids(Job):
         n = config.no_repeat_ngram_size
         self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
 
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         prompts = {index: self._speculative.encode(self._examples[index].prompt) for index in indices}
         questions = [Question(index, prompt, seed=0) for index, prompt in prompts.items()]
         for window in windows(questions, self.batch_size, num_sides=1):
             for index, result in answers(self._speculative, self._config, window, self.batch_size):
-                with named(self.name(index)):
-                    tokens = _with_end(result.generation_strategy_result)
-                    record = self._compared(prompts[index], tokens)
-                yield index, record
+                try:
+                    yield index, self._compared(prompts[index], result)
+                except Exception as error:
+                    yield index, error
 
-    def _compared(self, prompt: list[int], tokens: list[int]) -> Record:
-        """With what the prompt gives alone."""
+    def _compared(self, prompt: list[int], result: GenerationResult | Exception) -> Record:
+        """With what the prompt gives alone; raises what is wrong with either."""
+        if isinstance(result, Exception):
+            raise result
+        tokens = _with_end(result.generation_strategy_result)
         references = {"autoregressive": _tokens(self._plain, prompt, self._plain_config)}
         if self._reference == "transformers":
             references["transformers"] = self._by_transformers(prompt)
@@ -204,9 +206,12 @@ class Distributions(OneByOne):
             name: of this sample among all that are drawn.
         """
         seeds = [zlib.crc32(f"{self._seed}, {name}, {i}".encode()) for i in range(self._num_samples)]
-        prompts = [Prompt(prompt, seed=seed) for seed in seeds]
-        drawn = dict(side.generate_batch(prompts, config, self.batch_size))
-        outputs = [_with_end(drawn[i].generation_strategy_result) for i in range(self._num_samples)]
+        questions = [Question(i, prompt, seed) for i, seed in enumerate(seeds)]
+        outputs = []
+        for _, result in answers(side, config, questions, self.batch_size):
+            if isinstance(result, Exception):
+                raise result
+            outputs.append(_with_end(result.generation_strategy_result))
         return [output[_FIRST_DRAFTED] if len(output) > _FIRST_DRAFTED else None for output in outputs]
 
     def progress(self, records: Sequence[Record]) -> str:

@@ -23,11 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from measures.timed_runs import Question, measure_examples, warm_up
-from runs.failures import named
+from runs.failures import failed
 from runs.records import Record
-from runs.startup import get_ready
 from runs.status import says_if_slow
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, RequestError
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.model.families import attended_length
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
@@ -175,16 +174,16 @@ class HarnessModel(HFLM):
         for _, alike in groupby(sorted(asked, key=_Asked.settings), key=_Asked.settings):
             group = list(alike)
             config, longest = group[0].config, max(group, key=lambda each: len(each.ids))
-            with named(longest.name, size):
-                get_ready(self._generator, config, len(longest.ids), size)
+            try:
                 with says_if_slow("warming up"):
                     warm_up([("", self._generator, config)], longest.ids, size)
+            except Exception as error:
+                raise failed(longest.name, error, size) from error
             questions = [Question(each.place, each.ids, self._seed + each.number) for each in group]
-            try:
-                yield from measure_examples([("", self._generator, config)], questions, size)
-            except RequestError as error:
-                with named(asked[error.index].name, size):
-                    raise
+            for place, record in measure_examples([("", self._generator, config)], questions, size):
+                if isinstance(record, Exception):
+                    raise failed(asked[place].name, record, size) from record
+                yield place, record
 
     def _answer(self, asked: _Asked, record: Record) -> str:
         """The text that the harness wants, cut as it cuts the answers of its own model."""

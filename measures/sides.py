@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
-from self_speculation.generator_base import unwrapped
-from self_speculation.model.compiled import compile_decoding
-from self_speculation.model.prepared import prepared
+from self_speculation.drafts.table import forget_what_was_learnt as forget_what_was_learnt
+from self_speculation.generator_base import the_only
+from self_speculation.model.compiled import compile_decoding, decode_eagerly
 
 T = TypeVar("T")
 
@@ -82,11 +82,11 @@ def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_siz
     strategy = make_strategy(config.generation_strategy)
 
     def generate(prompts: Sequence[list[int]]) -> Answers:
-        requests = [Request(ids, list(end_ids)) for ids in prompts]
+        requests = [Request(ids, eos_token_ids=list(end_ids)) for ids in prompts]
         started = time.perf_counter()
-        found = dict(unwrapped(strategy.generate_batch(model, requests, config, batch_size)))
+        found = dict(strategy.generate_batch(model, requests, config, batch_size))
         took = time.perf_counter() - started
-        results = [found[index] for index in range(len(prompts))]
+        results = [the_only([(0, found[index])]) for index in range(len(prompts))]
         ends = [[] if result.end_token_id is None else [result.end_token_id] for result in results]
         new = [[*result.predicted_tokens, *end] for result, end in zip(results, ends, strict=True)]
         return Answers(new, len(new), sum(result.prefill_time for result in results), took, results)
@@ -247,10 +247,5 @@ def compiled(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        prepared(model).passes = None
+        decode_eagerly(model)
         torch._dynamo.reset()  # and with it the memory of recorded graphs
-
-
-def forget_what_was_learnt(model: Any) -> None:
-    """Adaptive decoding begins with nothing known of its drafts, as in a new process."""
-    prepared(model).learnt.clear()

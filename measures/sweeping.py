@@ -24,7 +24,7 @@ from measures.plots import heat_maps
 from measures.replay import predicted_cell, within_noise
 from measures.timed_runs import BASELINE, Question, Side, measure_examples, warm_up
 from runs.examples import OneByOne, longest_prompt
-from runs.failures import named
+from runs.failures import failed
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
@@ -83,7 +83,11 @@ class Sweep(OneByOne):
         questions = [
             Question(index, example.prompt, self.seed + index) for index, example in enumerate(self.examples)
         ]
-        records = [record for _, record in measure_examples(sides, questions, self.batch_size)]
+        records = []
+        for _, record in measure_examples(sides, questions, self.batch_size):
+            if isinstance(record, Exception):
+                raise record
+            records.append(record)
         compared = metrics.speedup(records, BASELINE)
         low, high = compared["speedup_interval"] or (None, None)
         row = {
@@ -238,8 +242,10 @@ class Predicted(Sweep):
         verified = []
         for row in sorted(predicted, key=lambda row: -row["speedup"])[: self.verify_top]:
             cell = row["exit_layer"], row["num_speculations"]
-            with named(_name(cell)):
+            try:
                 verified.append(self.measure_cell(cell))
+            except Exception as error:
+                raise failed(_name(cell), error, self.batch_size) from error
             print(
                 f"{_name(cell)}: {row['speedup']:.2f} predicted, {_number(verified[-1]['speedup'])} measured"
             )

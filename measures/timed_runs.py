@@ -10,18 +10,14 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from runs import ranks
-from runs.failures import KINDS
 from runs.records import Record
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
     GenerationStrategy,
     HuggingfaceLlamaGenerator,
-    Prompt,
     Request,
-    RequestError,
 )
-from self_speculation.generator_base import unwrapped
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.devices import synchronize
 from self_speculation.model.families import attended_length
@@ -63,14 +59,15 @@ def run_every_pass(
     # Rows of different lengths, as those of a batch are. There is room for all of max_steps, and the outputs
     # end long before; end ids are left out too.
     rows = [
-        Request(ids[row % len(ids) :], [], ends_text=lambda tokens: len(tokens) >= num_tokens)
+        Request(ids[row % len(ids) :], ends_text=lambda tokens: len(tokens) >= num_tokens)
         for row in range(batch_size)
     ]
     endless = replace(config, stop_words=None, stop_token_ids=None)
 
     def generate(settings: GenerationConfig) -> None:
-        for _ in unwrapped(strategy.generate_batch(model, rows, settings, batch_size)):
-            pass
+        for _, result in strategy.generate_batch(model, rows, settings, batch_size):
+            if isinstance(result, Exception):
+                raise result
 
     generate(endless)
     if is_compiled(model):  # narrower passes too, for drafts that are cut short
@@ -95,7 +92,7 @@ class Question:
 
 def measure_examples(
     sides: Sequence[Side], questions: Sequence[Question], batch_size: int
-) -> Iterator[tuple[int, Record]]:
+) -> Iterator[tuple[int, Record | Exception]]:
     """Answer each question by each side, and time it.
 
     Sides take turns, and take turns at going first: after each question, or after a window of a few batches
@@ -105,19 +102,19 @@ def measure_examples(
         The index of a question and its record, once all sides have answered it. A side's fields have its
         prefix. Times are in seconds. `wall_time` is the time since the side's answer before: decode times of
         the rows of a batch overlap, wall times add up. `window` is the index of the window's first question.
-
-    Raises:
-        RequestError: something is wrong with the prompt of its index.
+        Where a side could not answer, the error.
     """
     for number, window in enumerate(windows(questions, batch_size, len(sides))):
         *others, last = sides if number % 2 else sides[::-1]
-        measured: dict[int, Record] = {question.index: {} for question in window}
-        for side in others:
+        place = {"batch_size": batch_size, "window": window[0].index, "rank": ranks.rank()}
+        measured: dict[int, Record | Exception] = {question.index: place for question in window}
+        for side in [*others, last]:
             for index, fields in _measured(side, window, batch_size):
-                measured[index] |= fields
-        for index, fields in _measured(last, window, batch_size):
-            place = {"batch_size": batch_size, "window": window[0].index, "rank": ranks.rank()}
-            yield index, {**measured[index], **fields, **place}
+                before = measured[index]
+                if not isinstance(before, Exception):
+                    measured[index] = fields if isinstance(fields, Exception) else {**before, **fields}
+                if side is last:
+                    yield index, measured[index]
 
 
 def answers(
@@ -125,22 +122,11 @@ def answers(
     config: GenerationConfig,
     questions: Sequence[Question],
     batch_size: int,
-) -> Iterator[tuple[int, GenerationResult]]:
-    """Answer questions by one side; yields index and result of each as it ends.
-
-    Raises:
-        RequestError: something is wrong with the prompt of its index.
-    """
-    prompts = [Prompt(question.prompt, seed=question.seed) for question in questions]
-    try:
-        for position, result in generator.generate_batch(prompts, config, batch_size):
-            yield questions[position].index, result
-    except RequestError as error:
-        raise RequestError(questions[error.index].index, error.cause) from error.cause
-    except KINDS as error:  # in a pass over all rows in flight
-        if len(questions) > 1:
-            raise
-        raise RequestError(questions[0].index, error) from error
+) -> Iterator[tuple[int, GenerationResult | Exception]]:
+    """Answer questions by one side; yields index and result of each as it ends, or what is wrong with it."""
+    requests = [Request(question.prompt, seed=question.seed) for question in questions]
+    for place, result in generator.generate_batch(requests, config, batch_size):
+        yield questions[place].index, result
 
 
 def windows(questions: Sequence[T], batch_size: int, num_sides: int) -> Iterator[Sequence[T]]:
@@ -151,11 +137,16 @@ def windows(questions: Sequence[T], batch_size: int, num_sides: int) -> Iterator
     return (questions[start : start + size] for start in range(0, len(questions), size))
 
 
-def _measured(side: Side, window: Sequence[Question], batch_size: int) -> Iterator[tuple[int, Record]]:
+def _measured(
+    side: Side, window: Sequence[Question], batch_size: int
+) -> Iterator[tuple[int, Record | Exception]]:
     """Index and fields of each answer of one side, the names of fields with its prefix."""
     prefix, generator, config = side
     started = time.perf_counter()
     for index, result in answers(generator, config, window, batch_size):
+        if isinstance(result, Exception):
+            yield index, result
+            continue
         fields = {**_fields(result), "wall_time": time.perf_counter() - started}
         yield index, {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
         started = time.perf_counter()  # what is done with an answer is not a part of the next one's time

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from arguments import refuse
 from runs.failures import KINDS, reason
-from runs.startup import autoregressive, get_ready
+from runs.startup import autoregressive
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -63,10 +63,6 @@ class Conversation:
         self._streamer_name, self._compare = streamer, compare
         self._messages: list[dict[str, str]] | None = [] if chat else None
 
-    def get_ready(self, num_prompt_tokens: int = 0) -> None:
-        """Do what comes before a first answer; for longer prompts there may be more to do."""
-        get_ready(self._generator, self._config, num_prompt_tokens)
-
     def answer(self, prompt: str) -> bool:
         """Show the answer and its statistics; False where Ctrl-C ended it.
 
@@ -75,11 +71,6 @@ class Conversation:
         """
         prompt = prompt.replace("\r\n", "\n")  # pasted or read from what Windows wrote
         ids = self._ids(prompt)
-        try:
-            self.get_ready(len(ids))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return False
         streamer = self._streamer(ids)
         with Interrupt(self._generator.model) as interrupt:
             result = self._generator.generate(
@@ -180,7 +171,6 @@ def one_prompt(given: str | None) -> str:
 
 def converse(talk: Conversation) -> int:
     """Read prompts from the terminal and answer them, until /exit or Ctrl-D; the exit status."""
-    talk.get_ready()
     session = _session()
     print(
         "Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.",

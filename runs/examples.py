@@ -13,12 +13,11 @@ from transformers import PretrainedConfig
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
-from runs.failures import KINDS, Failed, less, named, reason
+from runs.failures import KINDS, Failed, failed, less, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
-from runs.startup import get_ready, load_generator, meet, model_name
-from self_speculation import HuggingfaceLlamaGenerator, RequestError
+from runs.startup import load_generator, meet, model_name
+from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.families import context_length, sliding_window
-from self_speculation.model.prepared import prepared
 
 
 class Job(ABC):
@@ -36,11 +35,11 @@ class Job(ABC):
         return f"example {index}"
 
     @abstractmethod
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
-        """The records of these indices as they come, in any order, each with its index.
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
+        """The records of these indices as they come, in any order, each with its index; of one that something
+        is wrong with, the error.
 
-        Timings aside, a record must depend on index and flags alone. Raises RequestError with an index where
-        something is wrong with that one.
+        Timings aside, a record must depend on index and flags alone.
         """
 
     @abstractmethod
@@ -62,10 +61,12 @@ class OneByOne(Job):
     def measure(self, index: int) -> Record:
         """The record of an index, see `records`."""
 
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record]]:
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         for index in indices:
-            with named(self.name(index), self.batch_size):
-                record = self.measure(index)
+            try:
+                record: Record | Exception = self.measure(index)
+            except Exception as error:
+                record = error
             yield index, record
 
 
@@ -95,11 +96,9 @@ def prepare(
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config, model_config)
-    prepared(generator.model).vocabulary.learns = False  # a record must not depend on those before it
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     examples = _examples_that_fit(generator, examples, config.max_steps)
-    get_ready(generator, config, len(generator.encode(longest_prompt(examples))), batch.batch_size)
     return (
         generator,
         examples,
@@ -151,21 +150,22 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
     """Write the records of this rank's examples; `records` are those that were finished before.
 
     Raises:
-        Failed: what is wrong with one of them.
+        Failed: what is wrong with the first of those that something is wrong with, after all others.
     """
-    writer = run.writer(ranks.rank())
+    writer, wrong = run.writer(ranks.rank()), []
     with tqdm(total=len(indices), desc=job.unit, disable=ranks.rank() != 0) as bar:
-        try:
-            for index, record in job.records(indices):
-                records.append({"index": index, **record})
-                writer.append(records[-1])
-                bar.set_postfix_str(job.progress(records), refresh=False)
-                bar.update()
-                if ranks.rank() == 0:
-                    job.after_each(run)
-        except RequestError as error:
-            with named(job.name(error.index), job.batch_size):
-                raise
+        for index, record in job.records(indices):
+            if isinstance(record, Exception):
+                wrong.append(failed(job.name(index), record, job.batch_size))
+                continue
+            records.append({"index": index, **record})
+            writer.append(records[-1])
+            bar.set_postfix_str(job.progress(records), refresh=False)
+            bar.update()
+            if ranks.rank() == 0:
+                job.after_each(run)
+    if wrong:
+        raise wrong[0]
 
 
 def longest_prompt(examples: Sequence[Example]) -> str:

@@ -5,9 +5,6 @@ Light: `runs.program` imports it before a script has read its flags.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 # What takes less memory when generating.
 _LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
@@ -46,17 +43,10 @@ def less(batch_size: int) -> str:
     return _LESS if batch_size == 1 else f"a --batch_size below {batch_size}, {_LESS}"
 
 
-@contextmanager
-def named(what: str, batch_size: int = 1) -> Iterator[None]:
-    """Raise `Failed`, which names what was worked on, for an error that has a reason; for one request of a
-    batch, judge by the error that it met.
+def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
+    """An error in the work on one example, in one line that names it. Raises the error itself where it is a
+    mistake of the program.
     """
-    try:
-        yield
-        return
-    except Exception as error:
-        cause = getattr(error, "cause", error)  # RequestError has it
-    # Raised below the `except`, or the cause would have the RequestError in its context.
-    if (why := reason(cause, less(batch_size))) is None:
-        raise cause
-    raise Failed(f"{what}: {why}") from cause
+    if (why := reason(error, less(batch_size))) is None:
+        raise error
+    return Failed(f"{what}: {why}")

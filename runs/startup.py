@@ -18,7 +18,6 @@ from runs.status import says_if_slow
 from runs.tuning import TuningArguments, counts
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
-from self_speculation.model.families import context_length
 from self_speculation.model.loading import default_model, load_config, resolve_device
 from self_speculation.model.short_head import prefer_ids
 

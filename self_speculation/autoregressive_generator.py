@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding_strategy import Decoding, DecodingStrategy
@@ -16,7 +14,7 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     name: GenerationStrategyName = "autoregressive"
     has_drafts = False
 
-    def begin(self, model: PreTrainedModel, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
+    def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
         return Decoding(rows, decoder, config)
 
     def depth(self, decoding: Decoding) -> int:

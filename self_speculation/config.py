@@ -52,8 +52,9 @@ class GenerationConfig:
     stop_token_ids: list[int] | None = None
     """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = "exact"
-    """int8, int4: draft with a copy of the layers in so many bits, exit_layer may then be all of them; takes 1 or
-    0.63 bytes more for each weight of theirs and 1 or 2 for each of the head. exact: with the model's own."""
+    """int8, int4: draft with a copy of the layers in so many bits, exit_layer may then be all of them.
+    It takes 1 or 0.63 bytes more for each weight of theirs and 1 or 2 for each of the head. exact: the
+    model's own."""
     draft_confidence: str | None = None
     """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
     would cost more than it is likely to save; without it, drafts have num_speculations tokens."""

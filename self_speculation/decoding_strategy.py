@@ -91,10 +91,10 @@ class DecodingStrategy(GenerationStrategy):
             yield from batch.take_out()
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Make what is made once for a model, such as copies of layers, and is not part of an answer's time."""
+        """Make what is made once for a model, such as copies of layers; it is no part of an answer's time."""
 
     @abstractmethod
-    def begin(self, model: PreTrainedModel, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
+    def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
         """Get ready for rows of which there are none yet. Raises what is wrong with the config."""
 
     @abstractmethod
@@ -110,7 +110,7 @@ class Batch(Generic[Key]):
     """Rows in flight, driven from outside: admit requests, make rounds, take out what has ended.
 
     A request that something is wrong with, or whose processors, criteria or streamer raise, has the error for
-    its result; the others do not notice. What goes wrong in a pass over all rows is raised.
+    its result; the others do not notice. What goes wrong in a pass over several rows is raised.
 
     Args:
         batch_size: rows at most.
@@ -136,7 +136,7 @@ class Batch(Generic[Key]):
         self.rows = Rows(Sampler.of(config), self._device, longest)
         with self._exactly():
             decoder = make_decoder(model, 1, 1, longest + 1, batch_size)
-            self._decoding = strategy.begin(model, decoder, self.rows, config)
+            self._decoding = strategy.begin(decoder, self.rows, config)
         decoder.cache.clear(num_rows=0)
         self._keys: dict[Output, Key] = {}
         self._ended: list[tuple[Key, GenerationStrategyResult | Exception]] = []
@@ -170,8 +170,13 @@ class Batch(Generic[Key]):
     def round(self) -> None:
         """One round of the rows that there are."""
         if self.rows and self.rows.all_go_on:  # else there are none, or some to take out
-            with self._exactly():
-                self._strategy.round(self._decoding)
+            try:
+                with self._exactly():
+                    self._strategy.round(self._decoding)
+            except Exception as error:
+                if len(self.rows) > 1:
+                    raise
+                self.rows.outputs[0].error = error
 
     @torch.inference_mode()
     def take_out(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
@@ -218,4 +223,6 @@ class Batch(Generic[Key]):
         generator, has_drafts = None, self._strategy.has_drafts
         if request.seed is not None:
             generator = torch.Generator(self._device).manual_seed(request.seed)
-        return Output(prompt, self._device, stop, processors, request.streamer, generator, has_drafts, started)
+        return Output(
+            prompt, self._device, stop, processors, request.streamer, generator, has_drafts, started
+        )

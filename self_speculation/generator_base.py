@@ -238,8 +238,11 @@ class HuggingfaceLlamaGenerator:
 
         strategy = self.generation_strategy
         for place, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
-            index, *answering = begun[place]
-            yield index, result if isinstance(result, Exception) else self._answer(result, *answering)
+            index, started, ids, words = begun[place]
+            if isinstance(result, Exception):
+                yield index, result
+            else:
+                yield index, self._answer(result, started, ids, words)
         yield from failed
 
     def _answer(

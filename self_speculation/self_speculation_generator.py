@@ -36,10 +36,10 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         """Make the copies that drafts need, of layers or of the head. Raises what `make_source` does."""
-        self.make_source(Parts(model, make_decoder(model, 1, 1), config))
+        self.make_source(Parts(make_decoder(model, 1, 1), config))
 
-    def begin(self, model: PreTrainedModel, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
-        return Decoding(rows, decoder, config, self.make_source(Parts(model, decoder, config)))
+    def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
+        return Decoding(rows, decoder, config, self.make_source(Parts(decoder, config)))
 
     def depth(self, decoding: Decoding) -> int:
         return len(decoding.decoder.layers)

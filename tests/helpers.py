@@ -51,7 +51,6 @@ def no_calibration(monkeypatch):
                 draft_step={layer: layer / 8 for layer in exit_layers},
                 verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
                 lengths=(0, 20),
-                probe=0.0,
             )
         ],
     )

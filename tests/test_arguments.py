@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from arguments import (
-    EvalArguments,
     GenerationConfig,
     ModelArguments,
     given_flags,

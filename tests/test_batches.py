@@ -313,22 +313,19 @@ def test_what_is_wrong_with_a_prompt_is_its_own_result(byte_tokenizer, text_mode
 
 
 class Fails:
-    """A processor, a criterion and a streamer that raises after some tokens."""
+    """A processor, a criterion or a streamer that raises after some tokens."""
 
     def __init__(self, after):
         self.left = after
 
-    def count(self):
+    def __call__(self, ids, scores):  # noqa: ARG002
         self.left -= 1
         if self.left < 0:
             raise KeyError("its own")
-
-    def __call__(self, ids, scores):
-        self.count()
         return scores
 
     def put(self, ids, is_draft=False):
-        self.count()
+        self(ids, is_draft)
 
     def delete(self, num_tokens, is_draft=False):
         """Nothing is shown."""
@@ -337,10 +334,9 @@ class Fails:
         """Nothing is shown."""
 
 
-class FailingCriterion(Fails):
-    def __call__(self, ids, scores, **_):
-        self.count()
-        return torch.tensor([False])
+def failing_criterion(after):
+    fails = Fails(after)
+    return lambda ids, scores: torch.tensor([fails(ids, scores) is None])
 
 
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}])
@@ -349,7 +345,7 @@ class FailingCriterion(Fails):
     ("part", "kind"),
     [
         ("logits_processors", Fails),
-        ("stopping_criteria", FailingCriterion),
+        ("stopping_criteria", failing_criterion),
         ("streamer", Fails),
     ],
 )

@@ -97,7 +97,7 @@ def test_ranks_of_one_model_take_the_costs_of_the_first(monkeypatch):
 def test_a_slow_turn_or_a_stall_is_no_part_of_the_medians():
     """Guards against a machine whose pace is taken for the cost of a part, and a part held up in one turn."""
     turns = [
-        Costs(pace, {2: 0.3 * pace}, {2: (1.0 * pace, 1.2 * pace * stall)}, (0, 4), probe=0.0)
+        Costs(pace, {2: 0.3 * pace}, {2: (1.0 * pace, 1.2 * pace * stall)}, (0, 4))
         for pace, stall in ((1.0, 1.0), (2.0, 9.0), (1.0, 1.0), (3.0, 1.0), (1.0, 1.0))
     ]
     costs = medians(turns)

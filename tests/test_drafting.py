@@ -159,14 +159,24 @@ def policy(memory=None, copy_takes=None):
     Args:
         copy_takes: estimated cost of a token drafted by a copy of all ten layers; None: there is none.
     """
-    arms = {"exit 2": Arm(0.2), "exit 4": Arm(0.4, below="exit 2"), "lookup": Arm(priors=[0.3, 0.5, 0.7, 0.9])}
+    arms = {
+        "exit 2": Arm(0.2),
+        "exit 4": Arm(0.4, below="exit 2"),
+        "lookup": Arm(priors=[0.3, 0.5, 0.7, 0.9]),
+    }
     if copy_takes is not None:
         arms["exit 10"] = Arm(copy_takes, (0.9,), trust=6.0)
     return AdaptivePolicy(arms, 8, memory)
 
 
 # Seconds of a round: those of no token, and of each that is drafted.
-TAKES = {PLAIN: (1.0, 0.0), "exit 2": (1.0, 0.25), "exit 4": (1.0, 0.45), "lookup": (1.0, 0.05), "exit 10": (1.0, 0.35)}
+TAKES = {
+    PLAIN: (1.0, 0.0),
+    "exit 2": (1.0, 0.25),
+    "exit 4": (1.0, 0.45),
+    "lookup": (1.0, 0.05),
+    "exit 10": (1.0, 0.35),
+}
 
 
 def seconds(plan, takes=TAKES):

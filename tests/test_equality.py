@@ -133,7 +133,7 @@ def test_ids_equal_whatever_is_chosen_round_by_round(
     weights = "exact" if agreement == "never" else weights  # its last layer is hooked
     model = tiny_llama(num_layers=8, agreement=agreement, fused=weights != "exact")
 
-    def plan(policy, matched, rooms):
+    def plan(_, matched, rooms):
         [room], able = rooms, [name for name in sorted(matched) if matched[name] != [None]]
         source = data.draw(st.sampled_from(["", *able])) if room else ""
         return Plan(source, data.draw(st.integers(1, room)) if source else 0)

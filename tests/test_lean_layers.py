@@ -139,7 +139,7 @@ def test_copies_for_drafts_are_of_the_weights_of_now(model, change):
     assert result.acceptance_rate > (0.4 if change == "dtype" else 0.7)
 
 
-def test_a_model_made_in_inference_mode_and_autocast_around_it(model, byte_tokenizer):
+def test_a_model_made_in_inference_mode_and_autocast_around_it(model):
     """Guards against parameters that cannot be set, and products in another format than what they add to."""
     with torch.inference_mode():
         made = type(model)(model.config).eval()
@@ -155,7 +155,7 @@ def test_a_model_made_in_inference_mode_and_autocast_around_it(model, byte_token
 
 
 def test_a_model_that_is_lean_again_stays_trainable(model):
-    """Guards against parameters that were replaced while decoding, where nothing is recorded for gradients."""
+    """Guards against parameters that were made while decoding, where nothing is recorded for gradients."""
     fuse(model)
     model.load_state_dict(tiny_llama().state_dict(), assign=True)
     for parameter in model.parameters():
@@ -249,7 +249,9 @@ def test_a_product_is_the_product(width, rows, bias, packed):
 @needs_onednn
 def test_weights_are_packed_where_that_is_faster_and_fits(model, monkeypatch):
     """Guards against a model that takes twice its memory on a machine that has it once."""
-    weights = 4 * sum(p.numel() for name, p in model.named_parameters() if "norm" not in name and "embed" not in name)
+    weights = 4 * sum(
+        p.numel() for name, p in model.named_parameters() if "norm" not in name and "embed" not in name
+    )
     monkeypatch.setattr(products, "_CLEARLY", 1e9)
     monkeypatch.setattr(products, "free_memory", lambda device: 3 * weights - 30)
     fuse(model)

@@ -2,8 +2,6 @@
 does not depend on them is in test_equality.py and test_sampling_distribution.py.
 """
 
-import copy
-
 import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
@@ -15,7 +13,7 @@ import generate as generate_script
 import sweep
 from self_speculation.model import low_bit_products, quantized_layers
 from self_speculation.model.decoder import Decoder, forward
-from self_speculation.model.lean_layers import Product, bytes_made, fuse, lean_forms
+from self_speculation.model.lean_layers import Product, bytes_made, lean_forms
 from self_speculation.model.loading import default_model, load_model_and_tokenizer
 from self_speculation.model.low_bit_products import Float16Product, Int4Product, Int8Product
 from self_speculation.model.quantized_layers import formats, quantized

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from self_speculation.decoding.rows import Rows
 from self_speculation.drafts.policy import AdaptivePolicy, Plan
+from self_speculation.model.products import Product
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
 
@@ -39,6 +40,8 @@ def reads(monkeypatch):
             return original(tensor, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, count)
+    # Only on a CPU are bits looked at to see whether weights are what they were.
+    monkeypatch.setattr(Product, "_state", lambda product: 0)
     return counting
 
 
@@ -88,23 +91,20 @@ def test_autoregressive_decoding_reads_a_token_at_a_time(reads):
 
 
 def test_adaptive_rounds_read_no_more(reads, monkeypatch):
-    """Guards against a probe that is read by itself. Plans are given, so that every kind of round comes."""
+    """Guards against plans that take a read. Plans are given, so that every kind of round comes."""
     kinds = iter(50 * ["", "exit 1", "lookup", "exit 2"])
 
     def plan(_, matched, rooms):
         source = next(kinds)
         length = 0 if matched.get(source, [None]) == [None] else min(*rooms, 2)
-        return Plan(source if length else "", length, length, probe=2 if source != "exit 2" else 0)
+        return Plan(source if length else "", length)
 
     model = tiny_llama(num_layers=8)
-    generate(model, PROMPT, "adaptive", max_steps=2)  # measures costs
-    reads.number = 0
     monkeypatch.setattr(AdaptivePolicy, "plan", plan)
     with reads:
         result = generate(model, PROMPT, "adaptive", max_steps=30, eos=[])
-    by_layers = sum(n for source, (_, n, _) in result.drafts_by_source.items() if source.startswith("exit"))
     assert set(result.drafts_by_source) >= {"none", "exit 1"}
-    assert reads.number == 1 + result.num_verifications + by_layers
+    assert reads.number == 1 + result.num_verifications
 
 
 def test_what_is_shown_is_read_once(reads):

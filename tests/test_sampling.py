@@ -176,12 +176,6 @@ def test_identical_distributions_are_always_accepted():
         assert int(verify_draft(x, P.expand(3, 4), P.expand(4, 4).log(), SAMPLING).num_accepted) == 3
 
 
-def test_what_is_no_distribution_agrees_with_nothing():
-    """Guards against one damaged row that makes a mean of what adaptive decoding has learnt no number."""
-    logits = torch.tensor([[0.0, 1.0], [torch.nan, torch.nan]])
-    assert SAMPLING.agreement(logits, logits).tolist() == pytest.approx([1.0, 0.0])
-
-
 DRAFTS = [{}, {"exit_layer": 2, "num_speculations": 2}]
 
 

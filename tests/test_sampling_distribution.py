@@ -117,9 +117,10 @@ def test_the_distribution_of_rows_with_drafts_of_several_sources(refilled, batch
     """
     chosen, likely = config(**MIXTURES[name]), expected(config(**MIXTURES[name]), [])
     lengths = itertools.cycle((3, 5, 4) if refilled else (5,))
-    prompts = itertools.islice(zip(itertools.count(), lengths), SAMPLES)  # noqa: B905
+    prompts = itertools.islice(zip(itertools.count(), lengths), SAMPLES)
     requests = [
-        Request(PROMPT, seed=seed, ends_text=lambda tokens, end=end: len(tokens) >= end) for seed, end in prompts
+        Request(PROMPT, seed=seed, ends_text=lambda tokens, end=end: len(tokens) >= end)
+        for seed, end in prompts
     ]
     fused = chosen.draft_weights != "exact"
     results = make_strategy("self_speculative").generate_batch(model(fused), requests, chosen, batch_size)

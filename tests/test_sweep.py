@@ -74,7 +74,7 @@ def test_tally_counts_what_was_output():
 
 
 def test_costs_of_a_round():
-    costs = Costs(1.0, {2: 0.5}, {0: (3.0,) * 3, 2: (1.0, 2.0, 4.0)}, lengths=(0, 1, 3), probe=0.0)
+    costs = Costs(1.0, {2: 0.5}, {0: (3.0,) * 3, 2: (1.0, 2.0, 4.0)}, lengths=(0, 1, 3))
     assert [costs.verification(2, k) for k in (0, 1, 2, 3)] == [1, 2, 3, 4]
     assert costs.round(2, 3) == 3 * 0.5 + 4
     assert costs.round(0, 3) == 3
@@ -89,7 +89,7 @@ def example(matches, prefill_time=0.0):
 
 
 def costs_of(draft_step, plain_step=1.0):
-    return Costs(plain_step, {2: draft_step}, {2: (plain_step,)}, (0,), probe=0.0)
+    return Costs(plain_step, {2: draft_step}, {2: (plain_step,)}, (0,))
 
 
 def cell_of(records, turns, k):

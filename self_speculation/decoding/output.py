@@ -180,8 +180,8 @@ class Output:
             self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
     def result(self) -> GenerationStrategyResult | Exception:
-        """What there is to report, once the output has ended: FloatingPointError where no token could be picked
-        by its logits, and whatever its processors, criteria or streamer raised.
+        """What there is to report, once the output has ended; or what ended it before its time: what its
+        processors, criteria or streamer raised, and FloatingPointError where no token could be picked.
         """
         finished = time.perf_counter()
         with self._own_errors():

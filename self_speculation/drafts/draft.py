@@ -37,7 +37,9 @@ class Draft:
     exit_layer: int = 0  # the first layer that has not seen them: none has where it is 0
     # k of [B, 1, H], of the token before each guess; and that of the last guess, if it is known already
     exit_hidden: list[Tensor] = field(default_factory=list)
-    confidences: Sequence[Sequence[float]] = ()  # of each row's guesses, where they decided how many there are
+    confidences: Sequence[
+        Sequence[float]
+    ] = ()  # of each row's guesses, where they decided how many there are
     matched: Sequence[int] = ()  # [B] tokens that a lookup found again
 
     def __post_init__(self) -> None:

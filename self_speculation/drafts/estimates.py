@@ -1,4 +1,4 @@
-"""Numbers that are learnt while they are used: a mean and a line, of what was seen last more than of the rest.
+"""A mean and a line that are learnt while they are used: what was seen last counts most.
 
 Both begin at a prior, and return to it as what was seen fades.
 """

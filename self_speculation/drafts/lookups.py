@@ -74,7 +74,9 @@ class LookupFirst(DraftSource):
         if not any(found):
             return self._otherwise.draft(rows, k, wanted)
         looked_up = self._lookup.draft(rows, k, found)
-        rest = [not is_found and goes for is_found, goes in zip(found, wanted or [True] * len(rows), strict=True)]
+        rest = [
+            not is_found and goes for is_found, goes in zip(found, wanted or [True] * len(rows), strict=True)
+        ]
         return _mixed(looked_up, self._otherwise.draft(rows, k, rest), found) if any(rest) else looked_up
 
     def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:

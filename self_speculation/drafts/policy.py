@@ -125,7 +125,7 @@ class AdaptivePolicy:
         num_rows, longest = len(rooms), min(max(rooms), self._longest)
         names = [PLAIN, *matched]
         lengths = numpy.arange(longest + 1)
-        # That all of a draft of each length is right, [sources, B, lengths]; the token after it comes for sure.
+        # [sources, B, lengths]: the chance that all of a draft is right. One token more comes for sure.
         right = self._chances(matched, num_rows)[..., None] ** lengths
         if min(rooms) < longest:
             right *= lengths <= numpy.array(rooms)[:, None]
@@ -149,7 +149,9 @@ class AdaptivePolicy:
         self._saved += self._searching * float(seconds[best])
         return Plan(names[best[0]], best[1])
 
-    def learn(self, plan: Plan, matched: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]) -> None:
+    def learn(
+        self, plan: Plan, matched: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
+    ) -> None:
         """Hear what became of a round of this plan.
 
         Args:
@@ -182,7 +184,9 @@ class AdaptivePolicy:
 
     def _trial(self, chosen: str, matched: Mapping[str, Sequence[int | None]], length: int) -> Plan | None:
         """A short draft of the source that was heard of least, or a plain step where that is it."""
-        able = {(name, number) for name, numbers in matched.items() for number in numbers if number is not None}
+        able = {
+            (name, number) for name, numbers in matched.items() for number in numbers if number is not None
+        }
         others = [key for key in (_ARM_OF_PLAIN_STEPS, *sorted(able)) if key[0] != chosen]
         if not others or not length:
             return None

@@ -45,9 +45,12 @@ _LEARNT: WeakKeyDictionary[nn.Module, dict[Hashable, Memory]] = WeakKeyDictionar
 class Parts:
     """What the sources of one generation are made from."""
 
-    model: PreTrainedModel
     decoder: Decoder  # the target's
     config: GenerationConfig
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.decoder.model
 
     def draft_ratio(self, exit_layer: int) -> float:
         """c of the formula, estimated."""
@@ -115,7 +118,8 @@ def _layers(parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | 
 
 
 def _layers_asked_for(parts: Parts, _: None) -> DraftSource:
-    config, threshold = parts.config, None
+    config = parts.config
+    threshold: Callable[[], Threshold] | None = None
     if config.draft_confidence == "auto":
         threshold = partial(LearnedThreshold, parts.draft_ratio(config.exit_layer))
     elif config.draft_confidence is not None:
@@ -171,6 +175,11 @@ def _memory(parts: Parts) -> Memory:
     )
     times = RoundTimes(RUNS_TO_WARM_UP if is_compiled(model) else 1)
     return _LEARNT.setdefault(model, {}).setdefault(key, Memory(times))
+
+
+def forget_what_was_learnt(model: PreTrainedModel) -> None:
+    """Adaptive decoding begins with nothing known of its drafts, as in a new process."""
+    _LEARNT.pop(model, None)
 
 
 def driving_flags() -> tuple[str, ...]:

@@ -67,14 +67,14 @@ def compile_decoding(model: PreTrainedModel) -> None:
     _PASSES[model] = {}
 
 
+def decode_eagerly(model: PreTrainedModel) -> None:
+    """From now on nothing is compiled for this model."""
+    _PASSES.pop(model, None)
+
+
 def is_compiled(model: PreTrainedModel) -> bool:
     """Whether `make_decoder` compiles for it."""
     return model in _PASSES
-
-
-def has_passes(model: PreTrainedModel) -> bool:
-    """Whether some were compiled already."""
-    return bool(_PASSES.get(model))
 
 
 def make_decoder(

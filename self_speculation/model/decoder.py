@@ -78,7 +78,12 @@ class PlainHead:
 def _places_and_hooks(*roots: nn.Module) -> Hashable:
     """What a compiled pass over these modules is valid for."""
     modules = [module for root in roots for module in root.modules()]
-    hooks = [id(hook) for m in modules for of_m in (m._forward_pre_hooks, m._forward_hooks) for hook in of_m.values()]
+    hooks = [
+        id(hook)
+        for module in modules
+        for of_module in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in of_module.values()
+    ]
     return places(*roots), tuple(map(id, modules)), tuple(hooks)
 
 

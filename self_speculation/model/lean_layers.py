@@ -104,7 +104,7 @@ def _form(fused: _Fused, kind: type[_Form], key: nn.Module, *modules: nn.Module)
     if form is None or form.places != places(*modules):
         # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
         with torch.inference_mode(False), torch.no_grad():
-            form = kind(*modules)
+            form = kind(*modules)  # type: ignore[arg-type]
     fused.forms[key] = form
     return form
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -57,10 +58,8 @@ class Product:
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
-        if self._is_packed(x):
-            hidden = hidden.add_(self._packed(x))
-        else:
-            hidden = hidden.addmm_(x, self._weight_t)
+        packed = self._is_packed(x)
+        hidden = hidden.add_(self._packed(x)) if packed else hidden.addmm_(x, self._weight_t)
         return hidden if self.bias is None else hidden.add_(self.bias)
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -122,7 +121,8 @@ class Product:
         drafts have copies, and the versions that torch counts must do.
         """
         if self.weight.device.type == "cpu":
-            return xxhash.xxh3_128_digest(self.weight.contiguous().view(torch.uint8).numpy())
+            bits = self.weight.contiguous().view(torch.uint8).numpy()
+            return xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
         return tuple(p._version for p in self._parameters if not p.is_inference())
 
 
@@ -157,20 +157,26 @@ def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
     return joint
 
 
+def _times(weight_t: Tensor, x: Tensor) -> Tensor:
+    return torch.mm(x, weight_t)
+
+
 @torch.inference_mode()
 def choose_packed_widths(weights: Sequence[Tensor]) -> frozenset[int]:
     """The numbers of tokens for which packed copies of these weights are clearly faster: up to threefold on
-    one processor, never on another. It is measured, in a second at most; none where there is no room for copies.
+    one processor, never on another. It is measured, in a second at most. None where copies find no room.
     """
     room = _SHARE_OF_ROOM * free_memory(torch.device("cpu"))
     if sum(weight.nbytes for weight in weights) > room:
         return frozenset()
     # Layer after layer, as decoding reads them: another weight is in the cache by the time one comes again.
     up_to = itertools.accumulate(weight.numel() for weight in weights)
-    sample = [weight for weight, total in zip(weights, up_to, strict=True) if total <= _SAMPLE] or [weights[0]]
+    sample = [weight for weight, total in zip(weights, up_to, strict=True) if total <= _SAMPLE] or [
+        weights[0]
+    ]
     ways: list[list[Callable[[Tensor], Tensor]]] = [
         [Packed(weight) for weight in sample],
-        [lambda x, weight_t=weight.t(): torch.mm(x, weight_t) for weight in sample],  # type: ignore[misc]
+        [partial(_times, weight.t()) for weight in sample],
     ]
     inputs = {weight.shape[1]: torch.ones(_WIDTHS[-1], weight.shape[1]) for weight in sample}
     took = {(width, way): math.inf for width in _WIDTHS for way in range(2)}

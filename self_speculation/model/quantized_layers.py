@@ -6,9 +6,9 @@ most agreement. Each copy is kept with the product that it was made of, see `pro
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtyp
     if draft_weights == "int8":
         if device.type == "cuda":
             raise ValueError(
-                "draft_weights int8: torch's kernel for it is slower on a GPU than the model's own weights; use int4"
+                "draft_weights int8: its kernel is slower on a GPU than the model's own weights; use int4"
             )
         wanted: Formats = Formats(Int8Product, Int8Product)
     elif device.type == "cuda":
@@ -56,7 +56,9 @@ def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtyp
     else:
         wanted = Formats(Int4Product, Float16Product if works(Float16Product, device, dtype) else Int8Product)
     if not all(works(kind, device, dtype) for kind in wanted if kind is not None):
-        raise ValueError(f"draft_weights {draft_weights}: there are no kernels for it with {dtype} on {device}")
+        raise ValueError(
+            f"draft_weights {draft_weights}: there are no kernels for it with {dtype} on {device}"
+        )
     return wanted
 
 
@@ -75,8 +77,9 @@ def quantized(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) ->
     Raises:
         ValueError: layers that are not lean, no kernels for them, or no room for the copies.
     """
-    layers, head = decoder.layers[:num_layers], decoder.head
-    if not all(isinstance(part, LeanLayer | LeanHead) for part in (*layers, head)):
+    head = decoder.head
+    layers = [layer for layer in decoder.layers[:num_layers] if isinstance(layer, LeanLayer)]
+    if len(layers) < num_layers or not isinstance(head, LeanHead):
         raise ValueError(
             f"draft_weights {draft_weights}: needs lean layers (of a known family, plain, fuse True)"
         )
@@ -84,7 +87,7 @@ def quantized(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) ->
     of_layers, of_head = formats(draft_weights, weight.device, weight.dtype)
     kinds = {product: of_layers for layer in layers for product in layer.products}
     if of_head is not None:
-        kinds |= {product: of_head for product in head.products}
+        kinds |= dict.fromkeys(head.products, of_head)
     missing = {product: kind for product, kind in kinds.items() if not product.has(kind)}
     _check_room(missing, draft_weights)
     weigh = any(kind.weighs_inputs for kind in missing.values())
@@ -95,7 +98,7 @@ def quantized(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) ->
         return product.kept(kind, lambda: kind(product, squares.get(product)))
 
     copies = [layer.over(copied) for layer in layers]
-    return decoder.over(copies, head if of_head is None else cast(LeanHead, head).over(copied))
+    return decoder.over(copies, head if of_head is None else head.over(copied))
 
 
 def _check_room(missing: MutableMapping[Product, type[LowBitProduct]], draft_weights: DraftWeights) -> None:
@@ -129,7 +132,7 @@ class _Watched:
 
 
 @torch.no_grad()
-def _squares_of_inputs(decoder: Decoder, layers: Sequence[Lean]) -> Mapping[Product, Tensor]:
+def _squares_of_inputs(decoder: Decoder, layers: Sequence[LeanLayer]) -> Mapping[Product, Tensor]:
     """[in] for every product of these layers, summed over some tokens.
 
     Which inputs are large is the layers' matter more than the text's: tokens from all over the vocabulary

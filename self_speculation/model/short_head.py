@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -52,7 +52,7 @@ class ShortHead:
 
     def __init__(self, decoder: Decoder, head: Callable[[Tensor], Tensor], number: int) -> None:
         whole = _product(decoder.head, number)
-        kind = type(head.products[0]) if isinstance(head, LeanHead) else Product
+        kind: Any = type(head.products[0]) if isinstance(head, LeanHead) else Product
         ids = likely_ids(decoder.model, number)
         self._norm, self._size = decoder.head.norm, len(whole.weight)
         self._ids = on_device(ids, whole.weight.device)
