@@ -274,11 +274,6 @@ def _check_copies(parser: _Parser, values: argparse.Namespace) -> None:
     for name, needed in (("fuse", True), ("compile", False), ("quantization", "none"), ("parallel", "data")):
         if (value := getattr(model_args, name)) != needed:
             parser.error(f"--draft_weights {config.draft_weights}: not with --{name} {value}")
-    if config.draft_weights == "float16" and model_args.dtype not in ("auto", "float32"):
-        parser.error(
-            f"--draft_weights float16: is for a model in float32, not with --dtype {model_args.dtype}; int8, "
-            "int4 and auto are for all"
-        )
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

@@ -5,7 +5,6 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 """
 
 import contextlib
-import dataclasses
 import random
 
 import pytest
@@ -24,7 +23,7 @@ from self_speculation import (
     make_strategy,
     self_speculation_generator,
 )
-from self_speculation.drafts.costs import Costs
+from self_speculation.decoding_strategy import Batch
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, LevelSpan, forward_early, prefill
 from self_speculation.model.lean_layers import NARROW, fuse
@@ -92,7 +91,9 @@ def cuda(monkeypatch):
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
     # A parameter of no memory is no `Parameter`, and nowhere.
     monkeypatch.setattr("self_speculation.model.lean_layers._is_plain", lambda *modules: True)
-    monkeypatch.setattr("self_speculation.model.lean_layers._layout", lambda *modules: [])
+    monkeypatch.setattr("self_speculation.model.lean_layers.places", lambda *modules: ())
+    monkeypatch.setattr("torch.from_dlpack", lambda part: part)
+    monkeypatch.setattr(Batch, "_exactly", lambda batch: contextlib.nullcontext())  # it has no autocast
 
     def drawn(part):
         """Ids, or numbers between 0 and 1; nothing is damaged."""
@@ -106,18 +107,9 @@ def cuda(monkeypatch):
 
     def few_accepted(rows, draft, target, verdict):
         """As it is read, with as many accepted as there can be."""
-        found = honest(rows, draft, target, verdict)
+        honest(rows, draft, target, verdict)
         accepted = [draws.randint(0, length) for length in draft.lengths]
-        tokens = [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted]
-        return ReadVerdict(
-            accepted, tokens, [seen[: m + 1] for m, seen in zip(accepted, found.agreement, strict=True)]
-        )
-
-    costs = Costs(1.0, {1: 0.1, 2: 0.2}, {e: [1.0, 1.5] for e in (0, 1, 2)}, [0, 16], 0.001)
-    monkeypatch.setattr(
-        "self_speculation.adaptive_generator.measure",
-        lambda *_, num_rows=1: dataclasses.replace(costs, num_rows=num_rows),
-    )
+        return ReadVerdict(accepted, [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted])
 
     monkeypatch.setattr("self_speculation.decoding.rows.read", read)
     monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))

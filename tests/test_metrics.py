@@ -70,7 +70,7 @@ def test_predicted_speedup_of_the_paper():
     """DESIGN's rows: llama2-7B on CNN/DM 1-shot, E 8, k 12, acceptance 68.9 %, is predicted 2.32."""
 
     def predicted(alpha, k, cost_ratio):
-        return metrics.predicted_speedup(alpha, k, 8, Costs(1.0, {8: cost_ratio}, {8: (1.0,)}, (0,), 0.0))
+        return metrics.predicted_speedup(alpha, k, 8, Costs(1.0, {8: cost_ratio}, {8: (1.0,)}, (0,)))
 
     assert predicted(0.0, 4, 0.25) == 1 / 2
     assert predicted(1.0, 4, 0.25) == 5 / 2
