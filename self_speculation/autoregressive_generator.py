@@ -15,13 +15,10 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     has_drafts = False
 
     def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
-        return Decoding(rows, decoder, config)
-
-    def depth(self, decoding: Decoding) -> int:
-        exit_layer = decoding.config.exit_layer
-        return len(decoding.decoder.layers) if exit_layer == -1 else exit_layer
+        depth = len(decoder.layers) if config.exit_layer == -1 else config.exit_layer
+        return Decoding(rows, decoder, depth)
 
     def round(self, decoding: Decoding) -> None:
         """One token of each row; one read from the device."""
         rows = decoding.rows
-        rows.emit(forward_early(decoding.decoder, rows.last, self.depth(decoding)).logits[:, 0])
+        rows.emit(forward_early(decoding.decoder, rows.last, decoding.depth).logits[:, 0])

@@ -35,13 +35,13 @@ class Decoding:
     Args:
         rows: those in flight.
         decoder: over the cache of all.
-        config: how to generate.
+        depth: layers that prompts go through.
         source: of drafts; None: there are none.
     """
 
     rows: Rows
     decoder: Decoder
-    config: GenerationConfig
+    depth: int
     source: Any = None
 
 
@@ -96,10 +96,6 @@ class DecodingStrategy(GenerationStrategy):
     @abstractmethod
     def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
         """Get ready for rows of which there are none yet. Raises what is wrong with the config."""
-
-    @abstractmethod
-    def depth(self, decoding: Decoding) -> int:
-        """Layers that prompts go through."""
 
     @abstractmethod
     def round(self, decoding: Decoding) -> None:
@@ -157,9 +153,9 @@ class Batch(Generic[Key]):
             output = self._output(request, started)
             decoder = self._decoding.decoder
             decoder.reserve(len(output.prompt), output.max_length + self.rows.longest_draft)
-            alone, depth = decoder.for_row(len(self.rows)), self._strategy.depth(self._decoding)
+            alone = decoder.for_row(len(self.rows))
             with self._exactly():
-                logits = prefill(alone, output.history(), depth).logits[0]
+                logits = prefill(alone, output.history(), self._decoding.depth).logits[0]
             self.rows.admit(output, logits)
             decoder.cache.admit(len(output.prompt))
             self._keys[output] = key

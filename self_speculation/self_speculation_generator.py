@@ -39,10 +39,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         self.make_source(Parts(make_decoder(model, 1, 1), config))
 
     def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
-        return Decoding(rows, decoder, config, self.make_source(Parts(decoder, config)))
-
-    def depth(self, decoding: Decoding) -> int:
-        return len(decoding.decoder.layers)
+        return Decoding(rows, decoder, len(decoder.layers), self.make_source(Parts(decoder, config)))
 
     def round(self, decoding: Decoding) -> None:
         speculate(decoding.decoder, decoding.rows, decoding.source, decoding.rows.longest_draft)

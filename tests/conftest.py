@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from helpers import custom_data
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -180,6 +181,15 @@ def model_folder(byte_tokenizer, text_model, tmp_path_factory) -> Path:
     byte_tokenizer.save_pretrained(folder)
     text_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def common(model_folder, tmp_path):
+    """Flags of a script over a small dataset."""
+    return [
+        "--model", str(model_folder), "--output_dir", str(tmp_path / "logs"), "--num_samples", "2",
+        "--max_steps", "6", "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import forks
 import pandas
 import torch.distributed.run
 
+import benchmark
 from self_speculation.drafts.costs import Costs
 
 TORCHRUN = torch.distributed.run.__file__
@@ -59,3 +60,14 @@ def no_calibration(monkeypatch):
 def no_pictures(monkeypatch):
     """For a test that is not about what sweep.py draws."""
     monkeypatch.setattr("measures.sweeping.heat_maps", lambda *_: None)
+
+
+def outcome(args, capsys):
+    """Exit status of benchmark.py and the last line on standard error."""
+    try:
+        status = benchmark.main(args)
+    except SystemExit as end:
+        status = end.code
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    return status, errors.strip().rpartition("\n")[2].rpartition("\r")[2]

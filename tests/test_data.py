@@ -1,13 +1,20 @@
 """Datasets: prompts, shots, order; and one line for whatever is wrong with a file."""
 
+import contextlib
+import csv
 import gzip
+import io
 import json
 import random
 import re
 
 import datasets
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 from arguments import DataArguments, parse
@@ -332,3 +339,77 @@ def test_impossible_flags(args, message, capsys):
 def test_what_a_dataset_has_not_got(args, message):
     with pytest.raises(DataError, match=message):
         load(**args)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+COLUMNS = st.sampled_from(sorted({column for dataset in DATASETS.values() for column in dataset.columns}))
+
+
+ROWS = st.lists(st.dictionaries(COLUMNS | st.sampled_from(["role", "message"]), JSON, max_size=5), max_size=4)
+
+
+def as_csv(rows):
+    text = io.StringIO()
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    with contextlib.suppress(UnicodeEncodeError):
+        writer.writerows(rows)
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+def as_parquet(rows):
+    buffer = io.BytesIO()
+    try:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    except (pyarrow.ArrowException, OverflowError, UnicodeError, TypeError):  # rows of no common kind
+        return b"PAR1"
+    return buffer.getvalue()
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@st.composite
+def files(draw):
+    """(suffix, content): rows of a kind, well written or damaged, or any bytes."""
+    suffix, write = draw(st.sampled_from([(".jsonl", as_jsonl), (".csv", as_csv), (".parquet", as_parquet)]))
+    content = draw(st.one_of(ROWS.map(write), st.binary(max_size=60)))
+    if draw(st.booleans()):
+        content = gzip.compress(content)
+        suffix += ".gz"
+    if content and draw(st.booleans()):
+        cut = draw(st.integers(0, len(content) - 1))
+        content = draw(st.sampled_from([content[:cut], content[:cut] + b"\xff\x00" + content[cut:]]))
+    return suffix, content
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@given(file=files(), dataset=st.sampled_from(sorted(DATASETS)), n_shot=st.integers(0, 2))
+@settings(max_examples=400)
+def test_any_file_is_read_or_refused_in_one_line(folder, file, dataset, n_shot):
+    """Guards against tracebacks of four readers, and examples that are not text."""
+    suffix, content = file
+    path = folder / f"data{suffix}"
+    path.write_bytes(content)
+    shots = 0 if DATASETS[dataset].between is None else n_shot
+    try:
+        examples = load_examples(DataArguments(dataset, data_path=str(path), n_shot=shots), seed=1)
+    except DataError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert examples
+        assert all(
+            isinstance(text, str) for example in examples for text in (example.prompt, example.reference)
+        )

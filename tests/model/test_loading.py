@@ -1,5 +1,6 @@
 """Loading: what is read, and the one line that a person gets when it cannot be."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +9,21 @@ import httpx2
 import huggingface_hub
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, generate, tiny_llama
 from huggingface_hub import errors
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+import benchmark
+from runs.program import run
+from self_speculation import (
+    GenerationConfig,
+    HuggingfaceLlamaGenerator,
+    LoadingError,
+    LoadingOptions,
+    load_model_and_tokenizer,
+    make_strategy,
+)
 from self_speculation.model.hub import hub_answers
 from self_speculation.model.loading import default_model, load_config, resolve_device, resolve_dtype
 
@@ -230,3 +241,75 @@ def test_the_bundled_model_is_small_complete_and_in_bf16():
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
     model, tokenizer = load_model_and_tokenizer(default_model())
     assert len(tokenizer) == model.config.vocab_size
+
+
+def test_the_tokenizer_of_another_model(folder):
+    """Guards against an IndexError from the embedding, in the middle of a run."""
+    tiny_llama(vocab_size=100).save_pretrained(folder)
+    with pytest.raises(
+        LoadingError, match=r"the tokenizer has \d+ tokens, but the model knows only 100: it is"
+    ):
+        load_model_and_tokenizer(str(folder))
+
+
+def test_a_token_that_was_added_to_the_tokenizer_alone(folder):
+    """As many a Llama 2 has it for padding: no matter, until a prompt has it."""
+    model, tokenizer = load_model_and_tokenizer(str(folder))
+    tokenizer.add_tokens(["<pad>"])
+    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("autoregressive"))
+    generator.generate("a man", GenerationConfig(max_steps=2))
+    with pytest.raises(ValueError, match="but the model knows only"):
+        generator.generate("a<pad>", GenerationConfig(max_steps=2))
+
+
+def with_a_hole(folder):
+    """A weight of the last layer is not a number."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative", "adaptive"])
+def test_logits_that_are_not_numbers(folder, strategy, sample):
+    """argmax takes NaN for the largest, and a draw among NaN falls anywhere."""
+    model, tokenizer = load_model_and_tokenizer(str(with_a_hole(folder)))
+    layers = {"exit_layer": 2, "num_speculations": 2} if strategy == "self_speculative" else {}
+    config = GenerationConfig(generation_strategy=strategy, sample=sample, max_steps=4, **layers)
+    with pytest.raises(FloatingPointError, match=r"not numbers \(NaN\)"):
+        HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(strategy)).generate("a", config)
+
+
+def test_the_scripts_say_so_in_a_line(folder, common, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: benchmark.main([*common, "--model", str(with_a_hole(folder))]))
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("error: the model's logits are not numbers (NaN): its weights are damaged, or need "
+                         "--dtype float32")  # fmt: skip
+
+
+def test_numbers_that_end_in_the_middle():
+    """NaN that comes from a token of the output is found at its end."""
+    model = copy.deepcopy(tiny_llama(num_layers=3))
+    tokens = generate(model, [5, 6, 7], eos=[], max_steps=12).predicted_tokens
+    later = next(token for token in tokens[1:] if token not in (5, 6, 7, tokens[0]))
+    model.get_input_embeddings().weight.data[later] = torch.nan
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        generate(model, [5, 6, 7], eos=[], max_steps=12, exit_layer=1, num_speculations=2)
+
+
+def test_code_of_a_repository_runs_when_asked_for_alone(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "import transformers\n"
+        "class Model(transformers.LlamaForCausalLM): pass\n"
+    )
+    load_model_and_tokenizer(str(folder))  # by the class of transformers itself
+    assert not (tmp_path / "ran").exists()
+    load_model_and_tokenizer(str(folder), LoadingOptions(trust_remote_code=True))
+    assert (tmp_path / "ran").exists()

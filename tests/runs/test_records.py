@@ -4,9 +4,16 @@ import dataclasses
 import errno
 import json
 import os
+import signal
+import tempfile
+import time
 
+import forks
 import pytest
+from conftest import ROOT
+from helpers import only_run, outcome
 
+import benchmark
 from arguments import MAY_DIFFER
 from runs.records import RecordError, Run, check_destination, describe
 from training.flags import MAY_GROW
@@ -125,3 +132,50 @@ def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match=r"--output_dir .*: cannot be created \(Not a directory\)"):
         Run.create(str(tmp_path / "file" / "x"), "test", DESCRIPTION)
+
+
+def test_a_full_disk_keeps_what_was_written(common, tmp_path):
+    """By a limit on the size of files, which Python reports as it reports a full disk."""
+    common += ["--num_samples", "12", "--max_steps", "40"]
+
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import benchmark\n"
+        "from runs.program import run\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "run(benchmark.main)\n"
+    )
+    run = forks.run(program, *common)
+    assert run.returncode == 1
+    folder = only_run(tmp_path)
+    kept = (folder / "records.rank0.jsonl").read_text().count("\n")
+    last = run.stderr.strip().splitlines()[-1]
+    assert f"cannot write {folder}/records.rank0.jsonl: File too large; " in last
+    assert f"of 12 examples are kept, go on with --resume {folder}" in last
+    assert kept >= 1
+    assert json.loads((folder / "run.json").read_text())["status"] == "running"
+    assert benchmark.main([*common, "--resume", str(folder)]) == 0
+    assert len((folder / "records.jsonl").read_text().splitlines()) == 12
+
+
+def test_two_runs_into_one_folder_and_ctrl_c(endless_folder, common, tmp_path, capsys):
+    """Guards against records of two runs in one file, and a traceback in place of what is kept."""
+    args = [*common, "--model", str(endless_folder), "--max_steps", "3000", "--num_samples", "12"]
+    with tempfile.TemporaryFile() as errors:
+        run = forks.Fork(ROOT / "benchmark.py", *args, stderr=errors.fileno())
+        try:
+            while not list(tmp_path.glob("logs/*/run.json")):
+                time.sleep(0.05)
+                assert run.poll() is None
+            folder = str(only_run(tmp_path))
+            status, line = outcome([*args, "--resume", folder], capsys)
+            run.send_signal(signal.SIGINT)
+            assert run.wait() == 130
+        finally:
+            run.end()
+        said = forks.read(errors, text=True)
+    assert status == 2
+    assert line.endswith(f"--resume {folder}: another run is writing there")
+    assert "Traceback" not in said
+    assert "interrupted; " in said.splitlines()[-1]

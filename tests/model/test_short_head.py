@@ -1,7 +1,7 @@
 """Drafts that read a few rows of the head: which ones, when they are copied, and what comes of the others.
 
-That the output does not depend on it is in test_equality.py, test_batches.py and
-test_sampling_distribution.py.
+That the output does not depend on it is in test_self_speculation_generator.py, decoding/test_rows.py and
+decoding/test_sampling_distribution.py.
 """
 
 import copy

@@ -15,7 +15,6 @@ import sweep
 from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
-from self_speculation import RequestError
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
 from self_speculation.model.decoder import Decoder
 
@@ -91,7 +90,7 @@ def test_a_cell_that_is_verified_is_named_too(dataset, monkeypatch, capsys):
     no_calibration(monkeypatch)
 
     def fails(*_, **__):
-        raise RequestError(1, MemoryError())
+        yield 1, MemoryError()
 
     monkeypatch.setattr("measures.sweeping.measure_examples", fails)
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--verify_top", "1"]

@@ -1,5 +1,5 @@
 """Copies of layers in fewer bits: their products, their memory, and where there are none. That the output
-does not depend on them is in test_equality.py and test_sampling_distribution.py.
+does not depend on them is in test_self_speculation_generator.py and decoding/test_sampling_distribution.py.
 """
 
 import pytest

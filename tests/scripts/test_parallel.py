@@ -21,7 +21,7 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     LoadingError,
     LoadingOptions,
-    Prompt,
+    Request,
     load_model_and_tokenizer,
     make_strategy,
 )
@@ -55,7 +55,7 @@ def ids_of(model, tokenizer):
             ids[f"{name}: {prompt}"] = generator.generate(
                 prompt, config
             ).generation_strategy_result.predicted_tokens
-        together = generator.generate_batch([Prompt(p, seed=1) for p in PROMPTS], config, batch_size=2)
+        together = generator.generate_batch([Request(p, seed=1) for p in PROMPTS], config, batch_size=2)
         for index, result in together:
             tokens = result.generation_strategy_result.predicted_tokens
             assert tokens == ids[f"{name}: {PROMPTS[index]}"]

@@ -5,8 +5,12 @@ those cannot see: a module that is imported in one order only, an import that is
 needs of its name or its place, and variables that torchrun sets.
 """
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import forks
 import pytest
@@ -84,3 +88,25 @@ def test_by_torchrun(name, command):
     done = torchrun(2, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(once) == 1
+
+
+def test_a_cache_that_cannot_be_written(model_folder, script):
+    """A local model needs no cache."""
+    run = subprocess.run(
+        script("generate.py", "--model", model_folder, "--prompt", "def", "--max_steps", "3"),
+        capture_output=True, text=True, timeout=forks.HANGS,
+        env={**os.environ, "HF_HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_ctrl_c_while_imports_take_their_time(model_folder):
+    """Guards against a page of traceback for somebody who changed their mind early."""
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(model_folder), "--prompt", "def"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=forks.HANGS)[1] == b"interrupted\n"
+    assert run.returncode == 130

@@ -1,16 +1,28 @@
 """The command line: every spelling that is promised, and one line for every mistake."""
 
+import contextlib
 import dataclasses
+import io
+from typing import get_type_hints
 
 import pytest
+from conftest import EOS, generate, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arguments import (
+    DataArguments,
     GenerationConfig,
     ModelArguments,
     given_flags,
     parse,
 )
+from benchmark import MeasurementArguments
+from correctness import CorrectnessArguments
 from generate import GenerateArguments
+from runs.tuning import TuningArguments
+from sweep import SweepArguments
+from training.flags import Flags
 
 GROUPS = (ModelArguments, GenerationConfig, GenerateArguments)
 
@@ -142,3 +154,83 @@ def test_help_tells_meaning_and_default_of_every_flag(capsys):
             assert field.default is None or f"(default: {field.default})" in text
     assert "None" not in text
     assert "[" not in "".join(line for line in text.splitlines() if line.endswith(":"))
+
+
+GROUPS = [
+    (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments),
+    (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments),
+    (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
+    (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
+    (ModelArguments, GenerationConfig, TuningArguments),
+    tuple(get_type_hints(Flags).values()),
+]  # as the scripts have them
+
+
+NUMBERS = st.one_of(
+    st.integers(),
+    st.integers(-3, 3),
+    st.floats(),
+    st.sampled_from([10**30, -(10**30), "1e400", "0x10", "\u0661"]),
+).map(str)
+
+
+VALUES = st.one_of(
+    NUMBERS,
+    st.text(max_size=12),
+    st.sampled_from(["True", "False", "none", "auto", "half", "int8", "-", "--", "="]),
+)
+
+
+@st.composite
+def command_lines(draw):
+    groups = draw(st.sampled_from(GROUPS))
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    flag = st.one_of(st.sampled_from(names), st.text(max_size=8)).map("--{}".format)
+    word = st.one_of(flag, VALUES, st.tuples(flag, VALUES).map("=".join))
+    pairs = draw(st.lists(st.tuples(flag, VALUES).map(list), max_size=3))
+    return groups, [*(word for pair in pairs for word in pair), *draw(st.lists(word, max_size=2))]
+
+
+@given(command_lines())
+@settings(max_examples=300)
+def test_any_command_line_is_taken_or_refused_in_one_line(case):
+    """Guards against tracebacks of the parser, and against refusals that go over several lines."""
+    groups, words = case
+    if {"--help", "-h"} & set(words):
+        return
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            values = parse("test", *groups, args=words)
+    except SystemExit as end:
+        assert (end.code, errors.getvalue().count("\n")) == (2, 1)  # noqa: PT017
+        assert ": error: " in errors.getvalue()
+    else:
+        assert [type(value) for value in values] == list(groups)
+        assert errors.getvalue() == ""
+
+
+@given(
+    max_steps=st.integers(-1, 12) | st.just(10**30),
+    exit_layer=st.integers(-2, 5) | st.just(10**30),
+    num_speculations=st.integers(-2, 9) | st.just(10**30),
+    strategy=st.sampled_from(["autoregressive", "self_speculative"]),
+    sample=st.booleans(),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]) | st.floats(),
+    top_k=st.integers(-1, 60) | st.just(10**30),
+    top_p=st.sampled_from([0.9, 1.0]) | st.floats(-0.1, 1.1),
+    no_repeat_ngram_size=st.none() | st.integers(-1, 5) | st.just(10**30),
+    stop_token_ids=st.none() | st.lists(st.integers(-1, 60), max_size=3),
+    prompt_lookup=st.integers(-1, 40),
+    draft_confidence=st.none() | st.sampled_from(["auto", "0", "0.5", "1", "-1", "x", "nan"]),
+)
+@settings(max_examples=300)
+def test_any_setting_works_or_is_refused(strategy, **values):
+    """Guards against numbers that pass the checks and break the arithmetic behind them."""
+    try:
+        output = generate(tiny_llama(), [5, 6, 7, 8] * 61, strategy=strategy, **values).predicted_tokens
+    except ValueError as error:
+        assert str(error).split()[0] in values, error  # noqa: PT017
+    else:
+        assert len(output) <= min(values["max_steps"], 256 - 4 * 61)
+        assert EOS not in output

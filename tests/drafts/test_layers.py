@@ -1,0 +1,112 @@
+"""Drafts of layers, and when they end. That the output does not depend on them is in test_self_speculation_generator.py."""
+
+import copy
+
+import pytest
+import torch
+from conftest import generate, tiny_llama
+
+from self_speculation.decoding.sampling import Sampler
+from self_speculation.drafts.draft import Draft
+from self_speculation.drafts.layers import LayerDrafts
+from self_speculation.drafts.threshold import FixedThreshold, LearnedThreshold
+
+PROMPT = [5, 9, 4, 7, 7, 3]
+
+
+def test_lookups_are_drafted_and_cost_no_layers():
+    """Without layers a token decides the next one, so the output soon goes round in a circle."""
+    model = tiny_llama(agreement="always", exit_layer=0)
+    shared = {"max_steps": 60, "eos": []}
+    plain = generate(model, PROMPT, **shared)
+    result = generate(model, PROMPT, exit_layer=2, num_speculations=4, prompt_lookup=3, **shared)
+    assert result.predicted_tokens == plain.predicted_tokens
+    rounds, drafted, accepted = result.drafts_by_source["lookup"]
+    assert rounds > 3
+    assert drafted <= 4 * rounds
+    assert accepted > rounds
+    assert sum(counts[0] for counts in result.drafts_by_source.values()) == result.num_verifications
+    assert sum(counts[2] for counts in result.drafts_by_source.values()) == result.num_accepted
+
+
+def test_confidence_ends_drafts():
+    """At 1 every draft ends with its first token, at 0 none does."""
+    model = tiny_llama()
+    shared = {"max_steps": 30, "eos": [], "exit_layer": 2, "num_speculations": 5}
+    short = generate(model, PROMPT, draft_confidence="1", **shared)
+    assert short.num_drafted <= short.num_verifications
+    full = generate(model, PROMPT, draft_confidence="0", **shared)
+    assert full.drafted_by_position == generate(model, PROMPT, **shared).drafted_by_position
+
+
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("confidence", ["auto", "0.5"])
+def test_a_draft_that_may_say_nothing_is_not_confident(confidence, sample):
+    """Guards against a confidence that is no number: the only id that the draft knows is forbidden."""
+    result = generate(
+        copy.deepcopy(tiny_llama()), [0, 5], max_steps=20, eos=[], exit_layer=2, num_speculations=4,
+        sample=sample, draft_vocabulary=1, no_repeat_ngram_size=1, draft_confidence=confidence,
+    )  # fmt: skip
+    assert len({*result.predicted_tokens}) == 20
+    assert (result.num_accepted, result.num_drafted) == (0, 18)  # one at a time, and none for the last token
+
+
+def test_a_threshold_learns_from_what_was_accepted():
+    """Guards against a rule that ignores what became of drafts: never accepted, they become short."""
+    shared = {"max_steps": 100, "eos": [], "exit_layer": 1, "num_speculations": 6, "draft_confidence": "auto"}
+    length = {}
+    for agreement in ("never", "always"):
+        result = generate(tiny_llama(agreement=agreement, exit_layer=1), PROMPT, **shared)
+        length[agreement] = result.num_drafted / result.num_verifications
+    assert length["never"] < 1.5
+    assert length["always"] > 2 * length["never"]
+
+
+@pytest.mark.parametrize("weights", ["exact", "int8", "int4"])
+@pytest.mark.parametrize("confidence", ["0.2", "0.5", "auto"])
+def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monkeypatch):
+    """As on a GPU: a pass is begun before the threshold is asked. Guards against a pass too many in the
+    cache, or in the states that verification goes on from.
+    """
+    config = {"exit_layer": 2, "num_speculations": 5, "draft_confidence": confidence}
+    shared = {"max_steps": 50, "eos": [], "draft_weights": weights, **config}
+    model = tiny_llama(fused=True)
+    waiting = generate(model, PROMPT, **shared)
+    always = property(lambda source: True, lambda source, value: None)
+    monkeypatch.setattr(LayerDrafts, "_runs_ahead", always, raising=False)
+    ahead = generate(model, PROMPT, **shared)
+    assert ahead.predicted_tokens == waiting.predicted_tokens
+    assert ahead.drafts_by_source == waiting.drafts_by_source
+    assert ahead.drafted_by_position == waiting.drafted_by_position
+    # Besides the last rounds, which have no room for more, some ended early.
+    assert ahead.num_drafted < 5 * ahead.num_verifications - sum(range(5))
+
+
+def test_thresholds():
+    assert FixedThreshold(0.5).goes_on([0.1, 0.5])
+    assert not FixedThreshold(0.5).goes_on([0.9, 0.4])
+    cheap, dear = LearnedThreshold(0.05), LearnedThreshold(0.9)
+    assert cheap.threshold < dear.threshold
+    for _ in range(200):  # confident tokens are accepted, others are not
+        cheap.learn([0.95, 0.15, 0.95], 1)
+    assert cheap.goes_on([0.95, 0.95])
+    assert not cheap.goes_on([0.95, 0.15])
+
+
+def test_what_cannot_be_drafted_is_refused():
+    with pytest.raises(ValueError, match="exit_layer 5: must be between 1 and 4"):
+        generate(tiny_llama(fused=True), PROMPT, exit_layer=5, num_speculations=2, draft_weights="int8")
+    with pytest.raises(ValueError, match="draft_confidence 'often': must be auto or between 0 and 1"):
+        generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, draft_confidence="often")
+    with pytest.raises(ValueError, match="prompt_lookup -1: must be between 0"):
+        generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
+
+
+def test_a_sampled_draft_without_its_distribution_cannot_be_made():
+    """Guards against drafted tokens that are accepted whatever they are: without q nothing can be judged."""
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    shared = {"sources": ["x", "x"], "tokens": tokens, "lengths": [3, 3]}
+    assert Draft(Sampler(sample=False), probabilities=None, **shared)
+    for q in (None, torch.ones(2, 2, 9)):
+        with pytest.raises(ValueError, match="needs the distribution of each of its tokens"):
+            Draft(Sampler(), probabilities=q, **shared)
