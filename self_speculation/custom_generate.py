@@ -3,18 +3,19 @@
     model.generate(**inputs, custom_generate=self_speculative_generate, exit_layer=8, num_speculations=6)
 
 Whatever `generate` prepares from its arguments counts: generation config, logits processors, stopping
-criteria, streamer. A text-generation pipeline takes the same arguments. What would give another text than
-`generate` gives is refused by its name. Arguments that only say how transformers is to draft, such as
-`assistant_model` or `prompt_lookup_num_tokens`, change no text and are not needed.
+criteria, streamer. A text-generation pipeline takes the same arguments. An argument that would make the text
+differ from that of `generate` is refused by its name. Arguments that only say how transformers is to draft,
+such as `assistant_model` or `prompt_lookup_num_tokens`, change no text and are ignored.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +41,6 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts.table import driving_flags
 from self_speculation.generator_base import Request
-from self_speculation.results import GenerationStrategyResult
 from self_speculation.strategies import make_strategy
 
 # What `generate` can return besides ids, and nothing here computes.
@@ -49,8 +49,8 @@ _NOT_RETURNED = ("output_scores", "output_logits", "output_attentions", "output_
 # Ways to decode that `generate` has, and that have no drafts to verify.
 _OTHER_WAYS = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "assistant_ensemble_weight")
 
-# What `generate` tells the model, and is either used here or makes no difference.
-_KNOWN = {"attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", *_NOT_RETURNED}
+# What `generate` passes on to a model: it is used here, or makes no difference to the text.
+_HONOURED = {"attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", *_NOT_RETURNED}
 
 # Processors that remember what they were last called with: a rejected draft would stay in their memory.
 _WITH_MEMORY = {
@@ -80,10 +80,10 @@ def self_speculative_generate(
 
     Args:
         input_ids: [B, P], padding on the left where the attention mask says so. The model sees each prompt
-            without it; processors and criteria are shown what `generate` shows them: rows with their padding,
-            all B of them where they may tell one from another (then each row stands in the place of all).
+            without its padding; processors and criteria see it with its padding, as `generate` shows it.
         logits_processor: those of a caller must depend on their arguments alone: they are called for drafts
-            too, and again for the same position where a draft was rejected.
+            too, and again for the same position where a draft was rejected. They and criteria may treat each
+            row of a batch in its own way, but not by what is in another row.
         stopping_criteria: `stop_strings` never get here: `generate` keeps the tokenizer from a callable; pass
             `StopStringCriteria(tokenizer, strings)`.
         exit_layer, num_speculations, and whatever else says how drafts are made: see `GenerationConfig`.
@@ -96,40 +96,43 @@ def self_speculative_generate(
 
     Raises:
         ValueError: an argument that cannot be honoured, by name; an exit layer that the model does not have.
+
+    Warns:
+        UserWarning: a text ends with the model's context, beyond which `generate` would go on.
     """
     if streamer is None:
         streamer = _streamer_of_the_caller()
-    batch_size = len(input_ids)
     mask = kwargs.get("attention_mask")
     seen = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    for refused in _refused(generation_config, logits_processor, seen, streamer, kwargs):
-        raise ValueError(f"self_speculative_generate: {refused}")
+    for is_given, refusal in _refusals(generation_config, logits_processor, seen, streamer, kwargs):
+        if is_given:
+            raise ValueError(f"self_speculative_generate: {refusal}")
 
+    max_length = stopping_criteria.max_length or generation_config.max_length
     drafting = {name: kwargs[name] for name in driving_flags() if name in kwargs}
-    most = stopping_criteria.max_length or generation_config.max_length
-    # Temperature, top-k and top-p are among the processors.
     config = GenerationConfig(
-        max_steps=max(1, most - input_ids.shape[1]),  # a criterion can only end what has begun
+        max_steps=max(1, max_length - input_ids.shape[1]),  # a criterion can only end what has begun
         sample=generation_config.do_sample,
-        temperature=1.0,
+        temperature=1.0,  # it is among the processors, like top-k and top-p
         top_p=1.0,
         **{"generation_strategy": "self_speculative", **drafting},
     )
-    end_ids = [id for c in stopping_criteria if type(c) is EosTokenCriteria for id in c.eos_token_id.tolist()]
-    criteria = [c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-    rows = [
-        Row(index, batch_size, input_ids[index], seen[index], logits_processor, criteria)
-        for index in range(batch_size)
+    of_ids = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+    others = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+    if streamer is not None and not hasattr(streamer, "delete"):
+        # One of transformers expects each token by itself, and an end id too: the engine shows an end id
+        # where a criterion ends the text with it.
+        put = streamer.put
+        streamer = SimpleNamespace(put=lambda ids: [put(id_) for id_ in ids.split(1)], end=streamer.end)
+        of_ids, others = [], [*of_ids, *others]
+    end_ids = [id_ for criterion in of_ids for id_ in criterion.eos_token_id.tolist()]
+    requests = [
+        _request(row, input_ids, seen[row], logits_processor, others, end_ids, streamer)
+        for row in range(len(input_ids))
     ]
-    answers = partial(_answers, model, config, end_ids)
-    outputs = answers(rows, streamer=streamer)
-    longest = max(map(len, outputs))
-    if not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
-        # Then `generate` goes on with rows that a criterion has ended, until it has ended all.
-        going_on = [replace(row, criteria=[], length=longest) for row in rows]
-        outputs = answers(going_on, before=outputs)
+    end_together = not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     new = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(output) for output in outputs],
+        [torch.tensor(output) for output in _answers(model, config, requests, end_together)],
         batch_first=True,
         padding_value=_padding(generation_config),
     )
@@ -137,178 +140,132 @@ def self_speculative_generate(
     return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a batch, and how what was given for the batch is called for it alone."""
+def _request(
+    row: int,
+    input_ids: Tensor,
+    seen: Tensor,
+    processors: Sequence[Callable],
+    criteria: Sequence[Callable],
+    end_ids: list[int],
+    streamer: Any,
+) -> Request:
+    """A row of a batch, as a request of its own.
 
-    index: int
-    batch_size: int
-    shown: Tensor  # [P] ids, padding included
-    seen: Tensor  # [P] booleans: ids that the model sees
-    processors: Sequence[Callable]
-    criteria: Sequence[Callable]
-    length: int | None = None  # of the output, where it is given
+    Processors and criteria are called for one row at a time. Those that may treat the rows of a batch
+    differently are called with a batch of the same size that holds this row B times; what they return for its
+    index counts.
 
-    @cached_property
-    def prompt(self) -> list[int]:
-        """The ids that the model sees."""
-        return self.shown[self.seen].tolist()
+    Args:
+        row: its index in the batch.
+        input_ids: [B, P] prompts with padding.
+        seen: [P] booleans: the row's ids that the model sees.
+    """
+    batch_size = len(input_ids)
+    padded, prompt = input_ids[row, None], input_ids[row, seen].tolist()
 
-    def process(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """A logits processor: all of them, over a history [1, n] as the model sees it and scores [1, V]."""
-        ids = self._history(ids)
-        for processor in self.processors:
-            if self.batch_size > 1 and _can_tell_rows_apart(processor):
-                everywhere = scores.repeat(self.batch_size, 1)
-                scores = processor(self._in_place_of_all(ids), everywhere)[self.index, None]
+    def repeated(ids: Tensor) -> Tensor:
+        """[1, n] the row's prompt and output -> [B, P + output] with its padding, B times the same."""
+        return torch.cat([padded.to(ids.device), ids[:, len(prompt) :]], dim=1).expand(batch_size, -1)
+
+    def process(ids: Tensor, scores: Tensor) -> Tensor:  # [1, n], [1, V] -> [1, V]
+        ids = repeated(ids)
+        for processor in processors:
+            if batch_size > 1 and _may_treat_rows_differently(processor):
+                scores = processor(ids, scores.repeat(batch_size, 1))[row, None]
             else:
-                scores = processor(ids, scores)
+                scores = processor(ids[:1], scores)
         return scores
 
-    @property
-    def all_criteria(self) -> list[Callable]:
-        """For a history as the model sees it."""
-        of_length = [] if self.length is None else [MaxLengthCriteria(len(self.prompt) + self.length)]
-        return [*([self.ends] if self.criteria else []), *of_length]
+    def is_over(ids: Tensor, _scores: Tensor) -> bool:
+        ids = repeated(ids)
+        # A criterion answers once for all rows, or once for each. `generate` shows it no scores unless it
+        # returns them.
+        answers = (torch.as_tensor(criterion(ids, None)).flatten() for criterion in criteria)
+        return any(answer.expand(batch_size)[row] for answer in answers)
 
-    def ends(self, ids: Tensor, _scores: Tensor) -> bool:
-        """A stopping criterion: whether any of them is met."""
-        ids = self._in_place_of_all(self._history(ids))
-        for criterion in self.criteria:
-            met = torch.as_tensor(criterion(ids, None))  # `generate` has scores only where it returns them
-            if met.flatten()[self.index if met.numel() > 1 else 0]:
-                return True
-        return False
-
-    def _history(self, ids: Tensor) -> Tensor:
-        """[1, n] prompt and output as the model sees them -> [1, P + output] as `generate` shows them."""
-        num_seen = len(self.prompt)
-        if num_seen == len(self.shown):
-            return ids
-        return torch.cat([self.shown[None].to(ids.device), ids[:, num_seen:]], dim=1)
-
-    def _in_place_of_all(self, ids: Tensor) -> Tensor:
-        """[1, n] -> [B, n]"""
-        return ids.expand(self.batch_size, -1)
+    processor, criterion = process if processors else None, is_over if criteria else None
+    return Request(prompt, processor, criterion, streamer, eos_token_ids=end_ids)
 
 
-def _answers(
-    model: PreTrainedModel,
-    config: GenerationConfig,
-    end_ids: list[int],
-    rows: Sequence[Row],
-    before: Sequence[list[int]] | None = None,
-    streamer: Any = None,
-) -> list[list[int]]:
-    """The ids that follow each row's prompt; an id that ended them is the last.
-
-    Args:
-        before: what they begin with.
-
-    Warns:
-        UserWarning: a text ends with the model's context, beyond which `generate` would go on.
-    """
-    own = streamer if streamer is None or hasattr(streamer, "delete") else _TokenByToken(streamer)
-    outputs = [[] for _ in rows] if before is None else [*before]
-    unfinished = [row for row in rows if row.length is None or len(outputs[row.index]) < row.length]
-    requests = [
-        Request(
-            [*row.prompt, *outputs[row.index]],
-            eos_token_ids=end_ids,
-            logits_processors=[row.process] if row.processors else None,
-            stopping_criteria=row.all_criteria,
-            streamer=own,
-        )
-        for row in unfinished
-    ]
-    strategy = make_strategy(config.generation_strategy)
-    for place, result in strategy.generate_batch(model, requests, config, batch_size=len(rows)):
-        if isinstance(result, Exception):
-            raise result
-        index = unfinished[place].index
-        outputs[index] = outputs[index] + result.predicted_tokens
-        if result.end_token_id is not None:
-            outputs[index].append(result.end_token_id)
-        if result.stop_reason == "context":
-            warnings.warn(f"row {index} ends with the model's context, before its max_length", stacklevel=2)
-        if isinstance(own, _TokenByToken):
-            own.finish(result)
-    return outputs
-
-
-class _TokenByToken:
-    """Tells a streamer of transformers what `generate` tells it: each token by itself, an end id too."""
-
-    def __init__(self, streamer: Any) -> None:
-        self._streamer = streamer
-
-    def put(self, ids: Tensor) -> None:
-        for id_ in ids.split(1):
-            self._streamer.put(id_)
-
-    def end(self) -> None:
-        """Nothing: `finish` has one token more to show."""
-
-    def finish(self, result: GenerationStrategyResult) -> None:
-        if result.end_token_id is not None:
-            self._streamer.put(torch.tensor([result.end_token_id]))
-        self._streamer.end()
-
-
-def _refused(
-    config: TransformersConfig,
-    processors: Sequence[Callable],
-    seen: Tensor,
-    streamer: Any,
-    kwargs: dict[str, Any],
-) -> Iterator[str]:
-    """What there is that would give something else than `generate` gives: its name, and why.
-
-    Args:
-        seen: [B, P] booleans: ids that the model sees.
-    """
-    if config.num_beams > 1:
-        yield "num_beams: beam search has no drafts to verify"
-    for name in _OTHER_WAYS:
-        if getattr(config, name, None):
-            yield f"{name}: is another way to decode"
-    if config.cache_implementation == "quantized":
-        yield "cache_implementation quantized: there is no such cache here, and it changes the text"
-    for processor in processors:
-        if (argument := _WITH_MEMORY.get(type(processor))) is not None:
-            yield f"{argument}: its logits processor remembers what it was called with, drafts among it"
-    if config.return_dict_in_generate:
-        yield from (f"{name}: is not kept" for name in _NOT_RETURNED if getattr(config, name))
-    if streamer is not None and len(seen) > 1:
-        yield f"streamer: takes one row, not {len(seen)}"
-    if kwargs.get("inputs_embeds") is not None:
-        yield "inputs_embeds: prompts must be token ids"
-    cache = kwargs.get("cache")
-    # The attribute is how transformers marks a cache that the caller passed.
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
-        yield "cache: is neither read nor filled"
-    if not seen[:, -1].all():
-        yield "attention_mask: padding must be on the left, prompts must have a token"
-    positions = kwargs.get("position_ids")
-    if positions is not None and (positions != seen.long().cumsum(-1) - 1)[seen].any():
-        yield "position_ids: must be those that follow from the attention mask"
-    for name in kwargs.keys() - _KNOWN - {"inputs_embeds", *driving_flags()}:
-        if kwargs[name] is not None:
-            yield f"{name}: does not reach the model"
-
-
-def _can_tell_rows_apart(processor: Callable) -> bool:
-    """Whether a processor needs to be called with a whole batch: a caller's own may well look at all rows."""
+def _may_treat_rows_differently(processor: Callable) -> bool:
+    """A caller's own may look at all rows of a batch; most of those of transformers do not."""
     is_own = type(processor).__module__ != LogitsProcessor.__module__
     return is_own or isinstance(processor, _ROW_BY_ROW)
 
 
+def _answers(
+    model: PreTrainedModel, config: GenerationConfig, requests: Sequence[Request], end_together: bool
+) -> list[list[int]]:
+    """The ids that follow each prompt; an id that ended them is the last.
+
+    Args:
+        end_together: whether rows that a criterion has ended go on until all have ended, as those of
+            `generate` do where no id ends them.
+    """
+    strategy = make_strategy(config.generation_strategy)
+    outputs: list[list[int]] = [[] for _ in requests]
+    waiting = dict(enumerate(requests))
+    while waiting:
+        rows, ended_by_criterion = [*waiting], []
+        for place, result in strategy.generate_batch(model, waiting.values(), config, len(waiting)):
+            if isinstance(result, Exception):
+                raise result
+            row, end_id = rows[place], result.end_token_id
+            outputs[row] += result.predicted_tokens if end_id is None else [*result.predicted_tokens, end_id]
+            if result.stop_reason == "stopping_criteria":
+                ended_by_criterion.append(row)
+            elif result.stop_reason == "context":
+                warnings.warn(f"row {row} ends with the model's context, before its max_length", stacklevel=3)
+        longest = max(map(len, outputs))
+        waiting = {
+            row: replace(
+                requests[row],
+                prompt=[*requests[row].ids, *outputs[row]],
+                stopping_criteria=MaxLengthCriteria(len(requests[row].ids) + longest),
+            )
+            for row in ended_by_criterion
+            if end_together and len(outputs[row]) < longest
+        }
+    return outputs
+
+
+def _refusals(
+    config: TransformersConfig, processors: Sequence[Callable], seen: Tensor, streamer: Any, kwargs: dict
+) -> Iterator[tuple[Any, str]]:
+    """Each argument with which the result would not be that of `generate`: whether it was given, and what to
+    say of it.
+
+    Args:
+        seen: [B, P] booleans: ids that the model sees.
+    """
+    yield config.num_beams > 1, "num_beams: beam search has no drafts to verify"
+    for name in _OTHER_WAYS:
+        yield getattr(config, name, None), f"{name}: is another way to decode"
+    no_such_cache = "cache_implementation quantized: there is no such cache here, and it changes the text"
+    yield config.cache_implementation == "quantized", no_such_cache
+    for kind, name in _WITH_MEMORY.items():
+        remembers = f"{name}: its logits processor remembers what it was called with, drafts among it"
+        yield any(type(processor) is kind for processor in processors), remembers
+    for name in _NOT_RETURNED:
+        yield config.return_dict_in_generate and getattr(config, name), f"{name}: is not kept"
+    yield streamer is not None and len(seen) > 1, f"streamer: takes one row, not {len(seen)}"
+    yield kwargs.get("inputs_embeds") is not None, "inputs_embeds: prompts must be token ids"
+    if (cache := kwargs.get("cache")) is not None:
+        # The attribute is how transformers marks a cache that the caller passed.
+        is_passed = getattr(cache, "_is_user_defined", False) or cache.get_seq_length()
+        yield is_passed, "cache: is neither read nor filled"
+    yield not seen[:, -1].all(), "attention_mask: padding must be on the left, prompts must have a token"
+    if (positions := kwargs.get("position_ids")) is not None:
+        differ = (positions != seen.long().cumsum(-1) - 1)[seen].any()
+        yield differ, "position_ids: must be those that follow from the attention mask"
+    for name in kwargs.keys() - _HONOURED - {*driving_flags()}:
+        yield kwargs[name] is not None, f"{name}: does not reach the model"
+
+
 def _padding(config: TransformersConfig) -> int:
     """The id after the end of a row: the pad token, or where there is none, the first end id."""
-    for ids in (config.pad_token_id, config.eos_token_id):
-        if ids is not None:
-            return int(torch.as_tensor(ids).flatten()[0])
-    return 0
+    given = [ids for ids in (config.pad_token_id, config.eos_token_id) if ids is not None]
+    return int(torch.as_tensor(given[0]).flatten()[0]) if given else 0
 
 
 def _streamer_of_the_caller() -> Any:
@@ -317,23 +274,18 @@ def _streamer_of_the_caller() -> Any:
     transformers 5.24 does not hand it on to a callable; it is a variable of the `generate` that called
     `self_speculative_generate`, which called this. A test tells when it hands it on.
     """
-    frame = inspect.currentframe()
-    for _ in range(2):
-        frame = frame and frame.f_back
-    if frame is None or frame.f_globals.get("__name__") != GenerationMixin.__module__:
-        return None
-    return frame.f_locals.get("streamer")
+    caller = sys._getframe(2)
+    is_generate = caller.f_globals.get("__name__") == GenerationMixin.__module__
+    return caller.f_locals.get("streamer") if is_generate else None
 
 
 def _signature() -> inspect.Signature:
     """With every flag of the drafts: `generate` hands on those of its arguments that it finds there."""
-    *own, rest = inspect.Signature.from_callable(self_speculative_generate).parameters.values()
-    flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in driving_flags()
-        if name not in {parameter.name for parameter in own}
-    ]
-    return inspect.Signature([*own, *flags, rest])
+    parameters = dict(inspect.signature(self_speculative_generate).parameters)
+    rest = parameters.pop("kwargs")
+    for name in driving_flags():
+        parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    return inspect.Signature([*parameters.values(), rest])
 
 
 self_speculative_generate.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -270,6 +270,18 @@ def test_a_text_that_ends_with_the_context_comes_with_a_warning():
     assert new.shape[1] == 10
 
 
+def test_rows_of_a_batch_end_with_the_context_each_for_itself():
+    """Without an end id rows wait for each other; guards against going on with one whose context is full."""
+    model, options = tiny_llama(), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    batch = {"inputs": PADDED, "attention_mask": PADDED.ne(0).long()}
+    expected = model.generate(**batch, max_new_tokens=8, **options)
+    expected[1, 10:], expected[0, 12:] = 0, 0
+    small = tiny_llama(max_position_embeddings=10)
+    with pytest.warns(UserWarning, match="row [012] ends with the model's context"):
+        new = small.generate(**batch, max_new_tokens=20, **options, **SPECULATION)
+    assert new.tolist() == expected.tolist()
+
+
 def test_sampling_is_from_the_distribution_that_generate_prepared():
     """Guards against a temperature or a top-k applied twice or never. False alarms: 1e-4, fixed seed; that
     500 samples are enough is shown by the last line, which tells a temperature of 0.7 from one of 1.
