@@ -14,15 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from arguments import (
-    BatchArguments,
-    DataArguments,
-    GenerationConfig,
-    ModelArguments,
-    at_least,
-    parse,
-    refuse,
-)
+from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, at_least, parse, refuse
 from data import mismatch
 
 

@@ -26,14 +26,7 @@ from typing import Any, NoReturn
 
 from lm_eval._cli.run import Run  # light, as all imports here
 
-from arguments import (
-    GenerationConfig,
-    ModelArguments,
-    given_flags,
-    parse,
-    refuse,
-    refuse_idle_drafts,
-)
+from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse, refuse_idle_drafts
 from runs.program import run
 from runs.tuning import TuningArguments, tuned
 

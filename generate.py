@@ -14,13 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from arguments import (
-    GenerationConfig,
-    ModelArguments,
-    parse,
-    refuse,
-    refuse_idle_drafts,
-)
+from arguments import GenerationConfig, ModelArguments, parse, refuse, refuse_idle_drafts
 from runs.program import run
 from runs.tuning import TuningArguments, tuned
 

@@ -99,11 +99,7 @@ def prepare(
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     examples = _examples_that_fit(generator, examples, config.max_steps)
-    return (
-        generator,
-        examples,
-        lambda: open_run(resume, output_dir, script, description),
-    )
+    return (generator, examples, lambda: open_run(resume, output_dir, script, description))
 
 
 def run_examples(job: Job, open_run: Callable[[], Run]) -> int:

