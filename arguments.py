@@ -30,14 +30,15 @@ DatasetName = Literal[
     "chat_format",
 ]
 
-_WORDS = ("true", "false", "none")  # values of k=v, in any case
+_WORDS = ("true", "false", "none")  # values of --model_args, in any case
 
 # What is about drafts alone; an exit layer means something to autoregressive decoding too.
 _ABOUT_DRAFTS = ("num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary", "prompt_lookup")
 
-# `metadata` of a flag whose value may be another one when a run is resumed. Under "resume" is a function of
-# the script's name, the value that the run had, and the one now; without it, the two must be the same.
-MAY_DIFFER = {"resume": lambda script, was, now: True}
+# `metadata` of a flag that may have another value when a run is resumed. Under "resume" is a function of what
+# `runs.records.describe` returns, the value that the run had and the one now -> None, or why they must be the
+# same. Without it, they must be.
+MAY_DIFFER = {"resume": lambda run, was, now: None}
 
 # Where `refuse` writes; None: to standard error. A rank whose output is silenced keeps its real one here.
 errors: TextIO | None = None
@@ -75,7 +76,7 @@ class ModelArguments:
     """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 
     def __post_init__(self) -> None:
-        check_seeds(self, "seed")
+        check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")
         self.from_pretrained_args()
         if self.parallel != "data" and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
@@ -84,14 +85,18 @@ class ModelArguments:
                 raise ValueError(f"compile True: not with --{name} {value}")
 
     def from_pretrained_args(self) -> dict[str, Any]:
-        """`model_args` as a dictionary."""
-        try:
-            parsed = _key_values(self.model_args)
-        except ValueError as error:
-            raise ValueError(f"model_args {error}") from error
-        if "trust_remote_code" in parsed:
-            raise ValueError(f"model_args {self.model_args!r}: --trust_remote_code is a flag of its own")
-        return parsed
+        """`model_args` as a dictionary: Python literals as such, also true, false and none in any case."""
+        found: dict[str, Any] = {}
+        for pair in filter(str.strip, (self.model_args or "").split(",")):
+            key, equals, value = map(str.strip, pair.partition("="))
+            check(self, "model_args", key.isidentifier() and bool(equals), "must be k=v,k=v")
+            try:
+                found[key] = ast.literal_eval(value.capitalize() if value.lower() in _WORDS else value)
+            except (ValueError, SyntaxError):
+                found[key] = value
+        own_flag = "trust_remote_code" in found
+        check(self, "model_args", not own_flag, "--trust_remote_code is a flag of its own")
+        return found
 
     def loading_options(self, **changes: Any) -> LoadingOptions:
         """What the library is told, with changes by field."""
@@ -118,19 +123,26 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check(self, "num_samples", self.num_samples is None or self.num_samples >= 1, "must be at least 1")
-        check(self, "n_shot", self.n_shot >= 0, "must be 0 or more")
+        at_least(self, 0, "n_shot")
         names = get_args(DatasetName)
         check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
-        templated = self.template is None or "{message}" in self.template
-        check(self, "template", templated, "must contain {message}")
+        check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
+
+
+def _why_same_batch_size(run: dict[str, Any], *_: Any) -> str | None:
+    asked = run["arguments"]
+    if run["script"] == "sweep":
+        return "cells are compared by the time that they take with so many sequences"
+    if asked["draft_weights"] != "exact" and asked["sample"] and asked["temperature"] > 0:
+        return f"where {asked['draft_weights']} copies draft, what is sampled depends on the batch"
+    return None
 
 
 @dataclass(frozen=True)
 class BatchArguments:
     """How many sequences at once."""
 
-    # Cells of a sweep are compared by the time that they took, with so many sequences.
-    batch_size: int = field(default=1, metadata={"resume": lambda script, was, now: script != "sweep"})
+    batch_size: int = field(default=1, metadata={"resume": _why_same_batch_size})
     """Sequences decoded at a time; each comes out as it would alone."""
 
     def __post_init__(self) -> None:
@@ -315,27 +327,3 @@ def check(group: Any, name: str, ok: bool, allowed: str) -> None:
 def at_least(group: Any, least: int, *names: str) -> None:
     for name in names:
         check(group, name, getattr(group, name) >= least, f"must be at least {least}")
-
-
-def check_seeds(group: Any, *names: str) -> None:
-    for name in names:
-        check(group, name, 0 <= getattr(group, name) < 2**32, f"must be between 0 and {2**32 - 1}")
-
-
-def _key_values(text: str | None) -> dict[str, Any]:
-    """`k=v,k=v` as a dictionary. Values that read as Python literals become those; true, false and none in
-    any case.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    found: dict[str, Any] = {}
-    for pair in filter(str.strip, (text or "").split(",")):
-        key, equals, value = map(str.strip, pair.partition("="))
-        if not key.isidentifier() or not equals:
-            raise ValueError(f"{text!r}: must be k=v,k=v")
-        try:
-            found[key] = ast.literal_eval(value.capitalize() if value.lower() in _WORDS else value)
-        except (ValueError, SyntaxError):
-            found[key] = value
-    return found

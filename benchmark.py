@@ -60,10 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args, batch)
     know_what_was_written(generator, tuning)
-    bench = Benchmark(
-        generator, config, examples, model_args.seed, batch.batch_size,
-        compare=args.compare, execute_code=args.execute_code, verbose=args.verbose,
-    )  # fmt: skip
+    of_run = (generator, config, examples, model_args.seed, batch.batch_size)
+    bench = Benchmark(*of_run, args.compare, args.execute_code, args.verbose)
     bench.warm_up()
     return run_examples(bench, open_run)
 

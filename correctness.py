@@ -53,13 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     generator, examples, open_run = prepare("correctness", model_args, config, data_args, args, batch)
     if config.greedy:
-        return run_examples(Ids(generator, config, examples, batch.batch_size, args.reference), open_run)
+        job = Ids(generator, config, examples, model_args.seed, batch.batch_size, args.reference)
+        return run_examples(job, open_run)
     print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
-    examples = examples[: args.sampled_prompts]
-    job = Distributions(
-        generator, config, examples, model_args.seed, batch.batch_size, args.samples_per_prompt
-    )
-    return run_examples(job, open_run)
+    of_run = (generator, config, examples[: args.sampled_prompts], model_args.seed, batch.batch_size)
+    return run_examples(Distributions(*of_run, args.samples_per_prompt), open_run)
 
 
 if __name__ == "__main__":

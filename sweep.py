@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator, examples, open_run = prepare("sweep", model_args, config, data_args, args, batch, model_config)
     grid = [(layer, k) for layer in exit_layers for k in args.draft_lengths()]
     kind = Measured if args.mode == "measured" else Predicted
-    sweep = kind(generator, config, examples, grid, model_args.seed, batch.batch_size, args.verify_top)
+    sweep = kind(generator, config, examples, model_args.seed, batch.batch_size, grid, args.verify_top)
     sweep.warm_up()
     return run_examples(sweep, open_run)
 

@@ -4,66 +4,53 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from arguments import GenerationConfig
-from data import Example
 from measures import metrics, remarks
 from measures.text_quality import pass_at_1, text_quality
-from measures.timed_runs import BASELINE, Question, Side, measure_examples, warm_up
+from measures.timed_runs import BASELINE, Side, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
-from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.drafts.costs import Costs
 
 
+@dataclass
 class Benchmark(Job):
     """Decodes examples, and sums up speed, acceptance and text quality.
 
     Args:
-        seed: that of example i is seed + i.
         compare: decode each example autoregressively as well, in turn.
         execute_code: run the answers, which are programs for HumanEval, for pass@1.
         verbose: print prompts and answers.
     """
 
-    def __init__(
-        self,
-        generator: HuggingfaceLlamaGenerator,
-        config: GenerationConfig,
-        examples: list[Example],
-        seed: int,
-        batch_size: int,
-        *,
-        compare: bool,
-        execute_code: bool,
-        verbose: bool,
-    ) -> None:
-        self._examples, self._config, self._seed, self._model = examples, config, seed, generator.model
-        self._compare, self._execute_code, self._verbose = compare, execute_code, verbose
-        self.num_steps, self.batch_size = len(examples), batch_size
-        self._sides: list[Side] = [("", generator, config)]
-        if compare:
-            self._sides.append((BASELINE, *autoregressive(generator, config)))
+    compare: bool
+    execute_code: bool
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        self._sides: list[Side] = [("", self.generator, self.config)]
+        if self.compare:
+            self._sides.append((BASELINE, *autoregressive(self.generator, self.config)))
 
     def warm_up(self) -> None:
         with says_if_slow("warming up"):
-            warm_up(self._sides, longest_prompt(self._examples), self.batch_size)
+            warm_up(self._sides, longest_prompt(self.examples), self.batch_size)
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        questions = [Question(index, self._examples[index].prompt, self._seed + index) for index in indices]
-        for index, measured in measure_examples(self._sides, questions, self.batch_size):
+        for index, measured in measure_examples(self._sides, self.requests(indices), self.batch_size):
             yield index, measured if isinstance(measured, Exception) else self._record(index, measured)
 
     def _record(self, index: int, measured: Record) -> Record:
-        example = self._examples[index]
+        example = self.examples[index]
         record = {"prompt": example.prompt, "reference": example.reference, **measured}
-        if self._verbose:
+        if self.verbose:
             tqdm.write(f"--- {index}\n{example.prompt}\n--> {record['prediction']}\n", file=sys.stdout)
         return record
 
@@ -87,15 +74,15 @@ class Benchmark(Job):
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "num_verifications" in records[0]:
             summary["acceptance"] = metrics.acceptance(records)
-        if self._compare:
+        if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
             summary["remarks"] = remarks.on_speedup(summary["comparison"], _unit(summary))
         predictions = [record["prediction"] for record in records]
         summary["text"] = text_quality(predictions, [record["reference"] for record in records])
-        if self._execute_code:
+        if self.execute_code:
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
-            summary["text"]["pass_at_1"] = pass_at_1([example.row for example in self._examples], predictions)
-        summary["peak_memory_mib"] = metrics.peak_memory_mib(self._model.device)
+            summary["text"]["pass_at_1"] = pass_at_1([example.row for example in self.examples], predictions)
+        summary["peak_memory_mib"] = metrics.peak_memory_mib(self.generator.model.device)
         run.finish(records, summary)
         print("\n".join([*_table(summary), *remarks.lines(summary["remarks"])]))
         print(f"\n{run.folder}/: run.json, records.jsonl")
@@ -104,11 +91,11 @@ class Benchmark(Job):
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         """By the formula, which is about single sequences that draft with one exit layer and one length."""
         alpha = metrics.token_acceptance(records)
-        if self.batch_size > 1 or self._config.generation_strategy == "adaptive":
+        if self.batch_size > 1 or self.config.generation_strategy == "adaptive":
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
-        exit_layer, k = self._config.exit_layer, self._config.num_speculations
+        exit_layer, k = self.config.exit_layer, self.config.num_speculations
         costs = Costs.estimated(
-            self._model, exit_layer, self._config.draft_weights, self._config.draft_vocabulary
+            self.generator.model, exit_layer, self.config.draft_weights, self.config.draft_vocabulary
         )
         return {
             "token_acceptance": alpha,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,12 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import NoRepeatNGramLogitsProcessor
 
 from arguments import GenerationConfig
-from data import Example
 from measures.comparison import find_difference, same_distribution
-from measures.timed_runs import Question, answers, windows
-from runs.examples import Job, OneByOne
+from measures.timed_runs import answers, windows
+from runs.examples import Job
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from self_speculation import GenerationResult, GenerationStrategyResult, HuggingfaceLlamaGenerator
+from self_speculation import GenerationResult, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length
 
@@ -30,6 +30,7 @@ FALSE_ALARM = 1e-3
 _FIRST_DRAFTED = 1
 
 
+@dataclass
 class Ids(Job):
     """Greedy: the ids must be equal, up to near-ties.
 
@@ -37,26 +38,18 @@ class Ids(Job):
         reference: `transformers` compares with its `generate` as well.
     """
 
-    def __init__(
-        self,
-        generator: HuggingfaceLlamaGenerator,
-        config: GenerationConfig,
-        examples: list[Example],
-        batch_size: int,
-        reference: str,
-    ) -> None:
-        self._speculative, self._config, self._examples = generator, config, examples
-        self._reference = reference
-        self.num_steps, self.batch_size = len(examples), batch_size
-        self._plain, self._plain_config = autoregressive(generator, config)
-        n = config.no_repeat_ngram_size
+    reference: str
+
+    def __post_init__(self) -> None:
+        self._plain, self._plain_config = autoregressive(self.generator, self.config)
+        n = self.config.no_repeat_ngram_size
         self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        prompts = {index: self._speculative.encode(self._examples[index].prompt) for index in indices}
-        questions = [Question(index, prompt, seed=0) for index, prompt in prompts.items()]
-        for window in windows(questions, self.batch_size, num_sides=1):
-            for index, result in answers(self._speculative, self._config, window, self.batch_size):
+        prompts = {index: self.generator.encode(self.examples[index].prompt) for index in indices}
+        requests = {index: Request(prompt) for index, prompt in prompts.items()}
+        for window in windows(requests, self.batch_size, num_sides=1):
+            for index, result in answers(self.generator, self.config, window, self.batch_size):
                 try:
                     yield index, self._compared(prompts[index], result)
                 except Exception as error:
@@ -68,7 +61,7 @@ class Ids(Job):
             raise result
         tokens = _with_end(result.generation_strategy_result)
         references = {"autoregressive": _tokens(self._plain, prompt, self._plain_config)}
-        if self._reference == "transformers":
+        if self.reference == "transformers":
             references["transformers"] = self._by_transformers(prompt)
         return {
             "num_tokens": len(tokens),
@@ -113,18 +106,18 @@ class Ids(Job):
 
     @property
     def _strategy(self) -> str:
-        name = self._config.generation_strategy.replace("_", "-")
+        name = self.config.generation_strategy.replace("_", "-")
         return name if self.batch_size == 1 else f"{name}, batches of {self.batch_size}"
 
     def _difference(
         self, prompt: list[int], tokens: list[int], name: str, reference: list[int]
     ) -> Record | None:
-        found = find_difference(self._speculative.model, prompt, tokens, reference, self._processors)
+        found = find_difference(self.generator.model, prompt, tokens, reference, self._processors)
         if found is None:
             return None
         shown = slice(found.position, found.position + 12)
         gap = found.gap if found.gap is None or math.isfinite(found.gap) else None  # JSON knows no infinity
-        decode = self._speculative.tokenizer.decode
+        decode = self.generator.tokenizer.decode
         return {
             "reference": name,
             **dataclasses.asdict(found),
@@ -138,9 +131,9 @@ class Ids(Job):
 
     @torch.inference_mode()
     def _by_transformers(self, prompt: list[int]) -> list[int]:
-        model, config = self._speculative.model, self._config
-        stop = StopWords(self._speculative.tokenizer, config.stop_words or [], prompt)
-        end_ids = [*self._speculative.eos_token_ids, *(config.stop_token_ids or [])]
+        model, config = self.generator.model, self.config
+        stop = StopWords(self.generator.tokenizer, config.stop_words or [], prompt)
+        end_ids = [*self.generator.eos_token_ids, *(config.stop_token_ids or [])]
         room = context_length(model.config) - len(prompt)
 
         def ends(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -165,34 +158,25 @@ class Ids(Job):
         return output[0, len(prompt) :].tolist()
 
 
-class Distributions(OneByOne):
+@dataclass
+class Distributions(Job):
     """Sampling: the first drafted token must be distributed as without drafts, on every prompt.
 
     Args:
-        seed: of the random numbers of all samples.
         num_samples: answers drawn on each prompt by each strategy.
     """
 
-    def __init__(
-        self,
-        generator: HuggingfaceLlamaGenerator,
-        config: GenerationConfig,
-        examples: list[Example],
-        seed: int,
-        batch_size: int,
-        num_samples: int,
-    ) -> None:
-        self._speculative, self._examples, self._seed = generator, examples, seed
+    num_samples: int
+
+    def __post_init__(self) -> None:
         # Room for a whole draft: none is cut short at the end of the output.
-        max_steps = _FIRST_DRAFTED + 1 + max(0, config.longest_draft)
-        self._config = dataclasses.replace(config, max_steps=max_steps)
-        self._plain, self._plain_config = autoregressive(generator, self._config)
-        self.num_steps, self.batch_size, self._num_samples = len(examples), batch_size, num_samples
+        max_steps = _FIRST_DRAFTED + 1 + max(0, self.config.longest_draft)
+        self.config = dataclasses.replace(self.config, max_steps=max_steps)
 
     def measure(self, index: int) -> Record:
-        prompt = self._speculative.encode(self._examples[index].prompt)
-        drafted = self._draw(self._speculative, self._config, prompt, f"{index}")
-        plain = self._draw(self._plain, self._plain_config, prompt, f"{index}, reference")
+        prompt = self.generator.encode(self.examples[index].prompt)
+        drafted = self._draw(self.generator, self.config, prompt, f"{index}")
+        plain = self._draw(*autoregressive(self.generator, self.config), prompt, f"{index}, reference")
         return same_distribution(drafted, plain)._asdict()
 
     def _draw(
@@ -205,10 +189,10 @@ class Distributions(OneByOne):
         Args:
             name: of this sample among all that are drawn.
         """
-        seeds = [zlib.crc32(f"{self._seed}, {name}, {i}".encode()) for i in range(self._num_samples)]
-        questions = [Question(i, prompt, seed) for i, seed in enumerate(seeds)]
+        seeds = [zlib.crc32(f"{self.seed}, {name}, {i}".encode()) for i in range(self.num_samples)]
+        requests = [Request(prompt, seed=seed) for seed in seeds]
         outputs = []
-        for _, result in answers(side, config, questions, self.batch_size):
+        for _, result in side.generate_batch(requests, config, self.batch_size):
             if isinstance(result, Exception):
                 raise result
             outputs.append(_with_end(result.generation_strategy_result))
@@ -224,7 +208,7 @@ class Distributions(OneByOne):
         for record in records:
             print(
                 f"example {record['index']}: p-value {record['p_value']:.3g}, "
-                f"{record['num_kinds']} kinds of tokens in {self._num_samples} samples of each strategy"
+                f"{record['num_kinds']} kinds of tokens in {self.num_samples} samples of each strategy"
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
         print(

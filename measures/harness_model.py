@@ -22,11 +22,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from tqdm import tqdm
 
-from measures.timed_runs import Question, measure_examples, warm_up
+from measures.timed_runs import measure_examples, warm_up
 from runs.failures import failed
 from runs.records import Record
 from runs.status import says_if_slow
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
 from self_speculation.model.families import attended_length
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
@@ -179,8 +179,8 @@ class HarnessModel(HFLM):
                     warm_up([("", self._generator, config)], longest.ids, size)
             except Exception as error:
                 raise failed(longest.name, error, size) from error
-            questions = [Question(each.place, each.ids, self._seed + each.number) for each in group]
-            for place, record in measure_examples([("", self._generator, config)], questions, size):
+            requests = {each.place: Request(each.ids, seed=self._seed + each.number) for each in group}
+            for place, record in measure_examples([("", self._generator, config)], requests, size):
                 if isinstance(record, Exception):
                     raise failed(asked[place].name, record, size) from record
                 yield place, record

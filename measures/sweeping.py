@@ -17,19 +17,17 @@ import torch
 from tqdm import tqdm
 from transformers import NoRepeatNGramLogitsProcessor
 
-from data import Example
 from measures import metrics
 from measures.calibration import calibrate, medians
 from measures.plots import heat_maps
 from measures.replay import predicted_cell, within_noise
-from measures.timed_runs import BASELINE, Question, Side, measure_examples, warm_up
-from runs.examples import OneByOne, longest_prompt
+from measures.timed_runs import BASELINE, Side, measure_examples, warm_up
+from runs.examples import Job, longest_prompt
 from runs.failures import failed
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
 from runs.tuning import COUNTS, best_cell
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.drafts.table import make_drafter
 from self_speculation.model.decoder import Decoder, forward_exits
 from self_speculation.model.families import context_length
@@ -53,21 +51,15 @@ Cell = tuple[int, int]  # exit layer, draft length
 
 
 @dataclass
-class Sweep(OneByOne):
+class Sweep(Job):
     """What both ways share: cells that are measured, and what is shown in the end."""
 
-    generator: HuggingfaceLlamaGenerator
-    config: GenerationConfig
-    examples: Sequence[Example]
     grid: Sequence[Cell]
-    seed: int
-    batch_size: int = 1
-    verify_top: int = 0  # of the best predicted cells, so many are measured
+    verify_top: int  # of the best predicted cells, so many are measured
 
     mode = ""  # of the grid's cells
 
     def __post_init__(self) -> None:
-        self.num_steps = len(self.grid if self.mode == "measured" else self.examples)
         self._plain: Side = (BASELINE, *autoregressive(self.generator, self.config))
 
     def warm_up(self) -> None:
@@ -80,11 +72,9 @@ class Sweep(OneByOne):
         config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
         sides: list[Side] = [("", self.generator, config), self._plain]
         warm_up(sides, longest_prompt(self.examples), self.batch_size)
-        questions = [
-            Question(index, example.prompt, self.seed + index) for index, example in enumerate(self.examples)
-        ]
         records = []
-        for _, record in measure_examples(sides, questions, self.batch_size):
+        requests = self.requests(range(len(self.examples)))
+        for _, record in measure_examples(sides, requests, self.batch_size):
             if isinstance(record, Exception):
                 raise record
             records.append(record)
@@ -160,6 +150,10 @@ class Measured(Sweep):
 
     mode, unit = "measured", "cells"
 
+    @property
+    def num_steps(self) -> int:
+        return len(self.grid)
+
     def name(self, index: int) -> str:
         return _name(self.grid[index])
 
@@ -228,15 +222,8 @@ class Predicted(Sweep):
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
         longest = max(k for _, k in self.grid)
         with tqdm(range(_TURNS), desc="calibration") as progress:
-            turns = calibrate(
-                self.generator.model,
-                self.config,
-                self._exit_layers,
-                int(context),
-                longest,
-                _PATIENCE,
-                progress,
-            )
+            model, exits = self.generator.model, self._exit_layers
+            turns = calibrate(model, self.config, exits, int(context), longest, _PATIENCE, progress)
         costs = medians(turns)
         predicted = [predicted_cell(records, costs, turns, *cell) for cell in self.grid]
         verified = []

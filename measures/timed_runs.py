@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 
 from transformers import PreTrainedModel
 
@@ -19,11 +19,7 @@ from self_speculation import (
     Request,
 )
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
-from self_speculation.model.devices import synchronize
 from self_speculation.model.families import attended_length
-from self_speculation.results import SourceCounts
-
-T = TypeVar("T")
 
 BASELINE = "autoregressive_"  # prefix of the fields of the strategy that another is compared with
 
@@ -54,7 +50,7 @@ def run_every_pass(
 ) -> None:
     """Warm up one side; a prompt that fills the context is cut at its beginning."""
     longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
-    num_tokens = warm_up_tokens(longest)
+    num_tokens = RUNS_TO_WARM_UP * (longest + 1) + 1  # the first one, and what as many rounds may emit
     ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]
     # Rows of different lengths, as those of a batch are. There is room for all of max_steps, and the outputs
     # end long before; end ids are left out too.
@@ -76,38 +72,24 @@ def run_every_pass(
                 generate(replace(endless, max_steps=width + 1))
 
 
-def warm_up_tokens(longest_draft: int) -> int:
-    """Tokens of a warm-up: the first one, and the most that three rounds with such drafts emit."""
-    return RUNS_TO_WARM_UP * (longest_draft + 1) + 1
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt, and the seed of its answer's own random numbers."""
-
-    index: int
-    prompt: str | list[int]
-    seed: int
-
-
 def measure_examples(
-    sides: Sequence[Side], questions: Sequence[Question], batch_size: int
+    sides: Sequence[Side], requests: Mapping[int, Request], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
-    """Answer each question by each side, and time it.
+    """Answer each request by each side, and time it.
 
-    Sides take turns, and take turns at going first: after each question, or after a window of a few batches
+    Sides take turns, and take turns at going first: after each request, or after a window of a few batches
     where there are batches. An answer depends on prompt and seed alone, not on what else is generated.
 
     Yields:
-        The index of a question and its record, once all sides have answered it. A side's fields have its
+        The index of a request and its record, once all sides have answered it. A side's fields have its
         prefix. Times are in seconds. `wall_time` is the time since the side's answer before: decode times of
-        the rows of a batch overlap, wall times add up. `window` is the index of the window's first question.
+        the rows of a batch overlap, wall times add up. `window` is the index of the window's first request.
         Where a side could not answer, the error.
     """
-    for number, window in enumerate(windows(questions, batch_size, len(sides))):
+    for number, window in enumerate(windows(requests, batch_size, len(sides))):
         *others, last = sides if number % 2 else sides[::-1]
-        place = {"batch_size": batch_size, "window": window[0].index, "rank": ranks.rank()}
-        measured: dict[int, Record | Exception] = {question.index: place for question in window}
+        place = {"batch_size": batch_size, "window": next(iter(window)), "rank": ranks.rank()}
+        measured: dict[int, Record | Exception] = dict.fromkeys(window, place)
         for side in [*others, last]:
             for index, fields in _measured(side, window, batch_size):
                 before = measured[index]
@@ -120,25 +102,26 @@ def measure_examples(
 def answers(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
-    questions: Sequence[Question],
+    requests: Mapping[int, Request],
     batch_size: int,
 ) -> Iterator[tuple[int, GenerationResult | Exception]]:
-    """Answer questions by one side; yields index and result of each as it ends, or what is wrong with it."""
-    requests = [Request(question.prompt, seed=question.seed) for question in questions]
-    for place, result in generator.generate_batch(requests, config, batch_size):
-        yield questions[place].index, result
+    """Answer requests by one side; yields index and result of each as it ends, or what is wrong with it."""
+    indices = list(requests)
+    for place, result in generator.generate_batch(list(requests.values()), config, batch_size):
+        yield indices[place], result
 
 
-def windows(questions: Sequence[T], batch_size: int, num_sides: int) -> Iterator[Sequence[T]]:
-    """Split questions into what a side answers before it is the next side's turn."""
+def windows(requests: Mapping[int, Request], batch_size: int, num_sides: int) -> Iterator[dict[int, Request]]:
+    """Split requests into what a side answers before it is the next side's turn."""
     size = 1
     if batch_size > 1:  # the rows of one side alone flow without an end
-        size = _BATCHES_IN_TURN * batch_size if num_sides > 1 else max(1, len(questions))
-    return (questions[start : start + size] for start in range(0, len(questions), size))
+        size = _BATCHES_IN_TURN * batch_size if num_sides > 1 else max(1, len(requests))
+    left = iter(requests.items())
+    return iter(lambda: dict(islice(left, size)), {})
 
 
 def _measured(
-    side: Side, window: Sequence[Question], batch_size: int
+    side: Side, window: Mapping[int, Request], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Index and fields of each answer of one side, the names of fields with its prefix."""
     prefix, generator, config = side
@@ -154,6 +137,7 @@ def _measured(
 
 def _fields(result: GenerationResult) -> Record:
     took = result.generation_strategy_result
+    by_source = took.drafts_by_source  # tuples, of which JSON would make nameless lists
     return {
         "prediction": result.decoded_prediction,
         "tokens": took.predicted_tokens,
@@ -164,22 +148,8 @@ def _fields(result: GenerationResult) -> Record:
         "prefill_time": took.prefill_time,
         "decode_time": took.decode_time,
         "num_verifications": took.num_verifications,
-        "drafts_by_source": took.drafts_by_source and _named(took.drafts_by_source),
+        "drafts_by_source": by_source and {source: counts._asdict() for source, counts in by_source.items()},
         "drafted_by_position": took.drafted_by_position,
         "judged_by_position": took.judged_by_position,
         "accepted_by_position": took.accepted_by_position,
     }
-
-
-def _named(counts: Mapping[str, SourceCounts]) -> Record:
-    """JSON would make nameless lists of tuples."""
-    return {source: each._asdict() for source, each in counts.items()}
-
-
-def timed(model: PreTrainedModel, call: Callable[..., T], *args: Any) -> tuple[T, float]:
-    """What a call returns, and the seconds until every GPU of the model is done with it."""
-    synchronize(model)
-    started = time.perf_counter()
-    result = call(*args)
-    synchronize(model)
-    return result, time.perf_counter() - started

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -13,34 +14,58 @@ from transformers import PretrainedConfig
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
-from runs.failures import KINDS, Failed, failed, less, reason
+from runs.failures import MAY_BE_EXPLAINED, Failed, failed, less, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import load_generator, meet, model_name
-from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.model.families import context_length, sliding_window
 
 
+@dataclass
 class Job(ABC):
-    """A script's work: what it does with each example, says meanwhile, and concludes in the end."""
+    """A script's work: what it does with each example, says meanwhile, and concludes in the end.
 
-    num_steps: int
-    """How many records there will be: one for each index from 0."""
-    unit = "examples"
-    """What the progress bar counts."""
-    batch_size = 1
-    """Sequences decoded at a time."""
+    Args:
+        seed: that of example i is seed + i.
+        batch_size: sequences decoded at a time.
+    """
+
+    generator: HuggingfaceLlamaGenerator
+    config: GenerationConfig
+    examples: list[Example]
+    seed: int
+    batch_size: int
+
+    unit = "examples"  # what the progress bar counts
+
+    @property
+    def num_steps(self) -> int:
+        """How many records there will be: one for each index from 0."""
+        return len(self.examples)
 
     def name(self, index: int) -> str:
         """What a message calls the work on an index."""
         return f"example {index}"
 
-    @abstractmethod
+    def requests(self, indices: Iterable[int]) -> dict[int, Request]:
+        return {index: Request(self.examples[index].prompt, seed=self.seed + index) for index in indices}
+
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         """The records of these indices as they come, in any order, each with its index; of one that something
         is wrong with, the error.
 
         Timings aside, a record must depend on index and flags alone.
         """
+        for index in indices:
+            try:
+                record: Record | Exception = self.measure(index)
+            except Exception as error:
+                record = error
+            yield index, record
+
+    def measure(self, index: int) -> Record:
+        """The record of an index, where records are made one after the other."""
+        raise NotImplementedError
 
     @abstractmethod
     def progress(self, records: Sequence[Record]) -> str:
@@ -52,22 +77,6 @@ class Job(ABC):
 
     def after_each(self, run: Run) -> None:  # noqa: B027
         """Called at rank 0 whenever it has written a record."""
-
-
-class OneByOne(Job):
-    """A job whose records are made one after the other."""
-
-    @abstractmethod
-    def measure(self, index: int) -> Record:
-        """The record of an index, see `records`."""
-
-    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        for index in indices:
-            try:
-                record: Record | Exception = self.measure(index)
-            except Exception as error:
-                record = error
-            yield index, record
 
 
 def prepare(
@@ -99,7 +108,7 @@ def prepare(
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     examples = _examples_that_fit(generator, examples, config.max_steps)
-    return (generator, examples, lambda: open_run(resume, output_dir, script, description))
+    return generator, examples, lambda: open_run(resume, output_dir, script, description)
 
 
 def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
@@ -129,7 +138,7 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             return job.conclude(run, [complete[index] for index in range(job.num_steps)])
         except (RecordError, Failed) as error:
             why = str(error)
-        except KINDS as error:
+        except MAY_BE_EXPLAINED as error:
             why = reason(error, less(job.batch_size)) or ""
             if not why and not ranks.is_lost(error):
                 raise

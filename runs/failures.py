@@ -12,8 +12,8 @@ _LESS = (
 # How torch words it; torch.OutOfMemoryError is a RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
-# What `reason` may know something about; anything else is a mistake of the program.
-KINDS = (RuntimeError, MemoryError, FloatingPointError)
+# Errors that `reason` may know something about; any other is a mistake of the program.
+MAY_BE_EXPLAINED = (RuntimeError, MemoryError, FloatingPointError)
 
 
 class Failed(Exception):

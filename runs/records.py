@@ -72,7 +72,8 @@ class Run:
         """
         earlier = _earlier(path, description)
         for key in [key for key in _FACTS if key in description]:
-            _same_or_refused(path, key, earlier.get(key), description[key])
+            if earlier.get(key) != description[key]:
+                raise _different(path, key, earlier.get(key), description[key])
         return cls(Path(path).expanduser(), description)
 
     def records(self) -> dict[int, Record]:
@@ -159,9 +160,9 @@ def check_destination(
     earlier = _earlier(resume, description)["arguments"]
     for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
         was, now = earlier.get(flag.name), description["arguments"][flag.name]
-        may_differ = flag.metadata.get("resume")
-        if may_differ is None or not may_differ(description["script"], was, now):
-            _same_or_refused(resume, f"--{flag.name}", was, now)
+        why_same = flag.metadata.get("resume", lambda *_: "")
+        if was != now and (why := why_same(description, was, now)) is not None:
+            raise _different(resume, f"--{flag.name}", was, now, why)
     Run.resume(resume, description)
 
 
@@ -176,9 +177,9 @@ def _earlier(path: str, description: Record) -> Record:
     return earlier
 
 
-def _same_or_refused(path: str, what: str, was: Any, now: Any) -> None:
-    if was != now:
-        raise RecordError(f"--resume {path}: that run had {what} {was!r}, this one has {now!r}")
+def _different(path: str, what: str, was: Any, now: Any, why: str = "") -> RecordError:
+    reason = f"; {why}" if why else ""
+    return RecordError(f"--resume {path}: that run had {what} {was!r}, this one has {now!r}{reason}")
 
 
 def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:

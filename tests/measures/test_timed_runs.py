@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from measures.timed_runs import run_every_pass, warm_up_tokens
+from measures.timed_runs import run_every_pass
 from self_speculation import GenerationConfig, make_strategy
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.decoder import Decoder
@@ -37,7 +37,7 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     strategy = make_strategy(settings.generation_strategy)
     run_every_pass(strategy, model, [5, 9, 4, 7] * 100, settings)
     longest = config.get("num_speculations", 0)
-    assert seen[0] == model.config.max_position_embeddings - warm_up_tokens(longest)  # the prompt, cut
+    assert seen[0] == model.config.max_position_embeddings - (3 * (longest + 1) + 1)  # the prompt, cut
     assert {width: seen[1:].count(width) for width in seen[1:]} == widths
 
 

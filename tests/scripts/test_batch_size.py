@@ -122,6 +122,25 @@ def test_killed_and_resumed_with_other_batch_sizes(common, tmp_path, capsys):
         assert "12 examples, batches of 3, 5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("temperature", ["1", "0"])
+def test_a_sampled_run_with_copies_keeps_its_batch_size(common, tmp_path, capsys, temperature):
+    """Guards against answers of one run that depend on two batch sizes: rounding in a copy's passes changes
+    what is drawn.
+    """
+    flags = [*SPECULATION, "--draft_weights", "int8", "--sample", "True", "--temperature", temperature]
+    args = [*common, "--num_samples", "2", "--max_steps", "8", *flags]
+    assert benchmark.main(args) == 0
+    again = [*args, "--batch_size", "2", "--resume", str(only_run(tmp_path))]
+    if temperature == "0":  # greedy
+        assert benchmark.main(again) == 0
+        return
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(again)
+    said = "that run had --batch_size 1, this one has 2; where int8 copies draft, what is sampled depends on"
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def kept(tmp_path):
     return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("logs/*/records*.jsonl"))
 
