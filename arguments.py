@@ -122,7 +122,7 @@ class DataArguments:
     """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
 
     def __post_init__(self) -> None:
-        check(self, "num_samples", self.num_samples is None or self.num_samples >= 1, "must be at least 1")
+        at_least(self, 1, "num_samples")
         at_least(self, 0, "n_shot")
         names = get_args(DatasetName)
         check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
@@ -325,5 +325,8 @@ def check(group: Any, name: str, ok: bool, allowed: str) -> None:
 
 
 def at_least(group: Any, least: int, *names: str) -> None:
+    """Check fields that hold a number, several, or None, which stands for no limit."""
     for name in names:
-        check(group, name, getattr(group, name) >= least, f"must be at least {least}")
+        values = value if isinstance(value := getattr(group, name), list) else [value]
+        ok = all(each is None or each >= least for each in values)
+        check(group, name, ok, f"must be at least {least}")

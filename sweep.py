@@ -23,6 +23,8 @@ from arguments import (
     DataArguments,
     GenerationConfig,
     ModelArguments,
+    at_least,
+    check,
     parse,
     refuse,
 )
@@ -56,13 +58,10 @@ class SweepArguments:
 
     def __post_init__(self) -> None:
         for axis in ("exit_layer", "num_speculations"):
-            first, last, step = (getattr(self, f"{axis}_{end}") for end in ("first", "last", "step"))
-            if first < 1 or step < 1:
-                raise ValueError(f"{axis}_first {first}, --{axis}_step {step}: must be at least 1")
-            if first > last:
-                raise ValueError(f"{axis}_first {first}: beyond --{axis}_last {last}, the grid is empty")
-        if self.verify_top < 0:
-            raise ValueError(f"verify_top {self.verify_top}: must be 0 or more")
+            first, last = (getattr(self, f"{axis}_{end}") for end in ("first", "last"))
+            at_least(self, 1, f"{axis}_first", f"{axis}_step")
+            check(self, f"{axis}_first", first <= last, f"beyond --{axis}_last {last}, the grid is empty")
+        at_least(self, 0, "verify_top")
 
     def exit_layers(self, num_layers: int, with_all: bool) -> list[int]:
         """Those of the grid that a model of so many layers has, all of them only if `with_all`; empty where

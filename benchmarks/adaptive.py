@@ -21,7 +21,6 @@ import itertools
 import json
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,8 +30,8 @@ import pandas
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import GenerationConfig, ModelArguments, parse, refuse
-from measures.metrics import quartiles
+from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
+from measures.metrics import by_source, quartiles
 from measures.sides import ADAPTIVE, PLAIN, Answers, forget_what_was_learnt, in_turns, ours, strategies
 from measures.workloads import NAMES, workloads
 from runs.program import run
@@ -61,12 +60,8 @@ class AdaptiveArguments:
 
     def __post_init__(self) -> None:
         for name, allowed in (("workloads", NAMES), ("picking", ("greedy", "sampled"))):
-            if unknown := set(getattr(self, name)) - set(allowed):
-                raise ValueError(f"{name} {min(unknown)}: must be among {', '.join(allowed)}")
-        least = {"num_prompts": self.num_prompts or 1, "rounds": self.rounds, "searched": self.searched}
-        for name, value in {**least, "lengths": min(self.lengths)}.items():
-            if value < 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
+            check(self, name, {*getattr(self, name)} <= {*allowed}, f"must be among {', '.join(allowed)}")
+        at_least(self, 1, "num_prompts", "rounds", "searched", "lengths")
 
 
 def fixed_settings(
@@ -163,11 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sources(answers: Sequence[Answers]) -> dict[str, dict[str, int]]:
     """Source -> rounds, drafted and accepted tokens of all answers."""
-    totals: dict[str, Counter[str]] = {}
-    for result in (result for each in answers for result in each.results):
-        for source, counts in (result.drafts_by_source or {}).items():
-            totals.setdefault(source, Counter()).update(counts._asdict())
-    return {source: dict(counts) for source, counts in totals.items()}
+    of_results = (each.drafts_by_source or {} for answer in answers for each in answer.results)
+    return by_source(
+        {"drafts_by_source": {source: counts._asdict() for source, counts in each.items()}}
+        for each in of_results
+    )
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -45,7 +45,7 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import GenerationConfig, parse, refuse
+from arguments import GenerationConfig, at_least, check, parse, refuse
 from data import one_line
 from measures.comparison import Judged, judge_greedy
 from measures.metrics import peak_memory_mib
@@ -134,18 +134,13 @@ class GpuArguments:
     """Where the folder with the rows goes."""
 
     def __post_init__(self) -> None:
-        if self.model_shape not in SHAPES:
-            raise ValueError(f"model_shape {self.model_shape}: must be one of {', '.join(SHAPES)}")
-        if not 0 <= self.minutes <= 8.5:
-            raise ValueError(f"minutes {self.minutes}: must be between 0 and 8.5")
-        least = {"batch_size": 1, "new_tokens": 16, "num_speculations": 1, "rounds": 1}
-        for name, allowed in least.items():
-            value = getattr(self, name)
-            if (min(value) if isinstance(value, list) else value) < allowed:
-                raise ValueError(f"{name} {value}: must be at least {allowed}")
-        most = SHAPES[self.model_shape].context - self.new_tokens
-        if not all(16 <= length <= most for length in self.prompts):
-            raise ValueError(f"prompts {self.prompts}: must be between 16 and {most}")
+        check(self, "model_shape", self.model_shape in SHAPES, f"must be one of {', '.join(SHAPES)}")
+        check(self, "minutes", 0 <= self.minutes <= 8.5, "must be between 0 and 8.5")
+        at_least(self, 1, "batch_size", "num_speculations", "rounds")
+        at_least(self, 16, "new_tokens")
+        longest = SHAPES[self.model_shape].context - self.new_tokens
+        fits = all(16 <= length <= longest for length in self.prompts)
+        check(self, "prompts", fits, f"must be between 16 and {longest}")
 
 
 @dataclass(frozen=True)

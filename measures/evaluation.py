@@ -6,7 +6,7 @@ import argparse
 import itertools
 import logging
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.registry import model_registry
@@ -15,7 +15,7 @@ from lm_eval.utils import setup_logging
 from arguments import GenerationConfig, ModelArguments, refuse
 from data import one_line
 from measures.harness_model import HarnessModel, Loader, UnsupportedError, request_config
-from measures.metrics import acceptance
+from measures.metrics import acceptance, speed
 from runs import ranks
 from runs.failures import Failed, reason
 from runs.records import Record
@@ -97,11 +97,7 @@ def _show(records: list[Record]) -> None:
     for record in records:
         by_task[record["task"]].append(record)
     for task, own in by_task.items():
-        seconds: Counter[int] = Counter()
-        for record in own:
-            seconds[record["rank"]] += record["wall_time"]
-        speed = sum(record["num_tokens"] for record in own) / max(seconds.values())
-        line = f"{task}: {len(own)} answers, {speed:.1f} tokens/s"
+        line = f"{task}: {len(own)} answers, {speed(own)['tokens_per_second']:.1f} tokens/s"
         if (size := own[0]["batch_size"]) > 1:
             line += f" in batches of {size}"
         if "num_verifications" in own[0]:

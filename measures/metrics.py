@@ -5,15 +5,16 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
+import pandas
 import torch
 
 from runs.records import Record
 from self_speculation.drafts.costs import Costs
-from self_speculation.results import SourceCounts
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
@@ -36,12 +37,10 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
         for record in records
         if record[f"{prefix}num_decode_tokens"]
     ]
-    total_time = max(pace.seconds for pace in _paces(records, "rank", prefix).values())
+    total_time = float(_sums(records, "rank", prefix)["seconds"].max())
     return {
         "tokens_per_second": sum(num_tokens) / total_time,
-        "tokens_per_second_median": statistics.median(
-            pace.rate for pace in _paces(records, "window", prefix).values()
-        ),
+        "tokens_per_second_median": float(_sums(records, "window", prefix)["rate"].median()),
         "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
         "time_to_first_token_ms": 1000 * statistics.median(r[f"{prefix}prefill_time"] for r in records),
         "total_time": total_time,
@@ -84,40 +83,27 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     }
 
 
-@dataclass
-class _Pace:
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
-
-
-def _paces(
+def _sums(
     records: Sequence[Record], by: str, prefix: str, tokens: str = "num_tokens", seconds: str = "wall_time"
-) -> dict[int, _Pace]:
-    """Tokens and seconds of one strategy, summed over the records that share the field `by`."""
-    sums: dict[int, _Pace] = defaultdict(_Pace)
-    for record in records:
-        sums[record[by]].tokens += record[f"{prefix}{tokens}"]
-        sums[record[by]].seconds += record[f"{prefix}{seconds}"]
-    return sums
+) -> pandas.DataFrame:
+    """Tokens, seconds and their ratio, of one strategy, for each value of the records' field `by`."""
+    rows = [(r[by], r[f"{prefix}{tokens}"], r[f"{prefix}{seconds}"]) for r in records]
+    table = pandas.DataFrame(rows, columns=["by", "tokens", "seconds"]).groupby("by").sum()
+    return table.assign(rate=table["tokens"] / table["seconds"])
 
 
 def _ratios(
     records: Sequence[Record], baseline: str, tokens: str, seconds: str
 ) -> tuple[list[float], float | None]:
     """The rate of ours by that of theirs: of each window in which both gave tokens, and of totals."""
-    ours, theirs = (_paces(records, "window", prefix, tokens, seconds) for prefix in ("", baseline))
-    both = [(mine, theirs[window]) for window, mine in ours.items() if mine.tokens and theirs[window].tokens]
-    if not both:
+    ours, theirs = (_sums(records, "window", prefix, tokens, seconds) for prefix in ("", baseline))
+    both = (ours["tokens"] > 0) & (theirs["tokens"] > 0)
+    ours, theirs = ours[both], theirs[both]
+    if ours.empty:
         return [], None
-    total, other = (
-        _Pace(sum(pace.tokens for pace in side), sum(pace.seconds for pace in side))
-        for side in zip(*both, strict=True)
-    )
-    return [mine.rate / their.rate for mine, their in both], total.rate / other.rate
+    mine, other = ours.sum(), theirs.sum()
+    totals = (mine["tokens"] / mine["seconds"]) / (other["tokens"] / other["seconds"])
+    return (ours["rate"] / theirs["rate"]).tolist(), float(totals)
 
 
 def acceptance(records: Sequence[Record]) -> Record:
@@ -139,7 +125,7 @@ def acceptance(records: Sequence[Record]) -> Record:
         "num_drafted": sum(drafted),
         "num_accepted": sum(accepted),
         "num_verifications": rounds,
-        "drafts_by_source": _by_source(records),
+        "drafts_by_source": by_source(records),
     }
 
 
@@ -189,16 +175,14 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def _by_source(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+def by_source(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """Rounds, drafted and accepted tokens of each source of drafts, in the order of their names."""
-    found: dict[str, list[SourceCounts]] = defaultdict(list)
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         for source, counts in record.get("drafts_by_source", {}).items():
-            found[source].append(SourceCounts(**counts))
-    totals = {source: SourceCounts(*map(sum, zip(*all_, strict=True))) for source, all_ in found.items()}
-    return {source: totals[source]._asdict() for source in sorted(totals)}
+            totals[source].update(counts)
+    return {source: dict(totals[source]) for source in sorted(totals)}
 
 
 def _by_position(records: Sequence[Record], field: str) -> list[int]:
-    longest = max(len(record[field]) for record in records)
-    return [sum(record[field][i] for record in records if i < len(record[field])) for i in range(longest)]
+    return [*map(sum, zip_longest(*(record[field] for record in records), fillvalue=0))]

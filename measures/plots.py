@@ -56,62 +56,19 @@ def _heat_map(
             color="white" if dark else "black", weight="bold" if is_best else "normal",
         )  # fmt: skip
         if is_best:
-            axes.add_patch(
-                pyplot.Rectangle(
-                    (column - 0.48, row - 0.46), 0.96, 0.92, fill=False, color="gold", linewidth=3
-                )
-            )
+            corner = (column - 0.48, row - 0.46)
+            axes.add_patch(pyplot.Rectangle(corner, 0.96, 0.92, fill=False, color="gold", linewidth=3))
 
 
-def curves_by_exit(tables: dict[str, pandas.DataFrame], values: list[str], path: Path) -> None:
-    """One panel for each of `values` over `exit_layer`, one curve for each table; `path` without suffix."""
-    figure, axes = pyplot.subplots(
-        1, len(values), figsize=(4.8 * len(values), 3.6), constrained_layout=True, squeeze=False
-    )
-    for panel, value in zip(axes[0], values, strict=True):
-        for name, table in tables.items():
-            panel.plot(table["exit_layer"], table[value], marker="o", markersize=3, label=name)
+def curves_by_exit(table: pandas.DataFrame, values: list[str], path: Path) -> None:
+    """One panel for each of `values` over `exit_layer`; `path` without suffix."""
+    size = (4.8 * len(values), 3.6)
+    figure, axes = pyplot.subplots(1, len(values), figsize=size, constrained_layout=True)
+    for panel, value in zip(axes, values, strict=True):
+        panel.plot(table["exit_layer"], table[value], marker="o", markersize=3)
         panel.set_xlabel("exit layer")
         panel.set_title(value)
         panel.grid(alpha=0.3)
-        if len(tables) > 1:
-            panel.legend()
-    _save(figure, path)
-
-
-def lines(table: pandas.DataFrame, x: str, y: str, title: str, path: Path) -> None:
-    """One line for each column over the index, whose values stand for themselves; `path` without suffix."""
-    figure, axes = pyplot.subplots(figsize=(7.0, 4.2), constrained_layout=True)
-    for name in table.columns:
-        axes.plot(table.index, table[name], marker="o", markersize=4, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(table.index, table.index)
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    _save(figure, path)
-
-
-def bar_panels(tables: dict[str, pandas.DataFrame], value: str, path: Path) -> None:
-    """One panel of bars for each table, two beside each other; `path` without suffix."""
-    rows = (len(tables) + 1) // 2
-    height = 0.9 + 0.32 * max(map(len, tables.values()))
-    figure, axes = pyplot.subplots(
-        rows, 2, figsize=(12.0, height * rows), constrained_layout=True, squeeze=False
-    )
-    for panel in axes.flat[len(tables) :]:
-        panel.set_visible(False)
-    for panel, (title, table) in zip(axes.flat, tables.items(), strict=False):
-        drawn = panel.barh(table.index, table[value], height=0.6, color="#4878a8")
-        panel.bar_label(drawn, [f"{number:.1f}" for number in table[value]], padding=4)
-        panel.invert_yaxis()
-        panel.set_xlim(right=1.2 * table[value].max())
-        panel.set_xlabel(value)
-        panel.set_title(title, fontsize=10)
     _save(figure, path)
 
 

@@ -26,6 +26,12 @@ BASELINE = "autoregressive_"  # prefix of the fields of the strategy that anothe
 # Batches that a side answers before it is the next one's turn. In the last of them the rows become fewer.
 _BATCHES_IN_TURN = 4
 
+# Fields of a strategy's result that a record has as they are.
+_RECORDED = (
+    "num_prompt_tokens", "num_decode_tokens", "stop_reason", "prefill_time", "decode_time",
+    "num_verifications", "drafted_by_position", "judged_by_position", "accepted_by_position",
+)  # fmt: skip
+
 # One of the strategies compared: the prefix of its fields in the record, what generates, and how.
 Side = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
@@ -142,14 +148,6 @@ def _fields(result: GenerationResult) -> Record:
         "prediction": result.decoded_prediction,
         "tokens": took.predicted_tokens,
         "num_tokens": result.num_tokens_generated,
-        "num_prompt_tokens": took.num_prompt_tokens,
-        "num_decode_tokens": took.num_decode_tokens,
-        "stop_reason": took.stop_reason,
-        "prefill_time": took.prefill_time,
-        "decode_time": took.decode_time,
-        "num_verifications": took.num_verifications,
+        **{name: getattr(took, name) for name in _RECORDED},
         "drafts_by_source": by_source and {source: counts._asdict() for source, counts in by_source.items()},
-        "drafted_by_position": took.drafted_by_position,
-        "judged_by_position": took.judged_by_position,
-        "accepted_by_position": took.accepted_by_position,
     }

@@ -35,24 +35,9 @@ def autoregressive(
     generator: HuggingfaceLlamaGenerator, config: GenerationConfig
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
     """The same model and settings at full depth, one token per pass: what speculation is compared with."""
-    return _same_model(generator, replace(config, generation_strategy="autoregressive", exit_layer=-1))
-
-
-def adaptive(
-    generator: HuggingfaceLlamaGenerator, config: GenerationConfig
-) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
-    """The same model and settings, with exit layer, draft length and lookups chosen round by round."""
-    chosen = replace(
-        config, generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, draft_confidence=None
-    )
-    return _same_model(generator, chosen)
-
-
-def _same_model(
-    generator: HuggingfaceLlamaGenerator, config: GenerationConfig
-) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
-    strategy = make_strategy(config.generation_strategy)
-    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), config
+    plain = replace(config, generation_strategy="autoregressive", exit_layer=-1)
+    strategy = make_strategy("autoregressive")
+    return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
 
 
 def model_name(model_args: ModelArguments) -> str:
@@ -103,8 +88,9 @@ def load_generator(
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
-    given = f" (with --model_args {model_args.model_args!r})" if model_args.model_args else ""
-    refuse(f"--{error}{given}")
+    refuse(
+        f"--{error}" + (f" (with --model_args {model_args.model_args!r})" if model_args.model_args else "")
+    )
 
 
 def know_what_was_written(generator: HuggingfaceLlamaGenerator, args: TuningArguments) -> None:

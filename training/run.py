@@ -200,7 +200,7 @@ def _save(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, float]) ->
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
     table = pandas.DataFrame({"exit_layer": range(1, model.config.num_hidden_layers + 1), **columns})
     run.replace("exits.csv", table.to_csv(index=False))
-    curves_by_exit({"": table}, list(EXIT_SCORES), run.folder / "exits")
+    curves_by_exit(table, list(EXIT_SCORES), run.folder / "exits")
     run.write("run.json", {**run.description, "status": "finished", "metrics": metrics})
     return table
 
