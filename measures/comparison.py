@@ -12,6 +12,8 @@ from scipy.stats import chi2_contingency
 from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from self_speculation import GenerationStrategyResult
+
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
 # eps in fp32, where every sum rounds, and by 2.1 eps in bf16 and fp16, where sums are kept in fp32 and only
@@ -20,6 +22,16 @@ _NEAR_TIE_IN_EPS = {torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0
 
 # Times that a token has to be expected in a sample to be counted by itself in a chi-square test.
 _RARE = 5
+
+
+def near_tie_bound(model: PreTrainedModel, largest: Any) -> Any:
+    """The largest gap between two logits that rounding may turn round, by the largest logit."""
+    return _NEAR_TIE_IN_EPS[model.dtype] * torch.finfo(model.dtype).eps * largest
+
+
+def with_end(result: GenerationStrategyResult) -> list[int]:
+    """Ids of an answer, with the one that ended it."""
+    return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ def find_difference(
         best_tokens=(int(best.indices[0]), int(best.indices[1])),
         best_logits=(float(best.values[0]), float(best.values[1])),
         gap=float(best.values[0] - logits[chosen].min()) if len(chosen) == 2 else None,
-        bound=_NEAR_TIE_IN_EPS[model.dtype] * torch.finfo(model.dtype).eps * scale,
+        bound=near_tie_bound(model, scale),
     )
 
 
@@ -112,7 +124,7 @@ def judge_greedy(model: PreTrainedModel, prompt: list[int], output: list[int]) -
     logits = _exact_logits(model, ids[:, :-1], len(output))
     chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
     gap = logits.amax(-1) - chosen  # [n]
-    bound = _NEAR_TIE_IN_EPS[model.dtype] * torch.finfo(model.dtype).eps * logits.abs().amax(-1)
+    bound = near_tie_bound(model, logits.abs().amax(-1))
     equal, allowed = int((gap == 0).sum()), int((gap <= bound).sum())
     return Judged(equal, allowed - equal, len(output) - allowed)
 

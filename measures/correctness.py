@@ -15,12 +15,12 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import NoRepeatNGramLogitsProcessor
 
 from arguments import GenerationConfig
-from measures.comparison import find_difference, same_distribution
+from measures.comparison import find_difference, same_distribution, with_end
 from measures.timed_runs import answers, windows
 from runs.examples import Job
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from self_speculation import GenerationResult, GenerationStrategyResult, HuggingfaceLlamaGenerator, Request
+from self_speculation import GenerationResult, HuggingfaceLlamaGenerator, Request
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length
 
@@ -59,8 +59,9 @@ class Ids(Job):
         """With what the prompt gives alone; raises what is wrong with either."""
         if isinstance(result, Exception):
             raise result
-        tokens = _with_end(result.generation_strategy_result)
-        references = {"autoregressive": _tokens(self._plain, prompt, self._plain_config)}
+        tokens = with_end(result.generation_strategy_result)
+        plain = self._plain.generate(prompt, self._plain_config).generation_strategy_result
+        references = {"autoregressive": with_end(plain)}
         if self.reference == "transformers":
             references["transformers"] = self._by_transformers(prompt)
         return {
@@ -79,15 +80,8 @@ class Ids(Job):
         found = [(record["index"], d) for record in records for d in record["differences"]]
         real = [d for _, d in found if not d["near_tie"]]
         identical = sum(not record["differences"] for record in records)
-        run.finish(
-            records,
-            {
-                "examples": len(records),
-                "identical": identical,
-                "near_ties": len(found) - len(real),
-                "differences": len(real),
-            },
-        )
+        counts = {"examples": len(records), "identical": identical}
+        run.finish(records, counts | {"near_ties": len(found) - len(real), "differences": len(real)})
         for index, d in found:
             print(
                 f"example {index}, token {d['position']}, against {d['reference']}: "
@@ -195,7 +189,7 @@ class Distributions(Job):
         for _, result in side.generate_batch(requests, config, self.batch_size):
             if isinstance(result, Exception):
                 raise result
-            outputs.append(_with_end(result.generation_strategy_result))
+            outputs.append(with_end(result.generation_strategy_result))
         return [output[_FIRST_DRAFTED] if len(output) > _FIRST_DRAFTED else None for output in outputs]
 
     def progress(self, records: Sequence[Record]) -> str:
@@ -216,12 +210,3 @@ class Distributions(Job):
             f"{p_value:.3g}; below {FALSE_ALARM} is a failure (false alarms: 1 run in {1 / FALSE_ALARM:.0f})"
         )
         return 1 if failed else 0
-
-
-def _tokens(generator: HuggingfaceLlamaGenerator, prompt: list[int], config: GenerationConfig) -> list[int]:
-    return _with_end(generator.generate(prompt, config).generation_strategy_result)
-
-
-def _with_end(result: GenerationStrategyResult) -> list[int]:
-    """Ids of an answer, with the one that ended it."""
-    return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])

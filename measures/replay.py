@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from measures import metrics
 from runs.records import Record
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
+
+# The fields of a record that tell of drafts, and their names in a tally.
+_COUNTED = {
+    "num_verifications": "num_verifications", "num_decode_tokens": "num_emitted",
+    "drafted_by_position": "drafted_by_position", "accepted_by_position": "accepted_by_position",
+}  # fmt: skip
 
 
 def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> Tally:
@@ -30,19 +37,11 @@ def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> Tally
     position = 1
     while position < len(matches):
         k = min(draft_length, max_tokens - position - 1)
-        right = run_length(matches, position, k)
+        right = sum(takewhile(bool, matches[position : position + k]))  # guesses in a row
         emitted = min(right + 1, len(matches) - position)
         rounds.add("exit", drafted=k, accepted=right, emitted=emitted)
         position += emitted
     return rounds
-
-
-def run_length(matches: Sequence[bool], position: int, longest: int) -> int:
-    """Right guesses in a row from a position on, at most `longest`."""
-    run = 0
-    while run < longest and position + run < len(matches) and matches[position + run]:
-        run += 1
-    return run
 
 
 def predicted_cell(
@@ -69,7 +68,7 @@ def predicted_cell(
         "mode": "predicted",
         "exit_layer": exit_layer,
         "num_speculations": draft_length,
-        **metrics.acceptance([_counted(each) for each in rounds]),
+        **metrics.acceptance([{name: getattr(each, of) for name, of in _COUNTED.items()} for each in rounds]),
         "num_tokens": sum(num_tokens),
         "total_time": sum(seconds),
         "tokens_per_second": sum(num_tokens) / sum(seconds),
@@ -115,16 +114,6 @@ def _seconds(
         record["prefill_time"] + sum(n * cost[k] for k, n in lengths.items())
         for record, lengths in zip(records, by_length, strict=True)
     ]
-
-
-def _counted(rounds: Tally) -> Record:
-    """The fields of a record that tell of drafts."""
-    return {
-        "num_verifications": rounds.num_verifications,
-        "num_decode_tokens": rounds.num_emitted,
-        "drafted_by_position": rounds.drafted_by_position,
-        "accepted_by_position": rounds.accepted_by_position,
-    }
 
 
 def _ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -17,6 +17,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from measures.comparison import with_end
 from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 from self_speculation.drafts.table import forget_what_was_learnt as forget_what_was_learnt
@@ -87,8 +88,7 @@ def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_siz
         found = dict(strategy.generate_batch(model, requests, config, batch_size))
         took = time.perf_counter() - started
         results = [the_only([(0, found[index])]) for index in range(len(prompts))]
-        ends = [[] if result.end_token_id is None else [result.end_token_id] for result in results]
-        new = [[*result.predicted_tokens, *end] for result, end in zip(results, ends, strict=True)]
+        new = [with_end(result) for result in results]
         return Answers(new, len(new), sum(result.prefill_time for result in results), took, results)
 
     return generate

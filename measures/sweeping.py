@@ -19,6 +19,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 
 from measures import metrics
 from measures.calibration import calibrate, medians
+from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import predicted_cell, within_noise
 from measures.timed_runs import BASELINE, Side, measure_examples, warm_up
@@ -112,7 +113,8 @@ class Sweep(Job):
         chosen = {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}
         run.finish(records, {**extra, "best": chosen})
         print(f"{title}; medians, from and to hold the speed-up with 90 % confidence")
-        print(_plain_text(compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)))
+        shown = compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
+        print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
         print(f"\n{self._certainty(best, within_noise(rows, best))}")
@@ -126,8 +128,8 @@ class Sweep(Job):
         """Which cells noise does not tell from the best one, in one sentence."""
         cell = f"{_short(best)} (exit/drafted)"
         if best.get("speedup_low") is None:
-            few = "turns of the calibration" if best["mode"] == "predicted" else "prompts or windows"
-            return f"Whether {cell} is the best is not known: fewer than five {few}."
+            units = "turns of the calibration" if best["mode"] == "predicted" else "prompts or windows"
+            return f"Whether {cell} is the best is not known: fewer than five {units}."
         if not others:
             return f"{cell} is the best beyond noise (90 %)."
         cells = ", ".join(map(_short, others[:_CELLS_NAMED]))
@@ -189,9 +191,7 @@ class Predicted(Sweep):
         _, plain, config = self._plain
         prompt = plain.encode(self.examples[index].prompt)
         result = plain.generate(prompt, config).generation_strategy_result
-        tokens = [*result.predicted_tokens]
-        if result.end_token_id is not None:
-            tokens.append(result.end_token_id)
+        tokens = with_end(result)
         model = self.generator.model
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
@@ -233,9 +233,9 @@ class Predicted(Sweep):
                 verified.append(self.measure_cell(cell))
             except Exception as error:
                 raise failed(_name(cell), error, self.batch_size) from error
-            print(
-                f"{_name(cell)}: {row['speedup']:.2f} predicted, {_number(verified[-1]['speedup'])} measured"
-            )
+            measured = verified[-1]["speedup"]
+            shown = "-" if measured is None else f"{measured:.2f}"
+            print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {shown} measured")
         return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
@@ -253,11 +253,3 @@ def _name(cell: Cell) -> str:
 
 def _short(row: Mapping[str, Any]) -> str:
     return f"{row['exit_layer']}/{row['num_speculations']}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _plain_text(table: pandas.DataFrame) -> str:
-    return table.to_string(index=False, float_format="{:.2f}".format, na_rep="-")

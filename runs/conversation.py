@@ -10,7 +10,6 @@ import signal
 import statistics
 import sys
 import termios
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,13 +109,11 @@ class Conversation:
     def _comparison(self, ids: list[int]) -> str:
         """Decode the prompt again by both strategies in turn, showing nothing, and say how fast each was."""
         sides = [(self._generator, self._config), autoregressive(self._generator, self._config)]
-        turns = [
-            [
-                generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
-                for generator, config in sides
-            ]
-            for _ in range(1 + _TURNS)
-        ][1:]  # the first one warms up
+
+        def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
+            return generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
+
+        turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # the first one warms up
         if not all(map(all, turns)):
             return "unwatched: answers of one token, nothing to compare"
         ours, plain = map(statistics.median, zip(*turns, strict=True))
@@ -137,9 +134,7 @@ class Interrupt:
         self._previous = signal.signal(signal.SIGINT, self._press)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
 
     def _press(self, *_: Any) -> None:

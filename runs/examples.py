@@ -190,17 +190,17 @@ def _examples_that_fit(
                 f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of "
                 f"{window} positions, which prompt and answer share"
             )
-
-    def fits(prompt: str) -> bool:
-        return not generator.is_far_too_long(prompt) and len(generator.encode(prompt)) <= room
-
     try:
-        fitting = [example for example in examples if fits(example.prompt)]
+        fitting = [
+            example
+            for example in examples
+            if not generator.is_far_too_long(example.prompt) and len(generator.encode(example.prompt)) <= room
+        ]
     except ValueError as error:
         refuse(str(error))
     if not fitting:
         refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
-    if (number := len(examples) - len(fitting)) and ranks.rank() == 0:
-        left_out = f"left out {number} of {len(examples)} examples"
-        print(f"{left_out}: prompts of more than {room} tokens", file=sys.stderr)
+    if (left_out := len(examples) - len(fitting)) and ranks.rank() == 0:
+        what = f"{left_out} of {len(examples)} examples: prompts of more than {room} tokens"
+        print(f"left out {what}", file=sys.stderr)
     return fitting

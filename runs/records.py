@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,20 @@ class Run:
     """
 
     def __init__(self, folder: Path, description: Record) -> None:
-        self.folder = folder
-        self.description = description
+        self.folder, self.description = folder, description
 
     @classmethod
     def create(cls, output_dir: str, name: str, description: Record) -> Run:
         """A new folder `name_<time>` in `output_dir`; raises RecordError where it cannot be made."""
-        folder = first = Path(output_dir).expanduser() / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        number = 0
-        while True:
+        first = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in count():  # other runs may have begun in the same second
+            folder = Path(output_dir).expanduser() / (f"{first}_{number}" if number else first)
             try:
                 folder.mkdir(parents=True)
                 break
             except OSError as error:
                 if not folder.is_dir():
                     raise _not_created(output_dir, error) from error
-                number += 1  # another run began in the same second
-                folder = first.with_name(f"{first.name}_{number}")
         run = cls(folder, description)
         run.write("run.json", {**description, "status": "running"})
         return run
@@ -78,12 +76,9 @@ class Run:
 
     def records(self) -> dict[int, Record]:
         """Every complete record by its index."""
-        found: dict[int, Record] = {}
-        for path in [*self.folder.glob("records.rank*.jsonl"), *self.folder.glob("records.jsonl")]:
-            for line in _complete(path.read_bytes()).decode().splitlines():
-                record = json.loads(line)
-                found[record["index"]] = record
-        return found
+        paths = [*self.folder.glob("records.rank*.jsonl"), *self.folder.glob("records.jsonl")]
+        lines = (line for path in paths for line in _complete(path.read_bytes()).splitlines())
+        return {record["index"]: record for record in map(json.loads, lines)}
 
     def writer(self, rank: int) -> Writer:
         return Writer(self.folder / f"records.rank{rank}.jsonl")
@@ -96,7 +91,6 @@ class Run:
             part.unlink()
 
     def write(self, name: str, content: Record) -> None:
-        """Replace a JSON file of the folder, in one step."""
         self.replace(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def replace(self, name: str, text: str) -> None:

@@ -318,7 +318,7 @@ def test_malformed_turns(tmp_path):
     ("args", "message"),
     [
         ("--num_samples 0", "--num_samples 0: must be at least 1"),
-        ("--n_shot -1", "--n_shot -1: must be 0 or more"),
+        ("--n_shot -1", "--n_shot -1: must be at least 0"),
         ("--dataset nothing", "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'"),
         ("--template x", "--template 'x': must contain {message}"),
     ],

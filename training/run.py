@@ -8,6 +8,8 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -33,7 +35,7 @@ from self_speculation.model.loading import as_if_never_quantized, load_config, r
 from training.flags import Flags
 from training.from_flags import check_precision, new_llama, training_arguments
 from training.progress import DivergedError, Progress, newest_checkpoint, step_of
-from training.texts import Padding, load_texts, to_blocks, train_tokenizer
+from training.texts import load_texts, padded, to_blocks, train_tokenizer
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, Recipe
 
 
@@ -145,9 +147,8 @@ def _open_run(flags: Flags, fingerprint: str) -> Run:
 
 def _fingerprint(*parts: datasets.Dataset) -> str:
     checksum = 0
-    for part in parts:
-        for row in part:
-            checksum = zlib.crc32(json.dumps(row).encode(), checksum)
+    for row in chain(*parts):
+        checksum = zlib.crc32(json.dumps(row).encode(), checksum)
     return f"{checksum:08x}"
 
 
@@ -175,14 +176,13 @@ def _trainer(flags: Flags, start: Start) -> EarlyExitTrainer:
     recipe = Recipe(
         **{**asdict(recipe_args), "exits": start.exits}, num_steps=args.num_steps, seed=model_args.seed
     )
-    padding = start.tokenizer.pad_token_id
     trainer = EarlyExitTrainer(
         start.model,
         recipe,
         args=training_arguments(args, model_args, start.run.folder, start.device),
         train_dataset=start.training,
         eval_dataset=start.evaluation.select(range(min(args.eval_samples, len(start.evaluation)))),
-        data_collator=Padding(0 if padding is None else padding),
+        data_collator=partial(padded, start.tokenizer.pad_token_id or 0),
         processing_class=start.tokenizer,
     )
     trainer.remove_callback(ProgressCallback)

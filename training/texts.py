@@ -42,14 +42,13 @@ def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.
     """
     rows = _read(args)
     held_out = [_is_held_out(row, args.eval_fraction) for row in rows]
-    training = rows.select([index for index, out in enumerate(held_out) if not out])
-    evaluation = rows.select([index for index, out in enumerate(held_out) if out])
-    for name, part in (("training", training), ("evaluation", evaluation)):
+    parts = [rows.select([i for i, out in enumerate(held_out) if out == wanted]) for wanted in (False, True)]
+    for name, part in zip(("training", "evaluation"), parts, strict=True):
         if not len(part):
             raise DataError(
                 f"--eval_fraction {args.eval_fraction}: leaves nothing of {len(rows)} texts for {name}"
             )
-    return training, evaluation
+    return parts[0], parts[1]
 
 
 def _read(args: TrainingDataArguments) -> datasets.Dataset:
@@ -75,8 +74,8 @@ def _read(args: TrainingDataArguments) -> datasets.Dataset:
 def _files(pattern: str) -> list[Path]:
     if (folder := Path(pattern).expanduser()).is_dir():
         suffixes = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
-        most = max(suffixes, key=lambda suffix: suffixes[suffix], default="")
-        raise DataError(f'--data_path {pattern}: is a folder; name its files: "{folder}/**/*{most}"')
+        suffix = max(suffixes, key=lambda suffix: suffixes[suffix], default="")  # the most frequent one
+        raise DataError(f'--data_path {pattern}: is a folder; name its files: "{folder}/**/*{suffix}"')
     found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not (paths := [Path(path) for path in found if Path(path).is_file()]):
         raise DataError(f"--data_path {pattern}: no such files")
@@ -136,29 +135,18 @@ def train_tokenizer(texts: datasets.Dataset, vocabulary_size: int, context: int)
     """A byte-level BPE tokenizer; `<|endoftext|>` begins, ends and pads."""
     tokenizer = Tokenizer(models.BPE())
     # Digits and line breaks stand alone, so that a prompt may end in one, and a run of spaces is one token.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("\n", "isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    lines, digits = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Digits(individual_digits=True)
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, digits, rest])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT],
+        vocab_size=vocabulary_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     columns = texts.column_names
     tokenizer.train_from_iterator(("".join(row[column] for column in columns) for row in texts), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        bos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=context,
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **special)
 
 
 def to_blocks(
@@ -172,9 +160,8 @@ def to_blocks(
     Raises:
         DataError: not one block.
     """
-    convert: Callable = (
-        partial(_pairs, tokenizer, length) if "prompt" in texts.column_names else Joined(tokenizer, length)
-    )
+    are_pairs = "prompt" in texts.column_names
+    convert: Callable = partial(_pairs, tokenizer, length) if are_pairs else Joined(tokenizer, length)
     blocks = texts.shuffle(seed).map(convert, batched=True, remove_columns=texts.column_names)
     if not len(blocks):
         raise DataError(f"--sequence_length {length}: longer than all the text there is")
@@ -198,8 +185,7 @@ class Joined:
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]]) -> dict[str, Any]:
-    blocks = []
-    labels = []
+    blocks, labels = [], []
     for prompt, response in zip(rows["prompt"], rows["response"], strict=True):
         before = tokenizer(prompt, verbose=False)["input_ids"]
         if tokenizer.eos_token_id in before[-1:]:  # some tokenizers end every text
@@ -212,16 +198,9 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list
     return {"input_ids": blocks, "labels": labels}
 
 
-class Padding:
+def padded(pad_token_id: int, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Rows of different lengths -> one batch, padded on the right, where nothing is learnt."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad = pad_token_id
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        return {
-            name: torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value
-            )
-            for name, value in (("input_ids", self._pad), ("labels", IGNORED))
-        }
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], True, value)
+        for name, value in (("input_ids", pad_token_id), ("labels", IGNORED))
+    }

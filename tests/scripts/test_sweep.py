@@ -12,7 +12,7 @@ from helpers import custom_data, no_calibration, no_pictures, only_run
 import benchmark
 import sweep
 from arguments import GenerationConfig
-from measures.replay import predicted_cell, replay, run_length, within_noise
+from measures.replay import predicted_cell, replay, within_noise
 from measures.sweeping import Measured, Predicted
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation.decoding.tally import Tally
@@ -49,14 +49,6 @@ def test_replay_ends_inside_a_draft_where_the_output_ends():
 
 def test_replay_of_one_token_has_no_round():
     assert rounds_of("1", 1, 3).num_verifications == 0
-
-
-def test_run_length():
-    matches = [False, True, True, False, True]
-    assert run_length(matches, 1, 20) == 2
-    assert run_length(matches, 1, 1) == 1
-    assert run_length(matches, 3, 20) == 0
-    assert run_length(matches, 4, 20) == 1
 
 
 def test_tally_counts_what_was_output():
@@ -223,7 +215,7 @@ def test_the_grid_is_cut_to_the_model_with_a_notice(common, tmp_path, capsys):
             "--exit_layer_first 9: must be between 1 and 3",
         ),
         (["--num_speculations_step", "0"], "--num_speculations_step 0: must be at least 1"),
-        (["--verify_top", "-1"], "--verify_top -1: must be 0 or more"),
+        (["--verify_top", "-1"], "--verify_top -1: must be at least 0"),
         (["--mode", "x"], "choose from 'predicted', 'measured'"),
     ],
 )

@@ -17,7 +17,7 @@ from data import DataError
 from self_speculation import load_model_and_tokenizer
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
-from training.texts import Padding, datasets, load_texts, to_blocks
+from training.texts import datasets, load_texts, padded, to_blocks
 from training.trainer import EarlyExitTrainer
 
 SMALL = [
@@ -345,5 +345,5 @@ def test_prompts_are_masked(byte_tokenizer):
     response = [*byte_tokenizer("cd", add_special_tokens=False)["input_ids"], byte_tokenizer.eos_token_id]
     assert block["input_ids"] == prompt + response
     assert block["labels"] == [IGNORED] * len(prompt) + response
-    batch = Padding(0)([block, {"input_ids": [5], "labels": [5]}])
+    batch = padded(0, [block, {"input_ids": [5], "labels": [5]}])
     assert batch["labels"][1].tolist() == [5] + [IGNORED] * (len(block["labels"]) - 1)
