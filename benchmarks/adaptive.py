@@ -69,9 +69,7 @@ def fixed_settings(
 ) -> dict[str, GenerationConfig]:
     """The grid, by name: exits at a twelfth to a third of the layers, and for a copy all of them as well."""
     exits = sorted({max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 4, 1 / 3)})
-    kinds: list[DraftWeights] = ["exact"]
-    if config.draft_weights != "exact":
-        kinds.append(config.draft_weights)
+    kinds: dict[DraftWeights, None] = dict.fromkeys(("exact", config.draft_weights))
     return {
         f"{kind} {layer} x {k}{' + lookup' if lookup else ''}": replace(
             config, generation_strategy="self_speculative", exit_layer=layer, num_speculations=k,
@@ -104,9 +102,8 @@ def of_sums(turns: Sequence[Mapping[str, Answers]], side: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, args = parse(
-        __doc__ or "", ModelArguments, GenerationConfig, AdaptiveArguments, args=argv
-    )
+    groups = (ModelArguments, GenerationConfig, AdaptiveArguments)
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     if config.max_steps < 2:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
     generator = load_generator(model_args, config)
@@ -117,20 +114,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for picking, workload in itertools.product(args.picking, args.workloads):
         picked = replace(config, sample=picking == "sampled")
         prompts = [[ids] for ids in given[workload][: args.num_prompts]]
-        both = {
-            name: ours(model, end_ids, strategies(picked, num_layers)[name]) for name in (PLAIN, ADAPTIVE)
-        }
+        configs = strategies(picked, num_layers)
+        both = {name: ours(model, end_ids, configs[name]) for name in (PLAIN, ADAPTIVE)}
         for side in both.values():
             side(max(prompts, key=lambda group: len(group[0])))  # warms up
         found: dict[str, Any] = {}
         if args.finalists:
-            grid = {
-                name: ours(model, end_ids, setting)
-                for name, setting in fixed_settings(picked, num_layers, args.lengths).items()
-            }
-            tried = list(
-                in_turns({PLAIN: both[PLAIN], **grid}, prompts[: args.searched], 1, seed, "searching")
-            )
+            settings = fixed_settings(picked, num_layers, args.lengths)
+            grid = {name: ours(model, end_ids, setting) for name, setting in settings.items()}
+            searched = {PLAIN: both[PLAIN], **grid}
+            tried = list(in_turns(searched, prompts[: args.searched], 1, seed, "searching"))
             best = sorted(grid, key=lambda name: typical(ratios(tried, name, PLAIN)), reverse=True)
             found = {name: grid[name] for name in best[: args.finalists]}
         forget_what_was_learnt(model)
@@ -159,10 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sources(answers: Sequence[Answers]) -> dict[str, dict[str, int]]:
     """Source -> rounds, drafted and accepted tokens of all answers."""
     of_results = (each.drafts_by_source or {} for answer in answers for each in answer.results)
-    return by_source(
-        {"drafts_by_source": {source: counts._asdict() for source, counts in each.items()}}
-        for each in of_results
-    )
+    return by_source({source: counts._asdict() for source, counts in each.items()} for each in of_results)
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -80,22 +80,18 @@ _AGREEMENT = 0.9
 
 @dataclass(frozen=True)
 class Shape:
-    num_layers: int
+    num_hidden_layers: int
     hidden_size: int
     intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
+    num_attention_heads: int
+    num_key_value_heads: int
     vocab_size: int
-    context: int
+    max_position_embeddings: int
     exit_layer: int
 
     def config(self) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_hidden_layers=self.num_layers,
-            intermediate_size=self.intermediate_size, num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads, max_position_embeddings=self.context,
-            tie_word_embeddings=False,
-        )  # fmt: skip
+        sizes = {name: size for name, size in asdict(self).items() if name != "exit_layer"}
+        return LlamaConfig(**sizes, tie_word_embeddings=False)
 
 
 SHAPES = {
@@ -138,7 +134,7 @@ class GpuArguments:
         check(self, "minutes", 0 <= self.minutes <= 8.5, "must be between 0 and 8.5")
         at_least(self, 1, "batch_size", "num_speculations", "rounds")
         at_least(self, 16, "new_tokens")
-        longest = SHAPES[self.model_shape].context - self.new_tokens
+        longest = SHAPES[self.model_shape].max_position_embeddings - self.new_tokens
         fits = all(16 <= length <= longest for length in self.prompts)
         check(self, "prompts", fits, f"must be between 16 and {longest}")
 
@@ -268,7 +264,8 @@ class Table:
     def add(self, task: Task, found: dict[str, Measured]) -> None:
         """A row for each side that answered something or failed."""
         length, size = task.place
-        shown = [row["side"] for row in self.rows if _place(row) == (length, size, task.compiled)]
+        place = {"prompt": length, "batch_size": size, "compiled": task.compiled}
+        shown = [row["side"] for row in self.rows if place.items() <= row.items()]
         found = {n: seen for n, seen in found.items() if (seen.answers or seen.error) and n not in shown}
         for name, seen in found.items():
             speeds = [answers.decode_tokens_per_second for answers in seen.answers]
@@ -278,7 +275,6 @@ class Table:
             print(f"\nprompts of {length}, batch {size}, {how}\n{_HEADING}")
         for name, seen in found.items():
             figures = self._figures(task, name, seen) if seen.answers else {}
-            place = {"prompt": length, "batch_size": size, "compiled": task.compiled}
             row = {"index": len(self.rows), **place, "side": name, "error": seen.error, **figures}
             self.rows.append(row)
             self._writer.append(row)
@@ -345,10 +341,6 @@ def _shown(row: Record) -> str:
     ]
     ids = "-" if row["ids"] is None else row["ids"]["wrong"] or "="
     return f"{row['side']:<22}" + "".join(cells) + f"{ids:>4}"
-
-
-def _place(row: Record) -> tuple[int, int, bool]:
-    return row["prompt"], row["batch_size"], row["compiled"]
 
 
 def described(error: BaseException) -> str:

@@ -87,9 +87,8 @@ class SideBySideArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, args = parse(
-        __doc__ or "", ModelArguments, GenerationConfig, SideBySideArguments, args=argv
-    )
+    groups = (ModelArguments, GenerationConfig, SideBySideArguments)
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     config = replace(config, generation_strategy="self_speculative", sample=False)
     if config.max_steps < 2:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
@@ -100,11 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for size in args.batch_size:
         rows += compare(generator, config, prompts, size, args.rounds, model_args.seed, copies)
-    device = (
-        torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else f"{model.device}, {torch.get_num_threads()} threads"
-    )
+    device = f"{model.device}, {torch.get_num_threads()} threads"
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
     name, dtype = Path(model_name(model_args)).name, str(model.dtype).removeprefix("torch.")
     if args.picture is not None:
         path = Path(args.picture)
@@ -181,7 +178,7 @@ def compare(
     turns = list(in_turns(sides, groups, rounds, seed, f"batches of {size}"))
 
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    ids = {name: [each[name].ids for each in turns] for name in sides}
+    ids = {name: [ids for each in turns for ids in each[name].ids] for name in sides}
     rows = []
     for name in sides:
         own = [each[name] for each in turns]
@@ -194,31 +191,18 @@ def compare(
         elif name == EARLY_EXIT:
             share = ((per_pass[name] or 1.0) - 1) / config.num_speculations
         low, middle, high = quartiles([answers.tokens_per_second for answers in own])
+        decode = [answers.decode_tokens_per_second for answers in own if answers.num_decoded]
         rows.append(
             {
-                "batch_size": size,
-                "side": name,
-                **_ratio("ratio", turns, name, TRANSFORMERS),
-                **_ratio("ratio_to_plain", turns, name, PLAIN),
-                "tokens/s": middle,
-                "low": low,
-                "high": high,
-                "decode_tokens/s": statistics.median(
-                    answers.decode_tokens_per_second for answers in own if answers.num_decoded
-                ),
+                "batch_size": size, "side": name,
+                **_ratio("ratio", turns, name, TRANSFORMERS), **_ratio("ratio_to_plain", turns, name, PLAIN),
+                "tokens/s": middle, "low": low, "high": high, "decode_tokens/s": statistics.median(decode),
                 "tokens/s_of_sums": sum(a.num_tokens for a in own) / sum(a.total_time for a in own),
-                "tokens_per_pass": per_pass[name],
-                "acceptance": share,
-                "weights_mb": held / 1e6,
-                "added_mib": added[name],
-                "same_ids": sum(
-                    a == b
-                    for each, plain in zip(ids[name], ids[PLAIN], strict=True)
-                    for a, b in zip(each, plain, strict=True)
-                ),
-                "answers": sum(map(len, ids[name])),
+                "tokens_per_pass": per_pass[name], "acceptance": share, "weights_mb": held / 1e6,
+                "added_mib": added[name], "answers": len(ids[name]),
+                "same_ids": sum(own == plain for own, plain in zip(ids[name], ids[PLAIN], strict=True)),
             }
-        )
+        )  # fmt: skip
     show(rows)
     return rows
 

@@ -8,7 +8,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import pandas
 import torch
@@ -125,7 +124,7 @@ def acceptance(records: Sequence[Record]) -> Record:
         "num_drafted": sum(drafted),
         "num_accepted": sum(accepted),
         "num_verifications": rounds,
-        "drafts_by_source": by_source(records),
+        "drafts_by_source": by_source(record.get("drafts_by_source", {}) for record in records),
     }
 
 
@@ -175,11 +174,11 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def by_source(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Rounds, drafted and accepted tokens of each source of drafts, in the order of their names."""
+def by_source(answers: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Of the `drafts_by_source` of answers: rounds, drafted and accepted tokens of each, sorted by name."""
     totals: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in records:
-        for source, counts in record.get("drafts_by_source", {}).items():
+    for answer in answers:
+        for source, counts in answer.items():
             totals[source].update(counts)
     return {source: dict(totals[source]) for source in sorted(totals)}
 

@@ -98,15 +98,13 @@ class TimingStreamer:
     """A streamer of transformers that notes when it is given how many ids; the prompts come first."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
-        self.counts: list[int] = []
+        self.given: list[tuple[float, int]] = []
 
     def put(self, ids: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        self.counts.append(ids.numel())
+        self.given.append((time.perf_counter(), ids.numel()))
 
     def end(self) -> None:
-        self.times.append(time.perf_counter())
+        """The answer is there."""
 
 
 def theirs(
@@ -144,9 +142,11 @@ def theirs(
                     ids, attention_mask=mask, max_new_tokens=config.max_steps, pad_token_id=0,
                     eos_token_id=list(end_ids) or None, streamer=streamer, **picking, **options,
                 )  # fmt: skip
-            new += [_up_to_the_end(row, end_ids) for row in output[:, width:].tolist()]
-            num_first += streamer.counts[1]
-            prefill += streamer.times[1] - started
+            for row in output[:, width:].tolist():  # what follows an end id is padding
+                end = next((place for place, token in enumerate(row) if token in end_ids), len(row))
+                new.append(row[: end + 1])
+            first_at, number = streamer.given[1]
+            num_first, prefill = num_first + number, prefill + first_at - started
         return Answers(new, num_first, prefill, time.perf_counter() - began)
 
     return generate
@@ -163,12 +163,6 @@ def early_exit(model: Any, end_ids: Sequence[int], config: GenerationConfig) -> 
         "assistant_confidence_threshold": 0.0,
     }
     return theirs(model, end_ids, config, assistant=assistant, assistant_early_exit=config.exit_layer)
-
-
-def _up_to_the_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """What was generated of a padded row, the end id included."""
-    end = next((position for position, token in enumerate(ids) if token in end_ids), len(ids))
-    return ids[: end + 1]
 
 
 def in_turns(
@@ -213,11 +207,9 @@ def accepted(answers: Sequence[Answers]) -> tuple[float | None, float | None]:
 
     None where nothing was verified, or drafted.
     """
-    results = [result for each in answers for result in each.results]
-    verified = sum(result.num_verifications or 0 for result in results)
-    drafted = sum(result.num_drafted or 0 for result in results)
-    decoded = sum(result.num_decode_tokens for result in results)
-    kept = sum(result.num_accepted or 0 for result in results)
+    names = ("num_decode_tokens", "num_verifications", "num_accepted", "num_drafted")
+    counts = [[getattr(result, name) or 0 for name in names] for each in answers for result in each.results]
+    decoded, verified, kept, drafted = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0, 0)
     return decoded / verified if verified else None, kept / drafted if drafted else None
 
 
