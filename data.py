@@ -171,14 +171,11 @@ def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
 
 
 def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example]:
-    examples = []
-    for place, row in rows:
-        clean = {
-            column: _turns(place, row) if column == "data" else cell(place, row, column)
-            for column in dataset.columns
-        }
-        examples += [Example(prompt, reference, clean) for prompt, reference in dataset.pairs(clean)]
-    return examples
+    def read(place: str, row: Row, column: str) -> Any:
+        return _turns(place, row) if column == "data" else cell(place, row, column)
+
+    clean = [{column: read(place, row, column) for column in dataset.columns} for place, row in rows]
+    return [Example(*pair, row) for row in clean for pair in dataset.pairs(row)]
 
 
 def cell(place: str, row: Row, column: str) -> str:

@@ -16,27 +16,15 @@ that is finished.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_type_hints
 
-from arguments import ModelArguments, parse, refuse
+from arguments import parse, refuse
 from runs.program import run
-from training.flags import (
-    Flags,
-    NewModelArguments,
-    OptimizationArguments,
-    RecipeArguments,
-    TrainingDataArguments,
-)
+from training.flags import Flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    groups = (
-        ModelArguments,
-        NewModelArguments,
-        TrainingDataArguments,
-        RecipeArguments,
-        OptimizationArguments,
-    )
-    flags = Flags(*parse(__doc__ or "", *groups, args=argv))
+    flags = Flags(*parse(__doc__ or "", *get_type_hints(Flags).values(), args=argv))
     for name, only in (("parallel", "data"), ("quantization", "none")):
         if (value := getattr(flags.model, name)) != only:
             refuse(f"--{name} {value}: training knows {only} only")

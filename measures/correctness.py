@@ -113,15 +113,10 @@ class Ids(Job):
         gap = found.gap if found.gap is None or math.isfinite(found.gap) else None  # JSON knows no infinity
         decode = self.generator.tokenizer.decode
         return {
-            "reference": name,
-            **dataclasses.asdict(found),
-            "gap": gap,
-            "near_tie": found.near_tie,
-            "tokens": tokens[shown],
-            "reference_tokens": reference[shown],
-            "text": decode(tokens[shown]),
-            "reference_text": decode(reference[shown]),
-        }
+            "reference": name, **dataclasses.asdict(found), "gap": gap, "near_tie": found.near_tie,
+            "tokens": tokens[shown], "text": decode(tokens[shown]),
+            "reference_tokens": reference[shown], "reference_text": decode(reference[shown]),
+        }  # fmt: skip
 
     @torch.inference_mode()
     def _by_transformers(self, prompt: list[int]) -> list[int]:
@@ -138,15 +133,11 @@ class Ids(Job):
         own, model.generation_config = model.generation_config, TransformersGenerationConfig()
         try:
             output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=min(config.max_steps, room),
-                eos_token_id=end_ids or None,
-                pad_token_id=end_ids[0] if end_ids else 0,
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                max_new_tokens=min(config.max_steps, room), eos_token_id=end_ids or None,
                 no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
                 stopping_criteria=[ends] if config.stop_words else None,
-            )
+            )  # fmt: skip
         finally:
             model.generation_config = own
         return output[0, len(prompt) :].tolist()

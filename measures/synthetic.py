@@ -39,10 +39,8 @@ def random_llama(
         wanted = math.sqrt(low * high)
         scale_down(model, exit_layer, wanted / scale)
         scale = wanted
-        if (found := _agreement(model, exit_layer, ids)) < agreement:
-            high = scale
-        else:
-            low = scale
+        is_low = (found := _agreement(model, exit_layer, ids)) < agreement
+        low, high = (low, scale) if is_low else (scale, high)
     return model, found
 
 

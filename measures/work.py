@@ -22,11 +22,11 @@ def work_per_token(device: torch.device, first: Callable[[], int], more: Callabl
         first, more: two answers to one prompt, the second of them longer; each returns its number of tokens.
             What they have in common, the pass over the prompt, does not count.
     """
-    few, before = _profiled(device, first)
-    many, after = _profiled(device, more)
-    if not after.kernels or many == few:
+    num_first, before = _profiled(device, first)
+    num_more, after = _profiled(device, more)
+    if not after.kernels or num_more == num_first:
         return None
-    return Work(*((b - a) / (many - few) for a, b in zip(before, after, strict=True)))
+    return Work(*((b - a) / (num_more - num_first) for a, b in zip(before, after, strict=True)))
 
 
 def _profiled(device: torch.device, call: Callable[[], int]) -> tuple[int, Work]:

@@ -33,7 +33,7 @@ from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
 from self_speculation.model.loading import as_if_never_quantized, load_config, resolve_device
 from training.flags import Flags
-from training.from_flags import check_precision, new_llama, training_arguments
+from training.from_flags import check_precision, new_llama, trainer_settings
 from training.progress import DivergedError, Progress, newest_checkpoint, step_of
 from training.texts import load_texts, padded, to_blocks, train_tokenizer
 from training.trainer import EXIT_SCORES, EarlyExitTrainer, Recipe
@@ -56,8 +56,7 @@ def train(flags: Flags) -> int:
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         metrics = trainer.evaluate(start.evaluation)
         if trainer.is_world_process_zero():
-            table = _save(start, trainer, metrics)
-            _show(start.run, table, metrics)
+            _save_and_show(start, trainer, metrics)
     except DivergedError as error:
         print(error, file=sys.stderr)
         return 1
@@ -179,7 +178,7 @@ def _trainer(flags: Flags, start: Start) -> EarlyExitTrainer:
     trainer = EarlyExitTrainer(
         start.model,
         recipe,
-        args=training_arguments(args, model_args, start.run.folder, start.device),
+        args=trainer_settings(args, model_args, start.run.folder, start.device),
         train_dataset=start.training,
         eval_dataset=start.evaluation.select(range(min(args.eval_samples, len(start.evaluation)))),
         data_collator=partial(padded, start.tokenizer.pad_token_id or 0),
@@ -190,8 +189,8 @@ def _trainer(flags: Flags, start: Start) -> EarlyExitTrainer:
     return trainer
 
 
-def _save(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, float]) -> pandas.DataFrame:
-    """Write the model, its tokenizer, the scores of all exits and their plot; returns those scores."""
+def _save_and_show(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, float]) -> None:
+    """Write the model, its tokenizer, the scores of all exits and their plot; print those scores."""
     run = start.run
     model = trainer.accelerator.unwrap_model(trainer.model)
     del model.forward  # gives the loss of all exits; without it, the one of the class is back
@@ -202,10 +201,6 @@ def _save(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, float]) ->
     run.replace("exits.csv", table.to_csv(index=False))
     curves_by_exit(table, list(EXIT_SCORES), run.folder / "exits")
     run.write("run.json", {**run.description, "status": "finished", "metrics": metrics})
-    return table
-
-
-def _show(run: Run, table: pandas.DataFrame, metrics: dict[str, float]) -> None:
     print(table.to_string(index=False, float_format="{:.3f}".format))
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
     print(f"\n{run.folder}/: model, exits.csv, exits.png, log.csv, run.json")
