@@ -131,12 +131,13 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     examples = _examples(dataset, _rows(source, dataset.split))
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
-    if args.n_shot and dataset.shots_split is not None and _has_split(source, dataset.shots_split):
+    split = dataset.shots_split
+    if args.n_shot and split and (isinstance(source, tuple) or any(source.glob(f"{split}.*"))):
         # Only numbers are shuffled, and only the rows that are needed become examples.
         def chosen(number: int) -> list[int]:
             return _shuffled(range(number), args.random_shuffle, f"shots {seed}")[: args.n_shot]
 
-        shots = _examples(dataset, _rows(source, dataset.shots_split, chosen))
+        shots = _examples(dataset, _rows(source, split, chosen))
     if args.n_shot and not shots:  # no training split: examples serve as shots, and are not evaluated
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
@@ -203,10 +204,6 @@ def _value(place: str, row: Row, column: str) -> Any:
         found = ", ".join(map(str, row)) or "none"
         raise DataError(f"{place}: no column {column!r}; found: {found}")
     return row[column]
-
-
-def _has_split(source: tuple[str, ...] | Path, split: str) -> bool:
-    return isinstance(source, tuple) or (source.is_dir() and any(source.glob(f"{split}.*")))
 
 
 def _rows(

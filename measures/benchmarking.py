@@ -94,9 +94,8 @@ class Benchmark(Job):
         if self.batch_size > 1 or self.config.generation_strategy == "adaptive":
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
         exit_layer, k = self.config.exit_layer, self.config.num_speculations
-        costs = Costs.estimated(
-            self.generator.model, exit_layer, self.config.draft_weights, self.config.draft_vocabulary
-        )
+        drafts = (exit_layer, self.config.draft_weights, self.config.draft_vocabulary)
+        costs = Costs.estimated(self.generator.model, *drafts)
         return {
             "token_acceptance": alpha,
             "draft_cost_ratio": costs.draft_ratio(exit_layer),

@@ -56,10 +56,9 @@ def predicted_cell(
         costs: medians of the calibration.
         turns: the costs that its single turns say, which tell how far noise goes.
     """
-    rounds = [
-        replay([match == "1" for match in r["matches"][str(exit_layer)]], r["max_tokens"], draft_length)
-        for r in records
-    ]
+    matches = [[match == "1" for match in record["matches"][str(exit_layer)]] for record in records]
+    limits = [record["max_tokens"] for record in records]
+    rounds = [replay(*output, draft_length) for output in zip(matches, limits, strict=True)]
     num_tokens = [record["num_tokens"] for record in records]
     seconds = _seconds(records, rounds, costs, exit_layer)
     by_turn = [_speedup(records, rounds, turn, exit_layer) for turn in turns]

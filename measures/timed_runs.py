@@ -60,14 +60,12 @@ def run_every_pass(
     ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]
     # Rows of different lengths, as those of a batch are. There is room for all of max_steps, and the outputs
     # end long before; end ids are left out too.
-    rows = [
-        Request(ids[row % len(ids) :], ends_text=lambda tokens: len(tokens) >= num_tokens)
-        for row in range(batch_size)
-    ]
+    rows = [ids[row % len(ids) :] for row in range(batch_size)]
+    requests = [Request(row, ends_text=lambda tokens: len(tokens) >= num_tokens) for row in rows]
     endless = replace(config, stop_words=None, stop_token_ids=None)
 
     def generate(settings: GenerationConfig) -> None:
-        for _, result in strategy.generate_batch(model, rows, settings, batch_size):
+        for _, result in strategy.generate_batch(model, requests, settings, batch_size):
             if isinstance(result, Exception):
                 raise result
 

@@ -41,7 +41,8 @@ def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.
         DataError: no such files or dataset, or columns that are neither.
     """
     rows = _read(args)
-    held_out = [_is_held_out(row, args.eval_fraction) for row in rows]
+    drawn = [zlib.crc32("\0".join(map(str, row.values())).encode()) / 2**32 for row in rows]  # from 0 to 1
+    held_out = [number < args.eval_fraction for number in drawn]
     parts = [rows.select([i for i, out in enumerate(held_out) if out == wanted]) for wanted in (False, True)]
     for name, part in zip(("training", "evaluation"), parts, strict=True):
         if not len(part):
@@ -125,10 +126,6 @@ def standard_library() -> Iterator[str]:
                 text = file.read()
             if text.strip():
                 yield text
-
-
-def _is_held_out(row: dict[str, str], fraction: float) -> bool:
-    return zlib.crc32("\0".join(map(str, row.values())).encode()) < fraction * 2**32
 
 
 def train_tokenizer(texts: datasets.Dataset, vocabulary_size: int, context: int) -> PreTrainedTokenizerBase:
