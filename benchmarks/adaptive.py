@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from measures.metrics import by_source, quartiles
-from measures.sides import ADAPTIVE, PLAIN, Answers, forget_what_was_learnt, in_turns, ours, strategies
+from measures.sides import ADAPTIVE, PLAIN, Answers, in_turns, ours, strategies
 from measures.workloads import NAMES, workloads
 from runs.program import run
 from runs.startup import load_generator, model_name
 from self_speculation.config import DraftWeights
+from self_speculation.drafts.table import forget_what_was_learnt
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,9 @@ def _table(summary: Record) -> list[str]:
 
     unit, num_ranks = _unit(summary), summary["num_ranks"]
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
-    title = f"{summary['num_examples']} examples"
-    if unit == "windows":
-        title += f", batches of {', '.join(map(str, summary['batch_sizes']))}"
-    if num_ranks > 1:
-        title += f", {num_ranks} ranks"
+    several, batches = num_ranks > 1, ", ".join(map(str, summary["batch_sizes"]))
+    title = f"{summary['num_examples']} examples" + (f", batches of {batches}" if unit == "windows" else "")
+    title += f", {num_ranks} ranks" if several else ""
     rows = [row(title, *["this strategy", "autoregressive"][: len(sides)])]
     if compared := summary.get("comparison"):
         middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
@@ -134,7 +132,6 @@ def _table(summary: Record) -> list[str]:
             rows.append(row("speed-up, decode, median", compared["decode_speedup"]))
             rows.append(row("  what the formula allows", compared["predicted_decode_speedup"]))
         rows.append(row("identical outputs", f"{compared['identical_outputs']} of {summary['num_examples']}"))
-    several = num_ranks > 1
     by_whom = f"{num_ranks} ranks together" if several else "all tokens by wall time"
     alone = "median answer" if unit == "examples" else "beside other rows"
     for name, key, style in (

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from measures.comparison import with_end
 from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
-from self_speculation.drafts.table import forget_what_was_learnt as forget_what_was_learnt
 from self_speculation.generator_base import the_only
 from self_speculation.model.compiled import compile_decoding, decode_eagerly
 

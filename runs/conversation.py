@@ -33,9 +33,9 @@ if TYPE_CHECKING:  # it takes a quarter of a second to import, which one prompt 
 
 _TURNS = 3  # of a comparison: one alone says what the machine did meanwhile
 
-# What a line that begins with a slash does; everything else is a prompt.
-_COMMANDS = {"/help": "lists commands and keys", "/exit": "leaves"}
-_KEYS = """Enter      sends the prompt
+_HELP = """/help      lists commands and keys
+/exit      leaves
+Enter      sends the prompt
 Alt-Enter  begins a new line, as a backslash at the end and Enter do
 Ctrl-C     stops an answer
 Ctrl-D     leaves"""
@@ -181,7 +181,8 @@ def converse(talk: Conversation) -> int:
         if re.fullmatch(r"\s*/\w*\s*", prompt):
             if (command := prompt.strip()) == "/exit":
                 return 0
-            print(_said_to(command), file=sys.stderr)
+            unknown = f"{command}: no such command, there are /help, /exit"
+            print(_HELP if command == "/help" else unknown, file=sys.stderr)
             continue
         try:
             talk.answer(prompt)
@@ -229,13 +230,6 @@ def _ask(session: PromptSession[str]) -> str:
     clear_typeahead(session.input)  # those that came together with the last ones
     termios.tcflush(sys.stdin, termios.TCIFLUSH)
     return session.prompt(">>> ", prompt_continuation="... ")
-
-
-def _said_to(command: str) -> str:
-    """What is said to a command that does not leave."""
-    if command not in _COMMANDS:
-        return f"{command}: no such command, there are {', '.join(_COMMANDS)}"
-    return "\n".join([*(f"{name:<10} {what}" for name, what in _COMMANDS.items()), _KEYS])
 
 
 def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:

@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 from arguments import ModelArguments, at_least, check
 
 # What was done before is the beginning of what is done then.
-MAY_GROW = {"resume": lambda run, was, now: None if isinstance(was, int) and now > was else "only more go on"}
+MAY_GROW = {
+    "resume": lambda run, was, now: None if isinstance(was, int) and now > was else "it may only grow"
+}
 
 
 @dataclass(frozen=True)

@@ -101,15 +101,20 @@ def _prepare(flags: Flags) -> Start:
     texts = load_texts(data_args)
     run = _open_run(flags, _fingerprint(*texts))
     checkpoint = newest_checkpoint(run.folder)
+    length = data_args.sequence_length
     if config is None:
-        tokenizer = _new_tokenizer(shape.vocabulary_size, data_args.sequence_length, texts[0], checkpoint)
-        model = new_llama(shape, tokenizer, data_args.sequence_length, model_args.seed)
+        if checkpoint is not None:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        else:  # rank 0 trains one for all
+            first = ranks.rank() == 0
+            tokenizer = ranks.share(
+                train_tokenizer(texts[0], shape.vocabulary_size, length) if first else None
+            )
+        model = new_llama(shape, tokenizer, length, model_args.seed)
     else:
         model, tokenizer = _model_to_go_on_with(model_args, config)
     run.description |= describe_model(model_args.model or "a new Llama", model)
-    training, evaluation = (
-        to_blocks(part, tokenizer, data_args.sequence_length, model_args.seed) for part in texts
-    )
+    training, evaluation = (to_blocks(part, tokenizer, length, model_args.seed) for part in texts)
     if ranks.rank() == 0:
         epochs = args.num_steps * args.batch_size * args.gradient_accumulation * ranks.world_size()
         print(
@@ -149,15 +154,6 @@ def _fingerprint(*parts: datasets.Dataset) -> str:
     for row in chain(*parts):
         checksum = zlib.crc32(json.dumps(row).encode(), checksum)
     return f"{checksum:08x}"
-
-
-def _new_tokenizer(
-    vocabulary_size: int, context: int, texts: datasets.Dataset, checkpoint: Path | None
-) -> PreTrainedTokenizerBase:
-    """Train a tokenizer at rank 0 for all ranks; a resumed training has one in its checkpoint."""
-    if checkpoint is not None:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    return ranks.share(train_tokenizer(texts, vocabulary_size, context) if ranks.rank() == 0 else None)
 
 
 def _model_to_go_on_with(
