@@ -86,15 +86,15 @@ class RecipeArguments:
         check(self, "early_exit_scale", self.early_exit_scale >= 0, "must be 0 or more")
         at_least(self, 1, "rotation")
 
-    def exit_layers(self, num_layers: int) -> tuple[int, ...]:
+    def exit_layers(self, num_layers: int) -> list[int]:
         """Those that learn; raises ValueError where the model has no such exit."""
         if self.early_exit_scale == 0:
-            return ()
+            return []
         exits = self.exits or range(1, num_layers)
         known = all(1 <= exit < num_layers for exit in exits)
         allowed = f"must be between 1 and {num_layers - 1}, the last layer learns anyway"
         check(self, "exits", known, allowed)
-        return tuple(sorted(set(exits)))
+        return sorted(set(exits))
 
 
 @dataclass(frozen=True)

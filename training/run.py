@@ -6,8 +6,7 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -36,7 +35,7 @@ from training.flags import Flags
 from training.from_flags import check_precision, new_llama, trainer_settings
 from training.progress import DivergedError, Progress, newest_checkpoint, step_of
 from training.texts import load_texts, padded, to_blocks, train_tokenizer
-from training.trainer import EXIT_SCORES, EarlyExitTrainer, Recipe
+from training.trainer import EXIT_SCORES, EarlyExitTrainer
 
 
 def train(flags: Flags) -> int:
@@ -79,7 +78,7 @@ class Start:
     device: torch.device
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    exits: Sequence[int]  # those that learn
+    exits: list[int]  # those that learn
     training: datasets.Dataset  # blocks of ids
     evaluation: datasets.Dataset
     checkpoint: Path | None  # to go on from
@@ -168,12 +167,9 @@ def _model_to_go_on_with(
 
 def _trainer(flags: Flags, start: Start) -> EarlyExitTrainer:
     model_args, _, _, recipe_args, args = flags
-    recipe = Recipe(
-        **{**asdict(recipe_args), "exits": start.exits}, num_steps=args.num_steps, seed=model_args.seed
-    )
     trainer = EarlyExitTrainer(
         start.model,
-        recipe,
+        replace(recipe_args, exits=start.exits),
         args=trainer_settings(args, model_args, start.run.folder, start.device),
         train_dataset=start.training,
         eval_dataset=start.evaluation.select(range(min(args.eval_samples, len(start.evaluation)))),

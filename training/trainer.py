@@ -1,13 +1,12 @@
 """A transformers.Trainer that drops layers and teaches early exits by the recipe.
 
-Knows nothing of files or flags. What is drawn depends on seed and step alone, so that all ranks drop the same
+Knows nothing of files. What is drawn depends on seed and step alone, so that all ranks drop the same
 layers and a resumed run goes on as if it had never stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,64 +14,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 from training import recipe
+from training.flags import RecipeArguments
 
 # The means that `evaluate` gives of each exit; agreement: how often it guesses as the last layer does.
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What `RecipeArguments` says, for a model and a training.
-
-    Args:
-        exits: exit layers that learn, each from 1 to L-1.
-        num_steps: T, of the whole training.
-        seed: of what is dropped.
-    """
-
-    layer_dropout: float
-    dropout_schedule: str
-    early_exit_scale: float
-    exit_loss: str
-    exit_weighting: str
-    curriculum: str
-    rotation: int
-    exits: Sequence[int]
-    num_steps: int
-    seed: int
-
-
 def early_exit_loss(
     model: PreTrainedModel,
-    settings: Recipe,
+    settings: RecipeArguments,
     input_ids: Tensor,
     labels: Tensor,
     step: int,
     micro_step: int,
+    num_steps: int,
+    seed: int,
     num_items_in_batch: Tensor | None = None,
     **_: Any,
 ) -> dict[str, Tensor]:
     """J of one micro-batch [B, T] (eq. 4), as a model's `forward` returns its loss.
 
     Args:
+        settings: with the exit layers that learn, each from 1 to L-1.
+        num_steps: T, of the whole training.
+        seed: of what is dropped.
         num_items_in_batch: labels of all micro-batches of the step; without it, of this one.
     """
     num_layers = model.config.num_hidden_layers
-    # In evaluation nothing is dropped.
-    rates = recipe.dropout_rates(
-        num_layers,
-        settings.layer_dropout if model.training else 0.0,
-        settings.dropout_schedule,
-        step,
-        settings.num_steps,
-    )
-    kept = recipe.draw_kept(rates, len(input_ids), (settings.seed, step, micro_step))
+    dropout = settings.layer_dropout if model.training else 0.0
+    rates = recipe.dropout_rates(num_layers, dropout, settings.dropout_schedule, step, num_steps)
+    kept = recipe.draw_kept(rates, len(input_ids), (seed, step, micro_step))
     enabled = recipe.enabled_exits(
-        settings.exits, num_layers, settings.curriculum, settings.rotation, step, settings.num_steps
+        settings.exits or (), num_layers, settings.curriculum, settings.rotation, step, num_steps
     )
     weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, settings.exit_weighting)
     states = enumerate(hidden_after_each_layer(model, input_ids, kept), 1)
@@ -118,13 +95,15 @@ class EarlyExitTrainer(Trainer):
 
     control: TrainerControl
 
-    def __init__(self, model: PreTrainedModel, settings: Recipe, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, settings: RecipeArguments, args: TrainingArguments, **kwargs: Any
+    ) -> None:
         # Replaced on the instance, the model keeps its class, and DistributedDataParallel, autocast and
         # checkpoints take the loss of all exits for the model's own.
-        model.forward = partial(early_exit_loss, model, settings)
+        model.forward = partial(early_exit_loss, model, settings, num_steps=args.max_steps, seed=args.seed)
         self._micro_steps: Iterator[int] = iter(())
         self._counted_step = -1
-        super().__init__(model=model, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         step = self.state.global_step

@@ -1,21 +1,26 @@
 """The formulas of the recipe against values computed by hand, and the loss against finite differences."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import assert_close, tiny_llama
 
 from self_speculation.model.whole_texts import hidden_after_each_layer
-from training import recipe
+from training import recipe, trainer
+from training.flags import RecipeArguments
 from training.recipe import IGNORED
-from training.trainer import Recipe, early_exit_loss, exit_scores
+from training.trainer import exit_scores
 
-PAPER = Recipe(0.0, "constant", 0.2, "label", "depth", "all", 1, (1, 2, 3), 10, seed=0)
+early_exit_loss = partial(trainer.early_exit_loss, num_steps=10, seed=0)
+
+PAPER = RecipeArguments(0.0, "constant", 0.2, "label", "depth", "all", 1, [1, 2, 3])
 
 
 def settings(**changes):
-    return Recipe(**{**PAPER.__dict__, **changes})
+    return replace(PAPER, **changes)
 
 
 def test_dropout_rises_with_depth():
