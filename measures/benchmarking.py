@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from measures import metrics, remarks
 from measures.text_quality import pass_at_1, text_quality
-from measures.timed_runs import BASELINE, Side, measure_examples, warm_up
+from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt
 from runs.records import Record, Run
@@ -35,7 +35,7 @@ class Benchmark(Job):
     verbose: bool
 
     def __post_init__(self) -> None:
-        self._sides: list[Side] = [("", self.generator, self.config)]
+        self._sides: list[TimedSide] = [("", self.generator, self.config)]
         if self.compare:
             self._sides.append((BASELINE, *autoregressive(self.generator, self.config)))
 

@@ -22,7 +22,7 @@ from measures.calibration import calibrate, medians
 from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import predicted_cell, within_noise
-from measures.timed_runs import BASELINE, Side, measure_examples, warm_up
+from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import Job, longest_prompt
 from runs.failures import failed
 from runs.records import Record, Run
@@ -61,7 +61,7 @@ class Sweep(Job):
     mode = ""  # of the grid's cells
 
     def __post_init__(self) -> None:
-        self._plain: Side = (BASELINE, *autoregressive(self.generator, self.config))
+        self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
 
     def warm_up(self) -> None:
         """Of plain decoding, which both time; each cell has a warm-up of its own."""
@@ -71,7 +71,7 @@ class Sweep(Job):
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by plain decoding, in turn."""
         config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
-        sides: list[Side] = [("", self.generator, config), self._plain]
+        sides: list[TimedSide] = [("", self.generator, config), self._plain]
         warm_up(sides, longest_prompt(self.examples), self.batch_size)
         records = []
         requests = self.requests(range(len(self.examples)))

@@ -33,10 +33,10 @@ _RECORDED = (
 )  # fmt: skip
 
 # One of the strategies compared: the prefix of its fields in the record, what generates, and how.
-Side = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
+TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
-def warm_up(sides: Sequence[Side], prompt: str | list[int], batch_size: int = 1) -> None:
+def warm_up(sides: Sequence[TimedSide], prompt: str | list[int], batch_size: int = 1) -> None:
     """Run each pass that will be timed three times by each side, with no more tokens than that takes.
 
     Args:
@@ -77,7 +77,7 @@ def run_every_pass(
 
 
 def measure_examples(
-    sides: Sequence[Side], requests: Mapping[int, Request], batch_size: int
+    sides: Sequence[TimedSide], requests: Mapping[int, Request], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Answer each request by each side, and time it.
 
@@ -125,7 +125,7 @@ def windows(requests: Mapping[int, Request], batch_size: int, num_sides: int) ->
 
 
 def _measured(
-    side: Side, window: Mapping[int, Request], batch_size: int
+    side: TimedSide, window: Mapping[int, Request], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Index and fields of each answer of one side, the names of fields with its prefix."""
     prefix, generator, config = side

@@ -10,6 +10,7 @@ import signal
 import statistics
 import sys
 import termios
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ Ctrl-C     stops an answer
 Ctrl-D     leaves"""
 
 
+@dataclass
 class Conversation:
     """Answers prompts.
 
@@ -50,17 +52,14 @@ class Conversation:
         compare: measure each answer's speed against autoregressive decoding.
     """
 
-    def __init__(
-        self,
-        generator: HuggingfaceLlamaGenerator,
-        config: GenerationConfig,
-        streamer: str = "standard",
-        chat: bool = False,
-        compare: bool = False,
-    ) -> None:
-        self._generator, self._config = generator, config
-        self._streamer_name, self._compare = streamer, compare
-        self._messages: list[dict[str, str]] | None = [] if chat else None
+    generator: HuggingfaceLlamaGenerator
+    config: GenerationConfig
+    streamer: str = "standard"
+    chat: bool = False
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        self._messages: list[dict[str, str]] | None = [] if self.chat else None
 
     def answer(self, prompt: str) -> bool:
         """Show the answer and its statistics; False where Ctrl-C ended it.
@@ -71,19 +70,19 @@ class Conversation:
         prompt = prompt.replace("\r\n", "\n")  # pasted or read from what Windows wrote
         ids = self._ids(prompt)
         streamer = self._streamer(ids)
-        with Interrupt(self._generator.model) as interrupt:
-            result = self._generator.generate(
-                ids, self._config, streamer=streamer, stopping_criteria=[interrupt]
+        with Interrupt(self.generator.model) as interrupt:
+            result = self.generator.generate(
+                ids, self.config, streamer=streamer, stopping_criteria=[interrupt]
             )
         if streamer is None:
             print(result.decoded_prediction)
         if self._messages is not None:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
-        print(_statistics(result, self._config, interrupt.met), file=sys.stderr)
+        print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
         if legend := getattr(streamer, "legend", ""):
             print(f"  {legend}", file=sys.stderr)
-        if self._compare and not interrupt.met:
+        if self.compare and not interrupt.met:
             try:
                 print(f"  {self._comparison(ids)}", file=sys.stderr)
             except KeyboardInterrupt:  # the answer is there, and so is the conversation
@@ -94,21 +93,21 @@ class Conversation:
     def _ids(self, prompt: str) -> list[int]:
         """The prompt's token ids; when chatting, those of the whole conversation."""
         if self._messages is None:
-            return self._generator.encode(prompt)
+            return self.generator.encode(prompt)
         messages = [*self._messages, {"role": "user", "content": prompt}]
-        template = self._generator.tokenizer.apply_chat_template
+        template = self.generator.tokenizer.apply_chat_template
         text = template(messages, add_generation_prompt=True, tokenize=False)
-        return self._generator.encode(text, special_tokens=False)  # the template has them
+        return self.generator.encode(text, special_tokens=False)  # the template has them
 
     def _streamer(self, prompt: list[int]) -> Any:
-        if self._streamer_name == "none":
+        if self.streamer == "none":
             return None
-        kind = SpeculativeTextStreamer if self._streamer_name == "speculative" else StandardTextStreamer
-        return kind(self._generator.tokenizer, stop_words=self._config.stop_words, prompt=prompt)
+        kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
+        return kind(self.generator.tokenizer, stop_words=self.config.stop_words, prompt=prompt)
 
     def _comparison(self, ids: list[int]) -> str:
         """Decode the prompt again by both strategies in turn, showing nothing, and say how fast each was."""
-        sides = [(self._generator, self._config), autoregressive(self._generator, self._config)]
+        sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
 
         def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
             return generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
