@@ -351,7 +351,9 @@ JSON = st.recursive(
 COLUMNS = st.sampled_from(sorted({column for dataset in DATASETS.values() for column in dataset.columns}))
 
 
-ROWS = st.lists(st.dictionaries(COLUMNS | st.sampled_from(["role", "message"]), JSON, max_size=5), max_size=4)
+ANY_ROWS = st.lists(
+    st.dictionaries(COLUMNS | st.sampled_from(["role", "message"]), JSON, max_size=5), max_size=4
+)
 
 
 def as_csv(rows):
@@ -381,7 +383,7 @@ def as_jsonl(rows):
 def files(draw):
     """(suffix, content): rows of a kind, well written or damaged, or any bytes."""
     suffix, write = draw(st.sampled_from([(".jsonl", as_jsonl), (".csv", as_csv), (".parquet", as_parquet)]))
-    content = draw(st.one_of(ROWS.map(write), st.binary(max_size=60)))
+    content = draw(st.one_of(ANY_ROWS.map(write), st.binary(max_size=60)))
     if draw(st.booleans()):
         content = gzip.compress(content)
         suffix += ".gz"

@@ -1,4 +1,4 @@
-"""Drafts of layers, and when they end. The output does not depend on them: test_self_speculation_generator.py."""
+"""Drafts of layers, and when they end. What they may change is in test_self_speculation_generator.py."""
 
 import copy
 

@@ -156,7 +156,7 @@ def test_help_tells_meaning_and_default_of_every_flag(capsys):
     assert "[" not in "".join(line for line in text.splitlines() if line.endswith(":"))
 
 
-GROUPS = [
+OF_SCRIPTS = [
     (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments),
     (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, TuningArguments),
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
@@ -183,7 +183,7 @@ VALUES = st.one_of(
 
 @st.composite
 def command_lines(draw):
-    groups = draw(st.sampled_from(GROUPS))
+    groups = draw(st.sampled_from(OF_SCRIPTS))
     names = [field.name for group in groups for field in dataclasses.fields(group)]
     flag = st.one_of(st.sampled_from(names), st.text(max_size=8)).map("--{}".format)
     word = st.one_of(flag, VALUES, st.tuples(flag, VALUES).map("=".join))
