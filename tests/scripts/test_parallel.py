@@ -82,7 +82,7 @@ def test_tensor_parallel_ids_are_those_of_one_process(folder, expected_ids, rank
     """Guards against ranks that part ways by their draws, by a clock, or by a cache of all heads."""
     program = tmp_path / "program.py"
     program.write_text(
-        f"import json, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(ROOT / 'tests' / 'scripts')!r}]\n"
+        f"import json, sys; sys.path[:0] = {[str(ROOT), f'{ROOT}/tests', f'{ROOT}/tests/scripts']}\n"
         "from runs import ranks; ranks.join_as_one()\n"
         "from test_parallel import LoadingOptions, ids_of, load_model_and_tokenizer\n"
         f"loaded = load_model_and_tokenizer({str(folder)!r}, LoadingOptions(parallel='tensor'))\n"
