@@ -70,8 +70,8 @@ class ModelArguments:
     """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers. On a
-    CPU in fp32, models of 128 MiB and more may keep a second copy of weights, if it fits into a third of the
-    free memory."""
+    CPU in fp32 there may be a second copy of the weights, packed, where that is clearly faster and fits into
+    a third of the free memory."""
     compile: bool = False
     """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 
