@@ -389,6 +389,18 @@ def test_compiled_passes(drafts, monkeypatch):
         assert [results[index].predicted_tokens for index in range(len(requests))] == solo
 
 
+@pytest.mark.parametrize("length", [1, decoder.PREFILL_CHUNK + 1])
+def test_the_last_piece_of_a_prompt_is_one_token(length, monkeypatch):
+    """Guards against a compiled pass over it at a position of its own: as many as the batch had before."""
+    monkeypatch.setattr("torch.compile", lambda run, **_: run)
+    model = copy.deepcopy(tiny_llama(max_position_embeddings=2048))
+    request = Request([3 + 7 * i % 40 for i in range(length)])
+    expected = alone(model, request, max_steps=12).predicted_tokens
+    compile_decoding(model)
+    for drafts in ({}, {"exit_layer": 2, "num_speculations": 3}):
+        assert alone(model, request, max_steps=12, **drafts).predicted_tokens == expected
+
+
 SAMPLED_DRAFTS = [{}, {"exit_layer": 1, "num_speculations": 2}]
 SAMPLED_DRAFTS += [{**SAMPLED_DRAFTS[1], "draft_vocabulary": 1}]
 

@@ -117,10 +117,10 @@ class CompiledDecoder(Decoder):
             self._use(larger)
 
     def for_row(self, row: int) -> Decoder:
-        """See `Decoder`. Nothing is compiled for one row of several."""
+        """See `Decoder`. Nothing is compiled for it: passes count in the cache of all rows, not in the row's."""
         other = super().for_row(row)
         assert isinstance(other, CompiledDecoder)
-        other._passes = self._passes if self._num_rows == 1 else None
+        other._passes = None
         return other
 
     def _find_passes(self, num_positions: int) -> Passes:
