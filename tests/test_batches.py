@@ -362,6 +362,28 @@ def test_a_request_that_raises_takes_no_other_along(part, kind, after, drafts):
         generate(model, [9, 9], eos=[], max_steps=12, **{part: kind(after)}, **drafts)
 
 
+def test_a_request_that_raises_inside_a_draft_leaves_none_of_it_on_screen():
+    """Guards against drafted tokens that stand at the end of a stream though nobody decided on them."""
+
+    class Shown(list):
+        def put(self, ids, is_draft=False):  # noqa: ARG002
+            self.extend(ids.tolist())
+
+        def delete(self, num_tokens, is_draft=False):  # noqa: ARG002
+            del self[-num_tokens:]
+
+        def end(self):
+            """What is shown stays."""
+
+    expected = generate(tiny_llama(), [9, 9], eos=[], max_steps=12).predicted_tokens
+    for after in range(1, 9):
+        shown = Shown()
+        request = Request([9, 9], logits_processors=[Fails(after)], streamer=shown)
+        got = batch(tiny_llama(), [request], 1, exit_layer=2, num_speculations=3, max_steps=12)
+        assert isinstance(got[0], KeyError)
+        assert shown == expected[: len(shown)]
+
+
 def test_a_strategy_that_knows_no_batches_does_one_after_the_other(byte_tokenizer, text_model):
     """Guards against strategies written for `generate_token_ids` alone that no longer work."""
 

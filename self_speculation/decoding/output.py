@@ -186,6 +186,7 @@ class Output:
         finished = time.perf_counter()
         with self._own_errors():
             if self._streamer is not None:
+                self._stream(())  # what is still shown of a draft was never decided on
                 self._streamer.end()
         if self.error is not None and not (self.is_damaged and self.stop_reason):
             return self.error
