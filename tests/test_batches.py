@@ -213,6 +213,24 @@ def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
     assert not held.isnan().any()
 
 
+def test_a_damaged_row_that_has_failed_already_leaves_no_damage():
+    """Guards against NaN that is left for the next row because the request's own error came first."""
+    model = copy.deepcopy(tiny_llama())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[49] = torch.nan
+
+    def fails(*_):
+        raise KeyError("its own")
+
+    prompts = [[5, 9, 4, 7, 7, 3, 8, 8], [7, 8]]
+    broken = Request([4, 49, *[5] * 30], logits_processors=[fails])
+    first, second = (Request(prompt) for prompt in prompts)
+    got = batch(model, [first, broken, second], 2, max_steps=8)
+    assert isinstance(got.pop(1), KeyError)
+    expected = [alone(model, request, max_steps=8).predicted_tokens for request in (first, second)]
+    assert [got[index].predicted_tokens for index in (0, 2)] == expected
+
+
 def test_what_is_drafted_for_nobody_ends_no_row(monkeypatch):
     """Guards against a row that ends because its neighbours' drafts are longer: a token that was picked for
     nobody leaves NaN in the cache, and no mask keeps that from the row.
