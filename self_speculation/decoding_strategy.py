@@ -174,9 +174,10 @@ class Batch(Generic[Key]):
                 with self._exactly():
                     self._strategy.round(self._decoding)
             except Exception as error:
+                for output in self.rows.outputs:  # half of a round may be in the cache: none can go on
+                    output.error = output.error or error
                 if len(self.rows) > 1:
                     raise
-                self.rows.outputs[0].error = error
 
     @torch.inference_mode()
     def take_out(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from itertools import cycle, islice
 
 import pytest
@@ -22,6 +23,7 @@ from self_speculation import (
     make_strategy,
 )
 from self_speculation.decoding.rows import Rows
+from self_speculation.decoding_strategy import Batch
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model import decoder
 from self_speculation.model.compiled import compile_decoding
@@ -400,6 +402,34 @@ def test_a_request_that_raises_inside_a_draft_leaves_none_of_it_on_screen():
         got = batch(tiny_llama(), [request], 1, exit_layer=2, num_speculations=3, max_steps=12)
         assert isinstance(got[0], KeyError)
         assert shown == expected[: len(shown)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch):
+    """Guards against later requests that inherit half a round: its random numbers, its keys and values."""
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    drafts = {"exit_layer": 2, "num_speculations": 3, "sample": True, "temperature": 1.0, "max_steps": 8}
+    strategy = make_strategy("self_speculative")
+    going = Batch(strategy, tiny_llama(), GenerationConfig(**drafts), batch_size=2)
+    for key in range(num_rows):
+        going.admit(key, Request(PROMPTS[key], seed=key))
+    with monkeypatch.context() as patches:
+        patches.setattr("self_speculation.self_speculation_generator.target_logits", out_of_memory)
+        with pytest.raises(MemoryError) if num_rows > 1 else nullcontext():
+            going.round()
+    assert all(isinstance(error, MemoryError) for _, error in going.take_out())
+    requests = {key: Request(PROMPTS[key], seed=key) for key in (3, 4)}
+    got = {}
+    for key, request in requests.items():
+        going.admit(key, request)
+    while going.rows:
+        going.round()
+        got |= going.take_out()
+    for key, request in requests.items():
+        assert got[key].predicted_tokens == alone(tiny_llama(), request, **drafts).predicted_tokens
 
 
 def test_a_strategy_that_knows_no_batches_does_one_after_the_other(byte_tokenizer, text_model):

@@ -117,7 +117,7 @@ class CompiledDecoder(Decoder):
             self._use(larger)
 
     def for_row(self, row: int) -> Decoder:
-        """See `Decoder`. Nothing is compiled for it: passes count in the cache of all rows, not in the row's."""
+        """See `Decoder`. Nothing is compiled for it: passes go by the cache of all rows."""
         other = super().for_row(row)
         assert isinstance(other, CompiledDecoder)
         other._passes = None
