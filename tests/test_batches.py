@@ -1,6 +1,7 @@
 """Many sequences at once: each comes out as it would alone, whatever its neighbours are, do, or turn into."""
 
 import copy
+import time
 from collections import Counter
 from contextlib import nullcontext
 from itertools import cycle, islice
@@ -430,6 +431,35 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
         got |= going.take_out()
     for key, request in requests.items():
         assert got[key].predicted_tokens == alone(tiny_llama(), request, **drafts).predicted_tokens
+
+
+def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
+    """Guards against room for the longest prompt there was that is asked for again and again."""
+    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda device: 4 * 2**20)
+    model = tiny_llama(max_position_embeddings=200_000)
+    requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
+    got = batch(model, requests, 2, max_steps=5)
+    assert [isinstance(got[index], MemoryError) for index in range(4)] == [True, False, True, False]
+    for index in (1, 3):
+        assert got[index].predicted_tokens == alone(model, requests[index], max_steps=5).predicted_tokens
+
+
+def test_a_batch_driven_by_hand():
+    """Guards against waiting for a first request that counts as its time, a prompt that is written over the
+    end of the cache, and a loop without end where there are no rows.
+    """
+    strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=2)
+    going = Batch(strategy, tiny_llama(), config, batch_size=1)
+    time.sleep(0.5)
+    going.admit("first", Request(PROMPTS[0]))
+    with pytest.raises(ValueError, match="all 1 places are taken"):
+        going.admit("second", Request(PROMPTS[1]))
+    going.round()
+    [(key, result)] = going.take_out()
+    assert key == "first"
+    assert 0 < result.prefill_time < 0.5
+    with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
+        list(strategy.generate_batch(tiny_llama(), [Request(PROMPTS[0])], config, batch_size=0))
 
 
 def test_a_strategy_that_knows_no_batches_does_one_after_the_other(byte_tokenizer, text_model):
