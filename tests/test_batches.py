@@ -329,6 +329,11 @@ def test_what_is_wrong_with_a_prompt_is_its_own_result(byte_tokenizer, text_mode
             assert {index: answer.decoded_prediction for index, answer in got.items()} == {
                 index: generator.generate(prompts[index], config).decoded_prediction for index in (0, 1, 3)
             }
+    # What is no prompt at all is refused by itself as well, and the first answer has all of its time.
+    got = dict(generator.generate_batch([None, [5, 6]], config, batch_size=2))
+    assert isinstance(got[0], TypeError)
+    result = got[1].generation_strategy_result
+    assert result.prefill_time + result.decode_time <= got[1].total_time
     with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
         next(generator.generate_batch(["x"], config, batch_size=0))
 
