@@ -107,11 +107,6 @@ class Output:
         return self._ids[:, : self.length + num_drafted]
 
     @property
-    def given_ids(self) -> set[int]:
-        """Those of the prompt, and those that may end the output."""
-        return {*self.prompt, *self._stop.end_ids}
-
-    @property
     def has_processors(self) -> bool:
         return bool(self._processors)
 
