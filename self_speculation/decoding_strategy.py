@@ -112,14 +112,16 @@ class Batch(Generic[Key]):
         batch_size: rows at most.
 
     Raises:
-        ValueError: a model or a config that cannot be decoded with.
+        ValueError: a model or a config that cannot be decoded with, or no rows at all.
     """
 
     @torch.inference_mode()
     def __init__(
         self, strategy: DecodingStrategy, model: PreTrainedModel, config: GenerationConfig, batch_size: int
     ) -> None:
-        self._began: float | None = time.perf_counter()
+        began = time.perf_counter()
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: must be at least 1")
         # The strategy that was made counts, whatever the config calls it.
         config = replace(config, generation_strategy=strategy.name)
         check_supported(model.config)
@@ -136,6 +138,7 @@ class Batch(Generic[Key]):
         decoder.cache.clear(num_rows=0)
         self._keys: dict[Output, Key] = {}
         self._ended: list[tuple[Key, GenerationStrategyResult | Exception]] = []
+        self._getting_ready = time.perf_counter() - began  # seconds, a part of the first answer's time
 
     @property
     def has_room(self) -> bool:
@@ -147,8 +150,13 @@ class Batch(Generic[Key]):
 
         Args:
             key: what to call its result by.
+
+        Raises:
+            ValueError: there is no free place.
         """
-        started, self._began = self._began or time.perf_counter(), None
+        if not self.has_room:
+            raise ValueError(f"all {self._batch_size} places are taken: take_out what has ended first")
+        started, self._getting_ready = time.perf_counter() - self._getting_ready, 0.0
         try:
             output = self._output(request, started)
             decoder = self._decoding.decoder
@@ -170,9 +178,10 @@ class Batch(Generic[Key]):
                 with self._exactly():
                     self._strategy.round(self._decoding)
             except Exception as error:
+                for output in self.rows.outputs:  # half of a round may be in the cache: none can go on
+                    output.error = output.error or error
                 if len(self.rows) > 1:
                     raise
-                self.rows.outputs[0].error = error
 
     @torch.inference_mode()
     def take_out(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:

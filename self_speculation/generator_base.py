@@ -220,11 +220,11 @@ class HuggingfaceLlamaGenerator:
 
         def requests() -> Iterator[Request]:
             for index, given in enumerate(prompts):
-                started = time.perf_counter() if index else began
+                started = time.perf_counter() if begun else began
                 request = given if isinstance(given, Request) else Request(given)
                 try:
                     ids = self.encode(request.prompt)
-                except ValueError as error:
+                except Exception as error:
                     failed.append((index, error))
                     continue
                 words = StopWords(self.tokenizer, generation_config.stop_words or [], ids)

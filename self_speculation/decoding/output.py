@@ -27,6 +27,10 @@ _NO_DISTRIBUTION = (
 )
 
 
+class _NoToken(FloatingPointError):
+    """Logits by which no token can be picked."""
+
+
 class Output:
     """Prompt and generated ids in one buffer on the device, with room for a draft after what is decided.
 
@@ -59,6 +63,8 @@ class Output:
         self.tokens: list[int] = []  # generated and decided, an end id included
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None  # what ended it before its time
+        # No token could be picked by its logits: its keys and values may be no numbers either.
+        self.is_damaged = False
         self.generator = generator
         self.tally = Tally() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
@@ -76,17 +82,12 @@ class Output:
         """Tokens that may still be generated; 0 once the output has ended."""
         return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
 
-    @property
-    def is_damaged(self) -> bool:
-        """Whether no token could be picked by its logits: its keys and values may be no numbers either."""
-        return isinstance(self.error, FloatingPointError)
-
     def check(self, largest: float, greedy: bool) -> None:
         """Look at the largest logit that the last token of a round was picked by."""
-        if math.isnan(largest):
-            self.error = self.error or FloatingPointError(_NOT_A_NUMBER)
-        elif math.isinf(largest) and not greedy:
-            self.error = self.error or FloatingPointError(_NO_DISTRIBUTION)
+        if math.isnan(largest) or (math.isinf(largest) and not greedy):
+            self.is_damaged = True
+            why = _NOT_A_NUMBER if math.isnan(largest) else _NO_DISTRIBUTION
+            self.error = self.error or _NoToken(why)
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
@@ -104,11 +105,6 @@ class Output:
     def history(self, num_drafted: int = 0) -> Tensor:
         """[1, prompt + output + drafts] ids, a view; only the prompt's where nobody looks at the others."""
         return self._ids[:, : self.length + num_drafted]
-
-    @property
-    def given_ids(self) -> set[int]:
-        """Those of the prompt, and those that may end the output."""
-        return {*self.prompt, *self._stop.end_ids}
 
     @property
     def has_processors(self) -> bool:
@@ -160,7 +156,7 @@ class Output:
             scores: [>= n, V] the processed logits that they came from.
             drafted: tokens that were drafted by `source` in the round of which these come.
         """
-        if self.error is not None and not self.is_damaged:
+        if self.error is not None and not isinstance(self.error, _NoToken):
             return  # what was picked was not picked as its processors would have it
         with self._own_errors():
             self._commit(tokens, scores, drafted, source)
@@ -186,8 +182,9 @@ class Output:
         finished = time.perf_counter()
         with self._own_errors():
             if self._streamer is not None:
+                self._stream(())  # what is still shown of a draft was never decided on
                 self._streamer.end()
-        if self.error is not None and not (self.is_damaged and self.stop_reason):
+        if self.error is not None and not (isinstance(self.error, _NoToken) and self.stop_reason):
             return self.error
         assert self._first_token_at is not None
         ended_by_id = self.stop_reason == "eos"

@@ -65,6 +65,7 @@ class Rows:
         if row < len(self.outputs):
             self.last[row] = self.last[-1]
         self.last = self.last[:-1]
+        self._numbers = None  # of a round that was broken off
         return ended
 
     def choose(self, logits: Tensor, position: int, going: Sequence[bool]) -> tuple[Choice, Tensor]:

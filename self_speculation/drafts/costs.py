@@ -113,11 +113,12 @@ class RoundTimes:
         self._runs[(*key, num_drafted)] += 1
         if self._runs[(*key, num_drafted)] <= self._warm_up:
             return
-        line = self._lines.setdefault(key, DecayedLine())
-        if line.count > 2:
+        # The very first one is compared with nothing and may be a bad moment. It says only what a step takes,
+        # which every round corrects: a source that seems slow is hardly ever tried again.
+        if self._units:
             a, b = self.line(source, num_rows, drafted)
             seconds = min(seconds, self._TOO_LONG * (a + b * num_drafted))
-        line.add(num_drafted, seconds)
+            self._lines.setdefault(key, DecayedLine()).add(num_drafted, seconds)
         unit = self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0))
         unit.add(seconds / (1.0 + drafted * num_drafted))
 

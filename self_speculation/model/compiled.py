@@ -117,10 +117,10 @@ class CompiledDecoder(Decoder):
             self._use(larger)
 
     def for_row(self, row: int) -> Decoder:
-        """See `Decoder`. Nothing is compiled for one row of several."""
+        """See `Decoder`. Nothing is compiled for it: passes go by the cache of all rows."""
         other = super().for_row(row)
         assert isinstance(other, CompiledDecoder)
-        other._passes = self._passes if self._num_rows == 1 else None
+        other._passes = None
         return other
 
     def _find_passes(self, num_positions: int) -> Passes:
@@ -185,10 +185,11 @@ Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Passes:
-    """Compiled passes of one model over one static cache."""
+    """Compiled passes of one model over one static cache, by a decoder that is theirs from now on."""
 
     def __init__(self, decoder: Decoder, capacity: int, num_rows: int) -> None:
         self._decoder, self._num_rows = decoder, num_rows
+        del decoder.model  # which these passes are kept for: it would never be freed
         self.made_of = _made_of(decoder)
         self.generation: object = None  # whose keys and values the cache holds
         config, like = decoder.config, decoder.rotary

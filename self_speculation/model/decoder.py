@@ -84,7 +84,7 @@ def _places_and_hooks(*roots: nn.Module) -> Hashable:
         for of_module in (module._forward_pre_hooks, module._forward_hooks)
         for hook in of_module.values()
     ]
-    return places(*roots), tuple(map(id, modules)), tuple(hooks)
+    return places(*roots), tuple(hooks)
 
 
 class LevelSpan:

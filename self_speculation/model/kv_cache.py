@@ -74,8 +74,10 @@ class _Buffers:
         while self.capacity < end:
             self.capacity *= 2
         if self._fitting < self.capacity:
-            self._check_room(like)
-            self._fitting = self.capacity
+            # If it does not fit, a shorter sequence may.
+            wanted, self.capacity = self.capacity, self._fitting or ALIGNMENT
+            self._check_room(like, wanted)
+            self._fitting = self.capacity = wanted
         # Zeros: what lies after a row's last position is masked, but even so must be numbers.
         shape = (self.num_rows, like.shape[1], self.capacity, like.shape[2])
         larger = (like.new_zeros(shape), like.new_zeros(shape))
@@ -84,19 +86,19 @@ class _Buffers:
         self.of_layers[layer] = larger
         return larger
 
-    def _check_room(self, like: Tensor) -> None:
+    def _check_room(self, like: Tensor, capacity: int) -> None:
         """See `with_room`. Each device is asked for what the layers on it need."""
         # Layers whose weights are elsewhere, on "meta", run where the first one does.
         devices = [like.device if device.type == "meta" else device for device in self._devices]
         devices = devices or [like.device] * len(self.of_layers)
         for device, num_layers in Counter(devices).items():
-            row = 2 * num_layers * like.shape[1:].numel() * self.capacity * like.itemsize
+            row = 2 * num_layers * like.shape[1:].numel() * capacity * like.itemsize
             pairs = (pair for of, pair in zip(devices, self.of_layers, strict=True) if of == device)
             held = sum(part.nbytes for pair in pairs for part in pair or ())
             if (free := held + free_memory(device)) < self.num_rows * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
-                    f"{self.num_rows} times {self.capacity} positions of keys and values take "
+                    f"{self.num_rows} times {capacity} positions of keys and values take "
                     f"{self.num_rows * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
                 )
 

@@ -72,6 +72,8 @@ def lean_forms(model: Any) -> tuple[list[LeanLayer | None], LeanHead | None]:
         return [None] * len(base.layers), None
     lean = [_form(fused, LeanLayer, layer, layer) for layer in base.layers]
     lean_head = _form(fused, LeanHead, head, base.norm, head)
+    for gone in fused.forms.keys() - {*base.layers, head}:
+        del fused.forms[gone]
     products = [p for form in (*lean, lean_head) if form is not None for p in form.products]
     if packable := [product for product in products if product.can_be_packed]:
         if fused.packed_widths is None:
@@ -89,8 +91,12 @@ def bytes_made(model: Any) -> int:
 
 
 def places(*modules: nn.Module) -> Hashable:
-    """Which tensors the parameters of modules are: others when one is replaced, moved or converted."""
-    return tuple((p.data_ptr(), p.shape, p.dtype, p.device) for root in modules for p in root.parameters())
+    """Which modules these consist of, and which tensors their parameters are: others when one is replaced,
+    moved or converted.
+    """
+    parts = tuple(id(part) for root in modules for part in root.modules())
+    parameters = (p for root in modules for p in root.parameters())
+    return parts, tuple((p.data_ptr(), p.shape, p.dtype, p.device) for p in parameters)
 
 
 _Form = TypeVar("_Form", "LeanLayer", "LeanHead")

@@ -42,7 +42,10 @@ class Product:
         self._parameters = [projection.weight for projection in projections]
         biases = [projection.bias for projection in projections]
         self.weight = _side_by_side(self._parameters)
-        self.bias = None if biases[0] is None else _side_by_side(biases)
+        self.bias = None
+        if biases[0] is not None:
+            self.bias = _side_by_side(biases)
+            self._parameters += biases
         self._weight_t = self.weight.t()
         self.packed_widths: frozenset[int] = frozenset()  # numbers of tokens that the packed copy serves
         self._kept: dict[Hashable, Any] = {}
@@ -121,8 +124,9 @@ class Product:
         drafts have copies, and the versions that torch counts must do.
         """
         if self.weight.device.type == "cpu":
-            bits = self.weight.contiguous().view(torch.uint8).numpy()
-            return xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
+            tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+            bits = [tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors]
+            return tuple(xxhash.xxh3_128_digest(of_one) for of_one in bits)  # type: ignore[arg-type]
         return tuple(p._version for p in self._parameters if not p.is_inference())
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.model.devices import free_memory
+from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.lean_layers import LeanHead, LeanLayer
 from self_speculation.model.low_bit_products import (
@@ -142,9 +143,10 @@ def _squares_of_inputs(decoder: Decoder, layers: Sequence[LeanLayer]) -> Mapping
     watched = decoder.over([layer.over(partial(_Watched, squares)) for layer in layers], decoder.head)
     vocabulary = watched.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=decoder.rotary.device) * vocabulary // _TOKENS_TO_LEARN
-    width = min(_TOKENS_OF_A_PASS, decoder.rotary.shape[1])
+    width = min(_TOKENS_OF_A_PASS, context_length(decoder.config))
     for start in range(0, _TOKENS_TO_LEARN, width):
         watched.cache = KVCache(len(layers), width)
+        watched.reserve(width, width)
         # Far apart in the vocabulary, so that neighbours are not alike.
         ids = tokens.view(16, -1).T.flatten()[start : start + width]
         forward_early(watched, ids[None], len(layers), num_logits=0)

@@ -1,7 +1,9 @@
 """Many sequences at once: each comes out as it would alone, whatever its neighbours are, do, or turn into."""
 
 import copy
+import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import cycle, islice
 
 import pytest
@@ -22,6 +24,7 @@ from self_speculation import (
     make_strategy,
 )
 from self_speculation.decoding.rows import Rows
+from self_speculation.decoding_strategy import Batch
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model import decoder
 from self_speculation.model.compiled import compile_decoding
@@ -213,6 +216,24 @@ def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
     assert not held.isnan().any()
 
 
+def test_a_damaged_row_that_has_failed_already_leaves_no_damage():
+    """Guards against NaN that is left for the next row because the request's own error came first."""
+    model = copy.deepcopy(tiny_llama())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[49] = torch.nan
+
+    def fails(*_):
+        raise KeyError("its own")
+
+    prompts = [[5, 9, 4, 7, 7, 3, 8, 8], [7, 8]]
+    broken = Request([4, 49, *[5] * 30], logits_processors=[fails])
+    first, second = (Request(prompt) for prompt in prompts)
+    got = batch(model, [first, broken, second], 2, max_steps=8)
+    assert isinstance(got.pop(1), KeyError)
+    expected = [alone(model, request, max_steps=8).predicted_tokens for request in (first, second)]
+    assert [got[index].predicted_tokens for index in (0, 2)] == expected
+
+
 def test_what_is_drafted_for_nobody_ends_no_row(monkeypatch):
     """Guards against a row that ends because its neighbours' drafts are longer: a token that was picked for
     nobody leaves NaN in the cache, and no mask keeps that from the row.
@@ -308,6 +329,11 @@ def test_what_is_wrong_with_a_prompt_is_its_own_result(byte_tokenizer, text_mode
             assert {index: answer.decoded_prediction for index, answer in got.items()} == {
                 index: generator.generate(prompts[index], config).decoded_prediction for index in (0, 1, 3)
             }
+    # What is no prompt at all is refused by itself as well, and the first answer has all of its time.
+    got = dict(generator.generate_batch([None, [5, 6]], config, batch_size=2))
+    assert isinstance(got[0], TypeError)
+    result = got[1].generation_strategy_result
+    assert result.prefill_time + result.decode_time <= got[1].total_time
     with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
         next(generator.generate_batch(["x"], config, batch_size=0))
 
@@ -362,6 +388,85 @@ def test_a_request_that_raises_takes_no_other_along(part, kind, after, drafts):
         generate(model, [9, 9], eos=[], max_steps=12, **{part: kind(after)}, **drafts)
 
 
+def test_a_request_that_raises_inside_a_draft_leaves_none_of_it_on_screen():
+    """Guards against drafted tokens that stand at the end of a stream though nobody decided on them."""
+
+    class Shown(list):
+        def put(self, ids, is_draft=False):  # noqa: ARG002
+            self.extend(ids.tolist())
+
+        def delete(self, num_tokens, is_draft=False):  # noqa: ARG002
+            del self[-num_tokens:]
+
+        def end(self):
+            """What is shown stays."""
+
+    expected = generate(tiny_llama(), [9, 9], eos=[], max_steps=12).predicted_tokens
+    for after in range(1, 9):
+        shown = Shown()
+        request = Request([9, 9], logits_processors=[Fails(after)], streamer=shown)
+        got = batch(tiny_llama(), [request], 1, exit_layer=2, num_speculations=3, max_steps=12)
+        assert isinstance(got[0], KeyError)
+        assert shown == expected[: len(shown)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch):
+    """Guards against later requests that inherit half a round: its random numbers, its keys and values."""
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    drafts = {"exit_layer": 2, "num_speculations": 3, "sample": True, "temperature": 1.0, "max_steps": 8}
+    strategy = make_strategy("self_speculative")
+    going = Batch(strategy, tiny_llama(), GenerationConfig(**drafts), batch_size=2)
+    for key in range(num_rows):
+        going.admit(key, Request(PROMPTS[key], seed=key))
+    with monkeypatch.context() as patches:
+        patches.setattr("self_speculation.self_speculation_generator.target_logits", out_of_memory)
+        with pytest.raises(MemoryError) if num_rows > 1 else nullcontext():
+            going.round()
+    assert all(isinstance(error, MemoryError) for _, error in going.take_out())
+    requests = {key: Request(PROMPTS[key], seed=key) for key in (3, 4)}
+    got = {}
+    for key, request in requests.items():
+        going.admit(key, request)
+    while going.rows:
+        going.round()
+        got |= going.take_out()
+    for key, request in requests.items():
+        assert got[key].predicted_tokens == alone(tiny_llama(), request, **drafts).predicted_tokens
+
+
+def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
+    """Guards against room for the longest prompt there was that is asked for again and again."""
+    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda device: 4 * 2**20)
+    model = tiny_llama(max_position_embeddings=200_000)
+    requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
+    got = batch(model, requests, 2, max_steps=5)
+    assert [isinstance(got[index], MemoryError) for index in range(4)] == [True, False, True, False]
+    for index in (1, 3):
+        assert got[index].predicted_tokens == alone(model, requests[index], max_steps=5).predicted_tokens
+
+
+def test_a_batch_driven_by_hand():
+    """Guards against waiting for a first request that counts as its time, a prompt that is written over the
+    end of the cache, and a loop without end where there are no rows.
+    """
+    strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=2)
+    going = Batch(strategy, tiny_llama(), config, batch_size=1)
+    time.sleep(0.5)
+    going.admit("first", Request(PROMPTS[0]))
+    with pytest.raises(ValueError, match="all 1 places are taken"):
+        going.admit("second", Request(PROMPTS[1]))
+    going.round()
+    [(key, result)] = going.take_out()
+    assert key == "first"
+    assert 0 < result.prefill_time < 0.5
+    with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
+        list(strategy.generate_batch(tiny_llama(), [Request(PROMPTS[0])], config, batch_size=0))
+
+
 def test_a_strategy_that_knows_no_batches_does_one_after_the_other(byte_tokenizer, text_model):
     """Guards against strategies written for `generate_token_ids` alone that no longer work."""
 
@@ -387,6 +492,18 @@ def test_compiled_passes(drafts, monkeypatch):
     for size in (3, 1, 3):
         results = batch(model, requests, size, max_steps=12, **drafts)
         assert [results[index].predicted_tokens for index in range(len(requests))] == solo
+
+
+@pytest.mark.parametrize("length", [1, decoder.PREFILL_CHUNK + 1])
+def test_the_last_piece_of_a_prompt_is_one_token(length, monkeypatch):
+    """Guards against a compiled pass over it at a position of its own: as many as the batch had before."""
+    monkeypatch.setattr("torch.compile", lambda run, **_: run)
+    model = copy.deepcopy(tiny_llama(max_position_embeddings=2048))
+    request = Request([3 + 7 * i % 40 for i in range(length)])
+    expected = alone(model, request, max_steps=12).predicted_tokens
+    compile_decoding(model)
+    for drafts in ({}, {"exit_layer": 2, "num_speculations": 3}):
+        assert alone(model, request, max_steps=12, **drafts).predicted_tokens == expected
 
 
 SAMPLED_DRAFTS = [{}, {"exit_layer": 1, "num_speculations": 2}]

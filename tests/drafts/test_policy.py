@@ -135,6 +135,19 @@ def test_what_rounds_take_is_learnt_and_a_bad_moment_is_forgotten():
     assert times.line("exit 2", 1, 0.2) == pytest.approx(usual, rel=0.05)
 
 
+@pytest.mark.parametrize("stalled", [(PLAIN, 2), ("exit 2", 2), ("exit 4", 2), ("exit 4", 3)])
+def test_a_stall_among_the_first_rounds_rules_out_no_source(stalled, monkeypatch):
+    """Guards against a process that is stopped for a while, in a round of a source that is hardly known."""
+    chooser, rounds, took = policy(), Counter(), AdaptivePolicy.took
+
+    def slow_once(self, plan, num_rows, seconds):
+        rounds[plan.source] += 1
+        took(self, plan, num_rows, 1000.0 if (plan.source, rounds[plan.source]) == stalled else seconds)
+
+    monkeypatch.setattr(AdaptivePolicy, "took", slow_once)
+    assert mostly(play(chooser, {"exit 2": 0.2, "exit 4": 0.95}, rounds=1000)[-100:]) == "exit 4"
+
+
 def test_times_begin_as_estimates_in_the_unit_of_what_was_measured():
     """Guards against seconds of one source that are compared with plain steps of another, and against first
     rounds, which may have compiled something.

@@ -4,6 +4,8 @@ That they compute what every family's own layers compute is in test_llama_model_
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from self_speculation.model import lean_layers, products
+from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.decoder import Decoder, forward
 from self_speculation.model.lean_layers import NARROW, bytes_made, fuse, lean_forms
 from self_speculation.model.products import Product
@@ -89,6 +92,11 @@ def pointed_elsewhere(model):
     model.model.layers[1].self_attn.q_proj.weight.data = torch.randn(32, 32)
 
 
+def gelus(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+
+
 CHANGES = {
     "dtype": lambda model: model.to(torch.bfloat16),
     "assigned": lambda model: model.load_state_dict(tiny_llama(agreement="always").state_dict(), assign=True),
@@ -107,6 +115,7 @@ CHANGES = {
     ),
     "one element": lambda model: model.model.layers[2].self_attn.k_proj.weight.data[3, 5].add_(3),
     "norms": lambda model: model.model.norm.weight.data[3].mul_(30),
+    "another activation": gelus,
 }
 
 
@@ -137,6 +146,37 @@ def test_copies_for_drafts_are_of_the_weights_of_now(model, change):
     CHANGES[change](model)
     result = generate(model, PROMPT, **drafts)
     assert result.acceptance_rate > (0.4 if change == "dtype" else 0.7)
+
+
+def test_copies_are_of_the_biases_of_now():
+    """Guards against biases that a copy keeps as they were, where only the weights are compared."""
+    linear = nn.Linear(32, 32)
+    product = Product(linear)
+    product.kept("a copy", object)
+    product.follow()
+    assert product.has("a copy")
+    linear.bias.data[3].add_(1)
+    product.follow()
+    assert not product.has("a copy")
+
+
+def test_what_is_out_of_use_is_freed(monkeypatch):
+    """Guards against what is kept for a model and keeps it, or a layer that it no longer has, for ever."""
+    monkeypatch.setattr("torch.compile", lambda run, **_: run)
+    model = copy.deepcopy(tiny_llama())
+    fuse(model)
+    generate(model, PROMPT, max_steps=3)
+    pruned = weakref.ref(model.model.layers[3])
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
+    generate(model, PROMPT, strategy="adaptive", draft_weights="int8", max_steps=6)
+    gc.collect()
+    assert pruned() is None
+    compile_decoding(model)
+    generate(model, PROMPT, exit_layer=2, num_speculations=3, max_steps=6)
+    whole = weakref.ref(model)
+    del model
+    gc.collect()
+    assert whole() is None
 
 
 def test_a_model_made_in_inference_mode_and_autocast_around_it(model):

@@ -2,6 +2,8 @@
 does not depend on them is in test_self_speculation_generator.py and decoding/test_sampling_distribution.py.
 """
 
+import copy
+
 import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
@@ -13,7 +15,7 @@ import generate as generate_script
 import sweep
 from self_speculation.model import low_bit_products, quantized_layers
 from self_speculation.model.decoder import Decoder, forward
-from self_speculation.model.lean_layers import Product, bytes_made, lean_forms
+from self_speculation.model.lean_layers import Product, bytes_made, fuse, lean_forms
 from self_speculation.model.loading import default_model, load_model_and_tokenizer
 from self_speculation.model.low_bit_products import Float16Product, Int4Product, Int8Product
 from self_speculation.model.quantized_layers import formats, quantized
@@ -162,6 +164,26 @@ def test_at_full_depth_they_guess_almost_everything():
             model, prompt, max_steps=80, eos=[], exit_layer=depth, num_speculations=4, draft_weights=weights
         )
         assert result.acceptance_rate > accepted
+
+
+def test_inputs_are_weighed_in_passes_over_many_tokens(monkeypatch):
+    """Guards against tokens that are looked at one by one, so that attention has nothing to attend to: what
+    the products after it read is then nothing like what they read of a text.
+    """
+    passes, run = [], quantized_layers.forward_early
+    monkeypatch.setattr(
+        quantized_layers,
+        "forward_early",
+        lambda decoder, ids, *args, **options: (
+            passes.append(ids.shape[1]) or run(decoder, ids, *args, **options)
+        ),
+    )
+    for context, widths in ((256, [64] * 4), (32, [32] * 8)):
+        model = copy.deepcopy(tiny_llama(max_position_embeddings=context))
+        fuse(model)
+        passes.clear()
+        generate(model, [3, 4], exit_layer=4, num_speculations=2, draft_weights="int4", max_steps=3)
+        assert passes == widths
 
 
 def test_memory_that_is_not_there_is_refused(monkeypatch):
