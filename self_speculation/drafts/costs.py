@@ -87,12 +87,13 @@ class RoundTimes:
     source's own rounds. Those long ago count less and less: a bad moment of the machine is forgotten.
 
     Args:
-        warm_up: the first rounds of a source and a draft length, which may be slower, and do not count.
+        warm_up: how many of the first rounds of a source and a draft length do not count: passes may be
+            compiled in them.
     """
 
     _TOO_LONG = 3.0  # no round counts as more than so many times what was expected of it
 
-    def __init__(self, warm_up: int = 1) -> None:
+    def __init__(self, warm_up: int = 0) -> None:
         self._warm_up = warm_up
         self._runs: Counter[tuple[str, int, int]] = Counter()
         self._lines: dict[tuple[str, int], DecayedLine] = {}

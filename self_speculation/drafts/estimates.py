@@ -72,9 +72,9 @@ class DecayedLine:
         self._n, self._x, self._xx, self._y, self._xy = (self._DECAY * total + new for total, new in seen)
 
     def fitted(self, prior_a: float, prior_b: float) -> tuple[float, float]:
-        """a and b; the latter not below 0."""
+        """a and b; neither is below 0."""
         of_a, of_b = self._WEIGHT, self._WEIGHT * self._SPAN**2
         n, xx = self._n + of_a, self._xx + of_b
         y, xy = self._y + of_a * prior_a, self._xy + of_b * prior_b
         b = max(0.0, (n * xy - self._x * y) / (n * xx - self._x**2))
-        return (y - b * self._x) / n, b
+        return max(0.0, (y - b * self._x) / n), b

@@ -15,7 +15,7 @@ from self_speculation.drafts.costs import RoundTimes
 from self_speculation.drafts.estimates import DecayedMean
 
 PLAIN = ""  # the name of a round without a draft
-_ARM_OF_PLAIN_STEPS = (PLAIN, 0)
+_PLAIN_STEPS = (PLAIN, 0)
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class AdaptivePolicy:
     """Chooses the round that promises most tokens for its time (after Zarch et al., DEL, arXiv 2504.05598).
 
     The chance that a drafted token is accepted after accepted ones is kept for every source, and for every
-    length of a match, as a decayed mean, whose prior is what earlier answers of the model have taught. A
-    share of the time goes into the source that was heard of least, for a short draft; a plain step is one of
-    them.
+    length of a match, as a decayed mean, whose prior is what earlier answers of the model have taught.
+    A share of the time goes into the source that was not heard of for longest, for a short draft. A plain
+    step is one of them.
 
     Args:
         arms: by the name of their source.
@@ -111,8 +111,9 @@ class AdaptivePolicy:
         memory = memory or Memory()
         self._arms, self._longest, self._searching = {PLAIN: Arm(), **arms}, longest, searching
         self._means, self._times = memory.begin_answer(arms), memory.times
-        self._now, self._saved = 0, 0.0
-        self._heard = dict.fromkeys([_ARM_OF_PLAIN_STEPS, *self._means], 0)  # the round when it was last
+        self._saved = 0.0  # seconds that may be lost by a trial
+        self._now = 0
+        self._heard = dict.fromkeys([_PLAIN_STEPS, *self._means], 0)  # the round when it was last
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
@@ -121,7 +122,6 @@ class AdaptivePolicy:
             matched: [B] by source, how many tokens it has matched of each row; None where it cannot draft.
             rooms: [B] tokens that may be drafted at most.
         """
-        self._now += 1
         num_rows, longest = len(rooms), min(max(rooms), self._longest)
         names = [PLAIN, *matched]
         lengths = numpy.arange(longest + 1)
@@ -133,20 +133,26 @@ class AdaptivePolicy:
         a, b = numpy.array([self._line(name, num_rows) for name in names]).T[..., None]  # [sources, 1] each
         seconds = a + b * lengths
         rates = tokens / seconds
+        rates[1:][right[1:, :, 1:].max((1, 2), initial=0.0) == 0.0] = (
+            0.0  # what cannot draft is no plain step
+        )
         best = at, k = (0, 0)
         if len(names) > 1 and longest:
             at, k = divmod(int(rates[1:, 1:].argmax()), longest)
             if rates[at + 1, k + 1] > self._MARGIN * rates[0, 0]:
                 best = (at + 1, k + 1)
-        trial = self._trial(names[best[0]], matched, min(self._TRIAL, longest))
-        if trial is not None:
-            tried = names.index(trial.source), trial.length
+        self._now += 1
+        self._saved += self._searching * float(seconds[best])
+        able = [key for key in self._able(matched) if key[0] != names[best[0]]]
+        if able and longest:
+            name, _ = min(able, key=self._heard.__getitem__)
+            trial = Plan(name, 0 if name == PLAIN else min(self._TRIAL, longest))
+            tried = (names.index(name), trial.length)
             # The time that the best one would need for fewer tokens, or saves for more.
-            price = seconds[tried] * (1.0 - min(1.0, rates[tried] / rates[best]))
+            price = float(seconds[tried]) * (1.0 - min(1.0, float(rates[tried] / rates[best])))
             if price <= self._saved:
                 self._saved -= price
                 return trial
-        self._saved += self._searching * float(seconds[best])
         return Plan(names[best[0]], best[1])
 
     def learn(
@@ -158,7 +164,7 @@ class AdaptivePolicy:
             matched, drafted, accepted: [B] tokens of each row.
         """
         if plan.source == PLAIN:
-            self._heard[_ARM_OF_PLAIN_STEPS] = self._now
+            self._heard[_PLAIN_STEPS] = self._now
         for number, num_drafted, num_accepted in zip(matched, drafted, accepted, strict=True):
             for i in range(min(num_accepted + 1, num_drafted)):
                 self._means[plan.source, number].add(float(i < num_accepted))
@@ -182,13 +188,7 @@ class AdaptivePolicy:
         ]
         return numpy.array([[0.0] * num_rows, *of_sources])
 
-    def _trial(self, chosen: str, matched: Mapping[str, Sequence[int | None]], length: int) -> Plan | None:
-        """A short draft of the source that was heard of least, or a plain step where that is it."""
-        able = {
-            (name, number) for name, numbers in matched.items() for number in numbers if number is not None
-        }
-        others = [key for key in (_ARM_OF_PLAIN_STEPS, *sorted(able)) if key[0] != chosen]
-        if not others or not length:
-            return None
-        name, _ = min(others, key=self._heard.__getitem__)
-        return Plan(name, 0 if name == PLAIN else length)
+    def _able(self, matched: Mapping[str, Sequence[int | None]]) -> list[tuple[str, int]]:
+        """What can draft for some row now, and a plain step."""
+        able = {(name, n) for name, numbers in matched.items() for n in numbers if n is not None}
+        return [_PLAIN_STEPS, *sorted(able)]

@@ -173,7 +173,7 @@ def _memory(parts: Parts) -> Memory:
         (config.draft_weights, config.draft_vocabulary, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, is_compiled(model)),
     )
-    times = RoundTimes(RUNS_TO_WARM_UP if is_compiled(model) else 1)
+    times = RoundTimes(RUNS_TO_WARM_UP if is_compiled(model) else 0)
     return _LEARNT.setdefault(model, {}).setdefault(key, Memory(times))
 
 

@@ -67,10 +67,9 @@ class Product:
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` made of this weight when it was first asked for under this key."""
-        if not self._kept:
-            self._state_when_made = self._state()
         if key not in self._kept:
             self._kept[key] = make()
+            self._state_when_made = self._state()
         return self._kept[key]
 
     def has(self, key: Hashable) -> bool:
@@ -118,16 +117,17 @@ class Product:
         return self.kept(Packed, lambda: Packed(self.weight))(x)
 
     def _state(self) -> Hashable:
-        """Another one when the weight is.
+        """Another one when the weight is another one.
 
-        On a CPU it is a hash of all bits: who writes through `.data` leaves no other trace. Elsewhere only
-        drafts have copies, and the versions that torch counts must do.
+        Who writes through `.data` leaves no trace but the bits. They are hashed where the model itself reads a
+        copy, which takes as long as one or two plain steps. Drafts by an old copy are only worse, and for them
+        the versions that torch counts must do.
         """
-        if self.weight.device.type == "cpu":
-            tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
-            bits = [tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors]
-            return tuple(xxhash.xxh3_128_digest(of_one) for of_one in bits)  # type: ignore[arg-type]
-        return tuple(p._version for p in self._parameters if not p.is_inference())
+        versions = tuple(p._version for p in self._parameters if not p.is_inference())
+        if Packed not in self._kept:
+            return versions
+        bits = self.weight.contiguous().view(torch.uint8).numpy()
+        return versions, xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
 
 
 class Packed:
