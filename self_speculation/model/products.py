@@ -39,13 +39,11 @@ class Product:
     """
 
     def __init__(self, *projections: nn.Linear) -> None:
-        self._parameters = [projection.weight for projection in projections]
-        biases = [projection.bias for projection in projections]
-        self.weight = _side_by_side(self._parameters)
-        self.bias = None
-        if biases[0] is not None:
-            self.bias = _side_by_side(biases)
-            self._parameters += biases
+        weights = [projection.weight for projection in projections]
+        biases = [projection.bias for projection in projections if projection.bias is not None]
+        self.weight = _side_by_side(weights)
+        self.bias = _side_by_side(biases) if biases else None
+        self._parameters = [*weights, *biases]
         self._weight_t = self.weight.t()
         self.packed_widths: frozenset[int] = frozenset()  # numbers of tokens that the packed copy serves
         self._kept: dict[Hashable, Any] = {}
@@ -117,10 +115,10 @@ class Product:
         return self.kept(Packed, lambda: Packed(self.weight))(x)
 
     def _state(self) -> Hashable:
-        """Another one when the weight is another one.
+        """Another one when the weight is.
 
-        Who writes through `.data` leaves no trace but the bits. They are hashed where the model itself reads a
-        copy, which takes as long as one or two plain steps. Drafts by an old copy are only worse, and for them
+        Who writes through `.data` leaves no trace but the bits. They are hashed where the model itself reads
+        a copy, which takes as long as one or two plain steps. Drafts by an old copy are only worse: for them
         the versions that torch counts must do.
         """
         versions = tuple(p._version for p in self._parameters if not p.is_inference())

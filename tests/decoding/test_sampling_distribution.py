@@ -109,8 +109,10 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("batch_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("refilled", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "refilled"),
+    [(2, True), *(pytest.param(*how, marks=pytest.mark.slow) for how in [(2, False), (4, False), (4, True)])],
+)
 def test_the_distribution_of_rows_with_drafts_of_several_sources(refilled, batch_size, name):
     """Guards against a lookup of one row that is accepted whatever it is, because another row drafts nothing.
     Where rows are refilled, some have room for one token and others for three.

@@ -71,8 +71,14 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        *((change, True) for change in CHANGES),
+        ("hooked", False),
+        *(pytest.param(change, False, marks=pytest.mark.slow) for change in CHANGES if change != "hooked"),
+    ],
+)
 def test_a_changed_model_is_compiled_anew(change, fused, monkeypatch):
     """Guards against kept passes that decode with the weights, or without the hooks, of before."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

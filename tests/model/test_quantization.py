@@ -39,6 +39,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_strategies_agree_on_a_quantised_model():
     """Guards against weights that stayed as they were, and against quantisers by which a token's result
     depends on what else is in its pass, as that of LLM.int8 does.

@@ -102,6 +102,7 @@ def test_ratio_of_windows_by_hand():
     assert metrics.speed(records)["tokens_per_second"] == 40 / 4.0
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_other_batch_sizes(common, tmp_path, capsys):
     """Guards against rows that had ended and are lost, and a --resume that insists on the batch size."""
     args = [*common, "--num_samples", "12", "--max_steps", "150", "--no_repeat_ngram_size", "3", *SPECULATION]
