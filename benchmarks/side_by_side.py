@@ -11,7 +11,7 @@ answer the same prompts in turns: one prompt, or two batches, at a turn.
 
 *x* is how many times as fast as transformers a side is, the median over all turns, *mid. half* where half of
 the turns lie, *x plain* the same against autoregressive decoding here; *decode* are tokens/s without the
-passes over prompts; *per pass* tokens of a row for each pass of all layers; *MB* the weights, copies of them,
+passes over prompts; *per pass* tokens of a row for each pass of all layers; *MB* the weights, all copies of them,
 and the most that answering added (on a CPU by the pages of the process). The sums below are all tokens by all
 time. The last line is one JSON object.
 """
@@ -95,10 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config)
     model = generator.model
     prompts = [generator.encode(prompt) for prompt in args.prompts()]
-    copies: dict[str, int] = {}  # bytes, by what drafts are made with
     rows: list[dict[str, Any]] = []
     for size in args.batch_size:
-        rows += compare(generator, config, prompts, size, args.rounds, model_args.seed, copies)
+        rows += compare(generator, config, prompts, size, args.rounds, model_args.seed)
     device = f"{model.device}, {torch.get_num_threads()} threads"
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
@@ -142,13 +141,8 @@ def compare(
     size: int,
     rounds: int,
     seed: int,
-    copies: dict[str, int],
 ) -> list[dict[str, Any]]:
-    """Measure and print one batch size; returns a row for each side.
-
-    Args:
-        copies: bytes held by copies, by `draft_weights`; what the warm-up makes is added.
-    """
+    """Measure and print one batch size; returns a row for each side."""
     model = generator.model
     configs = strategies(config, len(model.base_model.layers))
     if is_compiled(model) or configs[COPY] == configs[SPECULATIVE]:
@@ -160,7 +154,6 @@ def compare(
     per_pass: dict[str, float | None] = {TRANSFORMERS: 1.0, PLAIN: 1.0}
     added: dict[str, float | None] = {}
     for name, side in list(sides.items()):  # warms up
-        before = bytes_made(model)
         try:
             side(longest)
         except ValueError as error:
@@ -169,10 +162,7 @@ def compare(
             print(f"no {COPY} here: {error}")
             del sides[name]
             continue
-        if name in configs:
-            kind = configs[name].draft_weights
-            copies[kind] = copies.get(kind, 0) + bytes_made(model) - before
-        elif name != TRANSFORMERS:
+        if name not in configs and name != TRANSFORMERS:
             per_pass[name] = tokens_per_pass(model, side, groups[0])
         _, added[name] = memory_added(model.device, partial(side, longest))
     turns = list(in_turns(sides, groups, rounds, seed, f"batches of {size}"))
@@ -182,9 +172,7 @@ def compare(
     rows = []
     for name in sides:
         own = [each[name] for each in turns]
-        # What is packed is made by the first side that drafts with nothing, or with the model's own weights.
-        kinds = {"exact", configs[name].draft_weights} if name in configs else set()
-        held = weights + sum(copies[kind] for kind in kinds)
+        held = weights + (bytes_made(model) if name in configs else 0)
         share = None
         if name in (SPECULATIVE, COPY, ADAPTIVE):
             per_pass[name], share = accepted(own)

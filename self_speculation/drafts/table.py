@@ -60,8 +60,9 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """
+class SourceEntry:
+    """A kind of drafts: what asks for it, and what makes it.
+
     Args:
         flags: the fields of `GenerationConfig` that are about it.
         asked_for: whether a config asks for it.
@@ -88,7 +89,7 @@ def make_drafter(
 def make_source(parts: Parts) -> DraftSource:
     """What the config asks for. Raises what `make_drafter` does."""
     source: DraftSource | None = None
-    for kind in KINDS:
+    for kind in SOURCES:
         if kind.asked_for(parts.config):
             source = kind.make(parts, source)
     assert source is not None
@@ -99,7 +100,7 @@ def make_adaptive(parts: Parts) -> DraftSource:
     """All that there are, chosen among round by round, by what earlier answers of the model have taught too.
     Raises what `make_drafter` does.
     """
-    made = {name: arm for kind in KINDS for name, arm in kind.arms(parts).items()}
+    made = {name: arm for kind in SOURCES for name, arm in kind.arms(parts).items()}
     sources = {name: source for name, (source, _) in made.items()}
     arms = {name: arm for name, (_, arm) in made.items()}
     return AdaptiveDrafts(parts.model, sources, AdaptivePolicy(arms, LONGEST_DRAFT, _memory(parts)))
@@ -155,14 +156,14 @@ def _lookup_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
     return {"lookup": (_lookup(parts, longest), Arm(priors=priors))}
 
 
-KINDS: list[Kind] = [
-    Kind(
+SOURCES: list[SourceEntry] = [
+    SourceEntry(
         ("exit_layer", "num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary"),
         lambda config: True,
         _layers_asked_for,
         _layer_arms,
     ),
-    Kind(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _lookup_first, _lookup_arms),
+    SourceEntry(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _lookup_first, _lookup_arms),
 ]
 
 
@@ -184,10 +185,12 @@ def forget_what_was_learnt(model: PreTrainedModel) -> None:
 
 def driving_flags() -> tuple[str, ...]:
     """The fields of a config that say how drafts are made, and so how fast; never what the output is."""
-    of_sources = {name for kind in KINDS for name in kind.flags}
+    of_sources = {name for kind in SOURCES for name in kind.flags}
     return ("generation_strategy", *(f.name for f in fields(GenerationConfig) if f.name in of_sources))
 
 
 def is_replayable(config: GenerationConfig) -> bool:
     """Whether all drafts are those of one exit and one length, so that a replay can follow them."""
-    return [kind for kind in KINDS if kind.asked_for(config)] == KINDS[:1] and config.draft_confidence is None
+    return [kind for kind in SOURCES if kind.asked_for(config)] == SOURCES[
+        :1
+    ] and config.draft_confidence is None

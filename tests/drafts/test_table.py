@@ -55,13 +55,13 @@ class WithAlways(GenerationConfig):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    kind = table.Kind(
+    kind = table.SourceEntry(
         flags=("always",),
         asked_for=lambda config: getattr(config, "always", None) is not None,
         make=lambda parts, otherwise: Always(parts),
         arms=lambda parts: {"always": (Always(parts), Arm())},
     )
-    monkeypatch.setattr(table, "KINDS", [*table.KINDS, kind])
+    monkeypatch.setattr(table, "SOURCES", [*table.SOURCES, kind])
     monkeypatch.setattr(table, "GenerationConfig", WithAlways)
     monkeypatch.setattr(Always, "made", 0)
     for script in SCRIPTS:
