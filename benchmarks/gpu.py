@@ -108,8 +108,8 @@ class GpuArguments:
 
     model_shape: str = "Llama-2-7B"
     """Llama-2-7B, Llama-3.2-1B or Llama-3-8B."""
-    prompts: list[int] = field(default_factory=lambda: [128, 2048])
-    """Tokens of the prompts."""
+    prompts: list[int] = field(default_factory=lambda: [128, 2081])
+    """Tokens of the prompts; the last piece of the longer one has 33, one more than masks are aligned to."""
     batch_size: list[int] = field(default_factory=lambda: [1, 8])
     """Sequences at a time."""
     sample: bool = False

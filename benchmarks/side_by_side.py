@@ -11,7 +11,7 @@ answer the same prompts in turns: one prompt, or two batches, at a turn.
 
 *x* is how many times as fast as transformers a side is, the median over all turns, *mid. half* where half of
 the turns lie, *x plain* the same against autoregressive decoding here; *decode* are tokens/s without the
-passes over prompts; *per pass* tokens of a row for each pass of all layers; *MB* the weights, all copies of them,
+passes over prompts; *per pass* tokens of a row for each pass of all layers; *MB* the weights, their copies,
 and the most that answering added (on a CPU by the pages of the process). The sums below are all tokens by all
 time. The last line is one JSON object.
 """
