@@ -172,7 +172,8 @@ def compare(
     rows = []
     for name in sides:
         own = [each[name] for each in turns]
-        held = weights + (bytes_made(model) if name in configs else 0)
+        copied = name in configs and configs[name].draft_weights != "exact"
+        held = weights + (bytes_made(model, for_drafts=copied) if name in configs else 0)
         share = None
         if name in (SPECULATIVE, COPY, ADAPTIVE):
             per_pass[name], share = accepted(own)

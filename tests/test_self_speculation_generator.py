@@ -55,7 +55,7 @@ DRAFTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(
     exit_layer=st.integers(1, 3),
     num_speculations=st.integers(1, 8),
@@ -113,7 +113,7 @@ def test_ids_equal_for_every_setting(
     assert all(0 <= accepted <= drafted for accepted, drafted in counts)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     max_steps=st.integers(1, 40),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.products import Product, choose_packed_widths, follow
+from self_speculation.model.products import Packed, Product, choose_packed_widths, follow
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
@@ -84,10 +84,13 @@ def lean_forms(model: Any) -> tuple[list[LeanLayer | None], LeanHead | None]:
     return lean, lean_head
 
 
-def bytes_made(model: Any) -> int:
-    """That copies of weights take which were made of lean forms: packed ones, and those in fewer bits."""
+def bytes_made(model: Any, for_drafts: bool = True) -> int:
+    """That copies of weights take which were made of lean forms: packed ones, and those in fewer bits for
+    drafts, if they are to be counted.
+    """
     forms = _FUSED[model].forms.values() if model in _FUSED else ()
-    return sum(kept.num_bytes for form in forms for product in form.products for kept in product.all_kept)
+    copies = (kept for form in forms for product in form.products for kept in product.all_kept)
+    return sum(copy.num_bytes for copy in copies if for_drafts or isinstance(copy, Packed))
 
 
 def places(*modules: nn.Module) -> Hashable:

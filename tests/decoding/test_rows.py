@@ -100,7 +100,7 @@ DRAFTS = st.one_of(
     agreement=st.sampled_from(["sometimes", "always", "never"]),
     fused=st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=45)
 def test_every_row_is_as_if_alone(
     prompts, batch_size, drafts, max_steps, ends, penalties, stops_at, sample, agreement, fused
 ):
