@@ -1,10 +1,9 @@
 """Many sequences at once: each comes out as it would alone, whatever its neighbours are, do, or turn into."""
 
 import copy
-import time
 from collections import Counter
 from contextlib import nullcontext
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 
 import pytest
 import torch
@@ -449,20 +448,22 @@ def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
         assert got[index].predicted_tokens == alone(model, requests[index], max_steps=5).predicted_tokens
 
 
-def test_a_batch_driven_by_hand():
+def test_a_batch_driven_by_hand(monkeypatch):
     """Guards against waiting for a first request that counts as its time, a prompt that is written over the
     end of the cache, and a loop without end where there are no rows.
     """
     strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=2)
+    seconds, waited = count(), [0]  # a clock that goes on by a second whenever somebody looks at it
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds) + waited[0])
     going = Batch(strategy, tiny_llama(), config, batch_size=1)
-    time.sleep(0.5)
+    waited[0] = 10**6  # until somebody asks for something
     going.admit("first", Request(PROMPTS[0]))
     with pytest.raises(ValueError, match="all 1 places are taken"):
         going.admit("second", Request(PROMPTS[1]))
     going.round()
     [(key, result)] = going.take_out()
     assert key == "first"
-    assert 0 < result.prefill_time < 0.5
+    assert 0 < result.prefill_time < 10**6
     with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
         list(strategy.generate_batch(tiny_llama(), [Request(PROMPTS[0])], config, batch_size=0))
 
