@@ -566,10 +566,10 @@ def zeroed_slots(monkeypatch):
     rollback = KVCache.rollback
 
     def zeroing(cache, counts):
-        for row, count in enumerate(counts):
+        for row, number in enumerate(counts):
             end = cache.length(0, row)
             for part in (part for held in cache.buffers.of_layers for part in held):
-                part[row, :, end - count :] = 0
+                part[row, :, end - number :] = 0
         rollback(cache, counts)
 
     see_everything(monkeypatch)
