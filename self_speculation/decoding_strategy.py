@@ -132,10 +132,7 @@ class Batch(Generic[Key]):
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         self.rows = Rows(Sampler.of(config), self._device, longest)
-        with self._exactly():
-            decoder = make_decoder(model, 1, 1, longest + 1, batch_size)
-            self._decoding = strategy.begin(decoder, self.rows, config)
-        decoder.cache.clear(num_rows=0)
+        self._decoding: Decoding | None = self._begin()
         self._keys: dict[Output, Key] = {}
         self._ended: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._getting_ready = time.perf_counter() - began  # seconds, a part of the first answer's time
@@ -159,6 +156,7 @@ class Batch(Generic[Key]):
         started, self._getting_ready = time.perf_counter() - self._getting_ready, 0.0
         try:
             output = self._output(request, started)
+            self._decoding = self._decoding or self._begin()
             decoder = self._decoding.decoder
             decoder.reserve(len(output.prompt), output.max_length + self.rows.longest_draft)
             alone = decoder.for_row(len(self.rows))
@@ -170,10 +168,18 @@ class Batch(Generic[Key]):
         except Exception as error:
             self._ended.append((key, error))
 
+    def _begin(self) -> Decoding:
+        """Get ready for the weights of now."""
+        with self._exactly():
+            decoder = make_decoder(self._model, 1, 1, self.rows.longest_draft + 1, self._batch_size)
+            decoding = self._strategy.begin(decoder, self.rows, self._config)
+        decoder.cache.clear(num_rows=0)
+        return decoding
+
     @torch.inference_mode()
     def round(self) -> None:
         """One round of the rows that there are."""
-        if self.rows and self.rows.all_go_on:  # else there are none, or some to take out
+        if self._decoding and self.rows and self.rows.all_go_on:  # else there are none, or some to take out
             try:
                 with self._exactly():
                     self._strategy.round(self._decoding)
@@ -188,9 +194,12 @@ class Batch(Generic[Key]):
         """What has ended, by the keys of the requests. The last row takes the place of each."""
         for row in reversed(range(len(self.rows))):
             if not self.rows.outputs[row].remaining:
+                assert self._decoding is not None  # there are rows
                 output = self.rows.drop(row)
                 self._decoding.decoder.cache.drop(row, output.is_damaged)
                 self._ended.append((self._keys.pop(output), output.result()))
+        if not self.rows:  # by the next request the weights may be others
+            self._decoding = None
         ended, self._ended = self._ended, []
         return ended
 

@@ -13,6 +13,7 @@ from conftest import assert_close, generate, tiny_llama, transformers_generate
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.model import lean_layers, products
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.decoder import Decoder, forward
@@ -135,6 +136,21 @@ def test_what_decodes_is_the_weights_of_now(model, change, packed, monkeypatch):
     if change not in ("fused again", "dtype"):
         assert after == transformers_generate(model, PROMPT, 20, -1)
         assert change == "one element" or after != before
+
+
+@pytest.mark.parametrize("change", ["pointed elsewhere", "heads ablated", "replaced"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_onednn)])
+def test_an_answer_of_a_batch_is_by_the_weights_of_now(model, change, packed, monkeypatch):
+    """Guards against a batch that goes on with the weights that it began with, when nothing is in flight."""
+    if packed:
+        pack(model, monkeypatch)
+    else:
+        fuse(model)
+    strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=12)
+    answers = strategy.generate_batch(model, [Request(PROMPT)] * 2, config, batch_size=1)
+    assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
+    CHANGES[change](model)
+    assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
 
 
 # Of what goes past the versions that torch counts, drafts are told by nobody.
