@@ -196,7 +196,7 @@ class Batch(Generic[Key]):
             if not self.rows.outputs[row].remaining:
                 assert self._decoding is not None  # there are rows
                 output = self.rows.drop(row)
-                self._decoding.decoder.cache.drop(row, output.is_damaged)
+                self._decoding.decoder.drop(row, output.is_damaged)
                 self._ended.append((self._keys.pop(output), output.result()))
         if not self.rows:  # by the next request the weights may be others
             self._decoding = None

@@ -146,6 +146,11 @@ class CompiledDecoder(Decoder):
                 "compile True: another generation has this one's cache; let one end before the next begins"
             )
 
+    def drop(self, row: int, damaged: bool) -> None:
+        """See `Decoder`. Where another generation has the cache by now, the row is in there no more."""
+        if self._passes is None or self._passes.generation is self._generation:
+            super().drop(row, damaged)
+
     def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:
         """See `Decoder`. What is compiled is this model's own layers; another head is not."""
         if layers is not self.layers:

@@ -243,6 +243,10 @@ class Decoder:
         other.cache = self.cache.row(row)
         return other
 
+    def drop(self, row: int, damaged: bool) -> None:
+        """A row has ended, see `KVCache.drop`."""
+        self.cache.drop(row, damaged)
+
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""
         other = copy.copy(self)

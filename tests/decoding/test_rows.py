@@ -540,7 +540,9 @@ def test_batches_that_are_taken_from_in_turn(monkeypatch):
     for results in zip(*both, strict=True):
         assert all(result.predicted_tokens == solo[index] for index, result in results)
     compile_decoding(model)
-    first, second = (strategy.generate_batch(model, requests, config, batch_size=2) for _ in range(2))
+    short = Request(PROMPTS[0], ends_text=lambda tokens: len(tokens) == 3)  # while the next one goes on
+    first = strategy.generate_batch(model, [short, *requests], config, batch_size=2)
+    second = strategy.generate_batch(model, requests, config, batch_size=2)
     next(first)
     assert {index: result.predicted_tokens for index, result in second} == solo
     errors = [str(result) for _, result in first if isinstance(result, RuntimeError)]
