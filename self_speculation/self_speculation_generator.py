@@ -1,8 +1,9 @@
 """Self-speculative decoding: the first layers draft, the remaining layers verify (LayerSkip, arXiv
 2404.16710, §3.3).
 
-Draft and verification share one KV cache, and verification starts from the hidden states that the draft left
-in place, so no layer sees the same token at the same position twice.
+Draft and verification share one KV cache, and verification goes on from the exit states that the draft kept,
+so no layer sees the same token at the same position twice. Where something else drafts, such as a copy of the
+layers or a lookup, all layers verify.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Make the copies that drafts need, of layers or of the head. Raises what `make_source` does."""
+        """Make ahead of time the copies that drafts need, of layers or of the head. Raises what `make_source`
+        does.
+        """
         self.make_source(Parts(make_decoder(model, 1, 1), config))
 
     def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
@@ -48,7 +51,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 def speculate(decoder: Decoder, rows: Rows, source: DraftSource, k: int) -> None:
     """One round of all rows: draft, verify, commit.
 
-    Reads from the device: one, and those of the source.
+    Reads from the device: one, besides those of the source.
     """
     draft = source.draft(rows, k)
     logits = target_logits(decoder, rows, draft)  # [B, k+1, V]
@@ -60,14 +63,14 @@ def speculate(decoder: Decoder, rows: Rows, source: DraftSource, k: int) -> None
 
 
 def target_logits(decoder: Decoder, rows: Rows, draft: Draft) -> Tensor:
-    """[B, k+1, V] the model's own processed logits before the first token of a draft and after each, by the
-    layers that have not seen it, in one pass.
+    """[B, k+1, V] the full model's processed logits for the place of each drafted token, and for the one
+    after them. One pass, through the layers that have not seen the draft.
     """
     k, layer = draft.tokens.shape[1], draft.exit_layer
     inputs = torch.cat((rows.last, draft.tokens), 1)  # [B, k+1] ids
     if layer:
         states = draft.exit_hidden
-        if len(states) == k:  # the last guess has not been through the first layers: nothing came of it
+        if len(states) == k:  # the last guess has not been through the first layers: none was made from it
             states = [*states, forward_early(decoder, inputs[:, -1:], layer, num_logits=0).hidden]
         inputs = torch.cat(states, dim=1)  # [B, k+1, H]
     else:
@@ -77,7 +80,7 @@ def target_logits(decoder: Decoder, rows: Rows, draft: Draft) -> Tensor:
 
 
 def judge(rows: Rows, draft: Draft, logits: Tensor) -> Verdict:
-    """By the accept rule, and each row's own random numbers."""
+    """Apply the accept rule, with each row's own random numbers."""
     k = draft.tokens.shape[1]
     lengths = None  # all drafts have k tokens
     if min(draft.lengths) < k:
@@ -87,11 +90,11 @@ def judge(rows: Rows, draft: Draft, logits: Tensor) -> Verdict:
 
 class ReadVerdict(NamedTuple):
     num_accepted: list[int]  # [B]
-    tokens: list[list[int]]  # of each row: those accepted, and the target's own after them
+    tokens: list[list[int]]  # of each row: the accepted ones, then one of the target's own
 
 
 def read_verdict(rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> ReadVerdict:
-    """The round's one read from the device."""
+    """Copy the verdict to the host, in one read; each row learns whether its logits are numbers."""
     k = draft.tokens.shape[1]
     decided_by = logits.take_along_dim(verdict.num_accepted[:, None, None], 1)[:, 0]  # [B, V]
     numbers = rows.read([verdict.num_accepted, verdict.next_token, draft.tokens], decided_by)
