@@ -15,20 +15,21 @@ from self_speculation.transfers import Reading
 
 
 class LayerDrafts(DraftSource):
-    """Guesses of the first layers, one pass each over all rows.
+    """Guesses of the first layers: each pass gives every row one more token.
 
-    Reads from the device: none, but one for each drafted token where a threshold decides whether another
-    follows, or where drafts are shown; one, not two, where both is so. A GPU begins the next pass before the
-    threshold is asked: if that ends the draft, verification finds its last token's first layers done.
+    Reads from the device: one for each drafted token if a threshold decides whether another one follows, or
+    if drafts are shown, or both; otherwise none. A GPU begins the next pass before the threshold is asked. If
+    the draft ends there, a pass of the model's own layers is not lost: it took the last guess through the
+    first layers, which verification needs anyway.
 
     Args:
-        drafter: what runs the layers.
-        exit_layer: so many layers.
-        copied_in: the format of a copy of the layers; empty: they are the model's own. Those leave in the
-            cache, and as exit states, what verification can go on from. What a copy leaves is less exact, and
-            forgotten.
-        threshold: makes what says when an output's draft stops before k; None: it never does. Passes go on
-            until all have stopped.
+        drafter: runs the layers: the model's decoder, or one over a copy of them.
+        exit_layer: how many layers draft.
+        copied_in: the format of a copy of the layers; empty: they are the model's own. Verification goes on
+            from the cache and the exit states that the model's own layers leave. What a copy leaves is less
+            exact, and forgotten.
+        threshold: makes, for one output, what decides where its draft stops before k tokens; None: drafts
+            never stop early. Passes go on until the drafts of all rows have stopped.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class LayerDrafts(DraftSource):
         confidences: list[list[float]] = [[] for _ in rooms]
         confident = [True] * len(rooms)
 
-        # The token that ends a draft is part of it: to leave it out for what it is would change the
-        # distribution of the output.
+        # The token whose low probability ends a draft stays in it: dropping tokens by what they are would
+        # change the distribution of the output.
         def goes_on(i: int) -> list[bool]:
-            """Which drafts get an i-th token, when what was read is known."""
+            """[B] whether a row drafts its token i = 0, 1, ..., after the last confidences are heard."""
             if reading is not None:
                 self._hear(rows, reading, lengths, confidences, confident)
             return [is_confident and i < room for is_confident, room in zip(confident, rooms, strict=True)]
@@ -73,7 +74,7 @@ class LayerDrafts(DraftSource):
             lengths = [length + goes for length, goes in zip(lengths, going, strict=True)]
             reading = rows.propose(choice.tokens, i, going, self._confidence(choice, logits))
             inputs = choice.tokens[:, None]
-        goes_on(0)  # nothing depends on the last confidences, but they are learnt from
+        goes_on(0)  # hear the last confidences: nothing waits for them, but `learn` needs them
         tokens, probabilities = rows.joined(choices, self._drafter.config.vocab_size)
         return Draft(
             rows.sampler,
@@ -101,7 +102,7 @@ class LayerDrafts(DraftSource):
         confidences: list[list[float]],
         confident: list[bool],
     ) -> None:
-        """Ask the thresholds of outputs whose last confidence has been read and not been heard."""
+        """Pass on each confidence that was read since, and ask that output's threshold whether to go on."""
         if self._thresholds is None:
             return
         for row, output in enumerate(rows.outputs):
@@ -110,11 +111,11 @@ class LayerDrafts(DraftSource):
                 confident[row] = self._thresholds[output].goes_on(confidences[row])
 
     def _confidence(self, choice: Choice, logits: Tensor) -> Tensor | None:
-        """[B] the probabilities of the tokens chosen by logits [B, V], if anybody asks for them."""
+        """[B] the probabilities of the tokens chosen by logits [B, V]; None where no threshold needs them."""
         if self._thresholds is None:
             return None
         probabilities = choice.probabilities
         if probabilities is None:
             probabilities = logits.float().softmax(-1)
-        # Where processors forbid all that a short head knows, there is no distribution, and no confidence.
+        # If processors forbid every token of a short head, there is no distribution: no confidence either.
         return probabilities.gather(1, choice.tokens[:, None])[:, 0].nan_to_num(0.0)
