@@ -20,21 +20,21 @@ from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.kv_cache import ALIGNMENT, Appendable, KVCache, round_up
 from self_speculation.model.lean_layers import lean_forms, places
 
-# Positions beyond the prompt that the cache starts with, where the generation may become longer than that: of
-# one row, or of several together.
+# The cache starts with room for this many positions beyond the prompt, if the answer may be so long: of one
+# row, or shared out among several.
 _FIRST_ALLOCATION = 1024
 
-# Prompts run through the layers in pieces of so many positions.
+# A prompt runs through the layers in pieces of this many positions.
 PREFILL_CHUNK = 1024
 
-# Passes of so many tokens turn heads by a matrix for each of them.
+# Up to this many tokens of a pass, queries and keys are rotated by one matrix product for each token.
 _FEW_ROTATIONS = 64
 
 
 @dataclass(frozen=True)
 class ForwardResult:
     logits: Tensor  # [B, n, V] for the n positions asked for; empty when n is 0
-    hidden: Tensor  # [B, T, H] after the last layer that ran, before the norm: the exit query
+    hidden: Tensor  # [B, T, H] after the last layer that ran, before the norm: the exit states
 
 
 class PlainLayer:
@@ -76,7 +76,9 @@ class PlainHead:
 
 
 def _places_and_hooks(*roots: nn.Module) -> Hashable:
-    """What a compiled pass over these modules is valid for."""
+    """Equal only while these modules, their parameters and hooks are the same: a compiled pass over them is
+    valid for so long.
+    """
     modules = [module for root in roots for module in root.modules()]
     hooks = [
         id(hook)
@@ -88,7 +90,10 @@ def _places_and_hooks(*roots: nn.Module) -> Hashable:
 
 
 class LevelSpan:
-    """The T positions from `start` on that a pass adds to each of B rows: what layers ask for, made then."""
+    """A pass over T new positions, from `start` on in each of B rows: what its layers need to know of them.
+
+    Level: all rows are equally long. Everything is made when it is first asked for.
+    """
 
     def __init__(self, decoder: Decoder, rows: int, start: int, width: int) -> None:
         self._decoder, self.rows, self.width, self._start = decoder, rows, width, start
@@ -101,7 +106,7 @@ class LevelSpan:
 
     @cached_property
     def rotate(self) -> Callable[[Tensor], Tensor]:
-        """Turns [B * T, n, head_dim] of queries or keys by the angles of their positions."""
+        """Rotates queries or keys [B * T, n, head_dim] by the angles of their positions."""
         # [B * T, 1, head_dim] each
         tables = [table.transpose(0, 1) for table in self.rotary]
         cos, sin = tables if self.rows == 1 else (table.repeat(self.rows, 1, 1) for table in tables)
@@ -110,15 +115,15 @@ class LevelSpan:
     @cached_property
     def mask(self) -> Tensor | None:
         """[T, S], added to the scores; None where none is needed."""
-        return self._masked(1)
+        return self._mask_for(1)
 
     @cached_property
     def grouped_mask(self) -> Tensor | None:
         """[G * T, S] for the queries of G heads that share their keys, head by head."""
-        return self._masked(self._decoder.groups)
+        return self._mask_for(self._decoder.groups)
 
-    def _masked(self, groups: int) -> Tensor | None:
-        # A single position sees everything; how to mask a prompt's first pass sdpa knows by itself.
+    def _mask_for(self, groups: int) -> Tensor | None:
+        # A single position sees everything, and sdpa knows by itself how to mask a prompt's first pass.
         if self.width == 1 or (self._start == 0 and not self._decoder.is_eager):
             return None
         end = self._start + self.width
@@ -129,13 +134,15 @@ class LevelSpan:
 
 
 class RaggedSpan:
-    """As `LevelSpan`, at positions [B, T] that are data, over the first `length` positions of the cache."""
+    """As `LevelSpan`, but each row has positions of its own, given as a tensor [B, T]: rows differ in length.
+    Attention is over the first `length` positions of the cache.
+    """
 
     def __init__(self, decoder: Decoder, positions: Tensor, length: int, is_compiled: bool = False) -> None:
         self.rows, self.width = positions.shape
         tables = decoder.rotary.index_select(1, positions.flatten())  # [2, B * T, head_dim]
         self.rotary = tuple(tables.view(2, self.rows, self.width, -1).unbind())  # [B, T, head_dim] each
-        self.mask = _seen(positions, length, tables.dtype)  # [B, 1, T, S]
+        self.mask = _ragged_mask(positions, length, tables.dtype)  # [B, 1, T, S]
         self.grouped_mask = self.mask.repeat(1, 1, decoder.groups, 1)  # [B, 1, G * T, S]
         cos, sin = tables[:, :, None].unbind()
         # The compiler makes one kernel of this.
@@ -145,14 +152,16 @@ class RaggedSpan:
 Span = LevelSpan | RaggedSpan
 
 
-def _seen(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, S] to be added to scores: nothing where a position [B, T] sees one of the S."""
+def _ragged_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, S] to be added to scores: 0 where a position [B, T] sees one of the S, else a huge negative
+    number.
+    """
     later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return later.to(dtype) * torch.finfo(dtype).min
 
 
 def _turning(decoder: Decoder, cos: Tensor, sin: Tensor) -> Callable[[Tensor], Tensor]:
-    """Turns [N, n, head_dim] heads by tables of [N, 1, head_dim]."""
+    """What rotates heads [N, n, head_dim] by these tables [N, 1, head_dim]."""
     if len(cos) > _FEW_ROTATIONS:
         return partial(_rotated, cos=cos, sin=sin)
     # [N, head_dim, head_dim]: a product with these is one kernel, `_rotated` takes half a dozen.
@@ -161,13 +170,13 @@ def _turning(decoder: Decoder, cos: Tensor, sin: Tensor) -> Callable[[Tensor], T
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[N, n, head_dim] heads, [N, 1, head_dim] tables."""
+    """Heads [N, n, head_dim], rotated by tables [N, 1, head_dim]."""
     first, second = heads.chunk(2, -1)
     return heads * cos + torch.cat((-second, first), -1) * sin
 
 
 class _Rotary:
-    """Tables of cos and sin, for a decoder and for those that run other layers over its cache."""
+    """Tables of cos and sin, shared by a decoder and those that run other layers over the same cache."""
 
     def __init__(self, make: Callable, like: Tensor, context: int) -> None:
         self._make, self._like, self._last = make, like, context - 1
@@ -182,13 +191,13 @@ class _Rotary:
 
 
 class Decoder:
-    """One model over one generation's cache: embeds, runs layers [first:last], applies norm and head.
+    """One model over the cache of one batch: embeds, runs layers [first:last], applies norm and head.
 
-    Rotary tables are made once and sliced by position ever after.
+    Rotary tables are kept, and made anew only when a sequence needs more positions.
 
     Args:
         model: a `...ForCausalLM` of a supported type; what `fuse` has made of its layers is used.
-        prompt_length: positions that come first.
+        prompt_length: positions of the prompt.
         num_positions: the most positions that the generation can reach; see `reserve`.
         num_rows: the most sequences at a time.
     """
@@ -233,12 +242,12 @@ class Decoder:
         return self._rotary.tables
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
-        """A sequence follows that can reach so many positions, perhaps more than those before."""
+        """Make room for the next sequence, which can reach `num_positions`, its prompt included."""
         self._rotary.reserve(num_positions)
         self.cache.reserve(min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows))
 
     def for_row(self, row: int) -> Decoder:
-        """The same over a cache of one row, in the place of a row of this one's."""
+        """The same model over one row of this cache, which begins empty: for the prompt of a new sequence."""
         other = copy.copy(self)
         other.cache = self.cache.row(row)
         return other
@@ -248,7 +257,7 @@ class Decoder:
         self.cache.drop(row, damaged)
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
-        """Other layers and another head ([T, H] -> [T, V], with its norm) over the same cache."""
+        """A decoder of other layers and another head ([T, H] -> [T, V], norm included) over this cache."""
         other = copy.copy(self)
         other.layers, other.head = layers, head
         return other

@@ -553,7 +553,7 @@ def test_batches_that_are_taken_from_in_turn(monkeypatch):
 def see_everything(monkeypatch):
     """No row is masked beyond its own end."""
     monkeypatch.setattr(
-        decoder, "_seen", lambda at, length, dtype: torch.zeros(len(at), 1, at.shape[1], length)
+        decoder, "_ragged_mask", lambda at, length, dtype: torch.zeros(len(at), 1, at.shape[1], length)
     )
 
 
