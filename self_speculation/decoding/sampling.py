@@ -15,17 +15,17 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from self_speculation.config import GenerationConfig
 
-# Temperatures from here down make the largest logits there are overflow fp32.
+# Dividing large logits by a temperature below this may overflow fp32.
 _SMALL = 1e-20
 _FP32 = torch.finfo(torch.float32)
 
-# The nucleus is first looked for among so many tokens; it hardly ever has more.
+# Top-p first looks among this many of the most likely tokens only: it hardly ever keeps more.
 _FEW = 128
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Tokens picked for n positions and the distributions they were drawn from."""
+    """One token for each of n rows of logits, and the distributions that they were drawn from."""
 
     tokens: Tensor  # [n]
     probabilities: Tensor | None  # [n, V] in fp32; None when greedy
@@ -53,7 +53,7 @@ def top_k_top_p_filtering(
         logits: [..., V]; not changed.
         top_k: 0 keeps all.
         top_p: 1.0 keeps all.
-        min_tokens_to_keep: so many of the largest are kept anyway.
+        min_tokens_to_keep: this many of the largest are always kept.
 
     Returns:
         [..., V], a new tensor whenever anything is filtered.
@@ -69,16 +69,16 @@ def top_k_top_p_filtering(
 
 
 def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0) -> Tensor:
-    """[..., V] probabilities -> those of the fewest tokens, at least one, that reach `top_p` together, and so
-    divided that they sum to 1.
+    """Top-p: [..., V] probabilities -> the same for the fewest tokens, at least one, that together reach
+    `top_p`, scaled to sum to 1, and 0 for all others.
 
     Args:
-        top_k: so many tokens are left, but for ties at the last place, of which a GPU drops what is beyond
-            it; 0: nobody knows how many.
+        top_k: at most this many tokens have a probability, apart from ties for the last place, which a GPU
+            cuts off here; 0: not known.
     """
     vocab_size, on_cpu = probabilities.shape[-1], probabilities.device.type == "cpu"
-    # On a CPU to sort a large vocabulary takes as long as several layers, and to look at a number nothing. A
-    # GPU would wait for all that it was given to do.
+    # On a CPU, sorting a large vocabulary takes as long as several layers, and reading a number back costs
+    # nothing. With a GPU, a read would wait for all its queued work.
     few = min(_FEW if on_cpu else top_k or vocab_size, vocab_size)
     largest, ids = probabilities.topk(few) if few < vocab_size else probabilities.sort(descending=True)
     if few < vocab_size and on_cpu and bool((largest.sum(-1) < top_p).any()):
@@ -89,7 +89,7 @@ def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0) -> Tensor:
 
 
 def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """[n] between 0 and 1, as exact as `draw` wants them, by a generator of the device or by torch's own."""
+    """[n] uniform between 0 and 1, precise enough for `draw`, by a generator of the device or torch's."""
     precise = torch.float32 if device.type == "mps" else torch.float64
     return torch.rand(n, dtype=precise, device=device, generator=generator)
 
@@ -97,11 +97,11 @@ def random_numbers(n: int, device: torch.device, generator: torch.Generator | No
 def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
     """[n, V] weights, none below 0 -> [n] tokens, each drawn with a probability in proportion to its weight.
 
-    A number up to the sum of all falls into one token's share of it. That takes one random number for a
-    token, where `multinomial` draws one for every entry of the vocabulary.
+    The weights of a row lie end to end, and a random point on that line picks the token. That takes one
+    random number for a token, where `multinomial` draws one for every entry of the vocabulary.
 
     Args:
-        numbers: [n] see `random_numbers`; None: new ones.
+        numbers: [n] from `random_numbers`; None: new ones.
     """
     if numbers is None:
         numbers = random_numbers(len(weights), weights.device)
@@ -134,7 +134,7 @@ class Sampler:
         """[..., V] logits -> [..., V] probabilities in fp32."""
         logits = logits.float()
         if self.temperature != 1:
-            if self.temperature < _SMALL:  # or dividing could make inf of the largest, and inf - inf of all
+            if self.temperature < _SMALL:  # else the largest could become inf, and its softmax NaN
                 logits = logits - logits.amax(-1, keepdim=True)
             # fp32 must not take the temperature for 0 or inf.
             logits = logits / min(max(self.temperature, _FP32.tiny), _FP32.max)
@@ -185,10 +185,10 @@ def verify_draft(
     lengths: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> Verdict:
-    """Accept the longest valid prefix of a draft and emit one more token, such that the output is the
-    target's own; of each of B rows, or of one.
+    """Accept the longest valid prefix of a draft and pick one more token, so that the output is what the
+    target alone would give; for B rows, or for one.
 
-    Greedy: a drafted token is valid while it is the target's argmax. Sampling: x ~ q is valid with
+    Greedy: a drafted token is valid if it is the target's argmax. Sampling: x ~ q is valid with
     probability min(1, p(x)/q(x)); at the first rejection the next token comes from norm(max(0, p - q)), after
     k acceptances from p (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318,
     theorem 1).
@@ -234,6 +234,6 @@ def verify_draft(
 
 
 def _prefix_length(accepted: Tensor, lengths: Tensor | None) -> Tensor:
-    """[..., k] booleans -> [...] how many are true before the first false, and before the length, int64."""
+    """[..., k] booleans -> [...] how many come before the first False, but no more than the length; int64."""
     before = accepted.long().cumprod(-1).sum(-1)
     return before if lengths is None else torch.minimum(before, lengths)
