@@ -23,8 +23,8 @@ class Rows:
     Args:
         sampler: picks the tokens of all.
         device: where the model takes its ids.
-        longest_draft: tokens that a round may draft; the random numbers of a round do not depend on how many
-            it does draft, in this row or in another one.
+        longest_draft: the most tokens that a round may draft. Each round uses random numbers for that many,
+            so that a row's do not depend on how many are drafted, in it or in another row.
     """
 
     def __init__(self, sampler: Sampler, device: torch.device, longest_draft: int = 0) -> None:
@@ -42,16 +42,17 @@ class Rows:
         return all(output.remaining for output in self.outputs)
 
     def rooms(self, k: int, wanted: Sequence[bool] | None = None) -> list[int]:
-        """[B] how many tokens may be drafted for each, `k` at most: a round emits one token more.
+        """[B] how many tokens may be drafted for each row, `k` at most. A round can output one token
+        more, which needs room too.
 
         Args:
-            wanted: those that tokens are wanted for; None: all.
+            wanted: [B] the rows that drafts are wanted for; None: all.
         """
         pairs = zip(self.outputs, wanted or [True] * len(self), strict=True)
         return [max(0, min(k, output.remaining - 1)) if wants else 0 for output, wants in pairs]
 
     def admit(self, output: Output, logits: Tensor) -> None:
-        """Another row, with the logits [1, V] of its first token."""
+        """Add a row, and pick its first token by the logits [1, V]."""
         alone = Rows(self.sampler, self.last.device)
         alone.outputs = [output]
         alone.emit(logits)
@@ -59,13 +60,13 @@ class Rows:
         self.last = torch.cat((self.last, alone.last))
 
     def drop(self, row: int) -> Output:
-        """Take out what has ended; the last one takes its place."""
+        """Take out a row that has ended; the last row takes its place."""
         ended, self.outputs[row] = self.outputs[row], self.outputs[-1]
         self.outputs.pop()
         if row < len(self.outputs):
             self.last[row] = self.last[-1]
         self.last = self.last[:-1]
-        self._numbers = None  # of a round that was broken off
+        self._numbers = None  # they may be left of a round that raised an error
         return ended
 
     def choose(self, logits: Tensor, position: int, going: Sequence[bool]) -> tuple[Choice, Tensor]:
@@ -73,14 +74,14 @@ class Rows:
 
         Args:
             logits: [B, V]
-            going: [B] whether the row's draft is that long. Where it is not, its last token is repeated:
-                another one might leave NaN in the cache, which no mask keeps from the row.
+            going: [B] whether the row's draft is that long. Where it is not, the row's last decided token
+                stands in: a token picked here might put NaN into the cache, and a mask does not keep NaN out.
 
         Returns:
-            The choice, and the processed logits [B, V] of which it was made.
+            The choice, and the processed logits [B, V] that it was made by.
         """
         logits = self.process(logits[:, None], position, going)[:, 0]
-        numbers = self._random()
+        numbers = self._round_numbers()
         choice = self.sampler(logits, None if numbers is None else numbers[:, position])
         if not all(going):
             is_going = on_device(going, logits.device).bool()
@@ -92,18 +93,18 @@ class Rows:
     ) -> Reading | None:
         """Note drafted tokens [B], and show those of rows that show drafts.
 
-        One read from the device where drafts are shown or there is a confidence; else none.
+        Reads from the device: one if drafts are shown or a confidence is given; else none.
 
         Args:
-            confidence: [B], in fp32, the tokens' probabilities, where they decide how drafts go on.
+            confidence: [B], in fp32, the tokens' probabilities, if they decide whether drafts go on.
 
         Returns:
-            The read, if there is one: of the tokens, and of the confidences.
+            The read, if there is one: the tokens, then the confidences.
         """
         drafting = [row for row, goes in enumerate(going) if goes]
         for row in drafting:
             self.outputs[row].place(tokens[row], position)
-        # Whatever a draft goes on with after an end id will never be output.
+        # After an end id nothing of a draft is shown: it will never be output.
         shown = [row for row in drafting if self.outputs[row].shows_draft]
         if confidence is None and not shown:
             return None
@@ -140,17 +141,17 @@ class Rows:
 
     def numbers(self, num_drafted: int) -> Tensor | None:
         """[B, k + 1] random numbers for the verdict on a draft; None when greedy."""
-        numbers = self._random()
+        numbers = self._round_numbers()
         if numbers is None:
             return None
         return torch.cat((numbers[:, self.longest_draft :][:, :num_drafted], numbers[:, -1:]), 1)
 
     def read(self, numbers: Sequence[Tensor], logits: Tensor) -> list[list[float]]:
-        """The numbers of each tensor, by one read. Outputs learn whether their logits let a token be picked.
+        """The numbers of each tensor, in one read. Outputs learn if their logits let no token be picked.
 
         Args:
-            logits: [B, V] of the last token that is decided on; what is no number in a row's cache makes all
-                its logits no numbers.
+            logits: [B, V] that the last token of the round is picked by. NaN in a row's cache makes all its
+                logits NaN.
         """
         largest, *values = read([logits.amax(-1), *numbers])
         for output, number in zip(self.outputs, largest, strict=True):
@@ -158,9 +159,9 @@ class Rows:
         return values
 
     def emit(self, logits: Tensor) -> None:
-        """Pick a token of each row by logits [B, V] and decide on it; one read from the device."""
+        """Decide on one token of each row, picked by logits [B, V]. Reads from the device: one."""
         logits = self.process(logits[:, None])[:, 0]
-        numbers = self._random()
+        numbers = self._round_numbers()
         tokens = self.sampler(logits, None if numbers is None else numbers[:, -1]).tokens  # [B]
         (ids,) = self.read([tokens], logits)
         no_round = ([0] * len(self), [""] * len(self))
@@ -174,21 +175,24 @@ class Rows:
         drafted: Sequence[int],
         sources: Sequence[str],
     ) -> None:
-        """Decide on the tokens of a round, in each row up to the one that ends it.
+        """Make the tokens of a round part of the outputs, in each row up to the one that ends the output.
 
         Args:
-            tokens: of each row, the last ones as in `last` [B, 1].
-            scores: [B, >= n, V] the processed logits that they came from.
-            drafted: [B] tokens that were drafted for each.
-            sources: [B] by what; empty where there was no round.
+            tokens: those of each row, as many as it has.
+            last: [B, 1] the last of these of each row, on the device.
+            scores: [B, >= n, V] the processed logits that they were picked by, n being the most of a row.
+            drafted: [B] how many tokens were drafted for each.
+            sources: [B] names of what drafted them; empty where there was no round.
         """
         for row, output in enumerate(self.outputs):
             if not output.stop_reason:
                 output.commit(tokens[row], scores[row], drafted[row], sources[row])
         self.last, self._numbers = last, None
 
-    def _random(self) -> Tensor | None:
-        """Of this round: one for each token that may be drafted, and accepted, and the next one."""
+    def _round_numbers(self) -> Tensor | None:
+        """[B, 2 * longest_draft + 1] random numbers of this round: those that draw drafted tokens, those that
+        accept or reject them, and one for the token after them. None when greedy.
+        """
         if self._numbers is None and not self.sampler.greedy:
             n, device = 2 * self.longest_draft + 1, self.last.device
             self._numbers = torch.stack(
