@@ -124,13 +124,17 @@ class CompiledDecoder(Decoder):
         return other
 
     def _find_passes(self, num_positions: int) -> Passes:
-        """Those there are, if they are of the model as it is now, and their cache has room for so many
-        positions and padding.
+        """The passes of this batch size; new ones if the model has changed since, or if their cache lacks room
+        for so many positions and padding.
         """
         made, room = _PASSES[self.model], max(padded(self._max_width), _ROOM)
         num_positions = min(num_positions, context_length(self.config))  # beyond it there is padding alone
         passes = made.get(self._num_rows)
-        if passes is None or passes.made_of != _made_of(self) or num_positions + room > passes.cache.capacity:
+        if (
+            passes is None
+            or passes.identity != _identity(self)
+            or num_positions + room > passes.cache.capacity
+        ):
             most = round_up(context_length(self.config) + room, ALIGNMENT)
             capacity = min(max(_SMALLEST_CAPACITY, padded(num_positions + room)), most)
             made.pop(self._num_rows, None)  # so that there is room for the next
@@ -174,10 +178,10 @@ class CompiledDecoder(Decoder):
         return self._passes(inputs, first, last, num_logits > 0)
 
 
-def _made_of(decoder: Decoder) -> Hashable:
-    """The modules, tensors and hooks that passes of this decoder are compiled for."""
-    parts = [(type(part), part.places) for part in (*decoder.layers, decoder.head)]
-    return decoder.embedding_places, tuple(parts)
+def _identity(decoder: Decoder) -> Hashable:
+    """A value that changes with the modules, tensors and hooks that this decoder's passes are compiled for."""
+    parts = [(type(part), part.identity) for part in (*decoder.layers, decoder.head)]
+    return decoder.embedding_identity, tuple(parts)
 
 
 def padded(width: int) -> int:
@@ -195,7 +199,7 @@ class Passes:
     def __init__(self, decoder: Decoder, capacity: int, num_rows: int) -> None:
         self._decoder, self._num_rows = decoder, num_rows
         del decoder.model  # which these passes are kept for: it would never be freed
-        self.made_of = _made_of(decoder)
+        self.identity = _identity(decoder)
         self.generation: object = None  # whose keys and values the cache holds
         config, like = decoder.config, decoder.rotary
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.kv_cache import ALIGNMENT, Appendable, KVCache, round_up
-from self_speculation.model.lean_layers import lean_forms, places
+from self_speculation.model.lean_layers import identity, lean_forms
 
 # The cache starts with room for this many positions beyond the prompt, if the answer may be so long: of one
 # row, or shared out among several.
@@ -44,8 +44,8 @@ class PlainLayer:
         self._layer = layer
 
     @property
-    def places(self) -> Hashable:
-        return _places_and_hooks(self._layer)
+    def identity(self) -> Hashable:
+        return _identity_with_hooks(self._layer)
 
     def __call__(self, hidden: Tensor, span: Span, cache: Appendable) -> Tensor:
         mask = span.mask
@@ -65,8 +65,8 @@ class PlainHead:
         self._norm, self.module = norm, head
 
     @property
-    def places(self) -> Hashable:
-        return _places_and_hooks(self._norm, self.module)
+    def identity(self) -> Hashable:
+        return _identity_with_hooks(self._norm, self.module)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.module(self._norm(hidden[None]))[0]
@@ -75,10 +75,8 @@ class PlainHead:
         return self._norm(hidden[None])[0]
 
 
-def _places_and_hooks(*roots: nn.Module) -> Hashable:
-    """Equal only while these modules, their parameters and hooks are the same: a compiled pass over them is
-    valid for so long.
-    """
+def _identity_with_hooks(*roots: nn.Module) -> Hashable:
+    """What a compiled pass over these modules is valid for."""
     modules = [module for root in roots for module in root.modules()]
     hooks = [
         id(hook)
@@ -86,7 +84,7 @@ def _places_and_hooks(*roots: nn.Module) -> Hashable:
         for of_module in (module._forward_pre_hooks, module._forward_hooks)
         for hook in of_module.values()
     ]
-    return places(*roots), tuple(hooks)
+    return identity(*roots), tuple(hooks)
 
 
 class LevelSpan:
@@ -232,9 +230,9 @@ class Decoder:
         self.lowest = torch.full((), torch.finfo(weight.dtype).min, dtype=weight.dtype, device=weight.device)
 
     @property
-    def embedding_places(self) -> Hashable:
-        """See `places`."""
-        return _places_and_hooks(self._embed)
+    def embedding_identity(self) -> Hashable:
+        """See `identity`."""
+        return _identity_with_hooks(self._embed)
 
     @property
     def rotary(self) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.products import Packed, Product, choose_packed_widths, follow
+from self_speculation.model.products import Packed, Product, choose_packed_widths, forget_changed
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
@@ -80,23 +80,23 @@ def lean_forms(model: Any) -> tuple[list[LeanLayer | None], LeanHead | None]:
             fused.packed_widths = choose_packed_widths([product.weight for product in packable])
         for product in packable:
             product.packed_widths = fused.packed_widths
-    follow(products)
+    forget_changed(products)
     return lean, lean_head
 
 
 def bytes_made(model: Any, for_drafts: bool = True) -> int:
-    """That copies of weights take which were made of lean forms: packed ones, and those in fewer bits for
-    drafts, if they are to be counted.
+    """Bytes of all copies that were made of a model's weights.
+
+    Args:
+        for_drafts: count those that only drafts read, too, such as those in fewer bits.
     """
     forms = _FUSED[model].forms.values() if model in _FUSED else ()
-    copies = (kept for form in forms for product in form.products for kept in product.all_kept)
+    copies = (copy for form in forms for product in form.products for copy in product.all_derived)
     return sum(copy.num_bytes for copy in copies if for_drafts or isinstance(copy, Packed))
 
 
-def places(*modules: nn.Module) -> Hashable:
-    """Which modules these consist of, and which tensors their parameters are: others when one is replaced,
-    moved or converted.
-    """
+def identity(*modules: nn.Module) -> Hashable:
+    """A value that changes when a module or a parameter in these is replaced, moved or converted."""
     parts = tuple(id(part) for root in modules for part in root.modules())
     parameters = (p for root in modules for p in root.parameters())
     return parts, tuple((p.data_ptr(), p.shape, p.dtype, p.device) for p in parameters)
@@ -106,11 +106,11 @@ _Form = TypeVar("_Form", "LeanLayer", "LeanHead")
 
 
 def _form(fused: _Fused, kind: type[_Form], key: nn.Module, *modules: nn.Module) -> _Form | None:
-    """The lean form of these modules, made anew where its tensors are others by now."""
+    """The lean form of these modules, made anew if their identity has changed; None if they cannot have one."""
     form: Any = fused.forms.pop(key, None)  # what is out of date must not be kept alive
     if not _is_plain(*modules):
         return None
-    if form is None or form.places != places(*modules):
+    if form is None or form.identity != identity(*modules):
         # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
         with torch.inference_mode(False), torch.no_grad():
             form = kind(*modules)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ class LeanLayer:
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = Norm(attention.q_norm), Norm(attention.k_norm)
         self.products = (self._qkv, self._out, self._gate_up, self._down)
-        self.places = places(layer)
+        self.identity = identity(layer)
 
     def over(self, make: Callable[[Product], Any]) -> LeanLayer:
         """The same layer, its products replaced by what `make` makes of each."""
@@ -237,7 +237,7 @@ class LeanHead:
     def __init__(self, norm: Any, head: nn.Linear) -> None:
         self.norm, self._head = Norm(norm), Product(head)
         self.products = (self._head,)
-        self.places = places(norm, head)
+        self.identity = identity(norm, head)
 
     def over(self, make: Callable[[Product], Any]) -> LeanHead:
         """As that of `LeanLayer`."""

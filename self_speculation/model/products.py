@@ -1,7 +1,7 @@
 """x W^T + b over the weights of modules: by torch's own product, or on a CPU over a packed copy of W.
 
-What is made of a weight (a packed copy, a copy in fewer bits, some of its rows) is kept here with it, and is
-forgotten as soon as the weight is another one.
+What is made of a weight (a packed copy, a copy in fewer bits, some of its rows) stays here with it, and is
+forgotten as soon as the weight changes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Product:
         self._parameters = [*weights, *biases]
         self._weight_t = self.weight.t()
         self.packed_widths: frozenset[int] = frozenset()  # numbers of tokens that the packed copy serves
-        self._kept: dict[Hashable, Any] = {}
+        self._derived: dict[Hashable, Any] = {}
         self._state_when_made: Hashable = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -63,31 +63,31 @@ class Product:
         hidden = hidden.add_(self._packed(x)) if packed else hidden.addmm_(x, self._weight_t)
         return hidden if self.bias is None else hidden.add_(self.bias)
 
-    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` made of this weight when it was first asked for under this key."""
-        if key not in self._kept:
-            self._kept[key] = make()
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` makes of this weight. It is called once for each key, until the weight changes."""
+        if key not in self._derived:
+            self._derived[key] = make()
             self._state_when_made = self._state()
-        return self._kept[key]
+        return self._derived[key]
 
-    def has(self, key: Hashable) -> bool:
-        """Whether something is kept under this key."""
-        return key in self._kept
+    def has_derived(self, key: Hashable) -> bool:
+        """Whether something has been made of this weight under this key."""
+        return key in self._derived
 
     @property
-    def all_kept(self) -> Sequence[Any]:
-        return [*self._kept.values()]
+    def all_derived(self) -> Sequence[Any]:
+        return [*self._derived.values()]
 
-    def follow(self) -> None:
+    def forget_if_changed(self) -> None:
         """Forget what was made of the weight, if it has changed since."""
-        if self._kept and self._state() != self._state_when_made:
-            self._kept.clear()
+        if self._derived and self._state() != self._state_when_made:
+            self._derived.clear()
 
     def of_rows(self, ids: Tensor) -> Product:
         """The same over a copy of some rows [n] of the weight."""
         rows = copy.copy(self)
         rows.weight, rows.bias = self.weight[ids], None if self.bias is None else self.bias[ids]
-        rows._weight_t, rows._parameters, rows._kept = rows.weight.t(), [rows.weight], {}
+        rows._weight_t, rows._parameters, rows._derived = rows.weight.t(), [rows.weight], {}
         return rows
 
     @property
@@ -112,17 +112,17 @@ class Product:
         return x.shape[0] in self.packed_widths and not torch.compiler.is_compiling()
 
     def _packed(self, x: Tensor) -> Tensor:
-        return self.kept(Packed, lambda: Packed(self.weight))(x)
+        return self.derived(Packed, lambda: Packed(self.weight))(x)
 
     def _state(self) -> Hashable:
-        """Another one when the weight is.
+        """A value that changes whenever the weight does.
 
-        Who writes through `.data` leaves no trace but the bits. They are hashed where the model itself reads
-        a copy, which takes as long as one or two plain steps. Drafts by an old copy are only worse: for them
-        the versions that torch counts must do.
+        A write through `.data` changes nothing but the bits. They are hashed where the model itself reads a
+        copy, which takes as long as one or two plain steps. Drafts from an old copy are worse but never
+        wrong, so for them the versions that torch counts are enough.
         """
         versions = tuple(p._version for p in self._parameters if not p.is_inference())
-        if Packed not in self._kept:
+        if Packed not in self._derived:
             return versions
         bits = self.weight.contiguous().view(torch.uint8).numpy()
         return versions, xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
@@ -139,14 +139,14 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self._copy, None, "none", [], "")
 
 
-def follow(products: Sequence[Product]) -> None:
-    """`Product.follow` of each, on as many threads as torch has."""
+def forget_changed(products: Sequence[Product]) -> None:
+    """`Product.forget_if_changed` of each, on as many threads as torch has."""
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(Product.follow, products))
+        list(threads.map(Product.forget_if_changed, products))
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
-    """One tensor of all rows, which the parameters are parts of from then on.
+    """One tensor of all rows; from then on the parameters are parts of it.
 
     Each part is a storage of its own over its share of the memory, not a view. So whatever saves, flattens or
     shards a model finds no two parameters that share a storage, and leaves none out.

@@ -1,7 +1,7 @@
 """Lean layers over weights in fewer bits, made from the model's own: for cheap drafts, never for the target.
 
 The formats are those of `low_bit_products`. With layers in four bits the head has more: it is where four cost
-most agreement. Each copy is kept with the product that it was made of, see `products`.
+most agreement. Each copy stays with the product that it was made of, see `Product.derived`.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ def quantized(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) ->
     kinds = {product: of_layers for layer in layers for product in layer.products}
     if of_head is not None:
         kinds |= dict.fromkeys(head.products, of_head)
-    missing = {product: kind for product, kind in kinds.items() if not product.has(kind)}
+    missing = {product: kind for product, kind in kinds.items() if not product.has_derived(kind)}
     _check_room(missing, draft_weights)
     weigh = any(kind.weighs_inputs for kind in missing.values())
     squares = _squares_of_inputs(decoder, layers) if weigh else {}
 
     def copied(product: Product) -> LowBitProduct:
         kind = kinds[product]
-        return product.kept(kind, lambda: kind(product, squares.get(product)))
+        return product.derived(kind, lambda: kind(product, squares.get(product)))
 
     copies = [layer.over(copied) for layer in layers]
     return decoder.over(copies, head if of_head is None else head.over(copied))

@@ -56,8 +56,8 @@ class ShortHead:
         ids = likely_ids(decoder.model, number)
         self._norm, self._size = decoder.head.norm, len(whole.weight)
         self._ids = on_device(ids, whole.weight.device)
-        rows = whole.kept(tuple(ids), lambda: whole.of_rows(self._ids))
-        self._product = rows if kind is Product else rows.kept(kind, lambda: kind(rows))
+        rows = whole.derived(tuple(ids), lambda: whole.of_rows(self._ids))
+        self._product = rows if kind is Product else rows.derived(kind, lambda: kind(rows))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = hidden.new_full((len(hidden), self._size), -math.inf)

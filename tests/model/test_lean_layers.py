@@ -172,13 +172,13 @@ def test_copies_are_of_the_biases_of_now():
     """Guards against biases that a copy keeps as they were, where only the weights are compared."""
     linear = nn.Linear(32, 32)
     product = Product(linear)
-    product.kept("a copy", object)
-    product.follow()
-    assert product.has("a copy")
+    product.derived("a copy", object)
+    product.forget_if_changed()
+    assert product.has_derived("a copy")
     with torch.no_grad():
         linear.bias[3] += 1
-    product.follow()
-    assert not product.has("a copy")
+    product.forget_if_changed()
+    assert not product.has_derived("a copy")
 
 
 def test_what_is_out_of_use_is_freed(monkeypatch):
