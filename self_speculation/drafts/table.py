@@ -80,10 +80,12 @@ def make_drafter(
     decoder: Decoder, num_layers: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
 ) -> Decoder:
     """What runs the first layers for a draft, and a head. Raises what `quantized` and `ShortHead` do."""
-    drafter = decoder if draft_weights == "exact" else quantized(decoder, num_layers, draft_weights)
-    if draft_vocabulary is None or draft_vocabulary >= decoder.config.vocab_size:
-        return drafter
-    return drafter.over(drafter.layers, ShortHead(decoder, drafter.head, draft_vocabulary))
+    short_head: ShortHead | None = None
+    if draft_vocabulary is not None and draft_vocabulary < decoder.config.vocab_size:
+        short_head = ShortHead(decoder, draft_vocabulary)
+    if draft_weights != "exact":
+        return quantized(decoder, num_layers, draft_weights, short_head)
+    return decoder if short_head is None else decoder.over(decoder.layers, short_head)
 
 
 def make_source(parts: Parts) -> DraftSource:

@@ -124,8 +124,8 @@ class CompiledDecoder(Decoder):
         return other
 
     def _find_passes(self, num_positions: int) -> Passes:
-        """The passes of this batch size; new ones if the model has changed since, or if their cache lacks room
-        for so many positions and padding.
+        """The passes of this batch size; new ones where the model has changed, or where their cache has no
+        room for so many positions and padding.
         """
         made, room = _PASSES[self.model], max(padded(self._max_width), _ROOM)
         num_positions = min(num_positions, context_length(self.config))  # beyond it there is padding alone
@@ -179,7 +179,7 @@ class CompiledDecoder(Decoder):
 
 
 def _identity(decoder: Decoder) -> Hashable:
-    """A value that changes with the modules, tensors and hooks that this decoder's passes are compiled for."""
+    """A value that changes with the modules, tensors and hooks that a decoder's passes are compiled for."""
     parts = [(type(part), part.identity) for part in (*decoder.layers, decoder.head)]
     return decoder.embedding_identity, tuple(parts)
 

@@ -106,7 +106,7 @@ _Form = TypeVar("_Form", "LeanLayer", "LeanHead")
 
 
 def _form(fused: _Fused, kind: type[_Form], key: nn.Module, *modules: nn.Module) -> _Form | None:
-    """The lean form of these modules, made anew if their identity has changed; None if they cannot have one."""
+    """The lean form of these modules, made anew if their identity has changed; None if there can be none."""
     form: Any = fused.forms.pop(key, None)  # what is out of date must not be kept alive
     if not _is_plain(*modules):
         return None

@@ -28,6 +28,7 @@ from self_speculation.model.low_bit_products import (
     works,
 )
 from self_speculation.model.products import Product
+from self_speculation.model.short_head import ShortHead
 
 # How large inputs are is learnt from so many tokens, in passes over at most so many.
 _TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
@@ -72,18 +73,23 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     return of_layers.bytes_per_weight, own if of_head is None else of_head.bytes_per_weight
 
 
-def quantized(decoder: Decoder, num_layers: int, draft_weights: DraftWeights) -> Decoder:
+def quantized(
+    decoder: Decoder, num_layers: int, draft_weights: DraftWeights, short_head: ShortHead | None = None
+) -> Decoder:
     """The first layers and the head of a decoder in fewer bits, over its own cache. Each copy is made once.
+
+    Args:
+        short_head: takes the place of the head.
 
     Raises:
         ValueError: layers that are not lean, no kernels for them, or no room for the copies.
     """
-    head = decoder.head
     layers = [layer for layer in decoder.layers[:num_layers] if isinstance(layer, LeanLayer)]
-    if len(layers) < num_layers or not isinstance(head, LeanHead):
+    if len(layers) < num_layers or not isinstance(decoder.head, LeanHead):
         raise ValueError(
             f"draft_weights {draft_weights}: needs lean layers (of a known family, plain, fuse True)"
         )
+    head = short_head or decoder.head
     weight = head.products[0].weight
     of_layers, of_head = formats(draft_weights, weight.device, weight.dtype)
     kinds = {product: of_layers for layer in layers for product in layer.products}

@@ -7,6 +7,7 @@ accept rule need not know of it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -41,27 +42,28 @@ def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
 
 
 class ShortHead:
-    """[T, H] -> [T, V], with -inf for all but the likely ids.
-
-    Args:
-        head: the one to be shortened: a decoder's, or a copy of it in fewer bits.
+    """A decoder's norm and head, [T, H] -> [T, V], with -inf for all but so many likely ids.
 
     Raises:
         ValueError: the head's weight is not a plain tensor.
     """
 
-    def __init__(self, decoder: Decoder, head: Callable[[Tensor], Tensor], number: int) -> None:
+    def __init__(self, decoder: Decoder, number: int) -> None:
         whole = _product(decoder.head, number)
-        kind: Any = type(head.products[0]) if isinstance(head, LeanHead) else Product
         ids = likely_ids(decoder.model, number)
         self._norm, self._size = decoder.head.norm, len(whole.weight)
         self._ids = on_device(ids, whole.weight.device)
-        rows = whole.derived(tuple(ids), lambda: whole.of_rows(self._ids))
-        self._product = rows if kind is Product else rows.derived(kind, lambda: kind(rows))
+        self.products: tuple[Any] = (whole.derived(tuple(ids), lambda: whole.of_rows(self._ids)),)
+
+    def over(self, make: Callable[[Product], Any]) -> ShortHead:
+        """As that of `LeanHead`."""
+        other = copy.copy(self)
+        other.products = (make(self.products[0]),)
+        return other
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = hidden.new_full((len(hidden), self._size), -math.inf)
-        return logits.index_copy_(1, self._ids, self._product(self._norm(hidden)))
+        return logits.index_copy_(1, self._ids, self.products[0](self._norm(hidden)))
 
 
 def _product(head: LeanHead | PlainHead, number: int) -> Product:

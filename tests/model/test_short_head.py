@@ -12,7 +12,8 @@ from conftest import EOS, assert_close, generate, tiny_llama
 
 from self_speculation.drafts.table import make_drafter
 from self_speculation.model.decoder import Decoder
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.lean_layers import fuse, lean_forms
+from self_speculation.model.low_bit_products import Int8Product
 from self_speculation.model.products import Product
 from self_speculation.model.short_head import likely_ids, prefer_ids
 
@@ -75,6 +76,16 @@ def test_rows_are_copied_once(monkeypatch):
         result = generate(model, PROMPT, draft_vocabulary=12, **DRAFTS)
         assert result.predicted_tokens == plain.predicted_tokens
     assert len(copied) == 1
+
+
+def test_of_a_head_in_fewer_bits_only_these_rows_are_made():
+    """Guards against a copy of the whole head that nobody reads."""
+    model = fresh()
+    fuse(model)
+    generate(model, PROMPT, draft_vocabulary=12, draft_weights="int8", **DRAFTS)
+    head = lean_forms(model)[1].products[0]
+    assert not head.has_derived(Int8Product)
+    assert [rows.has_derived(Int8Product) for rows in head.all_derived if isinstance(rows, Product)] == [True]
 
 
 @pytest.mark.parametrize("fused", [True, False])
