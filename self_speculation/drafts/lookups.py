@@ -36,8 +36,10 @@ class Lookup(DraftSource):
         found = [self._find(output, room) for output, room in zip(rows.outputs, rooms, strict=True)]
         lengths = [len(ids) for _, ids in found]
         width = max(lengths)
-        padded = [id_ for _, ids in found for id_ in [*ids, *[0] * (width - len(ids))]]
-        tokens = on_device(padded, rows.last.device).view(len(rows), width)
+        # Padded with each row's last token, as in `Rows.choose`.
+        last = [(output.tokens or output.prompt)[-1] for output in rows.outputs]
+        padded = [[*ids, *[id_] * (width - len(ids))] for (_, ids), id_ in zip(found, last, strict=True)]
+        tokens = on_device([id_ for ids in padded for id_ in ids], rows.last.device).view(len(rows), width)
         for i in range(width):
             rows.propose(tokens[:, i], i, [i < length for length in lengths])
         probabilities = None if rows.sampler.greedy else certain(tokens, self._vocab_size)
@@ -74,38 +76,40 @@ class LookupFirst(DraftSource):
         if not any(found):
             return self._otherwise.draft(rows, k, wanted)
         looked_up = self._lookup.draft(rows, k, found)
-        rest = [
-            not is_found and goes for is_found, goes in zip(found, wanted or [True] * len(rows), strict=True)
-        ]
-        return _mixed(looked_up, self._otherwise.draft(rows, k, rest), found) if any(rest) else looked_up
+        pairs = zip(found, wanted or [True] * len(rows), strict=True)
+        rest = [wants and not is_found for is_found, wants in pairs]
+        if not any(rest):
+            return looked_up
+        return _mixed(rows, looked_up, self._otherwise.draft(rows, k, rest), found)
 
     def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
         if not draft.matched or not all(draft.matched):
             self._otherwise.learn(rows, draft, num_accepted)
 
 
-def _mixed(first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
-    """Some rows of one draft, the others of another. The layers behind either have not seen all rows, so
-    verification begins with the first one.
+def _mixed(rows: Rows, first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
+    """Some rows of one draft, the others of another. No layer has seen the tokens of all rows, so all of them
+    verify.
     """
     width = max(first.tokens.shape[1], second.tokens.shape[1])
     taken = on_device(from_first, first.tokens.device).bool()[:, None]  # [B, 1]
 
-    def merged(a: Tensor, b: Tensor) -> Tensor:
-        """Of [B, k, ...] each."""
-        missing = [(0, 0) * (part.dim() - 2) + (0, width - part.shape[1]) for part in (a, b)]
-        a, b = pad(a, missing[0]), pad(b, missing[1])
-        return torch.where(taken.view(-1, *[1] * (a.dim() - 1)), a, b)
+    def widened(draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """Its tokens [B, k], padded as in `Rows.choose`, and what they were drawn from."""
+        missing, q = width - draft.tokens.shape[1], draft.probabilities
+        tokens = torch.cat((draft.tokens, rows.last.expand(-1, missing)), 1)
+        return tokens, None if q is None else pad(q, (0, 0, 0, missing))
 
     def chosen(a: Sequence, b: Sequence) -> list:
         return [x if wins else y for x, y, wins in zip(a, b, from_first, strict=True)]
 
-    q, other_q = first.probabilities, second.probabilities
+    (tokens, q), (other_tokens, other_q) = widened(first), widened(second)
     return Draft(
         first.sampler,
         chosen(first.sources, second.sources),
-        merged(first.tokens, second.tokens),
-        None if q is None or other_q is None else merged(q, other_q),  # both are None, or neither
+        torch.where(taken, tokens, other_tokens),
+        # Both are None, or neither.
+        None if q is None or other_q is None else torch.where(taken[..., None], q, other_q),
         chosen(first.lengths, second.lengths),
         confidences=second.confidences,
         matched=chosen(first.matched, second.matched or [0] * len(from_first)),

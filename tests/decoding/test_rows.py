@@ -21,6 +21,7 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
     make_strategy,
+    self_speculation_generator,
 )
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding_strategy import Batch
@@ -257,6 +258,34 @@ def test_what_is_drafted_for_nobody_ends_no_row(monkeypatch):
     strategy, config = make_strategy("self_speculative"), GenerationConfig(sample=False, **shared)
     got = dict(strategy.generate_batch(model, [Request(p) for p in PROMPTS[2:5]], config, batch_size=3))
     assert [got[index].predicted_tokens for index in range(3)] == expected[2:5]
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("lookup", [0, 2])
+def test_drafts_are_padded_with_a_token_that_the_row_has(lookup, sample, monkeypatch):
+    """Guards against any other token, which may leave NaN in the cache."""
+    seen, rooms, of_target = [], Rows.rooms, self_speculation_generator.target_logits
+
+    def target_logits(decoder, rows, draft):
+        for row, length in enumerate(draft.lengths):
+            seen.append((draft.sources[row], int(rows.last[row]), draft.tokens[row, length:].tolist()))
+        return of_target(decoder, rows, draft)
+
+    def shorter_by_row(rows, k, wanted=None):
+        return [min(room, 5 - 2 * row) for row, room in enumerate(rooms(rows, k, wanted))]
+
+    monkeypatch.setattr(Rows, "rooms", shorter_by_row)
+    monkeypatch.setattr(self_speculation_generator, "target_logits", target_logits)
+    model = tiny_llama(agreement="always", exit_layer=0)
+    config = GenerationConfig(
+        sample=sample, temperature=0.1, max_steps=20, exit_layer=2, num_speculations=5, prompt_lookup=lookup,
+        generation_strategy="self_speculative",
+    )  # fmt: skip
+    requests = [Request(prompt, seed=1) for prompt in PROMPTS]
+    dict(make_strategy("self_speculative").generate_batch(model, requests, config, batch_size=3))
+    sources = {"exit 2", "lookup"} if lookup else {"exit 2"}
+    assert {source for source, _, padding in seen if padding} == sources
+    assert all({*padding} <= {last} for _, last, padding in seen)
 
 
 def test_places_are_taken_again_as_soon_as_they_are_free():
