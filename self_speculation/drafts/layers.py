@@ -11,25 +11,23 @@ from self_speculation.decoding.sampling import Choice
 from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
 from self_speculation.drafts.threshold import Threshold
 from self_speculation.model.decoder import Decoder, forward_early
-from self_speculation.transfers import Reading
 
 
 class LayerDrafts(DraftSource):
     """Guesses of the first layers: each pass gives every row one more token.
 
-    Reads from the device: one for each drafted token if a threshold decides whether another one follows, or
-    if drafts are shown, or both; otherwise none. A GPU begins the next pass before the threshold is asked. If
-    the draft ends there, a pass of the model's own layers is not lost: it took the last guess through the
-    first layers, which verification needs anyway.
+    Reads from the device: none, or one for each drafted token if a threshold decides whether another follows,
+    if drafts are shown, or both. A GPU begins the next pass before the threshold is asked: if that ends the
+    draft, verification finds its last token's first layers done.
 
     Args:
-        drafter: runs the layers: the model's decoder, or one over a copy of them.
-        exit_layer: how many layers draft.
+        drafter: what runs the layers.
+        exit_layer: so many layers.
         copied_in: the format of a copy of the layers; empty: they are the model's own. Verification goes on
-            from the cache and the exit states that the model's own layers leave. What a copy leaves is less
-            exact, and forgotten.
-        threshold: makes, for one output, what decides where its draft stops before k tokens; None: drafts
-            never stop early. Passes go on until the drafts of all rows have stopped.
+            from the keys, values and exit states that the model's own layers leave; a copy's are less exact,
+            and are forgotten.
+        threshold: makes what says when an output's draft stops before k; None: it never does. Passes go on
+            until all have stopped.
     """
 
     def __init__(
@@ -51,22 +49,30 @@ class LayerDrafts(DraftSource):
         exit_hidden: list[Tensor] = []
         lengths = [0] * len(rooms)
         confidences: list[list[float]] = [[] for _ in rooms]
-        confident = [True] * len(rooms)
 
-        # The token whose low probability ends a draft stays in it: dropping tokens by what they are would
-        # change the distribution of the output.
-        def goes_on(i: int) -> list[bool]:
-            """[B] whether a row drafts its token i = 0, 1, ..., after the last confidences are heard."""
-            if reading is not None:
-                self._hear(rows, reading, lengths, confidences, confident)
-            return [is_confident and i < room for is_confident, room in zip(confident, rooms, strict=True)]
+        def hear() -> None:
+            """Let thresholds see the last confidences, once these are read, and leave no room where a draft
+            ends with them.
+            """
+            if self._thresholds is None or reading is None:
+                return
+            for row, output in enumerate(rows.outputs):
+                if len(confidences[row]) < lengths[row]:
+                    confidences[row].append(reading.wait()[len(rows) + row])
+                    if not self._thresholds[output].goes_on(confidences[row]):
+                        rooms[row] = lengths[row]
 
+        # The token that ends a draft is part of it: leaving it out because of what it is would change the
+        # distribution of the output.
         for i in range(max(rooms)):
-            if not self._runs_ahead and not any(goes_on(i)):
-                break
+            if not self._runs_ahead:
+                hear()
+                if i >= max(rooms):
+                    break
             early = forward_early(self._drafter, inputs, self._exit_layer)
             exit_hidden.append(early.hidden)
-            going = goes_on(i)
+            hear()
+            going = [i < room for room in rooms]
             if not any(going):
                 break
             choice, logits = rows.choose(early.logits[:, 0], i, going)
@@ -74,7 +80,7 @@ class LayerDrafts(DraftSource):
             lengths = [length + goes for length, goes in zip(lengths, going, strict=True)]
             reading = rows.propose(choice.tokens, i, going, self._confidence(choice, logits))
             inputs = choice.tokens[:, None]
-        goes_on(0)  # hear the last confidences: nothing waits for them, but `learn` needs them
+        hear()  # nothing depends on the last confidences, but they are learnt from
         tokens, probabilities = rows.joined(choices, self._drafter.config.vocab_size)
         return Draft(
             rows.sampler,
@@ -93,22 +99,6 @@ class LayerDrafts(DraftSource):
         for row, output in enumerate(rows.outputs):
             if draft.sources[row] == self.name:
                 self._thresholds[output].learn(draft.confidences[row], num_accepted[row])
-
-    def _hear(
-        self,
-        rows: Rows,
-        reading: Reading,
-        lengths: Sequence[int],
-        confidences: list[list[float]],
-        confident: list[bool],
-    ) -> None:
-        """Pass on each confidence that was read since, and ask that output's threshold whether to go on."""
-        if self._thresholds is None:
-            return
-        for row, output in enumerate(rows.outputs):
-            if len(confidences[row]) < lengths[row]:
-                confidences[row].append(reading.wait()[len(rows) + row])
-                confident[row] = self._thresholds[output].goes_on(confidences[row])
 
     def _confidence(self, choice: Choice, logits: Tensor) -> Tensor | None:
         """[B] the probabilities of the tokens chosen by logits [B, V]; None where no threshold needs them."""
