@@ -85,8 +85,8 @@ class GenerationConfig:
         weights = get_args(DraftWeights)
         check("draft_weights", f"must be one of {', '.join(weights)}", self.draft_weights in weights)
         check("draft_confidence", "must be auto or between 0 and 1", _is_confidence(self.draft_confidence))
-        few = self.draft_vocabulary is None or self.draft_vocabulary >= 1
-        check("draft_vocabulary", "must be at least 1", few)
+        has_ids = self.draft_vocabulary is None or self.draft_vocabulary >= 1
+        check("draft_vocabulary", "must be at least 1", has_ids)
         compared = f"must be between 0 (off) and {_MOST_COMPARED}"
         check("prompt_lookup", compared, 0 <= self.prompt_lookup <= _MOST_COMPARED)
         check("temperature", "must be 0 (greedy) or more", 0 <= self.temperature < math.inf)

@@ -19,8 +19,8 @@ from self_speculation.config import GenerationConfig
 _SMALL = 1e-20
 _FP32 = torch.finfo(torch.float32)
 
-# Top-p first looks among this many of the most likely tokens only: it hardly ever keeps more.
-_FEW = 128
+# The nucleus is first looked for among so many tokens; it hardly ever has more.
+_LIKELY = 128
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0) -> Tensor:
     `top_p`, scaled to sum to 1, and 0 for all others.
 
     Args:
-        top_k: at most this many tokens have a probability, apart from ties for the last place, which a GPU
-            cuts off here; 0: not known.
+        top_k: how many tokens have a probability above 0; 0: any number. Ties for the last place may make
+            them more; on a GPU those beyond `top_k` are dropped.
     """
     vocab_size, on_cpu = probabilities.shape[-1], probabilities.device.type == "cpu"
-    # On a CPU, sorting a large vocabulary takes as long as several layers, and reading a number back costs
-    # nothing. With a GPU, a read would wait for all its queued work.
-    few = min(_FEW if on_cpu else top_k or vocab_size, vocab_size)
-    largest, ids = probabilities.topk(few) if few < vocab_size else probabilities.sort(descending=True)
-    if few < vocab_size and on_cpu and bool((largest.sum(-1) < top_p).any()):
+    # On a CPU, sorting a large vocabulary takes as long as several layers, and looking at a number costs
+    # nothing. On a GPU, looking at a number means waiting for all that the GPU was given to do.
+    number = min(_LIKELY if on_cpu else top_k or vocab_size, vocab_size)
+    largest, ids = probabilities.topk(number) if number < vocab_size else probabilities.sort(descending=True)
+    if number < vocab_size and on_cpu and bool((largest.sum(-1) < top_p).any()):
         largest, ids = probabilities.sort(descending=True)
     before = largest.cumsum(-1) - largest  # the mass of what is more likely
     largest = largest.masked_fill(before >= max(top_p, _FP32.tiny), 0.0)
@@ -106,8 +106,8 @@ def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
     if numbers is None:
         numbers = random_numbers(len(weights), weights.device)
     upto = weights.cumsum(-1, dtype=numbers.dtype)  # [n, V]
-    places = torch.searchsorted(upto, numbers[:, None] * upto[:, -1:], right=True)
-    return places.squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+    tokens = torch.searchsorted(upto, numbers[:, None] * upto[:, -1:], right=True)
+    return tokens.squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,9 @@ class KVCache(Appendable):
     appended in place; a layer that never runs costs nothing. Rolling back moves a position. Only a generation
     that outgrows `capacity` copies: the buffers then double.
 
-    Every pass appends the same number of positions to all rows, and what a row has of them, it has in every
-    layer. So there is one number for a layer, what it has been given, and one for a row, by how much it is
-    shorter than that. The cache is *level* while all rows are equally long, as a single one always is.
+    Every pass appends the same number of positions to all rows, and a row has the same positions in every
+    layer. So two lists tell all lengths: how many positions each layer was given, and how many of them each
+    row has not got. The cache is *level* while all rows are equally long, as a single one always is.
 
     Args:
         num_rows: the most there are at a time. At first there is one, and it is empty.
@@ -128,20 +128,20 @@ class KVCache(Appendable):
     ) -> None:
         self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices)
         self._first_row = 0
-        self._given = [0] * num_layers
-        self._decided = 0  # given to every layer when the last round began
-        self._shorter = [0]  # by row
-        self._shorter_there: Tensor | None = None  # the same on the device, [B, 1]
+        self._appended = [0] * num_layers  # by layer: positions that it was given
+        self._decided = 0  # positions that every layer had been given when the last round began
+        self._missing = [0]  # by row: how many of these it has not got
+        self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
 
     def clear(self, num_rows: int = 1) -> None:
         """So many empty rows."""
-        self._given, self._decided = [0] * len(self._given), 0
-        self._shorter, self._shorter_there = [0] * num_rows, None
+        self._appended, self._decided = [0] * len(self._appended), 0
+        self._missing, self._missing_on_device = [0] * num_rows, None
 
     @property
     def num_rows(self) -> int:
         """B: those that hold a sequence now."""
-        return len(self._shorter)
+        return len(self._missing)
 
     @property
     def capacity(self) -> int:
@@ -154,31 +154,31 @@ class KVCache(Appendable):
 
     @property
     def is_level(self) -> bool:
-        return all(shorter == self._shorter[0] for shorter in self._shorter)
+        return all(missing == self._missing[0] for missing in self._missing)
 
     def length(self, layer: int, row: int = 0) -> int:
         """Number of positions that `layer` holds of a row."""
-        return self._given[layer] - self._shorter[row]
+        return self._appended[layer] - self._missing[row]
 
     def longest(self, layer: int) -> int:
         """Number of positions that `layer` holds of the longest row."""
-        return self._given[layer] - min(self._shorter)
+        return self._appended[layer] - min(self._missing)
 
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
         """[B, T] of the next T positions of each row in `layer`, on the device."""
-        if self._shorter_there is None:
-            self._shorter_there = on_device(self._shorter, device)[:, None]
-        start = self._given[layer]
-        return torch.arange(start, start + width, device=device) - self._shorter_there
+        if self._missing_on_device is None:
+            self._missing_on_device = on_device(self._missing, device)[:, None]
+        start = self._appended[layer]
+        return torch.arange(start, start + width, device=device) - self._missing_on_device
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        rows = len(self._shorter)
+        rows = len(self._missing)
         total, heads, size = keys.shape
         width = total // rows
-        start = self._given[layer] - self._shorter[0]
+        start = self._appended[layer] - self._missing[0]
         end = start + width
         all_keys, all_values = self.buffers.with_room(layer, end, keys)
-        self._given[layer] += width
+        self._appended[layer] += width
         # Views by shape and strides: one call each, where slices of several dimensions take one for each.
         of_row, of_head = all_keys.stride(0), all_keys.stride(1)
         first = self._first_row * of_row
@@ -203,7 +203,7 @@ class KVCache(Appendable):
 
     def advance(self, first: int, last: int, width: int) -> None:
         """Count T positions that were written to layers first..last-1 by `WrittenAt`."""
-        self._given[first:last] = [given + width for given in self._given[first:last]]
+        self._appended[first:last] = [n + width for n in self._appended[first:last]]
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Forget the last `num_tokens` positions in every layer, of every row or row by row.
@@ -212,20 +212,20 @@ class KVCache(Appendable):
             ValueError: a layer holds fewer positions than that.
         """
         forgotten = [num_tokens] * self.num_rows if isinstance(num_tokens, int) else num_tokens
-        least = min(self._given)
-        for number, shorter in zip(forgotten, self._shorter, strict=True):
-            if not 0 <= number <= least - shorter:
+        least = min(self._appended)
+        for number, missing in zip(forgotten, self._missing, strict=True):
+            if not 0 <= number <= least - missing:
                 raise ValueError(
-                    f"cannot roll back {number} positions of a cache that holds {least - shorter}"
+                    f"cannot roll back {number} positions of a cache that holds {least - missing}"
                 )
         if any(forgotten):
-            self._shorter = [s + number for s, number in zip(self._shorter, forgotten, strict=True)]
-            self._shorter_there = None
+            self._missing = [sum(pair) for pair in zip(self._missing, forgotten, strict=True)]
+            self._missing_on_device = None
         self._decided = least
 
     def forget_draft(self) -> None:
         """Forget whatever some layers were given since the last `rollback` or `admit`."""
-        self._given = [self._decided] * len(self._given)
+        self._appended = [self._decided] * len(self._appended)
 
     def row(self, row: int) -> KVCache:
         """A cache of one row, empty, in the place that a row of this one has or will have."""
@@ -237,10 +237,10 @@ class KVCache(Appendable):
     def admit(self, length: int) -> None:
         """Another row, after those there are: its `length` positions are in every layer that runs."""
         self._settle()
-        if not self._shorter:
-            self._given = [length] * len(self._given)
-        self._shorter.append(self._given[0] - length)
-        self._decided, self._shorter_there = self._given[0], None
+        if not self._missing:
+            self._appended = [length] * len(self._appended)
+        self._missing.append(self._appended[0] - length)
+        self._decided, self._missing_on_device = self._appended[0], None
 
     def drop(self, row: int, damaged: bool = False) -> None:
         """A row has ended; the last one takes its place.
@@ -255,21 +255,21 @@ class KVCache(Appendable):
                 buffer[row].zero_()
             if row != last:
                 buffer[row, :, :length] = buffer[last, :, :length]
-        self._shorter[row] = self._shorter[last]
-        self._shorter.pop()
-        self._shorter_there = None
+        self._missing[row] = self._missing[last]
+        self._missing.pop()
+        self._missing_on_device = None
 
     def pretend(self, lengths: Sequence[int]) -> None:
         """Hold so many positions of each row in every layer, whatever is there, to time passes.
         A token must have been through all layers before.
         """
-        self._given = [max(lengths)] * len(self._given)
-        self._shorter = [max(lengths) - length for length in lengths]
-        self._decided, self._shorter_there = max(lengths), None
+        self._appended = [max(lengths)] * len(self._appended)
+        self._missing = [max(lengths) - length for length in lengths]
+        self._decided, self._missing_on_device = max(lengths), None
 
     def _settle(self) -> None:
         """Layers beyond an early exit never run: count them as given what the first one was."""
-        self._given = [self._given[0]] * len(self._given)
+        self._appended = [self._appended[0]] * len(self._appended)
 
 
 class StaticKVCache(KVCache):
@@ -283,8 +283,8 @@ class StaticKVCache(KVCache):
 
     def take_over(self, other: StaticKVCache) -> None:
         """Go on with what a smaller one holds."""
-        self._given, self._decided, self._shorter = other._given, other._decided, other._shorter
-        self._shorter_there = other._shorter_there
+        self._appended, self._decided, self._missing = other._appended, other._decided, other._missing
+        self._missing_on_device = other._missing_on_device
         for mine, held in zip(self.buffers.of_layers, other.buffers.of_layers, strict=True):
             for new, old in zip(mine or (), held or (), strict=True):
                 new[:, :, : old.shape[2]] = old
@@ -303,18 +303,19 @@ class WrittenAt(Appendable):
         self, buffers: Sequence[tuple[Tensor, Tensor] | None], positions: Tensor, length: int
     ) -> None:
         self._buffers, self._positions, self.length = buffers, positions, length
-        self._places: tuple[Tensor, ...] = ()  # of row, head and position, [B, 1, 1], [kv_heads], [B, T, 1]
+        # Of row, head and position: [B, 1, 1], [kv_heads], [B, T, 1].
+        self._index: tuple[Tensor, ...] = ()
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         held = self._buffers[layer]
         assert held is not None
         (rows, width), (_, heads, _, size) = self._positions.shape, held[0].shape
-        if not self._places:
+        if not self._index:
             all_rows, all_heads = (torch.arange(n, device=self._positions.device) for n in (rows, heads))
-            self._places = (all_rows[:, None, None], all_heads, self._positions[:, :, None])
-        places = tuple(index.to(keys.device) for index in self._places)  # layers may be on several devices
+            self._index = (all_rows[:, None, None], all_heads, self._positions[:, :, None])
+        index = tuple(part.to(keys.device) for part in self._index)  # layers may be on several devices
         for buffer, new in zip(held, (keys, values), strict=True):
             # Into the buffer itself: before torch 2.13, Inductor copies all of what is written to by a view.
-            buffer.index_put_(places, new.view(rows, width, heads, size))
+            buffer.index_put_(index, new.view(rows, width, heads, size))
         all_keys, all_values = (buffer[:rows, :, : self.length] for buffer in held)
         return all_keys, all_values
