@@ -17,7 +17,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
 from measures.timed_runs import answers, windows
-from runs.examples import Job
+from runs.examples import Job, OneByOne
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator, Request
@@ -144,7 +144,7 @@ class Ids(Job):
 
 
 @dataclass
-class Distributions(Job):
+class Distributions(OneByOne):
     """Sampling: the first drafted token must be distributed as without drafts, on every prompt.
 
     Args:

@@ -23,7 +23,7 @@ from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import predicted_cell, within_noise
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
-from runs.examples import Job, longest_prompt
+from runs.examples import OneByOne, longest_prompt
 from runs.failures import failed
 from runs.records import Record, Run
 from runs.startup import autoregressive
@@ -52,7 +52,7 @@ Cell = tuple[int, int]  # exit layer, draft length
 
 
 @dataclass
-class Sweep(Job):
+class Sweep(OneByOne):
     """What both ways share: cells that are measured, and what is shown in the end."""
 
     grid: Sequence[Cell]

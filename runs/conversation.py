@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arguments import refuse
-from runs.failures import MAY_BE_EXPLAINED, reason
+from runs.failures import EXPLAINABLE, reason
 from runs.startup import autoregressive
 from self_speculation import (
     GenerationConfig,
@@ -187,7 +187,7 @@ def converse(talk: Conversation) -> int:
             talk.answer(prompt)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
-        except MAY_BE_EXPLAINED as error:
+        except EXPLAINABLE as error:
             if (why := reason(error)) is None:
                 raise
             print(f"\nerror: {why}", file=sys.stderr)  # in the middle of an answer

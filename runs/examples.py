@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
 from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
-from runs.failures import MAY_BE_EXPLAINED, Failed, failed, less, reason
+from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
@@ -50,22 +50,13 @@ class Job(ABC):
     def requests(self, indices: Iterable[int]) -> dict[int, Request]:
         return {index: Request(self.examples[index].prompt, seed=self.seed + index) for index in indices}
 
+    @abstractmethod
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         """The records of these indices as they come, in any order, each with its index; of one that something
         is wrong with, the error.
 
         Timings aside, a record must depend on index and flags alone.
         """
-        for index in indices:
-            try:
-                record: Record | Exception = self.measure(index)
-            except Exception as error:
-                record = error
-            yield index, record
-
-    def measure(self, index: int) -> Record:
-        """The record of an index, where records are made one after the other."""
-        raise NotImplementedError
 
     @abstractmethod
     def progress(self, records: Sequence[Record]) -> str:
@@ -77,6 +68,22 @@ class Job(ABC):
 
     def after_each(self, run: Run) -> None:  # noqa: B027
         """Called at rank 0 whenever it has written a record."""
+
+
+class OneByOne(Job):
+    """A job whose records are made one after the other."""
+
+    def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
+        for index in indices:
+            try:
+                record: Record | Exception = self.measure(index)
+            except Exception as error:
+                record = error
+            yield index, record
+
+    @abstractmethod
+    def measure(self, index: int) -> Record:
+        """The record of an index."""
 
 
 def prepare(
@@ -138,8 +145,8 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             return job.conclude(run, [complete[index] for index in range(job.num_steps)])
         except (RecordError, Failed) as error:
             why = str(error)
-        except MAY_BE_EXPLAINED as error:
-            why = reason(error, less(job.batch_size)) or ""
+        except EXPLAINABLE as error:
+            why = reason(error, less_than(job.batch_size)) or ""
             if not why and not ranks.is_lost(error):
                 raise
         except KeyboardInterrupt:

@@ -12,8 +12,8 @@ _LESS = (
 # How torch words it; torch.OutOfMemoryError is a RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
-# Errors that `reason` may know something about; any other is a mistake of the program.
-MAY_BE_EXPLAINED = (RuntimeError, MemoryError, FloatingPointError)
+# The kinds of errors that `reason` may explain; any other is a mistake of the program.
+EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError)
 
 
 class Failed(Exception):
@@ -38,7 +38,7 @@ def reason(error: BaseException, less: str = _LESS) -> str | None:
     return None
 
 
-def less(batch_size: int) -> str:
+def less_than(batch_size: int) -> str:
     """What takes less memory when generating so many sequences at a time."""
     return _LESS if batch_size == 1 else f"a --batch_size below {batch_size}, {_LESS}"
 
@@ -47,6 +47,6 @@ def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
     """An error in the work on one example, in one line that names it. Raises the error itself where it is a
     mistake of the program.
     """
-    if (why := reason(error, less(batch_size))) is None:
+    if (why := reason(error, less_than(batch_size))) is None:
         raise error
     return Failed(f"{what}: {why}")

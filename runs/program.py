@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from arguments import refuse
 from runs import ranks
-from runs.failures import MAY_BE_EXPLAINED, reason
+from runs.failures import EXPLAINABLE, reason
 from runs.status import bars_fit_the_output
 
 
@@ -37,7 +37,7 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
     except BrokenPipeError:  # whoever read the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except MAY_BE_EXPLAINED as error:
+    except EXPLAINABLE as error:
         if (why := reason(error, **advice)) is None and not ranks.is_lost(error):
             raise
         refuse(why or "another rank is gone", status=1)

@@ -42,7 +42,7 @@ class Formats(NamedTuple):
 
 
 def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtype) -> Formats:
-    """Those of copies in `draft_weights` bits, for weights of this kind.
+    """The formats of copies in `draft_weights`, for weights of this dtype on this device.
 
     Raises:
         ValueError: there are no kernels for them, or none that are faster than the model's own.
@@ -56,7 +56,8 @@ def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtyp
     elif device.type == "cuda":
         wanted = Formats(Int4Product, None)
     else:
-        wanted = Formats(Int4Product, Float16Product if works(Float16Product, device, dtype) else Int8Product)
+        halves = dtype == torch.float32 and works(Float16Product, device, dtype)
+        wanted = Formats(Int4Product, Float16Product if halves else Int8Product)
     if not all(works(kind, device, dtype) for kind in wanted if kind is not None):
         raise ValueError(
             f"draft_weights {draft_weights}: there are no kernels for it with {dtype} on {device}"
@@ -65,7 +66,7 @@ def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtyp
 
 
 def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tuple[float, float]:
-    """That a draft reads of its layers and of its head. Raises what `formats` does."""
+    """Bytes that a draft reads for each weight of its layers, and of its head. Raises what `formats` does."""
     own = float(model.dtype.itemsize)
     if draft_weights == "exact":
         return own, own
