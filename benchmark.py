@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from measures.benchmarking import Benchmark
     from runs.examples import prepare, run_examples
-    from runs.startup import know_what_was_written
+    from runs.startup import prefer_counted_ids
 
     generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args, batch)
-    know_what_was_written(generator, tuning)
+    prefer_counted_ids(generator, tuning)
     of_run = (generator, config, examples, model_args.seed, batch.batch_size)
     bench = Benchmark(*of_run, args.compare, args.execute_code, args.verbose)
     bench.warm_up()

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from runs import ranks
     from runs.conversation import Conversation, converse, one_prompt
-    from runs.startup import know_what_was_written, load_generator, meet
+    from runs.startup import load_generator, meet, prefer_counted_ids
     from self_speculation.model.devices import agreed
 
     if model_args.parallel == "data" and not ranks.is_first():
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
     generator = load_generator(model_args, config)
-    know_what_was_written(generator, tuning)
+    prefer_counted_ids(generator, tuning)
     prompt = agreed(generator.model, prompt)
     if args.chat and not generator.tokenizer.chat_template:
         refuse("--chat True: the model's tokenizer has no chat template")

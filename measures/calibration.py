@@ -94,8 +94,8 @@ def calibrate(
         return now() - started
 
     lengths = [*(k for k in _LENGTHS if k < longest), longest]
-    places = numpy.linspace(0, len(exit_layers) - 1, min(_EXITS, len(exit_layers))).round().astype(int)
-    drafted = [exit_layers[place] for place in places]
+    indices = numpy.linspace(0, len(exit_layers) - 1, min(_EXITS, len(exit_layers))).round().astype(int)
+    drafted = [exit_layers[index] for index in indices]
     # A copy leaves nothing to go on from: all layers verify, whatever its exit.
     verified = sorted({exit_layers[0], exit_layers[-1]}) if config.draft_weights == "exact" else [0]
 
@@ -123,8 +123,8 @@ def calibrate(
 
 
 def medians(turns: Sequence[Costs]) -> Costs:
-    """Of the plain step, and of each part by the plain step of its own turn: the machine may have been slower
-    in another one.
+    """The medians of all turns. Parts are compared as multiples of their own turn's plain step: the machine may
+    have been slower in another turn.
     """
     plain_step = statistics.median(costs.plain_step for costs in turns)
 

@@ -208,8 +208,8 @@ def accepted(answers: Sequence[Answers]) -> tuple[float | None, float | None]:
     """
     names = ("num_decode_tokens", "num_verifications", "num_accepted", "num_drafted")
     counts = [[getattr(result, name) or 0 for name in names] for each in answers for result in each.results]
-    decoded, verified, kept, drafted = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0, 0)
-    return decoded / verified if verified else None, kept / drafted if drafted else None
+    decoded, verified, num_accepted, drafted = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0, 0)
+    return decoded / verified if verified else None, num_accepted / drafted if drafted else None
 
 
 def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float | None]:

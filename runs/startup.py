@@ -93,6 +93,6 @@ def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
     )
 
 
-def know_what_was_written(generator: HuggingfaceLlamaGenerator, args: TuningArguments) -> None:
+def prefer_counted_ids(generator: HuggingfaceLlamaGenerator, args: TuningArguments) -> None:
     """Have drafts of a short vocabulary prefer the ids that the sweep of --tuned counted, if it is given."""
     prefer_ids(generator.model, counts(args))

@@ -83,8 +83,8 @@ _NOTHING_SEEN = DecayedLine()
 class RoundTimes:
     """Seconds that rounds take, by their source and the rows in them: a + b x tokens drafted of each row.
 
-    They begin as estimates, scaled by how long the rounds took that there were, and are corrected by the
-    source's own rounds. Those long ago count less and less: a bad moment of the machine is forgotten.
+    A source begins with an estimate, scaled by the rounds of any source so far, and is corrected by its own
+    rounds. The longer ago one was, the less it counts: a bad moment of the machine is forgotten.
 
     Args:
         warm_up: how many of the first rounds of a source and a draft length do not count: passes may be
@@ -109,7 +109,7 @@ class RoundTimes:
         return self._lines.get((source, num_rows), _NOTHING_SEEN).fitted(unit, unit * drafted)
 
     def add(self, source: str, num_rows: int, drafted: float, num_drafted: int, seconds: float) -> None:
-        """A round was over. Arguments as those of `line`."""
+        """Learn how long a round took. Arguments as those of `line`."""
         key = (source, num_rows)
         self._runs[(*key, num_drafted)] += 1
         if self._runs[(*key, num_drafted)] <= self._warm_up:

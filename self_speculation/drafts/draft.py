@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Draft:
-    """k guesses for each row, k >= 0, what of the work for them verification can go on from, and what the
-    source needs to remember of them.
+    """k >= 0 guesses for each row, the work that verification can go on from, and what the source needs to
+    learn from the verdict.
 
     Raises:
         ValueError: tokens that were drawn, without the distribution that they were drawn from.
@@ -65,8 +65,8 @@ class DraftSource(ABC):
         """Hear what became of the last draft, row by row."""
 
     def matched(self, rows: Rows) -> list[int | None]:
-        """How sure a draft of each row would be now, in tokens that it matches; 0 of a source that compares
-        none. None where there is nothing to draft.
+        """[B] how many tokens a draft of each row would match now; 0 for a source that compares none, None
+        where it has nothing to draft.
         """
         return [0] * len(rows)
 

@@ -43,8 +43,8 @@ class DecayedMean:
         self._count *= share
 
     def taught_by(self, other: DecayedMean, enough: float) -> None:
-        """All that another one has seen counts as one observation; below `enough` of them, as a part of one.
-        Where it has seen little, what was known is forgotten slowly.
+        """Learn what another one has seen, as one observation; as a part of one where it has seen fewer than
+        `enough`. Even then what was known fades a little.
         """
         weight = min(1.0, other._count / enough)
         self.fade(max(weight, 0.2))

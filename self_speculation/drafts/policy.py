@@ -27,8 +27,7 @@ class Arm:
         priors: [i] the chance that a drafted token is accepted after accepted ones, before anything is known,
             where i tokens matched; [0] alone for a source that compares none.
         trust: observations that the priors count as, where no answer has confirmed them yet.
-        below: the arm of the next shallower exit. As long as nothing else is known, this one is taken to
-            guess a bit better than that.
+        below: the arm of the next shallower exit. Until more is known, this one is taken to guess a bit better.
     """
 
     draft_ratio: float = 0.0
@@ -90,14 +89,14 @@ class AdaptivePolicy:
 
     The chance that a drafted token is accepted after accepted ones is kept for every source, and for every
     length of a match, as a decayed mean, whose prior is what earlier answers of the model have taught.
-    A share of the time goes into the source that was not heard of for longest, for a short draft. A plain
-    step is one of them.
+    A share of the time goes into trials: a short draft by the source that has not been tried for longest, or
+    a plain step.
 
     Args:
         arms: by the name of their source.
         longest: tokens that a draft may have.
         memory: of the model; None: there is nothing to remember.
-        searching: the share of the time that trials may take longer than what they are made instead of.
+        searching: the share of the time that trials may cost beyond the rounds that they replace.
     """
 
     # Drafting must promise so much more than a plain step: what it promises is an estimate.
@@ -111,15 +110,15 @@ class AdaptivePolicy:
         memory = memory or Memory()
         self._arms, self._longest, self._searching = {PLAIN: Arm(), **arms}, longest, searching
         self._means, self._times = memory.begin_answer(arms), memory.times
-        self._saved = 0.0  # seconds that may be lost by a trial
+        self._for_trials = 0.0  # seconds that a trial may cost
         self._now = 0
-        self._heard = dict.fromkeys([_PLAIN_STEPS, *self._means], 0)  # the round when it was last
+        self._heard = dict.fromkeys([_PLAIN_STEPS, *self._means], 0)  # the round that told of it last
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
 
         Args:
-            matched: [B] by source, how many tokens it has matched of each row; None where it cannot draft.
+            matched: by source, [B] how many tokens of each row it has matched; None where it cannot draft.
             rooms: [B] tokens that may be drafted at most.
         """
         num_rows, longest = len(rooms), min(max(rooms), self._longest)
@@ -133,25 +132,24 @@ class AdaptivePolicy:
         a, b = numpy.array([self._line(name, num_rows) for name in names]).T[..., None]  # [sources, 1] each
         seconds = a + b * lengths
         rates = tokens / seconds
-        rates[1:][right[1:, :, 1:].max((1, 2), initial=0.0) == 0.0] = (
-            0.0  # what cannot draft is no plain step
-        )
+        can_draft = right[1:, :, 1:].max((1, 2), initial=0.0) > 0.0
+        rates[1:][~can_draft] = 0.0  # their rounds would be plain steps
         best = at, k = (0, 0)
         if len(names) > 1 and longest:
             at, k = divmod(int(rates[1:, 1:].argmax()), longest)
             if rates[at + 1, k + 1] > self._MARGIN * rates[0, 0]:
                 best = (at + 1, k + 1)
         self._now += 1
-        self._saved += self._searching * float(seconds[best])
-        able = [key for key in self._able(matched) if key[0] != names[best[0]]]
-        if able and longest:
-            name, _ = min(able, key=self._heard.__getitem__)
+        self._for_trials += self._searching * float(seconds[best])
+        others = [key for key in self._can_draft(matched) if key[0] != names[best[0]]]
+        if others and longest:
+            name, _ = min(others, key=self._heard.__getitem__)
             trial = Plan(name, 0 if name == PLAIN else min(self._TRIAL, longest))
             tried = (names.index(name), trial.length)
             # The time that the best one would need for fewer tokens, or saves for more.
             price = float(seconds[tried]) * (1.0 - min(1.0, float(rates[tried] / rates[best])))
-            if price <= self._saved:
-                self._saved -= price
+            if price <= self._for_trials:
+                self._for_trials -= price
                 return trial
         return Plan(names[best[0]], best[1])
 
@@ -188,7 +186,7 @@ class AdaptivePolicy:
         ]
         return numpy.array([[0.0] * num_rows, *of_sources])
 
-    def _able(self, matched: Mapping[str, Sequence[int | None]]) -> list[tuple[str, int]]:
+    def _can_draft(self, matched: Mapping[str, Sequence[int | None]]) -> list[tuple[str, int]]:
         """What can draft for some row now, and a plain step."""
-        able = {(name, n) for name, numbers in matched.items() for n in numbers if n is not None}
-        return [_PLAIN_STEPS, *sorted(able)]
+        found = {(name, n) for name, numbers in matched.items() for n in numbers if n is not None}
+        return [_PLAIN_STEPS, *sorted(found)]

@@ -66,8 +66,8 @@ class SourceEntry:
     Args:
         flags: the fields of `GenerationConfig` that are about it.
         asked_for: whether a config asks for it.
-        make: the source, by what there is and the source that the kinds before make, to fall back on.
-        arms: by name, the sources that adaptive decoding chooses among, and how each looks to its policy.
+        make: makes the source, from the parts and from the source of the kinds before, to fall back on.
+        arms: by name, the sources that adaptive decoding chooses among, each as its policy sees it.
     """
 
     flags: tuple[str, ...]
@@ -79,7 +79,7 @@ class SourceEntry:
 def make_drafter(
     decoder: Decoder, num_layers: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
 ) -> Decoder:
-    """What runs the first layers for a draft, and a head. Raises what `quantized` and `ShortHead` do."""
+    """What runs the first layers and the head for drafts. Raises what `quantized` and `ShortHead` do."""
     short_head: ShortHead | None = None
     if draft_vocabulary is not None and draft_vocabulary < decoder.config.vocab_size:
         short_head = ShortHead(decoder, draft_vocabulary)
@@ -99,8 +99,8 @@ def make_source(parts: Parts) -> DraftSource:
 
 
 def make_adaptive(parts: Parts) -> DraftSource:
-    """All that there are, chosen among round by round, by what earlier answers of the model have taught too.
-    Raises what `make_drafter` does.
+    """A source that chooses among all kinds round by round, and knows what earlier answers of the model have
+    taught. Raises what `make_drafter` does.
     """
     made = {name: arm for kind in SOURCES for name, arm in kind.arms(parts).items()}
     sources = {name: source for name, (source, _) in made.items()}
