@@ -123,8 +123,8 @@ def calibrate(
 
 
 def medians(turns: Sequence[Costs]) -> Costs:
-    """The medians of all turns. Parts are compared as multiples of their own turn's plain step: the machine may
-    have been slower in another turn.
+    """The medians of all turns. Parts are compared as multiples of their own turn's plain step: the machine
+    may have been slower in another turn.
     """
     plain_step = statistics.median(costs.plain_step for costs in turns)
 

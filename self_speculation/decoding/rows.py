@@ -150,7 +150,8 @@ class Rows:
         """The numbers of each tensor, in one read. Outputs learn if their logits let no token be picked.
 
         Args:
-            logits: [B, V] of the last token that is decided on; NaN in a row's cache makes all of them NaN.
+            logits: [B, V] that the last token of the round is picked by. NaN in a row's cache makes all its
+                logits NaN.
         """
         largest, *values = read([logits.amax(-1), *numbers])
         for output, number in zip(self.outputs, largest, strict=True):
@@ -177,11 +178,11 @@ class Rows:
         """Make the tokens of a round part of the outputs, in each row up to the one that ends the output.
 
         Args:
-            tokens: of each row.
-            last: [B, 1] the last token of each, on the device.
-            scores: [B, >= n, V] the processed logits that they came from.
-            drafted: [B] tokens that were drafted for each.
-            sources: [B] by what; empty where there was no round.
+            tokens: those of each row, as many as it has.
+            last: [B, 1] the last of these of each row, on the device.
+            scores: [B, >= n, V] the processed logits that they were picked by, n being the most of a row.
+            drafted: [B] how many tokens were drafted for each.
+            sources: [B] names of what drafted them; empty where there was no round.
         """
         for row, output in enumerate(self.outputs):
             if not output.stop_reason:

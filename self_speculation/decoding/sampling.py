@@ -19,7 +19,7 @@ from self_speculation.config import GenerationConfig
 _SMALL = 1e-20
 _FP32 = torch.finfo(torch.float32)
 
-# The nucleus is first looked for among so many tokens; it hardly ever has more.
+# Top-p first looks among this many of the most likely tokens only: it hardly ever keeps more.
 _LIKELY = 128
 
 
@@ -73,8 +73,8 @@ def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0) -> Tensor:
     `top_p`, scaled to sum to 1, and 0 for all others.
 
     Args:
-        top_k: how many tokens have a probability above 0; 0: any number. Ties for the last place may make
-            them more; on a GPU those beyond `top_k` are dropped.
+        top_k: at most this many tokens have a probability, apart from ties for the last place, which a GPU
+            cuts off here; 0: not known.
     """
     vocab_size, on_cpu = probabilities.shape[-1], probabilities.device.type == "cpu"
     # On a CPU, sorting a large vocabulary takes as long as several layers, and looking at a number costs

@@ -16,18 +16,19 @@ from self_speculation.model.decoder import Decoder, forward_early
 class LayerDrafts(DraftSource):
     """Guesses of the first layers: each pass gives every row one more token.
 
-    Reads from the device: none, or one for each drafted token if a threshold decides whether another follows,
-    if drafts are shown, or both. A GPU begins the next pass before the threshold is asked: if that ends the
-    draft, verification finds its last token's first layers done.
+    Reads from the device: one for each drafted token if a threshold decides whether another one follows, or
+    if drafts are shown, or both; otherwise none. A GPU begins the next pass before the threshold is asked. If
+    the draft ends there, a pass of the model's own layers is not lost: it took the last guess through the
+    first layers, which verification needs anyway.
 
     Args:
-        drafter: what runs the layers.
-        exit_layer: so many layers.
+        drafter: runs the layers: the model's decoder, or one over a copy of them.
+        exit_layer: how many layers draft.
         copied_in: the format of a copy of the layers; empty: they are the model's own. Verification goes on
-            from the keys, values and exit states that the model's own layers leave; a copy's are less exact,
-            and are forgotten.
-        threshold: makes what says when an output's draft stops before k; None: it never does. Passes go on
-            until all have stopped.
+            from the cache and the exit states that the model's own layers leave. What a copy leaves is less
+            exact, and forgotten.
+        threshold: makes, for one output, what decides where its draft stops before k tokens; None: drafts
+            never stop early. Passes go on until the drafts of all rows have stopped.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class LayerDrafts(DraftSource):
                     if not self._thresholds[output].goes_on(confidences[row]):
                         rooms[row] = lengths[row]
 
-        # The token that ends a draft is part of it: leaving it out because of what it is would change the
-        # distribution of the output.
+        # The token whose low probability ends a draft stays in it: dropping tokens by what they are would
+        # change the distribution of the output.
         for i in range(max(rooms)):
             if not self._runs_ahead:
                 hear()

@@ -27,7 +27,8 @@ class Arm:
         priors: [i] the chance that a drafted token is accepted after accepted ones, before anything is known,
             where i tokens matched; [0] alone for a source that compares none.
         trust: observations that the priors count as, where no answer has confirmed them yet.
-        below: the arm of the next shallower exit. Until more is known, this one is taken to guess a bit better.
+        below: the arm of the next shallower exit. Until more is known, this one is taken to guess
+            a bit better.
     """
 
     draft_ratio: float = 0.0

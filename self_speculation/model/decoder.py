@@ -76,7 +76,9 @@ class PlainHead:
 
 
 def _identity_with_hooks(*roots: nn.Module) -> Hashable:
-    """What a compiled pass over these modules is valid for."""
+    """Equal only while these modules, their parameters and hooks are the same: a compiled pass over them is
+    valid for so long.
+    """
     modules = [module for root in roots for module in root.modules()]
     hooks = [
         id(hook)
@@ -88,8 +90,9 @@ def _identity_with_hooks(*roots: nn.Module) -> Hashable:
 
 
 class LevelSpan:
-    """The T positions from `start` on that a pass adds to each of B rows. What layers need to know of them is
-    made when it is asked for.
+    """A pass over T new positions, from `start` on in each of B rows: what its layers need to know of them.
+
+    Level: all rows are equally long. Everything is made when it is first asked for.
     """
 
     def __init__(self, decoder: Decoder, rows: int, start: int, width: int) -> None:
@@ -149,8 +152,10 @@ class RaggedSpan:
 Span = LevelSpan | RaggedSpan
 
 
-def _seen(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, S] to be added to scores: 0 where a position [B, T] sees one of the S, else the lowest number."""
+def _ragged_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, S] to be added to scores: 0 where a position [B, T] sees one of the S, else a huge negative
+    number.
+    """
     later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return later.to(dtype) * torch.finfo(dtype).min
 
