@@ -5,13 +5,14 @@ The model is so small (5 tokens, 2 layers) that every sequence can be expected o
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import torch
 from conftest import tiny_llama
 from scipy.stats import chisquare
 
-from self_speculation import GenerationConfig, Sampler, Verdict, make_strategy
+from self_speculation import GenerationConfig, Request, Sampler, Verdict, make_strategy
 from self_speculation.decoding.sampling import verify_draft
 
 PROMPT, VOCAB, STEPS = [3, 1, 4], 5, 3
@@ -48,19 +49,19 @@ def expected(config, processors):
     return result
 
 
-def observed(config, processors, samples):
-    """How often each sequence came, from a fixed seed."""
-    torch.manual_seed(0)
+def observed(config, processors, samples, batch_size):
+    """How often each sequence came, from fixed seeds. Where rows are refilled, some have room for one token
+    and others for three.
+    """
     strategy = make_strategy(config.generation_strategy)
+    ends = [STEPS, STEPS + 2, STEPS + 1] if batch_size > 1 else [STEPS + 2]
+    requests = [
+        Request(PROMPT, processors, seed=seed, ends_text=lambda tokens, end=end: len(tokens) >= end)
+        for seed, end in zip(range(samples), itertools.cycle(ends), strict=False)
+    ]
     decoded = model(config.draft_weights != "exact")
-    return Counter(
-        tuple(
-            strategy.generate_token_ids(
-                decoded, PROMPT, [], config, logits_processors=processors
-            ).predicted_tokens[:STEPS]
-        )
-        for _ in range(samples)
-    )
+    results = strategy.generate_batch(decoded, requests, config, batch_size)
+    return Counter(tuple(result.predicted_tokens[:STEPS]) for _, result in results)
 
 
 def p_value(counts, probabilities):

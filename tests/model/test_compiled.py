@@ -75,8 +75,7 @@ CHANGES = {
     ("change", "fused"),
     [
         *((change, True) for change in CHANGES),
-        ("hooked", False),
-        *(pytest.param(change, False, marks=pytest.mark.slow) for change in CHANGES if change != "hooked"),
+        *(pytest.param(change, False, marks=pytest.mark.slow) for change in CHANGES),
     ],
 )
 def test_a_changed_model_is_compiled_anew(change, fused, monkeypatch):

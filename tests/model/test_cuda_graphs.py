@@ -153,7 +153,10 @@ def test_the_end_of_the_context():
     assert len(result.predicted_tokens) == 64 - len(PROMPT)
 
 
-@pytest.mark.parametrize("model_type", ["glm", "glm4", "stablelm", "phi3"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["glm4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm", "stablelm", "phi3"))],
+)
 def test_rotary_embeddings_of_a_part_of_a_head(graphs, model_type):
     """Guards against a cache as narrow as the part that is rotated."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}

@@ -177,17 +177,18 @@ SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 @pytest.mark.parametrize(
     ("path", "heads", "fused"),
     [
-        *((path, heads, True) for path in PATHS for heads in (HEADS if path != "int4" else HEADS[:1])),
+        *((path, HEADS[0 if path == "int4" else 1], True) for path in PATHS),
         *(
             (path, HEADS[1], False) for path in PATHS if path not in ("int8", "int4")
-        ),  # copies are made of lean layers
+        ),  # these need lean layers
+        *((path, heads, True) for path in ("self-speculative", "wide") for heads in (HEADS[0], HEADS[2])),
     ],
 )
 def test_every_path(cuda, path, heads, fused):
     """Guards against a tensor made on the CPU, and against attention that only a CPU is good at."""
     model = cuda(heads, fused)
     for extra in ({}, SAMPLED, {"logits_processors": [RepetitionPenaltyLogitsProcessor(1.2)]}):
-        generate(model, [5, 6, 7, 8, 9], max_steps=20, eos=[], **PATHS[path], **extra)
+        generate(model, [5, 6, 7, 8, 9], max_steps=12, eos=[], **PATHS[path], **extra)
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,13 @@ def command(model_folder, tmp_path):
 
 # The harness looks through thousands of files before it finds the two tasks that it is to run; generate.py is
 # started so in the default run as well, by test_a_cache_that_cannot_be_written.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("generate", "eval", "sweep", "train")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("generate", "correctness", "eval", "sweep", "train")
+]
 
 
-@pytest.mark.parametrize("name", ["benchmark", "correctness", *SLOW])
+@pytest.mark.parametrize("name", ["benchmark", *SLOW])
 def test_by_python(name, command):
     words, once = command(name)
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=forks.HANGS)

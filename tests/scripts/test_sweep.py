@@ -141,7 +141,12 @@ def table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--no_repeat_ngram_size", "2"], ["--stop_token_ids", *map(str, range(30, 60))]]
+    "extra",
+    [
+        [],
+        pytest.param(["--no_repeat_ngram_size", "2"], marks=pytest.mark.slow),
+        ["--stop_token_ids", *map(str, range(30, 60))],
+    ],
 )
 @pytest.mark.usefixtures("timeless")
 def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra, capsys):
@@ -297,7 +302,7 @@ def test_cells_of_an_older_run_are_read(common, tmp_path, capsys):
     assert capsys.readouterr().out.count("medians, from and to") == 2
 
 
-@pytest.mark.parametrize("mode", ["predicted", "measured"])
+@pytest.mark.parametrize("mode", ["predicted", pytest.param("measured", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("timeless")
 def test_two_ranks(common, tmp_path, mode):
     """Guards against cells or examples that a rank leaves out or does twice, and a calibration by each."""
