@@ -143,17 +143,18 @@ def nothing_is_measured(gpu, monkeypatch):
     return replace
 
 
-def test_gpu_runs_dry(dry):
+@pytest.mark.parametrize("sizes", [[1], pytest.param([1, 2], marks=pytest.mark.slow)])
+def test_gpu_runs_dry(dry, sizes):
     """Guards against a side, a column or a check that is missing when a GPU is there at last, against drafts
     that transformers makes otherwise.
     """
-    status, said, record = dry("--batch_size", "1", "2")
+    status, said, record = dry("--batch_size", *map(str, sizes))
     assert status == 0
     assert all(len(line) <= 80 for line in said[:-1] if "run.json" not in line)
     sides = [(row["prompt"], row["batch_size"], row["compiled"], row["side"]) for row in record["rows"]]
     assert sides == [
         (8, size, compiled, side)
-        for size in (1, 2)
+        for size in sizes
         for compiled in (False, True)
         for side in (
             OURS[:2] if compiled else ["transformers", *(["transformers, exit"] if size == 1 else []), *OURS]

@@ -187,7 +187,7 @@ SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 def test_every_path(cuda, path, heads, fused):
     """Guards against a tensor made on the CPU, and against attention that only a CPU is good at."""
     model = cuda(heads, fused)
-    for extra in ({}, SAMPLED, {"logits_processors": [RepetitionPenaltyLogitsProcessor(1.2)]}):
+    for extra in ({}, {**SAMPLED, "logits_processors": [RepetitionPenaltyLogitsProcessor(1.2)]}):
         generate(model, [5, 6, 7, 8, 9], max_steps=12, eos=[], **PATHS[path], **extra)
 
 
@@ -199,7 +199,7 @@ def test_every_path_of_a_batch(cuda, path):
     how = dict(PATHS[path])
     name = how.pop("strategy", "self_speculative" if "num_speculations" in how else "autoregressive")
     for extra in ({"sample": False}, SAMPLED):
-        config = GenerationConfig(max_steps=9, generation_strategy=name, **how, **extra)
+        config = GenerationConfig(max_steps=7, generation_strategy=name, **how, **extra)
         requests = [Request([5 + i for i in range(n)]) for n in (3, 7, 1, 4)]
         assert len(dict(make_strategy(name).generate_batch(cuda(), requests, config, batch_size=3))) == 4
 
