@@ -30,7 +30,7 @@ from runs import ranks
 from runs.records import RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
-from self_speculation.model.loading import as_if_never_quantized, load_config, resolve_device
+from self_speculation.model.loading import load_config, resolve_device
 from training.flags import Flags
 from training.from_flags import check_precision, new_llama, trainer_settings
 from training.progress import DivergedError, Progress, newest_checkpoint, step_of
@@ -161,8 +161,7 @@ def _model_to_go_on_with(
     """Load it on the CPU in fp32; the trainer moves it, and loads the weights of a checkpoint itself."""
     assert model_args.model is not None
     options = model_args.loading_options(dtype="float32", device="cpu", fuse=False)
-    model, tokenizer = load_model_and_tokenizer(model_args.model, options, config)
-    return (as_if_never_quantized(model) if model_args.model.endswith(".gguf") else model), tokenizer
+    return load_model_and_tokenizer(model_args.model, options, config)
 
 
 def _trainer(flags: Flags, start: Start) -> EarlyExitTrainer:

@@ -208,28 +208,28 @@ class Decoder:
         check_supported(model.config)
         self.model, self.config = model, model.config
         base, head = model.base_model, model.get_output_embeddings()
-        lean_layers, lean_head = lean_forms(model)
+        lean = lean_forms(model)
         self.layers = [
-            lean or PlainLayer(layer) for lean, layer in zip(lean_layers, base.layers, strict=True)
+            form or PlainLayer(layer) for form, layer in zip(lean.layers, base.layers, strict=True)
         ]
+        self.dtype = lean.dtype  # of activations, keys and values, logits
         self._num_rows = num_rows
         devices = [next(layer.parameters()).device for layer in base.layers]
         self.cache = KVCache(len(self.layers), 1, num_rows, devices)
         self._embed = base.embed_tokens
-        self.head: Any = lean_head or PlainHead(base.norm, head)
+        self.head: Any = lean.head or PlainHead(base.norm, head)
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         self.is_eager = model.config._attn_implementation == "eager"
 
-        weight = self._embed.weight
-        self._rotary = _Rotary(base.rotary_emb, weight, context_length(self.config))
+        like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
+        self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))
         self.reserve(prompt_length, num_positions)
         # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
         head_dim = self.rotary.shape[2]
-        self.unit = torch.eye(head_dim, dtype=weight.dtype, device=weight.device)
+        self.unit = torch.eye(head_dim, dtype=self.dtype, device=like.device)
         self.half_turn = self.unit.roll(head_dim // 2, 1)
         self.half_turn[:, : head_dim // 2].neg_()
-        # Not of the weight's own kind, which may be spread over several processes.
-        self.lowest = torch.full((), torch.finfo(weight.dtype).min, dtype=weight.dtype, device=weight.device)
+        self.lowest = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=like.device)
 
     @property
     def embedding_identity(self) -> Hashable:
@@ -273,7 +273,7 @@ class Decoder:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, H]"""
-        return self._embed(input_ids)
+        return self._embed(input_ids).to(self.dtype)
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
         """Run layers first..last-1 on T new positions after those that layer `first` has seen.

@@ -11,9 +11,9 @@ a generation begins, it is made anew; where there is a hook or an adapter, there
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.products import Packed, Product, choose_packed_widths, forget_changed
+from self_speculation.model.products import InFloat16, Packed, Product, choose_packed_widths, follow_weights
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
@@ -36,10 +36,12 @@ NARROW = 16
 class _Fused:
     """
     Args:
+        widens: weights in 16 bits are to be multiplied in float32.
         forms: of one model, by the layer or the head that they stand for.
         packed_widths: see `choose_packed_widths`; None: nobody has asked yet.
     """
 
+    widens: bool = False
     forms: dict[nn.Module, Lean] = field(default_factory=dict)
     packed_widths: frozenset[int] | None = None
 
@@ -47,41 +49,80 @@ class _Fused:
 _FUSED: WeakKeyDictionary[nn.Module, _Fused] = WeakKeyDictionary()
 
 
-def fuse(model: Any) -> int:
+def fuse(model: Any, widen: bool = False) -> int:
     """From now on decode this model by lean layers, as far as it is recognised: plain layers of
     LEAN_MODEL_TYPES with sdpa attention. Quantised, adapter-wrapped, offloaded or hooked modules are left as
     they are.
 
+    Args:
+        widen: on a CPU, for a model in 16 bits: multiply its weights in float32, and have everything else in
+            float32, while all layers and the head are lean. Its text is then that of a model in float32.
+
     Returns:
         How many layers are lean now.
+
+    Raises:
+        ValueError: to widen, there is no kernel, a part that is not lean, or a weight that float16 has not.
     """
-    _FUSED.setdefault(model, _Fused())
-    layers, _ = lean_forms(model)
-    return sum(layer is not None for layer in layers)
+    fused = _FUSED.setdefault(model, _Fused())
+    fused.widens = widen
+    forms = lean_forms(model)
+    if widen and forms.dtype != torch.float32:
+        raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
+    return sum(layer is not None for layer in forms.layers)
 
 
-def lean_forms(model: Any) -> tuple[list[LeanLayer | None], LeanHead | None]:
-    """Of each layer, and of final norm and head; None of what is not lean. To be called when a generation
-    begins: what has changed by then is made anew.
+class Forms(NamedTuple):
+    """The lean forms of a model's layers, and of its final norm and head; None of what has none."""
+
+    layers: Sequence[LeanLayer | None]
+    head: LeanHead | None
+    dtype: torch.dtype  # of activations, keys and values, logits
+
+
+def lean_forms(model: Any) -> Forms:
+    """To be called when a generation begins: what has changed by then is made anew.
+
+    Raises:
+        ValueError: weights that are widened are by now such as float16 has not.
     """
     base, head = model.base_model, model.get_output_embeddings()
     fused = _FUSED.get(model)
     if fused is None or not (
         model.config.model_type in LEAN_MODEL_TYPES and model.config._attn_implementation == "sdpa"
     ):
-        return [None] * len(base.layers), None
-    lean = [_form(fused, LeanLayer, layer, layer) for layer in base.layers]
-    lean_head = _form(fused, LeanHead, head, base.norm, head)
-    for gone in fused.forms.keys() - {*base.layers, head}:
-        del fused.forms[gone]
-    products = [p for form in (*lean, lean_head) if form is not None for p in form.products]
+        return Forms([None] * len(base.layers), None, model.dtype)
+    parts = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
+    plain = [key for key, modules in parts.items() if _is_plain(*modules)]
+    is_widened = fused.widens and len(plain) == len(parts) and _can_be_widened(model)
+    # What is out of date must not be kept alive while another is made.
+    fused.forms = {
+        key: form
+        for key, form in fused.forms.items()
+        if key in plain and form.identity == (is_widened, identity(*parts[key]))
+    }
+    for key in plain:
+        if key not in fused.forms:
+            # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
+            with torch.inference_mode(False), torch.no_grad():
+                kind: Any = LeanHead if key is head else LeanLayer
+                fused.forms[key] = kind(*parts[key], is_widened)
+    products = [product for form in fused.forms.values() for product in form.products]
     if packable := [product for product in products if product.can_be_packed]:
         if fused.packed_widths is None:
             fused.packed_widths = choose_packed_widths([product.weight for product in packable])
         for product in packable:
             product.packed_widths = fused.packed_widths
-    forget_changed(products)
-    return lean, lean_head
+    follow_weights(products)
+    lean: Any = [fused.forms.get(key) for key in parts]
+    return Forms(lean[:-1], lean[-1], torch.float32 if is_widened else model.dtype)
+
+
+def _can_be_widened(model: Any) -> bool:
+    """Whether all weights are such as `InFloat16` takes."""
+    return all(
+        w.device.type == "cpu" and w.dtype in (torch.bfloat16, torch.float16) for w in model.parameters()
+    )
 
 
 def bytes_made(model: Any, for_drafts: bool = True) -> int:
@@ -92,7 +133,7 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     """
     forms = _FUSED[model].forms.values() if model in _FUSED else ()
     copies = (copy for form in forms for product in form.products for copy in product.all_derived)
-    return sum(copy.num_bytes for copy in copies if for_drafts or isinstance(copy, Packed))
+    return sum(copy.num_bytes for copy in copies if for_drafts or isinstance(copy, InFloat16 | Packed))
 
 
 def identity(*modules: nn.Module) -> Hashable:
@@ -100,22 +141,6 @@ def identity(*modules: nn.Module) -> Hashable:
     parts = tuple(id(part) for root in modules for part in root.modules())
     parameters = (p for root in modules for p in root.parameters())
     return parts, tuple((p.data_ptr(), p.shape, p.dtype, p.device) for p in parameters)
-
-
-_Form = TypeVar("_Form", "LeanLayer", "LeanHead")
-
-
-def _form(fused: _Fused, kind: type[_Form], key: nn.Module, *modules: nn.Module) -> _Form | None:
-    """The lean form of these modules, made anew if their identity has changed; None if there can be none."""
-    form: Any = fused.forms.pop(key, None)  # what is out of date must not be kept alive
-    if not _is_plain(*modules):
-        return None
-    if form is None or form.identity != identity(*modules):
-        # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
-        with torch.inference_mode(False), torch.no_grad():
-            form = kind(*modules)  # type: ignore[arg-type]
-    fused.forms[key] = form
-    return form
 
 
 def plain_product(head: nn.Module) -> Product | None:
@@ -130,7 +155,6 @@ class Norm:
         self._weight, self._epsilon = module.weight.data, module.variance_epsilon
         self._shape = self._weight.shape
         self._on_cpu = self._weight.device.type == "cpu"
-        self._is_exact = self._weight.dtype == torch.float32
         self._root = len(self._weight) ** 0.5
         self._zero, self._least = torch.tensor([0.0, self._root * self._epsilon**0.5]).unbind()
 
@@ -138,11 +162,12 @@ class Norm:
         if not self._on_cpu:
             return torch.rms_norm(hidden, self._shape, self._weight, self._epsilon)  # one kernel
         # On a CPU that is a sequence of kernels, twice as many as these.
-        exact = hidden if self._is_exact else hidden.float()
+        is_exact = hidden.dtype == torch.float32
+        exact = hidden if is_exact else hidden.float()
         norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
         scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
-        return (scaled if self._is_exact else scaled.type_as(hidden)).mul_(self._weight)
+        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self._weight)
 
     def tensors(self) -> list[Tensor]:
         """As those of `Product`."""
@@ -152,7 +177,7 @@ class Norm:
 class LeanLayer:
     """A decoder layer; see the module."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, is_widened: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._index, self._head_dim = attention.layer_idx, attention.head_dim
         self._groups, self._scaling = attention.num_key_value_groups, attention.scaling
@@ -160,10 +185,10 @@ class LeanLayer:
             projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
         )
         self._num_rotated = self._num_heads + self._kv_heads
-        self._qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = Product(attention.o_proj)
-        self._gate_up = Product(mlp.gate_proj, mlp.up_proj)
-        self._down = Product(mlp.down_proj)
+        self._qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj, is_widened=is_widened)
+        self._out = Product(attention.o_proj, is_widened=is_widened)
+        self._gate_up = Product(mlp.gate_proj, mlp.up_proj, is_widened=is_widened)
+        self._down = Product(mlp.down_proj, is_widened=is_widened)
         self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # hooks there are none
         self._width = mlp.gate_proj.out_features
         self._input_norm = Norm(layer.input_layernorm)
@@ -172,7 +197,7 @@ class LeanLayer:
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = Norm(attention.q_norm), Norm(attention.k_norm)
         self.products = (self._qkv, self._out, self._gate_up, self._down)
-        self.identity = identity(layer)
+        self.identity = (is_widened, identity(layer))
 
     def over(self, make: Callable[[Product], Any]) -> LeanLayer:
         """The same layer, its products replaced by what `make` makes of each."""
@@ -234,10 +259,10 @@ class LeanLayer:
 class LeanHead:
     """Final norm and head, [T, H] -> [T, V]."""
 
-    def __init__(self, norm: Any, head: nn.Linear) -> None:
-        self.norm, self._head = Norm(norm), Product(head)
+    def __init__(self, norm: Any, head: nn.Linear, is_widened: bool) -> None:
+        self.norm, self._head = Norm(norm), Product(head, is_widened=is_widened)
         self.products = (self._head,)
-        self.identity = identity(norm, head)
+        self.identity = (is_widened, identity(norm, head))
 
     def over(self, make: Callable[[Product], Any]) -> LeanHead:
         """As that of `LeanLayer`."""

@@ -6,7 +6,6 @@ or GGUF where the file given is one.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import warnings
@@ -30,6 +29,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,7 +44,8 @@ from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import check_supported
 from self_speculation.model.hub import hub_answers
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, fuse
+from self_speculation.model.low_bit_products import Float16Product, works
 
 # In a checkout, and where the package is installed.
 _BUNDLED = (
@@ -96,8 +97,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """`auto` is fp32 on the CPU and the checkpoint's own dtype elsewhere; `half` is bfloat16 where the device
-    computes in it, else float16.
+    """`auto` is the checkpoint's own dtype, but on the CPU fp32, unless weights in 16 bits can be multiplied
+    in it (see `fuse`); `half` is bfloat16 where the device computes in it, else float16.
 
     Raises:
         LoadingError: unknown, or there is no such arithmetic.
@@ -166,20 +167,56 @@ def load_model_and_tokenizer(
             **_quantized(options.quantization, dtype, config, model),
             **options.model_args,
         }
-        loaded, info = AutoModelForCausalLM.from_pretrained(source, **kwargs, **how, output_loading_info=True)
-        absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        if absent:
-            raise LoadingError(
-                f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
-            )
+        if "gguf_file" in kwargs:
+            how["quantization_config"] = GgufConfig(dequantize=True)
+            if not options.model_args:
+                how["config"] = config  # reading it from the file takes as long as reading the weights
+        in_16_bits = None if adapter else _format_to_widen(model, options, config, device)
+        if in_16_bits is not None:
+            loaded = _load(model, source, {**kwargs, **how, "dtype": in_16_bits})
+            try:
+                fuse(loaded, widen=True)
+                return loaded, tokenizer
+            except ValueError as error:
+                warnings.warn(f"model {model!r}: in float32, since {error}", stacklevel=2)
+        loaded = _load(model, source, {**kwargs, **how})
         if adapter is not None:
-            loaded = adapter.merge_into(loaded)
-    loaded.eval()
+            loaded = adapter.merge_into(loaded).eval()
     if options.fuse:
         fuse(loaded)
     if options.compile:
         compile_decoding(loaded)
     return loaded, tokenizer
+
+
+def _load(model: str, source: str, how: dict[str, Any]) -> PreTrainedModel:
+    """All weights, from wherever `source` is."""
+    loaded, info = AutoModelForCausalLM.from_pretrained(source, **how, output_loading_info=True)
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if absent:
+        raise LoadingError(
+            f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
+        )
+    return loaded.eval()
+
+
+def _format_to_widen(
+    model: str, options: LoadingOptions, config: PretrainedConfig, device: torch.device
+) -> torch.dtype | None:
+    """In which 16 bits `auto` holds the weights on a CPU, to multiply them in float32; None: in float32."""
+    is_plain = (options.parallel, options.quantization, options.compile) == ("data", "none", False)
+    if (
+        options.dtype != "auto"
+        or not (is_plain and options.fuse)
+        or "dtype" in options.model_args
+        or config.model_type not in LEAN_MODEL_TYPES
+        or device.type != "cpu"
+        or not works(Float16Product, device, torch.float32)
+    ):
+        return None
+    if model.endswith(".gguf"):
+        return torch.float16  # its own numbers, in fewer bits, are those that this rounds
+    return config.dtype if config.dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _adapter(model: str, options: LoadingOptions) -> Adapter | None:
@@ -230,15 +267,6 @@ def _quantized(
         compute = dtype if isinstance(dtype, torch.dtype) else config.dtype
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     return {"quantization_config": how}
-
-
-def as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """A model read from a .gguf file, which transformers will not save because of where it came from."""
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
-    plain = type(model)(config).to(model.dtype)
-    plain.load_state_dict(model.state_dict())
-    return plain.eval()
 
 
 def _locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from self_speculation.model.kv_cache import round_up
-from self_speculation.model.products import Product
+from self_speculation.model.products import InFloat16, Product
 
 # Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32.
 _AT_A_TIME = 2**20
@@ -53,7 +53,7 @@ class LowBitProduct(ABC):
             squares: [in] how large the squares of inputs are, where `weighs_inputs`; None: all alike.
         """
         self._bias = None if product.bias is None else product.bias.to(self.dtype)
-        self.num_bytes = self.bytes_of(product.weight)
+        self.num_bytes = self.bytes_of(product.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.unconverted(x).to(x.dtype)
@@ -73,7 +73,7 @@ class LowBitProduct(ABC):
 
     @staticmethod
     @abstractmethod
-    def bytes_of(weight: Tensor) -> int:
+    def bytes_of(shape: torch.Size) -> int:
         """That a copy of a weight [out, in] takes, made or not."""
 
 
@@ -85,14 +85,14 @@ class Float16Product(LowBitProduct):
 
     def __init__(self, product: Product, squares: Tensor | None = None) -> None:
         super().__init__(product, squares)
-        self._weight = torch.ops.quantized.linear_prepack_fp16(product.weight, None)
+        self._copy = InFloat16(product.weight)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self._weight)
+        return self._copy(x)
 
     @staticmethod
-    def bytes_of(weight: Tensor) -> int:
-        return 2 * weight.numel()
+    def bytes_of(shape: torch.Size) -> int:
+        return 2 * shape.numel()
 
 
 class Int8Product(LowBitProduct):
@@ -102,7 +102,7 @@ class Int8Product(LowBitProduct):
 
     def __init__(self, product: Product, squares: Tensor | None = None) -> None:
         super().__init__(product, squares)
-        columns = product.weight.shape[1]
+        columns = product.shape[1]
         self._padding = round_up(columns, _BLOCK_OF_COLUMNS) - columns
         rows = [_in_eight_bits(pad(rows, (0, self._padding))) for rows in _some_rows(product.weight)]
         weights, scales = zip(*rows, strict=True)
@@ -113,8 +113,8 @@ class Int8Product(LowBitProduct):
         return torch._weight_int8pack_mm(columns, self._weight, self._scales)
 
     @staticmethod
-    def bytes_of(weight: Tensor) -> int:
-        return len(weight) * (round_up(weight.shape[1], _BLOCK_OF_COLUMNS) + 2)  # and the scales
+    def bytes_of(shape: torch.Size) -> int:
+        return shape[0] * (round_up(shape[1], _BLOCK_OF_COLUMNS) + 2)  # and the scales
 
 
 class Int4Product(LowBitProduct):
@@ -149,8 +149,8 @@ class Int4Product(LowBitProduct):
         return product if product.shape[1] == self._num_rows else product[:, : self._num_rows].contiguous()
 
     @staticmethod
-    def bytes_of(weight: Tensor) -> int:
-        rows, columns = round_up(len(weight), _BLOCK_OF_ROWS), round_up(weight.shape[1], _GROUP)
+    def bytes_of(shape: torch.Size) -> int:
+        rows, columns = round_up(shape[0], _BLOCK_OF_ROWS), round_up(shape[1], _GROUP)
         return rows * columns // 2 + rows * columns // _GROUP * 4  # and scales and middles
 
 

@@ -1,4 +1,5 @@
-"""x W^T + b over the weights of modules: by torch's own product, or on a CPU over a packed copy of W.
+"""x W^T + b over the weights of modules: by torch's own product, or on a CPU over a copy of W in the order
+that another library's kernels read.
 
 What is made of a weight (a packed copy, a copy in fewer bits, some of its rows) stays here with it, and is
 forgotten as soon as the weight changes.
@@ -36,21 +37,24 @@ class Product:
 
     Args:
         projections: become one product. Their weights are laid side by side, see `_side_by_side`.
+        is_widened: weights in 16 bits multiply inputs in float32, over a copy of them alone. They stay where
+            they are: in the mapped file, if they were read from one.
     """
 
-    def __init__(self, *projections: nn.Linear) -> None:
-        weights = [projection.weight for projection in projections]
+    def __init__(self, *projections: nn.Linear, is_widened: bool = False) -> None:
+        self._weights = [projection.weight for projection in projections]
         biases = [projection.bias for projection in projections if projection.bias is not None]
-        self.weight = _side_by_side(weights)
         self.bias = _side_by_side(biases) if biases else None
-        self._parameters = [*weights, *biases]
-        self._weight_t = self.weight.t()
+        self._parameters = [*self._weights, *biases]
+        self.is_widened = is_widened
+        self._joint = None if is_widened else _side_by_side(self._weights)
+        self._weight_t: Any = None if self._joint is None else self._joint.t()
         self.packed_widths: frozenset[int] = frozenset()  # numbers of tokens that the packed copy serves
         self._derived: dict[Hashable, Any] = {}
         self._state_when_made: Hashable = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = self._packed(x) if self._is_packed(x) else torch.mm(x, self._weight_t)
+        product = self._copy()(x) if self._reads_copy(x) else torch.mm(x, self._weight_t)
         return product if self.bias is None else product.add_(self.bias)
 
     def unconverted(self, x: Tensor) -> Tensor:
@@ -59,9 +63,19 @@ class Product:
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
-        packed = self._is_packed(x)
-        hidden = hidden.add_(self._packed(x)) if packed else hidden.addmm_(x, self._weight_t)
+        copied = self._reads_copy(x)
+        hidden = hidden.add_(self._copy()(x)) if copied else hidden.addmm_(x, self._weight_t)
         return hidden if self.bias is None else hidden.add_(self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] of all projections; where it is widened, made for whoever asks."""
+        return torch.cat([w.data for w in self._weights]) if self._joint is None else self._joint
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]"""
+        return torch.Size((sum(map(len, self._weights)), self._weights[0].shape[1]))
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` makes of this weight. It is called once for each key, until the weight changes."""
@@ -78,41 +92,52 @@ class Product:
     def all_derived(self) -> Sequence[Any]:
         return [*self._derived.values()]
 
-    def forget_if_changed(self) -> None:
-        """Forget what was made of the weight, if it has changed since."""
+    def follow_weight(self) -> None:
+        """Forget what was made of the weight, if it has changed since; make what every pass reads.
+
+        Raises:
+            ValueError: a weight that is to be widened is by now such as float16 has not.
+        """
         if self._derived and self._state() != self._state_when_made:
             self._derived.clear()
+        if self.is_widened:
+            self._copy()
 
     def of_rows(self, ids: Tensor) -> Product:
         """The same over a copy of some rows [n] of the weight."""
-        rows = copy.copy(self)
-        rows.weight, rows.bias = self.weight[ids], None if self.bias is None else self.bias[ids]
-        rows._weight_t, rows._parameters, rows._derived = rows.weight.t(), [rows.weight], {}
+        rows, weight = copy.copy(self), self.weight[ids]
+        rows._joint, rows.bias = weight, None if self.bias is None else self.bias[ids]
+        rows._weight_t, rows._weights, rows._parameters, rows._derived = weight.t(), [weight], [weight], {}
         return rows
 
     @property
     def num_bytes(self) -> int:
-        return self.weight.nbytes
+        return sum(weight.nbytes for weight in self._weights)
 
     def tensors(self) -> list[Tensor]:
         """All that a pass reads."""
-        return [self.weight, self._weight_t, *([] if self.bias is None else [self.bias])]
+        return [part for part in (self._joint, self._weight_t, self.bias) if part is not None]
 
     @property
     def can_be_packed(self) -> bool:
-        """Only in fp32 on a CPU does another library have faster products than `torch.mm`."""
-        weight = self.weight
+        """On a CPU another library may have faster products than `torch.mm`."""
+        weight = self._weights[0]
+        kernels = {torch.float32: torch.backends.mkldnn.is_available}
+        kernels[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported
         return (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
+            not self.is_widened
+            and weight.device.type == "cpu"
+            and weight.dtype in kernels
+            and kernels[weight.dtype]()
         )
 
-    def _is_packed(self, x: Tensor) -> bool:
-        return x.shape[0] in self.packed_widths and not torch.compiler.is_compiling()
+    def _copy(self) -> Callable[[Tensor], Tensor]:
+        kind = InFloat16 if self.is_widened else Packed
+        return self.derived(kind, lambda: kind(self.weight))
 
-    def _packed(self, x: Tensor) -> Tensor:
-        return self.derived(Packed, lambda: Packed(self.weight))(x)
+    def _reads_copy(self, x: Tensor) -> bool:
+        is_packed = x.shape[0] in self.packed_widths and not torch.compiler.is_compiling()
+        return self.is_widened or is_packed
 
     def _state(self) -> Hashable:
         """A value that changes whenever the weight does.
@@ -122,10 +147,10 @@ class Product:
         wrong, so for them the versions that torch counts are enough.
         """
         versions = tuple(p._version for p in self._parameters if not p.is_inference())
-        if Packed not in self._derived:
+        if not {Packed, InFloat16} & self._derived.keys():
             return versions
-        bits = self.weight.contiguous().view(torch.uint8).numpy()
-        return versions, xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
+        bits = (weight.detach().contiguous().view(torch.uint8).numpy() for weight in self._weights)
+        return versions, *map(xxhash.xxh3_128_digest, bits)  # type: ignore[arg-type]
 
 
 class Packed:
@@ -139,10 +164,30 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self._copy, None, "none", [], "")
 
 
-def forget_changed(products: Sequence[Product]) -> None:
-    """`Product.forget_if_changed` of each, on as many threads as torch has."""
+class InFloat16:
+    """x W^T, all in float32, over a copy of W in float16 in the order that FBGEMM's kernels read.
+
+    Weights in bfloat16 are kept exactly from 6e-5 on, smaller ones to within 3e-8.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """
+        Raises:
+            ValueError: there are weights that float16 does not have.
+        """
+        if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
+            raise ValueError("weights beyond 65504, or NaN, are not in 16 bits: they need --dtype float32")
+        self.num_bytes = 2 * weight.numel()
+        self._copy = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self._copy)
+
+
+def follow_weights(products: Sequence[Product]) -> None:
+    """`Product.follow_weight` of each, on as many threads as torch has."""
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(Product.forget_if_changed, products))
+        list(threads.map(Product.follow_weight, products))
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
@@ -180,7 +225,7 @@ def choose_packed_widths(weights: Sequence[Tensor]) -> frozenset[int]:
         [Packed(weight) for weight in sample],
         [partial(_times, weight.t()) for weight in sample],
     ]
-    inputs = {weight.shape[1]: torch.ones(_WIDTHS[-1], weight.shape[1]) for weight in sample}
+    inputs = {weight.shape[1]: weight.new_ones(_WIDTHS[-1], weight.shape[1]) for weight in sample}
     took = {(width, way): math.inf for width in _WIDTHS for way in range(2)}
     for _, (width, way) in itertools.product(range(_TURNS), took):  # in turns: a slow moment hits both alike
         started = time.perf_counter()

@@ -53,10 +53,10 @@ def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtyp
                 "draft_weights int8: its kernel is slower on a GPU than the model's own weights; use int4"
             )
         wanted: Formats = Formats(Int8Product, Int8Product)
-    elif device.type == "cuda":
+    elif device.type == "cuda" or dtype != torch.float32:
         wanted = Formats(Int4Product, None)
     else:
-        halves = dtype == torch.float32 and works(Float16Product, device, dtype)
+        halves = works(Float16Product, device, dtype)
         wanted = Formats(Int4Product, Float16Product if halves else Int8Product)
     if not all(works(kind, device, dtype) for kind in wanted if kind is not None):
         raise ValueError(
@@ -91,13 +91,12 @@ def quantized(
             f"draft_weights {draft_weights}: needs lean layers (of a known family, plain, fuse True)"
         )
     head = short_head or decoder.head
-    weight = head.products[0].weight
-    of_layers, of_head = formats(draft_weights, weight.device, weight.dtype)
+    of_layers, of_head = formats(draft_weights, decoder.rotary.device, decoder.model.dtype)
     kinds = {product: of_layers for layer in layers for product in layer.products}
     if of_head is not None:
         kinds |= dict.fromkeys(head.products, of_head)
     missing = {product: kind for product, kind in kinds.items() if not product.has_derived(kind)}
-    _check_room(missing, draft_weights)
+    _check_room(missing, draft_weights, decoder.rotary.device)
     weigh = any(kind.weighs_inputs for kind in missing.values())
     squares = _squares_of_inputs(decoder, layers) if weigh else {}
 
@@ -109,12 +108,14 @@ def quantized(
     return decoder.over(copies, head if of_head is None else head.over(copied))
 
 
-def _check_room(missing: MutableMapping[Product, type[LowBitProduct]], draft_weights: DraftWeights) -> None:
+def _check_room(
+    missing: MutableMapping[Product, type[LowBitProduct]], draft_weights: DraftWeights, device: torch.device
+) -> None:
     """Raises ValueError where these copies do not fit."""
     if not missing:
         return
-    needed = sum(kind.bytes_of(product.weight) for product, kind in missing.items())
-    free = free_memory(next(iter(missing)).weight.device)
+    needed = sum(kind.bytes_of(product.shape) for product, kind in missing.items())
+    free = free_memory(device)
     if needed > free:
         raise ValueError(
             f"draft_weights {draft_weights}: takes {needed / 2**30:.2f} GiB more than the model, and "

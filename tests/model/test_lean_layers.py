@@ -31,7 +31,7 @@ def model():
 
 def lean(model):
     """Which layers decode lean; the head's answer is the last."""
-    layers, head = lean_forms(model)
+    layers, head, _ = lean_forms(model)
     return [form is not None for form in (*layers, head)]
 
 
@@ -173,11 +173,11 @@ def test_copies_are_of_the_biases_of_now():
     linear = nn.Linear(32, 32)
     product = Product(linear)
     product.derived("a copy", object)
-    product.forget_if_changed()
+    product.follow_weight()
     assert product.has_derived("a copy")
     with torch.no_grad():
         linear.bias[3] += 1
-    product.forget_if_changed()
+    product.follow_weight()
     assert not product.has_derived("a copy")
 
 
