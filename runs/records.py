@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arguments import read_run
+from self_speculation.model.lean_layers import computes_in
 
 Record = dict[str, Any]
 
@@ -194,6 +195,7 @@ def describe_model(name: str, model: PreTrainedModel) -> Record:
         "num_layers": model.config.num_hidden_layers,
         "num_parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "computed_in": str(computes_in(model)).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -174,7 +174,7 @@ def _memory(parts: Parts) -> Memory:
     model, config = parts.model, parts.config
     key = (
         (config.draft_weights, config.draft_vocabulary, config.greedy, config.prompt_lookup),
-        (model.device, model.dtype, is_compiled(model)),
+        (model.device, model.dtype, parts.decoder.dtype, is_compiled(model)),
     )
     times = RoundTimes(RUNS_TO_WARM_UP if is_compiled(model) else 0)
     return _LEARNT.setdefault(model, {}).setdefault(key, Memory(times))

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from self_speculation.model.decoder import Decoder, ForwardResult, RaggedSpan
 from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import ALIGNMENT, StaticKVCache, WrittenAt, round_up
-from self_speculation.model.lean_layers import Lean
+from self_speculation.model.lean_layers import Lean, computes_in
 
 # The cache holds at least so many positions, and twice as many whenever a generation needs more.
 _SMALLEST_CAPACITY = 1024
@@ -51,8 +51,10 @@ def compile_decoding(model: PreTrainedModel) -> None:
     """From now on `make_decoder` compiles for this model. The first passes take from seconds to minutes.
 
     Raises:
-        ValueError: there is no compiler.
+        ValueError: there is no compiler, or weights in 16 bits are multiplied in float32.
     """
+    if computes_in(model) != model.dtype:
+        raise ValueError("compile True: not with weights in 16 bits that are multiplied in float32")
     from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
     from torch._inductor.exc import InvalidCxxCompiler
 

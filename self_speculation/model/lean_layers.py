@@ -72,6 +72,11 @@ def fuse(model: Any, widen: bool = False) -> int:
     return sum(layer is not None for layer in forms.layers)
 
 
+def computes_in(model: Any) -> torch.dtype:
+    """The format of activations, keys and values, and logits. Raises what `lean_forms` does."""
+    return lean_forms(model).dtype
+
+
 class Forms(NamedTuple):
     """The lean forms of a model's layers, and of its final norm and head; None of what has none."""
 

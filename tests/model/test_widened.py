@@ -1,0 +1,212 @@
+"""Weights in 16 bits that a CPU multiplies in float32: the words of float32, from half the memory."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_close, generate, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from self_speculation import (
+    GenerationConfig,
+    LoadingOptions,
+    Request,
+    load_model_and_tokenizer,
+    make_strategy,
+)
+from self_speculation.model import products
+from self_speculation.model.compiled import compile_decoding
+from self_speculation.model.decoder import Decoder, forward
+from self_speculation.model.lean_layers import bytes_made, computes_in, fuse
+from self_speculation.model.low_bit_products import Float16Product, works
+
+PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
+DRAFTS = [
+    {},
+    {"exit_layer": 2},
+    {"exit_layer": 2, "num_speculations": 3},
+    {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 2, "draft_confidence": "auto"},
+    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8"},
+    {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
+]
+pytestmark = pytest.mark.skipif(
+    not works(Float16Product, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+)
+
+
+def pair(dtype, **config):
+    """A model that is widened, and one in float32 of the very same weights, by the layers of transformers."""
+    model = copy.deepcopy(tiny_llama(**config)).to(dtype)
+    if dtype == torch.bfloat16:  # float16 has the same numbers
+        for weight in model.parameters():
+            weight.data = weight.data.half().to(dtype)
+    exact = copy.deepcopy(model).float()
+    assert fuse(model, widen=True) == 4
+    return model, exact
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def models(request):
+    return pair(request.param)
+
+
+def test_logits_are_those_of_float32(models):
+    """Guards against an activation that is rounded to 16 bits on its way: logits are off by 1e-2 then."""
+    model, exact = models
+    ids = torch.tensor([PROMPTS[2]])
+    with torch.inference_mode():
+        mine = forward(Decoder(model, 7, 7), ids, 7).logits
+        assert mine.dtype == torch.float32
+        assert_close(mine, exact(ids).logits, roundings=200)
+
+
+@settings(max_examples=20)
+@given(
+    which=st.sampled_from(range(2)),
+    drafts=st.sampled_from(DRAFTS),
+    prompt=st.sampled_from(PROMPTS),
+    max_steps=st.integers(1, 24),
+    batch_size=st.sampled_from([1, 3]),
+)
+def test_the_words_of_float32_whatever_drafts(which, drafts, prompt, max_steps, batch_size):
+    """Guards against near-ties as wide as those of 16 bits: greedy outputs would differ by drafts."""
+    model, exact = PAIRS[which]
+    strategy = "self_speculative" if "num_speculations" in drafts else "autoregressive"
+    config = GenerationConfig(sample=False, max_steps=max_steps, generation_strategy=strategy, **drafts)
+    requests = [Request(each) for each in (prompt, *PROMPTS[: batch_size - 1])]
+    results = dict(make_strategy(strategy).generate_batch(model, requests, config, batch_size))
+    depth = {"exit_layer": 2} if drafts == {"exit_layer": 2} else {}
+    for index, request in enumerate(requests):
+        expected = generate(exact, request.ids, max_steps=max_steps, eos=[], **depth)
+        assert results[index].predicted_tokens == expected.predicted_tokens
+
+
+PAIRS = (
+    [pair(torch.bfloat16), pair(torch.float16)]
+    if works(Float16Product, torch.device("cpu"), torch.float32)
+    else []
+)
+
+
+def changed_in_place(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+
+
+def written_through_data(model):
+    model.lm_head.weight.data[7] = 3.0
+
+
+def a_norm(model):
+    model.model.layers[2].input_layernorm.weight.data[3] += 2
+
+
+def loaded(model):
+    model.load_state_dict(tiny_llama(agreement="always", exit_layer=1).state_dict())
+
+
+@pytest.mark.parametrize("change", [changed_in_place, written_through_data, a_norm, loaded])
+def test_what_decodes_is_the_weights_of_now(models, change):
+    """Guards against copies, which are all that is read, of what the weights were."""
+    model, _ = models
+    generate(model, PROMPTS[0], max_steps=5)
+    change(model)
+    exact = copy.deepcopy(model).float()
+    ids = torch.tensor([PROMPTS[2]])
+    with torch.inference_mode():
+        assert_close(forward(Decoder(model, 7, 7), ids, 7).logits, exact(ids).logits, roundings=200)
+
+
+def test_a_hook_has_it_compute_as_its_own_layers_do(models):
+    """Guards against states in float32 that layers in 16 bits refuse, and a hook that is passed by."""
+    model, _ = models
+    assert computes_in(model) == torch.float32
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert computes_in(model) == model.dtype
+    assert len(generate(model, PROMPTS[0], max_steps=5, eos=[]).predicted_tokens) == 5
+    handle.remove()
+    assert computes_in(model) == torch.float32
+
+
+def test_parameters_stay_what_they_are(tmp_path):
+    """Guards against weights that leave the file that they are mapped from, and so are in memory twice."""
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
+    fuse(model, widen=True)
+    generate(model, PROMPTS[0], max_steps=5)
+    for name, weight in model.state_dict().items():
+        assert weight.data_ptr() == before[name][0]
+        assert torch.equal(weight, before[name][1])
+    products_of = [m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)]
+    assert bytes_made(model) == sum(products_of)
+
+
+def test_compiled_passes_are_refused(models):
+    """Guards against a compiler that is given kernels that it does not know."""
+    with pytest.raises(ValueError, match="compile True: not with weights in 16 bits"):
+        compile_decoding(models[0])
+
+
+@pytest.mark.parametrize("value", [7e4, float("nan")])
+def test_weights_that_float16_does_not_have(models, value):
+    """Guards against a kernel that makes 65504 of them, unseen."""
+    model, _ = models
+    if model.dtype == torch.float16 and value == 7e4:
+        value = float("inf")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(ValueError, match="beyond 65504, or NaN"):
+        generate(model, PROMPTS[0], max_steps=3)
+
+
+@pytest.fixture
+def folder(byte_tokenizer, tmp_path):
+    """Saves a model in 16 bits, with its tokenizer."""
+
+    def save(dtype=torch.bfloat16, largest=1.0):
+        model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer)))
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = largest
+        byte_tokenizer.save_pretrained(tmp_path)
+        model.to(dtype).save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("saved", "options", "weights", "activations"),
+    [
+        (torch.bfloat16, {}, torch.bfloat16, torch.float32),
+        (torch.float16, {}, torch.float16, torch.float32),
+        (torch.float32, {}, torch.float32, torch.float32),
+        (torch.bfloat16, {"dtype": "bfloat16"}, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, {"dtype": "float32"}, torch.float32, torch.float32),
+        (torch.bfloat16, {"fuse": False}, torch.float32, torch.float32),
+        (torch.bfloat16, {"model_args": {"attn_implementation": "eager"}}, torch.float32, torch.float32),
+    ],
+)
+def test_what_auto_means(folder, saved, options, weights, activations):
+    """Guards against a format that nobody asked for."""
+    path = folder(saved)
+    if "model_args" in options:
+        with pytest.warns(UserWarning, match="in float32, since"):
+            model, _ = load_model_and_tokenizer(path, LoadingOptions(device="cpu", **options))
+    else:
+        model, _ = load_model_and_tokenizer(path, LoadingOptions(device="cpu", **options))
+    assert (model.dtype, computes_in(model)) == (weights, activations)
+
+
+def test_a_checkpoint_with_larger_weights_is_loaded_in_float32(folder):
+    """Guards against an output that is silently another model's."""
+    with pytest.warns(UserWarning, match="in float32, since weights beyond 65504"):
+        model, _ = load_model_and_tokenizer(folder(largest=1e5), LoadingOptions(device="cpu"))
+    assert model.dtype == computes_in(model) == torch.float32
+
+
+def test_nothing_is_packed_beside(models, monkeypatch):
+    """Guards against a second copy by another library's kernels."""
+    monkeypatch.setattr(products, "Packed", None)
+    assert len(generate(models[0], PROMPTS[0], max_steps=5, eos=[]).predicted_tokens) == 5
