@@ -22,6 +22,7 @@ from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 from self_speculation.generator_base import the_only
 from self_speculation.model.compiled import compile_decoding, decode_eagerly
+from self_speculation.model.traced import trace_at_once
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ def strategies(config: GenerationConfig, copied_layers: int) -> dict[str, Genera
 def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_size: int = 1) -> Side:
     """The strategy that `config` names; a row that ends makes room for the next prompt."""
     strategy = make_strategy(config.generation_strategy)
+    trace_at_once(model)
 
     def generate(prompts: Sequence[list[int]]) -> Answers:
         requests = [Request(ids, eos_token_ids=list(end_ids)) for ids in prompts]

@@ -92,6 +92,7 @@ class RoundTimes:
     """
 
     _TOO_LONG = 3.0  # no round counts as more than so many times what was expected of it
+    _LEAST = 0.1  # no round takes less of a plain step, whatever line a few noisy rounds give
 
     def __init__(self, warm_up: int = 0) -> None:
         self._warm_up = warm_up
@@ -106,7 +107,8 @@ class RoundTimes:
             drafted: estimated cost of one drafted token, in plain steps.
         """
         unit = self._unit(num_rows)
-        return self._lines.get((source, num_rows), _NOTHING_SEEN).fitted(unit, unit * drafted)
+        a, b = self._lines.get((source, num_rows), _NOTHING_SEEN).fitted(unit, unit * drafted)
+        return max(a, self._LEAST * unit), b
 
     def add(self, source: str, num_rows: int, drafted: float, num_drafted: int, seconds: float) -> None:
         """Learn how long a round took. Arguments as those of `line`."""

@@ -28,6 +28,7 @@ from self_speculation.model.decoder import Decoder, ForwardResult, RaggedSpan
 from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import ALIGNMENT, StaticKVCache, WrittenAt, round_up
 from self_speculation.model.lean_layers import Lean, computes_in
+from self_speculation.model.traced import TracedDecoder
 
 # The cache holds at least so many positions, and twice as many whenever a generation needs more.
 _SMALLEST_CAPACITY = 1024
@@ -89,7 +90,7 @@ def make_decoder(
         max_width: the most tokens that a pass after the prompt is given, of each row.
     """
     if not is_compiled(model):
-        return Decoder(model, prompt_length, num_positions, num_rows)
+        return TracedDecoder(model, prompt_length, num_positions, num_rows)
     return CompiledDecoder(model, prompt_length, num_positions, max_width, num_rows)
 
 

@@ -107,10 +107,20 @@ class LevelSpan:
     @cached_property
     def rotate(self) -> Callable[[Tensor], Tensor]:
         """Rotates queries or keys [B * T, n, head_dim] by the angles of their positions."""
-        # [B * T, 1, head_dim] each
+        if self.rows * self.width <= _FEW_ROTATIONS:
+            return lambda heads: torch.bmm(heads, self.rotations)
+        cos, sin = self._tables()
+        return partial(_rotated, cos=cos, sin=sin)
+
+    @cached_property
+    def rotations(self) -> Tensor:
+        """[B * T, head_dim, head_dim]: a product with these is one kernel, `_rotated` takes half a dozen."""
+        return _rotations(self._decoder, *self._tables())
+
+    def _tables(self) -> list[Tensor]:
+        """cos and sin, [B * T, 1, head_dim] each."""
         tables = [table.transpose(0, 1) for table in self.rotary]
-        cos, sin = tables if self.rows == 1 else (table.repeat(self.rows, 1, 1) for table in tables)
-        return _turning(self._decoder, cos, sin)
+        return tables if self.rows == 1 else [table.repeat(self.rows, 1, 1) for table in tables]
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -145,8 +155,11 @@ class RaggedSpan:
         self.mask = _ragged_mask(positions, length, tables.dtype)  # [B, 1, T, S]
         self.grouped_mask = self.mask.repeat(1, 1, decoder.groups, 1)  # [B, 1, G * T, S]
         cos, sin = tables[:, :, None].unbind()
-        # The compiler makes one kernel of this.
-        self.rotate = partial(_rotated, cos=cos, sin=sin) if is_compiled else _turning(decoder, cos, sin)
+        if is_compiled or len(cos) > _FEW_ROTATIONS:  # the compiler makes one kernel of this
+            self.rotate: Callable[[Tensor], Tensor] = partial(_rotated, cos=cos, sin=sin)
+        else:
+            rotations = _rotations(decoder, cos, sin)
+            self.rotate = lambda heads: torch.bmm(heads, rotations)
 
 
 Span = LevelSpan | RaggedSpan
@@ -160,13 +173,9 @@ def _ragged_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return later.to(dtype) * torch.finfo(dtype).min
 
 
-def _turning(decoder: Decoder, cos: Tensor, sin: Tensor) -> Callable[[Tensor], Tensor]:
-    """What rotates heads [N, n, head_dim] by these tables [N, 1, head_dim]."""
-    if len(cos) > _FEW_ROTATIONS:
-        return partial(_rotated, cos=cos, sin=sin)
-    # [N, head_dim, head_dim]: a product with these is one kernel, `_rotated` takes half a dozen.
-    rotations = torch.addcmul(decoder.unit * cos, decoder.half_turn, sin)
-    return lambda heads: torch.bmm(heads, rotations)
+def _rotations(decoder: Decoder, cos: Tensor, sin: Tensor) -> Tensor:
+    """Tables [N, 1, head_dim] -> [N, head_dim, head_dim] that a product rotates heads [N, n, head_dim] by."""
+    return torch.addcmul(decoder.unit * cos, decoder.half_turn, sin)
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -190,6 +190,16 @@ class KVCache(Appendable):
         held, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
         return all_keys.as_strided(held, strides, first), all_values.as_strided(held, strides, first)
 
+    def room_for(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
+        """Of a single row, the buffers [1 or more, kv_heads, capacity, head_dim] of a layer that has run: the
+        row is the first, and has room for T positions more. Whoever asks writes these, and tells `advance`.
+        """
+        held, end = self.buffers.of_layers[layer], self.length(layer) + width
+        assert held is not None
+        if end > held[0].shape[2]:
+            held = self.buffers.with_room(layer, end, held[0][:, :, 0])
+        return held if self._first_row == 0 else (held[0][self._first_row :], held[1][self._first_row :])
+
     def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
         """What the layers first..last-1 append to where rows differ in length, at positions [B, T]."""
         width = positions.shape[1]
@@ -202,7 +212,7 @@ class KVCache(Appendable):
         return WrittenAt(self.buffers.of_layers, positions, end)
 
     def advance(self, first: int, last: int, width: int) -> None:
-        """Count T positions that were written to layers first..last-1 by `WrittenAt`."""
+        """Count T positions that were written to layers first..last-1."""
         self._appended[first:last] = [n + width for n in self._appended[first:last]]
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:

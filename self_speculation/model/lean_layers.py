@@ -157,26 +157,26 @@ class Norm:
     """The rms norm of a module, over its weight; [..., n] -> [..., n]."""
 
     def __init__(self, module: Any) -> None:
-        self._weight, self._epsilon = module.weight.data, module.variance_epsilon
-        self._shape = self._weight.shape
-        self._on_cpu = self._weight.device.type == "cpu"
-        self._root = len(self._weight) ** 0.5
+        self.weight, self._epsilon = module.weight.data, module.variance_epsilon
+        self._shape = self.weight.shape
+        self._on_cpu = self.weight.device.type == "cpu"
+        self._root = len(self.weight) ** 0.5
         self._zero, self._least = torch.tensor([0.0, self._root * self._epsilon**0.5]).unbind()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._on_cpu:
-            return torch.rms_norm(hidden, self._shape, self._weight, self._epsilon)  # one kernel
+            return torch.rms_norm(hidden, self._shape, self.weight, self._epsilon)  # one kernel
         # On a CPU that is a sequence of kernels, twice as many as these.
         is_exact = hidden.dtype == torch.float32
         exact = hidden if is_exact else hidden.float()
         norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
         scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
-        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self._weight)
+        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
 
     def tensors(self) -> list[Tensor]:
         """As those of `Product`."""
-        return [self._weight, self._zero, self._least]
+        return [self.weight, self._zero, self._least]
 
 
 class LeanLayer:
@@ -203,6 +203,10 @@ class LeanLayer:
             self._query_norm, self._key_norm = Norm(attention.q_norm), Norm(attention.k_norm)
         self.products = (self._qkv, self._out, self._gate_up, self._down)
         self.identity = (is_widened, identity(layer))
+
+    @property
+    def device(self) -> torch.device:
+        return self._input_norm.weight.device
 
     def over(self, make: Callable[[Product], Any]) -> LeanLayer:
         """The same layer, its products replaced by what `make` makes of each."""

@@ -15,6 +15,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,11 @@ class LowBitProduct(ABC):
         """
         self._bias = None if product.bias is None else product.bias.to(self.dtype)
         self.num_bytes = self.bytes_of(product.shape)
+
+    @property
+    def copy_read(self) -> Any:
+        """As that of `Product`."""
+        return self
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.unconverted(x).to(x.dtype)

@@ -135,9 +135,17 @@ class Product:
         kind = InFloat16 if self.is_widened else Packed
         return self.derived(kind, lambda: kind(self.weight))
 
+    def is_packed(self, width: int) -> bool:
+        """Whether passes over so many tokens read a copy in oneDNN's order."""
+        return width in self.packed_widths and not torch.compiler.is_compiling()
+
     def _reads_copy(self, x: Tensor) -> bool:
-        is_packed = x.shape[0] in self.packed_widths and not torch.compiler.is_compiling()
-        return self.is_widened or is_packed
+        return self.is_widened or self.is_packed(x.shape[0])
+
+    @property
+    def copy_read(self) -> InFloat16 | Packed | None:
+        """The copy that they read, if there is one already."""
+        return self._derived.get(InFloat16 if self.is_widened else Packed)
 
     def _state(self) -> Hashable:
         """A value that changes whenever the weight does.
@@ -178,10 +186,10 @@ class InFloat16:
         if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
             raise ValueError("weights beyond 65504, or NaN, are not in 16 bits: they need --dtype float32")
         self.num_bytes = 2 * weight.numel()
-        self._copy = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self._copy)
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
 def follow_weights(products: Sequence[Product]) -> None:

@@ -161,6 +161,14 @@ def test_times_begin_as_estimates_in_the_unit_of_what_was_measured():
     assert times.line("exit 2", 8, 0.2) == pytest.approx((0.01, 0.002))
 
 
+def test_no_round_takes_no_time():
+    """Guards against a division by zero: by a line through noise, a plain step may take nothing at all."""
+    times = RoundTimes()
+    for drafted, seconds in 40 * [(2, 0.2), (4, 1.0)]:
+        times.add("exit", 1, 0.2, drafted, seconds)
+    assert times.line("exit", 1, 0.2)[0] > 0.0
+
+
 def test_a_decayed_line():
     line = DecayedLine()
     assert line.fitted(3.0, 0.5) == pytest.approx((3.0, 0.5))

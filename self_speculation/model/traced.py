@@ -1,0 +1,181 @@
+"""Narrow passes over one row on a CPU as single calls: around the products of a pass are hundreds of small
+ones, which take Python longer than the processor.
+
+A range of lean layers is traced by TorchScript, with widths and lengths as sizes of its inputs, so that one
+trace serves every step. Weights, or copies of them, are its constants: it is valid for the very layers and
+copies that it was made over. TorchScript is in maintenance mode: all that knows of it is here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.model.decoder import Decoder, LevelSpan
+from self_speculation.model.kv_cache import Appendable
+from self_speculation.model.lean_layers import NARROW, LeanLayer
+from self_speculation.model.low_bit_products import LowBitProduct
+from self_speculation.model.products import InFloat16, Product
+
+# To trace a range takes as long as some forty of its passes gain: it waits until there were so many.
+_PASSES_BEFORE = 32
+
+
+@dataclass
+class _Traces:
+    """
+    Args:
+        passes_before: see `_PASSES_BEFORE`.
+        made: by range, width and format, each with all that it is valid for.
+        num_passes: of what was not traced when it ran.
+    """
+
+    passes_before: int = _PASSES_BEFORE
+    made: dict[Hashable, tuple[Sequence[Any], Callable[..., Tensor]]] = field(default_factory=dict)
+    num_passes: Counter[Hashable] = field(default_factory=Counter)
+
+
+_TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()
+
+
+def trace_at_once(model: PreTrainedModel) -> None:
+    """From now on trace what runs when it first does: for measurements, which warm up."""
+    _TRACES.setdefault(model, _Traces()).passes_before = 0
+
+
+class TracedDecoder(Decoder):
+    """Runs passes over at most NARROW tokens of one row by traced layers, all others as `Decoder`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._found: dict[Hashable, Callable[..., Tensor]] = {}  # valid for this generation
+
+    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
+        other = super().over(layers, head)
+        assert isinstance(other, TracedDecoder)
+        other._found = {}
+        return other
+
+    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        rows, width, _ = hidden.shape
+        start = self.cache.length(first)
+        if rows > 1 or width > NARROW or start == 0:
+            return super().run_layers(hidden, first, last)
+        key = (first, last, width == 1)
+        if key not in self._found and not self._find(key, hidden):
+            return super().run_layers(hidden, first, last)
+        with torch.jit.optimized_execution(False):  # there is nothing to gain, and two slow runs to lose
+            states = self._found[key](hidden[0], *self._inputs(first, last, width))
+        self.cache.advance(first, last, width)
+        return states[None]
+
+    def _find(self, key: tuple[int, int, bool], hidden: Tensor) -> bool:
+        """Have a trace of this range if it is there, or its time has come."""
+        first, last, _ = key
+        layers: list[Any] = self.layers[first:last]
+        if not all(_can_be_traced(layer, hidden.shape[1]) for layer in layers):
+            return False
+        products = [product for layer in layers for product in layer.products]
+        valid_for = [part for product in products for part in (product, product.copy_read)]
+        traces, kind = _TRACES.setdefault(self.model, _Traces()), (*key, type(products[0]))
+        made = traces.made.pop(kind, None)  # what is out of date must not be kept alive
+        if made is None or any(a is not b for a, b in zip(made[0], valid_for, strict=True)):
+            traces.num_passes[kind] += 1
+            if traces.num_passes[kind] <= traces.passes_before:
+                return False
+            made = valid_for, self._trace(layers, hidden, first)
+        traces.made[kind], self._found[key] = made, made[1]
+        return True
+
+    def _trace(self, layers: list[Any], hidden: Tensor, first: int) -> Callable[..., Tensor]:
+        inputs = self._inputs(first, first + len(layers), hidden.shape[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that become constants: they are those of the model
+            return torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
+
+    def _inputs(self, first: int, last: int, width: int) -> list[Tensor]:
+        """Those of `_Range`, but the first."""
+        span = LevelSpan(self, 1, self.cache.length(first), width)
+        past = self.rotary.new_empty(self.cache.length(first), 0)
+        mask = past if span.grouped_mask is None else span.grouped_mask
+        buffers = (part for layer in range(first, last) for part in self.cache.room_for(layer, width))
+        return [span.rotations, past, mask, *buffers]
+
+
+def _can_be_traced(layer: Any, width: int) -> bool:
+    """Lean, on a CPU, over weights or such copies of them as TorchScript knows."""
+    return (
+        isinstance(layer, LeanLayer)
+        and layer.device.type == "cpu"
+        and all(isinstance(product, Product | LowBitProduct) for product in layer.products)
+        and not any(product.is_packed(width) for product in layer.products if isinstance(product, Product))
+    )
+
+
+class _Range(nn.Module):
+    """Lean layers one after the other, as a function of tensors."""
+
+    def __init__(self, layers: Sequence[LeanLayer]) -> None:
+        super().__init__()
+        self._layers = layers
+        products = [product for layer in layers for product in layer.products]
+        for index, product in enumerate(products):
+            if isinstance(product.copy_read, InFloat16):  # what is no tensor must be an attribute
+                setattr(self, f"copy{index}", product.copy_read.packed)
+
+    def forward(
+        self, hidden: Tensor, rotations: Tensor, past: Tensor, mask: Tensor, *buffers: Tensor
+    ) -> Tensor:
+        """
+        Args:
+            hidden: [T, H]
+            rotations: [T, head_dim, head_dim], see `LevelSpan`.
+            past: [start, 0], by its size the number of positions before these.
+            mask: [G * T, S]; not read where T is 1.
+            buffers: keys and values of each layer, [1 or more, kv_heads, capacity, head_dim].
+
+        Returns:
+            [T, H]; keys and values are in the buffers.
+        """
+        span = _Span(rotations, mask)
+        for index, layer in enumerate(self._layers):
+            keys, values = buffers[2 * index : 2 * index + 2]
+            hidden = layer(hidden, span, _Cache(keys, values, past))
+        return hidden
+
+
+class _Span:
+    """As a `LevelSpan` of one row, of tensors."""
+
+    rows = 1
+
+    def __init__(self, rotations: Tensor, mask: Tensor) -> None:
+        self._rotations = rotations
+        self.width = 1 if len(rotations) == 1 else rotations.shape[0]  # the latter is traced
+        self.mask = self.grouped_mask = None if self.width == 1 else mask
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        return torch.bmm(heads, self._rotations)
+
+
+class _Cache(Appendable):
+    """The buffers of one layer, which hold as many positions as `past` [start, 0] has."""
+
+    def __init__(self, keys: Tensor, values: Tensor, past: Tensor) -> None:
+        self._buffers, self._past = (keys, values), past
+
+    def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        start = self._past.shape[0]
+        end = start + keys.shape[0]
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[0, :, start:end].copy_(new.transpose(0, 1))
+        all_keys, all_values = (buffer[0, :, :end].unsqueeze(1) for buffer in self._buffers)
+        return all_keys, all_values

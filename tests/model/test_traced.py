@@ -1,0 +1,145 @@
+"""Passes as single calls of TorchScript: the very numbers of the layers, and never those of other weights."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import EOS, generate, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from self_speculation.model import traced
+from self_speculation.model.decoder import Decoder, forward_early, forward_remainder, prefill
+from self_speculation.model.lean_layers import NARROW, fuse
+from self_speculation.model.traced import TracedDecoder, trace_at_once
+
+PROMPT = [5, 9, 4, 7, 7, 3]
+DRAFTS = {"exit_layer": 2, "num_speculations": 3}
+STRATEGIES = [
+    {},
+    {"exit_layer": 2},
+    DRAFTS,
+    {**DRAFTS, "prompt_lookup": 2, "draft_confidence": "auto"},
+    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8"},
+    {"strategy": "adaptive", "draft_weights": "int8"},
+    {**DRAFTS, "num_speculations": NARROW + 3},
+]
+
+
+@pytest.fixture(params=["float32", "in 16 bits", "bfloat16"])
+def model(request):
+    """Whose passes are traced when they first run."""
+    model = copy.deepcopy(tiny_llama())
+    if request.param != "float32":
+        model.to(torch.bfloat16)
+    fuse(model, widen=request.param == "in 16 bits")
+    trace_at_once(model)
+    return model
+
+
+def num_traces(model):
+    return len(traced._TRACES[model].made) if model in traced._TRACES else 0
+
+
+def untraced(model):
+    """The same, by passes that are never traced."""
+    twin = copy.deepcopy(model)
+    fuse(twin, widen=traced.Decoder(model, 1, 1).dtype != model.dtype)
+    return twin
+
+
+@settings(max_examples=30)
+@given(
+    widths=st.lists(st.integers(1, NARROW + 1), min_size=1, max_size=5),
+    exit_layer=st.integers(1, 3),
+    prompt_length=st.integers(1, 9),
+    back=st.integers(0, 2),
+)
+def test_every_bit_is_that_of_the_layers(widths, exit_layer, prompt_length, back):
+    """Guards against a width or a length that became a constant of the trace."""
+    decoders = [Decoder(MODEL, prompt_length, 200), TracedDecoder(MODEL, prompt_length, 200)]
+    with torch.inference_mode():
+        found = [[prefill(d, torch.arange(5, 5 + prompt_length)[None], 4).logits] for d in decoders]
+        for width in widths:
+            ids = torch.arange(9, 9 + width)[None]
+            for decoder, results in zip(decoders, found, strict=True):
+                early = forward_early(decoder, ids, exit_layer, 1)
+                late = forward_remainder(decoder, early.hidden, exit_layer)
+                decoder.cache.rollback(min(back, width))
+                results += [early.hidden, late.logits]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+MODEL = copy.deepcopy(tiny_llama())
+fuse(MODEL)
+trace_at_once(MODEL)
+
+
+@pytest.mark.parametrize("how", STRATEGIES)
+def test_the_same_ids(model, how):
+    """Guards against traces of layers that are not those that draft, or verify."""
+    expected = generate(untraced(model), PROMPT, max_steps=40, eos=[], **how).predicted_tokens
+    assert generate(model, PROMPT, max_steps=40, eos=[], **how).predicted_tokens == expected
+    assert num_traces(model)
+
+
+def changed_in_place(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+
+
+def written_through_data(model):
+    model.model.layers[3].self_attn.v_proj.weight.data[1] = 2.0
+
+
+def pointed_elsewhere(model):
+    model.model.layers[0].mlp.gate_proj.weight.data = torch.ones_like(
+        model.model.layers[0].mlp.gate_proj.weight
+    )
+
+
+def hooked(model):
+    model.model.layers[2].register_forward_hook(lambda module, inputs, output: -output)
+
+
+CHANGES = [changed_in_place, written_through_data, pointed_elsewhere]
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        *((change, how) for change in CHANGES for how in (STRATEGIES[0], STRATEGIES[4])),
+        (hooked, STRATEGIES[2]),
+    ],
+)
+def test_what_decodes_is_the_weights_of_now(model, change, how):
+    """Guards against constants of a trace that are what the weights were."""
+    generate(model, PROMPT, max_steps=8, **how)
+    change(model)
+    expected = generate(untraced(model), PROMPT, max_steps=20, eos=[], **how).predicted_tokens
+    assert generate(model, PROMPT, max_steps=20, eos=[], **how).predicted_tokens == expected
+
+
+def test_it_is_traced_once_it_pays():
+    """Guards against a first answer that waits for what it is too short to gain by."""
+    model = copy.deepcopy(tiny_llama())
+    fuse(model)
+    generate(model, PROMPT, max_steps=traced._PASSES_BEFORE, eos=[])
+    assert num_traces(model) == 0
+    generate(model, PROMPT, max_steps=5, eos=[])
+    assert num_traces(model) == 1
+
+
+def test_traces_are_freed_with_their_model():
+    """Guards against models that a trace keeps in memory."""
+    model = copy.deepcopy(tiny_llama())
+    fuse(model)
+    trace_at_once(model)
+    generate(model, PROMPT, max_steps=5, eos=[EOS], **DRAFTS)
+    weight = weakref.ref(model.model.layers[0].mlp.down_proj.weight)
+    assert num_traces(model)
+    del model
+    gc.collect()
+    assert weight() is None
