@@ -1,13 +1,15 @@
 """Decoding here against what else there is for the same model: how fast, and in how much memory?
 
     python benchmarks/side_by_side.py --exit_layer 3 --num_speculations 4 --batch_size 1 8
-    python benchmarks/side_by_side.py --model ID --dtype bfloat16 --exit_layer 8 --num_speculations 6
+    python benchmarks/side_by_side.py --model FILE.gguf --exit_layer 30 --num_speculations 5 \\
+        --draft_weights int4 --peers llama.cpp
 
-Greedy, on prompts of HumanEval, in one process on one loaded model. `generate` of transformers: plain, with
-`assistant_early_exit` at the same exit layer and draft length, and with prompt lookup (the latter two one
-prompt at a time: it has no batches of them). Here: autoregressive, self-speculative by the flags of drafting,
-by a copy of all layers in four bits, and adaptive (with a copy where --draft_weights asks for one). All sides
-answer the same prompts in turns: one prompt, or two batches, at a turn.
+Greedy, on prompts of HumanEval, in one process over the same weights. `generate` of transformers, on a CPU in
+the format that is its fastest: plain, with `assistant_early_exit` at the same exit layer and draft length,
+and with prompt lookup (the latter two one prompt at a time: it has no batches of them). llama.cpp, where
+asked for: in 16 bits, and with other weights in fewer (Q8_0, Q4_1). Here: autoregressive, self-speculative by
+the flags of drafting, by a copy of all layers in four bits, and adaptive (with a copy where --draft_weights
+asks for one). All sides answer the same prompts in turns: one prompt, or two batches, at a turn.
 
 *x* is how many times as fast as transformers a side is, the median over all turns, *mid. half* where half of
 the turns lie, *x plain* the same against autoregressive decoding here; *decode* are tokens/s without the
@@ -25,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
@@ -36,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, parse, refuse
 from measures.metrics import quartiles
+from measures.peers import FEWER_BITS, LLAMA_CPP, find_llama_cpp, in_best_format, llama_cpp
 from measures.plots import bars
 from measures.sides import (
     ADAPTIVE,
@@ -60,7 +64,7 @@ from runs.program import run
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.compiled import is_compiled
-from self_speculation.model.lean_layers import bytes_made
+from self_speculation.model.lean_layers import bytes_made, computes_in
 
 _BATCHES_IN_TURN = 2  # of several prompts: what ends early makes room for the next
 
@@ -75,11 +79,15 @@ class SideBySideArguments:
     """Sequences at a time, several numbers one after the other."""
     rounds: int = 3
     """How often each prompt is answered by each side."""
+    peers: list[str] = field(default_factory=list)
+    """llama.cpp: run llama-cpp-python, which is not among the requirements, on a .gguf model."""
     picture: str | None = None
     """Path of a bar chart, without suffix."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size")
+        if set(self.peers) - {"llama.cpp"}:
+            raise ValueError(f"peers {' '.join(self.peers)}: must be llama.cpp")
 
     def prompts(self) -> list[str]:
         number = self.num_prompts or max(10, 2 * _BATCHES_IN_TURN * max(self.batch_size))
@@ -92,12 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = replace(config, generation_strategy="self_speculative", sample=False)
     if config.max_steps < 2:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
+    if args.peers:
+        find_llama_cpp(Path(model_name(model_args)))
     generator = load_generator(model_args, config)
     model = generator.model
     prompts = [generator.encode(prompt) for prompt in args.prompts()]
     rows: list[dict[str, Any]] = []
-    for size in args.batch_size:
-        rows += compare(generator, config, prompts, size, args.rounds, model_args.seed)
+    with TemporaryDirectory() as folder:
+        peers = Peers(generator, config, max(prompts, key=len))
+        if args.peers:
+            peers.add_llama_cpp(Path(model_name(model_args)), Path(folder))
+        for size in args.batch_size:
+            rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
     device = f"{model.device}, {torch.get_num_threads()} threads"
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
@@ -112,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bars(table.set_index("side"), "tokens/s", title, path)
     about = {
         "model": name, "dtype": dtype, "device": device, "torch": torch.__version__,
-        "transformers": transformers.__version__, "exit_layer": config.exit_layer,
+        "computed_in": str(computes_in(model)).removeprefix("torch."),
+        "transformers": transformers.__version__, "transformers_in": peers.format,
+        "exit_layer": config.exit_layer,
         "num_speculations": config.num_speculations, "max_steps": config.max_steps, "rounds": args.rounds,
         "prompts": len(prompts),
     }  # fmt: skip
@@ -120,23 +136,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def sides_of(
-    generator: HuggingfaceLlamaGenerator, configs: dict[str, GenerationConfig], size: int
-) -> dict[str, Side]:
-    """All that can answer `size` prompts at a time."""
-    model, end_ids, config = generator.model, generator.eos_token_ids, configs[SPECULATIVE]
-    sides = {TRANSFORMERS: theirs(model, end_ids, config, size)}
-    if size == 1:
+class Peers:
+    """What a user would take instead.
+
+    Args:
+        prompt: by which the format of transformers is chosen.
+    """
+
+    def __init__(
+        self, generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int]
+    ) -> None:
+        self._config, self._end_ids = config, generator.eos_token_ids
+        self.model, self.format = in_best_format(generator.model, self._end_ids, config, prompt)
+        self._llama_cpp: dict[str, Side] = {}
+        self.num_bytes: dict[str, int] = {}  # of the weights of each format of llama.cpp
+
+    def add_llama_cpp(self, model: Path, folder: Path) -> None:
+        for name in LLAMA_CPP:
+            side = f"llama.cpp {name}"
+            self._llama_cpp[side] = llama_cpp(model, name, self._end_ids, self._config, folder)
+            self.num_bytes[side] = (folder / f"{name}.gguf").stat().st_size
+
+    def sides(self, size: int) -> dict[str, Side]:
+        """All that can answer `size` prompts at a time."""
+        model, end_ids, config = self.model, self._end_ids, self._config
+        sides = {TRANSFORMERS: theirs(model, end_ids, config, size)}
+        if size > 1:
+            return sides
         if config.exit_layer < len(model.base_model.layers):  # all of them draft by a copy alone
             sides[EARLY_EXIT] = early_exit(model, end_ids, config)
         longest = config.num_speculations
         sides[LOOKUP] = theirs(model, end_ids, config, prompt_lookup_num_tokens=longest)
-    return sides | {name: ours(model, end_ids, own, size) for name, own in configs.items()}
+        return sides | self._llama_cpp
 
 
 def compare(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
+    peers: Peers,
     prompts: Sequence[list[int]],
     size: int,
     rounds: int,
@@ -147,7 +184,8 @@ def compare(
     configs = strategies(config, len(model.base_model.layers))
     if is_compiled(model) or configs[COPY] == configs[SPECULATIVE]:
         del configs[COPY]  # passes of copies are not compiled; or the flags ask for that copy already
-    sides = sides_of(generator, configs, size)
+    end_ids = generator.eos_token_ids
+    sides = peers.sides(size) | {name: ours(model, end_ids, own, size) for name, own in configs.items()}
     in_turn = 1 if size == 1 else _BATCHES_IN_TURN * size
     groups = [prompts[start : start + in_turn] for start in range(0, len(prompts), in_turn)]
     longest = sorted(prompts, key=len)[-size:]
@@ -162,18 +200,20 @@ def compare(
             print(f"no {COPY} here: {error}")
             del sides[name]
             continue
-        if name not in configs and name != TRANSFORMERS:
-            per_pass[name] = tokens_per_pass(model, side, groups[0])
+        if name in (EARLY_EXIT, LOOKUP):
+            per_pass[name] = tokens_per_pass(peers.model, side, groups[0])
         _, added[name] = memory_added(model.device, partial(side, longest))
     turns = list(in_turns(sides, groups, rounds, seed, f"batches of {size}"))
 
-    weights = sum(parameter.nbytes for parameter in model.parameters())
     ids = {name: [ids for each in turns for ids in each[name].ids] for name in sides}
     rows = []
     for name in sides:
         own = [each[name] for each in turns]
-        copied = name in configs and configs[name].draft_weights != "exact"
-        held = weights + (bytes_made(model, for_drafts=copied) if name in configs else 0)
+        if name in configs:
+            copied = configs[name].draft_weights != "exact"
+            held = model.num_parameters() * model.dtype.itemsize + bytes_made(model, for_drafts=copied)
+        else:
+            held = peers.num_bytes.get(name, peers.model.num_parameters() * peers.model.dtype.itemsize)
         share = None
         if name in (SPECULATIVE, COPY, ADAPTIVE):
             per_pass[name], share = accepted(own)
@@ -187,13 +227,26 @@ def compare(
                 **_ratio("ratio", turns, name, TRANSFORMERS), **_ratio("ratio_to_plain", turns, name, PLAIN),
                 "tokens/s": middle, "low": low, "high": high, "decode_tokens/s": statistics.median(decode),
                 "tokens/s_of_sums": sum(a.num_tokens for a in own) / sum(a.total_time for a in own),
-                "tokens_per_pass": per_pass[name], "acceptance": share, "weights_mb": held / 1e6,
+                "tokens_per_pass": per_pass.get(name), "acceptance": share, "weights_mb": held / 1e6,
                 "added_mib": added[name], "answers": len(ids[name]),
                 "same_ids": sum(own == plain for own, plain in zip(ids[name], ids[PLAIN], strict=True)),
             }
         )  # fmt: skip
-    show(rows)
+    show(rows, f"transformers in {peers.format}")
+    say_who_is_ahead(turns, [*configs])
     return rows
+
+
+def say_who_is_ahead(turns: Sequence[dict[str, Answers]], own: Sequence[str]) -> None:
+    """Of what decodes by the same weights, the fastest here against the fastest there."""
+
+    def fastest(names: Sequence[str]) -> str:
+        return max(names, key=lambda name: statistics.median(each[name].tokens_per_second for each in turns))
+
+    same = [name for name in turns[0] if not name.endswith(FEWER_BITS)]
+    here, there = fastest([n for n in same if n in own]), fastest([n for n in same if n not in own])
+    ratio = _ratio("x", turns, here, there)
+    print(f"{here} here: {ratio['x']:.2f} ({ratio['x_low']:.2f}-{ratio['x_high']:.2f}) times {there}")
 
 
 def _ratio(field_: str, turns: Sequence[dict[str, Answers]], side: str, other: str) -> dict[str, Any]:
@@ -203,7 +256,7 @@ def _ratio(field_: str, turns: Sequence[dict[str, Answers]], side: str, other: s
     return {field_: middle, f"{field_}_low": low, f"{field_}_high": high}
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[dict[str, Any]], base: str) -> None:
     """The table of one batch size, in at most 100 columns, and the sums."""
     table = pandas.DataFrame(
         [
@@ -224,7 +277,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         ]
     )
     sums = ", ".join(f"{row['side']} {row['tokens/s_of_sums']:.1f}" for row in rows)
-    print(f"\nbatch size {rows[0]['batch_size']}: times as fast as transformers, medians of paired turns")
+    print(f"\nbatch size {rows[0]['batch_size']}: times as fast as {base}, medians of paired turns")
     print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
     print(f"sums, tokens/s: {sums}", flush=True)
 

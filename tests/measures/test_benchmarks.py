@@ -4,6 +4,8 @@ import importlib.util
 import json
 import signal
 import sys
+import types
+from pathlib import Path
 
 import forks
 import psutil
@@ -14,6 +16,7 @@ from helpers import only_run
 from transformers import LlamaConfig
 
 from measures.comparison import Judged, judge_greedy
+from measures.peers import find_llama_cpp, in_best_format
 from measures.sides import ours, theirs
 from measures.synthetic import random_llama
 from measures.work import work_per_token
@@ -57,6 +60,27 @@ def test_side_by_side(measured, tmp_path):
     )
     assert by_side["int4 copy"]["weights_mb"] > by_side["autoregressive"]["weights_mb"]
     assert (tmp_path / "bars.png").stat().st_size > 10_000
+
+
+def test_llama_cpp_is_refused_before_anything_is_loaded(capsys, monkeypatch):
+    """Guards against half a minute of loading before the line that says that it is not there."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(SystemExit):
+        find_llama_cpp(Path("model.gguf"))
+    assert "--peers llama.cpp: needs the package llama-cpp-python" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.ModuleType("llama_cpp"))
+    with pytest.raises(SystemExit):
+        find_llama_cpp(Path("facebook/layerskip-llama3.2-1B"))
+    assert "reads .gguf files alone, and --model is layerskip-llama3.2-1B" in capsys.readouterr().err
+
+
+def test_transformers_has_its_best_format():
+    """Guards against a peer that is slowed down by the format that was chosen for us."""
+    settings = GenerationConfig(max_steps=3, sample=False)
+    model, name = in_best_format(tiny_llama(), [], settings, [5, 9, 4])
+    assert str(model.dtype) == f"torch.{name}"
+    assert all(weight.dtype == model.dtype for weight in model.parameters())
+    assert tiny_llama().dtype == torch.float32  # as it was
 
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():
