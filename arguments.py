@@ -59,8 +59,9 @@ class ModelArguments:
     output_dir: str = field(default="./logs", metadata=MAY_DIFFER)
     """Folder for records; generate.py writes none."""
     dtype: DtypeName = "auto"
-    """Number format of the weights; auto: float32 on a CPU, the checkpoint's own elsewhere; half: bfloat16
-    where the device computes in it, else float16."""
+    """Number format; auto: the checkpoint's own, and on a CPU weights in 16 bits are multiplied in float32;
+    float32, bfloat16, float16: of weights and all else; half: bfloat16 where the device computes in it, else
+    float16."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     parallel: Parallel = "data"
@@ -70,8 +71,8 @@ class ModelArguments:
     """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
     """Decode by fewer and faster kernels over the same weights; False: by the layers of transformers. On a
-    CPU in fp32 there may be a second copy of the weights, packed, where that is clearly faster and fits into
-    a third of the free memory."""
+    CPU there may be a second copy of the weights, packed: always of weights in 16 bits that are multiplied in
+    float32, else where that is clearly faster and fits into a third of the free memory."""
     compile: bool = False
     """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
 

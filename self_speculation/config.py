@@ -152,7 +152,8 @@ class LoadingOptions:
     seed: int = 42
     """Seed of every random generator."""
     dtype: DtypeName = "auto"
-    """Number format of the weights, see `resolve_dtype`."""
+    """Number format; `auto`: the checkpoint's own, but on a CPU weights in 16 bits are multiplied in float32
+    (see `fuse`), where they cannot be, they are in float32; others: see `resolve_dtype`."""
     device: str = "auto"
     """See `resolve_device`."""
     parallel: Parallel = "data"
