@@ -69,7 +69,7 @@ class TracedDecoder(Decoder):
         start = self.cache.length(first)
         if rows > 1 or width > NARROW or start == 0:
             return super().run_layers(hidden, first, last)
-        key = (first, last, width == 1)
+        key = (first, last, width)
         if key not in self._found and not self._find(key, hidden):
             return super().run_layers(hidden, first, last)
         with torch.jit.optimized_execution(False):  # there is nothing to gain, and two slow runs to lose
@@ -77,15 +77,17 @@ class TracedDecoder(Decoder):
         self.cache.advance(first, last, width)
         return states[None]
 
-    def _find(self, key: tuple[int, int, bool], hidden: Tensor) -> bool:
-        """Have a trace of this range if it is there, or its time has come."""
-        first, last, _ = key
+    def _find(self, key: tuple[int, int, int], hidden: Tensor) -> bool:
+        """Have a trace of this range, if it is there or its time has come: one for a single token, one for all
+        other widths.
+        """
+        first, last, width = key
         layers: list[Any] = self.layers[first:last]
-        if not all(_can_be_traced(layer, hidden.shape[1]) for layer in layers):
+        if not all(_can_be_traced(layer, width) for layer in layers):
             return False
         products = [product for layer in layers for product in layer.products]
         valid_for = [part for product in products for part in (product, product.copy_read)]
-        traces, kind = _TRACES.setdefault(self.model, _Traces()), (*key, type(products[0]))
+        traces, kind = _TRACES.setdefault(self.model, _Traces()), (first, last, width == 1, type(products[0]))
         made = traces.made.pop(kind, None)  # what is out of date must not be kept alive
         if made is None or any(a is not b for a, b in zip(made[0], valid_for, strict=True)):
             traces.num_passes[kind] += 1
