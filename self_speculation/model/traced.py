@@ -78,8 +78,8 @@ class TracedDecoder(Decoder):
         return states[None]
 
     def _find(self, key: tuple[int, int, int], hidden: Tensor) -> bool:
-        """Have a trace of this range, if it is there or its time has come: one for a single token, one for all
-        other widths.
+        """Have a trace of this range, if it is there or its time has come: one is for a single token, one for
+        all other widths.
         """
         first, last, width = key
         layers: list[Any] = self.layers[first:last]
