@@ -210,7 +210,7 @@ def compare(
     for name in sides:
         own = [each[name] for each in turns]
         if name in configs:
-            copied = configs[name].draft_weights != "exact"
+            copied = name != PLAIN and configs[name].draft_weights != "exact"
             held = model.num_parameters() * model.dtype.itemsize + bytes_made(model, for_drafts=copied)
         else:
             held = peers.num_bytes.get(name, peers.model.num_parameters() * peers.model.dtype.itemsize)
