@@ -1,7 +1,8 @@
 """A model of lm-evaluation-harness that answers by a generation strategy of this library.
 
-Log-likelihoods come from the harness's own Hugging Face model, or from an early exit where that is what is
-evaluated. Knows nothing of flags or files.
+Log-likelihoods come from the harness's own Hugging Face model; from an early exit where that is what is
+evaluated; and from our layers where weights in 16 bits are multiplied in float32. Knows nothing of flags or
+files.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from runs.failures import failed
 from runs.records import Record
 from runs.status import says_if_slow
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
+from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.model.families import attended_length
+from self_speculation.model.lean_layers import computes_in
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 # What may be asked of generation; the harness has four names for the number of tokens.
@@ -119,6 +122,13 @@ class HarnessModel(HFLM):
     ) -> Tensor:
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
+        if computes_in(self.model) != self.model.dtype:  # which the layers of transformers do not know of
+            decoder = Decoder(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
+            decoder.cache.clear(len(inps))
+            with torch.inference_mode():
+                return forward_early(
+                    decoder, inps, self._exit_layer or len(decoder.layers), inps.shape[1]
+                ).logits
         if self._exit_layer is None:
             return super()._model_call(inps, attn_mask, labels)
         with torch.no_grad():

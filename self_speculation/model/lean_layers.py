@@ -49,7 +49,7 @@ class _Fused:
 _FUSED: WeakKeyDictionary[nn.Module, _Fused] = WeakKeyDictionary()
 
 
-def fuse(model: Any, widen: bool = False) -> int:
+def fuse(model: Any, widen: bool | None = None) -> int:
     """From now on decode this model by lean layers, as far as it is recognised: plain layers of
     LEAN_MODEL_TYPES with sdpa attention. Quantised, adapter-wrapped, offloaded or hooked modules are left as
     they are.
@@ -57,6 +57,7 @@ def fuse(model: Any, widen: bool = False) -> int:
     Args:
         widen: on a CPU, for a model in 16 bits: multiply its weights in float32, and have everything else in
             float32, while all layers and the head are lean. Its text is then that of a model in float32.
+            None: as it was, at first not.
 
     Returns:
         How many layers are lean now.
@@ -65,7 +66,7 @@ def fuse(model: Any, widen: bool = False) -> int:
         ValueError: to widen, there is no kernel, a part that is not lean, or a weight that float16 has not.
     """
     fused = _FUSED.setdefault(model, _Fused())
-    fused.widens = widen
+    fused.widens = fused.widens if widen is None else widen
     forms = lean_forms(model)
     if widen and forms.dtype != torch.float32:
         raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")

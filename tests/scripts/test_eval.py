@@ -1,12 +1,14 @@
 """eval.py against the harness's own Hugging Face model, on tasks whose data is here."""
 
+import copy
 import json
 
 import forks
 import pandas
 import pytest
+import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, assert_close, tiny_llama
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -14,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
 from measures.harness_model import HarnessModel, request_config
-from self_speculation import GenerationConfig
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse, make_strategy
+from self_speculation.model.low_bit_products import Float16Product, works
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 TASKS = ("functions", "lines", "text")
@@ -387,3 +390,24 @@ def test_the_tasks_that_come_with_the_repository(model_folder, tmp_path, monkeyp
     assert eval_script.main(common) == 0
     assert "python_functions: 2 answers" in capsys.readouterr().out
     assert set(results(tmp_path)) == {"python_functions", "python_lines", "python_text"}
+
+
+@pytest.mark.parametrize("depth", [-1, 2])
+def test_likelihoods_of_weights_in_16_bits_are_those_of_float32(depth, byte_tokenizer):
+    """Guards against scores by the layers of transformers, which round to the model's own format."""
+    model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer))).to(torch.float16)
+    exact = copy.deepcopy(model).float()
+    if not works(Float16Product, torch.device("cpu"), torch.float32):
+        pytest.skip("torch without FBGEMM")
+    fuse(model, widen=True)
+    assert fuse(model) == 4  # which changes nothing
+    strategy = make_strategy("autoregressive")
+    config = GenerationConfig(exit_layer=depth, generation_strategy="autoregressive")
+    ids = torch.tensor([[5, 9, 4, 7], [3, 8, 0, 0]])
+    asked = []
+    for each in (model, exact):
+        generator = HuggingfaceLlamaGenerator(byte_tokenizer, each, strategy)
+        asked.append(HarnessModel(generator, config, seed=1)._model_call(ids))
+    assert asked[0].dtype == torch.float32
+    assert_close(asked[0][0], asked[1][0], roundings=200)
+    assert_close(asked[0][1, :2], asked[1][1, :2], roundings=200)
