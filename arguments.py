@@ -74,7 +74,8 @@ class ModelArguments:
     CPU there may be a second copy of the weights, packed: always of weights in 16 bits that are multiplied in
     float32, else where that is clearly faster and fits into a third of the free memory."""
     compile: bool = False
-    """Compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per token."""
+    """On a GPU, compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per
+    token."""
 
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")

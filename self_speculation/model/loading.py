@@ -148,6 +148,8 @@ def load_model_and_tokenizer(
         torch.cuda.set_device(device)
         # It makes a plan for every new length of keys, which takes longer than a token.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if options.compile and device.type == "cpu":
+        raise LoadingError("compile True: needs a GPU; on a CPU decoding is faster without")
     dtype = resolve_dtype(options.dtype, device)
     config = config or load_config(model, options)
     adapter = _adapter(model, options)
@@ -204,10 +206,10 @@ def _format_to_widen(
     model: str, options: LoadingOptions, config: PretrainedConfig, device: torch.device
 ) -> torch.dtype | None:
     """In which 16 bits `auto` holds the weights on a CPU, to multiply them in float32; None: in float32."""
-    is_plain = (options.parallel, options.quantization, options.compile) == ("data", "none", False)
+    is_plain = (options.parallel, options.quantization, options.fuse) == ("data", "none", True)
     if (
         options.dtype != "auto"
-        or not (is_plain and options.fuse)
+        or not is_plain
         or "dtype" in options.model_args
         or config.model_type not in LEAN_MODEL_TYPES
         or device.type != "cpu"

@@ -313,3 +313,9 @@ def test_code_of_a_repository_runs_when_asked_for_alone(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
     load_model_and_tokenizer(str(folder), LoadingOptions(trust_remote_code=True))
     assert (tmp_path / "ran").exists()
+
+
+def test_compiled_passes_on_a_cpu_are_refused(model_folder):
+    """Guards against a minute of compiling for decoding that is slower than without."""
+    with pytest.raises(LoadingError, match="compile True: needs a GPU; on a CPU decoding is faster without"):
+        load_model_and_tokenizer(str(model_folder), LoadingOptions(device="cpu", compile=True))
