@@ -38,12 +38,12 @@ class _Fused:
     Args:
         widens: weights in 16 bits are to be multiplied in float32.
         forms: of one model, by the layer or the head that they stand for.
-        packed_widths: see `choose_packed_widths`; None: nobody has asked yet.
+        packed_widths: of weights in each format, see `choose_packed_widths`.
     """
 
     widens: bool = False
     forms: dict[nn.Module, Lean] = field(default_factory=dict)
-    packed_widths: frozenset[int] | None = None
+    packed_widths: dict[torch.dtype, frozenset[int]] = field(default_factory=dict)
 
 
 _FUSED: WeakKeyDictionary[nn.Module, _Fused] = WeakKeyDictionary()
@@ -67,9 +67,13 @@ def fuse(model: Any, widen: bool | None = None) -> int:
     """
     fused = _FUSED.setdefault(model, _Fused())
     fused.widens = fused.widens if widen is None else widen
-    forms = lean_forms(model)
-    if widen and forms.dtype != torch.float32:
-        raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
+    try:
+        forms = lean_forms(model)
+        if widen and forms.dtype != torch.float32:
+            raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
+    except ValueError:
+        fused.widens = False
+        raise
     return sum(layer is not None for layer in forms.layers)
 
 
@@ -99,7 +103,7 @@ def lean_forms(model: Any) -> Forms:
     ):
         return Forms([None] * len(base.layers), None, model.dtype)
     parts = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
-    plain = [key for key, modules in parts.items() if _is_plain(*modules)]
+    plain = {key for key, modules in parts.items() if _is_plain(*modules)}
     is_widened = fused.widens and len(plain) == len(parts) and _can_be_widened(model)
     # What is out of date must not be kept alive while another is made.
     fused.forms = {
@@ -107,18 +111,20 @@ def lean_forms(model: Any) -> Forms:
         for key, form in fused.forms.items()
         if key in plain and form.identity == (is_widened, identity(*parts[key]))
     }
-    for key in plain:
-        if key not in fused.forms:
+    for key in parts:
+        if key in plain and key not in fused.forms:
             # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
             with torch.inference_mode(False), torch.no_grad():
                 kind: Any = LeanHead if key is head else LeanLayer
                 fused.forms[key] = kind(*parts[key], is_widened)
     products = [product for form in fused.forms.values() for product in form.products]
-    if packable := [product for product in products if product.can_be_packed]:
-        if fused.packed_widths is None:
-            fused.packed_widths = choose_packed_widths([product.weight for product in packable])
-        for product in packable:
-            product.packed_widths = fused.packed_widths
+    packable = [product for product in products if product.can_be_packed]
+    for dtype in {product.dtype for product in packable}:
+        alike = [product for product in packable if product.dtype == dtype]
+        if dtype not in fused.packed_widths:
+            fused.packed_widths[dtype] = choose_packed_widths([product.weight for product in alike])
+        for product in alike:
+            product.packed_widths = fused.packed_widths[dtype]
     follow_weights(products)
     lean: Any = [fused.forms.get(key) for key in parts]
     return Forms(lean[:-1], lean[-1], torch.float32 if is_widened else model.dtype)

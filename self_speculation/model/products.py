@@ -73,6 +73,11 @@ class Product:
         return torch.cat([w.data for w in self._weights]) if self._joint is None else self._joint
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self._weights[0].dtype
+
+    @property
     def shape(self) -> torch.Size:
         """[out, in]"""
         return torch.Size((sum(map(len, self._weights)), self._weights[0].shape[1]))
@@ -127,8 +132,8 @@ class Product:
         return (
             not self.is_widened
             and weight.device.type == "cpu"
-            and weight.dtype in kernels
-            and kernels[weight.dtype]()
+            and self.dtype in kernels
+            and kernels[self.dtype]()
         )
 
     def _copy(self) -> Callable[[Tensor], Tensor]:

@@ -337,3 +337,17 @@ def test_generating_does_not_depend_on_it(model):
         assert (
             generate(model, PROMPT, max_steps=20, eos=[], **extra).predicted_tokens == plain.predicted_tokens
         )
+
+
+@needs_onednn
+def test_what_is_packed_is_chosen_for_each_format(model, monkeypatch):
+    """Guards against widths that were measured in float32, for a model that is in bfloat16 by now."""
+    asked = []
+    monkeypatch.setattr(
+        lean_layers, "choose_packed_widths", lambda weights: asked.append(weights[0].dtype) or frozenset()
+    )
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    fuse(model)
+    fuse(model.to(torch.bfloat16))
+    fuse(model)
+    assert asked == [torch.float32, torch.bfloat16]

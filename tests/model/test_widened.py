@@ -160,6 +160,9 @@ def test_weights_that_float16_does_not_have(models, value):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
     with pytest.raises(ValueError, match="beyond 65504, or NaN"):
         generate(model, PROMPTS[0], max_steps=3)
+    with pytest.raises(ValueError, match="beyond 65504, or NaN"):
+        fuse(model, widen=True)
+    assert computes_in(model) == model.dtype  # nobody asks for it any more
 
 
 @pytest.fixture
