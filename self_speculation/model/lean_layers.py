@@ -191,7 +191,7 @@ class LeanLayer:
 
     def __init__(self, layer: Any, is_widened: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._index, self._head_dim = attention.layer_idx, attention.head_dim
+        self.index, self._head_dim = attention.layer_idx, attention.head_dim
         self._groups, self._scaling = attention.num_key_value_groups, attention.scaling
         self._num_heads, self._kv_heads = (
             projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
@@ -234,7 +234,7 @@ class LeanLayer:
             queries_keys = torch.cat((self._query_norm(queries), self._key_norm(keys)), 1)
         rotated = span.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
-        all_keys, all_values = cache.append(keys, values, self._index)
+        all_keys, all_values = cache.append(keys, values, self.index)
         hidden = self._out.add_to(hidden, self._attend(queries, all_keys, all_values, span))
         joint = self._gate_up.unconverted(self._mlp_norm(hidden))
         gate, up = joint.split_with_sizes((self._width, self._width), 1)

@@ -73,6 +73,10 @@ class LowBitProduct(ABC):
         """As that of `Product`."""
         return hidden.add_(self.unconverted(x))
 
+    def tensors(self) -> list[Tensor]:
+        """As those of `Product`."""
+        return [part for part in vars(self).values() if isinstance(part, Tensor)]
+
     @abstractmethod
     def _multiply(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out] in `dtype`, without a bias."""

@@ -2,7 +2,7 @@
 ones, which take Python longer than the processor.
 
 A range of lean layers is traced by TorchScript, with widths and lengths as sizes of its inputs, so that one
-trace serves every step. Weights, or copies of them, are its constants: it is valid for the very layers and
+trace serves every step. Weights, or copies of them, are its attributes: it is valid for the very layers and
 copies that it was made over. TorchScript is in maintenance mode: all that knows of it is here.
 """
 
@@ -83,7 +83,7 @@ class TracedDecoder(Decoder):
         """
         first, last, width = key
         layers: list[Any] = self.layers[first:last]
-        if not all(_can_be_traced(layer, width) for layer in layers):
+        if not all(_can_be_traced(layer, place, width) for place, layer in enumerate(layers, first)):
             return False
         products = [product for layer in layers for product in layer.products]
         valid_for = [part for product in products for part in (product, product.copy_read)]
@@ -112,10 +112,13 @@ class TracedDecoder(Decoder):
         return [span.rotations, past, mask, *buffers]
 
 
-def _can_be_traced(layer: Any, width: int) -> bool:
-    """Lean, on a CPU, over weights or such copies of them as TorchScript knows."""
+def _can_be_traced(layer: Any, place: int, width: int) -> bool:
+    """Lean, on a CPU, with the keys and values of its place, over weights or such copies of them as
+    TorchScript knows.
+    """
     return (
         isinstance(layer, LeanLayer)
+        and layer.index == place
         and layer.device.type == "cpu"
         and all(isinstance(product, Product | LowBitProduct) for product in layer.products)
         and not any(product.is_packed(width) for product in layer.products if isinstance(product, Product))
@@ -128,6 +131,9 @@ class _Range(nn.Module):
     def __init__(self, layers: Sequence[LeanLayer]) -> None:
         super().__init__()
         self._layers = layers
+        # TorchScript keeps all graphs that it ever made, with their constants: weights must be attributes.
+        for index, tensor in enumerate(tensor for layer in layers for tensor in layer.tensors()):
+            self.register_buffer(f"tensor{index}", tensor)
         products = [product for layer in layers for product in layer.products]
         for index, product in enumerate(products):
             if isinstance(product.copy_read, InFloat16):  # what is no tensor must be an attribute

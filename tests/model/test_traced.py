@@ -2,17 +2,18 @@
 
 import copy
 import gc
-import weakref
 
 import pytest
 import torch
 from conftest import EOS, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from self_speculation.model import traced
 from self_speculation.model.decoder import Decoder, forward_early, forward_remainder, prefill
-from self_speculation.model.lean_layers import NARROW, fuse
+from self_speculation.model.lean_layers import NARROW, fuse, lean_forms
+from self_speculation.model.low_bit_products import LowBitProduct
 from self_speculation.model.traced import TracedDecoder, trace_at_once
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -132,14 +133,29 @@ def test_it_is_traced_once_it_pays():
     assert num_traces(model) == 1
 
 
-def test_traces_are_freed_with_their_model():
-    """Guards against models that a trace keeps in memory."""
+@pytest.mark.parametrize("how", [DRAFTS, {**DRAFTS, "draft_weights": "int8"}])
+def test_traces_are_freed_with_their_model(how):
+    """Guards against weights that a trace keeps in memory: TorchScript frees no constants of its graphs."""
     model = copy.deepcopy(tiny_llama())
     fuse(model)
     trace_at_once(model)
-    generate(model, PROMPT, max_steps=5, eos=[EOS], **DRAFTS)
-    weight = weakref.ref(model.model.layers[0].mlp.down_proj.weight)
+    generate(model, PROMPT, max_steps=5, eos=[EOS], **how)
+    kept = [model.model.layers[0].mlp.down_proj.weight, *model.model.layers[1].input_layernorm.parameters()]
+    kept += [tensor for form in lean_forms(model).layers for tensor in form.tensors()]
+    copies = [copy for form in lean_forms(model).layers for p in form.products for copy in p.all_derived]
+    kept += [tensor for copy in copies if isinstance(copy, LowBitProduct) for tensor in copy.tensors()]
+    weights = [StorageWeakRef(tensor.untyped_storage()) for tensor in kept if tensor.dim()]
     assert num_traces(model)
-    del model
+    del model, kept, copies
     gc.collect()
-    assert weight() is None
+    assert all(weight.expired() for weight in weights)
+
+
+def test_layers_in_another_order(model):
+    """Guards against a trace that reads the keys and values of one layer, where the prompt's pass wrote those
+    of another.
+    """
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    expected = generate(untraced(model), PROMPT, max_steps=20, eos=[]).predicted_tokens
+    assert generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens == expected
