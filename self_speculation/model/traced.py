@@ -57,6 +57,19 @@ class TracedDecoder(Decoder):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._found: dict[Hashable, Callable[..., Tensor]] = {}  # valid for this generation
+        if (traces := _TRACES.get(self.model)) is not None:
+            self._forget_outdated(traces)
+
+    def _forget_outdated(self, traces: _Traces) -> None:
+        """Those of weights that are others by now, whose memory they keep."""
+        products = [
+            product for layer in self.layers if isinstance(layer, LeanLayer) for product in layer.products
+        ]
+        current = {id(part) for product in products for part in (None, product, *product.all_derived)}
+        for kind, (valid_for, _) in [*traces.made.items()]:
+            if not all(id(part) in current for part in valid_for):
+                traces.made.pop(kind, None)  # another thread may have been faster
+                del traces.num_passes[kind]
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         other = super().over(layers, head)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -149,6 +150,21 @@ def test_traces_are_freed_with_their_model(how):
     del model, kept, copies
     gc.collect()
     assert all(weight.expired() for weight in weights)
+
+
+@pytest.mark.parametrize("how", [DRAFTS, STRATEGIES[4]])
+def test_traces_of_other_weights_are_freed(model, how):
+    """Guards against weights of before that are kept by traces which nobody asks for any more."""
+    generate(model, PROMPT, max_steps=8, eos=[], **how)
+    of_layer = [*lean_forms(model).layers[0].products]
+    kept = [weakref.ref(part) for product in of_layer for part in (product, *product.all_derived)]
+    assert num_traces(model) > 1
+    model.to(torch.float64).to(torch.float32)
+    del of_layer
+    generate(model, PROMPT, max_steps=8, eos=[])
+    gc.collect()
+    assert not any(part() for part in kept)
+    assert num_traces(model) == 1
 
 
 def test_layers_in_another_order(model):
