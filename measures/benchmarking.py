@@ -18,6 +18,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
 from self_speculation.drafts.costs import Costs
+from self_speculation.model.traced import trace_at_once
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Benchmark(Job):
             self._sides.append((BASELINE, *autoregressive(self.generator, self.config)))
 
     def warm_up(self) -> None:
+        trace_at_once(self.generator.model)
         with says_if_slow("warming up"):
             warm_up(self._sides, longest_prompt(self.examples), self.batch_size)
 

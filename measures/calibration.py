@@ -22,7 +22,6 @@ from self_speculation.drafts.table import make_drafter
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled, make_decoder
 from self_speculation.model.decoder import forward, forward_early
 from self_speculation.model.devices import agreed, synchronize
-from self_speculation.model.traced import trace_at_once
 
 # Draft lengths whose verification is timed. Compiled passes have widths of powers of two, so their cost jumps
 # after 0, 1, 3, 7 and 15.
@@ -54,7 +53,6 @@ def calibrate(
         progress: the turns, as many as there may be; the first ones warm up and do not count.
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
-    trace_at_once(model)
     decoder = make_decoder(model, context, context + longest + _STEPS, longest + 1, 1)
     drafter = make_drafter(decoder, exit_layers[-1], config.draft_weights, config.draft_vocabulary)
     ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)

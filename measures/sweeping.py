@@ -32,6 +32,7 @@ from runs.tuning import COUNTS, best_cell
 from self_speculation.drafts.table import make_drafter
 from self_speculation.model.decoder import Decoder, forward_exits
 from self_speculation.model.families import context_length
+from self_speculation.model.traced import never_trace
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",
@@ -64,7 +65,8 @@ class Sweep(OneByOne):
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
 
     def warm_up(self) -> None:
-        """Of plain decoding, which both time; each cell has a warm-up of its own."""
+        """Of plain decoding, which both time; each cell has a warm-up of its own. Cells must run alike."""
+        never_trace(self.generator.model)
         with says_if_slow("warming up"):
             warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
 

@@ -20,7 +20,6 @@ from self_speculation import (
 )
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.families import attended_length
-from self_speculation.model.traced import trace_at_once
 
 BASELINE = "autoregressive_"  # prefix of the fields of the strategy that another is compared with
 
@@ -56,7 +55,6 @@ def run_every_pass(
     batch_size: int = 1,
 ) -> None:
     """Warm up one side; a prompt that fills the context is cut at its beginning."""
-    trace_at_once(model)
     longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
     num_tokens = RUNS_TO_WARM_UP * (longest + 1) + 1  # the first one, and what as many rounds may emit
     ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]

@@ -42,7 +42,7 @@ def reads(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, count)
     # Only on a CPU are bits looked at to see whether weights are what they were, and layers traced.
     monkeypatch.setattr(Product, "_state", lambda product: 0)
-    monkeypatch.setattr("self_speculation.model.traced._can_be_traced", lambda layer, width: False)
+    monkeypatch.setattr("self_speculation.model.traced._can_be_traced", lambda *_: False)
     return counting
 
 

@@ -8,6 +8,7 @@ copies that it was made over. TorchScript is in maintenance mode: all that knows
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -27,6 +28,9 @@ from self_speculation.model.products import InFloat16, Product
 
 # To trace a range takes as long as some forty of its passes gain: it waits until there were so many.
 _PASSES_BEFORE = 32
+# Of a model, however often its weights change. TorchScript keeps the graphs for as long as the process lives:
+# about a megabyte for each layer.
+_TRACES_AT_MOST = 32
 
 
 @dataclass
@@ -35,10 +39,12 @@ class _Traces:
     Args:
         passes_before: see `_PASSES_BEFORE`.
         made: by range, width and format, each with all that it is valid for.
+        num_made: traces that there ever were.
         num_passes: of what was not traced when it ran.
     """
 
     passes_before: int = _PASSES_BEFORE
+    num_made: int = 0
     made: dict[Hashable, tuple[Sequence[Any], Callable[..., Tensor]]] = field(default_factory=dict)
     num_passes: Counter[Hashable] = field(default_factory=Counter)
 
@@ -49,6 +55,11 @@ _TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()
 def trace_at_once(model: PreTrainedModel) -> None:
     """From now on trace what runs when it first does: for measurements, which warm up."""
     _TRACES.setdefault(model, _Traces()).passes_before = 0
+
+
+def never_trace(model: PreTrainedModel) -> None:
+    """From now on trace nothing: for comparisons of more ranges than are traced."""
+    _TRACES.setdefault(model, _Traces()).passes_before = sys.maxsize
 
 
 class TracedDecoder(Decoder):
@@ -104,8 +115,9 @@ class TracedDecoder(Decoder):
         made = traces.made.pop(kind, None)  # what is out of date must not be kept alive
         if made is None or any(a is not b for a, b in zip(made[0], valid_for, strict=True)):
             traces.num_passes[kind] += 1
-            if traces.num_passes[kind] <= traces.passes_before:
+            if traces.num_passes[kind] <= traces.passes_before or traces.num_made >= _TRACES_AT_MOST:
                 return False
+            traces.num_made += 1
             made = valid_for, self._trace(layers, hidden, first)
         traces.made[kind], self._found[key] = made, made[1]
         return True

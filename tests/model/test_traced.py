@@ -175,3 +175,18 @@ def test_layers_in_another_order(model):
     layers[0], layers[1] = layers[1], layers[0]
     expected = generate(untraced(model), PROMPT, max_steps=20, eos=[]).predicted_tokens
     assert generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens == expected
+
+
+def test_no_more_is_traced_than_may_stay_in_memory(monkeypatch):
+    """Guards against graphs, which TorchScript never frees, of each epoch of a training."""
+    monkeypatch.setattr(traced, "_TRACES_AT_MOST", 3)
+    model = copy.deepcopy(tiny_llama())
+    fuse(model)
+    trace_at_once(model)
+    for exit_layer in (1, 2, 3):
+        how = {"exit_layer": exit_layer, "num_speculations": 3, "max_steps": 12, "eos": []}
+        assert (
+            generate(model, PROMPT, **how).predicted_tokens
+            == generate(untraced(model), PROMPT, **how).predicted_tokens
+        )
+    assert num_traces(model) == 3
