@@ -80,7 +80,7 @@ def test_self_speculative_distribution(name, batch_size):
     assert p_value(observed(chosen, processors, SAMPLES, batch_size), expected(chosen, processors)) > 1e-4
 
 
-@pytest.mark.parametrize("draft_vocabulary", [None, 2])
+@pytest.mark.parametrize("draft_vocabulary", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_adaptive_distribution(draft_vocabulary, monkeypatch):
     """Plans are drawn, so that exits, lookups and plain steps all come in turn."""
     draws = random.Random(0)

@@ -41,7 +41,13 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     assert {width: seen[1:].count(width) for width in seen[1:]} == widths
 
 
-@pytest.mark.parametrize("config", [{}, SPECULATION], ids=["autoregressive", "self_speculative"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="autoregressive"),
+        pytest.param(SPECULATION, id="self_speculative", marks=pytest.mark.slow),
+    ],
+)
 def test_after_a_warm_up_nothing_is_compiled(config, monkeypatch):
     """Guards against a compilation inside a timed example: a draft that is cut short at the end of an answer,
     or a cache that has to be larger than the warm-up's.

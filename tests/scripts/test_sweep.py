@@ -143,7 +143,7 @@ def table(tmp_path):
 @pytest.mark.parametrize(
     "extra",
     [
-        [],
+        pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--no_repeat_ngram_size", "2"], marks=pytest.mark.slow),
         ["--stop_token_ids", *map(str, range(30, 60))],
     ],
