@@ -11,6 +11,7 @@ from self_speculation.decoding.rows import Rows
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Plan
 from self_speculation.model.devices import agreed
+from self_speculation.model.traced import num_traces
 
 
 class AdaptiveDrafts(DraftSource):
@@ -27,10 +28,10 @@ class AdaptiveDrafts(DraftSource):
     ) -> None:
         self._model, self._sources, self._policy = model, sources, policy
         self._plan = Plan()
-        self._began = 0.0
+        self._began, self._num_traces = 0.0, 0
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
-        self._began = time.perf_counter()
+        self._began, self._num_traces = time.perf_counter(), num_traces(self._model)
         matched = {name: source.matched(rows) for name, source in self._sources.items()}
         self._plan = self._policy.plan(matched, rows.rooms(k, wanted))
         if self._plan.source == PLAIN:
@@ -41,7 +42,8 @@ class AdaptiveDrafts(DraftSource):
     def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
         seconds = agreed(self._model, time.perf_counter() - self._began)
         plan = Plan(self._plan.source, draft.tokens.shape[1])
-        self._policy.took(plan, len(rows), seconds)
+        if num_traces(self._model) == self._num_traces:  # or it says nothing of rounds to come
+            self._policy.took(plan, len(rows), seconds)
         self._policy.learn(plan, draft.matched or [0] * len(rows), draft.lengths, num_accepted)
         if plan.source != PLAIN:
             self._sources[plan.source].learn(rows, draft, num_accepted)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from self_speculation.drafts.policy import AdaptivePolicy
 from self_speculation.model import traced
 from self_speculation.model.decoder import Decoder, forward_early, forward_remainder, prefill
 from self_speculation.model.lean_layers import NARROW, fuse, lean_forms
@@ -198,3 +199,18 @@ def test_no_more_is_traced_than_may_stay_in_memory(monkeypatch):
             == generate(untraced(model), PROMPT, **how).predicted_tokens
         )
     assert num_traces(model) == 3
+
+
+def test_rounds_in_which_something_is_traced_teach_no_times(model, monkeypatch):
+    """Guards against a source that is taken for slow because its layers were traced meanwhile."""
+    counted, made = [], []
+    monkeypatch.setattr(AdaptivePolicy, "took", lambda policy, *_: counted.append(traced.num_traces(model)))
+    original = AdaptivePolicy.learn
+    monkeypatch.setattr(
+        AdaptivePolicy,
+        "learn",
+        lambda policy, *heard: made.append(traced.num_traces(model)) or original(policy, *heard),
+    )
+    generate(model, PROMPT, strategy="adaptive", max_steps=20, eos=[])
+    assert made[-1] >= 1
+    assert len(counted) == len(made) - len(set(made))
