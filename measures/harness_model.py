@@ -101,6 +101,7 @@ class HarnessModel(HFLM):
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         self._exit_layer = config.exit_layer if early else None
         self._room = attended_length(generator.model.config)
+        self._is_widened = computes_in(generator.model) != generator.model.dtype
         self.records: list[Record] = []
         self.has_begun = False
         logging.disable(logging.WARNING)  # that a loaded model must not share documents with other processes
@@ -122,7 +123,7 @@ class HarnessModel(HFLM):
     ) -> Tensor:
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
-        if computes_in(self.model) != self.model.dtype:  # which the layers of transformers do not know of
+        if self._is_widened:  # of which the layers of transformers know nothing
             decoder = Decoder(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
             decoder.cache.clear(len(inps))
             with torch.inference_mode():

@@ -25,17 +25,16 @@ def in_best_format(
     """The model in that format in which transformers decodes it fastest on this CPU, tried on one prompt, and
     its name; on a GPU the model itself.
     """
-    name = str(model.dtype).removeprefix("torch.")
     if model.device.type != "cpu":
-        return model, name
-    tried: dict[str, tuple[float, Any]] = {}
+        return model, str(model.dtype).removeprefix("torch.")
+    fastest, best = 0.0, model
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         other = copy.deepcopy(model).to(dtype)
         side = theirs(other, end_ids, config)
         side([prompt])  # warms up
-        tried[str(dtype).removeprefix("torch.")] = side([prompt]).decode_tokens_per_second, other
-    best = max(tried, key=lambda name: tried[name][0])
-    return tried[best][1], best
+        if (speed := side([prompt]).decode_tokens_per_second) > fastest:
+            fastest, best = speed, other
+    return best, str(best.dtype).removeprefix("torch.")
 
 
 def find_llama_cpp(model: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import NoReturn
@@ -18,7 +19,7 @@ from runs.status import says_if_slow
 from runs.tuning import TuningArguments, counts
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
-from self_speculation.model.loading import default_model, load_config, resolve_device
+from self_speculation.model.loading import LoadingWarning, default_model, load_config, resolve_device
 from self_speculation.model.short_head import prefer_ids
 
 
@@ -73,8 +74,12 @@ def load_generator(
         resolve_device(model_args.device)
         config.check_depth(model_config.num_hidden_layers)
         # Only a terminal is shown the progress of loading; what goes wrong is raised.
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+        with quiet, warnings.catch_warnings(record=True) as warned:
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config)
+        for warning in warned:
+            if issubclass(warning.category, LoadingWarning) and ranks.is_first():
+                print(f"warning: {warning.message}", file=sys.stderr)
         strategy = make_strategy(config.generation_strategy)
         with says_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)

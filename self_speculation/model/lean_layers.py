@@ -63,7 +63,8 @@ def fuse(model: Any, widen: bool | None = None) -> int:
         How many layers are lean now.
 
     Raises:
-        ValueError: to widen, there is no kernel, a part that is not lean, or a weight that float16 has not.
+        ValueError: to widen, there is no kernel, a part that is not lean, or a weight that float16
+            cannot hold.
     """
     fused = _FUSED.setdefault(model, _Fused())
     fused.widens = fused.widens if widen is None else widen
@@ -94,7 +95,7 @@ def lean_forms(model: Any) -> Forms:
     """To be called when a generation begins: what has changed by then is made anew.
 
     Raises:
-        ValueError: weights that are widened are by now such as float16 has not.
+        ValueError: a weight that is widened is by now one that float16 cannot hold.
     """
     base, head = model.base_model, model.get_output_embeddings()
     fused = _FUSED.get(model)

@@ -58,6 +58,10 @@ class LoadingError(Exception):
     """A model cannot be loaded; the message is one line that says what to do."""
 
 
+class LoadingWarning(UserWarning):
+    """A model is loaded, though not as it might have been expected."""
+
+
 def default_model() -> str:
     """The folder of the small LayerSkip model that comes with this library.
 
@@ -180,7 +184,7 @@ def load_model_and_tokenizer(
                 fuse(loaded, widen=True)
                 return loaded, tokenizer
             except ValueError as error:
-                warnings.warn(f"model {model!r}: in float32, since {error}", stacklevel=2)
+                warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
         loaded = _load(model, source, {**kwargs, **how})
         if adapter is not None:
             loaded = adapter.merge_into(loaded).eval()

@@ -101,7 +101,7 @@ class Product:
         """Forget what was made of the weight, if it has changed since; make what every pass reads.
 
         Raises:
-            ValueError: a weight that is to be widened is by now such as float16 has not.
+            ValueError: a weight that is to be widened is by now one that float16 cannot hold.
         """
         if self._derived and self._state() != self._state_when_made:
             self._derived.clear()
@@ -137,8 +137,9 @@ class Product:
         )
 
     def _copy(self) -> Callable[[Tensor], Tensor]:
-        kind = InFloat16 if self.is_widened else Packed
-        return self.derived(kind, lambda: kind(self.weight))
+        if self.is_widened:
+            return self.derived(InFloat16, lambda: InFloat16(_within_float16(self.weight)))
+        return self.derived(Packed, lambda: Packed(self.weight))
 
     def is_packed(self, width: int) -> bool:
         """Whether passes over so many tokens read a copy in oneDNN's order."""
@@ -180,21 +181,22 @@ class Packed:
 class InFloat16:
     """x W^T, all in float32, over a copy of W in float16 in the order that FBGEMM's kernels read.
 
-    Weights in bfloat16 are kept exactly from 6e-5 on, smaller ones to within 3e-8.
+    Weights in bfloat16 are kept exactly from 6e-5 on, smaller ones to within 3e-8; beyond 65504 they are cut.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        """
-        Raises:
-            ValueError: there are weights that float16 does not have.
-        """
-        if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
-            raise ValueError("weights beyond 65504, or NaN, are not in 16 bits: they need --dtype float32")
         self.num_bytes = 2 * weight.numel()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+def _within_float16(weight: Tensor) -> Tensor:
+    """The weight itself. Raises ValueError where there are numbers in it that float16 cannot hold."""
+    if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
+        raise ValueError("weights beyond 65504, or NaN, cannot be held in 16 bits: they need --dtype float32")
+    return weight
 
 
 def follow_weights(products: Sequence[Product]) -> None:

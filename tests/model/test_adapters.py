@@ -33,7 +33,7 @@ merged, tokenizer = load_model_and_tokenizer(folder)
 plain, _ = load_model_and_tokenizer(base)
 ids = torch.tensor([[5, 6, 7, 8]])
 expected = adapted(ids).logits
-torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)  # sums in another order
+torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-4)  # sums in another order
 assert not torch.allclose(plain(ids).logits, expected, atol=0.1)
 assert {{name for name, _ in merged.named_parameters()}} == {{name for name, _ in plain.named_parameters()}}
 assert tokenizer.encode("add") == _.encode("add")

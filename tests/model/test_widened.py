@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from arguments import ModelArguments
+from runs.startup import load_generator
 from self_speculation import (
     GenerationConfig,
     LoadingOptions,
@@ -133,7 +135,7 @@ def test_a_hook_has_it_compute_as_its_own_layers_do(models):
 
 def test_parameters_stay_what_they_are(tmp_path):
     """Guards against weights that leave the file that they are mapped from, and so are in memory twice."""
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    copy.deepcopy(tiny_llama()).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
     fuse(model, widen=True)
@@ -207,6 +209,23 @@ def test_a_checkpoint_with_larger_weights_is_loaded_in_float32(folder):
     with pytest.warns(UserWarning, match="in float32, since weights beyond 65504"):
         model, _ = load_model_and_tokenizer(folder(largest=1e5), LoadingOptions(device="cpu"))
     assert model.dtype == computes_in(model) == torch.float32
+
+
+def test_scripts_say_so_wherever_their_errors_go(folder, capsys):
+    """Guards against a warning that is lost with the progress of loading."""
+    load_generator(ModelArguments(model=folder(largest=1e5), device="cpu"), GenerationConfig())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "65504" in line]
+    assert line.startswith("warning: model ")
+
+
+def test_a_draft_may_be_of_any_weights():
+    """Guards against a model in float32 that is refused for what a copy for drafts alone cannot hold."""
+    model = copy.deepcopy(tiny_llama(hidden_size=64))
+    model.lm_head.weight.data[3, 3] = 1e5
+    fuse(model)
+    how = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4", "max_steps": 12, "eos": []}
+    expected = generate(model, PROMPTS[0], max_steps=12, eos=[]).predicted_tokens
+    assert generate(model, PROMPTS[0], **how).predicted_tokens == expected
 
 
 def test_nothing_is_packed_beside(models, monkeypatch):
