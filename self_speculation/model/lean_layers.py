@@ -28,6 +28,9 @@ from self_speculation.model.products import InFloat16, Packed, Product, choose_p
 # with or without biases and norms of q and k.
 LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss")
 
+# Of norms and attention.
+_NUMBERS = ("variance_epsilon", "scaling", "layer_idx")
+
 # Wider passes are a prompt's: no tricks, ordinary kernels.
 NARROW = 16
 
@@ -150,8 +153,14 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
 
 
 def identity(*modules: nn.Module) -> Hashable:
-    """A value that changes when a module or a parameter in these is replaced, moved or converted."""
-    parts = tuple(id(part) for root in modules for part in root.modules())
+    """A value that changes when a module or a parameter in these is replaced, moved or converted, or when a
+    number is that a lean form has of them.
+    """
+    parts = tuple(
+        (id(part), *(vars(part).get(name) for name in _NUMBERS))
+        for root in modules
+        for part in root.modules()
+    )
     parameters = (p for root in modules for p in root.parameters())
     return parts, tuple((p.data_ptr(), p.shape, p.dtype, p.device) for p in parameters)
 

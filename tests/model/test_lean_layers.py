@@ -351,3 +351,15 @@ def test_what_is_packed_is_chosen_for_each_format(model, monkeypatch):
     fuse(model.to(torch.bfloat16))
     fuse(model)
     assert asked == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("input_layernorm", "variance_epsilon", 0.5), ("self_attn", "scaling", 0.9)],
+)
+def test_numbers_of_a_module_are_those_of_now(model, part, name, value):
+    """Guards against a form that goes on with the epsilon or the scale that a module had when it was made."""
+    fuse(model)
+    decodes_like_itself(model)
+    setattr(getattr(model.model.layers[1], part), name, value)
+    decodes_like_itself(model)
