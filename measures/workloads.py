@@ -14,6 +14,13 @@ from transformers import PreTrainedTokenizerBase
 NAMES = ("chat", "code", "repeat")
 
 
+def texts() -> dict[str, list[str]]:
+    """Name -> the prompts as people type them."""
+    said = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+    code = [problem["prompt"] for problem in list(read_problems().values())[:20]]
+    return {"chat": said["chat"], "code": code, "repeat": said["repeat"]}
+
+
 def workloads(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     """Name -> the prompts' token ids. What is said to a model goes through its chat template, if any."""
 
@@ -24,6 +31,7 @@ def workloads(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
         template = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return tokenizer.encode(template, add_special_tokens=False)
 
-    texts = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
-    code = [tokenizer.encode(problem["prompt"]) for problem in list(read_problems().values())[:20]]
-    return {"chat": [*map(said, texts["chat"])], "code": code, "repeat": [*map(said, texts["repeat"])]}
+    return {
+        name: [*map(tokenizer.encode if name == "code" else said, prompts)]
+        for name, prompts in texts().items()
+    }

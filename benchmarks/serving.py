@@ -1,0 +1,281 @@
+"""Servers that speak the OpenAI protocol, side by side under load: how much text, and how soon?
+
+    python benchmarks/serving.py --model FILE.gguf --generation_strategy adaptive --draft_weights int4 \\
+        --max_steps 64
+    python benchmarks/serving.py --servers http://127.0.0.1:8000 http://127.0.0.1:9000 --clients 1 4 16
+
+Each client asks one question after the other and is answered greedily, as a stream. How long it waits before
+each is drawn from an exponential distribution, so that questions arrive as a Poisson process. They are in
+turn chat questions, which need a model with a chat template, and code of HumanEval to be completed.
+
+Servers take turns: each is started, warmed up, loaded by every number of clients, and ended before the next
+one starts. `here` is serve.py with the flags above that it was given. `transformers` is `transformers serve`,
+and `transformers-batching` the same with --continuous-batching, on the same weights, on a CPU in the format
+in which transformers is fastest. It needs fastapi and uvicorn, as serve.py does, and openai, as this program
+does: requirements-dev.txt has them. A URL is that of a server which runs already; --model has its tokenizer.
+
+*tokens/s* and *chars/s* are all text by the time in which at least one client waited for an answer; tokens
+are counted on the text that came, for all servers alike. *first* is the time to the first text of an answer
+in ms at p50 and p95, *between* that from one piece of text to the next. Below stands how many times as fast
+the first server is as the fastest other one: the median over rounds, and their range. The table is in
+serving.csv as well. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy
+import openai
+import pandas
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
+from measures.peers import in_best_format
+from measures.servers import SERVE, started
+from measures.sides import rotated
+from measures.workloads import texts
+from runs.program import run
+from runs.records import Run, describe, describe_model
+from runs.startup import load_generator, model_name
+from self_speculation import HuggingfaceLlamaGenerator
+
+PEERS = {"transformers": [], "transformers-batching": ["--continuous-batching"]}
+_ANSWERS = 600  # seconds that a server may take to do so
+
+Question = tuple[str, str]  # its workload, and its text
+
+
+@dataclass(frozen=True)
+class ServingArguments:
+    """Who asks whom how much."""
+
+    servers: list[str] = field(default_factory=lambda: ["here", *PEERS])
+    """here, transformers, transformers-batching, or URLs of others; the first is compared with the others."""
+    clients: list[int] = field(default_factory=lambda: [1, 8])
+    """Clients at a time, several numbers one after the other."""
+    questions: int = 4
+    """What each client asks."""
+    wait: float = 0.5
+    """Seconds that a client waits before it asks, on average."""
+    workloads: list[str] = field(default_factory=lambda: ["chat", "code"])
+    """What is asked: chat, code."""
+    rounds: int = 2
+    """How often each server is started and measured."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "clients", "questions", "rounds")
+        check(self, "wait", self.wait > 0, "must be above 0")
+        known = all(name in ("here", *PEERS) or name.startswith("http") for name in self.servers)
+        check(self, "servers", known, f"must be here, {', '.join(PEERS)} or URLs")
+        check(self, "workloads", {*self.workloads} <= {"chat", "code"}, "must be among chat, code")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Pieces of text, each with the time when it came."""
+
+    began: float
+    pieces: list[tuple[float, str]]
+    ended: float
+
+    @property
+    def text(self) -> str:
+        return "".join(text for _, text in self.pieces)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """All answers of one server to some clients."""
+
+    server: str
+    clients: int
+    answers: list[Answer]
+    num_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """In which at least one client waited for an answer."""
+        total = until = 0.0
+        for answer in sorted(self.answers, key=lambda answer: answer.began):
+            total += max(0.0, answer.ended - max(answer.began, until))
+            until = max(until, answer.ended)
+        return total
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Those of one server."""
+
+    connection: openai.AsyncOpenAI
+    model: str
+    max_tokens: int
+
+    async def ask(self, workload: str, text: str) -> Answer:
+        pieces: list[tuple[float, str]] = []
+        how: Any = {"model": self.model, "max_tokens": self.max_tokens, "temperature": 0, "stream": True}
+        began = time.perf_counter()
+        if workload == "chat":
+            how["messages"] = [{"role": "user", "content": text}]
+            stream = await self.connection.chat.completions.create(**how)
+        else:
+            stream = await self.connection.completions.create(prompt=text, **how)
+        async for chunk in stream:
+            for choice in chunk.choices:
+                if piece := choice.delta.content if workload == "chat" else choice.text:
+                    pieces.append((time.perf_counter(), piece))
+        return Answer(began, pieces, time.perf_counter())
+
+    async def talk(self, questions: Sequence[Question], wait: float, seed: int) -> list[Answer]:
+        """Of one client, one question after the other."""
+        pause, answers = random.Random(seed), []
+        for question in questions:
+            await asyncio.sleep(pause.expovariate(1 / wait))
+            answers.append(await self.ask(*question))
+        return answers
+
+    async def load(self, questions: Iterator[Question], clients: int, each: int, wait: float) -> list[Answer]:
+        """What so many clients are answered to `each` of their questions."""
+        talks = [self.talk([*itertools.islice(questions, each)], wait, seed) for seed in range(clients)]
+        return [*itertools.chain.from_iterable(await asyncio.gather(*talks))]
+
+
+async def measure(
+    url: str, model: str | None, max_tokens: int, args: ServingArguments
+) -> dict[int, list[Answer]]:
+    """Number of clients -> what a server answered them, after a warm-up.
+
+    Args:
+        model: what the server calls it; without it, the first that it lists.
+    """
+    of_each = [[(name, text) for text in texts()[name]] for name in args.workloads]
+    questions = itertools.cycle(itertools.chain.from_iterable(zip(*of_each, strict=True)))
+    how: Any = {"api_key": "none", "max_retries": 0, "timeout": _ANSWERS}
+    async with openai.AsyncOpenAI(base_url=url, **how) as connection:
+        clients = Clients(connection, model or (await connection.models.list()).data[0].id, max_tokens)
+        await clients.load(questions, max(args.clients), len(args.workloads), wait=0.01)
+        return {n: await clients.load(questions, n, args.questions, args.wait) for n in args.clients}
+
+
+def save_for_peers(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, folder: Path) -> str:
+    """The model as transformers loads it, in the format in which it is fastest there; the name of that."""
+    prompt = generator.encode(texts()["code"][0])
+    model, dtype = in_best_format(generator.model, generator.eos_token_ids, config, prompt)
+    model.save_pretrained(folder)
+    generator.tokenizer.save_pretrained(folder)
+    return dtype
+
+
+def commands(
+    model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, saved: Path
+) -> dict[str, list[str]]:
+    """How to start each server, by name."""
+    given = [
+        word
+        for group in (model_args, config)
+        for flag in fields(group)
+        if (value := getattr(group, flag.name)) != getattr(type(group)(), flag.name)
+        for word in (f"--{flag.name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+    here = [*SERVE, *given, "--batch_size", str(max(args.clients))]
+    program = str(Path(sys.executable).with_name("transformers"))
+    peers = {name: [program, "serve", str(saved), *more] for name, more in PEERS.items()}
+    return {"here": here, **peers}
+
+
+def row(turns: Sequence[Turn]) -> dict[str, Any]:
+    """The figures of all turns of one server with so many clients."""
+    answers = [answer for turn in turns for answer in turn.answers]
+    came = [[answer.began, *(when for when, _ in answer.pieces)] for answer in answers if answer.pieces]
+    gaps = [numpy.diff(times) for times in came]
+    first, between = [times[0] for times in gaps], numpy.concatenate([times[1:] for times in gaps])
+    seconds = sum(turn.seconds for turn in turns)
+    return {
+        "server": turns[0].server, "clients": turns[0].clients, "answers": len(answers),
+        "tokens/s": sum(turn.num_tokens for turn in turns) / seconds,
+        "chars/s": sum(len(answer.text) for answer in answers) / seconds,
+        **{
+            f"{name} p{percent}": 1000 * float(numpy.percentile(times, percent))
+            for name, times in (("first", first), ("between", between))
+            for percent in (50, 95)
+        },
+        "speeds": [turn.tokens_per_second for turn in turns],
+    }  # fmt: skip
+
+
+def who_is_ahead(own: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """The row of the first server against that of the fastest other one."""
+    other = max(others, key=lambda row: row["tokens/s"])
+    ratios = [here / there for here, there in zip(own["speeds"], other["speeds"], strict=True)]
+    return {
+        "clients": own["clients"], "server": own["server"], "other": other["server"],
+        "x": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
+        "first p95": own["first p95"], "other's first p95": other["first p95"],
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    groups = (ModelArguments, GenerationConfig, ServingArguments)
+    model_args, config, args = parse(__doc__ or "", *groups, args=argv)
+    generator = load_generator(model_args, config)
+    tokenizer = generator.tokenizer
+    about = describe_model(Path(model_name(model_args)).name, generator.model)
+    about |= describe("serving", (model_args, config, args), "")
+    record = Run.create(model_args.output_dir, "serving", about)
+    turns: dict[tuple[int, str], list[Turn]] = {c: [] for c in itertools.product(args.clients, args.servers)}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if {*args.servers} & {*PEERS}:
+            about["transformers_in"] = save_for_peers(generator, config, folder)
+        del generator  # the servers need the memory
+        ways = commands(model_args, config, args, folder)
+        for number, server in ((n, name) for n in range(args.rounds) for name in rotated(args.servers, n)):
+            start = started(server, ways[server]) if server in ways else contextlib.nullcontext(server)
+            with start as address:
+                try:
+                    called = str(folder) if server in PEERS else None
+                    given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args))
+                except openai.OpenAIError as error:
+                    refuse(f"--servers {server}: {error}", status=1)
+            for clients, answers in given.items():
+                lengths = [len(tokenizer.encode(a.text, add_special_tokens=False)) for a in answers]
+                turn = Turn(server, clients, answers, sum(lengths))
+                turns[clients, server].append(turn)
+                speed = f"{turn.tokens_per_second:.1f} tokens/s"
+                print(f"round {number + 1}, {server}, clients {clients}: {speed}", flush=True)
+    rows = [row(of_cell) for of_cell in turns.values()]
+    table = pandas.DataFrame(rows).drop(columns=["speeds"])
+    record.replace("serving.csv", table.to_csv(index=False))
+    print("\n" + table.to_string(index=False, float_format="{:.1f}".format))
+    ahead = []
+    for clients in args.clients if len(args.servers) > 1 else []:
+        ahead.append(who_is_ahead(*(row for row in rows if row["clients"] == clients)))
+        print(
+            "clients {clients}: {server} {x:.2f} ({low:.2f}-{high:.2f}) times {other}; at p95 the first text "
+            "after {first p95:.0f} ms, there {other's first p95:.0f}".format_map(ahead[-1])
+        )
+    record.write("run.json", {**about, "status": "finished", "ahead": ahead})
+    print(f"{record.folder}/: serving.csv, run.json")
+    print(json.dumps({**about, "rows": rows, "ahead": ahead}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

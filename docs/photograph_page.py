@@ -1,0 +1,58 @@
+"""Photograph the page of serve.py while an answer is written, its drafts visible.
+
+    python docs/photograph_page.py docs/serve.png --model FILE.gguf [other arguments of serve.py]
+
+Needs requirements-dev.txt and Debian's package chromium. A first question is answered without drafts; the
+second answer is caught in a moment when drafts wait for their verification.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from measures.servers import SERVE, started
+
+WIDTH, HEIGHT, SCALE = 900, 640, 1.5
+DEFAULT_ARGUMENTS = [
+    *("--generation_strategy", "adaptive", "--draft_weights", "int4"),
+    *("--sample", "False", "--max_steps", "160"),
+]
+# The answer goes on, but into elements that are no longer shown.
+FREEZE = """() => {
+  const answer = document.querySelector(".turn:last-child .answer");
+  const drafted = answer.querySelector(".draft")?.textContent ?? "";
+  if (answer.textContent.length < 330 || drafted.trim().length < 12) return false;
+  document.body.replaceWith(document.body.cloneNode(true));
+  return true;
+}"""
+
+
+def main() -> None:
+    path, *arguments = sys.argv[1:]
+    command = [*SERVE, *DEFAULT_ARGUMENTS, *arguments]
+    with started("serve.py", command) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        size = {"width": WIDTH, "height": HEIGHT}
+        page = browser.new_page(viewport=size, device_scale_factor=SCALE, color_scheme="dark")
+        page.goto(address)
+        for question, drafts in ("Why is the sky blue?", False), ("And why is it red at sunset?", True):
+            page.get_by_role("switch").set_checked(drafts)
+            page.get_by_role("textbox").fill(question)
+            page.keyboard.press("Enter")
+            if drafts:
+                page.wait_for_function(FREEZE)
+            else:
+                page.get_by_text("tokens/s").wait_for()
+        Image.open(io.BytesIO(page.screenshot())).quantize(128).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Servers as processes: started, ready, and ended with a block of the program that uses them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from arguments import refuse
+
+SERVE = [sys.executable, str(Path(__file__).parent.parent / "serve.py")]
+
+_STARTS, _ENDS = 600, 60  # seconds that a server may take to do so
+
+
+@contextlib.contextmanager
+def started(name: str, command: Sequence[str]) -> Iterator[str]:
+    """The address of a server that is ready, and ends with this block. One that does not start ends the
+    program in one line, with the last line that it wrote.
+
+    Args:
+        command: takes --host and --port besides, and answers GET /health when it is ready.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + _STARTS
+            while not _is_ready(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    refuse(f"{name} does not start: {log.read().strip().rpartition(chr(10))[2]}", status=1)
+                time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(_ENDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=10):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,201 @@
+"""The page that the server shows, in a real browser, over a model that never ends by itself."""
+
+import json
+import re
+import shutil
+import socket
+import time
+import urllib.request
+
+import forks
+import pytest
+import torch
+from conftest import EOS, ROOT, tiny_llama
+from playwright.sync_api import expect, sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+KEY = "secret"
+MAX_TOKENS = 150
+LONGEST = 1024  # prompt and answer together
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
+
+# Notes what is drafted, which is there for milliseconds.
+WATCH = """() => {
+  window.drafted = [];
+  new MutationObserver(() => {
+    const pending = document.querySelector(".answer .draft")?.textContent;
+    if (pending) window.drafted.push(pending);
+  }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+# Presses the button within the first piece of text, whatever the speed of this machine is.
+STOP_AT_ONCE = """() => new MutationObserver((_, observer) => {
+  if (!document.querySelector(".answer .own, .answer .accepted")) return;
+  observer.disconnect();
+  document.getElementById("stop").click();
+}).observe(document.getElementById("log"), {subtree: true, childList: true})"""
+
+
+@pytest.fixture(scope="module")
+def server(byte_tokenizer, tmp_path_factory):
+    """Its address. It drafts, is greedy, and answers whoever knows the key."""
+    folder = tmp_path_factory.mktemp("talkative")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    byte_tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    model = tiny_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=LONGEST)
+    torch.nn.init.zeros_(model.lm_head.weight[EOS])
+    model.save_pretrained(folder)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    script = forks.Fork(
+        ROOT / "serve.py", "--model", folder, "--port", port, "--api_key", KEY, "--sample", "False",
+        "--generation_strategy", "self_speculative", "--exit_layer", 2, "--num_speculations", 3,
+        "--max_steps", MAX_TOKENS,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert script.poll() is None, "the server has ended"
+            try:
+                urllib.request.urlopen(f"{address}/health").close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        script.end()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM)
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page of somebody who has said the key."""
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(server)
+    page.get_by_label("API key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading")).to_have_text(re.compile("talkative"))
+    page.evaluate(WATCH)
+    yield page
+    page.close()
+    assert [text for text in said if "401" not in text and "400" not in text] == []
+
+
+def ask(page, question):
+    page.get_by_role("textbox").fill(question)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def answered(server, *messages):
+    """What the server answers to a program."""
+    roles = ("user", "assistant")
+    body = {
+        "model": "talkative",
+        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)],
+    }
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions", json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)["choices"][0]["message"]["content"]
+
+
+def test_a_conversation(page, server):
+    """Guards against text that is lost or doubled between pieces, characters that are counted otherwise than
+    the server counts them, markup that is not shown as text, and turns that are not sent again.
+    """
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json))
+    question = "<b>who</b> 🙂\nare you?"
+    page.get_by_role("textbox").fill("<b>who</b> 🙂")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("are you?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    answer = answered(server, question)
+    turn = page.locator(".turn").first
+    assert turn.locator(".question").text_content() == question
+    assert turn.locator(".answer").text_content() == answer
+    assert turn.locator(".accepted").count() > 0
+    assert turn.locator(".own").count() > 0
+    assert turn.locator(".draft").count() == 0
+    assert len(page.evaluate("drafted")) > 5
+    figures = turn.locator(".figures").inner_text()
+    assert re.search(r"[\d.]+\s+tokens/s", figures)
+    assert re.search(r"\d+ % of \d+\s+of the drafted accepted", figures)
+    assert "cut off" in figures
+
+    ask(page, "And you?")
+    assert [message["content"] for message in sent[-1]["messages"]] == [question, answer, "And you?"]
+    second = page.locator(".turn").nth(1)
+    assert second.locator(".answer").text_content() == answered(server, question, answer, "And you?")
+    cached, of = re.search(r"(\d+) of (\d+)\s+of the prompt in the cache", second.inner_text()).groups()
+    assert 0 < int(cached) < int(of)
+
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator(".turn").count() == 0
+    ask(page, "And you?")
+    assert len(sent[-1]["messages"]) == 1
+
+
+def test_without_drafts(page, server):
+    """Guards against a comparison with drafts that only aren't shown."""
+    page.get_by_role("switch", name="drafts").uncheck()
+    ask(page, "who are you?")
+    assert page.locator(".answer").text_content() == answered(server, "who are you?")
+    assert page.locator(".accepted").count() == 0
+    assert page.evaluate("drafted") == []
+    figures = page.locator(".figures").inner_text()
+    assert "tokens/s without drafts" in figures
+    assert "accepted" not in figures
+
+
+def test_stop(page):
+    """Guards against an answer that goes on, and against one that the conversation forgets."""
+    page.evaluate(STOP_AT_ONCE)
+    ask(page, "who are you?")
+    said = page.locator(".answer").text_content()
+    assert "stopped" in page.locator(".figures").inner_text()
+    assert 0 < len(said)
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json))
+    ask(page, "go on")
+    assert sent[-1]["messages"][1] == {"role": "assistant", "content": said}
+
+
+def test_errors(page):
+    """Guards against a question that is lost with its error, and against an error that stays."""
+    ask(page, "who " * LONGEST)
+    expect(page.get_by_role("alert")).to_have_text(re.compile(str(LONGEST)))
+    assert "\n" not in page.get_by_role("alert").inner_text()
+    assert page.locator(".turn").count() == 0
+    assert page.get_by_role("textbox").input_value().startswith("who who")
+    ask(page, "who are you?")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    assert page.locator(".turn").count() == 1
+
+
+def test_a_wrong_key(browser, server):
+    """Guards against a page that asks for no key, or for none a second time."""
+    page = browser.new_page()
+    page.goto(server)
+    expect(page.get_by_label("API key")).to_be_focused(timeout=60_000)
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("API key")).to_be_focused()
+    expect(page.get_by_role("alert")).to_have_text(re.compile("key", re.IGNORECASE))
+    page.close()
