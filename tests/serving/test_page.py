@@ -170,7 +170,7 @@ def test_stop(page):
     ask(page, "who are you?")
     said = page.locator(".answer").text_content()
     assert "stopped" in page.locator(".figures").inner_text()
-    assert 0 < len(said)
+    assert len(said) > 0
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json))
     ask(page, "go on")
