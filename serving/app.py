@@ -30,7 +30,7 @@ from serving.engine import Engine, IsGone, Job, QueueIsFull, ShutsDown, TimeIsUp
 from serving.feeds import DraftFeed, Piece, Scored, Scores, TextFeed
 from serving.flags import ServeArguments
 from serving.metrics import Answered, Metrics, metrics, usage
-from serving.protocol import Asked, ChatRequest, CompletionRequest, Refused, finish_reason, frame, refusal
+from serving.protocol import Asked, ChatRequest, CompletionRequest, Refused, frame, refusal
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).with_name("page.html")
@@ -178,11 +178,7 @@ class _Server:
             return _Stream(await _unless_gone(http, anext(chunks)), chunks)
         answers = await _unless_gone(http, _answers(events))
         said = [
-            {
-                "index": index,
-                **asked.choice(answer.text, choice.scored(answer.text)),
-                "finish_reason": finish_reason(answer.result.stop_reason),
-            }
+            asked.choice(index, answer.text, choice.scored(answer.text), answer.result.stop_reason)
             for index, (choice, answer) in enumerate(zip(choices, answers, strict=True))
         ]
         figures = {"usage": usage(answers, asked.n), "metrics": metrics(answers)}
@@ -205,15 +201,14 @@ class _Server:
         async with aclosing(events):
             try:
                 async for index, what in events:
-                    choice, piece, finished = choices[index], what, None
+                    choice, piece, stop_reason = choices[index], Piece(""), None
                     if isinstance(what, Answered):
-                        answers[index] = what
-                        piece, finished = Piece(""), finish_reason(what.result.stop_reason)
-                    said = asked.delta(piece, choice.scored(piece.text), not choice.is_begun)
-                    if asked.stream_drafts:
-                        said["draft"] = {"accepted": piece.accepted, "pending": piece.pending}
-                    choice.is_begun = True
-                    yield chunk([{"index": index, **said, "finish_reason": finished}])
+                        answers[index], stop_reason = what, what.result.stop_reason
+                    else:
+                        piece = what
+                    is_first, choice.is_begun = not choice.is_begun, True
+                    scored = choice.scored(piece.text)
+                    yield chunk([asked.part(index, piece, scored, is_first, stop_reason)])
             except Refused as refused:
                 if not any(choice.is_begun for choice in choices):
                     raise

@@ -71,15 +71,17 @@ def refusal(errors: Sequence[Any]) -> Refused:
     """Of a request that is none, by what pydantic found."""
     first = errors[0]
     param = ".".join(map(str, first["loc"][1:]))
-    if first["type"] == "extra_forbidden":
-        known = first["loc"][-1] in _NEUTRAL
-        message = f"{param}: {'this server cannot honour it' if known else 'no such field'}, leave it out"
-    elif first["type"] == "json_invalid":
+    if first["type"] == "json_invalid":
         return Refused(f"the body is not JSON: {first['ctx']['error']}")
+    if not param:
+        return Refused("the body must be a JSON object, sent as Content-Type: application/json")
+    if first["type"] == "extra_forbidden":
+        is_known = first["loc"][-1] in _NEUTRAL
+        message = f"{param}: {'this server cannot honour it' if is_known else 'no such field'}, leave it out"
     else:
         value = "" if first["type"] == "missing" else f" {first['input']!r:.60}"
         message = f"{param}{value}: {first['msg'].removeprefix('Value error, ')}"
-    return Refused(message, param=param or None)
+    return Refused(message, param=param)
 
 
 class _Strict(BaseModel):
@@ -169,12 +171,40 @@ class Asked(_Strict):
         """How many tokens to tell log-probabilities of, besides the answer's own; None: not even that."""
         raise NotImplementedError
 
-    def choice(self, text: str, scored: list[Scored] | None) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, scored: list[Scored] | None, stop_reason: str | None
+    ) -> dict[str, Any]:
         """A whole answer."""
+        return self._said(index, self._whole(text), scored, stop_reason)
+
+    def part(
+        self,
+        index: int,
+        piece: Piece,
+        scored: list[Scored] | None,
+        is_first: bool,
+        stop_reason: str | None = None,
+    ) -> dict[str, Any]:
+        """What is new of one; a stop reason comes with its end."""
+        part = self._said(index, self._new(piece.text, is_first), scored, stop_reason)
+        if self.stream_drafts:
+            part["draft"] = {"accepted": piece.accepted, "pending": piece.pending}
+        return part
+
+    def _said(
+        self, index: int, text: dict[str, Any], scored: list[Scored] | None, stop_reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = None if scored is None else self._logprobs(scored)
+        finished = _FINISHED[stop_reason] if stop_reason else None
+        return {"index": index, **text, "logprobs": logprobs, "finish_reason": finished}
+
+    def _whole(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
 
-    def delta(self, piece: Piece, scored: list[Scored] | None, is_first: bool) -> dict[str, Any]:
-        """What is new of one."""
+    def _new(self, text: str, is_first: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -202,13 +232,22 @@ class ChatRequest(Asked):
     def num_likeliest(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def choice(self, text: str, scored: list[Scored] | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": _chat_logprobs(scored)}
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def delta(self, piece: Piece, scored: list[Scored] | None, is_first: bool) -> dict[str, Any]:
-        role = {"role": "assistant"} if is_first else {}
-        return {"delta": {**role, "content": piece.text}, "logprobs": _chat_logprobs(scored)}
+    def _new(self, text: str, is_first: bool) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": text} if is_first else {"content": text}}
+
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any]:
+        def said(text: str, logprob: float) -> dict[str, Any]:
+            whole = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text
+            return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": whole}
+
+        content = [
+            {**said(one.text, one.logprob), "top_logprobs": [said(*other) for other in one.likeliest]}
+            for one in scored
+        ]
+        return {"content": content, "refusal": None}
 
 
 class CompletionRequest(Asked):
@@ -233,45 +272,19 @@ class CompletionRequest(Asked):
     def num_likeliest(self) -> int | None:
         return self.logprobs
 
-    def choice(self, text: str, scored: list[Scored] | None) -> dict[str, Any]:
-        return {"text": text, "logprobs": _text_logprobs(scored)}
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
-    def delta(self, piece: Piece, scored: list[Scored] | None, is_first: bool) -> dict[str, Any]:  # noqa: ARG002
-        return {"text": piece.text, "logprobs": _text_logprobs(scored)}
+    def _new(self, text: str, is_first: bool) -> dict[str, Any]:  # noqa: ARG002
+        return {"text": text}
 
-
-def _finite(logprob: float) -> float:
-    return max(logprob, _LOWEST)
-
-
-def _chat_logprobs(scored: list[Scored] | None) -> dict[str, Any] | None:
-    if scored is None:
-        return None
-
-    def said(text: str, logprob: float) -> dict[str, Any]:
-        whole = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text
-        return {"token": text, "logprob": _finite(logprob), "bytes": whole}
-
-    content = [
-        {**said(one.text, one.logprob), "top_logprobs": [said(*other) for other in one.likeliest]}
-        for one in scored
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _text_logprobs(scored: list[Scored] | None) -> dict[str, Any] | None:
-    if scored is None:
-        return None
-    return {
-        "tokens": [one.text for one in scored],
-        "token_logprobs": [_finite(one.logprob) for one in scored],
-        "top_logprobs": [{text: _finite(value) for text, value in one.likeliest} for one in scored],
-        "text_offset": [one.start for one in scored],
-    }
-
-
-def finish_reason(stop_reason: str | None) -> str:
-    return _FINISHED[stop_reason or ""]
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any]:
+        return {
+            "tokens": [one.text for one in scored],
+            "token_logprobs": [max(one.logprob, _LOWEST) for one in scored],
+            "top_logprobs": [{text: max(value, _LOWEST) for text, value in one.likeliest} for one in scored],
+            "text_offset": [one.start for one in scored],
+        }
 
 
 def frame(name: str, model: str) -> dict[str, Any]:
