@@ -127,12 +127,16 @@ class StandardTextStreamer:
         return [(char, token.style) for token in tokens for char in token.text][: len(shown)]
 
     def _show(self, cells: list[Cell]) -> None:
-        text = "".join(char for char, _ in cells[self._printed :])
-        self._file.write("".join(map(_printable, text)) if self._on_terminal else text)
-        self._file.flush()
+        self._write(cells[self._printed :])
         self._printed = max(self._printed, len(cells))
         if len(self._decided) > 2 * self._recent:
             self._printed -= len(self._retire())
+
+    def _write(self, cells: list[Cell]) -> None:
+        """Show decided text, after all that was shown."""
+        text = "".join(char for char, _ in cells)
+        self._file.write("".join(map(_printable, text)) if self._on_terminal else text)
+        self._file.flush()
 
     def _retire(self) -> str:
         """Forget old tokens; their text."""

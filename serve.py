@@ -1,0 +1,93 @@
+"""Serve a model to programs that speak OpenAI's protocol, many requests at once, and to people, by a page.
+
+    python serve.py --generation_strategy self_speculative --exit_layer 3 --num_speculations 3 --batch_size 8
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def f(x):"}'
+
+What a request leaves out is as the flags say: they are its defaults.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from arguments import (
+    BatchArguments,
+    GenerationConfig,
+    ModelArguments,
+    parse,
+    refuse,
+    refuse_idle_drafts,
+)
+from runs.program import run
+from runs.tuning import TuningArguments, tuned
+from serving.flags import ServeArguments
+
+_GRACE = 5  # seconds for the last words of answers that were ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments)
+    model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
+    config = replace(tuned(config, tuning, argv), reuse_cache=True)
+    refuse_idle_drafts(config)
+    if model_args.parallel == "tensor":
+        refuse("--parallel tensor: a server is one process, on one GPU (data) or over several (pipeline)")
+    listener = _listen(args)
+
+    import uvicorn
+
+    from runs.startup import load_generator, model_name, prefer_counted_ids
+    from serving.app import make_app
+    from serving.engine import Engine
+
+    generator = load_generator(model_args, config)
+    prefer_counted_ids(generator, tuning)
+    engine = Engine(
+        generator.generation_strategy, generator.model, config, batch.batch_size, args.max_waiting
+    )
+    name = args.served_name or _name(model_name(model_args))
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            engine.shut_down(args.shutdown_time)
+            super().handle_exit(sig, frame)
+
+    # uvicorn gives signals that it got to whoever had handled them before: they are no reason to fail.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    host, port = listener.getsockname()[:2]
+    print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
+    Server(
+        uvicorn.Config(
+            make_app(generator, engine, config, args, name),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(args.shutdown_time) + _GRACE,
+        )
+    ).run([listener])
+    return 0 if engine.stop() else 1
+
+
+def _listen(args: ServeArguments) -> socket.socket:
+    """The socket; early, since it takes a while to load a model. Who connects meanwhile waits."""
+    try:
+        family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        refuse(f"--host {args.host} --port {args.port}: {error.strerror or error}")
+
+
+def _name(model: str) -> str:
+    """What clients call a model: as the hub does, or, where that would be a path, by its last part."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+
+
+if __name__ == "__main__":
+    run(main)

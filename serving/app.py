@@ -1,0 +1,385 @@
+"""What is served over HTTP: who may ask, how requests become jobs of the engine, how answers go back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from jinja2 import TemplateError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import self_speculation
+from runs.failures import reason
+from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
+from self_speculation.decoding.stopping import StopWords
+from serving.engine import Engine, IsGone, Job, QueueIsFull, ShutsDown, TimeIsUp, Unanswered
+from serving.feeds import DraftFeed, Piece, Scored, Scores, TextFeed
+from serving.flags import ServeArguments
+from serving.metrics import Answered, Metrics, metrics, usage
+from serving.protocol import Asked, ChatRequest, CompletionRequest, Refused, frame, refusal
+
+_log = logging.getLogger(__name__)
+_PAGE = Path(__file__).with_name("page.html")
+_OPEN = ("/", "/health")  # to whoever has no key
+_STATUS = {QueueIsFull: 429, IsGone: 499, ShutsDown: 503, TimeIsUp: 504}
+_RETRY = {"Retry-After": "1"}  # seconds
+_SEEDS = 2**63
+
+Events = AsyncGenerator[tuple[int, Piece | Answered]]  # each with the index of its choice
+T = TypeVar("T")
+
+
+def make_app(
+    generator: HuggingfaceLlamaGenerator,
+    engine: Engine,
+    config: GenerationConfig,
+    args: ServeArguments,
+    name: str,
+) -> FastAPI:
+    """The server of one model.
+
+    Args:
+        config: how answers are generated whose requests do not say otherwise.
+        name: the model's.
+    """
+    server = _Server(generator, engine, config, args, name)
+    # Without pages about the protocol: they load scripts from elsewhere.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Gate, server=server)
+    app.add_api_route("/", server.page)
+    app.add_api_route("/health", server.health)
+    app.add_api_route("/metrics", server.exposition)
+    app.add_api_route("/v1/models", server.models)
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", server.complete, methods=["POST"])
+    for kind in (Refused, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, server.refuse)
+    return app
+
+
+@dataclass
+class _Choice:
+    """An answer on its way."""
+
+    job: Job
+    stop_words: StopWords
+    scores: Scores | None
+    is_begun: bool = False
+    length: int = 0  # characters that were sent
+
+    def scored(self, text: str) -> list[Scored] | None:
+        """The tokens of new text, if they are wanted."""
+        self.length += len(text)
+        return self.scores.take(self.length) if self.scores else None
+
+
+class _Server:
+    """See `make_app`."""
+
+    def __init__(
+        self,
+        generator: HuggingfaceLlamaGenerator,
+        engine: Engine,
+        config: GenerationConfig,
+        args: ServeArguments,
+        name: str,
+    ) -> None:
+        self._generator, self._engine, self._config, self._name = generator, engine, config, name
+        self.args, self._metrics, self._began = args, Metrics(engine), int(time.time())
+
+    async def page(self) -> Response:
+        policy = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
+        return FileResponse(_PAGE, headers={"Content-Security-Policy": policy})
+
+    async def health(self) -> Response:
+        if self._engine.is_up:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "shutting down"}, 503)
+
+    async def exposition(self) -> Response:
+        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self) -> Response:
+        model = {"id": self._name, "object": "model", "created": self._began, "owned_by": "self-speculation"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def chat(self, asked: ChatRequest, http: Request) -> Response:
+        prompt = await asyncio.to_thread(self._chat_ids, asked)
+        return await self._answer(asked, [prompt], http)
+
+    async def complete(self, asked: CompletionRequest, http: Request) -> Response:
+        def encoded() -> list[list[int]]:
+            try:
+                return [self._generator.encode(prompt) for prompt in asked.prompt]
+            except ValueError as error:
+                raise Refused(str(error), param="prompt") from error
+
+        return await self._answer(asked, await asyncio.to_thread(encoded), http)
+
+    async def refuse(self, _: Request, error: Exception) -> Response:
+        """The response to a request that gets no answer."""
+        if isinstance(error, RequestValidationError):
+            error = refusal(error.errors())
+        elif isinstance(error, HTTPException):
+            error = Refused(error.detail, error.status_code)
+        elif not isinstance(error, Refused):
+            error = Refused("the server failed at this request", 500)
+        self._metrics.count_refused(error.status)
+        # JSON in ASCII: what a request said may be no valid text.
+        return Response(
+            json.dumps(error.body),
+            error.status,
+            headers=_RETRY if error.status in (429, 503) else None,
+            media_type="application/json",
+        )
+
+    def _chat_ids(self, asked: ChatRequest) -> list[int]:
+        tokenizer = self._generator.tokenizer
+        if not tokenizer.chat_template:
+            raise Refused("messages: the model has no chat template, use /v1/completions", param="messages")
+        messages = [message.for_template for message in asked.messages]
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self._generator.encode(text, special_tokens=False)  # the template has them
+        except (TemplateError, ValueError) as error:
+            raise Refused(f"messages: {error}", param="messages") from error
+
+    def _check(self, asked: Asked, num_prompts: int) -> None:
+        if asked.model not in (None, self._name):
+            message = f"model {asked.model!r}: this server has {self._name!r}"
+            raise Refused(message, 404, "model", "model_not_found")
+        most = self.args.max_tokens
+        if most is not None and (asked.max_tokens or 0) > most:
+            raise Refused(f"max_tokens {asked.max_tokens}: must be at most {most}", param="max_tokens")
+        if num_prompts * asked.n > (room := self._engine.most_jobs):
+            message = f"n {asked.n}, for {num_prompts} prompts: must be at most {room} answers together"
+            raise Refused(message, param="n")
+
+    async def _answer(self, asked: Asked, prompts: list[list[int]], http: Request) -> Response:
+        self._check(asked, len(prompts))
+        choices, events = self._begin(asked, prompts)
+        if asked.stream:
+            chunks = self._chunks(asked, choices, events)
+            # The first one is waited for, so that what is refused until then has a status of its own.
+            return _Stream(await _unless_gone(http, anext(chunks)), chunks)
+        answers = await _unless_gone(http, _answers(events))
+        said = [
+            asked.choice(index, answer.text, choice.scored(answer.text), answer.result.stop_reason)
+            for index, (choice, answer) in enumerate(zip(choices, answers, strict=True))
+        ]
+        figures = {"usage": usage(answers, asked.n), "metrics": metrics(answers)}
+        return JSONResponse({**frame(asked.object_name, self._name), "choices": said, **figures})
+
+    async def _chunks(self, asked: Asked, choices: list[_Choice], events: Events) -> AsyncGenerator[str]:
+        """The answers as server-sent events.
+
+        Raises:
+            Refused: there is no answer, and nothing of one was sent.
+        """
+        start = frame(asked.chunk_name, self._name)
+        has_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        answers: dict[int, Answered] = {}
+
+        def chunk(said: list[dict[str, Any]], **more: Any) -> str:
+            more = {"usage": None, **more} if has_usage else {}
+            return _event({**start, "choices": said, **more})
+
+        async with aclosing(events):
+            try:
+                async for index, what in events:
+                    choice, piece, stop_reason = choices[index], Piece(""), None
+                    if isinstance(what, Answered):
+                        answers[index], stop_reason = what, what.result.stop_reason
+                    else:
+                        piece = what
+                    is_first, choice.is_begun = not choice.is_begun, True
+                    scored = choice.scored(piece.text)
+                    yield chunk([asked.part(index, piece, scored, is_first, stop_reason)])
+            except Refused as refused:
+                if not any(choice.is_begun for choice in choices):
+                    raise
+                self._metrics.count_refused(refused.status)
+                yield _event(refused.body)
+                return
+        if has_usage:
+            in_order = [answers[index] for index in range(len(choices))]
+            yield chunk([], usage=usage(in_order, asked.n), metrics=metrics(in_order))
+        yield "data: [DONE]\n\n"
+
+    def _begin(self, asked: Asked, prompts: list[list[int]]) -> tuple[list[_Choice], Events]:
+        """Have the engine answer: the choices, and what becomes of them as it happens.
+
+        Raises:
+            Refused: the engine does not take them.
+        """
+        config = asked.config(self._config)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+        seed = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
+        choices = []
+        for index, (ids, nth) in enumerate(itertools.product(prompts, range(asked.n))):
+
+            def tell(what: Any, index: int = index) -> None:
+                with suppress(RuntimeError):  # the loop has ended, and nobody listens
+                    loop.call_soon_threadsafe(queue.put_nowait, (index, what))
+
+            choices.append(self._choice(asked, ids, (seed + nth) % _SEEDS, config, tell))
+        try:
+            self._engine.submit([choice.job for choice in choices])
+        except Unanswered as error:
+            raise _refused(error) from error
+        return choices, self._events(choices, queue)
+
+    def _choice(
+        self,
+        asked: Asked,
+        ids: list[int],
+        seed: int,
+        config: GenerationConfig,
+        tell: Callable[[Any], None],
+    ) -> _Choice:
+        tokenizer, feed, scores = self._generator.tokenizer, None, None
+        if asked.stream:
+            kind = DraftFeed if asked.stream_drafts else TextFeed
+            feed = kind(tokenizer, config.stop_words, ids, tell)
+        if asked.num_likeliest is not None:
+            scores = Scores(tokenizer, asked.num_likeliest)
+        given = self_speculation.Request(
+            ids, stopping_criteria=scores, streamer=feed, seed=seed, config=config
+        )
+        request, stop_words = self._generator.prepared(given, config)
+        return _Choice(Job(request, tell, self.args.max_time), stop_words, scores)
+
+    async def _events(self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]) -> Events:
+        """Up to the end of the last choice; whoever stops listening before ends them all.
+
+        Raises:
+            Refused: one of them failed.
+        """
+        left = len(choices)
+        try:
+            while left:
+                index, what = await queue.get()
+                if isinstance(what, Exception):
+                    raise _refused(what)
+                if isinstance(what, GenerationStrategyResult):
+                    left -= 1
+                    what = self._answered(choices[index], what)
+                yield index, what
+        finally:
+            for choice in choices:
+                choice.job.is_gone = True
+
+    def _answered(self, choice: _Choice, result: GenerationStrategyResult) -> Answered:
+        job = choice.job
+        text = self._generator.answer(result, job.arrived, job.request.ids, choice.stop_words)
+        answered = Answered(job, result, text.decoded_prediction)
+        self._metrics.count(answered)
+        return answered
+
+
+class _Gate:
+    """Lets in who has the key, and bodies that are not too large.
+
+    Before anything else: the framework reads the body first, whoever sends it.
+    """
+
+    def __init__(self, app: ASGIApp, server: _Server) -> None:
+        self._app, self._server = app, server
+        self._key, self._most = server.args.key, server.args.max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        http, length = Request(scope), 0
+        if not self._is_known(http):
+            refused = Refused("Authorization: must be Bearer and the API key", 401, None, "invalid_api_key")
+            response = await self._server.refuse(http, refused)
+            await response(scope, receive, send)
+            return
+
+        async def counting() -> Message:
+            nonlocal length
+            message = await receive()
+            length += len(message.get("body", b""))
+            if length > self._most:
+                raise HTTPException(413, f"the request has more than {self._most} bytes")
+            return message
+
+        await self._app(scope, counting, send)
+
+    def _is_known(self, http: Request) -> bool:
+        if self._key is None or http.url.path in _OPEN:
+            return True
+        given = http.headers.get("authorization", "")
+        return secrets.compare_digest(given.encode(), f"Bearer {self._key}".encode())
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; when the client goes away, it listens to no more of them."""
+
+    def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
+        async def chunks() -> AsyncGenerator[str]:
+            yield first
+            async for chunk in rest:
+                yield chunk
+
+        super().__init__(chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            await super().__call__(scope, receive, send)
+
+
+def _event(content: Any) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+async def _answers(events: Events) -> list[Answered]:
+    """All answers, in the order of the choices."""
+    async with aclosing(events):
+        answers = {index: what async for index, what in events if isinstance(what, Answered)}
+    return [answers[index] for index in range(len(answers))]
+
+
+async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives, which ends when the client goes away.
+
+    Raises:
+        Refused: it did.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(http.receive())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _refused(IsGone("nobody waits for the answer"))
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+def _refused(error: Exception) -> Refused:
+    """What a client is told of an error of the engine."""
+    if isinstance(error, Unanswered):
+        return Refused(str(error), _STATUS[type(error)])
+    if isinstance(error, ValueError):  # such as a prompt that is too long
+        return Refused(str(error))
+    if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:
+        _log.error("a request failed", exc_info=error)
+    return Refused(why or "the server failed at this request", 500)

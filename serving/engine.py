@@ -1,0 +1,202 @@
+"""One thread that has the model: jobs in, results out. Between two rounds jobs come and go.
+
+Knows nothing of HTTP, of text, or of who asks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from threading import Condition, Thread
+
+from transformers import PreTrainedModel
+
+from self_speculation import GenerationConfig, GenerationStrategyResult, Request
+from self_speculation.decoding_strategy import Batch, DecodingStrategy
+from self_speculation.generator_base import several
+
+_log = logging.getLogger(__name__)
+
+
+class Unanswered(Exception):
+    """A job that was not begun, or ended before its answer did, for no fault of its own."""
+
+
+class QueueIsFull(Unanswered):
+    """There are as many jobs as there may be."""
+
+
+class IsGone(Unanswered):
+    """Nobody waits for it any more."""
+
+
+class TimeIsUp(Unanswered):
+    """It took longer than it may."""
+
+
+class ShutsDown(Unanswered):
+    """The engine ends."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through the engine.
+
+    Args:
+        request: as a strategy takes it.
+        ended: told by the engine's thread what came of it.
+        most_seconds: that it may take from now on.
+    """
+
+    request: Request
+    ended: Callable[[GenerationStrategyResult | Exception], None]
+    most_seconds: float = math.inf
+    arrived: float = field(default_factory=time.perf_counter)
+    admitted: float = math.nan  # when it left the queue
+    is_gone: bool = False  # set by whoever does not wait any more
+    over: Unanswered | None = None  # why it is to end
+
+
+class Engine:
+    """See the module.
+
+    Args:
+        batch_size: jobs at a time.
+        max_waiting: jobs besides these.
+
+    Raises:
+        ValueError: a model or a config that cannot be decoded with.
+    """
+
+    def __init__(
+        self,
+        strategy: DecodingStrategy,
+        model: PreTrainedModel,
+        config: GenerationConfig,
+        batch_size: int,
+        max_waiting: int,
+    ) -> None:
+        self._batch: Batch[Job] = Batch(strategy, model, config, batch_size)
+        self._batch_size, self.most_jobs = batch_size, batch_size + max_waiting
+        self._waiting: deque[Job] = deque()
+        self._in_flight: list[Job] = []
+        self._changed = Condition()  # guards these two
+        self._ends_at = math.inf  # from when on no job goes on
+        self._is_stopped = False
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it takes jobs."""
+        return self._ends_at == math.inf
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Have these done: all of them, or none.
+
+        Raises:
+            Unanswered: there is no room for them, or the engine ends.
+        """
+        with self._changed:
+            if not self.is_up:
+                raise ShutsDown("the server shuts down")
+            if self.num_waiting + self.num_in_flight + len(jobs) > self.most_jobs:
+                raise QueueIsFull(f"{self.num_waiting} requests wait already: try again later")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def shut_down(self, seconds: float) -> None:
+        """Take no more jobs, and end those that there are in so many seconds. Takes no lock: it may be a
+        signal's handler that calls.
+        """
+        self._ends_at = min(self._ends_at, time.perf_counter() + seconds)
+
+    def stop(self) -> bool:
+        """End now, and wait for that; whether all had gone well."""
+        went_well = self._thread.is_alive()
+        self.shut_down(0)
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+        self._thread.join()
+        return went_well
+
+    def _run(self) -> None:
+        try:
+            while self._is_wanted():
+                self._round()
+        except Exception:
+            _log.exception("the engine failed")
+            os.kill(os.getpid(), signal.SIGTERM)  # there is no answering without it
+        finally:
+            with self._changed:
+                self.shut_down(0)
+                left = [*self._in_flight, *self._waiting]
+                self._waiting.clear()
+            for job in left:
+                self._end(job, ShutsDown("the server failed"))
+
+    def _is_wanted(self) -> bool:
+        """Waits for work; False where there will be no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._in_flight or self._is_stopped)
+            return bool(self._waiting or self._in_flight)
+
+    def _round(self) -> None:
+        """Admit what there is room for, make a round, and tell what has ended."""
+        with self._changed:
+            given_up = [job for job in self._waiting if self._is_over(job)]
+            for job in given_up:
+                self._waiting.remove(job)
+            room = min(self._batch_size - self.num_in_flight, self.num_waiting)
+            admitted = [self._waiting.popleft() for _ in range(room)]
+            self._in_flight += admitted
+        for job in given_up:
+            self._end(job, job.over)
+        for job in admitted:
+            job.admitted = time.perf_counter()
+            self._batch.admit(job, self._ending_when_over(job))
+        try:
+            self._batch.round()
+        except Exception:  # it is the result of each of the rows, and of no other job
+            _log.exception("a round of %d rows failed", len(self._batch.rows))
+        for job, result in self._batch.take_out():
+            self._end(job, job.over or result)
+
+    def _ending_when_over(self, job: Job) -> Request:
+        criteria = [*several(job.request.stopping_criteria), lambda *_, **__: self._is_over(job)]
+        return replace(job.request, stopping_criteria=criteria)
+
+    def _is_over(self, job: Job) -> bool:
+        """Whether it is to end although its answer has not, and why."""
+        now = time.perf_counter()
+        if job.is_gone:
+            job.over = IsGone("nobody waits for the answer")
+        elif now > job.arrived + job.most_seconds:
+            job.over = TimeIsUp(f"no answer after {job.most_seconds:g} seconds")
+        elif now > self._ends_at:
+            job.over = ShutsDown("the server shuts down")
+        return job.over is not None
+
+    def _end(self, job: Job, result: GenerationStrategyResult | Exception | None) -> None:
+        assert result is not None
+        if job in self._in_flight:
+            self._in_flight.remove(job)
+        try:
+            job.ended(result)
+        except Exception:
+            _log.exception("a result reached nobody")
