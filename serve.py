@@ -80,8 +80,9 @@ def _listen(args: ServeArguments) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        refuse(f"--host {args.host} --port {args.port}: {error.strerror or error}")
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        refuse(f"--host {args.host} --port {args.port}: {why}")
 
 
 def _name(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class ServeArguments:
     def __post_init__(self) -> None:
         check(self, "port", 0 <= self.port < 2**16, f"must be between 0 and {2**16 - 1}")
         check(self, "api_key", self.api_key != "", "must not be empty")
-        at_least(self, 0, "max_waiting", "max_time", "shutdown_time")
+        at_least(self, 0, "max_waiting", "max_time")
+        check(self, "shutdown_time", 0 <= self.shutdown_time < math.inf, "must be 0 or more")
         at_least(self, 1, "max_tokens", "max_body")
 
     @property

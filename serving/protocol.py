@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -48,6 +49,17 @@ _NEUTRAL: dict[str, list[Any]] = {
 }
 _FINISHED = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 _LOWEST = -9999.0  # JSON has no infinity
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeError:
+        raise ValueError("must be valid Unicode") from None
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_encodable)]  # JSON can spell halves of characters
 
 
 class Refused(Exception):
@@ -103,7 +115,7 @@ class _StreamOptions(_Strict):
 
 class _TextPart(_Strict):
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class _Message(_Strict):
@@ -131,7 +143,7 @@ class Asked(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=16)
+    stop: list[Annotated[_Text, Field(min_length=1)]] | None = Field(None, max_length=16)
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
     user: str | None = None
@@ -256,7 +268,7 @@ class CompletionRequest(Asked):
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    prompt: list[str | Annotated[list[int], Field(min_length=1)]]
+    prompt: list[_Text | Annotated[list[int], Field(min_length=1)]]
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @field_validator("prompt", mode="wrap")

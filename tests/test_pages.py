@@ -163,7 +163,7 @@ def test_every_program_that_a_page_names_is_there(page):
 def test_the_tree_has_every_module():
     """The other way round: guards against a new module that nobody finds."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    rooms = [ROOT, *(ROOT / name for name in ("training", "measures", "runs"))]
+    rooms = [ROOT, *(ROOT / name for name in ("training", "measures", "serving", "runs"))]
     library = (ROOT / "self_speculation").rglob("*.py")
     modules = {path.name for path in [*library, *(path for room in rooms for path in room.glob("*.py"))]}
     assert modules - {"__init__.py"} - set(re.findall(r"\w+\.py", text)) == set()
@@ -178,10 +178,10 @@ def test_a_page_names_flags_and_values_of_its_scripts(page):
 
 def test_the_makefile_names_flags_and_values_of_its_scripts():
     shown = subprocess.run(
-        ["make", "--dry-run", "demo", "chat"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["make", "--dry-run", "demo", "chat", "serve"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
-    lines = [line for line in shown.replace("\\\n", " ").splitlines() if "generate.py" in line]
-    assert len(lines) == 2
+    lines = [line for line in shown.replace("\\\n", " ").splitlines() if ".py" in line]
+    assert len(lines) == 3
     for line in lines:
         check_flags(line)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arguments import (
+    BatchArguments,
     DataArguments,
     GenerationConfig,
     ModelArguments,
@@ -21,6 +22,7 @@ from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
 from generate import GenerateArguments
 from runs.tuning import TuningArguments
+from serving.flags import ServeArguments
 from sweep import SweepArguments
 from training.flags import Flags
 
@@ -162,6 +164,7 @@ OF_SCRIPTS = [
     (ModelArguments, GenerationConfig, DataArguments, CorrectnessArguments),
     (ModelArguments, GenerationConfig, DataArguments, SweepArguments),
     (ModelArguments, GenerationConfig, TuningArguments),
+    (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments),
     tuple(get_type_hints(Flags).values()),
 ]  # as the scripts have them
 

@@ -1,0 +1,86 @@
+"""Servers in threads of the test's own process, over tiny models; and engines that wait for the test."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+
+import uvicorn
+from openai import OpenAI
+
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
+from serving.app import make_app
+from serving.engine import Engine
+from serving.flags import ServeArguments
+
+GREEDY = GenerationConfig(
+    sample=False,
+    max_steps=12,
+    generation_strategy="self_speculative",
+    exit_layer=2,
+    num_speculations=3,
+    reuse_cache=True,
+)
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def tiny_generator(model, tokenizer, config=GREEDY):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+
+
+class Served:
+    """A server and all that it is made of."""
+
+    def __init__(self, generator, config=GREEDY, batch_size=4, **args):
+        self.generator, self.config = generator, config
+        self.args = ServeArguments(**{"port": 0, **args})
+        self.engine = Engine(
+            generator.generation_strategy, generator.model, config, batch_size, self.args.max_waiting
+        )
+        app = make_app(generator, self.engine, config, self.args, "tiny")
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+        self._thread = threading.Thread(target=self._server.run)
+
+    def __enter__(self):
+        self._thread.start()
+        while not self._server.started:
+            self._thread.join(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self.args.key or "none", max_retries=0)
+        return self
+
+    def __exit__(self, *_):
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join()
+        assert self.engine.stop()
+
+    def expected(self, prompt, **changes):
+        """The text that the generator gives, greedy and alone, by a model of its own cache."""
+        config = GenerationConfig(**{"sample": False, "max_steps": self.config.max_steps, **changes})
+        alone = HuggingfaceLlamaGenerator(
+            self.generator.tokenizer, self.generator.model, make_strategy("autoregressive")
+        )
+        return alone.generate(prompt, config).decoded_prediction
+
+
+@contextlib.contextmanager
+def held(engine):
+    """Nothing is decoded meanwhile: the engine waits before its next round."""
+    go_on, at_rest, a_round = threading.Event(), threading.Event(), engine._batch.round
+
+    def wait():
+        at_rest.set()
+        go_on.wait()
+        a_round()
+
+    engine._batch.round = wait
+    try:
+        yield at_rest
+    finally:
+        engine._batch.round = a_round
+        go_on.set()
