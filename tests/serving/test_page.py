@@ -1,17 +1,15 @@
 """The page that the server shows, in a real browser, over a model that never ends by itself."""
 
-import json
+import itertools
 import re
 import shutil
-import socket
-import time
-import urllib.request
+from dataclasses import replace
 
-import forks
 import pytest
 import torch
-from conftest import EOS, ROOT, tiny_llama
+from conftest import EOS, tiny_llama
 from playwright.sync_api import expect, sync_playwright
+from servers import GREEDY, Served, tiny_generator
 
 CHROMIUM = shutil.which("chromium")
 KEY = "secret"
@@ -37,35 +35,13 @@ STOP_AT_ONCE = """() => new MutationObserver((_, observer) => {
 
 
 @pytest.fixture(scope="module")
-def server(byte_tokenizer, tmp_path_factory):
-    """Its address. It drafts, is greedy, and answers whoever knows the key."""
-    folder = tmp_path_factory.mktemp("talkative")
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-    byte_tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(template)
+def server(byte_tokenizer):
+    """It drafts, is greedy, and answers whoever knows the key."""
     model = tiny_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=LONGEST)
     torch.nn.init.zeros_(model.lm_head.weight[EOS])
-    model.save_pretrained(folder)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    script = forks.Fork(
-        ROOT / "serve.py", "--model", folder, "--served_name", "talkative", "--port", port, "--api_key", KEY,
-        "--generation_strategy", "self_speculative", "--exit_layer", 2, "--num_speculations", 3,
-        "--max_steps", MAX_TOKENS, "--sample", "False",
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            assert script.poll() is None, "the server has ended"
-            try:
-                urllib.request.urlopen(f"{address}/health").close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        script.end()
+    config = replace(GREEDY, max_steps=MAX_TOKENS)
+    with Served(tiny_generator(model, byte_tokenizer, config), config, api_key=KEY) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +58,10 @@ def page(browser, server):
     expect.set_options(timeout=60_000)
     wrong = []
     page.on("pageerror", wrong.append)
-    page.goto(server)
+    page.goto(server.url)
     page.get_by_label("API key").fill(KEY)
     page.keyboard.press("Enter")
-    expect(page.get_by_role("heading")).to_have_text(re.compile("talkative"))
+    expect(page.get_by_role("heading")).to_have_text("tiny")
     page.evaluate(WATCH)
     yield page
     page.close()
@@ -98,19 +74,12 @@ def ask(page, question):
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
-def answered(server, *messages):
+def answered(server, *texts):
     """What the server answers to a program."""
-    roles = ("user", "assistant")
-    body = {
-        "model": "talkative",
-        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)],
-    }
-    request = urllib.request.Request(
-        f"{server}/v1/chat/completions", json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
-    )  # fmt: skip
-    with urllib.request.urlopen(request) as response:
-        return json.load(response)["choices"][0]["message"]["content"]
+    roles = itertools.cycle(["user", "assistant"])
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    answer = server.client.chat.completions.create(model="tiny", messages=messages)
+    return answer.choices[0].message.content
 
 
 def test_a_conversation(page, server):
@@ -191,7 +160,7 @@ def test_errors(page):
 def test_a_wrong_key(browser, server):
     """Guards against a page that asks for no key, or for none a second time."""
     page = browser.new_page()
-    page.goto(server)
+    page.goto(server.url)
     expect(page.get_by_label("API key")).to_be_focused(timeout=60_000)
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
