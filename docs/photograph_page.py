@@ -2,8 +2,8 @@
 
     python docs/photograph_page.py docs/serve.png --model FILE.gguf [other arguments of serve.py]
 
-Needs requirements-dev.txt and Debian's package chromium. A first question is answered without drafts; the
-second answer is caught in a moment when drafts wait for their verification.
+Needs requirements-dev.txt and Debian's package chromium. The last answer is caught
+in a moment when drafts wait for their verification.
 """
 
 from __future__ import annotations
@@ -20,16 +20,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from measures.servers import SERVE, started
 
-WIDTH, HEIGHT, SCALE = 900, 640, 1.5
+WIDTH, HEIGHT, SCALE = 900, 600, 1.5
+
+
+# A copy of all layers drafts, and always: adaptive decoding would depend on how busy the machine is.
 DEFAULT_ARGUMENTS = [
-    *("--generation_strategy", "adaptive", "--draft_weights", "int4"),
-    *("--sample", "False", "--max_steps", "160"),
+    *("--generation_strategy", "self_speculative", "--exit_layer", "30", "--num_speculations", "5"),
+    *("--draft_weights", "int4", "--sample", "False", "--served_name", "SmolLM2-135M-Instruct"),
 ]
 # The answer goes on, but into elements that are no longer shown.
+QUESTIONS = {  # with drafts, or without
+    "Write one sentence about the sea.": False,
+    "Write one sentence about the mountains.": True,
+    "Give me three tips for sleeping better.": True,
+}
 FREEZE = """() => {
   const answer = document.querySelector(".turn:last-child .answer");
   const drafted = answer.querySelector(".draft")?.textContent ?? "";
-  if (answer.textContent.length < 330 || drafted.trim().length < 12) return false;
+  if (answer.textContent.length < 140 || drafted.trim().length < 12) return false;
   document.body.replaceWith(document.body.cloneNode(true));
   return true;
 }"""
@@ -43,15 +51,13 @@ def main() -> None:
         size = {"width": WIDTH, "height": HEIGHT}
         page = browser.new_page(viewport=size, device_scale_factor=SCALE, color_scheme="dark")
         page.goto(address)
-        for question, drafts in ("Why is the sky blue?", False), ("And why is it red at sunset?", True):
+        for question, drafts in QUESTIONS.items():
+            page.get_by_role("button", name="Send").wait_for()
             page.get_by_role("switch").set_checked(drafts)
             page.get_by_role("textbox").fill(question)
             page.keyboard.press("Enter")
-            if drafts:
-                page.wait_for_function(FREEZE)
-            else:
-                page.get_by_text("tokens/s").wait_for()
-        Image.open(io.BytesIO(page.screenshot())).quantize(128).save(path, optimize=True)
+        page.wait_for_function(FREEZE)
+        Image.open(io.BytesIO(page.screenshot(animations="disabled"))).quantize(128).save(path, optimize=True)
 
 
 if __name__ == "__main__":
