@@ -51,7 +51,7 @@ class Broken:
     def __init__(self):
         self.left = 3
 
-    def put(self, ids):
+    def put(self, _):
         self.left -= 1
         if not self.left:
             raise ConnectionError("nobody there")
@@ -96,7 +96,7 @@ def test_a_round_that_fails_ends_its_rows_and_nothing_else(engine, monkeypatch):
     """Out of memory in a pass over several rows: guards against a thread that ends with them."""
     strategy = engine._batch._strategy
 
-    def out_of_memory(decoding):
+    def out_of_memory(_):
         monkeypatch.undo()
         raise torch.OutOfMemoryError("out of memory")
 

@@ -10,7 +10,8 @@ import requests
 import torch
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from servers import GREEDY, Served, held, tiny_generator
+from conftest import generate
+from servers import Served, held, tiny_generator
 
 HELLO = [{"role": "user", "content": "Hello"}]
 PROMPTS = ["def add(a, b):", "Once upon a time", "Human: who", "café"]
@@ -65,10 +66,12 @@ def test_the_client_of_openai(served):
     Model.model_validate(served.client.models.list().data[0].model_dump())
     said = {"model": "tiny", "messages": HELLO, "temperature": 0, "user": "Eve"}
     answer = served.client.chat.completions.create(**said)
-    with served.client.chat.completions.stream(**said, stream_options={"include_usage": True}) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.content == answer.choices[0].message.content
-    assert final.usage.completion_tokens == answer.usage.completion_tokens
+    *chunks, last = served.client.chat.completions.create(
+        **said, stream=True, stream_options={"include_usage": True}
+    )
+    streamed = "".join(chunk.choices[0].delta.content for chunk in chunks)
+    assert streamed == answer.choices[0].message.content
+    assert last.usage.completion_tokens == answer.usage.completion_tokens
     conversation = [*HELLO, answer.choices[0].message.model_dump(), *HELLO]  # with all its fields of null
     following = served.client.chat.completions.create(model="tiny", messages=conversation, temperature=0)
     assert following.usage.prompt_tokens_details.cached_tokens > answer.usage.prompt_tokens
@@ -97,8 +100,10 @@ def test_texts_are_continued_in_the_order_of_prompts(served):
     chunks = events(post(served, prompt=PROMPTS, max_tokens=9, stream=True))
     streamed = [""] * 4
     for chunk in chunks:
+        choice = chunk["choices"][0]
+        streamed[choice["index"]] += choice["text"]
+        choice["finish_reason"] = choice["finish_reason"] or "stop"  # the client's type has no null
         Completion.model_validate(chunk)
-        streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert streamed == texts[::2]
 
 
@@ -140,9 +145,7 @@ def test_logprobs_are_those_of_the_model(served):
     logprobs = answer["logprobs"]
     assert "".join(logprobs["tokens"]) == answer["text"]
     tokenizer, prompt = served.generator.tokenizer, served.generator.encode(PROMPTS[1])
-    config = GREEDY.__class__(sample=False, max_steps=10)
-    ((_, result),) = served.generator.generate_batch([prompt], config)
-    ids = result.generation_strategy_result.predicted_tokens
+    ids = generate(served.generator.model, prompt, max_steps=10).predicted_tokens
     with torch.inference_mode():
         scores = served.generator.model(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
     for i, (id_, logprob) in enumerate(zip(ids, logprobs["token_logprobs"], strict=True)):
@@ -235,7 +238,7 @@ def test_drafts_can_be_seen_and_left_out(served):
         (b"[1]", 400, None, "must be a JSON object"),
         (b"\xff\xfe", 400, None, ""),
         (b"[" * 100_000, 400, None, ""),
-        (b'{"\\ud800": 1}', 400, "\ud800", "no such field"),
+        (b'{"\\ud800": 1}', 400, None, ""),
         (b'{"prompt": "\\ud800"}', 400, "prompt", "must be a text"),
         (b'{"prompt": [99999]}', 400, "prompt", "token id 99999"),
         (b'{"prompt": "%s"}' % (b"x y " * 1000), 400, None, "leaves no room"),
@@ -332,7 +335,8 @@ def test_beyond_the_queue_there_is_429(served):
 def test_a_client_that_goes_away_leaves_its_place(served, stream, is_waiting):
     """In flight, waiting, streamed or not. Guards against answers that go on for nobody."""
     said = json.dumps({"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(said)}"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(said)}\r\n\r\n"
     with held(served.engine) as at_rest:
         if is_waiting:
             taken = [threading.Thread(target=post, args=(served,), kwargs={"prompt": p}) for p in PROMPTS]
@@ -341,7 +345,7 @@ def test_a_client_that_goes_away_leaves_its_place(served, stream, is_waiting):
             while served.engine.num_in_flight + served.engine.num_waiting < 4:
                 pass
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
-            connection.sendall(head.encode() + b"\r\n\r\n" + said)
+            connection.sendall(head.encode() + said)
             while served.engine.num_in_flight + served.engine.num_waiting < 1 + 4 * is_waiting:
                 pass
             assert at_rest.wait(60)
@@ -365,11 +369,13 @@ def test_time_is_limited(text_model, byte_tokenizer):
 def test_a_failure_in_a_stream_is_its_last_event(served, monkeypatch):
     """Guards against a stream that ends as if the answer was whole. The client raises what it says."""
     with held(served.engine) as at_rest:
-        stream = served.client.completions.create(model="tiny", prompt="x", max_tokens=50, stream=True)
+        stream = served.client.completions.create(
+            model="tiny", prompt=PROMPTS[0], max_tokens=50, stream=True
+        )
         next(iter(stream))
         assert at_rest.wait(60)
 
-        def broken(decoding):
+        def broken(_):
             monkeypatch.undo()
             raise torch.OutOfMemoryError("out of memory")
 
