@@ -8,9 +8,9 @@ import openai
 import pytest
 import requests
 import torch
+from conftest import generate
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from conftest import generate
 from servers import Served, held, tiny_generator
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -369,9 +369,7 @@ def test_time_is_limited(text_model, byte_tokenizer):
 def test_a_failure_in_a_stream_is_its_last_event(served, monkeypatch):
     """Guards against a stream that ends as if the answer was whole. The client raises what it says."""
     with held(served.engine) as at_rest:
-        stream = served.client.completions.create(
-            model="tiny", prompt=PROMPTS[0], max_tokens=50, stream=True
-        )
+        stream = served.client.completions.create(model="tiny", prompt=PROMPTS[0], max_tokens=50, stream=True)
         next(iter(stream))
         assert at_rest.wait(60)
 
