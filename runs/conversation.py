@@ -101,8 +101,8 @@ class Conversation:
         tokenizer = self.generator.tokenizer
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, new = list[int](), text
-        # An answer's text may have other tokens than the model wrote it in. What it wrote is in the cache, and
-        # a special token that follows does not change how it is to be read.
+        # An answer's text may have other tokens than the model wrote it in. What it wrote is in the cache;
+        # where a special token follows, that does not change how the text is read.
         if self._said and text.startswith(self._said):
             rest = text.removeprefix(self._said)
             if rest.startswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))):

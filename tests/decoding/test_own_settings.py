@@ -11,7 +11,7 @@ from test_rows import PROMPTS, batch
 from self_speculation import GenerationConfig, Request, Sampler, make_strategy
 from self_speculation.decoding.sampling import SamplerOfRows, together
 
-SAMPLES = 800
+SAMPLES = 400
 
 
 @given(
