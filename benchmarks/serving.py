@@ -10,9 +10,9 @@ turn chat questions, which need a model with a chat template, and code of HumanE
 
 Servers take turns: each is started, warmed up, loaded by every number of clients, and ended before the next
 one starts. `here` is serve.py with the flags above that it was given. `transformers` is `transformers serve`,
-and `transformers-batching` the same with --continuous-batching, on the same weights, on a CPU in the format
-in which transformers is fastest. It needs fastapi and uvicorn, as serve.py does, and openai, as this program
-does: requirements-dev.txt has them. A URL is that of a server which runs already; --model has its tokenizer.
+and `transformers-batching` the same with --continuous-batching: on the same weights, on a CPU in the format
+in which transformers is fastest. It needs fastapi, uvicorn and openai, which requirements-dev.txt has for
+serve.py and this program. A URL is that of a server which runs already; --model has its tokenizer.
 
 *tokens/s* and *chars/s* are all text by the time in which at least one client waited for an answer; tokens
 are counted on the text that came, for all servers alike. *first* is the time to the first text of an answer
@@ -174,19 +174,23 @@ async def measure(
         return {n: await clients.load(questions, n, args.questions, args.wait) for n in args.clients}
 
 
-def save_for_peers(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, folder: Path) -> str:
-    """The model as transformers loads it, in the format in which it is fastest there; the name of that."""
-    prompt = generator.encode(texts()["code"][0])
-    model, dtype = in_best_format(generator.model, generator.eos_token_ids, config, prompt)
+def save_for_peer(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, size: int, folder: Path
+) -> str:
+    """The model as transformers loads it, in the format in which it is fastest there with so many prompts at
+    a time; the name of that.
+    """
+    prompts = [generator.encode(texts()["code"][0])] * size
+    model, dtype = in_best_format(generator.model, generator.eos_token_ids, config, prompts)
     model.save_pretrained(folder)
     generator.tokenizer.save_pretrained(folder)
     return dtype
 
 
 def commands(
-    model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, saved: Path
+    model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, folder: Path
 ) -> dict[str, list[str]]:
-    """How to start each server, by name."""
+    """How to start each server, by name; peers load what is in the folder."""
     given = [
         word
         for group in (model_args, config)
@@ -196,7 +200,7 @@ def commands(
     ]
     here = [*SERVE, *given, "--batch_size", str(max(args.clients))]
     program = str(Path(sys.executable).with_name("transformers"))
-    peers = {name: [program, "serve", str(saved), *more] for name, more in PEERS.items()}
+    peers = {name: [program, "serve", str(folder / name), *more] for name, more in PEERS.items()}
     return {"here": here, **peers}
 
 
@@ -234,6 +238,8 @@ def who_is_ahead(own: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, ServingArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
+    if config.max_steps < 2:
+        refuse(f"--max_steps {config.max_steps}: must be at least 2, nothing lies between pieces of one")
     generator = load_generator(model_args, config)
     tokenizer = generator.tokenizer
     about = describe_model(Path(model_name(model_args)).name, generator.model)
@@ -242,15 +248,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     turns: dict[tuple[int, str], list[Turn]] = {c: [] for c in itertools.product(args.clients, args.servers)}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        if {*args.servers} & {*PEERS}:
-            about["transformers_in"] = save_for_peers(generator, config, folder)
+        for peer in [name for name in PEERS if name in args.servers]:
+            size = 1 if peer == "transformers" else max(args.clients)
+            about[f"{peer}_in"] = save_for_peer(generator, config, size, folder / peer)
         del generator  # the servers need the memory
         ways = commands(model_args, config, args, folder)
         for number, server in ((n, name) for n in range(args.rounds) for name in rotated(args.servers, n)):
             start = started(server, ways[server]) if server in ways else contextlib.nullcontext(server)
             with start as address:
                 try:
-                    called = str(folder) if server in PEERS else None
+                    called = str(folder / server) if server in PEERS else None
                     given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args))
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)

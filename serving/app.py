@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -81,10 +82,11 @@ class _Choice:
     is_begun: bool = False
     length: int = 0  # characters that were sent
 
-    def scored(self, text: str) -> list[Scored] | None:
-        """The tokens of new text, if they are wanted."""
+    def scored(self, text: str, stop_reason: str | None = None) -> list[Scored] | None:
+        """The tokens of new text, if they are wanted; at the end, all that are no part of a stop word."""
         self.length += len(text)
-        return self.scores.take(self.length) if self.scores else None
+        is_whole = stop_reason not in (None, "stop_word")
+        return self.scores.take(math.inf if is_whole else self.length) if self.scores else None
 
 
 class _Server:
@@ -177,10 +179,11 @@ class _Server:
             # The first one is waited for, so that what is refused until then has a status of its own.
             return _Stream(await _unless_gone(http, anext(chunks)), chunks)
         answers = await _unless_gone(http, _answers(events))
-        said = [
-            asked.choice(index, answer.text, choice.scored(answer.text), answer.result.stop_reason)
-            for index, (choice, answer) in enumerate(zip(choices, answers, strict=True))
-        ]
+        said = []
+        for index, (choice, answer) in enumerate(zip(choices, answers, strict=True)):
+            stop_reason = answer.result.stop_reason
+            scored = choice.scored(answer.text, stop_reason)
+            said.append(asked.choice(index, answer.text, scored, stop_reason))
         figures = {"usage": usage(answers, asked.n), "metrics": metrics(answers)}
         return JSONResponse({**frame(asked.object_name, self._name), "choices": said, **figures})
 
@@ -207,7 +210,7 @@ class _Server:
                     else:
                         piece = what
                     is_first, choice.is_begun = not choice.is_begun, True
-                    scored = choice.scored(piece.text)
+                    scored = choice.scored(piece.text, stop_reason)
                     yield chunk([asked.part(index, piece, scored, is_first, stop_reason)])
             except Refused as refused:
                 if not any(choice.is_begun for choice in choices):

@@ -112,7 +112,7 @@ class Scores:
         self._length += len(self._noted[-1].text)
         return False
 
-    def take(self, length: int) -> list[Scored]:
+    def take(self, length: float) -> list[Scored]:
         """The tokens that begin in so many characters of the answer, and were not taken before."""
         taken = []
         while self._noted and self._noted[0].start < length:

@@ -294,7 +294,10 @@ class CompletionRequest(Asked):
         return {
             "tokens": [one.text for one in scored],
             "token_logprobs": [max(one.logprob, _LOWEST) for one in scored],
-            "top_logprobs": [{text: max(value, _LOWEST) for text, value in one.likeliest} for one in scored],
+            # Of tokens that read alike, such as parts of characters, the likeliest.
+            "top_logprobs": [
+                {text: max(value, _LOWEST) for text, value in reversed(one.likeliest)} for one in scored
+            ],
             "text_offset": [one.start for one in scored],
         }
 

