@@ -174,23 +174,19 @@ async def measure(
         return {n: await clients.load(questions, n, args.questions, args.wait) for n in args.clients}
 
 
-def save_for_peer(
-    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, size: int, folder: Path
-) -> str:
-    """The model as transformers loads it, in the format in which it is fastest there with so many prompts at
-    a time; the name of that.
-    """
-    prompts = [generator.encode(texts()["code"][0])] * size
-    model, dtype = in_best_format(generator.model, generator.eos_token_ids, config, prompts)
+def save_for_peers(generator: HuggingfaceLlamaGenerator, folder: Path) -> str:
+    """The model as transformers loads it, in the format in which it is fastest there; the name of that."""
+    prompts, few = [generator.encode(texts()["code"][0])], GenerationConfig(max_steps=8, sample=False)
+    model, dtype = in_best_format(generator.model, generator.eos_token_ids, few, prompts)
     model.save_pretrained(folder)
     generator.tokenizer.save_pretrained(folder)
     return dtype
 
 
 def commands(
-    model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, folder: Path
+    model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, saved: Path
 ) -> dict[str, list[str]]:
-    """How to start each server, by name; peers load what is in the folder."""
+    """How to start each server, by name."""
     given = [
         word
         for group in (model_args, config)
@@ -200,7 +196,7 @@ def commands(
     ]
     here = [*SERVE, *given, "--batch_size", str(max(args.clients))]
     program = str(Path(sys.executable).with_name("transformers"))
-    peers = {name: [program, "serve", str(folder / name), *more] for name, more in PEERS.items()}
+    peers = {name: [program, "serve", str(saved), *more] for name, more in PEERS.items()}
     return {"here": here, **peers}
 
 
@@ -248,16 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     turns: dict[tuple[int, str], list[Turn]] = {c: [] for c in itertools.product(args.clients, args.servers)}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        for peer in [name for name in PEERS if name in args.servers]:
-            size = 1 if peer == "transformers" else max(args.clients)
-            about[f"{peer}_in"] = save_for_peer(generator, config, size, folder / peer)
+        if {*args.servers} & {*PEERS}:
+            about["transformers_in"] = save_for_peers(generator, folder)
         del generator  # the servers need the memory
         ways = commands(model_args, config, args, folder)
         for number, server in ((n, name) for n in range(args.rounds) for name in rotated(args.servers, n)):
             start = started(server, ways[server]) if server in ways else contextlib.nullcontext(server)
             with start as address:
                 try:
-                    called = str(folder / server) if server in PEERS else None
+                    called = str(folder) if server in PEERS else None
                     given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args))
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)

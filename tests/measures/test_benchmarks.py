@@ -110,6 +110,25 @@ def test_adaptive(measured):
     assert all((row["of best"] is not None) == (row["side"] == "adaptive") for row in rows)
 
 
+def test_serving(measured, tmp_path):
+    """Guards against a server that does not take these flags, and against answers that are lost."""
+    record = measured(
+        "serving", "--servers", "here", "--clients", "1", "3", "--questions", "2", "--rounds", "1",
+        "--max_steps", "6", "--wait", "0.01", "--workloads", "code", "--output_dir", tmp_path / "logs",
+        "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3",
+    )  # fmt: skip
+    assert [(row["clients"], row["answers"]) for row in record["rows"]] == [(1, 2), (3, 6)]
+    assert all(row["tokens/s"] > 0 and row["first p50"] <= row["first p95"] for row in record["rows"])
+    assert (only_run(tmp_path) / "serving.csv").read_text().count("\n") == 3
+
+
+def test_time_in_which_nobody_asks_does_not_count(program):
+    """Guards against a speed that depends on how long clients wait, and against time that counts for each."""
+    serving = program("benchmarks", "serving")
+    answers = [serving.Answer(began, [], ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
+    assert serving.Turn("here", 2, answers, num_tokens=8).tokens_per_second == 2
+
+
 @pytest.mark.parametrize("program", ["side_by_side", "adaptive"])
 def test_one_token_is_no_decoding(program, endless_folder):
     """Guards against a division by no seconds at all, after everything was measured."""
