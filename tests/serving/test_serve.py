@@ -21,11 +21,19 @@ DRAFTS = ["--generation_strategy", "self_speculative", "--exit_layer", "3", "--n
 
 
 @contextlib.contextmanager
-def serving(*args, port=0):
+def serving(*args, port=0, env=None):
     """The script in a process of its own, and where it listens."""
     with tempfile.TemporaryFile() as said:
         script = forks.Fork(
-            ROOT / "serve.py", *DRAFTS, "--batch_size", 4, "--port", port, *args, stderr=said.fileno()
+            ROOT / "serve.py",
+            *DRAFTS,
+            "--batch_size",
+            4,
+            "--port",
+            port,
+            *args,
+            stderr=said.fileno(),
+            env=env,
         )
         try:
             while not (found := re.search(r"serving (\S+) at (http://\S+)\n", forks.read(said, text=True))):
@@ -94,6 +102,31 @@ def test_after_a_kill_the_next_one_listens_at_the_same_port(endless_folder):
         assert client.completions.create(model=name, prompt="x", max_tokens=3).choices[0].text
 
 
+@pytest.mark.slow
+def test_one_model_on_two_ranks(model_folder):
+    """The first one listens. Guards against ranks that part ways by what a client or a clock says."""
+    said = {"prompt": "def add(a", "max_tokens": 30, "seed": 5, "temperature": 1, "n": 3, "stop": ["xyz"]}
+    flags = ["--model", model_folder, "--exit_layer", "2"]
+    with serving(*flags) as (_, _, url):
+        alone = requests.post(f"{url}/v1/completions", json=said).json()
+    first, second = forks.environments(2)
+    other = forks.Fork(
+        ROOT / "serve.py", *DRAFTS, "--batch_size", 4, *flags, "--parallel", "tensor", env=second
+    )
+    try:
+        with serving(*flags, "--parallel", "tensor", env=first) as (script, _, url):
+            endless = {**said, "max_tokens": 200, "stream": True}
+            with requests.post(f"{url}/v1/completions", json=endless, stream=True) as left:
+                next(left.iter_lines())
+            together = requests.post(f"{url}/v1/completions", json=said).json()
+            assert together["choices"] == alone["choices"]
+            other.send_signal(signal.SIGTERM)
+            script.send_signal(signal.SIGTERM)
+            assert (script.wait(), other.wait()) == (0, 0)
+    finally:
+        other.end()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -103,7 +136,6 @@ def test_after_a_kill_the_next_one_listens_at_the_same_port(endless_folder):
         (["--shutdown_time", "inf"], "--shutdown_time inf: must be 0 or more"),
         (["--api_key", ""], "--api_key '': must not be empty"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        (["--parallel", "tensor"], "--parallel tensor: "),
         (["--num_speculations", "3"], "--num_speculations 3: autoregressive decoding drafts nothing"),
     ],
 )
