@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host  # version 6
     print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
     Server(
         uvicorn.Config(

@@ -158,7 +158,9 @@ def test_every_command_works_as_printed(page, checkout):
         probe.close()
         for command in commands(page):
             command = INSTEAD.get(command, command).replace(":8000", f":{port}")
-            if re.search(r"(python|torchrun.*) serve\.py", command):  # until the next one, or the end of the page
+            if re.search(
+                r"(python|torchrun.*) serve\.py", command
+            ):  # until the next one, or the end of the page
                 server.close()
                 server.enter_context(serving(command, checkout, port))
                 continue

@@ -60,7 +60,7 @@ def test_a_server_from_its_start_to_its_end():
         with socket.create_connection((host, int(port))) as connection:
             body = b'{"prompt": "def parse_header(line):", "temperature": 0, "max_tokens": 100}'
             connection.sendall(
-                b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
             answer = b"".join(iter(lambda: connection.recv(4096), b""))

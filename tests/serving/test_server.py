@@ -274,6 +274,8 @@ def test_what_is_no_request_at_all(served):
     assert requests.get(f"{served.url}/v1/completions").status_code == 405
     response = requests.get(f"{served.url}/v1/models", headers={"Origin": "http://elsewhere"})
     assert "access-control-allow-origin" not in response.headers
+    response = requests.get(f"{served.url}/v1/models", headers={"Host": "elsewhere:8000"})  # that leads here
+    assert response.status_code == 400
 
 
 def test_a_model_without_a_template_has_no_chat(text_model, byte_tokenizer):
@@ -335,7 +337,7 @@ def test_beyond_the_queue_there_is_429(served):
 def test_a_client_that_goes_away_leaves_its_place(served, stream, is_waiting):
     """In flight, waiting, streamed or not. Guards against answers that go on for nobody."""
     said = json.dumps({"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(said)}\r\n\r\n"
     with held(served.engine) as at_rest:
         if is_waiting:
