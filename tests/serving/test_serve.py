@@ -13,6 +13,7 @@ import pytest
 import requests
 from conftest import ROOT
 from openai import OpenAI
+from servers import raw_request
 
 import serve
 from self_speculation.model.loading import default_model
@@ -55,14 +56,7 @@ def test_a_server_from_its_start_to_its_end():
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         said = {"model": name, "prompt": "def parse_header(line):", "temperature": 0, "max_tokens": 100}
         whole = client.completions.create(**said).choices[0]
-        raw = f"{url.removeprefix('http://')}/v1/completions"
-        host, port = raw.partition("/")[0].split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            body = b'{"prompt": "def parse_header(line):", "temperature": 0, "max_tokens": 100}'
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body
-            )
+        with raw_request(url, {"prompt": "def", "max_tokens": 9}) as connection:
             answer = b"".join(iter(lambda: connection.recv(4096), b""))
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert requests.get(f"{url}/health").json() == {"status": "ok"}

@@ -4,7 +4,6 @@ import gc
 import json
 import random
 import signal
-import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from functools import partial
 import psutil
 import pytest
 import requests
-from servers import GREEDY, Served, tiny_generator
+from servers import GREEDY, Served, raw_request, tiny_generator, until
 from test_serve import serving
 
 from self_speculation import HuggingfaceLlamaGenerator, load_model_and_tokenizer, make_strategy
@@ -102,13 +101,7 @@ class Storm:
 
     def _leave(self, said):
         """Ask, and go away before the answer, or in it."""
-        body = json.dumps(said).encode()
-        host, port = self.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=120) as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body
-            )
+        with raw_request(self.url, said) as connection:
             if said["stream"]:
                 connection.recv(100)
         return "gone"
@@ -133,8 +126,7 @@ def test_forty_requests_at_once(text_model, byte_tokenizer):
         assert set(outcomes) <= {"answer", "stream", "gone", "refused", 429}
         assert outcomes["answer"]
         assert outcomes["stream"]
-        while served.engine.num_in_flight + served.engine.num_waiting:
-            pass
+        until(lambda: not served.num_jobs)
     gc.collect()
     assert [thing for thing in gc.get_objects() if type(thing) is Job] == []
 
