@@ -24,6 +24,7 @@ from arguments import (
     refuse,
     refuse_idle_drafts,
 )
+from runs import ranks
 from runs.program import run
 from runs.tuning import TuningArguments, tuned
 from serving.flags import ServeArguments
@@ -36,18 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = replace(tuned(config, tuning, argv), reuse_cache=True)
     refuse_idle_drafts(config)
-    if model_args.parallel == "tensor":
-        refuse("--parallel tensor: a server is one process, on one GPU (data) or over several (pipeline)")
-    listener = _listen(args)
+    if model_args.parallel == "data" and not ranks.is_first():
+        return 0  # a port is for one process
+    listener = _listen(args) if ranks.is_first() else None
 
     import uvicorn
 
-    from runs.startup import load_generator, model_name, prefer_counted_ids
+    from runs.startup import load_generator, meet, model_name, prefer_counted_ids
     from serving.app import make_app
-    from serving.engine import Engine
+    from serving.engine import Engine, follow
 
+    meet(model_args)
     generator = load_generator(model_args, config)
     prefer_counted_ids(generator, tuning)
+    if listener is None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first process ends it
+        follow(generator, config, batch.batch_size)
+        return 0
     engine = Engine(
         generator.generation_strategy, generator.model, config, batch.batch_size, args.max_waiting
     )
@@ -62,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host  # version 6
     print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
     Server(
         uvicorn.Config(

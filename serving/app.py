@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import self_speculation
@@ -36,6 +37,7 @@ from serving.protocol import Asked, ChatRequest, CompletionRequest, Refused, fra
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).with_name("page.html")
 _OPEN = ("/", "/health")  # to whoever has no key
+_LOCAL = ["127.0.0.1", "localhost"]
 _STATUS = {QueueIsFull: 429, IsGone: 499, ShutsDown: 503, TimeIsUp: 504}
 _RETRY = {"Retry-After": "1"}  # seconds
 _SEEDS = 2**63
@@ -60,7 +62,9 @@ def make_app(
     server = _Server(generator, engine, config, args, name)
     # Without pages about the protocol: they load scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Gate, server=server)
+    app.add_middleware(_Gate, args=args, refuse=server.refuse)
+    if args.host in _LOCAL:  # a page of another site could have its own name lead here
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOCAL)
     app.add_api_route("/", server.page)
     app.add_api_route("/health", server.health)
     app.add_api_route("/metrics", server.exposition)
@@ -101,7 +105,7 @@ class _Server:
         name: str,
     ) -> None:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
-        self.args, self._metrics, self._began = args, Metrics(engine), int(time.time())
+        self._args, self._metrics, self._began = args, Metrics(engine), int(time.time())
 
     async def page(self) -> Response:
         policy = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
@@ -120,6 +124,7 @@ class _Server:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def chat(self, asked: ChatRequest, http: Request) -> Response:
+        self._check(asked, 1)
         prompt = await asyncio.to_thread(self._chat_ids, asked)
         return await self._answer(asked, [prompt], http)
 
@@ -130,6 +135,7 @@ class _Server:
             except ValueError as error:
                 raise Refused(str(error), param="prompt") from error
 
+        self._check(asked, len(asked.prompt))
         return await self._answer(asked, await asyncio.to_thread(encoded), http)
 
     async def refuse(self, _: Request, error: Exception) -> Response:
@@ -164,7 +170,7 @@ class _Server:
         if asked.model not in (None, self._name):
             message = f"model {asked.model!r}: this server has {self._name!r}"
             raise Refused(message, 404, "model", "model_not_found")
-        most = self.args.max_tokens
+        most = self._args.max_tokens
         if most is not None and (asked.max_tokens or 0) > most:
             raise Refused(f"max_tokens {asked.max_tokens}: must be at most {most}", param="max_tokens")
         if num_prompts * asked.n > (room := self._engine.most_jobs):
@@ -172,7 +178,6 @@ class _Server:
             raise Refused(message, param="n")
 
     async def _answer(self, asked: Asked, prompts: list[list[int]], http: Request) -> Response:
-        self._check(asked, len(prompts))
         choices, events = self._begin(asked, prompts)
         if asked.stream:
             chunks = self._chunks(asked, choices, events)
@@ -264,7 +269,7 @@ class _Server:
             ids, stopping_criteria=scores, streamer=feed, seed=seed, config=config
         )
         request, stop_words = self._generator.prepared(given, config)
-        return _Choice(Job(request, tell, self.args.max_time), stop_words, scores)
+        return _Choice(Job(request, tell, self._args.max_time), stop_words, scores)
 
     async def _events(self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]) -> Events:
         """Up to the end of the last choice; whoever stops listening before ends them all.
@@ -300,9 +305,13 @@ class _Gate:
     Before anything else: the framework reads the body first, whoever sends it.
     """
 
-    def __init__(self, app: ASGIApp, server: _Server) -> None:
-        self._app, self._server = app, server
-        self._key, self._most = server.args.key, server.args.max_body
+    def __init__(
+        self,
+        app: ASGIApp,
+        args: ServeArguments,
+        refuse: Callable[[Request, Exception], Awaitable[Response]],
+    ) -> None:
+        self._app, self._key, self._most, self._refuse = app, args.key, args.max_body, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -311,7 +320,7 @@ class _Gate:
         http, length = Request(scope), 0
         if not self._is_known(http):
             refused = Refused("Authorization: must be Bearer and the API key", 401, None, "invalid_api_key")
-            response = await self._server.refuse(http, refused)
+            response = await self._refuse(http, refused)
             await response(scope, receive, send)
             return
 

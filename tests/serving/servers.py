@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import socket
 import threading
+import time
 
 import uvicorn
 from openai import OpenAI
@@ -59,6 +62,10 @@ class Served:
         self._thread.join()
         assert self.engine.stop()
 
+    @property
+    def num_jobs(self):
+        return self.engine.num_in_flight + self.engine.num_waiting
+
     def expected(self, prompt, **changes):
         """The text that the generator gives, greedy and alone, by a model of its own cache."""
         config = GenerationConfig(**{"sample": False, "max_steps": self.config.max_steps, **changes})
@@ -66,6 +73,25 @@ class Served:
             self.generator.tokenizer, self.generator.model, make_strategy("autoregressive")
         )
         return alone.generate(prompt, config).decoded_prediction
+
+
+def until(condition):
+    """Wait for what happens in another thread."""
+    while not condition():
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def raw_request(url, said):
+    """A request for completions that was sent, and the connection on which its answer comes."""
+    body = json.dumps(said).encode()
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        yield connection
 
 
 @contextlib.contextmanager

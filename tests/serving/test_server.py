@@ -1,7 +1,6 @@
 """The protocol over HTTP, by its own client and by hand, on a tiny model in this process."""
 
 import json
-import socket
 import threading
 
 import openai
@@ -11,7 +10,7 @@ import torch
 from conftest import generate
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from servers import Served, held, tiny_generator
+from servers import Served, held, raw_request, tiny_generator, until
 
 HELLO = [{"role": "user", "content": "Hello"}]
 PROMPTS = ["def add(a, b):", "Once upon a time", "Human: who", "café"]
@@ -274,6 +273,8 @@ def test_what_is_no_request_at_all(served):
     assert requests.get(f"{served.url}/v1/completions").status_code == 405
     response = requests.get(f"{served.url}/v1/models", headers={"Origin": "http://elsewhere"})
     assert "access-control-allow-origin" not in response.headers
+    response = requests.get(f"{served.url}/v1/models", headers={"Host": "elsewhere:8000"})  # that leads here
+    assert response.status_code == 400
 
 
 def test_a_model_without_a_template_has_no_chat(text_model, byte_tokenizer):
@@ -320,8 +321,7 @@ def test_beyond_the_queue_there_is_429(served):
         for thread in threads:
             thread.start()
         assert at_rest.wait(60)
-        while served.engine.num_in_flight + served.engine.num_waiting < 8:
-            pass
+        until(lambda: served.num_jobs == 8)
         for stream in (False, True):
             response = post(served, prompt=PROMPTS[0], stream=stream)
             assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
@@ -334,26 +334,17 @@ def test_beyond_the_queue_there_is_429(served):
 @pytest.mark.parametrize("is_waiting", [False, True])
 def test_a_client_that_goes_away_leaves_its_place(served, stream, is_waiting):
     """In flight, waiting, streamed or not. Guards against answers that go on for nobody."""
-    said = json.dumps({"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(said)}\r\n\r\n"
     with held(served.engine) as at_rest:
         if is_waiting:
-            taken = [threading.Thread(target=post, args=(served,), kwargs={"prompt": p}) for p in PROMPTS]
-            for thread in taken:
-                thread.start()
-            while served.engine.num_in_flight + served.engine.num_waiting < 4:
-                pass
-        with socket.create_connection(("127.0.0.1", served.port)) as connection:
-            connection.sendall(head.encode() + said)
-            while served.engine.num_in_flight + served.engine.num_waiting < 1 + 4 * is_waiting:
-                pass
+            for prompt in PROMPTS:
+                threading.Thread(target=post, args=(served,), kwargs={"prompt": prompt}).start()
+            until(lambda: served.num_jobs == 4)
+        with raw_request(served.url, {"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream}):
+            until(lambda: served.num_jobs == 1 + 4 * is_waiting)
             assert at_rest.wait(60)
             jobs = [*served.engine._in_flight, *served.engine._waiting]
-        while not jobs[-1].is_gone:
-            pass
-    while served.engine.num_in_flight + served.engine.num_waiting:
-        pass
+        until(lambda: jobs[-1].is_gone)
+    until(lambda: not served.num_jobs)
     assert isinstance(jobs[-1].over, Exception)
     assert post(served, prompt="x").status_code == 200
 
