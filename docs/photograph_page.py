@@ -2,8 +2,8 @@
 
     python docs/photograph_page.py docs/serve.png --model FILE.gguf [other arguments of serve.py]
 
-Needs requirements-dev.txt and Debian's package chromium. The last answer is caught
-in a moment when drafts wait for their verification.
+Needs requirements-dev.txt and Debian's package chromium. The last answer is caught in a moment when drafts
+wait for their verification.
 """
 
 from __future__ import annotations
@@ -21,19 +21,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from measures.servers import SERVE, started
 
 WIDTH, HEIGHT, SCALE = 900, 600, 1.5
-
-
 # A copy of all layers drafts, and always: adaptive decoding would depend on how busy the machine is.
 DEFAULT_ARGUMENTS = [
     *("--generation_strategy", "self_speculative", "--exit_layer", "30", "--num_speculations", "5"),
     *("--draft_weights", "int4", "--sample", "False", "--served_name", "SmolLM2-135M-Instruct"),
 ]
-# The answer goes on, but into elements that are no longer shown.
 QUESTIONS = {  # with drafts, or without
     "Write one sentence about the sea.": False,
     "Write one sentence about the mountains.": True,
     "Give me three tips for sleeping better.": True,
 }
+# The answer goes on, but into elements that are no longer shown.
 FREEZE = """() => {
   const answer = document.querySelector(".turn:last-child .answer");
   const drafted = answer.querySelector(".draft")?.textContent ?? "";
@@ -48,8 +46,10 @@ def main() -> None:
     command = [*SERVE, *DEFAULT_ARGUMENTS, *arguments]
     with started("serve.py", command) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        size = {"width": WIDTH, "height": HEIGHT}
-        page = browser.new_page(viewport=size, device_scale_factor=SCALE, color_scheme="dark")
+        page = browser.new_page(
+            viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=SCALE, color_scheme="dark"
+        )
+        page.set_default_timeout(300_000)  # ms: also on a busy machine
         page.goto(address)
         for question, drafts in QUESTIONS.items():
             page.get_by_role("button", name="Send").wait_for()
