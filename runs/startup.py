@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import NoReturn
@@ -58,7 +59,10 @@ def read_config(model_args: ModelArguments) -> PretrainedConfig:
 
 
 def load_generator(
-    model_args: ModelArguments, config: GenerationConfig, model_config: PretrainedConfig | None = None
+    model_args: ModelArguments,
+    config: GenerationConfig,
+    model_config: PretrainedConfig | None = None,
+    chat: bool = False,
 ) -> HuggingfaceLlamaGenerator:
     """Load the model that the flags name, with the strategy that they name.
 
@@ -66,6 +70,7 @@ def load_generator(
 
     Args:
         model_config: of the model, where it was read already.
+        chat: refuse a model whose tokenizer has no chat template.
     """
     logging.set_verbosity_error()
     model_config = model_config or read_config(model_args)
@@ -76,7 +81,7 @@ def load_generator(
         # Only a terminal is shown the progress of loading; what goes wrong is raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with quiet, warnings.catch_warnings(record=True) as warned:
-            model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config)
+            model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config, chat)
         for warning in warned:
             if issubclass(warning.category, LoadingWarning) and ranks.is_first():
                 print(f"warning: {warning.message}", file=sys.stderr)
@@ -90,6 +95,12 @@ def load_generator(
     if is_compiled(model) and ranks.is_first():
         print("the first passes are compiled, which takes a minute or so ...", file=sys.stderr)
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
+
+
+def chat_ids(generator: HuggingfaceLlamaGenerator, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, up to where the answer begins."""
+    text = generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return generator.encode(text, special_tokens=False)  # the template has them
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:

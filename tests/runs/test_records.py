@@ -107,7 +107,11 @@ def test_resuming_with_other_arguments_names_the_difference(tmp_path):
     def resumed(flags, **facts):
         check_destination(folder, "", {**described(flags), **facts}, [flags])
 
-    folder = str(Run.create(str(tmp_path), "test", described(Flags())).folder)
+    older = described(Flags())
+    del older["arguments"]["verbose"], older["arguments"]["steps"]  # flags that there were not yet
+    folder = str(Run.create(str(tmp_path), "test", older).folder)
+    resumed(Flags(resume=folder))
+    folder = str(Run.create(str(tmp_path / "now"), "test", described(Flags())).folder)
     resumed(Flags(verbose=True, resume=folder))
     resumed(Flags(steps=6))
     with pytest.raises(RecordError, match="that run had --seed 1, this one has 2"):

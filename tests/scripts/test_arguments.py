@@ -85,8 +85,9 @@ def test_spellings_that_the_papers_scripts_take_as_well(args, field, value):
 
 
 def test_lists_and_choices():
-    parsed = values("--stop_words", "a b", "\n", "--stop_token_ids", "1", "2", "--streamer", "speculative")
-    assert parsed["stop_words"] == ["a b", "\n"]
+    words = ["a b", "\n", ",", "yes, sir", "1,000", "[", '["x" in y]']
+    parsed = values("--stop_words", *words, "--stop_token_ids", "1", "2", "--streamer", "speculative")
+    assert parsed["stop_words"] == words
     assert parsed["stop_token_ids"] == [1, 2]
     assert parsed["streamer"] == "speculative"
 
@@ -120,6 +121,12 @@ def test_model_args_become_python_values():
         ("--draft_weights int8 --quantization int8", "--draft_weights int8: not with --quantization int8"),
         ("--stop_token_ids -1", "--stop_token_ids [-1]: must be 0 or more"),
         ("--stop_words=", "--stop_words ['']: must not be empty texts"),
+        (
+            "--stop_words return,if",
+            "--stop_words 'return,if': several stand one after the other, as in return if",
+        ),
+        ('--stop_words ["return"]', "several stand one after the other, as in return"),
+        ("--stop_words ['return','if']", "several stand one after the other, as in return if"),
         ("--generation_strategy x", "'x' (choose from 'autoregressive', 'self_speculative', 'adaptive')"),
         ("--sample perhaps", "Boolean value expected"),
         ("--streamer x", "choose from 'standard', 'none', 'speculative'"),
