@@ -139,7 +139,7 @@ class HarnessModel(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As in the harness, with one bar for all texts in place of one for each batch of their windows."""
-        with tqdm(desc="windows of texts", unit="", disable=disable_tqdm or self.rank != 0) as self._windows:
+        with tqdm(desc="windows of texts", disable=disable_tqdm or self.rank != 0) as self._windows:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(

@@ -103,7 +103,9 @@ class Sweep(OneByOne):
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures, print the table, the best cell and its flags."""
         table = self.write_table(run, rows)
-        compared = table[table["speedup"].notna()].sort_values("speedup", ascending=False)
+        # A cell may be there twice: what was measured stands above what was predicted.
+        order = {"by": ["mode", "speedup"], "ascending": [True, False]}
+        compared = table[table["speedup"].notna()].sort_values(**order)
         if compared.empty:
             run.finish(records, {**extra, "best": None})
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
@@ -121,7 +123,7 @@ class Sweep(OneByOne):
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
         print(f"\n{self._certainty(best, within_noise(rows, best))}")
-        print(f"\n{run.folder}/: sweep.csv, sweep.png, sweep.pdf, run.json")
+        print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
             print("no cell is faster than autoregressive decoding; the nearest:")
         print(self._flags(best))

@@ -32,7 +32,9 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
     elif "data" in asked:  # of a training
         lines[0].append(asked["data_path"] or asked["data"])
     if "generation_strategy" in asked:
-        lines.append([asked["generation_strategy"], *_settings(asked, GenerationConfig), _picking(asked)])
+        lines.append([asked["generation_strategy"], *_settings(asked, GenerationConfig)])
+        if "sample" in asked:
+            lines[-1].append(_picking(asked))
         if "max_steps" in asked:
             lines[-1].append(f"at most {asked['max_steps']} tokens")
     lines.append([machine(run)])

@@ -128,9 +128,9 @@ def test_a_model_without_a_chat_template(common, model_folder, tmp_path, monkeyp
     shutil.copytree(model_folder, bare)
     (bare / "chat_template.jinja").unlink()
     monkeypatch.setattr("self_speculation.model.loading._load", lambda *_: pytest.fail("weights were read"))
-    for script in (benchmark, correctness, sweep):
+    for script in (benchmark, sweep):
         with pytest.raises(SystemExit) as exit:
-            script.main([*common, "--model", str(bare), "--chat", "True", *SPECULATION, "--sample", "False"])
+            script.main([*common, "--model", str(bare), "--chat", "True", "--sample", "False"])
         assert exit.value.code == 2
         said = "error: --chat True: the model's tokenizer has no chat template\n"
         assert capsys.readouterr().err.endswith(said)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 
 import forks
@@ -172,6 +173,15 @@ def test_pictures_table_and_flags(common, tmp_path, capsys):
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
     output = capsys.readouterr().out
+    assert (
+        f"\n{heading(json.loads((folder / 'run.json').read_text()), ('exit_layer', 'num_speculations'))}\n"
+        in output
+    )
+    # Guards against files that nobody is told of, and the two rows of a cell far from what tells them apart.
+    files = "records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png, vocabulary.json"
+    assert f"\n{folder}/: {files}\n" in output
+    modes = re.findall("^ *(measured|predicted) +[0-9]", output, re.MULTILINE)
+    assert modes == ["measured"] * 2 + ["predicted"] * 12
     assert output.count("measured") >= 4  # two lines about the cells, two rows
     assert sum(" predicted, " in line and line.endswith(" measured") for line in output.splitlines()) == 2
     assert output.count("(90 %)") == 1  # the sentence on what noise does not tell from the best
