@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {
         "model": name, "dtype": dtype, "device": device, "torch": torch.__version__,
         "computed_in": str(computes_in(model)).removeprefix("torch."),
-        "transformers": transformers.__version__, "transformers_in": peers.format,
+        "transformers": transformers.__version__, "transformers_in": peers.formats,
         "exit_layer": config.exit_layer,
         "num_speculations": config.num_speculations, "max_steps": config.max_steps, "rounds": args.rounds,
         "prompts": len(prompts),
@@ -150,8 +150,9 @@ class Peers:
     def __init__(
         self, generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int]
     ) -> None:
-        self._config, self._end_ids = config, generator.eos_token_ids
-        self.model, self.format = in_best_format(generator.model, self._end_ids, config, prompt)
+        self._generator, self._config, self._prompt = generator, config, prompt
+        self._end_ids = generator.eos_token_ids
+        self.formats: dict[int, str] = {}  # of transformers, by the number of prompts at a time
         self._llama_cpp: dict[str, Side] = {}
         self.num_bytes: dict[str, int] = {}  # of the weights of each format of llama.cpp
 
@@ -163,7 +164,9 @@ class Peers:
 
     def sides(self, size: int) -> dict[str, Side]:
         """All that can answer `size` prompts at a time."""
-        model, end_ids, config = self.model, self._end_ids, self._config
+        config, end_ids, prompts = self._config, self._end_ids, [self._prompt] * size
+        model, self.formats[size] = in_best_format(self._generator.model, end_ids, config, prompts)
+        self.model = model
         sides = {TRANSFORMERS: theirs(model, end_ids, config, size)}
         if size > 1:
             return sides
@@ -236,7 +239,7 @@ def compare(
                 "same_ids": sum(own == plain for own, plain in zip(ids[name], ids[PLAIN], strict=True)),
             }
         )  # fmt: skip
-    show(rows, f"transformers in {peers.format}")
+    show(rows, f"transformers in {peers.formats[size]}")
     say_who_is_ahead(turns, [*configs])
     return rows
 

@@ -20,19 +20,19 @@ FEWER_BITS = ("Q8_0", "Q4_1")
 
 
 def in_best_format(
-    model: Any, end_ids: Sequence[int], config: GenerationConfig, prompt: list[int]
+    model: Any, end_ids: Sequence[int], config: GenerationConfig, prompts: Sequence[list[int]]
 ) -> tuple[Any, str]:
-    """The model in that format in which transformers decodes it fastest on this CPU, tried on one prompt, and
-    its name; on a GPU the model itself.
+    """The model in that format in which transformers decodes it fastest on this CPU, tried on a batch of
+    prompts, and its name; on a GPU the model itself.
     """
     if model.device.type != "cpu":
         return model, str(model.dtype).removeprefix("torch.")
     fastest, best = 0.0, model
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         other = copy.deepcopy(model).to(dtype)
-        side = theirs(other, end_ids, config)
-        side([prompt])  # warms up
-        if (speed := side([prompt]).decode_tokens_per_second) > fastest:
+        side = theirs(other, end_ids, config, len(prompts))
+        side(prompts)  # warms up
+        if (speed := side(prompts).decode_tokens_per_second) > fastest:
             fastest, best = speed, other
     return best, str(best.dtype).removeprefix("torch.")
 

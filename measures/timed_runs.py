@@ -28,8 +28,8 @@ _BATCHES_IN_TURN = 4
 
 # Fields of a strategy's result that a record has as they are.
 _RECORDED = (
-    "num_prompt_tokens", "num_decode_tokens", "stop_reason", "prefill_time", "decode_time",
-    "num_verifications", "drafted_by_position", "judged_by_position", "accepted_by_position",
+    "num_prompt_tokens", "num_cached_tokens", "num_decode_tokens", "stop_reason", "prefill_time",
+    "decode_time", "num_verifications", "drafted_by_position", "judged_by_position", "accepted_by_position",
 )  # fmt: skip
 
 # One of the strategies compared: the prefix of its fields in the record, what generates, and how.
@@ -62,7 +62,7 @@ def run_every_pass(
     # end long before; end ids are left out too.
     rows = [ids[row % len(ids) :] for row in range(batch_size)]
     requests = [Request(row, ends_text=lambda tokens: len(tokens) >= num_tokens) for row in rows]
-    endless = replace(config, stop_words=None, stop_token_ids=None)
+    endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False)
 
     def generate(settings: GenerationConfig) -> None:
         for _, result in strategy.generate_batch(model, requests, settings, batch_size):

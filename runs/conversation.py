@@ -12,7 +12,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
-from runs.startup import autoregressive, chat_ids
+from runs.startup import autoregressive
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -62,6 +62,7 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self._messages: list[dict[str, str]] | None = [] if self.chat else None
+        self._said, self._said_ids = "", list[int]()  # the last prompt and its answer, as text and in ids
 
     def answer(self, prompt: str) -> bool:
         """Show the answer and its statistics; False where Ctrl-C ended it.
@@ -72,15 +73,17 @@ class Conversation:
         prompt = prompt.replace("\r\n", "\n")  # pasted or read from what Windows wrote
         ids = self._ids(prompt)
         streamer = self._streamer(ids)
+        # What was said before is in the cache already.
+        config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         with Interrupt(self.generator.model) as interrupt:
-            result = self.generator.generate(
-                ids, self.config, streamer=streamer, stopping_criteria=[interrupt]
-            )
+            result = self.generator.generate(ids, config, streamer=streamer, stopping_criteria=[interrupt])
         if streamer is None:
             print(result.decoded_prediction)
         if self._messages is not None:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
+            self._said += result.decoded_prediction
+            self._said_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
         print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
         if legend := getattr(streamer, "legend", ""):
             print(f"  {legend}", file=sys.stderr)
@@ -96,7 +99,18 @@ class Conversation:
         """The prompt's token ids; when chatting, those of the whole conversation."""
         if self._messages is None:
             return self.generator.encode(prompt)
-        return chat_ids(self.generator, [*self._messages, {"role": "user", "content": prompt}])
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        tokenizer = self.generator.tokenizer
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        before, new = list[int](), text
+        # An answer's text may have other tokens than the model wrote it in. What it wrote is in the cache;
+        # where a special token follows, that does not change how the text is read.
+        if self._said and text.startswith(self._said):
+            rest = text.removeprefix(self._said)
+            if rest.startswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))):
+                before, new = self._said_ids, rest
+        self._said = text
+        return [*before, *self.generator.encode(new, special_tokens=False)]  # the template has special tokens
 
     def _streamer(self, prompt: list[int]) -> Any:
         if self.streamer == "none":
@@ -253,10 +267,11 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
     ended = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
     early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
     whose = f"; by the early exit at layer {config.exit_layer} alone, not by the full model" if early else ""
+    cached = f", {took.num_cached_tokens} of them cached" if took.num_cached_tokens else ""
     lines = [
         f"{result.num_tokens_generated} tokens in {result.total_time:.2f} s, {ended}{whose}",
         f"decode {took.decode_tokens_per_second:.1f} tokens/s, "
-        f"prefill {took.prefill_time * 1000:.0f} ms for {took.num_prompt_tokens} tokens",
+        f"prefill {took.prefill_time * 1000:.0f} ms for {took.num_prompt_tokens} tokens{cached}",
     ]
     if took.num_drafted:
         lines.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import NoReturn
@@ -95,12 +94,6 @@ def load_generator(
     if is_compiled(model) and ranks.is_first():
         print("the first passes are compiled, which takes a minute or so ...", file=sys.stderr)
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
-
-
-def chat_ids(generator: HuggingfaceLlamaGenerator, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, up to where the answer begins."""
-    text = generator.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return generator.encode(text, special_tokens=False)  # the template has them
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:

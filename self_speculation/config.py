@@ -63,6 +63,9 @@ class GenerationConfig:
     ones of the tokenizer; without it, with the whole head."""
     prompt_lookup: int = 0
     """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""
+    reuse_cache: bool = False
+    """Keep the keys and values of answers until their place is needed: of a prompt that begins like one of
+    them, only the rest is read."""
 
     def __post_init__(self) -> None:
         def check(field: str, allowed: str, ok: bool) -> None:

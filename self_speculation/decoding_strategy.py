@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from self_speculation.generator_base import Callables, GenerationStrategy, Reque
 from self_speculation.model.compiled import make_decoder
 from self_speculation.model.decoder import Decoder, prefill
 from self_speculation.model.families import check_supported, check_window, context_length
+from self_speculation.model.places import KeptCache, Places, state_of
 from self_speculation.results import GenerationStrategyResult
 
 Key = TypeVar("Key")
@@ -50,6 +52,10 @@ class DecodingStrategy(GenerationStrategy):
 
     name: GenerationStrategyName
     has_drafts = True
+
+    def __init__(self) -> None:
+        # Of the last batch with reuse_cache. A deque: of two threads only one gets it.
+        self.kept_caches: deque[KeptCache] = deque(maxlen=1)
 
     def generate_token_ids(
         self,
@@ -132,6 +138,8 @@ class Batch(Generic[Key]):
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         self.rows = Rows(Sampler.of(config), self._device, longest)
+        self._places = Places(batch_size)
+        self._valid_for: Hashable = None  # what its cache holds, if that is to be kept
         self._decoding: Decoding | None = self._begin()
         self._keys: dict[Output, Key] = {}
         self._ended: list[tuple[Key, GenerationStrategyResult | Exception]] = []
@@ -157,11 +165,14 @@ class Batch(Generic[Key]):
         try:
             output = self._output(request, started)
             self._decoding = self._decoding or self._begin()
-            decoder = self._decoding.decoder
+            decoder, row = self._decoding.decoder, len(self.rows)
             decoder.reserve(len(output.prompt), output.max_length + self.rows.longest_draft)
-            alone = decoder.for_row(len(self.rows))
+            if self._config.reuse_cache:
+                output.num_cached = self._take_place(decoder, output.prompt)
+            alone = decoder.for_row(row, output.num_cached)
             with self._exactly():
-                logits = prefill(alone, output.history(), self._decoding.depth).logits[0]
+                unread = output.history()[:, output.num_cached :]
+                logits = prefill(alone, unread, self._decoding.depth).logits[0]
             self.rows.admit(output, logits)
             decoder.cache.admit(len(output.prompt))
             self._keys[output] = key
@@ -171,10 +182,34 @@ class Batch(Generic[Key]):
     def _begin(self) -> Decoding:
         """Get ready for the weights of now."""
         with self._exactly():
-            decoder = make_decoder(self._model, 1, 1, self.rows.longest_draft + 1, self._batch_size)
-            decoding = self._strategy.begin(decoder, self.rows, self._config)
-        decoder.cache.clear(num_rows=0)
-        return decoding
+            decoder = self._kept_decoder() if self._config.reuse_cache else None
+            if decoder is None:
+                self._places = Places(self._batch_size)
+                decoder = make_decoder(self._model, 1, 1, self.rows.longest_draft + 1, self._batch_size)
+                decoder.cache.clear(num_rows=0)
+            return self._strategy.begin(decoder, self.rows, self._config)
+
+    def _kept_decoder(self) -> Decoder | None:
+        """That of an earlier batch, with what its cache holds, if this one would have such a cache."""
+        depth = -1 if self._strategy.has_drafts else self._config.exit_layer
+        self._valid_for = (self._batch_size, self.rows.longest_draft, depth, state_of(self._model))
+        try:
+            kept = self._strategy.kept_caches.pop()
+        except IndexError:
+            return None
+        if kept.valid_for != self._valid_for or not kept.decoder.has_its_cache:
+            return None
+        self._places = kept.places
+        return kept.decoder
+
+    def _take_place(self, decoder: Decoder, prompt: Sequence[int]) -> int:
+        """Have the free place that holds most of a prompt be the next row's; how many tokens it holds."""
+        row = len(self.rows)
+        place, length = self._places.best(prompt, row)
+        decoder.cache.swap(place, row, max(map(self._places.length, (place, row))))
+        self._places.swap(place, row)
+        self._places.leave(row, ())  # from now on it is written to
+        return length
 
     @torch.inference_mode()
     def round(self) -> None:
@@ -184,6 +219,7 @@ class Batch(Generic[Key]):
                 with self._exactly():
                     self._strategy.round(self._decoding)
             except Exception as error:
+                self._valid_for = None
                 for output in self.rows.outputs:  # half of a round may be in the cache: none can go on
                     output.error = output.error or error
                 if len(self.rows) > 1:
@@ -195,10 +231,16 @@ class Batch(Generic[Key]):
         for row in reversed(range(len(self.rows))):
             if not self.rows.outputs[row].remaining:
                 assert self._decoding is not None  # there are rows
-                output = self.rows.drop(row)
-                self._decoding.decoder.drop(row, output.is_damaged)
+                decoder, output = self._decoding.decoder, self.rows.drop(row)
+                if output.error is None:
+                    self._places.leave(row, output.ids[: decoder.cache.length(0, row)])
+                self._places.swap(row, len(self.rows))
+                decoder.drop(row, output.is_damaged)
                 self._ended.append((self._keys.pop(output), output.result()))
-        if not self.rows:  # by the next request the weights may be others
+        if self._decoding is not None and not self.rows:  # by the next request the weights may be others
+            if self._valid_for is not None:
+                kept = KeptCache(self._decoding.decoder, self._places, self._valid_for)
+                self._strategy.kept_caches.append(kept)
             self._decoding = None
         ended, self._ended = self._ended, []
         return ended
@@ -213,7 +255,7 @@ class Batch(Generic[Key]):
         Args:
             started: when its time began; of the first one, with getting ready.
         """
-        model, config = self._model, self._config
+        model, config = self._model, request.config or self._config
         context, prompt = context_length(model.config), request.ids
         room = context - len(prompt)
         if not prompt:
@@ -238,5 +280,14 @@ class Batch(Generic[Key]):
         if request.seed is not None:
             generator = torch.Generator(self._device).manual_seed(request.seed)
         return Output(
-            prompt, self._device, stop, processors, request.streamer, generator, has_drafts, started
+            prompt,
+            self._device,
+            stop,
+            processors,
+            request.streamer,
+            generator,
+            has_drafts,
+            started,
+            Sampler.of(config),
+            request.config is None or config.generation_strategy != "autoregressive",
         )

@@ -61,6 +61,9 @@ class Request:
     ends_text: Callable[[Sequence[int]], bool] | None = None
     """Called after each token with the output ids; True ends the answer. This is how stop words reach a
     strategy, which has no tokenizer to find them itself."""
+    config: GenerationConfig | None = None
+    """How long this answer may be, how it samples and what ends it; None: as the batch's config says. How
+    drafts are made is the batch's, but the strategy "autoregressive" here is an answer without drafts."""
 
     @property
     def ids(self) -> list[int]:
@@ -119,7 +122,8 @@ class GenerationStrategy(ABC):
             if request.seed is not None:
                 torch.manual_seed(request.seed)
             processors, criteria = several(request.logits_processors), several(request.stopping_criteria)
-            if n := generation_config.no_repeat_ngram_size:
+            config = request.config or generation_config
+            if n := config.no_repeat_ngram_size:
                 processors = [NoRepeatNGramLogitsProcessor(n), *processors]
             if request.ends_text is not None:
                 criteria = [*criteria, _as_criterion(request.ends_text, len(request.ids))]
@@ -128,7 +132,7 @@ class GenerationStrategy(ABC):
                     model,
                     request.ids,
                     several(request.eos_token_ids),
-                    generation_config,
+                    config,
                     logits_processors=LogitsProcessorList(processors) if processors else None,
                     stopping_criteria=StoppingCriteriaList(criteria) if criteria else None,
                     streamer=request.streamer,
@@ -221,20 +225,13 @@ class HuggingfaceLlamaGenerator:
         def requests() -> Iterator[Request]:
             for index, given in enumerate(prompts):
                 started = time.perf_counter() if begun else began
-                request = given if isinstance(given, Request) else Request(given)
                 try:
-                    ids = self.encode(request.prompt)
+                    request, words = self.prepared(given, generation_config)
                 except Exception as error:
                     failed.append((index, error))
                     continue
-                words = StopWords(self.tokenizer, generation_config.stop_words or [], ids)
-                begun.append((index, started, ids, words))
-                yield replace(
-                    request,
-                    prompt=ids,
-                    eos_token_ids=[*self.eos_token_ids, *several(request.eos_token_ids)],
-                    ends_text=_either(words if words.words else None, request.ends_text),
-                )
+                begun.append((index, started, request.ids, words))
+                yield request
 
         strategy = self.generation_strategy
         for place, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
@@ -242,12 +239,37 @@ class HuggingfaceLlamaGenerator:
             if isinstance(result, Exception):
                 yield index, result
             else:
-                yield index, self._answer(result, started, ids, words)
+                yield index, self.answer(result, started, ids, words)
         yield from failed
 
-    def _answer(
+    def prepared(
+        self, given: str | list[int] | Request, generation_config: GenerationConfig
+    ) -> tuple[Request, StopWords]:
+        """A request as a strategy takes it, in token ids and with all that ends it; and its stop words.
+
+        Raises:
+            ValueError: what `encode` raises.
+        """
+        request = given if isinstance(given, Request) else Request(given)
+        ids = self.encode(request.prompt)
+        words = StopWords(self.tokenizer, (request.config or generation_config).stop_words or [], ids)
+        prepared = replace(
+            request,
+            prompt=ids,
+            eos_token_ids=[*self.eos_token_ids, *several(request.eos_token_ids)],
+            ends_text=_either(words if words.words else None, request.ends_text),
+        )
+        return prepared, words
+
+    def answer(
         self, result: GenerationStrategyResult, started: float, input_ids: list[int], stop_words: StopWords
     ) -> GenerationResult:
+        """What came of a request, as text.
+
+        Args:
+            started: when its time began, by `time.perf_counter`.
+            input_ids, stop_words: of the request, by `prepared`.
+        """
         text = stop_words.cut(continuation(self.tokenizer, input_ids, result.predicted_tokens))
         total_time = time.perf_counter() - started
         num_tokens = len(result.predicted_tokens)

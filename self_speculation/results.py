@@ -25,6 +25,7 @@ class GenerationStrategyResult:
     stop_reason: StopReason | None = None
     end_token_id: int | None = None  # the id that ended the output, if one did
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt: those that an earlier answer had left in the cache
     num_decode_tokens: int = 0  # tokens after the first, an end id included
     prefill_time: float = 0.0  # seconds until the first token
     decode_time: float = 0.0  # seconds for all later ones
@@ -57,6 +58,7 @@ class GenerationStrategyResult:
 
     @property
     def prefill_tokens_per_second(self) -> float:
+        """Of the whole prompt, what was in the cache included."""
         return self.num_prompt_tokens / self.prefill_time if self.prefill_time else 0.0
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.decoding.tally import Tally
 from self_speculation.results import GenerationStrategyResult, StopReason
@@ -43,6 +44,8 @@ class Output:
         generator: of random numbers; None: torch's own.
         has_drafts: whether there is something to be counted of them.
         started: when its time began, by `time.perf_counter`; None: now.
+        sampler: of this output alone; None: that of the batch.
+        wants_drafts: whether sources may draft for it.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Output:
         generator: torch.Generator | None = None,
         has_drafts: bool = False,
         started: float | None = None,
+        sampler: Sampler | None = None,
+        wants_drafts: bool = True,
     ) -> None:
         self._started = time.perf_counter() if started is None else started
         self._first_token_at: float | None = None
@@ -65,7 +70,8 @@ class Output:
         self.error: Exception | None = None  # what ended it before its time
         # No token could be picked by its logits: its keys and values may be no numbers either.
         self.is_damaged = False
-        self.generator = generator
+        self.generator, self.sampler, self.wants_drafts = generator, sampler, wants_drafts
+        self.num_cached = 0  # tokens of the prompt whose keys and values were there already
         self.tally = Tally() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
@@ -101,6 +107,11 @@ class Output:
     def length(self) -> int:
         """Of the history: prompt and decided tokens."""
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        """Of the history."""
+        return [*self.prompt, *self.tokens]
 
     def history(self, num_drafted: int = 0) -> Tensor:
         """[1, prompt + output + drafts] ids, a view; only the prompt's where nobody looks at the others."""
@@ -195,6 +206,7 @@ class Output:
             stop_reason=self.stop_reason,
             end_token_id=self.tokens[-1] if ended_by_id else None,
             num_prompt_tokens=len(self.prompt),
+            num_cached_tokens=self.num_cached,
             num_decode_tokens=len(self.tokens) - 1,
             prefill_time=self._first_token_at - self._started,
             decode_time=finished - self._first_token_at,

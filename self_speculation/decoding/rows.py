@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from self_speculation.decoding.output import Output
-from self_speculation.decoding.sampling import Choice, Sampler, random_numbers
+from self_speculation.decoding.sampling import Choice, Sampler, SamplerOfRows, random_numbers, together
 from self_speculation.transfers import Reading, on_device, read
 
 
@@ -21,20 +22,26 @@ class Rows:
     """See the module.
 
     Args:
-        sampler: picks the tokens of all.
+        sampler: picks the tokens of outputs that have none of their own.
         device: where the model takes its ids.
         longest_draft: the most tokens that a round may draft. Each round uses random numbers for that many,
             so that a row's do not depend on how many are drafted, in it or in another row.
     """
 
     def __init__(self, sampler: Sampler, device: torch.device, longest_draft: int = 0) -> None:
-        self.sampler, self.longest_draft = sampler, longest_draft
+        self._default, self.longest_draft = sampler, longest_draft
         self.outputs: list[Output] = []
         self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] the last token of each
         self._numbers: Tensor | None = None  # [B, 2 * longest_draft + 1] of this round
 
     def __len__(self) -> int:
         return len(self.outputs)
+
+    @cached_property
+    def sampler(self) -> Sampler | SamplerOfRows:
+        """Picks the tokens of all, while they are these."""
+        samplers = [output.sampler or self._default for output in self.outputs]
+        return together(samplers or [self._default], self.last.device)
 
     @property
     def all_go_on(self) -> bool:
@@ -49,15 +56,19 @@ class Rows:
             wanted: [B] the rows that drafts are wanted for; None: all.
         """
         pairs = zip(self.outputs, wanted or [True] * len(self), strict=True)
-        return [max(0, min(k, output.remaining - 1)) if wants else 0 for output, wants in pairs]
+        return [
+            max(0, min(k, output.remaining - 1)) if wants and output.wants_drafts else 0
+            for output, wants in pairs
+        ]
 
     def admit(self, output: Output, logits: Tensor) -> None:
         """Add a row, and pick its first token by the logits [1, V]."""
-        alone = Rows(self.sampler, self.last.device)
+        alone = Rows(self._default, self.last.device)
         alone.outputs = [output]
         alone.emit(logits)
         self.outputs.append(output)
         self.last = torch.cat((self.last, alone.last))
+        vars(self).pop("sampler", None)
 
     def drop(self, row: int) -> Output:
         """Take out a row that has ended; the last row takes its place."""
@@ -67,6 +78,7 @@ class Rows:
             self.last[row] = self.last[-1]
         self.last = self.last[:-1]
         self._numbers = None  # they may be left of a round that raised an error
+        vars(self).pop("sampler", None)
         return ended
 
     def choose(self, logits: Tensor, position: int, going: Sequence[bool]) -> tuple[Choice, Tensor]:
@@ -155,7 +167,7 @@ class Rows:
         """
         largest, *values = read([logits.amax(-1), *numbers])
         for output, number in zip(self.outputs, largest, strict=True):
-            output.check(number, self.sampler.greedy)
+            output.check(number, (output.sampler or self._default).greedy)
         return values
 
     def emit(self, logits: Tensor) -> None:

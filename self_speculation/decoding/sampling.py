@@ -7,6 +7,7 @@ back from a GPU, so a whole round of drafting and verification can stay there.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +69,12 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0) -> Tensor:
+def nucleus(probabilities: Tensor, top_p: float | Tensor, top_k: int = 0) -> Tensor:
     """Top-p: [..., V] probabilities -> the same for the fewest tokens, at least one, that together reach
     `top_p`, scaled to sum to 1, and 0 for all others.
 
     Args:
+        top_p: of all rows, or [..., 1] of each.
         top_k: at most this many tokens have a probability, apart from ties for the last place, which a GPU
             cuts off here; 0: not known.
     """
@@ -81,10 +83,11 @@ def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0) -> Tensor:
     # nothing. On a GPU, looking at a number means waiting for all that the GPU was given to do.
     number = min(_LIKELY if on_cpu else top_k or vocab_size, vocab_size)
     largest, ids = probabilities.topk(number) if number < vocab_size else probabilities.sort(descending=True)
-    if number < vocab_size and on_cpu and bool((largest.sum(-1) < top_p).any()):
+    if number < vocab_size and on_cpu and bool((largest.sum(-1, keepdim=True) < top_p).any()):
         largest, ids = probabilities.sort(descending=True)
     before = largest.cumsum(-1) - largest  # the mass of what is more likely
-    largest = largest.masked_fill(before >= max(top_p, _FP32.tiny), 0.0)
+    at_least = top_p.clamp(min=_FP32.tiny) if isinstance(top_p, Tensor) else max(top_p, _FP32.tiny)
+    largest = largest.masked_fill(before >= at_least, 0.0)
     return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
 
 
@@ -149,6 +152,60 @@ class Sampler:
         return Choice(draw(probabilities, numbers), probabilities)
 
 
+class SamplerOfRows:
+    """The samplers of B rows that differ, as one: each row of logits [B, ..., V] by its own.
+
+    Greedy rows draw as well, from a distribution that has all of its mass on the most likely token.
+    """
+
+    greedy = False
+
+    def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
+        def of_rows(values: Sequence[float]) -> Tensor:
+            there = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
+            return there.to(device, non_blocking=True)
+
+        self._greedy = of_rows([sampler.greedy for sampler in samplers]).bool()
+        temperatures = of_rows([1.0 if sampler.greedy else sampler.temperature for sampler in samplers])
+        self._is_small, self._temperature = temperatures < _SMALL, temperatures.clamp(_FP32.tiny, _FP32.max)
+        self._top_p = of_rows([sampler.top_p for sampler in samplers])
+        self._most = max(sampler.top_k for sampler in samplers)
+        self._top_k = of_rows([sampler.top_k for sampler in samplers]).long()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """As of `Sampler`: [B, ..., V]"""
+
+        def each(of_rows: Tensor) -> Tensor:
+            return of_rows.view(-1, *[1] * (logits.dim() - 1))
+
+        logits = logits.float()
+        scaled = torch.where(each(self._is_small), logits - logits.amax(-1, keepdim=True), logits)
+        scaled = scaled / each(self._temperature)
+        if self._most:
+            largest = scaled.topk(min(self._most, scaled.shape[-1])).values
+            places = each(self._top_k.clamp(1, largest.shape[-1]) - 1).expand(*scaled.shape[:-1], 1)
+            is_cut = (scaled < largest.gather(-1, places)) & each(self._top_k > 0)
+            scaled = scaled.masked_fill(is_cut, -math.inf)
+        probabilities = scaled.softmax(-1)
+        cuts = each(self._top_p < 1)  # where it is 1, nothing needs to be sorted
+        likely = nucleus(probabilities, each(self._top_p).where(cuts, 0.0), self._most)
+        probabilities = torch.where(cuts, likely, probabilities)
+        most_likely = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return torch.where(each(self._greedy), most_likely, probabilities)
+
+    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> Choice:
+        """As of `Sampler`, for logits [B, V]."""
+        probabilities = self.probabilities(logits)
+        return Choice(draw(probabilities, numbers), probabilities)
+
+
+def together(samplers: Sequence[Sampler], device: torch.device) -> Sampler | SamplerOfRows:
+    """One sampler for rows of which each has its own; that of all where they agree."""
+    first = samplers[0]
+    alike = all(sampler == first or (sampler.greedy and first.greedy) for sampler in samplers)
+    return first if alike else SamplerOfRows(samplers, device)
+
+
 def decode_next_token(
     logits: Tensor,
     token_idx: int | None = None,
@@ -181,7 +238,7 @@ def verify_draft(
     draft_tokens: Tensor,
     draft_probabilities: Tensor | None,
     target_logits: Tensor,
-    sampler: Sampler,
+    sampler: Sampler | SamplerOfRows,
     lengths: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> Verdict:

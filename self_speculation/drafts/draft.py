@@ -15,7 +15,7 @@ from torch import Tensor
 
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.sampling import Sampler
+from self_speculation.decoding.sampling import Sampler, SamplerOfRows
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Draft:
         ValueError: tokens that were drawn, without the distribution that they were drawn from.
     """
 
-    sampler: Sampler  # that picked the tokens
+    sampler: Sampler | SamplerOfRows  # that picked the tokens
     sources: Sequence[str]  # [B] what drafted, by name
     tokens: Tensor  # [B, k]
     probabilities: Tensor | None  # [B, k, V] what they were drawn from; None when greedy

@@ -119,9 +119,9 @@ class CompiledDecoder(Decoder):
             larger.cache.take_over(self._passes.cache)
             self._use(larger)
 
-    def for_row(self, row: int) -> Decoder:
+    def for_row(self, row: int, length: int = 0) -> Decoder:
         """See `Decoder`. Nothing is compiled for it: passes go by the cache of all rows."""
-        other = super().for_row(row)
+        other = super().for_row(row, length)
         assert isinstance(other, CompiledDecoder)
         other._passes = None
         return other
@@ -153,9 +153,13 @@ class CompiledDecoder(Decoder):
                 "compile True: another generation has this one's cache; let one end before the next begins"
             )
 
+    @property
+    def has_its_cache(self) -> bool:
+        return self._passes is None or self._passes.generation is self._generation
+
     def drop(self, row: int, damaged: bool) -> None:
         """See `Decoder`. Where another generation has the cache by now, the row is in there no more."""
-        if self._passes is None or self._passes.generation is self._generation:
+        if self.has_its_cache:
             super().drop(row, damaged)
 
     def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:
@@ -223,7 +227,9 @@ class Passes:
         if key not in self._compiled:
             self._compiled[key] = self._compile(*key)
         positions = self.cache.positions(first, padded(width), inputs.device)
-        inputs, positions = (_filled(part, self._num_rows, padded(width)) for part in (inputs, positions))
+        inputs = _filled(inputs, self._num_rows, padded(width))
+        # Rows that there are not are written where there is never anything but padding.
+        positions = _filled(positions, self._num_rows, padded(width), self.cache.capacity - 1)
         logits, hidden = self._compiled[key](inputs, positions)
         self.cache.advance(first, last, width)
         # A CUDA graph writes to the same place when it runs again; hidden states are kept until then.
@@ -246,10 +252,10 @@ class Passes:
         return torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
 
 
-def _filled(inputs: Tensor, rows: int, width: int) -> Tensor:
-    """[b, t, ...] -> [rows, width, ...], with zeros after what there is. Always of the same strides."""
+def _filled(inputs: Tensor, rows: int, width: int, value: int = 0) -> Tensor:
+    """[b, t, ...] -> [rows, width, ...], with `value` after what there is. Always of the same strides."""
     missing = (rows - inputs.shape[0], width - inputs.shape[1])
     if not any(missing):  # what has one row passes for contiguous, whatever the stride from row to row
         strides = [math.prod(inputs.shape[i + 1 :]) for i in range(inputs.dim())]
         return inputs.contiguous().as_strided(inputs.shape, strides)
-    return pad(inputs, (*(0, 0) * (inputs.dim() - 2), 0, missing[1], 0, missing[0]))
+    return pad(inputs, (*(0, 0) * (inputs.dim() - 2), 0, missing[1], 0, missing[0]), value=value)

@@ -45,7 +45,7 @@ class PlainLayer:
 
     @property
     def identity(self) -> Hashable:
-        return _identity_with_hooks(self._layer)
+        return identity_with_hooks(self._layer)
 
     def __call__(self, hidden: Tensor, span: Span, cache: Appendable) -> Tensor:
         mask = span.mask
@@ -66,7 +66,7 @@ class PlainHead:
 
     @property
     def identity(self) -> Hashable:
-        return _identity_with_hooks(self._norm, self.module)
+        return identity_with_hooks(self._norm, self.module)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.module(self._norm(hidden[None]))[0]
@@ -75,7 +75,7 @@ class PlainHead:
         return self._norm(hidden[None])[0]
 
 
-def _identity_with_hooks(*roots: nn.Module) -> Hashable:
+def identity_with_hooks(*roots: nn.Module) -> Hashable:
     """Equal only while these modules, their parameters and hooks are the same: a compiled pass over them is
     valid for so long.
     """
@@ -243,7 +243,7 @@ class Decoder:
     @property
     def embedding_identity(self) -> Hashable:
         """See `identity`."""
-        return _identity_with_hooks(self._embed)
+        return identity_with_hooks(self._embed)
 
     @property
     def rotary(self) -> Tensor:
@@ -255,11 +255,16 @@ class Decoder:
         self._rotary.reserve(num_positions)
         self.cache.reserve(min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows))
 
-    def for_row(self, row: int) -> Decoder:
-        """The same model over one row of this cache, which begins empty: for the prompt of a new sequence."""
+    def for_row(self, row: int, length: int = 0) -> Decoder:
+        """The same model over one row of this cache, see `KVCache.row`: for the prompt of a new sequence."""
         other = copy.copy(self)
-        other.cache = self.cache.row(row)
+        other.cache = self.cache.row(row, length)
         return other
+
+    @property
+    def has_its_cache(self) -> bool:
+        """Whether nothing else has written to the cache meanwhile."""
+        return True
 
     def drop(self, row: int, damaged: bool) -> None:
         """A row has ended, see `KVCache.drop`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -237,11 +237,14 @@ class KVCache(Appendable):
         """Forget whatever some layers were given since the last `rollback` or `admit`."""
         self._appended = [self._decided] * len(self._appended)
 
-    def row(self, row: int) -> KVCache:
-        """A cache of one row, empty, in the place that a row of this one has or will have."""
+    def row(self, row: int, length: int = 0) -> KVCache:
+        """A cache of one row, in the place that a row of this one has or will have: with the first `length`
+        positions that are there.
+        """
         alone = copy.copy(self)
         alone.clear()
-        alone._first_row = row
+        alone._first_row, alone._decided = row, length
+        alone._appended = [length] * len(self._appended)
         return alone
 
     def admit(self, length: int) -> None:
@@ -253,21 +256,29 @@ class KVCache(Appendable):
         self._decided, self._missing_on_device = self._appended[0], None
 
     def drop(self, row: int, damaged: bool = False) -> None:
-        """A row has ended; the last one takes its place.
+        """A row has ended; the last one takes its place, and leaves it the last one's.
 
         Args:
             damaged: it may hold what is no number, and no mask would keep that from a row that comes after.
         """
         self._settle()
-        last, length = self.num_rows - 1, self.length(0, self.num_rows - 1)
-        for buffer in (part for held in self.buffers.of_layers for part in held or ()):
-            if damaged:
+        last = self.num_rows - 1
+        if damaged:
+            for buffer in self._all_buffers():
                 buffer[row].zero_()
-            if row != last:
-                buffer[row, :, :length] = buffer[last, :, :length]
+        self.swap(row, last, max(self.length(0, row), self.length(0, last)))
         self._missing[row] = self._missing[last]
         self._missing.pop()
         self._missing_on_device = None
+
+    def swap(self, place: int, other: int, length: int) -> None:
+        """Exchange the first `length` positions of two places, whether rows have them or not."""
+        if place != other:
+            for buffer in self._all_buffers():
+                buffer[[place, other], :, :length] = buffer[[other, place], :, :length]
+
+    def _all_buffers(self) -> Iterator[Tensor]:
+        return (part for held in self.buffers.of_layers for part in held or ())
 
     def pretend(self, lengths: Sequence[int]) -> None:
         """Hold so many positions of each row in every layer, whatever is there, to time passes.

@@ -163,8 +163,13 @@ class Product:
         versions = tuple(p._version for p in self._parameters if not p.is_inference())
         if not {Packed, InFloat16} & self._derived.keys():
             return versions
-        bits = (weight.detach().contiguous().view(torch.uint8).numpy() for weight in self._weights)
-        return versions, *map(xxhash.xxh3_128_digest, bits)  # type: ignore[arg-type]
+        return versions, *map(digest, self._weights)
+
+
+def digest(weight: Tensor) -> Hashable:
+    """Changes whenever a bit of a weight on the CPU does."""
+    bits = weight.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
 
 
 class Packed:

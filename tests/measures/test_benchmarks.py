@@ -77,7 +77,7 @@ def test_llama_cpp_is_refused_before_anything_is_loaded(capsys, monkeypatch):
 def test_transformers_has_its_best_format():
     """Guards against a peer that is slowed down by the format that was chosen for us."""
     settings = GenerationConfig(max_steps=3, sample=False)
-    model, name = in_best_format(tiny_llama(), [], settings, [5, 9, 4])
+    model, name = in_best_format(tiny_llama(), [], settings, [[5, 9, 4]] * 2)
     assert str(model.dtype) == f"torch.{name}"
     assert all(weight.dtype == model.dtype for weight in model.parameters())
     assert tiny_llama().dtype == torch.float32  # as it was

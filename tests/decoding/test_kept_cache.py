@@ -1,0 +1,230 @@
+"""A place of the cache keeps what it holds: answers are those of reading every prompt from its beginning."""
+
+import threading
+
+import pytest
+import torch
+from conftest import EOS, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rows import DRAFTS, strategy_of
+
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
+from self_speculation.decoding_strategy import Batch
+from self_speculation.generator_base import the_only
+from self_speculation.model.compiled import compile_decoding, decode_eagerly
+from self_speculation.model.lean_layers import fuse
+
+STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
+
+
+def answer(strategy, model, prompt, batch_size=1, request=None, **config):
+    name = strategy.name
+    config = GenerationConfig(**{"sample": False, "max_steps": 8, "generation_strategy": name, **config})
+    request = request or Request(prompt, eos_token_ids=[EOS])
+    return the_only(strategy.generate_batch(model, [request], config, batch_size))
+
+
+def own_llama(**config):
+    """One that a test may change."""
+    return tiny_llama.__wrapped__(**config)
+
+
+@given(
+    turns=st.lists(st.lists(st.integers(3, 40), min_size=1, max_size=9), min_size=2, max_size=6),
+    forgets=st.lists(st.none() | st.integers(0, 30), min_size=6, max_size=6),
+    batch_size=st.integers(1, 3),
+    drafts=DRAFTS,
+    max_steps=st.integers(1, 12),
+    agreement=st.sampled_from(["sometimes", "always", "never"]),
+    fused=st.booleans(),
+)
+@settings(max_examples=40)
+def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, agreement, fused):
+    """Guards against keys of rejected drafts, of tokens after the end, of layers that did not run, or of
+    another history at the seam between what is kept and what is new.
+
+    forgets: where a history is cut before the next turn, as a template does that leaves out old messages.
+    """
+    drafts = dict(drafts)
+    fused = fused or drafts.get("draft_weights") == "int8"
+    model = tiny_llama(agreement=agreement, fused=fused)
+    name = strategy_of(drafts)
+    keeps, reads = make_strategy(name), make_strategy(name)
+    history: list[int] = []
+    for turn, cut in zip(turns, forgets, strict=False):
+        history = [*history[:cut], *turn]
+        settings = {"max_steps": max_steps, "batch_size": batch_size, **drafts}
+        kept = answer(keeps, model, history, reuse_cache=True, **settings)
+        read = answer(reads, model, history, **settings)
+        assert kept.predicted_tokens == read.predicted_tokens
+        assert kept.stop_reason == read.stop_reason
+        assert (read.num_cached_tokens, kept.num_prompt_tokens) == (0, len(history))
+        history += kept.predicted_tokens
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12)), min_size=3, max_size=14),
+    batch_size=st.integers(1, 4),
+    drafts=DRAFTS,
+    max_steps=st.lists(st.integers(1, 9), min_size=14, max_size=14),
+)
+@settings(max_examples=25)
+def test_rows_take_the_places_of_those_that_ended(lengths, batch_size, drafts, max_steps):
+    """Guards against places that are mixed up when rows move, and against a row that writes into a place
+    which is kept. Prompts begin like one of three texts.
+    """
+    drafts = dict(drafts)
+    model = tiny_llama(fused=drafts.get("draft_weights") == "int8")
+    texts = [STORY, STORY[:6] + STORY[::-1], [40, *STORY]]
+    prompts = [texts[text][:length] for text, length in lengths]
+    name = strategy_of(drafts)
+    config = GenerationConfig(sample=False, generation_strategy=name, max_steps=9, reuse_cache=True, **drafts)
+    ends = [lambda tokens, n=n: len(tokens) >= n for n in max_steps]
+    requests = [Request(prompt, ends_text=end) for prompt, end in zip(prompts, ends, strict=False)]
+    results = dict(make_strategy(name).generate_batch(model, requests, config, batch_size))
+    for index, request in enumerate(requests):
+        alone = answer(make_strategy(name), model, None, request=request, max_steps=9, **drafts)
+        assert results[index].predicted_tokens == alone.predicted_tokens
+
+
+def test_only_what_is_new_is_read():
+    """Guards against a cache that is kept and not used: all but the last token of the history was there."""
+    model, strategy = tiny_llama(), make_strategy("autoregressive")
+    first = answer(strategy, model, STORY, reuse_cache=True)
+    history = [*STORY, *first.predicted_tokens, 9, 9]
+    second = answer(strategy, model, history, reuse_cache=True)
+    assert second.num_cached_tokens == len(STORY) + len(first.predicted_tokens) - 1
+    again = answer(strategy, model, history, reuse_cache=True)
+    assert again.num_cached_tokens == len(history) - 1  # its logits are needed
+
+
+def test_the_place_with_the_longest_beginning_is_taken():
+    """Guards against a conversation that is overwritten while another place is free."""
+    model = tiny_llama()
+    strategy = make_strategy("autoregressive")
+    config = GenerationConfig(sample=False, max_steps=3, reuse_cache=True)
+    batch = Batch(strategy, model, config, batch_size=3)
+
+    def cached(*prompts):
+        for key, prompt in enumerate(prompts):
+            batch.admit(key, Request(prompt))
+        results = {}
+        while batch.rows:
+            batch.round()
+            results |= dict(batch.take_out())
+        return [results[key].num_cached_tokens for key in range(len(prompts))]
+
+    other, third = STORY[::-1], [40] * 6
+    assert cached(STORY, other, third) == [0, 0, 0]
+    assert cached([*third, 9], [*STORY, 9]) == [6, 12]
+    assert cached([*other, 9]) == [12]  # which nobody has taken
+    assert cached([41, 42]) == [0]  # in the place that was not used for longest: the story's
+    assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
+
+
+def changed_in_place(model):
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+
+
+def stepped(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(0.1)
+
+
+def hooked(model):
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
+
+
+@pytest.mark.parametrize("change", [changed_in_place, stepped, hooked, fuse, lambda model: model.double()])
+def test_what_is_kept_is_valid_for_the_weights_of_now(change):
+    """Guards against keys and values of weights that are others by now, also where `.data` was written to."""
+    model, strategy = own_llama(), make_strategy("autoregressive")
+    answer(strategy, model, STORY, reuse_cache=True)
+    change(model)
+    after = answer(strategy, model, STORY, reuse_cache=True)
+    assert after.num_cached_tokens == 0
+    assert after.predicted_tokens == answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
+
+
+@pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}])
+def test_what_is_kept_is_for_one_kind_of_batch(other):
+    """Guards against layers that an early exit has never run, and against a cache of too few places."""
+    model, strategy = tiny_llama(), make_strategy("autoregressive")
+    answer(strategy, model, STORY, reuse_cache=True, **other)
+    after = answer(strategy, model, STORY, reuse_cache=True)
+    assert after.num_cached_tokens == 0
+    assert after.predicted_tokens == answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
+
+
+def test_an_answer_that_failed_leaves_nothing():
+    """Guards against keys of half a round, or NaN, in what the next prompt goes on from."""
+
+    def damages(ids, logits):
+        return logits * torch.nan if ids.shape[1] > len(STORY) + 2 else logits
+
+    def fails(ids, logits):
+        if ids.shape[1] > len(STORY) + 2:
+            raise KeyError("a mistake")
+        return logits
+
+    model = tiny_llama()
+    wanted = answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
+    for processor in (damages, fails):
+        strategy = make_strategy("autoregressive")
+        with pytest.raises((KeyError, FloatingPointError)):
+            answer(strategy, model, None, request=Request(STORY, processor), reuse_cache=True)
+        after = answer(strategy, model, STORY, reuse_cache=True)
+        assert (after.num_cached_tokens, after.predicted_tokens) == (0, wanted)
+
+
+def test_two_threads_do_not_share_a_place():
+    """Guards against two answers at once in what one strategy has kept."""
+    model, strategy = tiny_llama(), make_strategy("autoregressive")
+    wanted = answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
+    answer(strategy, model, STORY, reuse_cache=True)
+    found = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(answer(strategy, model, STORY, reuse_cache=True).predicted_tokens)
+        )
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [wanted] * 6
+
+
+@pytest.mark.slow
+def test_compiled_passes_write_to_no_place_that_is_kept():
+    """Guards against the rows that a compiled pass computes for nobody: they wrote to every free place."""
+    model = own_llama(num_layers=2, fused=True)
+    compile_decoding(model)
+    try:
+        strategy = make_strategy("self_speculative")
+        drafts = {"exit_layer": 1, "num_speculations": 2, "batch_size": 3}
+        other = [40, *STORY]
+        first = answer(strategy, model, STORY, reuse_cache=True, **drafts)
+        answer(strategy, model, other, reuse_cache=True, **drafts)
+        history = [*STORY, *first.predicted_tokens, 9]
+        kept = answer(strategy, model, history, reuse_cache=True, **drafts)
+        assert kept.num_cached_tokens >= len(STORY)
+        answer(make_strategy("self_speculative"), model, other, **drafts)  # takes the passes and their cache
+        after = answer(strategy, model, history, reuse_cache=True, **drafts)
+        assert after.num_cached_tokens == 0
+    finally:
+        decode_eagerly(model)
+    read = answer(make_strategy("self_speculative"), model, history, **drafts)
+    assert kept.predicted_tokens == after.predicted_tokens == read.predicted_tokens
+
+
+def test_generate_keeps_what_it_has_read(byte_tokenizer, text_model):
+    """Guards against a front door that makes a new cache for every prompt."""
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
+    config = GenerationConfig(sample=False, max_steps=4, reuse_cache=True)
+    results = [generator.generate("def add(a, b): return", config) for _ in range(2)]
+    first, second = (result.generation_strategy_result for result in results)
+    assert second.num_cached_tokens == first.num_prompt_tokens - 1
+    assert results[0].decoded_prediction == results[1].decoded_prediction

@@ -1,0 +1,116 @@
+"""Requests of one batch with lengths, sampling and ends of their own."""
+
+import pytest
+import torch
+from conftest import tiny_llama
+from distributions import PROMPT, STEPS, config, expected, model, p_value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rows import PROMPTS, batch
+
+from self_speculation import GenerationConfig, Request, Sampler, make_strategy
+from self_speculation.decoding.sampling import SamplerOfRows, together
+
+SAMPLES = 400
+
+
+@given(
+    temperatures=st.lists(st.sampled_from([0.0, 1e-30, 0.3, 1.0, 7.0]), min_size=4, max_size=4),
+    top_ks=st.lists(st.sampled_from([0, 1, 3, 500]), min_size=4, max_size=4),
+    top_ps=st.lists(st.sampled_from([0.0, 0.4, 0.9, 1.0]), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+    width=st.sampled_from([None, 3]),
+    vocab_size=st.sampled_from([20, 400]),
+)
+@settings(max_examples=60)
+def test_each_row_has_the_distribution_of_its_own_sampler(
+    temperatures, top_ks, top_ps, seed, width, vocab_size
+):
+    """Guards against one row's temperature, top-k or top-p in another's."""
+    torch.manual_seed(seed)
+    logits = 3 * torch.randn(*((4, vocab_size) if width is None else (4, width, vocab_size)))
+    rows = zip(temperatures, top_ks, top_ps, strict=True)
+    samplers = [Sampler(True, temperature, top_k, top_p) for temperature, top_k, top_p in rows]
+    found = SamplerOfRows(samplers, logits.device).probabilities(logits)
+    for sampler, of_row, mine in zip(samplers, logits, found, strict=True):
+        if sampler.greedy:
+            wanted = torch.nn.functional.one_hot(of_row.argmax(-1), vocab_size).float()
+        else:
+            wanted = sampler.probabilities(of_row)
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_that_agree_share_a_sampler():
+    """Guards against probabilities that nobody needs: rows that all are greedy compute none."""
+    greedy = [Sampler(False, 0.3), Sampler(True, 0.0)]
+    assert together(greedy, torch.device("cpu")).greedy
+    assert together([Sampler(True, 0.3)] * 3, torch.device("cpu")) == Sampler(True, 0.3)
+
+
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        {},
+        {"exit_layer": 2, "num_speculations": 3},
+        {"exit_layer": 2, "num_speculations": 3, "prompt_lookup": 2},
+    ],
+)
+def test_one_seed_one_answer_whoever_the_neighbours_are(drafts):
+    """Guards against settings, limits, random numbers or ends that come from a neighbour."""
+    settings = [
+        {"sample": False},
+        {"temperature": 1.3, "top_p": 1.0},
+        {"temperature": 0.7, "top_p": 0.8, "max_steps": 9},
+        {"top_k": 5, "stop_token_ids": [7, 9, 11]},
+        {"sample": False, "no_repeat_ngram_size": 1, "max_steps": 30},
+        {"generation_strategy": "autoregressive", "sample": False},
+    ]
+    name = "self_speculative" if drafts else "autoregressive"
+    decoded = tiny_llama()
+    requests = [
+        Request(prompt, seed=seed, config=GenerationConfig(**{"generation_strategy": name, **own}))
+        for seed, (prompt, own) in enumerate(zip(PROMPTS, settings, strict=True))
+    ]
+    beside = batch(decoded, requests, 4, max_steps=20, sample=True, **drafts)
+    for index, request in enumerate(requests):
+        alone = batch(decoded, [request], 1, max_steps=20, sample=True, **drafts)[0]
+        assert beside[index].predicted_tokens == alone.predicted_tokens
+        assert beside[index].stop_reason == alone.stop_reason
+    assert len(beside[4].predicted_tokens) > 20  # its own limit, beyond the batch's
+    assert not beside[5].num_drafted  # it wants no drafts
+    if drafts:
+        assert beside[0].num_drafted
+
+
+def test_a_row_without_drafts_beside_others_has_the_models_own_text():
+    """Guards against a row that is drafted for although it wants no drafts."""
+    drafts = {"exit_layer": 2, "num_speculations": 3}
+    decoded = tiny_llama(agreement="never")
+    own = GenerationConfig(generation_strategy="autoregressive", sample=False, max_steps=12)
+    results = batch(
+        decoded, [Request(PROMPTS[0]), Request(PROMPTS[0], config=own)], 2, max_steps=12, **drafts
+    )
+    assert results[0].predicted_tokens == results[1].predicted_tokens
+    assert results[0].num_drafted
+    assert results[1].num_drafted == 0
+
+
+def test_mixed_rows_draw_from_their_own_distributions():
+    """Guards against a rule that accepts by another row's temperature. False-alarm rate 1e-4 for each row;
+    the seeds are fixed.
+    """
+    base = config()
+    settings = [{"temperature": 0.5}, {"temperature": 2.0, "top_p": 0.9}, {"top_k": 3}, {"sample": False}]
+    configs = [config(**own) for own in settings]
+    counts: list[dict] = [{} for _ in configs]
+    requests = [
+        Request(PROMPT, seed=seed, config=configs[seed % 4], ends_text=lambda tokens: len(tokens) >= STEPS)
+        for seed in range(4 * SAMPLES)
+    ]
+    results = make_strategy("self_speculative").generate_batch(model(), requests, base, 4)
+    for index, result in results:
+        tokens = tuple(result.predicted_tokens[:STEPS])
+        counts[index % 4][tokens] = counts[index % 4].get(tokens, 0) + 1
+    for own, found in zip(configs[:3], counts, strict=False):
+        assert p_value(found, expected(own, [])) > 1e-4
+    assert len(counts[3]) == 1

@@ -1,0 +1,61 @@
+"""A conversation reads only what is new of each turn."""
+
+import pytest
+from conftest import EOS
+
+from runs.conversation import Conversation
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
+
+
+@pytest.fixture
+def turns(byte_tokenizer, text_model, monkeypatch):
+    """Has a conversation by a template; returns what each turn's prompt was, and what came of it."""
+
+    def converse(template, *prompts):
+        generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
+        monkeypatch.setattr(byte_tokenizer, "chat_template", template)
+        config = GenerationConfig(sample=False, max_steps=12, stop_token_ids=[EOS])
+        talk, seen, generate = Conversation(generator, config, "none", chat=True), [], generator.generate
+
+        def watched(ids, *args, **kwargs):
+            result = generate(ids, *args, **kwargs)
+            seen.append((ids, result.generation_strategy_result))
+            return result
+
+        monkeypatch.setattr(generator, "generate", watched)
+        for prompt in prompts:
+            talk.answer(prompt)
+        return seen
+
+    return converse
+
+
+def test_a_turn_reads_on_from_what_the_model_wrote(turns, byte_tokenizer):
+    """Guards against a turn that reads the whole conversation: a model without sense writes tokens that its
+    text would not be split into again.
+    """
+    (first, wrote), (second, took) = turns(TEMPLATE, "Who are you?", "And who am I?")
+    said = [*first, *wrote.predicted_tokens]
+    assert byte_tokenizer.encode(byte_tokenizer.decode(said), add_special_tokens=False) != said
+    assert second[: len(said)] == said
+    assert took.num_cached_tokens == len(said) - 1  # nobody has read the last one yet
+    assert byte_tokenizer.decode(second).endswith("</s>user:And who am I?</s>assistant:")
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE.replace("m.content", "m.content | upper"), TEMPLATE.replace("</s>", " -- ")]
+)
+def test_a_template_has_the_last_word(turns, byte_tokenizer, template):
+    """Guards against a history that is kept although the template writes it in other words, or with no token
+    that ends the answer.
+    """
+    (_, wrote), (second, _) = turns(template, "Who are you?", "And who am I?")
+    messages = [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": byte_tokenizer.decode(wrote.predicted_tokens)},
+        {"role": "user", "content": "And who am I?"},
+    ]
+    text = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert second == byte_tokenizer.encode(text, add_special_tokens=False)
