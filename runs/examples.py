@@ -17,7 +17,7 @@ from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
-from runs.startup import chat_ids, load_generator, meet, model_name
+from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.model.families import context_length, sliding_window
 
@@ -210,9 +210,11 @@ def _examples_that_fit(
             )
 
     def encoded(prompt: str) -> list[int]:
-        return (
-            chat_ids(generator, [{"role": "user", "content": prompt}]) if chat else generator.encode(prompt)
-        )
+        if not chat:
+            return generator.encode(prompt)
+        message = [{"role": "user", "content": prompt}]
+        text = generator.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return generator.encode(text, special_tokens=False)  # the template has them
 
     try:
         fitting = [

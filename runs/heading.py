@@ -40,7 +40,10 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
     lines.append([machine(run)])
     if "batch_size" in asked:
         lines[-1].append(f"batch size {asked['batch_size']}")
-    return "\n".join(textwrap.fill(", ".join(line), _WIDTH, subsequent_indent="  ") for line in lines)
+    return "\n".join(
+        textwrap.fill(", ".join(line), _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        for line in lines
+    )
 
 
 def machine(run: Record) -> str:
@@ -48,8 +51,12 @@ def machine(run: Record) -> str:
     same = run["computed_in"] == run["dtype"]
     dtype = run["dtype"] if same else f"{run['dtype']} computed in {run['computed_in']}"
     on_cpu = run["device"] == "cpu"
-    where = f"{run['processor']}, {run['threads']} threads" if on_cpu else run["device"]
-    return f"{dtype}, {where}, {run['num_ranks']} rank{'s' * (run['num_ranks'] > 1)}"
+    where = f"{run['processor']}, {_several(run['threads'], 'thread')}" if on_cpu else run["device"]
+    return f"{dtype}, {where}, {_several(run['num_ranks'], 'rank')}"
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _model(run: Record) -> str:

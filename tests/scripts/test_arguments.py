@@ -41,7 +41,7 @@ def test_defaults_are_the_documented_ones():
         "max_steps": 512, "exit_layer": -1, "num_speculations": -1, "generation_strategy": "autoregressive",
         "sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "no_repeat_ngram_size": None,
         "stop_words": None, "stop_token_ids": None, "draft_weights": "exact", "draft_confidence": None,
-        "draft_vocabulary": None, "prompt_lookup": 0,
+        "draft_vocabulary": None, "prompt_lookup": 0, "reuse_cache": False,
     }  # fmt: skip
     assert values() == {
         **dataclasses.asdict(config), "model": None, "model_args": None, "seed": 42, "output_dir": "./logs",

@@ -130,7 +130,7 @@ def test_scores_are_those_of_the_harness(strategy, model_folder, task_folder, re
     captured = capsys.readouterr()
     table, said = captured.out.split("\n\n", 1)
     assert "|functions|" in table
-    assert re.match(r"float32, .*, 1 threads, 1 rank\n", table)
+    assert re.match(r"float32, .*, 1 thread, 1 rank\n", table)
     assert captured.err.count("windows of texts: 0it") == 1
     assert captured.err.count("Running loglikelihood requests:   0%") == 1  # of lines, not of each text
     (line,) = [line for line in said.splitlines() if "tokens/s" in line]
