@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """[n] int64; nobody waits for what a GPU still has to do."""
-    there = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """[n]; nobody waits for what a GPU still has to do."""
+    there = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return there.to(device, non_blocking=True)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from self_speculation.config import GenerationConfig
+from self_speculation.transfers import on_device
 
 # Dividing large logits by a temperature below this may overflow fp32.
 _SMALL = 1e-20
@@ -161,16 +162,13 @@ class SamplerOfRows:
     greedy = False
 
     def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
-        def of_rows(values: Sequence[float]) -> Tensor:
-            there = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
-            return there.to(device, non_blocking=True)
-
-        self._greedy = of_rows([sampler.greedy for sampler in samplers]).bool()
-        temperatures = of_rows([1.0 if sampler.greedy else sampler.temperature for sampler in samplers])
-        self._is_small, self._temperature = temperatures < _SMALL, temperatures.clamp(_FP32.tiny, _FP32.max)
-        self._top_p = of_rows([sampler.top_p for sampler in samplers])
+        self._greedy = on_device([sampler.greedy for sampler in samplers], device).bool()
+        temperatures = [1.0 if sampler.greedy else sampler.temperature for sampler in samplers]
+        temperature = on_device(temperatures, device, torch.float32)
+        self._is_small, self._temperature = temperature < _SMALL, temperature.clamp(_FP32.tiny, _FP32.max)
+        self._top_p = on_device([sampler.top_p for sampler in samplers], device, torch.float32)
+        self._top_k = on_device([sampler.top_k for sampler in samplers], device)
         self._most = max(sampler.top_k for sampler in samplers)
-        self._top_k = of_rows([sampler.top_k for sampler in samplers]).long()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """As of `Sampler`: [B, ..., V]"""

@@ -275,7 +275,10 @@ class KVCache(Appendable):
         """Exchange the first `length` positions of two places, whether rows have them or not."""
         if place != other:
             for buffer in self._all_buffers():
-                buffer[[place, other], :, :length] = buffer[[other, place], :, :length]
+                one, another = buffer[place, :, :length], buffer[other, :, :length]
+                held = one.clone()
+                one.copy_(another)
+                another.copy_(held)
 
     def _all_buffers(self) -> Iterator[Tensor]:
         return (part for held in self.buffers.of_layers for part in held or ())

@@ -6,6 +6,7 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 
 import contextlib
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ def cuda(monkeypatch):
     for module in (
         "decoding.output",
         "decoding.rows",
+        "decoding.sampling",
         "drafts.lookups",
         "model.kv_cache",
         "model.short_head",
@@ -131,7 +133,7 @@ def cuda(monkeypatch):
     ):
         monkeypatch.setattr(
             f"self_speculation.{module}.on_device",
-            lambda numbers, device: torch.empty(len(numbers), dtype=torch.long, device=device),
+            lambda numbers, device, dtype=torch.long: torch.empty(len(numbers), dtype=dtype, device=device),
         )
     monkeypatch.setattr(
         "torch.tensor",
@@ -202,6 +204,24 @@ def test_every_path_of_a_batch(cuda, path):
         config = GenerationConfig(max_steps=7, generation_strategy=name, **how, **extra)
         requests = [Request([5 + i for i in range(n)]) for n in (3, 7, 1, 4)]
         assert len(dict(make_strategy(name).generate_batch(cuda(), requests, config, batch_size=3))) == 4
+
+
+def test_rows_of_their_own_settings_over_a_kept_cache(cuda, monkeypatch):
+    """Guards against the same where rows sample each in its own way, and take what others have left."""
+    monkeypatch.setattr("self_speculation.decoding_strategy.state_of", lambda model: "of bits that are none")
+    config = GenerationConfig(
+        max_steps=7,
+        generation_strategy="self_speculative",
+        exit_layer=2,
+        num_speculations=3,
+        reuse_cache=True,
+    )
+    own = [{"sample": False}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.5}, {"max_steps": 3}]
+    requests = [Request([5, 6, 7, 8 + i], config=replace(config, **each)) for i, each in enumerate(own)]
+    strategy = make_strategy("self_speculative")
+    for _ in range(2):
+        results = dict(strategy.generate_batch(cuda(), requests, config, batch_size=3))
+    assert all(result.num_cached_tokens == 3 for result in results.values())
 
 
 @pytest.mark.parametrize("fused", [True, False])
