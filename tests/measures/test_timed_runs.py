@@ -61,7 +61,7 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
     generator = HuggingfaceLlamaGenerator(byte_tokenizer, model, make_strategy(settings.generation_strategy))
     requests = {index: Request([5, 9, 4, 7, index]) for index in range(3)}
     records = [record for _, record in measure_examples([("", generator, settings)], requests, batch_size)]
-    assert now[0] > 50
+    assert now[0] > 20
     assert sum(record["wall_time"] for record in records) == now[0]
     assert speed(records)["tokens_per_second"] == sum(record["num_tokens"] for record in records) / now[0]
     if batch_size == 1:
