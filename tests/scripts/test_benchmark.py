@@ -78,6 +78,22 @@ def test_an_autoregressive_benchmark_does_not_speak_of_acceptance(common, tmp_pa
     assert "--- 0\ndef add" in output
 
 
+def test_what_prompts_begin_with_is_read_once(common, tmp_path):
+    """Guards against shots that every prompt reads again, and against a prompt that the warm-up has read."""
+    shots = [*common, "--n_shot", "2", "--sample", "False"]
+    for name, reuse in (("whole", "False"), ("rest", "True")):
+        assert benchmark.main([*shots, "--output_dir", str(tmp_path / name), "--reuse_cache", reuse]) == 0
+    whole, rest = (
+        pandas.read_json(next((tmp_path / name).glob("*/records.jsonl")), lines=True)
+        for name in ("whole", "rest")
+    )
+    assert whole["tokens"].tolist() == rest["tokens"].tolist()
+    assert (whole["num_cached_tokens"] == 0).all()
+    first, *others = sorted(rest["num_cached_tokens"])
+    assert first == 0
+    assert min(others) >= 20  # of some 40
+
+
 def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys):
     args = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--max_steps", "5"]
     args += ["--num_samples", "2"]
