@@ -9,6 +9,7 @@ import argparse
 import ast
 import difflib
 import json
+import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -122,6 +123,8 @@ class DataArguments:
     """Solved examples before each prompt, from the training split or else from those not evaluated."""
     template: str | None = None
     """Text around each prompt; {message} stands for the prompt, other braces for themselves."""
+    chat: bool = False
+    """Ask by the tokenizer's chat template; a prompt, with its shots and --template, is one message."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_samples")
@@ -220,6 +223,7 @@ def parse(
     except ValueError as error:  # raised by a dataclass about its own values, field name first
         parser.error(f"--{error}")
     _check_copies(parser, values)
+    _check_stop_words(parser, values)
     found = [getattr(values, group.__name__) for group in groups]
     actions = list(parser._actions)
     if rest is not None:
@@ -288,6 +292,15 @@ def _check_copies(parser: _Parser, values: argparse.Namespace) -> None:
     for name, needed in (("fuse", True), ("compile", False), ("quantization", "none"), ("parallel", "data")):
         if (value := getattr(model_args, name)) != needed:
             parser.error(f"--draft_weights {config.draft_weights}: not with --{name} {value}")
+
+
+def _check_stop_words(parser: _Parser, values: argparse.Namespace) -> None:
+    """Refuse several in one, by commas or as a list: such a text would never come up."""
+    config = getattr(values, GenerationConfig.__name__, None)
+    for word in (config and config.stop_words) or []:
+        if re.search(r"[^\W\d],[^\W\d]", word) or re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", word, re.DOTALL):
+            several = " ".join(re.findall(r"\w+", word))
+            parser.error(f"--stop_words {word!r}: several stand one after the other, as in {several}")
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments)
     *rest, tuning = parse(__doc__ or "", *groups, TuningArguments, args=argv)
     model_args, config, data_args, args, batch = rest
-    config = tuned(config, tuning, argv)
+    config = tuned(config, tuning, model_args, argv)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
+    if args.execute_code and data_args.chat:
+        refuse("--execute_code True: runs what goes on from a prompt, not what answers it; leave --chat out")
     if wrong := mismatch(data_args):
         refuse(wrong)
     if args.compare and config.generation_strategy == "autoregressive":

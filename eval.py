@@ -56,7 +56,7 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
     Run.create(commands)
     groups = (ModelArguments, GenerationConfig, TuningArguments)
     model_args, config, tuning, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
-    config = tuned(config, tuning, argv)
+    config = tuned(config, tuning, model_args, argv)
     refuse_idle_drafts(config)
     _read_config_file(args)
     given = given_flags(argv, GenerationConfig)

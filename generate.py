@@ -37,7 +37,7 @@ class GenerateArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, GenerateArguments, TuningArguments)
     model_args, config, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = tuned(config, tuning, argv)
+    config = tuned(config, tuning, model_args, argv)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     refuse_idle_drafts(config)
@@ -54,11 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
-    generator = load_generator(model_args, config)
+    generator = load_generator(model_args, config, chat=args.chat)
     prefer_counted_ids(generator, tuning)
     prompt = agreed(generator.model, prompt)
-    if args.chat and not generator.tokenizer.chat_template:
-        refuse("--chat True: the model's tokenizer has no chat template")
     talk = Conversation(generator, config, args.streamer, args.chat, args.compare)
     if interactive:
         return converse(talk)

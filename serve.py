@@ -35,7 +35,7 @@ _GRACE = 5  # seconds for the last words of answers that were ended
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments)
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
-    config = replace(tuned(config, tuning, argv), reuse_cache=True)
+    config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
     refuse_idle_drafts(config)
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # a port is for one process

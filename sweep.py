@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.mode == "predicted" and not is_replayable(config):
         refuse("--mode predicted: is about drafts of layers, of one length; use --mode measured")
     if args.mode == "predicted" and not config.greedy:
-        notice("predicted mode is about greedy decoding: --sample False")
+        notice("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
     # The grid has exit layers and draft lengths of its own; the strategy is the one that uses them.
     config = dataclasses.replace(

@@ -34,7 +34,9 @@ from arguments import GenerationConfig, ModelArguments, at_least, check, parse, 
 from measures.metrics import by_source, quartiles
 from measures.sides import ADAPTIVE, PLAIN, Answers, in_turns, ours, strategies
 from measures.workloads import NAMES, workloads
+from runs.heading import heading
 from runs.program import run
+from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation.config import DraftWeights
 from self_speculation.drafts.table import forget_what_was_learnt
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config)
     model, end_ids, seed = generator.model, generator.eos_token_ids, model_args.seed
     num_layers = len(model.base_model.layers)
+    described = describe("adaptive", (model_args, replace(config, generation_strategy="adaptive")), "")
+    print(heading(described | describe_model(model_name(model_args), model), left_out=("sample",)))
     given = workloads(generator.tokenizer)
     rows: list[dict[str, Any]] = []
     for picking, workload in itertools.product(args.picking, args.workloads):

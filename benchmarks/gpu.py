@@ -368,12 +368,17 @@ def tasks(args: GpuArguments, device: torch.device) -> Sequence[Task]:
     shape, divisor = (_TINY, 16) if args.dry else (SHAPES[args.model_shape], 1)
     model, agreement = random_llama(shape.config(), shape.exit_layer, _AGREEMENT, device, args.seed)
     fuse(model)
-    print(f"{args.model_shape}: exit {shape.exit_layer} agrees at {agreement:.0%} of positions", flush=True)
     config = GenerationConfig(
         max_steps=max(16, args.new_tokens // 8) if args.dry else args.new_tokens,
         exit_layer=shape.exit_layer, num_speculations=args.num_speculations,
         generation_strategy="self_speculative", sample=args.sample,
     )  # fmt: skip
+    dtype, picked = str(model.dtype).removeprefix("torch."), "greedy" if config.greedy else "sampled"
+    print(
+        f"{args.model_shape}, {dtype}; exit {shape.exit_layer} agrees at {agreement:.0%} of positions\n"
+        f"{config.num_speculations} drafted, {picked}, {config.max_steps} tokens",
+        flush=True,
+    )
     parts = []
     for length, size in itertools.product(args.prompts, args.batch_size):
         batches = torch.randint(shape.vocab_size, (args.rounds, size, max(1, length // divisor))).tolist()

@@ -60,7 +60,9 @@ from measures.sides import (
     theirs,
     tokens_per_pass,
 )
+from runs.heading import heading
 from runs.program import run
+from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.compiled import is_compiled
@@ -105,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config)
     model = generator.model
     prompts = [generator.encode(prompt) for prompt in args.prompts()]
+    described = describe("side_by_side", (model_args, config), "")
+    described["arguments"]["dataset"] = "human_eval"
+    print(title := heading(described | describe_model(model_name(model_args), model)))
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         peers = Peers(generator, config, max(prompts, key=len))
@@ -122,7 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = pandas.DataFrame(rows)
         if len(args.batch_size) > 1:
             table["side"] += ", batch " + table["batch_size"].astype(str)
-        title = f"{name}, {dtype}, {device}, exit {config.exit_layer}, {config.num_speculations} drafted"
         bars(table.set_index("side"), "tokens/s", title, path)
     about = {
         "model": name, "dtype": dtype, "device": device, "torch": torch.__version__,

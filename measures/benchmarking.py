@@ -14,6 +14,7 @@ from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt
+from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
@@ -58,9 +59,7 @@ class Benchmark(Job):
 
     def progress(self, records: Sequence[Record]) -> str:
         own = [record for record in records if record["rank"] == ranks.rank()]
-        text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s"
-        if ranks.world_size() > 1:
-            text += f" by rank {ranks.rank()} alone"
+        text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s{ranks.alone()}"
         if "num_verifications" in records[-1]:
             text += f", acceptance {_number(metrics.acceptance(own)['acceptance_rate'], '.1%')}"
         return text
@@ -86,6 +85,7 @@ class Benchmark(Job):
             summary["text"]["pass_at_1"] = pass_at_1([example.row for example in self.examples], predictions)
         summary["peak_memory_mib"] = metrics.peak_memory_mib(self.generator.model.device)
         run.finish(records, summary)
+        print(f"{heading(run.description)}\n")
         print("\n".join([*_table(summary), *remarks.lines(summary["remarks"])]))
         print(f"\n{run.folder}/: run.json, records.jsonl")
         return 0
@@ -119,8 +119,8 @@ def _table(summary: Record) -> list[str]:
     unit, num_ranks = _unit(summary), summary["num_ranks"]
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
     several, batches = num_ranks > 1, ", ".join(map(str, summary["batch_sizes"]))
-    title = f"{summary['num_examples']} examples" + (f", batches of {batches}" if unit == "windows" else "")
-    title += f", {num_ranks} ranks" if several else ""
+    # A run that went on with another batch size has several, of which the heading knows the last.
+    title = f"{summary['num_examples']} examples" + (f", batches of {batches}" if "," in batches else "")
     rows = [row(title, *["this strategy", "autoregressive"][: len(sides)])]
     if compared := summary.get("comparison"):
         middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])

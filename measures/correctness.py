@@ -18,6 +18,7 @@ from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
 from measures.timed_runs import answers, windows
 from runs.examples import Job, OneByOne
+from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator, Request
@@ -46,12 +47,11 @@ class Ids(Job):
         self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        prompts = {index: self.generator.encode(self.examples[index].prompt) for index in indices}
-        requests = {index: Request(prompt) for index, prompt in prompts.items()}
+        requests = {index: Request(self.examples[index].ids) for index in indices}
         for window in windows(requests, self.batch_size, num_sides=1):
             for index, result in answers(self.generator, self.config, window, self.batch_size):
                 try:
-                    yield index, self._compared(prompts[index], result)
+                    yield index, self._compared(self.examples[index].ids, result)
                 except Exception as error:
                     yield index, error
 
@@ -82,6 +82,7 @@ class Ids(Job):
         identical = sum(not record["differences"] for record in records)
         counts = {"examples": len(records), "identical": identical}
         run.finish(records, counts | {"near_ties": len(found) - len(real), "differences": len(real)})
+        print(heading(run.description))
         for index, d in found:
             print(
                 f"example {index}, token {d['position']}, against {d['reference']}: "
@@ -159,7 +160,7 @@ class Distributions(OneByOne):
         self.config = dataclasses.replace(self.config, max_steps=max_steps)
 
     def measure(self, index: int) -> Record:
-        prompt = self.generator.encode(self.examples[index].prompt)
+        prompt = self.examples[index].ids
         drafted = self._draw(self.generator, self.config, prompt, f"{index}")
         plain = self._draw(*autoregressive(self.generator, self.config), prompt, f"{index}, reference")
         return same_distribution(drafted, plain)._asdict()
@@ -190,6 +191,7 @@ class Distributions(OneByOne):
         p_value = float(combine_pvalues([record["p_value"] for record in records]).pvalue)
         failed = p_value < FALSE_ALARM
         run.finish(records, {"p_value": p_value, "false_alarm": FALSE_ALARM, "failed": failed})
+        print(heading(run.description, left_out=("max_steps",)))  # answers end with the first drafts
         for record in records:
             print(
                 f"example {record['index']}: p-value {record['p_value']:.3g}, "

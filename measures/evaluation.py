@@ -18,7 +18,8 @@ from measures.harness_model import HarnessModel, Loader, UnsupportedError, reque
 from measures.metrics import acceptance, speed
 from runs import ranks
 from runs.failures import Failed, reason
-from runs.records import Record
+from runs.heading import machine
+from runs.records import Record, describe, describe_model
 from runs.startup import load_generator, meet, model_name, read_config
 
 _NAME = "self_speculation"  # what lm_eval calls our model
@@ -48,6 +49,8 @@ def evaluate(model_args: ModelArguments, config: GenerationConfig, args: argpars
 
     def load(batch_size: int | str, max_batch_size: int | None) -> HarnessModel:
         generator = load_generator(model_args, config, model_config)
+        if ranks.is_first():  # above the table of lm_eval, which says the rest
+            print(machine(describe("eval", (), "") | describe_model(model_name(model_args), generator.model)))
         accelerator = None
         if ranks.world_size() > 1:
             patience = InitProcessGroupKwargs(timeout=ranks.PATIENCE)
@@ -97,7 +100,8 @@ def _show(records: list[Record]) -> None:
     for record in records:
         by_task[record["task"]].append(record)
     for task, own in by_task.items():
-        line = f"{task}: {len(own)} answers, {speed(own)['tokens_per_second']:.1f} tokens/s"
+        picked = " and ".join(sorted({"greedy" if record["greedy"] else "sampled" for record in own}))
+        line = f"{task}: {len(own)} answers, {picked}, {speed(own)['tokens_per_second']:.1f} tokens/s"
         if (size := own[0]["batch_size"]) > 1:
             line += f" in batches of {size}"
         if "num_verifications" in own[0]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from measures.timed_runs import measure_examples, warm_up
+from runs import ranks
 from runs.failures import failed
 from runs.records import Record
 from runs.status import says_if_slow
@@ -136,6 +137,20 @@ class HarnessModel(HFLM):
             states = hidden_after_each_layer(self.model, inps)
             return exit_logits(self.model, next(islice(states, self._exit_layer - 1, None)))
 
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As in the harness, with one bar for all texts in place of one for each batch of their windows."""
+        with tqdm(desc="windows of texts", disable=disable_tqdm or self.rank != 0) as self._windows:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        if override_bs is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm)
+        found = super()._loglikelihood_tokens(requests, True, override_bs)  # of a rolling log-likelihood
+        self._windows.update(len(requests))
+        return found
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer to each request, by its own generation arguments.
 
@@ -154,7 +169,7 @@ class HarnessModel(HFLM):
             for place, record in self._measured(asked):
                 answers[place] = self._answer(asked[place], record)
                 tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]
-                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s{ranks.alone()}", refresh=False)
                 bar.update()
         return [answers[place] for place in range(len(asked))]
 
@@ -200,7 +215,8 @@ class HarnessModel(HFLM):
         answer = postprocess_generated_text(answer, asked.config.stop_words, think_end_token=None)
         self.cache_hook.add_partial("generate_until", asked.request.args, answer)
         if asked.repeat < (asked.request.repeats or 1):  # else the harness has padded this rank's share
-            self.records.append({"task": asked.request.task_name, **record})
+            kind = {"task": asked.request.task_name, "greedy": asked.config.greedy}
+            self.records.append({**kind, **record})
         return answer
 
 

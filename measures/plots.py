@@ -14,6 +14,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_SMALL = 9  # a line of 100 characters fits above two panels
 
 
 def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
@@ -27,7 +30,7 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
     left.set_title("speed-up over autoregressive (red: slower)", fontsize=10)
     _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
     right.set_title("acceptance rate", fontsize=10)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=_SMALL)
     _save(figure, path)
 
 
@@ -60,15 +63,17 @@ def _heat_map(
             axes.add_patch(pyplot.Rectangle(corner, 0.96, 0.92, fill=False, color="gold", linewidth=3))
 
 
-def curves_by_exit(table: pandas.DataFrame, values: list[str], path: Path) -> None:
+def curves_by_exit(table: pandas.DataFrame, values: list[str], title: str, path: Path) -> None:
     """One panel for each of `values` over `exit_layer`; `path` without suffix."""
     size = (4.8 * len(values), 3.6)
     figure, axes = pyplot.subplots(1, len(values), figsize=size, constrained_layout=True)
     for panel, value in zip(axes, values, strict=True):
         panel.plot(table["exit_layer"], table[value], marker="o", markersize=3)
         panel.set_xlabel("exit layer")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no exit 1.5
         panel.set_title(value)
         panel.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=_SMALL)
     _save(figure, path)
 
 
@@ -81,5 +86,5 @@ def bars(table: pandas.DataFrame, value: str, title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel(value)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=_SMALL)
     _save(figure, path)

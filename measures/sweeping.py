@@ -25,6 +25,7 @@ from measures.replay import predicted_cell, within_noise
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import OneByOne, longest_prompt
 from runs.failures import failed
+from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
@@ -102,25 +103,27 @@ class Sweep(OneByOne):
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures, print the table, the best cell and its flags."""
         table = self.write_table(run, rows)
-        compared = table[table["speedup"].notna()].sort_values("speedup", ascending=False)
+        # A cell may be there twice: what was measured stands above what was predicted.
+        order = {"by": ["mode", "speedup"], "ascending": [True, False]}
+        compared = table[table["speedup"].notna()].sort_values(**order)
         if compared.empty:
             run.finish(records, {**extra, "best": None})
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
         best = best_cell([row for row in rows if row["speedup"] is not None])
-        title = f"{len(self.examples)} prompts, at most {self.config.max_steps} tokens each"
-        if self.batch_size > 1:
-            title += f", in batches of {self.batch_size}"
-        heat_maps(compared[compared["mode"] == self.mode], f"{self.mode}, {title}", run.folder / "sweep")
+        title = heading(run.description, left_out=("exit_layer", "num_speculations"))
+        drawn = f"{title}\n{len(self.examples)} prompts, {self.mode}"
+        heat_maps(compared[compared["mode"] == self.mode], drawn, run.folder / "sweep")
         chosen = {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}
         run.finish(records, {**extra, "best": chosen})
-        print(f"{title}; medians, from and to hold the speed-up with 90 % confidence")
+        print(f"{title}\n")
+        print(f"{len(self.examples)} prompts; medians, from and to hold the speed-up with 90 % confidence")
         shown = compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
         print(f"\n{self._certainty(best, within_noise(rows, best))}")
-        print(f"\n{run.folder}/: sweep.csv, sweep.png, sweep.pdf, run.json")
+        print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
             print("no cell is faster than autoregressive decoding; the nearest:")
         print(self._flags(best))
@@ -191,7 +194,7 @@ class Predicted(Sweep):
     def measure(self, index: int) -> Record:
         """One output, and for every exit layer of the grid a string of 1 (guessed right) and 0."""
         _, plain, config = self._plain
-        prompt = plain.encode(self.examples[index].prompt)
+        prompt = self.examples[index].ids
         result = plain.generate(prompt, config).generation_strategy_result
         tokens = with_end(result)
         model = self.generator.model

@@ -10,6 +10,8 @@ import signal
 import statistics
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,11 +129,12 @@ class Conversation:
         if not all(map(all, turns)):
             return "unwatched: answers of one token, nothing to compare"
         ours, plain = map(statistics.median, zip(*turns, strict=True))
-        ratios = [a / b for a, b in turns]
-        return (
-            f"unwatched: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
-            f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f}-{max(ratios):.2f})"
-        )
+        low, ratio, high = statistics.quantiles([a / b for a, b in turns], n=4, method="inclusive")
+        said = f"unwatched: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
+        if low <= 1 <= high:
+            why = "the machine was busy, or neither is faster"
+            return f"{said}nothing can be said ({low:.2f}-{high:.2f} times as fast): {why}"
+        return f"{said}{ratio:.2f} times as fast ({low:.2f}-{high:.2f})"
 
 
 class Interrupt:
@@ -174,6 +177,18 @@ def one_prompt(given: str | None) -> str:
     return prompt
 
 
+@contextmanager
+def _unechoed() -> Iterator[None]:
+    """Keep what is typed meanwhile out of the answer."""
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
 def converse(talk: Conversation) -> int:
     """Read prompts from the terminal and answer them, until /exit or Ctrl-D; the exit status."""
     session = _session()
@@ -185,17 +200,21 @@ def converse(talk: Conversation) -> int:
         try:
             prompt = _ask(session)
         except KeyboardInterrupt:
+            if not session.default_buffer.text:
+                print("/exit or Ctrl-D leaves", file=sys.stderr)
             continue
         except EOFError:
             return 0
+        last_line = prompt.strip().rpartition("\n")[2].strip()
+        if last_line == "/exit":  # also where other lines stand before it
+            return 0
         if re.fullmatch(r"\s*/\w*\s*", prompt):
-            if (command := prompt.strip()) == "/exit":
-                return 0
-            unknown = f"{command}: no such command, there are /help, /exit"
-            print(_HELP if command == "/help" else unknown, file=sys.stderr)
+            unknown = f"{last_line}: no such command, there are /help, /exit"
+            print(_HELP if last_line == "/help" else unknown, file=sys.stderr)
             continue
         try:
-            talk.answer(prompt)
+            with _unechoed():
+                talk.answer(prompt)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
         except EXPLAINABLE as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,13 @@ from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.model.families import context_length, sliding_window
 
 
+@dataclass(frozen=True)
+class Encoded(Example):
+    """An example that fits the model."""
+
+    ids: list[int]  # of its prompt; with --chat True, within the chat template
+
+
 @dataclass
 class Job(ABC):
     """A script's work: what it does with each example, says meanwhile, and concludes in the end.
@@ -32,7 +40,7 @@ class Job(ABC):
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
-    examples: list[Example]
+    examples: list[Encoded]
     seed: int
     batch_size: int
 
@@ -48,7 +56,7 @@ class Job(ABC):
         return f"example {index}"
 
     def requests(self, indices: Iterable[int]) -> dict[int, Request]:
-        return {index: Request(self.examples[index].prompt, seed=self.seed + index) for index in indices}
+        return {index: Request(self.examples[index].ids, seed=self.seed + index) for index in indices}
 
     @abstractmethod
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
@@ -94,7 +102,7 @@ def prepare(
     args: Any,
     batch: BatchArguments,
     model_config: PretrainedConfig | None = None,
-) -> tuple[HuggingfaceLlamaGenerator, list[Example], Callable[[], Run]]:
+) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
     """What a script over a dataset needs: the model, the examples that fit it, and how to open the run.
 
     What can be refused before the model is loaded is refused before.
@@ -111,11 +119,11 @@ def prepare(
         check_destination(args.resume, model_args.output_dir, description, arguments)
     except (DataError, RecordError) as error:
         refuse(str(error))
-    generator = load_generator(model_args, config, model_config)
+    generator = load_generator(model_args, config, model_config, data_args.chat)
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
-    examples = _examples_that_fit(generator, examples, config.max_steps)
-    return generator, examples, lambda: open_run(resume, output_dir, script, description)
+    fitting = _examples_that_fit(generator, examples, config.max_steps, data_args.chat)
+    return generator, fitting, lambda: open_run(resume, output_dir, script, description)
 
 
 def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
@@ -151,6 +159,9 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
                 raise
         except KeyboardInterrupt:
             status = 130
+            if ranks.rank() == 0:
+                with suppress(RecordError):
+                    run.say("interrupted")
         if why or ranks.is_first():  # what ends all ranks is said by the first
             why = why or ("interrupted" if status == 130 else "another rank is gone")
             kept = f"{len(run.records())} of {job.num_steps} {job.unit} are kept"
@@ -180,14 +191,14 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
         raise wrong[0]
 
 
-def longest_prompt(examples: Sequence[Example]) -> str:
-    """In characters; what is to be warmed up with."""
-    return max((example.prompt for example in examples), key=len)
+def longest_prompt(examples: Sequence[Encoded]) -> list[int]:
+    """What is to be warmed up with."""
+    return max((example.ids for example in examples), key=len)
 
 
 def _examples_that_fit(
-    generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int
-) -> list[Example]:
+    generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int, chat: bool
+) -> list[Encoded]:
     """The examples whose prompts leave room for an answer in the model's context; says how many do not."""
     room = context_length(generator.model.config) - 1
     if (window := sliding_window(generator.model.config)) is not None:
@@ -197,11 +208,19 @@ def _examples_that_fit(
                 f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of "
                 f"{window} positions, which prompt and answer share"
             )
+
+    def encoded(prompt: str) -> list[int]:
+        if not chat:
+            return generator.encode(prompt)
+        message = [{"role": "user", "content": prompt}]
+        text = generator.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return generator.encode(text, special_tokens=False)  # the template has them
+
     try:
         fitting = [
-            example
+            Encoded(example.prompt, example.reference, example.row, ids)
             for example in examples
-            if not generator.is_far_too_long(example.prompt) and len(generator.encode(example.prompt)) <= room
+            if not generator.is_far_too_long(example.prompt) and len(ids := encoded(example.prompt)) <= room
         ]
     except ValueError as error:
         refuse(str(error))

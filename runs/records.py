@@ -9,9 +9,12 @@ import fcntl
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
+from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -20,14 +23,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import self_speculation
 from arguments import read_run
+from runs import ranks
 from self_speculation.model.lean_layers import computes_in
 
 Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
 # What a resumed run must have in common with the interrupted one besides its arguments, where it is known.
-_FACTS = ("dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries", "num_ranks")
+_FACTS = ("dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries")
 
 # Folders that this process has locked until it ends, and the open files that hold the locks.
 _LOCKED: dict[Path, int] = {}
@@ -59,7 +64,7 @@ class Run:
                 if not folder.is_dir():
                     raise _not_created(output_dir, error) from error
         run = cls(folder, description)
-        run.write("run.json", {**description, "status": "running"})
+        run.say("running")
         return run
 
     @classmethod
@@ -70,10 +75,13 @@ class Run:
             RecordError: there is none, or something differs; names the difference.
         """
         earlier = _earlier(path, description)
-        for key in [key for key in _FACTS if key in description]:
+        # Of examples each rank takes a share; in training, a step has as many samples as ranks give it.
+        facts = (*_FACTS, "num_ranks") if description["script"] == "train" else _FACTS
+        for key in [key for key in facts if key in description]:
             if earlier.get(key) != description[key]:
                 raise _different(path, key, earlier.get(key), description[key])
-        return cls(Path(path).expanduser(), description)
+        began = {"began": earlier["began"]} if "began" in earlier else {}
+        return cls(Path(path).expanduser(), description | began)
 
     def records(self) -> dict[int, Record]:
         """Every complete record by its index."""
@@ -87,9 +95,14 @@ class Run:
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write all records in order into one file, and the metrics into run.json."""
         self.replace("records.jsonl", "".join(map(_line, records)))
-        self.write("run.json", {**self.description, "status": "finished", "metrics": metrics})
+        self.say("finished", metrics=metrics)
         for part in self.folder.glob("records.rank*.jsonl"):
             part.unlink()
+
+    def say(self, status: str, **more: Any) -> None:
+        """Write what the run is and how it stands into run.json."""
+        ended = {} if status == "running" else {"ended": _now()}
+        self.write("run.json", {**self.description, "status": status, **ended, **more})
 
     def write(self, name: str, content: Record) -> None:
         self.replace(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -154,7 +167,8 @@ def check_destination(
         return
     earlier = _earlier(resume, description)["arguments"]
     for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
-        was, now = earlier.get(flag.name), description["arguments"][flag.name]
+        # A flag that there was not yet had its default.
+        was, now = earlier.get(flag.name, flag.default), description["arguments"][flag.name]
         why_same = flag.metadata.get("resume", lambda *_: "")
         if was != now and (why := why_same(description, was, now)) is not None:
             raise _different(resume, f"--{flag.name}", was, now, why)
@@ -178,28 +192,60 @@ def _different(path: str, what: str, was: Any, now: Any, why: str = "") -> Recor
 
 
 def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:
-    """What a run was asked for, and the versions of the libraries that it uses."""
+    """What a run was asked for, when, and the versions of the program and of the libraries that it uses."""
     return {
         "script": script,
+        "began": _now(),
+        "version": self_speculation.__version__,
+        "commit": _commit(),
         "arguments": {key: value for group in arguments for key, value in asdict(group).items()},
         "dataset_fingerprint": dataset_fingerprint,
+        "num_ranks": ranks.num_processes(),
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
 
 
-def describe_model(name: str, model: PreTrainedModel) -> Record:
-    """The model and the machine of a run."""
-    on_gpu = model.device.type == "cuda"
+def describe_model(name: str, model: PreTrainedModel, device: torch.device | None = None) -> Record:
+    """The model and the machine of a run; a device to which the model is yet to be moved."""
+    device = device or model.device
+    on_gpu = device.type == "cuda"
     return {
         "model": name,
         "num_layers": model.config.num_hidden_layers,
         "num_parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "computed_in": str(computes_in(model)).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _commit() -> str | None:
+    """That of the checkout that runs, marked where files differ from it; None outside of one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        command = ["git", "--no-optional-locks", "-C", str(root), *describe]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:  # no git
+        return None
+
+
+def _processor() -> str:
+    """As Linux names it; elsewhere, and where it has no name, by its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _not_created(output_dir: str, error: OSError) -> RecordError:

@@ -58,7 +58,10 @@ def read_config(model_args: ModelArguments) -> PretrainedConfig:
 
 
 def load_generator(
-    model_args: ModelArguments, config: GenerationConfig, model_config: PretrainedConfig | None = None
+    model_args: ModelArguments,
+    config: GenerationConfig,
+    model_config: PretrainedConfig | None = None,
+    chat: bool = False,
 ) -> HuggingfaceLlamaGenerator:
     """Load the model that the flags name, with the strategy that they name.
 
@@ -66,6 +69,7 @@ def load_generator(
 
     Args:
         model_config: of the model, where it was read already.
+        chat: refuse a model whose tokenizer has no chat template.
     """
     logging.set_verbosity_error()
     model_config = model_config or read_config(model_args)
@@ -76,7 +80,7 @@ def load_generator(
         # Only a terminal is shown the progress of loading; what goes wrong is raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with quiet, warnings.catch_warnings(record=True) as warned:
-            model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config)
+            model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config, chat)
         for warning in warned:
             if issubclass(warning.category, LoadingWarning) and ranks.is_first():
                 print(f"warning: {warning.message}", file=sys.stderr)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arguments import GenerationConfig, given_flags, refuse
+from arguments import GenerationConfig, ModelArguments, given_flags, refuse
 
 # Beside the table of a predicted sweep: how often each token id was output.
 COUNTS = "vocabulary.json"
@@ -40,10 +40,13 @@ def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def tuned(
-    config: GenerationConfig, args: TuningArguments, argv: Sequence[str] | None = None
+    config: GenerationConfig,
+    args: TuningArguments,
+    model_args: ModelArguments,
+    argv: Sequence[str] | None = None,
 ) -> GenerationConfig:
     """The config with exit layer, draft length and the drafts' weights of the sweep that --tuned names, if it
-    names one.
+    names one. A sweep of another model ends the program.
 
     Args:
         argv: the command line, as for `parse`.
@@ -56,7 +59,10 @@ def tuned(
     if given & {"exit_layer", "num_speculations"}:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     try:
-        with open(_table(Path(args.tuned).expanduser()), encoding="utf-8", newline="") as file:
+        table = _table(Path(args.tuned).expanduser())
+        if (other := _other_model(table, model_args.model)) is not None:
+            refuse(f"--tuned {args.tuned}: {other}")
+        with open(table, encoding="utf-8", newline="") as file:
             best = best_cell(list(csv.DictReader(file)))
         found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
         # Older tables lack a column, and mean the model's own layers; or have one more, for short heads.
@@ -66,7 +72,7 @@ def tuned(
             found["draft_vocabulary"] = int(best.get("draft_vocabulary") or 0) or None
         return replace(config, generation_strategy="self_speculative", **found)
     except KeyError as error:
-        refuse(f"--tuned {args.tuned}: no column {error}")
+        refuse(f"--tuned {args.tuned}: no column or field {error}")
     except (OSError, ValueError, TypeError, csv.Error) as error:  # TypeError: a row of too few fields
         refuse(f"--tuned {args.tuned}: {getattr(error, 'strerror', None) or error}")
 
@@ -82,6 +88,22 @@ def counts(args: TuningArguments) -> dict[int, int]:
         return {}  # by a sweep that measured, or one of before there were counts
     except (OSError, ValueError, TypeError, AttributeError) as error:
         refuse(f"--tuned {args.tuned}: {COUNTS}: {getattr(error, 'strerror', None) or error}")
+
+
+def _other_model(table: Path, asked: str | None) -> str | None:
+    """Which two models they are, where the sweep is not of the one asked for.
+
+    A table by itself does not tell; a name is a hub id or a path.
+    """
+    if not (about := table.with_name("run.json")).exists():
+        return None
+    swept = json.loads(about.read_text("utf-8"))["model"]
+    if asked is None:
+        from self_speculation import default_model  # heavy, as the model that comes next is
+
+        asked = default_model()
+    same = Path(swept).expanduser().resolve() == Path(asked).expanduser().resolve()
+    return None if same else f"is a sweep of --model {swept}, not of {asked}"
 
 
 def _table(path: Path) -> Path:

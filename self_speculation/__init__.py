@@ -6,6 +6,8 @@ A public name is loaded when it is first used, so that importing the package, or
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOME = {
     "AdaptiveGenerationStrategy": "adaptive_generator",
     "AutoRegressiveGenerationStrategy": "autoregressive_generator",

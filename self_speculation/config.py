@@ -48,7 +48,7 @@ class GenerationConfig:
     no_repeat_ngram_size: int | None = None
     """No n tokens in a row occur twice in prompt and output."""
     stop_words: list[str] | None = None
-    """Texts, one or several, that end the output before themselves."""
+    """Texts that end the output before themselves; several one after the other, as in: return if."""
     stop_token_ids: list[int] | None = None
     """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = "exact"
@@ -112,20 +112,22 @@ class GenerationConfig:
         speculative = self.generation_strategy == "self_speculative"
         most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
         between = f"between 1 and {most}, the model has {num_layers} layers"
+        if speculative and self.draft_weights == "exact" and self.exit_layer == num_layers:
+            between += f"; with draft_weights int8 or int4 it may be {num_layers}"
         if self.generation_strategy == "adaptive":
             for field, default in (("exit_layer", -1), ("num_speculations", -1), ("draft_confidence", None)):
                 if (value := getattr(self, field)) != default:
                     raise ValueError(f"{field} {value}: adaptive chooses it, leave it out")
             return
         if speculative and self.exit_layer == -1:
-            raise ValueError(f"exit_layer -1: self_speculative needs one {between}")
+            raise ValueError(f"exit_layer: self_speculative needs one {between}")
         if self.exit_layer > most:
             raise ValueError(
                 f"exit_layer {self.exit_layer}: must be {between}"
                 + ("" if speculative else "; -1 is full depth")
             )
         if speculative and self.num_speculations < 1:
-            raise ValueError(f"num_speculations {self.num_speculations}: self_speculative needs at least 1")
+            raise ValueError("num_speculations: self_speculative needs at least 1")
 
     @property
     def longest_draft(self) -> int:

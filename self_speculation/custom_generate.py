@@ -4,8 +4,9 @@
 
 Whatever `generate` prepares from its arguments counts: generation config, logits processors, stopping
 criteria, streamer. A text-generation pipeline takes the same arguments. An argument that would make the text
-differ from that of `generate` is refused by its name. Arguments that only say how transformers is to draft,
-such as `assistant_model` or `prompt_lookup_num_tokens`, change no text and are ignored.
+differ from that of `generate` is refused by its name. `assistant_early_exit` and `num_assistant_tokens` are
+exit layer and draft length here too. Other arguments that only say how transformers is to draft, such as
+`assistant_model` or `prompt_lookup_num_tokens`, change no text and are ignored.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def self_speculative_generate(
             row of a batch in its own way, but not by what is in another row.
         stopping_criteria: `stop_strings` never get here: `generate` keeps the tokenizer from a callable; pass
             `StopStringCriteria(tokenizer, strings)`.
-        exit_layer, num_speculations, and whatever else says how drafts are made: see `GenerationConfig`.
+        exit_layer, num_speculations, and whatever else says how drafts are made: see `GenerationConfig`. By
+            the names of transformers, assistant_early_exit and num_assistant_tokens (its default: 20).
             generation_strategy is "self_speculative" unless it is "adaptive", which needs none of them.
 
     Returns:
@@ -110,6 +112,10 @@ def self_speculative_generate(
 
     max_length = stopping_criteria.max_length or generation_config.max_length
     drafting = {name: kwargs[name] for name in driving_flags() if name in kwargs}
+    early = generation_config.assistant_early_exit
+    if early is not None and drafting.get("generation_strategy") != "adaptive":
+        length = generation_config.num_assistant_tokens  # 20 where nobody says otherwise
+        drafting = {"exit_layer": early, "num_speculations": length, **drafting}
     config = GenerationConfig(
         max_steps=max(1, max_length - input_ids.shape[1]),  # a criterion can only end what has begun
         sample=generation_config.do_sample,

@@ -25,6 +25,7 @@ from transformers import GenerationConfig as TransformersConfig
 
 import self_speculation.self_speculation_generator as self_speculation_generator
 from self_speculation import SpeculativeTextStreamer, self_speculative_generate
+from self_speculation.model.decoder import Decoder
 
 PROMPT = torch.tensor([[5, 9, 4, 7, 7, 3]])
 SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "num_speculations": 3}
@@ -139,7 +140,7 @@ REFUSED = [
     ({"position_ids": torch.arange(6)[None] + 2}, "position_ids: must be those that follow"),
     ({"labels": PROMPT}, "labels: does not reach the model"),
     ({"exit_layer": 4}, "exit_layer 4: must be between 1 and 3"),
-    ({"num_speculations": -1}, "num_speculations -1: self_speculative needs at least 1"),
+    ({"num_speculations": -1}, "num_speculations: self_speculative needs at least 1"),
 ]  # fmt: skip
 
 
@@ -316,6 +317,33 @@ def test_every_strategy_and_source_of_drafts():
             model.generate(PROMPT, do_sample=False, max_new_tokens=20, **{**SPECULATION, **options}).tolist()
             == plain
         )
+
+
+@pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
+def test_the_names_that_transformers_has_for_early_exits(batch, monkeypatch, rounds):
+    """Guards against a call for drafts of transformers that, with one argument more, is refused or drafts by
+    another exit, and against its default length in place of one that is given.
+    """
+    exits, run = [], Decoder.run
+
+    def watch(self, inputs, first, last, num_logits):
+        exits.append(last)
+        return run(self, inputs, first, last, num_logits)
+
+    monkeypatch.setattr(Decoder, "run", watch)
+    model, options = tiny_llama(), {"attention_mask": batch.ne(0).long(), "pad_token_id": 0}
+    options |= {"do_sample": False, "max_new_tokens": 12}
+    plain = model.generate(batch, **options).tolist()
+    theirs = {"assistant_early_exit": 1, "num_assistant_tokens": 3}
+    ours = {"custom_generate": self_speculative_generate}
+    for own, exit_layer, longest in (({}, 1, 3), ({"exit_layer": 2, "num_speculations": 2}, 2, 2)):
+        rounds.clear(), exits.clear()
+        assert model.generate(batch, **options, **theirs, **ours, **own).tolist() == plain
+        assert (set(exits), max(rounds)) == ({exit_layer, 4}, longest)
+    adaptive = {"generation_strategy": "adaptive"}
+    assert model.generate(batch, **options, **theirs, **ours, **adaptive).tolist() == plain
+    with pytest.raises(ValueError, match="exit_layer 9: must be between 1 and 3"):
+        model.generate(batch, **{**options, **theirs, **ours, "assistant_early_exit": 9})
 
 
 def test_in_a_pipeline(model_folder, rounds):

@@ -280,17 +280,17 @@ def test_exit_layers_that_the_model_does_not_have_are_refused():
 
 def test_self_speculation_needs_an_exit_layer_and_a_draft_length():
     with pytest.raises(
-        ValueError, match="exit_layer -1: self_speculative needs one between 1 and 3, the model has 4"
+        ValueError, match="exit_layer: self_speculative needs one between 1 and 3, the model has 4"
     ):
         generate(tiny_llama(), PROMPT, strategy="self_speculative")
-    with pytest.raises(ValueError, match="num_speculations -1: self_speculative needs at least 1"):
+    with pytest.raises(ValueError, match="num_speculations: self_speculative needs at least 1"):
         generate(tiny_llama(), PROMPT, strategy="self_speculative", exit_layer=2)
 
 
 def test_the_strategy_made_counts_not_the_name_in_the_config():
     """A config left at its defaults would run -1 layers."""
     strategy = make_strategy("self_speculative")
-    with pytest.raises(ValueError, match="exit_layer -1: self_speculative needs one between 1 and 3"):
+    with pytest.raises(ValueError, match="exit_layer: self_speculative needs one between 1 and 3"):
         strategy.generate_token_ids(tiny_llama(), PROMPT, [], GenerationConfig())
     config = GenerationConfig(exit_layer=2, num_speculations=2, max_steps=5, sample=False)
     result = strategy.generate_token_ids(tiny_llama(), PROMPT, [], config)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -27,10 +28,11 @@ from transformers.utils import logging
 from arguments import ModelArguments, refuse
 from measures.plots import curves_by_exit
 from runs import ranks
+from runs.heading import heading
 from runs.records import RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
-from self_speculation.model.loading import load_config, resolve_device
+from self_speculation.model.loading import load_config, resolve_device, resolve_dtype
 from training.flags import Flags
 from training.from_flags import check_precision, new_llama, trainer_settings
 from training.progress import DivergedError, Progress, newest_checkpoint, step_of
@@ -60,6 +62,9 @@ def train(flags: Flags) -> int:
         print(error, file=sys.stderr)
         return 1
     except (KeyboardInterrupt, RecordError) as error:
+        if isinstance(error, KeyboardInterrupt) and ranks.rank() == 0:
+            with suppress(RecordError):
+                start.run.say("interrupted")
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         last = newest_checkpoint(start.run.folder)
         kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
@@ -112,7 +117,9 @@ def _prepare(flags: Flags) -> Start:
         model = new_llama(shape, tokenizer, length, model_args.seed)
     else:
         model, tokenizer = _model_to_go_on_with(model_args, config)
-    run.description |= describe_model(model_args.model or "a new Llama", model)
+    run.description |= describe_model(model_args.model or "a new Llama", model, device)
+    if isinstance(mixed := resolve_dtype(model_args.dtype, device), torch.dtype):
+        run.description["computed_in"] = str(mixed).removeprefix("torch.")
     training, evaluation = (to_blocks(part, tokenizer, length, model_args.seed) for part in texts)
     if ranks.rank() == 0:
         epochs = args.num_steps * args.batch_size * args.gradient_accumulation * ranks.world_size()
@@ -139,12 +146,11 @@ def _open_run(flags: Flags, fingerprint: str) -> Run:
     """The folder of this training, the same at every rank; raises RecordError."""
     output_dir, resume = flags.model.output_dir, flags.optimization.resume
     description = describe("train", flags, fingerprint)
-    description["num_ranks"] = ranks.world_size()
     check_destination(resume, output_dir, description, flags)
     run = ranks.share(open_run(resume, output_dir, "train", description) if ranks.rank() == 0 else None)
     assert run is not None
     if resume is not None and ranks.rank() == 0:  # it may be asked for more steps than before
-        run.write("run.json", {**description, "status": "running"})
+        run.say("running")
     return run
 
 
@@ -190,8 +196,9 @@ def _save_and_show(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, f
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
     table = pandas.DataFrame({"exit_layer": range(1, model.config.num_hidden_layers + 1), **columns})
     run.replace("exits.csv", table.to_csv(index=False))
-    curves_by_exit(table, list(EXIT_SCORES), run.folder / "exits")
-    run.write("run.json", {**run.description, "status": "finished", "metrics": metrics})
-    print(table.to_string(index=False, float_format="{:.3f}".format))
+    title = heading(run.description)
+    curves_by_exit(table, list(EXIT_SCORES), title, run.folder / "exits")
+    run.say("finished", metrics=metrics)
+    print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
     print(f"\n{run.folder}/: model, exits.csv, exits.png, log.csv, run.json")

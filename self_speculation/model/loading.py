@@ -133,7 +133,10 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
 
 
 def load_model_and_tokenizer(
-    model: str, options: LoadingOptions | None = None, config: PretrainedConfig | None = None
+    model: str,
+    options: LoadingOptions | None = None,
+    config: PretrainedConfig | None = None,
+    chat: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model for inference.
 
@@ -141,6 +144,7 @@ def load_model_and_tokenizer(
         model: a hub id, a local folder (of a LoRA adapter too, which is merged), or a `.gguf` file.
         options: see there.
         config: what `load_config` gave for the same model and options, where it was called already.
+        chat: refuse a tokenizer without a chat template, before any weights are read.
 
     Raises:
         LoadingError
@@ -161,6 +165,8 @@ def load_model_and_tokenizer(
     with _explained(model):
         own_tokenizer = adapter is not None and adapter.has_tokenizer
         tokenizer = AutoTokenizer.from_pretrained(model if own_tokenizer else source, **kwargs)
+        if chat and not tokenizer.chat_template:
+            raise LoadingError("chat True: the model's tokenizer has no chat template")
         if tokenizer.vocab_size > config.vocab_size:
             raise LoadingError(
                 f"model {model!r}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only "
@@ -319,6 +325,8 @@ def _advice(model: str, error: BaseException) -> str:
             return f"the weights are corrupt or cut short ({cause}): download them again"
         cause = cause.__cause__ or cause.__context__
     text = str(error).strip() or type(error).__name__
+    if "backend tokenizer" in text:  # what transformers says goes on over several lines
+        return "no tokenizer in there, such as tokenizer.json: save it to the folder, too"
     if "no file named" in text:
         return "no safetensors weights in there; other formats are not read (pickles can run code)"
     return text.splitlines()[0]

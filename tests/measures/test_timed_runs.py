@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from measures.timed_runs import run_every_pass
-from self_speculation import GenerationConfig, make_strategy
+from measures.metrics import speed
+from measures.timed_runs import measure_examples, run_every_pass
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.decoder import Decoder
 
@@ -39,6 +40,32 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     longest = config.get("num_speculations", 0)
     assert seen[0] == model.config.max_position_embeddings - (3 * (longest + 1) + 1)  # the prompt, cut
     assert {width: seen[1:].count(width) for width in seen[1:]} == widths
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("config", [SPECULATION, {"generation_strategy": "adaptive", "prompt_lookup": 2}])
+def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, byte_tokenizer, monkeypatch):
+    """By a clock that only passes of the model move. Guards against passes that measure something between the
+    answers, and a speed-up that leaves them out.
+    """
+    now, run = [0.0], Decoder.run
+
+    def moves_the_clock(self, *args, **kwargs):
+        now[0] += 1.0
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "run", moves_the_clock)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    model = tiny_llama(vocab_size=len(byte_tokenizer))
+    settings = GenerationConfig(sample=False, max_steps=24, **config)
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, model, make_strategy(settings.generation_strategy))
+    requests = {index: Request([5, 9, 4, 7, index]) for index in range(3)}
+    records = [record for _, record in measure_examples([("", generator, settings)], requests, batch_size)]
+    assert now[0] > 20
+    assert sum(record["wall_time"] for record in records) == now[0]
+    assert speed(records)["tokens_per_second"] == sum(record["num_tokens"] for record in records) / now[0]
+    if batch_size == 1:
+        assert all(r["prefill_time"] + r["decode_time"] == r["wall_time"] for r in records)
 
 
 @pytest.mark.parametrize(

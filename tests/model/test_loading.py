@@ -243,6 +243,14 @@ def test_the_bundled_model_is_small_complete_and_in_bf16():
     assert len(tokenizer) == model.config.vocab_size
 
 
+def test_a_folder_without_a_tokenizer(folder):
+    """Guards against a sentence of transformers that is cut off where its list begins."""
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(LoadingError, match=r"no tokenizer in there, such as tokenizer\.json: save it"):
+        load_model_and_tokenizer(str(folder))
+
+
 def test_the_tokenizer_of_another_model(folder):
     """Guards against an IndexError from the embedding, in the middle of a run."""
     tiny_llama(vocab_size=100).save_pretrained(folder)

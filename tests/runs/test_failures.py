@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -155,6 +156,7 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
 
     monkeypatch.setattr("runs.conversation._session", lambda: None)
     monkeypatch.setattr("runs.conversation._ask", ask)
+    monkeypatch.setattr("runs.conversation._unechoed", nullcontext)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     answer, asked = Conversation._ids, []
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import tempfile
 import time
 
@@ -107,16 +108,37 @@ def test_resuming_with_other_arguments_names_the_difference(tmp_path):
     def resumed(flags, **facts):
         check_destination(folder, "", {**described(flags), **facts}, [flags])
 
-    folder = str(Run.create(str(tmp_path), "test", described(Flags())).folder)
+    older = described(Flags())
+    del older["arguments"]["verbose"], older["arguments"]["steps"]  # flags that there were not yet
+    folder = str(Run.create(str(tmp_path), "test", older).folder)
+    resumed(Flags(resume=folder))
+    folder = str(Run.create(str(tmp_path / "now"), "test", described(Flags())).folder)
     resumed(Flags(verbose=True, resume=folder))
     resumed(Flags(steps=6))
     with pytest.raises(RecordError, match="that run had --seed 1, this one has 2"):
         resumed(Flags(seed=2))
     with pytest.raises(RecordError, match="that run had --steps 5, this one has 4"):
         resumed(Flags(steps=4))
+    resumed(Flags(), num_ranks=2)  # they share out what is left
+    trained = {**described(Flags()), "script": "train"}
+    training = Run.create(str(tmp_path / "training"), "train", trained).folder
+    with pytest.raises(RecordError, match="that run had num_ranks 1, this one has 2"):
+        Run.resume(str(training), {**trained, "num_ranks": 2})
     for key in ("dataset_fingerprint", "device", "model", "dtype"):
         with pytest.raises(RecordError, match=f"that run had {key} .*, this one has 'y'"):
             resumed(Flags(), **{key: "y"})
+
+
+def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
+    """Guards against figures that nobody can trace to the code that gave them, and a copy of the code without
+    a repository that cannot run.
+    """
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = describe("test", [], "x")["commit"]
+    assert (commit or "").removesuffix("-dirty") == head
+    monkeypatch.setattr("runs.records.__file__", str(tmp_path / "runs" / "records.py"))
+    assert describe("test", [], "x")["commit"] is None
 
 
 def test_resuming_what_is_not_a_run(tmp_path):

@@ -43,7 +43,7 @@ def test_defaults_are_the_documented_ones():
         "max_steps": 512, "exit_layer": -1, "num_speculations": -1, "generation_strategy": "autoregressive",
         "sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "no_repeat_ngram_size": None,
         "stop_words": None, "stop_token_ids": None, "draft_weights": "exact", "draft_confidence": None,
-        "draft_vocabulary": None, "prompt_lookup": 0,
+        "draft_vocabulary": None, "prompt_lookup": 0, "reuse_cache": False,
     }  # fmt: skip
     assert values() == {
         **dataclasses.asdict(config), "model": None, "model_args": None, "seed": 42, "output_dir": "./logs",
@@ -87,8 +87,9 @@ def test_spellings_that_the_papers_scripts_take_as_well(args, field, value):
 
 
 def test_lists_and_choices():
-    parsed = values("--stop_words", "a b", "\n", "--stop_token_ids", "1", "2", "--streamer", "speculative")
-    assert parsed["stop_words"] == ["a b", "\n"]
+    words = ["a b", "\n", ",", "yes, sir", "1,000", "[", '["x" in y]']
+    parsed = values("--stop_words", *words, "--stop_token_ids", "1", "2", "--streamer", "speculative")
+    assert parsed["stop_words"] == words
     assert parsed["stop_token_ids"] == [1, 2]
     assert parsed["streamer"] == "speculative"
 
@@ -122,6 +123,12 @@ def test_model_args_become_python_values():
         ("--draft_weights int8 --quantization int8", "--draft_weights int8: not with --quantization int8"),
         ("--stop_token_ids -1", "--stop_token_ids [-1]: must be 0 or more"),
         ("--stop_words=", "--stop_words ['']: must not be empty texts"),
+        (
+            "--stop_words return,if",
+            "--stop_words 'return,if': several stand one after the other, as in return if",
+        ),
+        ('--stop_words ["return"]', "several stand one after the other, as in return"),
+        ("--stop_words ['return','if']", "several stand one after the other, as in return if"),
         ("--generation_strategy x", "'x' (choose from 'autoregressive', 'self_speculative', 'adaptive')"),
         ("--sample perhaps", "Boolean value expected"),
         ("--streamer x", "choose from 'standard', 'none', 'speculative'"),

@@ -61,9 +61,9 @@ def test_a_benchmark_has_the_records_of_batch_1(drafts, common, tmp_path, capsys
     found = metrics_of(folder)
     assert found["speed"]["total_time"] == pytest.approx(records["wall_time"].sum())
     table = capsys.readouterr().out
-    assert "8 examples, batches of 3" in table
+    assert ", 1 rank, batch size 3\n" in table
     assert "tokens/s, decode, beside other rows" in table
-    assert all(len(line) <= 80 for line in table.splitlines() if "run.json" not in line)
+    assert all(len(line) <= 100 for line in table.splitlines() if "run.json" not in line)
 
 
 def test_sides_take_turns_by_windows(common, tmp_path, monkeypatch, capsys):
@@ -251,7 +251,7 @@ def test_a_measured_sweep_counts_the_same(common, tmp_path, monkeypatch, capsys)
     left, right = (pandas.read_csv(only_run(path) / "sweep.csv") for path in (tmp_path, tmp_path / "one"))
     pandas.testing.assert_frame_equal(left[counts], right[counts])
     assert (left["speedup"] > 0).all()
-    assert "in batches of 3" in capsys.readouterr().out
+    assert ", 1 rank, batch size 3\n" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         sweep.main([*args, "--batch_size", "2", "--resume", str(only_run(tmp_path))])
     assert "that run had --batch_size 3, this one has 2" in capsys.readouterr().err

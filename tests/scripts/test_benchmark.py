@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 
 import forks
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from distributions import accepts_everything, resamples_from_the_target
-from helpers import custom_data, only_run, untimed
+from helpers import custom_data, no_calibration, only_run, untimed
 from transformers import MistralConfig, MistralForCausalLM
 
 import benchmark
@@ -20,7 +21,8 @@ import self_speculation.self_speculation_generator as self_speculation_generator
 import sweep
 from measures.benchmarking import Benchmark
 from measures.comparison import find_difference, same_distribution
-from self_speculation import Verdict
+from runs.heading import heading
+from self_speculation import HuggingfaceLlamaGenerator, Verdict
 from self_speculation.decoding.sampling import verify_draft
 
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
@@ -43,6 +45,8 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert run["status"] == "finished"
     assert run["arguments"]["exit_layer"] == 2
     assert {"libraries", "device", "dtype", "threads", "dataset_fingerprint", "num_layers"} <= run.keys()
+    assert {"processor", "num_ranks", "version", "commit"} <= run.keys()
+    assert run["began"] <= run["ended"]
     records = pandas.read_json(only_run(tmp_path) / "records.jsonl", lines=True)
     assert records["index"].tolist() == [0, 1, 2, 3, 4]
     assert records["prompt"].str.startswith("def add").all()
@@ -52,7 +56,8 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert metrics["comparison"]["predicted_decode_speedup"] > 0
     assert {"rouge1", "rouge2", "rougeL", "bleu", "exact_match", "edit_distance"} == metrics["text"].keys()
     table = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in table.splitlines() if "run.json" not in line)
+    assert table.startswith(f"{heading(run)}\n\n5 examples ")
+    assert all(len(line) <= 100 for line in table.splitlines() if "run.json" not in line)
     for name in (
         "tokens/s, all tokens by wall time",
         "tokens/s, decode, median answer",
@@ -73,6 +78,22 @@ def test_an_autoregressive_benchmark_does_not_speak_of_acceptance(common, tmp_pa
     assert "--- 0\ndef add" in output
 
 
+def test_what_prompts_begin_with_is_read_once(common, tmp_path):
+    """Guards against shots that every prompt reads again, and against a prompt that the warm-up has read."""
+    shots = [*common, "--n_shot", "2", "--sample", "False"]
+    for name, reuse in (("whole", "False"), ("rest", "True")):
+        assert benchmark.main([*shots, "--output_dir", str(tmp_path / name), "--reuse_cache", reuse]) == 0
+    whole, rest = (
+        pandas.read_json(next((tmp_path / name).glob("*/records.jsonl")), lines=True)
+        for name in ("whole", "rest")
+    )
+    assert whole["tokens"].tolist() == rest["tokens"].tolist()
+    assert (whole["num_cached_tokens"] == 0).all()
+    first, *others = sorted(rest["num_cached_tokens"])
+    assert first == 0
+    assert min(others) >= 20  # of some 40
+
+
 def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys):
     args = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--max_steps", "5"]
     args += ["--num_samples", "2"]
@@ -82,12 +103,59 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
     captured = capsys.readouterr()
     assert "pass at 1" in captured.out
     assert "running the programs that the model wrote" in captured.err
+    with pytest.raises(SystemExit):  # an answer in a chat is no rest of a program
+        benchmark.main([*args, "--execute_code", "True", "--chat", "True"])
+    assert "--execute_code True: runs what goes on from a prompt" in capsys.readouterr().err
+
+
+CHAT = "user: def add{}(a, b):\nassistant:"
+
+
+@pytest.mark.parametrize("script", [benchmark, correctness, sweep])
+def test_prompts_go_through_the_chat_template(script, common, tmp_path, byte_tokenizer, monkeypatch):
+    """Guards against a script that asks without the template, and special tokens that it has already."""
+    no_calibration(monkeypatch)
+    asked = set()
+    encode = HuggingfaceLlamaGenerator.encode
+
+    def watch(self, prompt, *args, **kwargs):
+        ids = encode(self, prompt, *args, **kwargs)
+        asked.add(tuple(ids))
+        return ids
+
+    monkeypatch.setattr(HuggingfaceLlamaGenerator, "encode", watch)
+    more = ["--exit_layer_last", "2", "--num_speculations_last", "1"] if script is sweep else []
+    more += SPECULATION if script is correctness else []
+    assert script.main([*common, *more, "--sample", "False", "--chat", "True"]) == 0
+    texts = [CHAT.format(i) for i in range(12)]
+    expected = {tuple(byte_tokenizer.encode(text, add_special_tokens=False)) for text in texts}
+    assert len(asked & expected) == 5
+    assert asked <= expected
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["arguments"]["chat"] is True
+
+
+def test_a_model_without_a_chat_template(common, model_folder, tmp_path, monkeypatch, capsys):
+    """Guards against a refusal after minutes of loading, and a run with both kinds of prompts."""
+    assert benchmark.main(common) == 0
+    with pytest.raises(SystemExit):
+        benchmark.main([*common, "--chat", "True", "--resume", str(only_run(tmp_path))])
+    assert "that run had --chat False, this one has True" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare)
+    (bare / "chat_template.jinja").unlink()
+    monkeypatch.setattr("self_speculation.model.loading._load", lambda *_: pytest.fail("weights were read"))
+    for script in (benchmark, sweep):
+        with pytest.raises(SystemExit) as exit:
+            script.main([*common, "--model", str(bare), "--chat", "True", "--sample", "False"])
+        assert exit.value.code == 2
+        said = "error: --chat True: the model's tokenizer has no chat template\n"
+        assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--compare", "True"], "--exit_layer -1: self_speculative needs one between 1 and 3"),
+        (["--compare", "True"], "--exit_layer: self_speculative needs one between 1 and 3"),
         (["--execute_code", "True"], "--execute_code True: only human_eval has programs to run"),
         (["--data_path", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["--exit_layer", "9"], "--exit_layer 9: must be between 1 and 3"),
@@ -152,8 +220,16 @@ def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(common, tmp_path, monkeypa
         capsys.readouterr().err
     )
     monkeypatch.undo()
+    about = only_run(tmp_path) / "run.json"
+    interrupted = json.loads(about.read_text())
+    assert interrupted["status"] == "interrupted"
+    assert interrupted["began"] <= interrupted["ended"]
+    long_ago = {**interrupted, "began": "2020-02-02T02:02:02+00:00"}
+    about.write_text(json.dumps(long_ago))
     assert benchmark.main(["--resume", str(only_run(tmp_path))]) == 0  # by the arguments that it had
     assert len(untimed(only_run(tmp_path))) == 5
+    finished = json.loads(about.read_text())
+    assert (finished["status"], finished["began"]) == ("finished", long_ago["began"])
 
 
 def test_a_check_goes_on_by_the_arguments_that_it_had(common, tmp_path, capsys):
@@ -220,7 +296,7 @@ def test_two_ranks_give_the_records_of_one(common, tmp_path):
     result = forks.run_ranks(2, ROOT / "benchmark.py", *args)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("tokens/s, decode") == 1
-    assert "5 examples, 2 ranks" in result.stdout
+    assert ", 2 ranks, batch size 1\n" in result.stdout
     (one,) = (tmp_path / "one").iterdir()
     assert untimed(only_run(tmp_path)) == untimed(one)
     # What is printed for both is what both give: guards against the pace of a single rank.
@@ -267,6 +343,7 @@ def test_correctness_passes_and_reports(common, tmp_path, capsys):
     output = capsys.readouterr().out
     assert output.splitlines()[-1].startswith("passed: 5 of 5 examples identical, 0 near-ties, 0 differences")
     report = json.loads((only_run(tmp_path) / "run.json").read_text())
+    assert output.startswith(f"{heading(report)}\n")
     assert report["metrics"] == {"examples": 5, "identical": 5, "near_ties": 0, "differences": 0}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import forks
 import pandas
@@ -126,10 +127,14 @@ def test_scores_are_those_of_the_harness(strategy, model_folder, task_folder, re
     for task, metric in (("lines", "acc,none"), ("text", "byte_perplexity,none")):
         assert results(tmp_path)[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
     assert results(tmp_path)["functions"]["exact_match,none"] == 0
-    table, said = capsys.readouterr().out.split("\n\n", 1)
+    captured = capsys.readouterr()
+    table, said = captured.out.split("\n\n", 1)
     assert "|functions|" in table
+    assert re.match(r"float32, .*, 1 thread, 1 rank\n", table)
+    assert captured.err.count("windows of texts: 0it") == 1
+    assert captured.err.count("Running loglikelihood requests:   0%") == 1  # of lines, not of each text
     (line,) = [line for line in said.splitlines() if "tokens/s" in line]
-    assert line.startswith("functions: 6 answers, ")
+    assert line.startswith("functions: 6 answers, greedy, ")
     assert ("acceptance rate" in line) == bool(strategy)
     assert f"results are in {tmp_path / 'logs'}" in said
 

@@ -1,6 +1,8 @@
 """sweep.py: counts read off one pass are the counts of real decoding; nothing finished is done twice."""
 
 import json
+import os
+import re
 from collections import Counter
 
 import forks
@@ -11,10 +13,12 @@ from helpers import custom_data, no_calibration, no_pictures, only_run
 
 import benchmark
 import sweep
-from arguments import GenerationConfig
+from arguments import GenerationConfig, ModelArguments
 from measures.replay import predicted_cell, replay, within_noise
 from measures.sweeping import Measured, Predicted
+from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
+from self_speculation import default_model
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
 from sweep import SweepArguments
@@ -169,6 +173,15 @@ def test_pictures_table_and_flags(common, tmp_path, capsys):
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
     output = capsys.readouterr().out
+    assert (
+        f"\n{heading(json.loads((folder / 'run.json').read_text()), ('exit_layer', 'num_speculations'))}\n"
+        in output
+    )
+    # Guards against files that nobody is told of, and the two rows of a cell far from what tells them apart.
+    files = "records.jsonl, run.json, sweep.csv, sweep.pdf, sweep.png, vocabulary.json"
+    assert f"\n{folder}/: {files}\n" in output
+    modes = re.findall("^ *(measured|predicted) +[0-9]", output, re.MULTILINE)
+    assert modes == ["measured"] * 2 + ["predicted"] * 12
     assert output.count("measured") >= 4  # two lines about the cells, two rows
     assert sum(" predicted, " in line and line.endswith(" measured") for line in output.splitlines()) == 2
     assert output.count("(90 %)") == 1  # the sentence on what noise does not tell from the best
@@ -238,7 +251,7 @@ def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path, capsys):
     said = capsys.readouterr().out
     assert " --draft_weights int8" in said.splitlines()[-1]
     best, by_hand = (
-        tuned(GenerationConfig(), TuningArguments(str(only_run(tmp_path))), argv)
+        tuned(GenerationConfig(), TuningArguments(str(only_run(tmp_path))), ModelArguments(common[1]), argv)
         for argv in ([], ["--draft_weights", "exact"])
     )
     assert (best.draft_weights, by_hand.draft_weights) == ("int8", "exact")
@@ -344,10 +357,12 @@ def test_tables_of_older_sweeps_are_read(columns, values, found, tmp_path):
     """Guards against a table that is refused for columns that there were not yet, or are no more."""
     (tmp_path / "old.csv").write_text("\n".join([columns, *values]))
     tuning = TuningArguments(str(tmp_path / "old.csv"))
-    config = tuned(GenerationConfig(), tuning, [])
+    config = tuned(GenerationConfig(), tuning, ModelArguments(), [])
     assert (config.exit_layer, config.num_speculations, config.draft_vocabulary) == found
     assert config.draft_weights == "exact"
-    given = tuned(GenerationConfig(draft_vocabulary=99), tuning, ["--draft_vocabulary", "99"])
+    given = tuned(
+        GenerationConfig(draft_vocabulary=99), tuning, ModelArguments(), ["--draft_vocabulary", "99"]
+    )
     assert given.draft_vocabulary == 99
 
 
@@ -359,7 +374,12 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
     flags = common[: common.index("--exit_layer_last")]
     output = ["--output_dir", str(tmp_path / "b" / "logs")]
     assert benchmark.main([*flags, "--tuned", str(folder.parent), *output]) == 0
-    arguments = json.loads((only_run(tmp_path / "b") / "run.json").read_text())["arguments"]
+    run = json.loads((only_run(tmp_path / "b") / "run.json").read_text())
+    arguments = run["arguments"]
+    setting = "self_speculative, exit_layer {exit_layer}, num_speculations {num_speculations}, ".format(
+        **best
+    )
+    assert setting in heading(run)
     assert arguments["generation_strategy"] == "self_speculative"
     assert {name: arguments[name] for name in ("exit_layer", "num_speculations")} == {
         name: best[name] for name in ("exit_layer", "num_speculations")
@@ -369,10 +389,14 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
         benchmark.main([*flags, "--tuned", str(folder.parent), "--resume", str(only_run(tmp_path / "b"))])
         == 0
     )
+    same = os.path.relpath(flags[1])
+    by_another_path = tuned(GenerationConfig(), TuningArguments(str(folder)), ModelArguments(same), [])
+    assert by_another_path.exit_layer == best["exit_layer"]
     for extra, message in (
         (["--exit_layer", "2"], "--tuned sets exit_layer and num_speculations"),
         (["--tuned", str(tmp_path / "nowhere.csv")], "nowhere.csv: No such file"),
         (["--tuned", str(tmp_path)], "no sweep in there"),
+        (["--model", default_model()], f"is a sweep of --model {flags[1]}, not of {default_model()}"),
     ):
         with pytest.raises(SystemExit):
             benchmark.main([*flags, "--tuned", str(folder), *extra])

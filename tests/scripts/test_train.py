@@ -146,6 +146,7 @@ def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, mon
 
     monkeypatch.setattr(EarlyExitTrainer, "training_step", interrupted)
     assert train.main(["--resume", str(folder), "--num_steps", "20"]) == 130
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     assert "step 16 is kept" in capsys.readouterr().err
     assert train.main(["--resume", str(folder)]) == 0
     assert seen == [*range(12, 18), *range(16, 20)]
