@@ -23,12 +23,12 @@ demo: $(VENV)/chat
 		--prompt "Give me three tips for sleeping better."
 	@echo "  The model that comes along, trained by train.py to draft with its first layers: checkpoints/python-10m" >&2
 
-# -m: Ctrl-C, which stops an answer, is for generate.py alone and not for make.
+# -m: Ctrl-C, which stops an answer or the server, is for the script alone and not for make.
 chat: $(VENV)/chat
 	@sh -mc '$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) $(CHAT); exit $$?'
 
 serve: $(VENV)/chat
-	$(RUN) serve.py $(SMOLLM2) $(ADAPTIVE) --batch_size 8 --served_name SmolLM2-135M-Instruct
+	@sh -mc '$(RUN) serve.py $(SMOLLM2) $(ADAPTIVE) --batch_size 8 --served_name SmolLM2-135M-Instruct; exit $$?'
 
 test: $(VENV)/test
 	$(RUN) -m pytest
