@@ -110,6 +110,7 @@ def test_adaptive(measured):
     assert all((row["of best"] is not None) == (row["side"] == "adaptive") for row in rows)
 
 
+@pytest.mark.slow
 def test_serving(measured, tmp_path):
     """Guards against a server that does not take these flags, and against answers that are lost."""
     record = measured(
