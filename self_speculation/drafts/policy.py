@@ -61,6 +61,8 @@ class Memory:
 
     def __init__(self, times: RoundTimes | None = None) -> None:
         self.times = times or RoundTimes()
+        self.num_rounds = 0
+        self.heard: dict[tuple[str, int], int] = {}  # by what, the round that told of it last
         self._of_answers: dict[tuple[str, int], DecayedMean] = {}
         self._of_answer: dict[tuple[str, int], DecayedMean] = {}
 
@@ -108,12 +110,10 @@ class AdaptivePolicy:
     def __init__(
         self, arms: Mapping[str, Arm], longest: int, memory: Memory | None = None, searching: float = 0.02
     ) -> None:
-        memory = memory or Memory()
+        self._memory = memory = memory or Memory()
         self._arms, self._longest, self._searching = {PLAIN: Arm(), **arms}, longest, searching
         self._means, self._times = memory.begin_answer(arms), memory.times
         self._for_trials = 0.0  # seconds that a trial may cost
-        self._now = 0
-        self._heard = dict.fromkeys([_PLAIN_STEPS, *self._means], 0)  # the round that told of it last
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
@@ -140,11 +140,11 @@ class AdaptivePolicy:
             at, k = divmod(int(rates[1:, 1:].argmax()), longest)
             if rates[at + 1, k + 1] > self._MARGIN * rates[0, 0]:
                 best = (at + 1, k + 1)
-        self._now += 1
+        self._memory.num_rounds += 1
         self._for_trials += self._searching * float(seconds[best])
         others = [key for key in self._can_draft(matched) if key[0] != names[best[0]]]
         if others and longest:
-            name, _ = min(others, key=self._heard.__getitem__)
+            name, _ = min(others, key=lambda key: self._memory.heard.get(key, 0))
             trial = Plan(name, 0 if name == PLAIN else min(self._TRIAL, longest))
             tried = (names.index(name), trial.length)
             # The time that the best one would need for fewer tokens, or saves for more.
@@ -163,11 +163,14 @@ class AdaptivePolicy:
             matched, drafted, accepted: [B] tokens of each row.
         """
         if plan.source == PLAIN:
-            self._heard[_PLAIN_STEPS] = self._now
+            self._hear(_PLAIN_STEPS)
         for number, num_drafted, num_accepted in zip(matched, drafted, accepted, strict=True):
             for i in range(min(num_accepted + 1, num_drafted)):
                 self._means[plan.source, number].add(float(i < num_accepted))
-                self._heard[plan.source, number] = self._now
+                self._hear((plan.source, number))
+
+    def _hear(self, key: tuple[str, int]) -> None:
+        self._memory.heard[key] = self._memory.num_rounds
 
     def took(self, plan: Plan, num_rows: int, seconds: float) -> None:
         """Hear how long a round of this plan took."""

@@ -273,3 +273,13 @@ def test_estimated_costs_are_those_of_the_formula():
     four = Costs.estimated(model, 3, "int4").draft_ratio(3)
     of_head = formats("int4", model.device, model.dtype).of_head.bytes_per_weight
     assert four == pytest.approx((3 * 5 / 32 + head * of_head / 4) / (10 + head))
+
+
+def test_short_answers_take_turns_at_trials():
+    """Guards against trials that begin anew with each answer: a source late in the order was never tried."""
+    memory, tried = Memory(), Counter()
+    for _ in range(60):
+        plans = play(policy(memory, copy_takes=0.35), {"exit 2": 0.05, "exit 4": 0.05}, rounds=40)
+        tried.update({plan.source for plan in plans[8:]})
+    assert tried[PLAIN] == 60  # the best here
+    assert all(tried[source] > 5 for source in ("exit 2", "exit 4", "exit 10"))
