@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 
 from arguments import (
@@ -59,18 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     name = args.served_name or _name(model_name(model_args))
 
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            engine.shut_down(args.shutdown_time)
-            super().handle_exit(sig, frame)
-
-    # uvicorn gives signals that it got to whoever had handled them before: they are no reason to fail.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host  # version 6
-    print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
-    Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             make_app(generator, engine, config, args, name),
             log_config=None,
@@ -78,8 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             server_header=False,
             timeout_graceful_shutdown=int(args.shutdown_time) + _GRACE,
         )
-    ).run([listener])
-    return 0 if engine.stop() else 1
+    )
+
+    def shut_down(number: int, frame: FrameType | None) -> None:
+        engine.shut_down(args.shutdown_time)
+        server.handle_exit(number, frame)
+
+    def answer() -> None:
+        try:
+            server.run([listener])
+        finally:
+            engine.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, shut_down)
+    print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
+    http = Thread(target=answer, name="http")
+    http.start()
+    went_well = engine.run()
+    server.should_exit = True
+    http.join()
+    return 0 if went_well and server.started else 1
 
 
 def _listen(args: ServeArguments) -> socket.socket:

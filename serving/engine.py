@@ -1,4 +1,7 @@
-"""One thread that has the model: jobs in, results out. Between two rounds jobs come and go.
+"""One thread has the model: jobs in, results out. Between two rounds jobs come and go.
+
+It should be the thread that has loaded the model. On a CPU each thread that computes gets helpers of OpenMP,
+and where there are more of them than cores, they sleep between the steps of a pass: it takes twice as long.
 
 Knows nothing of HTTP, of text, or of who asks.
 """
@@ -7,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from threading import Condition, Thread
+from threading import Condition
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -100,8 +101,6 @@ class Engine:
         self._changed = Condition()  # guards these two
         self._ends_at = math.inf  # from when on no job goes on
         self._is_stopped = False
-        self._thread = Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
 
     @property
     def is_up(self) -> bool:
@@ -136,23 +135,22 @@ class Engine:
         """
         self._ends_at = min(self._ends_at, time.perf_counter() + seconds)
 
-    def stop(self) -> bool:
-        """End now, and wait for that; whether all had gone well."""
-        went_well = self._thread.is_alive()
+    def stop(self) -> None:
+        """Have `run` end, as soon as jobs can be ended."""
         self.shut_down(0)
         with self._changed:
             self._is_stopped = True
             self._changed.notify()
-        self._thread.join()
-        return went_well
 
-    def _run(self) -> None:
+    def run(self) -> bool:
+        """Do what is submitted, until it is to stop; whether all went well."""
         try:
             while self._is_wanted():
                 self._round()
+            return True
         except Exception:
             _log.exception("the engine failed")
-            os.kill(os.getpid(), signal.SIGTERM)  # there is no answering without it
+            return False
         finally:
             with self._changed:
                 self.shut_down(0)

@@ -118,12 +118,14 @@ class RoundTimes:
             return
         # The very first one is compared with nothing and may be a bad moment. It says only what a step takes,
         # which every round corrects: a source that seems slow is hardly ever tried again.
+        step = seconds / (1.0 + drafted * num_drafted)
         if self._units:
             a, b = self.line(source, num_rows, drafted)
             seconds = min(seconds, self._TOO_LONG * (a + b * num_drafted))
             self._lines.setdefault(key, DecayedLine()).add(num_drafted, seconds)
-        unit = self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0))
-        unit.add(seconds / (1.0 + drafted * num_drafted))
+            # Without its drafts, which take longer than estimated where there are many rows.
+            step = max(seconds - b * num_drafted, self._LEAST * seconds)
+        self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(step)
 
     def _unit(self, num_rows: int) -> float:
         """Seconds of a plain step, by the nearest number of rows that is known; 1 where none is."""

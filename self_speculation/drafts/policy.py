@@ -62,6 +62,7 @@ class Memory:
     def __init__(self, times: RoundTimes | None = None) -> None:
         self.times = times or RoundTimes()
         self.num_rounds = 0
+        self.tried_plain_step = False  # in the last trial
         self.heard: dict[tuple[str, int], int] = {}  # by what, the round that told of it last
         self._of_answers: dict[tuple[str, int], DecayedMean] = {}
         self._of_answer: dict[tuple[str, int], DecayedMean] = {}
@@ -92,8 +93,8 @@ class AdaptivePolicy:
 
     The chance that a drafted token is accepted after accepted ones is kept for every source, and for every
     length of a match, as a decayed mean, whose prior is what earlier answers of the model have taught.
-    A share of the time goes into trials: a short draft by the source that has not been tried for longest, or
-    a plain step.
+    A share of the time goes into trials: a short draft by the source that has not been tried for longest and
+    a plain step, in turn.
 
     Args:
         arms: by the name of their source.
@@ -144,13 +145,17 @@ class AdaptivePolicy:
         self._for_trials += self._searching * float(seconds[best])
         others = [key for key in self._can_draft(matched) if key[0] != names[best[0]]]
         if others and longest:
-            name, _ = min(others, key=lambda key: self._memory.heard.get(key, 0))
+            # Every second one is a plain step, where that is none of the others: all are compared with it.
+            is_due = _PLAIN_STEPS in others and not self._memory.tried_plain_step
+            heard = self._memory.heard
+            name, _ = _PLAIN_STEPS if is_due else min(others, key=lambda key: heard.get(key, 0))
             trial = Plan(name, 0 if name == PLAIN else min(self._TRIAL, longest))
             tried = (names.index(name), trial.length)
             # The time that the best one would need for fewer tokens, or saves for more.
             price = float(seconds[tried]) * (1.0 - min(1.0, float(rates[tried] / rates[best])))
             if price <= self._for_trials:
                 self._for_trials -= price
+                self._memory.tried_plain_step = is_due
                 return trial
         return Plan(names[best[0]], best[1])
 

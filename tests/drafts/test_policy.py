@@ -283,3 +283,12 @@ def test_short_answers_take_turns_at_trials():
         tried.update({plan.source for plan in plans[8:]})
     assert tried[PLAIN] == 60  # the best here
     assert all(tried[source] > 5 for source in ("exit 2", "exit 4", "exit 10"))
+
+
+def test_drafts_that_gain_nothing_are_given_up():
+    """Guards against a batch that goes on drafting at a loss: it took a plain step, which it had hardly ever
+    made, to be as much slower than it is as its drafts are than estimated.
+    """
+    takes = {**TAKES, "exit 10": (1.0, 1.1), "exit 2": (1.0, 0.6), "exit 4": (1.0, 0.9)}
+    plans = play(policy(copy_takes=0.35), {"exit 10": 0.95}, rounds=75, takes=takes)
+    assert sum(plan.source == PLAIN for plan in plans[25:]) > 40

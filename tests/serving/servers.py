@@ -34,13 +34,31 @@ def tiny_generator(model, tokenizer, config=GREEDY):
     return HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
 
 
+class Running(Engine):
+    """An engine in a thread of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._thread = threading.Thread(target=self._note)
+        self._thread.start()
+
+    def _note(self):
+        self._went_well = self.run()
+
+    def stop(self):
+        """Ends it; whether all went well."""
+        super().stop()
+        self._thread.join()
+        return self._went_well
+
+
 class Served:
     """A server and all that it is made of."""
 
     def __init__(self, generator, config=GREEDY, batch_size=4, **args):
         self.generator, self.config = generator, config
         self.args = ServeArguments(**{"port": 0, **args})
-        self.engine = Engine(
+        self.engine = Running(
             generator.generation_strategy, generator.model, config, batch_size, self.args.max_waiting
         )
         app = make_app(generator, self.engine, config, self.args, "tiny")
