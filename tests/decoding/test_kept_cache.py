@@ -39,7 +39,7 @@ def own_llama(**config):
     agreement=st.sampled_from(["sometimes", "always", "never"]),
     fused=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, agreement, fused):
     """Guards against keys of rejected drafts, of tokens after the end, of layers that did not run, or of
     another history at the seam between what is kept and what is new.
@@ -69,7 +69,7 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
     drafts=DRAFTS,
     max_steps=st.lists(st.integers(1, 9), min_size=14, max_size=14),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_rows_take_the_places_of_those_that_ended(lengths, batch_size, drafts, max_steps):
     """Guards against places that are mixed up when rows move, and against a row that writes into a place
     which is kept. Prompts begin like one of three texts.

@@ -146,6 +146,7 @@ def kept(tmp_path):
     return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("logs/*/records*.jsonl"))
 
 
+@pytest.mark.slow
 def test_ranks_have_batches_of_their_own(common, tmp_path):
     """Guards against examples that are done twice or not at all, and a wall time that adds up ranks."""
     args = [*common, *SPECULATION]

@@ -135,7 +135,8 @@ def test_generate_speaks_once_and_reads_standard_input_once(folder):
     assert said.stdout == forks.run(*script, input="def add(a").stdout != ""
 
 
-@pytest.mark.parametrize("parallel", ["data", pytest.param("tensor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["data", "tensor"])
 def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, common, parallel, tmp_path):
     """By the real torchrun, since it is its signal that ends the others. Guards against a rank 0 that waits
     for ever, or goes without saying how to go on.

@@ -52,15 +52,10 @@ def command(model_folder, tmp_path):
     return of
 
 
-# The harness looks through thousands of files before it finds the two tasks that it is to run; generate.py is
-# started so in the default run as well, by test_a_cache_that_cannot_be_written.
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("generate", "correctness", "eval", "sweep", "train")
-]
-
-
-@pytest.mark.parametrize("name", ["benchmark", *SLOW])
+# In the default run generate.py is started so by test_a_cache_that_cannot_be_written, and serve.py by
+# test_a_server_from_its_start_to_its_end.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["generate", "benchmark", "correctness", "eval", "sweep", "train"])
 def test_by_python(name, command):
     words, once = command(name)
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=forks.HANGS)

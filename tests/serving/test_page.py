@@ -120,6 +120,7 @@ def test_a_conversation(page, server):
     assert len(sent[-1]["messages"]) == 1
 
 
+@pytest.mark.slow
 def test_without_drafts(page, server):
     """Guards against a comparison with drafts that only aren't shown."""
     page.get_by_role("switch", name="drafts").uncheck()
@@ -132,6 +133,7 @@ def test_without_drafts(page, server):
     assert "accepted" not in figures
 
 
+@pytest.mark.slow
 def test_stop(page):
     """Guards against an answer that goes on, and against one that the conversation forgets."""
     page.evaluate(STOP_AT_ONCE)
@@ -145,6 +147,7 @@ def test_stop(page):
     assert sent[-1]["messages"][1] == {"role": "assistant", "content": said}
 
 
+@pytest.mark.slow
 def test_errors(page):
     """Guards against a question that is lost with its error, and against an error that stays."""
     ask(page, "who " * LONGEST)
@@ -157,6 +160,7 @@ def test_errors(page):
     assert page.locator(".turn").count() == 1
 
 
+@pytest.mark.slow
 def test_a_wrong_key(browser, server):
     """Guards against a page that asks for no key, or for none a second time."""
     page = browser.new_page()
