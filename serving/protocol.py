@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -133,7 +134,7 @@ class _Message(_Strict):
         return {"role": role, "content": "\n".join(part.text for part in self.content)}
 
 
-class Asked(_Strict):
+class Asked(_Strict, ABC):
     """What both kinds of requests may say."""
 
     object_name: ClassVar[str]
@@ -179,9 +180,9 @@ class Asked(_Strict):
         return config if self.drafts else replace(config, generation_strategy="autoregressive", exit_layer=-1)
 
     @property
+    @abstractmethod
     def num_likeliest(self) -> int | None:
         """How many tokens to tell log-probabilities of, besides the answer's own; None: not even that."""
-        raise NotImplementedError
 
     def choice(
         self, index: int, text: str, scored: list[Scored] | None, stop_reason: str | None
@@ -210,14 +211,17 @@ class Asked(_Strict):
         finished = _FINISHED[stop_reason] if stop_reason else None
         return {"index": index, **text, "logprobs": logprobs, "finish_reason": finished}
 
+    @abstractmethod
     def _whole(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole answer's text, as it is called here."""
 
+    @abstractmethod
     def _new(self, text: str, is_first: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """The new text of a chunk."""
 
+    @abstractmethod
     def _logprobs(self, scored: list[Scored]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Tokens with their log-probabilities."""
 
 
 class ChatRequest(Asked):
