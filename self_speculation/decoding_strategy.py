@@ -112,7 +112,8 @@ class Batch(Generic[Key]):
     """Rows in flight, driven from outside: admit requests, make rounds, take out what has ended.
 
     A request that something is wrong with, or whose processors, criteria or streamer raise, has the error for
-    its result; the others do not notice. What goes wrong in a pass over several rows is raised.
+    its result; the others do not notice. What goes wrong in a pass over several rows is raised. Weights may
+    change while there are no rows, but not before the first one: what it is made with is what they were then.
 
     Args:
         batch_size: rows at most.
