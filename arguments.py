@@ -65,9 +65,10 @@ class ModelArguments:
     float16."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
-    parallel: Parallel = "data"
-    """Several GPUs: a copy of the model on each (data) or a share of every layer (tensor), both by torchrun;
-    or some layers on each, with the rest in memory (pipeline), in one process."""
+    parallel: Literal[Parallel, "fsdp"] = "data"
+    """Several GPUs: a copy of the model on each (data), a share of every layer (tensor), or, for train.py, of
+    all that is kept (fsdp), by torchrun; or some layers on each, with the rest in memory (pipeline), in one
+    process."""
     quantization: Quantization = "none"
     """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
@@ -81,10 +82,10 @@ class ModelArguments:
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")
         self.from_pretrained_args()
-        if self.parallel != "data" and self.device != "auto":
+        if self.parallel in ("tensor", "pipeline") and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")
-        for name, default in (("parallel", "data"), ("quantization", "none")):
-            if self.compile and (value := getattr(self, name)) != default:
+        for name, allowed in (("parallel", ("data", "fsdp")), ("quantization", ("none",))):
+            if self.compile and (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"compile True: not with --{name} {value}")
 
     def from_pretrained_args(self) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def _rows(
     return [rows[number] for number in chosen(len(rows))]
 
 
-def load_from_hub(*source: str, split: str) -> Any:
+def load_from_hub(*source: str, **options: Any) -> Any:
     """As `datasets.load_dataset`, but without a network it fails at once where nothing is cached, and a
     dataset that is a script is read as well: the hub keeps what the script gave in a branch of its own.
     """
@@ -246,11 +246,11 @@ def load_from_hub(*source: str, split: str) -> Any:
     if not hub_answers(source[0], "dataset"):
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(*source, split=split)
+        return datasets.load_dataset(*source, **options)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        return datasets.load_dataset(*source, split=split, revision="refs/convert/parquet")
+        return datasets.load_dataset(*source, **options, revision="refs/convert/parquet")
 
 
 def is_table(path: Path) -> bool:

@@ -15,19 +15,27 @@ that is finished.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import get_type_hints
 
 from arguments import parse, refuse
+from runs import ranks
 from runs.program import run
 from training.flags import Flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = Flags(*parse(__doc__ or "", *get_type_hints(Flags).values(), args=argv))
-    for name, only in (("parallel", "data"), ("quantization", "none")):
-        if (value := getattr(flags.model, name)) != only:
-            refuse(f"--{name} {value}: training knows {only} only")
+    for name, known in (("parallel", ("data", "fsdp")), ("quantization", ("none",))):
+        if (value := getattr(flags.model, name)) not in known:
+            refuse(f"--{name} {value}: training knows {' and '.join(known)} only")
+    if flags.model.parallel == "fsdp" and ranks.num_processes() == 1:
+        refuse("--parallel fsdp: shares a model out between processes; start them by torchrun")
+    if flags.optimization.offload and flags.model.parallel != "fsdp":
+        refuse("--offload True: is for --parallel fsdp")
+    if flags.optimization.lora_rank and importlib.util.find_spec("peft") is None:
+        refuse(f"--lora_rank {flags.optimization.lora_rank}: pip install peft")
     if ":" in flags.model.device:
         refuse(f"--device {flags.model.device}: must be cuda, the GPU of this rank, or cpu, mps or auto")
     if flags.model.model is None:

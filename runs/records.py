@@ -75,9 +75,7 @@ class Run:
             RecordError: there is none, or something differs; names the difference.
         """
         earlier = _earlier(path, description)
-        # Of examples each rank takes a share; in training, a step has as many samples as ranks give it.
-        facts = (*_FACTS, "num_ranks") if description["script"] == "train" else _FACTS
-        for key in [key for key in facts if key in description]:
+        for key in [key for key in _FACTS if key in description]:
             if earlier.get(key) != description[key]:
                 raise _different(path, key, earlier.get(key), description[key])
         began = {"began": earlier["began"]} if "began" in earlier else {}

@@ -25,6 +25,8 @@ from self_speculation.model.short_head import prefer_ids
 
 def meet(model_args: ModelArguments) -> None:
     """Join the other ranks, where all hold one model together; to be called before anything is read."""
+    if model_args.parallel == "fsdp":
+        refuse("--parallel fsdp: is for train.py; must be data, tensor or pipeline")
     if model_args.parallel == "data" or ranks.num_processes() == 1:
         return
     if model_args.parallel == "pipeline":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from arguments import ModelArguments, at_least, check
+from arguments import MAY_DIFFER, ModelArguments, at_least, check
 
 # What was done before is the beginning of what is done then.
 MAY_GROW = {
@@ -27,8 +27,12 @@ class TrainingDataArguments:
     """Share of the texts that is held out for evaluation."""
     sequence_length: int = 768
     """Tokens of a sample; the context of a new model."""
+    streaming: bool = False
+    """Read the dataset of the hub while training, for one that does not fit on the disk."""
 
     def __post_init__(self) -> None:
+        of_hub = self.data_path is None and self.data != "python_stdlib"
+        check(self, "streaming", of_hub or not self.streaming, "is for a dataset of the hub, by --data")
         check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
         at_least(self, 2, "sequence_length")
 
@@ -103,9 +107,9 @@ class OptimizationArguments:
 
     num_steps: int = field(default=1000, metadata=MAY_GROW)
     """Optimizer steps."""
-    batch_size: int = 4
+    batch_size: int = field(default=4, metadata=MAY_DIFFER)
     """Samples per pass and rank."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = field(default=1, metadata=MAY_DIFFER)
     """Passes per step."""
     learning_rate: float = 8e-4
     """The highest; it falls along a cosine to a tenth."""
@@ -113,8 +117,12 @@ class OptimizationArguments:
     """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=MAY_DIFFER)
     """Recompute activations in the backward pass: less memory, a third more time."""
+    offload: bool = field(default=False, metadata=MAY_DIFFER)
+    """With --parallel fsdp, keep weights and optimizer in the memory of the CPU between their uses."""
+    lora_rank: int = 0
+    """Train an adapter (LoRA) of this rank instead of all weights; it is merged into the model in the end."""
     log_steps: int = 10
     """Steps between rows of log.csv."""
     eval_steps: int = 250
@@ -129,7 +137,7 @@ class OptimizationArguments:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
         at_least(self, 1, "log_steps", "eval_steps", "save_steps", "eval_samples")
-        at_least(self, 0, "warmup_steps", "weight_decay")
+        at_least(self, 0, "warmup_steps", "weight_decay", "lora_rank")
         short = self.warmup_steps < self.num_steps
         check(self, "warmup_steps", short, f"must be below --num_steps {self.num_steps}")
         check(self, "learning_rate", self.learning_rate > 0, "must be above 0")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import TrainingArguments as TrainerSettings
 
@@ -42,21 +47,53 @@ def trainer_settings(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainerSettings:
     mixed = resolve_dtype(model_args.dtype, device)
+    is_sharded = model_args.parallel == "fsdp"
     settings = TrainerSettings(
         output_dir=str(folder), use_cpu=device.type == "cpu", seed=model_args.seed, max_steps=args.num_steps,
         bf16=mixed == torch.bfloat16, fp16=mixed == torch.float16,
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
-        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.gradient_checkpointing and not is_sharded,
         activation_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=args.learning_rate, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay, adam_beta2=0.95,
         logging_steps=args.log_steps, logging_nan_inf_filter=False, eval_strategy="steps",
         eval_steps=args.eval_steps, save_steps=args.save_steps, save_total_limit=2,
-        remove_unused_columns=False,  # the trainer judges by the model's own `forward`, and ours takes others
-        ddp_find_unused_parameters=True,  # those of a layer that all samples skip
-        report_to="none", disable_tqdm=False,
+        remove_unused_columns=False,  # that is what names the documents of a sample
+        ddp_find_unused_parameters=False,  # there are none: every rank calls every layer
+        accelerator_config={"dispatch_batches": False},  # samples of a stream may differ in length
+        fsdp=is_sharded or None, fsdp_config=_sharding(args) if is_sharded else None,
+        torch_compile=model_args.compile,
+        report_to="none", disable_tqdm=False, log_level_replica="error",
     )  # fmt: skip
     settings._n_gpu = min(settings.n_gpu, 1)  # several are for torchrun, not for DataParallel
+    if is_sharded and device.type == "cpu":
+        # accelerate knows sharding by GPUs only; torch also shards by gloo, and the rest is the same.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if is_sharded and isinstance(mixed, torch.dtype) and mixed != torch.float32:
+        # By itself, accelerate would also sum gradients, and round the loss, in 16 bits.
+        policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32)
+        settings.fsdp_plugin_args["mixed_precision_policy"] = policy
     return settings
+
+
+def _sharding(args: OptimizationArguments) -> dict[str, Any]:
+    """FSDP2: each layer is a unit; checkpoints are sharded, so that other numbers of ranks can read them."""
+    return {
+        "version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": args.offload,
+        "activation_checkpointing": args.gradient_checkpointing, "cpu_ram_efficient_loading": True,
+    }  # fmt: skip
+
+
+def shard_while_loading() -> None:
+    """Have transformers read weights into the first rank alone; the others get their shares from it."""
+    os.environ["ACCELERATE_USE_FSDP"] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+
+
+def adapted(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """The model with a LoRA around each product of its layers, in fp32; nothing else is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings(action="ignore"):  # it asks the model by a name that is going to go
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))

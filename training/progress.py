@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pandas
-from transformers import ProgressCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
-
-class DivergedError(Exception):
-    """The loss is no longer a number."""
+from runs.ranks import num_processes
+from training.trainer import EarlyExitTrainer
 
 
 class Progress(ProgressCallback):
@@ -28,15 +27,7 @@ class Progress(ProgressCallback):
         super().__init__()
         self._write_table = write_table
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        if control.should_save:  # a loss that is averaged over a checkpoint would be lost with a kill
-            control.should_log = True
-
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
-        for name, value in logs.items():
-            if "loss" in name and not math.isfinite(float(value)):
-                raise DivergedError(f"{name} is {value} at step {state.global_step}; lower --learning_rate")
         if not state.is_world_process_zero:
             return
         # Without the trainer's own summary, which counts only the time since the last resumption.
@@ -47,12 +38,55 @@ class Progress(ProgressCallback):
         if self.training_bar is None:
             return
         if "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+            postfix = f"loss {float(logs['loss']):.3f}, {logs['tokens_per_second']} tokens/s"
+            self.training_bar.set_postfix_str(postfix, refresh=False)
         if "eval_loss" in logs:
             exits = sum(key.startswith("eval_loss_exit_") for key in logs)
             shown = sorted({exits * part // 8 for part in (1, 2, 4, 8)} - {0})
             losses = ", ".join(f"exit {exit} {logs[f'eval_loss_exit_{exit}']:.3f}" for exit in shown)
             self.training_bar.write(f"step {state.global_step}: held-out loss {losses}")
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C or SIGTERM, to any rank, ends a training after the current step with a checkpoint, on all ranks.
+
+    A second Ctrl-C ends it at once; but under torchrun, which passes on what the ranks have had already.
+
+    Attributes:
+        reason: why the training ended early, None where it did not.
+        status: the exit status that tells so.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.status = 1
+        self._signal = 0
+        self._trainer: EarlyExitTrainer | None = None
+
+    def follow(self, trainer: EarlyExitTrainer) -> None:
+        self._trainer = trainer
+        trainer.add_callback(self)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile signals end the training after a step; to be called in the main thread."""
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, _: Any) -> None:
+        if self._signal and num_processes() == 1:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        assert self._trainer is not None
+        if number := self._trainer.highest(self._signal):
+            self.reason, self.status = "interrupted", 128 + number
+            control.should_save = control.should_training_stop = True
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

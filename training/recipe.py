@@ -10,9 +10,6 @@ import math
 from collections.abc import Sequence
 
 import numpy
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 IGNORED = -100  # labels that no loss is computed for
 
@@ -29,10 +26,13 @@ def dropout_rates(
     return [over_time * _growth(layer, num_layers) * p_max for layer in range(num_layers)]
 
 
-def draw_kept(rates: Sequence[float], batch_size: int, seed: Sequence[int]) -> Tensor:
-    """[L, B], True where a layer runs on a sample; `seed` alone decides, so that all ranks draw the same."""
-    drawn = torch.from_numpy(numpy.random.default_rng(list(seed)).random((len(rates), batch_size)))
-    return drawn >= torch.tensor(rates)[:, None]
+def draw_kept(rates: Sequence[float], num_samples: int, seed: int, step: int) -> numpy.ndarray:
+    """[L, num_samples], True where a layer runs on a sample; of all samples of a step, as the data has them.
+
+    Each rank takes those of its own samples, so that nothing depends on how a step is shared out.
+    """
+    drawn = numpy.random.default_rng([seed, step]).random((len(rates), num_samples))
+    return drawn >= numpy.array(rates)[:, None]
 
 
 def enabled_exits(
@@ -65,23 +65,6 @@ def loss_weights(enabled: Sequence[int], num_layers: int, e_scale: float, weight
     scales[num_layers] = last + e_scale * (last - 1) * last / 2
     total = sum(scales.values())
     return {exit: scale / total for exit, scale in scales.items()}
-
-
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over [N, V] logits of the cross-entropy with the [N] labels."""
-    return functional.cross_entropy(_at_least_fp32(logits), labels, ignore_index=IGNORED, reduction="sum")
-
-
-def distillation_loss(logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of KL(target || exit) over the positions of [N, V] that have a label; the target learns nothing."""
-    target = _at_least_fp32(target_logits.detach()).log_softmax(-1)
-    guess = _at_least_fp32(logits).log_softmax(-1)
-    per_token = functional.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
-    return per_token[labels != IGNORED].sum()
-
-
-def _at_least_fp32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _growth(index: int, length: int) -> float:

@@ -7,9 +7,9 @@ import math
 import sys
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -25,19 +25,29 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from arguments import ModelArguments, refuse
+from arguments import ModelArguments, read_run, refuse
 from measures.plots import curves_by_exit
 from runs import ranks
 from runs.heading import heading
-from runs.records import RecordError, Run, check_destination, describe, describe_model, open_run
+from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
 from self_speculation.model.loading import load_config, resolve_device, resolve_dtype
 from training.flags import Flags
-from training.from_flags import check_precision, new_llama, trainer_settings
-from training.progress import DivergedError, Progress, newest_checkpoint, step_of
-from training.texts import load_texts, padded, to_blocks, train_tokenizer
-from training.trainer import EXIT_SCORES, EarlyExitTrainer
+from training.from_flags import adapted, check_precision, new_llama, shard_while_loading, trainer_settings
+from training.progress import Progress, Stop, newest_checkpoint, step_of
+from training.texts import (
+    Texts,
+    fingerprint,
+    is_stream,
+    load_texts,
+    named,
+    padded,
+    shuffled,
+    to_blocks,
+    train_tokenizer,
+)
+from training.trainer import EXIT_SCORES, CheckpointError, DivergedError, EarlyExitTrainer, plain
 
 
 def train(flags: Flags) -> int:
@@ -49,30 +59,42 @@ def train(flags: Flags) -> int:
         start = _prepare(flags)
     except (LoadingError, ValueError, RecordError) as error:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
-    trainer = _trainer(flags, start)
+    stop = Stop()
+    trainer = _trainer(flags, start, stop)
     try:
         if start.checkpoint is not None and step_of(start.checkpoint) >= trainer.args.max_steps:
             trainer.restore(str(start.checkpoint))
         else:
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        metrics = trainer.evaluate(start.evaluation)
-        if trainer.is_world_process_zero():
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        if stop.reason is None:
+            metrics = trainer.evaluate(start.evaluation)
             _save_and_show(start, trainer, metrics)
     except DivergedError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, RecordError) as error:
-        if isinstance(error, KeyboardInterrupt) and ranks.rank() == 0:
-            with suppress(RecordError):
-                start.run.say("interrupted")
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        last = newest_checkpoint(start.run.folder)
-        kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
-        print(f"{reason}; {kept}, go on with --resume {start.run.folder}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        texts = named(shuffled(start.texts, flags.model.seed), error.documents)
+        stop.reason = f"{error}, of {texts}: look at them, or lower --learning_rate"
+    except KeyboardInterrupt:
+        stop.reason, stop.status = "interrupted", 130
+    except (RecordError, CheckpointError) as error:
+        stop.reason = str(error)
+    if stop.reason is not None:
+        if bar := trainer.pop_callback(Progress).training_bar:
+            bar.close()
+        return _ended_early(start.run, stop)
     ranks.barrier()  # after it, no exchange is under way, and the process group can be destroyed
     PartialState().destroy_process_group()
     return 0
+
+
+def _ended_early(run: Run, stop: Stop) -> int:
+    """Say why, and how to go on; the exit status."""
+    if ranks.rank() == 0:
+        with suppress(RecordError):
+            run.say("interrupted" if stop.status > 1 else "failed")
+        last = newest_checkpoint(run.folder)
+        kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
+        print(f"{stop.reason}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
+    return stop.status
 
 
 @dataclass(frozen=True)
@@ -83,9 +105,9 @@ class Start:
     device: torch.device
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    exits: list[int]  # those that learn
-    training: datasets.Dataset  # blocks of ids
-    evaluation: datasets.Dataset
+    texts: Texts  # to learn from
+    training: Texts  # the same as blocks of ids
+    evaluation: datasets.Dataset  # blocks held out
     checkpoint: Path | None  # to go on from
 
 
@@ -98,12 +120,14 @@ def _prepare(flags: Flags) -> Start:
     model_args, shape, data_args, recipe_args, args = flags
     device = resolve_device(model_args.device)
     config = None if model_args.model is None else _read_config(model_args, data_args.sequence_length)
-    exits = recipe_args.exit_layers(shape.num_layers if config is None else config.num_hidden_layers)
+    recipe_args.exit_layers(shape.num_layers if config is None else config.num_hidden_layers)
     check_precision(model_args.dtype, device)
     # All ranks join before rank 0 does anything alone, which the others then wait for.
     PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
-    texts = load_texts(data_args)
-    run = _open_run(flags, _fingerprint(*texts))
+    with PartialState().local_main_process_first():  # the others find what it has cached
+        texts = load_texts(data_args)
+    content = fingerprint(*texts)
+    run = _open_run(flags, content)
     checkpoint = newest_checkpoint(run.folder)
     length = data_args.sequence_length
     if config is None:
@@ -116,19 +140,54 @@ def _prepare(flags: Flags) -> Start:
             )
         model = new_llama(shape, tokenizer, length, model_args.seed)
     else:
-        model, tokenizer = _model_to_go_on_with(model_args, config)
+        model, tokenizer = _model_to_go_on_with(flags, config)
     run.description |= describe_model(model_args.model or "a new Llama", model, device)
     if isinstance(mixed := resolve_dtype(model_args.dtype, device), torch.dtype):
         run.description["computed_in"] = str(mixed).removeprefix("torch.")
-    training, evaluation = (to_blocks(part, tokenizer, length, model_args.seed) for part in texts)
+    if args.lora_rank:
+        model = adapted(model, args.lora_rank)
+    training, evaluation = _blocks(flags, texts, content, tokenizer)
     if ranks.rank() == 0:
-        epochs = args.num_steps * args.batch_size * args.gradient_accumulation * ranks.world_size()
-        print(
-            f"{model.num_parameters() / 1e6:.1f} million parameters; {len(texts[0])} texts, {len(training)} "
-            f"samples to learn from; {len(texts[1])} texts, {len(evaluation)} samples held out; "
-            f"{epochs / len(training):.2f} epochs; {run.folder}"
-        )
-    return Start(run, device, model, tokenizer, exits, training, evaluation, checkpoint)
+        print(_what_is_learnt(flags, model, texts, training, evaluation) + f"; {run.folder}")
+    return Start(run, device, model, tokenizer, texts[0], training, evaluation, checkpoint)
+
+
+def _blocks(
+    flags: Flags, texts: tuple[Texts, Texts], content: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Texts, datasets.Dataset]:
+    """Tokenised once: later trainings, and the other ranks of this machine, map the same files."""
+    length, seed = flags.data.sequence_length, flags.model.seed
+    way = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    key = f"{content}-{zlib.crc32(way.encode()):08x}-{tokenizer.eos_token_id}-{length}-{seed}"
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "early_exit_blocks", key)
+    folder.mkdir(parents=True, exist_ok=True)
+    with PartialState().local_main_process_first():
+        blocks = [
+            to_blocks(
+                part, tokenizer, length, seed, None if is_stream(part) else str(folder / f"{name}.arrow")
+            )
+            for name, part in zip(("training", "evaluation"), texts, strict=True)
+        ]
+    if is_stream(blocks[1]):
+        blocks[1] = datasets.Dataset.from_list(list(islice(blocks[1], flags.optimization.eval_samples)))
+    return blocks[0], blocks[1]
+
+
+def _what_is_learnt(
+    flags: Flags, model: PreTrainedModel, texts: tuple[Texts, Texts], training: Texts, evaluation: Texts
+) -> str:
+    args = flags.optimization
+    samples = args.num_steps * args.batch_size * args.gradient_accumulation * ranks.world_size()
+    learning = sum(part.numel() for part in model.parameters() if part.requires_grad)
+    parameters = f"{model.num_parameters() / 1e6:.1f} million parameters"
+    if learning < model.num_parameters():
+        parameters += f", {learning / 1e6:.1f} million of them learn"
+    if is_stream(training):
+        return f"{parameters}; {samples} samples of a stream to learn from, {len(evaluation)} held out"
+    return (
+        f"{parameters}; {len(texts[0])} texts, {len(training)} samples to learn from; {len(texts[1])} texts, "
+        f"{len(evaluation)} samples held out; {samples / len(training):.2f} epochs"
+    )
 
 
 def _read_config(model_args: ModelArguments, sequence_length: int) -> PretrainedConfig:
@@ -147,6 +206,11 @@ def _open_run(flags: Flags, fingerprint: str) -> Run:
     output_dir, resume = flags.model.output_dir, flags.optimization.resume
     description = describe("train", flags, fingerprint)
     check_destination(resume, output_dir, description, flags)
+    if resume is not None and (now := _samples(description)) != (was := _samples(read_run(resume))):
+        raise RecordError(
+            f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, --batch_size "
+            f"and --gradient_accumulation must make {was} together"
+        )
     run = ranks.share(open_run(resume, output_dir, "train", description) if ranks.rank() == 0 else None)
     assert run is not None
     if resume is not None and ranks.rank() == 0:  # it may be asked for more steps than before
@@ -154,27 +218,35 @@ def _open_run(flags: Flags, fingerprint: str) -> Run:
     return run
 
 
-def _fingerprint(*parts: datasets.Dataset) -> str:
-    checksum = 0
-    for row in chain(*parts):
-        checksum = zlib.crc32(json.dumps(row).encode(), checksum)
-    return f"{checksum:08x}"
+def _samples(description: Record) -> int:
+    """Of a step."""
+    arguments = description["arguments"]
+    return description["num_ranks"] * arguments["batch_size"] * arguments["gradient_accumulation"]
 
 
 def _model_to_go_on_with(
-    model_args: ModelArguments, config: PretrainedConfig
+    flags: Flags, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load it on the CPU in fp32; the trainer moves it, and loads the weights of a checkpoint itself."""
+    """Load it on the CPU; the trainer moves it, and loads the weights of a checkpoint itself.
+
+    In fp32, or, where an adapter alone is trained, in what is computed in.
+    """
+    model_args = flags.model
     assert model_args.model is not None
-    options = model_args.loading_options(dtype="float32", device="cpu", fuse=False)
+    if model_args.parallel == "fsdp":
+        shard_while_loading()
+    dtype = model_args.dtype if flags.optimization.lora_rank else "float32"
+    options = model_args.loading_options(
+        dtype=dtype, device="cpu", fuse=False, compile=False, parallel="data"
+    )
     return load_model_and_tokenizer(model_args.model, options, config)
 
 
-def _trainer(flags: Flags, start: Start) -> EarlyExitTrainer:
+def _trainer(flags: Flags, start: Start, stop: Stop) -> EarlyExitTrainer:
     model_args, _, _, recipe_args, args = flags
     trainer = EarlyExitTrainer(
         start.model,
-        replace(recipe_args, exits=start.exits),
+        recipe_args,
         args=trainer_settings(args, model_args, start.run.folder, start.device),
         train_dataset=start.training,
         eval_dataset=start.evaluation.select(range(min(args.eval_samples, len(start.evaluation)))),
@@ -183,18 +255,19 @@ def _trainer(flags: Flags, start: Start) -> EarlyExitTrainer:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(lambda table: start.run.replace("log.csv", table)))
+    stop.follow(trainer)
     return trainer
 
 
 def _save_and_show(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, float]) -> None:
     """Write the model, its tokenizer, the scores of all exits and their plot; print those scores."""
     run = start.run
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    del model.forward  # gives the loss of all exits; without it, the one of the class is back
-    model.to(torch.bfloat16).save_pretrained(run.folder / "model")
+    _save_model(trainer, run.folder)
+    if ranks.rank() != 0:
+        return
     start.tokenizer.save_pretrained(run.folder / "model")
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
-    table = pandas.DataFrame({"exit_layer": range(1, model.config.num_hidden_layers + 1), **columns})
+    table = pandas.DataFrame({"exit_layer": range(1, len(columns["loss"]) + 1), **columns})
     run.replace("exits.csv", table.to_csv(index=False))
     title = heading(run.description)
     curves_by_exit(table, list(EXIT_SCORES), title, run.folder / "exits")
@@ -202,3 +275,19 @@ def _save_and_show(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, f
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
     print(f"\n{run.folder}/: model, exits.csv, exits.png, log.csv, run.json")
+
+
+def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:
+    """As an ordinary folder in bfloat16; an adapter beside the model that it is merged into."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    first = ranks.rank() == 0
+    if not trainer.is_fsdp_enabled and not first:
+        return
+    if plain(model) is not model:
+        weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
+        if first:
+            model.save_pretrained(folder / "adapter", state_dict=weights)
+        model = model.merge_and_unload()
+    model.to(torch.bfloat16)
+    weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
+    model.save_pretrained(folder / "model", state_dict=weights, is_main_process=first)

@@ -6,6 +6,7 @@ Which text is held out for evaluation depends on its content alone: the same tex
 from __future__ import annotations
 
 import glob
+import json
 import os
 import sysconfig
 import tokenize
@@ -13,13 +14,16 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
+import numpy
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import DataError, cell, is_table, load_from_hub, one_line, read_table
@@ -28,22 +32,33 @@ from training.recipe import IGNORED
 
 END_OF_TEXT = "<|endoftext|>"
 
+# Of a dataset that is read while training: as many are shuffled at a time, and teach a tokenizer.
+_STREAMED_TEXTS = 10_000
+
 # Folders of tables that programs wrote, of sources for other interpreters, or of errors made on purpose.
 _NOT_PROSE = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3",
 }  # fmt: skip
 
 
-def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training, evaluation) rows: `text`, or `prompt` and `response`.
+Texts: TypeAlias = datasets.Dataset | datasets.IterableDataset  # the latter is read while training
+
+
+def load_texts(args: TrainingDataArguments) -> tuple[Texts, Texts]:
+    """(training, evaluation) rows: `text`, or `prompt` and `response`; of files, also their `source`.
 
     Raises:
         DataError: no such files or dataset, or columns that are neither.
     """
     rows = _read(args)
-    drawn = [zlib.crc32("\0".join(map(str, row.values())).encode()) / 2**32 for row in rows]  # from 0 to 1
-    held_out = [number < args.eval_fraction for number in drawn]
-    parts = [rows.select([i for i, out in enumerate(held_out) if out == wanted]) for wanted in (False, True)]
+    if isinstance(rows, datasets.IterableDataset):
+        parts = [
+            rows.filter(lambda row, wanted=wanted: is_held_out(row, args.eval_fraction) is wanted)
+            for wanted in (False, True)
+        ]
+        return parts[0], parts[1]
+    held_out = [is_held_out(row, args.eval_fraction) for row in rows]
+    parts = [rows.select([i for i, out in enumerate(held_out) if out is wanted]) for wanted in (False, True)]
     for name, part in zip(("training", "evaluation"), parts, strict=True):
         if not len(part):
             raise DataError(
@@ -52,19 +67,39 @@ def load_texts(args: TrainingDataArguments) -> tuple[datasets.Dataset, datasets.
     return parts[0], parts[1]
 
 
-def _read(args: TrainingDataArguments) -> datasets.Dataset:
+def is_held_out(row: dict[str, str], share: float) -> bool:
+    """By the content of the row alone, without where it is from."""
+    content = "\0".join(value for name, value in row.items() if name != "source")
+    return zlib.crc32(content.encode()) / 2**32 < share
+
+
+def fingerprint(*parts: Texts) -> str:
+    """Of all the texts; of those that are read while training, of the first ones."""
+    checksum = 0
+    for row in chain.from_iterable(islice(part, 100) if is_stream(part) else part for part in parts):
+        content = {name: value for name, value in row.items() if name != "source"}
+        checksum = zlib.crc32(json.dumps(content).encode(), checksum)
+    return f"{checksum:08x}"
+
+
+def is_stream(texts: Texts) -> bool:
+    return isinstance(texts, datasets.IterableDataset)
+
+
+def _read(args: TrainingDataArguments) -> Texts:
     """All rows, with the columns that are learnt."""
     if args.data_path is not None:
         paths, what = _files(args.data_path), f"--data_path {args.data_path}"
         # What was read before is read again when a file has changed.
         key = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         kwargs = {"files": key, "column": args.text_column}
-        make = partial(datasets.Dataset.from_generator, _rows_of_files, gen_kwargs=kwargs)
+        make = partial(datasets.Dataset.from_generator, _rows_with_sources, gen_kwargs=kwargs)
     elif args.data == "python_stdlib":
-        return datasets.Dataset.from_dict({"text": list(standard_library())})
+        sources, texts = zip(*standard_library(), strict=True)
+        return datasets.Dataset.from_dict({"text": texts, "source": sources})
     else:
         what = f"--data {args.data}"
-        make = partial(_hub_rows, args.data, args.text_column)
+        make = partial(_hub_rows, args.data, args.text_column, args.streaming)
     try:
         return make()
     except Exception as error:  # those of the hub, of Arrow and of generators have no common base
@@ -83,7 +118,7 @@ def _files(pattern: str) -> list[Path]:
     return paths
 
 
-def _rows_of_files(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
+def _rows_with_sources(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
     """The rows of tables, and other files as one text each; of the first row's columns, those to learn."""
     columns: list[str] = []
     for name, *_ in files:
@@ -92,17 +127,20 @@ def _rows_of_files(files: list[tuple[str, int, int]], column: str) -> Iterator[d
         for place, row in whole:
             columns = columns or _columns(row, column)
             values = [cell(place, row, column) for column in columns]
-            yield dict(zip(columns if len(columns) > 1 else ["text"], values, strict=True))
+            names = columns if len(columns) > 1 else ["text"]
+            yield {**dict(zip(names, values, strict=True)), "source": place}
 
 
-def _hub_rows(name: str, column: str) -> datasets.Dataset:
-    rows = load_from_hub(name, split="train")
+def _hub_rows(name: str, column: str, streaming: bool) -> Texts:
+    rows = load_from_hub(name, split="train", streaming=streaming)
+    if streaming and rows.column_names is None:
+        rows = rows._resolve_features()
     columns = _columns(rows.column_names, column)
     rows = rows.select_columns(columns)
     for name in columns:
-        if not all(isinstance(value, str) for value in rows[name]):
+        if not all(isinstance(row[name], str) for row in (islice(rows, 100) if streaming else rows)):
             raise DataError(f"--text_column {name}: holds values that are no text, or none")
-    return rows if len(columns) > 1 else rows.rename_columns({column: "text"})
+    return rows if columns in (["text"], ["prompt", "response"]) else rows.rename_columns({column: "text"})
 
 
 def _columns(found: Collection[str], column: str) -> list[str]:
@@ -117,18 +155,19 @@ def _columns(found: Collection[str], column: str) -> list[str]:
     return [column]
 
 
-def standard_library() -> Iterator[str]:
-    """The sources of the running interpreter's standard library, in the order of their names."""
+def standard_library() -> Iterator[tuple[str, str]]:
+    """(name, text) of the sources of the running interpreter's standard library, by name."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
-        if _NOT_PROSE.isdisjoint(path.relative_to(root).parts):
+        name = path.relative_to(root)
+        if _NOT_PROSE.isdisjoint(name.parts):
             with tokenize.open(path) as file:  # honours the coding line
                 text = file.read()
             if text.strip():
-                yield text
+                yield str(name), text
 
 
-def train_tokenizer(texts: datasets.Dataset, vocabulary_size: int, context: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Texts, vocabulary_size: int, context: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer; `<|endoftext|>` begins, ends and pads."""
     tokenizer = Tokenizer(models.BPE())
     # Digits and line breaks stand alone, so that a prompt may end in one, and a run of spaces is one token.
@@ -140,29 +179,54 @@ def train_tokenizer(texts: datasets.Dataset, vocabulary_size: int, context: int)
         vocab_size=vocabulary_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    columns = texts.column_names
-    tokenizer.train_from_iterator(("".join(row[column] for column in columns) for row in texts), trainer)
+    columns = [column for column in texts.column_names if column != "source"]
+    some = islice(texts, _STREAMED_TEXTS) if is_stream(texts) else texts
+    tokenizer.train_from_iterator(("".join(row[column] for column in columns) for row in some), trainer)
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **special)
 
 
 def to_blocks(
-    texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
-) -> datasets.Dataset:
-    """Rows of `input_ids` and `labels`.
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, cache: str | None = None
+) -> Texts:
+    """Rows of `input_ids`, `labels` and `documents`, the first and the last of the shuffled texts in a row.
 
-    Texts are joined, an end of text after each, and cut into blocks of `length`. A prompt with its response
-    is a row of its own of at most `length`, in which only the response and its end have labels.
+    Texts are joined, an end of text after each, and cut into blocks of `length`; tokens attend to those of
+    the texts before theirs. A prompt with its response is a row of its own of at most `length`, in which
+    only the response and its end have labels.
+
+    Args:
+        cache: a file that then holds the rows, and that they are taken from where it is there.
 
     Raises:
         DataError: not one block.
     """
     are_pairs = "prompt" in texts.column_names
     convert: Callable = partial(_pairs, tokenizer, length) if are_pairs else Joined(tokenizer, length)
-    blocks = texts.shuffle(seed).map(convert, batched=True, remove_columns=texts.column_names)
-    if not len(blocks):
+    where = {} if cache is None else {"cache_file_name": cache}
+    blocks = shuffled(texts, seed).map(
+        convert, batched=True, with_indices=True, remove_columns=texts.column_names, **where
+    )
+    if not is_stream(texts) and not len(blocks):
         raise DataError(f"--sequence_length {length}: longer than all the text there is")
     return blocks
+
+
+def shuffled(texts: Texts, seed: int) -> Texts:
+    if isinstance(texts, datasets.IterableDataset):
+        return texts.shuffle(seed, buffer_size=_STREAMED_TEXTS)
+    return texts.shuffle(seed)
+
+
+def named(texts: Texts, documents: list[list[int]], at_most: int = 8) -> str:
+    """Those of the shuffled texts: by file, else by how they begin."""
+    numbers = sorted({number for first, last in documents for number in range(first, last + 1)})
+    if is_stream(texts):
+        return f"texts {', '.join(map(str, numbers[:at_most]))} of the stream"
+    rows = (texts[number] for number in numbers[:at_most])
+    names = [row.get("source") or repr(next(iter(row.values()))[:40]) for row in rows]
+    more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
+    return ", ".join(dict.fromkeys(names)) + more
 
 
 class Joined:
@@ -170,20 +234,26 @@ class Joined:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self._tokenizer, self._length = tokenizer, length
-        self._rest: list[int] = []
+        self._rest = numpy.empty((2, 0), int)  # ids, and the numbers of the texts that they are from
 
-    def __call__(self, rows: dict[str, list[str]]) -> dict[str, Any]:
+    def __call__(self, rows: dict[str, list[str]], numbers: list[int]) -> dict[str, Any]:
         encoded = self._tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = self._rest + [token for text in encoded for token in [*text, self._tokenizer.eos_token_id]]
-        starts = range(0, len(ids) - self._length + 1, self._length)
-        blocks = [ids[start : start + self._length] for start in starts]
-        self._rest = ids[len(blocks) * self._length :]
-        return {"input_ids": blocks, "labels": blocks}
+        texts = [[*text, self._tokenizer.eos_token_id] for text in encoded]
+        new = numpy.stack([numpy.concatenate(texts), numpy.repeat(numbers, [len(text) for text in texts])])
+        if numbers[0] == 0:  # the first call, or a stream that begins anew
+            self._rest = self._rest[:, :0]
+        both = numpy.concatenate([self._rest, new], axis=1)
+        whole = both.shape[1] // self._length * self._length
+        self._rest = both[:, whole:]
+        ids, owners = both[:, :whole].reshape(2, -1, self._length)
+        return {"input_ids": ids, "labels": ids, "documents": owners[:, [0, -1]]}
 
 
-def _pairs(tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]]) -> dict[str, Any]:
-    blocks, labels = [], []
-    for prompt, response in zip(rows["prompt"], rows["response"], strict=True):
+def _pairs(
+    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]], numbers: list[int]
+) -> dict[str, Any]:
+    blocks, labels, documents = [], [], []
+    for prompt, response, number in zip(rows["prompt"], rows["response"], numbers, strict=True):
         before = tokenizer(prompt, verbose=False)["input_ids"]
         if tokenizer.eos_token_id in before[-1:]:  # some tokenizers end every text
             before.pop()
@@ -192,12 +262,14 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list
         if len(before) < length:  # else no label is left to learn from
             blocks.append([*before, *answer][:length])
             labels.append([*[IGNORED] * len(before), *answer][:length])
-    return {"input_ids": blocks, "labels": labels}
+            documents.append([number, number])
+    return {"input_ids": blocks, "labels": labels, "documents": documents}
 
 
 def padded(pad_token_id: int, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Rows of different lengths -> one batch, padded on the right, where nothing is learnt."""
+    values = {"input_ids": pad_token_id, "labels": IGNORED}
     return {
-        name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], True, value)
-        for name, value in (("input_ids", pad_token_id), ("labels", IGNORED))
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, values.get(name, 0))
+        for name in rows[0]
     }

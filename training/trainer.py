@@ -1,137 +1,327 @@
 """A transformers.Trainer that drops layers and teaches early exits by the recipe.
 
-Knows nothing of files. What is drawn depends on seed and step alone, so that all ranks drop the same
-layers and a resumed run goes on as if it had never stopped.
+Knows nothing of files and flags. What is drawn depends on the seed, the step and the sample alone, so that
+neither the number of ranks nor a resumption changes it. Overrides private methods of the trainer (of
+transformers 5.24): `_save_checkpoint`, `_prepare_for_training`, `_load_from_checkpoint`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+import time
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
 
+import numpy
 import torch
-from torch import Tensor
-from torch.nn import functional
+import torch.distributed as dist
+from accelerate.utils import DynamoBackend
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
-from training import recipe
+from self_speculation.model.families import check_supported
+from self_speculation.model.whole_texts import hidden_after_each_layer
+from training import losses, recipe
 from training.flags import RecipeArguments
 
 # The means that `evaluate` gives of each exit; agreement: how often it guesses as the last layer does.
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
+_RUNNING_LOSS = "running_loss.json"  # in a checkpoint: what the next row of the log is to be the mean of
+
+
+class DivergedError(Exception):
+    """A loss or a gradient is not a number.
+
+    Attributes:
+        step: in which it was computed, from 1.
+        what: "a loss" or "the gradient".
+        value: inf or nan; of the gradient, its norm's.
+        documents: [first, last] of each sample of those batches, where the data have such a column.
+    """
+
+    def __init__(self, step: int, what: str, value: float, documents: list[list[int]]) -> None:
+        super().__init__(f"{what} is {value} at step {step}")
+        self.step, self.what, self.value, self.documents = step, what, value, documents
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written; those before it are kept."""
+
 
 def early_exit_loss(
     model: PreTrainedModel,
-    settings: RecipeArguments,
     input_ids: Tensor,
     labels: Tensor,
-    step: int,
-    micro_step: int,
-    num_steps: int,
-    seed: int,
-    num_items_in_batch: Tensor | None = None,
+    weights: dict[int, float],
+    kept: numpy.ndarray | None = None,
+    distill: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
     **_: Any,
 ) -> dict[str, Tensor]:
     """J of one micro-batch [B, T] (eq. 4), as a model's `forward` returns its loss.
 
     Args:
-        settings: with the exit layers that learn, each from 1 to L-1.
-        num_steps: T, of the whole training.
-        seed: of what is dropped.
+        model: its head computes losses, see `losses.exit_losses`.
+        weights: of the exits, see `recipe.loss_weights`.
+        kept: see `hidden_after_each_layer`.
+        distill: exits learn what the last layer says, not the labels.
         num_items_in_batch: labels of all micro-batches of the step; without it, of this one.
     """
-    num_layers = model.config.num_hidden_layers
-    dropout = settings.layer_dropout if model.training else 0.0
-    rates = recipe.dropout_rates(num_layers, dropout, settings.dropout_schedule, step, num_steps)
-    kept = recipe.draw_kept(rates, len(input_ids), (seed, step, micro_step))
-    enabled = recipe.enabled_exits(
-        settings.exits or (), num_layers, settings.curriculum, settings.rotation, step, num_steps
-    )
-    weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, settings.exit_weighting)
     states = enumerate(hidden_after_each_layer(model, input_ids, kept), 1)
+    # No label follows the last position.
+    learning = {exit: hidden[:, :-1].flatten(0, 1) for exit, hidden in states if weights.get(exit)}
     targets = labels[:, 1:].flatten()
-    # [B * (T - 1), V] each; no label follows the last position
-    logits = {
-        exit: exit_logits(model, hidden[:, :-1]).flatten(0, 1) for exit, hidden in states if exit in weights
-    }
-    total = logits[num_layers].new_zeros((), dtype=torch.float32)
-    for exit, weight in weights.items():
-        if exit == num_layers or settings.exit_loss == "label":
-            total = total + weight * recipe.label_loss(logits[exit], targets)
-        else:
-            total = total + weight * recipe.distillation_loss(logits[exit], logits[num_layers], targets)
+    normed = model.base_model.norm(torch.stack(list(learning.values())))
+    by_exit = model.get_output_embeddings()(normed, targets, distill)  # [E, B * (T - 1)]
+    sums = by_exit.sum(1, dtype=torch.promote_types(by_exit.dtype, torch.float32))
+    total = sum(weights[exit] * part for exit, part in zip(learning, sums, strict=True))
     count = (targets != recipe.IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return {"loss": total / count}
 
 
 @torch.no_grad()
-def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
     """[B, L, 4] sums over the labels of each sample, by exit: cross-entropy, tokens guessed right, tokens
-    guessed as the last layer guesses them, and ones.
+    guessed as the last layer guesses them, and ones. The model's head computes scores, see `losses`.
     """
-    targets = labels[:, 1:]
-    counted = targets != recipe.IGNORED
-    losses, guesses = [], []
-    for hidden in hidden_after_each_layer(model, input_ids):
-        logits = exit_logits(model, hidden[:, :-1]).float()  # [B, T - 1, V]
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=recipe.IGNORED, reduction="none"
-        )
-        losses.append(loss.view_as(targets))
-        guesses.append(logits.argmax(-1))
-    scores = [
-        torch.stack([loss, guess == targets, guess == guesses[-1], counted], dim=-1)
-        for loss, guess in zip(losses, guesses, strict=True)
-    ]  # L of [B, T - 1, 4]
-    return (torch.stack(scores, dim=1) * counted[:, None, :, None]).sum(2)
+    targets = labels[:, 1:].flatten()
+    found = [
+        model.get_output_embeddings()(model.base_model.norm(hidden[:, :-1].flatten(0, 1)), targets)
+        for hidden in hidden_after_each_layer(model, input_ids)
+    ]
+    by_exit, guesses = (torch.stack(part) for part in zip(*found, strict=True))  # [L, B * (T - 1)]
+    counted = (targets != recipe.IGNORED).expand_as(guesses)
+    scores = torch.stack([by_exit, guesses == targets, guesses == guesses[-1], counted], dim=-1)
+    scores = scores * counted[..., None]
+    return scores.view(len(scores), len(labels), -1, 4).sum(2).transpose(0, 1)
+
+
+@contextmanager
+def calling(module: nn.Module, function: Callable) -> Iterator[None]:
+    """Calls of the module run `function` between its hooks, by which its weights may have to be gathered."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:  # what accelerate puts there
+            module.forward = before
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """The model, or the one that an adapter of peft is around."""
+    return cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
 
 
 class EarlyExitTrainer(Trainer):
-    """Trains by the recipe; evaluates every exit."""
+    """Trains by the recipe; evaluates every exit. Takes what a Trainer takes.
+
+    Data have `input_ids` and `labels`, padded on the right only. A column `documents` of [first, last] is
+    not learnt but named where a loss is not a number.
+
+    Args:
+        model: of a supported family; or one that peft has wrapped.
+        settings: the recipe.
+
+    Raises:
+        ValueError: the model cannot be driven layer by layer, has no such exit, or the arguments ask for
+            another loss.
+    """
 
     control: TrainerControl
 
     def __init__(
-        self, model: PreTrainedModel, settings: RecipeArguments, args: TrainingArguments, **kwargs: Any
+        self, model: nn.Module, settings: RecipeArguments, args: TrainingArguments, **kwargs: Any
     ) -> None:
-        # Replaced on the instance, the model keeps its class, and DistributedDataParallel, autocast and
-        # checkpoints take the loss of all exits for the model's own.
-        model.forward = partial(early_exit_loss, model, settings, num_steps=args.max_steps, seed=args.seed)
-        self._micro_steps: Iterator[int] = iter(())
-        self._counted_step = -1
+        check_supported(plain(model).config)
+        if args.label_smoothing_factor or kwargs.get("compute_loss_func"):
+            raise ValueError("label_smoothing_factor, compute_loss_func: the recipe has a loss of its own")
+        if args.n_gpu > 1:
+            raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
+        self._settings = settings
+        self._exits = settings.exit_layers(plain(model).config.num_hidden_layers)
+        self._micro_step, self._counted_step = 0, -1
+        # Since the last look: by step, losses of micro-batches and then the gradient's norm; the documents.
+        self._recent: list[tuple[tuple[int, str], Tensor, Tensor | None]] = []
+        self._restart_clock()
         super().__init__(model=model, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # whatever the signature of the model's own `forward`
+        if args.torch_compile:  # the layers alone, in place: what is around them differs from step to step
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            for layer in plain(model).base_model.layers:
+                layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self.add_callback(_RunningLoss(self))
+        # In which ranks agree on the CPU, so that none waits for its GPU.
+        self._group = dist.new_group(backend="gloo") if args.world_size > 1 else None
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        step = self.state.global_step
-        if step != self._counted_step:
-            self._counted_step, self._micro_steps = step, iter(range(self.args.gradient_accumulation_steps))
-        return super().compute_loss(
-            model, {**inputs, "step": step, "micro_step": next(self._micro_steps)}, *args, **kwargs
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(inputs)
+        documents = inputs.pop("documents", None)
+        with self._computing(early_exit_loss, losses.exit_losses):
+            answer = super().compute_loss(model, inputs | self._plan(model.training, inputs), *args, **kwargs)
+        self._tokens += inputs["input_ids"].numel()
+        if model.training:
+            self._recent.append(((self.state.global_step + 1, "a loss"), answer.detach(), documents))
+        return answer
+
+    def _plan(self, is_training: bool, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the recipe says of this micro-batch."""
+        settings, step, num_steps = self._settings, self.state.global_step, self.state.max_steps
+        num_layers = plain(self.model).config.num_hidden_layers
+        enabled = recipe.enabled_exits(
+            self._exits, num_layers, settings.curriculum, settings.rotation, step, num_steps
         )
+        weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, settings.exit_weighting)
+        plan: dict[str, Any] = {"weights": weights, "distill": settings.exit_loss == "distill"}
+        if not is_training:
+            return plan
+        self._micro_step = self._micro_step + 1 if step == self._counted_step else 0
+        self._counted_step = step
+        rates = recipe.dropout_rates(
+            num_layers, settings.layer_dropout, settings.dropout_schedule, step, num_steps
+        )
+        ranks, accumulated = self.args.world_size, self.args.gradient_accumulation_steps
+        kept = recipe.draw_kept(rates, ranks * accumulated * self._train_batch_size, self.args.seed, step)
+        # Batches of the data go to the ranks in turn.
+        first = (self._micro_step * ranks + self.args.process_index) * self._train_batch_size
+        kept = kept[:, first : first + len(inputs["input_ids"])]
+        return plan | {"kept": kept}
+
+    @contextmanager
+    def _computing(self, whole: Callable, by_head: Callable) -> Iterator[None]:
+        """Calls of the model run `whole`, with a head that computes `by_head`."""
+        model = self.accelerator.unwrap_model(self.model)
+        head = plain(model).get_output_embeddings()
+        autocast = self.accelerator.autocast()  # instead of the one that accelerate put around `forward`
+        with calling(model, partial(whole, plain(model))), calling(head, partial(by_head, head)), autocast:
+            yield
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if not self.args.fp16:  # there, a step without a finite one is skipped
+            step = self.state.global_step + 1
+            batches = [pairs for at, _, pairs in self._recent if at[0] == step and pairs is not None]
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+            documents = torch.cat(batches) if batches else None
+            self._recent.append(((step, "the gradient"), whole.to(self.args.device), documents))
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self._check_losses()
+            seconds = time.perf_counter() - self._since
+            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds)
+            self._restart_clock()
+        super().log(logs, *args, **kwargs)
+
+    def _restart_clock(self) -> None:
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def _check_losses(self) -> None:
+        """Raises DivergedError where a loss or gradient since the last look is not finite, on any rank."""
+        recent, self._recent = self._recent, []
+        values = torch.stack([value.float() for _, value, _ in recent]).tolist() if recent else []
+        bad = [
+            (what, value, [] if documents is None else documents.tolist())
+            for (what, _, documents), value in zip(recent, values, strict=True)
+            if not numpy.isfinite(value)
+        ]
+        if not self.highest(len(bad)):
+            return
+        parts: list[Any] = [bad]
+        if self._group is not None:
+            parts = [None] * self.args.world_size
+            dist.all_gather_object(parts, bad, group=self._group)
+        found: list[tuple[tuple[int, str], float, list[list[int]]]] = list(chain(*parts))
+        first, value, _ = min(found, key=lambda batch: batch[0])  # a loss sorts before its gradient
+        raise DivergedError(*first, value, [pair for at, _, pairs in found if at == first for pair in pairs])
+
+    def highest(self, here: int) -> int:
+        """Of all ranks; called by all of them in step."""
+        if self._group is None:
+            return here
+        number = torch.tensor(here)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return int(number)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the trainer does; where the disk is full, once more without the oldest of several."""
+        self._check_losses()
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        loss = self.accelerator.gather(self._tr_loss).mean().item()
+        running = {"loss": loss, "since": self._globalstep_last_logged}
+        write = partial(super()._save_checkpoint, model, trial)
+        while (error := self._written(folder, running, write)) is not None:
+            older = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+            if not self.highest(len(older) > 1 and self.args.should_save):
+                raise CheckpointError(f"cannot write {folder}: {error}")
+            if self.args.should_save:
+                shutil.rmtree(older[0])
+        self._restart_clock()
+
+    def _written(self, folder: Path, running: dict[str, float], write: Callable[[], None]) -> str | None:
+        """None, or on every rank why one of them could not write; nothing is left then."""
+        error = ""
+        try:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / _RUNNING_LOSS).write_text(json.dumps(running))
+                if self.is_fsdp_enabled and self.processing_class is not None:  # else the trainer does
+                    self.processing_class.save_pretrained(folder)
+            write()
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as found:
+            error = str(found).partition("\n")[0]
+        if not self.highest(len(error)):
+            return None
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        return error or "another rank could not"
 
     def restore(self, checkpoint: str) -> None:
         """Load the weights and the history of a finished training."""
-        self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         self.state.is_world_process_zero = self.is_world_process_zero()
+        if self.is_fsdp_enabled:
+            self._prepare_for_training(self.state.max_steps, None, checkpoint)
+        else:
+            self._load_from_checkpoint(checkpoint)
 
     def evaluate(
         self, eval_dataset: Any = None, metric_key_prefix: str = "eval", **_: Any
     ) -> dict[str, float]:
         """The last layer's loss and accuracy, and EXIT_SCORES of each exit E as `..._exit_E`."""
+        if isinstance(data := eval_dataset or self.eval_dataset, dict):
+            parts = [self.evaluate(part, f"{metric_key_prefix}_{name}") for name, part in data.items()]
+            return dict(ChainMap(*parts))
         loader = self.get_eval_dataloader(eval_dataset)
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        total = torch.zeros(model.config.num_hidden_layers, 4, dtype=torch.float64)
-        with self.compute_loss_context_manager(), self.accelerator.autocast():
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):  # before a training
+            self._prepare_for_training(self.args.max_steps, None, None)
+        self.model.eval()
+        total = torch.zeros(plain(self.model).config.num_hidden_layers, 4, dtype=torch.float64)
+        with self._computing(exit_scores, losses.exit_scores):
             for batch in tqdm(loader, desc="evaluation", leave=False, disable=self.args.disable_tqdm):
-                scores = exit_scores(model, batch["input_ids"], batch["labels"])
+                scores = self.model(input_ids=batch["input_ids"], labels=batch["labels"])
                 total += self.accelerator.gather_for_metrics(scores).cpu().double().sum(0)
-        model.train()
+        self.model.train()
         *sums, count = total.T
         by_exit = dict(zip(EXIT_SCORES, (column / count for column in sums), strict=True))
         metrics = {f"{metric_key_prefix}_{name}": by_exit[name][-1].item() for name in ("loss", "accuracy")}
@@ -139,4 +329,20 @@ class EarlyExitTrainer(Trainer):
             metrics |= {f"{metric_key_prefix}_{name}_exit_{e}": v for e, v in enumerate(values.tolist(), 1)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._restart_clock()
         return metrics
+
+
+class _RunningLoss(TrainerCallback):
+    """The mean in the next row of the log goes on where a checkpoint left it."""
+
+    def __init__(self, trainer: EarlyExitTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        trainer = self._trainer
+        saved = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}", _RUNNING_LOSS)
+        if saved.is_file():
+            running = json.loads(saved.read_text())
+            trainer._tr_loss += running["loss"]
+            trainer._globalstep_last_logged = running["since"]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+if TYPE_CHECKING:  # the library itself does without
+    import numpy
+
 
 def hidden_after_each_layer(
-    model: PreTrainedModel, input_ids: Tensor, kept: Tensor | None = None
+    model: PreTrainedModel, input_ids: Tensor, kept: numpy.ndarray | None = None
 ) -> Iterator[Tensor]:
     """[B, T, H] after every layer, without a cache: what training looks at.
 
     Args:
         input_ids: [B, T], padding only on the right, where no real token attends to it.
-        kept: [L, B] on the CPU, the samples that each layer is run on; the others skip it at no cost.
+        kept: bool [L, B], the samples that each layer is run on; the others skip it at no cost. A layer that
+            all of them skip is run on one of them, which changes nothing: other processes may share its
+            weights and gradients, and all of them must call it, forwards and backwards. (On no sample would
+            do, but transformers' layers fail on an empty batch.)
     """
     base = model.base_model
     hidden = base.embed_tokens(input_ids)
@@ -27,12 +34,16 @@ def hidden_after_each_layer(
         lowest = torch.finfo(hidden.dtype).min
         mask = torch.full((1, 1, width, width), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)
     for index, layer in enumerate(base.layers):
-        if kept is None or kept[index].all():
+        run = range(len(hidden)) if kept is None else kept[index].nonzero()[0]
+        if len(run) == len(hidden):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-        elif kept[index].any():
-            rows = kept[index].nonzero().squeeze(1).to(hidden.device)
-            changed = layer(hidden[rows], attention_mask=mask, position_embeddings=rotary)
-            hidden = hidden.index_copy(0, rows, changed.to(hidden.dtype))
+        else:
+            rows = torch.as_tensor(run if len(run) else [0], device=hidden.device)
+            before = hidden[rows]
+            after = layer(before, attention_mask=mask, position_embeddings=rotary).to(hidden.dtype)
+            if not len(run):
+                after = torch.where(torch.zeros_like(after, dtype=torch.bool), after, before)
+            hidden = hidden.index_copy(0, rows, after)
         yield hidden
 
 

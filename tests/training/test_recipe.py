@@ -1,26 +1,32 @@
 """The formulas of the recipe against values computed by hand, and the loss against finite differences."""
 
 import math
-from dataclasses import replace
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from conftest import assert_close, tiny_llama
+from torch.nn import functional
 
 from self_speculation.model.whole_texts import hidden_after_each_layer
-from training import recipe, trainer
-from training.flags import RecipeArguments
+from training import losses, recipe, trainer
 from training.recipe import IGNORED
-from training.trainer import exit_scores
+from training.trainer import calling
 
-early_exit_loss = partial(trainer.early_exit_loss, num_steps=10, seed=0)
-
-PAPER = RecipeArguments(0.0, "constant", 0.2, "label", "depth", "all", 1, [1, 2, 3])
+ALL = recipe.loss_weights([1, 2, 3], 4, 0.2, "depth")
 
 
-def settings(**changes):
-    return replace(PAPER, **changes)
+def early_exit_loss(model, ids, labels, weights=ALL, **more):
+    head = model.get_output_embeddings()
+    with calling(head, partial(losses.exit_losses, head)):
+        return trainer.early_exit_loss(model, ids, labels, weights, **more)["loss"]
+
+
+def exit_scores(model, ids, labels):
+    head = model.get_output_embeddings()
+    with calling(head, partial(losses.exit_scores, head)):
+        return trainer.exit_scores(model, ids, labels)
 
 
 def test_dropout_rises_with_depth():
@@ -63,22 +69,64 @@ def test_loss_weights_by_hand():
         assert recipe.loss_weights([], 4, 0.5, weighting) == {4: 1.0}
 
 
+def head_of(logits):
+    """A head whose logits of the N states that are the unit vectors are these [N, V]."""
+    head = torch.nn.Linear(*logits.shape, bias=False)
+    head.weight.data = logits.T.contiguous()
+    return head, torch.eye(len(logits))
+
+
 def test_losses_by_hand():
     logits = torch.tensor([[0.0, math.log(3)], [1.0, 1.0], [5.0, 0.0]])
     labels = torch.tensor([0, 1, IGNORED])
-    assert recipe.label_loss(logits, labels).item() == pytest.approx(math.log(4) + math.log(2))
-    target = torch.zeros(3, 2)
+    head, states = head_of(logits)
+    (by_label,) = losses.exit_losses(head, states[None], labels)
+    assert by_label.tolist() == pytest.approx([math.log(4), math.log(2), 0], abs=1e-6)
     # KL((1/2, 1/2) || (1/4, 3/4)) and none where the distributions agree or nothing is labelled
+    pair = torch.stack([states, torch.zeros_like(states)])  # without logits the last layer is undecided
+    exit, last = losses.exit_losses(head, pair, labels, distill=True)
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    assert recipe.distillation_loss(logits, target, labels).item() == pytest.approx(expected, abs=1e-6)
+    assert exit.tolist() == pytest.approx([expected, 0, 0], abs=1e-6)
+    assert last.tolist() == pytest.approx([math.log(2), math.log(2), 0], abs=1e-6)
 
 
-def test_dropped_samples_are_drawn_at_the_rate_and_by_the_seed_alone():
-    kept = recipe.draw_kept([0.0, 0.3], 10_000, (1, 2))
+@pytest.mark.parametrize("distill", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunks_change_nothing(distill, bias, monkeypatch):
+    """Losses and gradients against logits of all exits and positions at once; chunks end anywhere."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 37, bias=bias)
+    states = torch.randn(3, 11, 8, requires_grad=True)
+    labels = torch.randint(37, (11,))
+    labels[[0, 7]] = IGNORED
+    logits = head(states)
+    whole = functional.cross_entropy(logits.transpose(1, 2), labels.expand(3, 11), reduction="none")
+    if distill:
+        goal = logits[-1].detach().log_softmax(-1)
+        apart = functional.kl_div(
+            logits[:-1].log_softmax(-1), goal.expand(2, 11, 37), reduction="none", log_target=True
+        )
+        whole = torch.cat([apart.sum(-1) * (labels != IGNORED), whole[-1:]])
+    weight = torch.rand(3, 11)
+    wanted = [states, *head.parameters()]
+    expected = torch.autograd.grad((whole * weight).sum(), wanted)
+    for chunk in (1, 37 * 4, 37 * 5 * 4, 2**26):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        found = losses.exit_losses(head, states, labels, distill)
+        assert_close(found, whole)
+        for mine, theirs in zip(torch.autograd.grad((found * weight).sum(), wanted), expected, strict=True):
+            assert_close(mine, theirs)
+        scored, guesses = losses.exit_scores(head, states[0], labels)
+        assert_close(scored, functional.cross_entropy(logits[0], labels, reduction="none"))
+        assert torch.equal(guesses, logits[0].argmax(-1))
+
+
+def test_dropped_samples_are_drawn_at_the_rate_and_by_seed_and_step_alone():
+    kept = recipe.draw_kept([0.0, 0.3], 10_000, 1, 2)
     assert kept[0].all()
-    assert kept[1].float().mean().item() == pytest.approx(0.7, abs=0.02)  # 4 standard deviations
-    assert torch.equal(kept, recipe.draw_kept([0.0, 0.3], 10_000, (1, 2)))
-    assert not torch.equal(kept, recipe.draw_kept([0.0, 0.3], 10_000, (1, 3)))
+    assert kept[1].mean() == pytest.approx(0.7, abs=0.02)  # 4 standard deviations
+    assert (kept == recipe.draw_kept([0.0, 0.3], 10_000, 1, 2)).all()
+    assert (kept != recipe.draw_kept([0.0, 0.3], 10_000, 1, 3)).any()
 
 
 def batch(rows=3, width=7):
@@ -104,7 +152,7 @@ def test_dropped_samples_skip_the_layer_and_cost_nothing():
     """Guards against computing what is then thrown away, and against rows put back in another order."""
     model = tiny_llama()
     ids, _ = batch()
-    kept = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    kept = numpy.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=bool)
     sizes = []
     hooks = [
         layer.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
@@ -115,10 +163,37 @@ def test_dropped_samples_skip_the_layer_and_cost_nothing():
         full = list(hidden_after_each_layer(model, ids))
     for hook in hooks:
         hook.remove()
-    assert sizes[:3] == [3, 2, 3]  # the third layer was not run at all
+    assert sizes[:4] == [3, 2, 1, 3]  # the third layer on one that counts nothing
     assert_close(states[1][[0, 2]], full[1][[0, 2]])
     assert torch.equal(states[1][1], states[0][1])
     assert torch.equal(states[2], states[1])
+
+
+def test_a_layer_that_all_skip_has_a_gradient_of_zero():
+    """Where ranks share weights, one that does not call a layer, forwards and backwards, lets the others wait
+    for ever; and a gradient that is not there would not be the same as one of zero for the optimizer.
+    """
+    model = tiny_llama()
+    model.train()
+    ids, labels = batch()
+    kept = numpy.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=bool)
+    early_exit_loss(model, ids, labels, kept=kept).backward()
+    skipped = model.model.layers[2]
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(not parameter.grad.any() for parameter in skipped.parameters())
+    model.zero_grad()
+    model.model.layers[2] = Nothing()
+    kept[2] = True
+    early_exit_loss(model, ids, labels, kept=kept).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, found[name]), name
+    model.model.layers[2] = skipped
+    model.eval()
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, hidden, **_):
+        return hidden
 
 
 def test_loss_is_the_weighted_sum_of_the_exits():
@@ -127,10 +202,8 @@ def test_loss_is_the_weighted_sum_of_the_exits():
     ids, labels = batch()
     scores = exit_scores(model, ids, labels).sum(0)  # [L, 4]
     assert scores[:, 3].tolist() == [3 * 6 - 2] * 4
-    weights = recipe.loss_weights([1, 2, 3], 4, 0.2, "depth")
-    expected = sum(weights[exit] * scores[exit - 1, 0] / scores[0, 3] for exit in weights)
-    loss = early_exit_loss(model, PAPER, ids, labels, step=0, micro_step=0)["loss"]
-    assert_close(loss, expected)
+    expected = sum(ALL[exit] * scores[exit - 1, 0] / scores[0, 3] for exit in ALL)
+    assert_close(early_exit_loss(model, ids, labels), expected)
     last = model(ids, labels=labels).loss
     assert_close(scores[-1, 0] / scores[-1, 3], last)
 
@@ -142,11 +215,11 @@ def test_gradient_against_finite_differences():
     """
     model = tiny_llama(vocab_size=49).double()  # of its own: the precision changes for good
     ids, labels = batch()
-    changed = settings(layer_dropout=0.4)
+    kept = recipe.draw_kept(recipe.dropout_rates(4, 0.4), 3, 0, 3)
     model.train()
 
     def loss():
-        return early_exit_loss(model, changed, ids % 49, labels.clamp(max=48), step=3, micro_step=0)["loss"]
+        return early_exit_loss(model, ids % 49, labels.clamp(max=48), kept=kept)
 
     loss().backward()
     for parameter in (
@@ -166,31 +239,15 @@ def test_gradient_against_finite_differences():
     model.eval()
 
 
-def test_evaluation_mode_drops_nothing():
-    model = tiny_llama()
-    ids, labels = batch()
-    dropping = settings(layer_dropout=1.0)
-    plain = early_exit_loss(model, PAPER, ids, labels, step=0, micro_step=0)["loss"]
-    assert torch.equal(early_exit_loss(model, dropping, ids, labels, step=0, micro_step=0)["loss"], plain)
-    model.train()
-    try:
-        assert not torch.equal(
-            early_exit_loss(model, dropping, ids, labels, step=0, micro_step=0)["loss"], plain
-        )
-    finally:
-        model.eval()
-
-
 def test_distillation_teaches_the_exits_only():
     """Guards against a target that moves towards its pupils: layers above exits learn the labels alone."""
     model = tiny_llama(vocab_size=48)
     ids, labels = batch()
     ids, labels = ids % 48, labels.clamp(max=47)
 
-    def gradient(**changes):
+    def gradient(weights, **more):
         model.zero_grad()
-        early_exit_loss(model, settings(**changes), ids, labels, step=0, micro_step=0)["loss"].backward()
+        early_exit_loss(model, ids, labels, weights, **more).backward()
         return model.model.layers[-1].mlp.up_proj.weight.grad.clone()
 
-    equal = {"exit_loss": "distill", "exit_weighting": "equal"}
-    assert_close(gradient(**equal, early_exit_scale=1.0), gradient(exits=(), exit_weighting="equal"))
+    assert_close(gradient({1: 0.5, 2: 0.5, 4: 1.0}, distill=True), gradient({4: 1.0}))

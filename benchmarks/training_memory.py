@@ -1,0 +1,137 @@
+"""Peaks of resident memory in training: of the loss alone, and of whole steps beside what is estimated.
+
+    python benchmarks/training_memory.py
+
+Each measurement is a process of its own, on the CPU and in fp32. The loss: 5 exits over 2,048 positions and
+the 128,256 tokens of Llama 3, of hidden states that are narrow, so that hardly anything but logits counts;
+once with the logits of all exits together, once by `training.losses`. Whole steps: a small Llama, by all its
+weights, by halves of them (--parallel fsdp, on two ranks), and by an adapter where peft is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from arguments import ModelArguments
+from training.estimates import llama, memory
+from training.flags import OptimizationArguments, RecipeArguments
+from training.from_flags import adapted, trainer_settings
+from training.losses import exit_losses
+from training.texts import padded
+from training.trainer import EarlyExitTrainer
+
+_MIB = 2**20
+SHAPE = (512, 1408, 12, 8, 4, 16384, False)  # see `llama`
+BATCH, LENGTH, RANK = 2, 512, 8
+
+
+def peak_since(before: float) -> float:
+    """MiB of this process at its peak above what it had before."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def resident() -> float:
+    return psutil.Process().memory_info().rss / _MIB
+
+
+def plain_losses(head: nn.Linear, states: Tensor, labels: Tensor, distill: bool) -> Tensor:
+    """As `exit_losses`, with all logits at once."""
+    logits = head(states)
+    losses = functional.cross_entropy(
+        logits.transpose(1, 2), labels.expand(len(states), -1), reduction="none"
+    )
+    if not distill:
+        return losses
+    goal = logits[-1].detach().log_softmax(-1).expand(len(states) - 1, -1, -1)
+    apart = functional.kl_div(logits[:-1].log_softmax(-1), goal, reduction="none", log_target=True).sum(-1)
+    return torch.cat([apart, losses[-1:]])
+
+
+def loss(way: str, target: str) -> float:
+    head = nn.Linear(32, 128256, bias=False)
+    states = torch.randn(5, 2048, 32, requires_grad=True)
+    labels = torch.randint(128256, (2048,))
+    before = resident()
+    function = exit_losses if way == "chunks" else plain_losses
+    function(head, states, labels, target == "distill").sum().backward()
+    return peak_since(before)
+
+
+def steps(way: str) -> float:
+    """Two steps of two passes."""
+    before = resident()
+    config = llama(*SHAPE)
+    model = AutoModelForCausalLM.from_config(config)
+    model = adapted(model, RANK) if way == "lora" else model
+    with TemporaryDirectory() as folder:
+        args = OptimizationArguments(
+            num_steps=2, warmup_steps=0, batch_size=BATCH, gradient_accumulation=2, save_steps=9,
+            gradient_checkpointing=way == "checkpointing",
+        )  # fmt: skip
+        flags = ModelArguments(dtype="float32", device="cpu", parallel="fsdp" if way == "fsdp" else "data")
+        settings = trainer_settings(args, flags, Path(folder), torch.device("cpu"))
+        settings.save_strategy = settings.eval_strategy = "no"
+        settings.disable_tqdm = True
+        rows = [torch.randint(config.vocab_size, (LENGTH,)).tolist() for _ in range(16)]
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        recipe = RecipeArguments(layer_dropout=0, exits=[3, 6, 9], curriculum="all")
+        trainer = EarlyExitTrainer(
+            model, recipe, settings, train_dataset=data, data_collator=lambda rows: padded(0, rows)
+        )
+        trainer.train()
+    return peak_since(before)
+
+
+def measured(*case: str) -> float:
+    """By a process of its own, or two of them, of which the larger counts."""
+    # Freed tensors go back to the system at once, so that what is resident is what is used.
+    own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if "fsdp" in case else []
+    command = [sys.executable, *launcher, __file__, *case]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL:  # by the system, which had no more
+        return math.inf
+    if done.returncode:
+        sys.exit(done.stderr)
+    return max(float(line) for line in done.stdout.splitlines() if line.replace(".", "").isdigit())
+
+
+def main() -> None:
+    if case := sys.argv[1:]:
+        print(loss(*case[1:]) if case[0] == "loss" else steps(case[1]), flush=True)
+        return
+    print("peak of the loss, MiB: 5 exits, 2048 positions, 128256 tokens")
+    for target in ("label", "distill"):
+        together, chunks = (measured("loss", way, target) for way in ("together", "chunks"))
+        share = f"{chunks / together:.3f}" if together < math.inf else "together, more than this machine has"
+        print(f"{target:8} {together:7.0f} together, {chunks:5.0f} in chunks: {share}", flush=True)
+    print(f"\npeak of a step, MiB: {SHAPE}, {BATCH} x {LENGTH} tokens, 4 exits\n{'':14}  measured  estimated")
+    lora = ["lora"] if importlib.util.find_spec("peft") else []
+    for way in ["full", "checkpointing", "fsdp", *lora]:
+        estimate = memory(
+            llama(*SHAPE), BATCH, LENGTH, 4, ranks=2 if way == "fsdp" else 1,
+            lora_rank=RANK if way == "lora" else 0, checkpointing=way == "checkpointing",
+            computed_in=torch.float32,
+        )  # fmt: skip
+        print(f"{way:14}{measured('steps', way):10.0f} {estimate.total / _MIB:10.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Arithmetic of memory and time, and what the page says of it."""
+
+import re
+
+import forks
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from training import estimates
+
+
+def test_the_page_has_the_table(capsys):
+    """Guards against a formula that has changed since."""
+    estimates.main()
+    assert capsys.readouterr().out in (ROOT / "docs" / "training.md").read_text()
+
+
+def test_weights_gradients_and_optimizer_by_hand():
+    """A tied model is counted once; an adapter has two matrices for each product of a layer."""
+    config = estimates.llama(8, 16, 3, 2, 1, 50, True)
+    parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    full = estimates.memory(config, 1, 4, 2, computed_in=torch.float32)
+    assert (full.weights, full.gradients, full.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
+    pairs = 3 * ((8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16))
+    adapter = estimates.memory(config, 1, 4, 2, lora_rank=5)
+    assert adapter.optimizer == 8 * 5 * pairs
+    assert estimates.memory(config, 1, 4, 2, ranks=4).optimizer == 2 * parameters
+
+
+def test_days_by_hand():
+    """6 x 1e9 x 1e9 FLOP at half of 1e12 FLOP/s are 12 million seconds."""
+    assert estimates.days(1e9, 1e9, 1, peak=1e12, mfu=0.5) == pytest.approx(12e6 / 86400)
+
+
+@pytest.mark.slow
+def test_estimates_are_not_below_what_is_resident():
+    """Guards against something large that was forgotten, and against a guess of twice what is needed."""
+    result = forks.run(ROOT / "benchmarks" / "training_memory.py")
+    assert result.returncode == 0, result.stderr
+    shares = [float(share) for share in re.findall(r"in chunks: ([\d.]+)$", result.stdout, re.MULTILINE)]
+    assert all(share < 0.1 for share in shares), result.stdout
+    steps = re.findall(r"^\w+ +(\d+) +(\d+)$", result.stdout, re.MULTILINE)
+    assert len(steps) >= 3, result.stdout
+    for measured, estimated in steps:
+        assert 0.9 * int(measured) < int(estimated) < 1.6 * int(measured), result.stdout

@@ -1,0 +1,145 @@
+"""EarlyExitTrainer for whoever has a Trainer of their own: what a Trainer takes, it takes, or refuses."""
+
+import copy
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from training import recipe
+from training.flags import RecipeArguments
+from training.texts import padded
+from training.trainer import DivergedError, EarlyExitTrainer
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    def make(model=None, recipe=None, callbacks=None, **more):
+        torch.manual_seed(0)
+        rows = [torch.randint(3, 50, (8,)).tolist() for _ in range(24)]
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        own = {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 2,
+            "report_to": "none",
+        }
+        args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, **own | more)
+        return EarlyExitTrainer(
+            copy.deepcopy(model or tiny_llama()), recipe or RecipeArguments(), args, callbacks=callbacks,
+            train_dataset=data, eval_dataset=data, data_collator=lambda rows: padded(0, rows),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
+def test_what_a_sample_drops_is_the_same_however_a_step_is_shared_out(ranks, passes, trainer):
+    """Guards against the same drops in every rank, and against others when there are more of them."""
+    made = trainer(recipe=RecipeArguments(layer_dropout=0.9))
+    size = 8 // ranks // passes
+    of_step = np.empty((4, 8), dtype=bool)
+    for rank in range(ranks):
+        made.args = SimpleNamespace(
+            world_size=ranks, process_index=rank, gradient_accumulation_steps=passes, seed=5
+        )
+        made._train_batch_size, made._counted_step = size, -1
+        made.state.global_step, made.state.max_steps = 3, 10
+        for number in range(passes):
+            first = (number * ranks + rank) * size  # as the data are handed out
+            kept = made._plan(True, {"input_ids": [None] * size})["kept"]
+            of_step[:, first : first + size] = kept
+    assert (of_step == recipe.draw_kept(recipe.dropout_rates(4, 0.9), 8, 5, 3)).all()
+
+
+def test_epochs_evaluations_and_the_best_checkpoint(trainer):
+    """Guards against schedules that need max_steps, and metrics that a Trainer does not find."""
+    every = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_agreement_exit_2"}
+    made = trainer(**every, eval_steps=3, save_steps=3, greater_is_better=True, **best, optim="sgd")
+    made.train()
+    assert made.state.global_step == 6
+    assert made.state.best_model_checkpoint is not None
+    assert {"loss", "tokens_per_second", "grad_norm"} <= set(made.state.log_history[0])
+
+
+def test_the_model_is_its_own_between_steps(trainer):
+    """Guards against a model that answers with losses: callbacks generate samples, and it is saved."""
+    answers = []
+
+    class Sample(TrainerCallback):
+        def on_step_end(self, *_, model, **__):
+            answers.append(model.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape)
+
+    made = trainer(callbacks=[Sample()], max_steps=2)
+    made.train()
+    made.evaluate()
+    assert answers == [(1, 4)] * 2
+    assert made.model(torch.tensor([[5, 6]])).logits.shape[:2] == (1, 2)
+
+
+def test_a_document_is_named_by_the_step_that_had_it(trainer):
+    """Of six steps until the next row of the log, the first that went wrong: those after it all do."""
+    made = trainer(tiny_llama(tie_word_embeddings=False), logging_steps=6, remove_unused_columns=False)
+    rows = [[3 + (index + place) % 40 for place in range(8)] for index in range(24)]
+    rows[13][0] = 49
+    documents = [[index, index + 1] for index in range(24)]
+    made.train_dataset = Dataset.from_dict({"input_ids": rows, "labels": rows, "documents": documents})
+    with torch.no_grad():
+        made.model.get_input_embeddings().weight[49] = float("nan")
+    with pytest.raises(DivergedError, match=r"^a loss is nan at step [1-6]$") as error:
+        made.train()
+    assert len(error.value.documents) == 4
+    assert [13, 14] in error.value.documents
+
+
+def test_a_gradient_that_is_no_number_reaches_no_checkpoint(trainer, tmp_path):
+    """The loss of that step is finite, and no row of the log would tell before it is saved."""
+    made = trainer(logging_steps=50, save_steps=1)
+    norm = made.model.model.norm.weight
+    norm.register_hook(lambda grad: grad * float("inf") if made.state.global_step == 2 else grad)
+    with pytest.raises(DivergedError, match=r"^the gradient is (nan|inf) at step 3$"):
+        made.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_several_evaluation_sets(trainer):
+    made = trainer(max_steps=1)
+    made.eval_dataset = {"one": made.eval_dataset, "two": made.eval_dataset.select(range(5))}
+    assert {"eval_one_loss", "eval_two_agreement_exit_1"} <= set(made.evaluate())
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "more", "message"),
+    [
+        ({}, RecipeArguments(exits=[9]), {}, "exits .9.: must be between 1 and 3"),
+        ({}, None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor.*loss of its own"),
+        ({"model_type": "gemma2"}, None, {}, "model type 'gemma2' is not supported"),
+    ],
+)
+def test_what_it_refuses(trainer, model, recipe, more, message):
+    """gemma2 caps its logits: the losses would be others than those of the model."""
+    made = copy.deepcopy(tiny_llama())  # other tests have it as it is
+    for name, value in model.items():
+        setattr(made.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        trainer(made, recipe, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by a C++ compiler")
+def test_compiled_layers_learn_the_same(trainer):
+    """Of however many samples; and the model that is saved has the names it had."""
+    losses = []
+    for compiled in (False, True):
+        made = trainer(recipe=RecipeArguments(layer_dropout=0.5), torch_compile=compiled, max_steps=6)
+        names = set(made.model.state_dict())
+        made.train()
+        assert set(made.model.state_dict()) == names
+        losses.append([row["loss"] for row in made.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,0 +1,86 @@
+"""What a head says of hidden states, as losses and scores: its logits are made for a few positions at a time.
+
+Logits of all exits, [exits, B, T, V], would be the largest thing in memory. Here nothing of length V
+outlives a chunk of positions; the backward pass computes the logits once more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, LinearCrossEntropyOptions, functional
+from torch.utils.checkpoint import checkpoint
+
+from training.recipe import IGNORED
+
+# Logits that exist at a time, per exit: 256 MiB in fp32. Fewer would read a large head too often.
+CHUNK = 2**26
+
+
+def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = False) -> Tensor:
+    """[E, N] losses of the exits, the last layer's last, at each position; 0 where there is no label.
+
+    Args:
+        states: [E, N, H], normed; the last layer's last.
+        labels: [N].
+        distill: the others' loss is their divergence from the last layer, KL(last || exit), which learns
+            nothing from it.
+    """
+    if not distill or len(states) == 1:
+        return torch.stack([_cross_entropies(head, exit, labels) for exit in states])
+    last = _cross_entropies(head, states[-1], labels)[None]
+    divergences = [
+        # Without its own logits, which the backward pass then makes again.
+        checkpoint(_divergences, head.weight, head.bias, part, use_reentrant=False)
+        for part in states.split(_positions(head, len(states) + 2), dim=1)
+    ]
+    exits = torch.cat(divergences, dim=1)
+    return torch.cat([exits.where(labels != IGNORED, 0), last])
+
+
+@torch.no_grad()
+def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """([N] losses, [N] best tokens) of an exit's [N, H] normed states; a loss is 0 without a label."""
+    losses, guesses = [], []
+    size = _positions(head)
+    for part, targets in zip(states.split(size), labels.split(size), strict=True):
+        logits = _at_least_fp32(functional.linear(part, head.weight, head.bias))
+        losses.append(functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none"))
+        guesses.append(logits.argmax(-1))
+    return torch.cat(losses), torch.cat(guesses)
+
+
+def _cross_entropies(head: Linear, states: Tensor, labels: Tensor) -> Tensor:
+    """[N] of [N, H] states."""
+    kind = states.device.type
+    if torch.is_autocast_enabled(kind):  # which does not know this function
+        states = states.to(torch.get_autocast_dtype(kind))
+    weight, bias = (None if part is None else part.to(states.dtype) for part in (head.weight, head.bias))
+    return functional.linear_cross_entropy(
+        states, weight, labels, linear_bias=bias, ignore_index=IGNORED, reduction="none",
+        options=LinearCrossEntropyOptions(batch_chunk_size=min(_positions(head), len(states))),
+    )  # fmt: skip
+
+
+def _divergences(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
+    """[E - 1, N] of [E, N, H] states."""
+
+    def log_probabilities(part: Tensor) -> Tensor:
+        return _at_least_fp32(functional.linear(part, weight, bias)).log_softmax(-1)
+
+    *exits, last = states
+    with torch.no_grad():
+        goal = log_probabilities(last)
+    return torch.stack([
+        functional.kl_div(log_probabilities(exit), goal, reduction="none", log_target=True).sum(-1)
+        for exit in exits
+    ])  # fmt: skip
+
+
+def _positions(head: Linear, times: int = 1) -> int:
+    """How many positions a chunk has that holds `times` their logits."""
+    return max(1, CHUNK // (head.out_features * times))
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
