@@ -3,14 +3,16 @@
     python train.py --data python_stdlib --num_steps 3000
     python train.py --model ID --data_path "corpus/*.jsonl"
     torchrun --nproc_per_node 4 train.py --model ID --data_path pairs.jsonl --early_exit_scale 1.0
+    torchrun --nproc_per_node 8 train.py --model ID --parallel fsdp --dtype bfloat16 --gradient_checkpointing
+    python train.py --model ID --lora_rank 16 --dtype bfloat16 --data_path pairs.jsonl
 
 Without --model a small Llama is made, with a tokenizer of its own. Rows with `prompt` and `response` are for
 finetuning: only the responses are learnt. --dtype bfloat16, float16 or half is mixed precision: the weights
 stay float32 until they are saved as bfloat16. The folder `model` that it writes in the end can be loaded by
 every script, and by transformers.
 
---resume FOLDER goes on with a training by the arguments that it had; with a higher --num_steps, also with one
-that is finished.
+Ctrl-C, SIGTERM and a full disk end a training after its step, with a checkpoint. --resume FOLDER goes on with
+it by the arguments that it had; with a higher --num_steps, also with one that is finished.
 """
 
 from __future__ import annotations
@@ -50,4 +52,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main, less="a smaller --batch_size, a lower --sequence_length, --gradient_checkpointing True")
+    less = "--gradient_checkpointing, a smaller --batch_size, a lower --sequence_length, --lora_rank 16"
+    run(main, less=f"{less}, --parallel fsdp")

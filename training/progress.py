@@ -13,6 +13,7 @@ import pandas
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from runs.ranks import num_processes
+from runs.records import RecordError
 from training.trainer import EarlyExitTrainer
 
 
@@ -21,11 +22,12 @@ class Progress(ProgressCallback):
 
     Args:
         write_table: called with the CSV whenever a row has come.
+        stop: told where that raises RecordError.
     """
 
-    def __init__(self, write_table: Callable[[str], None]) -> None:
+    def __init__(self, write_table: Callable[[str], None], stop: Stop) -> None:
         super().__init__()
-        self._write_table = write_table
+        self._write_table, self._stop = write_table, stop
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         if not state.is_world_process_zero:
@@ -34,7 +36,10 @@ class Progress(ProgressCallback):
         table = pandas.DataFrame([row for row in state.log_history if "train_runtime" not in row])
         # In an order that does not change with a resumption.
         table = table[sorted(table, key=lambda name: (name != "step", len(name), name))]
-        self._write_table(table.to_csv(index=False))
+        try:
+            self._write_table(table.to_csv(index=False))
+        except RecordError as error:
+            self._stop.after_this_step(1, str(error))
         if self.training_bar is None:
             return
         if "loss" in logs:
@@ -48,9 +53,10 @@ class Progress(ProgressCallback):
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C or SIGTERM, to any rank, ends a training after the current step with a checkpoint, on all ranks.
+    """Ends a training after the current step with a checkpoint, on all ranks, if one of them has a reason to:
+    Ctrl-C, SIGTERM, or a log that cannot be written.
 
-    A second Ctrl-C ends it at once; but under torchrun, which passes on what the ranks have had already.
+    A second Ctrl-C ends it at once; but not under torchrun, which passes on what the ranks have had already.
 
     Attributes:
         reason: why the training ended early, None where it did not.
@@ -60,12 +66,15 @@ class Stop(TrainerCallback):
     def __init__(self) -> None:
         self.reason: str | None = None
         self.status = 1
-        self._signal = 0
+        self._wanted: tuple[int, str | None] = 0, None  # status and reason, of this rank
         self._trainer: EarlyExitTrainer | None = None
 
     def follow(self, trainer: EarlyExitTrainer) -> None:
         self._trainer = trainer
         trainer.add_callback(self)
+
+    def after_this_step(self, status: int, reason: str) -> None:
+        self._wanted = status, reason
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -78,14 +87,14 @@ class Stop(TrainerCallback):
                 signal.signal(number, handler)
 
     def _hear(self, number: int, _: Any) -> None:
-        if self._signal and num_processes() == 1:
+        if self._wanted[0] and num_processes() == 1:
             raise KeyboardInterrupt
-        self._signal = number
+        self.after_this_step(128 + number, "interrupted")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         assert self._trainer is not None
-        if number := self._trainer.highest(self._signal):
-            self.reason, self.status = "interrupted", 128 + number
+        if status := self._trainer.highest(self._wanted[0]):
+            self.status, self.reason = status, self._wanted[1] or "another rank was interrupted"
             control.should_save = control.should_training_stop = True
 
 

@@ -254,7 +254,7 @@ def _trainer(flags: Flags, start: Start, stop: Stop) -> EarlyExitTrainer:
         processing_class=start.tokenizer,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress(lambda table: start.run.replace("log.csv", table)))
+    trainer.add_callback(Progress(lambda table: start.run.replace("log.csv", table), stop))
     stop.follow(trainer)
     return trainer
 

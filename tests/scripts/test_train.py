@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from data import DataError
+from runs.records import RecordError, Run
 from self_speculation import load_model_and_tokenizer
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
@@ -188,6 +189,21 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, texts, capsys, mo
     assert train.main(["--resume", str(folder)]) == 0
 
 
+def test_a_log_that_cannot_be_written_ends_with_a_checkpoint(tmp_path, texts, capsys, monkeypatch):
+    """Guards against all steps since the last checkpoint being lost to a row of a table."""
+    replace = Run.replace
+
+    def full(self, name, text):
+        if name == "log.csv" and "\n6," in text:
+            raise RecordError(f"cannot write {self.folder / name}: No space left on device")
+        replace(self, name, text)
+
+    monkeypatch.setattr(Run, "replace", full)
+    assert train.main(arguments(tmp_path, texts)) == 1
+    error = capsys.readouterr().err
+    assert "log.csv: No space left on device; step 7 is kept, go on with --resume" in error
+
+
 def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
     """Passes may be others, if a step still has as many samples."""
     folder = run(tmp_path, texts)
@@ -278,6 +294,10 @@ def test_shares_that_were_killed_go_on_with_other_ranks(tmp_path, texts, model_f
     assert "a step of that run has 4 samples, this one's 8: ranks, --batch_size and" in wrong.stderr
     result = forks.run_ranks(4, ROOT / "train.py", "--resume", folder, "--batch_size", "1")
     assert result.returncode == 0, result.stderr
+    similar(folder, whole)
+    shutil.rmtree(folder / "model")  # killed during the last evaluation
+    again = forks.run_ranks(4, ROOT / "train.py", "--resume", folder)
+    assert again.returncode == 0, again.stderr
     similar(folder, whole)
     drafts = ["--generation_strategy", "self_speculative", "--exit_layer", 1, "--num_speculations", 3]
     generate = ["--prompt", "def", "--max_steps", 8, "--sample", "False", *drafts]
