@@ -35,8 +35,11 @@ def new_llama(
     return LlamaForCausalLM(config)
 
 
-def check_precision(dtype: str, device: torch.device) -> None:
-    """Raises ValueError where the device has no mixed precision of this kind."""
+def check_precision(model_args: ModelArguments, device: torch.device) -> None:
+    """Raises ValueError where the device has no mixed precision of this kind, or shares have none."""
+    dtype = model_args.dtype
+    if model_args.parallel == "fsdp" and resolve_dtype(dtype, device) == torch.float16:
+        raise ValueError(f"dtype {dtype}: is float16, whose scaled losses --parallel fsdp does not know")
     if dtype == "float16" and device.type == "cpu":
         raise ValueError("dtype float16: mixed precision on a CPU is bfloat16")
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -62,7 +65,11 @@ def trainer_settings(
         eval_steps=args.eval_steps, save_steps=args.save_steps, save_total_limit=2,
         remove_unused_columns=False,  # that is what names the documents of a sample
         ddp_find_unused_parameters=False,  # there are none: every rank calls every layer
-        accelerator_config={"dispatch_batches": False},  # samples of a stream may differ in length
+        accelerator_config={
+            "dispatch_batches": False,  # samples of a stream may differ in length
+            # Else every rank would keep whole gradients between the passes of a step.
+            "gradient_accumulation_kwargs": {"sync_each_batch": is_sharded},
+        },
         fsdp=is_sharded or None, fsdp_config=_sharding(args) if is_sharded else None,
         torch_compile=model_args.compile,
         report_to="none", disable_tqdm=False, log_level_replica="error",

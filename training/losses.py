@@ -26,12 +26,23 @@ def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = Fa
         distill: the others' loss is their divergence from the last layer, KL(last || exit), which learns
             nothing from it.
     """
+    kind = states.device.type
+    if torch.is_autocast_enabled(kind):  # linear_cross_entropy does not know it; one copy of the head for all
+        states = states.to(torch.get_autocast_dtype(kind))
+    weight, bias = (None if part is None else part.to(states.dtype) for part in (head.weight, head.bias))
+
+    def cross_entropies(exit: Tensor) -> Tensor:
+        chunks = LinearCrossEntropyOptions(batch_chunk_size=min(_positions(head), len(exit)))
+        return functional.linear_cross_entropy(
+            exit, weight, labels, linear_bias=bias, ignore_index=IGNORED, reduction="none", options=chunks
+        )
+
     if not distill or len(states) == 1:
-        return torch.stack([_cross_entropies(head, exit, labels) for exit in states])
-    last = _cross_entropies(head, states[-1], labels)[None]
+        return torch.stack([cross_entropies(exit) for exit in states])
+    last = cross_entropies(states[-1])[None]
     divergences = [
         # Without its own logits, which the backward pass then makes again.
-        checkpoint(_divergences, head.weight, head.bias, part, use_reentrant=False)
+        checkpoint(_divergences, weight, bias, part, use_reentrant=False)
         for part in states.split(_positions(head, len(states) + 2), dim=1)
     ]
     exits = torch.cat(divergences, dim=1)
@@ -48,18 +59,6 @@ def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, T
         losses.append(functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none"))
         guesses.append(logits.argmax(-1))
     return torch.cat(losses), torch.cat(guesses)
-
-
-def _cross_entropies(head: Linear, states: Tensor, labels: Tensor) -> Tensor:
-    """[N] of [N, H] states."""
-    kind = states.device.type
-    if torch.is_autocast_enabled(kind):  # which does not know this function
-        states = states.to(torch.get_autocast_dtype(kind))
-    weight, bias = (None if part is None else part.to(states.dtype) for part in (head.weight, head.bias))
-    return functional.linear_cross_entropy(
-        states, weight, labels, linear_bias=bias, ignore_index=IGNORED, reduction="none",
-        options=LinearCrossEntropyOptions(batch_chunk_size=min(_positions(head), len(states))),
-    )  # fmt: skip
 
 
 def _divergences(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Stop(TrainerCallback):
                 signal.signal(number, handler)
 
     def _hear(self, number: int, _: Any) -> None:
-        if self._wanted[0] and num_processes() == 1:
+        if number == signal.SIGINT and self._wanted[0] and num_processes() == 1:
             raise KeyboardInterrupt
         self.after_this_step(128 + number, "interrupted")
 

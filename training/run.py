@@ -37,6 +37,7 @@ from training.flags import Flags
 from training.from_flags import adapted, check_precision, new_llama, shard_while_loading, trainer_settings
 from training.progress import Progress, Stop, newest_checkpoint, step_of
 from training.texts import (
+    Stream,
     Texts,
     fingerprint,
     is_stream,
@@ -121,9 +122,11 @@ def _prepare(flags: Flags) -> Start:
     device = resolve_device(model_args.device)
     config = None if model_args.model is None else _read_config(model_args, data_args.sequence_length)
     recipe_args.exit_layers(shape.num_layers if config is None else config.num_hidden_layers)
-    check_precision(model_args.dtype, device)
-    # All ranks join before rank 0 does anything alone, which the others then wait for.
-    PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE)
+    check_precision(model_args, device)
+    # All ranks join before rank 0 does anything alone, which the others then wait for. What is offloaded is
+    # summed up by gloo.
+    backend = {"backend": "cuda:nccl,cpu:gloo"} if device.type == "cuda" and ranks.num_processes() > 1 else {}
+    PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
     with PartialState().local_main_process_first():  # the others find what it has cached
         texts = load_texts(data_args)
     content = fingerprint(*texts)
@@ -159,7 +162,7 @@ def _blocks(
     length, seed = flags.data.sequence_length, flags.model.seed
     way = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     key = f"{content}-{zlib.crc32(way.encode()):08x}-{tokenizer.eos_token_id}-{length}-{seed}"
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "early_exit_blocks", key)
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "early_exit_blocks_1", key)
     folder.mkdir(parents=True, exist_ok=True)
     with PartialState().local_main_process_first():
         blocks = [
@@ -169,7 +172,8 @@ def _blocks(
             for name, part in zip(("training", "evaluation"), texts, strict=True)
         ]
     if is_stream(blocks[1]):
-        blocks[1] = datasets.Dataset.from_list(list(islice(blocks[1], flags.optimization.eval_samples)))
+        held_out = list(islice(blocks[1], flags.optimization.eval_samples))
+        return Stream(blocks[0]), datasets.Dataset.from_list(held_out)
     return blocks[0], blocks[1]
 
 
@@ -182,7 +186,7 @@ def _what_is_learnt(
     parameters = f"{model.num_parameters() / 1e6:.1f} million parameters"
     if learning < model.num_parameters():
         parameters += f", {learning / 1e6:.1f} million of them learn"
-    if is_stream(training):
+    if is_stream(texts[0]):
         return f"{parameters}; {samples} samples of a stream to learn from, {len(evaluation)} held out"
     return (
         f"{parameters}; {len(texts[0])} texts, {len(training)} samples to learn from; {len(texts[1])} texts, "

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -76,9 +76,11 @@ def is_held_out(row: dict[str, str], share: float) -> bool:
 def fingerprint(*parts: Texts) -> str:
     """Of all the texts; of those that are read while training, of the first ones."""
     checksum = 0
-    for row in chain.from_iterable(islice(part, 100) if is_stream(part) else part for part in parts):
-        content = {name: value for name, value in row.items() if name != "source"}
-        checksum = zlib.crc32(json.dumps(content).encode(), checksum)
+    for part in parts:
+        for row in islice(part, 100) if is_stream(part) else part:
+            content = {name: value for name, value in row.items() if name != "source"}
+            checksum = zlib.crc32(json.dumps(content).encode(), checksum)
+        checksum = zlib.crc32(b"the end of a part", checksum)
     return f"{checksum:08x}"
 
 
@@ -212,6 +214,26 @@ def to_blocks(
     return blocks
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Blocks again and again, each time in another order.
+
+    Not a dataset of `datasets`: of such a one each rank would read files of its own, which a resumption with
+    other ranks could not follow, and of which some end earlier. Of this one, each rank takes its samples.
+    """
+
+    def __init__(self, blocks: datasets.IterableDataset) -> None:
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for times in count():
+            self._blocks.set_epoch(times)
+            blocks = iter(self._blocks)
+            if (first := next(blocks, None)) is None:
+                raise DataError("--sequence_length: longer than all the text there is")
+            yield first
+            yield from blocks
+
+
 def shuffled(texts: Texts, seed: int) -> Texts:
     if isinstance(texts, datasets.IterableDataset):
         return texts.shuffle(seed, buffer_size=_STREAMED_TEXTS)
@@ -259,7 +281,7 @@ def _pairs(
             before.pop()
         answer = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
         answer.append(tokenizer.eos_token_id)
-        if len(before) < length:  # else no label is left to learn from
+        if len(before) < length and len(before) + len(answer) > 1:  # else there is no label to learn
             blocks.append([*before, *answer][:length])
             labels.append([*[IGNORED] * len(before), *answer][:length])
             documents.append([number, number])

@@ -13,6 +13,7 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from accelerate.utils import DynamoBackend
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,6 +47,10 @@ from training.flags import RecipeArguments
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 _RUNNING_LOSS = "running_loss.json"  # in a checkpoint: what the next row of the log is to be the mean of
+
+
+# One rank may write for a long time what the others wait for.
+_PATIENCE = timedelta(days=1)
 
 
 class DivergedError(Exception):
@@ -159,7 +165,7 @@ class EarlyExitTrainer(Trainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
         self._settings = settings
         self._exits = settings.exit_layers(plain(model).config.num_hidden_layers)
-        self._micro_step, self._counted_step = 0, -1
+        self._micro_step = 0  # of the optimizer's step
         # Since the last look: by step, losses of micro-batches and then the gradient's norm; the documents.
         self._recent: list[tuple[tuple[int, str], Tensor, Tensor | None]] = []
         self._restart_clock()
@@ -169,21 +175,27 @@ class EarlyExitTrainer(Trainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             for layer in plain(model).base_model.layers:
                 layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.add_callback(_RunningLoss(self))
+        self.add_callback(_BeginsAndGoesOn(self))
         # In which ranks agree on the CPU, so that none waits for its GPU.
-        self._group = dist.new_group(backend="gloo") if args.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if args.world_size > 1 else None
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
         inputs = dict(inputs)
         documents = inputs.pop("documents", None)
+        if isinstance(num_items_in_batch, Tensor):  # as a float, FSDP would round it to what is computed in
+            num_items_in_batch = num_items_in_batch.long()
+        inputs |= self._plan(model.training, len(inputs["input_ids"]))
         with self._computing(early_exit_loss, losses.exit_losses):
-            answer = super().compute_loss(model, inputs | self._plan(model.training, inputs), *args, **kwargs)
+            answer = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._tokens += inputs["input_ids"].numel()
         if model.training:
             self._recent.append(((self.state.global_step + 1, "a loss"), answer.detach(), documents))
         return answer
 
-    def _plan(self, is_training: bool, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _plan(self, is_training: bool, num_samples: int) -> dict[str, Any]:
         """What the recipe says of this micro-batch."""
         settings, step, num_steps = self._settings, self.state.global_step, self.state.max_steps
         num_layers = plain(self.model).config.num_hidden_layers
@@ -194,8 +206,6 @@ class EarlyExitTrainer(Trainer):
         plan: dict[str, Any] = {"weights": weights, "distill": settings.exit_loss == "distill"}
         if not is_training:
             return plan
-        self._micro_step = self._micro_step + 1 if step == self._counted_step else 0
-        self._counted_step = step
         rates = recipe.dropout_rates(
             num_layers, settings.layer_dropout, settings.dropout_schedule, step, num_steps
         )
@@ -203,8 +213,8 @@ class EarlyExitTrainer(Trainer):
         kept = recipe.draw_kept(rates, ranks * accumulated * self._train_batch_size, self.args.seed, step)
         # Batches of the data go to the ranks in turn.
         first = (self._micro_step * ranks + self.args.process_index) * self._train_batch_size
-        kept = kept[:, first : first + len(inputs["input_ids"])]
-        return plan | {"kept": kept}
+        self._micro_step += 1
+        return plan | {"kept": kept[:, first : first + num_samples]}
 
     @contextmanager
     def _computing(self, whole: Callable, by_head: Callable) -> Iterator[None]:
@@ -280,21 +290,27 @@ class EarlyExitTrainer(Trainer):
 
     def _written(self, folder: Path, running: dict[str, float], write: Callable[[], None]) -> str | None:
         """None, or on every rank why one of them could not write; nothing is left then."""
-        error = ""
-        try:
+
+        def write_own() -> None:
             if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
+                parts = (FSDP_MODEL_NAME, OPTIMIZER_NAME) if self.is_fsdp_enabled else ()
+                for part in ("", *(f"{name}_0" for name in parts)):
+                    (folder / part).mkdir(parents=True, exist_ok=True)
                 (folder / _RUNNING_LOSS).write_text(json.dumps(running))
                 if self.is_fsdp_enabled and self.processing_class is not None:  # else the trainer does
                     self.processing_class.save_pretrained(folder)
-            write()
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as found:
-            error = str(found).partition("\n")[0]
-        if not self.highest(len(error)):
-            return None
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-        return error or "another rank could not"
+
+        for step in (write_own, write):  # in the second, ranks wait for each other: all must get there
+            error = ""
+            try:
+                step()
+            except (OSError, RuntimeError, SafetensorError, CheckpointException) as found:
+                error = str(found).partition("\n")[0] or type(found).__name__
+            if self.highest(len(error)):
+                if self.args.should_save:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return error or "another rank could not"
+        return None
 
     def restore(self, checkpoint: str) -> None:
         """Load the weights and the history of a finished training."""
@@ -333,11 +349,14 @@ class EarlyExitTrainer(Trainer):
         return metrics
 
 
-class _RunningLoss(TrainerCallback):
-    """The mean in the next row of the log goes on where a checkpoint left it."""
+class _BeginsAndGoesOn(TrainerCallback):
+    """Passes are counted by step; the mean in the next row of the log goes on where a checkpoint left it."""
 
     def __init__(self, trainer: EarlyExitTrainer) -> None:
         self._trainer = trainer
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._micro_step = 0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         trainer = self._trainer

@@ -33,18 +33,27 @@ def hidden_after_each_layer(
     if model.config._attn_implementation == "eager":
         lowest = torch.finfo(hidden.dtype).min
         mask = torch.full((1, 1, width, width), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)
-    for index, layer in enumerate(base.layers):
-        run = range(len(hidden)) if kept is None else kept[index].nonzero()[0]
-        if len(run) == len(hidden):
+    runs = [None] * len(base.layers) if kept is None else _rows(kept, hidden.device)
+    for index, (layer, rows) in enumerate(zip(base.layers, runs, strict=True)):
+        if rows is None:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         else:
-            rows = torch.as_tensor(run if len(run) else [0], device=hidden.device)
             before = hidden[rows]
             after = layer(before, attention_mask=mask, position_embeddings=rotary).to(hidden.dtype)
-            if not len(run):
+            if kept is not None and not kept[index].any():
                 after = torch.where(torch.zeros_like(after, dtype=torch.bool), after, before)
             hidden = hidden.index_copy(0, rows, after)
         yield hidden
+
+
+def _rows(kept: numpy.ndarray, device: torch.device) -> list[Tensor | None]:
+    """What each layer is run on; None: on all samples. One copy to the device, which nobody waits for."""
+    by_layer = [row.nonzero()[0].tolist() or [0] for row in kept]
+    together = torch.tensor([sample for rows in by_layer for sample in rows])
+    if device.type == "cuda":
+        together = together.pin_memory().to(device, non_blocking=True)
+    parts = together.to(device).split([len(rows) for rows in by_layer])
+    return [None if row.all() else part for row, part in zip(kept, parts, strict=True)]
 
 
 def exit_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

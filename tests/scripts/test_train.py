@@ -189,6 +189,26 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, texts, capsys, mo
     assert train.main(["--resume", str(folder)]) == 0
 
 
+def test_a_full_disk_of_one_rank_ends_all(tmp_path, texts):
+    """Guards against ranks that wait in a checkpoint for the one that could not begin it."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import pathlib, train\n"
+        "from runs.program import run\n"
+        "write = pathlib.Path.write_text\n"
+        "def full(self, text, *args, **kwargs):\n"
+        "    if self.name == 'running_loss.json' and self.parent.name == 'checkpoint-4':\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    return write(self, text, *args, **kwargs)\n"
+        "pathlib.Path.write_text = full\n"
+        "run(train.main)\n"
+    )
+    ended = forks.run_ranks(2, program, *arguments(tmp_path, texts, "--batch_size", "2"))
+    assert ended.returncode == 1
+    assert "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet" in ended.stderr
+
+
 def test_a_log_that_cannot_be_written_ends_with_a_checkpoint(tmp_path, texts, capsys, monkeypatch):
     """Guards against all steps since the last checkpoint being lost to a row of a table."""
     replace = Run.replace
@@ -263,15 +283,15 @@ def test_two_ranks_learn_what_one_does(tmp_path, texts):
     """Guards against drops that depend on how samples are shared out, and against a rank that waits for ever
     since another one skipped a layer: at this dropout, all samples of a rank often do.
     """
-    folders = [tmp_path / name for name in ("one", "copies", "shares", "passes")]
+    folders = [tmp_path / name for name in ("one", "copies", "shares")]
     for folder in folders:
         folder.mkdir()
     run(folders[0], texts, *DROPPING)
-    for folder, parallel in zip(folders[1:3], ("data", "fsdp"), strict=True):
-        command = arguments(folder, texts, *DROPPING, "--batch_size", "2", "--parallel", parallel)
+    for folder, parallel, passes in zip(folders[1:3], ("data", "fsdp"), (1, 2), strict=True):
+        shared = ["--parallel", parallel, "--batch_size", 2 // passes, "--gradient_accumulation", passes]
+        command = arguments(folder, texts, *DROPPING, *shared)
         result = forks.run_ranks(2, ROOT / "train.py", *command)
         assert result.returncode == 0, result.stderr
-    run(folders[3], texts, *DROPPING, "--batch_size", "1", "--gradient_accumulation", "4")
     for folder in folders[1:]:
         similar(only_run(folder), only_run(folders[0]))
 
@@ -408,6 +428,9 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
         (["--num_steps", "0"], "--num_steps 0: must be at least 1"),
         (["--warmup_steps", "12"], "--warmup_steps 12: must be below --num_steps 12"),
         (["--dtype", "float16"], "--dtype float16: mixed precision on a CPU is bfloat16"),
+        (["--parallel", "fsdp"], "--parallel fsdp: shares a model out between processes; start them by"),
+        (["--quantization", "int8"], "--quantization int8: training knows none only"),
+        (["--offload"], "--offload True: is for --parallel fsdp"),
     ],
 )
 def test_bad_values_are_refused_before_the_data_is_read(flags, message, tmp_path, capsys):
@@ -528,20 +551,39 @@ def test_prompts_are_masked(byte_tokenizer):
     assert batch["labels"][1].tolist() == [5] + [IGNORED] * (len(block["labels"]) - 1)
 
 
-def test_a_stream_is_read_while_training(tmp_path):
-    """A dataset that is never whole: the same samples again after a resumption; few held-out ones."""
+@pytest.fixture
+def stream(tmp_path):
+    """Flags for a dataset of two files, which is never whole and shorter than the training."""
     (tmp_path / "hub").mkdir()
-    rows = [{"text": f"def f{i}(x):\n    return x + {i * i}\n" * 9} for i in range(200)]
-    (tmp_path / "hub" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stream = ["--data", str(tmp_path / "hub"), "--streaming", "--output_dir", str(tmp_path / "logs")]
-    stream += [*SMALL, *STEPS, "--eval_samples", "6"]
-    assert train.main(stream) == 0
-    whole = only_run(tmp_path)
-    (tmp_path / "parts").mkdir()
-    parts = [*stream, "--output_dir", str(tmp_path / "parts" / "logs")]
-    assert forks.run(killed_at(tmp_path, 5, by="SIGTERM"), *parts).returncode == 128 + signal.SIGTERM
-    folder = only_run(tmp_path / "parts")
+    for name in ("a", "b"):
+        rows = [{"text": f"def {name}{i}(x):\n    return x + {i * i}\n" * 2} for i in range(12)]
+        (tmp_path / "hub" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--eval_samples", "2", "--num_steps", "16", "--layer_dropout", "0.5"]
+    return ["--data", str(tmp_path / "hub"), "--streaming", *SMALL, *STEPS, *more]
+
+
+def streamed(tmp_path, name, program, *flags, ranks=1, status=0):
+    (tmp_path / name).mkdir()
+    result = forks.run_ranks(ranks, program, *flags, "--output_dir", tmp_path / name / "logs")
+    assert result.returncode == status, result.stderr
+    return only_run(tmp_path / name)
+
+
+def test_a_stream_is_read_while_training(tmp_path, stream):
+    """Several times, by steps of several passes: the same samples again after a resumption."""
+    stream += ["--batch_size", "2", "--gradient_accumulation", "3"]
+    whole = streamed(tmp_path, "whole", ROOT / "train.py", *stream)
+    ended = killed_at(tmp_path, 13, by="SIGTERM")
+    folder = streamed(tmp_path, "parts", ended, *stream, status=128 + signal.SIGTERM)
     assert train.main(["--resume", str(folder)]) == 0
     pandas.testing.assert_frame_equal(log(folder), log(whole), check_exact=True)
+    assert log(whole)["loss"].max() < 7  # no step has twice as many samples
     with pytest.raises(SystemExit):
         train.main(arguments(tmp_path, "no/such/*", "--streaming"))
+
+
+@pytest.mark.slow
+def test_ranks_share_a_stream_out(tmp_path, stream):
+    """Guards against ranks that read files of their own: other samples, and one of them ends earlier."""
+    one = streamed(tmp_path, "one", ROOT / "train.py", *stream)
+    similar(streamed(tmp_path, "two", ROOT / "train.py", *stream, "--batch_size", "2", ranks=2), one)

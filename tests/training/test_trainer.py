@@ -48,12 +48,11 @@ def test_what_a_sample_drops_is_the_same_however_a_step_is_shared_out(ranks, pas
         made.args = SimpleNamespace(
             world_size=ranks, process_index=rank, gradient_accumulation_steps=passes, seed=5
         )
-        made._train_batch_size, made._counted_step = size, -1
+        made._train_batch_size, made._micro_step = size, 0
         made.state.global_step, made.state.max_steps = 3, 10
         for number in range(passes):
             first = (number * ranks + rank) * size  # as the data are handed out
-            kept = made._plan(True, {"input_ids": [None] * size})["kept"]
-            of_step[:, first : first + size] = kept
+            of_step[:, first : first + size] = made._plan(True, size)["kept"]
     assert (of_step == recipe.draw_kept(recipe.dropout_rates(4, 0.9), 8, 5, 3)).all()
 
 
