@@ -77,7 +77,7 @@ class ModelArguments:
     float32, else where that is clearly faster and fits into a third of the free memory."""
     compile: bool = False
     """On a GPU, compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per
-    token."""
+    token. train.py: compile the layers."""
 
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")

@@ -108,8 +108,8 @@ def test_autoregressive_distribution():
     [
         (accepts_everything, 200),
         (resamples_from_the_target, 600),
-        (judges_by_the_argmax, 600),
-        (forgets_what_was_not_drafted, 600),
+        pytest.param(judges_by_the_argmax, 600, marks=pytest.mark.slow),
+        pytest.param(forgets_what_was_not_drafted, 600, marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_accept_rule_is_caught(rule, samples, monkeypatch):

@@ -274,7 +274,7 @@ def test_impossible_batches(script, flags, said, common, capsys):
 
 
 @pytest.mark.usefixtures("few_files_are_read")
-@pytest.mark.parametrize("size", ["3", "auto"])
+@pytest.mark.parametrize("size", ["3", pytest.param("auto", marks=pytest.mark.slow)])
 def test_an_evaluation_has_the_answers_of_batch_1(size, model_folder, tmp_path, capsys):
     """Sampled, two tasks at once. Guards against answers handed to another document, and log-likelihoods'
     batch size where answers are generated.

@@ -88,6 +88,7 @@ def test_by_torchrun(name, command):
     assert done.stdout.count(once) == 1
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written(model_folder, script):
     """A local model needs no cache."""
     run = subprocess.run(
