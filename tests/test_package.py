@@ -12,6 +12,7 @@ from conftest import ROOT
 import self_speculation
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     """Guards against modules or a model that pip leaves behind, and an import of a script's module."""
     source = tmp_path / "source"

@@ -51,7 +51,7 @@ def test_rows_that_agree_share_a_sampler():
     "drafts",
     [
         {},
-        {"exit_layer": 2, "num_speculations": 3},
+        pytest.param({"exit_layer": 2, "num_speculations": 3}, marks=pytest.mark.slow),
         {"exit_layer": 2, "num_speculations": 3, "prompt_lookup": 2},
     ],
 )

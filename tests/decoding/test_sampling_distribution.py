@@ -66,8 +66,8 @@ SETTINGS = {
 }  # fmt: skip
 # The rows of a batch may have drafts of several sources. Guards against a lookup of one row that is accepted
 # whatever it is, because another row drafts nothing.
-_TOGETHER = ("all", "processor", "confidence, learnt", "lookup", "lookup, confidence",
-             "vocabulary, processor", "vocabulary, all", "int4, lookup, confidence")  # fmt: skip
+_TOGETHER = ("all", "processor", "confidence, learnt", "lookup", "vocabulary, all",
+             "int4, lookup, confidence")  # fmt: skip
 DEFAULT = [("plain", 1), *((name, 4) for name in _TOGETHER)]
 SLOW = [how for how in itertools.product(SETTINGS, (1, 2, 4)) if how not in DEFAULT]
 

@@ -187,7 +187,8 @@ def nothing_is_measured(gpu, monkeypatch):
     return replace
 
 
-@pytest.mark.parametrize("sizes", [[1], pytest.param([1, 2], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[1], [1, 2]])
 def test_gpu_runs_dry(dry, sizes):
     """Guards against a side, a column or a check that is missing when a GPU is there at last, against drafts
     that transformers makes otherwise.

@@ -83,7 +83,8 @@ GREEDY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
 def test_outputs_are_not_needed_once_they_are_overwritten(graphs, fused):
     """Guards against logits or hidden states that are looked at after the next pass, and against padding that
     is attended to: the ids would be others.

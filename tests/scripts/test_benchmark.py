@@ -177,6 +177,7 @@ def test_resume_refuses_other_arguments(common, tmp_path, capsys):
     assert "that run had --seed 1, this one has 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_is_as_good_as_unbroken(common, tmp_path):
     """Sampled on purpose, and with a short vocabulary, which learns elsewhere: an example must not depend on
     how many came before it in this process.
@@ -347,6 +348,7 @@ def test_correctness_passes_and_reports(common, tmp_path, capsys):
     assert report["metrics"] == {"examples": 5, "identical": 5, "near_ties": 0, "differences": 0}
 
 
+@pytest.mark.slow
 def test_correctness_passes_when_sampling(common, tmp_path, capsys):
     args = [*common, *SPECULATION, "--samples_per_prompt", "100", "--sampled_prompts", "2", "--top_k", "8"]
     assert correctness.main(args) == 0

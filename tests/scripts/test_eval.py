@@ -155,6 +155,7 @@ def test_an_early_exit_is_evaluated_as_it_is(model_folder, task_folder, tmp_path
     assert saved(early)["config"]["model_args"]["exit_layer"] == 2
 
 
+@pytest.mark.slow
 def test_two_ranks_score_as_one(model_folder, task_folder, tmp_path):
     """Sampled answers too. Guards against draws that depend on the rank, or on what was drawn before, and
     against answers that are counted twice.

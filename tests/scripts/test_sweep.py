@@ -270,7 +270,7 @@ def test_all_layers_of_a_copy_are_in_the_grid(common, tmp_path, monkeypatch):
     assert set(table(tmp_path).reset_index()["exit_layer"]) == {1, 2, 4}
 
 
-@pytest.mark.parametrize("mode", ["predicted", "measured"])
+@pytest.mark.parametrize("mode", ["predicted", pytest.param("measured", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("timeless")
 def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
     """Finished cells or examples are kept, in the CSV too where it is written by cell, and not done again."""

@@ -116,6 +116,7 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_unbroken_curve(tmp_path, texts):
     """SIGKILL between two checkpoints; resumed, each logged number and each weight is as if never killed."""
     more = ["--layer_dropout", "0.5", "--num_steps", "30", "--save_steps", "7", "--exit_loss", "distill"]
