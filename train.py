@@ -33,11 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (value := getattr(flags.model, name)) not in known:
             refuse(f"--{name} {value}: training knows {' and '.join(known)} only")
     if flags.model.parallel == "fsdp" and ranks.num_processes() == 1:
-        refuse("--parallel fsdp: shares a model out between processes; start them by torchrun")
+        refuse("--parallel fsdp: shares a model out between processes; start two or more by torchrun")
     if flags.optimization.offload and flags.model.parallel != "fsdp":
         refuse("--offload True: is for --parallel fsdp")
     if flags.optimization.lora_rank and importlib.util.find_spec("peft") is None:
-        refuse(f"--lora_rank {flags.optimization.lora_rank}: pip install peft")
+        refuse(
+            f"--lora_rank {flags.optimization.lora_rank}: pip install -r requirements-lora.txt, which is peft"
+        )
     if ":" in flags.model.device:
         refuse(f"--device {flags.model.device}: must be cuda, the GPU of this rank, or cpu, mps or auto")
     if flags.model.model is None:

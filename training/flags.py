@@ -18,7 +18,7 @@ class TrainingDataArguments:
     """What to learn from."""
 
     data: str = "python_stdlib"
-    """python_stdlib: the sources of the running interpreter; else a dataset of the hub."""
+    """python_stdlib: the sources of the running interpreter; else a dataset of the hub, or its folder."""
     data_path: str | None = None
     """Local files instead, as a glob pattern: .jsonl, .csv, .parquet; any other file is one text."""
     text_column: str = "text"

@@ -102,5 +102,6 @@ def adapted(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """The model with a LoRA around each product of its layers, in fp32; nothing else is trained."""
     from peft import LoraConfig, get_peft_model
 
-    with warnings.catch_warnings(action="ignore"):  # it asks the model by a name that is going to go
+    with warnings.catch_warnings():  # it asks the model by a name that is going to go
+        warnings.simplefilter("ignore")
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))

@@ -86,6 +86,11 @@ class Stop(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def at_once(self, number: int, _: Any) -> None:
+        """A handler of signals."""
+        self.status = 128 + number
+        raise KeyboardInterrupt
+
     def _hear(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and self._wanted[0] and num_processes() == 1:
             raise KeyboardInterrupt

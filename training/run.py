@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import zlib
 from contextlib import suppress
@@ -31,6 +32,7 @@ from runs import ranks
 from runs.heading import heading
 from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
 from self_speculation import LoadingError, load_model_and_tokenizer
+from self_speculation.model.adapters import find_adapter
 from self_speculation.model.families import attended_length
 from self_speculation.model.loading import load_config, resolve_device, resolve_dtype
 from training.flags import Flags
@@ -61,6 +63,7 @@ def train(flags: Flags) -> int:
     except (LoadingError, ValueError, RecordError) as error:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
     stop = Stop()
+    signal.signal(signal.SIGTERM, stop.at_once)  # but while training, after a step
     trainer = _trainer(flags, start, stop)
     try:
         if start.checkpoint is not None and step_of(start.checkpoint) >= trainer.args.max_steps:
@@ -73,9 +76,9 @@ def train(flags: Flags) -> int:
             _save_and_show(start, trainer, metrics)
     except DivergedError as error:
         texts = named(shuffled(start.texts, flags.model.seed), error.documents)
-        stop.reason = f"{error}, of {texts}: look at them, or lower --learning_rate"
+        stop.reason = f"{error}, of {texts}: look at them, or begin anew with a lower --learning_rate"
     except KeyboardInterrupt:
-        stop.reason, stop.status = "interrupted", 130
+        stop.reason, stop.status = "interrupted", max(stop.status, 130)
     except (RecordError, CheckpointError) as error:
         stop.reason = str(error)
     if stop.reason is not None:
@@ -94,7 +97,8 @@ def _ended_early(run: Run, stop: Stop) -> int:
             run.say("interrupted" if stop.status > 1 else "failed")
         last = newest_checkpoint(run.folder)
         kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
-        print(f"{stop.reason}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
+        go_on = f", go on with --resume {run.folder}" if last or stop.status > 1 else ""
+        print(f"{stop.reason}; {kept}{go_on}", file=sys.stderr)
     return stop.status
 
 
@@ -235,15 +239,21 @@ def _model_to_go_on_with(
 
     In fp32, or, where an adapter alone is trained, in what is computed in.
     """
-    model_args = flags.model
+    model_args, rank = flags.model, flags.optimization.lora_rank
     assert model_args.model is not None
+    if rank and find_adapter(model_args.model) is not None:
+        raise ValueError(
+            f"lora_rank {rank}: --model {model_args.model} is an adapter, and one on top of it would be of "
+            "no use without it; take the model that has it merged"
+        )
     if model_args.parallel == "fsdp":
         shard_while_loading()
-    dtype = model_args.dtype if flags.optimization.lora_rank else "float32"
+    dtype = model_args.dtype if rank else "float32"
     options = model_args.loading_options(
         dtype=dtype, device="cpu", fuse=False, compile=False, parallel="data"
     )
-    return load_model_and_tokenizer(model_args.model, options, config)
+    model, tokenizer = load_model_and_tokenizer(model_args.model, options, config)
+    return model.requires_grad_(), tokenizer  # what was merged with an adapter does not
 
 
 def _trainer(flags: Flags, start: Start, stop: Stop) -> EarlyExitTrainer:

@@ -106,7 +106,10 @@ def _read(args: TrainingDataArguments) -> Texts:
         return make()
     except Exception as error:  # those of the hub, of Arrow and of generators have no common base
         cause = error.__cause__ or error
-        raise cause if isinstance(cause, DataError) else DataError(f"{what}: {one_line(cause)}") from error
+        if isinstance(cause, DataError) and str(cause).startswith("--"):
+            raise cause from error
+        empty = type(cause).__name__ == "SchemaInferenceError"  # datasets asks for columns then
+        raise DataError(f"{what}: {'has no texts' if empty else one_line(cause)}") from error
 
 
 def _files(pattern: str) -> list[Path]:

@@ -334,7 +334,8 @@ class EarlyExitTrainer(Trainer):
         self.model.eval()
         total = torch.zeros(plain(self.model).config.num_hidden_layers, 4, dtype=torch.float64)
         with self._computing(exit_scores, losses.exit_scores):
-            for batch in tqdm(loader, desc="evaluation", leave=False, disable=self.args.disable_tqdm):
+            silent = self.args.disable_tqdm or not self.is_local_process_zero()
+            for batch in tqdm(loader, desc="evaluation", leave=False, disable=silent):
                 scores = self.model(input_ids=batch["input_ids"], labels=batch["labels"])
                 total += self.accelerator.gather_for_metrics(scores).cpu().double().sum(0)
         self.model.train()

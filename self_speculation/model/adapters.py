@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ class Adapter(NamedTuple):
         """The model with the adapter added to its weights, which stay plain, as lean layers need them."""
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload()
+        with warnings.catch_warnings():  # it asks the model by a name that is going to go
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload()
 
 
 def find_adapter(model: str) -> Adapter | None:

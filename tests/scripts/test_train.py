@@ -156,6 +156,22 @@ def test_a_signal_saves_and_resumed_is_the_unbroken_curve(by, tmp_path, texts):
     same_weights(folder, whole)
 
 
+def test_a_signal_while_evaluating_says_how_to_go_on(tmp_path, texts, monkeypatch, capsys):
+    """Guards against SIGTERM that ends the last evaluation without a word, the run for ever "running"."""
+    evaluate = EarlyExitTrainer.evaluate
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(EarlyExitTrainer, "evaluate", killed)
+    assert train.main(arguments(tmp_path, texts, "--eval_steps", "50")) == 128 + signal.SIGTERM
+    folder = only_run(tmp_path)
+    assert "interrupted; step 12 is kept, go on with --resume" in capsys.readouterr().err
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path, texts):
     command = arguments(tmp_path, texts, "--batch_size", "2")
     ended = forks.run_ranks(2, killed_at(tmp_path, 5, rank=1, by="SIGTERM"), *command)
@@ -368,6 +384,13 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     )
     result = with_peft(1, check, ways["parts"] / "model", ways["parts"] / "adapter", model_folder)
     assert result.returncode == 0, result.stderr
+    if ranks == 1:  # Guards against weights that stay frozen after a merge, and an adapter of an adapter.
+        (tmp_path / "further").mkdir()
+        again = arguments(tmp_path / "further", texts, "--model", str(ways["parts"] / "adapter"))
+        assert with_peft(1, ROOT / "train.py", *again).returncode == 0
+        refused = with_peft(1, ROOT / "train.py", *again, "--lora_rank", "2")
+        assert refused.returncode == 2
+        assert "adapter is an adapter, and one on top of it would be of no use" in refused.stderr
 
 
 def test_accumulated_passes_are_one_step(tmp_path):
@@ -409,7 +432,9 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
     assert train.main(arguments(tmp_path, texts, "--learning_rate", "1e30", "--warmup_steps", "0")) == 1
     error = capsys.readouterr().err
     assert re.search(r"\n(a loss|the gradient) is (nan|inf) at step [234], of .*texts/\d+\.py", error)
-    assert "look at them, or lower --learning_rate; no checkpoint was written yet" in error
+    assert (
+        "look at them, or begin anew with a lower --learning_rate; no checkpoint was written yet\n" in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -426,7 +451,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
         (["--num_steps", "0"], "--num_steps 0: must be at least 1"),
         (["--warmup_steps", "12"], "--warmup_steps 12: must be below --num_steps 12"),
         (["--dtype", "float16"], "--dtype float16: mixed precision on a CPU is bfloat16"),
-        (["--parallel", "fsdp"], "--parallel fsdp: shares a model out between processes; start them by"),
+        (["--parallel", "fsdp"], "--parallel fsdp: shares a model out between processes; start two or more"),
         (["--quantization", "int8"], "--quantization int8: training knows none only"),
         (["--offload"], "--offload True: is for --parallel fsdp"),
     ],
