@@ -121,7 +121,8 @@ class Fork:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # gone, and the server has not said so yet
+                os.kill(self.pid, number)
 
     def end(self) -> None:
         """Whatever it does."""
