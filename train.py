@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--parallel fsdp: shares a model out between processes; start two or more by torchrun")
     if flags.optimization.offload and flags.model.parallel != "fsdp":
         refuse("--offload True: is for --parallel fsdp")
-    if flags.optimization.lora_rank and importlib.util.find_spec("peft") is None:
-        refuse(
-            f"--lora_rank {flags.optimization.lora_rank}: pip install -r requirements-lora.txt, which is peft"
-        )
+    if (rank := flags.optimization.lora_rank) and flags.model.model is None:
+        refuse(f"--lora_rank {rank}: needs a --model to adapt")
+    if rank and importlib.util.find_spec("peft") is None:
+        refuse(f"--lora_rank {rank}: needs peft: pip install -r requirements-lora.txt")
     if ":" in flags.model.device:
         refuse(f"--device {flags.model.device}: must be cuda, the GPU of this rank, or cpu, mps or auto")
     if flags.model.model is None:

@@ -79,7 +79,7 @@ def steps(way: str) -> float:
     before = resident()
     config = llama(*SHAPE)
     model = AutoModelForCausalLM.from_config(config)
-    model = adapted(model, RANK) if way == "lora" else model
+    model = adapted(model, "", RANK) if way == "lora" else model
     with TemporaryDirectory() as folder:
         args = OptimizationArguments(
             num_steps=2, warmup_steps=0, batch_size=BATCH, gradient_accumulation=2, save_steps=9,

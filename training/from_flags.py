@@ -98,10 +98,18 @@ def shard_while_loading() -> None:
     os.environ["ACCELERATE_USE_FSDP"] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
 
 
-def adapted(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """The model with a LoRA around each product of its layers, in fp32; nothing else is trained."""
+def adapted(model: PreTrainedModel, base: str, rank: int) -> PreTrainedModel:
+    """The model with a LoRA around each product of its layers, in fp32; nothing else is trained.
+
+    Args:
+        base: what the adapter says it is for, a hub id or a path.
+    """
     from peft import LoraConfig, get_peft_model
 
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with warnings.catch_warnings():  # it asks the model by a name that is going to go
         warnings.simplefilter("ignore")
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        model = get_peft_model(model, config)
+    path = Path(base).expanduser()
+    config.base_model_name_or_path = str(path.resolve()) if path.exists() else base
+    return model

@@ -57,6 +57,7 @@ class Stop(TrainerCallback):
     Ctrl-C, SIGTERM, or a log that cannot be written.
 
     A second Ctrl-C ends it at once; but not under torchrun, which passes on what the ranks have had already.
+    So does any signal before the first step and after the last one.
 
     Attributes:
         reason: why the training ended early, None where it did not.
@@ -67,6 +68,7 @@ class Stop(TrainerCallback):
         self.reason: str | None = None
         self.status = 1
         self._wanted: tuple[int, str | None] = 0, None  # status and reason, of this rank
+        self._has_steps = False
         self._trainer: EarlyExitTrainer | None = None
 
     def follow(self, trainer: EarlyExitTrainer) -> None:
@@ -78,7 +80,7 @@ class Stop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile signals end the training after a step; to be called in the main thread."""
+        """Meanwhile it hears of signals; to be called in the main thread."""
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -86,15 +88,18 @@ class Stop(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def at_once(self, number: int, _: Any) -> None:
-        """A handler of signals."""
-        self.status = 128 + number
-        raise KeyboardInterrupt
-
     def _hear(self, number: int, _: Any) -> None:
-        if number == signal.SIGINT and self._wanted[0] and num_processes() == 1:
-            raise KeyboardInterrupt
+        again = number == signal.SIGINT and self._wanted[0] > 128 and num_processes() == 1
         self.after_this_step(128 + number, "interrupted")
+        if again or not self._has_steps:
+            self.status = 128 + number
+            raise KeyboardInterrupt
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._has_steps = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._has_steps = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         assert self._trainer is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import zlib
 from contextlib import suppress
@@ -62,18 +61,19 @@ def train(flags: Flags) -> int:
         start = _prepare(flags)
     except (LoadingError, ValueError, RecordError) as error:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
+    except OSError as error:  # of the cache of datasets
+        refuse(f"{error.filename or datasets.config.HF_DATASETS_CACHE}: {error.strerror}", status=1)
     stop = Stop()
-    signal.signal(signal.SIGTERM, stop.at_once)  # but while training, after a step
     trainer = _trainer(flags, start, stop)
     try:
-        if start.checkpoint is not None and step_of(start.checkpoint) >= trainer.args.max_steps:
-            trainer.restore(str(start.checkpoint))
-        else:
-            with stop.listening():
+        with stop.listening():
+            if start.checkpoint is not None and step_of(start.checkpoint) >= trainer.args.max_steps:
+                trainer.restore(str(start.checkpoint))
+            else:
                 trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        if stop.reason is None:
-            metrics = trainer.evaluate(start.evaluation)
-            _save_and_show(start, trainer, metrics)
+            if stop.reason is None:
+                metrics = trainer.evaluate(start.evaluation)
+                _save_and_show(start, trainer, metrics)
     except DivergedError as error:
         texts = named(shuffled(start.texts, flags.model.seed), error.documents)
         stop.reason = f"{error}, of {texts}: look at them, or begin anew with a lower --learning_rate"
@@ -152,7 +152,8 @@ def _prepare(flags: Flags) -> Start:
     if isinstance(mixed := resolve_dtype(model_args.dtype, device), torch.dtype):
         run.description["computed_in"] = str(mixed).removeprefix("torch.")
     if args.lora_rank:
-        model = adapted(model, args.lora_rank)
+        assert model_args.model is not None
+        model = adapted(model, model_args.model, args.lora_rank)
     training, evaluation = _blocks(flags, texts, content, tokenizer)
     if ranks.rank() == 0:
         print(_what_is_learnt(flags, model, texts, training, evaluation) + f"; {run.folder}")
@@ -167,8 +168,8 @@ def _blocks(
     way = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     key = f"{content}-{zlib.crc32(way.encode()):08x}-{tokenizer.eos_token_id}-{length}-{seed}"
     folder = Path(datasets.config.HF_DATASETS_CACHE, "early_exit_blocks_1", key)
-    folder.mkdir(parents=True, exist_ok=True)
     with PartialState().local_main_process_first():
+        folder.mkdir(parents=True, exist_ok=True)
         blocks = [
             to_blocks(
                 part, tokenizer, length, seed, None if is_stream(part) else str(folder / f"{name}.arrow")
@@ -177,6 +178,10 @@ def _blocks(
         ]
     if is_stream(blocks[1]):
         held_out = list(islice(blocks[1], flags.optimization.eval_samples))
+        if not held_out:
+            raise ValueError(
+                f"eval_fraction {flags.data.eval_fraction}: leaves not one sample for evaluation"
+            )
         return Stream(blocks[0]), datasets.Dataset.from_list(held_out)
     return blocks[0], blocks[1]
 
@@ -288,7 +293,8 @@ def _save_and_show(start: Start, trainer: EarlyExitTrainer, metrics: dict[str, f
     run.say("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
-    print(f"\n{run.folder}/: model, exits.csv, exits.png, log.csv, run.json")
+    written = ("model", "adapter", "exits.csv", "exits.png", "exits.pdf", "log.csv", "run.json")
+    print(f"\n{run.folder}/: {', '.join(name for name in written if (run.folder / name).exists())}")
 
 
 def _save_model(trainer: EarlyExitTrainer, folder: Path) -> None:

@@ -51,7 +51,7 @@ def load_texts(args: TrainingDataArguments) -> tuple[Texts, Texts]:
         DataError: no such files or dataset, or columns that are neither.
     """
     rows = _read(args)
-    if isinstance(rows, datasets.IterableDataset):
+    if is_stream(rows):
         parts = [
             rows.filter(lambda row, wanted=wanted: is_held_out(row, args.eval_fraction) is wanted)
             for wanted in (False, True)
@@ -238,9 +238,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def shuffled(texts: Texts, seed: int) -> Texts:
-    if isinstance(texts, datasets.IterableDataset):
-        return texts.shuffle(seed, buffer_size=_STREAMED_TEXTS)
-    return texts.shuffle(seed)
+    return texts.shuffle(seed, **({"buffer_size": _STREAMED_TEXTS} if is_stream(texts) else {}))
 
 
 def named(texts: Texts, documents: list[list[int]], at_most: int = 8) -> str:

@@ -1,8 +1,11 @@
 """A transformers.Trainer that drops layers and teaches early exits by the recipe.
 
-Knows nothing of files and flags. What is drawn depends on the seed, the step and the sample alone, so that
-neither the number of ranks nor a resumption changes it. Overrides private methods of the trainer (of
-transformers 5.24): `_save_checkpoint`, `_prepare_for_training`, `_load_from_checkpoint`.
+What is drawn depends on the seed, the step and the sample alone, so that neither the number of ranks nor a
+resumption changes it.
+
+Of what is private in the trainer of transformers 5.24, it overrides `_save_checkpoint` and `_get_grad_norm`,
+calls `_prepare_for_training` and `_load_from_checkpoint`, and sets `_tr_loss` and `_globalstep_last_logged`,
+the sum and the beginning of the next mean in the log.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -38,6 +40,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from runs.ranks import PATIENCE
 from self_speculation.model.families import check_supported
 from self_speculation.model.whole_texts import hidden_after_each_layer
 from training import losses, recipe
@@ -48,9 +51,8 @@ EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 _RUNNING_LOSS = "running_loss.json"  # in a checkpoint: what the next row of the log is to be the mean of
 
-
-# One rank may write for a long time what the others wait for.
-_PATIENCE = timedelta(days=1)
+# So many losses and gradient norms are looked at together where neither the log nor a checkpoint asks sooner.
+_LOOK_AT = 1000
 
 
 class DivergedError(Exception):
@@ -141,7 +143,7 @@ def plain(model: nn.Module) -> PreTrainedModel:
 class EarlyExitTrainer(Trainer):
     """Trains by the recipe; evaluates every exit. Takes what a Trainer takes.
 
-    Data have `input_ids` and `labels`, padded on the right only. A column `documents` of [first, last] is
+    Data have `input_ids` and `labels`, padded on the right. A column `documents` of [first, last] is
     not learnt but named where a loss is not a number.
 
     Args:
@@ -154,6 +156,7 @@ class EarlyExitTrainer(Trainer):
     """
 
     control: TrainerControl
+    data_collator: Callable[[list[Any]], dict[str, Any]]
 
     def __init__(
         self, model: nn.Module, settings: RecipeArguments, args: TrainingArguments, **kwargs: Any
@@ -161,6 +164,8 @@ class EarlyExitTrainer(Trainer):
         check_supported(plain(model).config)
         if args.label_smoothing_factor or kwargs.get("compute_loss_func"):
             raise ValueError("label_smoothing_factor, compute_loss_func: the recipe has a loss of its own")
+        if kwargs.get("compute_metrics") or kwargs.get("preprocess_logits_for_metrics"):
+            raise ValueError("compute_metrics, preprocess_logits_for_metrics: no logits are kept to measure")
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
         self._settings = settings
@@ -171,13 +176,14 @@ class EarlyExitTrainer(Trainer):
         self._restart_clock()
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # whatever the signature of the model's own `forward`
+        self.data_collator = partial(_padded_right, self.data_collator)
         if args.torch_compile:  # the layers alone, in place: what is around them differs from step to step
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             for layer in plain(model).base_model.layers:
                 layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.add_callback(_BeginsAndGoesOn(self))
         # In which ranks agree on the CPU, so that none waits for its GPU.
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if args.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if args.world_size > 1 else None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
@@ -233,6 +239,8 @@ class EarlyExitTrainer(Trainer):
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
             documents = torch.cat(batches) if batches else None
             self._recent.append(((step, "the gradient"), whole.to(self.args.device), documents))
+        if len(self._recent) > _LOOK_AT:
+            self._check_losses()
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -348,6 +356,14 @@ class EarlyExitTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._restart_clock()
         return metrics
+
+
+def _padded_right(collate: Callable, rows: list[Any]) -> dict[str, Any]:
+    """Raises ValueError where the batch is padded on the left, whose padding the rest would attend to."""
+    batch = collate(rows)
+    if "attention_mask" in batch and not batch["attention_mask"][:, 0].all():
+        raise ValueError('a batch is padded on the left: set padding_side = "right" of its tokenizer')
+    return batch
 
 
 class _BeginsAndGoesOn(TrainerCallback):

@@ -204,6 +204,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, texts, capsys, mo
     assert "step 8 is kept, go on with" in error
     monkeypatch.undo()
     assert train.main(["--resume", str(folder)]) == 0
+    (tmp_path / "whole").mkdir()
+    same_weights(folder, run(tmp_path / "whole", texts))
 
 
 def test_a_full_disk_of_one_rank_ends_all(tmp_path, texts):
@@ -374,6 +376,8 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     before, after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), weights(ways["parts"])
     changed = {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
     assert changed == {name for name in before if name.endswith("proj.weight")}
+    says = json.loads((ways["parts"] / "adapter" / "adapter_config.json").read_text())
+    assert says["base_model_name_or_path"] == str(model_folder.resolve())  # from wherever it is loaded
     check = tmp_path / "check.py"
     check.write_text(
         "import sys, torch\n"
@@ -454,6 +458,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
         (["--parallel", "fsdp"], "--parallel fsdp: shares a model out between processes; start two or more"),
         (["--quantization", "int8"], "--quantization int8: training knows none only"),
         (["--offload"], "--offload True: is for --parallel fsdp"),
+        (["--lora_rank", "2"], "--lora_rank 2: needs a --model to adapt"),
     ],
 )
 def test_bad_values_are_refused_before_the_data_is_read(flags, message, tmp_path, capsys):

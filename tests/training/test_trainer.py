@@ -19,7 +19,7 @@ from training.trainer import DivergedError, EarlyExitTrainer
 
 @pytest.fixture
 def trainer(tmp_path):
-    def make(model=None, recipe=None, callbacks=None, **more):
+    def make(model=None, recipe=None, callbacks=None, compute_metrics=None, **more):
         torch.manual_seed(0)
         rows = [torch.randint(3, 50, (8,)).tolist() for _ in range(24)]
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
@@ -32,6 +32,7 @@ def trainer(tmp_path):
         args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, **own | more)
         return EarlyExitTrainer(
             copy.deepcopy(model or tiny_llama()), recipe or RecipeArguments(), args, callbacks=callbacks,
+            compute_metrics=compute_metrics,
             train_dataset=data, eval_dataset=data, data_collator=lambda rows: padded(0, rows),
         )  # fmt: skip
 
@@ -107,6 +108,25 @@ def test_a_gradient_that_is_no_number_reaches_no_checkpoint(trainer, tmp_path):
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
+def test_losses_are_looked_at_where_nothing_is_logged(trainer, monkeypatch):
+    """Guards against a list that grows for ever, and a training of nothing but nan."""
+    monkeypatch.setattr("training.trainer._LOOK_AT", 3)
+    made = trainer(logging_strategy="no", save_strategy="no")
+    with torch.no_grad():
+        made.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(DivergedError, match=r"^a loss is nan at step 1$"):
+        made.train()
+
+
+def test_padding_on_the_left_is_refused(trainer):
+    """Guards against tokens that attend to padding, which is how many tokenizers pad by themselves."""
+    made = trainer()
+    rows = [{"input_ids": [0, 5], "labels": [5, 5], "attention_mask": [0, 1]}] * 4
+    made.train_dataset = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match='set padding_side = "right"'):
+        made.train()
+
+
 def test_several_evaluation_sets(trainer):
     made = trainer(max_steps=1)
     made.eval_dataset = {"one": made.eval_dataset, "two": made.eval_dataset.select(range(5))}
@@ -118,6 +138,7 @@ def test_several_evaluation_sets(trainer):
     [
         ({}, RecipeArguments(exits=[9]), {}, "exits .9.: must be between 1 and 3"),
         ({}, None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor.*loss of its own"),
+        ({}, None, {"compute_metrics": len}, "compute_metrics.*no logits are kept"),
         ({"model_type": "gemma2"}, None, {}, "model type 'gemma2' is not supported"),
     ],
 )
