@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from training.recipe import IGNORED
 
-# Logits that exist at a time, per exit: 256 MiB in fp32. Fewer would read a large head too often.
+# Logits that exist at a time: 256 MiB in fp32. Fewer would read a large head too often.
 CHUNK = 2**26
 
 

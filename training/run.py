@@ -16,6 +16,7 @@ import datasets
 import pandas
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
     PretrainedConfig,
@@ -79,7 +80,7 @@ def train(flags: Flags) -> int:
         stop.reason = f"{error}, of {texts}: look at them, or begin anew with a lower --learning_rate"
     except KeyboardInterrupt:
         stop.reason, stop.status = "interrupted", max(stop.status, 130)
-    except (RecordError, CheckpointError) as error:
+    except (RecordError, CheckpointError, SafetensorError, OSError) as error:  # the latter two of the model
         stop.reason = str(error)
     if stop.reason is not None:
         if bar := trainer.pop_callback(Progress).training_bar:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import only_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train
 from data import DataError
@@ -206,6 +207,22 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, texts, capsys, mo
     assert train.main(["--resume", str(folder)]) == 0
     (tmp_path / "whole").mkdir()
     same_weights(folder, run(tmp_path / "whole", texts))
+
+
+def test_a_model_that_cannot_be_written_is_kept(tmp_path, texts, capsys, monkeypatch):
+    """The disk is full in the very end: one line, and the last step is there to be written again."""
+    save = LlamaForCausalLM.save_pretrained
+
+    def full(self, folder, **kwargs):
+        if str(folder).endswith("model"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(self, folder, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    assert train.main(arguments(tmp_path, texts)) == 1
+    assert "No space left on device (os error 28); step 12 is kept, go on with" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train.main(["--resume", str(only_run(tmp_path))]) == 0
 
 
 def test_a_full_disk_of_one_rank_ends_all(tmp_path, texts):
