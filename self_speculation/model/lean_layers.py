@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from self_speculation.model.devices import free_memory
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.products import InFloat16, Packed, Product, choose_packed_widths, follow_weights
+from self_speculation.model.products import NARROW, InFloat16, Packed, Product, follow_weights
 
 # `config.model_type` of those whose layers are all
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
@@ -31,8 +32,8 @@ LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss
 # Of norms and attention.
 _NUMBERS = ("variance_epsilon", "scaling", "layer_idx")
 
-# Wider passes are a prompt's: no tricks, ordinary kernels.
-NARROW = 16
+# Packed copies may take so much of the memory that is free.
+_SHARE_OF_ROOM = 1 / 3
 
 
 @dataclass
@@ -41,12 +42,10 @@ class _Fused:
     Args:
         widens: weights in 16 bits are to be multiplied in float32.
         forms: of one model, by the layer or the head that they stand for.
-        packed_widths: of weights in each format, see `choose_packed_widths`.
     """
 
     widens: bool = False
     forms: dict[nn.Module, Lean] = field(default_factory=dict)
-    packed_widths: dict[torch.dtype, frozenset[int]] = field(default_factory=dict)
 
 
 _FUSED: WeakKeyDictionary[nn.Module, _Fused] = WeakKeyDictionary()
@@ -115,21 +114,17 @@ def lean_forms(model: Any) -> Forms:
         for key, form in fused.forms.items()
         if key in plain and form.identity == (is_widened, identity(*parts[key]))
     }
-    for key in parts:
-        if key in plain and key not in fused.forms:
-            # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
-            with torch.inference_mode(False), torch.no_grad():
-                kind: Any = LeanHead if key is head else LeanLayer
-                fused.forms[key] = kind(*parts[key], is_widened)
-    products = [product for form in fused.forms.values() for product in form.products]
-    packable = [product for product in products if product.can_be_packed]
-    for dtype in {product.dtype for product in packable}:
-        alike = [product for product in packable if product.dtype == dtype]
-        if dtype not in fused.packed_widths:
-            fused.packed_widths[dtype] = choose_packed_widths([product.weight for product in alike])
-        for product in alike:
-            product.packed_widths = fused.packed_widths[dtype]
-    follow_weights(products)
+    new = [key for key in parts if key in plain and key not in fused.forms]
+    for key in new:
+        # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
+        with torch.inference_mode(False), torch.no_grad():
+            kind: Any = LeanHead if key is head else LeanLayer
+            fused.forms[key] = kind(*parts[key], is_widened)
+    packable = [product for key in new for product in fused.forms[key].products if product.can_be_packed]
+    if sum(product.num_bytes for product in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
+        for product in packable:
+            product.may_be_packed = True
+    follow_weights([product for form in fused.forms.values() for product in form.products])
     lean: Any = [fused.forms.get(key) for key in parts]
     return Forms(lean[:-1], lean[-1], torch.float32 if is_widened else model.dtype)
 

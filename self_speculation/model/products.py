@@ -8,28 +8,24 @@ forgotten as soon as the weight changes.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from self_speculation.model.devices import free_memory
-
 T = TypeVar("T")
 
-# Packing is for passes of at most so many tokens; from one width that is measured to the next.
-_WIDTHS = (1, 2, 4, 8, 16)
-# How often both ways are timed, over weights of so many elements. Packing must be clearly faster.
-_TURNS, _SAMPLE, _CLEARLY = 5, 2**24, 0.9
-# Packed copies may take so much of the memory that is free.
-_SHARE_OF_ROOM = 1 / 3
+# Wider passes are a prompt's: no tricks, ordinary kernels.
+NARROW = 16
+# By format of the weight, the numbers of tokens that oneDNN multiplies fastest on a CPU, over a packed copy
+# (measurements: docs/performance.md).
+_PACKED = {torch.float32: range(5, NARROW + 1), torch.bfloat16: range(1, NARROW + 1)}
+# MKL multiplies one token on a single thread, but blocks of rows on all of them.
+_BLOCKS = 16
 
 
 class Product:
@@ -49,13 +45,27 @@ class Product:
         self.is_widened = is_widened
         self._joint = None if is_widened else _side_by_side(self._weights)
         self._weight_t: Any = None if self._joint is None else self._joint.t()
-        self.packed_widths: frozenset[int] = frozenset()  # numbers of tokens that the packed copy serves
+        self._left = None if self._joint is None else _blocks(self._joint)
+        self.may_be_packed = False  # there is room for a packed copy
         self._derived: dict[Hashable, Any] = {}
         self._state_when_made: Hashable = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = self._copy()(x) if self._reads_copy(x) else torch.mm(x, self._weight_t)
+        product = torch.mm(x, self._weight_t) if self._by_mm(x) else self._multiply(x).contiguous()
         return product if self.bias is None else product.add_(self.bias)
+
+    def _by_mm(self, x: Tensor) -> bool:
+        """Whether `torch.mm` over the weight itself is the fastest product."""
+        width = x.shape[0]
+        return not self.is_widened and not self.is_packed(width) and (self._left is None or width > NARROW)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """[T, in] -> x W^T [T, out] by another one, of any strides."""
+        if self.is_widened or self.is_packed(x.shape[0]):
+            return self._copy()(x)
+        assert self._left is not None
+        columns = x.t().expand(self._left.shape[0], -1, -1)  # [blocks, in, T]
+        return torch.bmm(self._left, columns).flatten(0, 1).t()
 
     def unconverted(self, x: Tensor) -> Tensor:
         """The product in the format that it is computed in, which copies in fewer bits have of their own."""
@@ -63,8 +73,7 @@ class Product:
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
-        copied = self._reads_copy(x)
-        hidden = hidden.add_(self._copy()(x)) if copied else hidden.addmm_(x, self._weight_t)
+        hidden = hidden.addmm_(x, self._weight_t) if self._by_mm(x) else hidden.add_(self._multiply(x))
         return hidden if self.bias is None else hidden.add_(self.bias)
 
     @property
@@ -112,7 +121,8 @@ class Product:
         """The same over a copy of some rows [n] of the weight."""
         rows, weight = copy.copy(self), self.weight[ids]
         rows._joint, rows.bias = weight, None if self.bias is None else self.bias[ids]
-        rows._weight_t, rows._weights, rows._parameters, rows._derived = weight.t(), [weight], [weight], {}
+        rows._left, rows._weight_t = _blocks(weight), weight.t()
+        rows._weights, rows._parameters, rows._derived = [weight], [weight], {}
         return rows
 
     @property
@@ -121,20 +131,16 @@ class Product:
 
     def tensors(self) -> list[Tensor]:
         """All that a pass reads."""
-        return [part for part in (self._joint, self._weight_t, self.bias) if part is not None]
+        parts = (self._joint, self._weight_t, self._left, self.bias)
+        return [part for part in parts if part is not None]
 
     @property
     def can_be_packed(self) -> bool:
-        """On a CPU another library may have faster products than `torch.mm`."""
-        weight = self._weights[0]
+        """Whether oneDNN has kernels for this weight here."""
         kernels = {torch.float32: torch.backends.mkldnn.is_available}
         kernels[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported
-        return (
-            not self.is_widened
-            and weight.device.type == "cpu"
-            and self.dtype in kernels
-            and kernels[self.dtype]()
-        )
+        is_on_cpu = not self.is_widened and self._weights[0].device.type == "cpu"
+        return is_on_cpu and self.dtype in kernels and kernels[self.dtype]()
 
     def _copy(self) -> Callable[[Tensor], Tensor]:
         if self.is_widened:
@@ -143,10 +149,7 @@ class Product:
 
     def is_packed(self, width: int) -> bool:
         """Whether passes over so many tokens read a copy in oneDNN's order."""
-        return width in self.packed_widths and not torch.compiler.is_compiling()
-
-    def _reads_copy(self, x: Tensor) -> bool:
-        return self.is_widened or self.is_packed(x.shape[0])
+        return self.may_be_packed and width in _PACKED[self.dtype] and not torch.compiler.is_compiling()
 
     @property
     def copy_read(self) -> InFloat16 | Packed | None:
@@ -160,15 +163,23 @@ class Product:
         copy, which takes as long as one or two plain steps. Drafts from an old copy are worse but never
         wrong, so for them the versions that torch counts are enough.
         """
-        versions = tuple(p._version for p in self._parameters if not p.is_inference())
+        versions = tuple(map(_version, self._parameters))
         if not {Packed, InFloat16} & self._derived.keys():
             return versions
         return versions, *map(digest, self._weights)
 
 
+def _version(parameter: Tensor) -> int | None:
+    """None where torch counts none: of tensors made in inference mode, with another storage by now or not."""
+    try:
+        return parameter._version
+    except RuntimeError:
+        return None
+
+
 def digest(weight: Tensor) -> Hashable:
     """Changes whenever a bit of a weight on the CPU does."""
-    bits = weight.detach().contiguous().flatten().view(torch.uint8).numpy()
+    bits = weight.data.contiguous().flatten().view(torch.uint8).numpy()
     return xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
 
 
@@ -177,7 +188,7 @@ class Packed:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self.num_bytes = weight, weight.nbytes
-        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight, _WIDTHS[-1])
+        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight, NARROW)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._copy, None, "none", [], "")
@@ -224,36 +235,11 @@ def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
     return joint
 
 
-def _times(weight_t: Tensor, x: Tensor) -> Tensor:
-    return torch.mm(x, weight_t)
+def _blocks(weight: Tensor) -> Tensor | None:
+    """[out, in] -> a view of blocks of its rows [blocks, out / blocks, in], in float32 on a CPU; else None.
 
-
-@torch.inference_mode()
-def choose_packed_widths(weights: Sequence[Tensor]) -> frozenset[int]:
-    """The numbers of tokens for which packed copies of these weights are clearly faster: up to threefold on
-    one processor, never on another. It is measured, in a second at most. None where copies find no room.
+    As left operands of a few tokens they are up to three times as fast as `mm(x, W^T)`.
     """
-    room = _SHARE_OF_ROOM * free_memory(torch.device("cpu"))
-    if sum(weight.nbytes for weight in weights) > room:
-        return frozenset()
-    # Layer after layer, as decoding reads them: another weight is in the cache by the time one comes again.
-    up_to = itertools.accumulate(weight.numel() for weight in weights)
-    sample = [weight for weight, total in zip(weights, up_to, strict=True) if total <= _SAMPLE] or [
-        weights[0]
-    ]
-    ways: list[list[Callable[[Tensor], Tensor]]] = [
-        [Packed(weight) for weight in sample],
-        [partial(_times, weight.t()) for weight in sample],
-    ]
-    inputs = {weight.shape[1]: weight.new_ones(_WIDTHS[-1], weight.shape[1]) for weight in sample}
-    took = {(width, way): math.inf for width in _WIDTHS for way in range(2)}
-    for _, (width, way) in itertools.product(range(_TURNS), took):  # in turns: a slow moment hits both alike
-        started = time.perf_counter()
-        for multiply, weight in zip(ways[way], sample, strict=True):
-            multiply(inputs[weight.shape[1]][:width])
-        took[width, way] = min(took[width, way], time.perf_counter() - started)
-    chosen: set[int] = set()
-    for narrower, width in itertools.pairwise((0, *_WIDTHS)):
-        if took[width, 0] < _CLEARLY * took[width, 1]:
-            chosen |= set(range(narrower + 1, width + 1))
-    return frozenset(chosen)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    return weight.unflatten(0, (math.gcd(len(weight), _BLOCKS), -1))

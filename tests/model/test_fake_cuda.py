@@ -5,6 +5,7 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 """
 
 import contextlib
+import copy
 import random
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from self_speculation import (
 )
 from self_speculation.decoding_strategy import Batch
 from self_speculation.drafts.layers import LayerDrafts
+from self_speculation.model import products
 from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, LevelSpan, forward_early, prefill
 from self_speculation.model.lean_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
@@ -291,11 +293,15 @@ def test_kernels_of_a_lean_layer_where_rows_differ_in_length(cuda, width, expect
 
 
 @pytest.mark.parametrize(("width", "expected"), [(1, 28), (5, 32)])
-def test_calls_of_a_lean_layer(width, expected):
+def test_calls_of_a_lean_layer(width, expected, monkeypatch):
     """Guards against another view in each layer: to make one takes the host as long as to start a kernel.
-    On a CPU, where a norm is four calls.
+    On a CPU, where a norm is four calls, with the products of a GPU.
     """
-    decoder, calls = Decoder(tiny_llama(fused=True), 30, 100), []
+    monkeypatch.setattr(products, "_blocks", lambda weight: None)
+    model = copy.deepcopy(tiny_llama())
+    monkeypatch.setattr(products.Product, "can_be_packed", False)
+    fuse(model)
+    decoder, calls = Decoder(model, 30, 100), []
     with torch.inference_mode():
         prefill(decoder, torch.zeros(1, 30, dtype=torch.long), 4)
         for depth in (1, 2):

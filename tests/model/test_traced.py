@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from self_speculation.drafts.policy import AdaptivePolicy
-from self_speculation.model import traced
+from self_speculation.model import products, traced
 from self_speculation.model.decoder import Decoder, forward_early, forward_remainder, prefill
 from self_speculation.model.lean_layers import NARROW, fuse, lean_forms
 from self_speculation.model.low_bit_products import LowBitProduct
@@ -33,10 +33,8 @@ STRATEGIES = [
 
 @pytest.fixture(autouse=True)
 def nothing_is_packed(monkeypatch):
-    """What is faster is measured, and may differ between a model and its twin: another order of sums."""
-    monkeypatch.setattr(
-        "self_speculation.model.lean_layers.choose_packed_widths", lambda weights: frozenset()
-    )
+    """TorchScript does not take oneDNN's tensors, so packed widths are not traced."""
+    monkeypatch.setattr(products.Product, "can_be_packed", False)
 
 
 @pytest.fixture(params=["float32", "in 16 bits", "bfloat16"])
