@@ -233,10 +233,17 @@ def parse(
         actions += rest._actions
     if unknown:
         flags = [flag for action in actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = _nearest(unknown[0].partition("=")[0], flags)
+        hint = f"did you mean {near}? " if near else ""
         parser.error(f"unknown argument {unknown[0]!r}; {hint}--help lists the flags")
     return tuple(found)
+
+
+def _nearest(unknown: str, flags: Sequence[str]) -> str | None:
+    """The flag that was meant, or None: one that differs in a letter, begins alike, or is similar."""
+    misspelt = difflib.get_close_matches(unknown, flags, 1, cutoff=0.9)
+    shorter = sorted((flag for flag in flags if unknown.startswith(f"{flag}_")), key=len, reverse=True)
+    return next(iter([*misspelt, *shorter, *difflib.get_close_matches(unknown, flags, 1)]), None)
 
 
 def refuse_idle_drafts(config: GenerationConfig) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -27,6 +26,7 @@ from typing import Any, NoReturn
 from lm_eval._cli.run import Run  # light, as all imports here
 
 from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse, refuse_idle_drafts
+from runs.failures import try_to_write
 from runs.program import run
 from runs.tuning import TuningArguments, tuned
 
@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
     folder = path.parent if path.suffix == ".json" else path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        try_to_write(folder)
     except OSError as error:
         refuse(f"--output_path {path}: cannot be written: {error.strerror}")
 

@@ -4,9 +4,10 @@
     python sweep.py --mode measured --num_samples 10 --max_steps 64
     python sweep.py --mode measured --num_samples 40 --max_steps 64 --batch_size 8
 
---exit_layer, --num_speculations and --generation_strategy are ignored: the grid has its own. Predicted mode
-generates each example once, at full depth, reads what every exit layer would have guessed, and replays the
-rounds of every cell; a calibration tells what they cost. Counts are exact, times are estimates.
+The grid has exit layers and draft lengths of its own, and its strategy is self_speculative: where flags name
+others, a line says that they are not used. Predicted mode generates each example once, at full depth, reads
+what every exit layer would have guessed, and replays the rounds of every cell; a calibration tells what they
+cost. Counts are exact, times are estimates.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from arguments import (
     ModelArguments,
     at_least,
     check,
+    given_flags,
     parse,
     refuse,
 )
@@ -104,6 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.mode == "predicted" and not config.greedy:
         notice("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
+    given = given_flags(argv, GenerationConfig)
+    for axis in ("exit_layer", "num_speculations"):
+        if axis in given:
+            notice(f"--{axis} {getattr(config, axis)}: not used; the grid is --{axis}_first to --{axis}_last")
+    if "generation_strategy" in given and config.generation_strategy != "self_speculative":
+        notice(f"--generation_strategy {config.generation_strategy}: not used; cells are self_speculative")
     # The grid has exit layers and draft lengths of its own; the strategy is the one that uses them.
     config = dataclasses.replace(
         config, generation_strategy="self_speculative", exit_layer=args.exit_layer_first,

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank and importlib.util.find_spec("peft") is None:
         refuse(f"--lora_rank {rank}: needs peft: pip install -r requirements-lora.txt")
     if ":" in flags.model.device:
-        refuse(f"--device {flags.model.device}: must be cuda, the GPU of this rank, or cpu, mps or auto")
+        kind, _, index = flags.model.device.partition(":")
+        which = f"; CUDA_VISIBLE_DEVICES={index} chooses the GPU" if kind == "cuda" else ""
+        refuse(f"--device {flags.model.device}: must be auto, cpu, cuda or mps{which}")
     if flags.model.model is None:
         try:
             flags.recipe.exit_layers(flags.shape.num_layers)

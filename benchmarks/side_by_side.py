@@ -5,11 +5,12 @@
         --draft_weights int4 --peers llama.cpp
 
 Greedy, on prompts of HumanEval, in one process over the same weights. `generate` of transformers, on a CPU in
-the format that is its fastest: plain, with `assistant_early_exit` at the same exit layer and draft length,
-and with prompt lookup (the latter two one prompt at a time: it has no batches of them). llama.cpp, where
-asked for: in 16 bits, and with other weights in fewer (Q8_0, Q4_1). Here: autoregressive, self-speculative by
-the flags of drafting, by a copy of all layers in four bits, and adaptive (with a copy where --draft_weights
-asks for one). All sides answer the same prompts in turns: one prompt, or two batches, at a turn.
+the format that is the fastest for each of these ways and each batch size: plain, with `assistant_early_exit`
+at the same exit layer and draft length, and with prompt lookup (the latter two one prompt at a time: it has
+no batches of them). llama.cpp, where asked for: in 16 bits, and with other weights in fewer (Q8_0, Q4_1).
+Here: autoregressive, self-speculative by the flags of drafting, by a copy of all layers in four bits, and
+adaptive (with a copy where --draft_weights asks for one). All sides answer the same prompts in turns: one
+prompt, or two batches, at a turn.
 
 *x* is how many times as fast as transformers a side is, the median over all turns, *mid. half* where half of
 the turns lie, *x plain* the same against autoregressive decoding here; *decode* are tokens/s without the
@@ -23,7 +24,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, parse, refuse
 from measures.metrics import quartiles
-from measures.peers import FEWER_BITS, LLAMA_CPP, find_llama_cpp, in_best_format, llama_cpp
+from measures.peers import FEWER_BITS, LLAMA_CPP, fastest, find_llama_cpp, in_each_format, llama_cpp
 from measures.plots import bars
 from measures.sides import (
     ADAPTIVE,
@@ -144,7 +145,11 @@ class Peers:
     """What a user would take instead.
 
     Args:
-        prompt: by which the format of transformers is chosen.
+        prompt: by which formats of transformers are chosen.
+
+    Attributes:
+        formats: in which each side of transformers is its fastest, by the number of prompts at a time.
+        num_bytes: of the weights of each side, for the number of prompts that `sides` was last called with.
     """
 
     def __init__(
@@ -152,9 +157,10 @@ class Peers:
     ) -> None:
         self._generator, self._config, self._prompt = generator, config, prompt
         self._end_ids = generator.eos_token_ids
-        self.formats: dict[int, str] = {}  # of transformers, by the number of prompts at a time
+        self.formats: dict[int, dict[str, str]] = {}
+        self.models: dict[str, Any] = {}  # of transformers, by side
+        self.num_bytes: dict[str, int] = {}
         self._llama_cpp: dict[str, Side] = {}
-        self.num_bytes: dict[str, int] = {}  # of the weights of each format of llama.cpp
 
     def add_llama_cpp(self, model: Path, folder: Path) -> None:
         for name in LLAMA_CPP:
@@ -163,18 +169,23 @@ class Peers:
             self.num_bytes[side] = (folder / f"{name}.gguf").stat().st_size
 
     def sides(self, size: int) -> dict[str, Side]:
-        """All that can answer `size` prompts at a time."""
-        config, end_ids, prompts = self._config, self._end_ids, [self._prompt] * size
-        model, self.formats[size] = in_best_format(self._generator.model, end_ids, config, prompts)
-        self.model = model
-        sides = {TRANSFORMERS: theirs(model, end_ids, config, size)}
-        if size > 1:
-            return sides
-        if config.exit_layer < len(model.base_model.layers):  # all of them draft by a copy alone
-            sides[EARLY_EXIT] = early_exit(model, end_ids, config)
-        longest = config.num_speculations
-        sides[LOOKUP] = theirs(model, end_ids, config, prompt_lookup_num_tokens=longest)
-        return sides | self._llama_cpp
+        """All that can answer `size` prompts at a time, each side of transformers in its best format."""
+        config, end_ids, model = self._config, self._end_ids, self._generator.model
+        kinds: dict[str, Callable[[Any], Side]] = {TRANSFORMERS: lambda m: theirs(m, end_ids, config, size)}
+        if size == 1:
+            if config.exit_layer < len(model.base_model.layers):  # all of them draft by a copy alone
+                kinds[EARLY_EXIT] = lambda m: early_exit(m, end_ids, config)
+            longest = config.num_speculations
+            kinds[LOOKUP] = lambda m: theirs(m, end_ids, config, prompt_lookup_num_tokens=longest)
+        models = in_each_format(model)
+        self.models = {name: fastest(models, make, [self._prompt] * size) for name, make in kinds.items()}
+        for name, chosen in self.models.items():
+            self.num_bytes[name] = chosen.num_parameters() * chosen.dtype.itemsize
+        self.formats[size] = {
+            name: str(chosen.dtype).removeprefix("torch.") for name, chosen in self.models.items()
+        }
+        sides = {name: make(self.models[name]) for name, make in kinds.items()}
+        return sides | (self._llama_cpp if size == 1 else {})
 
 
 def compare(
@@ -208,7 +219,7 @@ def compare(
             del sides[name]
             continue
         if name in (EARLY_EXIT, LOOKUP):
-            per_pass[name] = tokens_per_pass(peers.model, side, groups[0])
+            per_pass[name] = tokens_per_pass(peers.models[name], side, groups[0])
         _, added[name] = memory_added(model.device, partial(side, longest))
     turns = list(in_turns(sides, groups, rounds, seed, f"batches of {size}"))
 
@@ -220,7 +231,7 @@ def compare(
             copied = name != PLAIN and configs[name].draft_weights != "exact"
             held = model.num_parameters() * model.dtype.itemsize + bytes_made(model, for_drafts=copied)
         else:
-            held = peers.num_bytes.get(name, peers.model.num_parameters() * peers.model.dtype.itemsize)
+            held = peers.num_bytes[name]
         share = None
         if name in (SPECULATIVE, COPY, ADAPTIVE):
             per_pass[name], share = accepted(own)
@@ -239,7 +250,7 @@ def compare(
                 "same_ids": sum(own == plain for own, plain in zip(ids[name], ids[PLAIN], strict=True)),
             }
         )  # fmt: skip
-    show(rows, f"transformers in {peers.formats[size]}")
+    show(rows, f"transformers in {peers.formats[size][TRANSFORMERS]}")
     say_who_is_ahead(turns, [*configs])
     return rows
 

@@ -77,6 +77,8 @@ class Benchmark(Job):
             summary["acceptance"] = metrics.acceptance(records)
         if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
+            if not self.config.greedy:  # two draws: equal ones would say nothing
+                summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks.on_speedup(summary["comparison"], _unit(summary))
         predictions = [record["prediction"] for record in records]
         summary["text"] = text_quality(predictions, [record["reference"] for record in records])
@@ -133,7 +135,8 @@ def _table(summary: Record) -> list[str]:
         if unit == "examples":
             rows.append(row("speed-up, decode, median", compared["decode_speedup"]))
             rows.append(row("  what the formula allows", compared["predicted_decode_speedup"]))
-        rows.append(row("identical outputs", f"{compared['identical_outputs']} of {summary['num_examples']}"))
+        if (identical := compared["identical_outputs"]) is not None:
+            rows.append(row("identical outputs", f"{identical} of {summary['num_examples']}"))
     by_whom = f"{num_ranks} ranks together" if several else "all tokens by wall time"
     alone = "median answer" if unit == "examples" else "beside other rows"
     for name, key, style in (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy
@@ -38,7 +38,8 @@ def calibrate(
     context: int,
     longest: int,
     patience: float,
-    progress: Iterable[int],
+    most_turns: int,
+    advance: Callable[[], object],
 ) -> list[Costs]:
     """What rounds cost after a context of so many positions, in seconds: once for each turn.
 
@@ -50,7 +51,8 @@ def calibrate(
         exit_layers: the exits that are asked about, in ascending order.
         longest: the most tokens of a draft.
         patience: seconds, after which no other turn begins.
-        progress: the turns, as many as there may be; the first ones warm up and do not count.
+        most_turns: turns at most; the first ones warm up and do not count.
+        advance: called after each turn.
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
     decoder = make_decoder(model, context, context + longest + _STEPS, longest + 1, 1)
@@ -115,10 +117,11 @@ def calibrate(
 
     warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()
     started = time.perf_counter()
-    for _ in progress:
+    for _ in range(most_turns):
         if len(turns) > warm_up and agreed(model, time.perf_counter() - started > patience):
             break
         turns.append(turn())
+        advance()
     return agreed(model, turns[warm_up:])
 
 

@@ -49,7 +49,8 @@ def predicted_cell(
 ) -> Record:
     """The row of a sweep's table for one exit layer and draft length.
 
-    Besides, `speedup_by_turn` has the speed-up by the costs of each turn of the calibration.
+    Its interval holds the noise of prompts and that of the calibration. Besides, `speedup_by_turn` has the
+    speed-up by the costs of each turn, and `seconds_by_prompt` what each record takes.
 
     Args:
         records: of outputs, with what each exit would have guessed along them.
@@ -61,8 +62,12 @@ def predicted_cell(
     rounds = [replay(*output, draft_length) for output in zip(matches, limits, strict=True)]
     num_tokens = [record["num_tokens"] for record in records]
     seconds = _seconds(records, rounds, costs, exit_layer)
-    by_turn = [_speedup(records, rounds, turn, exit_layer) for turn in turns]
-    interval = metrics.median_interval(by_turn)
+    by_prompt = _speedups(records, rounds, costs, exit_layer)
+    by_turn = [statistics.median(_speedups(records, rounds, turn, exit_layer)) for turn in turns]
+    of_prompts, of_turns = metrics.median_interval(by_prompt), metrics.median_interval(by_turn)
+    low = high = None
+    if of_prompts and of_turns:
+        low, high = min(of_prompts[0], of_turns[0]), max(of_prompts[1], of_turns[1])
     return {
         "mode": "predicted",
         "exit_layer": exit_layer,
@@ -72,35 +77,54 @@ def predicted_cell(
         "total_time": sum(seconds),
         "tokens_per_second": sum(num_tokens) / sum(seconds),
         "tokens_per_second_median": statistics.median(_ratios(num_tokens, seconds)),
-        "speedup": _speedup(records, rounds, costs, exit_layer),
-        "speedup_low": interval and interval[0],
-        "speedup_high": interval and interval[1],
+        "speedup": statistics.median(by_prompt),
+        "speedup_low": low,
+        "speedup_high": high,
         "speedup_by_turn": by_turn,
+        "seconds_by_prompt": seconds,
     }
 
 
 def within_noise(rows: Sequence[Record], best: Mapping[str, Any]) -> list[Record]:
-    """The other rows of the best one's mode that may be as fast, with a confidence of 90 %.
+    """The rows of other cells that may be as fast as the best one with a confidence of 90 %, fastest first.
 
-    Predicted rows share the noise of one calibration, so its turns compare them one by one. Measured rows
-    may be as fast where their intervals overlap.
+    A measured cell may be where its interval overlaps the best one's, or is not known. Other cells are
+    compared by what was predicted of both: they share prompts and calibration, so each prompt and each turn
+    compares them.
     """
+    by_mode: dict[str, dict[tuple[int, int], Record]] = {"measured": {}, "predicted": {}}
+    for row in rows:
+        by_mode[row["mode"]][_cell(row)] = row
+    measured, predicted = by_mode["measured"], by_mode["predicted"]
 
     def may_be_as_fast(row: Record) -> bool:
         if row["mode"] == "measured":
-            return (row.get("speedup_high") or 0.0) >= best["speedup_low"]
-        interval = metrics.median_interval(_ratios(row["speedup_by_turn"], best["speedup_by_turn"]))
-        return interval is not None and interval[1] >= 1
+            return row["speedup"] is not None and (
+                row.get("speedup_high") is None or row["speedup_high"] >= best["speedup_low"]
+            )
+        other = predicted[_cell(best)]
+        intervals = [
+            metrics.median_interval(_ratios(row["speedup_by_turn"], other["speedup_by_turn"])),
+            metrics.median_interval(_ratios(other["seconds_by_prompt"], row["seconds_by_prompt"])),
+        ]
+        return any(interval is None or interval[1] >= 1 for interval in intervals)
 
     if best.get("speedup_low") is None:
         return []
-    return [row for row in rows if row is not best and row["mode"] == best["mode"] and may_be_as_fast(row)]
+    others = [row for cell, row in {**predicted, **measured}.items() if cell != _cell(best)]
+    return sorted(filter(may_be_as_fast, others), key=lambda row: row["speedup"], reverse=True)
 
 
-def _speedup(records: Sequence[Record], rounds: Sequence[Tally], costs: Costs, exit_layer: int) -> float:
-    """Of the median record, over plain decoding, by these costs."""
+def _cell(row: Mapping[str, Any]) -> tuple[int, int]:
+    return row["exit_layer"], row["num_speculations"]
+
+
+def _speedups(
+    records: Sequence[Record], rounds: Sequence[Tally], costs: Costs, exit_layer: int
+) -> list[float]:
+    """Of each record over plain decoding, by these costs."""
     plain = [record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step for record in records]
-    return statistics.median(_ratios(plain, _seconds(records, rounds, costs, exit_layer)))
+    return _ratios(plain, _seconds(records, rounds, costs, exit_layer))
 
 
 def _seconds(

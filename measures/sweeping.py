@@ -133,7 +133,9 @@ class Sweep(OneByOne):
         """Which cells noise does not tell from the best one, in one sentence."""
         cell = f"{_short(best)} (exit/drafted)"
         if best.get("speedup_low") is None:
-            units = "turns of the calibration" if best["mode"] == "predicted" else "prompts or windows"
+            units = "turns of the calibration or prompts"
+            if best["mode"] == "measured":
+                units = "prompts or windows"
             return f"Whether {cell} is the best is not known: fewer than five {units}."
         if not others:
             return f"{cell} is the best beyond noise (90 %)."
@@ -226,9 +228,12 @@ class Predicted(Sweep):
         # In the middle of an output of middling length.
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
         longest = max(k for _, k in self.grid)
-        with tqdm(range(_TURNS), desc="calibration") as progress:
-            model, exits = self.generator.model, self._exit_layers
-            turns = calibrate(model, self.config, exits, int(context), longest, _PATIENCE, progress)
+        with tqdm(total=_TURNS, desc="calibration") as bar:
+            turns = calibrate(
+                self.generator.model, self.config, self._exit_layers, int(context), longest, _PATIENCE,
+                _TURNS, bar.update,
+            )  # fmt: skip
+            bar.total = bar.n  # the turns that there was time for
         costs = medians(turns)
         predicted = [predicted_cell(records, costs, turns, *cell) for cell in self.grid]
         verified = []

@@ -16,7 +16,16 @@ from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArgu
 from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
-from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
+from runs.records import (
+    Record,
+    RecordError,
+    Run,
+    check_same_run,
+    check_writable,
+    describe,
+    describe_model,
+    open_run,
+)
 from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.model.families import context_length, sliding_window
@@ -113,10 +122,12 @@ def prepare(
     """
     meet(model_args)
     try:
+        check_writable(args.resume, model_args.output_dir)
         examples = load_examples(data_args, model_args.seed)
         arguments = (model_args, config, data_args, args, batch)
         description = describe(script, arguments, fingerprint(examples))
-        check_destination(args.resume, model_args.output_dir, description, arguments)
+        if args.resume is not None:
+            check_same_run(args.resume, description, arguments)
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config, model_config, data_args.chat)
@@ -137,11 +148,10 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
     """
     with ranks.process_group():
         try:
-            run = ranks.share(open_run() if ranks.rank() == 0 else None)
+            run = ranks.share(open_run)
         except RecordError as error:
             refuse(str(error))
-        assert run is not None
-        finished = ranks.share(run.records() if ranks.rank() == 0 else {})
+        finished = ranks.share(run.records)
         missing = [index for index in range(job.num_steps) if index not in finished]
         status, why = 1, ""
         try:

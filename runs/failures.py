@@ -5,12 +5,20 @@ Light: `runs.program` imports it before a script has read its flags.
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
+from pathlib import Path
+
 # What takes less memory when generating.
 _LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
 )
 # How torch words it; torch.OutOfMemoryError is a RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
 
 # The kinds of errors that `reason` may explain; any other is a mistake of the program.
 EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError)
@@ -50,3 +58,23 @@ def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
     if (why := reason(error, less_than(batch_size))) is None:
         raise error
     return Failed(f"{what}: {why}")
+
+
+def try_to_write(folder: Path) -> None:
+    """Write a small file to a folder and delete it again; raises OSError where that fails."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_PROBE))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error in writing to a folder means that the disk is full, or a quota used up.
+
+    torch's writer does not say why it failed, and leaves what it has written: then a small file fails, too.
+    """
+    try:
+        try_to_write(folder)
+    except OSError as of_probe:
+        error = of_probe
+    return any(os.strerror(number) in str(error) for number in _DISK_FULL)

@@ -34,6 +34,9 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
         status = 130
         if ranks.is_first():
             print("interrupted", file=sys.stderr)
+    except ranks.AnotherRankFailed:
+        ranks.let_the_failed_end_first()
+        status = 1
     except BrokenPipeError:  # whoever read the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE

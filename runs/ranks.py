@@ -14,12 +14,12 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import arguments
 
@@ -125,15 +125,67 @@ def is_lost(error: BaseException) -> bool:
     return is_lost_rank(error)
 
 
-def share(thing: T) -> T:
-    """Give every rank what rank 0 has; the argument of the others is ignored."""
+class AnotherRankFailed(Exception):
+    """Another rank has raised an error. That rank says why, and ends the program."""
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns at this rank, once all ranks have called it. No rank is left waiting for one that
+    fails here.
+
+    Raises:
+        Exception: what `make` raises at this rank.
+        AnotherRankFailed: `make` raises something at another rank, and not at this one.
+    """
     if world_size() == 1:
-        return thing
+        return make()
     import torch.distributed as dist
 
-    box: list[Any] = [thing]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    made, failure = list[T](), None
+    try:
+        made.append(make())
+    except Exception as error:
+        failure = error
+    has_failed = [False] * world_size()
+    dist.all_gather_object(has_failed, failure is not None)
+    if failure is not None:
+        raise failure
+    if any(has_failed):
+        raise AnotherRankFailed
+    return made[0]
+
+
+def first_of_machine_first(make: Callable[[], T]) -> T:
+    """As `together`, but the first rank of each machine calls `make` before the others do, which find what it
+    has cached.
+    """
+    if world_size() == 1:
+        return make()
+    is_first_of_machine = os.environ["LOCAL_RANK"] == "0"
+    made = together(lambda: [make()] if is_first_of_machine else [])
+    return together(lambda: made[0] if is_first_of_machine else make())
+
+
+def share(make: Callable[[], T]) -> T:
+    """Give every rank what `make` returns at rank 0, which alone calls it; raises as `together`."""
+    made = together(lambda: [make()] if rank() == 0 else [])
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        made = made or [None]  # type: ignore[list-item]
+        dist.broadcast_object_list(made, src=0)
+    return made[0]
+
+
+def let_the_failed_end_first() -> None:
+    """Wait until a rank that has failed is gone: torchrun ends all ranks as soon as one of them is, and that
+    one has yet to say why it failed.
+    """
+    try:
+        barrier()
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
 
 
 def barrier() -> None:

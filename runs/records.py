@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 import self_speculation
 from arguments import read_run
 from runs import ranks
+from runs.failures import try_to_write
 from self_speculation.model.lean_layers import computes_in
 
 Record = dict[str, Any]
@@ -148,21 +149,32 @@ def open_run(resume: str | None, output_dir: str, name: str, description: Record
     return run
 
 
-def check_destination(
-    resume: str | None, output_dir: str, description: Record, arguments: Sequence[Any] = ()
-) -> None:
-    """Refuse, before anything is loaded, what `open_run` would refuse later, except a folder in use; and an
+def check_writable(resume: str | None, output_dir: str) -> None:
+    """Refuse, before anything is loaded, a folder in which no record could be written.
+
+    Raises:
+        RecordError
+    """
+    flag, folder = ("output_dir", output_dir) if resume is None else ("resume", resume)
+    path = Path(folder).expanduser()
+    try:
+        if resume is None:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_created(output_dir, error) from error
+    try:
+        try_to_write(path)
+    except OSError as error:
+        raise RecordError(f"--{flag} {folder}: cannot be written ({error.strerror})") from error
+
+
+def check_same_run(resume: str, description: Record, arguments: Sequence[Any]) -> None:
+    """Refuse, before a model is loaded, what `open_run` would refuse later, except a folder in use; and an
     argument that the run to resume did not have, unless the flag's metadata allow it (see `MAY_DIFFER`).
 
     Raises:
         RecordError
     """
-    if resume is None:
-        try:
-            Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _not_created(output_dir, error) from error
-        return
     earlier = _earlier(resume, description)["arguments"]
     for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
         # A flag that there was not yet had its default.

@@ -173,6 +173,7 @@ def test_every_command_works_as_printed(page, checkout):
 def test_every_example_in_python_runs(page, checkout):
     result = run("".join(blocks(page, "python")), checkout, "python")
     assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS])

@@ -12,8 +12,10 @@ from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import TrainingArguments as TrainerSettings
+from transformers.utils import is_torch_tf32_available
 
 from arguments import ModelArguments
+from self_speculation.config import DtypeName
 from self_speculation.model.loading import resolve_dtype
 from training.flags import NewModelArguments, OptimizationArguments
 
@@ -46,6 +48,24 @@ def check_precision(model_args: ModelArguments, device: torch.device) -> None:
         raise ValueError("dtype bfloat16: this GPU has only float16")
 
 
+def computed_in(name: DtypeName, device: torch.device) -> str:
+    """The format of products by --dtype: a dtype's name, or TF32, which `auto` means on a GPU that has it."""
+    dtype = resolve_dtype(name, device)
+    if isinstance(dtype, torch.dtype):
+        return str(dtype).removeprefix("torch.")
+    return "TF32" if device.type == "cuda" and is_torch_tf32_available() else "float32"
+
+
+def advice_on_dtype(name: DtypeName, device: torch.device) -> str | None:
+    """On a GPU with `auto`: a line that says how products are computed, and what would be faster."""
+    if device.type != "cuda" or name != "auto":
+        return None
+    faster = computed_in("half", device)
+    return (
+        f"products in {computed_in(name, device)}; --dtype {faster} takes less time and memory than float32"
+    )
+
+
 def trainer_settings(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainerSettings:
@@ -54,6 +74,8 @@ def trainer_settings(
     settings = TrainerSettings(
         output_dir=str(folder), use_cpu=device.type == "cpu", seed=model_args.seed, max_steps=args.num_steps,
         bf16=mixed == torch.bfloat16, fp16=mixed == torch.float16,
+        # False for float32: the trainer switches TF32 on by itself where layers are compiled.
+        tf32={"TF32": True, "float32": False}.get(computed_in(model_args.dtype, device)),
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         activation_checkpointing=args.gradient_checkpointing and not is_sharded,

@@ -30,13 +30,30 @@ from arguments import ModelArguments, read_run, refuse
 from measures.plots import curves_by_exit
 from runs import ranks
 from runs.heading import heading
-from runs.records import Record, RecordError, Run, check_destination, describe, describe_model, open_run
+from runs.records import (
+    Record,
+    RecordError,
+    Run,
+    check_same_run,
+    check_writable,
+    describe,
+    describe_model,
+    open_run,
+)
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.adapters import find_adapter
 from self_speculation.model.families import attended_length
-from self_speculation.model.loading import load_config, resolve_device, resolve_dtype
+from self_speculation.model.loading import load_config, resolve_device
 from training.flags import Flags
-from training.from_flags import adapted, check_precision, new_llama, shard_while_loading, trainer_settings
+from training.from_flags import (
+    adapted,
+    advice_on_dtype,
+    check_precision,
+    computed_in,
+    new_llama,
+    shard_while_loading,
+    trainer_settings,
+)
 from training.progress import Progress, Stop, newest_checkpoint, step_of
 from training.texts import (
     Stream,
@@ -132,8 +149,8 @@ def _prepare(flags: Flags) -> Start:
     # summed up by gloo.
     backend = {"backend": "cuda:nccl,cpu:gloo"} if device.type == "cuda" and ranks.num_processes() > 1 else {}
     PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
-    with PartialState().local_main_process_first():  # the others find what it has cached
-        texts = load_texts(data_args)
+    ranks.share(lambda: check_writable(args.resume, model_args.output_dir))
+    texts = ranks.first_of_machine_first(lambda: load_texts(data_args))
     content = fingerprint(*texts)
     run = _open_run(flags, content)
     checkpoint = newest_checkpoint(run.folder)
@@ -142,22 +159,20 @@ def _prepare(flags: Flags) -> Start:
         if checkpoint is not None:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         else:  # rank 0 trains one for all
-            first = ranks.rank() == 0
-            tokenizer = ranks.share(
-                train_tokenizer(texts[0], shape.vocabulary_size, length) if first else None
-            )
+            tokenizer = ranks.share(lambda: train_tokenizer(texts[0], shape.vocabulary_size, length))
         model = new_llama(shape, tokenizer, length, model_args.seed)
     else:
-        model, tokenizer = _model_to_go_on_with(flags, config)
+        model, tokenizer = ranks.together(lambda: _model_to_go_on_with(flags, config))
     run.description |= describe_model(model_args.model or "a new Llama", model, device)
-    if isinstance(mixed := resolve_dtype(model_args.dtype, device), torch.dtype):
-        run.description["computed_in"] = str(mixed).removeprefix("torch.")
+    run.description["computed_in"] = computed_in(model_args.dtype, device)
     if args.lora_rank:
         assert model_args.model is not None
         model = adapted(model, model_args.model, args.lora_rank)
     training, evaluation = _blocks(flags, texts, content, tokenizer)
     if ranks.rank() == 0:
         print(_what_is_learnt(flags, model, texts, training, evaluation) + f"; {run.folder}")
+        if (advice := advice_on_dtype(model_args.dtype, device)) is not None:
+            print(advice, file=sys.stderr)
     return Start(run, device, model, tokenizer, texts[0], training, evaluation, checkpoint)
 
 
@@ -169,14 +184,17 @@ def _blocks(
     way = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     key = f"{content}-{zlib.crc32(way.encode()):08x}-{tokenizer.eos_token_id}-{length}-{seed}"
     folder = Path(datasets.config.HF_DATASETS_CACHE, "early_exit_blocks_1", key)
-    with PartialState().local_main_process_first():
+
+    def make() -> list[Texts]:
         folder.mkdir(parents=True, exist_ok=True)
-        blocks = [
+        return [
             to_blocks(
                 part, tokenizer, length, seed, None if is_stream(part) else str(folder / f"{name}.arrow")
             )
             for name, part in zip(("training", "evaluation"), texts, strict=True)
         ]
+
+    blocks = ranks.first_of_machine_first(make)
     if is_stream(blocks[1]):
         held_out = list(islice(blocks[1], flags.optimization.eval_samples))
         if not held_out:
@@ -219,17 +237,21 @@ def _open_run(flags: Flags, fingerprint: str) -> Run:
     """The folder of this training, the same at every rank; raises RecordError."""
     output_dir, resume = flags.model.output_dir, flags.optimization.resume
     description = describe("train", flags, fingerprint)
-    check_destination(resume, output_dir, description, flags)
-    if resume is not None and (now := _samples(description)) != (was := _samples(read_run(resume))):
-        raise RecordError(
-            f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, --batch_size "
-            f"and --gradient_accumulation must make {was} together"
-        )
-    run = ranks.share(open_run(resume, output_dir, "train", description) if ranks.rank() == 0 else None)
-    assert run is not None
-    if resume is not None and ranks.rank() == 0:  # it may be asked for more steps than before
-        run.say("running")
-    return run
+
+    def at_first_rank() -> Run:
+        if resume is not None:
+            check_same_run(resume, description, flags)
+            if (now := _samples(description)) != (was := _samples(read_run(resume))):
+                raise RecordError(
+                    f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
+                    f"--batch_size and --gradient_accumulation must make {was} together"
+                )
+        run = open_run(resume, output_dir, "train", description)
+        if resume is not None:  # it may be asked for more steps than before
+            run.say("running")
+        return run
+
+    return ranks.share(at_first_rank)
 
 
 def _samples(description: Record) -> int:

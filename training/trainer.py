@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
@@ -40,6 +40,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from runs.failures import is_disk_full
 from runs.ranks import PATIENCE
 from self_speculation.model.families import check_supported
 from self_speculation.model.whole_texts import hidden_after_each_layer
@@ -72,6 +73,13 @@ class DivergedError(Exception):
 
 class CheckpointError(Exception):
     """A checkpoint cannot be written; those before it are kept."""
+
+
+class _NotWritten(NamedTuple):
+    """Why a checkpoint is not there. The disk is full only where that stopped every rank that failed."""
+
+    reason: str
+    disk_is_full: bool
 
 
 def early_exit_loss(
@@ -288,15 +296,18 @@ class EarlyExitTrainer(Trainer):
         loss = self.accelerator.gather(self._tr_loss).mean().item()
         running = {"loss": loss, "since": self._globalstep_last_logged}
         write = partial(super()._save_checkpoint, model, trial)
-        while (error := self._written(folder, running, write)) is not None:
+        while (failure := self._try_to_write(folder, running, write)) is not None:
             older = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            if not self.highest(len(older) > 1 and self.args.should_save):
-                raise CheckpointError(f"cannot write {folder}: {error}")
+            makes_room = failure.disk_is_full and len(older) > 1 and self.args.should_save
+            if not self.highest(makes_room):
+                raise CheckpointError(f"cannot write {folder}: {failure.reason}")
             if self.args.should_save:
                 shutil.rmtree(older[0])
         self._restart_clock()
 
-    def _written(self, folder: Path, running: dict[str, float], write: Callable[[], None]) -> str | None:
+    def _try_to_write(
+        self, folder: Path, running: dict[str, float], write: Callable[[], None]
+    ) -> _NotWritten | None:
         """None, or on every rank why one of them could not write; nothing is left then."""
 
         def write_own() -> None:
@@ -309,15 +320,16 @@ class EarlyExitTrainer(Trainer):
                     self.processing_class.save_pretrained(folder)
 
         for step in (write_own, write):  # in the second, ranks wait for each other: all must get there
-            error = ""
+            reason, severity = "another rank could not", 0  # 1: a full disk, 2: anything else
             try:
                 step()
-            except (OSError, RuntimeError, SafetensorError, CheckpointException) as found:
-                error = str(found).partition("\n")[0] or type(found).__name__
-            if self.highest(len(error)):
+            except (OSError, RuntimeError, MemoryError, SafetensorError, CheckpointException) as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                severity = 1 if is_disk_full(error, folder.parent) else 2
+            if highest := self.highest(severity):
                 if self.args.should_save:
                     shutil.rmtree(folder, ignore_errors=True)
-                return error or "another rank could not"
+                return _NotWritten(reason, highest == 1)
         return None
 
     def restore(self, checkpoint: str) -> None:

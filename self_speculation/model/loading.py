@@ -294,6 +294,8 @@ def _locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
                 f"model {model!r}: the folder has no config.json, so it is not a Hugging Face model"
             )
         return str(path), told
+    if path.is_file():
+        raise LoadingError(f"model {model!r}: is a file; must be a hub id, a folder or a .gguf file")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise LoadingError(f"model {model!r}: no such folder")
     return model, {**told, "local_files_only": not hub_answers(model)}

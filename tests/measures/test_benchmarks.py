@@ -16,8 +16,8 @@ from helpers import only_run
 from transformers import LlamaConfig
 
 from measures.comparison import Judged, judge_greedy
-from measures.peers import find_llama_cpp, in_best_format
-from measures.sides import ours, theirs
+from measures.peers import fastest, find_llama_cpp, in_each_format
+from measures.sides import Answers, ours, theirs
 from measures.synthetic import random_llama
 from measures.work import work_per_token
 from self_speculation import GenerationConfig, fuse
@@ -75,12 +75,29 @@ def test_llama_cpp_is_refused_before_anything_is_loaded(capsys, monkeypatch):
 
 
 def test_transformers_has_its_best_format():
-    """Guards against a peer that is slowed down by the format that was chosen for us."""
-    settings = GenerationConfig(max_steps=3, sample=False)
-    model, name = in_best_format(tiny_llama(), [], settings, [[5, 9, 4]] * 2)
-    assert str(model.dtype) == f"torch.{name}"
-    assert all(weight.dtype == model.dtype for weight in model.parameters())
-    assert tiny_llama().dtype == torch.float32  # as it was
+    """Guards against a peer that is slowed down by the format that was chosen for us, or for another side, or
+    by one that decodes fast and takes long for prompts, as float16 on a CPU.
+    """
+    given = tiny_llama()
+    models = in_each_format(given)
+    assert [model.dtype for model in models] == [torch.float32, torch.bfloat16, torch.float16]
+    assert all(weight.dtype == model.dtype for model in models for weight in model.parameters())
+    assert given.dtype == torch.float32  # as it was
+
+    def make(prefill, decode):
+        def of(model):
+            took = prefill[model] + decode[model]
+            return lambda prompts: Answers([[5] * 9 for _ in prompts], 1, prefill[model], took)
+
+        return of
+
+    sides = {
+        "lookups": make({"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 1.0}),
+        "plain": make({"a": 1.0, "b": 1.0}, {"a": 2.0, "b": 1.0}),
+    }
+    assert {name: fastest(["a", "b"], side, [[5]]) for name, side in sides.items()} == {
+        "lookups": "a", "plain": "b",
+    }  # fmt: skip
 
 
 def test_what_follows_the_end_of_a_padded_row_does_not_count():

@@ -17,7 +17,7 @@ GREEDY = GenerationConfig(sample=False)
 
 
 def turns_of(model, config=GREEDY, exit_layers=(1, 2, 3), longest=10, patience=0.0, most=9):
-    return calibrate(model, config, list(exit_layers), 100, longest, patience, range(most))
+    return calibrate(model, config, list(exit_layers), 100, longest, patience, most, lambda: None)
 
 
 @pytest.mark.parametrize("flags", [{}, {"draft_weights": "int4"}, {"draft_vocabulary": 9}], ids=str)

@@ -95,6 +95,9 @@ def test_unknown_device_and_dtype(model_folder):
 def test_missing_paths(tmp_path):
     assert "no such folder" in refusal(str(tmp_path / "nowhere"))
     assert "no such folder" in refusal("./nowhere")
+    (tmp_path / "own.csv").write_text("a,b")  # Guards against "no such folder" of a file that is there.
+    said = "is a file; must be a hub id, a folder or a .gguf file"
+    assert refusal(str(tmp_path / "own.csv")).endswith(said)
     assert "no such file" in refusal("nowhere.gguf")
     assert "no config.json" in refusal(str(tmp_path))
 

@@ -16,7 +16,7 @@ from helpers import only_run, outcome
 
 import benchmark
 from arguments import MAY_DIFFER
-from runs.records import RecordError, Run, check_destination, describe
+from runs.records import RecordError, Run, check_same_run, describe
 from training.flags import MAY_GROW
 
 DESCRIPTION = {
@@ -106,7 +106,7 @@ def test_resuming_with_other_arguments_names_the_difference(tmp_path):
         return {**describe("test", [flags], "x"), "model": "m", "device": "d", "dtype": "t"}
 
     def resumed(flags, **facts):
-        check_destination(folder, "", {**described(flags), **facts}, [flags])
+        check_same_run(folder, {**described(flags), **facts}, [flags])
 
     older = described(Flags())
     del older["arguments"]["verbose"], older["arguments"]["steps"]  # flags that there were not yet
@@ -160,9 +160,13 @@ def test_a_full_disk_keeps_what_was_written(common, tmp_path):
     program.write_text(
         f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import benchmark\n"
-        "from runs.program import run\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "run(benchmark.main)\n"
+        "from runs import examples, program\n"
+        "open_run = examples.open_run\n"
+        "def opened(*args):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "    return open_run(*args)\n"
+        "examples.open_run = opened\n"
+        "program.run(benchmark.main)\n"
     )
     run = forks.run(program, *common)
     assert run.returncode == 1
@@ -175,6 +179,27 @@ def test_a_full_disk_keeps_what_was_written(common, tmp_path):
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     assert benchmark.main([*common, "--resume", str(folder)]) == 0
     assert len((folder / "records.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--resume"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    flag, common, tmp_path, capsys, monkeypatch
+):
+    """Guards against minutes of loading before a line that says that the disk is full, or read-only."""
+    folder = tmp_path / "logs"
+    if flag == "--resume":
+        assert benchmark.main(common) == 0
+        folder = only_run(tmp_path)
+        common += ["--resume", str(folder)]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("runs.failures.os.fsync", full)
+    monkeypatch.setattr("runs.examples.load_examples", lambda *_: pytest.fail("data are read"))
+    status, line = outcome(common, capsys)
+    assert status == 2
+    assert line.endswith(f"{flag} {folder}: cannot be written (No space left on device)")
 
 
 def test_two_runs_into_one_folder_and_ctrl_c(endless_folder, common, tmp_path, capsys):

@@ -139,6 +139,8 @@ def test_model_args_become_python_values():
         ("--max_step 3", "unknown argument '--max_step'; did you mean --max_steps?"),
         ("--max-step 3", "unknown argument '--max-step'; did you mean --max_steps?"),
         ("--no_max_steps", "unknown argument '--nomax_steps'; did you mean --max_steps?"),
+        ("--model_path x", "unknown argument '--model_path'; did you mean --model?"),
+        ("--model_argz x=1", "unknown argument '--model_argz'; did you mean --model_args?"),
         ("--zzz", "unknown argument '--zzz'; --help lists the flags"),
         ("stray", "unknown argument 'stray'"),
     ],

@@ -50,6 +50,7 @@ HUGE = str(10**30)
         (["--template", "no place"], "--template 'no place': must contain {message}"),
         (["--data_path", "/proc/self/mem"], "--data_path /proc/self/mem: must be a .jsonl"),
         (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere: cannot be created ("),
+        (["--output_dir", "/proc"], "--output_dir /proc: cannot be written ("),
         (["--output_dir", "/dev/null"], "--output_dir /dev/null: "),
         (["--resume", "/dev/null"], "--resume /dev/null: no run.json of a run in there"),
         (["--max_stepz", "3"], "unknown argument '--max_stepz'; did you mean --max_steps?"),

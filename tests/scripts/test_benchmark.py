@@ -94,6 +94,14 @@ def test_what_prompts_begin_with_is_read_once(common, tmp_path):
     assert min(others) >= 20  # of some 40
 
 
+def test_sampled_outputs_are_not_counted_as_identical(common, tmp_path, capsys):
+    """Guards against "identical outputs 0 of 5", which looks like a fault, where two samples were drawn."""
+    assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--sample", "True"]) == 0
+    assert "identical outputs" not in capsys.readouterr().out
+    run = json.loads((only_run(tmp_path) / "run.json").read_text())
+    assert run["metrics"]["comparison"]["identical_outputs"] is None
+
+
 def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys):
     args = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--max_steps", "5"]
     args += ["--num_samples", "2"]

@@ -94,13 +94,19 @@ def cell_of(records, turns, k):
 
 def test_a_predicted_cell_is_the_median_example_and_says_how_sure_it_is():
     """Guards against one slow prompt that makes up the figure of a cell, and certainty from too few turns."""
-    examples = [example("1" * 10), example("1" * 10), example("0" * 10, prefill_time=1000.0)]
+    examples = [*[example("1" * 10)] * 12, example("0" * 10, prefill_time=1000.0)]
     cell = cell_of(examples, [costs_of(0.25)] * 4, 2)
     assert cell["speedup"] == pytest.approx(9 / (3 * 1.5))  # three rounds of two steps and a verification
-    assert cell["total_time"] == pytest.approx(2 * 4.5 + 1000 + 9 * 1.5 - 0.5, abs=1)
+    assert cell["total_time"] == pytest.approx(12 * 4.5 + 1000 + 9 * 1.5 - 0.5, abs=1)
     assert cell["speedup_low"] is cell["speedup_high"] is None
     cell = cell_of(examples, [costs_of(0.25), costs_of(0.5)] * 5, 2)
     assert (cell["speedup_low"], cell["speedup_high"]) == pytest.approx((9 / (3 * 2.0), 9 / (3 * 1.5)))
+    cell = cell_of([example("1" * 10), example("0" * 10)] * 5, [costs_of(0.25)] * 10, 2)
+    assert (cell["speedup_low"], cell["speedup_high"]) == pytest.approx(
+        (9 / (8 * 1.5 + 1.25), 9 / (3 * 1.5)), rel=0.05
+    )
+    cell = cell_of(examples[:4], [costs_of(0.25)] * 10, 2)
+    assert cell["speedup_low"] is cell["speedup_high"] is None
 
 
 def test_cells_within_noise_are_those_that_it_does_not_tell_from_the_best():
@@ -108,20 +114,39 @@ def test_cells_within_noise_are_those_that_it_does_not_tell_from_the_best():
     against cells told apart where too little was measured.
     """
     turns = [costs_of(0.25, plain_step) for plain_step in (0.6, 0.8, 1.0, 1.3, 1.6)] * 4
-    rows = [cell_of([example("11011011011")], turns, k) for k in (2, 3)]
+    rows = [cell_of([example("11011011011")] * 6, turns, k) for k in (2, 3)]
     assert rows[1]["speedup_high"] > rows[0]["speedup_low"]
     assert within_noise(rows, rows[0]) == []
     turns = [costs_of(0.25), costs_of(5.0)] * 5  # in every other turn, longer drafts are too dear
-    rows = [cell_of([example("1" * 11)], turns, k) for k in (2, 4)]
+    rows = [cell_of([example("1" * 11)] * 6, turns, k) for k in (2, 4)]
     assert within_noise(rows, rows[0]) == [rows[1]]
     assert (
         within_noise([{**row, "speedup_low": None} for row in rows], {**rows[0], "speedup_low": None}) == []
     )
     measured = [
-        {"mode": "measured", "speedup": speedup, "speedup_low": low, "speedup_high": high}
-        for speedup, low, high in ((1.5, 1.35, 1.7), (1.3, 1.2, 1.4), (1.2, 1.1, 1.3), (1.1, None, None))
+        {"mode": "measured", "exit_layer": 3, "num_speculations": k, "speedup": speedup, "speedup_low": low}
+        | {"speedup_high": high}
+        for k, (speedup, low, high) in enumerate(
+            ((1.5, 1.35, 1.7), (1.3, 1.2, 1.4), (1.2, 1.1, 1.3), (1.1, None, None), (None, None, None)), 1
+        )
     ]
-    assert within_noise([*rows, *measured], measured[0]) == [measured[1]]
+    assert within_noise(measured, measured[0]) == [measured[1], measured[3]]
+
+
+def test_prompts_may_not_tell_a_cell_from_the_best():
+    """Guards against a best cell that is the best on these prompts alone; half of them prefer another."""
+    prompts = [example("1" * 13), example("1101" * 3 + "1")] * 5
+    rows = [cell_of(prompts, [costs_of(0.25)] * 10, k) for k in (2, 4)]
+    best = max(rows, key=lambda row: row["speedup"])
+    assert within_noise(rows, best) == [row for row in rows if row is not best]
+
+
+def test_a_measured_cell_is_compared_with_those_that_were_only_predicted():
+    """Guards against a best cell "beyond noise" because --verify_top measured no other."""
+    rows = [cell_of([example("1" * 11)] * 6, [costs_of(0.25)] * 10, k) for k in (2, 5, 6)]
+    equal = {**rows[1], "num_speculations": 4, "speedup": 0.9}
+    measured = {**rows[1], "mode": "measured"}
+    assert within_noise([*rows, equal, measured], measured) == [equal]
 
 
 @pytest.fixture
@@ -215,6 +240,26 @@ def test_the_strategy_may_be_named_or_not(common):
         sweep.main([*common, "--generation_strategy", "self_speculative", "--num_speculations_last", "1"])
         == 0
     )
+
+
+@pytest.mark.usefixtures("timeless")
+def test_flags_that_the_grid_replaces_are_named(common, capsys):
+    """Guards against a sweep that ignores an exit layer or a draft length without a word."""
+    flags = ["--exit_layer", "2", "--num_speculations", "3", "--generation_strategy", "adaptive"]
+    assert sweep.main([*common, *flags, "--num_speculations_last", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "--exit_layer 2: not used; the grid is --exit_layer_first to --exit_layer_last\n" in said
+    assert "--num_speculations 3: not used; the grid is --num_speculations_first to" in said
+    assert "--generation_strategy adaptive: not used; cells are self_speculative\n" in said
+
+
+def test_the_bar_of_a_calibration_that_ran_out_of_time_ends_full(common, monkeypatch, capsys):
+    """Guards against a bar that stops at 45 % of turns for which there was no time."""
+    no_pictures(monkeypatch)
+    monkeypatch.setattr("measures.sweeping._PATIENCE", 0.0)
+    assert sweep.main([*common, "--num_speculations_last", "1"]) == 0
+    bars = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calibration")]
+    assert bars[-1].startswith("calibration: 100%")
 
 
 @pytest.mark.usefixtures("timeless")

@@ -1,5 +1,6 @@
 """train.py as its users run it, on models of a few thousand parameters."""
 
+import errno
 import json
 import os
 import re
@@ -19,10 +20,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train
+from arguments import ModelArguments
 from data import DataError
 from runs.records import RecordError, Run
 from self_speculation import load_model_and_tokenizer
-from training.flags import TrainingDataArguments
+from training.flags import OptimizationArguments, TrainingDataArguments
+from training.from_flags import advice_on_dtype, computed_in, trainer_settings
 from training.recipe import IGNORED
 from training.texts import datasets, load_texts, padded, to_blocks
 from training.trainer import EarlyExitTrainer
@@ -185,10 +188,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, texts, capsys, mo
     """Without room, the two there are stay; with room for one in place of the oldest, that is made."""
     save, failures = torch.save, []
 
+    def no_room(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def full(thing, path, *args, **kwargs):
         kept = len(list(only_run(tmp_path).glob("checkpoint-*")))
         if "checkpoint-12" in str(path) and kept > 1 + room:
             failures.append(path)
+            monkeypatch.setattr("runs.failures.try_to_write", no_room)
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
         return save(thing, path, *args, **kwargs)
 
@@ -207,6 +214,34 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, texts, capsys, mo
     assert train.main(["--resume", str(folder)]) == 0
     (tmp_path / "whole").mkdir()
     same_weights(folder, run(tmp_path / "whole", texts))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("no memory left"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_another_error_than_a_full_disk_keeps_both_checkpoints(error, tmp_path, texts, capsys, monkeypatch):
+    """Guards against an older checkpoint that is deleted for nothing: without permission, or without memory,
+    the new one cannot be written in its place either.
+    """
+    save = torch.save
+
+    def fails(thing, path, *args, **kwargs):
+        if "checkpoint-12" in str(path):
+            raise error
+        return save(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fails)
+    assert train.main(arguments(tmp_path, texts)) == 1
+    folder = only_run(tmp_path)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    said = f"cannot write {folder}/checkpoint-12: {error}; step 8 is kept, go on with --resume {folder}"
+    assert said in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_written_is_kept(tmp_path, texts, capsys, monkeypatch):
@@ -476,6 +511,10 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, texts, capsys):
         (["--quantization", "int8"], "--quantization int8: training knows none only"),
         (["--offload"], "--offload True: is for --parallel fsdp"),
         (["--lora_rank", "2"], "--lora_rank 2: needs a --model to adapt"),
+        (
+            ["--device", "cuda:1"],
+            "--device cuda:1: must be auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES=1 ch",
+        ),
     ],
 )
 def test_bad_values_are_refused_before_the_data_is_read(flags, message, tmp_path, capsys):
@@ -483,6 +522,57 @@ def test_bad_values_are_refused_before_the_data_is_read(flags, message, tmp_path
         train.main(arguments(tmp_path, "no/such/*.txt", *flags))
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_refuses_all_leave_together(rank, tmp_path, texts):
+    """Guards against ranks that wait for one that has refused something, and end with errors of their own."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train, training.run\n"
+        "from runs.program import run\n"
+        "load = training.run.load_texts\n"
+        "def refused(args):\n"
+        f"    if os.environ['RANK'] == '{rank}':\n"
+        "        raise ValueError('data_path x: no such files')\n"
+        "    return load(args)\n"
+        "training.run.load_texts = refused\n"
+        "run(train.main)\n"
+    )
+    ended = forks.run_ranks(2, program, *arguments(tmp_path, texts))
+    assert ended.returncode != 0
+    assert ended.stderr == "program.py: error: --data_path x: no such files\n"
+
+
+def test_on_a_gpu_auto_is_tf32_and_says_what_is_faster(tmp_path, monkeypatch):
+    """Guards against products in strict fp32 that nobody asked for, and TF32 where fp32 was asked for."""
+    for name in ("training.from_flags", "transformers.training_args"):
+        monkeypatch.setattr(f"{name}.is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr("transformers.training_args.enable_tf32", (switched := []).append)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for dtype, computed, is_tf32 in (("auto", "TF32", True), ("float32", "float32", False)):
+        switched.clear()
+        trainer_settings(OptimizationArguments(), ModelArguments(dtype=dtype, compile=True), tmp_path, gpu)
+        assert switched[-1] == is_tf32
+        assert computed_in(dtype, gpu) == computed
+    assert computed_in("bfloat16", gpu) == "bfloat16"
+    assert computed_in("auto", cpu) == "float32"
+    assert (
+        advice_on_dtype("auto", gpu)
+        == "products in TF32; --dtype bfloat16 takes less time and memory than float32"
+    )
+    assert advice_on_dtype("float32", gpu) is advice_on_dtype("auto", cpu) is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_data_are_read(tmp_path, capsys, monkeypatch):
+    """Guards against a corpus that is read and tokenised for a training whose folder is read-only."""
+    monkeypatch.setattr("training.run.load_texts", lambda *_: pytest.fail("data are read"))
+    with pytest.raises(SystemExit) as exit:
+        train.main(arguments(tmp_path, "no/such/*.txt", "--output_dir", "/proc"))
+    assert exit.value.code == 2
+    assert "--output_dir /proc: cannot be written (" in capsys.readouterr().err
 
 
 def test_samples_longer_than_the_context_are_refused(tmp_path, model_folder, capsys):
