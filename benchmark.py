@@ -24,7 +24,7 @@ from arguments import (
     refuse_idle_drafts,
 )
 from data import mismatch
-from runs.tuning import TuningArguments, tuned
+from runs.tuning import TuningArguments, counts, tuned
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from measures.benchmarking import Benchmark
     from runs.examples import prepare, run_examples
-    from runs.startup import prefer_counted_ids
 
-    generator, examples, open_run = prepare("benchmark", model_args, config, data_args, args, batch)
-    prefer_counted_ids(generator, tuning)
+    generator, examples, open_run = prepare(
+        "benchmark", model_args, config, data_args, args, batch, counted=counts(tuning.tuned, model_args)
+    )
     of_run = (generator, config, examples, model_args.seed, batch.batch_size)
     bench = Benchmark(*of_run, args.compare, args.execute_code, args.verbose)
     bench.warm_up()

@@ -28,7 +28,7 @@ from lm_eval._cli.run import Run  # light, as all imports here
 from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse, refuse_idle_drafts
 from runs.failures import try_to_write
 from runs.program import run
-from runs.tuning import TuningArguments, tuned
+from runs.tuning import TuningArguments, counts, tuned
 
 # Flags that tasks have settings of their own for, and the harness's names of these.
 OF_TASKS = {
@@ -50,7 +50,9 @@ class _Parser(argparse.ArgumentParser):
         refuse(message)
 
 
-def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, GenerationConfig, argparse.Namespace]:
+def flags(
+    argv: Sequence[str] | None = None,
+) -> tuple[ModelArguments, GenerationConfig, TuningArguments, argparse.Namespace]:
     """Our flags, and lm_eval's with ours among them; what is wrong with either ends the program."""
     commands = _Parser().add_subparsers()
     Run.create(commands)
@@ -80,7 +82,7 @@ def flags(argv: Sequence[str] | None = None) -> tuple[ModelArguments, Generation
         args.use_cache = f"{args.use_cache}_{key:08x}"
     args.output_path = args.output_path or model_args.output_dir
     _check(args, model_args)
-    return model_args, config, args
+    return model_args, config, tuning, args
 
 
 def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
@@ -121,10 +123,10 @@ def _read_config_file(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    model_args, config, args = flags(argv)
+    model_args, config, tuning, args = flags(argv)
     from measures.evaluation import evaluate
 
-    return evaluate(model_args, config, args)
+    return evaluate(model_args, config, args, counts(tuning.tuned, model_args))
 
 
 if __name__ == "__main__":

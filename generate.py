@@ -16,7 +16,7 @@ from typing import Literal
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse, refuse_idle_drafts
 from runs.program import run
-from runs.tuning import TuningArguments, tuned
+from runs.tuning import TuningArguments, counts, tuned
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from runs import ranks
     from runs.conversation import Conversation, converse, one_prompt
-    from runs.startup import load_generator, meet, prefer_counted_ids
+    from runs.startup import load_generator, meet
     from self_speculation.model.devices import agreed
 
     if model_args.parallel == "data" and not ranks.is_first():
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
-    generator = load_generator(model_args, config, chat=args.chat)
-    prefer_counted_ids(generator, tuning)
+    generator = load_generator(model_args, config, chat=args.chat, counted=counts(tuning.tuned, model_args))
     prompt = agreed(generator.model, prompt)
     talk = Conversation(generator, config, args.streamer, args.chat, args.compare)
     if interactive:

@@ -27,7 +27,7 @@ from arguments import (
 )
 from runs import ranks
 from runs.program import run
-from runs.tuning import TuningArguments, tuned
+from runs.tuning import TuningArguments, counts, tuned
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds for the last words of answers that were ended
@@ -44,13 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import uvicorn
 
-    from runs.startup import load_generator, meet, model_name, prefer_counted_ids
+    from runs.startup import load_generator, meet, model_name
     from serving.app import make_app
     from serving.engine import Engine, follow
 
     meet(model_args)
-    generator = load_generator(model_args, config)
-    prefer_counted_ids(generator, tuning)
+    generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
     if listener is None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first process ends it
         follow(generator, config, batch.batch_size)

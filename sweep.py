@@ -32,6 +32,7 @@ from arguments import (
 )
 from data import mismatch
 from runs.program import run
+from runs.tuning import COUNTS, counts
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class SweepArguments:
     """From one draft length to the next."""
     verify_top: int = field(default=0, metadata=MAY_DIFFER)
     """Measure this many of the best predicted cells for real."""
+    tuned: str | None = None
+    """Folder or CSV of an earlier sweep in predicted mode: --draft_vocabulary takes the ids that it
+    counted."""
     resume: str | None = None
     """Folder of an interrupted sweep to go on with."""
 
@@ -97,6 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs.startup import read_config
     from self_speculation.drafts.table import is_replayable
 
+    if args.tuned is not None and config.draft_vocabulary is None:
+        refuse(f"--tuned {args.tuned}: names the ids of --draft_vocabulary here; give that flag too")
+    counted = counts(args.tuned, model_args)
+    if args.tuned is not None and not counted:
+        refuse(f"--tuned {args.tuned}: has no {COUNTS}, which is written by --mode predicted")
+
     def notice(text: str) -> None:
         if ranks.is_first():
             print(text, file=sys.stderr)
@@ -125,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
         notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
-    generator, examples, open_run = prepare("sweep", model_args, config, data_args, args, batch, model_config)
+    generator, examples, open_run = prepare(
+        "sweep", model_args, config, data_args, args, batch, model_config, counted
+    )
     grid = [(layer, k) for layer in exit_layers for k in args.draft_lengths()]
     kind = Measured if args.mode == "measured" else Predicted
     sweep = kind(generator, config, examples, model_args.seed, batch.batch_size, grid, args.verify_top)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.registry import model_registry
@@ -26,12 +27,18 @@ _NAME = "self_speculation"  # what lm_eval calls our model
 _LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
 
 
-def evaluate(model_args: ModelArguments, config: GenerationConfig, args: argparse.Namespace) -> int:
+def evaluate(
+    model_args: ModelArguments,
+    config: GenerationConfig,
+    args: argparse.Namespace,
+    counted: Mapping[int, int] | None = None,
+) -> int:
     """Let lm_eval evaluate, print and save; then print how fast each task was answered.
 
     Args:
         config: exit layer, draft length and whatever else tasks have no settings for.
         args: lm_eval's flags, by its own parser.
+        counted: as for `load_generator`.
 
     Returns:
         The program's exit status.
@@ -48,7 +55,7 @@ def evaluate(model_args: ModelArguments, config: GenerationConfig, args: argpars
         refuse(f"--gen_kwargs {error}")
 
     def load(batch_size: int | str, max_batch_size: int | None) -> HarnessModel:
-        generator = load_generator(model_args, config, model_config)
+        generator = load_generator(model_args, config, model_config, counted=counted)
         if ranks.is_first():  # above the table of lm_eval, which says the rest
             print(machine(describe("eval", (), "") | describe_model(model_name(model_args), generator.model)))
         accelerator = None

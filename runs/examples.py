@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +111,7 @@ def prepare(
     args: Any,
     batch: BatchArguments,
     model_config: PretrainedConfig | None = None,
+    counted: Mapping[int, int] | None = None,
 ) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
     """What a script over a dataset needs: the model, the examples that fit it, and how to open the run.
 
@@ -118,7 +119,7 @@ def prepare(
 
     Args:
         args: the script's own, `resume` among them.
-        model_config: of the model, where it was read already.
+        model_config, counted: as for `load_generator`.
     """
     meet(model_args)
     try:
@@ -130,7 +131,7 @@ def prepare(
             check_same_run(args.resume, description, arguments)
     except (DataError, RecordError) as error:
         refuse(str(error))
-    generator = load_generator(model_args, config, model_config, data_args.chat)
+    generator = load_generator(model_args, config, model_config, data_args.chat, counted)
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     fitting = _examples_that_fit(generator, examples, config.max_steps, data_args.chat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import NoReturn
@@ -16,7 +17,6 @@ from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from runs.failures import reason
 from runs.status import says_if_slow
-from runs.tuning import TuningArguments, counts
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
 from self_speculation.model.loading import LoadingWarning, default_model, load_config, resolve_device
@@ -64,6 +64,7 @@ def load_generator(
     config: GenerationConfig,
     model_config: PretrainedConfig | None = None,
     chat: bool = False,
+    counted: Mapping[int, int] | None = None,
 ) -> HuggingfaceLlamaGenerator:
     """Load the model that the flags name, with the strategy that they name.
 
@@ -72,6 +73,8 @@ def load_generator(
     Args:
         model_config: of the model, where it was read already.
         chat: refuse a model whose tokenizer has no chat template.
+        counted: how often token ids were output, see `runs.tuning.counts`. Drafts of a short vocabulary
+            prefer the most frequent ones.
     """
     logging.set_verbosity_error()
     model_config = model_config or read_config(model_args)
@@ -86,6 +89,7 @@ def load_generator(
         for warning in warned:
             if issubclass(warning.category, LoadingWarning) and ranks.is_first():
                 print(f"warning: {warning.message}", file=sys.stderr)
+        prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
         with says_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
@@ -102,8 +106,3 @@ def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
     refuse(
         f"--{error}" + (f" (with --model_args {model_args.model_args!r})" if model_args.model_args else "")
     )
-
-
-def prefer_counted_ids(generator: HuggingfaceLlamaGenerator, args: TuningArguments) -> None:
-    """Have drafts of a short vocabulary prefer the ids that the sweep of --tuned counted, if it is given."""
-    prefer_ids(generator.model, counts(args))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class TuningArguments:
     """Settings that were found by a sweep."""
 
     tuned: str | None = None
-    """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length."""
+    """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length, and for
+    --draft_vocabulary the ids that it counted."""
 
 
 def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -58,11 +60,8 @@ def tuned(
     given = given_flags(argv, GenerationConfig)
     if given & {"exit_layer", "num_speculations"}:
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
-    try:
-        table = _table(Path(args.tuned).expanduser())
-        if (other := _other_model(table, model_args.model)) is not None:
-            refuse(f"--tuned {args.tuned}: {other}")
-        with open(table, encoding="utf-8", newline="") as file:
+    with _refused(args.tuned):
+        with open(_table(args.tuned, model_args.model), encoding="utf-8", newline="") as file:
             best = best_cell(list(csv.DictReader(file)))
         found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
         # Older tables lack a column, and mean the model's own layers; or have one more, for short heads.
@@ -71,23 +70,32 @@ def tuned(
         if "draft_vocabulary" not in given:
             found["draft_vocabulary"] = int(best.get("draft_vocabulary") or 0) or None
         return replace(config, generation_strategy="self_speculative", **found)
-    except KeyError as error:
-        refuse(f"--tuned {args.tuned}: no column or field {error}")
-    except (OSError, ValueError, TypeError, csv.Error) as error:  # TypeError: a row of too few fields
-        refuse(f"--tuned {args.tuned}: {getattr(error, 'strerror', None) or error}")
 
 
-def counts(args: TuningArguments) -> dict[int, int]:
-    """How often each token id was output in the sweep that --tuned names; empty where nobody counted."""
-    if args.tuned is None:
+def counts(tuned: str | None, model_args: ModelArguments) -> dict[int, int]:
+    """How often each token id was output in the sweep that --tuned names; empty where nobody counted. A sweep
+    of another model ends the program.
+    """
+    if tuned is None:
         return {}
-    path = _table(Path(args.tuned).expanduser()).with_name(COUNTS)
-    try:
+    with _refused(tuned):
+        path = _table(tuned, model_args.model).with_name(COUNTS)
+    with _refused(f"{tuned}: {COUNTS}"):
+        if not path.exists():
+            return {}  # by a sweep that measured, or one of before there were counts
         return {int(id_): int(number) for id_, number in json.loads(path.read_text("utf-8")).items()}
-    except FileNotFoundError:
-        return {}  # by a sweep that measured, or one of before there were counts
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        refuse(f"--tuned {args.tuned}: {COUNTS}: {getattr(error, 'strerror', None) or error}")
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """What cannot be read of --tuned ends the program in one line."""
+    try:
+        yield
+    except KeyError as error:
+        refuse(f"--tuned {what}: no column or field {error}")
+    # TypeError: a row of too few fields; AttributeError: JSON that is no object
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        refuse(f"--tuned {what}: {getattr(error, 'strerror', None) or error}")
 
 
 def _other_model(table: Path, asked: str | None) -> str | None:
@@ -106,12 +114,23 @@ def _other_model(table: Path, asked: str | None) -> str | None:
     return None if same else f"is a sweep of --model {swept}, not of {asked}"
 
 
-def _table(path: Path) -> Path:
+def _table(tuned: str, model: str | None) -> Path:
     """The path itself if it is a file; of a folder, the CSV of the newest sweep in there.
 
+    Args:
+        model: that is asked for; None: the default one.
+
     Raises:
-        ValueError: there is no sweep, or it is unfinished.
+        ValueError: there is no sweep, it is unfinished, or one of another model.
     """
+    table = _newest(Path(tuned).expanduser())
+    if (other := _other_model(table, model)) is not None:
+        raise ValueError(other)
+    return table
+
+
+def _newest(path: Path) -> Path:
+    """As `_table`, of whichever model."""
     if not path.is_dir():
         return path
     runs = [*path.glob("run.json"), *path.glob("sweep_*/run.json")]

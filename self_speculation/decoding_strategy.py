@@ -167,7 +167,7 @@ class Batch(Generic[Key]):
             output = self._output(request, started)
             self._decoding = self._decoding or self._begin()
             decoder, row = self._decoding.decoder, len(self.rows)
-            decoder.reserve(len(output.prompt), output.max_length + self.rows.longest_draft)
+            decoder.reserve(len(output.prompt), self._reach(output))
             if self._config.reuse_cache:
                 output.num_cached = self._take_place(decoder, output.prompt)
             alone = decoder.for_row(row, output.num_cached)
@@ -179,6 +179,11 @@ class Batch(Generic[Key]):
             self._keys[output] = key
         except Exception as error:
             self._ended.append((key, error))
+
+    def _reach(self, *others: Output) -> int:
+        """The most positions that the rows in flight, and others, can come to."""
+        outputs = (*self.rows.outputs, *others)
+        return max(output.max_length for output in outputs) + self.rows.longest_draft
 
     def _begin(self) -> Decoding:
         """Get ready for the weights of now."""
@@ -233,12 +238,15 @@ class Batch(Generic[Key]):
             if not self.rows.outputs[row].remaining:
                 assert self._decoding is not None  # there are rows
                 decoder, output = self._decoding.decoder, self.rows.drop(row)
-                if output.error is None:
+                keep = self._config.reuse_cache and output.error is None
+                if keep:
                     self._places.leave(row, output.ids[: decoder.cache.length(0, row)])
                 self._places.swap(row, len(self.rows))
-                decoder.drop(row, output.is_damaged)
+                decoder.drop(row, output.is_damaged, keep)
                 self._ended.append((self._keys.pop(output), output.result()))
-        if self._decoding is not None and not self.rows:  # by the next request the weights may be others
+        if self._decoding is not None and self.rows:
+            self._decoding.decoder.cache.limit_growth(self._reach())
+        elif self._decoding is not None:  # by the next request the weights may be others
             if self._valid_for is not None:
                 kept = KeptCache(self._decoding.decoder, self._places, self._valid_for)
                 self._strategy.kept_caches.append(kept)

@@ -110,10 +110,11 @@ class CompiledDecoder(Decoder):
         self.cache.clear()
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
-        """See `Decoder`. Where the static cache is too small for it, what it holds moves to another."""
-        super().reserve(prompt_length, num_positions)
+        """See `Decoder`. A static cache never grows: where it is too small, its content moves to another."""
         if self._passes is None:
+            super().reserve(prompt_length, num_positions)
             return
+        self._rotary.reserve(num_positions)
         self._check_turn(self._passes)
         if (larger := self._find_passes(num_positions)) is not self._passes:
             larger.cache.take_over(self._passes.cache)
@@ -157,10 +158,10 @@ class CompiledDecoder(Decoder):
     def has_its_cache(self) -> bool:
         return self._passes is None or self._passes.generation is self._generation
 
-    def drop(self, row: int, damaged: bool) -> None:
+    def drop(self, row: int, damaged: bool, keep: bool) -> None:
         """See `Decoder`. Where another generation has the cache by now, the row is in there no more."""
         if self.has_its_cache:
-            super().drop(row, damaged)
+            super().drop(row, damaged, keep)
 
     def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:
         """See `Decoder`. What is compiled is this model's own layers; another head is not."""

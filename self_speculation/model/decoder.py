@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.kv_cache import ALIGNMENT, Appendable, KVCache, round_up
 from self_speculation.model.lean_layers import identity, lean_forms
@@ -224,7 +225,7 @@ class Decoder:
         self.dtype = lean.dtype  # of activations, keys and values, logits
         self._num_rows = num_rows
         devices = [next(layer.parameters()).device for layer in base.layers]
-        self.cache = KVCache(len(self.layers), 1, num_rows, devices)
+        self.cache = KVCache(len(self.layers), 1, num_rows, devices, num_ranks(model))
         self._embed = base.embed_tokens
         self.head: Any = lean.head or PlainHead(base.norm, head)
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
@@ -251,9 +252,15 @@ class Decoder:
         return self._rotary.tables
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
-        """Make room for the next sequence, which can reach `num_positions`, its prompt included."""
+        """Make room for the next sequence.
+
+        Args:
+            prompt_length: positions of its prompt.
+            num_positions: the most that it and those in flight can reach, prompts included.
+        """
         self._rotary.reserve(num_positions)
-        self.cache.reserve(min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows))
+        first = min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows)
+        self.cache.reserve(first, limit=num_positions)
 
     def for_row(self, row: int, length: int = 0) -> Decoder:
         """The same model over one row of this cache, see `KVCache.row`: for the prompt of a new sequence."""
@@ -266,9 +273,9 @@ class Decoder:
         """Whether nothing else has written to the cache meanwhile."""
         return True
 
-    def drop(self, row: int, damaged: bool) -> None:
+    def drop(self, row: int, damaged: bool, keep: bool) -> None:
         """A row has ended, see `KVCache.drop`."""
-        self.cache.drop(row, damaged)
+        self.cache.drop(row, damaged, keep)
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         """A decoder of other layers and another head ([T, H] -> [T, V], norm included) over this cache."""

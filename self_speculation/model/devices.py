@@ -12,13 +12,18 @@ from transformers import PreTrainedModel
 T = TypeVar("T")
 
 
+def num_ranks(model: PreTrainedModel) -> int:
+    """Processes that hold this model together."""
+    return model.tp_size or 1
+
+
 def agreed(model: PreTrainedModel, value: T) -> T:
     """What the first process says, where several hold one model together and have to do the same.
 
     Whatever comes from a clock or from a person differs between them, and one that took another turn would
     leave the others waiting.
     """
-    if (model.tp_size or 1) == 1:
+    if num_ranks(model) == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -37,9 +42,20 @@ def synchronize(model: PreTrainedModel) -> None:
             torch.cuda.synchronize(device)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated there, those included that torch keeps of what it has freed."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+def free_memory(device: torch.device, num_ranks: int = 1) -> int:
+    """Bytes that may still be allocated there, those included that torch keeps of what it has freed.
+
+    Args:
+        num_ranks: processes that hold one model together. All of them ask at the same time, and are told what
+            the one with the least has: if one refused for want of memory, the others would wait for it.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + kept
+    else:
+        free = psutil.virtual_memory().available
+    if num_ranks == 1:
+        return free
+    least = torch.tensor(free)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)

@@ -7,6 +7,7 @@ place of their cache, of which they only ever call `update`.
 from __future__ import annotations
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,12 +54,17 @@ class Appendable(ABC):
 
 
 class _Buffers:
-    """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs."""
+    """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs.
+
+    Args:
+        devices, num_ranks: as for `KVCache`.
+    """
 
     def __init__(
-        self, num_layers: int, num_rows: int, capacity: int, devices: Sequence[torch.device] = ()
+        self, num_layers: int, num_rows: int, capacity: int, devices: Sequence[torch.device], num_ranks: int
     ) -> None:
-        self.num_rows, self.capacity, self._devices = num_rows, capacity, devices
+        self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, capacity, devices, num_ranks
+        self.limit = sys.maxsize  # positions that no row reaches beyond
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._fitting = 0  # a capacity that was found to fit
 
@@ -71,8 +77,8 @@ class _Buffers:
         held = self.of_layers[layer]
         if held is not None and end <= held[0].shape[2]:
             return held
-        while self.capacity < end:
-            self.capacity *= 2
+        if self.capacity < end:
+            self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         if self._fitting < self.capacity:
             # If it does not fit, a shorter sequence may.
             wanted, self.capacity = self.capacity, self._fitting or ALIGNMENT
@@ -95,7 +101,7 @@ class _Buffers:
             row = 2 * num_layers * like.shape[1:].numel() * capacity * like.itemsize
             pairs = (pair for of, pair in zip(devices, self.of_layers, strict=True) if of == device)
             held = sum(part.nbytes for pair in pairs for part in pair or ())
-            if (free := held + free_memory(device)) < self.num_rows * row:
+            if (free := held + free_memory(device, self._num_ranks)) < self.num_rows * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
                     f"{self.num_rows} times {capacity} positions of keys and values take "
@@ -108,7 +114,7 @@ class KVCache(Appendable):
 
     A layer's buffers are allocated once, on the device and in the dtype of the first keys they see, and
     appended in place; a layer that never runs costs nothing. Rolling back moves a position. Only a generation
-    that outgrows `capacity` copies: the buffers then double.
+    that outgrows `capacity` copies: the buffers then double, or grow to the limit that `reserve` was told.
 
     Every pass appends the same number of positions to all rows, and a row has the same positions in every
     layer. So two lists tell all lengths: how many positions each layer was given, and how many of them each
@@ -117,6 +123,7 @@ class KVCache(Appendable):
     Args:
         num_rows: the most there are at a time. At first there is one, and it is empty.
         devices: of each layer, the one that has its weights; none: all are where the first keys are.
+        num_ranks: processes that hold the model together, see `free_memory`.
     """
 
     def __init__(
@@ -125,8 +132,9 @@ class KVCache(Appendable):
         capacity: int,
         num_rows: int = 1,
         devices: Sequence[torch.device] = (),
+        num_ranks: int = 1,
     ) -> None:
-        self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices)
+        self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices, num_ranks)
         self._first_row = 0
         self._appended = [0] * num_layers  # by layer: positions that it was given
         self._decided = 0  # positions that every layer had been given when the last round began
@@ -148,9 +156,14 @@ class KVCache(Appendable):
         """Positions that a row has room for."""
         return self.buffers.capacity
 
-    def reserve(self, num_positions: int) -> None:
-        """Let buffers that are made from now on have room for so many positions."""
+    def reserve(self, num_positions: int, limit: int) -> None:
+        """Let buffers that are made from now on have room for so many positions, and see `limit_growth`."""
         self.buffers.capacity = max(self.capacity, round_up(num_positions, ALIGNMENT))
+        self.limit_growth(limit)
+
+    def limit_growth(self, num_positions: int) -> None:
+        """No row reaches beyond so many positions: buffers that are outgrown become no larger."""
+        self.buffers.limit = num_positions
 
     @property
     def is_level(self) -> bool:
@@ -255,18 +268,24 @@ class KVCache(Appendable):
         self._missing.append(self._appended[0] - length)
         self._decided, self._missing_on_device = self._appended[0], None
 
-    def drop(self, row: int, damaged: bool = False) -> None:
-        """A row has ended; the last one takes its place, and leaves it the last one's.
+    def drop(self, row: int, damaged: bool = False, keep: bool = False) -> None:
+        """A row has ended. The last row moves to its place.
 
         Args:
             damaged: it may hold what is no number, and no mask would keep that from a row that comes after.
+            keep: what it holds moves to the last row's place. Otherwise it is overwritten.
         """
         self._settle()
         last = self.num_rows - 1
         if damaged:
             for buffer in self._all_buffers():
                 buffer[row].zero_()
-        self.swap(row, last, max(self.length(0, row), self.length(0, last)))
+        if keep:
+            self.swap(row, last, max(self.length(0, row), self.length(0, last)))
+        elif row != last:
+            length = self.length(0, last)
+            for buffer in self._all_buffers():
+                buffer[row, :, :length] = buffer[last, :, :length]
         self._missing[row] = self._missing[last]
         self._missing.pop()
         self._missing_on_device = None

@@ -167,11 +167,17 @@ class Int4Product(LowBitProduct):
 @cache
 @torch.no_grad()
 def works(kind: type[LowBitProduct], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for models of this format there."""
+    """Whether there is a kernel for models of this format there.
+
+    Raises:
+        torch.OutOfMemoryError: there was no room to try; it is tried again when it is asked again.
+    """
     tiny = nn.Linear(_GROUP, _BLOCK_OF_ROWS, bias=False, device="meta")  # which draws no random numbers
     tiny.weight = nn.Parameter(torch.zeros(tiny.weight.shape, device=device, dtype=dtype))
     try:
         kind(Product(tiny))(torch.zeros(1, _GROUP, device=device, dtype=dtype))
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, RuntimeError):
         return False
     return True

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.decoder import Decoder, forward_early
-from self_speculation.model.devices import free_memory
+from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.lean_layers import LeanHead, LeanLayer
@@ -96,7 +96,7 @@ def quantized(
     if of_head is not None:
         kinds |= dict.fromkeys(head.products, of_head)
     missing = {product: kind for product, kind in kinds.items() if not product.has_derived(kind)}
-    _check_room(missing, draft_weights, decoder.rotary.device)
+    _check_room(missing, draft_weights, decoder)
     weigh = any(kind.weighs_inputs for kind in missing.values())
     squares = _squares_of_inputs(decoder, layers) if weigh else {}
 
@@ -109,13 +109,13 @@ def quantized(
 
 
 def _check_room(
-    missing: MutableMapping[Product, type[LowBitProduct]], draft_weights: DraftWeights, device: torch.device
+    missing: Mapping[Product, type[LowBitProduct]], draft_weights: DraftWeights, decoder: Decoder
 ) -> None:
     """Raises ValueError where these copies do not fit."""
     if not missing:
         return
     needed = sum(kind.bytes_of(product.shape) for product, kind in missing.items())
-    free = free_memory(device)
+    free = free_memory(decoder.rotary.device, num_ranks(decoder.model))
     if needed > free:
         raise ValueError(
             f"draft_weights {draft_weights}: takes {needed / 2**30:.2f} GiB more than the model, and "

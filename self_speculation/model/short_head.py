@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,9 @@ from self_speculation.transfers import on_device
 
 # Ids of a model by how often they were counted, the most frequent first.
 _FREQUENT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+
+# The products of heads that are not lean, and what they are valid for. They keep the rows that were copied.
+_PLAIN: WeakKeyDictionary[nn.Module, tuple[Hashable, Product]] = WeakKeyDictionary()
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
@@ -75,4 +78,9 @@ def _product(head: LeanHead | PlainHead, number: int) -> Product:
         raise ValueError(
             f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
         )
-    return product
+    valid_for, kept = _PLAIN.get(head.module, (None, product))
+    if valid_for != head.identity:
+        _PLAIN[head.module] = head.identity, product
+        return product
+    kept.follow_weight()
+    return kept

@@ -2,17 +2,20 @@
 ones, which take Python longer than the processor.
 
 A range of lean layers is traced by TorchScript, with widths and lengths as sizes of its inputs, so that one
-trace serves every step. Weights, or copies of them, are its attributes: it is valid for the very layers and
-copies that it was made over. TorchScript is in maintenance mode: all that knows of it is here.
+trace serves every step. Weights, or copies of them, are its attributes. Where they change, a copy of the
+trace gets the new ones: its graph is valid for all weights of these shapes. TorchScript is in maintenance
+mode: all that knows of it is here.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,8 +31,7 @@ from self_speculation.model.products import InFloat16, Product
 
 # To trace a range takes as long as some forty of its passes gain: it waits until there were so many.
 _PASSES_BEFORE = 32
-# Of a model, however often its weights change. TorchScript keeps the graphs for as long as the process lives:
-# about a megabyte for each layer.
+# Of a model. TorchScript keeps the graphs for as long as the process lives: about a megabyte for each layer.
 _TRACES_AT_MOST = 32
 
 
@@ -38,13 +40,15 @@ class _Traces:
     """
     Args:
         passes_before: see `_PASSES_BEFORE`.
-        made: by range, width and format, each with all that it is valid for.
-        num_made: traces that there ever were.
+        graphs: by range, width and format, each a trace without weights and what it has as constants.
+        made: by the same, traces with weights, each with all that it is valid for.
+        num_made: graphs that there ever were.
         num_passes: of what was not traced when it ran.
     """
 
     passes_before: int = _PASSES_BEFORE
     num_made: int = 0
+    graphs: dict[Hashable, tuple[Hashable, torch.jit.ScriptModule]] = field(default_factory=dict)
     made: dict[Hashable, tuple[Sequence[Any], Callable[..., Tensor]]] = field(default_factory=dict)
     num_passes: Counter[Hashable] = field(default_factory=Counter)
 
@@ -63,7 +67,7 @@ def never_trace(model: PreTrainedModel) -> None:
 
 
 def num_traces(model: PreTrainedModel) -> int:
-    """Those that there ever were: a pass in which there is another one takes ten times as long."""
+    """Graphs that there ever were: a pass in which there is another one takes ten times as long."""
     return _TRACES[model].num_made if model in _TRACES else 0
 
 
@@ -85,7 +89,6 @@ class TracedDecoder(Decoder):
         for kind, (valid_for, _) in [*traces.made.items()]:
             if not all(id(part) in current for part in valid_for):
                 traces.made.pop(kind, None)  # another thread may have been faster
-                del traces.num_passes[kind]
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
         other = super().over(layers, head)
@@ -119,19 +122,32 @@ class TracedDecoder(Decoder):
         traces, kind = _TRACES.setdefault(self.model, _Traces()), (first, last, width == 1, type(products[0]))
         made = traces.made.pop(kind, None)  # what is out of date must not be kept alive
         if made is None or any(a is not b for a, b in zip(made[0], valid_for, strict=True)):
-            traces.num_passes[kind] += 1
-            if traces.num_passes[kind] <= traces.passes_before or traces.num_made >= _TRACES_AT_MOST:
-                return False
-            traces.num_made += 1
-            made = valid_for, self._trace(layers, hidden, first)
+            graph = traces.graphs.get(kind)
+            if graph is None or graph[0] != _constants(layers, self.dtype):
+                traces.num_passes[kind] += 1
+                if traces.num_passes[kind] <= traces.passes_before or traces.num_made >= _TRACES_AT_MOST:
+                    traces.graphs.pop(kind, None)
+                    return False
+                traces.num_made += 1
+                graph = traces.graphs[kind] = self._graph(layers, hidden, first)
+            trace = copy.deepcopy(graph[1])  # shares the code
+            _set(trace, _parts(layers))
+            made = valid_for, trace
         traces.made[kind], self._found[key] = made, made[1]
         return True
 
-    def _trace(self, layers: list[Any], hidden: Tensor, first: int) -> Callable[..., Tensor]:
+    def _graph(
+        self, layers: list[Any], hidden: Tensor, first: int
+    ) -> tuple[Hashable, torch.jit.ScriptModule]:
+        """See `_Traces.graphs`. Stand-ins take the place of weights: it keeps none of them in memory."""
         inputs = self._inputs(first, first + len(layers), hidden.shape[1])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that become constants: they are those of the model
-            return torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
+            graph = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
+        nothing = torch.empty(0)
+        parts = _parts(layers).items()
+        _set(graph, {n: nothing if isinstance(part, Tensor) else _packed_nothing() for n, part in parts})
+        return _constants(layers, self.dtype), graph
 
     def _inputs(self, first: int, last: int, width: int) -> list[Tensor]:
         """Those of `_Range`, but the first."""
@@ -155,6 +171,42 @@ def _can_be_traced(layer: Any, place: int, width: int) -> bool:
     )
 
 
+def _parts(layers: Sequence[LeanLayer]) -> dict[str, Any]:
+    """All that passes over these layers read, by its name as an attribute of their trace."""
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
+    copies = [product.copy_read for layer in layers for product in layer.products]
+    parts: dict[str, Any] = {f"tensor{index}": tensor for index, tensor in enumerate(tensors)}
+    packed = {f"copy{i}": read.packed for i, read in enumerate(copies) if isinstance(read, InFloat16)}
+    return parts | packed
+
+
+def _constants(layers: Sequence[LeanLayer], dtype: torch.dtype) -> Hashable:
+    """Equal only where the same graph serves these layers, over states in this format."""
+    parts = _parts(layers).values()
+    values = [value for layer in layers for value in vars(layer).values()]
+    numbers = [value for value in values if isinstance(value, int | float | MethodType)]
+    kinds = [
+        kind
+        for layer in layers
+        for product in layer.products
+        for kind in (type(product), type(product.copy_read))
+    ]
+    shapes = [(t.shape, t.stride(), t.dtype) for t in parts if isinstance(t, Tensor)]
+    places: dict[int, int] = {}  # parts that are one and the same have one attribute in the graph
+    which = [places.setdefault(id(part), index) for index, part in enumerate(parts)]
+    return dtype, tuple(numbers), tuple(kinds), tuple(shapes), tuple(which)
+
+
+def _set(trace: torch.jit.ScriptModule, parts: Mapping[str, Any]) -> None:
+    for name, part in parts.items():
+        setattr(trace, name, part)
+
+
+def _packed_nothing() -> Any:
+    """What `InFloat16` packs of a weight of one number."""
+    return InFloat16(torch.zeros(1, 1)).packed
+
+
 class _Range(nn.Module):
     """Lean layers one after the other, as a function of tensors."""
 
@@ -162,12 +214,11 @@ class _Range(nn.Module):
         super().__init__()
         self._layers = layers
         # TorchScript keeps all graphs that it ever made, with their constants: weights must be attributes.
-        for index, tensor in enumerate(tensor for layer in layers for tensor in layer.tensors()):
-            self.register_buffer(f"tensor{index}", tensor)
-        products = [product for layer in layers for product in layer.products]
-        for index, product in enumerate(products):
-            if isinstance(product.copy_read, InFloat16):  # what is no tensor must be an attribute
-                setattr(self, f"copy{index}", product.copy_read.packed)
+        for name, part in _parts(layers).items():
+            if isinstance(part, Tensor):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
 
     def forward(
         self, hidden: Tensor, rotations: Tensor, past: Tensor, mask: Tensor, *buffers: Tensor

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count, cycle, islice
 
 import pytest
@@ -468,13 +469,40 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
     """Guards against room for the longest prompt there was that is asked for again and again."""
-    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda device: 4 * 2**20)
+    monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda *_: 4 * 2**20)
     model = tiny_llama(max_position_embeddings=200_000)
     requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
     got = batch(model, requests, 2, max_steps=5)
     assert [isinstance(got[index], MemoryError) for index in range(4)] == [True, False, True, False]
     for index in (1, 3):
         assert got[index].predicted_tokens == alone(model, requests[index], max_steps=5).predicted_tokens
+
+
+def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
+    """Guards against a cache that doubles beyond that, and is refused for it: here at first for a row that
+    has ended by then.
+    """
+    monkeypatch.setattr("self_speculation.model.decoder._FIRST_ALLOCATION", 32)
+    config = GenerationConfig(sample=False, max_steps=200)
+    going = Batch(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
+    going.admit("ends early", Request([3], stopping_criteria=[lambda ids, logits: ids.shape[1] > 9]))
+    going.admit("is long", Request([7], config=replace(config, max_steps=60)))
+    capacities, ended = set(), {}
+    while going.rows:
+        going.round()
+        capacities.add(going._decoding.decoder.cache.capacity)
+        ended |= going.take_out()
+    assert capacities == {24, 48, 64}
+    assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
+
+
+def test_places_are_not_exchanged_without_reuse_cache(monkeypatch):
+    """Guards against copies of all that a dropped row holds, which nobody reads."""
+    monkeypatch.setattr(KVCache, "swap", lambda *_: pytest.fail("exchanged"))
+    got = batch(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
+    for index, prompt in enumerate(PROMPTS):
+        expected = alone(tiny_llama(), Request(prompt), max_steps=5)
+        assert got[index].predicted_tokens == expected.predicted_tokens
 
 
 def test_a_batch_driven_by_hand(monkeypatch):

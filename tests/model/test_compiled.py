@@ -35,6 +35,22 @@ def test_the_same_ids_and_no_compilation_for_another_prompt(fused, backend, monk
     assert answers == expected
 
 
+@pytest.mark.parametrize("num_speculations", [57, 63])
+def test_drafts_at_the_end_of_the_context(num_speculations, monkeypatch):
+    """Guards against a static cache that is told to be larger than it is, when an answer can come to the end
+    of the context: with 57 to 63 drafts it took itself for the larger one that this answer needs.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("self_speculation.model.compiled._SMALLEST_CAPACITY", 128)
+    model = copy.deepcopy(tiny_llama(agreement="always", exit_layer=1))
+    prompt, how = list(range(3, 43)) * 5, {"max_steps": 100, "eos": []}
+    expected = generate(model, prompt, **how)
+    assert expected.stop_reason == "context"
+    compile_decoding(model)
+    drafts = {"exit_layer": 1, "num_speculations": num_speculations}
+    assert generate(model, prompt, **how, **drafts).predicted_tokens == expected.predicted_tokens
+
+
 def hooked(model):
     model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
 

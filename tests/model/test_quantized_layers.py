@@ -195,16 +195,37 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     needed += of_head.bytes_of(head[0].shape)
     decoder = Decoder(model, 6, 20)
     packed = bytes_made(model)
-    monkeypatch.setattr(quantized_layers, "free_memory", lambda device: needed - 1)
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: needed - 1)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
         quantized(decoder, 2, "int4")
-    monkeypatch.setattr(quantized_layers, "free_memory", lambda device: needed)
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: needed)
     quantized(decoder, 2, "int4")
     assert bytes_made(model) == packed + needed
-    monkeypatch.setattr(quantized_layers, "free_memory", lambda device: 0)
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
     quantized(decoder, 2, "int4")  # it is there already
     with pytest.raises(ValueError, match="draft_weights int4: takes"):
         quantized(decoder, 3, "int4")
+
+
+def test_want_of_memory_is_no_want_of_a_kernel():
+    """Guards against drafts in fewer bits that are refused for ever because memory was short once."""
+    errors: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    class Product(low_bit_products.Int8Product):
+        def __call__(self, x):
+            if errors:
+                raise errors.pop()
+            return super().__call__(x)
+
+    class Missing(Product):
+        def __call__(self, x):
+            raise NotImplementedError("no such kernel")
+
+    asked = (torch.device("cpu"), torch.float32)
+    with pytest.raises(torch.OutOfMemoryError):
+        low_bit_products.works(Product, *asked)
+    assert low_bit_products.works(Product, *asked)
+    assert not low_bit_products.works(Missing, *asked)
 
 
 def test_what_pays_on_a_gpu(monkeypatch):
@@ -242,7 +263,7 @@ SCRIPTS = {
 def test_scripts_refuse_in_one_line(name, flags, said, model_folder, tmp_path, monkeypatch, capsys):
     """Guards against a traceback where a model turns out not to be lean, or too large, when it is loaded."""
     if flags == ["--no_room"]:
-        monkeypatch.setattr(quantized_layers, "free_memory", lambda device: 0)
+        monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
         flags = []
     script, how = SCRIPTS[name]
     speculation = [] if name == "sweep" else SPECULATION

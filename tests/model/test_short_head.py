@@ -65,10 +65,12 @@ def test_what_was_counted_most_comes_first_then_the_first_ids():
     assert likely_ids(model, 5) == [0, 1, 2, 30, 40]
 
 
-def test_rows_are_copied_once(monkeypatch):
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_are_copied_once(fused, monkeypatch):
     """Guards against copies for each answer."""
-    model, copied = fresh(fused=True), []
-    fuse(model)
+    model, copied = fresh(), []
+    if fused:
+        fuse(model)
     of_rows = Product.of_rows
     monkeypatch.setattr(Product, "of_rows", lambda self, ids: copied.append(ids) or of_rows(self, ids))
     plain = generate(model, PROMPT, max_steps=40, eos=[])

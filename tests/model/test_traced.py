@@ -113,6 +113,14 @@ def hooked(model):
     model.model.layers[2].register_forward_hook(lambda module, inputs, output: -output)
 
 
+def reassigned(model):
+    model.load_state_dict({name: w.flip(-1) for name, w in model.state_dict().items()}, assign=True)
+
+
+def replaced_activation(layer):
+    layer.mlp.act_fn = torch.nn.ReLU()
+
+
 CHANGES = [changed_in_place, written_through_data, pointed_elsewhere]
 
 
@@ -185,7 +193,7 @@ def test_layers_in_another_order(model):
 
 
 def test_no_more_is_traced_than_may_stay_in_memory(monkeypatch):
-    """Guards against graphs, which TorchScript never frees, of each epoch of a training."""
+    """Guards against graphs, which TorchScript never frees, of every range that anybody asks for."""
     monkeypatch.setattr(traced, "_TRACES_AT_MOST", 3)
     model = copy.deepcopy(tiny_llama())
     fuse(model)
@@ -197,6 +205,45 @@ def test_no_more_is_traced_than_may_stay_in_memory(monkeypatch):
             == generate(untraced(model), PROMPT, **how).predicted_tokens
         )
     assert num_traces(model) == 3
+
+
+@pytest.mark.parametrize("how", [STRATEGIES[0], STRATEGIES[4]])
+def test_other_weights_are_decoded_by_the_graphs_there_are(model, how, monkeypatch):
+    """Guards against a model that is no longer traced because its weights have changed so often."""
+    generate(model, PROMPT, max_steps=8, eos=[], **how)
+    made, graphs = num_traces(model), traced.num_traces(model)
+    monkeypatch.setattr(traced, "_TRACES_AT_MOST", graphs)
+    traced._TRACES[model].passes_before = 32  # a graph that is there waits for nothing
+    for turn in range(3):
+        for change in (*CHANGES, reassigned):
+            change(model)
+        expected = generate(untraced(model), PROMPT, max_steps=8, eos=[], **how).predicted_tokens
+        found = generate(model, PROMPT, max_steps=8, eos=[], **how)
+        assert found.predicted_tokens == expected, turn
+        assert (num_traces(model), traced.num_traces(model)) == (made, graphs)
+
+
+def test_another_graph_for_layers_of_other_numbers(model):
+    """Guards against constants of a graph that are another model's: the scale of attention, an activation."""
+    generate(model, PROMPT, max_steps=8, eos=[])
+    before = generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens
+    for change in (lambda layer: setattr(layer.self_attn, "scaling", 3.0), replaced_activation):
+        change(model.model.layers[1])
+        expected = generate(untraced(model), PROMPT, max_steps=20, eos=[]).predicted_tokens
+        assert generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens == expected != before
+    assert traced.num_traces(model) == 3
+
+
+def test_another_graph_for_states_in_another_format():
+    """Guards against a graph over copies in eight bits that takes states in float32 for those in bfloat16."""
+    model, how = copy.deepcopy(tiny_llama()).to(torch.bfloat16), STRATEGIES[4]
+    trace_at_once(model)
+    for widen in (True, False):
+        fuse(model, widen=widen)
+        expected = generate(untraced(model), PROMPT, max_steps=20, eos=[], **how)
+        found = generate(model, PROMPT, max_steps=20, eos=[], **how)
+        assert found.predicted_tokens == expected.predicted_tokens
+        assert found.acceptance_rate == expected.acceptance_rate
 
 
 def test_rounds_in_which_something_is_traced_teach_no_times(model, monkeypatch):

@@ -97,6 +97,29 @@ def test_tensor_parallel_ids_are_those_of_one_process(folder, expected_ids, rank
     assert int(heads) == 4 // ranks
 
 
+def test_a_prompt_that_one_rank_has_no_room_for_fails_on_all(folder, tmp_path):
+    """Guards against a rank that refuses by its own memory, while the others wait in the first pass."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from datetime import timedelta; from runs import ranks\n"
+        "ranks.PATIENCE = timedelta(seconds=5); ranks.join_as_one()\n"
+        "import psutil; from types import SimpleNamespace; available = psutil.virtual_memory().available\n"
+        "from self_speculation import *\n"
+        f"model, _ = load_model_and_tokenizer({str(folder)!r}, LoadingOptions(parallel='tensor'))\n"
+        "def answers(free):\n"
+        "    psutil.virtual_memory = lambda: SimpleNamespace(available=free)\n"
+        "    requests = [Request([5, 6, 7])] * 2\n"
+        "    config = GenerationConfig(sample=False, max_steps=4)\n"
+        "    batch = make_strategy('autoregressive').generate_batch(model, requests, config, 2)\n"
+        "    return [type(result).__name__ for _, result in batch]\n"
+        "print(*answers(available if ranks.is_first() else 0), *answers(available)); ranks.leave()\n"
+    )
+    result = forks.run_ranks(2, program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["MemoryError"] * 2 + ["GenerationStrategyResult"] * 2
+
+
 @pytest.fixture
 def common(folder, tmp_path):
     return [

@@ -12,6 +12,8 @@ from conftest import ROOT
 from helpers import custom_data, no_calibration, no_pictures, only_run
 
 import benchmark
+import eval as eval_script
+import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
 from measures.replay import predicted_cell, replay, within_noise
@@ -21,6 +23,7 @@ from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
 from self_speculation.decoding.tally import Tally
 from self_speculation.drafts.costs import Costs
+from self_speculation.model.products import Product
 from sweep import SweepArguments
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
@@ -380,11 +383,59 @@ def test_a_predicted_sweep_counts_what_was_output(common, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("--draft_vocabulary 200")
     folder = only_run(tmp_path)
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    assert counts(TuningArguments(str(folder))) == Counter(id_ for r in records for id_ in r["tokens"])
+    counted, of_model = Counter(id_ for r in records for id_ in r["tokens"]), ModelArguments(common[1])
+    assert counts(str(folder), of_model) == counted
     (folder / "vocabulary.json").write_text("[1]")
     with pytest.raises(SystemExit):
-        counts(TuningArguments(str(folder)))
+        counts(str(folder), of_model)
     assert "vocabulary.json: " in capsys.readouterr().err
+
+
+def by_generate(common, *flags):
+    common = common[: common.index("--num_samples")]
+    return generate.main([*common, "--prompt", "def", "--streamer", "none", *flags, "--sample", "False"])
+
+
+def by_benchmark(common, *flags):
+    common = common[: common.index("--exit_layer_last")]
+    return benchmark.main([*common, *flags, "--sample", "False"])
+
+
+def by_sweep(common, *flags):
+    return sweep.main([*common, *flags, "--num_speculations_last", "2"])
+
+
+def by_eval(common, *flags):
+    tasks = ["--include_path", str(ROOT / "eval_tasks"), "--tasks", "python_functions", "--limit", "1"]
+    return eval_script.main([*common[: common.index("--num_samples")], *tasks, *flags, "--max_steps", "3"])
+
+
+@pytest.mark.parametrize("script", [by_generate, by_benchmark, by_sweep, by_eval])
+@pytest.mark.usefixtures("timeless", "few_files_are_read")
+def test_a_short_head_is_made_once_of_the_ids_that_were_counted(script, common, tmp_path, monkeypatch):
+    """Guards against a head that is made before the counts are known, and a script that ignores them."""
+    (tmp_path / "vocabulary.json").write_text('{"299": 3, "131": 2, "222": 1}')
+    (tmp_path / "sweep.csv").write_text("mode,exit_layer,num_speculations,speedup\npredicted,2,3,1.5\n")
+    made, of_rows = [], Product.of_rows
+    monkeypatch.setattr(Product, "of_rows", lambda self, ids: made.append(ids.tolist()) or of_rows(self, ids))
+    assert script(common, "--tuned", str(tmp_path / "sweep.csv"), "--draft_vocabulary", "4") == 0
+    assert made == [[0, 131, 222, 299]]
+
+
+def test_a_sweep_uses_another_one_for_its_ids_alone(common, tmp_path, capsys):
+    """Guards against --tuned that says nothing where it does nothing."""
+    (tmp_path / "sweep.csv").write_text("mode,exit_layer,num_speculations,speedup\npredicted,2,3,1.5\n")
+    for flags, message in (
+        ([], "sweep.csv: names the ids of --draft_vocabulary here; give that flag too"),
+        (
+            ["--draft_vocabulary", "9"],
+            "sweep.csv: has no vocabulary.json, which is written by --mode predicted",
+        ),
+    ):
+        with pytest.raises(SystemExit) as end:
+            sweep.main([*common, "--tuned", str(tmp_path / "sweep.csv"), *flags])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
