@@ -114,7 +114,7 @@ class GenerationConfig:
         between = f"between 1 and {most}, the model has {num_layers} layers"
         if speculative and self.draft_weights == "exact" and self.exit_layer == num_layers:
             between += f"; with draft_weights int8 or int4 it may be {num_layers}"
-        if self.generation_strategy == "adaptive":
+        if self.is_adaptive:
             for field, default in (("exit_layer", -1), ("num_speculations", -1), ("draft_confidence", None)):
                 if (value := getattr(self, field)) != default:
                     raise ValueError(f"{field} {value}: adaptive chooses it, leave it out")
@@ -131,7 +131,11 @@ class GenerationConfig:
 
     @property
     def longest_draft(self) -> int:
-        return LONGEST_DRAFT if self.generation_strategy == "adaptive" else self.num_speculations
+        return LONGEST_DRAFT if self.is_adaptive else self.num_speculations
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.generation_strategy == "adaptive"
 
     @property
     def greedy(self) -> bool:

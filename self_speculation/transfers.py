@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 
 import torch
@@ -45,3 +46,33 @@ def read(numbers: Sequence[Tensor]) -> list[list[float]]:
     """The numbers of each tensor, by one read."""
     values = iter(Reading(numbers).wait())
     return [list(itertools.islice(values, part.numel())) for part in numbers]
+
+
+class Stopwatch:
+    """Two intervals on end, of which the first may still be going on at a GPU when it is marked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began = time.perf_counter()
+        self._start = self._event()
+        self._split: float | torch.cuda.Event | None = None
+
+    def split(self) -> None:
+        """The first interval ends, once all is done that the GPU was given so far. Nobody waits for it."""
+        self._split = self._event() or time.perf_counter()
+
+    def stop(self) -> tuple[float, float]:
+        """Seconds of both. To be called after a read: what the GPU was given is done."""
+        total, first = time.perf_counter() - self._began, 0.0
+        if isinstance(self._split, float):
+            first = self._split - self._began
+        elif self._split is not None and self._start is not None:
+            first = self._start.elapsed_time(self._split) / 1000
+        return first, max(0.0, total - first)
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

@@ -113,6 +113,11 @@ class Output:
         """Of the history."""
         return [*self.prompt, *self.tokens]
 
+    def ids_from(self, position: int) -> list[int]:
+        """Of the history, from a position on."""
+        num_prompt = len(self.prompt)
+        return [*self.prompt[position:], *self.tokens[max(0, position - num_prompt) :]]
+
     def history(self, num_drafted: int = 0) -> Tensor:
         """[1, prompt + output + drafts] ids, a view; only the prompt's where nobody looks at the others."""
         return self._ids[:, : self.length + num_drafted]

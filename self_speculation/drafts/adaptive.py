@@ -1,26 +1,27 @@
-"""Drafts of whatever source promises most, chosen round by round."""
+"""Drafts of whatever sources promise most, chosen round by round."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.rows import Rows
-from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.drafts.draft import Draft, DraftSource, mixed, no_draft
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Plan
 from self_speculation.model.devices import agreed
 from self_speculation.model.traced import num_traces
+from self_speculation.transfers import Stopwatch
 
 
 class AdaptiveDrafts(DraftSource):
-    """What a policy plans: drafts of one of several sources, or nothing.
+    """What a policy plans: drafts of one of several sources, with lookups before them, or nothing.
 
-    Reads from the device: those of the source that drafts.
+    Reads from the device: those of the sources that draft.
 
     Args:
         model: whose processes must agree on what is planned, where several hold it together.
+        sources: by name; those of layers end their drafts as the policy says.
     """
 
     def __init__(
@@ -28,22 +29,33 @@ class AdaptiveDrafts(DraftSource):
     ) -> None:
         self._model, self._sources, self._policy = model, sources, policy
         self._plan = Plan()
-        self._began, self._num_traces = 0.0, 0
+        self._stopwatch, self._num_traces = Stopwatch(model.device), 0
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
-        self._began, self._num_traces = time.perf_counter(), num_traces(self._model)
+        self._stopwatch, self._num_traces = Stopwatch(self._model.device), num_traces(self._model)
         matched = {name: source.matched(rows) for name, source in self._sources.items()}
-        self._plan = self._policy.plan(matched, rows.rooms(k, wanted))
-        if self._plan.source == PLAIN:
-            nothing, drawn_from = rows.joined([], self._model.config.vocab_size)
-            return Draft(rows.sampler, ["none"] * len(rows), nothing, drawn_from, [0] * len(rows))
-        return self._sources[self._plan.source].draft(rows, min(k, self._plan.length), wanted)
+        self._plan = plan = self._policy.plan(matched, rows.rooms(k, wanted))
+        draft, rest = None, wanted or [True] * len(rows)
+        for name in sorted({*plan.lookups} - {PLAIN}):
+            found = [name == lookup for lookup in plan.lookups]
+            looked_up = self._sources[name].draft(rows, min(k, plan.length), found)
+            draft = looked_up if draft is None else mixed(rows, looked_up, draft, found)
+            rest = [wants and not is_found for is_found, wants in zip(found, rest, strict=True)]
+        if plan.source != PLAIN and any(rest):
+            drafted = self._sources[plan.source].draft(rows, min(k, plan.length), rest)
+            draft = drafted if draft is None else mixed(rows, drafted, draft, rest)
+        self._stopwatch.split()
+        return draft or no_draft(rows, self._model.config.vocab_size)
 
     def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
-        seconds = agreed(self._model, time.perf_counter() - self._began)
-        plan = Plan(self._plan.source, draft.tokens.shape[1])
-        if num_traces(self._model) == self._num_traces:  # or it says nothing of rounds to come
-            self._policy.took(plan, len(rows), seconds)
-        self._policy.learn(plan, draft.matched or [0] * len(rows), draft.lengths, num_accepted)
-        if plan.source != PLAIN:
-            self._sources[plan.source].learn(rows, draft, num_accepted)
+        seconds = agreed(self._model, self._stopwatch.stop())
+        none = [0] * len(rows)
+        self._policy.learn(
+            draft.sources,
+            draft.matched or none,
+            draft.confidences,
+            draft.lengths,
+            num_accepted,
+            # A pass that is traced takes ten times as long as later ones.
+            seconds if num_traces(self._model) == self._num_traces else None,
+        )

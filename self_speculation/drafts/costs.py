@@ -1,25 +1,26 @@
-"""What a round costs: one notion for the policy that plans rounds, the sweep, and the formula.
+"""What a round costs, for the policy that plans rounds, the sweep, and the formula.
 
-An estimate is made of the bytes that passes read. A sweep calibrates one; adaptive decoding corrects it by
-what its rounds take.
+Estimates follow from the bytes that passes read and from what a processor computes. A sweep calibrates them; adaptive
+decoding corrects them by its rounds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy
 
-from self_speculation.drafts.estimates import DecayedLine, DecayedMean
+from self_speculation.drafts.estimates import DecayedMean
 from self_speculation.model.quantized_layers import bytes_per_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from self_speculation.config import DraftWeights
+    from self_speculation.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -77,58 +78,113 @@ class Costs:
         )
 
 
-_NOTHING_SEEN = DecayedLine()
+# What a pass over n tokens costs, in passes over one, by what multiplies: between these n it is a line.
+_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+_GROWTH: Mapping[str, Sequence[float]] = {
+    "float16": (1.0, 1.06, 1.18, 1.5, 2.5, 4.6, 9.0),  # of weights, inputs in float32 (FBGEMM)
+    "packed": (1.0, 1.04, 1.1, 1.25, 1.5, 2.5, 4.0),  # oneDNN
+    "int4": (1.0, 1.3, 1.9, 3.0, 5.6, 11.0, 22.0),
+    "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # reading weights takes longer than multiplying
+}
 
 
-class RoundTimes:
-    """Seconds that rounds take, by their source and the rows in them: a + b x tokens drafted of each row.
+def growth(decoder: Decoder, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
+    """Estimates what a pass over n tokens costs, in passes over one, through a model or through a copy of it."""
+    if decoder.rotary.device.type != "cpu":
+        kind = "gpu"
+    elif draft_weights == "int4":
+        kind = "int4"
+    else:
+        kind = "float16" if decoder.dtype != decoder.model.dtype else "packed"
+    costs = _GROWTH[kind]
 
-    A source begins with an estimate, scaled by the rounds of any source so far, and is corrected by its own
-    rounds. The longer ago one was, the less it counts: a bad moment of the machine is forgotten.
+    def of(num_tokens: int) -> float:
+        if num_tokens > _TOKENS[-1]:
+            return costs[-1] * num_tokens / _TOKENS[-1]
+        return float(numpy.interp(num_tokens, _TOKENS, costs))
+
+    return of
+
+
+class PassTimes:
+    """Seconds of a model's passes, learnt from rounds: one curve over the tokens of a verification, whoever drafted, and
+    one number for a token drafted by a source.
+
+    Each begins as an estimate, in plain steps of one row until a round was made. The longer ago an observation is, the
+    less it counts: a bad moment of the machine is forgotten.
 
     Args:
-        warm_up: how many of the first rounds of a source and a draft length do not count: passes may be
-            compiled in them.
+        growth: estimated cost of a pass over n tokens, in passes over one.
+        warm_up: first rounds of a width that do not count: their passes may be compiled.
     """
 
-    _TOO_LONG = 3.0  # no round counts as more than so many times what was expected of it
-    _LEAST = 0.1  # no round takes less of a plain step, whatever line a few noisy rounds give
+    # Nothing counts as more than so many times what was expected of it.
+    _TOO_LONG = 3.0
+    # The estimated slope of the curve counts as an observation of a pass that costs so much more than a plain step.
+    _PRIOR_EXCESS = 0.3
 
-    def __init__(self, warm_up: int = 0) -> None:
-        self._warm_up = warm_up
-        self._runs: Counter[tuple[str, int, int]] = Counter()
-        self._lines: dict[tuple[str, int], DecayedLine] = {}
+    def __init__(self, growth: Callable[[int], float], warm_up: int = 0) -> None:
+        self._growth, self._warm_up = growth, warm_up
+        self._runs: Counter[tuple[int, int]] = Counter()
         self._units: dict[int, DecayedMean] = {}  # seconds of a plain step, by rows
+        self._excess: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
+        self._drafts: dict[tuple[str, int], DecayedMean] = {}
+        self._estimated: dict[int, numpy.ndarray] = {}  # see `_steps`, by rows
 
-    def line(self, source: str, num_rows: int, drafted: float) -> tuple[float, float]:
-        """a and b, in seconds; in plain steps, where there was no round yet.
+    def verifications(self, num_rows: int, longest: int) -> numpy.ndarray:
+        """[longest + 1] of drafts with 0, 1, ... tokens in each row; that of none is a plain step."""
+        return self.plain_step(num_rows) * (
+            1.0 + self._slope(num_rows).value * self._steps(num_rows, longest)
+        )
+
+    def plain_step(self, num_rows: int) -> float:
+        if not self._units:
+            return self._growth(num_rows)
+        known = min(self._units, key=lambda rows: abs(rows - num_rows))
+        return self._units[known].value * self._growth(num_rows) / self._growth(known)
+
+    def draft_step(self, source: str, num_rows: int, ratio: float, growth: Callable[[int], float]) -> float:
+        """Of one token in each row.
 
         Args:
-            drafted: estimated cost of one drafted token, in plain steps.
+            ratio: estimated cost with one row, in plain steps of one row.
+            growth: as that of the class, for the source's passes.
         """
-        unit = self._unit(num_rows)
-        a, b = self._lines.get((source, num_rows), _NOTHING_SEEN).fitted(unit, unit * drafted)
-        return max(a, self._LEAST * unit), b
+        estimate = self.plain_step(num_rows) / self._growth(num_rows) * ratio * growth(num_rows)
+        known = self._drafts.get((source, num_rows))
+        return estimate if known is None else known.value
 
-    def add(self, source: str, num_rows: int, drafted: float, num_drafted: int, seconds: float) -> None:
-        """Learn how long a round took. Arguments as those of `line`."""
-        key = (source, num_rows)
-        self._runs[(*key, num_drafted)] += 1
-        if self._runs[(*key, num_drafted)] <= self._warm_up:
+    def add_draft(self, source: str, num_rows: int, seconds: float, expected: float) -> None:
+        """Learn what a drafted token took; `expected`: what `draft_step` says."""
+        known = self._drafts.setdefault((source, num_rows), DecayedMean(0.0, weight=0.0))
+        known.add(min(seconds, self._TOO_LONG * expected) if self._units else seconds)
+
+    def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
+        """Learn what the verification of so many tokens in each row took."""
+        self._runs[num_rows, num_drafted] += 1
+        if self._runs[num_rows, num_drafted] <= self._warm_up:
             return
-        # The very first one is compared with nothing and may be a bad moment. It says only what a step takes,
-        # which every round corrects: a source that seems slow is hardly ever tried again.
-        step = seconds / (1.0 + drafted * num_drafted)
-        if self._units:
-            a, b = self.line(source, num_rows, drafted)
-            seconds = min(seconds, self._TOO_LONG * (a + b * num_drafted))
-            self._lines.setdefault(key, DecayedLine()).add(num_drafted, seconds)
-            # Without its drafts, which take longer than estimated where there are many rows.
-            step = max(seconds - b * num_drafted, self._LEAST * seconds)
-        self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(step)
+        steps = float(self._steps(num_rows, num_drafted)[-1])
+        # A first round is compared with nothing and may be a bad moment. It says only what a plain step takes.
+        if not self._units or (num_rows not in self._units and num_drafted):
+            self._units[num_rows] = DecayedMean(0.0, weight=0.0)
+            self._units[num_rows].add(seconds / (1.0 + self._slope(num_rows).value * steps), weight=0.1)
+            return
+        seconds = min(seconds, self._TOO_LONG * self.verifications(num_rows, num_drafted)[-1])
+        if not num_drafted:
+            self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
+        elif steps > 0.0:
+            more = seconds / self.plain_step(num_rows) - 1.0
+            self._slope(num_rows).add(
+                max(0.0, more / steps), weight=min(1.0, (steps / self._PRIOR_EXCESS) ** 2)
+            )
 
-    def _unit(self, num_rows: int) -> float:
-        """Seconds of a plain step, by the nearest number of rows that is known; 1 where none is."""
-        if not self._units:
-            return 1.0
-        return self._units[min(self._units, key=lambda known: abs(known - num_rows))].value
+    def _slope(self, num_rows: int) -> DecayedMean:
+        return self._excess.setdefault(num_rows, DecayedMean(1.0, weight=1.0))
+
+    def _steps(self, num_rows: int, longest: int) -> numpy.ndarray:
+        """[longest + 1] the estimated cost of verifications beyond a plain step, in these."""
+        if len(self._estimated.get(num_rows, ())) <= longest:
+            passes = numpy.array([self._growth(num_rows * (1 + n)) for n in range(longest + 1)])
+            self._estimated[num_rows] = passes / passes[0] - 1.0
+        return self._estimated[num_rows][: longest + 1]

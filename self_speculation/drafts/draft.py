@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import Sampler, SamplerOfRows
+from self_speculation.transfers import on_device
 
 T = TypeVar("T")
 
@@ -70,6 +73,11 @@ class DraftSource(ABC):
         """
         return [0] * len(rows)
 
+    def end_drafts_by(self, goes_on: Callable[[Sequence[Sequence[float]]], bool]) -> None:  # noqa: B027
+        """Ask after each token whether another one is to be drafted, by the probabilities [B][k] of those so far. Sources
+        whose drafts cost nothing do not ask.
+        """
+
 
 class PerOutput(Generic[T]):
     """What a source keeps of each output, made when it is first asked for."""
@@ -82,3 +90,39 @@ class PerOutput(Generic[T]):
         if output not in self._made:
             self._made[output] = self._make(output)
         return self._made[output]
+
+
+def no_draft(rows: Rows, vocab_size: int) -> Draft:
+    """No tokens for any row."""
+    tokens, drawn_from = rows.joined([], vocab_size)
+    return Draft(rows.sampler, ["none"] * len(rows), tokens, drawn_from, [0] * len(rows))
+
+
+def mixed(rows: Rows, first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
+    """Some rows of one draft, the others of another. No layer has seen the tokens of all rows, so all of them
+    verify.
+    """
+    width = max(first.tokens.shape[1], second.tokens.shape[1])
+    taken = on_device(from_first, first.tokens.device).bool()[:, None]  # [B, 1]
+
+    def widened(draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """Its tokens [B, k], padded as in `Rows.choose`, and what they were drawn from."""
+        missing, q = width - draft.tokens.shape[1], draft.probabilities
+        tokens = torch.cat((draft.tokens, rows.last.expand(-1, missing)), 1)
+        return tokens, None if q is None else pad(q, (0, 0, 0, missing))
+
+    def chosen(a: Sequence, b: Sequence) -> list:
+        return [x if wins else y for x, y, wins in zip(a, b, from_first, strict=True)]
+
+    none, nothing = [0] * len(from_first), [()] * len(from_first)
+    (tokens, q), (other_tokens, other_q) = widened(first), widened(second)
+    return Draft(
+        first.sampler,
+        chosen(first.sources, second.sources),
+        torch.where(taken, tokens, other_tokens),
+        # Both are None, or neither.
+        None if q is None or other_q is None else torch.where(taken[..., None], q, other_q),
+        chosen(first.lengths, second.lengths),
+        confidences=chosen(first.confidences or nothing, second.confidences or nothing),
+        matched=chosen(first.matched or none, second.matched or none),
+    )

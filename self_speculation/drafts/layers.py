@@ -11,15 +11,18 @@ from self_speculation.decoding.sampling import Choice
 from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
 from self_speculation.drafts.threshold import Threshold
 from self_speculation.model.decoder import Decoder, forward_early
+from self_speculation.model.short_head import ShortHead
+
+Confidences = Sequence[Sequence[float]]  # [B][k] the probabilities of drafted tokens
 
 
 class LayerDrafts(DraftSource):
     """Guesses of the first layers: each pass gives every row one more token.
 
-    Reads from the device: one for each drafted token if a threshold decides whether another one follows, or
-    if drafts are shown, or both; otherwise none. A GPU begins the next pass before the threshold is asked. If
-    the draft ends there, a pass of the model's own layers is not lost: it took the last guess through the
-    first layers, which verification needs anyway.
+    Reads from the device: one for each drafted token if its probability decides whether another one follows, or
+    if drafts are shown, or both; otherwise none. A GPU begins the next pass of the model's own layers before that is
+    decided. If the draft ends there, the pass is not lost: it took the last guess through the first layers, which
+    verification needs anyway.
 
     Args:
         drafter: runs the layers: the model's decoder, or one over a copy of them.
@@ -41,9 +44,14 @@ class LayerDrafts(DraftSource):
         self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, not copied_in
         self.name = f"exit {exit_layer}, {copied_in}" if copied_in else f"exit {exit_layer}"
         self._thresholds = None if threshold is None else PerOutput(lambda output: threshold())
-        self._runs_ahead = drafter.rotary.device.type == "cuda"
+        self._goes_on: Callable[[Rows, Confidences], Sequence[bool]] | None = None
+        if self._thresholds is not None:
+            self._goes_on = self._by_thresholds
+        self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+        if isinstance(self._drafter.head, ShortHead):
+            self._drafter.head.see(rows.outputs)
         rooms = rows.rooms(k, wanted)
         inputs, reading = rows.last, None
         choices: list[Choice] = []
@@ -51,28 +59,27 @@ class LayerDrafts(DraftSource):
         lengths = [0] * len(rooms)
         confidences: list[list[float]] = [[] for _ in rooms]
 
-        def hear() -> None:
-            """Let thresholds see the last confidences, once these are read, and leave no room where a draft
-            ends with them.
-            """
-            if self._thresholds is None or reading is None:
+        def end_where_unlikely() -> None:
+            """Read the last confidences, and leave no room where a draft ends with them."""
+            if self._goes_on is None or reading is None:
                 return
-            for row, output in enumerate(rows.outputs):
-                if len(confidences[row]) < lengths[row]:
-                    confidences[row].append(reading.wait()[len(rows) + row])
-                    if not self._thresholds[output].goes_on(confidences[row]):
-                        rooms[row] = lengths[row]
+            new = [row for row, length in enumerate(lengths) if len(confidences[row]) < length]
+            for row in new:
+                confidences[row].append(reading.wait()[len(rows) + row])
+            if new and max(rooms) > max(lengths):
+                for row, goes_on in enumerate(self._goes_on(rows, confidences)):
+                    rooms[row] = rooms[row] if goes_on else lengths[row]
 
         # The token whose low probability ends a draft stays in it: dropping tokens by what they are would
         # change the distribution of the output.
         for i in range(max(rooms)):
             if not self._runs_ahead:
-                hear()
+                end_where_unlikely()
                 if i >= max(rooms):
                     break
             early = forward_early(self._drafter, inputs, self._exit_layer)
             exit_hidden.append(early.hidden)
-            hear()
+            end_where_unlikely()
             going = [i < room for room in rooms]
             if not any(going):
                 break
@@ -81,7 +88,7 @@ class LayerDrafts(DraftSource):
             lengths = [length + goes for length, goes in zip(lengths, going, strict=True)]
             reading = rows.propose(choice.tokens, i, going, self._confidence(choice, logits))
             inputs = choice.tokens[:, None]
-        hear()  # nothing depends on the last confidences, but they are learnt from
+        end_where_unlikely()  # nothing depends on the last confidences, but they are learnt from
         tokens, probabilities = rows.joined(choices, self._drafter.config.vocab_size)
         return Draft(
             rows.sampler,
@@ -101,9 +108,17 @@ class LayerDrafts(DraftSource):
             if draft.sources[row] == self.name:
                 self._thresholds[output].learn(draft.confidences[row], num_accepted[row])
 
+    def end_drafts_by(self, goes_on: Callable[[Confidences], bool]) -> None:
+        self._goes_on = lambda rows, confidences: [goes_on(confidences)] * len(rows)
+
+    def _by_thresholds(self, rows: Rows, confidences: Confidences) -> list[bool]:
+        assert self._thresholds is not None
+        pairs = zip(rows.outputs, confidences, strict=True)
+        return [bool(own) and self._thresholds[output].goes_on(own) for output, own in pairs]
+
     def _confidence(self, choice: Choice, logits: Tensor) -> Tensor | None:
-        """[B] the probabilities of the tokens chosen by logits [B, V]; None where no threshold needs them."""
-        if self._thresholds is None:
+        """[B] the probabilities of the tokens chosen by logits [B, V]; None where nobody asks."""
+        if self._goes_on is None:
             return None
         probabilities = choice.probabilities
         if probabilities is None:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
-from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
+from self_speculation.drafts.draft import Draft, DraftSource, PerOutput, mixed
 from self_speculation.drafts.prompt_lookup import NgramIndex
 from self_speculation.transfers import on_device
 
@@ -80,37 +79,8 @@ class LookupFirst(DraftSource):
         rest = [wants and not is_found for is_found, wants in pairs]
         if not any(rest):
             return looked_up
-        return _mixed(rows, looked_up, self._otherwise.draft(rows, k, rest), found)
+        return mixed(rows, looked_up, self._otherwise.draft(rows, k, rest), found)
 
     def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
         if not draft.matched or not all(draft.matched):
             self._otherwise.learn(rows, draft, num_accepted)
-
-
-def _mixed(rows: Rows, first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
-    """Some rows of one draft, the others of another. No layer has seen the tokens of all rows, so all of them
-    verify.
-    """
-    width = max(first.tokens.shape[1], second.tokens.shape[1])
-    taken = on_device(from_first, first.tokens.device).bool()[:, None]  # [B, 1]
-
-    def widened(draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """Its tokens [B, k], padded as in `Rows.choose`, and what they were drawn from."""
-        missing, q = width - draft.tokens.shape[1], draft.probabilities
-        tokens = torch.cat((draft.tokens, rows.last.expand(-1, missing)), 1)
-        return tokens, None if q is None else pad(q, (0, 0, 0, missing))
-
-    def chosen(a: Sequence, b: Sequence) -> list:
-        return [x if wins else y for x, y, wins in zip(a, b, from_first, strict=True)]
-
-    (tokens, q), (other_tokens, other_q) = widened(first), widened(second)
-    return Draft(
-        first.sampler,
-        chosen(first.sources, second.sources),
-        torch.where(taken, tokens, other_tokens),
-        # Both are None, or neither.
-        None if q is None or other_q is None else torch.where(taken[..., None], q, other_q),
-        chosen(first.lengths, second.lengths),
-        confidences=second.confidences,
-        matched=chosen(first.matched, second.matched or [0] * len(from_first)),
-    )

@@ -1,4 +1,4 @@
-"""Which round to make next, by what drafts were worth so far and what rounds take.
+"""Which round to make next, by what drafts were worth so far and what passes take.
 
 Numbers in, numbers out; knows nothing of models, tokens or tensors.
 """
@@ -6,16 +6,19 @@ Numbers in, numbers out; knows nothing of models, tokens or tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import numpy
 
-from self_speculation.drafts.costs import RoundTimes
+from self_speculation.drafts.costs import PassTimes
 from self_speculation.drafts.estimates import DecayedMean
 
-PLAIN = ""  # the name of a round without a draft
-_PLAIN_STEPS = (PLAIN, 0)
+PLAIN = ""  # the source of a round in which no layer drafts
+
+# Ranges of confidence that have an acceptance each.
+_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -23,98 +26,90 @@ class Arm:
     """A source that adaptive decoding may draft with, as the policy sees it.
 
     Args:
-        draft_ratio: estimated cost of one drafted token, in plain steps.
-        priors: [i] the chance that a drafted token is accepted after accepted ones, before anything is known,
-            where i tokens matched; [0] alone for a source that compares none.
-        trust: observations that the priors count as, where no answer has confirmed them yet.
-        below: the arm of the next shallower exit. Until more is known, this one is taken to guess
-            a bit better.
+        draft_ratio: estimated cost of one drafted token, in plain steps of one row; 0: drafts cost nothing.
+        growth: estimated cost of a draft step of n rows, in those of one.
+        priors: [i] the chance that a drafted token is accepted, before anything is known, where i tokens matched; [0]
+            alone for a source that compares none.
+        weight: observations that a prior counts as.
+        deeper: the arm that is right at least as often. Until more is known, this one is no better.
     """
 
     draft_ratio: float = 0.0
+    growth: Callable[[int], float] = lambda num_rows: 1.0
     priors: Sequence[float] = (0.4,)
-    trust: float = 1.0
-    below: str = ""
+    weight: float = 2.0
+    deeper: str = ""
 
 
 class Plan(NamedTuple):
-    """One round: so many tokens to be drafted by a source; none, and no source, is a plain step."""
+    """One round."""
 
-    source: str = PLAIN
-    length: int = 0
+    source: str = PLAIN  # drafts for rows without a lookup
+    length: int = 0  # tokens at most, of any row
+    lookups: Sequence[str] = ()  # [B] sources whose drafts cost nothing; PLAIN: none for this row
+    tokens: float = 1.0  # expected, of all rows
+    seconds: float = 1.0  # expected
+    is_trial: bool = False
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def drafts(self) -> bool:
+        return self.length > 0
 
 
-class Memory:
-    """What was learnt of the sources of a model, and is kept from one answer to the next.
+@dataclass
+class _Trials:
+    """When an arm that is not the best is tried again: after twice as many rounds each time."""
 
-    Answers differ: one repeats itself, and lookups are right all the time, the next does not. So an answer
-    counts once, however long it is, and is forgotten after some more of them. Bounded in size by the sources
-    and the tokens that they compare.
+    wait: int
+    due: int
+
+
+@dataclass
+class ArmStats:
+    """What was learnt of a model's sources; kept from one answer to the next.
+
+    Bounded in size by the sources and the tokens that they compare.
     """
 
-    # Observations of an answer from which on it counts in full; what of an answer still counts one later.
-    _ENOUGH, _DECAY = 5.0, 0.9
-    # The prior's weight among answers, and that of all answers among the observations of a new one.
-    _OF_PRIOR, _OF_ANSWERS = 0.3, 8.0
-    # The share of wrong guesses of an exit that the next deeper one is hoped to guess right.
-    _BETTER = 0.15
-
-    def __init__(self, times: RoundTimes | None = None) -> None:
-        self.times = times or RoundTimes()
-        self.num_rounds = 0
-        self.tried_plain_step = False  # in the last trial
-        self.heard: dict[tuple[str, int], int] = {}  # by what, the round that told of it last
-        self._of_answers: dict[tuple[str, int], DecayedMean] = {}
-        self._of_answer: dict[tuple[str, int], DecayedMean] = {}
-
-    def begin_answer(self, arms: Mapping[str, Arm]) -> Mapping[tuple[str, int], DecayedMean]:
-        """The chances that a token is accepted, by source and tokens matched, for the answer to fill in."""
-        for key, mean in self._of_answer.items():
-            self._of_answers[key].taught_by(mean, self._ENOUGH)
-        self._of_answer = {}
-        for name, arm in arms.items():
-            for matched, prior in enumerate(arm.priors):
-                new = DecayedMean(prior, self._OF_PRIOR * arm.trust, self._DECAY)
-                known = self._of_answers.setdefault((name, matched), new)
-                # A prior that no answer has confirmed gives way to the first observations, or soon.
-                weight = min(self._OF_ANSWERS, arm.trust + self._OF_ANSWERS * known.count)
-                self._of_answer[name, matched] = DecayedMean(self._prior(known, arm.below), weight)
-        return self._of_answer
-
-    def _prior(self, known: DecayedMean, below: str) -> Callable[[], float]:
-        if not below or known.count:
-            return lambda: known.value
-        shallower = self._of_answer[below, 0]
-        return lambda: shallower.value + self._BETTER * (1.0 - shallower.value)
+    times: PassTimes
+    num_rounds: int = 0
+    acceptance: dict[tuple[str, int], DecayedMean] = field(
+        default_factory=dict
+    )  # by source and tokens matched
+    by_confidence: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)  # by source and range
+    trials: dict[str, _Trials] = field(default_factory=dict)
+    seconds_for_trials: float = 0.0
 
 
 class AdaptivePolicy:
     """Chooses the round that promises most tokens for its time (after Zarch et al., DEL, arXiv 2504.05598).
 
-    The chance that a drafted token is accepted after accepted ones is kept for every source, and for every
-    length of a match, as a decayed mean, whose prior is what earlier answers of the model have taught.
-    A share of the time goes into trials: a short draft by the source that has not been tried for longest and
-    a plain step, in turn.
+    A source that is not the best is tried when a small share of the time allows it and its promise could beat plain
+    steps, ever more rarely. A draft ends when another token would cost more than it is likely to save.
 
     Args:
         arms: by the name of their source.
         longest: tokens that a draft may have.
-        memory: of the model; None: there is nothing to remember.
-        searching: the share of the time that trials may cost beyond the rounds that they replace.
+        stats: of the model.
     """
 
-    # Drafting must promise so much more than a plain step: what it promises is an estimate.
-    _MARGIN = 1.05
-    # Tokens of a draft that is made to see what its source is worth.
-    _TRIAL = 2
+    # A round with drafts must promise so much more than a plain step: its promise is an estimate.
+    _MARGIN = 1.03
+    # Tokens of a trial; rounds until the first and, at most, between two plain steps; the share of the time for trials.
+    _TRIAL, _WAIT, _WAIT_FOR_PLAIN, _SHARE = 2, 8, 64, 0.01
+    # Layers draft no more tokens than this: the chance that all are right hardly ever pays for another one.
+    _LONGEST_OF_LAYERS = 8
+    # A trial must pay if the chance of acceptance is so much better than what is known.
+    _HOPE = 0.3
 
-    def __init__(
-        self, arms: Mapping[str, Arm], longest: int, memory: Memory | None = None, searching: float = 0.02
-    ) -> None:
-        self._memory = memory = memory or Memory()
-        self._arms, self._longest, self._searching = {PLAIN: Arm(), **arms}, longest, searching
-        self._means, self._times = memory.begin_answer(arms), memory.times
-        self._for_trials = 0.0  # seconds that a trial may cost
+    def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
+        self._arms, self._longest, self._stats = arms, longest, stats
+        self._layered = {name: arm for name, arm in arms.items() if arm.draft_ratio > 0.0}
+        self._plan, self._plain = Plan(), Plan()
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
@@ -123,79 +118,169 @@ class AdaptivePolicy:
             matched: by source, [B] how many tokens of each row it has matched; None where it cannot draft.
             rooms: [B] tokens that may be drafted at most.
         """
-        num_rows, longest = len(rooms), min(max(rooms), self._longest)
-        names = [PLAIN, *matched]
-        lengths = numpy.arange(longest + 1)
-        # [sources, B, lengths]: the chance that all of a draft is right. One token more comes for sure.
-        right = self._chances(matched, num_rows)[..., None] ** lengths
-        if min(rooms) < longest:
-            right *= lengths <= numpy.array(rooms)[:, None]
-        tokens = right.sum(1).cumsum(-1)  # [sources, lengths]
-        a, b = numpy.array([self._line(name, num_rows) for name in names]).T[..., None]  # [sources, 1] each
-        seconds = a + b * lengths
-        rates = tokens / seconds
-        can_draft = right[1:, :, 1:].max((1, 2), initial=0.0) > 0.0
-        rates[1:][~can_draft] = 0.0  # their rounds would be plain steps
-        best = at, k = (0, 0)
-        if len(names) > 1 and longest:
-            at, k = divmod(int(rates[1:, 1:].argmax()), longest)
-            if rates[at + 1, k + 1] > self._MARGIN * rates[0, 0]:
-                best = (at + 1, k + 1)
-        self._memory.num_rounds += 1
-        self._for_trials += self._searching * float(seconds[best])
-        others = [key for key in self._can_draft(matched) if key[0] != names[best[0]]]
-        if others and longest:
-            # Every second one is a plain step, where that is none of the others: all are compared with it.
-            is_due = _PLAIN_STEPS in others and not self._memory.tried_plain_step
-            heard = self._memory.heard
-            name, _ = _PLAIN_STEPS if is_due else min(others, key=lambda key: heard.get(key, 0))
-            trial = Plan(name, 0 if name == PLAIN else min(self._TRIAL, longest))
-            tried = (names.index(name), trial.length)
-            # The time that the best one would need for fewer tokens, or saves for more.
-            price = float(seconds[tried]) * (1.0 - min(1.0, float(rates[tried] / rates[best])))
-            if price <= self._for_trials:
-                self._for_trials -= price
-                self._memory.tried_plain_step = is_due
-                return trial
-        return Plan(names[best[0]], best[1])
+        stats, longest = self._stats, min(max(rooms), self._longest)
+        lookups, tokens = self._looked_up(matched, rooms, longest)
+        plans = [self._lookups_only(lookups, tokens)]
+        most = min(longest, self._LONGEST_OF_LAYERS)
+        plans += [self._drafted(name, lookups, tokens, rooms, most) for name in self._layered if most]
+        self._plain = Plan(tokens=float(len(rooms)), seconds=stats.times.plain_step(len(rooms)))
+        best = max(plans, key=lambda plan: plan.rate)
+        if best.rate <= self._MARGIN * self._plain.rate:
+            best = self._plain
+        stats.num_rounds += 1
+        stats.seconds_for_trials += self._SHARE * best.seconds
+        self._plan = self._trial(best, rooms, longest) or best
+        return self._plan
 
-    def learn(
-        self, plan: Plan, matched: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
-    ) -> None:
-        """Hear what became of a round of this plan.
+    def goes_on(self, confidences: Sequence[Sequence[float]]) -> bool:
+        """Whether to draft another token for the rows of the plan.
 
         Args:
-            matched, drafted, accepted: [B] tokens of each row.
+            confidences: of each row, the probabilities of the tokens drafted so far.
         """
-        if plan.source == PLAIN:
-            self._hear(_PLAIN_STEPS)
-        for number, num_drafted, num_accepted in zip(matched, drafted, accepted, strict=True):
-            for i in range(min(num_accepted + 1, num_drafted)):
-                self._means[plan.source, number].add(float(i < num_accepted))
-                self._hear((plan.source, number))
+        plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
+        if plan.is_trial:
+            return width < plan.length
+        right = sum(prod(self._of(plan.source, each).value for each in row) for row in confidences if row)
+        with_this, with_another = self._verifications(num_rows, width + 1)[-2:]
+        more = self._draft_step(plan.source, num_rows) + with_another - with_this
+        return right * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
-    def _hear(self, key: tuple[str, int]) -> None:
-        self._memory.heard[key] = self._memory.num_rounds
+    def learn(
+        self,
+        sources: Sequence[str],
+        matched: Sequence[int],
+        confidences: Sequence[Sequence[float]],
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        seconds: tuple[float, float] | None,
+    ) -> None:
+        """See what became of the round, row by row.
 
-    def took(self, plan: Plan, num_rows: int, seconds: float) -> None:
-        """Hear how long a round of this plan took."""
-        ratio = self._arms[plan.source].draft_ratio
-        self._times.add(plan.source, num_rows, ratio, plan.length, seconds)
-
-    def _line(self, name: str, num_rows: int) -> tuple[float, float]:
-        return self._times.line(name, num_rows, self._arms[name].draft_ratio)
-
-    def _chances(self, matched: Mapping[str, Sequence[int | None]], num_rows: int) -> numpy.ndarray:
-        """[sources, B] that a token drafted after accepted ones is accepted; without a draft, 0. Plain steps
-        come first.
+        Args:
+            sources: what drafted.
+            matched, drafted, accepted: [B] tokens.
+            confidences: the probabilities of drafted tokens, where there are any.
+            seconds: of drafting and verifying; None: these say nothing of rounds to come.
         """
-        of_sources = [
-            [0.0 if number is None else self._means[name, number].value for number in numbers]
-            for name, numbers in matched.items()
-        ]
-        return numpy.array([[0.0] * num_rows, *of_sources])
+        stats, plan = self._stats, self._plan
+        for row, source in enumerate(sources):
+            for i in range(min(accepted[row] + 1, drafted[row])):
+                is_right = float(i < accepted[row])
+                self._acceptance(source, matched[row]).add(is_right)
+                if confidences and confidences[row]:
+                    self._of(source, confidences[row][i]).add(is_right)
+        own = max((n for n, source in zip(drafted, sources, strict=True) if source == plan.source), default=0)
+        if seconds is not None:
+            num_rows, (of_draft, of_verification) = len(sources), seconds
+            if own:
+                expected = self._draft_step(plan.source, num_rows)
+                stats.times.add_draft(plan.source, num_rows, of_draft / own, expected)
+            stats.times.add_verification(num_rows, max(drafted), of_verification)
 
-    def _can_draft(self, matched: Mapping[str, Sequence[int | None]]) -> list[tuple[str, int]]:
-        """What can draft for some row now, and a plain step."""
-        found = {(name, n) for name, numbers in matched.items() for n in numbers if n is not None}
-        return [_PLAIN_STEPS, *sorted(found)]
+    def _looked_up(
+        self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int], longest: int
+    ) -> tuple[list[str], numpy.ndarray]:
+        """[B] the most promising lookups, and [B, lengths] the tokens that rounds with so many of theirs give."""
+        lookups, chances = [PLAIN] * len(rooms), [0.0] * len(rooms)
+        for name, numbers in matched.items():
+            for row, number in enumerate(numbers):
+                if name not in self._layered and number is not None and rooms[row]:
+                    if (chance := self._acceptance(name, number).value) > chances[row]:
+                        lookups[row], chances[row] = name, chance
+        return lookups, _expected_tokens(numpy.array(chances), rooms, longest)
+
+    def _lookups_only(self, lookups: Sequence[str], tokens: numpy.ndarray) -> Plan:
+        seconds, of_all = self._verifications(len(lookups), tokens.shape[1] - 1), tokens.sum(0)
+        length = int((of_all / seconds).argmax())
+        return Plan(PLAIN, length, lookups if length else (), float(of_all[length]), float(seconds[length]))
+
+    def _drafted(
+        self, name: str, lookups: Sequence[str], looked_up: numpy.ndarray, rooms: Sequence[int], longest: int
+    ) -> Plan:
+        """Drafts of layers for all rows but those where a lookup promises more."""
+        num_rows, chance = len(rooms), self._acceptance(name, 0).value
+        tokens = _expected_tokens(numpy.full(num_rows, chance), rooms, longest)
+        seconds = self._draft_step(name, num_rows) * numpy.arange(longest + 1)
+        seconds = seconds + self._verifications(num_rows, longest)
+        looked_up = looked_up[:, : longest + 1]
+        both = numpy.maximum(tokens, looked_up).sum(0)  # [lengths]
+        length = int((both[1:] / seconds[1:]).argmax()) + 1
+        own = looked_up[:, length] > tokens[:, length]
+        chosen = [lookup if is_own else PLAIN for lookup, is_own in zip(lookups, own, strict=True)]
+        return Plan(name, longest, chosen, float(both[length]), float(seconds[length]))
+
+    def _trial(self, best: Plan, rooms: Sequence[int], longest: int) -> Plan | None:
+        """A short draft of the arm whose trial is due longest, or a plain step; None: none is due, or too dear."""
+        stats, num_rows = self._stats, len(rooms)
+        due: list[tuple[int, str]] = []
+        for i, name in enumerate((PLAIN, *self._layered)):
+            trials = stats.trials.setdefault(
+                name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * (i + 1))
+            )
+            if name == best.source and (name != PLAIN or not best.drafts):
+                trials.wait, trials.due = self._WAIT, stats.num_rounds + self._WAIT
+            elif trials.due <= stats.num_rounds:
+                due.append((trials.due, name))
+        for _, name in sorted(due):
+            trial = self._plain if name == PLAIN else self._hoped(name, rooms, min(self._TRIAL, longest))
+            if trial is None:
+                continue
+            price = trial.seconds * (1.0 - min(1.0, trial.rate / best.rate))
+            if price <= stats.seconds_for_trials:
+                stats.seconds_for_trials -= price
+                trials = stats.trials[name]
+                trials.wait *= 2
+                if name == PLAIN:
+                    trials.wait = min(trials.wait, self._WAIT_FOR_PLAIN)
+                trials.due = stats.num_rounds + trials.wait
+                return trial._replace(is_trial=True)
+        return None
+
+    def _hoped(self, name: str, rooms: Sequence[int], length: int) -> Plan | None:
+        """A trial of an arm; None: it would not pay even if it were right as often as can be hoped."""
+        num_rows, known = len(rooms), self._acceptance(name, 0).value
+        step = self._draft_step(name, num_rows)
+
+        def tokens(chance: float, most: int) -> numpy.ndarray:
+            return _expected_tokens(numpy.full(num_rows, chance), rooms, most).sum(0)
+
+        hoped = tokens(min(1.0, known + self._HOPE), self._longest)
+        seconds = step * numpy.arange(self._longest + 1) + self._verifications(num_rows, self._longest)
+        if not length or (hoped / seconds).max() <= self._MARGIN * self._plain.rate:
+            return None
+        return Plan(name, length, (), float(tokens(known, length)[-1]), float(seconds[length]))
+
+    def _verifications(self, num_rows: int, longest: int) -> numpy.ndarray:
+        return self._stats.times.verifications(num_rows, longest)
+
+    def _draft_step(self, name: str, num_rows: int) -> float:
+        arm = self._arms[name]
+        return self._stats.times.draft_step(name, num_rows, arm.draft_ratio, arm.growth)
+
+    def _acceptance(self, name: str, matched: int) -> DecayedMean:
+        """The chance that a drafted token is accepted after accepted ones."""
+        means = self._stats.acceptance
+        if (name, matched) not in means:
+            arm = self._arms[name]
+            prior = arm.priors[matched]
+            deeper = self._acceptance(arm.deeper, 0) if arm.deeper else None
+            means[name, matched] = DecayedMean(
+                prior if deeper is None else lambda: min(prior, deeper.value), arm.weight, decay=0.97
+            )
+        return means[name, matched]
+
+    def _of(self, name: str, confidence: float) -> DecayedMean:
+        """The chance that a token of such a probability is accepted."""
+        at = min(int(confidence * _BINS), _BINS - 1)
+        prior = (at + 0.5) / _BINS
+        return self._stats.by_confidence.setdefault((name, at), DecayedMean(prior, weight=1.0, decay=0.98))
+
+
+def _expected_tokens(chances: numpy.ndarray, rooms: Sequence[int], longest: int) -> numpy.ndarray:
+    """[B, longest + 1]: tokens of a round with drafts of each length, where a drafted one is accepted by these chances
+    [B]. One token more comes for sure.
+    """
+    lengths = numpy.arange(longest + 1)
+    right = chances[:, None] ** lengths * (lengths <= numpy.array(rooms)[:, None])
+    return right.cumsum(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,16 +16,16 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptiveDrafts
-from self_speculation.drafts.costs import Costs, RoundTimes
+from self_speculation.drafts.costs import Costs, PassTimes, growth
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.lookups import Lookup, LookupFirst
-from self_speculation.drafts.policy import AdaptivePolicy, Arm, Memory
+from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
 from self_speculation.drafts.threshold import FixedThreshold, LearnedThreshold, Threshold
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.decoder import Decoder
-from self_speculation.model.quantized_layers import quantized
-from self_speculation.model.short_head import ShortHead
+from self_speculation.model.quantized_layers import bytes_per_weight, quantized
+from self_speculation.model.short_head import ShortHead, default_vocabulary
 
 # Tokens that lookups of adaptive decoding compare, unless prompt_lookup says how many.
 _LONGEST_MATCH = 4
@@ -38,7 +38,7 @@ _PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
 _TRUST_IN_COPY = 6.0
 
 # Of each model, what adaptive decoding has learnt of its drafts, by what that depends on.
-_LEARNT: WeakKeyDictionary[nn.Module, dict[Hashable, Memory]] = WeakKeyDictionary()
+_LEARNT: WeakKeyDictionary[nn.Module, dict[Hashable, ArmStats]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,25 @@ class Parts:
 
     def draft_ratio(self, exit_layer: int) -> float:
         """c of the formula, estimated."""
-        config = self.config
-        costs = Costs.estimated(self.model, exit_layer, config.draft_weights, config.draft_vocabulary)
-        return costs.draft_ratio(exit_layer)
+        weights = self.config.draft_weights
+        return Costs.estimated(self.model, exit_layer, weights, self.draft_vocabulary).draft_ratio(exit_layer)
+
+    @cached_property
+    def draft_vocabulary(self) -> int | None:
+        """What the config says, or the default of copies and of adaptive decoding. None: the whole head drafts."""
+        config, layers = self.config, len(self.decoder.layers)
+        if config.draft_vocabulary is not None or not (config.draft_weights != "exact" or config.is_adaptive):
+            return config.draft_vocabulary
+        deepest = (
+            max(candidate_layers(layers, config.draft_weights)) if config.is_adaptive else config.exit_layer
+        )
+        read = bytes_per_weight(self.model, config.draft_weights)
+        return default_vocabulary(self.decoder, deepest, read)
+
+    @cached_property
+    def short_head(self) -> ShortHead | None:
+        """One for all exits. Raises what `ShortHead` does."""
+        return make_short_head(self.decoder, self.draft_vocabulary)
 
 
 @dataclass(frozen=True)
@@ -76,13 +92,17 @@ class SourceEntry:
     arms: Callable[[Parts], Mapping[str, tuple[DraftSource, Arm]]]
 
 
+def make_short_head(decoder: Decoder, draft_vocabulary: int | None) -> ShortHead | None:
+    """None where drafts read the whole head. Raises what `ShortHead` does."""
+    if draft_vocabulary is None or draft_vocabulary >= decoder.config.vocab_size:
+        return None
+    return ShortHead(decoder, draft_vocabulary)
+
+
 def make_drafter(
-    decoder: Decoder, num_layers: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
+    decoder: Decoder, num_layers: int, draft_weights: DraftWeights, short_head: ShortHead | None = None
 ) -> Decoder:
-    """What runs the first layers and the head for drafts. Raises what `quantized` and `ShortHead` do."""
-    short_head: ShortHead | None = None
-    if draft_vocabulary is not None and draft_vocabulary < decoder.config.vocab_size:
-        short_head = ShortHead(decoder, draft_vocabulary)
+    """What runs the first layers and the head for drafts. Raises what `quantized` does."""
     if draft_weights != "exact":
         return quantized(decoder, num_layers, draft_weights, short_head)
     return decoder if short_head is None else decoder.over(decoder.layers, short_head)
@@ -104,8 +124,10 @@ def make_adaptive(parts: Parts) -> DraftSource:
     """
     made = {name: arm for kind in SOURCES for name, arm in kind.arms(parts).items()}
     sources = {name: source for name, (source, _) in made.items()}
-    arms = {name: arm for name, (_, arm) in made.items()}
-    return AdaptiveDrafts(parts.model, sources, AdaptivePolicy(arms, LONGEST_DRAFT, _memory(parts)))
+    policy = AdaptivePolicy({name: arm for name, (_, arm) in made.items()}, LONGEST_DRAFT, _stats(parts))
+    for source in sources.values():
+        source.end_drafts_by(policy.goes_on)
+    return AdaptiveDrafts(parts.model, sources, policy)
 
 
 def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
@@ -116,7 +138,7 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
 
 def _layers(parts: Parts, exit_layer: int, threshold: Callable[[], Threshold] | None = None) -> LayerDrafts:
     weights = parts.config.draft_weights
-    drafter = make_drafter(parts.decoder, exit_layer, weights, parts.config.draft_vocabulary)
+    drafter = make_drafter(parts.decoder, exit_layer, weights, parts.short_head)
     return LayerDrafts(drafter, exit_layer, "" if weights == "exact" else weights, threshold)
 
 
@@ -141,14 +163,16 @@ def _lookup_first(parts: Parts, otherwise: DraftSource) -> DraftSource:
 
 def _layer_arms(parts: Parts) -> Mapping[str, tuple[DraftSource, Arm]]:
     arms: dict[str, tuple[DraftSource, Arm]] = {}
-    num_layers, below = len(parts.decoder.layers), ""
-    for layer in candidate_layers(num_layers, parts.config.draft_weights):
+    weights, num_layers, deeper = parts.config.draft_weights, len(parts.decoder.layers), ""
+    of_draft_step = growth(parts.decoder, weights)
+    for layer in reversed(candidate_layers(num_layers, weights)):
         source, ratio = _layers(parts, layer), parts.draft_ratio(layer)
         if layer == num_layers:
-            arm = Arm(ratio, _PRIOR_OF_COPY, _TRUST_IN_COPY)
+            arm = Arm(ratio, of_draft_step, _PRIOR_OF_COPY, _TRUST_IN_COPY)
         else:
-            arm = Arm(ratio, _PRIOR_OF_EXIT, below=below)
-        arms[source.name], below = (source, arm), source.name
+            arm = Arm(ratio, of_draft_step, _PRIOR_OF_EXIT, deeper=deeper)
+            deeper = source.name
+        arms[source.name] = (source, arm)
     return arms
 
 
@@ -169,15 +193,15 @@ SOURCES: list[SourceEntry] = [
 ]
 
 
-def _memory(parts: Parts) -> Memory:
+def _stats(parts: Parts) -> ArmStats:
     """What earlier answers of the model have taught about such drafts on the device where it is now."""
-    model, config = parts.model, parts.config
+    model, config, decoder = parts.model, parts.config, parts.decoder
     key = (
-        (config.draft_weights, config.draft_vocabulary, config.greedy, config.prompt_lookup),
-        (model.device, model.dtype, parts.decoder.dtype, is_compiled(model)),
+        (config.draft_weights, parts.draft_vocabulary, config.greedy, config.prompt_lookup),
+        (model.device, model.dtype, decoder.dtype, is_compiled(model)),
     )
-    times = RoundTimes(RUNS_TO_WARM_UP if is_compiled(model) else 0)
-    return _LEARNT.setdefault(model, {}).setdefault(key, Memory(times))
+    times = PassTimes(growth(decoder), RUNS_TO_WARM_UP if is_compiled(model) else 0)
+    return _LEARNT.setdefault(model, {}).setdefault(key, ArmStats(times))
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:

@@ -81,6 +81,11 @@ class Product:
         """[out, in] of all projections; where it is widened, made for whoever asks."""
         return torch.cat([w.data for w in self._weights]) if self._joint is None else self._joint
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """[n, in] some rows of the weight of a single projection, in its own format."""
+        (weight,) = self._weights
+        return weight.data[ids.to(weight.device)]
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weight."""
@@ -119,7 +124,7 @@ class Product:
 
     def of_rows(self, ids: Tensor) -> Product:
         """The same over a copy of some rows [n] of the weight."""
-        rows, weight = copy.copy(self), self.weight[ids]
+        rows, weight = copy.copy(self), self.rows(ids)
         rows._joint, rows.bias = weight, None if self.bias is None else self.bias[ids]
         rows._left, rows._weight_t = _blocks(weight), weight.t()
         rows._weights, rows._parameters, rows._derived = [weight], [weight], {}

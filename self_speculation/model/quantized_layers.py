@@ -92,6 +92,8 @@ def quantized(
         )
     head = short_head or decoder.head
     of_layers, of_head = formats(draft_weights, decoder.rotary.device, decoder.model.dtype)
+    if short_head is not None:  # it misses more ids than four bits of its rows confuse
+        of_head = of_layers
     kinds = {product: of_layers for layer in layers for product in layer.products}
     if of_head is not None:
         kinds |= dict.fromkeys(head.products, of_head)

@@ -1,8 +1,8 @@
 """Norm and head for drafts that read some rows of the head only: a small model's head is a third of it.
 
-After Zhao et al., FR-Spec (arXiv 2502.14856) and VocabTrim (arXiv 2506.22694). The rows are those of a fixed
-list of ids. Logits have their full width, with -inf for all other ids, so that processors, sampling and the
-accept rule need not know of it.
+After Zhao et al., FR-Spec (arXiv 2502.14856) and VocabTrim (arXiv 2506.22694). The rows are those of a fixed list of
+likely ids, and those of the ids in a sequence's own prompt and output. Logits have their full width, with -inf for all
+other ids, so that processors, sampling and the accept rule need not know of it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +23,14 @@ from self_speculation.model.decoder import Decoder, PlainHead
 from self_speculation.model.lean_layers import LeanHead, plain_product
 from self_speculation.model.products import Product
 from self_speculation.transfers import on_device
+
+if TYPE_CHECKING:
+    from self_speculation.decoding.output import Output
+
+# The fewest rows that a draft reads unless told otherwise, and the share of a draft step that they must save.
+_LEAST_ROWS, _CLEARLY_CHEAPER = 16384, 0.08
+# Rows of seen ids at most.
+_MOST_SEEN = 2048
 
 # Ids of a model by how often they were counted, the most frequent first.
 _FREQUENT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
@@ -44,8 +54,28 @@ def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
     return sorted([*frequent, *itertools.islice(others, number - len(frequent))])
 
 
+def default_vocabulary(
+    decoder: Decoder, num_layers: int, bytes_per_weight: tuple[float, float]
+) -> int | None:
+    """The rows that a draft reads unless told otherwise: a quarter of them where a draft step is clearly cheaper by it;
+    None: all.
+
+    Args:
+        num_layers: that the draft runs.
+        bytes_per_weight: that it reads for each weight of its layers and of its head.
+    """
+    if isinstance(decoder.head, PlainHead) and plain_product(decoder.head.module) is None:
+        return None
+    size, width = decoder.model.get_output_embeddings().weight.shape
+    rows = max(_LEAST_ROWS, 2 ** round(math.log2(size / 4)))
+    of_layers, of_head = bytes_per_weight
+    layers = num_layers * of_layers * sum(p.numel() for p in decoder.model.base_model.layers[0].parameters())
+    saved = of_head * (size - rows) * width
+    return rows if saved > _CLEARLY_CHEAPER * (layers + of_head * size * width) else None
+
+
 class ShortHead:
-    """A decoder's norm and head, [T, H] -> [T, V], with -inf for all but so many likely ids.
+    """A decoder's norm and head, [B, H] -> [B, V], with -inf for all but so many likely ids and those that were seen.
 
     Raises:
         ValueError: the head's weight is not a plain tensor.
@@ -54,8 +84,9 @@ class ShortHead:
     def __init__(self, decoder: Decoder, number: int) -> None:
         whole = _product(decoder.head, number)
         ids = likely_ids(decoder.model, number)
-        self._norm, self._size = decoder.head.norm, len(whole.weight)
-        self._ids = on_device(ids, whole.weight.device)
+        self._norm, self._size = decoder.head.norm, whole.shape[0]
+        self._ids = on_device(ids, decoder.rotary.device)
+        self._seen = _SeenIds(whole, frozenset(ids), decoder.rotary)
         self.products: tuple[Any] = (whole.derived(tuple(ids), lambda: whole.of_rows(self._ids)),)
 
     def over(self, make: Callable[[Product], Any]) -> ShortHead:
@@ -64,9 +95,91 @@ class ShortHead:
         other.products = (make(self.products[0]),)
         return other
 
+    def see(self, outputs: Sequence[Output]) -> None:
+        """Know the ids of these sequences, one for each row of the next passes. Reads nothing from the device."""
+        self._seen.see(outputs)
+
+    def see_text(self, ids: Sequence[int], num_positions: int) -> None:
+        """Know the ids of a text, for a pass over the last positions of it: at each of them, those up to there."""
+        self._seen.see_text(ids, num_positions)
+
     def __call__(self, hidden: Tensor) -> Tensor:
+        normed = self._norm(hidden)
         logits = hidden.new_full((len(hidden), self._size), -math.inf)
-        return logits.index_copy_(1, self._ids, self.products[0](self._norm(hidden)))
+        logits.index_copy_(1, self._ids, self.products[0](normed))
+        return self._seen.add_to(logits, normed)
+
+
+class _SeenIds:
+    """Rows of a head for ids that stand in sequences and are not among the likely ones.
+
+    Args:
+        whole: the head's product.
+        likely: ids that need no row here.
+        like: a tensor of the device and dtype of hidden states.
+    """
+
+    def __init__(self, whole: Product, likely: frozenset[int], like: Tensor) -> None:
+        self._whole, self._likely = whole, likely
+        self._slots: dict[int, int] = {}  # id -> its row here
+        self._ids = torch.empty(0, dtype=torch.long, device=like.device)
+        self._rows = like.new_empty(0, whole.shape[1])
+        self._bias = None if whole.bias is None else like.new_empty(0)
+        self._mask: Tensor | None = (
+            None  # [B, slots] -inf where a row has not seen an id; None: all have seen all
+        )
+        self._lengths: WeakKeyDictionary[Output, int] = WeakKeyDictionary()  # ids that were looked at
+        self._of: WeakKeyDictionary[Output, set[int]] = WeakKeyDictionary()
+        self._masked_for: list[Output] = []
+
+    def see(self, outputs: Sequence[Output]) -> None:
+        """See `ShortHead.see`."""
+        changed = len(outputs) != len(self._masked_for) or any(
+            map(operator.is_not, outputs, self._masked_for)
+        )
+        for output in outputs:
+            known, length = self._of.setdefault(output, set()), self._lengths.get(output, 0)
+            new = {id_ for id_ in output.ids_from(length) if id_ not in self._likely} - known
+            known |= self._kept(new)
+            changed |= bool(new)
+            self._lengths[output] = output.length
+        if changed:
+            self._masked_for = [*outputs]
+            self._mask_by([self._of[output] for output in outputs])
+
+    def see_text(self, ids: Sequence[int], num_positions: int) -> None:
+        """See `ShortHead.see_text`."""
+        self._kept({id_ for id_ in ids if id_ not in self._likely})
+        first = len(ids) - num_positions
+        self._mask_by([{*ids[: first + i + 1]} for i in range(num_positions)])
+        self._masked_for = []
+
+    def add_to(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [B, V] with those of seen ids for normed hidden states [B, H], in their place."""
+        if not self._slots:
+            return logits
+        own = torch.mm(hidden, self._rows.t())
+        own = own if self._bias is None else own + self._bias
+        return logits.index_copy_(1, self._ids, own if self._mask is None else own + self._mask)
+
+    def _kept(self, ids: set[int]) -> set[int]:
+        """Copy the rows of these ids, as far as there is room; those that are here now."""
+        new = sorted(id_ for id_ in ids if id_ not in self._slots)[: _MOST_SEEN - len(self._slots)]
+        if new:
+            at = on_device(new, self._ids.device)
+            self._slots |= {id_: len(self._slots) + i for i, id_ in enumerate(new)}
+            self._ids = torch.cat((self._ids, at))
+            self._rows = torch.cat((self._rows, self._whole.rows(at).to(self._rows.dtype)))
+            if self._bias is not None and self._whole.bias is not None:
+                self._bias = torch.cat((self._bias, self._whole.bias[at].to(self._bias.dtype)))
+        return {id_ for id_ in ids if id_ in self._slots}
+
+    def _mask_by(self, seen: Sequence[set[int]]) -> None:
+        if all(len(self._slots.keys() & ids) == len(self._slots) for ids in seen):
+            self._mask = None
+            return
+        numbers = [0.0 if id_ in ids else -math.inf for ids in seen for id_ in self._slots]
+        self._mask = on_device(numbers, self._ids.device, self._rows.dtype).view(len(seen), -1)
 
 
 def _product(head: LeanHead | PlainHead, number: int) -> Product:
