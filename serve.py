@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     name = args.served_name or _name(model_name(model_args))
 
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host  # version 6
+    address, port = listener.getsockname()[:2]
+    host = f"[{address}]" if ":" in address else address  # version 6
     server = uvicorn.Server(
         uvicorn.Config(
-            make_app(generator, engine, config, args, name),
+            make_app(generator, engine, config, args, name, address),
             log_config=None,
             access_log=False,
             server_header=False,

@@ -9,16 +9,17 @@ each is drawn from an exponential distribution, so that questions arrive as a Po
 turn chat questions, which need a model with a chat template, and code of HumanEval to be completed.
 
 Servers take turns: each is started, warmed up, loaded by every number of clients, and ended before the next
-one starts. `here` is serve.py with the flags above that it was given. `transformers` is `transformers serve`,
-and `transformers-batching` the same with --continuous-batching: on the same weights, on a CPU in the format
-in which transformers is fastest. It needs fastapi, uvicorn and openai, which requirements-dev.txt has for
-serve.py and this program. A URL is that of a server which runs already; --model has its tokenizer.
+one starts. `here` is serve.py with the flags above that it was given. `transformers` is `transformers serve`
+on the same weights, in each of --formats, without and with --continuous-batching. Each of these is a server
+of its own, since the fastest is another one for each number of clients. They need fastapi, which
+requirements-dev.txt has. A URL is that of a server which runs already; --model has its tokenizer.
 
 *tokens/s* and *chars/s* are all text by the time in which at least one client waited for an answer; tokens
 are counted on the text that came, for all servers alike. *first* is the time to the first text of an answer
-in ms at p50 and p95, *between* that from one piece of text to the next. Below stands how many times as fast
-the first server is as the fastest other one: the median over rounds, and their range. The table is in
-serving.csv as well. The last line is one JSON object.
+in ms at p50 and p95, *between* that from one piece of text to the next. Below stands, for each number of
+clients, how many times as fast the first server is as the one that is the fastest of the others there, and
+which one that is: the median over rounds, and their range. The table is in serving.csv as well. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,16 +45,14 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from measures.peers import in_best_format
 from measures.servers import SERVE, started
 from measures.sides import rotated
 from measures.workloads import texts
 from runs.program import run
 from runs.records import Run, describe, describe_model
 from runs.startup import load_generator, model_name
-from self_speculation import HuggingfaceLlamaGenerator
 
-PEERS = {"transformers": [], "transformers-batching": ["--continuous-batching"]}
+_PEER = "transformers"
 _ANSWERS = 600  # seconds that a server may take to do so
 
 Question = tuple[str, str]  # its workload, and its text
@@ -63,8 +62,10 @@ Question = tuple[str, str]  # its workload, and its text
 class ServingArguments:
     """Who asks whom how much."""
 
-    servers: list[str] = field(default_factory=lambda: ["here", *PEERS])
-    """here, transformers, transformers-batching, or URLs of others; the first is compared with the others."""
+    servers: list[str] = field(default_factory=lambda: ["here", _PEER])
+    """here, transformers, or URLs of others; the first is compared with the others."""
+    formats: list[str] = field(default_factory=lambda: ["float16", "bfloat16"])
+    """Formats of numbers that transformers is run in: float16, bfloat16, float32."""
     clients: list[int] = field(default_factory=lambda: [1, 8])
     """Clients at a time, several numbers one after the other."""
     questions: int = 4
@@ -79,8 +80,10 @@ class ServingArguments:
     def __post_init__(self) -> None:
         at_least(self, 1, "clients", "questions", "rounds")
         check(self, "wait", self.wait > 0, "must be above 0")
-        known = all(name in ("here", *PEERS) or name.startswith("http") for name in self.servers)
-        check(self, "servers", known, f"must be here, {', '.join(PEERS)} or URLs")
+        known = all(name in ("here", _PEER) or name.startswith("http") for name in self.servers)
+        check(self, "servers", known, f"must be here, {_PEER} or URLs")
+        known = bool(self.formats) and {*self.formats} <= {"float16", "bfloat16", "float32"}
+        check(self, "formats", known, "must be among float16, bfloat16, float32")
         check(self, "workloads", {*self.workloads} <= {"chat", "code"}, "must be among chat, code")
 
 
@@ -174,19 +177,14 @@ async def measure(
         return {n: await clients.load(questions, n, args.questions, args.wait) for n in args.clients}
 
 
-def save_for_peers(generator: HuggingfaceLlamaGenerator, folder: Path) -> str:
-    """The model as transformers loads it, in the format in which it is fastest there; the name of that."""
-    prompts, few = [generator.encode(texts()["code"][0])], GenerationConfig(max_steps=8, sample=False)
-    model, dtype = in_best_format(generator.model, generator.eos_token_ids, few, prompts)
-    model.save_pretrained(folder)
-    generator.tokenizer.save_pretrained(folder)
-    return dtype
-
-
 def commands(
     model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, saved: Path
-) -> dict[str, list[str]]:
-    """How to start each server, by name."""
+) -> dict[str, list[str] | None]:
+    """Server -> how to start it, in the order of --servers; None: it runs already.
+
+    Args:
+        saved: folder with the model, as transformers loads it.
+    """
     given = [
         word
         for group in (model_args, config)
@@ -196,8 +194,15 @@ def commands(
     ]
     here = [*SERVE, *given, "--batch_size", str(max(args.clients))]
     program = str(Path(sys.executable).with_name("transformers"))
-    peers = {name: [program, "serve", str(saved), *more] for name, more in PEERS.items()}
-    return {"here": here, **peers}
+    peers = {
+        f"{_PEER} {dtype}{name}": [program, "serve", str(saved), "--dtype", dtype, *more]
+        for name, more in (("", []), (" batching", ["--continuous-batching"]))
+        for dtype in args.formats
+    }
+    ways: dict[str, list[str] | None] = {}
+    for server in args.servers:
+        ways |= {"here": {"here": here}, _PEER: peers}.get(server, {server: None})
+    return ways
 
 
 def row(turns: Sequence[Turn]) -> dict[str, Any]:
@@ -241,18 +246,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = describe_model(Path(model_name(model_args)).name, generator.model)
     about |= describe("serving", (model_args, config, args), "")
     record = Run.create(model_args.output_dir, "serving", about)
-    turns: dict[tuple[int, str], list[Turn]] = {c: [] for c in itertools.product(args.clients, args.servers)}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        if {*args.servers} & {*PEERS}:
-            about["transformers_in"] = save_for_peers(generator, folder)
+        if _PEER in args.servers:
+            generator.model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         del generator  # the servers need the memory
         ways = commands(model_args, config, args, folder)
-        for number, server in ((n, name) for n in range(args.rounds) for name in rotated(args.servers, n)):
-            start = started(server, ways[server]) if server in ways else contextlib.nullcontext(server)
+        turns: dict[tuple[int, str], list[Turn]] = {c: [] for c in itertools.product(args.clients, ways)}
+        for number, server in ((n, name) for n in range(args.rounds) for name in rotated([*ways], n)):
+            way = ways[server]
+            start = contextlib.nullcontext(server) if way is None else started(server, way)
             with start as address:
                 try:
-                    called = str(folder) if server in PEERS else None
+                    called = str(folder) if server.startswith(_PEER) else None
                     given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args))
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)
@@ -267,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.replace("serving.csv", table.to_csv(index=False))
     print("\n" + table.to_string(index=False, float_format="{:.1f}".format))
     ahead = []
-    for clients in args.clients if len(args.servers) > 1 else []:
+    for clients in args.clients if len(ways) > 1 else []:
         ahead.append(who_is_ahead(*(row for row in rows if row["clients"] == clients)))
         print(
             "clients {clients}: {server} {x:.2f} ({low:.2f}-{high:.2f}) times {other}; at p95 the first text "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -216,6 +216,12 @@ class Batch(Generic[Key]):
         self._places.swap(place, row)
         self._places.leave(row, ())  # from now on it is written to
         return length
+
+    def cancel(self, keys: Container[Key]) -> None:
+        """End these requests before the next round; their results have the tokens so far."""
+        for output, key in self._keys.items():
+            if key in keys and output.remaining:
+                output.stop_reason = "stopping_criteria"
 
     @torch.inference_mode()
     def round(self) -> None:

@@ -5,10 +5,13 @@ Knows nothing of how tokens are found; that is the strategies' business.
 
 from __future__ import annotations
 
+import string
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +38,9 @@ __all__ = [
     "Request",
 ]
 
-# Prompts of so many characters are looked at before they are tokenized, which takes long: can they fit?
-_LONG = 1_000_000
+# Other characters may be bytes in a vocabulary, or signs that stand for a space.
+_SPELLED_ALIKE = frozenset(string.ascii_letters + string.digits + string.punctuation)
+_PIECE = 10_000  # characters of a prompt that are counted at once
 
 T = TypeVar("T")
 
@@ -310,11 +314,35 @@ class HuggingfaceLlamaGenerator:
         return ids
 
     def is_far_too_long(self, prompt: str) -> bool:
-        """Whether every token would have to be longer than the longest there is; tokenizing takes time."""
-        if len(prompt) < _LONG:
+        """Whether a text certainly has more tokens than the model's context has room for.
+
+        It is not tokenized, which takes seconds for a million characters. Let m be the length of the longest
+        token that has a character. A token of n characters has m >= n for each, so its sum of 1/m is at most
+        1, and that of a text is at most its number of tokens.
+        """
+        room = context_length(self.model.config)
+        if len(prompt) <= room:
             return False
-        longest = max(map(len, self.tokenizer.get_vocab()))
-        return len(prompt) > longest * context_length(self.model.config)
+        least, longest = 0.0, self._longest_token_with
+        for start in range(0, len(prompt), _PIECE):
+            counts = Counter(prompt[start : start + _PIECE])
+            least += sum(n / longest.get(char, longest["any"]) for char, n in counts.items())
+            if least > room:
+                return True
+        return False
+
+    @cached_property
+    def _longest_token_with(self) -> dict[str, int]:
+        """Character -> length of the longest token that has it, in characters; "any": of the longest token.
+
+        Only characters that every vocabulary spells as they are.
+        """
+        of_each: dict[str, int] = {}
+        vocabulary = sorted(self.tokenizer.get_vocab(), key=len)
+        for token in vocabulary:
+            of_each.update(dict.fromkeys(token, len(token)))
+        of_each = {char: length for char, length in of_each.items() if char in _SPELLED_ALIKE}
+        return {**of_each, "any": len(vocabulary[-1])}
 
     @property
     def eos_token_ids(self) -> list[int]:

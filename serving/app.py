@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import itertools
 import json
 import logging
 import math
+import os
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import self_speculation
@@ -32,18 +38,19 @@ from serving.engine import Engine, IsGone, Job, QueueIsFull, ShutsDown, TimeIsUp
 from serving.feeds import DraftFeed, Piece, Scored, Scores, TextFeed
 from serving.flags import ServeArguments
 from serving.metrics import Answered, Metrics, metrics, usage
-from serving.protocol import Asked, ChatRequest, CompletionRequest, Refused, frame, refusal
+from serving.protocol import Asked, ChatRequest, CompletionRequest, Refused, frame, read
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).with_name("page.html")
 _OPEN = ("/", "/health")  # to whoever has no key
-_LOCAL = ["127.0.0.1", "localhost"]
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a port
 _STATUS = {QueueIsFull: 429, IsGone: 499, ShutsDown: 503, TimeIsUp: 504}
 _RETRY = {"Retry-After": "1"}  # seconds
 _SEEDS = 2**63
 
 Events = AsyncGenerator[tuple[int, Piece | Answered]]  # each with the index of its choice
 T = TypeVar("T")
+R = TypeVar("R", bound=Asked)
 
 
 def make_app(
@@ -52,28 +59,29 @@ def make_app(
     config: GenerationConfig,
     args: ServeArguments,
     name: str,
-) -> FastAPI:
+    address: str,
+) -> Starlette:
     """The server of one model.
 
     Args:
         config: how answers are generated whose requests do not say otherwise.
         name: the model's.
+        address: IP address that it listens at.
     """
     server = _Server(generator, engine, config, args, name)
-    # Without pages about the protocol: they load scripts from elsewhere.
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Gate, args=args, refuse=server.refuse)
-    if args.host in _LOCAL:  # a page of another site could have its own name lead here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOCAL)
-    app.add_api_route("/", server.page)
-    app.add_api_route("/health", server.health)
-    app.add_api_route("/metrics", server.exposition)
-    app.add_api_route("/v1/models", server.models)
-    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", server.complete, methods=["POST"])
-    for kind in (Refused, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, server.refuse)
-    return app
+    kinds = (Refused, HTTPException, Exception)
+    return Starlette(
+        routes=[
+            Route("/", server.page),
+            Route("/health", server.health),
+            Route("/metrics", server.exposition),
+            Route("/v1/models", server.models),
+            Route("/v1/chat/completions", server.chat, methods=["POST"]),
+            Route("/v1/completions", server.complete, methods=["POST"]),
+        ],
+        middleware=[Middleware(_Gate, args=args, is_local=is_loopback(address), refuse=server.refuse)],
+        exception_handlers=dict.fromkeys(kinds, server.refuse),
+    )
 
 
 @dataclass
@@ -107,42 +115,31 @@ class _Server:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
         self._args, self._metrics, self._began = args, Metrics(engine), int(time.time())
 
-    async def page(self) -> Response:
+    async def page(self, _: Request) -> Response:
         policy = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
         return FileResponse(_PAGE, headers={"Content-Security-Policy": policy})
 
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         if self._engine.is_up:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "shutting down"}, 503)
 
-    async def exposition(self) -> Response:
+    async def exposition(self, _: Request) -> Response:
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         model = {"id": self._name, "object": "model", "created": self._began, "owned_by": "self-speculation"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def chat(self, asked: ChatRequest, http: Request) -> Response:
-        self._check(asked, 1)
-        prompt = await asyncio.to_thread(self._chat_ids, asked)
-        return await self._answer(asked, [prompt], http)
+    async def chat(self, http: Request) -> Response:
+        return await self._answer(http, ChatRequest, self._of_chat)
 
-    async def complete(self, asked: CompletionRequest, http: Request) -> Response:
-        def encoded() -> list[list[int]]:
-            try:
-                return [self._generator.encode(prompt) for prompt in asked.prompt]
-            except ValueError as error:
-                raise Refused(str(error), param="prompt") from error
-
-        self._check(asked, len(asked.prompt))
-        return await self._answer(asked, await asyncio.to_thread(encoded), http)
+    async def complete(self, http: Request) -> Response:
+        return await self._answer(http, CompletionRequest, self._of_texts)
 
     async def refuse(self, _: Request, error: Exception) -> Response:
         """The response to a request that gets no answer."""
-        if isinstance(error, RequestValidationError):
-            error = refusal(error.errors())
-        elif isinstance(error, HTTPException):
+        if isinstance(error, HTTPException):
             error = Refused(error.detail, error.status_code)
         elif not isinstance(error, Refused):
             error = Refused("the server failed at this request", 500)
@@ -155,14 +152,27 @@ class _Server:
             media_type="application/json",
         )
 
-    def _chat_ids(self, asked: ChatRequest) -> list[int]:
+    def _of_texts(self, asked: CompletionRequest) -> list[list[int]]:
+        """The prompts' ids."""
+        self._check(asked, len(asked.prompt))
+        try:
+            return [self._generator.encode(prompt) for prompt in asked.prompt]
+        except ValueError as error:
+            raise Refused(str(error), param="prompt") from error
+
+    def _of_chat(self, asked: ChatRequest) -> list[list[int]]:
+        """The ids of the one prompt."""
+        self._check(asked, 1)
         tokenizer = self._generator.tokenizer
         if not tokenizer.chat_template:
             raise Refused("messages: the model has no chat template, use /v1/completions", param="messages")
         messages = [message.for_template for message in asked.messages]
+        applied = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True)
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return self._generator.encode(text, special_tokens=False)  # the template has them
+            prompt = applied(tokenize=False)
+            if self._args.sanitize_control_tokens and not self._generator.is_far_too_long(prompt):
+                prompt = applied(sanitize_control_tokens=True, return_dict=False)  # ids
+            return [self._generator.encode(prompt, special_tokens=False)]  # the template has them
         except (TemplateError, ValueError) as error:
             raise Refused(f"messages: {error}", param="messages") from error
 
@@ -177,8 +187,23 @@ class _Server:
             message = f"n {asked.n}, for {num_prompts} prompts: must be at most {room} answers together"
             raise Refused(message, param="n")
 
-    async def _answer(self, asked: Asked, prompts: list[list[int]], http: Request) -> Response:
-        choices, events = self._begin(asked, prompts)
+    async def _answer(
+        self, http: Request, kind: type[R], prompts: Callable[[R], list[list[int]]]
+    ) -> Response:
+        """Have the engine answer.
+
+        Args:
+            kind: of the request.
+            prompts: request -> ids of its prompts.
+        """
+        body, loop = await _body(http), asyncio.get_running_loop()
+
+        def begin() -> tuple[R, list[_Choice], Events]:
+            asked = read(kind, body)
+            return asked, *self._begin(asked, prompts(asked), loop)
+
+        # In another thread, so that nobody waits while a long request is parsed, checked and tokenized.
+        asked, choices, events = await asyncio.to_thread(begin)
         if asked.stream:
             chunks = self._chunks(asked, choices, events)
             # The first one is waited for, so that what is refused until then has a status of its own.
@@ -228,14 +253,18 @@ class _Server:
             yield chunk([], usage=usage(in_order, asked.n), metrics=metrics(in_order))
         yield "data: [DONE]\n\n"
 
-    def _begin(self, asked: Asked, prompts: list[list[int]]) -> tuple[list[_Choice], Events]:
-        """Have the engine answer: the choices, and what becomes of them as it happens.
+    def _begin(
+        self, asked: Asked, prompts: list[list[int]], loop: asyncio.AbstractEventLoop
+    ) -> tuple[list[_Choice], Events]:
+        """Submit jobs to the engine: the choices, and what becomes of them as it happens.
+
+        Args:
+            loop: where that is listened to.
 
         Raises:
             Refused: the engine does not take them.
         """
-        config = asked.config(self._config)
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+        config, queue = asked.config(self._config), asyncio.Queue[tuple[int, Any]]()
         seed = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
         choices = []
         for index, (ids, nth) in enumerate(itertools.product(prompts, range(asked.n))):
@@ -300,45 +329,67 @@ class _Server:
 
 
 class _Gate:
-    """Lets in who has the key, and bodies that are not too large.
+    """Lets in who has the key and asks for this machine, and bodies that are not too large.
 
-    Before anything else: the framework reads the body first, whoever sends it.
+    It comes before anything that reads a body.
+
+    Args:
+        is_local: whether only this machine reaches the server.
+        refuse: makes the response to a request that is not let in.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         args: ServeArguments,
+        is_local: bool,
         refuse: Callable[[Request, Exception], Awaitable[Response]],
     ) -> None:
-        self._app, self._key, self._most, self._refuse = app, args.key, args.max_body, refuse
+        self._app, self._args, self._is_local, self._refuse = app, args, is_local, refuse
+        # Bytes, as headers are: a key may have characters that are not ASCII, or no characters at all.
+        self._authorization = None if args.key is None else b"Bearer " + os.fsencode(args.key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        http, length = Request(scope), 0
-        if not self._is_known(http):
-            refused = Refused("Authorization: must be Bearer and the API key", 401, None, "invalid_api_key")
-            response = await self._refuse(http, refused)
+        if (refused := self._refusal(scope)) is not None:
+            response = await self._refuse(Request(scope), refused)
             await response(scope, receive, send)
             return
+        length, most = 0, self._args.max_body
 
         async def counting() -> Message:
             nonlocal length
             message = await receive()
             length += len(message.get("body", b""))
-            if length > self._most:
-                raise HTTPException(413, f"the request has more than {self._most} bytes")
+            if length > most:
+                raise HTTPException(413, f"the request has more than {most} bytes")
             return message
 
         await self._app(scope, counting, send)
 
-    def _is_known(self, http: Request) -> bool:
-        if self._key is None or http.url.path in _OPEN:
-            return True
-        given = http.headers.get("authorization", "")
-        return secrets.compare_digest(given.encode(), f"Bearer {self._key}".encode())
+    def _refusal(self, scope: Scope) -> Refused | None:
+        """Why a request is not let in, or None.
+
+        The path is the one that is routed. That of a request's URL, which is made of Host, may be another.
+        """
+        headers = dict(scope["headers"])
+        # A page of another site can have its own name lead to this machine.
+        if self._is_local and not self._is_named(headers.get(b"host", b"").decode("latin-1")):
+            return Refused("Host: must be localhost or this machine's loopback address")
+        if self._authorization is None or scope["path"] in _OPEN:
+            return None
+        if hmac.compare_digest(headers.get(b"authorization", b""), self._authorization):
+            return None
+        return Refused("Authorization: must be Bearer and the API key", 401, None, "invalid_api_key")
+
+    def _is_named(self, host: str) -> bool:
+        """Whether a header Host names this machine."""
+        if (found := _HOST.fullmatch(host)) is None:
+            return False
+        name = found[1].removeprefix("[").removesuffix("]").lower()
+        return name in ("localhost", self._args.host.lower()) or is_loopback(name)
 
 
 class _Stream(StreamingResponse):
@@ -356,6 +407,30 @@ class _Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
             await super().__call__(scope, receive, send)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether this is an IP address that only this machine itself reaches, such as 127.0.0.2 or ::1."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+async def _body(http: Request) -> bytes:
+    """What a client sent as JSON.
+
+    Raises:
+        Refused: it is called something else, as pages of other sites have to, or the client is gone.
+    """
+    given = http.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise Refused(f"Content-Type {given[:60]!r}: must be application/json")
+    try:
+        return await http.body()
+    except ClientDisconnect:
+        raise _refused(IsGone("nobody waits for the answer")) from None
 
 
 def _event(content: Any) -> str:

@@ -8,15 +8,15 @@ Knows nothing of HTTP, of text, or of who asks.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import Condition
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -27,7 +27,6 @@ from self_speculation import (
     Request,
 )
 from self_speculation.decoding_strategy import Batch, DecodingStrategy
-from self_speculation.generator_base import several
 from self_speculation.model.devices import agreed
 
 _log = logging.getLogger(__name__)
@@ -93,12 +92,13 @@ class Engine:
         batch_size: int,
         max_waiting: int,
     ) -> None:
-        self._batch: Batch[Job] = Batch(strategy, model, config, batch_size)
+        self._batch: Batch[int] = Batch(strategy, model, config, batch_size)
         self._model = model
         self._batch_size, self.most_jobs = batch_size, batch_size + max_waiting
         self._waiting: deque[Job] = deque()
-        self._in_flight: list[Job] = []
-        self._changed = Condition()  # guards these two
+        self._in_flight: dict[int, Job] = {}  # by the order in which they were admitted
+        self._numbers = itertools.count()
+        self._changed = Condition()  # guards the jobs
         self._ends_at = math.inf  # from when on no job goes on
         self._is_stopped = False
 
@@ -154,7 +154,8 @@ class Engine:
         finally:
             with self._changed:
                 self.shut_down(0)
-                left = [*self._in_flight, *self._waiting]
+                left = [*self._in_flight.values(), *self._waiting]
+                self._in_flight.clear()
                 self._waiting.clear()
             for job in left:
                 self._end(job, ShutsDown("the server failed"))
@@ -167,33 +168,31 @@ class Engine:
             return bool(self._waiting or self._in_flight)
 
     def _round(self) -> None:
-        """Admit what there is room for, make a round, and tell what has ended."""
+        """End what is over, admit what there is room for, make a round, and tell what has ended."""
+        over = [number for number, job in self._in_flight.items() if self._is_over(job)]
         with self._changed:
             given_up = [job for job in self._waiting if self._is_over(job)]
             for job in given_up:
                 self._waiting.remove(job)
             room = min(self._batch_size - self.num_in_flight, self.num_waiting)
-            admitted = [self._waiting.popleft() for _ in range(room)]
-            self._in_flight += admitted
+            admitted = {next(self._numbers): self._waiting.popleft() for _ in range(room)}
+            self._in_flight |= admitted
         for job in given_up:
             self._end(job, job.over)
-        agreed(self._model, [(job.request.ids, job.request.seed, job.request.config) for job in admitted])
-        for job in admitted:
+        # All that a clock or a client decides, once a round: each is a wait for the other processes.
+        requests = [(job.request.ids, job.request.seed, job.request.config) for job in admitted.values()]
+        agreed(self._model, (over, requests))
+        self._batch.cancel(over)
+        for number, job in admitted.items():
             job.admitted = time.perf_counter()
-            self._batch.admit(job, self._ending_when_over(job))
+            self._batch.admit(number, job.request)
         try:
             self._batch.round()
         except Exception:  # it is the result of each of the rows, and of no other job
             _log.exception("a round of %d rows failed", len(self._batch.rows))
-        for job, result in self._batch.take_out():
+        for number, result in self._batch.take_out():
+            job = self._in_flight.pop(number)
             self._end(job, job.over or result)
-
-    def _ending_when_over(self, job: Job) -> Request:
-        def is_over(*_: Any, **__: Any) -> bool:
-            return agreed(self._model, self._is_over(job))
-
-        criteria = [*several(job.request.stopping_criteria), is_over]
-        return replace(job.request, stopping_criteria=criteria)
 
     def _is_over(self, job: Job) -> bool:
         """Whether it is to end although its answer has not, and why."""
@@ -208,8 +207,6 @@ class Engine:
 
     def _end(self, job: Job, result: GenerationStrategyResult | Exception | None) -> None:
         assert result is not None
-        if job in self._in_flight:
-            self._in_flight.remove(job)
         try:
             job.ended(result)
         except Exception:
@@ -220,15 +217,13 @@ def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch
     """Do what the engine of the first process does, up to its end."""
     model, strategy = generator.model, generator.generation_strategy
     assert isinstance(strategy, DecodingStrategy)
-    batch: Batch[None] = Batch(strategy, model, config, batch_size)
-
-    def is_over(*_: Any, **__: Any) -> bool:
-        return agreed(model, False)
-
-    while (admitted := agreed(model, None)) is not None:
-        for ids, seed, own in admitted:
-            given = Request(ids, stopping_criteria=is_over, seed=seed, config=own)
-            batch.admit(None, generator.prepared(given, own)[0])
+    batch: Batch[int] = Batch(strategy, model, config, batch_size)
+    numbers = itertools.count()
+    while (told := agreed(model, None)) is not None:
+        over, requests = told
+        batch.cancel(over)
+        for ids, seed, own in requests:
+            batch.admit(next(numbers), generator.prepared(Request(ids, seed=seed, config=own), own)[0])
         with suppress(Exception):  # the first process says so
             batch.round()
         batch.take_out()

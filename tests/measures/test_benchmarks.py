@@ -15,6 +15,7 @@ from conftest import ROOT, generate, tiny_llama
 from helpers import only_run
 from transformers import LlamaConfig
 
+from arguments import ModelArguments
 from measures.comparison import Judged, judge_greedy
 from measures.peers import fastest, find_llama_cpp, in_each_format
 from measures.sides import Answers, ours, theirs
@@ -138,6 +139,24 @@ def test_serving(measured, tmp_path):
     assert [(row["clients"], row["answers"]) for row in record["rows"]] == [(1, 2), (3, 6)]
     assert all(row["tokens/s"] > 0 and row["first p50"] <= row["first p95"] for row in record["rows"])
     assert (only_run(tmp_path) / "serving.csv").read_text().count("\n") == 3
+
+
+def test_transformers_serves_in_its_best_way_for_each_number_of_clients(program):
+    """Guards against a peer in a format, or without batching, that is slower than another one it has."""
+    serving = program("benchmarks", "serving")
+    args = serving.ServingArguments(servers=["here", "transformers", "http://x"])
+    ways = serving.commands(ModelArguments(), GenerationConfig(), args, Path("saved"))
+    transformers = {name: way for name, way in ways.items() if name.startswith("transformers")}
+    assert [*ways] == ["here", *transformers, "http://x"]
+    flags = {(way[way.index("--dtype") + 1], "--continuous-batching" in way) for way in transformers.values()}
+    assert flags == {(dtype, batching) for dtype in ("float16", "bfloat16") for batching in (False, True)}
+
+    def row(server, *speeds):
+        return {"server": server, "clients": 1, "first p95": 1.0, "tokens/s": sum(speeds), "speeds": speeds}
+
+    others = [row(name, 20 + place, 30) for place, name in enumerate(transformers)]
+    ahead = serving.who_is_ahead(row("here", 46, 60), *others)
+    assert (ahead["other"], ahead["high"]) == ([*transformers][-1], 2.0)
 
 
 def test_time_in_which_nobody_asks_does_not_count(program):

@@ -61,16 +61,17 @@ class Served:
         self.engine = Running(
             generator.generation_strategy, generator.model, config, batch_size, self.args.max_waiting
         )
-        app = make_app(generator, self.engine, config, self.args, "tiny")
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+        app = make_app(generator, self.engine, config, self.args, "tiny", self.args.host)
+        self._server = uvicorn.Server(uvicorn.Config(app, self.args.host, 0, log_config=None))
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):
         self._thread.start()
         while not self._server.started:
             self._thread.join(0.01)
+        host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self.args.key or "none", max_retries=0)
         return self
 

@@ -1,15 +1,18 @@
 """The thread that has the model: what it takes, what it ends, and that jobs do not disturb each other."""
 
+import pickle
 import queue
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import generate
-from servers import GREEDY, Running, held
+from servers import GREEDY, Running, held, tiny_generator
 
-from self_speculation import Request, make_strategy
-from serving.engine import IsGone, Job, QueueIsFull, ShutsDown, TimeIsUp
+from self_speculation import GenerationStrategyResult, Request, make_strategy
+from serving.engine import IsGone, Job, QueueIsFull, ShutsDown, TimeIsUp, follow
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 
@@ -157,6 +160,70 @@ def test_a_shutdown_lets_end_what_ends_in_time(engine):
     engine.submit([job(prompt, results) for prompt in PROMPTS * 2])
     engine.shut_down(600)
     assert {type(results.get(timeout=60)).__name__ for _ in range(8)} == {"GenerationStrategyResult"}
+
+
+class Ranks:
+    """Two processes that hold one model together, as threads: what the first one says, the other hears."""
+
+    def __init__(self):
+        self._said, self.times_said = queue.Queue(), 0
+
+    def agreed(self, _, value):
+        if threading.current_thread().name == "follower":
+            return pickle.loads(self._said.get(timeout=60))
+        self._said.put(pickle.dumps(value))
+        self.times_said += 1
+        return value
+
+
+def noting_rounds(strategy):
+    """The ids of each row before each round of a strategy, as they come to be."""
+    rounds, a_round = [], strategy.round
+
+    def noted(decoding):
+        rounds.append([list(output.ids) for output in decoding.rows.outputs])
+        a_round(decoding)
+
+    strategy.round = noted
+    return rounds
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_ranks_agree_once_a_round(text_model, byte_tokenizer, monkeypatch, sample):
+    """Eight answers in four places, of which some end early: by a client, and by a clock. Guards against a
+    broadcast for each token and row, and against a rank that goes on with a row that another has ended.
+    """
+    ranks, config = Ranks(), replace(GREEDY, sample=sample, max_steps=40)
+    monkeypatch.setattr("serving.engine.agreed", ranks.agreed)
+    generators = [tiny_generator(text_model, byte_tokenizer, config) for _ in range(2)]
+    mine, others = [noting_rounds(generator.generation_strategy) for generator in generators]
+    follower = threading.Thread(target=follow, args=(generators[1], config, 4), name="follower")
+    follower.start()
+    results = [queue.Queue() for _ in range(8)]
+
+    def leaves(ids, _):
+        jobs[1].is_gone = ids.shape[1] > len(PROMPTS[1]) + 8
+        return False
+
+    def is_late(ids, _):
+        jobs[2].most_seconds = 0 if ids.shape[1] > len(PROMPTS[2]) + 20 else 600
+        return False
+
+    criteria = {1: leaves, 2: is_late}
+    jobs = []
+    for place, to in enumerate(results):
+        given = Request(PROMPTS[place % 4], stopping_criteria=criteria.get(place), seed=place, config=config)
+        jobs.append(Job(generators[0].prepared(given, config)[0], to.put))
+    engine = Running(generators[0].generation_strategy, text_model, config, 4, max_waiting=4)
+    engine.submit(jobs)
+    ended = [type(to.get(timeout=60)) for to in results]
+    assert engine.stop()
+    follower.join(60)
+    assert not follower.is_alive()
+    assert ended[1:3] == [IsGone, TimeIsUp]
+    assert ended[3:] == [GenerationStrategyResult] * 5
+    assert mine == others
+    assert ranks.times_said <= len(mine) + 8  # at most one round less for each that ends, and the end of all
 
 
 def test_an_engine_that_fails_tells_all(engine, monkeypatch):

@@ -1,21 +1,21 @@
 """What a request may say, without a server."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from self_speculation import GenerationConfig
-from serving.protocol import ChatRequest, CompletionRequest, refusal
+from serving.protocol import ChatRequest, CompletionRequest, Refused, read
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def refused(kind, **said):
     """(field at fault, message)"""
-    with pytest.raises(ValidationError) as error:
-        kind(**said)
-    errors = [{**one, "loc": ("body", *one["loc"])} for one in error.value.errors()]
-    found = refusal(errors)
-    return found.param, str(found)
+    with pytest.raises(Refused) as refused:
+        read(kind, json.dumps(said).encode())
+    return refused.value.param, str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,37 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(name, neutral, other):
 def test_bad_values_are_refused_by_their_place(said, param):
     """Guards against numbers in quotes that pass, and against names of the types that were tried."""
     assert refused(ChatRequest, **said)[0] == param
+
+
+EMPTY = {"role": "user", "content": ""}
+PART = {"type": "text", "text": ""}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "param", "says"),
+    [
+        (ChatRequest, {"messages": [EMPTY] * 9_000}, "messages", "at most 2048 items"),
+        (ChatRequest, {"messages": [{}] * 9_000}, "messages.0.role", "required"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [PART] * 9_000}]},
+            "messages.0.content",
+            "at most 2048 items",
+        ),
+        (CompletionRequest, {"prompt": [""] * 9_000}, "prompt", "at most 2048 prompts, not 9000"),
+        (CompletionRequest, {"prompt": [1] * 9_000 + [True] * 9_000}, "prompt", "must be a text"),
+        (CompletionRequest, {f"x{i}": 0 for i in range(9_000)}, None, "at most 100 fields, not 9000"),
+    ],
+)
+def test_what_is_endless_is_refused_by_its_first_fault(kind, said, param, says):
+    """Guards against a request under the size limit that is checked for seconds, and against a message that
+    spells all of it.
+    """
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate(said)
+    assert error.value.error_count() <= 2  # of the first message
+    name, message = refused(kind, **said)
+    assert (name, says in message, len(message) < 200) == (param, True, True)
 
 
 @pytest.mark.parametrize("prompt", [{}, [["a"]], [1, "a"], [[]], ["a", 1], [True], 5])
