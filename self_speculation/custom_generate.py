@@ -83,7 +83,8 @@ def self_speculative_generate(
         input_ids: [B, P], padding on the left where the attention mask says so. The model sees each prompt
             without its padding; processors and criteria see it with its padding, as `generate` shows it.
         logits_processor: those of a caller must depend on their arguments alone: they are called for drafts
-            too, and again for the same position where a draft was rejected. They and criteria may treat each
+            too, and again for the same position where a draft was rejected. An error that they raise for a
+            draft is raised here only if the text gets there. They and criteria may treat each
             row of a batch in its own way, but not by what is in another row.
         stopping_criteria: `stop_strings` never get here: `generate` keeps the tokenizer from a callable; pass
             `StopStringCriteria(tokenizer, strings)`.
@@ -167,6 +168,7 @@ def _request(
         seen: [P] booleans: the row's ids that the model sees.
     """
     batch_size = len(input_ids)
+    processors = [_asking_about(row, processor) for processor in processors]
     padded, prompt = input_ids[row, None], input_ids[row, seen].tolist()
 
     def repeated(ids: Tensor) -> Tensor:
@@ -191,6 +193,20 @@ def _request(
 
     processor, criterion = process if processors else None, is_over if criteria else None
     return Request(prompt, processor, criterion, streamer, eos_token_ids=end_ids)
+
+
+def _asking_about(row: int, processor: Any) -> Callable:
+    """`prefix_allowed_tokens_fn` asked about one row of a batch alone: for the others it may raise, since the
+    ids that it would be shown are not theirs.
+    """
+    if type(processor) is not PrefixConstrainedLogitsProcessor:
+        return processor
+    allowed, per_prompt = processor._prefix_allowed_tokens_fn, processor._num_beams
+
+    def allowed_in_row(prompt: int, ids: Tensor) -> list[int]:
+        return allowed(prompt, ids) if prompt == row // per_prompt else [0]
+
+    return PrefixConstrainedLogitsProcessor(allowed_in_row, per_prompt)
 
 
 def _may_treat_rows_differently(processor: Callable) -> bool:

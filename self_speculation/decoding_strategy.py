@@ -244,7 +244,7 @@ class Batch(Generic[Key]):
             if not self.rows.outputs[row].remaining:
                 assert self._decoding is not None  # there are rows
                 decoder, output = self._decoding.decoder, self.rows.drop(row)
-                keep = self._config.reuse_cache and output.error is None
+                keep = self._config.reuse_cache and output.error is None and not output.is_damaged
                 if keep:
                     self._places.leave(row, output.ids[: decoder.cache.length(0, row)])
                 self._places.swap(row, len(self.rows))

@@ -94,10 +94,9 @@ class ReadVerdict(NamedTuple):
 
 
 def read_verdict(rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> ReadVerdict:
-    """Copy the verdict to the host, in one read; each row learns whether its logits are numbers."""
+    """Copy the verdict to the host, in one read; each row learns where its logits are no numbers."""
     k = draft.tokens.shape[1]
-    decided_by = logits.take_along_dim(verdict.num_accepted[:, None, None], 1)[:, 0]  # [B, V]
-    numbers = rows.read([verdict.num_accepted, verdict.next_token, draft.tokens], decided_by)
+    numbers = rows.read([verdict.num_accepted, verdict.next_token, draft.tokens], logits)
     counts, next_tokens, drafted = numbers
     accepted = [int(m) for m in counts]
     tokens = [[*map(int, drafted[row * k :][:m]), int(next_tokens[row])] for row, m in enumerate(accepted)]

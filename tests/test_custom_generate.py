@@ -124,6 +124,48 @@ def test_ids_are_those_of_generate(batch, options, rounds):
     assert rounds or theirs.shape[1] == batch.shape[1] + 1
 
 
+def names(*allowed):
+    """`prefix_allowed_tokens_fn` by which a row may say one of the names that are allowed in it, and raises
+    behind each.
+    """
+
+    def following(row, ids):
+        said = ids.tolist()[6:]
+        of_row = [name for name in allowed[row % len(allowed)] if name[: len(said)] == said]
+        return [name[len(said)] for name in of_row]  # behind a name: IndexError; where there is none: []
+
+    return following
+
+
+@pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
+@pytest.mark.parametrize("sampling", [{}, ONE], ids=["greedy", "sampled"])
+def test_what_may_follow_a_name_is_asked_only_where_the_text_gets(sampling, batch, rounds):
+    """Guards against an answer that fails because of a guess behind its end id, or because of what a row may
+    say at the index of another row.
+    """
+    allowed = [[11, 12, 2], [13, 14, 15, 2]], [[21, 2, 7]], [[31, 32, 33, 34]]
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, **sampling}
+    options["attention_mask"] = batch.ne(0).long()
+    theirs = [  # one by one: in a batch it asks what may follow the padding after an end, too
+        tiny_llama()
+        .generate(
+            prompt[None],
+            **{**options, "attention_mask": mask[None]},
+            prefix_allowed_tokens_fn=names(allowed[row]),
+        )[0]
+        .tolist()
+        for row, (prompt, mask) in enumerate(zip(batch, options["attention_mask"], strict=True))
+    ]
+    ours = tiny_llama().generate(batch, **options, prefix_allowed_tokens_fn=names(*allowed), **SPECULATION)
+    assert [row[: len(their)] for row, their in zip(ours.tolist(), theirs, strict=True)] == theirs
+    assert rounds
+    with pytest.raises((IndexError, ValueError)):  # no end id, so that the text gets behind the names
+        tiny_llama().generate(
+            batch, **{**options, "eos_token_id": 40, "max_new_tokens": 6},
+            prefix_allowed_tokens_fn=names(*allowed), **SPECULATION,
+        )  # fmt: skip
+
+
 SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])
 REFUSED = [
     ({"num_beams": 2}, "num_beams: beam search"),

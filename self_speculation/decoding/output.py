@@ -28,10 +28,6 @@ _NO_DISTRIBUTION = (
 )
 
 
-class _NoToken(FloatingPointError):
-    """Logits by which no token can be picked."""
-
-
 class Output:
     """Prompt and generated ids in one buffer on the device, with room for a draft after what is decided.
 
@@ -70,6 +66,10 @@ class Output:
         self.error: Exception | None = None  # what ended it before its time
         # No token could be picked by its logits: its keys and values may be no numbers either.
         self.is_damaged = False
+        # Of this round, by position after the decided tokens: what processors raised, and why no token can be
+        # picked. Most positions are guesses that nobody takes, behind an end id or a rejected token.
+        self._errors: dict[int, Exception] = {}
+        self._no_token: dict[int, Exception] = {}
         self.generator, self.sampler, self.wants_drafts = generator, sampler, wants_drafts
         self.num_cached = 0  # tokens of the prompt whose keys and values were there already
         self.tally = Tally() if has_drafts else None
@@ -88,16 +88,16 @@ class Output:
         """Tokens that may still be generated; 0 once the output has ended."""
         return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
 
-    def check(self, largest: float, greedy: bool) -> None:
-        """Look at the largest logit that the last token of a round was picked by."""
-        if math.isnan(largest) or (math.isinf(largest) and not greedy):
-            self.is_damaged = True
-            why = _NOT_A_NUMBER if math.isnan(largest) else _NO_DISTRIBUTION
-            self.error = self.error or _NoToken(why)
+    def check(self, largest: Sequence[float], greedy: bool) -> None:
+        """Look at the largest logit of each position of a round."""
+        for position, number in enumerate(largest):
+            if math.isnan(number) or (math.isinf(number) and not greedy):
+                why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
+                self._no_token[position] = FloatingPointError(why)
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """What its processors, criteria or streamer raise ends this output, and no other one."""
+        """What its criteria or streamer raise ends this output, and no other one."""
         try:
             yield
         except Exception as error:
@@ -135,16 +135,20 @@ class Output:
             count: rows that matter; the others are left alone.
 
         Returns:
-            [n, V], in fp32. Each row went through the processors by itself, as [1, V].
+            [n, V], in fp32. Each row went through the processors by itself, as [1, V]. One for which they
+            raised is unprocessed, and the output ends with the error if it gets there, see `commit`.
         """
         logits = logits.float()
         if not self._processors or not count:
             return logits
-        with self._own_errors():
-            rows = enumerate(logits[:count].split(1))
-            processed = [self._processors(self.history(num_drafted + i), row) for i, row in rows]
-            return torch.cat([*processed, logits[count:]])
-        return logits
+        processed = logits.clone()  # processors may change what they are given
+        for i, position in enumerate(range(num_drafted, num_drafted + count)):
+            self._errors.pop(position, None)
+            try:
+                processed[i] = self._processors(self.history(position), logits[i : i + 1])
+            except Exception as error:
+                self._errors[position] = error
+        return processed
 
     def place(self, token: Tensor | int, position: int) -> None:
         """Write a token after the decided ones, at draft position 0, 1, ..., if anybody looks there."""
@@ -164,22 +168,26 @@ class Output:
                 self._streamer.put(torch.tensor([id_]), is_draft=True)
 
     def commit(self, tokens: Sequence[int], scores: Tensor, drafted: int = 0, source: str = "") -> None:
-        """Decide on tokens, up to the one that ends the output.
+        """Decide on tokens, up to the one that ends the output, or to a position whose error does.
 
         Args:
-            tokens: n ids, those accepted of a draft and one more, which counts for nothing where it could
-                not be picked.
+            tokens: n ids, those accepted of a draft and one more.
             scores: [>= n, V] the processed logits that they came from.
             drafted: tokens that were drafted by `source` in the round of which these come.
         """
-        if self.error is not None and not isinstance(self.error, _NoToken):
-            return  # what was picked was not picked as its processors would have it
-        with self._own_errors():
-            self._commit(tokens, scores, drafted, source)
+        self.is_damaged = any(position < len(tokens) for position in self._no_token)
+        self._errors = {**self._no_token, **self._errors}
+        if self.error is None:  # else its streamer could not show a draft
+            with self._own_errors():
+                self._commit(tokens, scores, drafted, source)
+        self._errors, self._no_token = {}, {}
 
     def _commit(self, tokens: Sequence[int], scores: Tensor, drafted: int, source: str) -> None:
         taken = 0
-        while taken < len(tokens) - self.is_damaged and not self.stop_reason:
+        while taken < len(tokens) and not self.stop_reason:
+            self.error = self._errors.get(taken)
+            if self.error is not None:
+                break
             self.place(tokens[taken], 0)
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
@@ -200,7 +208,7 @@ class Output:
             if self._streamer is not None:
                 self._stream(())  # what is still shown of a draft was never decided on
                 self._streamer.end()
-        if self.error is not None and not (isinstance(self.error, _NoToken) and self.stop_reason):
+        if self.error is not None:
             return self.error
         assert self._first_token_at is not None
         ended_by_id = self.stop_reason == "eos"

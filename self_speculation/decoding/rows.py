@@ -159,25 +159,26 @@ class Rows:
         return torch.cat((numbers[:, self.longest_draft :][:, :num_drafted], numbers[:, -1:]), 1)
 
     def read(self, numbers: Sequence[Tensor], logits: Tensor) -> list[list[float]]:
-        """The numbers of each tensor, in one read. Outputs learn if their logits let no token be picked.
+        """The numbers of each tensor, in one read. Outputs learn where their logits let no token be picked.
 
         Args:
-            logits: [B, V] that the last token of the round is picked by. NaN in a row's cache makes all its
-                logits NaN.
+            logits: [B, n, V] that the tokens of the round are picked by. A guess may agree with a target that
+                is NaN, so all positions are looked at.
         """
         largest, *values = read([logits.amax(-1), *numbers])
-        for output, number in zip(self.outputs, largest, strict=True):
-            output.check(number, (output.sampler or self._default).greedy)
+        n = logits.shape[1]
+        for row, output in enumerate(self.outputs):
+            output.check(largest[row * n :][:n], (output.sampler or self._default).greedy)
         return values
 
     def emit(self, logits: Tensor) -> None:
         """Decide on one token of each row, picked by logits [B, V]. Reads from the device: one."""
-        logits = self.process(logits[:, None])[:, 0]
+        logits = self.process(logits[:, None])  # [B, 1, V]
         numbers = self._round_numbers()
-        tokens = self.sampler(logits, None if numbers is None else numbers[:, -1]).tokens  # [B]
+        tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
         (ids,) = self.read([tokens], logits)
         no_round = ([0] * len(self), [""] * len(self))
-        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits[:, None], *no_round)
+        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits, *no_round)
 
     def commit(
         self,

@@ -70,25 +70,38 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(probabilities: Tensor, top_p: float | Tensor, top_k: int = 0) -> Tensor:
+def nucleus(
+    probabilities: Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor = 0,
+    most: int = 0,
+    may_look: bool | None = None,
+) -> Tensor:
     """Top-p: [..., V] probabilities -> the same for the fewest tokens, at least one, that together reach
     `top_p`, scaled to sum to 1, and 0 for all others.
 
     Args:
         top_p: of all rows, or [..., 1] of each.
-        top_k: at most this many tokens have a probability, apart from ties for the last place, which a GPU
-            cuts off here; 0: not known.
+        top_k: of all rows, or [..., 1] of each: at most this many tokens have a probability, apart from ties
+            for the last place, which are cut off here where nobody may look; 0: not known.
+        most: with a `top_k` of each row, the largest of them; 0: some row whose result counts has none.
+        may_look: whether a number may be read from the device, to sort less; None: on a CPU. There, sorting a
+            large vocabulary takes as long as several layers, and a read costs nothing. On a GPU, a read waits
+            for all that the GPU was given to do.
     """
-    vocab_size, on_cpu = probabilities.shape[-1], probabilities.device.type == "cpu"
-    # On a CPU, sorting a large vocabulary takes as long as several layers, and looking at a number costs
-    # nothing. On a GPU, looking at a number means waiting for all that the GPU was given to do.
-    number = min(_LIKELY if on_cpu else top_k or vocab_size, vocab_size)
+    vocab_size = probabilities.shape[-1]
+    may_look = probabilities.device.type == "cpu" if may_look is None else may_look
+    most = top_k if isinstance(top_k, int) else most
+    number = min(_LIKELY if may_look else most or vocab_size, vocab_size)
     largest, ids = probabilities.topk(number) if number < vocab_size else probabilities.sort(descending=True)
-    if number < vocab_size and on_cpu and bool((largest.sum(-1, keepdim=True) < top_p).any()):
+    if number < vocab_size and may_look and bool((largest.sum(-1, keepdim=True) < top_p).any()):
         largest, ids = probabilities.sort(descending=True)
     before = largest.cumsum(-1) - largest  # the mass of what is more likely
     at_least = top_p.clamp(min=_FP32.tiny) if isinstance(top_p, Tensor) else max(top_p, _FP32.tiny)
-    largest = largest.masked_fill(before >= at_least, 0.0)
+    is_out = before >= at_least
+    if isinstance(top_k, Tensor) and not may_look:  # a row's ties are cut off as they are without neighbours
+        is_out |= (torch.arange(largest.shape[-1], device=largest.device) >= top_k) & (top_k > 0)
+    largest = largest.masked_fill(is_out, 0.0)
     return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
 
 
@@ -163,12 +176,15 @@ class SamplerOfRows:
 
     def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
         self._greedy = on_device([sampler.greedy for sampler in samplers], device).bool()
-        temperatures = [1.0 if sampler.greedy else sampler.temperature for sampler in samplers]
-        temperature = on_device(temperatures, device, torch.float32)
+        # What a greedy row would draw counts for nothing, so it needs no filter.
+        samplers = [Sampler() if sampler.greedy else sampler for sampler in samplers]
+        temperature = on_device([sampler.temperature for sampler in samplers], device, torch.float32)
         self._is_small, self._temperature = temperature < _SMALL, temperature.clamp(_FP32.tiny, _FP32.max)
         self._top_p = on_device([sampler.top_p for sampler in samplers], device, torch.float32)
         self._top_k = on_device([sampler.top_k for sampler in samplers], device)
         self._most = max(sampler.top_k for sampler in samplers)
+        with_top_p = [sampler.top_k for sampler in samplers if sampler.top_p < 1]
+        self._has_top_p, self._most_of_top_p = bool(with_top_p), max(with_top_p, default=0) * all(with_top_p)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """As of `Sampler`: [B, ..., V]"""
@@ -185,9 +201,11 @@ class SamplerOfRows:
             is_cut = (scaled < largest.gather(-1, places)) & each(self._top_k > 0)
             scaled = scaled.masked_fill(is_cut, -math.inf)
         probabilities = scaled.softmax(-1)
-        cuts = each(self._top_p < 1)  # where it is 1, nothing needs to be sorted
-        likely = nucleus(probabilities, each(self._top_p).where(cuts, 0.0), self._most)
-        probabilities = torch.where(cuts, likely, probabilities)
+        if self._has_top_p:
+            top_p, top_k = each(self._top_p), each(self._top_k)
+            cuts = top_p < 1  # where it is 1, nothing needs to be sorted
+            likely = nucleus(probabilities, top_p.where(cuts, 0.0), top_k, self._most_of_top_p)
+            probabilities = torch.where(cuts, likely, probabilities)
         most_likely = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(each(self._greedy), most_likely, probabilities)
 

@@ -178,6 +178,22 @@ def test_an_answer_that_failed_leaves_nothing():
         assert (after.num_cached_tokens, after.predicted_tokens) == (0, wanted)
 
 
+def test_an_answer_that_ended_before_its_logits_were_no_numbers_leaves_nothing():
+    """Guards against a place that was cleared, since it may hold NaN, and is read as if it were not."""
+
+    def damages(ids, logits):
+        return logits * torch.nan if ids.shape[1] > len(STORY) + 2 else logits
+
+    drafts = {"exit_layer": 2, "num_speculations": 3}
+    model, strategy = tiny_llama(agreement="always"), make_strategy("self_speculative")
+    wanted = answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
+    request = Request(STORY, damages, ends_text=lambda tokens: len(tokens) == 3)
+    ended = answer(strategy, model, None, request=request, reuse_cache=True, **drafts)
+    assert (ended.predicted_tokens, ended.stop_reason) == (wanted[:3], "stop_word")
+    after = answer(strategy, model, STORY, reuse_cache=True, **drafts)
+    assert (after.num_cached_tokens, after.predicted_tokens) == (0, wanted)
+
+
 def test_two_threads_do_not_share_a_place():
     """Guards against two answers at once in what one strategy has kept."""
     model, strategy = tiny_llama(), make_strategy("autoregressive")

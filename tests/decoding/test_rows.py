@@ -417,26 +417,78 @@ def test_a_request_that_raises_takes_no_other_along(part, kind, after, drafts):
         generate(model, [9, 9], eos=[], max_steps=12, **{part: kind(after)}, **drafts)
 
 
-def test_a_request_that_raises_inside_a_draft_leaves_none_of_it_on_screen():
-    """Guards against drafted tokens that stand at the end of a stream though nobody decided on them."""
+class Shown(list):
+    """A streamer: the ids that stand on a screen, drafts among them."""
 
-    class Shown(list):
-        def put(self, ids, is_draft=False):  # noqa: ARG002
-            self.extend(ids.tolist())
+    def put(self, ids, is_draft=False):  # noqa: ARG002
+        self.extend(ids.tolist())
 
-        def delete(self, num_tokens, is_draft=False):  # noqa: ARG002
-            del self[-num_tokens:]
+    def delete(self, num_tokens, is_draft=False):  # noqa: ARG002
+        del self[-num_tokens:]
 
-        def end(self):
-            """What is shown stays."""
+    def end(self):
+        """What is shown stays."""
 
-    expected = generate(tiny_llama(), [9, 9], eos=[], max_steps=12).predicted_tokens
-    for after in range(1, 9):
-        shown = Shown()
-        request = Request([9, 9], logits_processors=[Fails(after)], streamer=shown)
-        got = batch(tiny_llama(), [request], 1, exit_layer=2, num_speculations=3, max_steps=12)
-        assert isinstance(got[0], KeyError)
-        assert shown == expected[: len(shown)]
+
+def raises_from(length):
+    """A processor that raises where a history has so many ids."""
+
+    def process(ids, logits):
+        if ids.shape[1] >= length:
+            raise KeyError("its own")
+        return logits
+
+    return process
+
+
+DRAFTED = {"exit_layer": 2, "num_speculations": 3, "max_steps": 12}
+
+
+@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup": 1}, {"draft_vocabulary": 9, "sample": True}])
+@pytest.mark.parametrize("agreement", ["always", "sometimes"])
+def test_an_error_of_a_processor_belongs_to_its_position(drafts, agreement):
+    """Guards against an answer that ends, or fails to show what was decided, because of an error at a guess
+    that nobody takes, and against one that goes on where the output gets to the error.
+    """
+    model, drafts = tiny_llama(agreement=agreement), {**DRAFTED, **drafts}
+    requests = [Request(prompt, seed=row) for row, prompt in enumerate(PROMPTS[:4])]
+    plain = {row: result.predicted_tokens for row, result in batch(model, requests, 4, **drafts).items()}
+    prompt, tokens = PROMPTS[0], plain[0]
+    for num in (0, 1, 2, 5, 7, 11):
+        shown, raises = Shown(), [raises_from(len(prompt) + num)]
+        request = Request(prompt, raises, seed=0, streamer=shown)
+        got = batch(model, [request, *requests[1:]], 4, **drafts)
+        assert isinstance(got.pop(0), KeyError)
+        assert shown == tokens[:num]
+        assert {row: result.predicted_tokens for row, result in got.items()} == {
+            row: plain[row] for row in (1, 2, 3)
+        }
+        ends = Request(prompt, raises, seed=0, ends_text=lambda found, num=num: len(found) == num)
+        if num:
+            assert batch(model, [ends], 1, **drafts)[0].predicted_tokens == tokens[:num]
+
+
+@pytest.mark.parametrize("num", [1, 2, 6])
+def test_a_guess_that_agrees_with_logits_that_are_no_numbers(num):
+    """Guards against an answer that goes on, or ends with id 0, because draft and target both are NaN there:
+    the largest logit of the last position alone says nothing of the others.
+    """
+    model, shown, at = tiny_llama(agreement="always"), Shown(), len(PROMPTS[0]) + num
+    tokens = alone(model, Request(PROMPTS[0]), **DRAFTED).predicted_tokens
+    damages = [lambda ids, logits: logits * torch.nan if ids.shape[1] == at else logits]
+    request = Request(PROMPTS[0], damages, streamer=shown, eos_token_ids=[0])
+    got = batch(model, [request, Request(PROMPTS[1])], 2, **DRAFTED)
+    assert isinstance(got[0], FloatingPointError)
+    assert shown == tokens[:num]
+    assert got[1].predicted_tokens == alone(model, Request(PROMPTS[1]), **DRAFTED).predicted_tokens
+
+
+def test_a_processor_that_returns_another_shape_takes_no_other_row_along():
+    """Guards against logits that cannot be put beside those of other rows, which would end all of them."""
+    wrong = Request(PROMPTS[0], [lambda ids, logits: logits[:, :7] if ids.shape[1] > 8 else logits])
+    got = batch(tiny_llama(), [wrong, Request(PROMPTS[1])], 2, **DRAFTED)
+    assert isinstance(got[0], RuntimeError)
+    assert got[1].predicted_tokens == alone(tiny_llama(), Request(PROMPTS[1]), **DRAFTED).predicted_tokens
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import generate, tiny_llama
+from distributions import looking
 from scipy.stats import chisquare
 
 from self_speculation.decoding.sampling import (
@@ -41,16 +42,20 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold():
 @pytest.mark.parametrize("vocab_size", [7, 300])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("top_k", [0, 2, 50])
-def test_probabilities_are_those_of_the_filters_of_transformers(vocab_size, top_p, top_k):
+@pytest.mark.parametrize("may_look", [True, False])
+def test_probabilities_are_those_of_the_filters_of_transformers(vocab_size, top_p, top_k, may_look):
     """Guards against a nucleus that is looked for among too few tokens (flat rows need more than steep ones),
-    and against a token more or less. Logits are eighths, so that tokens tie; no sum of probabilities comes
-    within 2e-5 of a threshold, so that no rounding decides who is in.
+    and against a token more or less. Logits are eighths, so that tokens tie, but where a GPU would cut off
+    ties; no sum of probabilities comes within 2e-5 of a threshold, so that no rounding decides who is in.
     """
     torch.manual_seed(0)
     for scale in (0.1, 4.0):
-        logits = (torch.randn(3, vocab_size) * scale).mul(8).round().div(8)
+        logits = torch.randn(3, vocab_size) * scale
+        if may_look or not top_k:
+            logits = logits.mul(8).round().div(8)
         wanted = top_k_top_p_filtering(logits / 0.5, top_k, top_p).softmax(-1)
-        got = Sampler(True, 0.5, top_k, top_p).probabilities(logits)
+        with looking(may_look):
+            got = Sampler(True, 0.5, top_k, top_p).probabilities(logits)
         # Sorted, since it does not matter which of several tokens that tie is left out.
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
 
