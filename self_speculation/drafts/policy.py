@@ -81,7 +81,7 @@ class ArmStats:
         default_factory=dict
     )  # by source and tokens matched
     by_confidence: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)  # by source and range
-    trials: dict[str, _Trials] = field(default_factory=dict)
+    trials: dict[tuple[str, int], _Trials] = field(default_factory=dict)
     seconds_for_trials: float = 0.0
 
 
@@ -110,6 +110,7 @@ class AdaptivePolicy:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = {name: arm for name, arm in arms.items() if arm.draft_ratio > 0.0}
         self._plan, self._plain = Plan(), Plan()
+        self._of_layers: dict[tuple[int, int, int], Plan] = {}  # until something is learnt
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
@@ -118,18 +119,21 @@ class AdaptivePolicy:
             matched: by source, [B] how many tokens of each row it has matched; None where it cannot draft.
             rooms: [B] tokens that may be drafted at most.
         """
-        stats, longest = self._stats, min(max(rooms), self._longest)
-        lookups, tokens = self._looked_up(matched, rooms, longest)
-        plans = [self._lookups_only(lookups, tokens)]
-        most = min(longest, self._LONGEST_OF_LAYERS)
-        plans += [self._drafted(name, lookups, tokens, rooms, most) for name in self._layered if most]
-        self._plain = Plan(tokens=float(len(rooms)), seconds=stats.times.plain_step(len(rooms)))
-        best = max(plans, key=lambda plan: plan.rate)
-        if best.rate <= self._MARGIN * self._plain.rate:
-            best = self._plain
+        stats, longest, num_rows = self._stats, min(max(rooms), self._longest), len(rooms)
+        best = self._plain = Plan(tokens=float(num_rows), seconds=stats.times.plain_step(num_rows))
+        if longest:
+            num_drafting = sum(room > 0 for room in rooms)
+            plans = [self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_OF_LAYERS))]
+            lookups, chances = self._looked_up(matched, rooms)
+            if any(chances):
+                plans.append(self._lookups_alone(lookups, chances, longest))
+                plans.append(self._lookups_first(plans[0], lookups, chances))
+            promising = max(plans, key=lambda plan: plan.rate)
+            if promising.rate > self._MARGIN * self._plain.rate:
+                best = promising
         stats.num_rounds += 1
         stats.seconds_for_trials += self._SHARE * best.seconds
-        self._plan = self._trial(best, rooms, longest) or best
+        self._plan = self._trial(best, num_rows, longest) or best
         return self._plan
 
     def goes_on(self, confidences: Sequence[Sequence[float]]) -> bool:
@@ -164,7 +168,9 @@ class AdaptivePolicy:
             seconds: of drafting and verifying; None: these say nothing of rounds to come.
         """
         stats, plan = self._stats, self._plan
-        for row, source in enumerate(sources):
+        if any(drafted) or stats.num_rounds % self._WAIT == 0:
+            self._of_layers.clear()
+        for row, source in enumerate(sources if any(drafted) else ()):
             for i in range(min(accepted[row] + 1, drafted[row])):
                 is_right = float(i < accepted[row])
                 self._acceptance(source, matched[row]).add(is_right)
@@ -179,77 +185,95 @@ class AdaptivePolicy:
             stats.times.add_verification(num_rows, max(drafted), of_verification)
 
     def _looked_up(
-        self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int], longest: int
-    ) -> tuple[list[str], numpy.ndarray]:
-        """[B] the most promising lookups, and [B, lengths] the tokens that rounds with so many of theirs give."""
+        self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]
+    ) -> tuple[list[str], list[float]]:
+        """[B] the most promising lookups, and the chances that a token of theirs is accepted."""
         lookups, chances = [PLAIN] * len(rooms), [0.0] * len(rooms)
-        for name, numbers in matched.items():
-            for row, number in enumerate(numbers):
-                if name not in self._layered and number is not None and rooms[row]:
-                    if (chance := self._acceptance(name, number).value) > chances[row]:
+        for name in matched.keys() - self._layered.keys():
+            for row, number in enumerate(matched[name]):
+                if number is not None and rooms[row]:
+                    chance = self._acceptance(name, number).value
+                    if chance > chances[row]:
                         lookups[row], chances[row] = name, chance
-        return lookups, _expected_tokens(numpy.array(chances), rooms, longest)
+        return lookups, chances
 
-    def _lookups_only(self, lookups: Sequence[str], tokens: numpy.ndarray) -> Plan:
-        seconds, of_all = self._verifications(len(lookups), tokens.shape[1] - 1), tokens.sum(0)
-        length = int((of_all / seconds).argmax())
-        return Plan(PLAIN, length, lookups if length else (), float(of_all[length]), float(seconds[length]))
+    def _lookups_alone(self, lookups: Sequence[str], chances: Sequence[float], longest: int) -> Plan:
+        seconds = self._verifications(len(lookups), longest)
+        tokens = _expected_tokens(chances, longest).sum(0)
+        length = int((tokens / seconds).argmax())
+        return Plan(PLAIN, length, lookups if length else (), float(tokens[length]), float(seconds[length]))
 
-    def _drafted(
-        self, name: str, lookups: Sequence[str], looked_up: numpy.ndarray, rooms: Sequence[int], longest: int
-    ) -> Plan:
-        """Drafts of layers for all rows but those where a lookup promises more."""
-        num_rows, chance = len(rooms), self._acceptance(name, 0).value
-        tokens = _expected_tokens(numpy.full(num_rows, chance), rooms, longest)
-        seconds = self._draft_step(name, num_rows) * numpy.arange(longest + 1)
-        seconds = seconds + self._verifications(num_rows, longest)
-        looked_up = looked_up[:, : longest + 1]
-        both = numpy.maximum(tokens, looked_up).sum(0)  # [lengths]
-        length = int((both[1:] / seconds[1:]).argmax()) + 1
-        own = looked_up[:, length] > tokens[:, length]
-        chosen = [lookup if is_own else PLAIN for lookup, is_own in zip(lookups, own, strict=True)]
-        return Plan(name, longest, chosen, float(both[length]), float(seconds[length]))
+    def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
+        """Drafts of the best arm, as long as pays for some of the rows."""
+        key = (num_rows, num_drafting, longest)
+        if key not in self._of_layers:
+            best = self._plain
+            for name in self._layered:
+                tokens = num_rows + num_drafting * (self._expected(name, longest) - 1.0)
+                seconds = self._seconds(name, num_rows, longest)
+                length = int((tokens / seconds).argmax())
+                plan = Plan(name, longest, (), float(tokens[length]), float(seconds[length]))
+                best = plan if length and plan.rate > best.rate else best
+            self._of_layers[key] = best
+        return self._of_layers[key]
 
-    def _trial(self, best: Plan, rooms: Sequence[int], longest: int) -> Plan | None:
+    def _lookups_first(self, layers: Plan, lookups: Sequence[str], chances: Sequence[float]) -> Plan:
+        """The same arm, for the rows where it promises more than a lookup."""
+        if not layers.drafts:
+            return layers
+        num_rows, longest = len(lookups), layers.length
+        looked_up, drafted = _expected_tokens(chances, longest), self._expected(layers.source, longest)
+        tokens = numpy.maximum(looked_up, drafted).sum(0)
+        seconds = self._seconds(layers.source, num_rows, longest)
+        length = int((tokens / seconds).argmax())
+        keeps = looked_up[:, length] > drafted[length]
+        lookups = [name if keep else PLAIN for name, keep in zip(lookups, keeps, strict=True)]
+        return Plan(layers.source, longest, lookups, float(tokens[length]), float(seconds[length]))
+
+    def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
         """A short draft of the arm whose trial is due longest, or a plain step; None: none is due, or too dear."""
-        stats, num_rows = self._stats, len(rooms)
+        stats = self._stats
         due: list[tuple[int, str]] = []
         for i, name in enumerate((PLAIN, *self._layered)):
-            trials = stats.trials.setdefault(
-                name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * (i + 1))
-            )
+            trials = stats.trials.get((name, num_rows))
+            if trials is None:
+                first = stats.num_rounds + self._WAIT * (i + 1)
+                trials = stats.trials[name, num_rows] = _Trials(self._WAIT, first)
             if name == best.source and (name != PLAIN or not best.drafts):
                 trials.wait, trials.due = self._WAIT, stats.num_rounds + self._WAIT
             elif trials.due <= stats.num_rounds:
                 due.append((trials.due, name))
         for _, name in sorted(due):
-            trial = self._plain if name == PLAIN else self._hoped(name, rooms, min(self._TRIAL, longest))
-            if trial is None:
-                continue
-            price = trial.seconds * (1.0 - min(1.0, trial.rate / best.rate))
+            trial = self._plain if name == PLAIN else self._hoped(name, num_rows, min(self._TRIAL, longest))
+            price = trial.seconds * (1.0 - min(1.0, trial.rate / best.rate)) if trial else 0.0
             if price <= stats.seconds_for_trials:
                 stats.seconds_for_trials -= price
-                trials = stats.trials[name]
-                trials.wait *= 2
-                if name == PLAIN:
-                    trials.wait = min(trials.wait, self._WAIT_FOR_PLAIN)
+                trials = stats.trials[name, num_rows]
+                most = self._WAIT_FOR_PLAIN if name == PLAIN else 2 * trials.wait
+                trials.wait = min(2 * trials.wait, most)
                 trials.due = stats.num_rounds + trials.wait
-                return trial._replace(is_trial=True)
+                if trial:
+                    return trial._replace(is_trial=True)
         return None
 
-    def _hoped(self, name: str, rooms: Sequence[int], length: int) -> Plan | None:
+    def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
         """A trial of an arm; None: it would not pay even if it were right as often as can be hoped."""
-        num_rows, known = len(rooms), self._acceptance(name, 0).value
-        step = self._draft_step(name, num_rows)
-
-        def tokens(chance: float, most: int) -> numpy.ndarray:
-            return _expected_tokens(numpy.full(num_rows, chance), rooms, most).sum(0)
-
-        hoped = tokens(min(1.0, known + self._HOPE), self._longest)
-        seconds = step * numpy.arange(self._longest + 1) + self._verifications(num_rows, self._longest)
+        known = self._acceptance(name, 0).value
+        seconds = self._seconds(name, num_rows, self._longest)
+        hoped = num_rows * _expected_tokens([min(1.0, known + self._HOPE)], self._longest)[0]
         if not length or (hoped / seconds).max() <= self._MARGIN * self._plain.rate:
             return None
-        return Plan(name, length, (), float(tokens(known, length)[-1]), float(seconds[length]))
+        tokens = num_rows * float(self._expected(name, length)[-1])
+        return Plan(name, length, (), tokens, float(seconds[length]))
+
+    def _expected(self, name: str, longest: int) -> numpy.ndarray:
+        """[longest + 1] tokens of a row in rounds with drafts of an arm."""
+        return _expected_tokens([self._acceptance(name, 0).value], longest)[0]
+
+    def _seconds(self, name: str, num_rows: int, longest: int) -> numpy.ndarray:
+        """[longest + 1] of rounds with drafts of an arm."""
+        drafts = self._draft_step(name, num_rows) * numpy.arange(longest + 1)
+        return drafts + self._verifications(num_rows, longest)
 
     def _verifications(self, num_rows: int, longest: int) -> numpy.ndarray:
         return self._stats.times.verifications(num_rows, longest)
@@ -277,10 +301,8 @@ class AdaptivePolicy:
         return self._stats.by_confidence.setdefault((name, at), DecayedMean(prior, weight=1.0, decay=0.98))
 
 
-def _expected_tokens(chances: numpy.ndarray, rooms: Sequence[int], longest: int) -> numpy.ndarray:
-    """[B, longest + 1]: tokens of a round with drafts of each length, where a drafted one is accepted by these chances
-    [B]. One token more comes for sure.
+def _expected_tokens(chances: Sequence[float], longest: int) -> numpy.ndarray:
+    """[n, longest + 1]: tokens of a round with drafts of each length, where a drafted one is accepted by these
+    chances [n]. One token more comes for sure.
     """
-    lengths = numpy.arange(longest + 1)
-    right = chances[:, None] ** lengths * (lengths <= numpy.array(rooms)[:, None])
-    return right.cumsum(1)
+    return (numpy.array(chances)[:, None] ** numpy.arange(longest + 1)).cumsum(1)
