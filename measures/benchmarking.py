@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from runs.examples import Job, longest_prompt
 from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from runs.status import says_if_slow
+from runs.status import busy_processor, says_if_slow
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.traced import trace_at_once
 
@@ -80,6 +81,23 @@ class Benchmark(Job):
             if not self.config.greedy:  # two draws: equal ones would say nothing
                 summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks.on_speedup(summary["comparison"], _unit(summary))
+        model = self.generator.model
+        times = [
+            sum(
+                record.get(f"{prefix}{name}_time", math.inf)
+                for record in records
+                for prefix, *_ in self._sides
+            )
+            for name in ("processor", "wall")
+        ]
+        if (busy := busy_processor(model, *times)) is not None:
+            summary["remarks"].append(busy)
+        sources = summary.get("acceptance", {}).get("drafts_by_source") or {}
+        if self.config.is_adaptive and sources.keys() <= {"none"}:
+            sizes = " and ".join(map(str, summary["batch_sizes"]))
+            summary["remarks"].append(
+                f"adaptive decoding made no drafts: none promised a gain at batch size {sizes}"
+            )
         predictions = [record["prediction"] for record in records]
         summary["text"] = text_quality(predictions, [record["reference"] for record in records])
         if self.execute_code:

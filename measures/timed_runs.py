@@ -86,7 +86,7 @@ def measure_examples(
 
     Yields:
         The index of a request and its record, once all sides have answered it. A side's fields have its
-        prefix. Times are in seconds. `wall_time` is the time since the side's answer before: decode times of
+        prefix. Times are in seconds; `processor_time` is that of all threads. `wall_time` is the time since the side's answer before: decode times of
         the rows of a batch overlap, wall times add up. `window` is the index of the window's first request.
         Where a side could not answer, the error.
     """
@@ -129,14 +129,16 @@ def _measured(
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Index and fields of each answer of one side, the names of fields with its prefix."""
     prefix, generator, config = side
-    started = time.perf_counter()
+    started, processor_started = time.perf_counter(), time.process_time()
     for index, result in answers(generator, config, window, batch_size):
         if isinstance(result, Exception):
             yield index, result
             continue
         fields = {**_fields(result), "wall_time": time.perf_counter() - started}
+        fields["processor_time"] = time.process_time() - processor_started
         yield index, {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
-        started = time.perf_counter()  # what is done with an answer is not a part of the next one's time
+        # What is done with an answer is not a part of the next one's time.
+        started, processor_started = time.perf_counter(), time.process_time()
 
 
 def _fields(result: GenerationResult) -> Record:

@@ -10,6 +10,7 @@ import signal
 import statistics
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
 from runs.startup import autoregressive
+from runs.status import busy_processor
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -75,8 +77,10 @@ class Conversation:
         streamer = self._streamer(ids)
         # What was said before is in the cache already.
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
-        with Interrupt(self.generator.model) as interrupt:
+        model, processor_began = self.generator.model, time.process_time()
+        with Interrupt(model) as interrupt:
             result = self.generator.generate(ids, config, streamer=streamer, stopping_criteria=[interrupt])
+        busy = busy_processor(model, time.process_time() - processor_began, result.total_time)
         if streamer is None:
             print(result.decoded_prediction)
         if self._messages is not None:
@@ -85,8 +89,9 @@ class Conversation:
             self._said += result.decoded_prediction
             self._said_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
         print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
-        if legend := getattr(streamer, "legend", ""):
-            print(f"  {legend}", file=sys.stderr)
+        for line in (busy, getattr(streamer, "legend", "")):
+            if line:
+                print(f"  {line}", file=sys.stderr)
         if self.compare and not interrupt.met:
             try:
                 print(f"  {self._comparison(ids)}", file=sys.stderr)
@@ -284,4 +289,6 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
                 f"  {source}: {accepted} of {drafted} in {rounds} rounds"
                 for source, (rounds, drafted, accepted) in sources.items()
             ]
+    elif config.is_adaptive and took.num_decode_tokens > 0:
+        lines.append("no drafts: none promised to be faster than decoding without")
     return "\n" + "\n".join(f"  {line}" for line in lines)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partialmethod
 from threading import Timer
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,6 +15,8 @@ from runs import ranks
 
 _SILENCE = 1.0  # seconds after which a line says what is being done
 _SECONDS_BETWEEN_LINES = 10.0
+# The share of its threads that a program has on a quiet machine at least, and the seconds that tell it.
+_QUIET, _TOO_SHORT_TO_TELL = 0.75, 1.0
 
 
 @contextmanager
@@ -27,6 +30,24 @@ def says_if_slow(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str | None:
+    """What to say where other programs held the processor while a model decoded on it; None where they did not.
+
+    Threads that decode wait for each other without sleeping, so on a quiet machine all are busy all the time: the share
+    is .95 there, and .6 and .5 of two threads beside one and two busy programs.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    share = processor_seconds / seconds / threads
+    if model.device.type != "cpu" or seconds < _TOO_SHORT_TO_TELL or share >= _QUIET:
+        return None
+    return (
+        f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, and may decode "
+        "several times faster on a quiet machine"
+    )
 
 
 def bars_fit_the_output() -> None:

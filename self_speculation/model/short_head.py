@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +24,6 @@ from self_speculation.model.lean_layers import LeanHead, plain_product
 from self_speculation.model.products import Product
 from self_speculation.transfers import on_device
 
-if TYPE_CHECKING:
-    from self_speculation.decoding.output import Output
-
 # The fewest rows that a draft reads unless told otherwise, and the share of a draft step that they must save.
 _LEAST_ROWS, _CLEARLY_CHEAPER = 16384, 0.08
 # Rows of seen ids at most.
@@ -37,6 +34,15 @@ _FREQUENT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 # The products of heads that are not lean, and what they are valid for. They keep the rows that were copied.
 _PLAIN: WeakKeyDictionary[nn.Module, tuple[Hashable, Product]] = WeakKeyDictionary()
+
+
+class History(Protocol):
+    """Ids that grow."""
+
+    @property
+    def length(self) -> int: ...
+
+    def ids_from(self, position: int) -> list[int]: ...
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
@@ -95,7 +101,7 @@ class ShortHead:
         other.products = (make(self.products[0]),)
         return other
 
-    def see(self, outputs: Sequence[Output]) -> None:
+    def see(self, outputs: Sequence[History]) -> None:
         """Know the ids of these sequences, one for each row of the next passes. Reads nothing from the device."""
         self._seen.see(outputs)
 
@@ -128,11 +134,11 @@ class _SeenIds:
         self._mask: Tensor | None = (
             None  # [B, slots] -inf where a row has not seen an id; None: all have seen all
         )
-        self._lengths: WeakKeyDictionary[Output, int] = WeakKeyDictionary()  # ids that were looked at
-        self._of: WeakKeyDictionary[Output, set[int]] = WeakKeyDictionary()
-        self._masked_for: list[Output] = []
+        self._lengths: WeakKeyDictionary[History, int] = WeakKeyDictionary()  # ids that were looked at
+        self._of: WeakKeyDictionary[History, set[int]] = WeakKeyDictionary()
+        self._masked_for: list[History] = []
 
-    def see(self, outputs: Sequence[Output]) -> None:
+    def see(self, outputs: Sequence[History]) -> None:
         """See `ShortHead.see`."""
         changed = len(outputs) != len(self._masked_for) or any(
             map(operator.is_not, outputs, self._masked_for)
