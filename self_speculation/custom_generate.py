@@ -111,7 +111,8 @@ def self_speculative_generate(
         if is_given:
             raise ValueError(f"self_speculative_generate: {refusal}")
 
-    max_length = stopping_criteria.max_length or generation_config.max_length
+    limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
+    max_length = min(limits, default=generation_config.max_length)
     drafting = {name: kwargs[name] for name in driving_flags() if name in kwargs}
     early = generation_config.assistant_early_exit
     if early is not None and drafting.get("generation_strategy") != "adaptive":

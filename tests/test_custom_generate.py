@@ -77,6 +77,8 @@ COMPARED = [
     {"eos_token_id": [19, 11, 30], "pad_token_id": torch.tensor(5)},
     {"stopping_criteria": [EosTokenCriteria(11), MaxLengthCriteria(12)], "eos_token_id": 30},
     {"stopping_criteria": [MaxLengthCriteria(3)]},
+    {"stopping_criteria": [MaxLengthCriteria(0)]},
+    {"stopping_criteria": [MaxLengthCriteria(15), MaxLengthCriteria(9)]},
     {"stopping_criteria": [ends_rows_apart]},
     {"stopping_criteria": [ends_rows_apart], "eos_token_id": None},
     {"stopping_criteria": [lambda ids, scores, **_: ids.shape[1] >= 9]},

@@ -7,6 +7,7 @@ from distributions import PROMPT, STEPS, config, expected, looking, model, p_val
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_rows import PROMPTS, batch
+from transformers import MinPLogitsWarper, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from self_speculation import GenerationConfig, Request, Sampler, make_strategy
 from self_speculation.decoding.sampling import SamplerOfRows, together
@@ -121,6 +122,101 @@ def test_a_row_without_drafts_beside_others_has_the_models_own_text():
     assert results[0].predicted_tokens == results[1].predicted_tokens
     assert results[0].num_drafted
     assert results[1].num_drafted == 0
+
+
+def plainly(decoded, request, ends):
+    """What transformers and a request's processors give, token by token: the tokens, and the error if any."""
+    tokens: list[int] = []
+    while len(tokens) < request.config.max_steps:
+        ids = torch.tensor([[*request.prompt, *tokens]])
+        with torch.inference_mode():
+            logits = decoded(ids).logits[:, -1]
+        try:
+            for processor in request.logits_processors:
+                logits = processor(ids, logits)
+        except KeyError as error:
+            return tokens, error
+        if logits.isnan().any() or (request.config.sample and logits.max().isinf()):
+            return tokens, FloatingPointError()
+        if (token := int(logits.argmax())) in ends:
+            break
+        tokens.append(token)
+    return tokens, None
+
+
+def meddles(how, part):
+    """A processor that raises, leaves NaN, or one token, after some histories."""
+
+    def process(ids, logits):
+        chance = int(ids.sum())
+        if chance % 11 != part:
+            return logits
+        if how == "raises":
+            raise KeyError(how)
+        if how == "NaN":
+            return logits * torch.nan
+        return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([chance % 50]), 1.0)
+
+    return process
+
+
+ROW = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(3, 40), min_size=1, max_size=9),
+        "processors": st.lists(
+            st.one_of(
+                st.builds(meddles, st.sampled_from(["raises", "NaN", "one"]), st.integers(0, 10)),
+                st.builds(MinPLogitsWarper, st.sampled_from([0.05, 0.5])),
+                st.builds(RepetitionPenaltyLogitsProcessor, st.sampled_from([0.7, 1.5])),
+                st.builds(NoRepeatNGramLogitsProcessor, st.integers(1, 3)),
+            ),
+            max_size=3,
+        ),
+        "own": st.fixed_dictionaries(
+            {
+                "max_steps": st.integers(1, 16),
+                "sample": st.booleans(),
+                "top_k": st.sampled_from([0, 1, 5]),
+                "top_p": st.sampled_from([0.5, 1.0]),
+            }
+        ),
+    }
+)
+
+
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=6),
+    batch_size=st.integers(1, 4),
+    ends=st.lists(st.integers(2, 49), max_size=4),
+    length=st.integers(1, 7),
+    lookup=st.sampled_from([0, 2]),
+    agreement=st.sampled_from(["sometimes", "always", "never"]),
+)
+@settings(max_examples=25)
+def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, length, lookup, agreement):
+    """Guards against a guess that ends or alters an answer, by what processors do there, in its own row or
+    in another one. Sampled rows with top-k 1 draw no lots.
+    """
+    decoded = tiny_llama(agreement=agreement)
+    requests = [
+        Request(
+            row["prompt"],
+            row["processors"],
+            seed=0,
+            eos_token_ids=ends,
+            config=GenerationConfig(generation_strategy="self_speculative", **row["own"]),
+        )
+        for row in rows
+    ]
+    drafts = {"exit_layer": 2, "num_speculations": length, "prompt_lookup": lookup}
+    got = batch(decoded, requests, batch_size, **drafts)
+    for index, request in enumerate(requests):
+        if not request.config.sample or request.config.top_k == 1:
+            tokens, error = plainly(decoded, request, ends)
+            if error is not None:
+                assert type(got[index]) is type(error)
+            else:
+                assert got[index].predicted_tokens == tokens
 
 
 @pytest.mark.parametrize("may_look", [True, False])
