@@ -22,6 +22,7 @@ from runs.failures import Failed, reason
 from runs.heading import machine
 from runs.records import Record, describe, describe_model
 from runs.startup import load_generator, meet, model_name, read_config
+from self_speculation.model.quantized_layers import check_family
 
 _NAME = "self_speculation"  # what lm_eval calls our model
 _LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
@@ -47,6 +48,7 @@ def evaluate(
     model_config = read_config(model_args)
     try:
         config.check_depth(model_config.num_hidden_layers)
+        check_family(config.draft_weights, model_config.model_type)
     except ValueError as error:
         refuse(f"--{error}")
     try:

@@ -20,6 +20,7 @@ from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
 from self_speculation.model.loading import LoadingWarning, default_model, load_config, resolve_device
+from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
 
 
@@ -82,6 +83,7 @@ def load_generator(
     try:
         resolve_device(model_args.device)
         config.check_depth(model_config.num_hidden_layers)
+        check_family(config.draft_weights, model_config.model_type)
         # Only a terminal is shown the progress of loading; what goes wrong is raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with quiet, warnings.catch_warnings(record=True) as warned:

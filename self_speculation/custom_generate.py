@@ -42,6 +42,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts.table import driving_flags
 from self_speculation.generator_base import Request
+from self_speculation.model.overrides import check_followed
 from self_speculation.strategies import make_strategy
 
 # What `generate` can return besides ids, and nothing here computes.
@@ -103,6 +104,7 @@ def self_speculative_generate(
     Warns:
         UserWarning: a text ends with the model's context, beyond which `generate` would go on.
     """
+    check_followed(model)
     if streamer is None:
         streamer = _streamer_of_the_caller()
     mask = kwargs.get("attention_mask")

@@ -24,6 +24,7 @@ from self_speculation.generator_base import Callables, GenerationStrategy, Reque
 from self_speculation.model.compiled import make_decoder
 from self_speculation.model.decoder import Decoder, prefill
 from self_speculation.model.families import check_supported, check_window, context_length
+from self_speculation.model.overrides import check_followed
 from self_speculation.model.places import KeptCache, Places, state_of
 from self_speculation.results import GenerationStrategyResult
 
@@ -131,6 +132,7 @@ class Batch(Generic[Key]):
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
         # The strategy that was made counts, whatever the config calls it.
         config = replace(config, generation_strategy=strategy.name)
+        check_followed(model)
         check_supported(model.config)
         config.check_depth(model.config.num_hidden_layers)
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
@@ -164,6 +166,7 @@ class Batch(Generic[Key]):
             raise ValueError(f"all {self._batch_size} places are taken: take_out what has ended first")
         started, self._getting_ready = time.perf_counter() - self._getting_ready, 0.0
         try:
+            check_followed(self._model)  # by now it may be another
             output = self._output(request, started)
             self._decoding = self._decoding or self._begin()
             decoder, row = self._decoding.decoder, len(self.rows)

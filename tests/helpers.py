@@ -13,7 +13,11 @@ from self_speculation.drafts.costs import Costs
 
 TORCHRUN = torch.distributed.run.__file__
 # What a record says of the clock, and of who else was there when it was taken.
-TIMES = [f"{side}{time}_time" for side in ("", "autoregressive_") for time in ("prefill", "decode", "wall", "processor")]
+TIMES = [
+    f"{side}{time}_time"
+    for side in ("", "autoregressive_")
+    for time in ("prefill", "decode", "wall", "processor")
+]
 TIMES += ["batch_size", "window", "rank"]
 
 

@@ -16,7 +16,7 @@ time; one that goes on after another has begun is told so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -136,7 +136,7 @@ class CompiledDecoder(Decoder):
         passes = made.get(self._num_rows)
         if (
             passes is None
-            or passes.identity != _identity(self)
+            or passes.valid_for != self.fingerprint
             or num_positions + room > passes.cache.capacity
         ):
             most = round_up(context_length(self.config) + room, ALIGNMENT)
@@ -186,12 +186,6 @@ class CompiledDecoder(Decoder):
         return self._passes(inputs, first, last, num_logits > 0)
 
 
-def _identity(decoder: Decoder) -> Hashable:
-    """A value that changes with the modules, tensors and hooks that a decoder's passes are compiled for."""
-    parts = [(type(part), part.identity) for part in (*decoder.layers, decoder.head)]
-    return decoder.embedding_identity, tuple(parts)
-
-
 def padded(width: int) -> int:
     """To the next power of two."""
     return 1 << (width - 1).bit_length()
@@ -207,7 +201,7 @@ class Passes:
     def __init__(self, decoder: Decoder, capacity: int, num_rows: int) -> None:
         self._decoder, self._num_rows = decoder, num_rows
         del decoder.model  # which these passes are kept for: it would never be freed
-        self.identity = _identity(decoder)
+        self.valid_for = decoder.fingerprint
         self.generation: object = None  # whose keys and values the cache holds
         config, like = decoder.config, decoder.rotary
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

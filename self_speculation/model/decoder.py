@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import check_supported, context_length
+from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.kv_cache import ALIGNMENT, Appendable, KVCache, round_up
-from self_speculation.model.lean_layers import identity, lean_forms
+from self_speculation.model.lean_layers import lean_forms
 
 # The cache starts with room for this many positions beyond the prompt, if the answer may be so long: of one
 # row, or shared out among several.
@@ -45,8 +46,8 @@ class PlainLayer:
         self._layer = layer
 
     @property
-    def identity(self) -> Hashable:
-        return identity_with_hooks(self._layer)
+    def structure(self) -> Hashable:
+        return structure(self._layer)
 
     def __call__(self, hidden: Tensor, span: Span, cache: Appendable) -> Tensor:
         mask = span.mask
@@ -66,28 +67,14 @@ class PlainHead:
         self._norm, self.module = norm, head
 
     @property
-    def identity(self) -> Hashable:
-        return identity_with_hooks(self._norm, self.module)
+    def structure(self) -> Hashable:
+        return structure(self._norm, self.module)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.module(self._norm(hidden[None]))[0]
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden[None])[0]
-
-
-def identity_with_hooks(*roots: nn.Module) -> Hashable:
-    """Equal only while these modules, their parameters and hooks are the same: a compiled pass over them is
-    valid for so long.
-    """
-    modules = [module for root in roots for module in root.modules()]
-    hooks = [
-        id(hook)
-        for module in modules
-        for of_module in (module._forward_pre_hooks, module._forward_hooks)
-        for hook in of_module.values()
-    ]
-    return identity(*roots), tuple(hooks)
 
 
 class LevelSpan:
@@ -188,8 +175,8 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotary:
     """Tables of cos and sin, shared by a decoder and those that run other layers over the same cache."""
 
-    def __init__(self, make: Callable, like: Tensor, context: int) -> None:
-        self._make, self._like, self._last = make, like, context - 1
+    def __init__(self, module: nn.Module, like: Tensor, context: int) -> None:
+        self.module, self._like, self._last = module, like, context - 1
         self.tables = like.new_empty(2, 0, 0)  # [2, positions, head_dim]
 
     def reserve(self, num_positions: int) -> None:
@@ -197,7 +184,7 @@ class _Rotary:
         if num_positions > held:
             # Twice as many as there were, so that longer and longer prompts do not make them again and again.
             positions = torch.arange(max(num_positions, 2 * held), device=self._like.device)[None]
-            self.tables = torch.cat(self._make(self._like, position_ids=positions.clamp_(max=self._last)))
+            self.tables = torch.cat(self.module(self._like, position_ids=positions.clamp_(max=self._last)))
 
 
 class Decoder:
@@ -242,9 +229,12 @@ class Decoder:
         self.lowest = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=like.device)
 
     @property
-    def embedding_identity(self) -> Hashable:
-        """See `identity`."""
-        return identity_with_hooks(self._embed)
+    def fingerprint(self) -> Hashable:
+        """A value that changes with what passes are compiled for: the structure of all modules, and the
+        contents of those that rotary tables are computed from.
+        """
+        parts = [(type(part), part.structure) for part in (*self.layers, self.head)]
+        return structure(self._embed), fingerprint(self._rotary.module), tuple(parts)
 
     @property
     def rotary(self) -> Tensor:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from self_speculation.model.devices import free_memory
+from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
+from self_speculation.model.overrides import replaced_forward
 from self_speculation.model.products import NARROW, InFloat16, Packed, Product, follow_weights
 
 # `config.model_type` of those whose layers are all
@@ -29,8 +31,8 @@ from self_speculation.model.products import NARROW, InFloat16, Packed, Product, 
 # with or without biases and norms of q and k.
 LEAN_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss")
 
-# Of norms and attention.
-_NUMBERS = ("variance_epsilon", "scaling", "layer_idx")
+# Whose classes are called as they are, whichever it is.
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
 # Packed copies may take so much of the memory that is free.
 _SHARE_OF_ROOM = 1 / 3
@@ -41,10 +43,12 @@ class _Fused:
     """
     Args:
         widens: weights in 16 bits are to be multiplied in float32.
+        num_calls: of `fuse`; each has all forms made anew.
         forms: of one model, by the layer or the head that they stand for.
     """
 
     widens: bool = False
+    num_calls: int = 0
     forms: dict[nn.Module, Lean] = field(default_factory=dict)
 
 
@@ -70,6 +74,8 @@ def fuse(model: Any, widen: bool | None = None) -> int:
     """
     fused = _FUSED.setdefault(model, _Fused())
     fused.widens = fused.widens if widen is None else widen
+    fused.num_calls += 1
+    fused.forms.clear()
     try:
         forms = lean_forms(model)
         if widen and forms.dtype != torch.float32:
@@ -106,13 +112,14 @@ def lean_forms(model: Any) -> Forms:
     ):
         return Forms([None] * len(base.layers), None, model.dtype)
     parts = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
-    plain = {key for key, modules in parts.items() if _is_plain(*modules)}
+    family = f"transformers.models.{model.config.model_type}."
+    plain = {key for key, modules in parts.items() if _is_plain(family, *modules)}
     is_widened = fused.widens and len(plain) == len(parts) and _can_be_widened(model)
     # What is out of date must not be kept alive while another is made.
     fused.forms = {
         key: form
         for key, form in fused.forms.items()
-        if key in plain and form.identity == (is_widened, identity(*parts[key]))
+        if key in plain and form.structure == (is_widened, structure(*parts[key]))
     }
     new = [key for key in parts if key in plain and key not in fused.forms]
     for key in new:
@@ -147,22 +154,15 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     return sum(copy.num_bytes for copy in copies if for_drafts or isinstance(copy, InFloat16 | Packed))
 
 
-def identity(*modules: nn.Module) -> Hashable:
-    """A value that changes when a module or a parameter in these is replaced, moved or converted, or when a
-    number is that a lean form has of them.
-    """
-    parts = tuple(
-        (id(part), *(vars(part).get(name) for name in _NUMBERS))
-        for root in modules
-        for part in root.modules()
-    )
-    parameters = (p for root in modules for p in root.parameters())
-    return parts, tuple((p.data_ptr(), p.shape, p.dtype, p.device) for p in parameters)
+def how_fused(model: Any) -> Hashable:
+    """Changes when `fuse` is called."""
+    fused = _FUSED.get(model)
+    return None if fused is None else (fused.widens, fused.num_calls)
 
 
 def plain_product(head: nn.Module) -> Product | None:
     """That of a head which is not lean, unless its weight is in parts, quantised or elsewhere."""
-    return Product(head) if isinstance(head, nn.Linear) and _is_plain(head) else None
+    return Product(head) if type(head) is nn.Linear and _is_plain("", head) else None
 
 
 class Norm:
@@ -214,7 +214,7 @@ class LeanLayer:
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = Norm(attention.q_norm), Norm(attention.k_norm)
         self.products = (self._qkv, self._out, self._gate_up, self._down)
-        self.identity = (is_widened, identity(layer))
+        self.structure = is_widened, structure(layer)
 
     @property
     def device(self) -> torch.device:
@@ -283,7 +283,7 @@ class LeanHead:
     def __init__(self, norm: Any, head: nn.Linear, is_widened: bool) -> None:
         self.norm, self._head = Norm(norm), Product(head, is_widened=is_widened)
         self.products = (self._head,)
-        self.identity = (is_widened, identity(norm, head))
+        self.structure = is_widened, structure(norm, head)
 
     def over(self, make: Callable[[Product], Any]) -> LeanHead:
         """As that of `LeanLayer`."""
@@ -303,22 +303,19 @@ class LeanHead:
 Lean = LeanLayer | LeanHead
 
 
-def _is_plain(*roots: nn.Module) -> bool:
-    """Nothing but modules of torch and transformers as built, with weights of one kind in one place."""
+def _is_plain(family: str, *roots: nn.Module) -> bool:
+    """Nothing but modules as a family of transformers has them, with weights of one kind in one place."""
     weights = [weight for root in roots for weight in root.parameters()]
     return (
         len({(weight.dtype, weight.device) for weight in weights}) == 1
         and weights[0].is_floating_point()
         and weights[0].device.type != "meta"
         and all(type(weight) is nn.Parameter for weight in weights)
-        and all(_is_as_built(module) for root in roots for module in root.modules())
+        and all(_is_as_built(module, family) for root in roots for module in root.modules())
     )
 
 
-def _is_as_built(module: nn.Module) -> bool:
+def _is_as_built(module: nn.Module, family: str) -> bool:
     kind = type(module)
-    return (
-        (kind is nn.Linear or not isinstance(module, nn.Linear))
-        and kind.__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-    )
+    known = kind is nn.Linear or kind.__module__.startswith((family, *_ACTIVATIONS))
+    return known and not (module._forward_hooks or module._forward_pre_hooks or replaced_forward(module))

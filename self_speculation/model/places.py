@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.model.compiled import is_compiled
-from self_speculation.model.decoder import Decoder, identity_with_hooks
-from self_speculation.model.lean_layers import computes_in
-from self_speculation.model.products import digest
+from self_speculation.model.decoder import Decoder
+from self_speculation.model.fingerprint import fingerprint
+from self_speculation.model.lean_layers import how_fused
 
 
 class Held(NamedTuple):
@@ -66,27 +63,8 @@ class KeptCache(NamedTuple):
 
 
 def state_of(model: PreTrainedModel) -> Hashable:
-    """Changes with the model's modules, hooks and formats, and with the bits of any weight: keys and values
-    are valid for so long. Each weight is read once.
-    """
-    parameters = [_local(parameter) for parameter in model.parameters()]
-    readable = [weight for weight in parameters if type(weight) is Tensor and weight.device.type != "meta"]
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        of_host = [*threads.map(digest, (weight for weight in readable if weight.device.type == "cpu"))]
-    elsewhere = [_sum_of_bits(weight) for weight in readable if weight.device.type != "cpu"]
-    of_devices = torch.stack([bits.to(model.device) for bits in elsewhere]).tolist() if elsewhere else []
-    versions = tuple(weight._version for weight in model.parameters() if not weight.is_inference())
-    how = (identity_with_hooks(model), computes_in(model), is_compiled(model))
-    return how, versions, *of_host, *of_devices
-
-
-def _local(parameter: Any) -> Tensor:
-    """The data of a parameter; of one that several processes share, this one's part."""
-    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).data
-
-
-def _sum_of_bits(weight: Tensor) -> Tensor:
-    return weight.contiguous().flatten().view(torch.uint8).sum()
+    """Keys and values are valid until this changes: with the model, and with how its passes are made."""
+    return fingerprint(model), how_fused(model), is_compiled(model), model.config._attn_implementation
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

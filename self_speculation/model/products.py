@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-import xxhash
 from torch import Tensor, nn
+
+from self_speculation.model.fingerprint import contents
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Product:
         self._left = None if self._joint is None else _blocks(self._joint)
         self.may_be_packed = False  # there is room for a packed copy
         self._derived: dict[Hashable, Any] = {}
-        self._state_when_made: Hashable = None
+        self._contents_when_made: Hashable = None
 
     def __call__(self, x: Tensor) -> Tensor:
         product = torch.mm(x, self._weight_t) if self._by_mm(x) else self._multiply(x).contiguous()
@@ -100,7 +101,7 @@ class Product:
         """What `make` makes of this weight. It is called once for each key, until the weight changes."""
         if key not in self._derived:
             self._derived[key] = make()
-            self._state_when_made = self._state()
+            [self._contents_when_made] = contents([self._parameters])
         return self._derived[key]
 
     def has_derived(self, key: Hashable) -> bool:
@@ -110,17 +111,6 @@ class Product:
     @property
     def all_derived(self) -> Sequence[Any]:
         return [*self._derived.values()]
-
-    def follow_weight(self) -> None:
-        """Forget what was made of the weight, if it has changed since; make what every pass reads.
-
-        Raises:
-            ValueError: a weight that is to be widened is by now one that float16 cannot hold.
-        """
-        if self._derived and self._state() != self._state_when_made:
-            self._derived.clear()
-        if self.is_widened:
-            self._copy()
 
     def of_rows(self, ids: Tensor) -> Product:
         """The same over a copy of some rows [n] of the weight."""
@@ -161,32 +151,6 @@ class Product:
         """The copy that they read, if there is one already."""
         return self._derived.get(InFloat16 if self.is_widened else Packed)
 
-    def _state(self) -> Hashable:
-        """A value that changes whenever the weight does.
-
-        A write through `.data` changes nothing but the bits. They are hashed where the model itself reads a
-        copy, which takes as long as one or two plain steps. Drafts from an old copy are worse but never
-        wrong, so for them the versions that torch counts are enough.
-        """
-        versions = tuple(map(_version, self._parameters))
-        if not {Packed, InFloat16} & self._derived.keys():
-            return versions
-        return versions, *map(digest, self._weights)
-
-
-def _version(parameter: Tensor) -> int | None:
-    """None where torch counts none: of tensors made in inference mode, with another storage by now or not."""
-    try:
-        return parameter._version
-    except RuntimeError:
-        return None
-
-
-def digest(weight: Tensor) -> Hashable:
-    """Changes whenever a bit of a weight on the CPU does."""
-    bits = weight.data.contiguous().flatten().view(torch.uint8).numpy()
-    return xxhash.xxh3_128_digest(bits)  # type: ignore[arg-type]
-
 
 class Packed:
     """x W^T over a copy of W in the order that oneDNN's kernels read."""
@@ -221,9 +185,19 @@ def _within_float16(weight: Tensor) -> Tensor:
 
 
 def follow_weights(products: Sequence[Product]) -> None:
-    """`Product.follow_weight` of each, on as many threads as torch has."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(Product.follow_weight, products))
+    """Forget what was made of weights that have changed since; make what every pass reads.
+
+    Raises:
+        ValueError: a weight that is to be widened is by now one that float16 cannot hold.
+    """
+    copied = [product for product in products if product._derived]
+    of_now = contents([product._parameters for product in copied])
+    for product, contents_of_now in zip(copied, of_now, strict=True):
+        if product._contents_when_made != contents_of_now:
+            product._derived.clear()
+    if missing := [product for product in products if product.is_widened and product.copy_read is None]:
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(Product._copy, missing))
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:

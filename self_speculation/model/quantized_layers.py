@@ -19,7 +19,7 @@ from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.lean_layers import LeanHead, LeanLayer
+from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, LeanHead, LeanLayer
 from self_speculation.model.low_bit_products import (
     Float16Product,
     Int4Product,
@@ -74,6 +74,19 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     return of_layers.bytes_per_weight, own if of_head is None else of_head.bytes_per_weight
 
 
+def check_family(draft_weights: DraftWeights, model_type: str) -> None:
+    """Refuse copies where no model of this type has any; its config tells, before any weight is read.
+
+    Raises:
+        ValueError: names the type and those that have copies.
+    """
+    if draft_weights != "exact" and model_type not in LEAN_MODEL_TYPES:
+        known = ", ".join(LEAN_MODEL_TYPES)
+        raise ValueError(
+            f"draft_weights {draft_weights}: there are no copies of a {model_type} model, only of {known}"
+        )
+
+
 def quantized(
     decoder: Decoder, num_layers: int, draft_weights: DraftWeights, short_head: ShortHead | None = None
 ) -> Decoder:
@@ -83,12 +96,14 @@ def quantized(
         short_head: takes the place of the head.
 
     Raises:
-        ValueError: layers that are not lean, no kernels for them, or no room for the copies.
+        ValueError: another family, layers that are not lean, no kernels for them, or no room for the copies.
     """
+    check_family(draft_weights, decoder.config.model_type)
     layers = [layer for layer in decoder.layers[:num_layers] if isinstance(layer, LeanLayer)]
     if len(layers) < num_layers or not isinstance(decoder.head, LeanHead):
         raise ValueError(
-            f"draft_weights {draft_weights}: needs lean layers (of a known family, plain, fuse True)"
+            f"draft_weights {draft_weights}: needs lean layers, so fuse(model), attn_implementation sdpa, and"
+            " layers and head without hooks, adapters or quantised weights"
         )
     head = short_head or decoder.head
     of_layers, of_head = formats(draft_weights, decoder.rotary.device, decoder.model.dtype)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.decoder import Decoder, PlainHead
 from self_speculation.model.lean_layers import LeanHead, plain_product
-from self_speculation.model.products import Product
+from self_speculation.model.products import Product, follow_weights
 from self_speculation.transfers import on_device
 
 # The fewest rows that a draft reads unless told otherwise, and the share of a draft step that they must save.
@@ -198,8 +198,8 @@ def _product(head: LeanHead | PlainHead, number: int) -> Product:
             f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
         )
     valid_for, kept = _PLAIN.get(head.module, (None, product))
-    if valid_for != head.identity:
-        _PLAIN[head.module] = head.identity, product
+    if valid_for != head.structure:
+        _PLAIN[head.module] = head.structure, product
         return product
-    kept.follow_weight()
+    follow_weights([kept])
     return kept

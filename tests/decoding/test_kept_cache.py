@@ -4,10 +4,12 @@ import threading
 
 import pytest
 import torch
-from conftest import EOS, tiny_llama
+from accelerate.hooks import ModelHook, add_hook_to_module
+from conftest import EOS, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rows import DRAFTS, strategy_of
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.decoding_strategy import Batch
@@ -136,15 +138,70 @@ def hooked(model):
     model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
 
 
-@pytest.mark.parametrize("change", [changed_in_place, stepped, hooked, fuse, lambda model: model.double()])
-def test_what_is_kept_is_valid_for_the_weights_of_now(change):
-    """Guards against keys and values of weights that are others by now, also where `.data` was written to."""
-    model, strategy = own_llama(), make_strategy("autoregressive")
+def turned_twice_as_fast(model):
+    model.model.rotary_emb.inv_freq.mul_(2)
+
+
+def scaled(model):
+    model.model.rotary_emb.attention_scaling = 1.7
+
+
+def forward_replaced(model):
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda hidden: 3 * type(mlp).forward(mlp, hidden)
+
+
+class Halves(ModelHook):
+    def post_forward(self, module, output):  # noqa: ARG002
+        return output / 2
+
+
+def hooked_by_accelerate(model):
+    add_hook_to_module(model.model.layers[1].mlp, Halves())
+
+
+class Tripled(LlamaMLP):
+    def forward(self, hidden):
+        return 3 * super().forward(hidden)
+
+
+def class_swapped(model):
+    model.model.layers[1].mlp.__class__ = Tripled
+
+
+def rows_swapped(model):
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    weight.data[[2, 9]] = weight.data[[9, 2]]
+
+
+def columns_swapped(model):
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    weight.data[:, [2, 9]] = weight.data[:, [9, 2]]
+
+
+def one_element(model):
+    """What only `fuse` can be told of."""
+    model.model.layers[0].mlp.down_proj.weight.data[3, 5] += 30
+    fuse(model)
+
+
+CHANGES = [changed_in_place, stepped, hooked, fuse, torch.nn.Module.double, turned_twice_as_fast, scaled]
+CHANGES += [forward_replaced, hooked_by_accelerate, class_swapped, rows_swapped, columns_swapped, one_element]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_is_valid_for_the_model_of_now(change, fused):
+    """Guards against keys and values of weights that are others by now, also where `.data` was written to,
+    and of buffers, numbers and code that are.
+    """
+    model, strategy = own_llama(fused=fused), make_strategy("autoregressive")
     answer(strategy, model, STORY, reuse_cache=True)
     change(model)
     after = answer(strategy, model, STORY, reuse_cache=True)
     assert after.num_cached_tokens == 0
     assert after.predicted_tokens == answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
+    assert after.predicted_tokens == transformers_generate(model, STORY, 8)
 
 
 @pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}])

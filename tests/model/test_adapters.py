@@ -43,6 +43,38 @@ run(generate.main)
 """
 
 
+BESIDE_A_MODEL = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(LIBRARIES)!r}]
+import torch
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from self_speculation import GenerationConfig, make_strategy, self_speculative_generate
+ids, ours = torch.tensor([[5, 6, 7, 8]]), dict(custom_generate=self_speculative_generate, exit_layer=2)
+def answer(model, **how):
+    return model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **how).tolist()
+def of_strategy(model):
+    config = GenerationConfig(sample=False, max_steps=8)
+    return make_strategy("autoregressive").generate_token_ids(model, ids[0].tolist(), [2], config)
+def refusal(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), lora).eval()
+assert answer(adapted, **ours, num_speculations=3) == answer(adapted)
+assert "pass model.merge_and_unload(), or model.get_base_model()" in refusal(of_strategy, adapted)
+text = of_strategy(adapted.get_base_model()).predicted_tokens
+assert ids[0].tolist() + text == answer(adapted)[0][:4 + len(text)]
+for kind in (PromptTuningConfig, PromptEncoderConfig):
+    base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    tuned = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    assert "as for prompt tuning" in refusal(answer, tuned, **ours, num_speculations=3)
+    assert "adds to the prompt, which is not followed" in refusal(of_strategy, tuned)
+"""
+
+
 @pytest.fixture
 def folder(tmp_path):
     """What tells a LoRA folder: the config; nothing here reads the weights."""
@@ -73,6 +105,16 @@ def test_it_is_merged_into_its_model(model_folder, tmp_path):
     result = forks.run(program, model_folder, tmp_path / "adapter")
     assert result.returncode == 0, result.stderr
     assert "4 tokens in" in result.stderr
+
+
+def test_one_that_is_not_merged(model_folder, tmp_path):
+    """Guards against prompts that peft has tuned and drafts pass over, and against an adapter that is refused
+    although its layers are followed.
+    """
+    program = tmp_path / "program.py"
+    program.write_text(BESIDE_A_MODEL)
+    result = forks.run(program, model_folder)
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_peft(folder, monkeypatch):

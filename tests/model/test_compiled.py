@@ -84,8 +84,10 @@ CHANGES = {
     "hooked": hooked,
     "adapted": adapted,
     "dtype": lambda model: model.to(torch.float64),
+    "turned": lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+    "scaled": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.1),
 }
-QUICK = ("assigned", "pointed elsewhere", "fused again", "hooked")
+QUICK = ("assigned", "pointed elsewhere", "fused again", "hooked", "turned")
 
 
 @pytest.mark.parametrize(

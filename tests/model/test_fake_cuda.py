@@ -94,7 +94,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
     # A parameter of no memory is no `Parameter`, and nowhere.
     monkeypatch.setattr("self_speculation.model.lean_layers._is_plain", lambda *modules: True)
-    monkeypatch.setattr("self_speculation.model.lean_layers.identity", lambda *modules: ())
+    monkeypatch.setattr("self_speculation.model.lean_layers.structure", lambda *modules: ())
+    monkeypatch.setattr("self_speculation.model.products.contents", lambda groups: [()] * len(groups))
     monkeypatch.setattr("torch.from_dlpack", lambda part: part)
     monkeypatch.setattr(Batch, "_exactly", lambda batch: contextlib.nullcontext())  # it has no autocast
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
 from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig
 
 import benchmark
 import correctness
@@ -240,8 +241,35 @@ def test_what_pays_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_where_there_are_no_copies(weights):
-    with pytest.raises(ValueError, match=f"draft_weights {weights}: needs lean layers"):
-        generate(tiny_llama(), PROMPT, exit_layer=4, num_speculations=2, draft_weights=weights)
+    """Guards against "a known family" that nobody names, and a layer that nobody was told to fuse."""
+    drafts = {"exit_layer": 2, "num_speculations": 2, "draft_weights": weights}
+    with pytest.raises(ValueError, match=rf"draft_weights {weights}: needs lean layers, so fuse\(model\)"):
+        generate(tiny_llama(), PROMPT, **drafts)
+    gemma = AutoModelForCausalLM.from_config(OF_GEMMA).eval()
+    families = "no copies of a gemma model, only of llama, mistral, ministral, qwen2, qwen3, seed_oss"
+    with pytest.raises(ValueError, match=f"draft_weights {weights}: there are {families}"):
+        generate(gemma, PROMPT, **drafts)
+
+
+OF_GEMMA = GemmaConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=16, vocab_size=50,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["generate", "benchmark"])
+def test_a_family_without_copies_is_refused_before_it_is_loaded(script, tmp_path, monkeypatch, capsys):
+    """Guards against minutes of loading before one line that the config could have told."""
+    OF_GEMMA.save_pretrained(tmp_path / "model")  # there are no weights
+    monkeypatch.setattr("runs.startup.load_model_and_tokenizer", lambda *_: pytest.fail("it was loaded"))
+    called, how = SCRIPTS[script]
+    with pytest.raises(SystemExit) as end:
+        called.main(
+            ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path), "--draft_weights", "int8",
+             *how, *SPECULATION]
+        )  # fmt: skip
+    assert end.value.code == 2
+    assert "--draft_weights int8: there are no copies of a gemma model" in capsys.readouterr().err
 
 
 SCRIPTS = {

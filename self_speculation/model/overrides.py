@@ -1,0 +1,97 @@
+"""What others have put in the place of a model's own code, or around it.
+
+Layers are run one by one, by `Decoder`: the `forward` of the whole model never is. Hooks on layers, adapters
+in them and layers of other classes are followed; whatever is around all of them would be passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+
+# Hooks of accelerate that move inputs, outputs and weights between devices, and change none of them.
+_MOVING = ("AlignDevicesHook", "CpuOffload")
+
+
+def check_followed(model: Any) -> None:
+    """Refuse a model with something around its layers that its text depends on.
+
+    Raises:
+        ValueError: names it.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: must be one of transformers, not {_wrapper(model)}")
+    for cause in _around_layers(model):
+        raise ValueError(f"model: {cause}, which would be passed over: layers are run one by one")
+
+
+def replaced_forward(module: nn.Module) -> Callable | None:
+    """What was put in the place of a module's `forward`; None where it is that of its class, or the same
+    compiled.
+    """
+    forward: Any = vars(module).get("forward")
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return None if forward is None or _is_own(forward, module) else forward
+
+
+def _is_own(function: Any, module: nn.Module) -> bool:
+    """Whether it is a method of this very module, as its class has it."""
+    name = getattr(function, "__name__", "")
+    is_of_class = getattr(function, "__func__", None) is getattr(type(module), name, None)
+    return is_of_class and getattr(function, "__self__", None) is module
+
+
+def _wrapper(model: Any) -> str:
+    """A model that is none of transformers, and what to do about it."""
+    kind = type(model).__name__
+    active = getattr(model, "active_peft_config", None)  # of a PeftModel
+    if active is None:
+        return kind
+    if active.is_prompt_learning:
+        return f"a {kind}: its {active.peft_type.value} adds to the prompt, which is not followed"
+    return f"a {kind}: pass model.merge_and_unload(), or model.get_base_model(), which is slower"
+
+
+def _around_layers(model: PreTrainedModel) -> Iterator[str]:
+    """What changes the inputs or outputs of all layers together."""
+    for part in (model, model.base_model):
+        kind = type(part)
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
+            yield f"{kind.__name__} has the hook {_name(hook)}"
+        for replacement in _in_place_of_forward(part):
+            yield f"{kind.__name__} has {_name(replacement)} in the place of its forward"
+        if not _is_of_transformers(kind.forward):
+            yield f"{kind.__name__} has a forward of its own, {_name(kind.forward)}"
+    for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
+        for hook in hooks.values():
+            yield f"all modules have the hook {_name(hook)}"
+    if not _is_of_transformers(prepares := model.prepare_inputs_for_generation):
+        yield f"its inputs are made by {_name(prepares)}, as for prompt tuning"
+
+
+def _in_place_of_forward(module: nn.Module) -> Iterator[Any]:
+    """A function, or hooks that accelerate calls around one; without those that only move tensors."""
+    forward: Any = replaced_forward(module)
+    if getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks":
+        hook: Any = vars(module)["_hf_hook"]
+        yield from (each for each in getattr(hook, "hooks", (hook,)) if not _only_moves(each))
+        forward = vars(module)["_old_forward"]
+    if forward is not None and not _is_own(forward, module):
+        yield forward
+
+
+def _only_moves(hook: Any) -> bool:
+    return type(hook).__module__ == "accelerate.hooks" and type(hook).__name__ in _MOVING
+
+
+def _is_of_transformers(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("transformers.")
+
+
+def _name(function: Any) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__qualname__} of {named.__module__}"
