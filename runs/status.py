@@ -33,10 +33,10 @@ def says_if_slow(what: str) -> Iterator[None]:
 
 
 def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str | None:
-    """What to say where other programs held the processor while a model decoded on it; None where they did not.
+    """What to say where other programs held the processor while a model decoded; None where none did.
 
-    Threads that decode wait for each other without sleeping, so on a quiet machine all are busy all the time: the share
-    is .95 there, and .6 and .5 of two threads beside one and two busy programs.
+    Threads that decode wait for each other without sleeping, so on a quiet machine all are busy all the time:
+    the share is .95 there, and .6 and .5 of two threads beside one and two busy programs.
     """
     import torch
 
@@ -45,8 +45,8 @@ def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str 
     if model.device.type != "cpu" or seconds < _TOO_SHORT_TO_TELL or share >= _QUIET:
         return None
     return (
-        f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, and may decode "
-        "several times faster on a quiet machine"
+        f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, and may "
+        "decode several times faster on a quiet machine"
     )
 
 

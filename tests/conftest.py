@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation import GenerationConfig, make_strategy
+from self_speculation.drafts.policy import PLAIN, Plan
 from self_speculation.model.lean_layers import fuse
 
 transformers.logging.set_verbosity_error()
@@ -94,6 +95,35 @@ def generate(model, prompt, strategy=None, **config):
         strategy = "self_speculative" if "num_speculations" in config else "autoregressive"
     settings = GenerationConfig(**{"sample": False, "generation_strategy": strategy, **config})
     return make_strategy(strategy).generate_token_ids(model, prompt, eos, settings, **call)
+
+
+def planned(choose):
+    """What takes the place of `AdaptivePolicy.plan`: a test chooses, by what matches and by the rooms."""
+
+    def plan(policy, matched, rooms):
+        policy._plan = choose(matched, rooms)
+        return policy._plan
+
+    return plan
+
+
+def drawn_plan(matched, rooms, choice, integer):
+    """A plan for adaptive decoding of any kind that there is.
+
+    Args:
+        choice: draws one of some things.
+        integer: draws a number, from and to.
+    """
+    if not max(rooms):
+        return Plan()
+    found = zip(matched["lookup"], rooms, strict=True)
+    lookups = [choice([PLAIN, "lookup"]) if number and room else PLAIN for number, room in found]
+    source = choice([PLAIN, *sorted(matched.keys() - {"lookup"})])
+    if source == PLAIN and not any(lookups):
+        return Plan()
+    length, looked_up = (integer(1, max(rooms)) for _ in range(2))
+    # A trial's draft ends where it is told to, and not by the policy's numbers.
+    return Plan(source, length, lookups, looked_up, is_trial=choice([True, False]))
 
 
 def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):

@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import EOS, generate, tiny_llama, transformers_generate
+from conftest import EOS, drawn_plan, generate, planned, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from self_speculation import GenerationConfig, make_strategy
-from self_speculation.drafts.policy import AdaptivePolicy, Plan
+from self_speculation.drafts.policy import AdaptivePolicy
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
@@ -133,14 +133,17 @@ def test_ids_equal_whatever_is_chosen_round_by_round(
     weights = "exact" if agreement == "never" else weights  # its last layer is hooked
     model = tiny_llama(num_layers=8, agreement=agreement, fused=weights != "exact")
 
-    def plan(_, matched, rooms):
-        [room], able = rooms, [name for name in sorted(matched) if matched[name] != [None]]
-        source = data.draw(st.sampled_from(["", *able])) if room else ""
-        return Plan(source, data.draw(st.integers(1, room)) if source else 0)
+    def plan(matched, rooms):
+        return drawn_plan(
+            matched,
+            rooms,
+            lambda among: data.draw(st.sampled_from(among)),
+            lambda low, high: data.draw(st.integers(low, high)),
+        )
 
     shared = {"max_steps": max_steps, "eos": eos}
     plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
-    with patch.object(AdaptivePolicy, "plan", plan):
+    with patch.object(AdaptivePolicy, "plan", planned(plan)):
         chosen = generate(
             model,
             prompt,

@@ -1,12 +1,14 @@
 """Reads from the device: each waits for all that a GPU was given to do, so they are few and counted."""
 
+import random
+
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import drawn_plan, generate, planned, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from self_speculation.decoding.rows import Rows
-from self_speculation.drafts.policy import AdaptivePolicy, Plan
+from self_speculation.drafts.policy import AdaptivePolicy
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
 
@@ -90,21 +92,23 @@ def test_autoregressive_decoding_reads_a_token_at_a_time(reads):
     assert reads.number == 30
 
 
-def test_adaptive_rounds_read_no_more(reads, monkeypatch):
-    """Guards against plans that take a read. Plans are given, so that every kind of round comes."""
-    kinds = iter(50 * ["", "exit 1", "lookup", "exit 2"])
+@pytest.mark.parametrize("config", [{}, {"draft_vocabulary": 9}], ids=str)
+def test_adaptive_rounds_read_no_more(config, reads, monkeypatch):
+    """Guards against plans that take a read, and lookups that do. Whether a draft of layers goes on takes one
+    for each of its tokens. Plans are given, so that every kind of round comes.
+    """
+    draws = random.Random(0)
 
-    def plan(_, matched, rooms):
-        source = next(kinds)
-        length = 0 if matched.get(source, [None]) == [None] else min(*rooms, 2)
-        return Plan(source if length else "", length)
+    def plan(matched, rooms):
+        return drawn_plan(matched, rooms, draws.choice, draws.randint)
 
     model = tiny_llama(num_layers=8)
-    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
+    monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     with reads:
-        result = generate(model, PROMPT, "adaptive", max_steps=30, eos=[])
-    assert set(result.drafts_by_source) >= {"none", "exit 1"}
-    assert reads.number == 1 + result.num_verifications
+        result = generate(model, PROMPT, "adaptive", max_steps=60, eos=[], **config)
+    assert set(result.drafts_by_source) == {"none", "exit 1", "exit 2", "exit 3", "lookup"}
+    of_layers = result.num_drafted - result.drafts_by_source["lookup"][1]
+    assert reads.number == 1 + result.num_verifications + of_layers
 
 
 def test_what_is_shown_is_read_once(reads):

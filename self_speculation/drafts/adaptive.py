@@ -38,7 +38,7 @@ class AdaptiveDrafts(DraftSource):
         draft, rest = None, wanted or [True] * len(rows)
         for name in sorted({*plan.lookups} - {PLAIN}):
             found = [name == lookup for lookup in plan.lookups]
-            looked_up = self._sources[name].draft(rows, min(k, plan.length), found)
+            looked_up = self._sources[name].draft(rows, min(k, plan.looked_up), found)
             draft = looked_up if draft is None else mixed(rows, looked_up, draft, found)
             rest = [wants and not is_found for is_found, wants in zip(found, rest, strict=True)]
         if plan.source != PLAIN and any(rest):

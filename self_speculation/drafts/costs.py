@@ -1,7 +1,7 @@
 """What a round costs, for the policy that plans rounds, the sweep, and the formula.
 
-Estimates follow from the bytes that passes read and from what a processor computes. A sweep calibrates them; adaptive
-decoding corrects them by its rounds.
+Estimates follow from the bytes that passes read and from what a processor computes. A sweep calibrates them;
+adaptive decoding corrects them by its rounds.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _GROWTH: Mapping[str, Sequence[float]] = {
 
 
 def growth(decoder: Decoder, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
-    """Estimates what a pass over n tokens costs, in passes over one, through a model or through a copy of it."""
+    """Estimates what a pass over n tokens costs, in passes over one, through a model or a copy of it."""
     if decoder.rotary.device.type != "cpu":
         kind = "gpu"
     elif draft_weights == "int4":
@@ -107,11 +107,11 @@ def growth(decoder: Decoder, draft_weights: DraftWeights = "exact") -> Callable[
 
 
 class PassTimes:
-    """Seconds of a model's passes, learnt from rounds: one curve over the tokens of a verification, whoever drafted, and
-    one number for a token drafted by a source.
+    """Seconds of a model's passes, learnt from rounds: one curve over the tokens of a verification, whoever
+    drafted, and one number for a token drafted by a source.
 
-    Each begins as an estimate, in plain steps of one row until a round was made. The longer ago an observation is, the
-    less it counts: a bad moment of the machine is forgotten.
+    Each begins as an estimate, in plain steps of one row until a round was made. The longer ago an
+    observation is, the less it counts: a bad moment of the machine is forgotten.
 
     Args:
         growth: estimated cost of a pass over n tokens, in passes over one.
@@ -120,7 +120,7 @@ class PassTimes:
 
     # Nothing counts as more than so many times what was expected of it.
     _TOO_LONG = 3.0
-    # The estimated slope of the curve counts as an observation of a pass that costs so much more than a plain step.
+    # The estimated slope of the curve counts as an observation of a pass that costs so many plain steps more.
     _PRIOR_EXCESS = 0.3
 
     def __init__(self, growth: Callable[[int], float], warm_up: int = 0) -> None:
@@ -152,7 +152,10 @@ class PassTimes:
         """
         estimate = self.plain_step(num_rows) / self._growth(num_rows) * ratio * growth(num_rows)
         known = self._drafts.get((source, num_rows))
-        return estimate if known is None else known.value
+        if known is None:
+            return estimate
+        # A first draft may be a bad moment. Believed alone, it would rule out another one.
+        return known.value if known.count > 1.0 else min(known.value, estimate)
 
     def add_draft(self, source: str, num_rows: int, seconds: float, expected: float) -> None:
         """Learn what a drafted token took; `expected`: what `draft_step` says."""
@@ -165,7 +168,7 @@ class PassTimes:
         if self._runs[num_rows, num_drafted] <= self._warm_up:
             return
         steps = float(self._steps(num_rows, num_drafted)[-1])
-        # A first round is compared with nothing and may be a bad moment. It says only what a plain step takes.
+        # A first round is compared with nothing and may be a bad moment. It tells only of plain steps.
         if not self._units or (num_rows not in self._units and num_drafted):
             self._units[num_rows] = DecayedMean(0.0, weight=0.0)
             self._units[num_rows].add(seconds / (1.0 + self._slope(num_rows).value * steps), weight=0.1)

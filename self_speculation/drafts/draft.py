@@ -74,8 +74,8 @@ class DraftSource(ABC):
         return [0] * len(rows)
 
     def end_drafts_by(self, goes_on: Callable[[Sequence[Sequence[float]]], bool]) -> None:  # noqa: B027
-        """Ask after each token whether another one is to be drafted, by the probabilities [B][k] of those so far. Sources
-        whose drafts cost nothing do not ask.
+        """Ask after each token whether another one is to be drafted, by the probabilities [B][k] of those so
+        far. Sources whose drafts cost nothing do not ask.
         """
 
 

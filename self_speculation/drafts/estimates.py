@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class DecayedMean:
-    """The mean of a prior and of what was seen, the latest most. It returns to the prior as what was seen fades.
+    """The mean of a prior and of what was seen, the latest most.
 
     Args:
         prior: a number, or what gives it whenever it is asked for.

@@ -19,10 +19,10 @@ Confidences = Sequence[Sequence[float]]  # [B][k] the probabilities of drafted t
 class LayerDrafts(DraftSource):
     """Guesses of the first layers: each pass gives every row one more token.
 
-    Reads from the device: one for each drafted token if its probability decides whether another one follows, or
-    if drafts are shown, or both; otherwise none. A GPU begins the next pass of the model's own layers before that is
-    decided. If the draft ends there, the pass is not lost: it took the last guess through the first layers, which
-    verification needs anyway.
+    Reads from the device: one for each drafted token if its probability decides whether another one follows,
+    or if drafts are shown, or both; otherwise none. A GPU begins the next pass of the model's own layers
+    before that is decided. If the draft ends there, the pass is not lost: it took the last guess through the
+    first layers, which verification needs anyway.
 
     Args:
         drafter: runs the layers: the model's decoder, or one over a copy of them.

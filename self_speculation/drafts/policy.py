@@ -28,7 +28,7 @@ class Arm:
     Args:
         draft_ratio: estimated cost of one drafted token, in plain steps of one row; 0: drafts cost nothing.
         growth: estimated cost of a draft step of n rows, in those of one.
-        priors: [i] the chance that a drafted token is accepted, before anything is known, where i tokens matched; [0]
+        priors: [i] the chance that a drafted token is accepted, before anything is known, if i matched; [0]
             alone for a source that compares none.
         weight: observations that a prior counts as.
         deeper: the arm that is right at least as often. Until more is known, this one is no better.
@@ -47,6 +47,7 @@ class Plan(NamedTuple):
     source: str = PLAIN  # drafts for rows without a lookup
     length: int = 0  # tokens at most, of any row
     lookups: Sequence[str] = ()  # [B] sources whose drafts cost nothing; PLAIN: none for this row
+    looked_up: int = 0  # tokens at most, of any row with a lookup: all verify as many as the longest draft
     tokens: float = 1.0  # expected, of all rows
     seconds: float = 1.0  # expected
     is_trial: bool = False
@@ -88,8 +89,8 @@ class ArmStats:
 class AdaptivePolicy:
     """Chooses the round that promises most tokens for its time (after Zarch et al., DEL, arXiv 2504.05598).
 
-    A source that is not the best is tried when a small share of the time allows it and its promise could beat plain
-    steps, ever more rarely. A draft ends when another token would cost more than it is likely to save.
+    A source that is not the best is tried when a small share of the time allows it and its promise could beat
+    plain steps, ever more rarely. A draft ends when another token would cost more than it is likely to save.
 
     Args:
         arms: by the name of their source.
@@ -99,11 +100,11 @@ class AdaptivePolicy:
 
     # A round with drafts must promise so much more than a plain step: its promise is an estimate.
     _MARGIN = 1.03
-    # Tokens of a trial; rounds until the first and, at most, between two plain steps; the share of the time for trials.
+    # Tokens of a trial; rounds until the first, and at most between two plain steps; a share of the time.
     _TRIAL, _WAIT, _WAIT_FOR_PLAIN, _SHARE = 2, 8, 64, 0.01
     # Layers draft no more tokens than this: the chance that all are right hardly ever pays for another one.
     _LONGEST_OF_LAYERS = 8
-    # A trial must pay if the chance of acceptance is so much better than what is known.
+    # A trial that is right so much more often than was known is followed by another one soon.
     _HOPE = 0.3
 
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
@@ -168,6 +169,11 @@ class AdaptivePolicy:
             seconds: of drafting and verifying; None: these say nothing of rounds to come.
         """
         stats, plan = self._stats, self._plan
+        if plan.is_trial and plan.source != PLAIN:
+            hoped = self._acceptance(plan.source, 0).value + self._HOPE
+            if sum(accepted) > hoped * sum(drafted):  # it may have become good: look again soon
+                due = stats.num_rounds + self._WAIT
+                stats.trials[plan.source, len(sources)] = _Trials(self._WAIT, due)
         if any(drafted) or stats.num_rounds % self._WAIT == 0:
             self._of_layers.clear()
         for row, source in enumerate(sources if any(drafted) else ()):
@@ -179,6 +185,8 @@ class AdaptivePolicy:
         own = max((n for n, source in zip(drafted, sources, strict=True) if source == plan.source), default=0)
         if seconds is not None:
             num_rows, (of_draft, of_verification) = len(sources), seconds
+            if plan.is_trial:  # its price was an estimate; a stall is not its fault
+                stats.seconds_for_trials -= min(sum(seconds), 3.0 * plan.seconds) - plan.seconds
             if own:
                 expected = self._draft_step(plan.source, num_rows)
                 stats.times.add_draft(plan.source, num_rows, of_draft / own, expected)
@@ -201,7 +209,8 @@ class AdaptivePolicy:
         seconds = self._verifications(len(lookups), longest)
         tokens = _expected_tokens(chances, longest).sum(0)
         length = int((tokens / seconds).argmax())
-        return Plan(PLAIN, length, lookups if length else (), float(tokens[length]), float(seconds[length]))
+        lookups = lookups if length else ()
+        return Plan(PLAIN, length, lookups, length, float(tokens[length]), float(seconds[length]))
 
     def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
         """Drafts of the best arm, as long as pays for some of the rows."""
@@ -212,7 +221,7 @@ class AdaptivePolicy:
                 tokens = num_rows + num_drafting * (self._expected(name, longest) - 1.0)
                 seconds = self._seconds(name, num_rows, longest)
                 length = int((tokens / seconds).argmax())
-                plan = Plan(name, longest, (), float(tokens[length]), float(seconds[length]))
+                plan = Plan(name, longest, (), 0, float(tokens[length]), float(seconds[length]))
                 best = plan if length and plan.rate > best.rate else best
             self._of_layers[key] = best
         return self._of_layers[key]
@@ -228,10 +237,10 @@ class AdaptivePolicy:
         length = int((tokens / seconds).argmax())
         keeps = looked_up[:, length] > drafted[length]
         lookups = [name if keep else PLAIN for name, keep in zip(lookups, keeps, strict=True)]
-        return Plan(layers.source, longest, lookups, float(tokens[length]), float(seconds[length]))
+        return Plan(layers.source, longest, lookups, length, float(tokens[length]), float(seconds[length]))
 
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
-        """A short draft of the arm whose trial is due longest, or a plain step; None: none is due, or too dear."""
+        """A short draft of the arm whose trial is due longest, or a plain step; None: none, or too dear."""
         stats = self._stats
         due: list[tuple[int, str]] = []
         for i, name in enumerate((PLAIN, *self._layered)):
@@ -257,14 +266,13 @@ class AdaptivePolicy:
         return None
 
     def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
-        """A trial of an arm; None: it would not pay even if it were right as often as can be hoped."""
-        known = self._acceptance(name, 0).value
+        """A trial of an arm; None: it would not pay even if it were always right."""
         seconds = self._seconds(name, num_rows, self._longest)
-        hoped = num_rows * _expected_tokens([min(1.0, known + self._HOPE)], self._longest)[0]
+        hoped = num_rows * _expected_tokens([1.0], self._longest)[0]
         if not length or (hoped / seconds).max() <= self._MARGIN * self._plain.rate:
             return None
         tokens = num_rows * float(self._expected(name, length)[-1])
-        return Plan(name, length, (), tokens, float(seconds[length]))
+        return Plan(name, length, (), 0, tokens, float(seconds[length]))
 
     def _expected(self, name: str, longest: int) -> numpy.ndarray:
         """[longest + 1] tokens of a row in rounds with drafts of an arm."""
@@ -302,7 +310,7 @@ class AdaptivePolicy:
 
 
 def _expected_tokens(chances: Sequence[float], longest: int) -> numpy.ndarray:
-    """[n, longest + 1]: tokens of a round with drafts of each length, where a drafted one is accepted by these
-    chances [n]. One token more comes for sure.
+    """[n, longest + 1]: tokens of a round with drafts of each length, where a drafted one is accepted by
+    these chances [n]. One token more comes for sure.
     """
     return (numpy.array(chances)[:, None] ** numpy.arange(longest + 1)).cumsum(1)

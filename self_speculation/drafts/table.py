@@ -59,7 +59,7 @@ class Parts:
 
     @cached_property
     def draft_vocabulary(self) -> int | None:
-        """What the config says, or the default of copies and of adaptive decoding. None: the whole head drafts."""
+        """What the config says, or the default of copies and of adaptive decoding. None: the whole head."""
         config, layers = self.config, len(self.decoder.layers)
         if config.draft_vocabulary is not None or not (config.draft_weights != "exact" or config.is_adaptive):
             return config.draft_vocabulary

@@ -130,8 +130,8 @@ def _place(part: Tensor) -> Hashable:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Of a parameter. Passes may write the same numbers to a buffer again, as to rotary frequencies. None where torch
-    counts none: of what was made in inference mode, with another storage by now or not.
+    """Of a parameter. Passes may write the same numbers to a buffer again, as to rotary frequencies. None where
+    torch counts none: of what was made in inference mode, with another storage by now or not.
     """
     try:
         return tensor._version if isinstance(tensor, nn.Parameter) else None

@@ -1,8 +1,8 @@
 """Norm and head for drafts that read some rows of the head only: a small model's head is a third of it.
 
-After Zhao et al., FR-Spec (arXiv 2502.14856) and VocabTrim (arXiv 2506.22694). The rows are those of a fixed list of
-likely ids, and those of the ids in a sequence's own prompt and output. Logits have their full width, with -inf for all
-other ids, so that processors, sampling and the accept rule need not know of it.
+After Zhao et al., FR-Spec (arXiv 2502.14856) and VocabTrim (arXiv 2506.22694). The rows are those of a fixed
+list of likely ids, and those of the ids in a sequence's own prompt and output. Logits have their full width,
+with -inf for all other ids, so that processors, sampling and the accept rule need not know of it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
 def default_vocabulary(
     decoder: Decoder, num_layers: int, bytes_per_weight: tuple[float, float]
 ) -> int | None:
-    """The rows that a draft reads unless told otherwise: a quarter of them where a draft step is clearly cheaper by it;
-    None: all.
+    """The rows that a draft reads unless told otherwise: a quarter of them where a draft step is clearly
+    cheaper by it; None: all.
 
     Args:
         num_layers: that the draft runs.
@@ -81,7 +81,8 @@ def default_vocabulary(
 
 
 class ShortHead:
-    """A decoder's norm and head, [B, H] -> [B, V], with -inf for all but so many likely ids and those that were seen.
+    """A decoder's norm and head, [B, H] -> [B, V], with -inf for all but so many likely ids and those that
+    were seen.
 
     Raises:
         ValueError: the head's weight is not a plain tensor.
@@ -102,11 +103,11 @@ class ShortHead:
         return other
 
     def see(self, outputs: Sequence[History]) -> None:
-        """Know the ids of these sequences, one for each row of the next passes. Reads nothing from the device."""
+        """Know the ids of these sequences, one for each row of the next passes, without a read."""
         self._seen.see(outputs)
 
     def see_text(self, ids: Sequence[int], num_positions: int) -> None:
-        """Know the ids of a text, for a pass over the last positions of it: at each of them, those up to there."""
+        """Know the ids of a text, for a pass over its last positions: at each of them, those up to there."""
         self._seen.see_text(ids, num_positions)
 
     def __call__(self, hidden: Tensor) -> Tensor:

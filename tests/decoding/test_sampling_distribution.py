@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from conftest import drawn_plan, planned
 from distributions import (
     PROMPT,
     accepts_everything,
@@ -23,7 +24,7 @@ from distributions import (
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import self_speculation.self_speculation_generator as self_speculation_generator
-from self_speculation.drafts.policy import AdaptivePolicy, Plan
+from self_speculation.drafts.policy import AdaptivePolicy
 
 SAMPLES = 800
 
@@ -82,15 +83,13 @@ def test_self_speculative_distribution(name, batch_size):
 
 @pytest.mark.parametrize("draft_vocabulary", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_adaptive_distribution(draft_vocabulary, monkeypatch):
-    """Plans are drawn, so that exits, lookups and plain steps all come in turn."""
+    """Plans are drawn, so that exits, lookups, both at once and plain steps all come in turn."""
     draws = random.Random(0)
 
-    def plan(_, matched, rooms):
-        able = [name for name in matched if set(matched[name]) != {None}]
-        source = draws.choice(["", *able]) if max(rooms) else ""
-        return Plan(source, draws.randint(1, max(rooms)) if source else 0)
+    def plan(matched, rooms):
+        return drawn_plan(matched, rooms, draws.choice, draws.randint)
 
-    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
+    monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     chosen = config(
         generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8,
         draft_vocabulary=draft_vocabulary,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import EOS, tiny_llama
+from conftest import EOS, planned, tiny_llama
 
 import benchmark
 import correctness
@@ -110,12 +110,12 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
 
     offered = []
 
-    def plan(_, matched, rooms):
+    def plan(matched, rooms):
         offered.append(set(matched))
         length = min(2, max(rooms))
         return Plan("always", length) if length else Plan()
 
-    monkeypatch.setattr(AdaptivePolicy, "plan", plan)
+    monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     monkeypatch.setattr("conftest.GenerationConfig", WithAlways)
     result = ids_of(tiny_llama(), [5, 9, 4, 7], "adaptive", max_steps=9, eos=[])
     assert "always" in result.drafts_by_source

@@ -1,4 +1,5 @@
 """Drafts that read a few rows of the head: which ones, when they are copied, and what comes of the others.
+Ids that a sequence has seen are among them, for this sequence alone.
 
 That the output does not depend on it is in test_self_speculation_generator.py, decoding/test_rows.py and
 decoding/test_sampling_distribution.py.
@@ -10,7 +11,11 @@ import pytest
 import torch
 from conftest import EOS, assert_close, generate, tiny_llama
 
-from self_speculation.drafts.table import make_drafter
+from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.decoding.output import Output
+from self_speculation.decoding.stopping import StopConditions
+from self_speculation.drafts.table import Parts, make_drafter, make_short_head
+from self_speculation.model import short_head
 from self_speculation.model.decoder import Decoder
 from self_speculation.model.lean_layers import fuse, lean_forms
 from self_speculation.model.low_bit_products import Int8Product
@@ -44,7 +49,7 @@ def test_logits_are_those_of_the_whole_head_or_nothing(fused, weights):
     prefer_ids(model, {31: 2, 17: 1})
     decoder = Decoder(model, 1, 8)
     with torch.inference_mode():
-        drafter = make_drafter(decoder, 4, weights, 5)
+        drafter = make_drafter(decoder, 4, weights, make_short_head(decoder, 5))
         hidden = torch.randn(6, 32)
         expected = make_drafter(decoder, 4, weights).head(hidden)
         logits = drafter.head(hidden)
@@ -106,7 +111,8 @@ def test_other_weights_have_rows_of_their_own(fused):
 
 def test_the_whole_vocabulary_is_the_whole_head():
     decoder = Decoder(tiny_llama(), 1, 8)
-    assert make_drafter(decoder, 2, "exact", 50) is make_drafter(decoder, 2, "exact", 10**9) is decoder
+    assert [make_short_head(decoder, number) for number in (50, 10**9, None)] == [None] * 3
+    assert make_drafter(decoder, 2, "exact", None) is decoder
 
 
 def test_a_head_in_parts_is_refused():
@@ -130,3 +136,169 @@ def test_adaptive_drafts_with_it():
         result = generate(model, PROMPT, "adaptive", **asked)
         assert {*result.drafts_by_source} <= {"none", "lookup", "exit 1"}
         assert result.predicted_tokens == generate(model, PROMPT, max_steps=40, eos=[EOS]).predicted_tokens
+
+
+def output(*ids):
+    return Output(ids, torch.device("cpu"), StopConditions([], 9))
+
+
+def logits_of(head, num_rows=1):
+    """[B, V] of states that are alike in every row."""
+    return head(torch.linspace(-1, 1, 32).repeat(num_rows, 1))
+
+
+def known(head, num_rows=1):
+    """[B] the ids that have a logit."""
+    return [row.isfinite().nonzero()[:, 0].tolist() for row in logits_of(head, num_rows)]
+
+
+@pytest.mark.parametrize("weights", ["exact", "int8"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_ids_of_prompt_and_output_have_a_logit(fused, weights):
+    """Guards against a row, or its bias, in the place of another one; against ids that a sequence has not
+    seen; and against an output that is looked at once.
+    """
+    if weights == "int8" and not fused:
+        pytest.skip("copies are made of lean layers")
+    model = with_biases(fused)
+    prefer_ids(model, {31: 2, 17: 1})
+    decoder, seen = Decoder(model, 1, 8), output(40, 8, 31, 40)
+    with torch.inference_mode():
+        head = make_drafter(decoder, 4, weights, make_short_head(decoder, 5)).head
+        assert known(head) == [[0, 1, 2, 17, 31]]
+        head.see([seen])
+        assert known(head) == [[0, 1, 2, 8, 17, 31, 40]]
+        seen.tokens += [44, 2, 8]
+        head.see([seen])
+        listed = [0, 1, 2, 8, 17, 31, 40, 44]
+        assert known(head) == [listed]
+        whole = logits_of(make_drafter(decoder, 4, weights).head)
+        assert_close(
+            logits_of(head)[:, listed], whole[:, listed], torch.bfloat16 if weights == "int8" else None
+        )
+
+
+def test_a_row_knows_its_own_ids_alone():
+    """Guards against a sequence whose drafts depend on its neighbours; and against rows that change places,
+    leave, or come, and have another one's ids.
+    """
+    decoder = Decoder(fresh(), 1, 8)
+    head = make_short_head(decoder, 3)
+    first, second, third = output(7, 9), output(9, 30), output(41)
+    likely = [0, 1, 2]
+    with torch.inference_mode():
+        head.see([first, second])
+        assert known(head, 2) == [[*likely, 7, 9], [*likely, 9, 30]]
+        first.tokens += [30]
+        second.tokens += [7]
+        head.see([first, second])  # now both know all
+        assert known(head, 2) == [[*likely, 7, 9, 30]] * 2
+        head.see([second])
+        head.see([third, second, output(1)])
+        assert known(head, 3) == [[*likely, 41], [*likely, 7, 9, 30], likely]
+        head.see([second, third])
+        assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 41]]
+        head.see([first, third])
+        assert known(head, 2)[0] == [*likely, 7, 9, 30]
+
+
+@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup": 2}], ids=str)
+@pytest.mark.parametrize("sample", [False, True])
+def test_draws_do_not_depend_on_neighbours(sample, drafts):
+    """Guards against a row of a batch that drafts otherwise than alone, because of ids that another one has
+    seen.
+    """
+    model, strategy = fresh(), make_strategy("self_speculative")
+    config = GenerationConfig(
+        generation_strategy="self_speculative", exit_layer=2, num_speculations=3, draft_vocabulary=6,
+        max_steps=25, sample=sample, temperature=1.0, **drafts,
+    )  # fmt: skip
+
+    def answers(prompts, batch_size):
+        requests = [Request(prompt, seed=len(prompt), eos_token_ids=[]) for prompt in prompts]
+        made = dict(strategy.generate_batch(model, requests, config, batch_size))
+        return [(made[i].predicted_tokens, made[i].num_accepted) for i in range(len(prompts))]
+
+    prompts = [PROMPT, [20, 21, 22], [13, 14, 15, 16, 13], [40, 41]]
+    together = answers(prompts, 3)
+    assert together == [answers([prompt], 1)[0] for prompt in prompts]
+    assert sum(accepted for _, accepted in together) > 0
+
+
+def test_a_text_is_known_position_by_position():
+    """Guards against a replay whose drafts know what is still to come."""
+    head = make_short_head(Decoder(fresh(), 1, 8), 3)
+    with torch.inference_mode():
+        head.see_text([9, 7, 1, 30, 9], 3)
+        assert known(head, 3) == [[0, 1, 2, 7, 9], [0, 1, 2, 7, 9, 30], [0, 1, 2, 7, 9, 30]]
+        head.see_text([9], 1)
+        assert known(head) == [[0, 1, 2, 9]]
+        seen = output(7, 8)
+        head.see([seen])  # a sequence after a text
+        assert known(head) == [[0, 1, 2, 7, 8]]
+
+
+def test_seen_ids_take_no_more_room_than_there_is(monkeypatch):
+    """Guards against a head that grows to its full size by a long text."""
+    monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
+    head = make_short_head(Decoder(fresh(), 1, 8), 3)
+    first, second = output(10, 11, 12), output(12, 20, 21, 22)
+    with torch.inference_mode():
+        head.see([first, second])
+        (of_first, of_second) = known(head, 2)
+        assert of_first == [0, 1, 2, 10, 11, 12]
+        assert of_second == [0, 1, 2, 12, 20]
+        second.tokens += [23, 10]
+        head.see([first, second])
+        assert known(head, 2) == [of_first, [0, 1, 2, 10, 12, 20]]
+    assert len(head._seen._rows) == 4
+
+
+def test_what_a_sequence_has_said_can_be_drafted():
+    """Guards against a short head that never guesses a name, which stands in the prompt and nowhere in the
+    list.
+    """
+    model = fresh(agreement="always", exit_layer=2)
+    plain = generate(model, PROMPT, max_steps=40, eos=[]).predicted_tokens
+    result = generate(model, [*plain, *PROMPT], draft_vocabulary=1, **DRAFTS)
+    assert (
+        result.predicted_tokens == generate(model, [*plain, *PROMPT], max_steps=40, eos=[]).predicted_tokens
+    )
+    assert result.num_accepted > 10
+
+
+def test_a_large_head_is_short_unless_told_otherwise(monkeypatch):
+    """Guards against copies that read 150,000 rows for each token, and against a short head where it saves
+    nothing: next to a copy of many layers, or where the vocabulary is small or the model's own exits draft.
+    """
+    model = fresh()
+    fuse(model)
+
+    def vocabulary(**config):
+        asked = {"exit_layer": 4, "num_speculations": 3, "generation_strategy": "self_speculative", **config}
+        return Parts(Decoder(model, 1, 8), GenerationConfig(**asked)).draft_vocabulary
+
+    assert vocabulary(draft_weights="int8") is None
+    monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
+    adaptive = {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1}
+    assert vocabulary(draft_weights="int8", exit_layer=1) == vocabulary(**adaptive) == 16
+    assert vocabulary(draft_weights="int8") is vocabulary(exit_layer=1) is None
+    assert vocabulary(draft_weights="int8", draft_vocabulary=30) == 30
+    monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.03)
+    assert vocabulary(draft_weights="int8") == 16
+
+
+def test_a_head_in_parts_is_never_short_by_default(monkeypatch):
+    """Guards against adaptive decoding that is refused with --parallel tensor, for a flag that nobody
+    gave.
+    """
+    monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)
+    model = fresh()
+
+    class Part(torch.nn.Linear):
+        pass
+
+    model.lm_head.__class__ = Part
+    result = generate(model, PROMPT, "adaptive", max_steps=20, eos=[])
+    assert result.predicted_tokens == generate(fresh(), PROMPT, max_steps=20, eos=[]).predicted_tokens

@@ -248,14 +248,16 @@ def test_another_graph_for_states_in_another_format():
 
 def test_rounds_in_which_something_is_traced_teach_no_times(model, monkeypatch):
     """Guards against a source that is taken for slow because its layers were traced meanwhile."""
-    counted, made = [], []
-    monkeypatch.setattr(AdaptivePolicy, "took", lambda policy, *_: counted.append(traced.num_traces(model)))
-    original = AdaptivePolicy.learn
-    monkeypatch.setattr(
-        AdaptivePolicy,
-        "learn",
-        lambda policy, *heard: made.append(traced.num_traces(model)) or original(policy, *heard),
-    )
+    made, learn = [], AdaptivePolicy.learn
+
+    def heard(policy, *numbers):
+        made.append((traced.num_traces(model), numbers[-1]))
+        learn(policy, *numbers)
+
+    monkeypatch.setattr(AdaptivePolicy, "learn", heard)
     generate(model, PROMPT, strategy="adaptive", max_steps=20, eos=[])
-    assert made[-1] >= 1
-    assert len(counted) == len(made) - len(set(made))
+    counts = [count for count, _ in made]
+    assert counts[-1] >= 1
+    for before, (count, seconds) in zip([0, *counts], made, strict=False):
+        assert (seconds is None) == (count > before)
+    assert sum(seconds is not None for _, seconds in made) > len(made) / 2

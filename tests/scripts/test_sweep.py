@@ -178,11 +178,14 @@ def table(tmp_path):
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--no_repeat_ngram_size", "2"], marks=pytest.mark.slow),
         ["--stop_token_ids", *map(str, range(30, 60))],
+        ["--draft_vocabulary", "20"],
     ],
 )
 @pytest.mark.usefixtures("timeless")
 def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra, capsys):
-    """Guards against a replay that drafts, accepts or ends otherwise than decoding does."""
+    """Guards against a replay that drafts, accepts or ends otherwise than decoding does; with a short
+    vocabulary, also against drafts that know ids too early or too late.
+    """
     assert sweep.main([*common, *extra, "--output_dir", str(tmp_path / "p" / "logs")]) == 0
     assert (
         sweep.main([*common, *extra, "--mode", "measured", "--output_dir", str(tmp_path / "m" / "logs")]) == 0
