@@ -87,7 +87,8 @@ def measure_examples(
     Yields:
         The index of a request and its record, once all sides have answered it. A side's fields have its
         prefix. Times are in seconds; `processor_time` is that of all threads. `wall_time` is the time since
-        the side's answer before: decode times of the rows of a batch overlap, wall times add up. `window` is the index of the window's first request.
+        the side's answer before: decode times of the rows of a batch overlap, wall times add up. `window` is
+        the index of the window's first request.
         Where a side could not answer, the error.
     """
     for number, window in enumerate(windows(requests, batch_size, len(sides))):

@@ -45,8 +45,8 @@ def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str 
     if model.device.type != "cpu" or seconds < _TOO_SHORT_TO_TELL or share >= _QUIET:
         return None
     return (
-        f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, and may "
-        "decode several times faster on a quiet machine"
+        f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, "
+        "and may decode several times faster on a quiet machine"
     )
 
 

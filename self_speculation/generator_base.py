@@ -297,8 +297,8 @@ class HuggingfaceLlamaGenerator:
             ids = list(prompt)
         elif self.is_far_too_long(prompt):
             raise ValueError(
-                f"the prompt has {len(prompt)} characters, far more than the model's context of "
-                f"{context_length(self.model.config)} tokens has room for"
+                f"the prompt has {len(prompt)} characters and leaves no room in the model's context of "
+                f"{context_length(self.model.config)} tokens"
             )
         else:
             ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)

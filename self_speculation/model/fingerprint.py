@@ -130,8 +130,9 @@ def _place(part: Tensor) -> Hashable:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Of a parameter. Passes may write the same numbers to a buffer again, as to rotary frequencies. None where
-    torch counts none: of what was made in inference mode, with another storage by now or not.
+    """Of a parameter. Passes may write the same numbers to a buffer again, as to rotary frequencies.
+
+    None where torch counts none: of what was made in inference mode, with another storage by now or not.
     """
     try:
         return tensor._version if isinstance(tensor, nn.Parameter) else None
@@ -141,6 +142,7 @@ def _version(tensor: Tensor) -> int | None:
 
 def _sample(part: Tensor) -> Tensor:
     """[n] elements, a view of the tensor. Each row and each column of a matrix is met at least once."""
+    part = part.data
     if not part.is_contiguous():  # of one with gaps, such as some columns of another, this is a copy
         part = part.permute(sorted(range(part.dim()), key=part.stride, reverse=True)).contiguous()
     step = _step(part.numel(), part.shape[-1] if part.dim() > 1 else part.numel())

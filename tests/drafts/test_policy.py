@@ -470,7 +470,7 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
     (learnt,) = table._LEARNT[model].values()
     names = {"exit 1", "lookup"}
-    assert {*learnt.trials} <= {PLAIN, *names}
+    assert {*learnt.trials} <= {(name, 1) for name in (PLAIN, *names)}
     assert {name for name, _ in learnt.acceptance} <= names
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that a lookup compares
     assert len(learnt.by_confidence) <= 10

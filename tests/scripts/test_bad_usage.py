@@ -96,7 +96,7 @@ def test_a_prompt_of_100_megabytes(model_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         generate_script.main(["--model", str(model_folder)])
     assert end.value.code == 2
-    said = "the prompt has 105000000 characters, far more than the model's context of 256 tokens"
+    said = "the prompt has 105000000 characters and leaves no room in the model's context of 256 tokens"
     assert said in capsys.readouterr().err
 
 

@@ -244,7 +244,7 @@ def test_drafts_can_be_seen_and_left_out(served):
         (b'{"prompt": "\\ud800"}', 400, "prompt", "must be a text"),
         (b'{"prompt": [99999]}', 400, "prompt", "token id 99999"),
         (b'{"prompt": [5%s]}' % (b", 5" * 300), 400, None, "leaves no room"),
-        (b'{"prompt": "%s"}' % (b"x y " * 1000), 400, "prompt", "far more than the model's context"),
+        (b'{"prompt": "%s"}' % (b"x y " * 1000), 400, "prompt", "leaves no room in the model's context"),
         (b'{"prompt": "x", "n": 9}', 400, "n", "must be at most 8 answers"),
         (b'{"prompt": "x", "model": "y"}', 404, "model", "this server has 'tiny'"),
     ],
