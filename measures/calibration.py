@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.costs import Costs
-from self_speculation.drafts.table import make_drafter, make_short_head
+from self_speculation.drafts.table import make_drafter, short_head_of
 from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled, make_decoder
 from self_speculation.model.decoder import forward, forward_early
 from self_speculation.model.devices import agreed, synchronize
@@ -56,9 +56,8 @@ def calibrate(
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
     decoder = make_decoder(model, context, context + longest + _STEPS, longest + 1, 1)
-    drafter = make_drafter(
-        decoder, exit_layers[-1], config.draft_weights, make_short_head(decoder, config.draft_vocabulary)
-    )
+    short_head = short_head_of(decoder, config, exit_layers[-1])
+    drafter = make_drafter(decoder, exit_layers[-1], config.draft_weights, short_head)
     ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)
     forward(decoder, ids[:, :1])  # the cache takes its place
 

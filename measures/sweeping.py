@@ -30,7 +30,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
 from runs.tuning import COUNTS, best_cell
-from self_speculation.drafts.table import make_drafter, make_short_head
+from self_speculation.drafts.table import make_drafter, short_head_of
 from self_speculation.model.decoder import Decoder, forward_exits
 from self_speculation.model.families import context_length
 from self_speculation.model.traced import never_trace
@@ -203,7 +203,7 @@ class Predicted(Sweep):
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
         decoder = Decoder(model, ids.shape[1], ids.shape[1])
-        short_head = make_short_head(decoder, self.config.draft_vocabulary)
+        short_head = short_head_of(decoder, self.config, self._exit_layers[-1])
         if short_head is not None:
             short_head.see_text([*prompt, *tokens[:-1]], len(tokens))
         drafter = make_drafter(decoder, self._exit_layers[-1], self.config.draft_weights, short_head)

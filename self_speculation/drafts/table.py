@@ -6,7 +6,7 @@ What drives drafting, what adaptive decoding chooses among and what a sweep can 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -97,6 +97,11 @@ def make_short_head(decoder: Decoder, draft_vocabulary: int | None) -> ShortHead
     if draft_vocabulary is None or draft_vocabulary >= decoder.config.vocab_size:
         return None
     return ShortHead(decoder, draft_vocabulary)
+
+
+def short_head_of(decoder: Decoder, config: GenerationConfig, num_layers: int) -> ShortHead | None:
+    """What drafts of so many layers read with this config. Raises what `ShortHead` does."""
+    return Parts(decoder, replace(config, exit_layer=num_layers)).short_head
 
 
 def make_drafter(

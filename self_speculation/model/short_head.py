@@ -132,9 +132,8 @@ class _SeenIds:
         self._ids = torch.empty(0, dtype=torch.long, device=like.device)
         self._rows = like.new_empty(0, whole.shape[1])
         self._bias = None if whole.bias is None else like.new_empty(0)
-        self._mask: Tensor | None = (
-            None  # [B, slots] -inf where a row has not seen an id; None: all have seen all
-        )
+        # [B, slots] -inf where a row has not seen an id; None: all have seen all.
+        self._mask: Tensor | None = None
         self._lengths: WeakKeyDictionary[History, int] = WeakKeyDictionary()  # ids that were looked at
         self._of: WeakKeyDictionary[History, set[int]] = WeakKeyDictionary()
         self._masked_for: list[History] = []
@@ -144,6 +143,7 @@ class _SeenIds:
         changed = len(outputs) != len(self._masked_for) or any(
             map(operator.is_not, outputs, self._masked_for)
         )
+        self._masked_for = [*outputs]
         for output in outputs:
             known, length = self._of.setdefault(output, set()), self._lengths.get(output, 0)
             new = {id_ for id_ in output.ids_from(length) if id_ not in self._likely} - known
@@ -151,7 +151,6 @@ class _SeenIds:
             changed |= bool(new)
             self._lengths[output] = output.length
         if changed:
-            self._masked_for = [*outputs]
             self._mask_by([self._of[output] for output in outputs])
 
     def see_text(self, ids: Sequence[int], num_positions: int) -> None:
@@ -171,7 +170,10 @@ class _SeenIds:
 
     def _kept(self, ids: set[int]) -> set[int]:
         """Copy the rows of these ids, as far as there is room; those that are here now."""
-        new = sorted(id_ for id_ in ids if id_ not in self._slots)[: _MOST_SEEN - len(self._slots)]
+        new = sorted(id_ for id_ in ids if id_ not in self._slots)
+        if len(self._slots) + len(new) > _MOST_SEEN:
+            self._forget_unused()
+        new = new[: _MOST_SEEN - len(self._slots)]
         if new:
             at = on_device(new, self._ids.device)
             self._slots |= {id_: len(self._slots) + i for i, id_ in enumerate(new)}
@@ -180,6 +182,15 @@ class _SeenIds:
             if self._bias is not None and self._whole.bias is not None:
                 self._bias = torch.cat((self._bias, self._whole.bias[at].to(self._bias.dtype)))
         return {id_ for id_ in ids if id_ in self._slots}
+
+    def _forget_unused(self) -> None:
+        """Keep the rows of ids that a living sequence has seen."""
+        used = set().union(*self._of.values())
+        kept = {id_: slot for id_, slot in self._slots.items() if id_ in used}
+        at = on_device([*kept.values()], self._ids.device)
+        self._slots = {id_: slot for slot, id_ in enumerate(kept)}
+        self._ids, self._rows = self._ids[at], self._rows[at]
+        self._bias = None if self._bias is None else self._bias[at]
 
     def _mask_by(self, seen: Sequence[set[int]]) -> None:
         if all(len(self._slots.keys() & ids) == len(self._slots) for ids in seen):

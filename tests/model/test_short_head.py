@@ -251,6 +251,14 @@ def test_seen_ids_take_no_more_room_than_there_is(monkeypatch):
         second.tokens += [23, 10]
         head.see([first, second])
         assert known(head, 2) == [of_first, [0, 1, 2, 10, 12, 20]]
+        assert len(head._seen._rows) == 4
+        # Guards against a server that is never idle and sees no more ids after a while.
+        expected = head(torch.ones(2, 32))[0, :3]
+        del first
+        third = output(30, 31)
+        head.see([third, second])
+        assert known(head, 2) == [[0, 1, 2, 30], [0, 1, 2, 10, 12, 20]]
+        assert_close(head(torch.ones(2, 32))[0, :3], expected)
     assert len(head._seen._rows) == 4
 
 
