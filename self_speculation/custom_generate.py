@@ -99,7 +99,8 @@ def self_speculative_generate(
         ids alone.
 
     Raises:
-        ValueError: an argument that cannot be honoured, by name; an exit layer that the model does not have.
+        ValueError: an argument that cannot be honoured, by name; an exit layer that the model does not have;
+            something around all of its layers, such as hooks or tuned prompts, see `check_followed`.
 
     Warns:
         UserWarning: a text ends with the model's context, beyond which `generate` would go on.

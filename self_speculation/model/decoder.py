@@ -234,7 +234,7 @@ class Decoder:
         contents of those that rotary tables are computed from.
         """
         parts = [(type(part), part.structure) for part in (*self.layers, self.head)]
-        return structure(self._embed), fingerprint(self._rotary.module), tuple(parts)
+        return self.dtype, structure(self._embed), fingerprint(self._rotary.module), tuple(parts)
 
     @property
     def rotary(self) -> Tensor:

@@ -58,7 +58,8 @@ _FUSED: WeakKeyDictionary[nn.Module, _Fused] = WeakKeyDictionary()
 def fuse(model: Any, widen: bool | None = None) -> int:
     """From now on decode this model by lean layers, as far as it is recognised: plain layers of
     LEAN_MODEL_TYPES with sdpa attention. Quantised, adapter-wrapped, offloaded or hooked modules are left as
-    they are.
+    they are. Whatever was made of the model before is made anew: needed after changes that no fingerprint
+    sees, which are single elements written through `.data`.
 
     Args:
         widen: on a CPU, for a model in 16 bits: multiply its weights in float32, and have everything else in
@@ -113,13 +114,13 @@ def lean_forms(model: Any) -> Forms:
         return Forms([None] * len(base.layers), None, model.dtype)
     parts = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
     family = f"transformers.models.{model.config.model_type}."
-    plain = {key for key, modules in parts.items() if _is_plain(family, *modules)}
+    of_now = {key: structure(*modules) for key, modules in parts.items()}
+    same = {key for key, form in fused.forms.items() if form.structure == of_now.get(key)}
+    plain = {key for key, modules in parts.items() if key in same or _is_plain(family, *modules)}
     is_widened = fused.widens and len(plain) == len(parts) and _can_be_widened(model)
     # What is out of date must not be kept alive while another is made.
     fused.forms = {
-        key: form
-        for key, form in fused.forms.items()
-        if key in plain and form.structure == (is_widened, structure(*parts[key]))
+        key: form for key, form in fused.forms.items() if key in same and form.is_widened == is_widened
     }
     new = [key for key in parts if key in plain and key not in fused.forms]
     for key in new:
@@ -214,7 +215,7 @@ class LeanLayer:
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = Norm(attention.q_norm), Norm(attention.k_norm)
         self.products = (self._qkv, self._out, self._gate_up, self._down)
-        self.structure = is_widened, structure(layer)
+        self.is_widened, self.structure = is_widened, structure(layer)
 
     @property
     def device(self) -> torch.device:
@@ -283,7 +284,7 @@ class LeanHead:
     def __init__(self, norm: Any, head: nn.Linear, is_widened: bool) -> None:
         self.norm, self._head = Norm(norm), Product(head, is_widened=is_widened)
         self.products = (self._head,)
-        self.structure = is_widened, structure(norm, head)
+        self.is_widened, self.structure = is_widened, structure(norm, head)
 
     def over(self, make: Callable[[Product], Any]) -> LeanHead:
         """As that of `LeanLayer`."""
