@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
+from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
-from self_speculation.drafts.draft import Draft, DraftSource, mixed, no_draft
+from self_speculation.drafts.draft import Draft, DraftSource, Guess, mixed, no_draft
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Plan
 from self_speculation.model.devices import agreed
 from self_speculation.model.traced import num_traces
@@ -30,10 +31,18 @@ class AdaptiveDrafts(DraftSource):
         self._model, self._sources, self._policy = model, sources, policy
         self._plan = Plan()
         self._stopwatch, self._num_traces = Stopwatch(model.device), 0
+        self._guesses: list[tuple[str, Guess, Output, int]] = []  # of the last round, and where they belong
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         self._stopwatch, self._num_traces = Stopwatch(self._model.device), num_traces(self._model)
-        matched = {name: source.matched(rows) for name, source in self._sources.items()}
+        self._see_what_became_of_guesses()
+        matched: dict[str, list[int | None]] = {}
+        for name, source in self._sources.items():
+            guesses = source.guesses(rows)
+            matched[name] = [None if guess is None else guess.matched for guess in guesses]
+            for output, guess in zip(rows.outputs, guesses, strict=True):
+                if guess is not None and guess.next_id is not None:
+                    self._guesses.append((name, guess, output, output.length))
         self._plan = plan = self._policy.plan(matched, rows.rooms(k, wanted))
         draft, rest = None, wanted or [True] * len(rows)
         for name in sorted({*plan.lookups} - {PLAIN}):
@@ -59,3 +68,10 @@ class AdaptiveDrafts(DraftSource):
             # A pass that is traced takes ten times as long as later ones.
             seconds if num_traces(self._model) == self._num_traces else None,
         )
+
+    def _see_what_became_of_guesses(self) -> None:
+        """A guess costs nothing, drafted or not: the token that was decided tells whether it was right."""
+        for name, guess, output, position in self._guesses:
+            if output.length > position:
+                self._policy.see(name, guess.matched, output.ids_from(position)[0] == guess.next_id)
+        self._guesses = []

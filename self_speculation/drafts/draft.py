@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,6 +51,13 @@ class Draft:
             raise ValueError("a sampled draft needs the distribution of each of its tokens")
 
 
+class Guess(NamedTuple):
+    """Of the first token of a draft."""
+
+    matched: int = 0  # how many tokens a lookup matched; 0 for a source that compares none
+    next_id: int | None = None  # the token; None where only a draft tells it
+
+
 class DraftSource(ABC):
     """Makes the drafts of one generation, or of one batch."""
 
@@ -67,11 +74,9 @@ class DraftSource(ABC):
     def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:  # noqa: B027
         """Hear what became of the last draft, row by row."""
 
-    def matched(self, rows: Rows) -> list[int | None]:
-        """[B] how many tokens a draft of each row would match now; 0 for a source that compares none, None
-        where it has nothing to draft.
-        """
-        return [0] * len(rows)
+    def guesses(self, rows: Rows) -> list[Guess | None]:
+        """[B] what is known of a draft of each row before it is made; None: there is nothing to draft."""
+        return [Guess()] * len(rows)
 
     def end_drafts_by(self, goes_on: Callable[[Sequence[Sequence[float]]], bool]) -> None:  # noqa: B027
         """Ask after each token whether another one is to be drafted, by the probabilities [B][k] of those so

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from self_speculation.decoding.output import Output
 from self_speculation.decoding.rows import Rows
-from self_speculation.drafts.draft import Draft, DraftSource, PerOutput, mixed
+from self_speculation.drafts.draft import Draft, DraftSource, Guess, PerOutput, mixed
 from self_speculation.drafts.prompt_lookup import NgramIndex
 from self_speculation.transfers import on_device
 
@@ -26,9 +26,10 @@ class Lookup(DraftSource):
         self._vocab_size = vocab_size
         self._indices = PerOutput(lambda output: NgramIndex(longest))
 
-    def matched(self, rows: Rows) -> list[int | None]:
-        """How many of the last tokens stood somewhere before; None: not even the last one."""
-        return [self._find(output, 0)[0] or None for output in rows.outputs]
+    def guesses(self, rows: Rows) -> list[Guess | None]:
+        """None where not even the last token stood somewhere before."""
+        found = [self._find(output, 1) for output in rows.outputs]
+        return [Guess(number, ids[0]) if number else None for number, ids in found]
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         rooms = rows.rooms(k, wanted)
@@ -70,8 +71,10 @@ class LookupFirst(DraftSource):
         self._lookup, self._otherwise, self._at_least = lookup, otherwise, at_least
 
     def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
-        matched = zip(self._lookup.matched(rows), rows.rooms(k, wanted), strict=True)
-        found = [bool(room) and (n or 0) >= self._at_least for n, room in matched]
+        guesses = zip(self._lookup.guesses(rows), rows.rooms(k, wanted), strict=True)
+        found = [
+            bool(room) and guess is not None and guess.matched >= self._at_least for guess, room in guesses
+        ]
         if not any(found):
             return self._otherwise.draft(rows, k, wanted)
         looked_up = self._lookup.draft(rows, k, found)

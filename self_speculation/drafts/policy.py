@@ -151,6 +151,10 @@ class AdaptivePolicy:
         more = self._draft_step(plan.source, num_rows) + with_another - with_this
         return right * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
+    def see(self, source: str, matched: int, is_right: bool) -> None:
+        """See whether the first token of a draft was right, or would have been: it costs no round."""
+        self._acceptance(source, matched).add(float(is_right))
+
     def learn(
         self,
         sources: Sequence[str],
@@ -177,7 +181,8 @@ class AdaptivePolicy:
         if any(drafted) or stats.num_rounds % self._WAIT == 0:
             self._of_layers.clear()
         for row, source in enumerate(sources if any(drafted) else ()):
-            for i in range(min(accepted[row] + 1, drafted[row])):
+            # Of a lookup, `see` tells about the first token.
+            for i in range(0 if source in self._layered else 1, min(accepted[row] + 1, drafted[row])):
                 is_right = float(i < accepted[row])
                 self._acceptance(source, matched[row]).add(is_right)
                 if confidences and confidences[row]:
