@@ -5,6 +5,7 @@ Light: a script imports it before it has read its flags.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -14,7 +15,8 @@ from typing import NoReturn
 from arguments import refuse
 from runs import ranks
 from runs.failures import EXPLAINABLE, reason
-from runs.status import bars_fit_the_output
+from runs.status import bar_of_bytes, bars_fit_the_output
+from self_speculation.model.progress import shown_by
 
 
 def run(main: Callable[[], int], **advice: str) -> NoReturn:
@@ -26,8 +28,12 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     bars_fit_the_output()
+    # Modules and vocabularies are many objects and no garbage: to look for some takes a second while they are
+    # loaded. Who has loaded a model calls `gc.enable`.
+    gc.disable()
     try:
-        status = main()
+        with shown_by(bar_of_bytes):
+            status = main()
         sys.stdout.flush()
         ranks.leave()
     except KeyboardInterrupt:

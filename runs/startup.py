@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 import warnings
@@ -19,6 +20,7 @@ from runs.failures import reason
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.compiled import is_compiled
+from self_speculation.model.lean_layers import bytes_made
 from self_speculation.model.loading import LoadingWarning, default_model, load_config, resolve_device
 from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
@@ -95,10 +97,14 @@ def load_generator(
         strategy = make_strategy(config.generation_strategy)
         with says_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
+        if (copies := bytes_made(model) - bytes_made(model, for_drafts=False)) and ranks.is_first():
+            print(f"copies for drafts take {copies / 2**30:.2f} GiB", file=sys.stderr)
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)
         _refuse_to_load(model_args, error)
+    gc.freeze()  # what is there by now stays to the end
+    gc.enable()
     if is_compiled(model) and ranks.is_first():
         print("the first passes are compiled, which takes a minute or so ...", file=sys.stderr)
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)

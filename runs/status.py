@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partialmethod
 from threading import Timer
@@ -17,6 +17,7 @@ _SILENCE = 1.0  # seconds after which a line says what is being done
 _SECONDS_BETWEEN_LINES = 10.0
 # The share of its threads that a program has on a quiet machine at least, and the seconds that tell it.
 _QUIET, _TOO_SHORT_TO_TELL = 0.75, 1.0
+_SECONDS_WITHOUT_BAR = 2.0
 
 
 @contextmanager
@@ -48,6 +49,23 @@ def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str 
         f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, "
         "and may decode several times faster on a quiet machine"
     )
+
+
+@contextmanager
+def bar_of_bytes(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar at a terminal, for work that takes its time: call what it gives with the bytes that are
+    done since the last call.
+    """
+    with tqdm(
+        total=num_bytes,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        delay=_SECONDS_WITHOUT_BAR,
+        disable=not (sys.stderr.isatty() and ranks.is_first()),
+    ) as bar:
+        yield bar.update
 
 
 def bars_fit_the_output() -> None:

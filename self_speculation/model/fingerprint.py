@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from self_speculation.model.mapped import MappedFiles
+
 # Attributes of every module, of which its `forward` reads only "training" as it is.
 _OF_ALL = vars(nn.Module()).keys() - {"training"}
 _NUMBERS = frozenset((int, float, complex, bool, str, type(None), torch.dtype))
@@ -48,13 +50,16 @@ def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
     versions: list[Hashable] = []
     samples: dict[torch.device, dict[torch.dtype, list[tuple[int, Tensor]]]]
     samples = defaultdict(lambda: defaultdict(list))
+    found: list[list[Hashable]] = [[] for _ in groups]
+    files = MappedFiles()
     for index, group in enumerate(groups):
         group = list(group)
         versions.append(tuple(_version(tensor) for tensor in group))
         for part in itertools.chain.from_iterable(map(_parts, group)):
-            if part.device.type != "meta" and part.numel():
+            if (place := files.place(part)) is not None:  # a sample would bring its file into memory
+                found[index].append(place)
+            elif part.device.type != "meta" and part.numel():
                 samples[part.device][part.dtype].append((index, _sample(part)))
-    found: list[list[Hashable]] = [[] for _ in groups]
     for of_device in samples.values():
         bits = _joined(of_device.values()).cpu().numpy().data  # the read
         start = 0

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,11 +25,11 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +43,13 @@ from self_speculation.model.adapters import Adapter, find_adapter
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import check_supported
+from self_speculation.model.gguf_files import (
+    Header,
+    cache_folder,
+    mapped_weights,
+    read_once,
+    read_weights,
+)
 from self_speculation.model.hub import hub_answers
 from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, fuse
 from self_speculation.model.low_bit_products import Float16Product, works
@@ -127,7 +134,11 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
         model = adapter.base
     source, kwargs = _locate(model, options.trust_remote_code)
     with _explained(model):
-        config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
+        header = _header(model)
+        with _read_once(header):
+            config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
+        if header is not None and not config.vocab_size:
+            config.vocab_size = header.num_tokens
         check_supported(config)
     return config
 
@@ -161,10 +172,13 @@ def load_model_and_tokenizer(
     dtype = resolve_dtype(options.dtype, device)
     config = config or load_config(model, options)
     adapter = _adapter(model, options)
-    source, kwargs = _locate(model if adapter is None else adapter.base, options.trust_remote_code)
+    base = model if adapter is None else adapter.base
+    source, kwargs = _locate(base, options.trust_remote_code)
     with _explained(model):
+        header = _header(base)
         own_tokenizer = adapter is not None and adapter.has_tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(model if own_tokenizer else source, **kwargs)
+        with _read_once(header):
+            tokenizer = AutoTokenizer.from_pretrained(model if own_tokenizer else source, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
         if tokenizer.vocab_size > config.vocab_size:
@@ -173,25 +187,22 @@ def load_model_and_tokenizer(
                 f"{config.vocab_size}: it is that of another model"
             )
         how = {
+            **kwargs,
             "dtype": dtype,
             "use_safetensors": True,
             **_placement(options.parallel, device, config),
-            **_quantized(options.quantization, dtype, config, model),
+            **_quantized(options.quantization, dtype, config, base),
             **options.model_args,
         }
-        if "gguf_file" in kwargs:
-            how["quantization_config"] = GgufConfig(dequantize=True)
-            if not options.model_args:
-                how["config"] = config  # reading it from the file takes as long as reading the weights
         in_16_bits = None if adapter else _format_to_widen(model, options, config, device)
         if in_16_bits is not None:
-            loaded = _load(model, source, {**kwargs, **how, "dtype": in_16_bits})
+            loaded = _load(model, source, {**how, "dtype": in_16_bits}, config, header)
             try:
                 fuse(loaded, widen=True)
                 return loaded, tokenizer
             except ValueError as error:
                 warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
-        loaded = _load(model, source, {**kwargs, **how})
+        loaded = _load(model, source, how, config, header)
         if adapter is not None:
             loaded = adapter.merge_into(loaded).eval()
     if options.fuse:
@@ -201,15 +212,46 @@ def load_model_and_tokenizer(
     return loaded, tokenizer
 
 
-def _load(model: str, source: str, how: dict[str, Any]) -> PreTrainedModel:
-    """All weights, from wherever `source` is."""
-    loaded, info = AutoModelForCausalLM.from_pretrained(source, **how, output_loading_info=True)
+def _load(
+    model: str, source: str, how: dict[str, Any], config: PretrainedConfig, header: Header | None
+) -> PreTrainedModel:
+    """All weights, from wherever `source` is, or of the `.gguf` file with this header."""
+    kind: Any = AutoModelForCausalLM
+    where: str | None = source
+    if header is not None:
+        # The config was made with some of these, and knows the rest of where the model is.
+        known = {"gguf_file", "trust_remote_code"}
+        how = {
+            name: value
+            for name, value in how.items()
+            if name == "dtype" or not (name in known or hasattr(config, name))
+        }
+        kind, where, how["config"] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, config
+        how["state_dict"] = _gguf_weights(model, header, config, how["dtype"])
+    loaded, info = kind.from_pretrained(where, **how, output_loading_info=True)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if absent:
         raise LoadingError(
             f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
         )
     return loaded.eval()
+
+
+def _gguf_weights(
+    model: str, header: Header, config: PretrainedConfig, dtype: torch.dtype | str
+) -> dict[str, torch.Tensor]:
+    """Those in float16 are mapped from a file in the user's cache, others are in memory."""
+    if dtype == torch.float16:
+        try:
+            return mapped_weights(header, config)
+        except OSError as error:
+            warnings.warn(
+                f"model {model!r}: takes twice the memory, since its weights cannot be kept in "
+                f"{cache_folder()} ({error.strerror or error})",
+                LoadingWarning,
+                stacklevel=2,
+            )
+    return read_weights(header, config, torch.float32 if isinstance(dtype, str) else dtype)
 
 
 def _format_to_widen(
@@ -229,6 +271,15 @@ def _format_to_widen(
     if model.endswith(".gguf"):
         return torch.float16  # its own numbers, in fewer bits, are those that this rounds
     return config.dtype if config.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _header(model: str) -> Header | None:
+    """That of a `.gguf` file; None for any other model."""
+    return Header(Path(model).expanduser()) if model.endswith(".gguf") else None
+
+
+def _read_once(header: Header | None) -> AbstractContextManager[None]:
+    return nullcontext() if header is None else read_once(header)
 
 
 def _adapter(model: str, options: LoadingOptions) -> Adapter | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from self_speculation.model.fingerprint import contents
+from self_speculation.model.mapped import release
+from self_speculation.model.progress import progress
 
 T = TypeVar("T")
 
@@ -27,6 +29,8 @@ NARROW = 16
 _PACKED = {torch.float32: range(5, NARROW + 1), torch.bfloat16: range(1, NARROW + 1)}
 # MKL multiplies one token on a single thread, but blocks of rows on all of them.
 _BLOCKS = 16
+# Elements that are packed in float16 at a time, at most: in float32 by then, on each thread.
+_PIECE = 2**24
 
 
 class Product:
@@ -101,6 +105,8 @@ class Product:
         """What `make` makes of this weight. It is called once for each key, until the weight changes."""
         if key not in self._derived:
             self._derived[key] = make()
+            for weight in self._weights:
+                release(weight)
             [self._contents_when_made] = contents([self._parameters])
         return self._derived[key]
 
@@ -139,7 +145,7 @@ class Product:
 
     def _copy(self) -> Callable[[Tensor], Tensor]:
         if self.is_widened:
-            return self.derived(InFloat16, lambda: InFloat16(_within_float16(self.weight)))
+            return self.derived(InFloat16, lambda: InFloat16(*map(_within_float16, self._weights)))
         return self.derived(Packed, lambda: Packed(self.weight))
 
     def is_packed(self, width: int) -> bool:
@@ -169,23 +175,52 @@ class InFloat16:
     Weights in bfloat16 are kept exactly from 6e-5 on, smaller ones to within 3e-8; beyond 65504 they are cut.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.num_bytes = 2 * weight.numel()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    def __init__(self, *weights: Tensor) -> None:
+        """
+        Args:
+            weights: [n, in] each; their rows become those of one product. It is packed in pieces, each from a
+                copy in float32, so that a head of 150,000 rows needs no copy of all of it.
+        """
+        num_rows, columns = sum(map(len, weights)), weights[0].shape[1]
+        self.num_bytes = 2 * num_rows * columns
+        exact = torch.empty(math.ceil(num_rows / math.ceil(num_rows * columns / _PIECE)), columns)
+        self.packed = []
+        for rows in _pieces([weight.detach() for weight in weights], len(exact)):
+            piece = torch.cat(rows, out=exact[: sum(map(len, rows))])
+            self.packed.append(torch.ops.quantized.linear_prepack_fp16(piece, None))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        pieces = [torch.ops.quantized.linear_dynamic_fp16(x, piece) for piece in self.packed]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _pieces(weights: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """All rows in their order, so many at a time; the last ones may be fewer."""
+    piece: list[Tensor] = []
+    room = size
+    for weight in weights:
+        rest = weight
+        while len(rest):
+            taken, rest = rest[:room], rest[room:]
+            piece.append(taken)
+            room -= len(taken)
+            if not room:
+                yield piece
+                piece, room = [], size
+    if piece:
+        yield piece
 
 
 def _within_float16(weight: Tensor) -> Tensor:
     """The weight itself. Raises ValueError where there are numbers in it that float16 cannot hold."""
-    if not bool(weight.abs().amax() <= torch.finfo(torch.float16).max):
+    least, largest = weight.detach().aminmax()
+    if not bool(torch.maximum(-least, largest) <= torch.finfo(torch.float16).max):
         raise ValueError("weights beyond 65504, or NaN, cannot be held in 16 bits: they need --dtype float32")
     return weight
 
 
 def follow_weights(products: Sequence[Product]) -> None:
-    """Forget what was made of weights that have changed since; make what every pass reads.
+    """Forget what was made of weights that have changed since; make what every pass reads, on all threads.
 
     Raises:
         ValueError: a weight that is to be widened is by now one that float16 cannot hold.
@@ -195,9 +230,17 @@ def follow_weights(products: Sequence[Product]) -> None:
     for product, contents_of_now in zip(copied, of_now, strict=True):
         if product._contents_when_made != contents_of_now:
             product._derived.clear()
-    if missing := [product for product in products if product.is_widened and product.copy_read is None]:
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(Product._copy, missing))
+    missing = [product for product in products if product.is_widened and product.copy_read is None]
+    if missing:
+        # The largest come first: they need most memory besides, and none should be alone at the end.
+        missing.sort(key=lambda product: -product.num_bytes)
+        num_bytes = sum(product.num_bytes for product in missing)
+        with (
+            ThreadPoolExecutor(torch.get_num_threads()) as threads,
+            progress("packing weights", num_bytes) as advance,
+        ):
+            for product, _ in zip(missing, threads.map(Product._copy, missing), strict=True):
+                advance(product.num_bytes)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from self_speculation.model.low_bit_products import (
     works,
 )
 from self_speculation.model.products import Product
+from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 
 # How large inputs are is learnt from so many tokens, in passes over at most so many.
@@ -119,10 +120,18 @@ def quantized(
 
     def copied(product: Product) -> LowBitProduct:
         kind = kinds[product]
-        return product.derived(kind, lambda: kind(product, squares.get(product)))
+        made: LowBitProduct = product.derived(kind, lambda: kind(product, squares.get(product)))
+        advance(made.num_bytes if product in missing else 0)
+        return made
 
-    copies = [layer.over(copied) for layer in layers]
-    return decoder.over(copies, head if of_head is None else head.over(copied))
+    with progress(f"copies for drafts, {draft_weights}", _num_bytes(missing)) as advance:
+        copies = [layer.over(copied) for layer in layers]
+        return decoder.over(copies, head if of_head is None else head.over(copied))
+
+
+def _num_bytes(kinds: Mapping[Product, type[LowBitProduct]]) -> int:
+    """Of copies of these kinds."""
+    return sum(kind.bytes_of(product.shape) for product, kind in kinds.items())
 
 
 def _check_room(
@@ -131,7 +140,7 @@ def _check_room(
     """Raises ValueError where these copies do not fit."""
     if not missing:
         return
-    needed = sum(kind.bytes_of(product.shape) for product, kind in missing.items())
+    needed = _num_bytes(missing)
     free = free_memory(decoder.rotary.device, num_ranks(decoder.model))
     if needed > free:
         raise ValueError(

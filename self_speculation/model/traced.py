@@ -176,8 +176,10 @@ def _parts(layers: Sequence[LeanLayer]) -> dict[str, Any]:
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     copies = [product.copy_read for layer in layers for product in layer.products]
     parts: dict[str, Any] = {f"tensor{index}": tensor for index, tensor in enumerate(tensors)}
-    packed = {f"copy{i}": read.packed for i, read in enumerate(copies) if isinstance(read, InFloat16)}
-    return parts | packed
+    for index, read in enumerate(copies):
+        if isinstance(read, InFloat16):
+            parts |= {f"copy{index}_{piece}": packed for piece, packed in enumerate(read.packed)}
+    return parts
 
 
 def _constants(layers: Sequence[LeanLayer], dtype: torch.dtype) -> Hashable:
@@ -204,7 +206,7 @@ def _set(trace: torch.jit.ScriptModule, parts: Mapping[str, Any]) -> None:
 
 def _packed_nothing() -> Any:
     """What `InFloat16` packs of a weight of one number."""
-    return InFloat16(torch.zeros(1, 1)).packed
+    return InFloat16(torch.zeros(1, 1)).packed[0]
 
 
 class _Range(nn.Module):

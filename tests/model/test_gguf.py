@@ -1,14 +1,21 @@
 """Models in a GGUF file: a small one, written here as converters do. A real one is in test_smollm2.py."""
 
+import errno
 import json
+import os
 
 import gguf
 import pytest
 import torch
-from conftest import EOS, assert_close
+from conftest import EOS, assert_close, generate, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from self_speculation import LoadingOptions, load_model_and_tokenizer
+from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
+from self_speculation.model import gguf_files
+from self_speculation.model.gguf_files import Header
+from self_speculation.model.loading import LoadingWarning
+from self_speculation.model.low_bit_products import Float16Product, works
+from self_speculation.model.mapped import MappedFiles
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -22,7 +29,8 @@ def interleaved(weight, heads):
     return weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
 
 
-def write(path, model, tokenizer):
+def write(path, model, tokenizer, quantised=None):
+    """As converters do; matrices of the layers in a format of few bits, where one is given."""
     config, state = model.config, model.state_dict()
     file = gguf.GGUFWriter(path, "llama")
     file.add_context_length(config.max_position_embeddings)
@@ -54,17 +62,52 @@ def write(path, model, tokenizer):
             if name in ("attn_q", "attn_k"):
                 heads = config.num_attention_heads if name == "attn_q" else config.num_key_value_heads
                 weight = interleaved(weight, heads)
-            file.add_tensor(f"blk.{layer}.{name}.weight", weight.contiguous().numpy())
+            data = weight.contiguous().numpy()
+            if quantised is None or weight.dim() == 1:
+                file.add_tensor(f"blk.{layer}.{name}.weight", data)
+            else:
+                blocks = gguf.quantize(data, quantised)
+                file.add_tensor(f"blk.{layer}.{name}.weight", blocks, raw_dtype=quantised)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
 
 
+widens = pytest.mark.skipif(
+    not works(Float16Product, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    """The folder where weights are kept."""
+    folder = tmp_path / "kept"
+    monkeypatch.setenv("SELF_SPECULATION_CACHE", str(folder))
+    monkeypatch.setattr(gguf_files, "_SPARE", 0)
+    return folder
+
+
 @pytest.fixture
-def loaded(text_model, byte_tokenizer, tmp_path):
+def written(text_model, byte_tokenizer, tmp_path):
     write(tmp_path / "tiny.gguf", text_model, byte_tokenizer)
-    return load_model_and_tokenizer(str(tmp_path / "tiny.gguf"), LoadingOptions(dtype="float32"))
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.fixture
+def loaded(written):
+    return load_model_and_tokenizer(str(written), LoadingOptions(dtype="float32"))
+
+
+def halved(model):
+    """Its weights in float16."""
+    return {name: weight.half() for name, weight in model.state_dict().items()}
+
+
+def has_weights(model, expected):
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    return all(torch.equal(state[name], weight) for name, weight in expected.items())
 
 
 def test_it_is_the_model_that_was_written(loaded, text_model, byte_tokenizer):
@@ -76,10 +119,146 @@ def test_it_is_the_model_that_was_written(loaded, text_model, byte_tokenizer):
         assert_close(model(ids).logits, text_model(ids).logits)
 
 
-def test_once_trained_it_can_be_saved(loaded, tmp_path):
+@widens
+def test_in_16_bits_it_is_mapped_from_a_file_that_is_kept(written, kept, text_model, monkeypatch):
+    """Guards against four bytes a weight in memory, and weights that are dequantised at every start."""
+    for _ in range(2):
+        model, _ = load_model_and_tokenizer(str(written))
+        assert has_weights(model, halved(text_model))
+        assert all(MappedFiles().place(weight) is not None for weight in model.parameters())
+        monkeypatch.setattr(gguf_files, "_dequantized", None)
+    assert len(list(kept.iterdir())) == 1
+
+
+@widens
+def test_what_is_kept_is_valid_for_the_content(written, kept, byte_tokenizer):
+    """Guards against weights of a file that had the name before, as large and as old."""
+    load_model_and_tokenizer(str(written))
+    before = written.stat()
+    other = tiny_llama(vocab_size=len(byte_tokenizer), agreement="always")
+    write(written, other, byte_tokenizer)
+    os.utime(written, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert written.stat().st_size == before.st_size
+    assert has_weights(load_model_and_tokenizer(str(written))[0], halved(other))
+    assert len(list(kept.iterdir())) == 2
+
+
+@widens
+def test_what_was_cut_short_is_written_again(written, kept, text_model):
+    """Guards against a model that cannot be loaded any more once the power failed."""
+    load_model_and_tokenizer(str(written))
+    [file] = kept.iterdir()
+    os.truncate(file, file.stat().st_size - 5)
+    assert has_weights(load_model_and_tokenizer(str(written))[0], halved(text_model))
+
+
+@widens
+def test_an_interrupted_start_keeps_nothing(written, kept, monkeypatch):
+    """Guards against gigabytes that nobody finds again."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf_files, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_model_and_tokenizer(str(written))
+    assert not list(kept.iterdir())
+
+
+@widens
+@pytest.mark.parametrize("why", ["full", "forbidden"])
+def test_where_nothing_can_be_kept(why, written, kept, text_model, monkeypatch):
+    """Guards against a model that needs a writable home, and twice the memory without a word."""
+    if why == "full":
+        monkeypatch.setattr(gguf_files, "_SPARE", 2**70)
+    else:
+        kept.write_text("a file")
+    with pytest.warns(LoadingWarning, match=f"takes twice the memory, since .*{kept}") as warned:
+        model, _ = load_model_and_tokenizer(str(written))
+    assert (os.strerror(errno.ENOSPC) in str(warned[0].message)) == (why == "full")
+    assert has_weights(model, halved(text_model))
+    assert len(generate(model, [5, 9, 4], max_steps=5, eos=[]).predicted_tokens) == 5
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1", "BF16", "F16"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_all_formats_are_dequantised_as_gguf_does(kind, dtype, byte_tokenizer, tmp_path, monkeypatch):
+    """Guards against blocks that go astray where a part ends, and rows of heads in converters' order."""
+    monkeypatch.setattr(gguf_files, "_AT_A_TIME", 100)  # three rows of most
+    model, kind = (
+        tiny_llama(vocab_size=len(byte_tokenizer), intermediate_size=64),
+        gguf.GGMLQuantizationType[kind],
+    )
+    write(tmp_path / "x.gguf", model, byte_tokenizer, kind)
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "x.gguf"), LoadingOptions(dtype=dtype))
+    for name, weight in loaded.state_dict().items():
+        written = model.state_dict()[name]
+        if weight.dim() > 1 and ".layers." in name:
+            heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+            blocks = gguf.quantize((interleaved(written, heads) if heads else written).numpy(), kind)
+            written = torch.from_numpy(gguf.dequantize(blocks, kind))
+            if heads:
+                written = written.unflatten(0, (heads, -1, 2)).swapaxes(1, 2).flatten(0, 2)
+        assert torch.equal(weight, written.to(weight.dtype)), name
+
+
+def test_its_header_is_that_of_ggufs_reader(written):
+    """Guards against looking for a field or a tensor in the wrong place, after arrays that are passed by."""
+    own, full = Header(written), gguf.GGUFReader(written)
+    assert list(own.fields) == list(full.fields)
+    passed_by = {name for name, field in own.fields.items() if not field.data}
+    assert passed_by == {"tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
+    for name in own.fields.keys() - passed_by:
+        assert own.fields[name].contents() == full.fields[name].contents()
+    assert own.num_tokens == len(full.fields["tokenizer.ggml.tokens"].contents())
+    for ours, theirs in zip(own.tensors, full.tensors, strict=True):
+        assert ours[:1] + ours[3:6] == theirs[:1] + theirs[3:6]
+
+
+def test_ggufs_own_reader_is_not_used(written, monkeypatch):
+    """Guards against half a minute for a vocabulary of 150,000, which that reader looks at three times."""
+
+    def build_fields(self, *args):
+        assert isinstance(self, Header)
+        return original(self, *args)
+
+    original = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", build_fields)
+    reader = gguf.GGUFReader
+    load_model_and_tokenizer(str(written), LoadingOptions(dtype="float32"))
+    assert gguf.GGUFReader is reader
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.1, 0.5, 0.999])
+def test_a_file_that_is_cut_short(share, written, kept):
+    """Guards against errors of a parser, and weights made of what is not there."""
+    os.truncate(written, max(4, int(share * written.stat().st_size)))
+    with pytest.raises(LoadingError, match=r"the file is cut short .* download it again") as refused:
+        load_model_and_tokenizer(str(written))
+    assert "\n" not in str(refused.value)
+    assert not kept.exists()
+
+
+def test_arguments_of_the_config_are_obeyed(written):
+    """Guards against arguments that the config has taken and the model is given once more."""
+    options = LoadingOptions(
+        dtype="float32", model_args={"rms_norm_eps": 0.5, "attn_implementation": "eager"}
+    )
+    model, _ = load_model_and_tokenizer(str(written), options)
+    assert model.config.rms_norm_eps == model.model.norm.variance_epsilon == 0.5
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("auto", marks=widens)])
+def test_once_trained_it_can_be_saved(written, dtype, tmp_path):
     """Guards against a training that fails at its first checkpoint: transformers saves no model of blocks."""
-    model, _ = loaded
+    model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(2)
     model.save_pretrained(tmp_path / "saved")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     for name, weight in model.state_dict().items():
         assert torch.equal(saved.state_dict()[name], weight), name

@@ -1,6 +1,7 @@
 """Weights in 16 bits that a CPU multiplies in float32: the words of float32, from half the memory."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
-from self_speculation.model import products
+from self_speculation.model import products, progress
 from self_speculation.model.compiled import compile_decoding
 from self_speculation.model.decoder import Decoder, forward
 from self_speculation.model.lean_layers import bytes_made, computes_in, fuse
@@ -145,6 +146,46 @@ def test_parameters_stay_what_they_are(tmp_path):
         assert torch.equal(weight, before[name][1])
     products_of = [m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)]
     assert bytes_made(model) == sum(products_of)
+
+
+@pytest.mark.parametrize("size", [1, 100, 2**24])
+def test_a_weight_is_packed_in_pieces(size, monkeypatch):
+    """Guards against rows that are left out or come twice where a piece ends, and against a copy in float32
+    of the whole of a large head.
+    """
+    monkeypatch.setattr(products, "_PIECE", size)
+    weights = [torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows)) for rows in (3, 50, 7)]
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    made = products.InFloat16(*[weight.bfloat16() for weight in weights])
+    exact = torch.cat(weights).bfloat16().half().float()
+    assert_close(made(x), x @ exact.T)
+    assert made.num_bytes == 2 * exact.numel()
+    assert len(made.packed) == {1: 60, 100: 20, 2**24: 1}[size]
+
+
+def test_progress_is_told(models):
+    """Guards against minutes of silence while a large model is packed."""
+    told = []
+
+    @contextmanager
+    def bar(what, num_bytes):
+        told.append((what, num_bytes, done := []))
+        yield done.append
+
+    model = copy.deepcopy(models[0])
+    with progress.shown_by(bar):
+        fuse(model, widen=True)
+        load_copies(model)
+    assert [what for what, *_ in told] == ["packing weights", "copies for drafts, int8"]
+    assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in told)
+
+
+def load_copies(model):
+    """As a strategy that drafts with a copy."""
+    config = GenerationConfig(
+        exit_layer=4, num_speculations=2, generation_strategy="self_speculative", draft_weights="int8"
+    )
+    make_strategy("self_speculative").prepare(model, config)
 
 
 def test_compiled_passes_are_refused(models):

@@ -38,3 +38,19 @@ def test_slow_work_is_named_and_quick_work_is_not(capsys, monkeypatch):
     with status.says_if_slow("thinking"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_a_bar_is_for_terminals_and_for_work_that_lasts(capsys, monkeypatch):
+    """Guards against silence while weights are packed, and against a flash of a bar for each small model."""
+
+    def shown(seconds, on_terminal):
+        monkeypatch.setattr(status, "_SECONDS_WITHOUT_BAR", seconds)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+        with status.bar_of_bytes("packing weights", 5_000_000) as advance:
+            for _ in range(5):
+                advance(1_000_000)
+        return capsys.readouterr().err
+
+    assert "packing weights:   0%|" in shown(0.0, on_terminal=True)
+    assert shown(forks.HANGS, on_terminal=True) == ""
+    assert shown(0.0, on_terminal=False) == ""

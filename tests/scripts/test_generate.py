@@ -402,7 +402,9 @@ def test_work_before_the_first_token_says_so(said, monkeypatch):
     """Guards against seconds in which nothing seems to happen."""
     monkeypatch.setattr("runs.status._SILENCE", 0.0)
     copies = [*GREEDY, *SPECULATIVE, "--draft_weights", "int4"]
-    assert "preparing the layers that draft" in said("--prompt", "def", *copies).stderr
+    stderr = said("--prompt", "def", *copies).stderr
+    assert "preparing the layers that draft" in stderr
+    assert re.search(r"^copies for drafts take \d\.\d\d GiB$", stderr, re.MULTILINE)
 
 
 def test_chat_keeps_the_conversation(talk):

@@ -1,0 +1,102 @@
+"""Weights in a file that is mapped: known without being read, and memory that is given back."""
+
+import copy
+import mmap
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from self_speculation.model import mapped
+from self_speculation.model.lean_layers import fuse
+from self_speculation.model.mapped import MappedFiles, release
+
+SHAPE = (300, 64)  # in float32 more than 18 pages
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = linux
+
+
+@pytest.fixture
+def weights(tmp_path):
+    tensors = {name: torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) for name in "abc"}
+    save_file(tensors, tmp_path / "x.safetensors")
+    return load_file(tmp_path / "x.safetensors")
+
+
+def pages_in_memory(tensor):
+    """How many of a tensor's pages the process has."""
+    first, last = tensor.data_ptr() // mmap.PAGESIZE, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        pages.seek(8 * first)
+        return int((np.frombuffer(pages.read(8 * (last - first)), np.uint64) >> 63).sum())
+
+
+def test_a_weight_is_in_its_file_until_somebody_writes_to_it(weights):
+    """Guards against a write through `.data` that is not seen, and a place that neighbours share."""
+    a, b, c = weights.values()
+    before = [MappedFiles().place(weight) for weight in (a, b, c)]
+    assert None not in before
+    assert len(set(before)) == 3
+    c.data[150, 3] = 5.0
+    assert [MappedFiles().place(weight) for weight in (a, b, c)] == [*before[:2], None]
+
+
+def test_what_is_in_no_file_has_no_place(tmp_path):
+    """Guards against taking memory for a file's that several processes write to, or that nobody has yet."""
+    (tmp_path / "x").write_bytes(bytes(2**16))
+    shared = torch.from_file(str(tmp_path / "x"), shared=True, size=2**14)
+    for weight in (torch.ones(SHAPE), torch.empty(2**20), torch.ones(SHAPE).share_memory_(), shared):
+        assert MappedFiles().place(weight) is None
+
+
+def test_released_pages_come_back_from_the_file(weights):
+    """Guards against memory for a model twice, the file's pages beside the copies that were made of them."""
+    weight = weights["b"]
+    expected = weight.clone()
+    assert pages_in_memory(weight) > 10
+    release(weight)
+    assert pages_in_memory(weight) <= 1  # what it shares with its neighbours
+    assert torch.equal(weight, expected)
+
+
+def test_what_was_written_is_never_released(weights):
+    """Guards against weights that turn back to those of the file."""
+    weight = weights["b"]
+    weight[100] = 7.0
+    anonymous = torch.full(SHAPE, 3.0)
+    for each in (weight, anonymous):
+        expected = each.clone()
+        release(each)
+        assert torch.equal(each, expected)
+
+
+def test_where_the_system_does_not_tell(weights, monkeypatch):
+    """Guards against an error on other systems: there all weights are read, and kept."""
+
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    weight = weights["a"]
+    weight.sum()
+    monkeypatch.setattr("builtins.open", missing)
+    release(weight)
+    place = MappedFiles().place(weight)
+    monkeypatch.undo()
+    assert place is None
+    assert pages_in_memory(weight) > 10
+
+
+def test_a_packed_model_takes_no_memory_for_its_file(tmp_path):
+    """Guards against four bytes a weight: two of the file, which are read again when an answer begins."""
+    copy.deepcopy(tiny_llama(vocab_size=1000)).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    fuse(model, widen=True)
+    head = model.lm_head.weight
+    assert pages_in_memory(head) <= 1
+    assert mapped._is_unwritten(head)
+    fuse(model)
+    assert pages_in_memory(head) <= 1
