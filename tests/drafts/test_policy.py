@@ -110,10 +110,16 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         sources, matched = [*(plan.lookups or [PLAIN] * num_rows)], [0] * num_rows
         drafted, accepted = [0] * num_rows, [0] * num_rows
         confidences = [[] for _ in range(num_rows)]
+        looked_up = world.chances.get("lookup", 0.0)
         for row, source in enumerate(sources):
+            if found[row] is None:
+                continue
+            is_right = draws.random() < looked_up  # the first token of a lookup, drafted or not
+            policy.see("lookup", found[row], is_right)
             if source != PLAIN:
                 matched[row], drafted[row] = found[row], min(plan.looked_up, 8)
-                while accepted[row] < drafted[row] and draws.random() < world.chances.get("lookup", 0.0):
+                accepted[row] = int(is_right)
+                while 0 < accepted[row] < drafted[row] and draws.random() < looked_up:
                     accepted[row] += 1
         own = [row for row, source in enumerate(sources) if source == PLAIN and plan.source != PLAIN]
         steps = 0
