@@ -28,20 +28,18 @@ import numpy as np
 import torch
 import xxhash
 from gguf.constants import GGUFValueType
-from gguf.gguf_reader import ReaderTensor
+from gguf.gguf_reader import ReaderField, ReaderTensor
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from self_speculation.model.progress import progress
 
 # Longer arrays of numbers say something of each token.
 _LONGEST = 2**12
+
+_EMPTY = np.empty(0, np.uint8)
 
 # Elements that are dequantised at a time: as many as stay in a processor's cache with what is made of them.
 _AT_A_TIME = 2**18
@@ -53,7 +51,7 @@ _READ_AT_A_TIME = 2**22
 
 
 class Header(gguf.GGUFReader):
-    """Fields and tensors of a file, without arrays of strings and long ones of numbers.
+    """Fields and tensors of a file, without arrays of strings and long ones of numbers. All tokens are empty.
 
     Raises:
         ValueError: the file ends before what its header says is in it, or is no GGUF file.
@@ -75,11 +73,6 @@ class Header(gguf.GGUFReader):
     def data(self, mapped: np.ndarray) -> None:
         self._data = mapped.view(np.ndarray)  # to slice a memmap takes 20 times as long
 
-    @property
-    def num_tokens(self) -> int:
-        """How many the tokenizer has."""
-        return int(self.fields["tokenizer.ggml.tokens"].parts[-1][0])
-
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         self._check_end(int(offset) + int(count) * np.dtype(dtype).itemsize)
         return super()._get(offset, dtype, count, override_order)
@@ -98,6 +91,12 @@ class Header(gguf.GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         self._check_end(end)
         return end - orig_offs, [kind, count], [], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
+
+    def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
+        if field.name == "tokenizer.ggml.tokens":  # of which a config has the number
+            number = int(field.parts[-1][0])
+            field = field._replace(parts=[*field.parts, _EMPTY], data=[len(field.parts)] * number)
+        return super()._push_field(field, skip_sum)
 
     def _end_of_strings(self, start: int, number: int) -> int:
         length_of, end = struct.Struct("=Q").unpack_from, start
@@ -181,10 +180,12 @@ class _Sources(NamedTuple):
 def _sources(header: Header, config: PretrainedConfig) -> _Sources:
     architecture = header.fields["general.architecture"].contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    names = get_gguf_hf_weights_map(model, processor)
-    return _Sources({names[t.name]: t for t in header.tensors if t.name in names}, processor)
+        parameters = AutoModelForCausalLM.from_config(config).state_dict()
+    of_file = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
+    return _Sources({of_file[t.name]: t for t in header.tensors if t.name in of_file}, processor)
 
 
 def _read(header: Header, sources: _Sources, dtype: torch.dtype, take: Callable[[str, Tensor], Any]) -> None:

@@ -134,11 +134,8 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
         model = adapter.base
     source, kwargs = _locate(model, options.trust_remote_code)
     with _explained(model):
-        header = _header(model)
-        with _read_once(header):
+        with _read_once(_header(model)):
             config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
-        if header is not None and not config.vocab_size:
-            config.vocab_size = header.num_tokens
         check_supported(config)
     return config
 

@@ -24,8 +24,9 @@ from torch.nn.functional import pad
 from self_speculation.model.kv_cache import round_up
 from self_speculation.model.products import InFloat16, Product
 
-# Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32.
-_AT_A_TIME = 2**20
+# Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32. On a
+# CPU what is made of them stays in its cache.
+_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**20, 2**18
 
 # Elements of a row that share a scale and an offset.
 _GROUP = 32
@@ -187,7 +188,8 @@ def _some_rows(weight: Tensor) -> Sequence[Tensor]:
     """A weight part by part. Kernels for four bits keep rows in blocks of 64 at most: a multiple of it can be
     packed on its own.
     """
-    return weight.split(max(1, _AT_A_TIME // weight.shape[1] // 64) * 64)
+    at_a_time = _AT_A_TIME_ON_CPU if weight.device.type == "cpu" else _AT_A_TIME
+    return weight.split(max(1, at_a_time // weight.shape[1] // 64) * 64)
 
 
 def _in_eight_bits(rows: Tensor) -> tuple[Tensor, Tensor]:

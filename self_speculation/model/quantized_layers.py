@@ -7,6 +7,7 @@ most agreement. Each copy stays with the product that it was made of, see `Produ
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -120,13 +121,18 @@ def quantized(
 
     def copied(product: Product) -> LowBitProduct:
         kind = kinds[product]
-        made: LowBitProduct = product.derived(kind, lambda: kind(product, squares.get(product)))
-        advance(made.num_bytes if product in missing else 0)
-        return made
+        return product.derived(kind, lambda: kind(product, squares.get(product)))
 
-    with progress(f"copies for drafts, {draft_weights}", _num_bytes(missing)) as advance:
-        copies = [layer.over(copied) for layer in layers]
-        return decoder.over(copies, head if of_head is None else head.over(copied))
+    # On a CPU each copy is many short operations, which one thread does faster than several together.
+    num_threads = torch.get_num_threads() if decoder.rotary.device.type == "cpu" else 1
+    with (
+        progress(f"copies for drafts, {draft_weights}", _num_bytes(missing)) as advance,
+        ThreadPoolExecutor(num_threads) as threads,
+    ):
+        for made in threads.map(copied, missing):
+            advance(made.num_bytes)
+    copies = [layer.over(copied) for layer in layers]
+    return decoder.over(copies, head if of_head is None else head.over(copied))
 
 
 def _num_bytes(kinds: Mapping[Product, type[LowBitProduct]]) -> int:
