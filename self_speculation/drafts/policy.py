@@ -82,7 +82,7 @@ class ArmStats:
         default_factory=dict
     )  # by source and tokens matched
     by_confidence: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)  # by source and range
-    trials: dict[tuple[str, int], _Trials] = field(default_factory=dict)
+    trials: dict[str, _Trials] = field(default_factory=dict)
     seconds_for_trials: float = 0.0
 
 
@@ -102,6 +102,8 @@ class AdaptivePolicy:
     _MARGIN = 1.03
     # Tokens of a trial; rounds until the first, and at most between two plain steps; a share of the time.
     _TRIAL, _WAIT, _WAIT_FOR_PLAIN, _SHARE = 2, 8, 64, 0.01
+    # Trials may cost so many rounds before the first share is earned: a good source must not wait for it.
+    _FIRST_SHARE = 4.0
     # Layers draft no more tokens than this: the chance that all are right hardly ever pays for another one.
     _LONGEST_OF_LAYERS = 8
     # A trial that is right so much more often than was known is followed by another one soon.
@@ -111,7 +113,9 @@ class AdaptivePolicy:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = {name: arm for name, arm in arms.items() if arm.draft_ratio > 0.0}
         self._plan, self._plain = Plan(), Plan()
-        self._of_layers: dict[tuple[int, int, int], Plan] = {}  # until something is learnt
+        # Until something is learnt:
+        self._of_layers: dict[tuple[int, int, int], Plan] = {}
+        self._hopes: dict[tuple[str, int, int], Plan | None] = {}
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
         """One round of all rows.
@@ -132,8 +136,9 @@ class AdaptivePolicy:
             promising = max(plans, key=lambda plan: plan.rate)
             if promising.rate > self._MARGIN * self._plain.rate:
                 best = promising
+        share = self._SHARE if stats.num_rounds else self._FIRST_SHARE
         stats.num_rounds += 1
-        stats.seconds_for_trials += self._SHARE * best.seconds
+        stats.seconds_for_trials += share * best.seconds
         self._plan = self._trial(best, num_rows, longest) or best
         return self._plan
 
@@ -176,10 +181,10 @@ class AdaptivePolicy:
         if plan.is_trial and plan.source != PLAIN:
             hoped = self._acceptance(plan.source, 0).value + self._HOPE
             if sum(accepted) > hoped * sum(drafted):  # it may have become good: look again soon
-                due = stats.num_rounds + self._WAIT
-                stats.trials[plan.source, len(sources)] = _Trials(self._WAIT, due)
+                stats.trials[plan.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
         if any(drafted) or stats.num_rounds % self._WAIT == 0:
             self._of_layers.clear()
+            self._hopes.clear()
         for row, source in enumerate(sources if any(drafted) else ()):
             # Of a lookup, `see` tells about the first token.
             for i in range(0 if source in self._layered else 1, min(accepted[row] + 1, drafted[row])):
@@ -249,35 +254,38 @@ class AdaptivePolicy:
         stats = self._stats
         due: list[tuple[int, str]] = []
         for i, name in enumerate((PLAIN, *self._layered)):
-            trials = stats.trials.get((name, num_rows))
-            if trials is None:
-                first = stats.num_rounds + self._WAIT * (i + 1)
-                trials = stats.trials[name, num_rows] = _Trials(self._WAIT, first)
+            first = stats.num_rounds + self._WAIT * (i + 1)
+            trials = stats.trials.setdefault(name, _Trials(self._WAIT, first))
             if name == best.source and (name != PLAIN or not best.drafts):
                 trials.wait, trials.due = self._WAIT, stats.num_rounds + self._WAIT
             elif trials.due <= stats.num_rounds:
                 due.append((trials.due, name))
         for _, name in sorted(due):
             trial = self._plain if name == PLAIN else self._hoped(name, num_rows, min(self._TRIAL, longest))
-            price = trial.seconds * (1.0 - min(1.0, trial.rate / best.rate)) if trial else 0.0
-            if price <= stats.seconds_for_trials:
-                stats.seconds_for_trials -= price
-                trials = stats.trials[name, num_rows]
-                most = self._WAIT_FOR_PLAIN if name == PLAIN else 2 * trials.wait
-                trials.wait = min(2 * trials.wait, most)
-                trials.due = stats.num_rounds + trials.wait
-                if trial:
-                    return trial._replace(is_trial=True)
+            if trial is None:
+                continue
+            # As if nothing of it were accepted: a promise must not pay for itself.
+            price = max(0.0, trial.seconds - num_rows / best.rate)
+            if price > stats.seconds_for_trials:
+                return None  # cheaper ones must not use up what this one waits for
+            stats.seconds_for_trials -= price
+            trials = stats.trials[name]
+            most = self._WAIT_FOR_PLAIN if name == PLAIN else 2 * trials.wait
+            trials.wait = min(2 * trials.wait, most)
+            trials.due = stats.num_rounds + trials.wait
+            return trial._replace(is_trial=True)
         return None
 
     def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
         """A trial of an arm; None: it would not pay even if it were always right."""
-        seconds = self._seconds(name, num_rows, self._longest)
-        hoped = num_rows * _expected_tokens([1.0], self._longest)[0]
-        if not length or (hoped / seconds).max() <= self._MARGIN * self._plain.rate:
-            return None
-        tokens = num_rows * float(self._expected(name, length)[-1])
-        return Plan(name, length, (), 0, tokens, float(seconds[length]))
+        key = (name, num_rows, length)
+        if key not in self._hopes:
+            seconds = self._seconds(name, num_rows, self._longest)
+            hoped = num_rows * _expected_tokens([1.0], self._longest)[0]
+            pays = bool(length) and (hoped / seconds).max() > self._MARGIN * self._plain.rate
+            tokens = num_rows * float(self._expected(name, length)[-1])
+            self._hopes[key] = Plan(name, length, (), 0, tokens, float(seconds[length])) if pays else None
+        return self._hopes[key]
 
     def _expected(self, name: str, longest: int) -> numpy.ndarray:
         """[longest + 1] tokens of a row in rounds with drafts of an arm."""
