@@ -78,12 +78,11 @@ class ArmStats:
 
     times: PassTimes
     num_rounds: int = 0
-    acceptance: dict[tuple[str, int], DecayedMean] = field(
-        default_factory=dict
-    )  # by source and tokens matched
-    by_confidence: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)  # by source and range
+    # By source and tokens matched, and by source and range of confidence.
+    acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
+    by_confidence: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
     trials: dict[str, _Trials] = field(default_factory=dict)
-    seconds_for_trials: float = 0.0
+    credit: float = 0.0  # plain steps that trials may cost
 
 
 class AdaptivePolicy:
@@ -138,7 +137,7 @@ class AdaptivePolicy:
                 best = promising
         share = self._SHARE if stats.num_rounds else self._FIRST_SHARE
         stats.num_rounds += 1
-        stats.seconds_for_trials += share * best.seconds
+        stats.credit += share * best.seconds / self._plain.seconds
         self._plan = self._trial(best, num_rows, longest) or best
         return self._plan
 
@@ -196,7 +195,8 @@ class AdaptivePolicy:
         if seconds is not None:
             num_rows, (of_draft, of_verification) = len(sources), seconds
             if plan.is_trial:  # its price was an estimate; a stall is not its fault
-                stats.seconds_for_trials -= min(sum(seconds), 3.0 * plan.seconds) - plan.seconds
+                beyond = min(sum(seconds), 3.0 * plan.seconds) - plan.seconds
+                stats.credit -= beyond / self._plain.seconds
             if own:
                 expected = self._draft_step(plan.source, num_rows)
                 stats.times.add_draft(plan.source, num_rows, of_draft / own, expected)
@@ -265,10 +265,10 @@ class AdaptivePolicy:
             if trial is None:
                 continue
             # As if nothing of it were accepted: a promise must not pay for itself.
-            price = max(0.0, trial.seconds - num_rows / best.rate)
-            if price > stats.seconds_for_trials:
+            price = max(0.0, trial.seconds - num_rows / best.rate) / self._plain.seconds
+            if price > stats.credit:
                 return None  # cheaper ones must not use up what this one waits for
-            stats.seconds_for_trials -= price
+            stats.credit -= price
             trials = stats.trials[name]
             most = self._WAIT_FOR_PLAIN if name == PLAIN else 2 * trials.wait
             trials.wait = min(2 * trials.wait, most)
