@@ -1,5 +1,6 @@
 """The library installed as a package, outside the checkout."""
 
+import ast
 import importlib
 import re
 import shutil
@@ -40,6 +41,18 @@ def test_its_requirements_are_those_of_the_scripts():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert len(needed) == 8
     assert set(needed) <= set(lines)
+
+
+def test_it_imports_nothing_that_is_not_declared():
+    """Guards against a library that works beside the scripts' requirements and not by itself."""
+    text = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]")[0]
+    declared = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)[^"]*"', text)}
+    declared |= {"numpy", "self_speculation", *sys.stdlib_module_names}  # transformers needs numpy
+    for path in (ROOT / "self_speculation").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= declared, path
 
 
 NAMES = {

@@ -12,6 +12,7 @@ memory, and the next start dequantises nothing.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,6 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import torch
-import xxhash
 from gguf.constants import GGUFValueType
 from gguf.gguf_reader import ReaderField, ReaderTensor
 from safetensors.torch import load_file
@@ -257,7 +257,7 @@ def _write(descriptor: int, weight: Tensor, start: int) -> None:
 
 def _digest(path: Path) -> str:
     """Of the content of a file."""
-    state = xxhash.xxh3_128()
+    state = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while part := file.read(_READ_AT_A_TIME):
             state.update(part)

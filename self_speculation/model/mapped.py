@@ -55,17 +55,19 @@ def release(weight: Tensor) -> None:
     """Let the pages of a mapped weight go: whoever reads it next gets them from the file again. A weight that
     is not mapped, or that somebody wrote to, stays as it is.
     """
+    if not _is_unwritten(weight):
+        return
     start = -(-weight.data_ptr() // _PAGE) * _PAGE
     size = (weight.data_ptr() + weight.nbytes) // _PAGE * _PAGE - start
-    if size > 0 and _is_unwritten(weight):
+    if size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _is_unwritten(weight: Tensor) -> bool:
     """Whether each page of a weight is a file's, or in no memory yet."""
-    first, last = weight.data_ptr() // _PAGE, -(-(weight.data_ptr() + weight.nbytes) // _PAGE)
     if weight.device.type != "cpu" or not weight.is_contiguous() or not weight.nbytes:
         return False
+    first, last = weight.data_ptr() // _PAGE, -(-(weight.data_ptr() + weight.nbytes) // _PAGE)
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as pages:
             pages.seek(8 * first)
