@@ -292,7 +292,7 @@ def read_run(folder: str) -> dict[str, Any]:
 
 
 def _check_copies(parser: _Parser, values: argparse.Namespace) -> None:
-    """Copies for drafts are made of lean layers of one device, and passes over them are not compiled."""
+    """Copies for drafts are made of fused layers of one device, and passes over them are not compiled."""
     model_args = getattr(values, ModelArguments.__name__, None)
     config = getattr(values, GenerationConfig.__name__, None)
     if model_args is None or config is None or config.draft_weights == "exact":

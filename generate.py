@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs import ranks
     from runs.conversation import Conversation, converse, one_prompt
     from runs.startup import load_generator, meet
-    from self_speculation.model.devices import agreed
+    from self_speculation.model.devices import broadcast_from_rank0
 
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
     generator = load_generator(model_args, config, chat=args.chat, counted=counts(tuning.tuned, model_args))
-    prompt = agreed(generator.model, prompt)
+    prompt = broadcast_from_rank0(generator.model, prompt)
     talk = Conversation(generator, config, args.streamer, args.chat, args.compare)
     if interactive:
         return converse(talk)

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runs import ranks
     from runs.examples import prepare, run_examples
     from runs.startup import read_config
-    from self_speculation.drafts.table import is_replayable
+    from self_speculation.drafts.registry import is_replayable
 
     if args.tuned is not None and config.draft_vocabulary is None:
         refuse(f"--tuned {args.tuned}: names the ids of --draft_vocabulary here; give that flag too")

@@ -39,7 +39,7 @@ from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation.config import DraftWeights
-from self_speculation.drafts.table import forget_what_was_learnt
+from self_speculation.drafts.registry import forget_what_was_learnt
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.model.compiled import is_compiled
-from self_speculation.model.lean_layers import bytes_made, computes_in
+from self_speculation.model.compiled_runner import is_compiled
+from self_speculation.model.fused_layers import activation_dtype, bytes_made
 
 _BATCHES_IN_TURN = 2  # of several prompts: what ends early makes room for the next
 
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bars(table.set_index("side"), "tokens/s", title, path)
     about = {
         "model": name, "dtype": dtype, "device": device, "torch": torch.__version__,
-        "computed_in": str(computes_in(model)).removeprefix("torch."),
+        "computed_in": str(activation_dtype(model)).removeprefix("torch."),
         "transformers": transformers.__version__, "transformers_in": peers.formats,
         "exit_layer": config.exit_layer,
         "num_speculations": config.num_speculations, "max_steps": config.max_steps, "rounds": args.rounds,

@@ -20,7 +20,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import busy_processor, says_if_slow
 from self_speculation.drafts.costs import Costs
-from self_speculation.model.traced import trace_at_once
+from self_speculation.model.traced_runner import trace_at_once
 
 
 @dataclass

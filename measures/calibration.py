@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.costs import Costs
-from self_speculation.drafts.table import make_drafter, short_head_of
-from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled, make_decoder
-from self_speculation.model.decoder import forward, forward_early
-from self_speculation.model.devices import agreed, synchronize
+from self_speculation.drafts.registry import make_drafter, short_head_of
+from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled, make_runner
+from self_speculation.model.devices import broadcast_from_rank0, synchronize
+from self_speculation.model.model_runner import forward, forward_early
 
 # Draft lengths whose verification is timed. Compiled passes have widths of powers of two, so their cost jumps
 # after 0, 1, 3, 7 and 15.
@@ -55,45 +55,45 @@ def calibrate(
         advance: called after each turn.
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
-    decoder = make_decoder(model, context, context + longest + _STEPS, longest + 1, 1)
-    short_head = short_head_of(decoder, config, exit_layers[-1])
-    drafter = make_drafter(decoder, exit_layers[-1], config.draft_weights, short_head)
+    runner = make_runner(model, context, context + longest + _STEPS, longest + 1, 1)
+    short_head = short_head_of(runner, config, exit_layers[-1])
+    drafter = make_drafter(runner, exit_layers[-1], config.draft_weights, short_head)
     ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)
-    forward(decoder, ids[:, :1])  # the cache takes its place
+    forward(runner, ids[:, :1])  # the cache takes its place
 
     def now() -> float:
         synchronize(model)
         return time.perf_counter()
 
     def plain_step() -> float:
-        decoder.cache.pretend([context])
+        runner.cache.pretend([context])
         started = now()
         for _ in range(_STEPS):
-            sampler(forward(decoder, ids[:, :1]).logits[:, 0]).tokens.item()
+            sampler(forward(runner, ids[:, :1]).logits[:, 0]).tokens.item()
         return (now() - started) / _STEPS
 
     def draft_step(exit_layer: int) -> float:
-        decoder.cache.pretend([context])
+        runner.cache.pretend([context])
         tokens = ids[:, :1]
-        forward(decoder, tokens)  # a draft follows a pass through all layers
+        forward(runner, tokens)  # a draft follows a pass through all layers
         started = now()
         for _ in range(_STEPS):
             tokens = sampler(forward_early(drafter, tokens, exit_layer).logits[:, 0]).tokens[:, None]
         return (now() - started) / _STEPS
 
     def verification(exit_layer: int, k: int) -> float:
-        decoder.cache.pretend([context])
+        runner.cache.pretend([context])
         inputs, states = ids[:, : k + 1], list[Tensor]()
         if exit_layer and k:  # what the draft leaves, in one pass
-            states.append(forward_early(decoder, ids[:, :k], exit_layer, num_logits=0).hidden)
+            states.append(forward_early(runner, ids[:, :k], exit_layer, num_logits=0).hidden)
         started = now()
         if exit_layer:  # the last drafted token has not been through the first layers
-            states.append(forward_early(decoder, ids[:, :1], exit_layer, num_logits=0).hidden)
+            states.append(forward_early(runner, ids[:, :1], exit_layer, num_logits=0).hidden)
             inputs = torch.cat(states, 1)  # [1, k+1, H]
-        choice = sampler(decoder.run(inputs, exit_layer, num_layers, k + 1).logits[0]).tokens  # [k+1]
+        choice = sampler(runner.run(inputs, exit_layer, num_layers, k + 1).logits[0]).tokens  # [k+1]
         accepted = (choice[:-1] == ids[0, :k]).cumprod(0).sum()
         torch.cat((accepted[None], choice[accepted][None], ids[0, :k])).tolist()
-        decoder.cache.rollback(k)
+        runner.cache.rollback(k)
         return now() - started
 
     lengths = [*(k for k in _LENGTHS if k < longest), longest]
@@ -119,11 +119,11 @@ def calibrate(
     warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()
     started = time.perf_counter()
     for _ in range(most_turns):
-        if len(turns) > warm_up and agreed(model, time.perf_counter() - started > patience):
+        if len(turns) > warm_up and broadcast_from_rank0(model, time.perf_counter() - started > patience):
             break
         turns.append(turn())
         advance()
-    return agreed(model, turns[warm_up:])
+    return broadcast_from_rank0(model, turns[warm_up:])
 
 
 def medians(turns: Sequence[Costs]) -> Costs:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from self_speculation import GenerationStrategyResult
-from self_speculation.model.lean_layers import computes_in
+from self_speculation.model.fused_layers import activation_dtype
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
@@ -27,7 +27,7 @@ _RARE = 5
 
 def near_tie_bound(model: PreTrainedModel, largest: Any) -> Any:
     """The largest gap between two logits that rounding may turn round, by the largest logit."""
-    dtype = computes_in(model)
+    dtype = activation_dtype(model)
     return _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
 
 
@@ -72,8 +72,10 @@ def find_difference(
     position = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     history = torch.tensor([[*prompt, *first[:position]]], device=model.device)
     # [1, V], by transformers alone; in float32 where that is what widened weights are multiplied in.
-    is_widened = computes_in(model) != model.dtype
-    logits = _exact_logits(model, history, 1) if is_widened else model(history, logits_to_keep=1).logits[0]
+    fp32_activations = activation_dtype(model) != model.dtype
+    logits = (
+        _exact_logits(model, history, 1) if fp32_activations else model(history, logits_to_keep=1).logits[0]
+    )
     logits = LogitsProcessorList(processors)(history, logits.float())[0]  # [V]
     best = logits.topk(2)
     chosen = [output[position] for output in (first, second) if position < len(output)]

@@ -29,9 +29,9 @@ from runs.failures import failed
 from runs.records import Record
 from runs.status import says_if_slow
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
-from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.model.families import attended_length
-from self_speculation.model.lean_layers import computes_in
+from self_speculation.model.fused_layers import activation_dtype
+from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 # What may be asked of generation; the harness has four names for the number of tokens.
@@ -102,7 +102,7 @@ class HarnessModel(HFLM):
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         self._exit_layer = config.exit_layer if early else None
         self._room = attended_length(generator.model.config)
-        self._is_widened = computes_in(generator.model) != generator.model.dtype
+        self._is_widened = activation_dtype(generator.model) != generator.model.dtype
         self.records: list[Record] = []
         self.has_begun = False
         logging.disable(logging.WARNING)  # that a loaded model must not share documents with other processes
@@ -125,11 +125,11 @@ class HarnessModel(HFLM):
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
         if self._is_widened:  # of which the layers of transformers know nothing
-            decoder = Decoder(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
-            decoder.cache.clear(len(inps))
+            runner = ModelRunner(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
+            runner.cache.clear(len(inps))
             with torch.inference_mode():
                 return forward_early(
-                    decoder, inps, self._exit_layer or len(decoder.layers), inps.shape[1]
+                    runner, inps, self._exit_layer or len(runner.layers), inps.shape[1]
                 ).logits
         if self._exit_layer is None:
             return super()._model_call(inps, attn_mask, labels)

@@ -14,7 +14,7 @@ from typing import Any
 
 from measures import metrics
 from runs.records import Record
-from self_speculation.decoding.tally import Tally
+from self_speculation.decoding.draft_stats import DraftStats
 from self_speculation.drafts.costs import Costs
 
 # The fields of a record that tell of drafts, and their names in a tally.
@@ -24,7 +24,7 @@ _COUNTED = {
 }  # fmt: skip
 
 
-def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> Tally:
+def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> DraftStats:
     """The rounds that an output takes.
 
     Args:
@@ -33,7 +33,7 @@ def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> Tally
         max_tokens: the most tokens that the output could have had.
         draft_length: tokens to draft in each round, where there is room for them.
     """
-    rounds = Tally()
+    rounds = DraftStats()
     position = 1
     while position < len(matches):
         k = min(draft_length, max_tokens - position - 1)
@@ -120,7 +120,7 @@ def _cell(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _speedups(
-    records: Sequence[Record], rounds: Sequence[Tally], costs: Costs, exit_layer: int
+    records: Sequence[Record], rounds: Sequence[DraftStats], costs: Costs, exit_layer: int
 ) -> list[float]:
     """Of each record over plain decoding, by these costs."""
     plain = [record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step for record in records]
@@ -128,7 +128,7 @@ def _speedups(
 
 
 def _seconds(
-    records: Sequence[Record], rounds: Sequence[Tally], costs: Costs, exit_layer: int
+    records: Sequence[Record], rounds: Sequence[DraftStats], costs: Costs, exit_layer: int
 ) -> list[float]:
     """Of each record, with its rounds."""
     by_length = [each.rounds_by_length for each in rounds]

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from measures.comparison import with_end
 from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
-from self_speculation.generator_base import the_only
-from self_speculation.model.compiled import compile_decoding, decode_eagerly
-from self_speculation.model.traced import trace_at_once
+from self_speculation.generator_base import single_result
+from self_speculation.model.compiled_runner import compile_decoding, decode_eagerly
+from self_speculation.model.traced_runner import trace_at_once
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_siz
         started = time.perf_counter()
         found = dict(strategy.generate_batch(model, requests, config, batch_size))
         took = time.perf_counter() - started
-        results = [the_only([(0, found[index])]) for index in range(len(prompts))]
+        results = [single_result([(0, found[index])]) for index in range(len(prompts))]
         new = [with_end(result) for result in results]
         return Answers(new, len(new), sum(result.prefill_time for result in results), took, results)
 
@@ -200,7 +200,7 @@ def tokens_per_pass(model: Any, side: Side, prompts: Sequence[list[int]]) -> flo
     try:
         return side(prompts).num_tokens / passes
     finally:
-        hook.remove()  # or the layers are no plain ones, and no longer lean
+        hook.remove()  # or the layers are no plain ones, and no longer fused
 
 
 def accepted(answers: Sequence[Answers]) -> tuple[float | None, float | None]:

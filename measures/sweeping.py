@@ -30,10 +30,10 @@ from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
 from runs.tuning import COUNTS, best_cell
-from self_speculation.drafts.table import make_drafter, short_head_of
-from self_speculation.model.decoder import Decoder, forward_exits
+from self_speculation.drafts.registry import make_drafter, short_head_of
 from self_speculation.model.families import context_length
-from self_speculation.model.traced import never_trace
+from self_speculation.model.model_runner import ModelRunner, forward_exits
+from self_speculation.model.traced_runner import never_trace
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",
@@ -202,11 +202,11 @@ class Predicted(Sweep):
         model = self.generator.model
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
-        decoder = Decoder(model, ids.shape[1], ids.shape[1])
-        short_head = short_head_of(decoder, self.config, self._exit_layers[-1])
+        runner = ModelRunner(model, ids.shape[1], ids.shape[1])
+        short_head = short_head_of(runner, self.config, self._exit_layers[-1])
         if short_head is not None:
             short_head.see_text([*prompt, *tokens[:-1]], len(tokens))
-        drafter = make_drafter(decoder, self._exit_layers[-1], self.config.draft_weights, short_head)
+        drafter = make_drafter(runner, self._exit_layers[-1], self.config.draft_weights, short_head)
         matches = {}
         for layer, logits in forward_exits(drafter, ids[:, :-1], self._exit_layers, len(tokens)):
             guesses = self._processed(ids, len(prompt), logits[0]).argmax(-1)  # [n]

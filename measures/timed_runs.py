@@ -18,7 +18,7 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
-from self_speculation.model.compiled import RUNS_TO_WARM_UP, is_compiled
+from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.families import attended_length
 
 BASELINE = "autoregressive_"  # prefix of the fields of the strategy that another is compared with

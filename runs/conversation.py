@@ -30,7 +30,7 @@ from self_speculation import (
     SpeculativeTextStreamer,
     StandardTextStreamer,
 )
-from self_speculation.model.devices import agreed
+from self_speculation.model.devices import broadcast_from_rank0
 
 if TYPE_CHECKING:  # it takes a quarter of a second to import, which one prompt does without
     from prompt_toolkit import PromptSession
@@ -160,7 +160,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        self.met = agreed(self._model, self._pressed)
+        self.met = broadcast_from_rank0(self._model, self._pressed)
         return torch.full((input_ids.shape[0],), self.met)  # on the host: nobody has to wait for a GPU
 
 

@@ -27,7 +27,7 @@ import self_speculation
 from arguments import read_run
 from runs import ranks
 from runs.failures import try_to_write
-from self_speculation.model.lean_layers import computes_in
+from self_speculation.model.fused_layers import activation_dtype
 
 Record = dict[str, Any]
 
@@ -224,7 +224,7 @@ def describe_model(name: str, model: PreTrainedModel, device: torch.device | Non
         "num_layers": model.config.num_hidden_layers,
         "num_parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "computed_in": str(computes_in(model)).removeprefix("torch."),
+        "computed_in": str(activation_dtype(model)).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": _processor(),
         "threads": torch.get_num_threads(),

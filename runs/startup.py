@@ -19,8 +19,8 @@ from runs import ranks
 from runs.failures import reason
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
-from self_speculation.model.compiled import is_compiled
-from self_speculation.model.lean_layers import bytes_made
+from self_speculation.model.compiled_runner import is_compiled
+from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.loading import LoadingWarning, default_model, load_config, resolve_device
 from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids

@@ -8,7 +8,7 @@ guessed.
 from __future__ import annotations
 
 from self_speculation.config import GenerationStrategyName
-from self_speculation.drafts.table import make_adaptive
+from self_speculation.drafts.registry import make_adaptive
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerationStrategy
 
 

@@ -1,24 +1,25 @@
-"""One token per pass, at full depth or from an early exit."""
+"""Autoregressive decoding: one pass per token, at full depth or up to an exit layer."""
 
 from __future__ import annotations
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.rows import Rows
-from self_speculation.decoding_strategy import Decoding, DecodingStrategy
-from self_speculation.model.decoder import Decoder, forward_early
+from self_speculation.decoding.batch import Batch
+from self_speculation.decoding_strategy import DecodingStrategy
+from self_speculation.model.model_runner import ModelRunner, forward_early
+from self_speculation.scheduler import Decoding
 
 
 class AutoRegressiveGenerationStrategy(DecodingStrategy):
-    """Layers 0..exit_layer-1 (all of them when it is -1), then norm and head, once for every token."""
+    """Layers 0..exit_layer-1 (all of them if it is -1), then norm and head, once for every token."""
 
     name: GenerationStrategyName = "autoregressive"
     has_drafts = False
 
-    def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
-        depth = len(decoder.layers) if config.exit_layer == -1 else config.exit_layer
-        return Decoding(rows, decoder, depth)
+    def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
+        depth = len(runner.layers) if config.exit_layer == -1 else config.exit_layer
+        return Decoding(batch, runner, depth)
 
-    def round(self, decoding: Decoding) -> None:
+    def step(self, decoding: Decoding) -> None:
         """One token of each row; one read from the device."""
-        rows = decoding.rows
-        rows.emit(forward_early(decoding.decoder, rows.last, decoding.depth).logits[:, 0])
+        batch = decoding.batch
+        batch.emit(forward_early(decoding.runner, batch.last, decoding.depth).logits[:, 0])

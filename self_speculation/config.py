@@ -173,6 +173,6 @@ class LoadingOptions:
     """Hold the weights of the layers' products in so many bits. Only weights are quantised: a token's result
     does not depend on what else is in the pass."""
     fuse: bool = True
-    """Make the layers lean, see `lean_layers`."""
+    """Make the layers fused, see `fused_layers`."""
     compile: bool = False
     """Compile the passes of decoding, see `compiled`."""

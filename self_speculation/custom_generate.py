@@ -40,7 +40,7 @@ from transformers import GenerationConfig as TransformersConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from self_speculation.config import GenerationConfig
-from self_speculation.drafts.table import driving_flags
+from self_speculation.drafts.registry import driving_flags
 from self_speculation.generator_base import Request
 from self_speculation.model.overrides import check_followed
 from self_speculation.strategies import make_strategy

@@ -98,7 +98,7 @@ class GenerationStrategy(ABC):
             logits_processors: called with the whole history [1, n] and logits [1, V]; one or several.
             stopping_criteria: called after each token with the whole history [1, n] and processed logits [1,
                 V]; one or several.
-            streamer: see `Output`.
+            streamer: see `Sequence`.
 
         Raises:
             ValueError: an empty prompt, one beyond the model's context, or an exit layer that the model does
@@ -125,7 +125,7 @@ class GenerationStrategy(ABC):
         for index, request in enumerate(requests):
             if request.seed is not None:
                 torch.manual_seed(request.seed)
-            processors, criteria = several(request.logits_processors), several(request.stopping_criteria)
+            processors, criteria = as_list(request.logits_processors), as_list(request.stopping_criteria)
             config = request.config or generation_config
             if n := config.no_repeat_ngram_size:
                 processors = [NoRepeatNGramLogitsProcessor(n), *processors]
@@ -135,7 +135,7 @@ class GenerationStrategy(ABC):
                 result: GenerationStrategyResult | Exception = self.generate_token_ids(
                     model,
                     request.ids,
-                    several(request.eos_token_ids),
+                    as_list(request.eos_token_ids),
                     config,
                     logits_processors=LogitsProcessorList(processors) if processors else None,
                     stopping_criteria=StoppingCriteriaList(criteria) if criteria else None,
@@ -196,7 +196,7 @@ class HuggingfaceLlamaGenerator:
             ValueError: what `GenerationStrategy.generate_token_ids` raises.
         """
         request = Request(prompt, logits_processors, stopping_criteria, streamer)
-        return the_only(self.generate_batch([request], generation_config, batch_size=1))
+        return single_result(self.generate_batch([request], generation_config, batch_size=1))
 
     def generate_batch(
         self,
@@ -260,7 +260,7 @@ class HuggingfaceLlamaGenerator:
         prepared = replace(
             request,
             prompt=ids,
-            eos_token_ids=[*self.eos_token_ids, *several(request.eos_token_ids)],
+            eos_token_ids=[*self.eos_token_ids, *as_list(request.eos_token_ids)],
             ends_text=_either(words if words.words else None, request.ends_text),
         )
         return prepared, words
@@ -352,7 +352,7 @@ class HuggingfaceLlamaGenerator:
         return sorted({i for i in ids if i is not None})
 
 
-def the_only(results: Iterable[tuple[int, T | Exception]]) -> T:
+def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:
     """The result of a batch of one. Raises what went wrong with it."""
     [(_, result)] = results
     if isinstance(result, Exception):
@@ -360,7 +360,7 @@ def the_only(results: Iterable[tuple[int, T | Exception]]) -> T:
     return result
 
 
-def several(values: T | Iterable[T] | None) -> list[T]:
+def as_list(values: T | Iterable[T] | None) -> list[T]:
     """None, one or several, as a list."""
     if values is None:
         return []

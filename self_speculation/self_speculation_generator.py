@@ -1,9 +1,9 @@
 """Self-speculative decoding: the first layers draft, the remaining layers verify (LayerSkip, arXiv
 2404.16710, §3.3).
 
-Draft and verification share one KV cache, and verification goes on from the exit states that the draft kept,
-so no layer sees the same token at the same position twice. Where something else drafts, such as a copy of the
-layers or a lookup, all layers verify.
+Draft and verification share one KV cache. Verification starts from the hidden states at the exit layer, which
+the draft kept: no layer processes a token twice. Drafts of another source, such as n-grams, are verified by
+all layers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.sampling import Verdict, verify_draft
-from self_speculation.decoding_strategy import Decoding, DecodingStrategy
+from self_speculation.decoding.batch import Batch
+from self_speculation.decoding.sampling import Verification, verify_draft
+from self_speculation.decoding_strategy import DecodingStrategy
 from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.table import Parts, make_source
-from self_speculation.model.compiled import make_decoder
-from self_speculation.model.decoder import Decoder, forward_early
+from self_speculation.drafts.registry import DraftContext, make_source
+from self_speculation.model.compiled_runner import make_runner
+from self_speculation.model.model_runner import ModelRunner, forward_early
+from self_speculation.scheduler import Decoding
 from self_speculation.transfers import on_device
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
-    """Rounds of at most k drafted tokens and one verification; the output is what the full model alone would
-    generate.
-    """
+    """Each round drafts at most k tokens and verifies them in one pass. The output is the full model's."""
 
     name: GenerationStrategyName = "self_speculative"
 
@@ -36,68 +35,70 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Make ahead of time the copies that drafts need, of layers or of the head. Raises what `make_source`
-        does.
-        """
-        self.make_source(Parts(make_decoder(model, 1, 1), config))
+        """Make the copies that drafts read. Raises what `make_source` does."""
+        self.make_source(DraftContext(make_runner(model, 1, 1), config))
 
-    def begin(self, decoder: Decoder, rows: Rows, config: GenerationConfig) -> Decoding:
-        return Decoding(rows, decoder, len(decoder.layers), self.make_source(Parts(decoder, config)))
+    def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
+        return Decoding(batch, runner, len(runner.layers), self.make_source(DraftContext(runner, config)))
 
-    def round(self, decoding: Decoding) -> None:
-        speculate(decoding.decoder, decoding.rows, decoding.source, decoding.rows.longest_draft)
+    def step(self, decoding: Decoding) -> None:
+        speculate(decoding.runner, decoding.batch, decoding.source, decoding.batch.longest_draft)
 
 
-def speculate(decoder: Decoder, rows: Rows, source: DraftSource, k: int) -> None:
-    """One round of all rows: draft, verify, commit.
+def speculate(runner: ModelRunner, batch: Batch, source: DraftSource, k: int) -> None:
+    """One round: draft, verify, roll back, commit.
 
     Reads from the device: one, besides those of the source.
     """
-    draft = source.draft(rows, k)
-    logits = target_logits(decoder, rows, draft)  # [B, k+1, V]
-    verdict = judge(rows, draft, logits)  # [B] accepted, [B] next token
-    read = read_verdict(rows, draft, logits, verdict)
-    source.learn(rows, draft, read.num_accepted)
-    decoder.cache.rollback([draft.tokens.shape[1] - accepted for accepted in read.num_accepted])
-    rows.commit(read.tokens, verdict.next_token[:, None], logits, draft.lengths, draft.sources)
+    draft = source.draft(batch, k)
+    logits = target_logits(runner, batch, draft)  # [B, k+1, V]
+    verification = verify(batch, draft, logits)  # [B] accepted, [B] next token
+    read = read_verification(batch, draft, logits, verification)
+    source.learn(batch, draft, read.num_accepted)
+    runner.cache.rollback([draft.tokens.shape[1] - accepted for accepted in read.num_accepted])
+    batch.commit(read.tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
 
 
-def target_logits(decoder: Decoder, rows: Rows, draft: Draft) -> Tensor:
-    """[B, k+1, V] the full model's processed logits for the place of each drafted token, and for the one
-    after them. One pass, through the layers that have not seen the draft.
+def target_logits(runner: ModelRunner, batch: Batch, draft: Draft) -> Tensor:
+    """[B, k+1, V] processed logits of the full model: one row for each drafted token and one for the token
+    after them. One pass, over the layers that have not processed the draft.
     """
     k, layer = draft.tokens.shape[1], draft.exit_layer
-    inputs = torch.cat((rows.last, draft.tokens), 1)  # [B, k+1] ids
+    inputs = torch.cat((batch.last, draft.tokens), 1)  # [B, k+1] ids
     if layer:
         states = draft.exit_hidden
-        if len(states) == k:  # the last guess has not been through the first layers: none was made from it
-            states = [*states, forward_early(decoder, inputs[:, -1:], layer, num_logits=0).hidden]
+        if len(states) == k:  # the first layers have not processed the last drafted token
+            states = [*states, forward_early(runner, inputs[:, -1:], layer, num_logits=0).hidden]
         inputs = torch.cat(states, dim=1)  # [B, k+1, H]
     else:
-        decoder.cache.forget_draft()
-    logits = decoder.run(inputs, layer, len(decoder.layers), k + 1).logits
-    return rows.process(logits, counts=[length + 1 for length in draft.lengths])
+        runner.cache.forget_draft()
+    logits = runner.run(inputs, layer, len(runner.layers), k + 1).logits
+    return batch.process(logits, counts=[length + 1 for length in draft.lengths])
 
 
-def judge(rows: Rows, draft: Draft, logits: Tensor) -> Verdict:
-    """Apply the accept rule, with each row's own random numbers."""
+def verify(batch: Batch, draft: Draft, logits: Tensor) -> Verification:
+    """Apply the accept rule to all rows, with the random numbers of each."""
     k = draft.tokens.shape[1]
     lengths = None  # all drafts have k tokens
     if min(draft.lengths) < k:
         lengths = on_device(draft.lengths, draft.tokens.device)
-    return verify_draft(draft.tokens, draft.probabilities, logits, rows.sampler, lengths, rows.numbers(k))
+    return verify_draft(draft.tokens, draft.probabilities, logits, batch.sampler, lengths, batch.numbers(k))
 
 
-class ReadVerdict(NamedTuple):
+class HostVerification(NamedTuple):
+    """A verification on the host."""
+
     num_accepted: list[int]  # [B]
-    tokens: list[list[int]]  # of each row: the accepted ones, then one of the target's own
+    tokens: list[list[int]]  # [B] the accepted tokens of each row, then its next token
 
 
-def read_verdict(rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> ReadVerdict:
-    """Copy the verdict to the host, in one read; each row learns where its logits are no numbers."""
+def read_verification(
+    batch: Batch, draft: Draft, logits: Tensor, verification: Verification
+) -> HostVerification:
+    """Copy the verification to the host, in one read; tell each sequence whether its logits are numbers."""
     k = draft.tokens.shape[1]
-    numbers = rows.read([verdict.num_accepted, verdict.next_token, draft.tokens], logits)
-    counts, next_tokens, drafted = numbers
+    on_host = batch.read([verification.num_accepted, verification.next_token, draft.tokens], logits)
+    counts, next_tokens, drafted = on_host
     accepted = [int(m) for m in counts]
     tokens = [[*map(int, drafted[row * k :][:m]), int(next_tokens[row])] for row, m in enumerate(accepted)]
-    return ReadVerdict(accepted, tokens)
+    return HostVerification(accepted, tokens)

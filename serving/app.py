@@ -34,23 +34,31 @@ import self_speculation
 from runs.failures import reason
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.stopping import StopWords
-from serving.engine import Engine, IsGone, Job, QueueIsFull, ShutsDown, TimeIsUp, Unanswered
-from serving.feeds import DraftFeed, Piece, Scored, Scores, TextFeed
+from serving.engine import (
+    ClientDisconnected,
+    Engine,
+    Job,
+    QueueFull,
+    RequestEnded,
+    RequestTimeout,
+    ServerShutdown,
+)
+from serving.feeds import Delta, DraftFeed, LogprobCollector, Scored, TextFeed
 from serving.flags import ServeArguments
-from serving.metrics import Answered, Metrics, metrics, usage
-from serving.protocol import Asked, ChatRequest, CompletionRequest, Refused, frame, read
+from serving.metrics import FinishedRequest, Metrics, metrics, usage
+from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, frame, read
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).with_name("page.html")
 _OPEN = ("/", "/health")  # to whoever has no key
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a port
-_STATUS = {QueueIsFull: 429, IsGone: 499, ShutsDown: 503, TimeIsUp: 504}
+_STATUS = {QueueFull: 429, ClientDisconnected: 499, ServerShutdown: 503, RequestTimeout: 504}
 _RETRY = {"Retry-After": "1"}  # seconds
 _SEEDS = 2**63
 
-Events = AsyncGenerator[tuple[int, Piece | Answered]]  # each with the index of its choice
+Events = AsyncGenerator[tuple[int, Delta | FinishedRequest]]  # each with the index of its choice
 T = TypeVar("T")
-R = TypeVar("R", bound=Asked)
+R = TypeVar("R", bound=BaseRequest)
 
 
 def make_app(
@@ -69,7 +77,7 @@ def make_app(
         address: IP address that it listens at.
     """
     server = _Server(generator, engine, config, args, name)
-    kinds = (Refused, HTTPException, Exception)
+    kinds = (APIError, HTTPException, Exception)
     return Starlette(
         routes=[
             Route("/", server.page),
@@ -90,7 +98,7 @@ class _Choice:
 
     job: Job
     stop_words: StopWords
-    scores: Scores | None
+    scores: LogprobCollector | None
     is_begun: bool = False
     length: int = 0  # characters that were sent
 
@@ -140,9 +148,9 @@ class _Server:
     async def refuse(self, _: Request, error: Exception) -> Response:
         """The response to a request that gets no answer."""
         if isinstance(error, HTTPException):
-            error = Refused(error.detail, error.status_code)
-        elif not isinstance(error, Refused):
-            error = Refused("the server failed at this request", 500)
+            error = APIError(error.detail, error.status_code)
+        elif not isinstance(error, APIError):
+            error = APIError("the server failed at this request", 500)
         self._metrics.count_refused(error.status)
         # JSON in ASCII: what a request said may be no valid text.
         return Response(
@@ -158,14 +166,14 @@ class _Server:
         try:
             return [self._generator.encode(prompt) for prompt in asked.prompt]
         except ValueError as error:
-            raise Refused(str(error), param="prompt") from error
+            raise APIError(str(error), param="prompt") from error
 
     def _of_chat(self, asked: ChatRequest) -> list[list[int]]:
         """The ids of the one prompt."""
         self._check(asked, 1)
         tokenizer = self._generator.tokenizer
         if not tokenizer.chat_template:
-            raise Refused("messages: the model has no chat template, use /v1/completions", param="messages")
+            raise APIError("messages: the model has no chat template, use /v1/completions", param="messages")
         messages = [message.for_template for message in asked.messages]
         applied = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True)
         try:
@@ -174,18 +182,18 @@ class _Server:
                 prompt = applied(sanitize_control_tokens=True, return_dict=False)  # ids
             return [self._generator.encode(prompt, special_tokens=False)]  # the template has them
         except (TemplateError, ValueError) as error:
-            raise Refused(f"messages: {error}", param="messages") from error
+            raise APIError(f"messages: {error}", param="messages") from error
 
-    def _check(self, asked: Asked, num_prompts: int) -> None:
+    def _check(self, asked: BaseRequest, num_prompts: int) -> None:
         if asked.model not in (None, self._name):
             message = f"model {asked.model!r}: this server has {self._name!r}"
-            raise Refused(message, 404, "model", "model_not_found")
+            raise APIError(message, 404, "model", "model_not_found")
         most = self._args.max_tokens
         if most is not None and (asked.max_tokens or 0) > most:
-            raise Refused(f"max_tokens {asked.max_tokens}: must be at most {most}", param="max_tokens")
+            raise APIError(f"max_tokens {asked.max_tokens}: must be at most {most}", param="max_tokens")
         if num_prompts * asked.n > (room := self._engine.most_jobs):
             message = f"n {asked.n}, for {num_prompts} prompts: must be at most {room} answers together"
-            raise Refused(message, param="n")
+            raise APIError(message, param="n")
 
     async def _answer(
         self, http: Request, kind: type[R], prompts: Callable[[R], list[list[int]]]
@@ -217,7 +225,9 @@ class _Server:
         figures = {"usage": usage(answers, asked.n), "metrics": metrics(answers)}
         return JSONResponse({**frame(asked.object_name, self._name), "choices": said, **figures})
 
-    async def _chunks(self, asked: Asked, choices: list[_Choice], events: Events) -> AsyncGenerator[str]:
+    async def _chunks(
+        self, asked: BaseRequest, choices: list[_Choice], events: Events
+    ) -> AsyncGenerator[str]:
         """The answers as server-sent events.
 
         Raises:
@@ -225,7 +235,7 @@ class _Server:
         """
         start = frame(asked.chunk_name, self._name)
         has_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        answers: dict[int, Answered] = {}
+        answers: dict[int, FinishedRequest] = {}
 
         def chunk(said: list[dict[str, Any]], **more: Any) -> str:
             more = {"usage": None, **more} if has_usage else {}
@@ -234,15 +244,15 @@ class _Server:
         async with aclosing(events):
             try:
                 async for index, what in events:
-                    choice, piece, stop_reason = choices[index], Piece(""), None
-                    if isinstance(what, Answered):
+                    choice, piece, stop_reason = choices[index], Delta(""), None
+                    if isinstance(what, FinishedRequest):
                         answers[index], stop_reason = what, what.result.stop_reason
                     else:
                         piece = what
                     is_first, choice.is_begun = not choice.is_begun, True
                     scored = choice.scored(piece.text, stop_reason)
                     yield chunk([asked.part(index, piece, scored, is_first, stop_reason)])
-            except Refused as refused:
+            except APIError as refused:
                 if not any(choice.is_begun for choice in choices):
                     raise
                 self._metrics.count_refused(refused.status)
@@ -254,7 +264,7 @@ class _Server:
         yield "data: [DONE]\n\n"
 
     def _begin(
-        self, asked: Asked, prompts: list[list[int]], loop: asyncio.AbstractEventLoop
+        self, asked: BaseRequest, prompts: list[list[int]], loop: asyncio.AbstractEventLoop
     ) -> tuple[list[_Choice], Events]:
         """Submit jobs to the engine: the choices, and what becomes of them as it happens.
 
@@ -276,13 +286,13 @@ class _Server:
             choices.append(self._choice(asked, ids, (seed + nth) % _SEEDS, config, tell))
         try:
             self._engine.submit([choice.job for choice in choices])
-        except Unanswered as error:
+        except RequestEnded as error:
             raise _refused(error) from error
         return choices, self._events(choices, queue)
 
     def _choice(
         self,
-        asked: Asked,
+        asked: BaseRequest,
         ids: list[int],
         seed: int,
         config: GenerationConfig,
@@ -293,7 +303,7 @@ class _Server:
             kind = DraftFeed if asked.stream_drafts else TextFeed
             feed = kind(tokenizer, config.stop_words, ids, tell)
         if asked.num_likeliest is not None:
-            scores = Scores(tokenizer, asked.num_likeliest)
+            scores = LogprobCollector(tokenizer, asked.num_likeliest)
         given = self_speculation.Request(
             ids, stopping_criteria=scores, streamer=feed, seed=seed, config=config
         )
@@ -320,10 +330,10 @@ class _Server:
             for choice in choices:
                 choice.job.is_gone = True
 
-    def _answered(self, choice: _Choice, result: GenerationStrategyResult) -> Answered:
+    def _answered(self, choice: _Choice, result: GenerationStrategyResult) -> FinishedRequest:
         job = choice.job
         text = self._generator.answer(result, job.arrived, job.request.ids, choice.stop_words)
-        answered = Answered(job, result, text.decoded_prediction)
+        answered = FinishedRequest(job, result, text.decoded_prediction)
         self._metrics.count(answered)
         return answered
 
@@ -369,7 +379,7 @@ class _Gate:
 
         await self._app(scope, counting, send)
 
-    def _refusal(self, scope: Scope) -> Refused | None:
+    def _refusal(self, scope: Scope) -> APIError | None:
         """Why a request is not let in, or None.
 
         The path is the one that is routed. That of a request's URL, which is made of Host, may be another.
@@ -377,12 +387,12 @@ class _Gate:
         headers = dict(scope["headers"])
         # A page of another site can have its own name lead to this machine.
         if self._is_local and not self._is_named(headers.get(b"host", b"").decode("latin-1")):
-            return Refused("Host: must be localhost or this machine's loopback address")
+            return APIError("Host: must be localhost or this machine's loopback address")
         if self._authorization is None or scope["path"] in _OPEN:
             return None
         if hmac.compare_digest(headers.get(b"authorization", b""), self._authorization):
             return None
-        return Refused("Authorization: must be Bearer and the API key", 401, None, "invalid_api_key")
+        return APIError("Authorization: must be Bearer and the API key", 401, None, "invalid_api_key")
 
     def _is_named(self, host: str) -> bool:
         """Whether a header Host names this machine."""
@@ -426,21 +436,21 @@ async def _body(http: Request) -> bytes:
     """
     given = http.headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != "application/json":
-        raise Refused(f"Content-Type {given[:60]!r}: must be application/json")
+        raise APIError(f"Content-Type {given[:60]!r}: must be application/json")
     try:
         return await http.body()
     except ClientDisconnect:
-        raise _refused(IsGone("nobody waits for the answer")) from None
+        raise _refused(ClientDisconnected("nobody waits for the answer")) from None
 
 
 def _event(content: Any) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-async def _answers(events: Events) -> list[Answered]:
+async def _answers(events: Events) -> list[FinishedRequest]:
     """All answers, in the order of the choices."""
     async with aclosing(events):
-        answers = {index: what async for index, what in events if isinstance(what, Answered)}
+        answers = {index: what async for index, what in events if isinstance(what, FinishedRequest)}
     return [answers[index] for index in range(len(answers))]
 
 
@@ -454,19 +464,19 @@ async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise _refused(IsGone("nobody waits for the answer"))
+            raise _refused(ClientDisconnected("nobody waits for the answer"))
         return working.result()
     finally:
         working.cancel()
         leaving.cancel()
 
 
-def _refused(error: Exception) -> Refused:
+def _refused(error: Exception) -> APIError:
     """What a client is told of an error of the engine."""
-    if isinstance(error, Unanswered):
-        return Refused(str(error), _STATUS[type(error)])
+    if isinstance(error, RequestEnded):
+        return APIError(str(error), _STATUS[type(error)])
     if isinstance(error, ValueError):  # such as a prompt that is too long
-        return Refused(str(error))
+        return APIError(str(error))
     if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:
         _log.error("a request failed", exc_info=error)
-    return Refused(why or "the server failed at this request", 500)
+    return APIError(why or "the server failed at this request", 500)

@@ -26,29 +26,30 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
-from self_speculation.decoding_strategy import Batch, DecodingStrategy
-from self_speculation.model.devices import agreed
+from self_speculation.decoding_strategy import DecodingStrategy
+from self_speculation.model.devices import broadcast_from_rank0
+from self_speculation.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
 
-class Unanswered(Exception):
+class RequestEnded(Exception):
     """A job that was not begun, or ended before its answer did, for no fault of its own."""
 
 
-class QueueIsFull(Unanswered):
+class QueueFull(RequestEnded):
     """There are as many jobs as there may be."""
 
 
-class IsGone(Unanswered):
+class ClientDisconnected(RequestEnded):
     """Nobody waits for it any more."""
 
 
-class TimeIsUp(Unanswered):
+class RequestTimeout(RequestEnded):
     """It took longer than it may."""
 
 
-class ShutsDown(Unanswered):
+class ServerShutdown(RequestEnded):
     """The engine ends."""
 
 
@@ -68,7 +69,7 @@ class Job:
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float = math.nan  # when it left the queue
     is_gone: bool = False  # set by whoever does not wait any more
-    over: Unanswered | None = None  # why it is to end
+    over: RequestEnded | None = None  # why it is to end
 
 
 class Engine:
@@ -92,7 +93,7 @@ class Engine:
         batch_size: int,
         max_waiting: int,
     ) -> None:
-        self._batch: Batch[int] = Batch(strategy, model, config, batch_size)
+        self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size)
         self._model = model
         self._batch_size, self.most_jobs = batch_size, batch_size + max_waiting
         self._waiting: deque[Job] = deque()
@@ -123,9 +124,9 @@ class Engine:
         """
         with self._changed:
             if not self.is_up:
-                raise ShutsDown("the server shuts down")
+                raise ServerShutdown("the server shuts down")
             if self.num_waiting + self.num_in_flight + len(jobs) > self.most_jobs:
-                raise QueueIsFull(f"{self.num_waiting} requests wait already: try again later")
+                raise QueueFull(f"{self.num_waiting} requests wait already: try again later")
             self._waiting.extend(jobs)
             self._changed.notify()
 
@@ -146,7 +147,7 @@ class Engine:
         """Do what is submitted, until it is to stop; whether all went well."""
         try:
             while self._is_wanted():
-                self._round()
+                self._step()
             return True
         except Exception:
             _log.exception("the engine failed")
@@ -158,8 +159,8 @@ class Engine:
                 self._in_flight.clear()
                 self._waiting.clear()
             for job in left:
-                self._end(job, ShutsDown("the server failed"))
-            agreed(self._model, None)
+                self._end(job, ServerShutdown("the server failed"))
+            broadcast_from_rank0(self._model, None)
 
     def _is_wanted(self) -> bool:
         """Waits for work; False where there will be no more."""
@@ -167,7 +168,7 @@ class Engine:
             self._changed.wait_for(lambda: self._waiting or self._in_flight or self._is_stopped)
             return bool(self._waiting or self._in_flight)
 
-    def _round(self) -> None:
+    def _step(self) -> None:
         """End what is over, admit what there is room for, make a round, and tell what has ended."""
         over = [number for number, job in self._in_flight.items() if self._is_over(job)]
         with self._changed:
@@ -181,16 +182,16 @@ class Engine:
             self._end(job, job.over)
         # All that a clock or a client decides, once a round: each is a wait for the other processes.
         requests = [(job.request.ids, job.request.seed, job.request.config) for job in admitted.values()]
-        agreed(self._model, (over, requests))
-        self._batch.cancel(over)
+        broadcast_from_rank0(self._model, (over, requests))
+        self._scheduler.cancel(over)
         for number, job in admitted.items():
             job.admitted = time.perf_counter()
-            self._batch.admit(number, job.request)
+            self._scheduler.add_request(number, job.request)
         try:
-            self._batch.round()
+            self._scheduler.step()
         except Exception:  # it is the result of each of the rows, and of no other job
-            _log.exception("a round of %d rows failed", len(self._batch.rows))
-        for number, result in self._batch.take_out():
+            _log.exception("a round of %d rows failed", len(self._scheduler.batch))
+        for number, result in self._scheduler.pop_finished():
             job = self._in_flight.pop(number)
             self._end(job, job.over or result)
 
@@ -198,11 +199,11 @@ class Engine:
         """Whether it is to end although its answer has not, and why."""
         now = time.perf_counter()
         if job.is_gone:
-            job.over = IsGone("nobody waits for the answer")
+            job.over = ClientDisconnected("nobody waits for the answer")
         elif now > job.arrived + job.most_seconds:
-            job.over = TimeIsUp(f"no answer after {job.most_seconds:g} seconds")
+            job.over = RequestTimeout(f"no answer after {job.most_seconds:g} seconds")
         elif now > self._ends_at:
-            job.over = ShutsDown("the server shuts down")
+            job.over = ServerShutdown("the server shuts down")
         return job.over is not None
 
     def _end(self, job: Job, result: GenerationStrategyResult | Exception | None) -> None:
@@ -217,13 +218,15 @@ def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch
     """Do what the engine of the first process does, up to its end."""
     model, strategy = generator.model, generator.generation_strategy
     assert isinstance(strategy, DecodingStrategy)
-    batch: Batch[int] = Batch(strategy, model, config, batch_size)
+    scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size)
     numbers = itertools.count()
-    while (told := agreed(model, None)) is not None:
+    while (told := broadcast_from_rank0(model, None)) is not None:
         over, requests = told
-        batch.cancel(over)
+        scheduler.cancel(over)
         for ids, seed, own in requests:
-            batch.admit(next(numbers), generator.prepared(Request(ids, seed=seed, config=own), own)[0])
+            scheduler.add_request(
+                next(numbers), generator.prepared(Request(ids, seed=seed, config=own), own)[0]
+            )
         with suppress(Exception):  # the first process says so
-            batch.round()
-        batch.take_out()
+            scheduler.step()
+        scheduler.pop_finished()

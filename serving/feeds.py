@@ -21,7 +21,7 @@ from self_speculation.speculative_streamer import Cell
 _CONTEXT = 8  # tokens before one, so that it reads as it does there
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     """What is new of an answer."""
 
     text: str
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     pending: str = ""  # what is drafted after all text so far
 
 
-Tell = Callable[[Piece], None]
+Tell = Callable[[Delta], None]
 
 
 class TextFeed(StandardTextStreamer):
@@ -47,7 +47,7 @@ class TextFeed(StandardTextStreamer):
 
     def _write(self, cells: list[Cell]) -> None:
         if cells:
-            self._tell(Piece("".join(char for char, _ in cells)))
+            self._tell(Delta("".join(char for char, _ in cells)))
 
 
 class DraftFeed(SpeculativeTextStreamer):
@@ -68,9 +68,9 @@ class DraftFeed(SpeculativeTextStreamer):
         pending = "".join(char for char, _ in after)
         for style, run in groupby(cells, key=lambda cell: cell[1]):
             text = "".join(char for char, _ in run)
-            self._tell(Piece(text, len(text) if style == "accepted" else 0, pending))
+            self._tell(Delta(text, len(text) if style == "accepted" else 0, pending))
         if not cells and pending != self._pending:
-            self._tell(Piece("", 0, pending))
+            self._tell(Delta("", 0, pending))
         self._pending = pending
 
 
@@ -83,7 +83,7 @@ class Scored(NamedTuple):
     likeliest: list[tuple[str, float]]  # the tokens that it found most likely
 
 
-class Scores:
+class LogprobCollector:
     """A stopping criterion that is never met, and notes each token's log-probability.
 
     Those of the target, after logits processors, before temperature and top-p. What ends an answer (an end

@@ -17,7 +17,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 
 
 @dataclass(frozen=True)
-class Answered:
+class FinishedRequest:
     """An answer and what it took."""
 
     job: Job
@@ -64,7 +64,7 @@ class Metrics:
     def count_refused(self, status: int) -> None:
         self._refused.labels(str(status)).inc()
 
-    def count(self, answered: Answered) -> None:
+    def count(self, answered: FinishedRequest) -> None:
         result = answered.result
         self._answers.labels(result.stop_reason).inc()
         self._prompt_tokens.inc(result.num_prompt_tokens)
@@ -81,7 +81,7 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def usage(answered: Sequence[Answered], n: int) -> dict[str, Any]:
+def usage(answered: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
     """Of a request with n answers to each prompt, in the order of their indices; a prompt counts once."""
     first = [each.result for each in answered[::n]]
     prompt, completion = sum(r.num_prompt_tokens for r in first), sum(each.num_tokens for each in answered)
@@ -93,7 +93,7 @@ def usage(answered: Sequence[Answered], n: int) -> dict[str, Any]:
     }
 
 
-def metrics(answered: Sequence[Answered]) -> dict[str, Any]:
+def metrics(answered: Sequence[FinishedRequest]) -> dict[str, Any]:
     """Of all answers to a request: how fast they came, and what became of drafts; see docs/serving.md."""
     results = [each.result for each in answered]
     seconds = max(result.decode_time for result in results)

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from self_speculation import GenerationConfig
-from serving.feeds import Piece, Scored
+from serving.feeds import Delta, Scored
 
 # Fields that cannot be honoured, with the values that ask for nothing. Null asks for nothing everywhere.
 _NEUTRAL: dict[str, list[Any]] = {
@@ -71,7 +71,7 @@ _Text = Annotated[str, AfterValidator(_encodable)]  # JSON can spell halves of c
 _Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
-class Refused(Exception):
+class APIError(Exception):
     """A request that gets no answer, and why.
 
     Args:
@@ -88,19 +88,19 @@ class Refused(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def _refusal(error: ValidationError) -> Refused:
+def _refusal(error: ValidationError) -> APIError:
     """Of a request that is none, by what pydantic found first."""
     first = error.errors(include_url=False)[0]
     param = ".".join(map(str, first["loc"]))
     if first["type"] == "model_type" and not param:
-        return Refused("the body must be a JSON object")
+        return APIError("the body must be a JSON object")
     if first["type"] == "extra_forbidden":
         is_known = first["loc"][-1] in _NEUTRAL
         message = f"{param}: {'this server cannot honour it' if is_known else 'no such field'}, leave it out"
     else:
         value = "" if first["type"] == "missing" else f" {_short.repr(first['input']):.60}"
         message = f"{param or 'the body'}{value}: {first['msg'].removeprefix('Value error, ')}"
-    return Refused(message, param=param or None)
+    return APIError(message, param=param or None)
 
 
 class _Strict(BaseModel):
@@ -142,7 +142,7 @@ class _Message(_Strict):
         return {"role": role, "content": "\n".join(part.text for part in self.content)}
 
 
-class Asked(_Strict, ABC):
+class BaseRequest(_Strict, ABC):
     """What both kinds of requests may say."""
 
     object_name: ClassVar[str]
@@ -201,7 +201,7 @@ class Asked(_Strict, ABC):
     def part(
         self,
         index: int,
-        piece: Piece,
+        piece: Delta,
         scored: list[Scored] | None,
         is_first: bool,
         stop_reason: str | None = None,
@@ -232,7 +232,7 @@ class Asked(_Strict, ABC):
         """Tokens with their log-probabilities."""
 
 
-class ChatRequest(Asked):
+class ChatRequest(BaseRequest):
     """The next turn of a conversation."""
 
     object_name = "chat.completion"
@@ -274,7 +274,7 @@ class ChatRequest(Asked):
         return {"content": content, "refusal": None}
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(BaseRequest):
     """A text, or several, to go on with."""
 
     object_name = "text_completion"
@@ -318,7 +318,7 @@ class CompletionRequest(Asked):
         }
 
 
-R = TypeVar("R", bound=Asked)
+R = TypeVar("R", bound=BaseRequest)
 
 
 def read(kind: type[R], body: bytes) -> R:
@@ -332,7 +332,7 @@ def read(kind: type[R], body: bytes) -> R:
     except ValidationError as error:
         raise _refusal(error) from None
     except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not JSON: {error}") from None
+        raise APIError(f"the body is not JSON: {error}") from None
 
 
 def frame(name: str, model: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation import GenerationConfig, make_strategy
 from self_speculation.drafts.policy import PLAIN, Plan
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.fused_layers import fuse
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def tiny_llama(
     fused: bool = False,
     **config: object,
 ) -> LlamaForCausalLM:
-    """A random Llama in fp32, with lean layers if `fused`.
+    """A random Llama in fp32, with fused layers if `fused`.
 
     agreement: how often its early exits guess its own token: `always` (the layers from `exit_layer` on add
     nothing), `never` (the last one turns every logit's sign), `sometimes`.
@@ -98,30 +98,30 @@ def generate(model, prompt, strategy=None, **config):
 
 
 def planned(choose):
-    """What takes the place of `AdaptivePolicy.plan`: a test chooses, by what matches and by the rooms."""
+    """What takes the place of `AdaptivePolicy.plan`: a test chooses, by what matches and by the limits."""
 
-    def plan(policy, matched, rooms):
-        policy._plan = choose(matched, rooms)
+    def plan(policy, matched, limits):
+        policy._plan = choose(matched, limits)
         return policy._plan
 
     return plan
 
 
-def drawn_plan(matched, rooms, choice, integer):
+def drawn_plan(matched, limits, choice, integer):
     """A plan for adaptive decoding of any kind that there is.
 
     Args:
         choice: draws one of some things.
         integer: draws a number, from and to.
     """
-    if not max(rooms):
+    if not max(limits):
         return Plan()
-    found = zip(matched["lookup"], rooms, strict=True)
-    lookups = [choice([PLAIN, "lookup"]) if number and room else PLAIN for number, room in found]
+    found = zip(matched["lookup"], limits, strict=True)
+    lookups = [choice([PLAIN, "lookup"]) if number and limit else PLAIN for number, limit in found]
     source = choice([PLAIN, *sorted(matched.keys() - {"lookup"})])
     if source == PLAIN and not any(lookups):
         return Plan()
-    length, looked_up = (integer(1, max(rooms)) for _ in range(2))
+    length, looked_up = (integer(1, max(limits)) for _ in range(2))
     # A trial's draft ends where it is told to, and not by the policy's numbers.
     return Plan(source, length, lookups, looked_up, is_trial=choice([True, False]))
 

@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_llama
 from scipy.stats import chisquare
 
-from self_speculation import GenerationConfig, Request, Sampler, Verdict, make_strategy
+from self_speculation import GenerationConfig, Request, Sampler, Verification, make_strategy
 from self_speculation.decoding import sampling
 from self_speculation.decoding.sampling import verify_draft
 
@@ -91,7 +91,7 @@ def p_value(counts, probabilities):
 
 def accepts_everything(draft_tokens, *rest):
     honest = verify_draft(draft_tokens, *rest)
-    return Verdict(torch.full_like(honest.num_accepted, draft_tokens.shape[1]), honest.next_token)
+    return Verification(torch.full_like(honest.num_accepted, draft_tokens.shape[1]), honest.next_token)
 
 
 def drawn_at(place, target_logits, sampler):
@@ -103,7 +103,7 @@ def drawn_at(place, target_logits, sampler):
 def resamples_from_the_target(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
     """Forgets to take q out of p after a rejection."""
     honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler, *rest)
-    return Verdict(honest.num_accepted, drawn_at(honest.num_accepted, target_logits, sampler))
+    return Verification(honest.num_accepted, drawn_at(honest.num_accepted, target_logits, sampler))
 
 
 def forgets_what_was_not_drafted(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
@@ -115,11 +115,11 @@ def forgets_what_was_not_drafted(draft_tokens, draft_probabilities, target_logit
     at = place.clamp(max=k - 1)[:, None, None]
     undraftable = draft_probabilities.take_along_dim(at, 1) == 0
     narrowed = torch.where(undraftable & (place < k)[:, None, None], -torch.inf, target_logits)
-    return Verdict(place, drawn_at(place, narrowed, sampler))
+    return Verification(place, drawn_at(place, narrowed, sampler))
 
 
 def judges_by_the_argmax(draft_tokens, _, target_logits, sampler, *_rest):
     """The greedy rule on sampled drafts."""
     agrees = draft_tokens == target_logits[:, :-1].argmax(-1)
     accepted = agrees.long().cumprod(1).sum(1)
-    return Verdict(accepted, drawn_at(accepted, target_logits, sampler))
+    return Verification(accepted, drawn_at(accepted, target_logits, sampler))

@@ -25,7 +25,7 @@ from transformers import GenerationConfig as TransformersConfig
 
 import self_speculation.self_speculation_generator as self_speculation_generator
 from self_speculation import SpeculativeTextStreamer, self_speculative_generate
-from self_speculation.model.decoder import Decoder
+from self_speculation.model.model_runner import ModelRunner
 
 PROMPT = torch.tensor([[5, 9, 4, 7, 7, 3]])
 SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "num_speculations": 3}
@@ -368,13 +368,13 @@ def test_the_names_that_transformers_has_for_early_exits(batch, monkeypatch, rou
     """Guards against a call for drafts of transformers that, with one argument more, is refused or drafts by
     another exit, and against its default length in place of one that is given.
     """
-    exits, run = [], Decoder.run
+    exits, run = [], ModelRunner.run
 
     def watch(self, inputs, first, last, num_logits):
         exits.append(last)
         return run(self, inputs, first, last, num_logits)
 
-    monkeypatch.setattr(Decoder, "run", watch)
+    monkeypatch.setattr(ModelRunner, "run", watch)
     model, options = tiny_llama(), {"attention_mask": batch.ne(0).long(), "pad_token_id": 0}
     options |= {"do_sample": False, "max_new_tokens": 12}
     plain = model.generate(batch, **options).tolist()

@@ -6,16 +6,16 @@ from conftest import assert_close, generate, tiny_llama, transformers_generate
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from self_speculation.llama_model_utils import crop_past_key_values
-from self_speculation.model.decoder import (
+from self_speculation.model.families import SUPPORTED_MODEL_TYPES, context_length
+from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
+from self_speculation.model.model_runner import (
     PREFILL_CHUNK,
-    Decoder,
+    ModelRunner,
     forward,
     forward_early,
     forward_remainder,
     prefill,
 )
-from self_speculation.model.families import SUPPORTED_MODEL_TYPES, context_length
-from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, fuse
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
 SHAPE = {
@@ -47,26 +47,26 @@ def pieces_match_the_whole(model):
     with torch.inference_mode():
         expected = model(ids).logits
     compare_pieces(model, ids, expected)
-    lean = fuse(model)
-    assert lean == (len(model.base_model.layers) if recognised(model.config) else 0)
+    fused = fuse(model)
+    assert fused == (len(model.base_model.layers) if recognised(model.config) else 0)
     compare_pieces(model, ids, expected)
 
 
 def recognised(config):
-    return config.model_type in LEAN_MODEL_TYPES and config._attn_implementation == "sdpa"
+    return config.model_type in FUSED_MODEL_TYPES and config._attn_implementation == "sdpa"
 
 
 def compare_pieces(model, ids, expected):
     with torch.inference_mode():
         again_by_transformers = model(ids).logits
-        decoder = Decoder(model, prompt_length=6, num_positions=12)
-        prompt = forward(decoder, ids[:, :6], num_logits=6).logits
-        hidden = [forward_early(decoder, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
-        last = forward_early(decoder, ids[:, 9:10], 2, num_logits=0)
+        runner = ModelRunner(model, prompt_length=6, num_positions=12)
+        prompt = forward(runner, ids[:, :6], num_logits=6).logits
+        hidden = [forward_early(runner, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
+        last = forward_early(runner, ids[:, 9:10], 2, num_logits=0)
         assert last.logits.numel() == 0
-        verified = forward_remainder(decoder, torch.cat([*hidden, last.hidden], 1), 2).logits
-        decoder.cache.rollback(2)
-        again = forward(decoder, ids[:, 8:12], num_logits=4).logits
+        verified = forward_remainder(runner, torch.cat([*hidden, last.hidden], 1), 2).logits
+        runner.cache.rollback(2)
+        again = forward(runner, ids[:, 8:12], num_logits=4).logits
         *_, trained_on = hidden_after_each_layer(model, ids)
         trained_on = exit_logits(model, trained_on)
     for logits, positions in (
@@ -127,13 +127,13 @@ def test_longrope_ends_at_its_original_context():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention, monkeypatch):
     """Guards against a mask that lets a later chunk see too little, or its own future."""
-    monkeypatch.setattr("self_speculation.model.decoder.PREFILL_CHUNK", 20)
+    monkeypatch.setattr("self_speculation.model.model_runner.PREFILL_CHUNK", 20)
     model = family("llama", attention)
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 70))
-    for _ in ("plain", "lean"):
+    for _ in ("plain", "fused"):
         with torch.inference_mode():
-            decoder = Decoder(model, prompt_length=70, num_positions=75)
-            last = prefill(decoder, ids, 4).logits[:, 0]
+            runner = ModelRunner(model, prompt_length=70, num_positions=75)
+            last = prefill(runner, ids, 4).logits[:, 0]
             assert_close(last, model(ids).logits[:, -1], computed_in=torch.float32)
         fuse(model)
 

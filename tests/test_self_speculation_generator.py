@@ -253,7 +253,7 @@ def test_early_exit_is_the_truncated_model():
 
 
 def test_a_cache_that_has_to_grow_changes_nothing(monkeypatch):
-    monkeypatch.setattr("self_speculation.model.decoder._FIRST_ALLOCATION", 3)
+    monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 3)
     reference = transformers_generate(tiny_llama(), PROMPT, 40, -1)
     for extra in ({}, {"exit_layer": 2, "num_speculations": 6}):
         assert generate(tiny_llama(), PROMPT, max_steps=40, eos=[], **extra).predicted_tokens == reference

@@ -7,7 +7,7 @@ import torch
 from conftest import drawn_plan, generate, planned, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.batch import Batch
 from self_speculation.drafts.policy import AdaptivePolicy
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
@@ -42,8 +42,8 @@ def reads(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, count)
     # Copies are made and looked at once, when an answer begins. Only on a CPU are layers traced.
-    monkeypatch.setattr("self_speculation.model.products.contents", lambda groups: [()] * len(groups))
-    monkeypatch.setattr("self_speculation.model.traced._can_be_traced", lambda *_: False)
+    monkeypatch.setattr("self_speculation.model.linear.contents", lambda groups: [()] * len(groups))
+    monkeypatch.setattr("self_speculation.model.traced_runner._can_be_traced", lambda *_: False)
     return counting
 
 
@@ -122,13 +122,13 @@ def test_what_is_shown_is_read_once(reads):
 @pytest.mark.parametrize("fault", ["token", "confidence"])
 def test_the_count_sees_a_read_too_many(fault, reads, monkeypatch):
     """The counts above mean something: an extra read in the middle is found."""
-    propose = Rows.propose
+    propose = Batch.propose
 
     def twice(self, tokens, *rest):
         int(tokens) if fault == "token" else tokens.cpu()
         return propose(self, tokens, *rest)
 
-    monkeypatch.setattr(Rows, "propose", twice)
+    monkeypatch.setattr(Batch, "propose", twice)
     with reads:
         result = generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=3, max_steps=30, eos=[])
     assert reads.number == 1 + result.num_verifications + result.num_drafted

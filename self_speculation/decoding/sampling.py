@@ -26,7 +26,7 @@ _LIKELY = 128
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledTokens:
     """One token for each of n rows of logits, and the distributions that they were drawn from."""
 
     tokens: Tensor  # [n]
@@ -34,7 +34,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """Outcome of verifying k drafted tokens of each row, on the device of the logits."""
 
     num_accepted: Tensor  # [...] m, 0 <= m <= k: length of the longest valid prefix of the draft
@@ -158,12 +158,12 @@ class Sampler:
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
         return nucleus(probabilities, self.top_p, self.top_k) if self.top_p < 1 else probabilities
 
-    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> Choice:
+    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
         """Pick one token for each row of logits [n, V], with random numbers [n] if they are given."""
         if self.greedy:
-            return Choice(logits.argmax(-1), None)
+            return SampledTokens(logits.argmax(-1), None)
         probabilities = self.probabilities(logits)
-        return Choice(draw(probabilities, numbers), probabilities)
+        return SampledTokens(draw(probabilities, numbers), probabilities)
 
 
 class SamplerOfRows:
@@ -209,13 +209,13 @@ class SamplerOfRows:
         most_likely = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(each(self._greedy), most_likely, probabilities)
 
-    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> Choice:
+    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
         """As of `Sampler`, for logits [B, V]."""
         probabilities = self.probabilities(logits)
-        return Choice(draw(probabilities, numbers), probabilities)
+        return SampledTokens(draw(probabilities, numbers), probabilities)
 
 
-def together(samplers: Sequence[Sampler], device: torch.device) -> Sampler | SamplerOfRows:
+def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler | SamplerOfRows:
     """One sampler for rows of which each has its own; that of all where they agree."""
     first = samplers[0]
     alike = all(sampler == first or (sampler.greedy and first.greedy) for sampler in samplers)
@@ -257,7 +257,7 @@ def verify_draft(
     sampler: Sampler | SamplerOfRows,
     lengths: Tensor | None = None,
     numbers: Tensor | None = None,
-) -> Verdict:
+) -> Verification:
     """Accept the longest valid prefix of a draft and pick one more token, so that the output is what the
     target alone would give; for B rows, or for one.
 
@@ -281,7 +281,7 @@ def verify_draft(
     if sampler.greedy:
         target_tokens = target_logits.argmax(-1)  # [B, k+1]
         num_accepted = _prefix_length(draft_tokens == target_tokens[..., :k], lengths)
-        return Verdict(num_accepted, target_tokens.gather(-1, num_accepted[..., None])[..., 0])
+        return Verification(num_accepted, target_tokens.gather(-1, num_accepted[..., None])[..., 0])
 
     if numbers is None:
         shape = target_logits.shape[:-1]
@@ -303,7 +303,7 @@ def verify_draft(
     residual = (p_next - q_next).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     next_token = draw(residual.view(-1, residual.shape[-1]), numbers[..., k].reshape(-1))
-    return Verdict(num_accepted, next_token.view(num_accepted.shape))
+    return Verification(num_accepted, next_token.view(num_accepted.shape))
 
 
 def _prefix_length(accepted: Tensor, lengths: Tensor | None) -> Tensor:

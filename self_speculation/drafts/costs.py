@@ -1,7 +1,5 @@
-"""What a round costs, for the policy that plans rounds, the sweep, and the formula.
-
-Estimates follow from the bytes that passes read and from what a processor computes. A sweep calibrates them;
-adaptive decoding corrects them by its rounds.
+"""The cost of a round: estimated from the bytes that passes read, calibrated by a sweep, corrected by the
+rounds of adaptive decoding.
 """
 
 from __future__ import annotations
@@ -20,19 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from self_speculation.config import DraftWeights
-    from self_speculation.model.decoder import Decoder
+    from self_speculation.model.model_runner import ModelRunner
 
 
 @dataclass(frozen=True)
 class Costs:
-    """All in one unit, whichever: seconds where they were measured, plain steps where they are estimated.
+    """In one unit: seconds if measured, plain steps if estimated.
 
     Args:
-        plain_step: one token by autoregressive decoding at full depth.
+        plain_step: one autoregressive token at full depth.
         draft_step: exit layer -> one drafted token.
-        verifications: exit layer -> what follows a draft of `lengths` tokens made there, until the next draft
-            begins; 0: the draft left nothing to go on from, and all layers verify.
-        lengths: from 0 up; what lies in between is interpolated.
+        verifications: exit layer -> everything between a draft of `lengths` tokens and the next draft; exit
+            layer 0: all layers verify.
+        lengths: from 0 up; costs between them are interpolated.
     """
 
     plain_step: float
@@ -44,12 +42,12 @@ class Costs:
         return float(numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer]))
 
     def round(self, exit_layer: int, num_drafted: int) -> float:
-        """With tokens drafted at an exit layer; 0: with tokens that cost nothing to draft, or with none."""
+        """With tokens drafted at an exit layer; exit layer 0: drafts are free."""
         drafts = num_drafted * self.draft_step[exit_layer] if exit_layer else 0.0
         return drafts + self.verification(exit_layer, num_drafted)
 
     def draft_ratio(self, exit_layer: int) -> float:
-        """c of the formula: a drafted token, in plain steps."""
+        """c of the formula: a drafted token in plain steps."""
         return self.draft_step[exit_layer] / self.plain_step
 
     @classmethod
@@ -60,9 +58,8 @@ class Costs:
         draft_weights: DraftWeights,
         draft_vocabulary: int | None = None,
     ) -> Costs:
-        """By bytes of weights read: a draft step takes c = (E + h) / (L + h), h being the head's size in
-        layers (E + h N / V with N of V rows of it), and a verification as much as a plain step, however wide
-        it is.
+        """By bytes of weights: a draft step is c = (E + h) / (L + h), where the head has the size of h
+        layers, or (E + h N / V) / (L + h) for N of its V rows. A verification is a plain step at any width.
         """
         layers = model.base_model.layers
         head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
@@ -78,24 +75,24 @@ class Costs:
         )
 
 
-# What a pass over n tokens costs, in passes over one, by what multiplies: between these n it is a line.
+# Cost of a pass over n tokens, relative to one token, by kernel; linear in between.
 _TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _GROWTH: Mapping[str, Sequence[float]] = {
-    "float16": (1.0, 1.06, 1.18, 1.5, 2.5, 4.6, 9.0),  # of weights, inputs in float32 (FBGEMM)
+    "float16": (1.0, 1.06, 1.18, 1.5, 2.5, 4.6, 9.0),  # W16A32 (FBGEMM)
     "packed": (1.0, 1.04, 1.1, 1.25, 1.5, 2.5, 4.0),  # oneDNN
     "int4": (1.0, 1.3, 1.9, 3.0, 5.6, 11.0, 22.0),
-    "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # reading weights takes longer than multiplying
+    "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory
 }
 
 
-def growth(decoder: Decoder, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
-    """Estimates what a pass over n tokens costs, in passes over one, through a model or a copy of it."""
-    if decoder.rotary.device.type != "cpu":
+def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
+    """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
+    if runner.rotary.device.type != "cpu":
         kind = "gpu"
     elif draft_weights == "int4":
         kind = "int4"
     else:
-        kind = "float16" if decoder.dtype != decoder.model.dtype else "packed"
+        kind = "float16" if runner.dtype != runner.model.dtype else "packed"
     costs = _GROWTH[kind]
 
     def of(num_tokens: int) -> float:
@@ -107,20 +104,19 @@ def growth(decoder: Decoder, draft_weights: DraftWeights = "exact") -> Callable[
 
 
 class PassTimes:
-    """Seconds of a model's passes, learnt from rounds: one curve over the tokens of a verification, whoever
-    drafted, and one number for a token drafted by a source.
+    """Seconds of passes, learnt from rounds: one curve over the tokens of a verification, and one number for
+    each source's drafted token.
 
-    Each begins as an estimate, in plain steps of one row until a round was made. The longer ago an
-    observation is, the less it counts: a bad moment of the machine is forgotten.
+    Both begin as estimates, in plain steps of one row until the first round. Old observations decay.
 
     Args:
-        growth: estimated cost of a pass over n tokens, in passes over one.
-        warm_up: first rounds of a width that do not count: their passes may be compiled.
+        growth: estimated cost of a pass over n tokens, relative to one.
+        warm_up: rounds of each width that do not count, because passes are compiled in them.
     """
 
-    # Nothing counts as more than so many times what was expected of it.
+    # An observation counts as at most so many times its expectation.
     _TOO_LONG = 3.0
-    # The estimated slope of the curve counts as an observation of a pass that costs so many plain steps more.
+    # Weight of the estimated slope: an observation of a pass that takes so many plain steps more.
     _PRIOR_EXCESS = 0.3
 
     def __init__(self, growth: Callable[[int], float], warm_up: int = 0) -> None:
@@ -132,7 +128,7 @@ class PassTimes:
         self._estimated: dict[int, numpy.ndarray] = {}  # see `_steps`, by rows
 
     def verifications(self, num_rows: int, longest: int) -> numpy.ndarray:
-        """[longest + 1] of drafts with 0, 1, ... tokens in each row; that of none is a plain step."""
+        """[longest + 1] of 0, 1, ... drafted tokens in each row; the first is a plain step."""
         return self.plain_step(num_rows) * (
             1.0 + self._slope(num_rows).value * self._steps(num_rows, longest)
         )
@@ -144,31 +140,31 @@ class PassTimes:
         return self._units[known].value * self._growth(num_rows) / self._growth(known)
 
     def draft_step(self, source: str, num_rows: int, ratio: float, growth: Callable[[int], float]) -> float:
-        """Of one token in each row.
+        """A drafted token of each row.
 
         Args:
-            ratio: estimated cost with one row, in plain steps of one row.
-            growth: as that of the class, for the source's passes.
+            ratio: estimated cost for one row, in plain steps.
+            growth: of the source's passes.
         """
         estimate = self.plain_step(num_rows) / self._growth(num_rows) * ratio * growth(num_rows)
         known = self._drafts.get((source, num_rows))
         if known is None:
             return estimate
-        # A first draft may be a bad moment. Believed alone, it would rule out another one.
+        # A slow first draft must not rule out a second one.
         return known.value if known.count > 1.0 else min(known.value, estimate)
 
     def add_draft(self, source: str, num_rows: int, seconds: float, expected: float) -> None:
-        """Learn what a drafted token took; `expected`: what `draft_step` says."""
+        """Learn the time of a drafted token; `expected`: that of `draft_step`."""
         known = self._drafts.setdefault((source, num_rows), DecayedMean(0.0, weight=0.0))
         known.add(min(seconds, self._TOO_LONG * expected) if self._units else seconds)
 
     def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
-        """Learn what the verification of so many tokens in each row took."""
+        """Learn the time of a verification of so many tokens in each row."""
         self._runs[num_rows, num_drafted] += 1
         if self._runs[num_rows, num_drafted] <= self._warm_up:
             return
         steps = float(self._steps(num_rows, num_drafted)[-1])
-        # A first round is compared with nothing and may be a bad moment. It tells only of plain steps.
+        # Nothing bounds a first round, which may be slow: it only tells of plain steps.
         if not self._units or (num_rows not in self._units and num_drafted):
             self._units[num_rows] = DecayedMean(0.0, weight=0.0)
             self._units[num_rows].add(seconds / (1.0 + self._slope(num_rows).value * steps), weight=0.1)
@@ -186,7 +182,7 @@ class PassTimes:
         return self._excess.setdefault(num_rows, DecayedMean(1.0, weight=1.0))
 
     def _steps(self, num_rows: int, longest: int) -> numpy.ndarray:
-        """[longest + 1] the estimated cost of verifications beyond a plain step, in these."""
+        """[longest + 1] estimated cost of verifications beyond a plain step, in plain steps."""
         if len(self._estimated.get(num_rows, ())) <= longest:
             passes = numpy.array([self._growth(num_rows * (1 + n)) for n in range(longest + 1)])
             self._estimated[num_rows] = passes / passes[0] - 1.0

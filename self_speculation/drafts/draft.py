@@ -1,12 +1,13 @@
-"""What a draft is, and what its source does: `draft` proposes, `learn` is told what became of it.
+"""The interface of draft sources: `draft` proposes tokens, `learn` gets the outcome.
 
-Verification makes any draft safe, as long as it says what distribution its tokens were drawn from.
+The output is exact for any draft that states the distribution its tokens were sampled from.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from self_speculation.decoding.output import Output
-from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Sampler, SamplerOfRows
+from self_speculation.decoding.sequence import Sequence
 from self_speculation.transfers import on_device
 
 T = TypeVar("T")
@@ -25,25 +26,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Draft:
-    """k >= 0 guesses for each row, the work that verification can go on from, and what the source needs to
-    learn from the verdict.
+    """At most k >= 0 tokens for each row, and the hidden states that verification starts from.
 
     Raises:
-        ValueError: tokens that were drawn, without the distribution that they were drawn from.
+        ValueError: sampled tokens without their distribution.
     """
 
-    sampler: Sampler | SamplerOfRows  # that picked the tokens
-    sources: Sequence[str]  # [B] what drafted, by name
+    sampler: Sampler | SamplerOfRows  # of the tokens
+    sources: abc.Sequence[str]  # [B] names
     tokens: Tensor  # [B, k]
-    probabilities: Tensor | None  # [B, k, V] what they were drawn from; None when greedy
-    lengths: Sequence[int]  # [B] how many of the k are the row's draft, the rest being padding
-    exit_layer: int = 0  # the first layer that has not seen them: none has where it is 0
-    # k of [B, 1, H], of the token before each guess; and that of the last guess, if it is known already
+    probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy
+    lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
+    exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
+    # k times [B, 1, H]: the state of the token before each drafted one; and of the last one, if it is known
     exit_hidden: list[Tensor] = field(default_factory=list)
-    confidences: Sequence[
-        Sequence[float]
-    ] = ()  # of each row's guesses, where they decided how many there are
-    matched: Sequence[int] = ()  # [B] tokens that a lookup found again
+    confidences: abc.Sequence[
+        abc.Sequence[float]
+    ] = ()  # [B] probabilities of the tokens, if drafts end by them
+    matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched
 
     def __post_init__(self) -> None:
         q = self.probabilities
@@ -52,75 +52,83 @@ class Draft:
 
 
 class Guess(NamedTuple):
-    """Of the first token of a draft."""
+    """The first token of a draft that was not made yet."""
 
-    matched: int = 0  # how many tokens a lookup matched; 0 for a source that compares none
-    next_id: int | None = None  # the token; None where only a draft tells it
+    matched: int = 0  # tokens that an n-gram matched; 0 for other sources
+    next_id: int | None = None  # None: only a draft tells
 
 
 class DraftSource(ABC):
-    """Makes the drafts of one generation, or of one batch."""
+    """Makes the drafts of one batch."""
 
     @abstractmethod
-    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
-        """Propose at most k tokens after each output, and no more than there is room for, see `Rows.rooms`.
+    def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
+        """Draft up to `Batch.draft_limits` tokens for each row.
 
-        The cache may hold what the draft's layers left; where its `exit_layer` is 0, that is forgotten.
+        Layers that draft may append to the cache. If `Draft.exit_layer` is 0, that is rolled back.
 
         Args:
-            wanted: [B] the rows that tokens are wanted for; None: all.
+            wanted: [B] rows to draft for; None: all.
         """
 
-    def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:  # noqa: B027
-        """Hear what became of the last draft, row by row."""
+    def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:  # noqa: B027
+        """Learn from the outcome of the last draft.
 
-    def guesses(self, rows: Rows) -> list[Guess | None]:
-        """[B] what is known of a draft of each row before it is made; None: there is nothing to draft."""
-        return [Guess()] * len(rows)
+        Args:
+            num_accepted: [B]
+        """
 
-    def end_drafts_by(self, goes_on: Callable[[Sequence[Sequence[float]]], bool]) -> None:  # noqa: B027
-        """Ask after each token whether another one is to be drafted, by the probabilities [B][k] of those so
-        far. Sources whose drafts cost nothing do not ask.
+    def guesses(self, batch: Batch) -> list[Guess | None]:
+        """[B] what is known before drafting; None: this source has no draft for the row."""
+        return [Guess()] * len(batch)
+
+    def end_drafts_by(self, goes_on: Callable[[abc.Sequence[abc.Sequence[float]]], bool]) -> None:  # noqa: B027
+        """Draft another token while `goes_on` says so.
+
+        Sources whose drafts cost nothing ignore it.
+
+        Args:
+            goes_on: called after each token with the probabilities [B][k] of the tokens so far.
         """
 
 
-class PerOutput(Generic[T]):
-    """What a source keeps of each output, made when it is first asked for."""
+class PerSequence(Generic[T]):
+    """A value for each sequence, made on first access and dropped with the sequence."""
 
-    def __init__(self, make: Callable[[Output], T]) -> None:
+    def __init__(self, make: Callable[[Sequence], T]) -> None:
         self._make = make
-        self._made: WeakKeyDictionary[Output, T] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[Sequence, T] = WeakKeyDictionary()
 
-    def __getitem__(self, output: Output) -> T:
-        if output not in self._made:
-            self._made[output] = self._make(output)
-        return self._made[output]
-
-
-def no_draft(rows: Rows, vocab_size: int) -> Draft:
-    """No tokens for any row."""
-    tokens, drawn_from = rows.joined([], vocab_size)
-    return Draft(rows.sampler, ["none"] * len(rows), tokens, drawn_from, [0] * len(rows))
+    def __getitem__(self, sequence: Sequence) -> T:
+        if sequence not in self._made:
+            self._made[sequence] = self._make(sequence)
+        return self._made[sequence]
 
 
-def mixed(rows: Rows, first: Draft, second: Draft, from_first: Sequence[bool]) -> Draft:
-    """Some rows of one draft, the others of another. No layer has seen the tokens of all rows, so all of them
-    verify.
+def no_draft(batch: Batch, vocab_size: int) -> Draft:
+    """A draft of no tokens."""
+    tokens, q = batch.stack([], vocab_size)
+    return Draft(batch.sampler, ["none"] * len(batch), tokens, q, [0] * len(batch))
+
+
+def mixed(batch: Batch, first: Draft, second: Draft, from_first: abc.Sequence[bool]) -> Draft:
+    """Take some rows of one draft and the other rows of another. All layers verify the result: none of them
+    has processed all rows.
     """
     width = max(first.tokens.shape[1], second.tokens.shape[1])
     taken = on_device(from_first, first.tokens.device).bool()[:, None]  # [B, 1]
 
-    def widened(draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """Its tokens [B, k], padded as in `Rows.choose`, and what they were drawn from."""
+    def padded(draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """Tokens and distributions, with padding as in `Batch.sample_draft`."""
         missing, q = width - draft.tokens.shape[1], draft.probabilities
-        tokens = torch.cat((draft.tokens, rows.last.expand(-1, missing)), 1)
+        tokens = torch.cat((draft.tokens, batch.last.expand(-1, missing)), 1)
         return tokens, None if q is None else pad(q, (0, 0, 0, missing))
 
-    def chosen(a: Sequence, b: Sequence) -> list:
+    def chosen(a: abc.Sequence, b: abc.Sequence) -> list:
         return [x if wins else y for x, y, wins in zip(a, b, from_first, strict=True)]
 
     none, nothing = [0] * len(from_first), [()] * len(from_first)
-    (tokens, q), (other_tokens, other_q) = widened(first), widened(second)
+    (tokens, q), (other_tokens, other_q) = padded(first), padded(second)
     return Draft(
         first.sampler,
         chosen(first.sources, second.sources),

@@ -1,4 +1,4 @@
-"""A mean that is learnt while it is used: what was seen last counts most."""
+"""A running mean with a prior and exponential decay."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 
 class DecayedMean:
-    """The mean of a prior and of what was seen, the latest most.
+    """The mean of a prior and of observations, whose weight decays.
 
     Args:
-        prior: a number, or what gives it whenever it is asked for.
-        weight: observations that the prior counts as.
-        decay: the share of an observation that counts one later.
+        prior: a number, or a function that returns it.
+        weight: of the prior, in observations.
+        decay: factor on all observations with each new one.
     """
 
     def __init__(self, prior: float | Callable[[], float], weight: float = 2.0, decay: float = 0.95) -> None:
@@ -25,11 +25,11 @@ class DecayedMean:
 
     @property
     def count(self) -> float:
-        """Observations that still count."""
+        """Weight of the observations."""
         return self._count
 
     def add(self, value: float, weight: float = 1.0) -> None:
-        """See a value, as so many observations."""
+        """Add a value that counts as `weight` observations."""
         share = self._decay**weight
         self._sum = share * self._sum + weight * value
         self._count = share * self._count + weight

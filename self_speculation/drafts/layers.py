@@ -6,93 +6,90 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.sampling import Choice
-from self_speculation.drafts.draft import Draft, DraftSource, PerOutput
+from self_speculation.decoding.batch import Batch
+from self_speculation.decoding.sampling import SampledTokens
+from self_speculation.drafts.draft import Draft, DraftSource, PerSequence
 from self_speculation.drafts.threshold import Threshold
-from self_speculation.model.decoder import Decoder, forward_early
+from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.short_head import ShortHead
 
 Confidences = Sequence[Sequence[float]]  # [B][k] the probabilities of drafted tokens
 
 
 class LayerDrafts(DraftSource):
-    """Guesses of the first layers: each pass gives every row one more token.
+    """The first layers draft: each pass gives every row one token.
 
-    Reads from the device: one for each drafted token if its probability decides whether another one follows,
-    or if drafts are shown, or both; otherwise none. A GPU begins the next pass of the model's own layers
-    before that is decided. If the draft ends there, the pass is not lost: it took the last guess through the
-    first layers, which verification needs anyway.
+    Reads from the device: one for each drafted token if drafts end by confidence or are shown; otherwise
+    none. A GPU begins the next pass of the model's own layers before that read arrives. If the draft ends
+    there, the pass is not lost: verification needs the last token's state at the exit layer anyway.
 
     Args:
-        drafter: runs the layers: the model's decoder, or one over a copy of them.
-        exit_layer: how many layers draft.
-        copied_in: the format of a copy of the layers; empty: they are the model's own. Verification goes on
-            from the cache and the exit states that the model's own layers leave. What a copy leaves is less
-            exact, and forgotten.
-        threshold: makes, for one output, what decides where its draft stops before k tokens; None: drafts
-            never stop early. Passes go on until the drafts of all rows have stopped.
+        drafter: runs the model's layers, or a copy of them.
+        exit_layer: number of layers that draft.
+        copied_in: the format of the copy; empty: the model's own layers draft. Verification starts from
+            their cache and exit states; those of a copy are less exact and dropped.
+        threshold: makes the rule that ends a sequence's drafts before k tokens; None: no rule. Passes go on
+            until the drafts of all rows have ended.
     """
 
     def __init__(
         self,
-        drafter: Decoder,
+        drafter: ModelRunner,
         exit_layer: int,
         copied_in: str = "",
         threshold: Callable[[], Threshold] | None = None,
     ) -> None:
         self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, not copied_in
         self.name = f"exit {exit_layer}, {copied_in}" if copied_in else f"exit {exit_layer}"
-        self._thresholds = None if threshold is None else PerOutput(lambda output: threshold())
-        self._goes_on: Callable[[Rows, Confidences], Sequence[bool]] | None = None
+        self._thresholds = None if threshold is None else PerSequence(lambda sequence: threshold())
+        self._goes_on: Callable[[Batch, Confidences], Sequence[bool]] | None = None
         if self._thresholds is not None:
             self._goes_on = self._by_thresholds
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
-    def draft(self, rows: Rows, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+    def draft(self, batch: Batch, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         if isinstance(self._drafter.head, ShortHead):
-            self._drafter.head.see(rows.outputs)
-        rooms = rows.rooms(k, wanted)
-        inputs, reading = rows.last, None
-        choices: list[Choice] = []
+            self._drafter.head.see(batch.sequences)
+        limits = batch.draft_limits(k, wanted)
+        inputs, reading = batch.last, None
+        sampled_tokens: list[SampledTokens] = []
         exit_hidden: list[Tensor] = []
-        lengths = [0] * len(rooms)
-        confidences: list[list[float]] = [[] for _ in rooms]
+        lengths = [0] * len(limits)
+        confidences: list[list[float]] = [[] for _ in limits]
 
         def end_where_unlikely() -> None:
-            """Read the last confidences, and leave no room where a draft ends with them."""
+            """Read the confidences of the last tokens, and limit the drafts that end there."""
             if self._goes_on is None or reading is None:
                 return
             new = [row for row, length in enumerate(lengths) if len(confidences[row]) < length]
             for row in new:
-                confidences[row].append(reading.wait()[len(rows) + row])
-            if new and max(rooms) > max(lengths):
-                for row, goes_on in enumerate(self._goes_on(rows, confidences)):
-                    rooms[row] = rooms[row] if goes_on else lengths[row]
+                confidences[row].append(reading.wait()[len(batch) + row])
+            if new and max(limits) > max(lengths):
+                for row, goes_on in enumerate(self._goes_on(batch, confidences)):
+                    limits[row] = limits[row] if goes_on else lengths[row]
 
-        # The token whose low probability ends a draft stays in it: dropping tokens by what they are would
-        # change the distribution of the output.
-        for i in range(max(rooms)):
+        # The token that ends a draft stays in it: dropping tokens by their value would bias the output.
+        for i in range(max(limits)):
             if not self._runs_ahead:
                 end_where_unlikely()
-                if i >= max(rooms):
+                if i >= max(limits):
                     break
             early = forward_early(self._drafter, inputs, self._exit_layer)
             exit_hidden.append(early.hidden)
             end_where_unlikely()
-            going = [i < room for room in rooms]
-            if not any(going):
+            is_drafting = [i < limit for limit in limits]
+            if not any(is_drafting):
                 break
-            choice, logits = rows.choose(early.logits[:, 0], i, going)
-            choices.append(choice)
-            lengths = [length + goes for length, goes in zip(lengths, going, strict=True)]
-            reading = rows.propose(choice.tokens, i, going, self._confidence(choice, logits))
-            inputs = choice.tokens[:, None]
-        end_where_unlikely()  # nothing depends on the last confidences, but they are learnt from
-        tokens, probabilities = rows.joined(choices, self._drafter.config.vocab_size)
+            sampled, logits = batch.sample_draft(early.logits[:, 0], i, is_drafting)
+            sampled_tokens.append(sampled)
+            lengths = [length + drafts for length, drafts in zip(lengths, is_drafting, strict=True)]
+            reading = batch.propose(sampled.tokens, i, is_drafting, self._confidence(sampled, logits))
+            inputs = sampled.tokens[:, None]
+        end_where_unlikely()  # `learn` needs the last confidences
+        tokens, probabilities = batch.stack(sampled_tokens, self._drafter.config.vocab_size)
         return Draft(
-            rows.sampler,
-            [self.name] * len(rooms),
+            batch.sampler,
+            [self.name] * len(limits),
             tokens,
             probabilities,
             lengths,
@@ -101,27 +98,27 @@ class LayerDrafts(DraftSource):
             confidences,
         )
 
-    def learn(self, rows: Rows, draft: Draft, num_accepted: Sequence[int]) -> None:
+    def learn(self, batch: Batch, draft: Draft, num_accepted: Sequence[int]) -> None:
         if self._thresholds is None:
             return
-        for row, output in enumerate(rows.outputs):
+        for row, sequence in enumerate(batch.sequences):
             if draft.sources[row] == self.name:
-                self._thresholds[output].learn(draft.confidences[row], num_accepted[row])
+                self._thresholds[sequence].learn(draft.confidences[row], num_accepted[row])
 
     def end_drafts_by(self, goes_on: Callable[[Confidences], bool]) -> None:
-        self._goes_on = lambda rows, confidences: [goes_on(confidences)] * len(rows)
+        self._goes_on = lambda batch, confidences: [goes_on(confidences)] * len(batch)
 
-    def _by_thresholds(self, rows: Rows, confidences: Confidences) -> list[bool]:
+    def _by_thresholds(self, batch: Batch, confidences: Confidences) -> list[bool]:
         assert self._thresholds is not None
-        pairs = zip(rows.outputs, confidences, strict=True)
-        return [bool(own) and self._thresholds[output].goes_on(own) for output, own in pairs]
+        pairs = zip(batch.sequences, confidences, strict=True)
+        return [bool(own) and self._thresholds[sequence].goes_on(own) for sequence, own in pairs]
 
-    def _confidence(self, choice: Choice, logits: Tensor) -> Tensor | None:
-        """[B] the probabilities of the tokens chosen by logits [B, V]; None where nobody asks."""
+    def _confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor | None:
+        """[B] probabilities of tokens sampled from logits [B, V]; None if not needed."""
         if self._goes_on is None:
             return None
-        probabilities = choice.probabilities
+        probabilities = sampled.probabilities
         if probabilities is None:
             probabilities = logits.float().softmax(-1)
-        # If processors forbid every token of a short head, there is no distribution: no confidence either.
-        return probabilities.gather(1, choice.tokens[:, None])[:, 0].nan_to_num(0.0)
+        # NaN where processors forbid every token of a short head.
+        return probabilities.gather(1, sampled.tokens[:, None])[:, 0].nan_to_num(0.0)

@@ -1,6 +1,6 @@
-"""Which round to make next, by what drafts were worth so far and what passes take.
+"""A bandit over draft sources: plans each round by acceptance so far and the time of passes.
 
-Numbers in, numbers out; knows nothing of models, tokens or tensors.
+Knows nothing of models, tokens or tensors.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ import numpy
 from self_speculation.drafts.costs import PassTimes
 from self_speculation.drafts.estimates import DecayedMean
 
-PLAIN = ""  # the source of a round in which no layer drafts
+PLAIN = ""  # no source
 
-# Ranges of confidence that have an acceptance each.
+# Ranges of confidence, each with an acceptance of its own.
 _BINS = 10
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A source that adaptive decoding may draft with, as the policy sees it.
+    """A draft source as the policy sees it.
 
     Args:
-        draft_ratio: estimated cost of one drafted token, in plain steps of one row; 0: drafts cost nothing.
-        growth: estimated cost of a draft step of n rows, in those of one.
-        priors: [i] the chance that a drafted token is accepted, before anything is known, if i matched; [0]
-            alone for a source that compares none.
-        weight: observations that a prior counts as.
-        deeper: the arm that is right at least as often. Until more is known, this one is no better.
+        draft_ratio: estimated cost of a drafted token of one row, in plain steps; 0: free.
+        growth: estimated cost of a draft step of n rows, relative to one row.
+        priors: [i] prior acceptance of a token after i matched ones; only [0] for sources without n-grams.
+        weight: of the priors, in observations.
+        deeper: an arm that is right at least as often.
     """
 
     draft_ratio: float = 0.0
@@ -44,10 +43,10 @@ class Arm:
 class Plan(NamedTuple):
     """One round."""
 
-    source: str = PLAIN  # drafts for rows without a lookup
-    length: int = 0  # tokens at most, of any row
-    lookups: Sequence[str] = ()  # [B] sources whose drafts cost nothing; PLAIN: none for this row
-    looked_up: int = 0  # tokens at most, of any row with a lookup: all verify as many as the longest draft
+    source: str = PLAIN  # drafts for rows without an n-gram
+    length: int = 0  # the most tokens of a row
+    lookups: Sequence[str] = ()  # [B] n-gram source of each row; PLAIN: none
+    looked_up: int = 0  # the most n-gram tokens of a row
     tokens: float = 1.0  # expected, of all rows
     seconds: float = 1.0  # expected
     is_trial: bool = False
@@ -63,7 +62,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class _Trials:
-    """When an arm that is not the best is tried again: after twice as many rounds each time."""
+    """When to try an arm again: the wait doubles with each trial."""
 
     wait: int
     due: int
@@ -71,64 +70,61 @@ class _Trials:
 
 @dataclass
 class ArmStats:
-    """What was learnt of a model's sources; kept from one answer to the next.
-
-    Bounded in size by the sources and the tokens that they compare.
-    """
+    """What was learnt of a model's sources, across answers. Bounded by the number of sources."""
 
     times: PassTimes
     num_rounds: int = 0
-    # By source and tokens matched, and by source and range of confidence.
+    # By (source, tokens matched) and by (source, range of confidence).
     acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
     by_confidence: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
     trials: dict[str, _Trials] = field(default_factory=dict)
-    credit: float = 0.0  # plain steps that trials may cost
+    credit: float = 0.0  # plain steps that trials may take
 
 
 class AdaptivePolicy:
-    """Chooses the round that promises most tokens for its time (after Zarch et al., DEL, arXiv 2504.05598).
+    """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
-    A source that is not the best is tried when a small share of the time allows it and its promise could beat
-    plain steps, ever more rarely. A draft ends when another token would cost more than it is likely to save.
+    Other arms get trials, ever more rarely, within a small share of the time and only if they could beat
+    plain steps. A draft ends when another token would cost more than it is expected to save.
 
     Args:
-        arms: by the name of their source.
-        longest: tokens that a draft may have.
+        arms: by name of the source.
+        longest: the most tokens of a draft.
         stats: of the model.
     """
 
-    # A round with drafts must promise so much more than a plain step: its promise is an estimate.
+    # Drafts must promise this times the speed of a plain step: the promise is an estimate.
     _MARGIN = 1.03
-    # Tokens of a trial; rounds until the first, and at most between two plain steps; a share of the time.
+    # Tokens of a trial; rounds until the first one; the most rounds between plain steps; share of the time.
     _TRIAL, _WAIT, _WAIT_FOR_PLAIN, _SHARE = 2, 8, 64, 0.01
-    # Trials may cost so many rounds before the first share is earned: a good source must not wait for it.
+    # Plain steps that trials may take at first: a good source must not wait for its share.
     _FIRST_SHARE = 4.0
-    # Layers draft no more tokens than this: the chance that all are right hardly ever pays for another one.
+    # The most tokens that layers draft: more are hardly ever all right.
     _LONGEST_OF_LAYERS = 8
-    # A trial that is right so much more often than was known is followed by another one soon.
+    # A trial whose acceptance exceeds the known one by this is repeated soon.
     _HOPE = 0.3
 
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = {name: arm for name, arm in arms.items() if arm.draft_ratio > 0.0}
         self._plan, self._plain = Plan(), Plan()
-        # Until something is learnt:
+        # Valid until something is learnt:
         self._of_layers: dict[tuple[int, int, int], Plan] = {}
         self._hopes: dict[tuple[str, int, int], Plan | None] = {}
 
-    def plan(self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]) -> Plan:
-        """One round of all rows.
+    def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
+        """Plan one round.
 
         Args:
-            matched: by source, [B] how many tokens of each row it has matched; None where it cannot draft.
-            rooms: [B] tokens that may be drafted at most.
+            matched: by source, [B] tokens that an n-gram matched; None: no draft for the row.
+            limits: [B] the most tokens to draft.
         """
-        stats, longest, num_rows = self._stats, min(max(rooms), self._longest), len(rooms)
+        stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
         best = self._plain = Plan(tokens=float(num_rows), seconds=stats.times.plain_step(num_rows))
         if longest:
-            num_drafting = sum(room > 0 for room in rooms)
+            num_drafting = sum(limit > 0 for limit in limits)
             plans = [self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_OF_LAYERS))]
-            lookups, chances = self._looked_up(matched, rooms)
+            lookups, chances = self._looked_up(matched, limits)
             if any(chances):
                 plans.append(self._lookups_alone(lookups, chances, longest))
                 plans.append(self._lookups_first(plans[0], lookups, chances))
@@ -142,10 +138,10 @@ class AdaptivePolicy:
         return self._plan
 
     def goes_on(self, confidences: Sequence[Sequence[float]]) -> bool:
-        """Whether to draft another token for the rows of the plan.
+        """Whether to draft another token.
 
         Args:
-            confidences: of each row, the probabilities of the tokens drafted so far.
+            confidences: [B] probabilities of the tokens drafted so far.
         """
         plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
         if plan.is_trial:
@@ -156,7 +152,7 @@ class AdaptivePolicy:
         return right * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
     def see(self, source: str, matched: int, is_right: bool) -> None:
-        """See whether the first token of a draft was right, or would have been: it costs no round."""
+        """Learn whether a first token is right, drafted or not."""
         self._acceptance(source, matched).add(float(is_right))
 
     def learn(
@@ -168,24 +164,24 @@ class AdaptivePolicy:
         accepted: Sequence[int],
         seconds: tuple[float, float] | None,
     ) -> None:
-        """See what became of the round, row by row.
+        """Learn from the outcome of a round.
 
         Args:
-            sources: what drafted.
+            sources: [B] that drafted.
             matched, drafted, accepted: [B] tokens.
-            confidences: the probabilities of drafted tokens, where there are any.
-            seconds: of drafting and verifying; None: these say nothing of rounds to come.
+            confidences: [B] probabilities of drafted tokens, if known.
+            seconds: of drafting and of verifying; None: not typical.
         """
         stats, plan = self._stats, self._plan
         if plan.is_trial and plan.source != PLAIN:
             hoped = self._acceptance(plan.source, 0).value + self._HOPE
-            if sum(accepted) > hoped * sum(drafted):  # it may have become good: look again soon
+            if sum(accepted) > hoped * sum(drafted):  # it may have become good
                 stats.trials[plan.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
         if any(drafted) or stats.num_rounds % self._WAIT == 0:
             self._of_layers.clear()
             self._hopes.clear()
         for row, source in enumerate(sources if any(drafted) else ()):
-            # Of a lookup, `see` tells about the first token.
+            # `see` has learnt the first token of an n-gram.
             for i in range(0 if source in self._layered else 1, min(accepted[row] + 1, drafted[row])):
                 is_right = float(i < accepted[row])
                 self._acceptance(source, matched[row]).add(is_right)
@@ -194,7 +190,7 @@ class AdaptivePolicy:
         own = max((n for n, source in zip(drafted, sources, strict=True) if source == plan.source), default=0)
         if seconds is not None:
             num_rows, (of_draft, of_verification) = len(sources), seconds
-            if plan.is_trial:  # its price was an estimate; a stall is not its fault
+            if plan.is_trial:  # its price was an estimate; a stall is bounded
                 beyond = min(sum(seconds), 3.0 * plan.seconds) - plan.seconds
                 stats.credit -= beyond / self._plain.seconds
             if own:
@@ -203,13 +199,13 @@ class AdaptivePolicy:
             stats.times.add_verification(num_rows, max(drafted), of_verification)
 
     def _looked_up(
-        self, matched: Mapping[str, Sequence[int | None]], rooms: Sequence[int]
+        self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]
     ) -> tuple[list[str], list[float]]:
-        """[B] the most promising lookups, and the chances that a token of theirs is accepted."""
-        lookups, chances = [PLAIN] * len(rooms), [0.0] * len(rooms)
+        """[B] the best n-gram source of each row, and the acceptance of its tokens."""
+        lookups, chances = [PLAIN] * len(limits), [0.0] * len(limits)
         for name in matched.keys() - self._layered.keys():
             for row, number in enumerate(matched[name]):
-                if number is not None and rooms[row]:
+                if number is not None and limits[row]:
                     chance = self._acceptance(name, number).value
                     if chance > chances[row]:
                         lookups[row], chances[row] = name, chance
@@ -223,7 +219,7 @@ class AdaptivePolicy:
         return Plan(PLAIN, length, lookups, length, float(tokens[length]), float(seconds[length]))
 
     def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
-        """Drafts of the best arm, as long as pays for some of the rows."""
+        """Drafts of the best arm of layers."""
         key = (num_rows, num_drafting, longest)
         if key not in self._of_layers:
             best = self._plain
@@ -237,7 +233,7 @@ class AdaptivePolicy:
         return self._of_layers[key]
 
     def _lookups_first(self, layers: Plan, lookups: Sequence[str], chances: Sequence[float]) -> Plan:
-        """The same arm, for the rows where it promises more than a lookup."""
+        """The same arm for the rows where it promises more than an n-gram."""
         if not layers.drafts:
             return layers
         num_rows, longest = len(lookups), layers.length
@@ -250,7 +246,7 @@ class AdaptivePolicy:
         return Plan(layers.source, longest, lookups, length, float(tokens[length]), float(seconds[length]))
 
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
-        """A short draft of the arm whose trial is due longest, or a plain step; None: none, or too dear."""
+        """A trial of the arm that has been due longest; None: none is due or affordable."""
         stats = self._stats
         due: list[tuple[int, str]] = []
         for i, name in enumerate((PLAIN, *self._layered)):
@@ -264,10 +260,10 @@ class AdaptivePolicy:
             trial = self._plain if name == PLAIN else self._hoped(name, num_rows, min(self._TRIAL, longest))
             if trial is None:
                 continue
-            # As if nothing of it were accepted: a promise must not pay for itself.
+            # Priced as if nothing were accepted: a promise must not pay for itself.
             price = max(0.0, trial.seconds - num_rows / best.rate) / self._plain.seconds
             if price > stats.credit:
-                return None  # cheaper ones must not use up what this one waits for
+                return None  # cheaper arms must not use up what this one waits for
             stats.credit -= price
             trials = stats.trials[name]
             most = self._WAIT_FOR_PLAIN if name == PLAIN else 2 * trials.wait
@@ -277,9 +273,7 @@ class AdaptivePolicy:
         return None
 
     def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
-        """A trial of an arm; None: it would not pay even if it were always right, or right as often as its
-        deeper arm.
-        """
+        """A trial of an arm; None: it could not pay, if right always or as often as its deeper arm."""
         key = (name, num_rows, length)
         if key not in self._hopes:
             seconds = self._seconds(name, num_rows, self._longest)
@@ -292,11 +286,11 @@ class AdaptivePolicy:
         return self._hopes[key]
 
     def _expected(self, name: str, longest: int) -> numpy.ndarray:
-        """[longest + 1] tokens of a row in rounds with drafts of an arm."""
+        """[longest + 1] expected tokens of a row, by draft length."""
         return _expected_tokens([self._acceptance(name, 0).value], longest)[0]
 
     def _seconds(self, name: str, num_rows: int, longest: int) -> numpy.ndarray:
-        """[longest + 1] of rounds with drafts of an arm."""
+        """[longest + 1] of a round, by draft length."""
         drafts = self._draft_step(name, num_rows) * numpy.arange(longest + 1)
         return drafts + self._verifications(num_rows, longest)
 
@@ -308,7 +302,7 @@ class AdaptivePolicy:
         return self._stats.times.draft_step(name, num_rows, arm.draft_ratio, arm.growth)
 
     def _acceptance(self, name: str, matched: int) -> DecayedMean:
-        """The chance that a drafted token is accepted after accepted ones."""
+        """Acceptance of a token after accepted ones."""
         means = self._stats.acceptance
         if (name, matched) not in means:
             arm = self._arms[name]
@@ -320,14 +314,12 @@ class AdaptivePolicy:
         return means[name, matched]
 
     def _of(self, name: str, confidence: float) -> DecayedMean:
-        """The chance that a token of such a probability is accepted."""
+        """Acceptance of tokens with such a probability."""
         at = min(int(confidence * _BINS), _BINS - 1)
         prior = (at + 0.5) / _BINS
         return self._stats.by_confidence.setdefault((name, at), DecayedMean(prior, weight=1.0, decay=0.98))
 
 
 def _expected_tokens(chances: Sequence[float], longest: int) -> numpy.ndarray:
-    """[n, longest + 1]: tokens of a round with drafts of each length, where a drafted one is accepted by
-    these chances [n]. One token more comes for sure.
-    """
+    """[n] acceptance per token -> [n, longest + 1] expected tokens of a round, by draft length."""
     return (numpy.array(chances)[:, None] ** numpy.arange(longest + 1)).cumsum(1)

@@ -24,7 +24,7 @@ class Adapter(NamedTuple):
         return (self.folder / "tokenizer_config.json").is_file()
 
     def merge_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with the adapter added to its weights, which stay plain, as lean layers need them."""
+        """The model with the adapter added to its weights, which stay plain, as fused layers need them."""
         from peft import PeftModel
 
         with warnings.catch_warnings():  # it asks the model by a name that is going to go

@@ -17,7 +17,7 @@ def num_ranks(model: PreTrainedModel) -> int:
     return model.tp_size or 1
 
 
-def agreed(model: PreTrainedModel, value: T) -> T:
+def broadcast_from_rank0(model: PreTrainedModel, value: T) -> T:
     """What the first process says, where several hold one model together and have to do the same.
 
     Whatever comes from a clock or from a person differs between them, and one that took another turn would

@@ -1,7 +1,7 @@
-"""Lifetime of the keys and values of the sequences in flight: allocate, append, roll back by count.
+"""The KV cache of the sequences in flight: allocate, append, roll back by count.
 
-Knows nothing of what the layers compute. Inside the decoder layers of transformers it takes the
-place of their cache, of which they only ever call `update`.
+Knows nothing of what layers compute. Layers of transformers take it for a cache of their own: they only call
+`update`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def round_up(number: int, step: int) -> int:
 
 
 class Appendable(ABC):
-    """What layers of either kind write keys and values to and read them from."""
+    """What layers append keys and values to."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -38,14 +38,14 @@ class Appendable(ABC):
             keys: [B * T, kv_heads, head_dim], row by row; `values` likewise.
 
         Returns:
-            Views of all the layer's keys and values, [B * kv_heads, 1, S, head_dim] where all rows have the
-            same length S, [B, kv_heads, S, head_dim] where the S positions are masked row by row.
+            Views of all keys and values of the layer: [B * kv_heads, 1, S, head_dim] if all rows have S
+            positions, [B, kv_heads, S, head_dim] if a mask selects those of each row.
         """
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """As layers of transformers append: [B, kv_heads, T, head_dim] -> [B, kv_heads, S, head_dim]."""
+        """Called by layers of transformers: [B, kv_heads, T, head_dim] -> [B, kv_heads, S, head_dim]."""
         rows, heads, _width, size = keys.shape
         new_keys, new_values = (part.transpose(1, 2).reshape(-1, heads, size) for part in (keys, values))
         held = self.append(new_keys, new_values, layer_idx)
@@ -64,15 +64,15 @@ class _Buffers:
         self, num_layers: int, num_rows: int, capacity: int, devices: Sequence[torch.device], num_ranks: int
     ) -> None:
         self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, capacity, devices, num_ranks
-        self.limit = sys.maxsize  # positions that no row reaches beyond
+        self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
-        self._fitting = 0  # a capacity that was found to fit
+        self._fitting = 0  # a capacity that fits
 
     def with_room(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a layer, for `end` positions at least; of keys like these, [any, kv_heads, head_dim].
+        """The buffers of a layer, for `end` positions at least, of keys like these [any, kv_heads, head_dim].
 
         Raises:
-            MemoryError: there is no room for them, and for as many of all other layers.
+            MemoryError: the buffers of all layers do not fit.
         """
         held = self.of_layers[layer]
         if held is not None and end <= held[0].shape[2]:
@@ -80,11 +80,11 @@ class _Buffers:
         if self.capacity < end:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         if self._fitting < self.capacity:
-            # If it does not fit, a shorter sequence may.
+            # If this fails, a shorter sequence may still fit.
             wanted, self.capacity = self.capacity, self._fitting or ALIGNMENT
             self._check_room(like, wanted)
             self._fitting = self.capacity = wanted
-        # Zeros: what lies after a row's last position is masked, but even so must be numbers.
+        # Zeros: positions after a row's last one are masked, and a mask does not keep NaN out.
         shape = (self.num_rows, like.shape[1], self.capacity, like.shape[2])
         larger = (like.new_zeros(shape), like.new_zeros(shape))
         for new, old in zip(larger, held or (), strict=False):
@@ -93,8 +93,8 @@ class _Buffers:
         return larger
 
     def _check_room(self, like: Tensor, capacity: int) -> None:
-        """See `with_room`. Each device is asked for what the layers on it need."""
-        # Layers whose weights are elsewhere, on "meta", run where the first one does.
+        """See `with_room`; for each device and the layers on it."""
+        # Offloaded layers, on "meta", run where the first one does.
         devices = [like.device if device.type == "meta" else device for device in self._devices]
         devices = devices or [like.device] * len(self.of_layers)
         for device, num_layers in Counter(devices).items():
@@ -112,17 +112,17 @@ class _Buffers:
 class KVCache(Appendable):
     """Keys and values of every layer, for the rows of a batch.
 
-    A layer's buffers are allocated once, on the device and in the dtype of the first keys they see, and
-    appended in place; a layer that never runs costs nothing. Rolling back moves a position. Only a generation
-    that outgrows `capacity` copies: the buffers then double, or grow to the limit that `reserve` was told.
+    The buffers of a layer are allocated when it first runs, with the device and dtype of its keys, and are
+    appended in place. Rolling back moves a position. Only a generation that outgrows `capacity` copies: the
+    buffers double, up to the limit given to `reserve`.
 
-    Every pass appends the same number of positions to all rows, and a row has the same positions in every
-    layer. So two lists tell all lengths: how many positions each layer was given, and how many of them each
-    row has not got. The cache is *level* while all rows are equally long, as a single one always is.
+    A pass appends as many positions to each row, and all layers hold the same positions of a row. So two
+    lists give all lengths: positions appended to each layer, and how many of these each row misses. The cache
+    is *uniform* while all rows have one length.
 
     Args:
-        num_rows: the most there are at a time. At first there is one, and it is empty.
-        devices: of each layer, the one that has its weights; none: all are where the first keys are.
+        num_rows: the most at a time. At first there is one, empty.
+        devices: of each layer's weights; none: all layers are where the first keys are.
         num_ranks: processes that hold the model together, see `free_memory`.
     """
 
@@ -136,49 +136,49 @@ class KVCache(Appendable):
     ) -> None:
         self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices, num_ranks)
         self._first_row = 0
-        self._appended = [0] * num_layers  # by layer: positions that it was given
-        self._decided = 0  # positions that every layer had been given when the last round began
-        self._missing = [0]  # by row: how many of these it has not got
+        self._appended = [0] * num_layers  # by layer
+        self._decided = 0  # appended to every layer when the last round began
+        self._missing = [0]  # by row: how many of the appended positions it misses
         self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
 
     def clear(self, num_rows: int = 1) -> None:
-        """So many empty rows."""
+        """Empty the cache, and have so many rows."""
         self._appended, self._decided = [0] * len(self._appended), 0
         self._missing, self._missing_on_device = [0] * num_rows, None
 
     @property
     def num_rows(self) -> int:
-        """B: those that hold a sequence now."""
+        """B: rows that hold a sequence."""
         return len(self._missing)
 
     @property
     def capacity(self) -> int:
-        """Positions that a row has room for."""
+        """Positions of a row."""
         return self.buffers.capacity
 
     def reserve(self, num_positions: int, limit: int) -> None:
-        """Let buffers that are made from now on have room for so many positions, and see `limit_growth`."""
+        """Allocate later buffers for so many positions; see `limit_growth`."""
         self.buffers.capacity = max(self.capacity, round_up(num_positions, ALIGNMENT))
         self.limit_growth(limit)
 
     def limit_growth(self, num_positions: int) -> None:
-        """No row reaches beyond so many positions: buffers that are outgrown become no larger."""
+        """Let buffers grow to so many positions at most: no row can reach more."""
         self.buffers.limit = num_positions
 
     @property
-    def is_level(self) -> bool:
+    def is_uniform(self) -> bool:
         return all(missing == self._missing[0] for missing in self._missing)
 
     def length(self, layer: int, row: int = 0) -> int:
-        """Number of positions that `layer` holds of a row."""
+        """Positions of a row in a layer."""
         return self._appended[layer] - self._missing[row]
 
     def longest(self, layer: int) -> int:
-        """Number of positions that `layer` holds of the longest row."""
+        """Positions of the longest row in a layer."""
         return self._appended[layer] - min(self._missing)
 
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
-        """[B, T] of the next T positions of each row in `layer`, on the device."""
+        """[B, T] the next T positions of each row in a layer, on the device."""
         if self._missing_on_device is None:
             self._missing_on_device = on_device(self._missing, device)[:, None]
         start = self._appended[layer]
@@ -192,7 +192,7 @@ class KVCache(Appendable):
         end = start + width
         all_keys, all_values = self.buffers.with_room(layer, end, keys)
         self._appended[layer] += width
-        # Views by shape and strides: one call each, where slices of several dimensions take one for each.
+        # Views by shape and strides: one call each, instead of a slice per dimension.
         of_row, of_head = all_keys.stride(0), all_keys.stride(1)
         first = self._first_row * of_row
         new, new_strides = (rows, width, heads, size), (of_row, size, of_head, 1)
@@ -204,8 +204,8 @@ class KVCache(Appendable):
         return all_keys.as_strided(held, strides, first), all_values.as_strided(held, strides, first)
 
     def room_for(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
-        """Of a single row, the buffers [1 or more, kv_heads, capacity, head_dim] of a layer that has run: the
-        row is the first, and has room for T positions more. Whoever asks writes these, and tells `advance`.
+        """Of a cache of one row, the buffers [1 or more, kv_heads, capacity, head_dim] of a layer, with room
+        for T more positions. The row comes first. The caller writes them, then calls `advance`.
         """
         held, end = self.buffers.of_layers[layer], self.length(layer) + width
         assert held is not None
@@ -214,7 +214,7 @@ class KVCache(Appendable):
         return held if self._first_row == 0 else (held[0][self._first_row :], held[1][self._first_row :])
 
     def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
-        """What the layers first..last-1 append to where rows differ in length, at positions [B, T]."""
+        """What layers first..last-1 append to at positions [B, T], for rows that differ in length."""
         width = positions.shape[1]
         end = round_up(self.longest(first) + width, ALIGNMENT)
         for layer in range(first, last):
@@ -225,11 +225,14 @@ class KVCache(Appendable):
         return WrittenAt(self.buffers.of_layers, positions, end)
 
     def advance(self, first: int, last: int, width: int) -> None:
-        """Count T positions that were written to layers first..last-1."""
+        """Count T positions as appended to layers first..last-1."""
         self._appended[first:last] = [n + width for n in self._appended[first:last]]
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
-        """Forget the last `num_tokens` positions in every layer, of every row or row by row.
+        """Drop the last positions of every layer.
+
+        Args:
+            num_tokens: of all rows, or [B] of each.
 
         Raises:
             ValueError: a layer holds fewer positions than that.
@@ -247,33 +250,31 @@ class KVCache(Appendable):
         self._decided = least
 
     def forget_draft(self) -> None:
-        """Forget whatever some layers were given since the last `rollback` or `admit`."""
+        """Drop what was appended to some layers since the last `rollback` or `add_row`."""
         self._appended = [self._decided] * len(self._appended)
 
     def row(self, row: int, length: int = 0) -> KVCache:
-        """A cache of one row, in the place that a row of this one has or will have: with the first `length`
-        positions that are there.
-        """
+        """A one-row view of slot `row`, with its first `length` positions."""
         alone = copy.copy(self)
         alone.clear()
         alone._first_row, alone._decided = row, length
         alone._appended = [length] * len(self._appended)
         return alone
 
-    def admit(self, length: int) -> None:
-        """Another row, after those there are: its `length` positions are in every layer that runs."""
+    def add_row(self, length: int) -> None:
+        """Append a row whose `length` positions are in its slot already."""
         self._settle()
         if not self._missing:
             self._appended = [length] * len(self._appended)
         self._missing.append(self._appended[0] - length)
         self._decided, self._missing_on_device = self._appended[0], None
 
-    def drop(self, row: int, damaged: bool = False, keep: bool = False) -> None:
-        """A row has ended. The last row moves to its place.
+    def remove_row(self, row: int, damaged: bool = False, keep: bool = False) -> None:
+        """Move the last row to the slot of this one, then shrink.
 
         Args:
-            damaged: it may hold what is no number, and no mask would keep that from a row that comes after.
-            keep: what it holds moves to the last row's place. Otherwise it is overwritten.
+            damaged: its slot may hold NaN, which no mask keeps from a later row: fill it with zeros.
+            keep: swap the two slots. Otherwise the row is overwritten.
         """
         self._settle()
         last = self.num_rows - 1
@@ -290,11 +291,11 @@ class KVCache(Appendable):
         self._missing.pop()
         self._missing_on_device = None
 
-    def swap(self, place: int, other: int, length: int) -> None:
-        """Exchange the first `length` positions of two places, whether rows have them or not."""
-        if place != other:
+    def swap(self, slot: int, other: int, length: int) -> None:
+        """Exchange the first `length` positions of two slots."""
+        if slot != other:
             for buffer in self._all_buffers():
-                one, another = buffer[place, :, :length], buffer[other, :, :length]
+                one, another = buffer[slot, :, :length], buffer[other, :, :length]
                 held = one.clone()
                 one.copy_(another)
                 another.copy_(held)
@@ -303,20 +304,20 @@ class KVCache(Appendable):
         return (part for held in self.buffers.of_layers for part in held or ())
 
     def pretend(self, lengths: Sequence[int]) -> None:
-        """Hold so many positions of each row in every layer, whatever is there, to time passes.
-        A token must have been through all layers before.
+        """Take each row to have so many positions in every layer, to time passes. Every layer must have run
+        before.
         """
         self._appended = [max(lengths)] * len(self._appended)
         self._missing = [max(lengths) - length for length in lengths]
         self._decided, self._missing_on_device = max(lengths), None
 
     def _settle(self) -> None:
-        """Layers beyond an early exit never run: count them as given what the first one was."""
+        """Count what the first layer has for all layers: those beyond an early exit never run."""
         self._appended = [self._appended[0]] * len(self._appended)
 
 
 class StaticKVCache(KVCache):
-    """Buffers of one size at one place, for compiled passes and for one generation after the other."""
+    """Buffers of one size at one address, for compiled passes."""
 
     def __init__(self, num_layers: int, capacity: int, like: Tensor) -> None:
         """`like`: [rows, kv_heads, head_dim]"""
@@ -325,7 +326,7 @@ class StaticKVCache(KVCache):
             self.buffers.with_room(layer, 1, like)
 
     def take_over(self, other: StaticKVCache) -> None:
-        """Go on with what a smaller one holds."""
+        """Copy the content of a smaller one."""
         self._appended, self._decided, self._missing = other._appended, other._decided, other._missing
         self._missing_on_device = other._missing_on_device
         for mine, held in zip(self.buffers.of_layers, other.buffers.of_layers, strict=True):
@@ -334,12 +335,12 @@ class StaticKVCache(KVCache):
 
 
 class WrittenAt(Appendable):
-    """A cache as a pass sees it that writes at positions which are data, and masks the rest row by row.
+    """Writes keys and values at positions given as a tensor, for a pass that masks row by row.
 
     Args:
-        buffers: of the cache, for every layer that runs.
+        buffers: by layer.
         positions: [B, T]
-        length: positions that are attended to, of every row.
+        length: S, positions that attention reads.
     """
 
     def __init__(

@@ -40,9 +40,10 @@ from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
 from self_speculation.model.adapters import Adapter, find_adapter
-from self_speculation.model.compiled import compile_decoding
+from self_speculation.model.compiled_runner import compile_decoding
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import check_supported
+from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
 from self_speculation.model.gguf_files import (
     Header,
     cache_folder,
@@ -51,8 +52,7 @@ from self_speculation.model.gguf_files import (
     read_weights,
 )
 from self_speculation.model.hub import hub_answers
-from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, fuse
-from self_speculation.model.low_bit_products import Float16Product, works
+from self_speculation.model.low_bit_linear import Float16Head, works
 
 # In a checkout, and where the package is installed.
 _BUNDLED = (
@@ -195,7 +195,7 @@ def load_model_and_tokenizer(
         if in_16_bits is not None:
             loaded = _load(model, source, {**how, "dtype": in_16_bits}, config, header)
             try:
-                fuse(loaded, widen=True)
+                fuse(loaded, fp32_activations=True)
                 return loaded, tokenizer
             except ValueError as error:
                 warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
@@ -260,9 +260,9 @@ def _format_to_widen(
         options.dtype != "auto"
         or not is_plain
         or "dtype" in options.model_args
-        or config.model_type not in LEAN_MODEL_TYPES
+        or config.model_type not in FUSED_MODEL_TYPES
         or device.type != "cpu"
-        or not works(Float16Product, device, torch.float32)
+        or not works(Float16Head, device, torch.float32)
     ):
         return None
     if model.endswith(".gguf"):

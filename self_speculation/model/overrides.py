@@ -1,7 +1,7 @@
-"""What others have put in the place of a model's own code, or around it.
+"""Refuses models whose code was replaced or wrapped where `ModelRunner` would not call it.
 
-Layers are run one by one, by `Decoder`: the `forward` of the whole model never is. Hooks on layers, adapters
-in them and layers of other classes are followed; whatever is around all of them would be passed over.
+`ModelRunner` runs layers one by one and never calls the `forward` of the whole model. It follows hooks on
+layers, adapters in them and layers of other classes, but nothing around all layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Lean layers over weights in fewer bits, made from the model's own: for cheap drafts, never for the target.
+"""Fused layers over weights in fewer bits, made from the model's own: for cheap drafts, never for the target.
 
-The formats are those of `low_bit_products`. With layers in four bits the head has more: it is where four cost
-most agreement. Each copy stays with the product that it was made of, see `Product.derived`.
+The formats are those of `low_bit_linear`. With layers in four bits the head has more: it is where four cost
+most agreement. Each copy stays with the product that it was made of, see `Linear.derived`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.config import DraftWeights
-from self_speculation.model.decoder import Decoder, forward_early
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import context_length
+from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, FusedHead, FusedLayer
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.lean_layers import LEAN_MODEL_TYPES, LeanHead, LeanLayer
-from self_speculation.model.low_bit_products import (
-    Float16Product,
-    Int4Product,
-    Int8Product,
-    LowBitProduct,
+from self_speculation.model.linear import Linear
+from self_speculation.model.low_bit_linear import (
+    Float16Head,
+    Int4Linear,
+    Int8Linear,
+    LowBitLinear,
     works,
 )
-from self_speculation.model.products import Product
+from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 
@@ -39,8 +39,8 @@ _TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
 class Formats(NamedTuple):
     """What the layers and the head of a copy multiply by; None: the model's own head."""
 
-    of_layers: type[LowBitProduct]
-    of_head: type[LowBitProduct] | None
+    of_layers: type[LowBitLinear]
+    of_head: type[LowBitLinear] | None
 
 
 def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtype) -> Formats:
@@ -54,12 +54,12 @@ def formats(draft_weights: DraftWeights, device: torch.device, dtype: torch.dtyp
             raise ValueError(
                 "draft_weights int8: its kernel is slower on a GPU than the model's own weights; use int4"
             )
-        wanted: Formats = Formats(Int8Product, Int8Product)
+        wanted: Formats = Formats(Int8Linear, Int8Linear)
     elif device.type == "cuda" or dtype != torch.float32:
-        wanted = Formats(Int4Product, None)
+        wanted = Formats(Int4Linear, None)
     else:
-        halves = works(Float16Product, device, dtype)
-        wanted = Formats(Int4Product, Float16Product if halves else Int8Product)
+        halves = works(Float16Head, device, dtype)
+        wanted = Formats(Int4Linear, Float16Head if halves else Int8Linear)
     if not all(works(kind, device, dtype) for kind in wanted if kind is not None):
         raise ValueError(
             f"draft_weights {draft_weights}: there are no kernels for it with {dtype} on {device}"
@@ -82,49 +82,49 @@ def check_family(draft_weights: DraftWeights, model_type: str) -> None:
     Raises:
         ValueError: names the type and those that have copies.
     """
-    if draft_weights != "exact" and model_type not in LEAN_MODEL_TYPES:
-        known = ", ".join(LEAN_MODEL_TYPES)
+    if draft_weights != "exact" and model_type not in FUSED_MODEL_TYPES:
+        known = ", ".join(FUSED_MODEL_TYPES)
         raise ValueError(
             f"draft_weights {draft_weights}: there are no copies of a {model_type} model, only of {known}"
         )
 
 
 def quantized(
-    decoder: Decoder, num_layers: int, draft_weights: DraftWeights, short_head: ShortHead | None = None
-) -> Decoder:
+    runner: ModelRunner, num_layers: int, draft_weights: DraftWeights, short_head: ShortHead | None = None
+) -> ModelRunner:
     """The first layers and the head of a decoder in fewer bits, over its own cache. Each copy is made once.
 
     Args:
         short_head: takes the place of the head.
 
     Raises:
-        ValueError: another family, layers that are not lean, no kernels for them, or no room for the copies.
+        ValueError: another family, layers that are not fused, no kernels for them, or no room for the copies.
     """
-    check_family(draft_weights, decoder.config.model_type)
-    layers = [layer for layer in decoder.layers[:num_layers] if isinstance(layer, LeanLayer)]
-    if len(layers) < num_layers or not isinstance(decoder.head, LeanHead):
+    check_family(draft_weights, runner.config.model_type)
+    layers = [layer for layer in runner.layers[:num_layers] if isinstance(layer, FusedLayer)]
+    if len(layers) < num_layers or not isinstance(runner.head, FusedHead):
         raise ValueError(
-            f"draft_weights {draft_weights}: needs lean layers, so fuse(model), attn_implementation sdpa, and"
-            " layers and head without hooks, adapters or quantised weights"
+            f"draft_weights {draft_weights}: needs fused layers, so fuse(model), attn_implementation sdpa,"
+            " and layers and head without hooks, adapters or quantised weights"
         )
-    head = short_head or decoder.head
-    of_layers, of_head = formats(draft_weights, decoder.rotary.device, decoder.model.dtype)
+    head = short_head or runner.head
+    of_layers, of_head = formats(draft_weights, runner.rotary.device, runner.model.dtype)
     if short_head is not None:  # it misses more ids than four bits of its rows confuse
         of_head = of_layers
-    kinds = {product: of_layers for layer in layers for product in layer.products}
+    kinds = {linear: of_layers for layer in layers for linear in layer.linears}
     if of_head is not None:
-        kinds |= dict.fromkeys(head.products, of_head)
-    missing = {product: kind for product, kind in kinds.items() if not product.has_derived(kind)}
-    _check_room(missing, draft_weights, decoder)
+        kinds |= dict.fromkeys(head.linears, of_head)
+    missing = {linear: kind for linear, kind in kinds.items() if not linear.has_derived(kind)}
+    _check_room(missing, draft_weights, runner)
     weigh = any(kind.weighs_inputs for kind in missing.values())
-    squares = _squares_of_inputs(decoder, layers) if weigh else {}
+    squares = _squares_of_inputs(runner, layers) if weigh else {}
 
-    def copied(product: Product) -> LowBitProduct:
-        kind = kinds[product]
-        return product.derived(kind, lambda: kind(product, squares.get(product)))
+    def copied(linear: Linear) -> LowBitLinear:
+        kind = kinds[linear]
+        return linear.derived(kind, lambda: kind(linear, squares.get(linear)))
 
     # On a CPU each copy is many short operations, which one thread does faster than several together.
-    num_threads = torch.get_num_threads() if decoder.rotary.device.type == "cpu" else 1
+    num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
     with (
         progress(f"copies for drafts, {draft_weights}", _num_bytes(missing)) as advance,
         ThreadPoolExecutor(num_threads) as threads,
@@ -132,22 +132,22 @@ def quantized(
         for made in threads.map(copied, missing):
             advance(made.num_bytes)
     copies = [layer.over(copied) for layer in layers]
-    return decoder.over(copies, head if of_head is None else head.over(copied))
+    return runner.over(copies, head if of_head is None else head.over(copied))
 
 
-def _num_bytes(kinds: Mapping[Product, type[LowBitProduct]]) -> int:
+def _num_bytes(kinds: Mapping[Linear, type[LowBitLinear]]) -> int:
     """Of copies of these kinds."""
-    return sum(kind.bytes_of(product.shape) for product, kind in kinds.items())
+    return sum(kind.bytes_of(linear.shape) for linear, kind in kinds.items())
 
 
 def _check_room(
-    missing: Mapping[Product, type[LowBitProduct]], draft_weights: DraftWeights, decoder: Decoder
+    missing: Mapping[Linear, type[LowBitLinear]], draft_weights: DraftWeights, runner: ModelRunner
 ) -> None:
     """Raises ValueError where these copies do not fit."""
     if not missing:
         return
     needed = _num_bytes(missing)
-    free = free_memory(decoder.rotary.device, num_ranks(decoder.model))
+    free = free_memory(runner.rotary.device, num_ranks(runner.model))
     if needed > free:
         raise ValueError(
             f"draft_weights {draft_weights}: takes {needed / 2**30:.2f} GiB more than the model, and "
@@ -158,8 +158,8 @@ def _check_room(
 class _Watched:
     """A product that adds up the squares of its inputs."""
 
-    def __init__(self, squares: MutableMapping[Product, Tensor], product: Product) -> None:
-        self._squares, self._product = squares, product
+    def __init__(self, squares: MutableMapping[Linear, Tensor], linear: Linear) -> None:
+        self._squares, self._product = squares, linear
 
     def __call__(self, x: Tensor) -> Tensor:
         sums = x.float().square().sum(0)
@@ -173,17 +173,17 @@ class _Watched:
 
 
 @torch.no_grad()
-def _squares_of_inputs(decoder: Decoder, layers: Sequence[LeanLayer]) -> Mapping[Product, Tensor]:
+def _squares_of_inputs(runner: ModelRunner, layers: Sequence[FusedLayer]) -> Mapping[Linear, Tensor]:
     """[in] for every product of these layers, summed over some tokens.
 
     Which inputs are large is the layers' matter more than the text's: tokens from all over the vocabulary
     tell as much of it as texts do, and need no tokenizer.
     """
-    squares: dict[Product, Tensor] = {}
-    watched = decoder.over([layer.over(partial(_Watched, squares)) for layer in layers], decoder.head)
+    squares: dict[Linear, Tensor] = {}
+    watched = runner.over([layer.over(partial(_Watched, squares)) for layer in layers], runner.head)
     vocabulary = watched.config.vocab_size
-    tokens = torch.arange(_TOKENS_TO_LEARN, device=decoder.rotary.device) * vocabulary // _TOKENS_TO_LEARN
-    width = min(_TOKENS_OF_A_PASS, context_length(decoder.config))
+    tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
+    width = min(_TOKENS_OF_A_PASS, context_length(runner.config))
     for start in range(0, _TOKENS_TO_LEARN, width):
         watched.cache = KVCache(len(layers), width)
         watched.reserve(width, width)

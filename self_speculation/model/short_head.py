@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from self_speculation.model.decoder import Decoder, PlainHead
-from self_speculation.model.lean_layers import LeanHead, plain_product
-from self_speculation.model.products import Product, follow_weights
+from self_speculation.model.fused_layers import FusedHead, plain_linear
+from self_speculation.model.linear import Linear, follow_weights
+from self_speculation.model.model_runner import ModelRunner, PlainHead
 from self_speculation.transfers import on_device
 
 # The fewest rows that a draft reads unless told otherwise, and the share of a draft step that they must save.
@@ -32,8 +32,8 @@ _MOST_SEEN = 2048
 # Ids of a model by how often they were counted, the most frequent first.
 _FREQUENT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
-# The products of heads that are not lean, and what they are valid for. They keep the rows that were copied.
-_PLAIN: WeakKeyDictionary[nn.Module, tuple[Hashable, Product]] = WeakKeyDictionary()
+# The products of heads that are not fused, and what they are valid for. They keep the rows that were copied.
+_PLAIN: WeakKeyDictionary[nn.Module, tuple[Hashable, Linear]] = WeakKeyDictionary()
 
 
 class History(Protocol):
@@ -61,7 +61,7 @@ def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
 
 
 def default_vocabulary(
-    decoder: Decoder, num_layers: int, bytes_per_weight: tuple[float, float]
+    runner: ModelRunner, num_layers: int, bytes_per_weight: tuple[float, float]
 ) -> int | None:
     """The rows that a draft reads unless told otherwise: a quarter of them where a draft step is clearly
     cheaper by it; None: all.
@@ -70,12 +70,12 @@ def default_vocabulary(
         num_layers: that the draft runs.
         bytes_per_weight: that it reads for each weight of its layers and of its head.
     """
-    if isinstance(decoder.head, PlainHead) and plain_product(decoder.head.module) is None:
+    if isinstance(runner.head, PlainHead) and plain_linear(runner.head.module) is None:
         return None
-    size, width = decoder.model.get_output_embeddings().weight.shape
+    size, width = runner.model.get_output_embeddings().weight.shape
     rows = max(_LEAST_ROWS, 2 ** round(math.log2(size / 4)))
     of_layers, of_head = bytes_per_weight
-    layers = num_layers * of_layers * sum(p.numel() for p in decoder.model.base_model.layers[0].parameters())
+    layers = num_layers * of_layers * sum(p.numel() for p in runner.model.base_model.layers[0].parameters())
     saved = of_head * (size - rows) * width
     return rows if saved > _CLEARLY_CHEAPER * (layers + of_head * size * width) else None
 
@@ -88,23 +88,23 @@ class ShortHead:
         ValueError: the head's weight is not a plain tensor.
     """
 
-    def __init__(self, decoder: Decoder, number: int) -> None:
-        whole = _product(decoder.head, number)
-        ids = likely_ids(decoder.model, number)
-        self._norm, self._size = decoder.head.norm, whole.shape[0]
-        self._ids = on_device(ids, decoder.rotary.device)
-        self._seen = _SeenIds(whole, frozenset(ids), decoder.rotary)
-        self.products: tuple[Any] = (whole.derived(tuple(ids), lambda: whole.of_rows(self._ids)),)
+    def __init__(self, runner: ModelRunner, number: int) -> None:
+        whole = _product(runner.head, number)
+        ids = likely_ids(runner.model, number)
+        self._norm, self._size = runner.head.norm, whole.shape[0]
+        self._ids = on_device(ids, runner.rotary.device)
+        self._seen = _SeenIds(whole, frozenset(ids), runner.rotary)
+        self.linears: tuple[Any] = (whole.derived(tuple(ids), lambda: whole.of_rows(self._ids)),)
 
-    def over(self, make: Callable[[Product], Any]) -> ShortHead:
-        """As that of `LeanHead`."""
+    def over(self, make: Callable[[Linear], Any]) -> ShortHead:
+        """As that of `FusedHead`."""
         other = copy.copy(self)
-        other.products = (make(self.products[0]),)
+        other.linears = (make(self.linears[0]),)
         return other
 
-    def see(self, outputs: Sequence[History]) -> None:
+    def see(self, sequences: Sequence[History]) -> None:
         """Know the ids of these sequences, one for each row of the next passes, without a read."""
-        self._seen.see(outputs)
+        self._seen.see(sequences)
 
     def see_text(self, ids: Sequence[int], num_positions: int) -> None:
         """Know the ids of a text, for a pass over its last positions: at each of them, those up to there."""
@@ -113,7 +113,7 @@ class ShortHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
         logits = hidden.new_full((len(hidden), self._size), -math.inf)
-        logits.index_copy_(1, self._ids, self.products[0](normed))
+        logits.index_copy_(1, self._ids, self.linears[0](normed))
         return self._seen.add_to(logits, normed)
 
 
@@ -126,7 +126,7 @@ class _SeenIds:
         like: a tensor of the device and dtype of hidden states.
     """
 
-    def __init__(self, whole: Product, likely: frozenset[int], like: Tensor) -> None:
+    def __init__(self, whole: Linear, likely: frozenset[int], like: Tensor) -> None:
         self._whole, self._likely = whole, likely
         self._slots: dict[int, int] = {}  # id -> its row here
         self._ids = torch.empty(0, dtype=torch.long, device=like.device)
@@ -138,20 +138,20 @@ class _SeenIds:
         self._of: WeakKeyDictionary[History, set[int]] = WeakKeyDictionary()
         self._masked_for: list[History] = []
 
-    def see(self, outputs: Sequence[History]) -> None:
+    def see(self, sequences: Sequence[History]) -> None:
         """See `ShortHead.see`."""
-        changed = len(outputs) != len(self._masked_for) or any(
-            map(operator.is_not, outputs, self._masked_for)
+        changed = len(sequences) != len(self._masked_for) or any(
+            map(operator.is_not, sequences, self._masked_for)
         )
-        self._masked_for = [*outputs]
-        for output in outputs:
-            known, length = self._of.setdefault(output, set()), self._lengths.get(output, 0)
-            new = {id_ for id_ in output.ids_from(length) if id_ not in self._likely} - known
+        self._masked_for = [*sequences]
+        for sequence in sequences:
+            known, length = self._of.setdefault(sequence, set()), self._lengths.get(sequence, 0)
+            new = {id_ for id_ in sequence.ids_from(length) if id_ not in self._likely} - known
             known |= self._kept(new)
             changed |= bool(new)
-            self._lengths[output] = output.length
+            self._lengths[sequence] = sequence.length
         if changed:
-            self._mask_by([self._of[output] for output in outputs])
+            self._mask_by([self._of[sequence] for sequence in sequences])
 
     def see_text(self, ids: Sequence[int], num_positions: int) -> None:
         """See `ShortHead.see_text`."""
@@ -200,18 +200,18 @@ class _SeenIds:
         self._mask = on_device(numbers, self._ids.device, self._rows.dtype).view(len(seen), -1)
 
 
-def _product(head: LeanHead | PlainHead, number: int) -> Product:
+def _product(head: FusedHead | PlainHead, number: int) -> Linear:
     """x W^T + b of a whole head."""
-    if isinstance(head, LeanHead):
-        return head.products[0]
-    product = plain_product(head.module)
-    if product is None:
+    if isinstance(head, FusedHead):
+        return head.linears[0]
+    linear = plain_linear(head.module)
+    if linear is None:
         raise ValueError(
             f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
         )
-    valid_for, kept = _PLAIN.get(head.module, (None, product))
+    valid_for, kept = _PLAIN.get(head.module, (None, linear))
     if valid_for != head.structure:
-        _PLAIN[head.module] = head.structure, product
-        return product
+        _PLAIN[head.module] = head.structure, linear
+        return linear
     follow_weights([kept])
     return kept

@@ -6,11 +6,11 @@ from conftest import tiny_llama
 from distributions import PROMPT, STEPS, config, expected, looking, model, p_value
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_rows import PROMPTS, batch
+from test_batch import PROMPTS, in_batch
 from transformers import MinPLogitsWarper, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from self_speculation import GenerationConfig, Request, Sampler, make_strategy
-from self_speculation.decoding.sampling import SamplerOfRows, together
+from self_speculation.decoding.sampling import SamplerOfRows, joint_sampler
 
 SAMPLES = 400
 
@@ -72,8 +72,8 @@ def test_what_rows_that_differ_have_sorted(samplers, sorts, monkeypatch):
 def test_rows_that_agree_share_a_sampler():
     """Guards against probabilities that nobody needs: rows that all are greedy compute none."""
     greedy = [Sampler(False, 0.3), Sampler(True, 0.0)]
-    assert together(greedy, torch.device("cpu")).greedy
-    assert together([Sampler(True, 0.3)] * 3, torch.device("cpu")) == Sampler(True, 0.3)
+    assert joint_sampler(greedy, torch.device("cpu")).greedy
+    assert joint_sampler([Sampler(True, 0.3)] * 3, torch.device("cpu")) == Sampler(True, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_one_seed_one_answer_whoever_the_neighbours_are(drafts):
         Request(prompt, seed=seed, config=GenerationConfig(**{"generation_strategy": name, **own}))
         for seed, (prompt, own) in enumerate(zip(PROMPTS, settings, strict=True))
     ]
-    beside = batch(decoded, requests, 4, max_steps=20, sample=True, **drafts)
+    beside = in_batch(decoded, requests, 4, max_steps=20, sample=True, **drafts)
     for index, request in enumerate(requests):
-        alone = batch(decoded, [request], 1, max_steps=20, sample=True, **drafts)[0]
+        alone = in_batch(decoded, [request], 1, max_steps=20, sample=True, **drafts)[0]
         assert beside[index].predicted_tokens == alone.predicted_tokens
         assert beside[index].stop_reason == alone.stop_reason
     assert len(beside[4].predicted_tokens) > 20  # its own limit, beyond the batch's
@@ -116,7 +116,7 @@ def test_a_row_without_drafts_beside_others_has_the_models_own_text():
     drafts = {"exit_layer": 2, "num_speculations": 3}
     decoded = tiny_llama(agreement="never")
     own = GenerationConfig(generation_strategy="autoregressive", sample=False, max_steps=12)
-    results = batch(
+    results = in_batch(
         decoded, [Request(PROMPTS[0]), Request(PROMPTS[0], config=own)], 2, max_steps=12, **drafts
     )
     assert results[0].predicted_tokens == results[1].predicted_tokens
@@ -209,7 +209,7 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, length
         for row in rows
     ]
     drafts = {"exit_layer": 2, "num_speculations": length, "prompt_lookup": lookup}
-    got = batch(decoded, requests, batch_size, **drafts)
+    got = in_batch(decoded, requests, batch_size, **drafts)
     for index, request in enumerate(requests):
         if not request.config.sample or request.config.top_k == 1:
             tokens, error = plainly(decoded, request, ends)

@@ -86,8 +86,8 @@ def test_adaptive_distribution(draft_vocabulary, monkeypatch):
     """Plans are drawn, so that exits, lookups, both at once and plain steps all come in turn."""
     draws = random.Random(0)
 
-    def plan(matched, rooms):
-        return drawn_plan(matched, rooms, draws.choice, draws.randint)
+    def plan(matched, limits):
+        return drawn_plan(matched, limits, draws.choice, draws.randint)
 
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     chosen = config(

@@ -156,13 +156,13 @@ def test_one_callable_is_as_good_as_a_list_of_one(drafts):
         "logits_processors": LogitsProcessorList([processor]),
         "stopping_criteria": StoppingCriteriaList([criterion]),
     }
-    outputs = [
+    sequences = [
         generate(tiny_llama(), [5, 6, 7], eos=[], max_steps=20, **drafts, **given).predicted_tokens
         for given in (one, lists, of_transformers, {})
     ]
-    assert outputs[0] == outputs[1] == outputs[2]
-    assert len(outputs[0]) == 6
-    assert len(outputs[3]) == 20
-    end = outputs[3][4]
+    assert sequences[0] == sequences[1] == sequences[2]
+    assert len(sequences[0]) == 6
+    assert len(sequences[3]) == 20
+    end = sequences[3][4]
     by_id = [generate(tiny_llama(), [5, 6, 7], eos=ids, **drafts).predicted_tokens for ids in (end, [end])]
-    assert by_id[0] == by_id[1] == outputs[3][: outputs[3].index(end)]
+    assert by_id[0] == by_id[1] == sequences[3][: sequences[3].index(end)]

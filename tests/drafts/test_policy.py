@@ -10,7 +10,7 @@ import pytest
 from conftest import generate, tiny_llama
 
 from self_speculation.config import LONGEST_DRAFT
-from self_speculation.drafts import table
+from self_speculation.drafts import registry
 from self_speculation.drafts.costs import Costs, PassTimes
 from self_speculation.drafts.estimates import DecayedMean
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Arm, ArmStats
@@ -476,16 +476,16 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[])
     for seed in range(5):
         generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
-    (learnt,) = table._LEARNT[model].values()
+    (learnt,) = registry._LEARNT[model].values()
     names = {"exit 1", "lookup"}
     assert {*learnt.trials} <= {PLAIN, *names}
     assert {name for name, _ in learnt.acceptance} <= names
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that a lookup compares
     assert len(learnt.by_confidence) <= 10
     assert len(learnt.times._runs) <= LONGEST_DRAFT + 1
-    assert other not in table._LEARNT
+    assert other not in registry._LEARNT
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
-    assert len(table._LEARNT[model]) == 2  # drawn tokens are accepted by other chances
+    assert len(registry._LEARNT[model]) == 2  # drawn tokens are accepted by other chances
 
 
 def test_adaptive_states_what_it_decided():

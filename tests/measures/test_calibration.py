@@ -10,8 +10,8 @@ from measures import calibration
 from measures.calibration import calibrate, medians
 from self_speculation import GenerationConfig
 from self_speculation.drafts.costs import Costs
-from self_speculation.model.compiled import RUNS_TO_WARM_UP
-from self_speculation.model.decoder import Decoder
+from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP
+from self_speculation.model.model_runner import ModelRunner
 
 GREEDY = GenerationConfig(sample=False)
 
@@ -41,13 +41,13 @@ def test_passes_are_those_of_rounds(weights, monkeypatch):
     flags = {"config": replace(GREEDY, draft_weights=weights), "exit_layers": [1, 3], "longest": 2, "most": 2}
     model = tiny_llama(num_layers=4, fused=True)
     turns_of(model, **flags)  # copies are made by passes of their own
-    passes, run = Counter(), Decoder.run
+    passes, run = Counter(), ModelRunner.run
 
     def counted(self, inputs, first, last, num_logits):
         passes[first, last, inputs.shape[1], num_logits] += 1
         return run(self, inputs, first, last, num_logits)
 
-    monkeypatch.setattr(Decoder, "run", counted)
+    monkeypatch.setattr(ModelRunner, "run", counted)
     turns_of(model, **flags)
     turns = 2  # the first one warms up
     drafts = {(0, layer, 1, 1): 4 * turns for layer in (1, 3)}
@@ -88,7 +88,9 @@ def test_compiling_does_not_count(monkeypatch):
 def test_ranks_of_one_model_take_the_costs_of_the_first(monkeypatch):
     """Guards against ranks that end their turns, or choose cells, each by a clock of its own."""
     asked = []
-    monkeypatch.setattr(calibration, "agreed", lambda model, value: asked.append(value) or value)
+    monkeypatch.setattr(
+        calibration, "broadcast_from_rank0", lambda model, value: asked.append(value) or value
+    )
     turns = turns_of(tiny_llama(num_layers=4, fused=True), patience=1e9, most=4)
     assert asked[:-1] == [False, False]
     assert asked[-1] == turns

@@ -10,8 +10,8 @@ from conftest import generate, tiny_llama
 from measures.metrics import speed
 from measures.timed_runs import measure_examples, run_every_pass
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
-from self_speculation.model.compiled import compile_decoding
-from self_speculation.model.decoder import Decoder
+from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.model_runner import ModelRunner
 
 SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}
 
@@ -25,14 +25,14 @@ SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_
 )
 def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     """And no more tokens than that takes. Guards against a draft length that is not drafted in full."""
-    seen, run = [], Decoder.run
+    seen, run = [], ModelRunner.run
 
     def watch(self, inputs, first, last, num_logits):
         if last == len(self.layers):
             seen.append(inputs.shape[1])
         return run(self, inputs, first, last, num_logits)
 
-    monkeypatch.setattr(Decoder, "run", watch)
+    monkeypatch.setattr(ModelRunner, "run", watch)
     model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
     settings = GenerationConfig(sample=False, stop_words=["a"], stop_token_ids=list(range(50)), **config)
     strategy = make_strategy(settings.generation_strategy)
@@ -48,13 +48,13 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
     """By a clock that only passes of the model move. Guards against passes that measure something between the
     answers, and a speed-up that leaves them out.
     """
-    now, run = [0.0], Decoder.run
+    now, run = [0.0], ModelRunner.run
 
     def moves_the_clock(self, *args, **kwargs):
         now[0] += 1.0
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Decoder, "run", moves_the_clock)
+    monkeypatch.setattr(ModelRunner, "run", moves_the_clock)
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     model = tiny_llama(vocab_size=len(byte_tokenizer))
     settings = GenerationConfig(sample=False, max_steps=24, **config)

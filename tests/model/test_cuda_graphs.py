@@ -16,9 +16,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes import reinplace
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from self_speculation.model.compiled import compile_decoding, make_decoder
-from self_speculation.model.decoder import PREFILL_CHUNK
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.compiled_runner import compile_decoding, make_runner
+from self_speculation.model.fused_layers import fuse
+from self_speculation.model.model_runner import PREFILL_CHUNK
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
@@ -138,7 +138,7 @@ def test_the_larger_cache_is_kept():
     """Guards against short prompts and long ones in turn that compile everything each time."""
     model = lean_copy(max_position_embeddings=8192)
     compile_decoding(model)
-    places = [make_decoder(model, n, n + 10).cache.capacity for n in (10, 1500, 10, 3000, 1500)]
+    places = [make_runner(model, n, n + 10).cache.capacity for n in (10, 1500, 10, 3000, 1500)]
     assert places == [1024, 2048, 2048, 4096, 4096]
 
 
@@ -165,7 +165,7 @@ def test_rotary_embeddings_of_a_part_of_a_head(graphs, model_type):
     shared = {"max_steps": 8, "eos": [], "exit_layer": 1, "num_speculations": 3}
     expected = generate(model, PROMPT, **shared).predicted_tokens
     compile_decoding(model)
-    assert make_decoder(model, 1, 10).rotary.shape[2] == 4
+    assert make_runner(model, 1, 10).rotary.shape[2] == 4
     assert generate(model, PROMPT, **shared).predicted_tokens == expected
     assert graphs.compiled > 2
 

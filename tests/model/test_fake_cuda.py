@@ -25,13 +25,14 @@ from self_speculation import (
     make_strategy,
     self_speculation_generator,
 )
-from self_speculation.decoding_strategy import Batch
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.model import products
-from self_speculation.model.decoder import PREFILL_CHUNK, Decoder, LevelSpan, forward_early, prefill
-from self_speculation.model.lean_layers import NARROW, fuse
+from self_speculation.model import linear
+from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
-from self_speculation.self_speculation_generator import ReadVerdict
+from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early, prefill
+from self_speculation.scheduler import Scheduler
+from self_speculation.self_speculation_generator import HostVerification
 from self_speculation.transfers import Reading
 
 # A torch without CUDA knows no CUDA device, but this one, which for tensors without memory is as good.
@@ -90,14 +91,16 @@ def shares(one, other):
 def cuda(monkeypatch):
     """Makes models of fake tensors; whatever is read from the device is drawn."""
     draws = random.Random(0)
-    monkeypatch.setattr("self_speculation.model.lean_layers.scaled_dot_product_attention", attention)
+    monkeypatch.setattr("self_speculation.model.fused_layers.scaled_dot_product_attention", attention)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
     # A parameter of no memory is no `Parameter`, and nowhere.
-    monkeypatch.setattr("self_speculation.model.lean_layers._is_plain", lambda *modules: True)
-    monkeypatch.setattr("self_speculation.model.lean_layers.structure", lambda *modules: ())
-    monkeypatch.setattr("self_speculation.model.products.contents", lambda groups: [()] * len(groups))
+    monkeypatch.setattr("self_speculation.model.fused_layers._is_plain", lambda *modules: True)
+    monkeypatch.setattr("self_speculation.model.fused_layers.structure", lambda *modules: ())
+    monkeypatch.setattr("self_speculation.model.linear.contents", lambda groups: [()] * len(groups))
     monkeypatch.setattr("torch.from_dlpack", lambda part: part)
-    monkeypatch.setattr(Batch, "_exactly", lambda batch: contextlib.nullcontext())  # it has no autocast
+    monkeypatch.setattr(
+        Scheduler, "_without_autocast", lambda batch: contextlib.nullcontext()
+    )  # it has no autocast
 
     def drawn(part):
         """Ids, or numbers between 0 and 1; nothing is damaged."""
@@ -113,23 +116,23 @@ def cuda(monkeypatch):
         """As it is read, with as many accepted as there can be."""
         honest(rows, draft, target, verdict)
         accepted = [draws.randint(0, length) for length in draft.lengths]
-        return ReadVerdict(accepted, [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted])
+        return HostVerification(accepted, [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted])
 
-    monkeypatch.setattr("self_speculation.decoding.rows.read", read)
+    monkeypatch.setattr("self_speculation.decoding.batch.read", read)
     monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))
     monkeypatch.setattr(Reading, "wait", lambda reading: [n for part in read(reading.numbers) for n in part])
     always = property(lambda source: True, lambda source, value: None)
     monkeypatch.setattr(LayerDrafts, "_runs_ahead", always, raising=False)  # as on a GPU
-    honest = self_speculation_generator.read_verdict
-    monkeypatch.setattr(self_speculation_generator, "read_verdict", few_accepted)
+    honest = self_speculation_generator.read_verification
+    monkeypatch.setattr(self_speculation_generator, "read_verification", few_accepted)
 
     # What makes real memory even so.
     tensor, zeros = torch.tensor, torch.zeros
     for module in (
-        "decoding.output",
-        "decoding.rows",
+        "decoding.sequence",
+        "decoding.batch",
         "decoding.sampling",
-        "drafts.lookups",
+        "drafts.ngram",
         "model.kv_cache",
         "model.short_head",
         "self_speculation_generator",
@@ -185,7 +188,7 @@ SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
         *((path, HEADS[0 if path == "int4" else 1], True) for path in PATHS),
         *(
             (path, HEADS[1], False) for path in PATHS if path not in ("int8", "int4")
-        ),  # these need lean layers
+        ),  # these need fused layers
         *((path, heads, True) for path in ("self-speculative", "wide") for heads in (HEADS[0], HEADS[2])),
     ],
 )
@@ -211,7 +214,7 @@ def test_every_path_of_a_batch(cuda, path):
 
 def test_rows_of_their_own_settings_over_a_kept_cache(cuda, monkeypatch):
     """Guards against the same where rows sample each in its own way, and take what others have left."""
-    monkeypatch.setattr("self_speculation.decoding_strategy.state_of", lambda model: "of bits that are none")
+    monkeypatch.setattr("self_speculation.scheduler.cache_fingerprint", lambda model: "of bits that are none")
     config = GenerationConfig(
         max_steps=7,
         generation_strategy="self_speculative",
@@ -238,10 +241,10 @@ def test_long_prompts(cuda, fused):
 def test_masks_of_every_position(groups):
     """Guards against masks that are aligned for one length in eight only, or tell of the future."""
     model = tiny_llama(num_attention_heads=2 * groups, num_key_value_heads=2, hidden_size=48)
-    decoder = Decoder(model, 1, 40)
+    runner = ModelRunner(model, 1, 40)
     for start in range(1, 18):
         for width in range(2, 10):
-            span = LevelSpan(decoder, 1, start, width)
+            span = AttentionContext.uniform(runner, 1, start, width)
             visible = torch.ones(width, start + width).tril(start) == 1
             assert torch.equal(span.mask == 0, visible)
             assert torch.equal(span.grouped_mask == 0, visible.repeat(groups, 1))
@@ -258,15 +261,15 @@ def test_masks_of_every_position(groups):
 )
 def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
     """Guards against another kernel in each layer: the host has no time for it."""
-    decoder = Decoder(cuda(heads), 30, 100)
+    runner = ModelRunner(cuda(heads), 30, 100)
     ids = torch.zeros(1, width, dtype=torch.long, device=DEVICE)
     names = []
     with torch.inference_mode():
-        prefill(decoder, torch.zeros(1, 30, dtype=torch.long, device=DEVICE), 4)
+        prefill(runner, torch.zeros(1, 30, dtype=torch.long, device=DEVICE), 4)
         for depth in (1, 2):
-            decoder.cache.pretend([30])
+            runner.cache.pretend([30])
             with Kernels() as ran:
-                forward_early(decoder, ids, depth)
+                forward_early(runner, ids, depth)
             names.append(ran.kernels)
     assert len(names[1]) - len(names[0]) == expected, names[1]
 
@@ -274,21 +277,21 @@ def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
 @pytest.mark.parametrize(("width", "expected"), [(1, 13), (5, 14)])
 def test_kernels_of_a_lean_layer_where_rows_differ_in_length(cuda, width, expected):
     """Guards against masks, places or rotations that each layer makes anew, and copies of new keys."""
-    decoder = Decoder(cuda(), 30, 100, num_rows=3)
+    runner = ModelRunner(cuda(), 30, 100, num_rows=3)
     names = []
     with torch.inference_mode():
-        decoder.cache.clear(num_rows=0)
+        runner.cache.clear(num_rows=0)
         for length in (30, 20, 7):
             prefill(
-                decoder.for_row(decoder.cache.num_rows),
+                runner.for_row(runner.cache.num_rows),
                 torch.zeros(1, length, dtype=torch.long, device=DEVICE),
                 4,
             )
-            decoder.cache.admit(length)
+            runner.cache.add_row(length)
         for depth in (1, 2):
-            decoder.cache.pretend([30, 20, 7])
+            runner.cache.pretend([30, 20, 7])
             with Kernels() as ran:
-                forward_early(decoder, torch.zeros(3, width, dtype=torch.long, device=DEVICE), depth)
+                forward_early(runner, torch.zeros(3, width, dtype=torch.long, device=DEVICE), depth)
             names.append(ran.kernels)
     assert len(names[1]) - len(names[0]) == expected, names[1]
 
@@ -298,17 +301,17 @@ def test_calls_of_a_lean_layer(width, expected, monkeypatch):
     """Guards against another view in each layer: to make one takes the host as long as to start a kernel.
     On a CPU, where a norm is four calls, with the products of a GPU.
     """
-    monkeypatch.setattr(products, "_blocks", lambda weight: None)
+    monkeypatch.setattr(linear, "_blocks", lambda weight: None)
     model = copy.deepcopy(tiny_llama())
-    monkeypatch.setattr(products.Product, "can_be_packed", False)
+    monkeypatch.setattr(linear.Linear, "can_be_packed", False)
     fuse(model)
-    decoder, calls = Decoder(model, 30, 100), []
+    runner, calls = ModelRunner(model, 30, 100), []
     with torch.inference_mode():
-        prefill(decoder, torch.zeros(1, 30, dtype=torch.long), 4)
+        prefill(runner, torch.zeros(1, 30, dtype=torch.long), 4)
         for depth in (1, 2):
-            decoder.cache.pretend([30])
+            runner.cache.pretend([30])
             with Kernels() as ran:
-                forward_early(decoder, torch.zeros(1, width, dtype=torch.long), depth)
+                forward_early(runner, torch.zeros(1, width, dtype=torch.long), depth)
             calls.append(ran.calls)
     assert len(calls[1]) - len(calls[0]) == expected, calls[1]
 

@@ -18,7 +18,7 @@ from self_speculation import LoadingError, LoadingOptions, load_model_and_tokeni
 from self_speculation.model import gguf_files
 from self_speculation.model.gguf_files import Header
 from self_speculation.model.loading import LoadingWarning, load_config
-from self_speculation.model.low_bit_products import Float16Product, works
+from self_speculation.model.low_bit_linear import Float16Head, works
 from self_speculation.model.mapped import MappedFiles
 
 NAMES = {
@@ -84,8 +84,8 @@ def write(path, model, tokenizer, quantised=None, vocab_size=True):
     file.close()
 
 
-widens = pytest.mark.skipif(
-    not works(Float16Product, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+fp32_activations = pytest.mark.skipif(
+    not works(Float16Head, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
 )
 
 
@@ -135,7 +135,7 @@ def test_the_size_of_the_vocabulary_is_that_of_the_tokenizer(text_model, byte_to
     assert load_config(str(tmp_path / "x.gguf")).vocab_size == len(byte_tokenizer)
 
 
-@widens
+@fp32_activations
 def test_in_16_bits_it_is_mapped_from_a_file_that_is_kept(written, kept, text_model, monkeypatch):
     """Guards against four bytes a weight in memory, and weights that are dequantised at every start."""
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_in_16_bits_it_is_mapped_from_a_file_that_is_kept(written, kept, text_mo
     assert len(list(kept.iterdir())) == 1
 
 
-@widens
+@fp32_activations
 def test_what_is_kept_is_valid_for_the_content(written, kept, byte_tokenizer):
     """Guards against weights of a file that had the name before, as large and as old."""
     load_model_and_tokenizer(str(written))
@@ -159,7 +159,7 @@ def test_what_is_kept_is_valid_for_the_content(written, kept, byte_tokenizer):
     assert len(list(kept.iterdir())) == 2
 
 
-@widens
+@fp32_activations
 def test_what_was_cut_short_is_written_again(written, kept, text_model):
     """Guards against a model that cannot be loaded any more once the power failed."""
     load_model_and_tokenizer(str(written))
@@ -168,7 +168,7 @@ def test_what_was_cut_short_is_written_again(written, kept, text_model):
     assert has_weights(load_model_and_tokenizer(str(written))[0], halved(text_model))
 
 
-@widens
+@fp32_activations
 def test_an_interrupted_start_keeps_nothing(written, kept, monkeypatch):
     """Guards against gigabytes that nobody finds again."""
     calls = []
@@ -184,7 +184,7 @@ def test_an_interrupted_start_keeps_nothing(written, kept, monkeypatch):
     assert not list(kept.iterdir())
 
 
-@widens
+@fp32_activations
 @pytest.mark.parametrize("why", ["full", "forbidden"])
 def test_where_nothing_can_be_kept(why, written, kept, text_model, monkeypatch):
     """Guards against a model that needs a writable home, and twice the memory without a word."""
@@ -267,7 +267,7 @@ def test_arguments_of_the_config_are_obeyed(written):
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("auto", marks=widens)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("auto", marks=fp32_activations)])
 def test_once_trained_it_can_be_saved(written, dtype, tmp_path):
     """Guards against a training that fails at its first checkpoint: transformers saves no model of blocks."""
     model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype))
@@ -280,7 +280,7 @@ def test_once_trained_it_can_be_saved(written, dtype, tmp_path):
 
 
 @pytest.mark.slow
-@widens
+@fp32_activations
 @pytest.mark.parametrize("name", ["SmolLM2", "LARGE_GGUF"])
 def test_a_real_one_takes_two_bytes_a_weight(name):
     """Guards against copies in float32, or of what is mapped: 3.8 GiB for half a billion weights.
@@ -305,7 +305,7 @@ PEAK = """
 import resource, sys
 import torch
 from self_speculation import GenerationConfig, load_model_and_tokenizer, make_strategy
-from self_speculation.model.lean_layers import bytes_made
+from self_speculation.model.fused_layers import bytes_made
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -93,9 +93,9 @@ def test_what_must_move_moves_once(dropped, keep, moved):
     cache.clear(0)
     for first, length in ((0, 5), (10, 3)):
         cache.row(cache.num_rows).update(block(first, length), block(first, length), 0)
-        cache.admit(length)
+        cache.add_row(length)
     with Copied() as copied:
-        cache.drop(dropped, keep=keep)
+        cache.remove_row(dropped, keep=keep)
     assert copied.count == moved * 2 * 2 * 3  # of keys and values, of 2 heads, 3 numbers each
     keys, _ = cache.update(block(20, 1), block(20, 1), 0)
     assert contents(keys) == ([0, 1, 2, 3, 4, 20] if dropped else [10, 11, 12, 20])

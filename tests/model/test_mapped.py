@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from self_speculation.model import mapped
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.fused_layers import fuse
 from self_speculation.model.mapped import MappedFiles, release
 
 SHAPE = (300, 64)  # in float32 more than 18 pages
@@ -94,7 +94,7 @@ def test_a_packed_model_takes_no_memory_for_its_file(tmp_path):
     """Guards against four bytes a weight: two of the file, which are read again when an answer begins."""
     copy.deepcopy(tiny_llama(vocab_size=1000)).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    fuse(model, widen=True)
+    fuse(model, fp32_activations=True)
     head = model.lm_head.weight
     assert pages_in_memory(head) <= 1
     assert mapped._is_unwritten(head)

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from self_speculation import GenerationConfig, Request, make_strategy, self_speculative_generate
-from self_speculation.decoding_strategy import Batch
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.fused_layers import fuse
+from self_speculation.scheduler import Scheduler
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
@@ -160,16 +160,18 @@ def test_a_change_between_two_requests(model, how):
 
 def test_a_change_while_others_are_in_flight(model):
     """Guards against a request for a model that is another by now; the others do not notice."""
-    batch = Batch(make_strategy("autoregressive"), model, GenerationConfig(sample=False, max_steps=4), 2)
-    batch.admit("before", Request(PROMPT))
-    batch.round()
+    scheduler = Scheduler(
+        make_strategy("autoregressive"), model, GenerationConfig(sample=False, max_steps=4), 2
+    )
+    scheduler.add_request("before", Request(PROMPT))
+    scheduler.step()
     handle = model.register_forward_hook(negated)
-    batch.admit("after", Request(PROMPT))
+    scheduler.add_request("after", Request(PROMPT))
     handle.remove()
     results = {}
     while len(results) < 2:
-        batch.round()
-        results |= dict(batch.take_out())
+        scheduler.step()
+        results |= dict(scheduler.pop_finished())
     assert results["before"].predicted_tokens == generate(model, PROMPT, max_steps=4, eos=[]).predicted_tokens
     assert "has the hook negated" in str(results["after"])
 

@@ -14,11 +14,11 @@ import benchmark
 import correctness
 import generate as generate_script
 import sweep
-from self_speculation.model import low_bit_products, quantized_layers
-from self_speculation.model.decoder import Decoder, forward
-from self_speculation.model.lean_layers import Product, bytes_made, fuse, lean_forms
+from self_speculation.model import low_bit_linear, quantized_layers
+from self_speculation.model.fused_layers import Linear, bytes_made, fuse, fused_model
 from self_speculation.model.loading import default_model, load_model_and_tokenizer
-from self_speculation.model.low_bit_products import Float16Product, Int4Product, Int8Product
+from self_speculation.model.low_bit_linear import Float16Head, Int4Linear, Int8Linear
+from self_speculation.model.model_runner import ModelRunner, forward
 from self_speculation.model.quantized_layers import formats, quantized
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -26,7 +26,7 @@ SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2",
 
 
 # Not every processor has a kernel for it.
-HAS_FLOAT16 = low_bit_products.works(Float16Product, torch.device("cpu"), torch.float32)
+HAS_FLOAT16 = low_bit_linear.works(Float16Head, torch.device("cpu"), torch.float32)
 needs_float16 = pytest.mark.skipif(not HAS_FLOAT16, reason="no kernel here")
 
 
@@ -35,15 +35,15 @@ def meant_by_sixteen_bits(weight):
 
 
 def meant_by_eight_bits(weight):
-    steps, scales = low_bit_products._in_eight_bits(weight)
+    steps, scales = low_bit_linear._in_eight_bits(weight)
     return steps.float() * scales.float()[:, None]
 
 
 def meant_by_four_bits(weight):
     """What steps, scales and middles stand for; input sizes beyond whole groups are padded."""
-    padded = low_bit_products._padded(weight)
+    padded = low_bit_linear._padded(weight)
     counts = nn.functional.pad(torch.ones(weight.shape[1]), (0, padded.shape[1] - weight.shape[1]))
-    steps, numbers = low_bit_products.in_four_bits(padded, counts)
+    steps, numbers = low_bit_linear.in_four_bits(padded, counts)
     scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
     return ((steps - 8) * scales + middles)[: len(weight), : weight.shape[1]]
 
@@ -53,9 +53,9 @@ def meant_by_four_bits(weight):
 @pytest.mark.parametrize(
     ("kind", "meant", "error"),
     [
-        pytest.param(Float16Product, meant_by_sixteen_bits, 1e-3, marks=needs_float16),
-        (Int8Product, meant_by_eight_bits, 0.02),
-        (Int4Product, meant_by_four_bits, 0.13),
+        pytest.param(Float16Head, meant_by_sixteen_bits, 1e-3, marks=needs_float16),
+        (Int8Linear, meant_by_eight_bits, 0.02),
+        (Int4Linear, meant_by_four_bits, 0.13),
     ],
 )
 def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, width):
@@ -65,7 +65,7 @@ def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, wid
     """
     torch.manual_seed(0)
     linear = nn.Linear(*reversed(shape)).requires_grad_(False)
-    product = Product(linear)
+    product = Linear(linear)
     x = torch.randn(width, shape[1]).to(torch.bfloat16).float()
     copied = kind(product)
     approximate = meant(product.weight)
@@ -79,7 +79,7 @@ def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, wid
     hidden = torch.randn(width, shape[0])
     assert_close(copied.add_to(hidden.clone(), x), hidden + got, roundings=2)
     assert copied.unconverted(x).dtype == kind.dtype
-    if kind is Float16Product:  # what it holds is the kernel's business
+    if kind is Float16Head:  # what it holds is the kernel's business
         return
     held = [value for value in vars(copied).values() if isinstance(value, torch.Tensor)]
     assert sum(t.nbytes for t in held) == copied.num_bytes + 2 * len(linear.bias)
@@ -88,7 +88,7 @@ def test_the_kernel_multiplies_by_what_was_packed(kind, meant, error, shape, wid
 def test_four_bits_reach_the_ends_of_a_group():
     """Guards against a range around zero only: what lies on one side of it needs all 16 steps too."""
     weight = torch.linspace(3.0, 4.0, 32)[None]
-    steps, _ = low_bit_products.in_four_bits(weight, torch.ones(32))
+    steps, _ = low_bit_linear.in_four_bits(weight, torch.ones(32))
     assert steps.min() == 0
     assert steps.max() == 15
     assert (meant_by_four_bits(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
@@ -102,18 +102,18 @@ def test_the_columns_that_count_are_closest():
     squares[::8] = 100.0
 
     def error(counts):
-        steps, numbers = low_bit_products.in_four_bits(weight, counts)
+        steps, numbers = low_bit_linear.in_four_bits(weight, counts)
         scales, middles = numbers[0].float().unbind(1)
         off = (steps - 8) * scales[:, None] + middles[:, None] - weight
         return (off.square() @ squares).mean()
 
     assert error(squares) < 0.7 * error(torch.ones(32))
     twin, watched = tiny_llama(fused=True), {}
-    decoder = Decoder(twin, 6, 20)
-    watched = quantized_layers._squares_of_inputs(decoder, decoder.layers)
-    assert set(watched) == {product for layer in decoder.layers for product in layer.products}
+    runner = ModelRunner(twin, 6, 20)
+    watched = quantized_layers._squares_of_inputs(runner, runner.layers)
+    assert set(watched) == {product for layer in runner.layers for product in layer.linears}
     assert all(len(squares) == product.weight.shape[1] for product, squares in watched.items())
-    assert decoder.cache.length(0) == 0
+    assert runner.cache.length(0) == 0
 
 
 def test_what_other_devices_are_given():
@@ -129,7 +129,7 @@ def test_what_other_devices_are_given():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
         for columns in (32, 64, 96, 128):
-            low_bit_products._packed(torch.arange(columns, dtype=torch.int32)[None] % 16)
+            low_bit_linear._packed(torch.arange(columns, dtype=torch.int32)[None] % 16)
     assert [tiles for _, tiles in packed] == [2, 4, 2, 8]
     assert packed[0][0] == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2]
 
@@ -138,18 +138,18 @@ def test_what_other_devices_are_given():
 def test_copies_are_made_once_over_the_same_cache(weights, error):
     """Guards against a copy for every generation, and layers in an order that is not theirs."""
     model = tiny_llama.__wrapped__(fused=True)
-    decoder = Decoder(model, 6, 20)
-    twin = quantized(decoder, 3, weights)
+    runner = ModelRunner(model, 6, 20)
+    twin = quantized(runner, 3, weights)
     assert len(twin.layers) == 3
-    assert twin.cache is decoder.cache
-    again = quantized(Decoder(model, 6, 20), 4, weights)
+    assert twin.cache is runner.cache
+    again = quantized(ModelRunner(model, 6, 20), 4, weights)
     for part, other in ((again.layers[0], twin.layers[0]), (again.head, twin.head)):
-        assert all(mine is theirs for mine, theirs in zip(part.products, other.products, strict=True))
-    assert lean_forms(model)[0][0] is decoder.layers[0]  # as it was
+        assert all(mine is theirs for mine, theirs in zip(part.linears, other.linears, strict=True))
+    assert fused_model(model)[0][0] is runner.layers[0]  # as it was
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
-        wanted = forward(Decoder(model, 6, 6), ids, 6).logits
-        got = forward(quantized(Decoder(model, 6, 6), 4, weights), ids, 6).logits
+        wanted = forward(ModelRunner(model, 6, 6), ids, 6).logits
+        got = forward(quantized(ModelRunner(model, 6, 6), 4, weights), ids, 6).logits
     assert (got - wanted).norm() < error * wanted.norm()
 
 
@@ -175,8 +175,8 @@ def test_inputs_are_weighed_in_passes_over_many_tokens(monkeypatch):
     monkeypatch.setattr(
         quantized_layers,
         "forward_early",
-        lambda decoder, ids, *args, **options: (
-            passes.append(ids.shape[1]) or run(decoder, ids, *args, **options)
+        lambda runner, ids, *args, **options: (
+            passes.append(ids.shape[1]) or run(runner, ids, *args, **options)
         ),
     )
     for context, widths in ((256, [64] * 4), (32, [32] * 8)):
@@ -191,42 +191,42 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     """Guards against a machine that is brought to its knees by a second model."""
     model = tiny_llama.__wrapped__(num_layers=3, fused=True)
     of_layers, of_head = formats("int4", model.device, model.dtype)
-    *layers, head = (form.products for form in (*lean_forms(model)[0][:2], lean_forms(model)[1]))
-    needed = sum(of_layers.bytes_of(product.shape) for products in layers for product in products)
+    *layers, head = (form.linears for form in (*fused_model(model)[0][:2], fused_model(model)[1]))
+    needed = sum(of_layers.bytes_of(product.shape) for linears in layers for product in linears)
     needed += of_head.bytes_of(head[0].shape)
-    decoder = Decoder(model, 6, 20)
+    runner = ModelRunner(model, 6, 20)
     packed = bytes_made(model)
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: needed - 1)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
-        quantized(decoder, 2, "int4")
+        quantized(runner, 2, "int4")
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: needed)
-    quantized(decoder, 2, "int4")
+    quantized(runner, 2, "int4")
     assert bytes_made(model) == packed + needed
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
-    quantized(decoder, 2, "int4")  # it is there already
+    quantized(runner, 2, "int4")  # it is there already
     with pytest.raises(ValueError, match="draft_weights int4: takes"):
-        quantized(decoder, 3, "int4")
+        quantized(runner, 3, "int4")
 
 
 def test_want_of_memory_is_no_want_of_a_kernel():
     """Guards against drafts in fewer bits that are refused for ever because memory was short once."""
     errors: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory")]
 
-    class Product(low_bit_products.Int8Product):
+    class Linear(low_bit_linear.Int8Linear):
         def __call__(self, x):
             if errors:
                 raise errors.pop()
             return super().__call__(x)
 
-    class Missing(Product):
+    class Missing(Linear):
         def __call__(self, x):
             raise NotImplementedError("no such kernel")
 
     asked = (torch.device("cpu"), torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
-        low_bit_products.works(Product, *asked)
-    assert low_bit_products.works(Product, *asked)
-    assert not low_bit_products.works(Missing, *asked)
+        low_bit_linear.works(Linear, *asked)
+    assert low_bit_linear.works(Linear, *asked)
+    assert not low_bit_linear.works(Missing, *asked)
 
 
 def test_what_pays_on_a_gpu(monkeypatch):
@@ -235,15 +235,15 @@ def test_what_pays_on_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match=r"draft_weights int8: .*slower on a GPU.*use int4"):
         formats("int8", gpu, torch.bfloat16)
-    assert formats("int4", gpu, torch.bfloat16) == (Int4Product, None)
-    assert formats("int4", torch.device("cpu"), torch.float32) == (Int4Product, Float16Product)
+    assert formats("int4", gpu, torch.bfloat16) == (Int4Linear, None)
+    assert formats("int4", torch.device("cpu"), torch.float32) == (Int4Linear, Float16Head)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_where_there_are_no_copies(weights):
     """Guards against "a known family" that nobody names, and a layer that nobody was told to fuse."""
     drafts = {"exit_layer": 2, "num_speculations": 2, "draft_weights": weights}
-    with pytest.raises(ValueError, match=rf"draft_weights {weights}: needs lean layers, so fuse\(model\)"):
+    with pytest.raises(ValueError, match=rf"draft_weights {weights}: needs fused layers, so fuse\(model\)"):
         generate(tiny_llama(), PROMPT, **drafts)
     gemma = AutoModelForCausalLM.from_config(OF_GEMMA).eval()
     families = "no copies of a gemma model, only of llama, mistral, ministral, qwen2, qwen3, seed_oss"
@@ -284,12 +284,12 @@ SCRIPTS = {
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model_args", "attn_implementation=eager"], "needs lean layers"),
+        (["--model_args", "attn_implementation=eager"], "needs fused layers"),
         (["--no_room"], "more than the model, and 0.00 GiB are free"),
     ],
 )
 def test_scripts_refuse_in_one_line(name, flags, said, model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against a traceback where a model turns out not to be lean, or too large, when it is loaded."""
+    """Guards against a traceback where a model turns out not to be fused, or too large, when it is loaded."""
     if flags == ["--no_room"]:
         monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
         flags = []

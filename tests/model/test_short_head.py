@@ -12,14 +12,14 @@ import torch
 from conftest import EOS, assert_close, generate, tiny_llama
 
 from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.decoding.output import Output
+from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.drafts.table import Parts, make_drafter, make_short_head
+from self_speculation.drafts.registry import DraftContext, make_drafter, make_short_head
 from self_speculation.model import short_head
-from self_speculation.model.decoder import Decoder
-from self_speculation.model.lean_layers import fuse, lean_forms
-from self_speculation.model.low_bit_products import Int8Product
-from self_speculation.model.products import Product
+from self_speculation.model.fused_layers import fuse, fused_model
+from self_speculation.model.linear import Linear
+from self_speculation.model.low_bit_linear import Int8Linear
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.short_head import likely_ids, prefer_ids
 
 PROMPT = [45, 9, 44, 7, 7, 43]
@@ -44,14 +44,14 @@ def with_biases(fused):
 def test_logits_are_those_of_the_whole_head_or_nothing(fused, weights):
     """Guards against a row, or its bias, in the place of another one."""
     if weights == "int8" and not fused:
-        pytest.skip("copies are made of lean layers")
+        pytest.skip("copies are made of fused layers")
     model = with_biases(fused)
     prefer_ids(model, {31: 2, 17: 1})
-    decoder = Decoder(model, 1, 8)
+    runner = ModelRunner(model, 1, 8)
     with torch.inference_mode():
-        drafter = make_drafter(decoder, 4, weights, make_short_head(decoder, 5))
+        drafter = make_drafter(runner, 4, weights, make_short_head(runner, 5))
         hidden = torch.randn(6, 32)
-        expected = make_drafter(decoder, 4, weights).head(hidden)
+        expected = make_drafter(runner, 4, weights).head(hidden)
         logits = drafter.head(hidden)
     assert logits.shape == (6, 50)
     listed = [0, 1, 2, 17, 31]
@@ -76,8 +76,8 @@ def test_rows_are_copied_once(fused, monkeypatch):
     model, copied = fresh(), []
     if fused:
         fuse(model)
-    of_rows = Product.of_rows
-    monkeypatch.setattr(Product, "of_rows", lambda self, ids: copied.append(ids) or of_rows(self, ids))
+    of_rows = Linear.of_rows
+    monkeypatch.setattr(Linear, "of_rows", lambda self, ids: copied.append(ids) or of_rows(self, ids))
     plain = generate(model, PROMPT, max_steps=40, eos=[])
     for _ in range(3):
         result = generate(model, PROMPT, draft_vocabulary=12, **DRAFTS)
@@ -90,9 +90,9 @@ def test_of_a_head_in_fewer_bits_only_these_rows_are_made():
     model = fresh()
     fuse(model)
     generate(model, PROMPT, draft_vocabulary=12, draft_weights="int8", **DRAFTS)
-    head = lean_forms(model)[1].products[0]
-    assert not head.has_derived(Int8Product)
-    assert [rows.has_derived(Int8Product) for rows in head.all_derived if isinstance(rows, Product)] == [True]
+    head = fused_model(model)[1].linears[0]
+    assert not head.has_derived(Int8Linear)
+    assert [rows.has_derived(Int8Linear) for rows in head.all_derived if isinstance(rows, Linear)] == [True]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -110,9 +110,9 @@ def test_other_weights_have_rows_of_their_own(fused):
 
 
 def test_the_whole_vocabulary_is_the_whole_head():
-    decoder = Decoder(tiny_llama(), 1, 8)
-    assert [make_short_head(decoder, number) for number in (50, 10**9, None)] == [None] * 3
-    assert make_drafter(decoder, 2, "exact", None) is decoder
+    runner = ModelRunner(tiny_llama(), 1, 8)
+    assert [make_short_head(runner, number) for number in (50, 10**9, None)] == [None] * 3
+    assert make_drafter(runner, 2, "exact", None) is runner
 
 
 def test_a_head_in_parts_is_refused():
@@ -139,7 +139,7 @@ def test_adaptive_drafts_with_it():
 
 
 def output(*ids):
-    return Output(ids, torch.device("cpu"), StopConditions([], 9))
+    return Sequence(ids, torch.device("cpu"), StopConditions([], 9))
 
 
 def logits_of(head, num_rows=1):
@@ -159,12 +159,12 @@ def test_ids_of_prompt_and_output_have_a_logit(fused, weights):
     seen; and against an output that is looked at once.
     """
     if weights == "int8" and not fused:
-        pytest.skip("copies are made of lean layers")
+        pytest.skip("copies are made of fused layers")
     model = with_biases(fused)
     prefer_ids(model, {31: 2, 17: 1})
-    decoder, seen = Decoder(model, 1, 8), output(40, 8, 31, 40)
+    runner, seen = ModelRunner(model, 1, 8), output(40, 8, 31, 40)
     with torch.inference_mode():
-        head = make_drafter(decoder, 4, weights, make_short_head(decoder, 5)).head
+        head = make_drafter(runner, 4, weights, make_short_head(runner, 5)).head
         assert known(head) == [[0, 1, 2, 17, 31]]
         head.see([seen])
         assert known(head) == [[0, 1, 2, 8, 17, 31, 40]]
@@ -172,7 +172,7 @@ def test_ids_of_prompt_and_output_have_a_logit(fused, weights):
         head.see([seen])
         listed = [0, 1, 2, 8, 17, 31, 40, 44]
         assert known(head) == [listed]
-        whole = logits_of(make_drafter(decoder, 4, weights).head)
+        whole = logits_of(make_drafter(runner, 4, weights).head)
         assert_close(
             logits_of(head)[:, listed], whole[:, listed], torch.bfloat16 if weights == "int8" else None
         )
@@ -182,8 +182,8 @@ def test_a_row_knows_its_own_ids_alone():
     """Guards against a sequence whose drafts depend on its neighbours; and against rows that change places,
     leave, or come, and have another one's ids.
     """
-    decoder = Decoder(fresh(), 1, 8)
-    head = make_short_head(decoder, 3)
+    runner = ModelRunner(fresh(), 1, 8)
+    head = make_short_head(runner, 3)
     first, second, third = output(7, 9), output(9, 30), output(41)
     likely = [0, 1, 2]
     with torch.inference_mode():
@@ -227,7 +227,7 @@ def test_draws_do_not_depend_on_neighbours(sample, drafts):
 
 def test_a_text_is_known_position_by_position():
     """Guards against a replay whose drafts know what is still to come."""
-    head = make_short_head(Decoder(fresh(), 1, 8), 3)
+    head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
     with torch.inference_mode():
         head.see_text([9, 7, 1, 30, 9], 3)
         assert known(head, 3) == [[0, 1, 2, 7, 9], [0, 1, 2, 7, 9, 30], [0, 1, 2, 7, 9, 30]]
@@ -241,7 +241,7 @@ def test_a_text_is_known_position_by_position():
 def test_seen_ids_take_no_more_room_than_there_is(monkeypatch):
     """Guards against a head that grows to its full size by a long text."""
     monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
-    head = make_short_head(Decoder(fresh(), 1, 8), 3)
+    head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
     first, second = output(10, 11, 12), output(12, 20, 21, 22)
     with torch.inference_mode():
         head.see([first, second])
@@ -284,7 +284,7 @@ def test_a_large_head_is_short_unless_told_otherwise(monkeypatch):
 
     def vocabulary(**config):
         asked = {"exit_layer": 4, "num_speculations": 3, "generation_strategy": "self_speculative", **config}
-        return Parts(Decoder(model, 1, 8), GenerationConfig(**asked)).draft_vocabulary
+        return DraftContext(ModelRunner(model, 1, 8), GenerationConfig(**asked)).draft_vocabulary
 
     assert vocabulary(draft_weights="int8") is None
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)

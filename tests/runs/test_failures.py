@@ -17,7 +17,7 @@ from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
-from self_speculation.model.decoder import Decoder
+from self_speculation.model.model_runner import ModelRunner
 
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
@@ -52,7 +52,7 @@ def fails_at(monkeypatch):
     """Passes of the answers numbered first to last raise an error; 0 is the first one, a warm-up too."""
 
     def arrange(error, first, last=100):
-        begin, run, answers = AutoRegressiveGenerationStrategy.begin, Decoder.run, []
+        begin, run, answers = AutoRegressiveGenerationStrategy.begin, ModelRunner.run, []
 
         def counted(self, *args):
             answers.append(1)
@@ -64,7 +64,7 @@ def fails_at(monkeypatch):
             return run(self, *args)
 
         monkeypatch.setattr(AutoRegressiveGenerationStrategy, "begin", counted)
-        monkeypatch.setattr(Decoder, "run", maybe)
+        monkeypatch.setattr(ModelRunner, "run", maybe)
 
     return arrange
 

@@ -16,10 +16,10 @@ import eval as eval_script
 import self_speculation.self_speculation_generator as self_speculation_generator
 import sweep
 from measures import metrics
-from self_speculation import Verdict
-from self_speculation.decoding.rows import Rows
+from self_speculation import Verification
+from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import verify_draft
-from self_speculation.model.decoder import Decoder
+from self_speculation.model.model_runner import ModelRunner
 
 DRAFTS = ["--exit_layer", "2", "--num_speculations", "3"]
 SPECULATION = ["--generation_strategy", "self_speculative", *DRAFTS]
@@ -164,7 +164,7 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
     common, tmp_path, monkeypatch, capsys
 ):
     """Guards against a NaN that ends the batch, or that is blamed on the example at its place in there."""
-    run, prompts = Decoder.run, []
+    run, prompts = ModelRunner.run, []
 
     def damaged(self, inputs, first, last, num_logits):
         result = run(self, inputs, first, last, num_logits)
@@ -175,7 +175,7 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
         return result
 
     warm = 3  # prompts of the warm-up
-    monkeypatch.setattr(Decoder, "run", damaged)
+    monkeypatch.setattr(ModelRunner, "run", damaged)
     assert benchmark.main([*common, "--sample", "False", *THREE]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("example 4: the model's logits are not numbers")
@@ -188,7 +188,7 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
 
 def test_out_of_memory_in_a_batch_asks_for_a_smaller_one(common, monkeypatch, capsys):
     """Guards against a traceback, and advice that leaves out the flag that helps."""
-    emit, rounds = Rows.emit, []
+    emit, rounds = Batch.emit, []
 
     def fails(self, logits):
         rounds.append(len(self))
@@ -196,7 +196,7 @@ def test_out_of_memory_in_a_batch_asks_for_a_smaller_one(common, monkeypatch, ca
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return emit(self, logits)
 
-    monkeypatch.setattr(Rows, "emit", fails)
+    monkeypatch.setattr(Batch, "emit", fails)
     assert benchmark.main([*common, "--sample", "False", *THREE]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("out of memory; less takes a --batch_size below 3, a shorter prompt")
@@ -215,7 +215,7 @@ def test_correctness_catches_rows_that_are_mixed_up(common, monkeypatch, capsys)
     def shifted(draft_tokens, *rest):
         honest = verify_draft(draft_tokens, *rest)
         rows = len(draft_tokens)
-        return Verdict(honest.num_accepted, honest.next_token.roll(1) if rows > 1 else honest.next_token)
+        return Verification(honest.num_accepted, honest.next_token.roll(1) if rows > 1 else honest.next_token)
 
     monkeypatch.setattr(self_speculation_generator, "verify_draft", shifted)
     assert correctness.main([*common, *THREE, "--sample", "False", *DRAFTS]) == 1

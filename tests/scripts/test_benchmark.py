@@ -22,7 +22,7 @@ import sweep
 from measures.benchmarking import Benchmark
 from measures.comparison import find_difference, same_distribution
 from runs.heading import heading
-from self_speculation import HuggingfaceLlamaGenerator, Verdict
+from self_speculation import HuggingfaceLlamaGenerator, Verification
 from self_speculation.decoding.sampling import verify_draft
 
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
@@ -391,7 +391,7 @@ def test_samples_of_one_distribution_fail_as_rarely_as_stated():
 
 def accepts_one_too_many(draft_tokens, *rest):
     honest = verify_draft(draft_tokens, *rest)
-    return Verdict((honest.num_accepted + 1).clamp(max=draft_tokens.shape[1]), honest.next_token)
+    return Verification((honest.num_accepted + 1).clamp(max=draft_tokens.shape[1]), honest.next_token)
 
 
 def test_correctness_catches_a_wrong_accept_rule_by_ids(common, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as eval_script
 from measures.harness_model import HarnessModel, request_config
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse, make_strategy
-from self_speculation.model.low_bit_products import Float16Product, works
+from self_speculation.model.low_bit_linear import Float16Head, works
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 TASKS = ("functions", "lines", "text")
@@ -403,9 +403,9 @@ def test_likelihoods_of_weights_in_16_bits_are_those_of_float32(depth, byte_toke
     """Guards against scores by the layers of transformers, which round to the model's own format."""
     model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer))).to(torch.float16)
     exact = copy.deepcopy(model).float()
-    if not works(Float16Product, torch.device("cpu"), torch.float32):
+    if not works(Float16Head, torch.device("cpu"), torch.float32):
         pytest.skip("torch without FBGEMM")
-    fuse(model, widen=True)
+    fuse(model, fp32_activations=True)
     assert fuse(model) == 4  # which changes nothing
     strategy = make_strategy("autoregressive")
     config = GenerationConfig(exit_layer=depth, generation_strategy="autoregressive")

@@ -213,7 +213,7 @@ def test_heads_that_ranks_cannot_share_are_refused(model_folder, monkeypatch):
 
 
 def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, tmp_path):
-    """Guards against lean layers over weights that are not there, and states that stay on another device."""
+    """Guards against fused layers over weights that are not there, and states that stay on another device."""
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
     arguments = {"device_map": places, "offload_folder": str(tmp_path)}

@@ -21,9 +21,9 @@ from measures.sweeping import Measured, Predicted
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
-from self_speculation.decoding.tally import Tally
+from self_speculation.decoding.draft_stats import DraftStats
 from self_speculation.drafts.costs import Costs
-from self_speculation.model.products import Product
+from self_speculation.model.linear import Linear
 from sweep import SweepArguments
 
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
@@ -60,7 +60,7 @@ def test_replay_of_one_token_has_no_round():
 
 def test_tally_counts_what_was_output():
     """Guards against counts of tokens that stand after the end of the output."""
-    tally = Tally()
+    tally = DraftStats()
     tally.add("a", drafted=4, accepted=3, emitted=2)  # the output ended inside the accepted ones
     tally.add("b", drafted=2, accepted=0, emitted=1)
     tally.add("b", drafted=2, accepted=2, emitted=3)
@@ -419,8 +419,8 @@ def test_a_short_head_is_made_once_of_the_ids_that_were_counted(script, common, 
     """Guards against a head that is made before the counts are known, and a script that ignores them."""
     (tmp_path / "vocabulary.json").write_text('{"299": 3, "131": 2, "222": 1}')
     (tmp_path / "sweep.csv").write_text("mode,exit_layer,num_speculations,speedup\npredicted,2,3,1.5\n")
-    made, of_rows = [], Product.of_rows
-    monkeypatch.setattr(Product, "of_rows", lambda self, ids: made.append(ids.tolist()) or of_rows(self, ids))
+    made, of_rows = [], Linear.of_rows
+    monkeypatch.setattr(Linear, "of_rows", lambda self, ids: made.append(ids.tolist()) or of_rows(self, ids))
     assert script(common, "--tuned", str(tmp_path / "sweep.csv"), "--draft_vocabulary", "4") == 0
     assert made == [[0, 131, 222, 299]]
 

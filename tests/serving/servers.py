@@ -116,16 +116,16 @@ def raw_request(url, said):
 @contextlib.contextmanager
 def held(engine):
     """Nothing is decoded meanwhile: the engine waits before its next round."""
-    go_on, at_rest, a_round = threading.Event(), threading.Event(), engine._batch.round
+    go_on, at_rest, a_round = threading.Event(), threading.Event(), engine._scheduler.step
 
     def wait():
         at_rest.set()
         go_on.wait()
         a_round()
 
-    engine._batch.round = wait
+    engine._scheduler.step = wait
     try:
         yield at_rest
     finally:
-        engine._batch.round = a_round
+        engine._scheduler.step = a_round
         go_on.set()

@@ -12,7 +12,7 @@ from conftest import generate
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request, make_strategy
-from serving.engine import IsGone, Job, QueueIsFull, ShutsDown, TimeIsUp, follow
+from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown, follow
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 
@@ -96,7 +96,7 @@ def test_a_prompt_beyond_the_context_is_its_own_error(engine):
 
 def test_a_round_that_fails_ends_its_rows_and_nothing_else(engine, monkeypatch):
     """Out of memory in a pass over several rows: guards against a thread that ends with them."""
-    strategy = engine._batch._strategy
+    strategy = engine._scheduler._strategy
 
     def out_of_memory(_):
         monkeypatch.undo()
@@ -106,7 +106,7 @@ def test_a_round_that_fails_ends_its_rows_and_nothing_else(engine, monkeypatch):
     with held(engine) as at_rest:
         engine.submit([job(prompt, results) for prompt in PROMPTS])
         assert at_rest.wait(60)
-        monkeypatch.setattr(strategy, "round", out_of_memory)
+        monkeypatch.setattr(strategy, "step", out_of_memory)
     assert {type(results.get(timeout=60)) for _ in PROMPTS} == {torch.OutOfMemoryError}
     assert submitted(engine).get(timeout=60).predicted_tokens
 
@@ -118,7 +118,7 @@ def test_the_queue_is_bounded_and_takes_all_or_none(engine):
         engine.submit([job(prompt, results) for prompt in PROMPTS])
         assert at_rest.wait(60)
         engine.submit([job(prompt, results) for prompt in PROMPTS[:3]])
-        with pytest.raises(QueueIsFull, match="3 requests wait already"):
+        with pytest.raises(QueueFull, match="3 requests wait already"):
             engine.submit([job(prompt, results) for prompt in PROMPTS[:2]])
         engine.submit([job(PROMPTS[0], results)])
         assert (engine.num_in_flight, engine.num_waiting) == (4, 4)
@@ -137,8 +137,8 @@ def test_who_is_gone_or_late_leaves_at_the_next_round(engine):
         assert at_rest.wait(60)
         jobs[0].is_gone = jobs[4].is_gone = True
     kinds = [type(to.get(timeout=60)).__name__ for to in results]
-    assert [kinds[i] for i in (0, 4)] == [IsGone.__name__] * 2
-    assert [kinds[i] for i in (1, 5)] == [TimeIsUp.__name__] * 2
+    assert [kinds[i] for i in (0, 4)] == [ClientDisconnected.__name__] * 2
+    assert [kinds[i] for i in (1, 5)] == [RequestTimeout.__name__] * 2
     assert [kinds[i] for i in (2, 3)] == ["GenerationStrategyResult"] * 2
 
 
@@ -149,10 +149,10 @@ def test_what_does_not_end_until_the_shutdown_does_is_ended(engine):
         engine.submit([job(prompt, results) for prompt in PROMPTS * 2])
         assert at_rest.wait(60)
         engine.shut_down(0)
-        with pytest.raises(ShutsDown):
+        with pytest.raises(ServerShutdown):
             engine.submit([job([5], results)])
     assert engine.stop()
-    assert {type(results.get(timeout=60)) for _ in range(8)} == {ShutsDown}
+    assert {type(results.get(timeout=60)) for _ in range(8)} == {ServerShutdown}
 
 
 def test_a_shutdown_lets_end_what_ends_in_time(engine):
@@ -168,7 +168,7 @@ class Ranks:
     def __init__(self):
         self._said, self.times_said = queue.Queue(), 0
 
-    def agreed(self, _, value):
+    def broadcast_from_rank0(self, _, value):
         if threading.current_thread().name == "follower":
             return pickle.loads(self._said.get(timeout=60))
         self._said.put(pickle.dumps(value))
@@ -178,13 +178,13 @@ class Ranks:
 
 def noting_rounds(strategy):
     """The ids of each row before each round of a strategy, as they come to be."""
-    rounds, a_round = [], strategy.round
+    rounds, a_round = [], strategy.step
 
     def noted(decoding):
-        rounds.append([list(output.ids) for output in decoding.rows.outputs])
+        rounds.append([list(sequence.ids) for sequence in decoding.batch.sequences])
         a_round(decoding)
 
-    strategy.round = noted
+    strategy.step = noted
     return rounds
 
 
@@ -194,7 +194,7 @@ def test_ranks_agree_once_a_round(text_model, byte_tokenizer, monkeypatch, sampl
     broadcast for each token and row, and against a rank that goes on with a row that another has ended.
     """
     ranks, config = Ranks(), replace(GREEDY, sample=sample, max_steps=40)
-    monkeypatch.setattr("serving.engine.agreed", ranks.agreed)
+    monkeypatch.setattr("serving.engine.broadcast_from_rank0", ranks.broadcast_from_rank0)
     generators = [tiny_generator(text_model, byte_tokenizer, config) for _ in range(2)]
     mine, others = [noting_rounds(generator.generation_strategy) for generator in generators]
     follower = threading.Thread(target=follow, args=(generators[1], config, 4), name="follower")
@@ -220,7 +220,7 @@ def test_ranks_agree_once_a_round(text_model, byte_tokenizer, monkeypatch, sampl
     assert engine.stop()
     follower.join(60)
     assert not follower.is_alive()
-    assert ended[1:3] == [IsGone, TimeIsUp]
+    assert ended[1:3] == [ClientDisconnected, RequestTimeout]
     assert ended[3:] == [GenerationStrategyResult] * 5
     assert mine == others
     assert ranks.times_said <= len(mine) + 8  # at most one round less for each that ends, and the end of all
@@ -228,10 +228,10 @@ def test_ranks_agree_once_a_round(text_model, byte_tokenizer, monkeypatch, sampl
 
 def test_an_engine_that_fails_tells_all(engine, monkeypatch):
     """Guards against clients that wait for ever, and a server that says it is well."""
-    monkeypatch.setattr(engine._batch, "take_out", failing)
+    monkeypatch.setattr(engine._scheduler, "pop_finished", failing)
     results = queue.Queue()
     engine.submit([job(prompt, results) for prompt in PROMPTS * 2])
-    assert {type(results.get(timeout=60)) for _ in range(8)} == {ShutsDown}
+    assert {type(results.get(timeout=60)) for _ in range(8)} == {ServerShutdown}
     assert not engine.is_up
     assert not engine.stop()
 

@@ -6,14 +6,14 @@ import pytest
 from pydantic import ValidationError
 
 from self_speculation import GenerationConfig
-from serving.protocol import ChatRequest, CompletionRequest, Refused, read
+from serving.protocol import APIError, ChatRequest, CompletionRequest, read
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def refused(kind, **said):
     """(field at fault, message)"""
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(APIError) as refused:
         read(kind, json.dumps(said).encode())
     return refused.value.param, str(refused.value)
 

@@ -1,16 +1,14 @@
 """Decoding with compiled passes: static shapes, one compilation for all prompts, CUDA graphs on a GPU.
 
-The passes are those of `Decoder`, traced over a cache of fixed size. Positions are data: they say where keys
-and values are written and what is masked, so nothing about a pass depends on how long the output has become.
+The passes are those of `ModelRunner`, over a cache of fixed size. Positions are inputs: they say where keys
+and values are written and what is masked, so a pass does not depend on the length of the output.
 
-There are passes of a few widths, powers of two, and tokens between are padded to the next. The padding is
-written after the last position, where it is masked, and later overwritten. On a GPU it costs next to
-nothing, since a narrow pass takes the time of reading the weights. Where computing takes the time, as on a
-CPU, a verification takes up to as much as one of twice as many tokens.
+Widths are padded to powers of two. The padding is written after the last position, where it is masked and
+later overwritten.
 
-For a batch there are passes of their own, over all the rows that it may have: while there are fewer, the rest
-of each pass is computed for nobody. The passes of one batch size have one cache, and so one generation at a
-time; one that goes on after another has begun is told so.
+Each batch size has passes of its own, over as many rows as the batch may have; results of missing rows are
+discarded. Passes of one batch size share one cache, and so serve one generation at a time; another one that
+goes on raises an error.
 """
 
 from __future__ import annotations
@@ -24,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from self_speculation.model.decoder import Decoder, ForwardResult, RaggedSpan
+from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.families import context_length
+from self_speculation.model.fused_layers import Fused, activation_dtype
 from self_speculation.model.kv_cache import ALIGNMENT, StaticKVCache, WrittenAt, round_up
-from self_speculation.model.lean_layers import Lean, computes_in
-from self_speculation.model.traced import TracedDecoder
+from self_speculation.model.model_runner import ForwardResult, ModelRunner
+from self_speculation.model.traced_runner import TracedRunner
 
 # The cache holds at least so many positions, and twice as many whenever a generation needs more.
 _SMALLEST_CAPACITY = 1024
@@ -49,12 +48,12 @@ _PASSES: WeakKeyDictionary[nn.Module, dict[int, Passes]] = WeakKeyDictionary()
 
 
 def compile_decoding(model: PreTrainedModel) -> None:
-    """From now on `make_decoder` compiles for this model. The first passes take from seconds to minutes.
+    """From now on `make_runner` compiles for this model. The first passes take from seconds to minutes.
 
     Raises:
         ValueError: there is no compiler, or weights in 16 bits are multiplied in float32.
     """
-    if computes_in(model) != model.dtype:
+    if activation_dtype(model) != model.dtype:
         raise ValueError("compile True: not with weights in 16 bits that are multiplied in float32")
     from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
     from torch._inductor.exc import InvalidCxxCompiler
@@ -76,29 +75,29 @@ def decode_eagerly(model: PreTrainedModel) -> None:
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether `make_decoder` compiles for it."""
+    """Whether `make_runner` compiles for it."""
     return model in _PASSES
 
 
-def make_decoder(
+def make_runner(
     model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1, num_rows: int = 1
-) -> Decoder:
+) -> ModelRunner:
     """The decoder of one generation, or of one batch.
 
     Args:
-        model, prompt_length, num_positions, num_rows: as for `Decoder`.
+        model, prompt_length, num_positions, num_rows: as for `ModelRunner`.
         max_width: the most tokens that a pass after the prompt is given, of each row.
     """
     if not is_compiled(model):
-        return TracedDecoder(model, prompt_length, num_positions, num_rows)
-    return CompiledDecoder(model, prompt_length, num_positions, max_width, num_rows)
+        return TracedRunner(model, prompt_length, num_positions, num_rows)
+    return CompiledRunner(model, prompt_length, num_positions, max_width, num_rows)
 
 
-class CompiledDecoder(Decoder):
-    """Runs passes over at most `max_width` tokens compiled; those of a prompt as `Decoder`."""
+class CompiledRunner(ModelRunner):
+    """Runs passes over at most `max_width` tokens compiled; those of a prompt as `ModelRunner`."""
 
     _passes: Passes | None = None
-    _layers_of: CompiledDecoder | None = None  # whose passes this one's are, up to another head
+    _layers_of: CompiledRunner | None = None  # whose passes this one's are, up to another head
 
     def __init__(
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
@@ -110,7 +109,7 @@ class CompiledDecoder(Decoder):
         self.cache.clear()
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
-        """See `Decoder`. A static cache never grows: where it is too small, its content moves to another."""
+        """See `ModelRunner`. If the static cache is too small, its content moves to a larger one."""
         if self._passes is None:
             super().reserve(prompt_length, num_positions)
             return
@@ -120,10 +119,10 @@ class CompiledDecoder(Decoder):
             larger.cache.take_over(self._passes.cache)
             self._use(larger)
 
-    def for_row(self, row: int, length: int = 0) -> Decoder:
-        """See `Decoder`. Nothing is compiled for it: passes go by the cache of all rows."""
+    def for_row(self, row: int, length: int = 0) -> ModelRunner:
+        """See `ModelRunner`. Nothing is compiled for it: passes go by the cache of all rows."""
         other = super().for_row(row, length)
-        assert isinstance(other, CompiledDecoder)
+        assert isinstance(other, CompiledRunner)
         other._passes = None
         return other
 
@@ -142,7 +141,7 @@ class CompiledDecoder(Decoder):
             most = round_up(context_length(self.config) + room, ALIGNMENT)
             capacity = min(max(_SMALLEST_CAPACITY, padded(num_positions + room)), most)
             made.pop(self._num_rows, None)  # so that there is room for the next
-            made[self._num_rows] = Passes(Decoder(self.model, 1, capacity), capacity, self._num_rows)
+            made[self._num_rows] = Passes(ModelRunner(self.model, 1, capacity), capacity, self._num_rows)
         return made[self._num_rows]
 
     def _use(self, passes: Passes) -> None:
@@ -158,17 +157,17 @@ class CompiledDecoder(Decoder):
     def has_its_cache(self) -> bool:
         return self._passes is None or self._passes.generation is self._generation
 
-    def drop(self, row: int, damaged: bool, keep: bool) -> None:
-        """See `Decoder`. Where another generation has the cache by now, the row is in there no more."""
+    def remove_row(self, row: int, damaged: bool, keep: bool) -> None:
+        """See `ModelRunner`. Where another generation has the cache by now, the row is in there no more."""
         if self.has_its_cache:
-            super().drop(row, damaged, keep)
+            super().remove_row(row, damaged, keep)
 
-    def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> Decoder:
-        """See `Decoder`. What is compiled is this model's own layers; another head is not."""
+    def over(self, layers: list, head: Callable[[Tensor], Tensor]) -> ModelRunner:
+        """See `ModelRunner`. What is compiled is this model's own layers; another head is not."""
         if layers is not self.layers:
             raise ValueError("draft_weights: no copies of layers with compile True")
         other = super().over(layers, head)
-        assert isinstance(other, CompiledDecoder)
+        assert isinstance(other, CompiledRunner)
         other._layers_of = self
         return other
 
@@ -198,26 +197,26 @@ Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Passes:
     """Compiled passes of one model over one static cache, by a decoder that is theirs from now on."""
 
-    def __init__(self, decoder: Decoder, capacity: int, num_rows: int) -> None:
-        self._decoder, self._num_rows = decoder, num_rows
-        del decoder.model  # which these passes are kept for: it would never be freed
-        self.valid_for = decoder.fingerprint
+    def __init__(self, runner: ModelRunner, capacity: int, num_rows: int) -> None:
+        self._runner, self._num_rows = runner, num_rows
+        del runner.model  # which these passes are kept for: it would never be freed
+        self.valid_for = runner.fingerprint
         self.generation: object = None  # whose keys and values the cache holds
-        config, like = decoder.config, decoder.rotary
+        config, like = runner.config, runner.rotary
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         like = like.new_empty(num_rows, config.num_key_value_heads, head_dim)
-        self.cache = StaticKVCache(len(decoder.layers), capacity, like)
+        self.cache = StaticKVCache(len(runner.layers), capacity, like)
         self._compiled: dict[tuple[int, int, bool], Pass] = {}
         # CUDA graphs copy their inputs before each replay, but for those that stay where they are. Weights of
         # modules are known to.
-        lean = [part for part in (*decoder.layers, decoder.head) if isinstance(part, Lean)]
-        of_parts = (tensor for part in lean for tensor in part.tensors())
+        fused = [part for part in (*runner.layers, runner.head) if isinstance(part, Fused)]
+        of_parts = (tensor for part in fused for tensor in part.tensors())
         in_cache = (part for pair in self.cache.buffers.of_layers for part in pair or ())
-        for tensor in (decoder.rotary, *of_parts, *in_cache):
+        for tensor in (runner.rotary, *of_parts, *in_cache):
             torch._dynamo.mark_static_address(tensor)
 
     def __call__(self, inputs: Tensor, first: int, last: int, reads_logits: bool) -> ForwardResult:
-        """See `Decoder.run`. The logits, of all T positions or of none, are valid until the next pass."""
+        """See `ModelRunner.run`. The logits, of all T positions or of none, are valid until the next pass."""
         key, (rows, width) = (first, last, reads_logits), inputs.shape[:2]
         if key not in self._compiled:
             self._compiled[key] = self._compile(*key)
@@ -231,19 +230,19 @@ class Passes:
         return ForwardResult(logits[:rows, :width], hidden[:rows, :width].clone())
 
     def _compile(self, first: int, last: int, reads_logits: bool) -> Pass:
-        decoder, buffers, capacity = self._decoder, self.cache.buffers.of_layers, self.cache.capacity
+        runner, buffers, capacity = self._runner, self.cache.buffers.of_layers, self.cache.capacity
 
         def run(inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             rows, width = positions.shape
-            span = RaggedSpan(decoder, positions, capacity, is_compiled=True)
+            context = AttentionContext.ragged(runner, positions, capacity, is_compiled=True)
             cache = WrittenAt(buffers, positions, capacity)
-            states = (inputs.clone() if first else decoder.embed(inputs)).flatten(0, 1)  # [B * T, H]
-            for layer in decoder.layers[first:last]:
-                states = layer(states, span, cache)
+            states = (inputs.clone() if first else runner.embed(inputs)).flatten(0, 1)  # [B * T, H]
+            for layer in runner.layers[first:last]:
+                states = layer(states, context, cache)
             hidden = states.view(rows, width, -1)
-            return decoder.logits(hidden, width if reads_logits else 0), hidden
+            return runner.logits(hidden, width if reads_logits else 0), hidden
 
-        mode = "reduce-overhead" if decoder.rotary.device.type == "cuda" else "default"
+        mode = "reduce-overhead" if runner.rotary.device.type == "cuda" else "default"
         return torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
 
 

@@ -1,8 +1,8 @@
-"""x W^T + b over the weights of modules: by torch's own product, or on a CPU over a copy of W in the order
-that another library's kernels read.
+"""x W^T + b over the weights of modules, by torch's matmul or, on a CPU, over a copy of W packed for another
+library's kernels.
 
-What is made of a weight (a packed copy, a copy in fewer bits, some of its rows) stays here with it, and is
-forgotten as soon as the weight changes.
+A `Linear` keeps what is made of its weight (packed copies, copies in fewer bits, some rows) until the weight
+changes.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from self_speculation.model.progress import progress
 
 T = TypeVar("T")
 
-# Wider passes are a prompt's: no tricks, ordinary kernels.
+# Passes over more tokens are those of prompts and use ordinary kernels.
 NARROW = 16
-# By format of the weight, the numbers of tokens that oneDNN multiplies fastest on a CPU, over a packed copy
-# (measurements: docs/performance.md).
+# By dtype of the weight, the numbers of tokens for which oneDNN is fastest on a CPU, over a packed copy
+# (measured: docs/performance.md).
 _PACKED = {torch.float32: range(5, NARROW + 1), torch.bfloat16: range(1, NARROW + 1)}
-# MKL multiplies one token on a single thread, but blocks of rows on all of them.
+# MKL multiplies one token on a single thread, but blocks of rows on all threads.
 _BLOCKS = 16
-# Elements that are packed in float16 at a time, at most: in float32 by then, on each thread.
+# The most elements that a thread packs in float16 at a time, from a copy in float32.
 _PIECE = 2**24
 
 
-class Product:
+class Linear:
     """x [T, in] -> x W^T + b [T, out].
 
     Args:
-        projections: become one product. Their weights are laid side by side, see `_side_by_side`.
+        projections: become one. Their weights are laid side by side, see `_side_by_side`.
         is_widened: weights in 16 bits multiply inputs in float32, over a copy of them alone. They stay where
             they are: in the mapped file, if they were read from one.
     """
 
-    def __init__(self, *projections: nn.Linear, is_widened: bool = False) -> None:
+    def __init__(self, *projections: nn.Linear, fp32_activations: bool = False) -> None:
         self._weights = [projection.weight for projection in projections]
         biases = [projection.bias for projection in projections if projection.bias is not None]
         self.bias = _side_by_side(biases) if biases else None
         self._parameters = [*self._weights, *biases]
-        self.is_widened = is_widened
-        self._joint = None if is_widened else _side_by_side(self._weights)
+        self.fp32_activations = fp32_activations
+        self._joint = None if fp32_activations else _side_by_side(self._weights)
         self._weight_t: Any = None if self._joint is None else self._joint.t()
         self._left = None if self._joint is None else _blocks(self._joint)
-        self.may_be_packed = False  # there is room for a packed copy
+        self.may_be_packed = False  # whether memory has room for a packed copy
         self._derived: dict[Hashable, Any] = {}
         self._contents_when_made: Hashable = None
 
@@ -60,34 +60,36 @@ class Product:
         return product if self.bias is None else product.add_(self.bias)
 
     def _by_mm(self, x: Tensor) -> bool:
-        """Whether `torch.mm` over the weight itself is the fastest product."""
+        """Whether `torch.mm` over the weight is fastest."""
         width = x.shape[0]
-        return not self.is_widened and not self.is_packed(width) and (self._left is None or width > NARROW)
+        return (
+            not self.fp32_activations and not self.is_packed(width) and (self._left is None or width > NARROW)
+        )
 
     def _multiply(self, x: Tensor) -> Tensor:
-        """[T, in] -> x W^T [T, out] by another one, of any strides."""
-        if self.is_widened or self.is_packed(x.shape[0]):
+        """[T, in] -> x W^T [T, out], of any strides, by another kernel."""
+        if self.fp32_activations or self.is_packed(x.shape[0]):
             return self._copy()(x)
         assert self._left is not None
         columns = x.t().expand(self._left.shape[0], -1, -1)  # [blocks, in, T]
         return torch.bmm(self._left, columns).flatten(0, 1).t()
 
     def unconverted(self, x: Tensor) -> Tensor:
-        """The product in the format that it is computed in, which copies in fewer bits have of their own."""
+        """The product in the dtype it is computed in; copies in fewer bits have their own."""
         return self(x)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """hidden + x W^T + b, in the place of `hidden`: one kernel, not two."""
+        """hidden += x W^T + b, in one kernel."""
         hidden = hidden.addmm_(x, self._weight_t) if self._by_mm(x) else hidden.add_(self._multiply(x))
         return hidden if self.bias is None else hidden.add_(self.bias)
 
     @property
     def weight(self) -> Tensor:
-        """[out, in] of all projections; where it is widened, made for whoever asks."""
+        """[out, in] of all projections; a copy with `fp32_activations`."""
         return torch.cat([w.data for w in self._weights]) if self._joint is None else self._joint
 
     def rows(self, ids: Tensor) -> Tensor:
-        """[n, in] some rows of the weight of a single projection, in its own format."""
+        """[n, in] some rows of the weight of a single projection."""
         (weight,) = self._weights
         return weight.data[ids.to(weight.device)]
 
@@ -102,7 +104,7 @@ class Product:
         return torch.Size((sum(map(len, self._weights)), self._weights[0].shape[1]))
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` makes of this weight. It is called once for each key, until the weight changes."""
+        """The result of `make`, kept by key until the weight changes."""
         if key not in self._derived:
             self._derived[key] = make()
             for weight in self._weights:
@@ -111,15 +113,15 @@ class Product:
         return self._derived[key]
 
     def has_derived(self, key: Hashable) -> bool:
-        """Whether something has been made of this weight under this key."""
+        """Whether there is one for this key."""
         return key in self._derived
 
     @property
     def all_derived(self) -> Sequence[Any]:
         return [*self._derived.values()]
 
-    def of_rows(self, ids: Tensor) -> Product:
-        """The same over a copy of some rows [n] of the weight."""
+    def of_rows(self, ids: Tensor) -> Linear:
+        """A `Linear` over a copy of some rows [n] of the weight."""
         rows, weight = copy.copy(self), self.rows(ids)
         rows._joint, rows.bias = weight, None if self.bias is None else self.bias[ids]
         rows._left, rows._weight_t = _blocks(weight), weight.t()
@@ -131,7 +133,7 @@ class Product:
         return sum(weight.nbytes for weight in self._weights)
 
     def tensors(self) -> list[Tensor]:
-        """All that a pass reads."""
+        """All tensors that a pass reads."""
         parts = (self._joint, self._weight_t, self._left, self.bias)
         return [part for part in parts if part is not None]
 
@@ -140,26 +142,26 @@ class Product:
         """Whether oneDNN has kernels for this weight here."""
         kernels = {torch.float32: torch.backends.mkldnn.is_available}
         kernels[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported
-        is_on_cpu = not self.is_widened and self._weights[0].device.type == "cpu"
+        is_on_cpu = not self.fp32_activations and self._weights[0].device.type == "cpu"
         return is_on_cpu and self.dtype in kernels and kernels[self.dtype]()
 
     def _copy(self) -> Callable[[Tensor], Tensor]:
-        if self.is_widened:
-            return self.derived(InFloat16, lambda: InFloat16(*map(_within_float16, self._weights)))
-        return self.derived(Packed, lambda: Packed(self.weight))
+        if self.fp32_activations:
+            return self.derived(Float16Linear, lambda: Float16Linear(*map(_within_float16, self._weights)))
+        return self.derived(PackedLinear, lambda: PackedLinear(self.weight))
 
     def is_packed(self, width: int) -> bool:
-        """Whether passes over so many tokens read a copy in oneDNN's order."""
+        """Whether passes over so many tokens read a copy packed for oneDNN."""
         return self.may_be_packed and width in _PACKED[self.dtype] and not torch.compiler.is_compiling()
 
     @property
-    def copy_read(self) -> InFloat16 | Packed | None:
-        """The copy that they read, if there is one already."""
-        return self._derived.get(InFloat16 if self.is_widened else Packed)
+    def copy_read(self) -> Float16Linear | PackedLinear | None:
+        """The packed copy, if it was made."""
+        return self._derived.get(Float16Linear if self.fp32_activations else PackedLinear)
 
 
-class Packed:
-    """x W^T over a copy of W in the order that oneDNN's kernels read."""
+class PackedLinear:
+    """x W^T over a copy of W packed for oneDNN."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self.num_bytes = weight, weight.nbytes
@@ -169,17 +171,17 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self._copy, None, "none", [], "")
 
 
-class InFloat16:
-    """x W^T, all in float32, over a copy of W in float16 in the order that FBGEMM's kernels read.
+class Float16Linear:
+    """x W^T with x in float32, over a copy of W in float16 packed for FBGEMM.
 
-    Weights in bfloat16 are kept exactly from 6e-5 on, smaller ones to within 3e-8; beyond 65504 they are cut.
+    The copy holds bfloat16 weights exactly from 6e-5 to 65504, and smaller ones to within 3e-8.
     """
 
     def __init__(self, *weights: Tensor) -> None:
         """
         Args:
-            weights: [n, in] each; their rows become those of one product. It is packed in pieces, each from a
-                copy in float32, so that a head of 150,000 rows needs no copy of all of it.
+            weights: [n, in] each; their rows are concatenated. They are packed in pieces, each from a copy in
+                float32: a head of 150,000 rows needs no copy of all of it.
         """
         num_rows, columns = sum(map(len, weights)), weights[0].shape[1]
         self.num_bytes = 2 * num_rows * columns
@@ -195,7 +197,7 @@ class InFloat16:
 
 
 def _pieces(weights: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """All rows in their order, so many at a time; the last ones may be fewer."""
+    """All rows in order, `size` at a time; the last piece may have fewer."""
     piece: list[Tensor] = []
     room = size
     for weight in weights:
@@ -212,42 +214,42 @@ def _pieces(weights: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def _within_float16(weight: Tensor) -> Tensor:
-    """The weight itself. Raises ValueError where there are numbers in it that float16 cannot hold."""
+    """Returns the weight. Raises ValueError if float16 cannot hold one of its numbers."""
     least, largest = weight.detach().aminmax()
     if not bool(torch.maximum(-least, largest) <= torch.finfo(torch.float16).max):
         raise ValueError("weights beyond 65504, or NaN, cannot be held in 16 bits: they need --dtype float32")
     return weight
 
 
-def follow_weights(products: Sequence[Product]) -> None:
-    """Forget what was made of weights that have changed since; make what every pass reads, on all threads.
+def follow_weights(products: Sequence[Linear]) -> None:
+    """Drop what was made of weights that have changed; make the copies that every pass reads, on all threads.
 
     Raises:
-        ValueError: a weight that is to be widened is by now one that float16 cannot hold.
+        ValueError: float16 cannot hold a weight that has changed.
     """
     copied = [product for product in products if product._derived]
     of_now = contents([product._parameters for product in copied])
     for product, contents_of_now in zip(copied, of_now, strict=True):
         if product._contents_when_made != contents_of_now:
             product._derived.clear()
-    missing = [product for product in products if product.is_widened and product.copy_read is None]
+    missing = [product for product in products if product.fp32_activations and product.copy_read is None]
     if missing:
-        # The largest come first: they need most memory besides, and none should be alone at the end.
+        # The largest first: none should be alone at the end.
         missing.sort(key=lambda product: -product.num_bytes)
         num_bytes = sum(product.num_bytes for product in missing)
         with (
             ThreadPoolExecutor(torch.get_num_threads()) as threads,
             progress("packing weights", num_bytes) as advance,
         ):
-            for product, _ in zip(missing, threads.map(Product._copy, missing), strict=True):
+            for product, _ in zip(missing, threads.map(Linear._copy, missing), strict=True):
                 advance(product.num_bytes)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
-    """One tensor of all rows; from then on the parameters are parts of it.
+    """Concatenate parameters into one tensor, and point them at their parts of its memory.
 
-    Each part is a storage of its own over its share of the memory, not a view. So whatever saves, flattens or
-    shards a model finds no two parameters that share a storage, and leaves none out.
+    Each part is a storage of its own, not a view: code that saves or shards a model skips parameters that
+    share a storage.
     """
     if len(parameters) == 1:
         return parameters[0].data
@@ -260,7 +262,7 @@ def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
 def _blocks(weight: Tensor) -> Tensor | None:
     """[out, in] -> a view of blocks of its rows [blocks, out / blocks, in], in float32 on a CPU; else None.
 
-    As left operands of a few tokens they are up to three times as fast as `mm(x, W^T)`.
+    As left operand for a few tokens it is up to three times as fast as `mm(x, W^T)`.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None

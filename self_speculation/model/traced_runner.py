@@ -1,7 +1,7 @@
 """Narrow passes over one row on a CPU as single calls: around the products of a pass are hundreds of small
 ones, which take Python longer than the processor.
 
-A range of lean layers is traced by TorchScript, with widths and lengths as sizes of its inputs, so that one
+A range of fused layers is traced by TorchScript, with widths and lengths as sizes of its inputs, so that one
 trace serves every step. Weights, or copies of them, are its attributes. Where they change, a copy of the
 trace gets the new ones: its graph is valid for all weights of these shapes. TorchScript is in maintenance
 mode: all that knows of it is here.
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from self_speculation.model.decoder import Decoder, LevelSpan
+from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.fused_layers import NARROW, FusedLayer
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.lean_layers import NARROW, LeanLayer
-from self_speculation.model.low_bit_products import LowBitProduct
-from self_speculation.model.products import InFloat16, Product
+from self_speculation.model.linear import Float16Linear, Linear
+from self_speculation.model.low_bit_linear import LowBitLinear
+from self_speculation.model.model_runner import ModelRunner
 
 # To trace a range takes as long as some forty of its passes gain: it waits until there were so many.
 _PASSES_BEFORE = 32
@@ -71,8 +72,8 @@ def num_traces(model: PreTrainedModel) -> int:
     return _TRACES[model].num_made if model in _TRACES else 0
 
 
-class TracedDecoder(Decoder):
-    """Runs passes over at most NARROW tokens of one row by traced layers, all others as `Decoder`."""
+class TracedRunner(ModelRunner):
+    """Runs passes over at most NARROW tokens of one row by traced layers, all others as `ModelRunner`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -82,17 +83,17 @@ class TracedDecoder(Decoder):
 
     def _forget_outdated(self, traces: _Traces) -> None:
         """Those of weights that are others by now, whose memory they keep."""
-        products = [
-            product for layer in self.layers if isinstance(layer, LeanLayer) for product in layer.products
+        linears = [
+            linear for layer in self.layers if isinstance(layer, FusedLayer) for linear in layer.linears
         ]
-        current = {id(part) for product in products for part in (None, product, *product.all_derived)}
+        current = {id(part) for linear in linears for part in (None, linear, *linear.all_derived)}
         for kind, (valid_for, _) in [*traces.made.items()]:
             if not all(id(part) in current for part in valid_for):
                 traces.made.pop(kind, None)  # another thread may have been faster
 
-    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> Decoder:
+    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
         other = super().over(layers, head)
-        assert isinstance(other, TracedDecoder)
+        assert isinstance(other, TracedRunner)
         other._found = {}
         return other
 
@@ -117,9 +118,9 @@ class TracedDecoder(Decoder):
         layers: list[Any] = self.layers[first:last]
         if not all(_can_be_traced(layer, place, width) for place, layer in enumerate(layers, first)):
             return False
-        products = [product for layer in layers for product in layer.products]
-        valid_for = [part for product in products for part in (product, product.copy_read)]
-        traces, kind = _TRACES.setdefault(self.model, _Traces()), (first, last, width == 1, type(products[0]))
+        linears = [linear for layer in layers for linear in layer.linears]
+        valid_for = [part for linear in linears for part in (linear, linear.copy_read)]
+        traces, kind = _TRACES.setdefault(self.model, _Traces()), (first, last, width == 1, type(linears[0]))
         made = traces.made.pop(kind, None)  # what is out of date must not be kept alive
         if made is None or any(a is not b for a, b in zip(made[0], valid_for, strict=True)):
             graph = traces.graphs.get(kind)
@@ -151,38 +152,37 @@ class TracedDecoder(Decoder):
 
     def _inputs(self, first: int, last: int, width: int) -> list[Tensor]:
         """Those of `_Range`, but the first."""
-        span = LevelSpan(self, 1, self.cache.length(first), width)
         past = self.rotary.new_empty(self.cache.length(first), 0)
-        mask = past if span.grouped_mask is None else span.grouped_mask
+        context = AttentionContext.uniform(self, 1, len(past), width)
+        mask = past if context.grouped_mask is None else context.grouped_mask
         buffers = (part for layer in range(first, last) for part in self.cache.room_for(layer, width))
-        return [span.rotations, past, mask, *buffers]
+        assert context.rotations is not None  # of so few tokens
+        return [context.rotations, past, mask, *buffers]
 
 
 def _can_be_traced(layer: Any, place: int, width: int) -> bool:
-    """Lean, on a CPU, with the keys and values of its place, over weights or such copies of them as
-    TorchScript knows.
-    """
+    """Whether it is a fused layer on a CPU, at its place in the cache, over copies that TorchScript knows."""
     return (
-        isinstance(layer, LeanLayer)
+        isinstance(layer, FusedLayer)
         and layer.index == place
         and layer.device.type == "cpu"
-        and all(isinstance(product, Product | LowBitProduct) for product in layer.products)
-        and not any(product.is_packed(width) for product in layer.products if isinstance(product, Product))
+        and all(isinstance(linear, Linear | LowBitLinear) for linear in layer.linears)
+        and not any(linear.is_packed(width) for linear in layer.linears if isinstance(linear, Linear))
     )
 
 
-def _parts(layers: Sequence[LeanLayer]) -> dict[str, Any]:
+def _parts(layers: Sequence[FusedLayer]) -> dict[str, Any]:
     """All that passes over these layers read, by its name as an attribute of their trace."""
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
-    copies = [product.copy_read for layer in layers for product in layer.products]
+    copies = [linear.copy_read for layer in layers for linear in layer.linears]
     parts: dict[str, Any] = {f"tensor{index}": tensor for index, tensor in enumerate(tensors)}
     for index, read in enumerate(copies):
-        if isinstance(read, InFloat16):
+        if isinstance(read, Float16Linear):
             parts |= {f"copy{index}_{piece}": packed for piece, packed in enumerate(read.packed)}
     return parts
 
 
-def _constants(layers: Sequence[LeanLayer], dtype: torch.dtype) -> Hashable:
+def _constants(layers: Sequence[FusedLayer], dtype: torch.dtype) -> Hashable:
     """Equal only where the same graph serves these layers, over states in this format."""
     parts = _parts(layers).values()
     values = [value for layer in layers for value in vars(layer).values()]
@@ -190,8 +190,8 @@ def _constants(layers: Sequence[LeanLayer], dtype: torch.dtype) -> Hashable:
     kinds = [
         kind
         for layer in layers
-        for product in layer.products
-        for kind in (type(product), type(product.copy_read))
+        for linear in layer.linears
+        for kind in (type(linear), type(linear.copy_read))
     ]
     shapes = [(t.shape, t.stride(), t.dtype) for t in parts if isinstance(t, Tensor)]
     places: dict[int, int] = {}  # parts that are one and the same have one attribute in the graph
@@ -206,13 +206,13 @@ def _set(trace: torch.jit.ScriptModule, parts: Mapping[str, Any]) -> None:
 
 def _packed_nothing() -> Any:
     """What `InFloat16` packs of a weight of one number."""
-    return InFloat16(torch.zeros(1, 1)).packed[0]
+    return Float16Linear(torch.zeros(1, 1)).packed[0]
 
 
 class _Range(nn.Module):
-    """Lean layers one after the other, as a function of tensors."""
+    """Fused layers one after the other, as a function of tensors."""
 
-    def __init__(self, layers: Sequence[LeanLayer]) -> None:
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
         super().__init__()
         self._layers = layers
         # TorchScript keeps all graphs that it ever made, with their constants: weights must be attributes.
@@ -228,7 +228,7 @@ class _Range(nn.Module):
         """
         Args:
             hidden: [T, H]
-            rotations: [T, head_dim, head_dim], see `LevelSpan`.
+            rotations: [T, head_dim, head_dim], see `AttentionContext`.
             past: [start, 0], by its size the number of positions before these.
             mask: [G * T, S]; not read where T is 1.
             buffers: keys and values of each layer, [1 or more, kv_heads, capacity, head_dim].
@@ -236,25 +236,13 @@ class _Range(nn.Module):
         Returns:
             [T, H]; keys and values are in the buffers.
         """
-        span = _Span(rotations, mask)
+        width = 1 if len(rotations) == 1 else rotations.shape[0]  # the latter is traced
+        of_width = None if width == 1 else mask
+        context = AttentionContext(1, width, 1, lambda copies: of_width, rotations)
         for index, layer in enumerate(self._layers):
             keys, values = buffers[2 * index : 2 * index + 2]
-            hidden = layer(hidden, span, _Cache(keys, values, past))
+            hidden = layer(hidden, context, _Cache(keys, values, past))
         return hidden
-
-
-class _Span:
-    """As a `LevelSpan` of one row, of tensors."""
-
-    rows = 1
-
-    def __init__(self, rotations: Tensor, mask: Tensor) -> None:
-        self._rotations = rotations
-        self.width = 1 if len(rotations) == 1 else rotations.shape[0]  # the latter is traced
-        self.mask = self.grouped_mask = None if self.width == 1 else mask
-
-    def rotate(self, heads: Tensor) -> Tensor:
-        return torch.bmm(heads, self._rotations)
 
 
 class _Cache(Appendable):

@@ -24,12 +24,13 @@ from self_speculation import (
     make_strategy,
     self_speculation_generator,
 )
-from self_speculation.decoding.rows import Rows
-from self_speculation.decoding_strategy import Batch
+from self_speculation.decoding.batch import Batch
 from self_speculation.generator_base import GenerationStrategy
-from self_speculation.model import decoder
-from self_speculation.model.compiled import compile_decoding
+from self_speculation.model import model_runner
+from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.compiled_runner import compile_decoding
 from self_speculation.model.kv_cache import KVCache
+from self_speculation.scheduler import Scheduler
 
 SAMPLES = 800
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
@@ -41,7 +42,7 @@ def strategy_of(config):
     return config.pop("strategy", "autoregressive")
 
 
-def batch(model, requests, batch_size, **config):
+def in_batch(model, requests, batch_size, **config):
     """Results by index."""
     name = strategy_of(config)
     settings = GenerationConfig(**{"sample": False, "generation_strategy": name, **config})
@@ -62,7 +63,7 @@ def alone(model, request, **config):
 
 
 def assert_as_if_alone(model, requests, batch_size, **config):
-    results = batch(model, requests, batch_size, **config)
+    results = in_batch(model, requests, batch_size, **config)
     assert sorted(results) == list(range(len(requests)))
     for index, request in enumerate(requests):
         solo, mine = alone(model, request, **config), results[index]
@@ -148,7 +149,7 @@ def test_rows_that_accept_all_and_nothing_and_something():
     ]
     shared = {"exit_layer": 2, "num_speculations": 4, "max_steps": 21}
     assert_as_if_alone(model, requests, 3, **shared)
-    results = batch(model, requests, 3, **shared)
+    results = in_batch(model, requests, 3, **shared)
     rates = [results[index].acceptance_rate for index in range(3)]
     assert rates[:2] == [1.0, 0.0]
     assert 0 < rates[2] < 1
@@ -160,7 +161,7 @@ def test_a_row_that_ends_inside_an_accepted_draft():
         Request(prompt, eos_token_ids=[EOS], logits_processors=[Says(prompt, [9] * (3 + index) + [EOS])])
         for index, prompt in enumerate(PROMPTS)
     ]
-    results = batch(tiny_llama(), requests, 2, exit_layer=2, num_speculations=7, max_steps=30)
+    results = in_batch(tiny_llama(), requests, 2, exit_layer=2, num_speculations=7, max_steps=30)
     for index in range(len(PROMPTS)):
         assert results[index].predicted_tokens == [9] * (3 + index)
         assert results[index].stop_reason == "eos"
@@ -172,7 +173,9 @@ def test_a_row_at_the_end_of_its_context(drafts):
     model = tiny_llama(max_position_embeddings=32)
     requests = [Request([3 + i % 40 for i in range(n)]) for n in (31, 4, 25, 30, 1)]
     assert_as_if_alone(model, requests, 3, max_steps=100, **drafts)
-    assert {r.stop_reason for r in batch(model, requests, 3, max_steps=100, **drafts).values()} == {"context"}
+    assert {r.stop_reason for r in in_batch(model, requests, 3, max_steps=100, **drafts).values()} == {
+        "context"
+    }
 
 
 @pytest.mark.parametrize("sample", [True, False])
@@ -211,8 +214,8 @@ def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
     for value in (torch.nan, 1.0):
         row = cache.row(cache.num_rows)
         row.append(torch.full((3, 1, 2), value), torch.full((3, 1, 2), value), 0)
-        cache.admit(3)
-    cache.drop(0, damaged=True)
+        cache.add_row(3)
+    cache.remove_row(0, damaged=True)
     held, _ = cache.buffers.of_layers[0]
     assert not held.isnan().any()
 
@@ -229,7 +232,7 @@ def test_a_damaged_row_that_has_failed_already_leaves_no_damage():
     prompts = [[5, 9, 4, 7, 7, 3, 8, 8], [7, 8]]
     broken = Request([4, 49, *[5] * 30], logits_processors=[fails])
     first, second = (Request(prompt) for prompt in prompts)
-    got = batch(model, [first, broken, second], 2, max_steps=8)
+    got = in_batch(model, [first, broken, second], 2, max_steps=8)
     assert isinstance(got.pop(1), KeyError)
     expected = [alone(model, request, max_steps=8).predicted_tokens for request in (first, second)]
     assert [got[index].predicted_tokens for index in (0, 2)] == expected
@@ -244,18 +247,18 @@ def test_what_is_drafted_for_nobody_ends_no_row(monkeypatch):
     expected = [alone(model, Request(prompt), **shared).predicted_tokens for prompt in PROMPTS]
     bad = min({*range(50)}.difference(*expected, *PROMPTS))
     model.model.embed_tokens.weight.data[bad] = torch.nan
-    choose = Rows.choose
+    sample_draft = Batch.sample_draft
 
-    def all_but_the_first_row_stop(rows, k, _):
-        return [k if row == 0 else 0 for row in range(len(rows))]
+    def all_but_the_first_row_stop(batch, k, _):
+        return [k if row == 0 else 0 for row in range(len(batch))]
 
-    def worse(rows, logits, position, going):
+    def worse(batch, logits, position, going):
         logits = logits.clone()
         logits[:, bad] = torch.tensor([-torch.inf if goes else torch.inf for goes in going])
-        return choose(rows, logits, position, going)
+        return sample_draft(batch, logits, position, going)
 
-    monkeypatch.setattr(Rows, "rooms", all_but_the_first_row_stop)
-    monkeypatch.setattr(Rows, "choose", worse)
+    monkeypatch.setattr(Batch, "draft_limits", all_but_the_first_row_stop)
+    monkeypatch.setattr(Batch, "sample_draft", worse)
     strategy, config = make_strategy("self_speculative"), GenerationConfig(sample=False, **shared)
     got = dict(strategy.generate_batch(model, [Request(p) for p in PROMPTS[2:5]], config, batch_size=3))
     assert [got[index].predicted_tokens for index in range(3)] == expected[2:5]
@@ -265,17 +268,17 @@ def test_what_is_drafted_for_nobody_ends_no_row(monkeypatch):
 @pytest.mark.parametrize("lookup", [0, 2])
 def test_drafts_are_padded_with_a_token_that_the_row_has(lookup, sample, monkeypatch):
     """Guards against any other token, which may leave NaN in the cache."""
-    seen, rooms, of_target = [], Rows.rooms, self_speculation_generator.target_logits
+    seen, rooms, of_target = [], Batch.draft_limits, self_speculation_generator.target_logits
 
-    def target_logits(decoder, rows, draft):
+    def target_logits(runner, batch, draft):
         for row, length in enumerate(draft.lengths):
-            seen.append((draft.sources[row], int(rows.last[row]), draft.tokens[row, length:].tolist()))
-        return of_target(decoder, rows, draft)
+            seen.append((draft.sources[row], int(batch.last[row]), draft.tokens[row, length:].tolist()))
+        return of_target(runner, batch, draft)
 
-    def shorter_by_row(rows, k, wanted=None):
-        return [min(room, 5 - 2 * row) for row, room in enumerate(rooms(rows, k, wanted))]
+    def shorter_by_row(batch, k, wanted=None):
+        return [min(room, 5 - 2 * row) for row, room in enumerate(rooms(batch, k, wanted))]
 
-    monkeypatch.setattr(Rows, "rooms", shorter_by_row)
+    monkeypatch.setattr(Batch, "draft_limits", shorter_by_row)
     monkeypatch.setattr(self_speculation_generator, "target_logits", target_logits)
     model = tiny_llama(agreement="always", exit_layer=0)
     config = GenerationConfig(
@@ -409,7 +412,7 @@ def test_a_request_that_raises_takes_no_other_along(part, kind, after, drafts):
     model, prompts = tiny_llama(), [[5, 9, 4], [7, 8], [3, 3, 8]]
     broken = Request([9, 9], **{part: kind(after)})
     requests = [Request(prompts[0]), broken, *map(Request, prompts[1:])]
-    got = batch(model, requests, 2, max_steps=12, **drafts)
+    got = in_batch(model, requests, 2, max_steps=12, **drafts)
     assert isinstance(got.pop(1), KeyError)
     solo = [alone(model, Request(prompt), max_steps=12).predicted_tokens for prompt in prompts]
     assert [got[index].predicted_tokens for index in (0, 2, 3)] == solo
@@ -452,12 +455,12 @@ def test_an_error_of_a_processor_belongs_to_its_position(drafts, agreement):
     """
     model, drafts = tiny_llama(agreement=agreement), {**DRAFTED, **drafts}
     requests = [Request(prompt, seed=row) for row, prompt in enumerate(PROMPTS[:4])]
-    plain = {row: result.predicted_tokens for row, result in batch(model, requests, 4, **drafts).items()}
+    plain = {row: result.predicted_tokens for row, result in in_batch(model, requests, 4, **drafts).items()}
     prompt, tokens = PROMPTS[0], plain[0]
     for num in (0, 1, 2, 5, 7, 11):
         shown, raises = Shown(), [raises_from(len(prompt) + num)]
         request = Request(prompt, raises, seed=0, streamer=shown)
-        got = batch(model, [request, *requests[1:]], 4, **drafts)
+        got = in_batch(model, [request, *requests[1:]], 4, **drafts)
         assert isinstance(got.pop(0), KeyError)
         assert shown == tokens[:num]
         assert {row: result.predicted_tokens for row, result in got.items()} == {
@@ -465,7 +468,7 @@ def test_an_error_of_a_processor_belongs_to_its_position(drafts, agreement):
         }
         ends = Request(prompt, raises, seed=0, ends_text=lambda found, num=num: len(found) == num)
         if num:
-            assert batch(model, [ends], 1, **drafts)[0].predicted_tokens == tokens[:num]
+            assert in_batch(model, [ends], 1, **drafts)[0].predicted_tokens == tokens[:num]
 
 
 @pytest.mark.parametrize("num", [1, 2, 6])
@@ -477,7 +480,7 @@ def test_a_guess_that_agrees_with_logits_that_are_no_numbers(num):
     tokens = alone(model, Request(PROMPTS[0]), **DRAFTED).predicted_tokens
     damages = [lambda ids, logits: logits * torch.nan if ids.shape[1] == at else logits]
     request = Request(PROMPTS[0], damages, streamer=shown, eos_token_ids=[0])
-    got = batch(model, [request, Request(PROMPTS[1])], 2, **DRAFTED)
+    got = in_batch(model, [request, Request(PROMPTS[1])], 2, **DRAFTED)
     assert isinstance(got[0], FloatingPointError)
     assert shown == tokens[:num]
     assert got[1].predicted_tokens == alone(model, Request(PROMPTS[1]), **DRAFTED).predicted_tokens
@@ -486,7 +489,7 @@ def test_a_guess_that_agrees_with_logits_that_are_no_numbers(num):
 def test_a_processor_that_returns_another_shape_takes_no_other_row_along():
     """Guards against logits that cannot be put beside those of other rows, which would end all of them."""
     wrong = Request(PROMPTS[0], [lambda ids, logits: logits[:, :7] if ids.shape[1] > 8 else logits])
-    got = batch(tiny_llama(), [wrong, Request(PROMPTS[1])], 2, **DRAFTED)
+    got = in_batch(tiny_llama(), [wrong, Request(PROMPTS[1])], 2, **DRAFTED)
     assert isinstance(got[0], RuntimeError)
     assert got[1].predicted_tokens == alone(tiny_llama(), Request(PROMPTS[1]), **DRAFTED).predicted_tokens
 
@@ -500,21 +503,21 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
 
     drafts = {"exit_layer": 2, "num_speculations": 3, "sample": True, "temperature": 1.0, "max_steps": 8}
     strategy = make_strategy("self_speculative")
-    going = Batch(strategy, tiny_llama(), GenerationConfig(**drafts), batch_size=2)
+    going = Scheduler(strategy, tiny_llama(), GenerationConfig(**drafts), batch_size=2)
     for key in range(num_rows):
-        going.admit(key, Request(PROMPTS[key], seed=key))
+        going.add_request(key, Request(PROMPTS[key], seed=key))
     with monkeypatch.context() as patches:
         patches.setattr("self_speculation.self_speculation_generator.target_logits", out_of_memory)
         with pytest.raises(MemoryError) if num_rows > 1 else nullcontext():
-            going.round()
-    assert all(isinstance(error, MemoryError) for _, error in going.take_out())
+            going.step()
+    assert all(isinstance(error, MemoryError) for _, error in going.pop_finished())
     requests = {key: Request(PROMPTS[key], seed=key) for key in (3, 4)}
     got = {}
     for key, request in requests.items():
-        going.admit(key, request)
-    while going.rows:
-        going.round()
-        got |= going.take_out()
+        going.add_request(key, request)
+    while going.batch:
+        going.step()
+        got |= going.pop_finished()
     for key, request in requests.items():
         assert got[key].predicted_tokens == alone(tiny_llama(), request, **drafts).predicted_tokens
 
@@ -524,7 +527,7 @@ def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
     monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda *_: 4 * 2**20)
     model = tiny_llama(max_position_embeddings=200_000)
     requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
-    got = batch(model, requests, 2, max_steps=5)
+    got = in_batch(model, requests, 2, max_steps=5)
     assert [isinstance(got[index], MemoryError) for index in range(4)] == [True, False, True, False]
     for index in (1, 3):
         assert got[index].predicted_tokens == alone(model, requests[index], max_steps=5).predicted_tokens
@@ -534,16 +537,16 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """Guards against a cache that doubles beyond that, and is refused for it: here at first for a row that
     has ended by then.
     """
-    monkeypatch.setattr("self_speculation.model.decoder._FIRST_ALLOCATION", 32)
+    monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 32)
     config = GenerationConfig(sample=False, max_steps=200)
-    going = Batch(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
-    going.admit("ends early", Request([3], stopping_criteria=[lambda ids, logits: ids.shape[1] > 9]))
-    going.admit("is long", Request([7], config=replace(config, max_steps=60)))
+    going = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
+    going.add_request("ends early", Request([3], stopping_criteria=[lambda ids, logits: ids.shape[1] > 9]))
+    going.add_request("is long", Request([7], config=replace(config, max_steps=60)))
     capacities, ended = set(), {}
-    while going.rows:
-        going.round()
-        capacities.add(going._decoding.decoder.cache.capacity)
-        ended |= going.take_out()
+    while going.batch:
+        going.step()
+        capacities.add(going._decoding.runner.cache.capacity)
+        ended |= going.pop_finished()
     assert capacities == {24, 48, 64}
     assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
 
@@ -551,7 +554,7 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
 def test_places_are_not_exchanged_without_reuse_cache(monkeypatch):
     """Guards against copies of all that a dropped row holds, which nobody reads."""
     monkeypatch.setattr(KVCache, "swap", lambda *_: pytest.fail("exchanged"))
-    got = batch(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
+    got = in_batch(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
     for index, prompt in enumerate(PROMPTS):
         expected = alone(tiny_llama(), Request(prompt), max_steps=5)
         assert got[index].predicted_tokens == expected.predicted_tokens
@@ -564,13 +567,13 @@ def test_a_batch_driven_by_hand(monkeypatch):
     strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=2)
     seconds, waited = count(), [0]  # a clock that goes on by a second whenever somebody looks at it
     monkeypatch.setattr("time.perf_counter", lambda: next(seconds) + waited[0])
-    going = Batch(strategy, tiny_llama(), config, batch_size=1)
+    going = Scheduler(strategy, tiny_llama(), config, batch_size=1)
     waited[0] = 10**6  # until somebody asks for something
-    going.admit("first", Request(PROMPTS[0]))
-    with pytest.raises(ValueError, match="all 1 places are taken"):
-        going.admit("second", Request(PROMPTS[1]))
-    going.round()
-    [(key, result)] = going.take_out()
+    going.add_request("first", Request(PROMPTS[0]))
+    with pytest.raises(ValueError, match="all 1 slots are taken"):
+        going.add_request("second", Request(PROMPTS[1]))
+    going.step()
+    [(key, result)] = going.pop_finished()
     assert key == "first"
     assert 0 < result.prefill_time < 10**6
     with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
@@ -600,11 +603,11 @@ def test_compiled_passes(drafts, monkeypatch):
     solo = [alone(model, request, max_steps=12).predicted_tokens for request in requests]
     compile_decoding(model)
     for size in (3, 1, 3):
-        results = batch(model, requests, size, max_steps=12, **drafts)
+        results = in_batch(model, requests, size, max_steps=12, **drafts)
         assert [results[index].predicted_tokens for index in range(len(requests))] == solo
 
 
-@pytest.mark.parametrize("length", [1, decoder.PREFILL_CHUNK + 1])
+@pytest.mark.parametrize("length", [1, model_runner.PREFILL_CHUNK + 1])
 def test_the_last_piece_of_a_prompt_is_one_token(length, monkeypatch):
     """Guards against a compiled pass over it at a position of its own: as many as the batch had before."""
     monkeypatch.setattr("torch.compile", lambda run, **_: run)
@@ -661,9 +664,15 @@ def test_batches_that_are_taken_from_in_turn(monkeypatch):
 
 def see_everything(monkeypatch):
     """No row is masked beyond its own end."""
-    monkeypatch.setattr(
-        decoder, "_ragged_mask", lambda at, length, dtype: torch.zeros(len(at), 1, at.shape[1], length)
-    )
+    ragged = AttentionContext.ragged
+
+    def unmasked(runner, positions, length):
+        context = ragged(runner, positions, length)
+        mask = torch.zeros(len(positions), 1, positions.shape[1], length)
+        context.make_mask = lambda copies: mask.repeat(1, 1, copies, 1)
+        return context
+
+    monkeypatch.setattr(AttentionContext, "ragged", unmasked)
 
 
 def one_offset(monkeypatch):

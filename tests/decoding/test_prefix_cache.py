@@ -8,14 +8,14 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import EOS, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rows import DRAFTS, strategy_of
+from test_batch import DRAFTS, strategy_of
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
-from self_speculation.decoding_strategy import Batch
-from self_speculation.generator_base import the_only
-from self_speculation.model.compiled import compile_decoding, decode_eagerly
-from self_speculation.model.lean_layers import fuse
+from self_speculation.generator_base import single_result
+from self_speculation.model.compiled_runner import compile_decoding, decode_eagerly
+from self_speculation.model.fused_layers import fuse
+from self_speculation.scheduler import Scheduler
 
 STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 
@@ -24,7 +24,7 @@ def answer(strategy, model, prompt, batch_size=1, request=None, **config):
     name = strategy.name
     config = GenerationConfig(**{"sample": False, "max_steps": 8, "generation_strategy": name, **config})
     request = request or Request(prompt, eos_token_ids=[EOS])
-    return the_only(strategy.generate_batch(model, [request], config, batch_size))
+    return single_result(strategy.generate_batch(model, [request], config, batch_size))
 
 
 def own_llama(**config):
@@ -101,27 +101,27 @@ def test_only_what_is_new_is_read():
     assert again.num_cached_tokens == len(history) - 1  # its logits are needed
 
 
-def test_the_place_with_the_longest_beginning_is_taken():
-    """Guards against a conversation that is overwritten while another place is free."""
+def test_the_slot_with_the_longest_prefix_is_taken():
+    """Guards against a conversation that is overwritten while another slot is free."""
     model = tiny_llama()
     strategy = make_strategy("autoregressive")
     config = GenerationConfig(sample=False, max_steps=3, reuse_cache=True)
-    batch = Batch(strategy, model, config, batch_size=3)
+    scheduler = Scheduler(strategy, model, config, batch_size=3)
 
     def cached(*prompts):
         for key, prompt in enumerate(prompts):
-            batch.admit(key, Request(prompt))
+            scheduler.add_request(key, Request(prompt))
         results = {}
-        while batch.rows:
-            batch.round()
-            results |= dict(batch.take_out())
+        while scheduler.batch:
+            scheduler.step()
+            results |= dict(scheduler.pop_finished())
         return [results[key].num_cached_tokens for key in range(len(prompts))]
 
     other, third = STORY[::-1], [40] * 6
     assert cached(STORY, other, third) == [0, 0, 0]
     assert cached([*third, 9], [*STORY, 9]) == [6, 12]
     assert cached([*other, 9]) == [12]  # which nobody has taken
-    assert cached([41, 42]) == [0]  # in the place that was not used for longest: the story's
+    assert cached([41, 42]) == [0]  # in the slot that was not used for longest: the story's
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.fused_layers import fuse
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from self_speculation.drafts.prompt_lookup import NgramIndex
+from self_speculation.drafts.ngram import NgramIndex
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 32), st.integers(1, 8))

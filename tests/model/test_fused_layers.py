@@ -1,4 +1,4 @@
-"""Lean layers: the arithmetic of the layers they stand for, over the same memory, and nothing else touched.
+"""Fused layers: the arithmetic of the layers they stand for, over the same memory, and nothing else touched.
 
 That they compute what every family's own layers compute is in test_llama_model_utils.py.
 """
@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.model import lean_layers, products
-from self_speculation.model.compiled import compile_decoding
-from self_speculation.model.decoder import Decoder, forward
-from self_speculation.model.lean_layers import NARROW, bytes_made, fuse, lean_forms
-from self_speculation.model.products import Product, follow_weights
+from self_speculation.model import fused_layers, linear
+from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.fused_layers import NARROW, bytes_made, fuse, fused_model
+from self_speculation.model.linear import Linear, follow_weights
+from self_speculation.model.model_runner import ModelRunner, forward
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -31,15 +31,15 @@ def model():
     return copy.deepcopy(tiny_llama())
 
 
-def lean(model):
-    """Which layers decode lean; the head's answer is the last."""
-    layers, head, _ = lean_forms(model)
+def fused(model):
+    """Which layers are fused; the head's answer is the last."""
+    layers, head, _ = fused_model(model)
     return [form is not None for form in (*layers, head)]
 
 
 def pack(model, monkeypatch):
     """Have it decode by packed copies of its weights, whatever is faster here."""
-    monkeypatch.setattr(products, "_PACKED", dict.fromkeys((torch.float32, torch.bfloat16), range(1, 9)))
+    monkeypatch.setattr(linear, "_PACKED", dict.fromkeys((torch.float32, torch.bfloat16), range(1, 9)))
     fuse(model)
     decodes_like_itself(model)
     assert bytes_made(model)
@@ -48,7 +48,7 @@ def pack(model, monkeypatch):
 def decodes_like_itself(model):
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
-        mine = forward(Decoder(model, 6, 6), ids, 6).logits
+        mine = forward(ModelRunner(model, 6, 6), ids, 6).logits
         assert_close(mine, model(ids).logits, roundings=100 if model.dtype == torch.float32 else 4)
 
 
@@ -63,7 +63,7 @@ def test_no_second_copy_and_the_original_layout_on_disk(model, tmp_path):
     assert sum(s.nbytes() for s in storages.values()) == sum(w.nbytes for w in before.values())
     assert all(w.untyped_storage().nbytes() == w.nbytes for w in after.values())  # of its own: no view
     attention = model.model.layers[0].self_attn
-    joint = lean_forms(model)[0][0].products[0].weight
+    joint = fused_model(model)[0][0].linears[0].weight
     assert joint.data_ptr() == attention.q_proj.weight.data_ptr()
     assert joint.shape[0] == sum(
         len(p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -82,7 +82,7 @@ def test_it_follows_a_training_of_the_model(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(ids, labels=ids).loss.backward()
     optimizer.step()
-    assert all(lean(model))
+    assert all(fused(model))
     decodes_like_itself(model)
 
 
@@ -136,7 +136,7 @@ def test_what_decodes_is_the_weights_of_now(model, change, packed, monkeypatch):
         fuse(model)
     before = generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens
     CHANGES[change](model)
-    assert all(lean(model))
+    assert all(fused(model))
     decodes_like_itself(model)
     after = generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens
     if change not in ("fused again", "dtype"):
@@ -152,7 +152,7 @@ def test_fuse_makes_everything_anew(model, packed, monkeypatch):
     fuse(model)
     drafts = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8", "max_steps": 20, "eos": []}
     generate(model, PROMPT, **drafts)
-    before = [weakref.ref(copied) for form in lean_forms(model).layers for copied in form.products]
+    before = [weakref.ref(copied) for form in fused_model(model).layers for copied in form.linears]
     model.model.layers[2].mlp.down_proj.weight.data[3, 5].add_(30)
     fuse(model)
     gc.collect()
@@ -190,7 +190,7 @@ def test_copies_for_drafts_are_of_the_weights_of_now(model, change):
 def test_copies_are_of_the_biases_of_now():
     """Guards against biases that a copy keeps as they were, where only the weights are compared."""
     linear = nn.Linear(32, 32)
-    product = Product(linear)
+    product = Linear(linear)
     product.derived("a copy", object)
     follow_weights([product])
     assert product.has_derived("a copy")
@@ -250,7 +250,7 @@ def test_a_copy_of_a_model_has_its_own_weights(model):
     fuse(model)
     twin = copy.deepcopy(model)
     nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
-    assert all(lean(model))
+    assert all(fused(model))
     decodes_like_itself(model)
     decodes_like_itself(twin)
 
@@ -306,7 +306,7 @@ def test_what_is_not_recognised_is_left_as_it_is(model, change, when):
     fuse(model)
     if when == "after":
         change(model)
-    assert lean(model) == [True, False, True, True, True]
+    assert fused(model) == [True, False, True, True, True]
     decodes_like_itself(model)
 
 
@@ -314,24 +314,24 @@ def test_a_hook_that_is_gone_leaves_a_lean_layer(model):
     """Guards against a model that stays slow after somebody looked inside it."""
     fuse(model)
     handle = model.model.layers[1].register_forward_hook(lambda *_: None)
-    assert lean(model) == [True, False, True, True, True]
+    assert fused(model) == [True, False, True, True, True]
     handle.remove()
-    assert all(lean(model))
+    assert all(fused(model))
 
 
 def test_a_hook_of_accelerate_that_is_gone_leaves_a_lean_layer(model):
     """Guards against a method that is put back in its own place, and taken for another one."""
     fuse(model)
     add_hook_to_module(model.model.layers[1].mlp, AlignDevicesHook("cpu"))
-    assert lean(model) == [True, False, True, True, True]
+    assert fused(model) == [True, False, True, True, True]
     remove_hook_from_module(model.model.layers[1].mlp)
-    assert all(lean(model))
+    assert all(fused(model))
 
 
 def test_eager_attention_and_other_families_are_left_alone(model):
     model.set_attn_implementation("eager")
     assert fuse(model) == 0
-    assert not any(lean(model))
+    assert not any(fused(model))
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, NARROW, NARROW + 1])
@@ -345,10 +345,10 @@ def test_a_product_is_the_product(width, rows, bias, packed, monkeypatch):
     x = torch.randn(width, 24)
     with torch.inference_mode():
         expected = torch.cat([projection(x) for projection in projections], -1)
-        product = Product(*projections)
+        product = Linear(*projections)
         if packed:
             product.may_be_packed = True
-            monkeypatch.setattr(products, "_PACKED", {torch.float32: [width]})
+            monkeypatch.setattr(linear, "_PACKED", {torch.float32: [width]})
         assert_close(product(x), expected)
         assert product(x).is_contiguous()
         assert_close(product.add_to(torch.ones_like(expected), x), expected + 1)
@@ -360,11 +360,11 @@ def test_weights_are_packed_where_there_is_room(model, monkeypatch):
     weights = 4 * sum(
         p.numel() for name, p in model.named_parameters() if "norm" not in name and "embed" not in name
     )
-    monkeypatch.setattr(lean_layers, "free_memory", lambda device: 3 * weights - 30)
+    monkeypatch.setattr(fused_layers, "free_memory", lambda device: 3 * weights - 30)
     fuse(model)
     decodes_like_itself(model)
     assert not bytes_made(model)
-    monkeypatch.setattr(lean_layers, "free_memory", lambda device: 3 * weights + 30)
+    monkeypatch.setattr(fused_layers, "free_memory", lambda device: 3 * weights + 30)
     other = copy.deepcopy(model)
     fuse(other)
     generate(other, PROMPT[:4], max_steps=5, eos=[])
@@ -388,7 +388,7 @@ def test_which_kernel_computes_follows_from_format_and_width(model, monkeypatch)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     fuse(model)
     for dtype, packed in ((torch.float32, range(5, NARROW + 1)), (torch.bfloat16, range(1, NARROW + 1))):
-        product = lean_forms(model.to(dtype)).layers[0].products[0]
+        product = fused_model(model.to(dtype)).layers[0].linears[0]
         assert [width for width in range(1, 20) if product.is_packed(width)] == [*packed]
 
 

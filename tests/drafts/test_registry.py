@@ -14,9 +14,9 @@ import generate
 import sweep
 from self_speculation import custom_generate
 from self_speculation.config import GenerationConfig
-from self_speculation.drafts import table
+from self_speculation.drafts import registry
 from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.lookups import certain
+from self_speculation.drafts.ngram import one_hot
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, Plan
 
 SCRIPTS = {
@@ -40,11 +40,11 @@ class Always(DraftSource):
 
     def draft(self, rows, k, wanted=None):
         Always.made += 1
-        lengths = rows.rooms(k, wanted)
+        lengths = rows.draft_limits(k, wanted)
         tokens = torch.full((len(rows), max(lengths)), self._token)
         for i in range(max(lengths)):
             rows.propose(tokens[:, i], i, [i < length for length in lengths])
-        return Draft(rows.sampler, ["always"] * len(rows), tokens, certain(tokens, self._vocab_size), lengths)
+        return Draft(rows.sampler, ["always"] * len(rows), tokens, one_hot(tokens, self._vocab_size), lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +55,14 @@ class WithAlways(GenerationConfig):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    kind = table.SourceEntry(
+    kind = registry.SourceEntry(
         flags=("always",),
         asked_for=lambda config: getattr(config, "always", None) is not None,
         make=lambda parts, otherwise: Always(parts),
         arms=lambda parts: {"always": (Always(parts), Arm())},
     )
-    monkeypatch.setattr(table, "SOURCES", [*table.SOURCES, kind])
-    monkeypatch.setattr(table, "GenerationConfig", WithAlways)
+    monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
+    monkeypatch.setattr(registry, "GenerationConfig", WithAlways)
     monkeypatch.setattr(Always, "made", 0)
     for script in SCRIPTS:
         monkeypatch.setattr(script, "GenerationConfig", WithAlways)
@@ -71,7 +71,7 @@ def known(monkeypatch):
 @pytest.mark.usefixtures("few_files_are_read")
 @pytest.mark.parametrize("script", [pytest.param(script, id=script.__name__) for script in SCRIPTS])
 def test_every_script_drafts_with_it(script, model_folder, tmp_path):
-    """Guards against a list of sources, or of their flags, outside the table."""
+    """Guards against a list of sources, or of their flags, outside the registry."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": p, "response": "x"}) + "\n" for p in ("Once", "def add")))
     flags = ["--model", model_folder, "--output_dir", tmp_path / "logs", *HOW, "--max_steps", "8",
@@ -110,9 +110,9 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
 
     offered = []
 
-    def plan(matched, rooms):
+    def plan(matched, limits):
         offered.append(set(matched))
-        length = min(2, max(rooms))
+        length = min(2, max(limits))
         return Plan("always", length) if length else Plan()
 
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))

@@ -10,7 +10,7 @@ from self_speculation.results import SourceCounts
 
 
 @final
-class Tally:
+class DraftStats:
     """The rounds of one generation, or of several."""
 
     def __init__(self) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from self_speculation.model.compiled import CompiledDecoder, compile_decoding, make_decoder
-from self_speculation.model.lean_layers import fuse
+from self_speculation.model.compiled_runner import CompiledRunner, compile_decoding, make_runner
+from self_speculation.model.fused_layers import fuse
 
 PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 3, 11], list(range(3, 40))]
 SHORT = {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20}
@@ -28,7 +28,7 @@ def test_the_same_ids_and_no_compilation_for_another_prompt(fused, backend, monk
     settings = [{"max_steps": steps, "eos": [], **strategy} for strategy in STRATEGIES for steps in (5, 16)]
     expected = [[generate(model, p, **s).predicted_tokens for s in settings] for p in PROMPTS]
     compile_decoding(model)
-    assert isinstance(make_decoder(model, 1, 10), CompiledDecoder)
+    assert isinstance(make_runner(model, 1, 10), CompiledRunner)
     assert [generate(model, PROMPTS[0], **s).predicted_tokens for s in settings] == expected[0]
     with torch._dynamo.config.patch(error_on_recompile=True):
         answers = [[generate(model, p, **s).predicted_tokens for s in settings] for p in PROMPTS]
@@ -41,7 +41,7 @@ def test_drafts_at_the_end_of_the_context(num_speculations, monkeypatch):
     of the context: with 57 to 63 drafts it took itself for the larger one that this answer needs.
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr("self_speculation.model.compiled._SMALLEST_CAPACITY", 128)
+    monkeypatch.setattr("self_speculation.model.compiled_runner._SMALLEST_CAPACITY", 128)
     model = copy.deepcopy(tiny_llama(agreement="always", exit_layer=1))
     prompt, how = list(range(3, 43)) * 5, {"max_steps": 100, "eos": []}
     expected = generate(model, prompt, **how)
@@ -109,7 +109,7 @@ def test_a_changed_model_is_compiled_anew(change, fused, monkeypatch):
     for strategy in STRATEGIES:
         generate(model, PROMPTS[0], **shared, **strategy)
     CHANGES[change](model)
-    twin = copy.deepcopy(model)  # neither lean nor compiled
+    twin = copy.deepcopy(model)  # neither fused nor compiled
     for strategy in STRATEGIES:
         found = generate(model, PROMPTS[0], **shared, **strategy).predicted_tokens
         assert found == generate(twin, PROMPTS[0], **shared).predicted_tokens

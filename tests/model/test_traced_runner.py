@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from self_speculation.drafts.policy import AdaptivePolicy
-from self_speculation.model import products, traced
-from self_speculation.model.decoder import Decoder, forward_early, forward_remainder, prefill
-from self_speculation.model.lean_layers import NARROW, fuse, lean_forms
-from self_speculation.model.low_bit_products import LowBitProduct
-from self_speculation.model.traced import TracedDecoder, trace_at_once
+from self_speculation.model import linear, traced_runner
+from self_speculation.model.fused_layers import NARROW, fuse, fused_model
+from self_speculation.model.low_bit_linear import LowBitLinear
+from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder, prefill
+from self_speculation.model.traced_runner import TracedRunner, trace_at_once
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 DRAFTS = {"exit_layer": 2, "num_speculations": 3}
@@ -33,8 +33,8 @@ STRATEGIES = [
 
 @pytest.fixture(autouse=True)
 def nothing_is_packed(monkeypatch):
-    """TorchScript does not take oneDNN's tensors, so packed widths are not traced."""
-    monkeypatch.setattr(products.Product, "can_be_packed", False)
+    """TorchScript does not take oneDNN's tensors, so packed widths are not traced_runner."""
+    monkeypatch.setattr(linear.Linear, "can_be_packed", False)
 
 
 @pytest.fixture(params=["float32", "in 16 bits", "bfloat16"])
@@ -43,19 +43,19 @@ def model(request):
     model = copy.deepcopy(tiny_llama())
     if request.param != "float32":
         model.to(torch.bfloat16)
-    fuse(model, widen=request.param == "in 16 bits")
+    fuse(model, fp32_activations=request.param == "in 16 bits")
     trace_at_once(model)
     return model
 
 
 def num_traces(model):
-    return len(traced._TRACES[model].made) if model in traced._TRACES else 0
+    return len(traced_runner._TRACES[model].made) if model in traced_runner._TRACES else 0
 
 
 def untraced(model):
-    """The same, by passes that are never traced."""
+    """The same, by passes that are never traced_runner."""
     twin = copy.deepcopy(model)
-    fuse(twin, widen=traced.Decoder(model, 1, 1).dtype != model.dtype)
+    fuse(twin, fp32_activations=traced_runner.ModelRunner(model, 1, 1).dtype != model.dtype)
     return twin
 
 
@@ -68,15 +68,15 @@ def untraced(model):
 )
 def test_every_bit_is_that_of_the_layers(widths, exit_layer, prompt_length, back):
     """Guards against a width or a length that became a constant of the trace."""
-    decoders = [Decoder(MODEL, prompt_length, 200), TracedDecoder(MODEL, prompt_length, 200)]
+    decoders = [ModelRunner(MODEL, prompt_length, 200), TracedRunner(MODEL, prompt_length, 200)]
     with torch.inference_mode():
         found = [[prefill(d, torch.arange(5, 5 + prompt_length)[None], 4).logits] for d in decoders]
         for width in widths:
             ids = torch.arange(9, 9 + width)[None]
-            for decoder, results in zip(decoders, found, strict=True):
-                early = forward_early(decoder, ids, exit_layer, 1)
-                late = forward_remainder(decoder, early.hidden, exit_layer)
-                decoder.cache.rollback(min(back, width))
+            for runner, results in zip(decoders, found, strict=True):
+                early = forward_early(runner, ids, exit_layer, 1)
+                late = forward_remainder(runner, early.hidden, exit_layer)
+                runner.cache.rollback(min(back, width))
                 results += [early.hidden, late.logits]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -143,7 +143,7 @@ def test_it_is_traced_once_it_pays():
     """Guards against a first answer that waits for what it is too short to gain by."""
     model = copy.deepcopy(tiny_llama())
     fuse(model)
-    generate(model, PROMPT, max_steps=traced._PASSES_BEFORE, eos=[])
+    generate(model, PROMPT, max_steps=traced_runner._PASSES_BEFORE, eos=[])
     assert num_traces(model) == 0
     generate(model, PROMPT, max_steps=5, eos=[])
     assert num_traces(model) == 1
@@ -157,9 +157,9 @@ def test_traces_are_freed_with_their_model(how):
     trace_at_once(model)
     generate(model, PROMPT, max_steps=5, eos=[EOS], **how)
     kept = [model.model.layers[0].mlp.down_proj.weight, *model.model.layers[1].input_layernorm.parameters()]
-    kept += [tensor for form in lean_forms(model).layers for tensor in form.tensors()]
-    copies = [copy for form in lean_forms(model).layers for p in form.products for copy in p.all_derived]
-    kept += [tensor for copy in copies if isinstance(copy, LowBitProduct) for tensor in copy.tensors()]
+    kept += [tensor for form in fused_model(model).layers for tensor in form.tensors()]
+    copies = [copy for form in fused_model(model).layers for p in form.linears for copy in p.all_derived]
+    kept += [tensor for copy in copies if isinstance(copy, LowBitLinear) for tensor in copy.tensors()]
     weights = [StorageWeakRef(tensor.untyped_storage()) for tensor in kept if tensor.dim()]
     assert num_traces(model)
     del model, kept, copies
@@ -171,7 +171,7 @@ def test_traces_are_freed_with_their_model(how):
 def test_traces_of_other_weights_are_freed(model, how):
     """Guards against weights of before that are kept by traces which nobody asks for any more."""
     generate(model, PROMPT, max_steps=8, eos=[], **how)
-    of_layer = [*lean_forms(model).layers[0].products]
+    of_layer = [*fused_model(model).layers[0].linears]
     kept = [weakref.ref(part) for product in of_layer for part in (product, *product.all_derived)]
     assert num_traces(model) > 1
     model.to(torch.float64).to(torch.float32)
@@ -194,7 +194,7 @@ def test_layers_in_another_order(model):
 
 def test_no_more_is_traced_than_may_stay_in_memory(monkeypatch):
     """Guards against graphs, which TorchScript never frees, of every range that anybody asks for."""
-    monkeypatch.setattr(traced, "_TRACES_AT_MOST", 3)
+    monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", 3)
     model = copy.deepcopy(tiny_llama())
     fuse(model)
     trace_at_once(model)
@@ -211,16 +211,16 @@ def test_no_more_is_traced_than_may_stay_in_memory(monkeypatch):
 def test_other_weights_are_decoded_by_the_graphs_there_are(model, how, monkeypatch):
     """Guards against a model that is no longer traced because its weights have changed so often."""
     generate(model, PROMPT, max_steps=8, eos=[], **how)
-    made, graphs = num_traces(model), traced.num_traces(model)
-    monkeypatch.setattr(traced, "_TRACES_AT_MOST", graphs)
-    traced._TRACES[model].passes_before = 32  # a graph that is there waits for nothing
+    made, graphs = num_traces(model), traced_runner.num_traces(model)
+    monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", graphs)
+    traced_runner._TRACES[model].passes_before = 32  # a graph that is there waits for nothing
     for turn in range(3):
         for change in (*CHANGES, reassigned):
             change(model)
         expected = generate(untraced(model), PROMPT, max_steps=8, eos=[], **how).predicted_tokens
         found = generate(model, PROMPT, max_steps=8, eos=[], **how)
         assert found.predicted_tokens == expected, turn
-        assert (num_traces(model), traced.num_traces(model)) == (made, graphs)
+        assert (num_traces(model), traced_runner.num_traces(model)) == (made, graphs)
 
 
 def test_another_graph_for_layers_of_other_numbers(model):
@@ -231,7 +231,7 @@ def test_another_graph_for_layers_of_other_numbers(model):
         change(model.model.layers[1])
         expected = generate(untraced(model), PROMPT, max_steps=20, eos=[]).predicted_tokens
         assert generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens == expected != before
-    assert traced.num_traces(model) == 3
+    assert traced_runner.num_traces(model) == 3
 
 
 def test_another_graph_for_states_in_another_format():
@@ -239,7 +239,7 @@ def test_another_graph_for_states_in_another_format():
     model, how = copy.deepcopy(tiny_llama()).to(torch.bfloat16), STRATEGIES[4]
     trace_at_once(model)
     for widen in (True, False):
-        fuse(model, widen=widen)
+        fuse(model, fp32_activations=widen)
         expected = generate(untraced(model), PROMPT, max_steps=20, eos=[], **how)
         found = generate(model, PROMPT, max_steps=20, eos=[], **how)
         assert found.predicted_tokens == expected.predicted_tokens
@@ -251,7 +251,7 @@ def test_rounds_in_which_something_is_traced_teach_no_times(model, monkeypatch):
     made, learn = [], AdaptivePolicy.learn
 
     def heard(policy, *numbers):
-        made.append((traced.num_traces(model), numbers[-1]))
+        made.append((traced_runner.num_traces(model), numbers[-1]))
         learn(policy, *numbers)
 
     monkeypatch.setattr(AdaptivePolicy, "learn", heard)

@@ -1,14 +1,14 @@
-"""One generation's tokens: the history that processors and stopping see, the streamer's feed, and the clock.
+"""One request in flight: its ids, its stop conditions, its logits processors, its streamer and its times.
 
-Shared by the strategies, so that both process logits, stop, stream and count alike. Knows nothing of layers
-or caches.
+Knows nothing of layers or caches.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from self_speculation.decoding.draft_stats import DraftStats
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.decoding.tally import Tally
 from self_speculation.results import GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
@@ -28,28 +28,28 @@ _NO_DISTRIBUTION = (
 )
 
 
-class Output:
-    """Prompt and generated ids in one buffer on the device, with room for a draft after what is decided.
+class Sequence:
+    """Prompt, output and draft, in this order in one buffer on the device.
 
     Args:
         prompt: the prompt's ids, at least one.
         device: where the model takes its ids.
-        stop: decides after each token whether the output goes on.
+        stop: checked after each token.
         processors: transformers logits processors.
-        streamer: `put(ids)` and `end()`; one that also has `delete` is shown the drafts.
+        streamer: has `put(ids)` and `end()`; one that also has `delete` gets the drafts.
         generator: of random numbers; None: torch's own.
-        has_drafts: whether there is something to be counted of them.
-        started: when its time began, by `time.perf_counter`; None: now.
-        sampler: of this output alone; None: that of the batch.
-        wants_drafts: whether sources may draft for it.
+        has_drafts: whether to count drafts.
+        started: start of its time, by `time.perf_counter`; None: now.
+        sampler: None: that of the batch.
+        wants_drafts: False: no source may draft for it.
     """
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompt: abc.Sequence[int],
         device: torch.device,
         stop: StopConditions,
-        processors: Sequence[Callable] | None = None,
+        processors: abc.Sequence[Callable] | None = None,
         streamer: Any = None,
         generator: torch.Generator | None = None,
         has_drafts: bool = False,
@@ -61,18 +61,18 @@ class Output:
         self._first_token_at: float | None = None
         self.prompt = list(prompt)
         self.max_length = len(prompt) + stop.max_tokens
-        self.tokens: list[int] = []  # generated and decided, an end id included
+        self.tokens: list[int] = []  # of the output, with an end id
         self.stop_reason: StopReason | None = None
-        self.error: Exception | None = None  # what ended it before its time
-        # No token could be picked by its logits: its keys and values may be no numbers either.
+        self.error: Exception | None = None  # that ended it early
+        # No token could be picked from its logits: its keys and values may be NaN as well.
         self.is_damaged = False
-        # Of this round, by position after the decided tokens: what processors raised, and why no token can be
-        # picked. Most positions are guesses that nobody takes, behind an end id or a rejected token.
+        # Errors of this round, by position after the output: those of processors, and why no token can be
+        # picked. They count once the output gets there; most positions are rejected drafts.
         self._errors: dict[int, Exception] = {}
         self._no_token: dict[int, Exception] = {}
         self.generator, self.sampler, self.wants_drafts = generator, sampler, wants_drafts
-        self.num_cached = 0  # tokens of the prompt whose keys and values were there already
-        self.tally = Tally() if has_drafts else None
+        self.num_cached = 0  # tokens of the prompt that were in the KV cache already
+        self.draft_stats = DraftStats() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
         self._stop = stop
@@ -85,11 +85,11 @@ class Output:
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be generated; 0 once the output has ended."""
+        """Tokens that may still be generated; 0: finished."""
         return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
 
-    def check(self, largest: Sequence[float], greedy: bool) -> None:
-        """Look at the largest logit of each position of a round."""
+    def check(self, largest: abc.Sequence[float], greedy: bool) -> None:
+        """Note positions of this round without a valid largest logit."""
         for position, number in enumerate(largest):
             if math.isnan(number) or (math.isinf(number) and not greedy):
                 why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
@@ -97,7 +97,7 @@ class Output:
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """What its criteria or streamer raise ends this output, and no other one."""
+        """An error of its criteria or streamer ends this sequence alone."""
         try:
             yield
         except Exception as error:
@@ -105,21 +105,21 @@ class Output:
 
     @property
     def length(self) -> int:
-        """Of the history: prompt and decided tokens."""
+        """Tokens of the prompt and the output."""
         return len(self.prompt) + len(self.tokens)
 
     @property
     def ids(self) -> list[int]:
-        """Of the history."""
+        """Of the prompt and the output."""
         return [*self.prompt, *self.tokens]
 
     def ids_from(self, position: int) -> list[int]:
-        """Of the history, from a position on."""
+        """`ids[position:]`, without a copy of the rest."""
         num_prompt = len(self.prompt)
         return [*self.prompt[position:], *self.tokens[max(0, position - num_prompt) :]]
 
     def history(self, num_drafted: int = 0) -> Tensor:
-        """[1, prompt + output + drafts] ids, a view; only the prompt's where nobody looks at the others."""
+        """[1, prompt + output + draft] ids, a view. Only the prompt is valid if nothing reads the rest."""
         return self._ids[:, : self.length + num_drafted]
 
     @property
@@ -132,11 +132,11 @@ class Output:
         Args:
             logits: [n, V]; row i is for the position after the history with `num_drafted + i` drafted
                 tokens.
-            count: rows that matter; the others are left alone.
+            count: rows that are used; the others are not processed.
 
         Returns:
-            [n, V], in fp32. Each row went through the processors by itself, as [1, V]. One for which they
-            raised is unprocessed, and the output ends with the error if it gets there, see `commit`.
+            [n, V], in fp32. Processors get one row at a time, [1, V]. Where they raise, the row stays
+            unprocessed, and the error counts if the output gets there, see `commit`.
         """
         logits = logits.float()
         if not self._processors or not count:
@@ -151,13 +151,13 @@ class Output:
         return processed
 
     def place(self, token: Tensor | int, position: int) -> None:
-        """Write a token after the decided ones, at draft position 0, 1, ..., if anybody looks there."""
+        """Write a token at draft position 0, 1, ..., if processors or criteria read it."""
         if self._is_looked_at:
             self._ids[0, self.length + position] = token
 
     @property
     def shows_draft(self) -> bool:
-        """Whether the next drafted token is to be shown."""
+        """Whether to stream the next drafted token."""
         return self._shows_drafts and not self._draft_ended
 
     def show_drafted(self, id_: int) -> None:
@@ -167,22 +167,24 @@ class Output:
             with self._own_errors():
                 self._streamer.put(torch.tensor([id_]), is_draft=True)
 
-    def commit(self, tokens: Sequence[int], scores: Tensor, drafted: int = 0, source: str = "") -> None:
-        """Decide on tokens, up to the one that ends the output, or to a position whose error does.
+    def commit(
+        self, tokens: abc.Sequence[int], scores: Tensor, num_drafted: int = 0, source: str = ""
+    ) -> None:
+        """Append tokens to the output, up to the one that ends it or to a position with an error.
 
         Args:
-            tokens: n ids, those accepted of a draft and one more.
-            scores: [>= n, V] the processed logits that they came from.
-            drafted: tokens that were drafted by `source` in the round of which these come.
+            tokens: n ids: the accepted ones of a draft and one more.
+            scores: [n or more, V] the processed logits that they were picked from.
+            num_drafted: tokens that `source` drafted in this round.
         """
         self.is_damaged = any(position < len(tokens) for position in self._no_token)
         self._errors = {**self._no_token, **self._errors}
         if self.error is None:  # else its streamer could not show a draft
             with self._own_errors():
-                self._commit(tokens, scores, drafted, source)
+                self._commit(tokens, scores, num_drafted, source)
         self._errors, self._no_token = {}, {}
 
-    def _commit(self, tokens: Sequence[int], scores: Tensor, drafted: int, source: str) -> None:
+    def _commit(self, tokens: abc.Sequence[int], scores: Tensor, num_drafted: int, source: str) -> None:
         taken = 0
         while taken < len(tokens) and not self.stop_reason:
             self.error = self._errors.get(taken)
@@ -192,30 +194,30 @@ class Output:
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
             taken += 1
-        if self.tally is not None and source:
-            self.tally.add(source, drafted, accepted=len(tokens) - 1, emitted=taken)
+        if self.draft_stats is not None and source:
+            self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=taken)
         if self._first_token_at is None:
             self._first_token_at = time.perf_counter()
         if self._streamer is not None:
             self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
     def result(self) -> GenerationStrategyResult | Exception:
-        """What there is to report, once the output has ended; or what ended it before its time: what its
-        processors, criteria or streamer raised, and FloatingPointError where no token could be picked.
+        """The result, or the error that ended it: one of its processors, criteria or streamer, or a
+        FloatingPointError where no token could be picked.
         """
         finished = time.perf_counter()
         with self._own_errors():
             if self._streamer is not None:
-                self._stream(())  # what is still shown of a draft was never decided on
+                self._stream(())  # removes a draft that is still shown
                 self._streamer.end()
         if self.error is not None:
             return self.error
         assert self._first_token_at is not None
         ended_by_id = self.stop_reason == "eos"
-        tally = self.tally
+        draft_stats = self.draft_stats
         return GenerationStrategyResult(
             predicted_tokens=self.tokens[:-1] if ended_by_id else self.tokens,
-            acceptance_rate=tally and tally.acceptance_rate,
+            acceptance_rate=draft_stats and draft_stats.acceptance_rate,
             stop_reason=self.stop_reason,
             end_token_id=self.tokens[-1] if ended_by_id else None,
             num_prompt_tokens=len(self.prompt),
@@ -223,14 +225,14 @@ class Output:
             num_decode_tokens=len(self.tokens) - 1,
             prefill_time=self._first_token_at - self._started,
             decode_time=finished - self._first_token_at,
-            num_verifications=tally and tally.num_verifications,
-            judged_by_position=tally and tally.judged_by_position,
-            drafted_by_position=tally and tally.drafted_by_position,
-            accepted_by_position=tally and tally.accepted_by_position,
-            drafts_by_source=tally and tally.by_source,
+            num_verifications=draft_stats and draft_stats.num_verifications,
+            judged_by_position=draft_stats and draft_stats.judged_by_position,
+            drafted_by_position=draft_stats and draft_stats.drafted_by_position,
+            accepted_by_position=draft_stats and draft_stats.accepted_by_position,
+            drafts_by_source=draft_stats and draft_stats.by_source,
         )
 
-    def _stream(self, tokens: Sequence[int]) -> None:
+    def _stream(self, tokens: abc.Sequence[int]) -> None:
         if self._drafts_shown:
             self._streamer.delete(self._drafts_shown, is_draft=True)
         self._drafts_shown, self._draft_ended = 0, False

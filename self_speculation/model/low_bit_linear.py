@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from self_speculation.model.kv_cache import round_up
-from self_speculation.model.products import InFloat16, Product
+from self_speculation.model.linear import Float16Linear, Linear
 
 # Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32. On a
 # CPU what is made of them stays in its cache.
@@ -41,15 +41,15 @@ _BLOCK_OF_ROWS = 16
 _BLOCK_OF_COLUMNS = 16
 
 
-class LowBitProduct(ABC):
-    """As `Product`, over a copy of its weight in fewer bits."""
+class LowBitLinear(ABC):
+    """As `Linear`, over a copy of its weight in fewer bits."""
 
     bytes_per_weight: float
     num_bytes: int  # that the copy takes
     dtype = torch.bfloat16  # of what is multiplied, and of the product
     weighs_inputs = False
 
-    def __init__(self, product: Product, squares: Tensor | None = None) -> None:  # noqa: ARG002
+    def __init__(self, product: Linear, squares: Tensor | None = None) -> None:  # noqa: ARG002
         """
         Args:
             squares: [in] how large the squares of inputs are, where `weighs_inputs`; None: all alike.
@@ -59,7 +59,7 @@ class LowBitProduct(ABC):
 
     @property
     def copy_read(self) -> Any:
-        """As that of `Product`."""
+        """As that of `Linear`."""
         return self
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,11 +71,11 @@ class LowBitProduct(ABC):
         return product if self._bias is None else product.add_(self._bias)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """As that of `Product`."""
+        """As that of `Linear`."""
         return hidden.add_(self.unconverted(x))
 
     def tensors(self) -> list[Tensor]:
-        """As those of `Product`."""
+        """As those of `Linear`."""
         return [part for part in vars(self).values() if isinstance(part, Tensor)]
 
     @abstractmethod
@@ -88,15 +88,15 @@ class LowBitProduct(ABC):
         """That a copy of a weight [out, in] takes, made or not."""
 
 
-class Float16Product(LowBitProduct):
+class Float16Head(LowBitLinear):
     """Each element of a float32 weight rounded, by a kernel of FBGEMM's."""
 
     bytes_per_weight = 2.0
     dtype = torch.float32
 
-    def __init__(self, product: Product, squares: Tensor | None = None) -> None:
+    def __init__(self, product: Linear, squares: Tensor | None = None) -> None:
         super().__init__(product, squares)
-        self._copy = InFloat16(product.weight)
+        self._copy = Float16Linear(product.weight)
 
     def _multiply(self, x: Tensor) -> Tensor:
         return self._copy(x)
@@ -106,12 +106,12 @@ class Float16Product(LowBitProduct):
         return 2 * shape.numel()
 
 
-class Int8Product(LowBitProduct):
+class Int8Linear(LowBitLinear):
     """Each row in 127 steps of its largest element."""
 
     bytes_per_weight = 1.0
 
-    def __init__(self, product: Product, squares: Tensor | None = None) -> None:
+    def __init__(self, product: Linear, squares: Tensor | None = None) -> None:
         super().__init__(product, squares)
         columns = product.shape[1]
         self._padding = round_up(columns, _BLOCK_OF_COLUMNS) - columns
@@ -128,13 +128,13 @@ class Int8Product(LowBitProduct):
         return shape[0] * (round_up(shape[1], _BLOCK_OF_COLUMNS) + 2)  # and the scales
 
 
-class Int4Product(LowBitProduct):
+class Int4Linear(LowBitLinear):
     """Each group of a row in 16 steps."""
 
     bytes_per_weight = 0.5 + 4 / _GROUP
     weighs_inputs = True
 
-    def __init__(self, product: Product, squares: Tensor | None = None) -> None:
+    def __init__(self, product: Linear, squares: Tensor | None = None) -> None:
         super().__init__(product, squares)
         weight = product.weight
         squares = weight.new_ones(weight.shape[1]) if squares is None else squares
@@ -167,7 +167,7 @@ class Int4Product(LowBitProduct):
 
 @cache
 @torch.no_grad()
-def works(kind: type[LowBitProduct], device: torch.device, dtype: torch.dtype) -> bool:
+def works(kind: type[LowBitLinear], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for models of this format there.
 
     Raises:
@@ -176,7 +176,7 @@ def works(kind: type[LowBitProduct], device: torch.device, dtype: torch.dtype) -
     tiny = nn.Linear(_GROUP, _BLOCK_OF_ROWS, bias=False, device="meta")  # which draws no random numbers
     tiny.weight = nn.Parameter(torch.zeros(tiny.weight.shape, device=device, dtype=dtype))
     try:
-        kind(Product(tiny))(torch.zeros(1, _GROUP, device=device, dtype=dtype))
+        kind(Linear(tiny))(torch.zeros(1, _GROUP, device=device, dtype=dtype))
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, RuntimeError):

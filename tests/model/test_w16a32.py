@@ -20,11 +20,11 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
-from self_speculation.model import products, progress
-from self_speculation.model.compiled import compile_decoding
-from self_speculation.model.decoder import Decoder, forward
-from self_speculation.model.lean_layers import bytes_made, computes_in, fuse
-from self_speculation.model.low_bit_products import Float16Product, works
+from self_speculation.model import linear, progress
+from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.fused_layers import activation_dtype, bytes_made, fuse
+from self_speculation.model.low_bit_linear import Float16Head, works
+from self_speculation.model.model_runner import ModelRunner, forward
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
 DRAFTS = [
@@ -36,7 +36,7 @@ DRAFTS = [
     {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
 ]
 pytestmark = pytest.mark.skipif(
-    not works(Float16Product, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+    not works(Float16Head, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
 )
 
 
@@ -47,7 +47,7 @@ def pair(dtype, **config):
         for weight in model.parameters():
             weight.data = weight.data.half().to(dtype)
     exact = copy.deepcopy(model).float()
-    assert fuse(model, widen=True) == 4
+    assert fuse(model, fp32_activations=True) == 4
     return model, exact
 
 
@@ -61,7 +61,7 @@ def test_logits_are_those_of_float32(models):
     model, exact = models
     ids = torch.tensor([PROMPTS[2]])
     with torch.inference_mode():
-        mine = forward(Decoder(model, 7, 7), ids, 7).logits
+        mine = forward(ModelRunner(model, 7, 7), ids, 7).logits
         assert mine.dtype == torch.float32
         assert_close(mine, exact(ids).logits, roundings=200)
 
@@ -89,7 +89,7 @@ def test_the_words_of_float32_whatever_drafts(which, drafts, prompt, max_steps, 
 
 PAIRS = (
     [pair(torch.bfloat16), pair(torch.float16)]
-    if works(Float16Product, torch.device("cpu"), torch.float32)
+    if works(Float16Head, torch.device("cpu"), torch.float32)
     else []
 )
 
@@ -120,18 +120,18 @@ def test_what_decodes_is_the_weights_of_now(models, change):
     exact = copy.deepcopy(model).float()
     ids = torch.tensor([PROMPTS[2]])
     with torch.inference_mode():
-        assert_close(forward(Decoder(model, 7, 7), ids, 7).logits, exact(ids).logits, roundings=200)
+        assert_close(forward(ModelRunner(model, 7, 7), ids, 7).logits, exact(ids).logits, roundings=200)
 
 
 def test_a_hook_has_it_compute_as_its_own_layers_do(models):
     """Guards against states in float32 that layers in 16 bits refuse, and a hook that is passed by."""
     model, _ = models
-    assert computes_in(model) == torch.float32
+    assert activation_dtype(model) == torch.float32
     handle = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
-    assert computes_in(model) == model.dtype
+    assert activation_dtype(model) == model.dtype
     assert len(generate(model, PROMPTS[0], max_steps=5, eos=[]).predicted_tokens) == 5
     handle.remove()
-    assert computes_in(model) == torch.float32
+    assert activation_dtype(model) == torch.float32
 
 
 def test_parameters_stay_what_they_are(tmp_path):
@@ -139,7 +139,7 @@ def test_parameters_stay_what_they_are(tmp_path):
     copy.deepcopy(tiny_llama()).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
-    fuse(model, widen=True)
+    fuse(model, fp32_activations=True)
     generate(model, PROMPTS[0], max_steps=5)
     for name, weight in model.state_dict().items():
         assert weight.data_ptr() == before[name][0]
@@ -153,10 +153,10 @@ def test_a_weight_is_packed_in_pieces(size, monkeypatch):
     """Guards against rows that are left out or come twice where a piece ends, and against a copy in float32
     of the whole of a large head.
     """
-    monkeypatch.setattr(products, "_PIECE", size)
+    monkeypatch.setattr(linear, "_PIECE", size)
     weights = [torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows)) for rows in (3, 50, 7)]
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    made = products.InFloat16(*[weight.bfloat16() for weight in weights])
+    made = linear.Float16Linear(*[weight.bfloat16() for weight in weights])
     exact = torch.cat(weights).bfloat16().half().float()
     assert_close(made(x), x @ exact.T)
     assert made.num_bytes == 2 * exact.numel()
@@ -174,7 +174,7 @@ def test_progress_is_told(models):
 
     model = copy.deepcopy(models[0])
     with progress.shown_by(bar):
-        fuse(model, widen=True)
+        fuse(model, fp32_activations=True)
         load_copies(model)
     assert [what for what, *_ in told] == ["packing weights", "copies for drafts, int8"]
     assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in told)
@@ -204,8 +204,8 @@ def test_weights_that_float16_does_not_have(models, value):
     with pytest.raises(ValueError, match="beyond 65504, or NaN"):
         generate(model, PROMPTS[0], max_steps=3)
     with pytest.raises(ValueError, match="beyond 65504, or NaN"):
-        fuse(model, widen=True)
-    assert computes_in(model) == model.dtype  # nobody asks for it any more
+        fuse(model, fp32_activations=True)
+    assert activation_dtype(model) == model.dtype  # nobody asks for it any more
 
 
 @pytest.fixture
@@ -242,14 +242,14 @@ def test_what_auto_means(folder, saved, options, weights, activations):
             model, _ = load_model_and_tokenizer(path, LoadingOptions(device="cpu", **options))
     else:
         model, _ = load_model_and_tokenizer(path, LoadingOptions(device="cpu", **options))
-    assert (model.dtype, computes_in(model)) == (weights, activations)
+    assert (model.dtype, activation_dtype(model)) == (weights, activations)
 
 
 def test_a_checkpoint_with_larger_weights_is_loaded_in_float32(folder):
     """Guards against an output that is silently another model's."""
     with pytest.warns(UserWarning, match="in float32, since weights beyond 65504"):
         model, _ = load_model_and_tokenizer(folder(largest=1e5), LoadingOptions(device="cpu"))
-    assert model.dtype == computes_in(model) == torch.float32
+    assert model.dtype == activation_dtype(model) == torch.float32
 
 
 def test_scripts_say_so_wherever_their_errors_go(folder, capsys):
@@ -271,5 +271,5 @@ def test_a_draft_may_be_of_any_weights():
 
 def test_nothing_is_packed_beside(models, monkeypatch):
     """Guards against a second copy by another library's kernels."""
-    monkeypatch.setattr(products, "Packed", None)
+    monkeypatch.setattr(linear, "PackedLinear", None)
     assert len(generate(models[0], PROMPTS[0], max_steps=5, eos=[]).predicted_tokens) == 5

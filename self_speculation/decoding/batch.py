@@ -1,0 +1,224 @@
+"""The sequences in flight: one for each row of the tensors that decoding computes.
+
+Rows share passes and nothing else. History, processors, random numbers, stop conditions and streamer belong
+to a `Sequence`, so its output is the one it would have alone. Knows nothing of layers or caches.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from self_speculation.decoding.sampling import (
+    SampledTokens,
+    Sampler,
+    SamplerOfRows,
+    joint_sampler,
+    random_numbers,
+)
+from self_speculation.decoding.sequence import Sequence
+from self_speculation.transfers import Reading, on_device, read
+
+
+class Batch:
+    """See the module.
+
+    Args:
+        sampler: for sequences that have none of their own.
+        device: where the model takes its ids.
+        longest_draft: the most tokens that a round may draft. Every round draws random numbers for that many,
+            so a row's numbers do not depend on the length of any draft.
+    """
+
+    def __init__(self, sampler: Sampler, device: torch.device, longest_draft: int = 0) -> None:
+        self._default, self.longest_draft = sampler, longest_draft
+        self.sequences: list[Sequence] = []
+        self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] the last token of each
+        self._numbers: Tensor | None = None  # [B, 2 * longest_draft + 1] of this round
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @cached_property
+    def sampler(self) -> Sampler | SamplerOfRows:
+        """Of all rows; valid until a row comes or goes."""
+        samplers = [sequence.sampler or self._default for sequence in self.sequences]
+        return joint_sampler(samplers or [self._default], self.last.device)
+
+    @property
+    def all_go_on(self) -> bool:
+        """Whether no sequence has finished."""
+        return all(sequence.remaining for sequence in self.sequences)
+
+    def draft_limits(self, k: int, wanted: abc.Sequence[bool] | None = None) -> list[int]:
+        """[B] the most tokens to draft for each row, at most k. A round outputs up to one token more.
+
+        Args:
+            wanted: [B] rows to draft for; None: all.
+        """
+        pairs = zip(self.sequences, wanted or [True] * len(self), strict=True)
+        return [
+            max(0, min(k, sequence.remaining - 1)) if wants and sequence.wants_drafts else 0
+            for sequence, wants in pairs
+        ]
+
+    def add(self, sequence: Sequence, logits: Tensor) -> None:
+        """Append a row and pick its first token from logits [1, V]."""
+        alone = Batch(self._default, self.last.device)
+        alone.sequences = [sequence]
+        alone.emit(logits)
+        self.sequences.append(sequence)
+        self.last = torch.cat((self.last, alone.last))
+        vars(self).pop("sampler", None)
+
+    def remove(self, row: int) -> Sequence:
+        """Swap with the last row, then shrink."""
+        removed, self.sequences[row] = self.sequences[row], self.sequences[-1]
+        self.sequences.pop()
+        if row < len(self.sequences):
+            self.last[row] = self.last[-1]
+        self.last = self.last[:-1]
+        self._numbers = None  # a round that raised may have left them
+        vars(self).pop("sampler", None)
+        return removed
+
+    def sample_draft(
+        self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool]
+    ) -> tuple[SampledTokens, Tensor]:
+        """Sample the draft token at position 0, 1, ...
+
+        Args:
+            logits: [B, V]
+            is_drafting: [B] rows whose draft is that long. The others get their last decided token: a
+                token sampled for them might put NaN into the cache, which no mask keeps out.
+
+        Returns:
+            The tokens, and the processed logits [B, V] that they were sampled from.
+        """
+        logits = self.process(logits[:, None], position, is_drafting)[:, 0]
+        numbers = self._round_numbers()
+        sampled = self.sampler(logits, None if numbers is None else numbers[:, position])
+        if not all(is_drafting):
+            mask = on_device(is_drafting, logits.device).bool()
+            sampled = replace(sampled, tokens=sampled.tokens.where(mask, self.last[:, 0]))
+        return sampled, logits
+
+    def propose(
+        self, tokens: Tensor, position: int, is_drafting: abc.Sequence[bool], confidence: Tensor | None = None
+    ) -> Reading | None:
+        """Append drafted tokens [B] to the histories, and stream them where drafts are shown.
+
+        Reads from the device: one if drafts are shown or a confidence is given; else none.
+
+        Args:
+            confidence: [B] in fp32, the probabilities of the tokens, if drafts end by them.
+
+        Returns:
+            The read, if there is one: the tokens, then the confidences.
+        """
+        drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
+        for row in drafting:
+            self.sequences[row].place(tokens[row], position)
+        # Tokens after an end id are not shown: they are never output.
+        shown = [row for row in drafting if self.sequences[row].shows_draft]
+        if confidence is None and not shown:
+            return None
+        reading = Reading([tokens] if confidence is None else [tokens, confidence])
+        for row in shown:
+            self.sequences[row].show_drafted(int(reading.wait()[row]))
+        return reading
+
+    def stack(
+        self, sampled_tokens: abc.Sequence[SampledTokens], vocab_size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """k times [B] tokens -> [B, k], and what they were sampled from, [B, k, V]; None when greedy."""
+        if not sampled_tokens:
+            nothing = self.last.new_zeros(len(self), 0, vocab_size, dtype=torch.float32)
+            return self.last[:, :0], None if self.sampler.greedy else nothing
+        q = [sampled.probabilities for sampled in sampled_tokens if sampled.probabilities is not None]
+        tokens = torch.stack([sampled.tokens for sampled in sampled_tokens], 1)
+        return tokens, torch.stack(q, 1) if q else None
+
+    def process(
+        self, logits: Tensor, num_drafted: int = 0, counts: abc.Sequence[int] | None = None
+    ) -> Tensor:
+        """Apply the logits processors of each row.
+
+        Args:
+            logits: [B, n, V]; position i follows the history with `num_drafted + i` drafted tokens.
+            counts: [B] how many of the n positions are used; None: all.
+
+        Returns:
+            [B, n, V], in fp32 when there are processors.
+        """
+        if not any(sequence.has_processors for sequence in self.sequences):
+            return logits
+        counts = [logits.shape[1]] * len(self) if counts is None else counts
+        rows = zip(self.sequences, logits.unbind(), counts, strict=True)
+        return torch.stack([sequence.process(of_row, num_drafted, n) for sequence, of_row, n in rows])
+
+    def numbers(self, num_drafted: int) -> Tensor | None:
+        """[B, k + 1] random numbers that verify a draft; None when greedy."""
+        numbers = self._round_numbers()
+        if numbers is None:
+            return None
+        return torch.cat((numbers[:, self.longest_draft :][:, :num_drafted], numbers[:, -1:]), 1)
+
+    def read(self, numbers: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
+        """Copy tensors to the host in one read; tell each sequence whether its logits are numbers.
+
+        Args:
+            logits: [B, n, V] that the tokens of the round are picked from. All positions are checked: a
+                draft may agree with a target that is NaN.
+        """
+        largest, *values = read([logits.amax(-1), *numbers])
+        n = logits.shape[1]
+        for row, sequence in enumerate(self.sequences):
+            sequence.check(largest[row * n :][:n], (sequence.sampler or self._default).greedy)
+        return values
+
+    def emit(self, logits: Tensor) -> None:
+        """Pick one token of each row from logits [B, V] and commit it. Reads from the device: one."""
+        logits = self.process(logits[:, None])  # [B, 1, V]
+        numbers = self._round_numbers()
+        tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
+        (ids,) = self.read([tokens], logits)
+        no_draft = ([0] * len(self), [""] * len(self))
+        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits, *no_draft)
+
+    def commit(
+        self,
+        tokens: abc.Sequence[abc.Sequence[int]],
+        last: Tensor,
+        scores: Tensor,
+        num_drafted: abc.Sequence[int],
+        sources: abc.Sequence[str],
+    ) -> None:
+        """Append the tokens of a round to the outputs, up to the token that ends an output.
+
+        Args:
+            tokens: [B] those of each row.
+            last: [B, 1] the last one of each row, on the device.
+            scores: [B, n, V] processed, that they were picked from; n is at least the most of a row.
+            num_drafted: [B]
+            sources: [B] name of the draft source; empty where there was no round.
+        """
+        for row, sequence in enumerate(self.sequences):
+            if not sequence.stop_reason:
+                sequence.commit(tokens[row], scores[row], num_drafted[row], sources[row])
+        self.last, self._numbers = last, None
+
+    def _round_numbers(self) -> Tensor | None:
+        """[B, 2 * longest_draft + 1] random numbers of this round, made once: they sample the draft, accept
+        or reject it, and sample the next token. None when greedy.
+        """
+        if self._numbers is None and not self.sampler.greedy:
+            n, device = 2 * self.longest_draft + 1, self.last.device
+            self._numbers = torch.stack(
+                [random_numbers(n, device, sequence.generator) for sequence in self.sequences]
+            )
+        return self._numbers

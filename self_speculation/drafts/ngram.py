@@ -1,0 +1,134 @@
+"""Drafts from n-grams: what followed the last tokens where they stood earlier in prompt or output (prompt
+lookup decoding).
+"""
+
+from __future__ import annotations
+
+from collections import abc
+
+import torch
+from torch import Tensor
+
+from self_speculation.decoding.batch import Batch
+from self_speculation.decoding.sequence import Sequence
+from self_speculation.drafts.draft import Draft, DraftSource, Guess, PerSequence, mixed
+from self_speculation.transfers import on_device
+
+
+class NgramIndex:
+    """Maps every n-gram of 1..n tokens to the position after its last occurrence. A token is added in
+    constant time.
+
+    Args:
+        longest: n.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self._ids: list[int] = []
+        self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token that followed it
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def extend(self, ids: abc.Sequence[int]) -> None:
+        for token in ids:
+            # N-grams that end before this token have a follower only now, so none finds itself.
+            position = len(self._ids)
+            for n in range(1, min(self.longest, position) + 1):
+                self._followed_at[tuple(self._ids[position - n :])] = position
+            self._ids.append(token)
+
+    def lookup(self, num_tokens: int) -> tuple[int, list[int]]:
+        """The longest n-gram at the end that occurred before: its n, and the tokens that followed it there.
+
+        >>> index = NgramIndex(3)
+        >>> index.extend([7, 1, 2, 3, 9, 1, 2])
+        >>> index.lookup(2)
+        (2, [3, 9])
+
+        Returns:
+            (0, []) if there is none. The tokens that followed may run into the end: they repeat from there.
+        """
+        for n in range(min(self.longest, len(self._ids) - 1), 0, -1):
+            position = self._followed_at.get(tuple(self._ids[-n:]))
+            if position is not None:
+                period = len(self._ids) - position
+                return n, [self._ids[position + i % period] for i in range(num_tokens)]
+        return 0, []
+
+
+class NgramDrafts(DraftSource):
+    """Runs no layers, and reads nothing from the device unless drafts are shown.
+
+    Args:
+        longest: tokens to match at most.
+        vocab_size: width of the logits.
+    """
+
+    def __init__(self, longest: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._indices = PerSequence(lambda sequence: NgramIndex(longest))
+
+    def guesses(self, batch: Batch) -> list[Guess | None]:
+        """None where not even the last token occurred before."""
+        found = [self._lookup(sequence, 1) for sequence in batch.sequences]
+        return [Guess(matched, ids[0]) if matched else None for matched, ids in found]
+
+    def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
+        limits = batch.draft_limits(k, wanted)
+        pairs = zip(batch.sequences, limits, strict=True)
+        found = [self._lookup(sequence, limit) for sequence, limit in pairs]
+        lengths = [len(ids) for _, ids in found]
+        width = max(lengths)
+        # Padded with each row's last token, as in `Batch.sample_draft`.
+        last = [(sequence.tokens or sequence.prompt)[-1] for sequence in batch.sequences]
+        padded = [[*ids, *[id_] * (width - len(ids))] for (_, ids), id_ in zip(found, last, strict=True)]
+        flat = [id_ for ids in padded for id_ in ids]
+        tokens = on_device(flat, batch.last.device).view(len(batch), width)
+        for i in range(width):
+            batch.propose(tokens[:, i], i, [i < length for length in lengths])
+        probabilities = None if batch.sampler.greedy else one_hot(tokens, self._vocab_size)
+        matched = [number if length else 0 for (number, _), length in zip(found, lengths, strict=True)]
+        sources = ["lookup"] * len(batch)
+        return Draft(batch.sampler, sources, tokens, probabilities, lengths, matched=matched)
+
+    def _lookup(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
+        index = self._indices[sequence]
+        if not len(index):
+            index.extend(sequence.prompt)
+        index.extend(sequence.tokens[len(index) - len(sequence.prompt) :])
+        return index.lookup(k)
+
+
+def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
+    """[...] tokens -> [..., V] the distribution of a draft that was not sampled."""
+    q = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return q.scatter_(-1, tokens[..., None], 1.0)
+
+
+class NgramFirst(DraftSource):
+    """N-grams draft where they match enough tokens; another source drafts for the other rows.
+
+    Args:
+        at_least: tokens that must match. What followed a single token is mostly chance.
+    """
+
+    def __init__(self, ngrams: NgramDrafts, otherwise: DraftSource, at_least: int) -> None:
+        self._ngrams, self._otherwise, self._at_least = ngrams, otherwise, at_least
+
+    def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
+        pairs = zip(self._ngrams.guesses(batch), batch.draft_limits(k, wanted), strict=True)
+        found = [bool(limit and guess and guess.matched >= self._at_least) for guess, limit in pairs]
+        if not any(found):
+            return self._otherwise.draft(batch, k, wanted)
+        looked_up = self._ngrams.draft(batch, k, found)
+        pairs_left = zip(found, wanted or [True] * len(batch), strict=True)
+        rest = [wants and not is_found for is_found, wants in pairs_left]
+        if not any(rest):
+            return looked_up
+        return mixed(batch, looked_up, self._otherwise.draft(batch, k, rest), found)
+
+    def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
+        if not draft.matched or not all(draft.matched):
+            self._otherwise.learn(batch, draft, num_accepted)

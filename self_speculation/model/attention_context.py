@@ -1,0 +1,122 @@
+"""What the layers of one pass need to know besides the hidden states: shape, rotation, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from self_speculation.model.kv_cache import ALIGNMENT, round_up
+
+# Up to this many tokens of a pass, queries and keys are rotated by one matrix product for each token.
+_FEW_ROTATIONS = 64
+
+
+class Constants(Protocol):
+    """What contexts of a model share, see `ModelRunner`."""
+
+    groups: int
+    is_eager: bool
+    unit: Tensor
+    half_turn: Tensor
+    lowest: Tensor
+
+    @property
+    def rotary(self) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class AttentionContext:
+    """A pass over T new positions of each of B rows; made by `uniform` or `ragged`.
+
+    Args:
+        rows: B.
+        width: T.
+        groups: G query heads share the keys of one head.
+        make_mask: makes a mask of so many copies, one below the other.
+        rotations: [B * T, head_dim, head_dim] that heads are multiplied by; None: `rotary` rotates them.
+        rotary: cos and sin, [1 or B, T, head_dim] each.
+    """
+
+    rows: int
+    width: int
+    groups: int
+    make_mask: Callable[[int], Tensor | None]
+    rotations: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    _masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(cls, runner: Constants, rows: int, start: int, width: int) -> AttentionContext:
+        """All rows have the same length, `start`."""
+        cos, sin = runner.rotary.narrow(1, start, width).split(1)
+
+        def make_mask(copies: int) -> Tensor | None:
+            """[copies * T, S]"""
+            # One position sees all keys, and sdpa masks the first pass of a prompt itself.
+            if width == 1 or (start == 0 and not runner.is_eager):
+                return None
+            end = start + width
+            # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
+            mask = runner.lowest.expand(width, round_up(end, ALIGNMENT)).triu(start + 1)
+            return (mask if copies == 1 else mask.repeat(copies, 1))[:, :end]
+
+        rotations = _rotations(runner, cos, sin, rows) if rows * width <= _FEW_ROTATIONS else None
+        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
+
+    @classmethod
+    def ragged(
+        cls, runner: Constants, positions: Tensor, length: int, is_compiled: bool = False
+    ) -> AttentionContext:
+        """Rows differ in length: their positions are given, [B, T].
+
+        Args:
+            length: S, the positions of the cache that attention reads.
+        """
+        rows, width = positions.shape
+        cos, sin = runner.rotary.index_select(1, positions.flatten()).view(2, rows, width, -1).unbind()
+
+        def make_mask(copies: int) -> Tensor:
+            """[B, 1, copies * T, S]: 0 where a position sees a key, else a huge negative number."""
+            later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
+            return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
+
+        few = rows * width <= _FEW_ROTATIONS and not is_compiled  # the compiler makes one kernel of the other
+        rotations = _rotations(runner, cos, sin, rows) if few else None
+        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
+        if self.rotations is not None:
+            return torch.bmm(heads, self.rotations)
+        cos, sin = (_by_token(table, self.rows) for table in self.rotary or ())
+        first, second = heads.chunk(2, -1)
+        return heads * cos + torch.cat((-second, first), -1) * sin
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[T, S] or [B, 1, T, S], added to the scores; None where none is needed."""
+        return self._mask(1)
+
+    @property
+    def grouped_mask(self) -> Tensor | None:
+        """The same with G * T rows: the queries of a group of heads lie one after the other."""
+        return self._mask(self.groups)
+
+    def _mask(self, copies: int) -> Tensor | None:
+        if copies not in self._masks:
+            self._masks[copies] = self.make_mask(copies)
+        return self._masks[copies]
+
+
+def _by_token(table: Tensor, rows: int) -> Tensor:
+    """[1 or B, T, head_dim] -> [B * T, 1, head_dim]"""
+    return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
+
+
+def _rotations(runner: Constants, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
+    """A product with these is one kernel; rotating by cos and sin takes half a dozen."""
+    return torch.addcmul(runner.unit * _by_token(cos, rows), runner.half_turn, _by_token(sin, rows))

@@ -1,0 +1,320 @@
+"""Fused layers: decoder layers with joint projections and fewer kernels, over the model's own weights.
+
+This module knows the layout that Llama's relatives share in transformers. `fuse` only lays projections that
+read the same input side by side in memory: the model's own `forward`, saving, training and moving work as
+before.
+
+A fused layer is valid for the modules and tensors it was made of. When a generation begins, outdated ones are
+remade; a layer with hooks or adapters is not fused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from self_speculation.model.devices import free_memory
+from self_speculation.model.fingerprint import structure
+from self_speculation.model.kv_cache import Appendable
+from self_speculation.model.linear import NARROW, Float16Linear, Linear, PackedLinear, follow_weights
+from self_speculation.model.overrides import replaced_forward
+
+# `config.model_type` of models whose layers compute
+#   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
+# with or without biases and norms of q and k.
+FUSED_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss")
+
+# Modules that hold activation functions. Fused layers call these as they are.
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+
+# The share of the free memory that packed copies may take.
+_SHARE_OF_ROOM = 1 / 3
+
+
+@dataclass
+class _State:
+    """What `fuse` was told of a model, and what was made of it.
+
+    Args:
+        fp32_activations: multiply weights in 16 bits by activations in float32.
+        num_calls: of `fuse`; each remakes everything.
+        made: fused layers by their module; the fused head by its linear module.
+    """
+
+    fp32_activations: bool = False
+    num_calls: int = 0
+    made: dict[nn.Module, Fused] = field(default_factory=dict)
+
+
+_STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+
+
+def fuse(model: Any, fp32_activations: bool | None = None) -> int:
+    """Decode this model by fused layers from now on, where they are known: plain layers of FUSED_MODEL_TYPES
+    with sdpa attention. Quantised, offloaded, hooked and adapter-wrapped modules stay as they are. All that
+    was made of the model is remade. Call it again after writing single elements of weights through `.data`,
+    which no fingerprint sees.
+
+    Args:
+        fp32_activations: multiply weights in 16 bits by float32 activations (W16A32), on a CPU and if
+            all layers and the head are fused. The text is that of a float32 model. None: no change.
+
+    Returns:
+        The number of fused layers.
+
+    Raises:
+        ValueError: for W16A32, there is no kernel, a part is not fused, or float16 cannot hold a weight.
+    """
+    state = _STATES.setdefault(model, _State())
+    state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
+    state.num_calls += 1
+    state.made.clear()
+    try:
+        fused = fused_model(model)
+        if fp32_activations and fused.dtype != torch.float32:
+            raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
+    except ValueError:
+        state.fp32_activations = False
+        raise
+    return sum(layer is not None for layer in fused.layers)
+
+
+def activation_dtype(model: Any) -> torch.dtype:
+    """The dtype of activations, keys, values and logits. Raises what `fused_model` does."""
+    return fused_model(model).dtype
+
+
+class FusedModel(NamedTuple):
+    """The fused layers of a model, and its fused final norm and head; None where there is none."""
+
+    layers: Sequence[FusedLayer | None]
+    head: FusedHead | None
+    dtype: torch.dtype  # of activations, keys, values and logits
+
+
+def fused_model(model: Any) -> FusedModel:
+    """Called when a generation begins: remakes what has changed.
+
+    Raises:
+        ValueError: float16 cannot hold a weight of a W16A32 model any more.
+    """
+    base, head = model.base_model, model.get_output_embeddings()
+    state = _STATES.get(model)
+    if state is None or not (
+        model.config.model_type in FUSED_MODEL_TYPES and model.config._attn_implementation == "sdpa"
+    ):
+        return FusedModel([None] * len(base.layers), None, model.dtype)
+    modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
+    family = f"transformers.models.{model.config.model_type}."
+    structures = {key: structure(*of_key) for key, of_key in modules.items()}
+    same = {key for key, fused in state.made.items() if fused.structure == structures.get(key)}
+    plain = {key for key, of_key in modules.items() if key in same or _is_plain(family, *of_key)}
+    fp32 = state.fp32_activations and len(plain) == len(modules) and _fits_float16(model)
+    # Drop what is outdated before new parts are made.
+    state.made = {
+        key: fused for key, fused in state.made.items() if key in same and fused.fp32_activations == fp32
+    }
+    new = [key for key in modules if key in plain and key not in state.made]
+    for key in new:
+        # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
+        with torch.inference_mode(False), torch.no_grad():
+            kind: Any = FusedHead if key is head else FusedLayer
+            state.made[key] = kind(*modules[key], fp32)
+    packable = [linear for key in new for linear in state.made[key].linears if linear.can_be_packed]
+    if sum(linear.num_bytes for linear in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
+        for linear in packable:
+            linear.may_be_packed = True
+    follow_weights([linear for fused in state.made.values() for linear in fused.linears])
+    parts: Any = [state.made.get(key) for key in modules]
+    return FusedModel(parts[:-1], parts[-1], torch.float32 if fp32 else model.dtype)
+
+
+def _fits_float16(model: Any) -> bool:
+    """Whether `Float16Linear` takes all weights."""
+    return all(
+        w.device.type == "cpu" and w.dtype in (torch.bfloat16, torch.float16) for w in model.parameters()
+    )
+
+
+def bytes_made(model: Any, for_drafts: bool = True) -> int:
+    """Bytes of all copies of a model's weights.
+
+    Args:
+        for_drafts: include copies that only drafts read, such as those in four bits.
+    """
+    made = _STATES[model].made.values() if model in _STATES else ()
+    copies = (copy for fused in made for linear in fused.linears for copy in linear.all_derived)
+    of_target = Float16Linear | PackedLinear
+    return sum(copy.num_bytes for copy in copies if for_drafts or isinstance(copy, of_target))
+
+
+def how_fused(model: Any) -> Hashable:
+    """Changes with every call of `fuse`."""
+    state = _STATES.get(model)
+    return None if state is None else (state.fp32_activations, state.num_calls)
+
+
+def plain_linear(head: nn.Module) -> Linear | None:
+    """A `Linear` of a head that is not fused; None if its weight is in parts, quantised or offloaded."""
+    return Linear(head) if type(head) is nn.Linear and _is_plain("", head) else None
+
+
+class RMSNorm:
+    """[..., n] -> [..., n], over the weight of a module."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight, self._epsilon = module.weight.data, module.variance_epsilon
+        self._shape = self.weight.shape
+        self._on_cpu = self.weight.device.type == "cpu"
+        self._root = len(self.weight) ** 0.5
+        self._zero, self._least = torch.tensor([0.0, self._root * self._epsilon**0.5]).unbind()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if not self._on_cpu:
+            return torch.rms_norm(hidden, self._shape, self.weight, self._epsilon)  # one kernel
+        # On a CPU that is a sequence of kernels, twice as many as these.
+        is_exact = hidden.dtype == torch.float32
+        exact = hidden if is_exact else hidden.float()
+        norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
+        scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
+        return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
+
+    def tensors(self) -> list[Tensor]:
+        """See `Linear.tensors`."""
+        return [self.weight, self._zero, self._least]
+
+
+class FusedLayer:
+    """A decoder layer with joint projections."""
+
+    def __init__(self, layer: Any, fp32_activations: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self._head_dim = attention.layer_idx, attention.head_dim
+        self._groups, self._scaling = attention.num_key_value_groups, attention.scaling
+        self._num_heads, self._kv_heads = (
+            projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
+        )
+        self._num_rotated = self._num_heads + self._kv_heads
+        self._qkv = Linear(
+            attention.q_proj, attention.k_proj, attention.v_proj, fp32_activations=fp32_activations
+        )
+        self._out = Linear(attention.o_proj, fp32_activations=fp32_activations)
+        self._gate_up = Linear(mlp.gate_proj, mlp.up_proj, fp32_activations=fp32_activations)
+        self._down = Linear(mlp.down_proj, fp32_activations=fp32_activations)
+        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # it has no hooks
+        self._width = mlp.gate_proj.out_features
+        self._input_norm = RMSNorm(layer.input_layernorm)
+        self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
+        self._query_norm = self._key_norm = None
+        if hasattr(attention, "q_norm"):
+            self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
+        self.linears = (self._qkv, self._out, self._gate_up, self._down)
+        self.fp32_activations, self.structure = fp32_activations, structure(layer)
+
+    @property
+    def device(self) -> torch.device:
+        return self._input_norm.weight.device
+
+    def over(self, make: Callable[[Linear], Any]) -> FusedLayer:
+        """The same layer, with each `Linear` replaced by `make` of it."""
+        other = copy.copy(self)
+        other.linears = tuple(make(linear) for linear in self.linears)
+        other._qkv, other._out, other._gate_up, other._down = other.linears
+        return other
+
+    def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
+        """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
+        heads = self._qkv(self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
+        queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
+        if self._query_norm is not None and self._key_norm is not None:
+            queries, keys = queries_keys.split_with_sizes((self._num_heads, self._kv_heads), 1)
+            queries_keys = torch.cat((self._query_norm(queries), self._key_norm(keys)), 1)
+        rotated = context.rotate(queries_keys)
+        queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
+        all_keys, all_values = cache.append(keys, values, self.index)
+        hidden = self._out.add_to(hidden, self._attend(queries, all_keys, all_values, context))
+        joint = self._gate_up.unconverted(self._mlp_norm(hidden))
+        gate, up = joint.split_with_sizes((self._width, self._width), 1)
+        return self._down.add_to(hidden, self._activation(gate).mul_(up))
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
+        """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
+
+        Query heads that share keys become more queries of one head: fast kernels take no grouped heads with a
+        mask. If all rows have one length, each key head of each row is a row of the kernel's batch.
+        """
+        rows, width, attention = context.rows, context.width, scaled_dot_product_attention
+        if width == 1:
+            heads = queries.reshape(*keys.shape[:2], self._groups, self._head_dim)
+            return attention(heads, keys, values, context.grouped_mask, scale=self._scaling).reshape(rows, -1)
+        # [B, kv_heads, groups, T, head_dim]
+        grouped = queries.view(rows, width, self._kv_heads, self._groups, -1).permute(0, 2, 3, 1, 4)
+        is_wide = width > NARROW and keys.shape[1] == 1
+        mask = context.mask if is_wide else context.grouped_mask
+        if is_wide or mask is None:
+            heads = grouped.reshape(keys.shape[0], self._groups, width, -1)
+            keys, values = (shared.expand(-1, self._groups, -1, -1) for shared in (keys, values))
+            attended = attention(heads, keys, values, mask, is_causal=mask is None, scale=self._scaling)
+        else:
+            heads = grouped.reshape(*keys.shape[:2], -1, self._head_dim)
+            attended = attention(heads, keys, values, mask, scale=self._scaling)
+        attended = attended.view(grouped.shape)
+        return attended.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that a pass reads."""
+        norms = (self._input_norm, self._mlp_norm, self._query_norm, self._key_norm)
+        return [t for part in (*self.linears, *norms) if part is not None for t in part.tensors()]
+
+
+class FusedHead:
+    """Final norm and head, [T, H] -> [T, V]."""
+
+    def __init__(self, norm: Any, head: nn.Linear, fp32_activations: bool) -> None:
+        self.norm, self._head = RMSNorm(norm), Linear(head, fp32_activations=fp32_activations)
+        self.linears = (self._head,)
+        self.fp32_activations, self.structure = fp32_activations, structure(norm, head)
+
+    def over(self, make: Callable[[Linear], Any]) -> FusedHead:
+        """See `FusedLayer.over`."""
+        other = copy.copy(self)
+        other._head = make(self._head)
+        other.linears = (other._head,)
+        return other
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._head(self.norm(hidden))
+
+    def tensors(self) -> list[Tensor]:
+        """See `FusedLayer.tensors`."""
+        return [*self._head.tensors(), *self.norm.tensors()]
+
+
+Fused = FusedLayer | FusedHead
+
+
+def _is_plain(family: str, *roots: nn.Module) -> bool:
+    """Whether all modules are those of a transformers family, with weights of one dtype on one device."""
+    weights = [weight for root in roots for weight in root.parameters()]
+    return (
+        len({(weight.dtype, weight.device) for weight in weights}) == 1
+        and weights[0].is_floating_point()
+        and weights[0].device.type != "meta"
+        and all(type(weight) is nn.Parameter for weight in weights)
+        and all(_is_as_built(module, family) for root in roots for module in root.modules())
+    )
+
+
+def _is_as_built(module: nn.Module, family: str) -> bool:
+    kind = type(module)
+    known = kind is nn.Linear or kind.__module__.startswith((family, *_ACTIVATIONS))
+    return known and not (module._forward_hooks or module._forward_pre_hooks or replaced_forward(module))

@@ -1,0 +1,253 @@
+"""Runs ranges of a transformers model's layers over a KV cache: ids in, logits and hidden states out.
+
+Knows nothing of sampling or strategies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.devices import num_ranks
+from self_speculation.model.families import check_supported, context_length
+from self_speculation.model.fingerprint import fingerprint, structure
+from self_speculation.model.fused_layers import fused_model
+from self_speculation.model.kv_cache import Appendable, KVCache
+
+# The cache starts with room for the prompt and so many positions more, divided by the number of rows.
+_FIRST_ALLOCATION = 1024
+
+# Positions of one pass over a prompt.
+PREFILL_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    logits: Tensor  # [B, n, V] for the n positions asked for; empty when n is 0
+    hidden: Tensor  # [B, T, H] after the last layer that ran, before the norm: the exit states
+
+
+class PlainLayer:
+    """A decoder layer of transformers, called as a fused one is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    @property
+    def structure(self) -> Hashable:
+        return structure(self._layer)
+
+    def __call__(self, hidden: Tensor, context: AttentionContext, cache: Appendable) -> Tensor:
+        mask = context.mask
+        return self._layer(
+            hidden.view(context.rows, context.width, -1),
+            attention_mask=mask[None, None] if mask is not None and mask.dim() == 2 else mask,
+            position_embeddings=context.rotary,
+            cache=cache,
+            use_cache=True,
+        ).flatten(0, 1)
+
+
+class PlainHead:
+    """Final norm and head of transformers, called as a fused one is."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
+        self._norm, self.module = norm, head
+
+    @property
+    def structure(self) -> Hashable:
+        return structure(self._norm, self.module)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.module(self._norm(hidden[None]))[0]
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self._norm(hidden[None])[0]
+
+
+class _Rotary:
+    """Tables of cos and sin, shared by all runners over the same cache."""
+
+    def __init__(self, module: nn.Module, like: Tensor, context: int) -> None:
+        self.module, self._like, self._last = module, like, context - 1
+        self.tables = like.new_empty(2, 0, 0)  # [2, positions, head_dim]
+
+    def reserve(self, num_positions: int) -> None:
+        held = self.tables.shape[1]
+        if num_positions > held:
+            # Twice as many as there were, so that longer and longer prompts do not make them again and again.
+            positions = torch.arange(max(num_positions, 2 * held), device=self._like.device)[None]
+            self.tables = torch.cat(self.module(self._like, position_ids=positions.clamp_(max=self._last)))
+
+
+class ModelRunner:
+    """A model over the KV cache of one batch: embeds, runs layers [first:last], applies norm and head.
+
+    Args:
+        model: a `...ForCausalLM` of a supported type. Layers that `fuse` has fused are used.
+        prompt_length: positions of the prompt.
+        num_positions: the most positions that the generation can reach; see `reserve`.
+        num_rows: the most sequences at a time.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompt_length: int, num_positions: int, num_rows: int = 1
+    ) -> None:
+        check_supported(model.config)
+        self.model, self.config = model, model.config
+        base, head = model.base_model, model.get_output_embeddings()
+        fused = fused_model(model)
+        pairs = zip(fused.layers, base.layers, strict=True)
+        self.layers = [of_layer or PlainLayer(layer) for of_layer, layer in pairs]
+        self.dtype = fused.dtype  # of activations, keys and values, logits
+        self._num_rows = num_rows
+        devices = [next(layer.parameters()).device for layer in base.layers]
+        self.cache = KVCache(len(self.layers), 1, num_rows, devices, num_ranks(model))
+        self._embed = base.embed_tokens
+        self.head: Any = fused.head or PlainHead(base.norm, head)
+        self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
+        self.is_eager = model.config._attn_implementation == "eager"
+
+        like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
+        self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))
+        self.reserve(prompt_length, num_positions)
+        # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
+        head_dim = self.rotary.shape[2]
+        self.unit = torch.eye(head_dim, dtype=self.dtype, device=like.device)
+        self.half_turn = self.unit.roll(head_dim // 2, 1)
+        self.half_turn[:, : head_dim // 2].neg_()
+        self.lowest = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=like.device)
+
+    @property
+    def fingerprint(self) -> Hashable:
+        """Compiled passes are valid while this is the same: it covers the structure of all modules, and the
+        contents of those that rotary tables are computed from.
+        """
+        parts = [(type(part), part.structure) for part in (*self.layers, self.head)]
+        return self.dtype, structure(self._embed), fingerprint(self._rotary.module), tuple(parts)
+
+    @property
+    def rotary(self) -> Tensor:
+        """[2, positions, head_dim] cos and sin."""
+        return self._rotary.tables
+
+    def reserve(self, prompt_length: int, num_positions: int) -> None:
+        """Make room for the next sequence.
+
+        Args:
+            prompt_length: positions of its prompt.
+            num_positions: the most that it and the sequences in flight can reach, prompts included.
+        """
+        self._rotary.reserve(num_positions)
+        first = min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows)
+        self.cache.reserve(first, limit=num_positions)
+
+    def for_row(self, row: int, length: int = 0) -> ModelRunner:
+        """The same model over one row of this cache, to prefill it; see `KVCache.row`."""
+        other = copy.copy(self)
+        other.cache = self.cache.row(row, length)
+        return other
+
+    @property
+    def has_its_cache(self) -> bool:
+        """Whether no other runner has written to the cache since."""
+        return True
+
+    def remove_row(self, row: int, damaged: bool, keep: bool) -> None:
+        """See `KVCache.remove_row`."""
+        self.cache.remove_row(row, damaged, keep)
+
+    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
+        """A runner of other layers and another head ([T, H] -> [T, V], norm included) over this cache."""
+        other = copy.copy(self)
+        other.layers, other.head = layers, head
+        return other
+
+    def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
+        """Layers first..last-1 over T new positions, norm and head for the last `num_logits` of them.
+
+        Args:
+            inputs: [B, T] ids where `first` is 0, else [B, T, H] the input of layer `first`.
+        """
+        hidden = self.run_layers(inputs.clone() if first else self.embed(inputs), first, last)
+        return ForwardResult(self.logits(hidden, num_logits), hidden)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, T] ids -> [B, T, H]"""
+        return self._embed(input_ids).to(self.dtype)
+
+    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Layers first..last-1 over T new positions.
+
+        Args:
+            hidden: [B, T, H] the input of layer `first`. Fused layers overwrite it.
+
+        Returns:
+            [B, T, H] the output of layer `last - 1`.
+        """
+        rows, width, _ = hidden.shape
+        cache: Appendable = self.cache
+        if self.cache.is_uniform:
+            context = AttentionContext.uniform(self, rows, self.cache.length(first), width)
+        else:
+            positions = self.cache.positions(first, width, self.rotary.device)
+            cache = written = self.cache.scattered(positions, first, last)
+            context = AttentionContext.ragged(self, positions, written.length)
+        states = hidden.flatten(0, 1)  # [B * T, H]
+        for layer in self.layers[first:last]:
+            states = layer(states, context, cache)
+        return states.view(rows, width, -1)
+
+    def logits(self, hidden: Tensor, num_positions: int) -> Tensor:
+        """[B, T, H] -> [B, n, V] for the last n positions; the head runs for no others."""
+        rows = hidden.shape[0]
+        if num_positions == 0:
+            return hidden.new_empty(rows, 0, 0)
+        # If layers are on several devices, everything else is on that of the embedding.
+        states = hidden[:, -num_positions:].flatten(0, 1)
+        return self.head(states).view(rows, num_positions, -1).to(self.rotary.device)
+
+
+def prefill(runner: ModelRunner, input_ids: Tensor, exit_layer: int) -> ForwardResult:
+    """Layers 0..exit_layer-1 over a prompt [1, P], with logits for its last position.
+
+    Chunks of PREFILL_CHUNK positions bound the memory that a long prompt takes.
+    """
+    *chunks, last = input_ids.split(PREFILL_CHUNK, dim=1)
+    for chunk in chunks:
+        forward_early(runner, chunk, exit_layer, num_logits=0)
+    return forward_early(runner, last, exit_layer)
+
+
+def forward(runner: ModelRunner, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
+    """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
+    return forward_early(runner, input_ids, len(runner.layers), num_logits)
+
+
+def forward_early(
+    runner: ModelRunner, input_ids: Tensor, exit_layer: int, num_logits: int = 1
+) -> ForwardResult:
+    """Layers 0..exit_layer-1 over T new tokens [B, T]; norm and head for the last `num_logits` of them."""
+    return runner.run(input_ids, 0, exit_layer, num_logits)
+
+
+def forward_exits(
+    runner: ModelRunner, input_ids: Tensor, exit_layers: Iterable[int], num_logits: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(exit layer, logits [1, n, V] of the last n tokens) of each exit, in one pass over [1, T] tokens."""
+    hidden, done = runner.embed(input_ids), 0
+    for exit_layer in sorted(exit_layers):
+        hidden, done = runner.run_layers(hidden, done, exit_layer), exit_layer
+        yield exit_layer, runner.logits(hidden, num_logits)
+
+
+def forward_remainder(runner: ModelRunner, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:
+    """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
+    return runner.run(exit_hidden, exit_layer, len(runner.layers), exit_hidden.shape[1])

@@ -1,0 +1,72 @@
+"""Which tokens the free slots of a KV cache hold, so that a prompt that begins alike is not read again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from self_speculation.model.compiled_runner import is_compiled
+from self_speculation.model.fingerprint import fingerprint
+from self_speculation.model.fused_layers import how_fused
+from self_speculation.model.model_runner import ModelRunner
+
+
+class _Prefix(NamedTuple):
+    ids: Sequence[int] = ()
+    age: int = 0  # the number of the answer that left it: higher is younger
+
+
+class PrefixCache:
+    """The ids whose keys and values each slot holds, by slot. The slots of rows in flight come first.
+
+    A slot keeps its ids until another prompt takes it.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._prefixes = [_Prefix()] * num_slots
+        self._answers = itertools.count(1)
+
+    def match(self, prompt: Sequence[int], first_free: int) -> tuple[int, int]:
+        """The free slot that shares the longest prefix with a prompt, and the length of that prefix.
+
+        Of equal ones the oldest is taken. The last token of a prompt is never matched: its logits are needed.
+        """
+        most = len(prompt) - 1
+        length, _, slot = max(
+            (min(_common(prefix.ids, prompt), most), -prefix.age, slot)
+            for slot, prefix in enumerate(self._prefixes)
+            if slot >= first_free
+        )
+        return slot, length
+
+    def store(self, slot: int, ids: Sequence[int]) -> None:
+        """Note that a slot holds the keys and values of these ids."""
+        self._prefixes[slot] = _Prefix(ids, next(self._answers))
+
+    def swap(self, slot: int, other: int) -> None:
+        self._prefixes[slot], self._prefixes[other] = self._prefixes[other], self._prefixes[slot]
+
+    def length(self, slot: int) -> int:
+        return len(self._prefixes[slot].ids)
+
+
+class KeptCache(NamedTuple):
+    """A KV cache that one scheduler leaves to the next."""
+
+    runner: ModelRunner  # which has the cache
+    prefixes: PrefixCache
+    fingerprint: Hashable
+
+
+def cache_fingerprint(model: PreTrainedModel) -> Hashable:
+    """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
+    return fingerprint(model), how_fused(model), is_compiled(model), model.config._attn_implementation
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
