@@ -1,6 +1,6 @@
 """Early-exit inference and self-speculative decoding of Llama-type models (LayerSkip, arXiv 2404.16710).
 
-A public name is loaded when it is first used, so that importing the package, or its config alone, is quick.
+Public names are loaded on first use, so that importing the package or its config alone is quick.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdaptiveGenerationStrategy": "adaptive_generator",
+    "AdaptiveGenerationStrategy": "self_speculation_generator",
     "AutoRegressiveGenerationStrategy": "autoregressive_generator",
     "GenerationConfig": "config",
     "GenerationResult": "generator_base",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding_strategy import DecodingStrategy
 from self_speculation.model.model_runner import ModelRunner, forward_early
-from self_speculation.scheduler import Decoding
+from self_speculation.scheduler import Decoding, DecodingStrategy
 
 
 class AutoRegressiveGenerationStrategy(DecodingStrategy):
-    """Layers 0..exit_layer-1 (all of them if it is -1), then norm and head, once for every token."""
+    """Runs layers 0..exit_layer-1 (all if it is -1), norm and head once for each token."""
 
     name: GenerationStrategyName = "autoregressive"
     has_drafts = False
@@ -20,6 +19,6 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
         return Decoding(batch, runner, depth)
 
     def step(self, decoding: Decoding) -> None:
-        """One token of each row; one read from the device."""
+        """Reads from the device: one."""
         batch = decoding.batch
         batch.emit(forward_early(decoding.runner, batch.last, decoding.depth).logits[:, 0])

@@ -1,7 +1,4 @@
-"""The contract of a generation strategy, and the front door: text in, text out.
-
-Knows nothing of how tokens are found; that is the strategies' business.
-"""
+"""The interface of strategies, and the generator: text in, text out."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -38,46 +34,48 @@ __all__ = [
     "Request",
 ]
 
-# Other characters may be bytes in a vocabulary, or signs that stand for a space.
+# Characters that every vocabulary spells as they are.
 _SPELLED_ALIKE = frozenset(string.ascii_letters + string.digits + string.punctuation)
 _PIECE = 10_000  # characters of a prompt that are counted at once
 
 T = TypeVar("T")
 
-# None, one or several; the lists of transformers can be called as well.
+# None, one or several; the lists of transformers are callable, too.
 Callables = Sequence[Callable] | Callable | None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and all that is its answer's own; see `GenerationStrategy.generate_token_ids`."""
+    """A prompt and its own settings; see `GenerationStrategy.generate_token_ids`."""
 
     prompt: str | list[int]
-    """Text or token ids; a strategy takes ids alone."""
+    """Text or token ids; a strategy takes ids only."""
     logits_processors: Callables = None
     stopping_criteria: Callables = None
     streamer: Any = None
     seed: int | None = None
-    """Of the answer's own random numbers, so that they do not depend on what else is in the batch; None: it
-    takes torch's."""
+    """Seed of the request's own random numbers; None: torch's generator."""
     eos_token_ids: int | Sequence[int] | None = None
-    """That end the answer. `HuggingfaceLlamaGenerator` adds those of tokenizer and model."""
+    """End the output. `HuggingfaceLlamaGenerator` adds those of tokenizer and model."""
     ends_text: Callable[[Sequence[int]], bool] | None = None
-    """Called after each token with the output ids; True ends the answer. This is how stop words reach a
-    strategy, which has no tokenizer to find them itself."""
+    """Called after each token with the output ids; True ends the output. Stop words reach a strategy by
+    this, since it has no tokenizer."""
     config: GenerationConfig | None = None
-    """How long this answer may be, how it samples and what ends it; None: as the batch's config says. How
-    drafts are made is the batch's, but the strategy "autoregressive" here is an answer without drafts."""
+    """Length, sampling and stop conditions of this request; None: those of the batch. All requests of a batch
+    draft in the same way, but "autoregressive" here turns drafts off."""
 
     @property
     def ids(self) -> list[int]:
-        """The prompt's, once it is tokenized."""
+        """The tokenized prompt."""
         assert not isinstance(self.prompt, str), "a strategy takes token ids"
         return self.prompt
 
 
 class GenerationStrategy(ABC):
-    """A way to generate token ids: draws them as the model would, stops where they end."""
+    """A way to generate token ids.
+
+    `HuggingfaceLlamaGenerator.generate` needs `generate_token_ids` only, batches need `generate_batch`.
+    """
 
     @abstractmethod
     def generate_token_ids(
@@ -93,17 +91,16 @@ class GenerationStrategy(ABC):
         """Generate the continuation of `input_ids`.
 
         Args:
-            input_ids: the prompt, at least one id.
-            eos_token_ids: one id or several that end the output, besides `generation_config.stop_token_ids`.
-            logits_processors: called with the whole history [1, n] and logits [1, V]; one or several.
-            stopping_criteria: called after each token with the whole history [1, n] and processed logits [1,
-                V]; one or several.
+            eos_token_ids: end the output, as `generation_config.stop_token_ids` do.
+            logits_processors: called with the whole history [1, n] and logits [1, V].
+            stopping_criteria: called after each token with the whole history [1, n] and processed logits
+                [1, V].
             streamer: see `Sequence`.
 
         Raises:
-            ValueError: an empty prompt, one beyond the model's context, or an exit layer that the model does
-            not have.
-            FloatingPointError: the model's logits are not numbers.
+            ValueError: an empty prompt, a prompt longer than the context, or an exit layer that the model
+                does not have.
+            FloatingPointError: the model's logits are NaN.
         """
 
     def generate_batch(
@@ -111,63 +108,34 @@ class GenerationStrategy(ABC):
         model: PreTrainedModel,
         requests: Iterable[Request],
         generation_config: GenerationConfig,
-        batch_size: int,  # noqa: ARG002
+        batch_size: int,
     ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
-        """Generate the continuation of each request, `batch_size` of them at a time.
+        """Generate the continuation of each request, `batch_size` at a time.
 
-        This one does them one after the other, for strategies that know no more than the arguments of the
-        paper's `generate_token_ids`.
-
-        Returns:
-            The results as they end, each with the index of its request; of a request that something is wrong
-            with, the error. The others do not notice.
+        Yields:
+            The index of a finished request, and its result or its error.
         """
-        for index, request in enumerate(requests):
-            if request.seed is not None:
-                torch.manual_seed(request.seed)
-            processors, criteria = as_list(request.logits_processors), as_list(request.stopping_criteria)
-            config = request.config or generation_config
-            if n := config.no_repeat_ngram_size:
-                processors = [NoRepeatNGramLogitsProcessor(n), *processors]
-            if request.ends_text is not None:
-                criteria = [*criteria, _as_criterion(request.ends_text, len(request.ids))]
-            try:
-                result: GenerationStrategyResult | Exception = self.generate_token_ids(
-                    model,
-                    request.ids,
-                    as_list(request.eos_token_ids),
-                    config,
-                    logits_processors=LogitsProcessorList(processors) if processors else None,
-                    stopping_criteria=StoppingCriteriaList(criteria) if criteria else None,
-                    streamer=request.streamer,
-                )
-            except Exception as error:
-                result = error
-            yield index, result
+        raise NotImplementedError(
+            f"{type(self).__name__} has no generate_batch: generate one prompt at a time"
+        )
 
 
 Ends = Callable[[Sequence[int]], bool]
 
 
 def _either(first: Ends | None, second: Ends | None) -> Ends | None:
-    """What ends a text where one of them does, if there are any."""
     if first is None or second is None:
         return first or second
     return lambda output: first(output) or second(output)
 
 
-def _as_criterion(ends_text: Callable[[Sequence[int]], bool], prompt_length: int) -> Callable[..., Tensor]:
-    """`Request.ends_text` as a stopping criterion of transformers."""
-    return lambda ids, *_, **__: torch.tensor([ends_text(ids[0, prompt_length:].tolist())], device=ids.device)
-
-
 class HuggingfaceLlamaGenerator:
-    """Text in, text out, by a given strategy.
+    """Generates text with a strategy.
 
     Args:
         tokenizer: the model's.
         model: a `...ForCausalLM` of transformers, in evaluation mode.
-        generation_strategy: how to generate; `make_strategy(name)` makes one.
+        generation_strategy: `make_strategy(name)` makes one.
     """
 
     def __init__(
@@ -188,15 +156,40 @@ class HuggingfaceLlamaGenerator:
         logits_processors: Callables = None,
         stopping_criteria: Callables = None,
     ) -> GenerationResult:
-        """Answer a prompt, given as text or as token ids.
+        """Answer a prompt: text or token ids.
 
-        An empty prompt stands for the tokenizer's BOS token alone, or for its EOS token where it has no BOS.
+        An empty prompt becomes the tokenizer's BOS token, or its EOS token if it has no BOS.
 
         Raises:
-            ValueError: what `GenerationStrategy.generate_token_ids` raises.
+            ValueError: see `GenerationStrategy.generate_token_ids`.
         """
         request = Request(prompt, logits_processors, stopping_criteria, streamer)
+        if type(self.generation_strategy).generate_batch is GenerationStrategy.generate_batch:
+            return self._generate_alone(request, generation_config)
         return single_result(self.generate_batch([request], generation_config, batch_size=1))
+
+    def _generate_alone(self, request: Request, config: GenerationConfig) -> GenerationResult:
+        """Generate with a strategy that has `generate_token_ids` only. It gets stop words as a stopping
+        criterion, and `no_repeat_ngram_size` as a logits processor.
+        """
+        started = time.perf_counter()
+        request, words = self.prepared(request, config)
+        processors, criteria = as_list(request.logits_processors), as_list(request.stopping_criteria)
+        if n := config.no_repeat_ngram_size:
+            processors = [NoRepeatNGramLogitsProcessor(n), *processors]
+        if words.words:
+            num_prompt = len(request.ids)
+            criteria.append(lambda ids, *_, **__: torch.tensor([words(ids[0, num_prompt:].tolist())]))
+        result = self.generation_strategy.generate_token_ids(
+            self.model,
+            request.ids,
+            as_list(request.eos_token_ids),
+            config,
+            LogitsProcessorList(processors) if processors else None,
+            StoppingCriteriaList(criteria) if criteria else None,
+            request.streamer,
+        )
+        return self.answer(result, started, request.ids, words)
 
     def generate_batch(
         self,
@@ -204,27 +197,26 @@ class HuggingfaceLlamaGenerator:
         generation_config: GenerationConfig,
         batch_size: int = 8,
     ) -> Iterator[tuple[int, GenerationResult | Exception]]:
-        """Answer many prompts, `batch_size` of them at a time: where an answer ends, the next prompt begins.
+        """Answer many prompts, `batch_size` at a time. A new prompt starts as soon as an answer ends.
 
-        Each answer is what `generate` gives, whatever else is in the batch.
+        Each answer is that of `generate`.
 
         Args:
-            prompts: any number, asked for one by one as there is room.
+            prompts: read one by one, as slots become free.
 
-        Returns:
-            The answers as they end, each with the index of its prompt; of a prompt that something is wrong
-            with, the error. Only the time of its prefill is an answer's own; the others are shared with what
-            else was in the batch.
+        Yields:
+            The index of a finished prompt, and its result or its error. Only the prefill time is the
+            request's own; the other times are shared with the batch.
 
         Raises:
-            ValueError: batch_size is not at least 1, or an exit layer that the model does not have.
+            ValueError: batch_size below 1, or an exit layer that the model does not have.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
         begun: list[tuple[int, float, list[int], StopWords]] = []  # in the order of the strategy
         failed: list[tuple[int, Exception]] = []
 
-        began = time.perf_counter()  # the first answer's time is also that of getting ready
+        began = time.perf_counter()  # the first answer's time includes the setup
 
         def requests() -> Iterator[Request]:
             for index, given in enumerate(prompts):
@@ -287,11 +279,13 @@ class HuggingfaceLlamaGenerator:
         )
 
     def encode(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
-        """The prompt's token ids, with the special tokens that the tokenizer adds to a text, if wanted.
+        """The prompt's token ids.
+
+        Args:
+            special_tokens: add those that the tokenizer adds to a text.
 
         Raises:
-            ValueError: a text that is so long that there is no need to count its tokens, or a token that the
-            model does not know.
+            ValueError: a text that certainly does not fit, or a token id that the model does not have.
         """
         if not isinstance(prompt, str):
             ids = list(prompt)
@@ -314,11 +308,11 @@ class HuggingfaceLlamaGenerator:
         return ids
 
     def is_far_too_long(self, prompt: str) -> bool:
-        """Whether a text certainly has more tokens than the model's context has room for.
+        """Whether a text certainly has more tokens than the context, without tokenizing it.
 
-        It is not tokenized, which takes seconds for a million characters. Let m be the length of the longest
-        token that has a character. A token of n characters has m >= n for each, so its sum of 1/m is at most
-        1, and that of a text is at most its number of tokens.
+        Tokenizing takes seconds for a million characters. For each character let m be the length of the
+        longest token that contains it. A token of n characters has m >= n for each of them, so its sum of 1/m
+        is at most 1. The sum over a text is therefore at most its number of tokens.
         """
         room = context_length(self.model.config)
         if len(prompt) <= room:
@@ -333,10 +327,7 @@ class HuggingfaceLlamaGenerator:
 
     @cached_property
     def _longest_token_with(self) -> dict[str, int]:
-        """Character -> length of the longest token that has it, in characters; "any": of the longest token.
-
-        Only characters that every vocabulary spells as they are.
-        """
+        """Character -> length of the longest token that contains it; "any": length of the longest token."""
         of_each: dict[str, int] = {}
         vocabulary = sorted(self.tokenizer.get_vocab(), key=len)
         for token in vocabulary:
@@ -346,14 +337,14 @@ class HuggingfaceLlamaGenerator:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The ids that end an answer, by the tokenizer and by the model's generation config."""
+        """Of the tokenizer and the model's generation config."""
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
         ids = [self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
         return sorted({i for i in ids if i is not None})
 
 
 def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:
-    """The result of a batch of one. Raises what went wrong with it."""
+    """The result of a batch of one. Raises its error."""
     [(_, result)] = results
     if isinstance(result, Exception):
         raise result
@@ -361,7 +352,6 @@ def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:
 
 
 def as_list(values: T | Iterable[T] | None) -> list[T]:
-    """None, one or several, as a list."""
     if values is None:
         return []
     return list(values) if isinstance(values, Iterable) else [values]

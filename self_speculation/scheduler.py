@@ -1,11 +1,14 @@
-"""Continuous batching: requests are added to a batch and finished ones leave it, between two steps."""
+"""Continuous batching: requests join the batch, and finished ones leave it, between two rounds.
+
+A strategy does one round for all sequences in flight; `Scheduler` does everything else.
+"""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import abc, deque
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,7 +20,7 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.generator_base import Request, as_list
+from self_speculation.generator_base import Callables, GenerationStrategy, Request, as_list, single_result
 from self_speculation.model.compiled_runner import make_runner
 from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.model.model_runner import ModelRunner, prefill
@@ -29,42 +32,73 @@ Key = TypeVar("Key")
 
 
 class Decoding(NamedTuple):
-    """What a step works with."""
-
     batch: Batch
-    runner: ModelRunner  # over the cache of the whole batch
-    depth: int  # layers that prompts go through
-    source: Any = None  # of drafts; None: there are none
+    runner: ModelRunner
+    depth: int  # number of layers that run for prompts
+    source: Any = None  # of drafts; None: no drafts
 
 
-class Stepper(ABC):
-    """How a strategy decodes, as a scheduler sees it."""
+class DecodingStrategy(GenerationStrategy):
+    """A strategy that decodes round by round."""
 
     name: GenerationStrategyName
     has_drafts = True
 
     def __init__(self) -> None:
-        # Of the last scheduler with reuse_cache. A deque: of two threads only one gets it.
+        # The cache of the last scheduler with reuse_cache. A deque, so that only one thread gets it.
         self.kept_caches: deque[KeptCache] = deque(maxlen=1)
 
     @abstractmethod
     def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
-        """Get ready for an empty batch. Raises what is wrong with the config."""
+        """Get ready for an empty batch."""
 
     @abstractmethod
     def step(self, decoding: Decoding) -> None:
         """Do one round: every sequence gets at least one more token."""
 
+    def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
+        """Make what is made once for a model, so that no answer's time includes it."""
+
+    def generate_token_ids(
+        self,
+        model: PreTrainedModel,
+        input_ids: list[int],
+        eos_token_ids: int | list[int] | None,
+        generation_config: GenerationConfig,
+        logits_processors: Callables = None,
+        stopping_criteria: Callables = None,
+        streamer: Any = None,
+    ) -> GenerationStrategyResult:
+        request = Request(
+            input_ids, logits_processors, stopping_criteria, streamer, eos_token_ids=eos_token_ids
+        )
+        return single_result(self.generate_batch(model, [request], generation_config, batch_size=1))
+
+    def generate_batch(
+        self,
+        model: PreTrainedModel,
+        requests: Iterable[Request],
+        generation_config: GenerationConfig,
+        batch_size: int,
+    ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
+        scheduler: Scheduler[int] = Scheduler(self, model, generation_config, batch_size)
+        waiting, may_have_more = enumerate(requests), True
+        while may_have_more or scheduler.batch:
+            while may_have_more and scheduler.has_room:
+                if (request := next(waiting, None)) is None:
+                    may_have_more = False
+                else:
+                    scheduler.add_request(*request)
+            scheduler.step()
+            yield from scheduler.pop_finished()
+
 
 class Scheduler(Generic[Key]):
-    """Owns the sequences in flight and their KV cache: `add_request`, `step`, `pop_finished`.
+    """Owns the sequences in flight and their KV cache.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
     other requests go on. An error in a pass over several rows is raised. Change weights only while the batch
     is empty, and not between construction and the first request.
-
-    Args:
-        batch_size: the most sequences at a time.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -72,12 +106,12 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def __init__(
-        self, strategy: Stepper, model: PreTrainedModel, config: GenerationConfig, batch_size: int
+        self, strategy: DecodingStrategy, model: PreTrainedModel, config: GenerationConfig, batch_size: int
     ) -> None:
         began = time.perf_counter()
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
-        # The strategy object decides, whatever the config names.
+        # The strategy object overrides the config's name.
         config = replace(config, generation_strategy=strategy.name)
         check_followed(model)
         check_supported(model.config)
@@ -89,11 +123,11 @@ class Scheduler(Generic[Key]):
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
         self.batch = Batch(Sampler.of(config), self._device, longest)
         self._prefixes = PrefixCache(batch_size)
-        self._fingerprint: Hashable = None  # of what the cache holds; None: it is not kept
+        self._fingerprint: Hashable = None  # of the model that filled the cache; None: it is not kept
         self._decoding: Decoding | None = self._begin()
         self._keys: dict[Sequence, Key] = {}
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
-        self._setup_time = time.perf_counter() - began  # seconds, part of the first answer's time
+        self._setup_time = time.perf_counter() - began  # counts as the first request's
 
     @property
     def has_room(self) -> bool:
@@ -101,10 +135,7 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
-        """Prefill a prompt into a free slot of the cache and pick its first token.
-
-        Args:
-            key: identifies the result.
+        """Prefill a prompt into a free slot of the cache and sample its first token.
 
         Raises:
             ValueError: there is no free slot.
@@ -113,7 +144,7 @@ class Scheduler(Generic[Key]):
             raise ValueError(f"all {self._batch_size} slots are taken: call pop_finished first")
         started, self._setup_time = time.perf_counter() - self._setup_time, 0.0
         try:
-            check_followed(self._model)  # it may have changed since
+            check_followed(self._model)  # the model may have changed
             sequence = self._new_sequence(request, started)
             self._decoding = self._decoding or self._begin()
             runner, row = self._decoding.runner, len(self.batch)
@@ -138,24 +169,24 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Do one round for all sequences, unless one of them has finished and waits to be popped."""
+        """Do one round for all sequences, unless a finished one waits to be popped."""
         if self._decoding and self.batch and self.batch.all_go_on:
             try:
                 with self._without_autocast():
                     self._strategy.step(self._decoding)
             except Exception as error:
                 self._fingerprint = None
-                for sequence in self.batch.sequences:  # the cache may hold half a round: none can go on
+                for sequence in self.batch.sequences:  # the cache may hold half a round
                     sequence.error = sequence.error or error
                 if len(self.batch) > 1:
                     raise
 
     @torch.inference_mode()
     def pop_finished(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
-        """Take out the sequences that have finished; returns their results by key."""
+        """Remove the finished sequences from the batch; returns their keys and results."""
         for row in reversed(range(len(self.batch))):
             if not self.batch.sequences[row].remaining:
-                assert self._decoding is not None  # there are rows
+                assert self._decoding is not None
                 runner, sequence = self._decoding.runner, self.batch.remove(row)
                 keep = self._config.reuse_cache and sequence.error is None and not sequence.is_damaged
                 if keep:
@@ -165,7 +196,7 @@ class Scheduler(Generic[Key]):
                 self._finished.append((self._keys.pop(sequence), sequence.result()))
         if self._decoding is not None and self.batch:
             self._decoding.runner.cache.limit_growth(self._longest_possible())
-        elif self._decoding is not None:  # the weights may be others when the next request comes
+        elif self._decoding is not None:  # weights may change before the next request
             if self._fingerprint is not None:
                 kept = KeptCache(self._decoding.runner, self._prefixes, self._fingerprint)
                 self._strategy.kept_caches.append(kept)
@@ -203,11 +234,11 @@ class Scheduler(Generic[Key]):
         slot, length = self._prefixes.match(prompt, row)
         runner.cache.swap(slot, row, max(map(self._prefixes.length, (slot, row))))
         self._prefixes.swap(slot, row)
-        self._prefixes.store(row, ())  # from now on it is written to
+        self._prefixes.store(row, ())  # will be overwritten
         return length
 
     def _longest_possible(self, *others: Sequence) -> int:
-        """The most positions that a sequence in flight, or one of the others, can reach."""
+        """The most positions that a sequence of the batch, or one of the others, can reach."""
         sequences = (*self.batch.sequences, *others)
         return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
 
@@ -216,11 +247,7 @@ class Scheduler(Generic[Key]):
         return torch.autocast(self._device.type, enabled=False)
 
     def _new_sequence(self, request: Request, started: float) -> Sequence:
-        """Raises what `generate_token_ids` does.
-
-        Args:
-            started: when its time began.
-        """
+        """Raises what `generate_token_ids` does."""
         model, config = self._model, request.config or self._config
         context, prompt = context_length(model.config), request.ids
         room = context - len(prompt)

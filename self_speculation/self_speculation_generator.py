@@ -17,17 +17,16 @@ from transformers import PreTrainedModel
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Verification, verify_draft
-from self_speculation.decoding_strategy import DecodingStrategy
 from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.registry import DraftContext, make_source
+from self_speculation.drafts.registry import DraftContext, make_adaptive, make_source
 from self_speculation.model.compiled_runner import make_runner
 from self_speculation.model.model_runner import ModelRunner, forward_early
-from self_speculation.scheduler import Decoding
+from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import on_device
 
 
 class SelfSpeculativeGenerationStrategy(DecodingStrategy):
-    """Each round drafts at most k tokens and verifies them in one pass. The output is the full model's."""
+    """Drafts up to k tokens each round and verifies them in one pass. The output is the full model's."""
 
     name: GenerationStrategyName = "self_speculative"
 
@@ -43,6 +42,17 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     def step(self, decoding: Decoding) -> None:
         speculate(decoding.runner, decoding.batch, decoding.source, decoding.batch.longest_draft)
+
+
+class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
+    """Picks exit layer, draft length and draft source in each round, by acceptance and time.
+
+    The picks depend on time, so a seed does not reproduce sampled outputs; their distribution is unchanged.
+    """
+
+    name: GenerationStrategyName = "adaptive"
+
+    make_source = staticmethod(make_adaptive)
 
 
 def speculate(runner: ModelRunner, batch: Batch, source: DraftSource, k: int) -> None:

@@ -1,17 +1,16 @@
-"""Shows an answer while it is written: as plain text, or with its drafts, acceptances and erasures on a
-terminal.
+"""Streamers: print an answer while it is generated, as plain text or with its drafts on a terminal.
 
-Knows nothing of models. A streamer is told token ids; it turns them into text that is right at every moment:
-characters that are spread over tokens wait for their last byte, and text that may yet become a stop word
-waits until it can't.
+They know nothing of models: they get token ids. Characters that span several tokens wait for their last byte,
+and text that may become a stop word waits until it cannot.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
@@ -23,26 +22,52 @@ Cell = tuple[str, str]  # one character and its style
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": "", "": ""}
 _RESET = "\x1b[0m"
-_CONTEXT = 8  # tokens with text that are decoded before a new one, so that it reads as it does there
-_RECENT = 64  # decided tokens kept besides those a stop word could need; older ones are never touched again
+_CONTEXT = 8  # pieces of text decoded before a new token, so that it reads as it does after them
 
 
-@dataclass(frozen=True)
-class _Token:
-    id: int
-    text: str  # the characters that this token completes; may be none, or several
-    style: str = ""
+class _Detokenizer:
+    """Token ids -> text, token by token.
+
+    Ids whose text is incomplete wait. Decoding starts where a character starts: decoders may turn all bytes
+    of a broken run into replacement characters, whole characters among them.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: list[list[int]], waiting: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._pieces = pieces  # runs of ids with complete text
+        self._waiting = [*waiting]
+
+    def copy(self) -> _Detokenizer:
+        return _Detokenizer(self._tokenizer, self._pieces, self._waiting)
+
+    def add(self, id_: int) -> str:
+        """The characters that this token completes."""
+        known = [id_ for piece in self._pieces for id_ in piece]
+        self._waiting.append(id_)
+        text = decode(self._tokenizer, [*known, *self._waiting])[len(decode(self._tokenizer, known)) :]
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._pieces = [*self._pieces, self._waiting][-_CONTEXT:]
+        self._waiting = []
+        return text
+
+    def rest(self) -> str:
+        """The text of the ids that wait."""
+        known = [id_ for piece in self._pieces for id_ in piece]
+        return continuation(self._tokenizer, known, self._waiting)
 
 
 class StandardTextStreamer:
-    """Prints text as it is decided, and nothing that is not part of the answer.
+    """Prints decided text.
 
     Args:
         tokenizer: the model's.
-        stop_words: the words that end the answer; they are never shown, not even in part.
-        file: where to print; standard output by default.
+        stop_words: end the answer; no part of them is shown.
+        file: standard output by default.
         end_with: printed after the answer.
-        prompt: the ids that the answer follows; they tell how its first token reads.
+        prompt: the ids before the answer; they tell how its first token reads.
     """
 
     def __init__(
@@ -57,30 +82,27 @@ class StandardTextStreamer:
         self._stop_words = StopWords(tokenizer, stop_words or ())
         self._file = file or sys.stdout
         self._end_with = end_with
-        self._recent = _RECENT + max((len(word) for word in self._stop_words.words), default=0)
         self._on_terminal = self._file.isatty() and os.environ.get("TERM") != "dumb"
-        self._before = list(prompt)  # ids before those in `_decided`, as far as they matter
-        self._decided: list[_Token] = []
-        self._printed = 0  # characters of the text of `_decided`
+        self._begin(prompt)
+
+    def _begin(self, prompt: Sequence[int] = ()) -> None:
+        self._text = _Detokenizer(self._tokenizer, [list(prompt)])
+        self._held: list[Cell] = []  # decided, but may become a stop word
+        self._has_stopped = False
 
     def put(self, ids: Iterable[int]) -> None:
-        """Show decided tokens. A prompt, which `generate` of transformers puts first, as [1, P], is kept as
-        what the answer follows, and not shown.
-        """
-        if self._is_prompt(ids):
-            return
-        self._append(self._decided, ids, "target")
-        self._show(self._visible(self._decided, finished=False))
+        """Show decided tokens. A prompt, [1, P], is not shown: `generate` of transformers puts it first."""
+        if not self._is_prompt(ids):
+            self._decide(ids, "target")
+            self._show(self._take())
 
     def end(self) -> None:
-        """Show what was held back, end the line, and be ready for the next answer."""
-        done, waiting = self._context(self._decided)
-        if incomplete := continuation(self._tokenizer, done, waiting):
-            self._decided.append(_Token(-1, incomplete, "target"))
-        self._show(self._visible(self._decided, finished=True))
+        """Show the text that was held back, end the line, and get ready for the next answer."""
+        self._held += [(char, "target") for char in self._text.rest()]
+        self._show(self._take(finished=True))
         self._file.write(self._end_with)
         self._file.flush()
-        self._before, self._decided, self._printed = [], [], 0
+        self._begin()
 
     def _is_prompt(self, ids: Any) -> bool:
         """Whether these are [1, P] ids of a prompt; keeps them.
@@ -92,69 +114,45 @@ class StandardTextStreamer:
             return False
         if len(ids) != 1:
             raise ValueError(f"a streamer shows one answer, not {len(ids)} at once")
-        self._before = ids[0].tolist()
+        self._begin(ids[0].tolist())
         return True
 
-    def _append(
-        self, tokens: list[_Token], ids: Iterable[int], style: str, after: Sequence[_Token] = ()
-    ) -> None:
-        for id in map(int, ids):
-            done, waiting = self._context([*after, *tokens])
-            known = decode(self._tokenizer, done)
-            text = decode(self._tokenizer, [*done, *waiting, id])
-            tokens.append(_Token(id, "" if text.endswith("\ufffd") else text[len(known) :], style))
+    def _decide(self, ids: Iterable[int], style: str) -> None:
+        for id_ in map(int, ids):
+            self._held += [(char, style) for char in self._text.add(id_)]
 
-    def _context(self, tokens: Sequence[_Token]) -> tuple[list[int], list[int]]:
-        """Ids before a new one: some whose text is complete, and after them those whose text is not yet.
+    def _take(self, finished: bool = False) -> list[Cell]:
+        """The held cells that can be shown; they are no longer held."""
+        shown = self._visible(self._held, finished)
+        if len(self._visible(self._held, finished=True)) < len(self._held):
+            self._has_stopped = True
+        self._held = self._held[len(shown) :]
+        return shown
 
-        The first begin where a character begins: a decoder may turn all bytes of a broken run to replacement
-        characters, also those of whole characters in it.
-        """
-        complete = [i for i, token in enumerate(tokens) if token.text]
-        if not complete:
-            return self._before, [token.id for token in tokens]
-        end = complete[-1] + 1
-        start = complete[-_CONTEXT - 1] + 1 if len(complete) > _CONTEXT else 0
-        before = self._before if start == 0 else []
-        return [*before, *(token.id for token in tokens[start:end])], [token.id for token in tokens[end:]]
-
-    def _visible(self, tokens: list[_Token], finished: bool) -> list[Cell]:
-        """The characters that may be shown: none of a stop word or after one."""
-        text = "".join(token.text for token in tokens)
-        shown = self._stop_words.cut(text)
-        if len(shown) == len(text) and not finished:
+    def _visible(self, cells: list[Cell], finished: bool) -> list[Cell]:
+        """Leave out stop words, the text after them and, unless finished, what may become one."""
+        text = "".join(char for char, _ in cells)
+        shown = "" if self._has_stopped else self._stop_words.cut(text)
+        if shown == text and not finished:
             shown = self._stop_words.settled(text)
-        return [(char, token.style) for token in tokens for char in token.text][: len(shown)]
+        return cells[: len(shown)]
 
     def _show(self, cells: list[Cell]) -> None:
-        self._write(cells[self._printed :])
-        self._printed = max(self._printed, len(cells))
-        if len(self._decided) > 2 * self._recent:
-            self._printed -= len(self._retire())
-
-    def _write(self, cells: list[Cell]) -> None:
-        """Show decided text, after all that was shown."""
+        """Print decided cells."""
         text = "".join(char for char, _ in cells)
         self._file.write("".join(map(_printable, text)) if self._on_terminal else text)
         self._file.flush()
 
-    def _retire(self) -> str:
-        """Forget old tokens; their text."""
-        old, self._decided = self._decided[: -self._recent], self._decided[-self._recent :]
-        self._before = [token.id for token in old[-_CONTEXT:]]
-        return "".join(token.text for token in old)
-
 
 class SpeculativeTextStreamer(StandardTextStreamer):
-    """Shows drafts as they are guessed, then what became of them.
+    """Shows drafts before they are verified.
 
-    On a terminal a drafted token appears in one colour; once verified it turns into another (accepted), or
-    vanishes (rejected); the target's own tokens have the terminal's colour. Elsewhere, only decided text is
-    printed. `NO_COLOR` in the environment leaves the colours out.
+    On a terminal drafted tokens are yellow. Accepted ones turn green, rejected ones vanish, and the full
+    model's own tokens have the terminal's colour. Elsewhere, only decided text is printed. `NO_COLOR` in the
+    environment turns the colours off.
 
     Args:
-        non_blocking, skip_prompt: change nothing, since nothing here waits for a device or shows the prompt;
-            scripts written for the paper's code base pass them.
+        non_blocking, skip_prompt: ignored; scripts for the paper's code base pass them.
     """
 
     def __init__(
@@ -168,76 +166,77 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         skip_prompt: bool = False,  # noqa: ARG002
     ) -> None:
         super().__init__(tokenizer, stop_words, file, end_with, prompt)
-        self._drafts: list[_Token] = []
-        self._verified: list[int] = []  # the drafted ids that the next decided ones are compared with
+
+    def _begin(self, prompt: Sequence[int] = ()) -> None:
+        super()._begin(prompt)
+        self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
         self._screen = _Screen(self._file)
+        self._drop_drafts()
+
+    def _drop_drafts(self) -> None:
+        self._drafts: list[int] = []
+        self._draft_text, self._draft_cells = self._text.copy(), list[Cell]()
+
+    def _draft(self, ids: list[int]) -> None:
+        self._drafts += ids
+        self._draft_cells += [(char, "draft") for id_ in ids for char in self._draft_text.add(id_)]
 
     def put(self, ids: Iterable[int], is_draft: bool = False) -> None:
-        """Show tokens, decided or drafted. Drafts come after everything decided."""
-        if is_draft:
-            self._append(self._drafts, ids, "draft", after=self._decided)
-            self._refresh()
-            return
+        """Show decided tokens, or drafted ones after them."""
         if self._is_prompt(ids):
             return
-        ids = [int(id) for id in ids]
-        num_accepted = 0
-        for id, guess in zip(ids, self._verified, strict=False):
-            if id != guess:
-                break
-            num_accepted += 1
-        self._verified = []
-        self._append(self._decided, ids[:num_accepted], "accepted")
-        self._append(self._decided, ids[num_accepted:], "target")
-        self._refresh()
+        ids = list(map(int, ids))
+        if is_draft:
+            self._draft(ids)
+        else:
+            agree = (id_ == guess for id_, guess in zip(ids, self._verified, strict=False))
+            num_accepted = sum(takewhile(bool, agree))
+            self._decide(ids[:num_accepted], "accepted")
+            self._decide(ids[num_accepted:], "target")
+            self._verified = []
+            self._drop_drafts()
+        self._show(self._take())
 
     def delete(self, num_tokens: int, is_draft: bool = False) -> None:
-        """Take back the last tokens; of drafts, those that the next decided tokens agree with count as
-        accepted.
+        """Delete the last drafted tokens; the next `put` erases them, so accepted ones do not flicker.
 
         Raises:
-            ValueError: there are not so many, or they were printed where nothing can be erased.
+            ValueError: there are fewer, or decided tokens are to be deleted.
         """
-        tokens = self._drafts if is_draft else self._decided
-        if not 0 <= num_tokens <= len(tokens):
-            raise ValueError(f"cannot delete {num_tokens} of {len(tokens)} tokens")
-        kept = len(tokens) - num_tokens
-        if is_draft:
-            # Drawn anew by the `put` that follows, in one go: accepted ones do not flicker.
-            self._verified, self._drafts = [token.id for token in tokens[kept:]], tokens[:kept]
-            return
-        if not self._on_terminal:
-            raise ValueError("decided text was printed already; only a terminal can erase it")
-        self._decided = tokens[:kept]
-        self._refresh()
+        number = len(self._drafts)
+        if not is_draft or not 0 <= num_tokens <= number:
+            raise ValueError(f"cannot delete {num_tokens} tokens: only drafted ones, and there are {number}")
+        kept, self._verified = self._drafts[: number - num_tokens], self._drafts[number - num_tokens :]
+        self._drop_drafts()
+        self._draft(kept)
 
     def end(self) -> None:
-        """Show what was held back without drafts, end the line, and be ready for the next answer."""
-        self._drafts, self._verified = [], []
+        self._drop_drafts()
         super().end()
-        self._screen = _Screen(self._file)
 
     @property
     def legend(self) -> str:
-        """What the colours mean, in these colours; empty where nothing but decided text is shown."""
+        """The meaning of the colours, in these colours; empty where drafts are not shown."""
         if not self._on_terminal:
             return ""
         names = {"draft": "drafted", "accepted": "accepted", "target": "the full model's own"}
         cells = [(char, style) for style, name in names.items() for char in [*name, " "]]
-        return "".join(self._screen.drawn(cells)).rstrip()
+        return "".join(self._screen.drawn(cells, [(0, 0)] * len(cells))).rstrip()
 
-    def _refresh(self) -> None:
-        self._show(
-            self._visible([*self._decided, *self._drafts] if self._on_terminal else self._decided, False)
-        )
+    def _pending(self) -> list[Cell]:
+        """The drafts, after decided text that is held back."""
+        return self._visible([*self._held, *self._draft_cells], finished=False) if self._drafts else []
 
     def _show(self, cells: list[Cell]) -> None:
         if not self._on_terminal:
             super()._show(cells)
             return
-        self._screen.update([(_printable(char), style) for char, style in cells if _printable(char)])
-        if len(self._decided) > 2 * self._recent and not self._drafts:
-            self._screen.settle(sum(map(bool, map(_printable, self._retire()))))
+        self._screen.show(
+            *(
+                [(shown, style) for char, style in part if (shown := _printable(char))]
+                for part in (cells, self._pending())
+            )
+        )
 
 
 def _printable(char: str) -> str:
@@ -250,54 +249,42 @@ def _printable(char: str) -> str:
 
 
 class _Screen:
-    """Characters on a terminal that wraps lines; replaces the tail of what it shows.
+    """Decided text on a terminal that wraps lines, and drafts after it that can be replaced.
 
-    Only the part that changed is drawn: the cursor goes back to the first difference and clears the rest.
+    To erase drafts, the cursor goes back to the last decided character and draws it again: the cursor cannot
+    be put after a character at the margin, and a draft may be an accent on it.
     """
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._start_column = 0
         self._colored = "NO_COLOR" not in os.environ
-        self.cells: list[Cell] = []
+        self._column = 0  # of the first cell that can be drawn again
+        self._kept: list[Cell] = []  # the last decided character
+        self._cells: list[Cell] = []  # that, and the drafts
 
-    def update(self, cells: list[Cell]) -> None:
-        """Show `cells` instead of what is shown."""
-        width, height = self._size()
-        same = next((i for i, (a, b) in enumerate(zip(self.cells, cells, strict=False)) if a != b), None)
-        if same is None:
-            same = min(len(self.cells), len(cells))
-        new = self._positions(cells, width)
-        if same < len(self.cells):
-            old = self._positions(self.cells, width)
-            # Draw the character before the difference again where the cursor cannot be put after it: at the
-            # margin, where it hangs, and where the difference is an accent on that character.
-            while same and (old[same][1] >= width or old[same] == old[same + 1]):
-                same -= 1
-            row, column = old[same]
-            up = min(old[-1][0] - row, height - 1)
-            self._file.write(
-                (f"\x1b[{up}A" if up else "") + "\r" + (f"\x1b[{column}C" if column else "") + "\x1b[J"
-            )
-        # What scrolls off the top could never be taken back.
-        while (
-            len(cells) > same and cells[-1][1] == "draft" and new[len(cells)][0] - new[same][0] > height - 2
-        ):
-            cells = cells[:-1]
-        self._file.write("".join(self.drawn(cells[same:], [column for _, column in new[same:]])))
+    def show(self, decided: list[Cell], drafts: list[Cell]) -> None:
+        """Append decided cells and replace the drafts."""
+        width, height = shutil.get_terminal_size()
+        cells, end = [*self._kept, *decided, *drafts], len(self._kept) + len(decided)
+        places = self._places(cells, width)
+        while len(cells) > end and places[len(cells)][0] > height - 2:  # what scrolls off cannot be erased
+            cells.pop()
+        unchanged = len(self._cells)
+        if cells[:unchanged] != self._cells:
+            unchanged, row = 0, min(self._places(self._cells, width)[-1][0], height - 1)
+            back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
+            self._file.write(f"\r{back}\x1b[J")
+        self._file.write("".join(self.drawn(cells[unchanged:], places[unchanged:])))
         self._file.flush()
-        self.cells = cells
+        drawn = (i for i, (char, _) in enumerate(cells[:end]) if char == "\t" or wcwidth(char) > 0)
+        first = max(drawn, default=0)
+        self._kept, self._cells, self._column = cells[first:end], cells[first:], places[first][1]
 
-    def settle(self, num_cells: int) -> None:
-        """Never touch the first `num_cells` again."""
-        self._start_column = self._positions(self.cells, self._size()[0])[num_cells][1]
-        self.cells = self.cells[num_cells:]
-
-    def drawn(self, cells: list[Cell], columns: list[int] | None = None) -> Iterable[str]:
-        """What to write for cells that begin at the given columns, which only tabs need to know."""
-        width = self._size()[0]
+    def drawn(self, cells: list[Cell], places: Sequence[tuple[int, int]]) -> Iterable[str]:
+        """The text to write for cells at (row, column)."""
+        width = shutil.get_terminal_size().columns
         shown_style = ""
-        for (char, style), column in zip(cells, columns or [0] * len(cells), strict=False):
+        for (char, style), (_, column) in zip(cells, places, strict=False):
             if self._colored and _COLORS[style] != _COLORS[shown_style]:
                 yield _RESET + _COLORS[style]
                 shown_style = style
@@ -305,27 +292,17 @@ class _Screen:
         if _COLORS[shown_style]:
             yield _RESET
 
-    def _positions(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
-        """(row, column) of the cursor before each cell and after the last; column `width` at a full line."""
-        row, column = 0, self._start_column
-        positions = [(row, column)]
+    def _places(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
+        """(row, column) of each cell, and of the cursor after the last; column `width` after a full line."""
+        row, column = 0, self._column
+        places = []
         for char, _ in cells:
-            if char == "\n":
+            advance = _tab_width(column, width) if char == "\t" else max(0, wcwidth(char))
+            if column + advance > width:
                 row, column = row + 1, 0
-            else:
-                advance = _tab_width(column, width) if char == "\t" else max(0, wcwidth(char))
-                if column + advance > width:
-                    row, column = row + 1, 0
-                column += advance
-            positions.append((row, column))
-        return positions
-
-    def _size(self) -> tuple[int, int]:
-        try:
-            size = os.get_terminal_size(self._file.fileno())
-        except (OSError, ValueError):  # a stand-in for a terminal, or one that has no size
-            return int(os.environ.get("COLUMNS", 80)), int(os.environ.get("LINES", 24))
-        return size.columns or 80, size.lines or 24
+            places.append((row, column))
+            row, column = (row + 1, 0) if char == "\n" else (row, column + advance)
+        return [*places, (row, column)]
 
 
 def _tab_width(column: int, width: int) -> int:

@@ -26,9 +26,8 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
-from self_speculation.decoding_strategy import DecodingStrategy
 from self_speculation.model.devices import broadcast_from_rank0
-from self_speculation.scheduler import Scheduler
+from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 _log = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ class TextFeed(StandardTextStreamer):
         super().__init__(tokenizer, stop_words, io.StringIO(), end_with="", prompt=prompt)
         self._tell = tell
 
-    def _write(self, cells: list[Cell]) -> None:
+    def _show(self, cells: list[Cell]) -> None:
         if cells:
             self._tell(Delta("".join(char for char, _ in cells)))
 
@@ -61,17 +61,16 @@ class DraftFeed(SpeculativeTextStreamer):
         tell: Tell,
     ) -> None:
         super().__init__(tokenizer, stop_words, io.StringIO(), end_with="", prompt=prompt)
-        self._tell, self._pending = tell, ""
+        self._tell, self._told = tell, ""  # the drafts that were told last
 
-    def _write(self, cells: list[Cell]) -> None:
-        after = self._visible([*self._decided, *self._drafts], finished=False)[self._printed + len(cells) :]
-        pending = "".join(char for char, _ in after)
+    def _show(self, cells: list[Cell]) -> None:
+        pending = "".join(char for char, _ in self._pending())
         for style, run in groupby(cells, key=lambda cell: cell[1]):
             text = "".join(char for char, _ in run)
             self._tell(Delta(text, len(text) if style == "accepted" else 0, pending))
-        if not cells and pending != self._pending:
+        if not cells and pending != self._told:
             self._tell(Delta("", 0, pending))
-        self._pending = pending
+        self._told = pending
 
 
 class Scored(NamedTuple):

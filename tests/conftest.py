@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,8 +21,9 @@ from helpers import custom_data
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation import GenerationConfig, make_strategy
+from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.drafts.policy import PLAIN, Plan
+from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
 
 transformers.logging.set_verbosity_error()
@@ -83,18 +85,15 @@ def tiny_llama(
     return model
 
 
-def generate(model, prompt, strategy=None, **config):
+def generate(model, prompt, strategy=None, eos=(EOS,), **config):
     """Token ids by one of the strategies; self-speculative when a draft length is given."""
-    call = {
-        name: config.pop(name)
-        for name in ("logits_processors", "stopping_criteria", "streamer", "ends_text")
-        if name in config
-    }
-    eos = config.pop("eos", [EOS])
+    own = {field.name for field in dataclasses.fields(Request)} - {"prompt", "config"}
+    request = {name: config.pop(name) for name in own & config.keys()}
     if strategy is None:
         strategy = "self_speculative" if "num_speculations" in config else "autoregressive"
     settings = GenerationConfig(**{"sample": False, "generation_strategy": strategy, **config})
-    return make_strategy(strategy).generate_token_ids(model, prompt, eos, settings, **call)
+    requests = [Request(prompt, eos_token_ids=eos, **request)]
+    return single_result(make_strategy(strategy).generate_batch(model, requests, settings, batch_size=1))
 
 
 def planned(choose):

@@ -80,7 +80,6 @@ COMPARED = [
     {"stopping_criteria": [MaxLengthCriteria(0)]},
     {"stopping_criteria": [MaxLengthCriteria(15), MaxLengthCriteria(9)]},
     {"stopping_criteria": [ends_rows_apart]},
-    {"stopping_criteria": [ends_rows_apart], "eos_token_id": None},
     {"stopping_criteria": [lambda ids, scores, **_: ids.shape[1] >= 9]},
     {"max_time": 1000.0},
     {"repetition_penalty": 1.7},
@@ -171,15 +170,15 @@ def test_what_may_follow_a_name_is_asked_only_where_the_text_gets(sampling, batc
 SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])
 REFUSED = [
     ({"num_beams": 2}, "num_beams: beam search"),
-    ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha: is another way to decode"),
-    ({"dola_layers": "high"}, "dola_layers: is another way"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha: is another decoding method"),
+    ({"dola_layers": "high"}, "dola_layers: is another decoding method"),
     ({"force_words_ids": [[4]], "num_beams": 2}, "num_beams: "),
     ({"constraints": [4], "num_beams": 2}, "num_beams: "),
-    ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight: is another way"),
+    ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight: is another decoding method"),
     ({"cache_implementation": "quantized"}, "cache_implementation quantized: "),
-    ({"guidance_scale": 1.5}, "guidance_scale: its logits processor remembers"),
+    ({"guidance_scale": 1.5}, "guidance_scale: its logits processor keeps a state"),
     ({"watermarking_config": SYNTH_ID}, r"watermarking_config \("),
-    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: is not kept"),
+    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: is not computed"),
     ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "attention_mask: padding must be on the left"),
     ({"position_ids": torch.arange(6)[None] + 2}, "position_ids: must be those that follow"),
     ({"labels": PROMPT}, "labels: does not reach the model"),
@@ -198,8 +197,17 @@ def test_what_cannot_be_equal_is_refused(options, message, monkeypatch):
         tiny_llama().generate(PROMPT, **{"max_new_tokens": 4, **SPECULATION, **options})
 
 
-def test_embeddings_and_batches_for_a_streamer_are_refused():
+def test_embeddings_and_batches_for_a_streamer_or_with_joint_ends_are_refused():
     model = tiny_llama()
+    criteria = [lambda ids, scores: ids.shape[1] > 8]
+    with pytest.raises(ValueError, match="stopping_criteria: in a batch without eos_token_id"):
+        model.generate(
+            PROMPT.repeat(2, 1),
+            max_new_tokens=4,
+            eos_token_id=None,
+            stopping_criteria=criteria,
+            **SPECULATION,
+        )
     embeddings = model.get_input_embeddings()(PROMPT)
     with pytest.raises(ValueError, match="inputs_embeds: prompts must be token ids"):
         model.generate(inputs_embeds=embeddings, max_new_tokens=4, **SPECULATION)
@@ -296,7 +304,7 @@ def test_the_streamer_of_another_function_is_none_of_ours():
 
 
 def test_transformers_does_not_hand_on_the_streamer():
-    """Once this fails, `_streamer_of_the_caller` can go: it looks for it in the frame of `generate`."""
+    """If this fails, `_streamer_of_generate` can go: it reads the argument from the frame of `generate`."""
     handed_on = {}
 
     def callable(_model, input_ids, streamer=None, **_):
@@ -316,7 +324,7 @@ def test_a_text_that_ends_with_the_context_comes_with_a_warning():
 
 
 def test_rows_of_a_batch_end_with_the_context_each_for_itself():
-    """Without an end id rows wait for each other; guards against going on with one whose context is full."""
+    """Guards against a batch that ends with its longest row."""
     model, options = tiny_llama(), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     batch = {"inputs": PADDED, "attention_mask": PADDED.ne(0).long()}
     expected = model.generate(**batch, max_new_tokens=8, **options)

@@ -1,10 +1,17 @@
-"""Text in, text out: which prompts are refused before they are tokenized."""
+"""HuggingfaceLlamaGenerator: strategies of a user's own, and prompts that are refused untokenized."""
 
 import random
 
 import pytest
+import torch
 
-from self_speculation import HuggingfaceLlamaGenerator, make_strategy
+from self_speculation import (
+    GenerationConfig,
+    GenerationStrategy,
+    GenerationStrategyResult,
+    HuggingfaceLlamaGenerator,
+    make_strategy,
+)
 
 TEXTS = [
     "the quick brown fox ",
@@ -50,3 +57,40 @@ def test_a_text_that_cannot_fit_is_not_tokenized(text_model, byte_tokenizer, mon
     for text in ("all work and no play ", " ", "中文", "🙂"):
         with pytest.raises(ValueError, match="leaves no room in the model's context of 256 tokens"):
             generator.encode((text * 999_000)[:999_000])
+
+
+def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):
+    """Guards against scripts for the paper's code base that define a strategy: it gets stop words as a
+    criterion, end ids as a list and no_repeat_ngram_size as a processor, and cannot do batches.
+    """
+
+    class Own(GenerationStrategy):
+        def generate_token_ids(
+            self, model, input_ids, eos_token_ids, config, logits_processors, stopping_criteria, streamer
+        ):
+            assert streamer is None
+            ids = list(input_ids)
+            while len(ids) < len(input_ids) + config.max_steps:
+                history = torch.tensor([ids])
+                logits = model(history).logits[:, -1]
+                if logits_processors:
+                    logits = logits_processors(history, logits)
+                if (token := int(logits.argmax())) in eos_token_ids:
+                    break
+                ids.append(token)
+                if stopping_criteria and stopping_criteria(torch.tensor([ids]), logits).any():
+                    break
+            return GenerationStrategyResult(ids[len(input_ids) :])
+
+    generators = [
+        HuggingfaceLlamaGenerator(byte_tokenizer, text_model, strategy)
+        for strategy in (Own(), make_strategy("autoregressive"))
+    ]
+    text = generators[1].generate("def", GenerationConfig(sample=False, max_steps=20)).decoded_prediction
+    for settings in ({}, {"stop_words": [text[6:9]]}, {"no_repeat_ngram_size": 1}):
+        config = GenerationConfig(sample=False, max_steps=20, **settings)
+        own, ours = (generator.generate("def", config) for generator in generators)
+        assert own.decoded_prediction == ours.decoded_prediction
+        assert own.num_tokens_generated == ours.num_tokens_generated
+    with pytest.raises(NotImplementedError, match="Own has no generate_batch"):
+        next(generators[0].generate_batch(["def"], config))

@@ -276,25 +276,19 @@ def test_a_draft_higher_than_the_terminal_is_cut(byte_tokenizer, size):
     assert terminal.shown() == "start\nend"
 
 
-def test_delete_of_more_than_there_is_is_refused(byte_tokenizer, size):
-    streamer = SpeculativeTextStreamer(byte_tokenizer, file=size(20))
-    streamer.put([40, 41])
-    with pytest.raises(ValueError, match="cannot delete 3 of 2 tokens"):
-        streamer.delete(3)
-    with pytest.raises(ValueError, match="cannot delete 1 of 0 tokens"):
-        streamer.delete(1, is_draft=True)
-
-
-def test_decided_text_can_be_taken_back_on_a_terminal_only(byte_tokenizer, size):
+def test_only_drafts_can_be_deleted(byte_tokenizer, size):
+    """Guards against decided text that disappears."""
     terminal = size(20)
     streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
-    streamer.put(byte_tokenizer.encode("abc"))
-    streamer.delete(1)
-    assert terminal.shown() == decode(byte_tokenizer, byte_tokenizer.encode("abc")[:-1])
-    streamer = SpeculativeTextStreamer(byte_tokenizer, file=io.StringIO())
-    streamer.put(byte_tokenizer.encode("abc"))
-    with pytest.raises(ValueError, match="printed already"):
+    streamer.put(byte_tokenizer.encode("ab"))
+    with pytest.raises(ValueError, match="cannot delete 1 tokens: only drafted ones, and there are 0"):
+        streamer.delete(1, is_draft=True)
+    streamer.put(drafts := byte_tokenizer.encode("xyz"), is_draft=True)
+    with pytest.raises(ValueError, match="cannot delete 1 tokens: only drafted ones"):
         streamer.delete(1)
+    streamer.delete(1, is_draft=True)
+    streamer.put([], is_draft=True)
+    assert terminal.shown() == "ab" + byte_tokenizer.decode(drafts[:-1])
 
 
 def test_widths_agree_with_the_emulator():

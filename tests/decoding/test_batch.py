@@ -25,7 +25,6 @@ from self_speculation import (
     self_speculation_generator,
 )
 from self_speculation.decoding.batch import Batch
-from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model import model_runner
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.compiled_runner import compile_decoding
@@ -578,20 +577,6 @@ def test_a_batch_driven_by_hand(monkeypatch):
     assert 0 < result.prefill_time < 10**6
     with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
         list(strategy.generate_batch(tiny_llama(), [Request(PROMPTS[0])], config, batch_size=0))
-
-
-def test_a_strategy_that_knows_no_batches_does_one_after_the_other(byte_tokenizer, text_model):
-    """Guards against strategies written for `generate_token_ids` alone that no longer work."""
-
-    class Own(GenerationStrategy):
-        def generate_token_ids(self, *args, **kwargs):
-            return make_strategy("autoregressive").generate_token_ids(*args, **kwargs)
-
-    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, Own())
-    config = GenerationConfig(max_steps=6, sample=False)
-    results = dict(generator.generate_batch([[5, 6], [7, 8, 9]], config, batch_size=2))
-    for index, prompt in enumerate([[5, 6], [7, 8, 9]]):
-        assert results[index].decoded_prediction == generator.generate(prompt, config).decoded_prediction
 
 
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}])
