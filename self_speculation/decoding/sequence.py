@@ -212,7 +212,7 @@ class Sequence:
                 self._streamer.end()
         if self.error is not None:
             return self.error
-        assert self._first_token_at is not None
+        first_token_at = self._first_token_at or finished
         ended_by_id = self.stop_reason == "eos"
         draft_stats = self.draft_stats
         return GenerationStrategyResult(
@@ -222,9 +222,9 @@ class Sequence:
             end_token_id=self.tokens[-1] if ended_by_id else None,
             num_prompt_tokens=len(self.prompt),
             num_cached_tokens=self.num_cached,
-            num_decode_tokens=len(self.tokens) - 1,
-            prefill_time=self._first_token_at - self._started,
-            decode_time=finished - self._first_token_at,
+            num_decode_tokens=max(0, len(self.tokens) - 1),
+            prefill_time=first_token_at - self._started,
+            decode_time=finished - first_token_at,
             num_verifications=draft_stats and draft_stats.num_verifications,
             judged_by_position=draft_stats and draft_stats.judged_by_position,
             drafted_by_position=draft_stats and draft_stats.drafted_by_position,
