@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from self_speculation.config import GenerationConfig
+from self_speculation.decoding.grammar import Grammar, GrammarProcessor
 from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
@@ -68,12 +69,23 @@ class Request:
     config: GenerationConfig | None = None
     """How long this answer may be, how it samples and what ends it; None: as the batch's config says. How
     drafts are made is the batch's, but the strategy "autoregressive" here is an answer without drafts."""
+    prediction: str | list[int] | None = None
+    """Text or ids that the answer is expected to resemble, such as a file to be edited. It is drafted by
+    adaptive decoding, and where `prompt_lookup` is above 0."""
+    grammar: Grammar | None = None
+    """The language that the answer must belong to; only `HuggingfaceLlamaGenerator` knows the tokenizer."""
 
     @property
     def ids(self) -> list[int]:
         """The prompt's, once it is tokenized."""
         assert not isinstance(self.prompt, str), "a strategy takes token ids"
         return self.prompt
+
+    @property
+    def predicted_ids(self) -> Sequence[int]:
+        """Those of the prediction, once it is tokenized."""
+        assert not isinstance(self.prediction, str), "a strategy takes token ids"
+        return self.prediction or ()
 
 
 class GenerationStrategy(ABC):
@@ -257,9 +269,18 @@ class HuggingfaceLlamaGenerator:
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
         words = StopWords(self.tokenizer, (request.config or generation_config).stop_words or [], ids)
+        processors, prediction = as_list(request.logits_processors), request.prediction
+        if request.grammar is not None:
+            ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
+            size = self.model.config.vocab_size
+            processors += [GrammarProcessor(request.grammar, self.tokenizer, len(ids), size, ends)]
+        if isinstance(prediction, str):
+            prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
         prepared = replace(
             request,
             prompt=ids,
+            logits_processors=processors,
+            prediction=prediction,
             eos_token_ids=[*self.eos_token_ids, *as_list(request.eos_token_ids)],
             ends_text=_either(words if words.words else None, request.ends_text),
         )

@@ -66,8 +66,8 @@ class Scheduler(Generic[Key]):
 
     Args:
         batch_size: the most sequences at a time.
-        token_budget: tokens of a step. Decoding sequences come first; prompts are prefilled in chunks of what is
-            left (as in Sarathi-Serve, arXiv 2403.02310). None: a prompt is prefilled at once.
+        token_budget: tokens of a step. Decoding sequences come first; prompts are prefilled in chunks of the
+            rest (as in Sarathi-Serve, arXiv 2403.02310). None: a prompt is prefilled at once.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -135,7 +135,7 @@ class Scheduler(Generic[Key]):
             self._prefill_chunk(PREFILL_CHUNK)
 
     def _prefill_chunk(self, num_tokens: int) -> None:
-        """Prefill at most so many tokens of the first waiting sequence. With its last token it joins the batch.
+        """Prefill at most so many tokens of the first waiting sequence; the last ones add it to the batch.
 
         Until then its slot is the last one, which no row needs: `has_room` counts it.
         """
@@ -298,4 +298,5 @@ class Scheduler(Generic[Key]):
             started,
             Sampler.of(config),
             request.config is None or config.generation_strategy != "autoregressive",
+            request.predicted_ids,
         )
