@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -26,6 +25,7 @@ from transformers import (
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
@@ -139,8 +139,7 @@ class GenerationStrategy(ABC):
                 torch.manual_seed(request.seed)
             processors, criteria = as_list(request.logits_processors), as_list(request.stopping_criteria)
             config = request.config or generation_config
-            if n := config.no_repeat_ngram_size:
-                processors = [NoRepeatNGramLogitsProcessor(n), *processors]
+            processors = [*config_processors(config, len(request.ids)), *processors]
             if request.ends_text is not None:
                 criteria = [*criteria, _as_criterion(request.ends_text, len(request.ids))]
             try:

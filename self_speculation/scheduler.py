@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
+from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
@@ -282,8 +283,7 @@ class Scheduler(Generic[Key]):
             criteria=as_list(request.stopping_criteria),
         )
         # In the order of transformers: the config's processors come before the caller's.
-        processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
-        processors += as_list(request.logits_processors)
+        processors = [*config_processors(config, len(prompt)), *as_list(request.logits_processors)]
         generator = None
         if request.seed is not None:
             generator = torch.Generator(self._device).manual_seed(request.seed)
