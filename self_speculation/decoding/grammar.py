@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Small models repeat white space without end if they may.
-_JSON: Any = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 # Of each tokenizer, by vocabulary size and end ids: making one takes a tenth of a second and more.
 _TOKENIZERS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, llguidance.LLTokenizer]] = (
     WeakKeyDictionary()
@@ -47,7 +47,7 @@ class Grammar:
         schema = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(schema, Mapping):
             raise ValueError("a JSON schema must be an object")
-        return cls(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), _JSON))
+        return cls(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), JSON_OPTIONS))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
