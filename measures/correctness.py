@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from scipy.stats import combine_pvalues
 from transformers import GenerationConfig as TransformersGenerationConfig
-from transformers import NoRepeatNGramLogitsProcessor
+from transformers import LogitsProcessorList
 
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
@@ -22,6 +22,7 @@ from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from self_speculation import GenerationResult, HuggingfaceLlamaGenerator, Request
+from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length
 
@@ -43,8 +44,6 @@ class Ids(Job):
 
     def __post_init__(self) -> None:
         self._plain, self._plain_config = autoregressive(self.generator, self.config)
-        n = self.config.no_repeat_ngram_size
-        self._processors = [NoRepeatNGramLogitsProcessor(n)] if n else []
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         requests = {index: Request(self.examples[index].ids) for index in indices}
@@ -107,7 +106,8 @@ class Ids(Job):
     def _difference(
         self, prompt: list[int], tokens: list[int], name: str, reference: list[int]
     ) -> Record | None:
-        found = find_difference(self.generator.model, prompt, tokens, reference, self._processors)
+        processors = config_processors(self.config, len(prompt))
+        found = find_difference(self.generator.model, prompt, tokens, reference, processors)
         if found is None:
             return None
         shown = slice(found.position, found.position + 12)
@@ -136,7 +136,7 @@ class Ids(Job):
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                 max_new_tokens=min(config.max_steps, room), eos_token_id=end_ids or None,
-                no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
+                logits_processor=LogitsProcessorList(config_processors(config, len(prompt))),
                 stopping_criteria=[ends] if config.stop_words else None,
             )  # fmt: skip
         finally:

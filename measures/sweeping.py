@@ -15,7 +15,7 @@ from typing import Any
 import pandas
 import torch
 from tqdm import tqdm
-from transformers import NoRepeatNGramLogitsProcessor
+from transformers import LogitsProcessorList
 
 from measures import metrics
 from measures.calibration import calibrate, medians
@@ -30,6 +30,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
 from runs.tuning import COUNTS, best_cell
+from self_speculation.decoding.processors import config_processors
 from self_speculation.drafts.registry import make_drafter, short_head_of
 from self_speculation.model.families import context_length
 from self_speculation.model.model_runner import ModelRunner, forward_exits
@@ -250,12 +251,12 @@ class Predicted(Sweep):
         return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of the output's positions, after the logits processor that drafts go through too."""
-        if not self.config.no_repeat_ngram_size:
+        """Logits [n, V] of the output's positions, after the logits processors that drafts go through too."""
+        processors = LogitsProcessorList(config_processors(self.config, prompt_length))
+        if not processors:
             return logits
-        processor = NoRepeatNGramLogitsProcessor(self.config.no_repeat_ngram_size)
         rows = logits.float().split(1)
-        return torch.cat([processor(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
+        return torch.cat([processors(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
 
 
 def _name(cell: Cell) -> str:

@@ -67,6 +67,14 @@ class GenerationConfig:
     reuse_cache: bool = False
     """Keep the keys and values of answers until their place is needed: of a prompt that begins like one of
     them, only the rest is read."""
+    min_p: float = 0.0
+    """Sample among tokens of at least p times the probability of the most likely one; 0: off."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of ids in prompt and output, multiplies negative ones; 1: off."""
+    frequency_penalty: float = 0.0
+    """Lowers the logit of an id by so much for each time that the output has it; 0: off."""
+    presence_penalty: float = 0.0
+    """Lowers the logits of ids that the output has by so much; 0: off."""
 
     def __post_init__(self) -> None:
         def check(field: str, allowed: str, ok: bool) -> None:
@@ -96,6 +104,10 @@ class GenerationConfig:
         check("temperature", "must be 0 (greedy) or more", 0 <= self.temperature < math.inf)
         check("top_k", "must be 0 (off) or more", self.top_k >= 0)
         check("top_p", "must be between 0 and 1", 0 <= self.top_p <= 1)
+        check("min_p", "must be between 0 and 1", 0 <= self.min_p <= 1)
+        check("repetition_penalty", "must be above 0", 0 < self.repetition_penalty < math.inf)
+        for name in ("frequency_penalty", "presence_penalty"):
+            check(name, "must be between -2 and 2", -2 <= getattr(self, name) <= 2)
         check(
             "no_repeat_ngram_size",
             "must be at least 1",

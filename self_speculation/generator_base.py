@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 from transformers import (
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 
 from self_speculation.config import GenerationConfig
+from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
@@ -63,12 +64,23 @@ class Request:
     config: GenerationConfig | None = None
     """Length, sampling and stop conditions of this request; None: those of the batch. All requests of a batch
     draft in the same way, but "autoregressive" here turns drafts off."""
+    prediction: str | list[int] | None = None
+    """Text or ids that the output is expected to resemble, such as a file to be edited. It is drafted by
+    adaptive decoding, and where `prompt_lookup` is above 0."""
+    grammar: Grammar | None = None
+    """The language that the output must belong to; only `HuggingfaceLlamaGenerator` knows the tokenizer."""
 
     @property
     def ids(self) -> list[int]:
         """The tokenized prompt."""
         assert not isinstance(self.prompt, str), "a strategy takes token ids"
         return self.prompt
+
+    @property
+    def predicted_ids(self) -> Sequence[int]:
+        """Those of the prediction, once it is tokenized."""
+        assert not isinstance(self.prediction, str), "a strategy takes token ids"
+        return self.prediction or ()
 
 
 class GenerationStrategy(ABC):
@@ -170,13 +182,12 @@ class HuggingfaceLlamaGenerator:
 
     def _generate_alone(self, request: Request, config: GenerationConfig) -> GenerationResult:
         """Generate with a strategy that has `generate_token_ids` only. It gets stop words as a stopping
-        criterion, and `no_repeat_ngram_size` as a logits processor.
+        criterion, and penalties as logits processors.
         """
         started = time.perf_counter()
         request, words = self.prepared(request, config)
         processors, criteria = as_list(request.logits_processors), as_list(request.stopping_criteria)
-        if n := config.no_repeat_ngram_size:
-            processors = [NoRepeatNGramLogitsProcessor(n), *processors]
+        processors = [*config_processors(config, len(request.ids)), *processors]
         if words.words:
             num_prompt = len(request.ids)
             criteria.append(lambda ids, *_, **__: torch.tensor([words(ids[0, num_prompt:].tolist())]))
@@ -249,9 +260,18 @@ class HuggingfaceLlamaGenerator:
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
         words = StopWords(self.tokenizer, (request.config or generation_config).stop_words or [], ids)
+        processors, prediction = as_list(request.logits_processors), request.prediction
+        if request.grammar is not None:
+            ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
+            size = self.model.config.vocab_size
+            processors += [GrammarProcessor(request.grammar, self.tokenizer, len(ids), size, ends)]
+        if isinstance(prediction, str):
+            prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
         prepared = replace(
             request,
             prompt=ids,
+            logits_processors=processors,
+            prediction=prediction,
             eos_token_ids=[*self.eos_token_ids, *as_list(request.eos_token_ids)],
             ends_text=_either(words if words.words else None, request.ends_text),
         )

@@ -5,6 +5,7 @@ A strategy does one round for all sequences in flight; `Scheduler` does everythi
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import abstractmethod
 from collections import abc, deque
@@ -13,17 +14,18 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from transformers import NoRepeatNGramLogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
+from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.generator_base import Callables, GenerationStrategy, Request, as_list, single_result
 from self_speculation.model.compiled_runner import make_runner
 from self_speculation.model.families import check_supported, check_window, context_length
-from self_speculation.model.model_runner import ModelRunner, prefill
+from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.overrides import check_followed
 from self_speculation.model.prefix_cache import KeptCache, PrefixCache, cache_fingerprint
 from self_speculation.results import GenerationStrategyResult
@@ -100,13 +102,23 @@ class Scheduler(Generic[Key]):
     other requests go on. An error in a pass over several rows is raised. Change weights only while the batch
     is empty, and not between construction and the first request.
 
+    Args:
+        batch_size: the most sequences at a time.
+        token_budget: tokens of a step. Decoding sequences come first; prompts are prefilled in chunks of the
+            rest (as in Sarathi-Serve, arXiv 2403.02310). None: a prompt is prefilled at once.
+
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
     """
 
     @torch.inference_mode()
     def __init__(
-        self, strategy: DecodingStrategy, model: PreTrainedModel, config: GenerationConfig, batch_size: int
+        self,
+        strategy: DecodingStrategy,
+        model: PreTrainedModel,
+        config: GenerationConfig,
+        batch_size: int,
+        token_budget: int | None = None,
     ) -> None:
         began = time.perf_counter()
         if batch_size < 1:
@@ -117,6 +129,7 @@ class Scheduler(Generic[Key]):
         check_supported(model.config)
         config.check_depth(model.config.num_hidden_layers)
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
+        self._token_budget = token_budget
         self._device = model.get_input_embeddings().weight.device
         longest = 0
         if strategy.has_drafts:
@@ -126,16 +139,18 @@ class Scheduler(Generic[Key]):
         self._fingerprint: Hashable = None  # of the model that filled the cache; None: it is not kept
         self._decoding: Decoding | None = self._begin()
         self._keys: dict[Sequence, Key] = {}
+        self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet
+        self._prefill: ModelRunner | None = None  # of the first of these, once it has begun
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._setup_time = time.perf_counter() - began  # counts as the first request's
 
     @property
     def has_room(self) -> bool:
-        return len(self.batch) < self._batch_size
+        return len(self.batch) + len(self._waiting) < self._batch_size
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
-        """Prefill a prompt into a free slot of the cache and sample its first token.
+        """Prefill a prompt and sample its first token; with a token budget, leave that to the next steps.
 
         Raises:
             ValueError: there is no free slot.
@@ -146,30 +161,59 @@ class Scheduler(Generic[Key]):
         try:
             check_followed(self._model)  # the model may have changed
             sequence = self._new_sequence(request, started)
-            self._decoding = self._decoding or self._begin()
-            runner, row = self._decoding.runner, len(self.batch)
-            runner.reserve(len(sequence.prompt), self._longest_possible(sequence))
-            if self._config.reuse_cache:
-                sequence.num_cached = self._take_prefix(runner, sequence.prompt)
-            alone = runner.for_row(row, sequence.num_cached)
-            with self._without_autocast():
-                unread = sequence.history()[:, sequence.num_cached :]
-                logits = prefill(alone, unread, self._decoding.depth).logits[0]
-            self.batch.add(sequence, logits)
-            runner.cache.add_row(len(sequence.prompt))
-            self._keys[sequence] = key
         except Exception as error:
             self._finished.append((key, error))
+            return
+        self._keys[sequence] = key
+        self._waiting.append(sequence)
+        while self._token_budget is None and self._waiting:
+            self._prefill_chunk(PREFILL_CHUNK)
+
+    def _prefill_chunk(self, num_tokens: int) -> None:
+        """Prefill at most so many tokens of the first waiting sequence; the last ones add it to the batch.
+
+        Until then its slot is the last one, which no row needs: `has_room` counts it.
+        """
+        sequence = self._waiting[0]
+        slot = len(self.batch) if self._token_budget is None else self._batch_size - 1
+        try:
+            self._decoding = self._decoding or self._begin()
+            runner, depth = self._decoding.runner, self._decoding.depth
+            if self._prefill is None:
+                runner.reserve(len(sequence.prompt), self._longest_possible())
+                if self._config.reuse_cache:
+                    sequence.num_cached = self._take_prefix(runner, sequence.prompt, slot)
+                self._prefill = runner.for_row(slot, sequence.num_cached)
+            done = self._prefill.cache.length(0)
+            unread = sequence.history()[:, done : done + num_tokens]
+            is_last = done + unread.shape[1] == len(sequence.prompt)
+            with self._without_autocast():
+                logits = forward_early(self._prefill, unread, depth, num_logits=int(is_last)).logits
+            if not is_last:
+                return
+            if (row := len(self.batch)) != slot:
+                runner.cache.swap(slot, row, max(len(sequence.prompt), self._prefixes.length(row)))
+                self._prefixes.swap(slot, row)
+            self.batch.add(sequence, logits[0])
+            runner.cache.add_row(len(sequence.prompt))
+        except Exception as error:
+            self._finished.append((self._keys.pop(sequence), error))
+        self._waiting.popleft()
+        self._prefill = None
 
     def cancel(self, keys: Container[Key]) -> None:
         """Finish these requests before the next step, with the tokens they have."""
         for sequence, key in self._keys.items():
             if key in keys and sequence.remaining:
                 sequence.stop_reason = "stopping_criteria"
+        for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
+            self._prefill = None if sequence is self._waiting[0] else self._prefill
+            self._waiting.remove(sequence)
+            self._finished.append((self._keys.pop(sequence), sequence.result()))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Do one round for all sequences, unless a finished one waits to be popped."""
+        """Do one round for all sequences, unless one has finished and waits to be popped; then prefill."""
         if self._decoding and self.batch and self.batch.all_go_on:
             try:
                 with self._without_autocast():
@@ -180,6 +224,9 @@ class Scheduler(Generic[Key]):
                     sequence.error = sequence.error or error
                 if len(self.batch) > 1:
                     raise
+        if self._waiting:
+            budget = self._token_budget or PREFILL_CHUNK
+            self._prefill_chunk(max(1, budget - len(self.batch)) if self.batch else PREFILL_CHUNK)
 
     @torch.inference_mode()
     def pop_finished(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
@@ -194,7 +241,7 @@ class Scheduler(Generic[Key]):
                 self._prefixes.swap(row, len(self.batch))
                 runner.remove_row(row, sequence.is_damaged, keep)
                 self._finished.append((self._keys.pop(sequence), sequence.result()))
-        if self._decoding is not None and self.batch:
+        if self._decoding is not None and (self.batch or self._waiting):
             self._decoding.runner.cache.limit_growth(self._longest_possible())
         elif self._decoding is not None:  # weights may change before the next request
             if self._fingerprint is not None:
@@ -228,18 +275,17 @@ class Scheduler(Generic[Key]):
         self._prefixes = kept.prefixes
         return kept.runner
 
-    def _take_prefix(self, runner: ModelRunner, prompt: abc.Sequence[int]) -> int:
-        """Move the longest cached prefix of a prompt into the next row's slot; returns its length."""
-        row = len(self.batch)
-        slot, length = self._prefixes.match(prompt, row)
-        runner.cache.swap(slot, row, max(map(self._prefixes.length, (slot, row))))
-        self._prefixes.swap(slot, row)
-        self._prefixes.store(row, ())  # will be overwritten
+    def _take_prefix(self, runner: ModelRunner, prompt: abc.Sequence[int], slot: int) -> int:
+        """Move the longest cached prefix of a prompt into a slot; returns its length."""
+        found, length = self._prefixes.match(prompt, len(self.batch))
+        runner.cache.swap(found, slot, max(map(self._prefixes.length, (found, slot))))
+        self._prefixes.swap(found, slot)
+        self._prefixes.store(slot, ())  # from now on it is written to
         return length
 
-    def _longest_possible(self, *others: Sequence) -> int:
-        """The most positions that a sequence of the batch, or one of the others, can reach."""
-        sequences = (*self.batch.sequences, *others)
+    def _longest_possible(self) -> int:
+        """The most positions that a sequence in flight, or the one being prefilled, can reach."""
+        sequences = (*self.batch.sequences, *itertools.islice(self._waiting, 1))
         return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
 
     def _without_autocast(self) -> torch.autocast:
@@ -267,8 +313,7 @@ class Scheduler(Generic[Key]):
             criteria=as_list(request.stopping_criteria),
         )
         # In the order of transformers: the config's processors come before the caller's.
-        processors = [NoRepeatNGramLogitsProcessor(n)] if (n := config.no_repeat_ngram_size) else []
-        processors += as_list(request.logits_processors)
+        processors = [*config_processors(config, len(prompt)), *as_list(request.logits_processors)]
         generator = None
         if request.seed is not None:
             generator = torch.Generator(self._device).manual_seed(request.seed)
@@ -283,4 +328,5 @@ class Scheduler(Generic[Key]):
             started,
             Sampler.of(config),
             request.config is None or config.generation_strategy != "autoregressive",
+            request.predicted_ids,
         )

@@ -105,6 +105,12 @@ def nucleus(
     return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
 
 
+def at_least(probabilities: Tensor, min_p: float | Tensor) -> Tensor:
+    """Min-p: [..., V] -> without tokens below `min_p` times the largest probability, scaled to sum to 1."""
+    kept = probabilities.where(probabilities >= min_p * probabilities.amax(-1, keepdim=True), 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
 def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """[n] uniform between 0 and 1, precise enough for `draw`, by a generator of the device or torch's."""
     precise = torch.float32 if device.type == "mps" else torch.float64
@@ -138,10 +144,11 @@ class Sampler:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Sampler:
-        return cls(config.sample, config.temperature, config.top_k, config.top_p)
+        return cls(config.sample, config.temperature, config.top_k, config.top_p, config.min_p)
 
     @property
     def greedy(self) -> bool:
@@ -156,7 +163,9 @@ class Sampler:
             # fp32 must not take the temperature for 0 or inf.
             logits = logits / min(max(self.temperature, _FP32.tiny), _FP32.max)
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
-        return nucleus(probabilities, self.top_p, self.top_k) if self.top_p < 1 else probabilities
+        if self.top_p < 1:
+            probabilities = nucleus(probabilities, self.top_p, self.top_k)
+        return at_least(probabilities, self.min_p) if self.min_p else probabilities
 
     def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
         """Pick one token for each row of logits [n, V], with random numbers [n] if they are given."""
@@ -182,6 +191,8 @@ class SamplerOfRows:
         self._is_small, self._temperature = temperature < _SMALL, temperature.clamp(_FP32.tiny, _FP32.max)
         self._top_p = on_device([sampler.top_p for sampler in samplers], device, torch.float32)
         self._top_k = on_device([sampler.top_k for sampler in samplers], device)
+        self._has_min_p = any(sampler.min_p for sampler in samplers)
+        self._min_p = on_device([sampler.min_p for sampler in samplers], device, torch.float32)
         self._most = max(sampler.top_k for sampler in samplers)
         with_top_p = [sampler.top_k for sampler in samplers if sampler.top_p < 1]
         self._has_top_p, self._most_of_top_p = bool(with_top_p), max(with_top_p, default=0) * all(with_top_p)
@@ -206,6 +217,8 @@ class SamplerOfRows:
             cuts = top_p < 1  # where it is 1, nothing needs to be sorted
             likely = nucleus(probabilities, top_p.where(cuts, 0.0), top_k, self._most_of_top_p)
             probabilities = torch.where(cuts, likely, probabilities)
+        if self._has_min_p:
+            probabilities = at_least(probabilities, each(self._min_p))
         most_likely = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(each(self._greedy), most_likely, probabilities)
 

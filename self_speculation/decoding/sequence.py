@@ -42,6 +42,7 @@ class Sequence:
         started: start of its time, by `time.perf_counter`; None: now.
         sampler: None: that of the batch.
         wants_drafts: False: no source may draft for it.
+        prediction: ids that the output is expected to resemble.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Sequence:
         started: float | None = None,
         sampler: Sampler | None = None,
         wants_drafts: bool = True,
+        prediction: abc.Sequence[int] = (),
     ) -> None:
         self._started = time.perf_counter() if started is None else started
         self._first_token_at: float | None = None
@@ -71,6 +73,7 @@ class Sequence:
         self._errors: dict[int, Exception] = {}
         self._no_token: dict[int, Exception] = {}
         self.generator, self.sampler, self.wants_drafts = generator, sampler, wants_drafts
+        self.prediction = prediction
         self.num_cached = 0  # tokens of the prompt that were in the KV cache already
         self.draft_stats = DraftStats() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
@@ -155,6 +158,17 @@ class Sequence:
         if self._is_looked_at:
             self._ids[0, self.length + position] = token
 
+    def allowed(self, draft: list[int]) -> list[int]:
+        """The first tokens of a draft, up to one that a processor with `count_allowed` forbids."""
+        for processor in self._processors:
+            if draft and hasattr(processor, "count_allowed"):
+                draft = draft[: processor.count_allowed(self.tokens, draft)]
+        return draft
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next, by processors with `forced`."""
+        return next((p.forced(self.tokens) for p in self._processors if hasattr(p, "forced")), [])
+
     @property
     def shows_draft(self) -> bool:
         """Whether to stream the next drafted token."""
@@ -212,7 +226,7 @@ class Sequence:
                 self._streamer.end()
         if self.error is not None:
             return self.error
-        assert self._first_token_at is not None
+        first_token_at = self._first_token_at or finished
         ended_by_id = self.stop_reason == "eos"
         draft_stats = self.draft_stats
         return GenerationStrategyResult(
@@ -222,9 +236,9 @@ class Sequence:
             end_token_id=self.tokens[-1] if ended_by_id else None,
             num_prompt_tokens=len(self.prompt),
             num_cached_tokens=self.num_cached,
-            num_decode_tokens=len(self.tokens) - 1,
-            prefill_time=self._first_token_at - self._started,
-            decode_time=finished - self._first_token_at,
+            num_decode_tokens=max(0, len(self.tokens) - 1),
+            prefill_time=first_token_at - self._started,
+            decode_time=finished - first_token_at,
             num_verifications=draft_stats and draft_stats.num_verifications,
             judged_by_position=draft_stats and draft_stats.judged_by_position,
             drafted_by_position=draft_stats and draft_stats.drafted_by_position,

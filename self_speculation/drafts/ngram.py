@@ -4,7 +4,9 @@ lookup decoding).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import abc
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,27 +60,35 @@ class NgramIndex:
         return 0, []
 
 
-class NgramDrafts(DraftSource):
-    """Runs no layers, and reads nothing from the device unless drafts are shown.
+class TokenDrafts(DraftSource):
+    """Drafts that are copied from somewhere: no layer runs, and the device is read only to show drafts.
 
     Args:
-        longest: tokens to match at most.
         vocab_size: width of the logits.
     """
 
-    def __init__(self, longest: int, vocab_size: int) -> None:
+    name: str
+
+    def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._indices = PerSequence(lambda sequence: NgramIndex(longest))
+        self._indices: PerSequence[Any] = PerSequence(self._make_index)
+
+    @abstractmethod
+    def _make_index(self, sequence: Sequence) -> Any:
+        """What `_find` keeps of a sequence."""
+
+    @abstractmethod
+    def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
+        """How many tokens match, and at most k tokens that follow; 0 and none if nothing matches."""
 
     def guesses(self, batch: Batch) -> list[Guess | None]:
-        """None where not even the last token occurred before."""
-        found = [self._lookup(sequence, 1) for sequence in batch.sequences]
-        return [Guess(matched, ids[0]) if matched else None for matched, ids in found]
+        found = [self._allowed(sequence, 1) for sequence in batch.sequences]
+        return [Guess(matched, ids[0]) if ids else None for matched, ids in found]
 
     def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
         limits = batch.draft_limits(k, wanted)
         pairs = zip(batch.sequences, limits, strict=True)
-        found = [self._lookup(sequence, limit) for sequence, limit in pairs]
+        found = [self._allowed(sequence, limit) for sequence, limit in pairs]
         lengths = [len(ids) for _, ids in found]
         width = max(lengths)
         # Padded with each row's last token, as in `Batch.sample_draft`.
@@ -90,13 +100,38 @@ class NgramDrafts(DraftSource):
             batch.propose(tokens[:, i], i, [i < length for length in lengths])
         probabilities = None if batch.sampler.greedy else one_hot(tokens, self._vocab_size)
         matched = [number if length else 0 for (number, _), length in zip(found, lengths, strict=True)]
-        sources = ["lookup"] * len(batch)
+        sources = [self.name] * len(batch)
         return Draft(batch.sampler, sources, tokens, probabilities, lengths, matched=matched)
 
-    def _lookup(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
+    def _allowed(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
+        """Without what a grammar forbids: verification would reject it."""
+        matched, ids = self._find(sequence, k) if k else (0, [])
+        return matched, sequence.allowed(ids)
+
+
+class NgramDrafts(TokenDrafts):
+    """What followed the longest n-gram at the end where it occurred before; first what a grammar forces.
+
+    Args:
+        longest: tokens to match at most.
+        vocab_size: width of the logits.
+    """
+
+    name = "lookup"
+
+    def __init__(self, longest: int, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self._longest = longest
+
+    def _make_index(self, sequence: Sequence) -> NgramIndex:
+        index = NgramIndex(self._longest)
+        index.extend(sequence.prompt)
+        return index
+
+    def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
+        if forced := sequence.forced():
+            return self._longest, forced[:k]
         index = self._indices[sequence]
-        if not len(index):
-            index.extend(sequence.prompt)
         index.extend(sequence.tokens[len(index) - len(sequence.prompt) :])
         return index.lookup(k)
 
@@ -108,13 +143,13 @@ def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 class NgramFirst(DraftSource):
-    """N-grams draft where they match enough tokens; another source drafts for the other rows.
+    """Copied tokens are drafts where enough tokens match; another source drafts for the other rows.
 
     Args:
         at_least: tokens that must match. What followed a single token is mostly chance.
     """
 
-    def __init__(self, ngrams: NgramDrafts, otherwise: DraftSource, at_least: int) -> None:
+    def __init__(self, ngrams: TokenDrafts, otherwise: DraftSource, at_least: int) -> None:
         self._ngrams, self._otherwise, self._at_least = ngrams, otherwise, at_least
 
     def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:

@@ -22,6 +22,7 @@ from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import NgramDrafts, NgramFirst
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
+from self_speculation.drafts.prediction import MOST_MATCHED, PredictionDrafts
 from self_speculation.drafts.threshold import FixedThreshold, LearnedThreshold, Threshold
 from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.model_runner import ModelRunner
@@ -191,6 +192,15 @@ def _lookup_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]
     return {"lookup": (_ngrams(context, longest), Arm(priors=priors))}
 
 
+def _prediction_first(context: DraftContext, otherwise: DraftSource) -> DraftSource:
+    return NgramFirst(PredictionDrafts(context.model.config.vocab_size), otherwise, at_least=1)
+
+
+def _prediction_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
+    source = PredictionDrafts(context.model.config.vocab_size)
+    return {source.name: (source, Arm(priors=[0.5 + 0.1 * matched for matched in range(MOST_MATCHED + 1)]))}
+
+
 SOURCES: list[SourceEntry] = [
     SourceEntry(
         ("exit_layer", "num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary"),
@@ -199,6 +209,7 @@ SOURCES: list[SourceEntry] = [
         _layer_arms,
     ),
     SourceEntry(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _ngrams_first, _lookup_arms),
+    SourceEntry((), lambda config: config.prompt_lookup > 0, _prediction_first, _prediction_arms),
 ]
 
 

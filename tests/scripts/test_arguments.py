@@ -44,6 +44,7 @@ def test_defaults_are_the_documented_ones():
         "sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "no_repeat_ngram_size": None,
         "stop_words": None, "stop_token_ids": None, "draft_weights": "exact", "draft_confidence": None,
         "draft_vocabulary": None, "prompt_lookup": 0, "reuse_cache": False,
+            "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
     }  # fmt: skip
     assert values() == {
         **dataclasses.asdict(config), "model": None, "model_args": None, "seed": 42, "output_dir": "./logs",

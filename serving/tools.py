@@ -1,0 +1,82 @@
+"""Tools of OpenAI's protocol: what a model may call, the grammar of a call, and calls found in an answer.
+
+A chat template tells the format of calls: `<tool_call>` tags around a JSON object (Hermes, Qwen), or a JSON
+object alone (Llama 3).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from self_speculation.decoding.grammar import JSON_OPTIONS, Grammar
+
+Format = Literal["tags", "object"]
+
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+class ToolCall(NamedTuple):
+    name: str
+    arguments: str  # JSON
+
+
+def known_format(chat_template: str | None) -> Format | None:
+    """How a model writes calls; None: its template does not know tools."""
+    if not chat_template or "tools" not in chat_template:
+        return None
+    return "tags" if "<tool_call>" in chat_template else "object"
+
+
+def _arguments_key(chat_template: str) -> str:
+    return (
+        "parameters"
+        if "<tool_call>" not in chat_template and '"parameters"' in chat_template
+        else "arguments"
+    )
+
+
+def call_grammar(tools: Sequence[Mapping[str, Any]], chat_template: str, name: str | None = None) -> Grammar:
+    """The language of one call of one of these functions.
+
+    Args:
+        tools: each with `function`: its `name`, and `parameters`, a JSON schema.
+        name: the function to call; None: any.
+    """
+    functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
+    key = _arguments_key(chat_template)
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function["name"]},
+                key: function.get("parameters") or {"type": "object"},
+            },
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if known_format(chat_template) == "object":
+        return Grammar.json_schema(schema)
+    schema["x-guidance"] = JSON_OPTIONS
+    return Grammar.lark(f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {json.dumps(schema)}')
+
+
+def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
+    """The calls of these functions in an answer; empty if it has none, or something that is no call."""
+    names = {tool["function"]["name"] for tool in tools}
+    tagged = _TAGGED.findall(text)
+    calls = []
+    for part in tagged or [text]:
+        try:
+            call = json.loads(part)
+        except ValueError:
+            return []
+        if not isinstance(call, dict) or call.get("name") not in names:
+            return []
+        calls.append(ToolCall(call["name"], json.dumps(call.get("arguments", call.get("parameters", {})))))
+    return calls

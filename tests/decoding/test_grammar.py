@@ -1,0 +1,138 @@
+"""Guided decoding: the output belongs to the language, whatever drafts."""
+
+import json
+import random
+import re
+
+import jsonschema
+import pytest
+import torch
+from conftest import generate
+
+import self_speculation
+from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["red", "green"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+DRAFTS = {
+    "exit": {"exit_layer": 3, "num_speculations": 4},
+    "n-grams": {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 3},
+    "four bits": {"exit_layer": 24, "num_speculations": 4, "draft_weights": "int4"},
+    "adaptive": {"strategy": "adaptive"},
+}
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return self_speculation.load_model_and_tokenizer(self_speculation.default_model())
+
+
+def answer(bundled, grammar, prompt="values = ", max_steps=120, **config):
+    model, tokenizer = bundled
+    ids, eos = tokenizer.encode(prompt), [tokenizer.eos_token_id]
+    processor = GrammarProcessor(grammar, tokenizer, len(ids), model.config.vocab_size, eos)
+    result = generate(model, ids, max_steps=max_steps, eos=eos, logits_processors=[processor], **config)
+    return result, tokenizer.decode(result.predicted_tokens)
+
+
+def random_schema(draws, depth=0):
+    """A schema of a finite language, so that every answer ends."""
+    kinds = ["boolean", "null", "integer", "enum", "string", *(["object", "array"] if depth < 2 else [])]
+    kind = draws.choice(kinds)
+    if kind == "enum":
+        return {"enum": draws.sample(["a", "bc", 1, 2.5, None, True, "x y"], 3)}
+    if kind == "integer":
+        low = draws.randint(-50, 50)
+        return {"type": "integer", "minimum": low, "maximum": low + draws.randint(0, 500)}
+    if kind == "string":
+        return {"type": "string", "maxLength": draws.randint(0, 6)}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(draws, depth + 1), "maxItems": draws.randint(0, 3)}
+    if kind == "object":
+        names = draws.sample(["id", "name", "size", "left", "right"], draws.randint(1, 3))
+        return {
+            "type": "object",
+            "properties": {name: random_schema(draws, depth + 1) for name in names},
+            "required": names,
+            "additionalProperties": False,
+        }
+    return {"type": kind}
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_an_output_conforms_to_a_schema_with_every_kind_of_draft(bundled, drafts):
+    """Guards against a grammar that does not roll back with rejected drafts."""
+    grammar = Grammar.json_schema(PERSON)
+    plain, text = answer(bundled, grammar, strategy="autoregressive")
+    jsonschema.validate(json.loads(text), PERSON)
+    drafted, _ = answer(bundled, grammar, **DRAFTS[drafts])
+    assert drafted.predicted_tokens == plain.predicted_tokens
+    assert drafted.stop_reason == plain.stop_reason == "eos"
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(8, id="few"), pytest.param(200, marks=pytest.mark.slow, id="many")]
+)
+def test_random_schemas(bundled, number):
+    draws = random.Random(number)
+    for turn in range(number):
+        schema = random_schema(draws)
+        grammar = Grammar.json_schema(schema)
+        plain, text = answer(bundled, grammar, strategy="autoregressive", max_steps=400)
+        jsonschema.validate(json.loads(text), schema)
+        kinds = DRAFTS if number > 8 else [list(DRAFTS)[turn % len(DRAFTS)]]
+        for kind in kinds:
+            drafted, _ = answer(bundled, grammar, max_steps=400, **DRAFTS[kind])
+            assert drafted.predicted_tokens == plain.predicted_tokens, (schema, kind)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sampled_outputs_conform(bundled, seed):
+    torch.manual_seed(seed)
+    _, text = answer(
+        bundled, Grammar.json_schema(PERSON), sample=True, temperature=1.5, max_steps=400, **DRAFTS["exit"]
+    )
+    jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_expressions_and_grammars(bundled):
+    _, text = answer(bundled, Grammar.regex(r"[0-9]{4}-[0-9]{2}"), **DRAFTS["exit"])
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}", text)
+    _, text = answer(bundled, Grammar.lark('start: "left" | "right"'), **DRAFTS["exit"])
+    assert text in ("left", "right")
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ('{"type": "nonsense"}', "Invalid type: nonsense"),
+        ('{"$ref": "#/nowhere"}', "does not exist"),
+        ('{"type": "integer", "minimum": 5, "maximum": 2}', "minimum (5) is greater than maximum (2)"),
+        ("[1]", "must be an object"),
+    ],
+)
+def test_a_schema_that_is_invalid_or_matches_nothing(schema, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Grammar.json_schema(schema).check()
+
+
+def test_forbidden_tokens_of_a_draft_are_counted_out(bundled):
+    """Guards against verifying what the grammar rejects."""
+    model, tokenizer = bundled
+    grammar = Grammar.lark('start: "left" | "right"')
+    processor = GrammarProcessor(grammar, tokenizer, 0, model.config.vocab_size, [tokenizer.eos_token_id])
+    right, wrong = tokenizer.encode("right"), tokenizer.encode(" = 1")
+    assert processor.count_allowed([], right) == len(right)
+    assert processor.count_allowed([], wrong) == 0
+    assert processor.count_allowed([], [*right[:1], *wrong]) == 1
+    assert processor.count_allowed(wrong, right) == 0  # no output of this grammar
+    assert processor.count_allowed([], right) == len(right)
+    assert tokenizer.decode(processor.forced(tokenizer.encode("r"))) == "ight"
