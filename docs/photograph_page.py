@@ -3,7 +3,7 @@
     python docs/photograph_page.py docs/serve.png --model FILE.gguf [other arguments of serve.py]
 
 Needs requirements-dev.txt and Debian's package chromium. The last answer is caught in a moment when drafts
-wait for their verification.
+wait for their verification. The answers are long so that their speeds can be compared: use an idle machine.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from measures.servers import SERVE, started
 
-WIDTH, HEIGHT, SCALE = 900, 600, 1.5
+WIDTH, HEIGHT, SCALE = 900, 900, 1.5
 # A copy of all layers drafts, and always: adaptive decoding would depend on how busy the machine is.
 DEFAULT_ARGUMENTS = [
     *("--generation_strategy", "self_speculative", "--exit_layer", "30", "--num_speculations", "5"),
     *("--draft_weights", "int4", "--sample", "False", "--served_name", "SmolLM2-135M-Instruct"),
 ]
+WARM_UP = "Give me five tips for learning a language."  # not in the picture: a first answer is slower
 QUESTIONS = {  # with drafts, or without
-    "Write one sentence about the sea.": False,
-    "Write one sentence about the mountains.": True,
-    "Give me three tips for sleeping better.": True,
+    "Explain in one paragraph how rainbows form.": False,
+    "Write a Python function that counts the words of a text.": True,
+    "Give me five tips for sleeping better.": True,
 }
 # The answer goes on, but into elements that are no longer shown.
 FREEZE = """() => {
@@ -51,13 +52,20 @@ def main() -> None:
         )
         page.set_default_timeout(300_000)  # ms: also on a busy machine
         page.goto(address)
+        ask(page, WARM_UP)
+        page.get_by_role("button", name="Send").wait_for()
+        page.get_by_role("button", name="New chat").click()
         for question, drafts in QUESTIONS.items():
             page.get_by_role("button", name="Send").wait_for()
             page.get_by_role("switch").set_checked(drafts)
-            page.get_by_role("textbox").fill(question)
-            page.keyboard.press("Enter")
+            ask(page, question)
         page.wait_for_function(FREEZE)
         Image.open(io.BytesIO(page.screenshot(animations="disabled"))).quantize(128).save(path, optimize=True)
+
+
+def ask(page: Page, question: str) -> None:
+    page.get_by_role("textbox").fill(question)
+    page.keyboard.press("Enter")
 
 
 if __name__ == "__main__":

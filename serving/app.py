@@ -49,8 +49,12 @@ from serving.metrics import FinishedRequest, Metrics, metrics, usage
 from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, frame, read
 
 _log = logging.getLogger(__name__)
-_PAGE = Path(__file__).with_name("page.html")
-_OPEN = ("/", "/health")  # to whoever has no key
+_PAGE = {"/": "page.html"} | {f"/{name}": name for name in ("page.css", "page.js", "markdown-it.umd.min.js")}
+_PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_OPEN = (*_PAGE, "/health")  # to whoever has no key
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a port
 _STATUS = {QueueFull: 429, ClientDisconnected: 499, ServerShutdown: 503, RequestTimeout: 504}
 _RETRY = {"Retry-After": "1"}  # seconds
@@ -80,7 +84,7 @@ def make_app(
     kinds = (APIError, HTTPException, Exception)
     return Starlette(
         routes=[
-            Route("/", server.page),
+            *(Route(path, server.page) for path in _PAGE),
             Route("/health", server.health),
             Route("/metrics", server.exposition),
             Route("/v1/models", server.models),
@@ -123,9 +127,9 @@ class _Server:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
         self._args, self._metrics, self._began = args, Metrics(engine), int(time.time())
 
-    async def page(self, _: Request) -> Response:
-        policy = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
-        return FileResponse(_PAGE, headers={"Content-Security-Policy": policy})
+    async def page(self, http: Request) -> Response:
+        headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"}
+        return FileResponse(Path(__file__).with_name(_PAGE[http.scope["path"]]), headers=headers)
 
     async def health(self, _: Request) -> Response:
         if self._engine.is_up:

@@ -1,6 +1,7 @@
 """The page that the server shows, in a real browser, over a model that never ends by itself."""
 
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -28,10 +29,80 @@ WATCH = """() => {
 }"""
 # Presses the button within the first piece of text, whatever the speed of this machine is.
 STOP_AT_ONCE = """() => new MutationObserver((_, observer) => {
-  if (!document.querySelector(".answer .own, .answer .accepted")) return;
+  const answer = document.querySelector(".answer")?.cloneNode(true);
+  answer?.querySelector(".pending")?.remove();
+  if (!answer?.textContent) return;
   observer.disconnect();
   document.getElementById("stop").click();
 }).observe(document.getElementById("log"), {subtree: true, childList: true})"""
+# The answer at that place, and a text as Markdown that is rendered at once: tags and words.
+SHOWN = """([index, text]) => {
+  const answer = document.querySelectorAll(".answer")[index].cloneNode(true);
+  for (const bar of answer.querySelectorAll(".bar")) bar.remove();
+  const whole = document.createElement("div");
+  const html = markdownit({html: false, breaks: true}).disable("image").render(text);
+  whole.innerHTML = html.replace(/ style="[^"]*"/g, "");
+  const tags = element => [...element.querySelectorAll(":not(div, span)")].map(({tagName}) => tagName);
+  return [answer, whole].map(element => [tags(element), element.textContent.match(/\\S+/g)]);
+}"""
+# The text that is green, and the text that is not.
+COLOURS = """() => {
+  const answer = document.querySelector(".answer").cloneNode(true);
+  const green = [...answer.querySelectorAll(".accepted")].map(element => element.textContent);
+  for (const element of answer.querySelectorAll(".accepted, .bar")) element.remove();
+  return [green.join(" "), answer.textContent];
+}"""
+# Counts the blocks that are taken out of the page.
+COUNT_REMOVED = """() => {
+  window.removed = 0;
+  new MutationObserver(changes => {
+    for (const {removedNodes} of changes)
+      window.removed += [...removedNodes].filter(({tagName}) => ["P", "DIV"].includes(tagName)).length;
+  }).observe(document.getElementById("log"), {subtree: true, childList: true});
+}"""
+# Words in capitals are drafted and accepted.
+MARKDOWN = """# A TITLE of it
+
+A paragraph with **BOLD TEXT and less**, `CODE in it`, 3 \\* 4 &amp; a
+[ LINK ](https://example.com/LINK "no").
+its second line
+- FIRST <b>not bold</b> ![picture](https://example.com/x.png)
+- second
+  - NESTED
+
+    ```js
+    LET x = "</script>";
+
+    let Y;
+    ```
+
+  AFTER the code
+- third [link](javascript:alert(1)) [two]
+
+| left | RIGHT |
+|---|--:|
+| A | b |
+
+> QUOTED
+lazily
+
+````python
+def F(x):
+    ```
+
+    return "🙂 <i>" + X * x
+````
+Setext HEADING
+---
+1. ONE
+
+2. two
+
+   more of TWO
+***
+~~~
+never CLOSED
+    code"""
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +123,53 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """The page of somebody who has said the key."""
-    page = browser.new_page()
+    """The page of somebody who has said the key. It breaks no policy, and asks nobody but the server."""
+    page = browser.new_page(permissions=["clipboard-read"])
     page.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
     wrong = []
     page.on("pageerror", lambda error: wrong.append(error))
+    page.on("console", lambda said: "Content Security Policy" in said.text and wrong.append(said.text))
+    page.on("request", lambda request: request.url.startswith(server.url) or wrong.append(request.url))
     page.goto(server.url)
-    page.get_by_label("API key").fill(KEY)
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading")).to_have_text("tiny")
+    say_key(page)
     page.evaluate(WATCH)
     yield page
     page.close()
     assert wrong == []
+
+
+def say_key(page):
+    page.get_by_label("API key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("tiny")
+
+
+def answer_with(page, pieces):
+    """Have the server answer with pieces of text: (text, number of accepted characters, pending draft)."""
+
+    def choice(text, accepted, pending):
+        return {"delta": {"content": text}, "draft": {"accepted": accepted, "pending": pending}}
+
+    chunks = [{"choices": [choice(*piece)]} for piece in pieces]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    page.route("**/chat/completions", lambda route: route.fulfill(body=events))
+
+
+def in_pieces(text, size):
+    """Accepted are the words in capitals; each draft is the word that follows."""
+    words = re.findall(r"\s+|\S+", text)
+    for word, following in itertools.pairwise([*words, ""]):
+        is_accepted = any(map(str.isupper, word)) and not any(map(str.islower, word))
+        for start in range(0, len(word), size):
+            part = word[start : start + size]
+            yield part, len(part) if is_accepted else 0, following
+
+
+def check_shown(page, index, text):
+    answer, whole = page.evaluate(SHOWN, [index, text])
+    assert answer == whole
 
 
 def ask(page, question):
@@ -84,7 +188,8 @@ def answered(server, *texts):
 
 def test_a_conversation(page, server):
     """Guards against text that is lost or doubled between pieces, characters that are counted otherwise than
-    the server counts them, markup that is not shown as text, and turns that are not sent again.
+    the server counts them, markup that is not shown as text, and turns that are not sent again or do not
+    survive a reload.
     """
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json))
@@ -97,9 +202,8 @@ def test_a_conversation(page, server):
     answer = answered(server, question)
     turn = page.locator(".turn").first
     assert turn.locator(".question").text_content() == question
-    assert turn.locator(".answer").text_content() == answer
+    check_shown(page, 0, answer)
     assert turn.locator(".accepted").count() > 0
-    assert turn.locator(".own").count() > 0
     assert turn.locator(".draft").count() == 0
     assert len(page.evaluate("drafted")) > 5
     figures = turn.locator(".figures").inner_text()
@@ -110,14 +214,95 @@ def test_a_conversation(page, server):
     ask(page, "And you?")
     assert [message["content"] for message in sent[-1]["messages"]] == [question, answer, "And you?"]
     second = page.locator(".turn").nth(1)
-    assert second.locator(".answer").text_content() == answered(server, question, answer, "And you?")
+    check_shown(page, 1, answered(server, question, answer, "And you?"))
     cached, of = re.search(r"(\d+) of (\d+) prompt tokens cached", second.inner_text()).groups()
     assert 0 < int(cached) < int(of)
 
+    before = page.locator(".log").inner_html()
+    page.reload()
+    assert page.locator(".log").inner_html() == before
+    say_key(page)
+    ask(page, "And now?")
+    assert len(sent[-1]["messages"]) == 5
+
     page.get_by_role("button", name="New chat").click()
     assert page.locator(".turn").count() == 0
+    page.reload()
+    assert page.locator(".turn").count() == 0
+    say_key(page)
     ask(page, "And you?")
     assert len(sent[-1]["messages"]) == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_markdown(page, size):
+    """Guards against lines that are rendered otherwise than the whole, and a word in another's colour."""
+    answer_with(page, in_pieces(MARKDOWN, size))
+    ask(page, "Markdown?")
+    check_shown(page, 0, MARKDOWN)
+    green, other = page.evaluate(COLOURS)
+    assert not re.search("[a-z]", green)
+    assert not re.search("[A-Z]{2}", other)
+    assert page.locator(".answer :is(b, i, img, script)").count() == 0
+    assert [link.get_attribute("href") for link in page.locator(".answer a").all()] == [
+        "https://example.com/LINK",
+        "https://example.com/x.png",
+    ]
+    assert (
+        page.locator(".answer td").last.evaluate("cell => getComputedStyle(cell).textAlign").endswith("right")
+    )
+    assert len(page.evaluate("drafted")) > 20
+
+
+def test_code_is_copied(page):
+    """Guards against a copy that has the button's word, or lacks a line."""
+    code = "def f(x):\n\n    return x < 3 &amp;\n"
+    answer_with(page, in_pieces(f"So:\n```python\n{code}```\nand `x`", 4))
+    ask(page, "Code?")
+    family = page.locator("pre code").evaluate("element => getComputedStyle(element).fontFamily")
+    assert "monospace" in family
+    page.get_by_role("button", name="Copy").click()
+    expect(page.locator(".copy")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == code
+    expect(page.locator(".copy")).to_have_text("Copy")
+
+
+def test_a_long_answer(page):
+    """Guards against flicker, and work that grows with each line: a complete block is not rendered again."""
+    page.evaluate(COUNT_REMOVED)
+    paragraphs = "".join(f"The {number}th PARAGRAPH.\n\n" for number in range(200))
+    code = "```\n" + "x = 1\n" * 500 + "```\n"
+    answer_with(page, in_pieces(paragraphs + code, 1000))
+    ask(page, "Go on")
+    check_shown(page, 0, paragraphs + code)
+    assert page.evaluate("removed") < 3 * 200
+
+
+@pytest.mark.parametrize("width", [360, 1100])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phones_and_desktops(page, width, scheme):
+    """Guards against a header of several rows, and a page that is wider than its window."""
+    page.set_viewport_size({"width": width, "height": 700})
+    page.emulate_media(color_scheme=scheme)
+    page.route(
+        "**/models", lambda route: route.fulfill(json={"data": [{"id": "a-model-with-a-long-name" * 3}]})
+    )
+    page.reload()
+    expect(page.get_by_role("heading", level=1)).to_have_text(re.compile("a-model"))
+    expect(page.get_by_role("heading", level=2)).to_be_visible()
+    answer_with(page, in_pieces(MARKDOWN + "x" * 300, 1000))
+    page.locator(".examples button").first.click()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.locator(".empty")).to_be_hidden()
+    assert page.locator(".question").inner_text() == "Give me three tips for sleeping better."
+    boxes = [part.bounding_box() for part in page.locator("header > :visible").all()]
+    middles = [box["y"] + box["height"] / 2 for box in boxes]
+    assert max(middles) - min(middles) < 4
+    for part in page.locator("header > :visible, form > :visible, .answer > :visible").all():
+        box = part.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    assert page.evaluate("document.querySelector('main').scrollWidth") <= width
 
 
 @pytest.mark.slow
@@ -125,7 +310,7 @@ def test_without_drafts(page, server):
     """Guards against a comparison with drafts that only aren't shown."""
     page.get_by_role("switch", name="drafts").uncheck()
     ask(page, "who are you?")
-    assert page.locator(".answer").text_content() == answered(server, "who are you?")
+    check_shown(page, 0, answered(server, "who are you?"))
     assert page.locator(".answer .accepted").count() == 0
     assert page.evaluate("drafted") == []
     figures = page.locator(".figures").inner_text()
@@ -138,7 +323,8 @@ def test_stop(page):
     """Guards against an answer that goes on, and against one that the conversation forgets."""
     page.evaluate(STOP_AT_ONCE)
     ask(page, "who are you?")
-    said = page.locator(".answer").text_content()
+    said = page.evaluate("turns[0].text")
+    check_shown(page, 0, said)
     assert "stopped" in page.locator(".figures").inner_text()
     assert len(said) > 0
     sent = []

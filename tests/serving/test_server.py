@@ -381,7 +381,10 @@ def test_limits_and_key(text_model, byte_tokenizer):
             for path in ("v1/completions", "v1/models", "metrics"):
                 response = requests.get(f"{served.url}/{path}", headers=headers)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert requests.get(f"{served.url}/health").status_code == 200
+        for path in ("health", "", "page.css", "page.js", "markdown-it.umd.min.js"):
+            response = requests.get(f"{served.url}/{path}")
+            assert response.status_code == 200
+            assert "unsafe" not in response.headers.get("Content-Security-Policy", "")
         with pytest.raises(openai.BadRequestError, match="max_tokens 11: must be at most 10"):
             served.client.completions.create(model="tiny", prompt="x", max_tokens=11)
         for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks
