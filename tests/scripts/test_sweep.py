@@ -21,7 +21,6 @@ from measures.sweeping import Measured, Predicted
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
-from self_speculation.decoding.draft_stats import DraftStats
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
@@ -56,20 +55,6 @@ def test_replay_ends_inside_a_draft_where_the_output_ends():
 
 def test_replay_of_one_token_has_no_round():
     assert rounds_of("1", 1, 3).num_verifications == 0
-
-
-def test_tally_counts_what_was_output():
-    """Guards against counts of tokens that stand after the end of the output."""
-    tally = DraftStats()
-    tally.add("a", drafted=4, accepted=3, emitted=2)  # the output ended inside the accepted ones
-    tally.add("b", drafted=2, accepted=0, emitted=1)
-    tally.add("b", drafted=2, accepted=2, emitted=3)
-    assert (tally.num_verifications, tally.num_emitted) == (3, 6)
-    assert tally.drafted_by_position == (3, 3, 1, 1)
-    assert tally.judged_by_position == (3, 2, 0, 0)
-    assert tally.accepted_by_position == (2, 2, 0, 0)
-    assert tally.acceptance_rate == 4 / 8
-    assert tally.by_source == {"a": (1, 4, 2), "b": (2, 4, 2)}
 
 
 def test_costs_of_a_round():

@@ -16,11 +16,10 @@ from helpers import only_run
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
-from measures.comparison import Judged, judge_greedy
-from measures.peers import fastest, find_llama_cpp, in_each_format
-from measures.sides import Answers, ours, theirs
-from measures.synthetic import random_llama
-from measures.work import work_per_token
+from benchmarks.inspection import Judged, judge_greedy, work_per_token
+from benchmarks.peers import fastest, find_llama_cpp, in_each_format
+from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
+from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, fuse
 
 OURS = ["autoregressive", "self-speculative", "int4 copy", "adaptive"]
@@ -106,7 +105,7 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
     model, prompts = tiny_llama(), [[5, 9, 4, 7], [7]]
     settings = GenerationConfig(max_steps=12, sample=False)
     ends = [generate(model, prompts[0], max_steps=12, eos=[]).predicted_tokens[4]]
-    padded = theirs(model, ends, settings, 2)(prompts)
+    padded = theirs(TRANSFORMERS, model, ends, settings, 2)(prompts)
     alone = ours(model, ends, settings, 2)(prompts)
     assert padded.ids == alone.ids
     assert len(padded.ids[0]) <= 5
@@ -299,7 +298,10 @@ def test_gpu_goes_on_when_a_side_fails(gpu, dry, monkeypatch):
         return call
 
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
-    monkeypatch.setattr(gpu, "early_exit", lambda *_: fails(out_of_memory))
+    sides = gpu.theirs
+    monkeypatch.setattr(
+        gpu, "theirs", lambda name, *rest: fails(out_of_memory) if name == EARLY_EXIT else sides(name, *rest)
+    )
     warm_up = gpu.run_every_pass
 
     def warms_up(strategy, model, prompt, config, batch_size):
@@ -308,7 +310,7 @@ def test_gpu_goes_on_when_a_side_fails(gpu, dry, monkeypatch):
         warm_up(strategy, model, prompt, config, batch_size)
 
     monkeypatch.setattr(gpu, "run_every_pass", warms_up)
-    monkeypatch.setattr("measures.sides.compile_decoding", fails(ValueError("compile True: needs g++")))
+    monkeypatch.setattr("benchmarks.sides.compile_decoding", fails(ValueError("compile True: needs g++")))
     status, _, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
