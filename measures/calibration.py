@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig
@@ -27,6 +28,7 @@ from self_speculation.model.model_runner import forward, forward_early
 # after 0, 1, 3, 7 and 15.
 _LENGTHS = (0, 1, 2, 3, 4, 7, 8, 15, 16)
 _EXITS, _STEPS = 5, 4  # exit layers whose draft step is timed, at most; steps in a row, as in a draft
+_TURNS, _PATIENCE = 20, 30.0  # turns at most, with those of the warm-up; seconds after which no turn begins
 
 
 @torch.inference_mode()
@@ -36,9 +38,6 @@ def calibrate(
     exit_layers: Sequence[int],
     context: int,
     longest: int,
-    patience: float,
-    most_turns: int,
-    advance: Callable[[], object],
 ) -> list[Costs]:
     """The costs of rounds after `context` positions, in seconds: once for each turn.
 
@@ -49,9 +48,6 @@ def calibrate(
         config: settings of sampling, weights and vocabulary of drafts.
         exit_layers: in ascending order.
         longest: the longest draft.
-        patience: seconds after which no turn begins.
-        most_turns: turns at most, with warm-up turns, which do not count.
-        advance: called after each turn.
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
     runner = make_runner(model, context, context + longest + _STEPS, longest + 1, 1)
@@ -117,11 +113,14 @@ def calibrate(
 
     warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()
     started = time.perf_counter()
-    for _ in range(most_turns):
-        if len(turns) > warm_up and broadcast_from_rank0(model, time.perf_counter() - started > patience):
-            break
-        turns.append(turn())
-        advance()
+    with tqdm(total=_TURNS, desc="calibration") as bar:
+        while len(turns) < _TURNS:
+            late = time.perf_counter() - started > _PATIENCE
+            if len(turns) > warm_up and broadcast_from_rank0(model, late):
+                break
+            turns.append(turn())
+            bar.update()
+        bar.total = bar.n
     return broadcast_from_rank0(model, turns[warm_up:])
 
 

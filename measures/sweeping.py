@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas
 import torch
-from tqdm import tqdm
 from transformers import NoRepeatNGramLogitsProcessor
 
 from measures import metrics
@@ -47,7 +46,6 @@ HEADINGS = {
     "speedup_low": "from", "speedup_high": "to",
 }  # fmt: skip
 
-_TURNS, _PATIENCE = 20, 30.0  # of a calibration: turns at most, seconds after which no turn begins
 _ROWS_SHOWN, _CELLS_NAMED = 20, 12
 
 Cell = tuple[int, int]  # exit layer, draft length
@@ -207,12 +205,7 @@ class Predicted(Sweep):
         # The middle of the median output
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
         longest = max(k for _, k in self.grid)
-        with tqdm(total=_TURNS, desc="calibration") as bar:
-            turns = calibrate(
-                self.generator.model, self.config, self._exit_layers, int(context), longest, _PATIENCE,
-                _TURNS, bar.update,
-            )  # fmt: skip
-            bar.total = bar.n  # patience may end it early
+        turns = calibrate(self.generator.model, self.config, self._exit_layers, int(context), longest)
         costs = medians(turns)
         predicted = [predicted_cell(records, costs, turns, *cell) for cell in self.grid]
         verified = []

@@ -247,7 +247,7 @@ def test_flags_that_the_grid_replaces_are_named(common, capsys):
 def test_the_bar_of_a_calibration_that_ran_out_of_time_ends_full(common, monkeypatch, capsys):
     """Guards against a bar that stops at 45 % of turns for which there was no time."""
     no_pictures(monkeypatch)
-    monkeypatch.setattr("measures.sweeping._PATIENCE", 0.0)
+    monkeypatch.setattr("measures.calibration._PATIENCE", 0.0)
     assert sweep.main([*common, "--num_speculations_last", "1"]) == 0
     bars = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calibration")]
     assert bars[-1].startswith("calibration: 100%")
