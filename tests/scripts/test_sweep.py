@@ -28,33 +28,22 @@ from sweep import SweepArguments
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
 
 
-def rounds_of(matches, max_tokens, k):
-    return replay([match == "1" for match in matches], max_tokens, k)
-
-
-def test_replay_by_hand():
-    """Output of 7 tokens; guesses from the second on: right right wrong right right right. Drafts of 2."""
-    rounds = rounds_of("0110111", 7, 2)
-    # [1,2] right + own token 3; [4,5] right + own token 6, the last
-    assert rounds.rounds_by_length == {2: 2}
-    assert (rounds.drafted_by_position, rounds.accepted_by_position) == ((2, 2), (2, 2))
-    assert rounds.num_emitted == 6
-    rounds = rounds_of("0110111", 7, 4)
-    # drafts 4, two right, own 3; then room for 3 more: drafts 2, both right, own 6
-    assert rounds.rounds_by_length == {4: 1, 2: 1}
-    assert rounds.drafted_by_position == (2, 2, 1, 1)
-    assert rounds.accepted_by_position == (2, 2, 0, 0)
-
-
-def test_replay_ends_inside_a_draft_where_the_output_ends():
-    rounds = rounds_of("0111", 50, 6)
-    assert rounds.rounds_by_length == {6: 1}
-    assert rounds.accepted_by_position == (1, 1, 1, 0, 0, 0)
-    assert (rounds.num_verifications, rounds.num_emitted) == (1, 3)
-
-
-def test_replay_of_one_token_has_no_round():
-    assert rounds_of("1", 1, 3).num_verifications == 0
+@pytest.mark.parametrize(
+    ("matches", "max_tokens", "k", "lengths", "accepted", "emitted"),
+    [
+        # [1, 2] right, 3 by the model; [4, 5] right, 6 by the model: the last
+        ("0110111", 7, 2, {2: 2}, (2, 2), 6),
+        # drafts 4, two right, 3 by the model; room for 3 more: drafts 2, both right, 6 by the model
+        ("0110111", 7, 4, {4: 1, 2: 1}, (2, 2, 0, 0), 6),
+        ("0111", 50, 6, {6: 1}, (1, 1, 1, 0, 0, 0), 3),  # the output ends inside a draft
+        ("1", 1, 3, {}, (), 0),
+    ],
+)
+def test_replay_by_hand(matches, max_tokens, k, lengths, accepted, emitted):
+    """1: the exit guesses this output token. Nothing drafts the first one."""
+    rounds = replay([match == "1" for match in matches], max_tokens, k)
+    assert rounds.rounds_by_length == lengths
+    assert (rounds.accepted_by_position, rounds.num_emitted) == (accepted, emitted)
 
 
 def test_costs_of_a_round():
@@ -184,7 +173,8 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra, capsys)
 
 
 def test_pictures_table_and_flags(common, tmp_path, capsys):
-    assert sweep.main([*common, "--verify_top", "2"]) == 0
+    named = ["--generation_strategy", "self_speculative"]
+    assert sweep.main([*common, "--verify_top", "2", *named]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
@@ -223,14 +213,6 @@ def test_a_grid_of_one_row_or_column(common, tmp_path, grid, monkeypatch):
     no_calibration(monkeypatch)
     assert sweep.main([*common, *grid]) == 0
     assert (only_run(tmp_path) / "sweep.png").exists()
-
-
-@pytest.mark.usefixtures("timeless")
-def test_the_strategy_may_be_named_or_not(common):
-    assert (
-        sweep.main([*common, "--generation_strategy", "self_speculative", "--num_speculations_last", "1"])
-        == 0
-    )
 
 
 @pytest.mark.usefixtures("timeless")
