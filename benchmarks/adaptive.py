@@ -1,18 +1,17 @@
-"""Adaptive decoding against decoding token by token, and against the best fixed setting that a search finds.
+"""Adaptive decoding against autoregressive decoding, and against the best fixed setting that a search finds.
 
     python benchmarks/adaptive.py --max_steps 128
     python benchmarks/adaptive.py --model FOLDER_OR_FILE --draft_weights int4 --max_steps 128
 
-On questions (chat), on prompts of HumanEval (code) and on text to be repeated or changed a little (repeat),
-in one process on one loaded model, prompt by prompt in turns. Fixed settings are searched for on the first
-prompts of each workload: exits and draft lengths, by the model's own layers and by the copy that
---draft_weights asks for, with and without lookups. The best of them and adaptive decoding then answer all
-prompts. Adaptive decoding goes on with what it has learnt, as in a program that answers one prompt after the
-other; it begins with nothing at the start of a workload.
+For each workload (questions, prompts of HumanEval, text to repeat, ...), in one process on one loaded
+model, sides alternating prompt by prompt: the search tries fixed settings on the first prompts (exits and
+draft lengths, the model's own layers and the copy of --draft_weights, with and without n-gram drafts). Its
+best ones and adaptive decoding then answer all prompts. Adaptive decoding learns from prompt to prompt, and
+begins each workload with nothing learned.
 
-*x* is how many times as fast as autoregressive decoding a side decodes, the median over all prompts, with
-its middle half; *first* that of the first prompt; *of best* that of adaptive decoding against the best fixed
-setting; *sums* all tokens by all time. The last line is one JSON object.
+*x* is the decode speed-up over autoregressive decoding, the median over all prompts, with its middle half;
+*first* that of the first prompt; *of best* that of adaptive decoding over the best fixed setting; *sums*
+all tokens by all time. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from measures.metrics import by_source, quartiles
-from measures.sides import ADAPTIVE, PLAIN, Answers, in_turns, ours, strategies
-from measures.workloads import NAMES, workloads
+from benchmarks.sides import ADAPTIVE, PLAIN, Answers, draft_stats, in_turns, ours, strategies
+from benchmarks.workloads import NAMES, workloads
+from measures.metrics import quartiles
 from runs.heading import heading
 from runs.program import run
 from runs.records import describe, describe_model
@@ -49,11 +48,11 @@ class AdaptiveArguments:
     workloads: list[str] = field(default_factory=lambda: list(NAMES))
     """Which: chat, code, repeat, translate, summarise, question, maths, retrieve."""
     picking: list[str] = field(default_factory=lambda: ["greedy", "sampled"])
-    """How tokens are picked: greedy, sampled, or both."""
+    """greedy, sampled, or both."""
     num_prompts: int | None = None
     """Prompts of each workload; without it, all."""
     rounds: int = 1
-    """How often each prompt is answered by each side."""
+    """Answers of each side to each prompt."""
     lengths: list[int] = field(default_factory=lambda: [2, 4, 8])
     """Draft lengths of the fixed settings."""
     searched: int = 2
@@ -70,7 +69,7 @@ class AdaptiveArguments:
 def fixed_settings(
     config: GenerationConfig, num_layers: int, lengths: Sequence[int]
 ) -> dict[str, GenerationConfig]:
-    """The grid, by name: exits at a twelfth to a third of the layers, and for a copy all of them as well."""
+    """Name -> setting: exits at a twelfth to a third of the layers, and all layers of a copy."""
     exits = sorted({max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 4, 1 / 3)})
     kinds: dict[DraftWeights, None] = dict.fromkeys(("exact", config.draft_weights))
     return {
@@ -85,21 +84,21 @@ def fixed_settings(
 
 
 def ratios(turns: Sequence[Mapping[str, Answers]], side: str, other: str) -> list[float]:
-    """How many times as fast a side decodes as another one, prompt by prompt."""
+    """Decode speed-up of one side over another, prompt by prompt."""
     return [
         each[side].decode_tokens_per_second / each[other].decode_tokens_per_second
         for each in turns
-        if each[side].num_decoded and each[other].num_decoded  # an answer of one token took no decoding
+        if each[side].num_decoded and each[other].num_decoded
     ]
 
 
 def typical(values: Sequence[float]) -> float:
-    """Their geometric mean; 0 where nothing was decoded."""
+    """The geometric mean; 0 if nothing was decoded."""
     return statistics.geometric_mean(values) if values else 0.0
 
 
 def of_sums(turns: Sequence[Mapping[str, Answers]], side: str) -> float:
-    """Tokens per second, all decoded tokens by all time, in which long answers count more."""
+    """All decoded tokens by all time."""
     own = [each[side] for each in turns]
     return sum(a.num_decoded for a in own) / sum(a.total_time - a.prefill_time for a in own)
 
@@ -145,7 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "high": high, "first": each[0] if each else None,
                     "of best": statistics.median(paired) if paired else None,
                     "sums": of_sums(turns, name) / of_sums(turns, PLAIN),
-                    "sources": sources([turn[name] for turn in turns]),
+                    "sources": {
+    source: counts._asdict()
+    for source, counts in draft_stats([turn[name] for turn in turns]).by_source.items()
+},
                 }
             )  # fmt: skip
         show(rows[-1 - len(found) :])
@@ -154,14 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def sources(answers: Sequence[Answers]) -> dict[str, dict[str, int]]:
-    """Source -> rounds, drafted and accepted tokens of all answers."""
-    of_results = (each.drafts_by_source or {} for answer in answers for each in answer.results)
-    return by_source({source: counts._asdict() for source, counts in each.items()} for each in of_results)
-
-
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The sides of one workload, and where the drafts of adaptive decoding came from."""
+    """Print the sides of one workload, and the draft sources of adaptive decoding."""
     table = pandas.DataFrame(rows).drop(columns=["sources"])
     print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
     for source, counts in rows[0]["sources"].items():

@@ -1,25 +1,23 @@
-"""What a GPU makes of it: one model a run, one table, in at most nine minutes, without a checkpoint.
+"""One table of decoding on a GPU: one model a run, in at most nine minutes, without a checkpoint.
 
     python benchmarks/gpu.py --model_shape Llama-3.2-1B
     python benchmarks/gpu.py --dry True      # on a CPU: a tiny model, compiled passes traced only
 
-A Llama of random weights in bf16, in the shape of a real one; its early exit agrees with it about as often as
-those of the published LayerSkip checkpoints do. It answers prompts of random ids by `generate` of
-transformers, alone and with `assistant_early_exit` (one prompt at a time), and by the strategies here, eager
-and compiled, with its own layers and with the same ones in four bits: in turns, each number of sequences
-compiled right after it was measured eager, and all of a prompt length before the next one. (Llama-3.2-1B ties
-its head to its embedding. Here they are two, which takes more memory and as much reading.)
+The model is a Llama of random weights in bf16 with the shape of a real one. Its early exit agrees with it
+about as often as those of the published LayerSkip checkpoints do. Prompts are random ids. The sides are
+`generate` of transformers, plain and with `assistant_early_exit` (one prompt at a time), and our strategies,
+eager and compiled, with the model's own layers and with an int4 copy of them. Sides alternate. (Llama-3.2-1B
+ties its head to its embedding; here they are two.)
 
-Columns, about decoding alone, without the passes over prompts: *tokens/s*, of all sequences together; *x
-ours*, *x hf*: times as fast as eager autoregressive decoding here, and as transformers; *limit*: the share of
-the memory's bandwidth, as a copy on the device finds it, that reading weights, keys and values took, without
-drafts; *accept*: drafted tokens that were accepted; *reads* from the GPU and *kernels* for each token, of all
-sequences together; *GiB*: the most memory held; *ids*: = where every token is the model's choice in fp32 or a
-near-tie, else how many are not.
+The columns are about decoding without prefill: *tokens/s* of all sequences together; *x ours*, *x hf*:
+speed-up over eager autoregressive decoding and over transformers; *limit*: the share of the memory bandwidth
+(of a copy on the device) that reading weights, keys and values takes, without drafts; *accept*: accepted /
+drafted tokens; *reads* from the GPU and *kernels* per token of all sequences; *GiB*: peak memory; *ids*: = if
+every token is the model's choice in fp32 or a near-tie, else the number of the others.
 
-After --minutes it ends wherever it is, and so it does on Ctrl-C; what was measured by then is printed and
-saved in a folder of --output_dir, as it is after every part. A side that fails costs its own row. The last
-line is one JSON object. Exit status 1 where an id is wrong or a side failed.
+The run ends after --minutes, or on Ctrl-C. It prints each row and saves it in a folder of --output_dir as it
+comes. A side that fails costs its own row. The last line is one JSON object. Exit status 1: an id is wrong or
+a side failed.
 """
 
 from __future__ import annotations
@@ -46,10 +44,8 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, at_least, check, parse, refuse
-from data import one_line
-from measures.comparison import Judged, judge_greedy
-from measures.metrics import peak_memory_mib
-from measures.sides import (
+from benchmarks.inspection import Judged, Work, judge_greedy, work_per_token
+from benchmarks.sides import (
     ADAPTIVE,
     COPY,
     EARLY_EXIT,
@@ -58,24 +54,23 @@ from measures.sides import (
     TRANSFORMERS,
     Answers,
     Side,
-    accepted,
     compiled,
-    early_exit,
+    draft_stats,
     ours,
     rotated,
     strategies,
     theirs,
     tokens_per_pass,
 )
-from measures.synthetic import random_llama
+from benchmarks.synthetic import random_llama
+from data import one_line
+from measures.metrics import peak_memory_mib
 from measures.timed_runs import run_every_pass
-from measures.work import Work, work_per_token
 from runs.program import run
 from runs.records import Record, Run, Writer, describe
 from self_speculation import fuse, make_strategy
 
-# How often the exit picks the model's own token. Of 6 drafted tokens, 70 % are accepted then.
-_AGREEMENT = 0.9
+_AGREEMENT = 0.9  # of exit and model; then 70 % of 6 drafted tokens are accepted
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class GpuArguments:
     model_shape: str = "Llama-2-7B"
     """Llama-2-7B, Llama-3.2-1B or Llama-3-8B."""
     prompts: list[int] = field(default_factory=lambda: [128, 2081])
-    """Tokens of the prompts; the last piece of the longer one has 33, one more than masks are aligned to."""
+    """Tokens of the prompts; the last chunk of 2081 has 33, one more than masks are aligned to."""
     batch_size: list[int] = field(default_factory=lambda: [1, 8])
     """Sequences at a time."""
     sample: bool = False
@@ -121,13 +116,13 @@ class GpuArguments:
     rounds: int = 2
     """Batches of each kind; each side answers them in turn."""
     minutes: float = 8.5
-    """After so many it ends with what it has; at most 8.5."""
+    """The run ends after so many; at most 8.5."""
     dry: bool = False
-    """On the CPU: a tiny model, prompts a sixteenth as long, answers an eighth: to see the program run."""
+    """Try the program on a CPU: a tiny model, prompts a sixteenth as long, answers an eighth."""
     seed: int = 0
-    """Of weights, prompts and draws."""
+    """Of weights, prompts and sampling."""
     output_dir: str = "./logs"
-    """Where the folder with the rows goes."""
+    """The folder of the run goes in here."""
 
     def __post_init__(self) -> None:
         check(self, "model_shape", self.model_shape in SHAPES, f"must be one of {', '.join(SHAPES)}")
@@ -141,7 +136,7 @@ class GpuArguments:
 
 @dataclass(frozen=True)
 class Task:
-    """One part of the table: what all its sides are given."""
+    """One part of the table: the input of all its sides."""
 
     model: Any
     config: GenerationConfig  # of self-speculation
@@ -155,20 +150,21 @@ class Task:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Prompt length and batch size, which eager and compiled rows have in common."""
+        """Prompt length and batch size."""
         return len(self.batches[0][0]), self.size
 
+    def strategy(self, name: str, config: GenerationConfig) -> GenerationConfig:
+        return strategies(config, config.exit_layer)[name]
+
     def make(self, name: str, **changes: Any) -> Side:
-        """A side, if so with other settings."""
+        """The side with changed settings."""
         config = replace(self.config, **changes)
-        if name == TRANSFORMERS:
-            return theirs(self.model, [], config, self.size)
-        if name == EARLY_EXIT:
-            return early_exit(self.model, [], config)
-        return ours(self.model, [], strategies(config, config.exit_layer)[name], self.size)
+        if name in (TRANSFORMERS, EARLY_EXIT):
+            return theirs(name, self.model, [], config, self.size)
+        return ours(self.model, [], self.strategy(name, config), self.size)
 
     def names(self) -> list[str]:
-        if self.compiled:  # a copy's passes are not compiled, and adaptive decoding takes passes of all exits
+        if self.compiled:  # passes of a copy are not compiled; adaptive decoding needs passes of all exits
             return [PLAIN, SPECULATIVE]
         alone = [EARLY_EXIT] if self.size == 1 else []
         return [TRANSFORMERS, *alone, PLAIN, SPECULATIVE, COPY, ADAPTIVE]
@@ -176,7 +172,7 @@ class Task:
 
 @dataclass
 class Measured:
-    """What was seen of one side."""
+    """The figures of one side."""
 
     answers: list[Answers] = field(default_factory=list)
     work: Work | None = None
@@ -187,17 +183,17 @@ class Measured:
 
 
 def measure(task: Task, found: dict[str, Measured]) -> None:
-    """Every side warmed up, timed in turns, and its greedy ids judged.
+    """Warm up every side, time all in turns, and judge their greedy ids.
 
     Args:
-        found: what is seen goes in here at once, so that it is there however this ends.
+        found: filled at once, so that an interruption keeps the figures.
     """
     model, device = task.model, task.model.device
     found |= {name: Measured() for name in task.names()}
     sides: dict[str, Side] = {}
 
     def attempt(name: str, call: Callable[[], None]) -> None:
-        """A side that fails is left out from then on, whatever it raises."""
+        """Leave a side out after its first error."""
         if found[name].error is None:
             try:
                 call()
@@ -209,7 +205,7 @@ def measure(task: Task, found: dict[str, Measured]) -> None:
         if name in (TRANSFORMERS, EARLY_EXIT):
             task.make(name, max_steps=8)(batch)
         else:
-            config = strategies(task.config, task.config.exit_layer)[name]
+            config = task.strategy(name, task.config)
             strategy = make_strategy(config.generation_strategy)
             run_every_pass(strategy, model, batch[0], config, task.size)
         if name == EARLY_EXIT:
@@ -246,7 +242,7 @@ def measure(task: Task, found: dict[str, Measured]) -> None:
         for name in rotated(list(found), turn):
             torch.manual_seed(task.seed + turn)
             attempt(name, partial(answer, name, batch))
-    for name in found:  # the speeds are there: what comes now may be cut short
+    for name in found:  # last: the deadline may cut this short
         if device.type == "cuda":
             attempt(name, partial(watch, name))
         if not task.config.sample:
@@ -254,7 +250,7 @@ def measure(task: Task, found: dict[str, Measured]) -> None:
 
 
 class Table:
-    """Rows as they come: printed, and written to the folder of the run."""
+    """Prints rows as they come, and writes them to the run's folder."""
 
     def __init__(self, writer: Writer, bandwidth: float) -> None:
         self.rows: list[Record] = []
@@ -262,7 +258,7 @@ class Table:
         self._speeds: dict[tuple[Any, ...], list[float]] = {}  # by place, compiled and side
 
     def add(self, task: Task, found: dict[str, Measured]) -> None:
-        """A row for each side that answered something or failed."""
+        """A row for each side with figures or an error."""
         length, size = task.place
         place = {"prompt": length, "batch_size": size, "compiled": task.compiled}
         shown = [row["side"] for row in self.rows if place.items() <= row.items()]
@@ -282,7 +278,7 @@ class Table:
 
     def _figures(self, task: Task, name: str, seen: Measured) -> Record:
         speed = statistics.median(self._speeds[task.place, task.compiled, name])
-        _, acceptance = accepted(seen.answers)
+        acceptance = draft_stats(seen.answers).acceptance_rate
         if seen.tokens_per_pass is not None:
             acceptance = (seen.tokens_per_pass - 1) / task.config.num_speculations
         plain = name in (TRANSFORMERS, PLAIN)
@@ -300,16 +296,14 @@ class Table:
         }
 
     def _ratio(self, task: Task, side: str, other: str) -> float | None:
-        """To an eager side, the median over the turns that both have answered."""
+        """Median ratio to an eager side over the turns of both."""
         own = self._speeds[task.place, task.compiled, side]
         pairs = zip(own, self._speeds.get((task.place, False, other), []), strict=False)
         return statistics.median(ratios) if (ratios := [a / b for a, b in pairs]) else None
 
 
 def bytes_per_token(task: Task) -> float:
-    """That one step without drafts reads for each row: a share of the weights, and its own keys and values at
-    middle length.
-    """
+    """Read by a plain step per row: its share of the weights, and keys and values of half an answer."""
     model, shape = task.model, task.model.config
     weights = sum(p.nbytes for p in [*model.base_model.layers.parameters(), *model.lm_head.parameters()])
     context = task.place[0] + task.config.max_steps / 2
@@ -317,7 +311,7 @@ def bytes_per_token(task: Task) -> float:
     return weights / task.size + cache * context
 
 
-# Of a row: heading, width, format; a line has 80 columns.
+# Field of a row -> heading, width, format; a line has 80 columns.
 _COLUMNS = {
     "tokens/s": ("tokens/s", 9, ".1f"),
     "x ours": ("x ours", 7, ".2f"),
@@ -332,7 +326,6 @@ _HEADING = f"{'':<22}" + "".join(f"{name:>{width}}" for name, width, _ in _COLUM
 
 
 def _shown(row: Record) -> str:
-    """A row as a line of the table."""
     if row["error"]:
         return f"{row['side']:<23} {row['error']}"[:80]
     cells = [
@@ -364,7 +357,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def tasks(args: GpuArguments, device: torch.device) -> Sequence[Task]:
-    """The parts of the table, in the order in which they are measured."""
+    """The parts of the table in order."""
     shape, divisor = (_TINY, 16) if args.dry else (SHAPES[args.model_shape], 1)
     model, agreement = random_llama(shape.config(), shape.exit_layer, _AGREEMENT, device, args.seed)
     fuse(model)
@@ -390,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args,) = parse(__doc__ or "", GpuArguments, args=argv)
     if not args.dry and not torch.cuda.is_available():
         refuse("no GPU on this machine; --dry True runs all of it on a tiny model on the CPU", status=1)
-    # Torch waits at cuDNN's attention for a plan for every new length, which would be timed.
+    # cuDNN's attention would make a plan for every new length, and that would be timed.
     torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu" if args.dry else "cuda")
@@ -419,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 try:
                     with compiled(task.model) if task.compiled else nullcontext():
                         measure(task, found)
-                except Exception as error:  # no compiler, or none of the passes
+                except Exception as error:  # for example: no compiler
                     for name in task.names():
                         found.setdefault(name, Measured(error=described(error)))
                 table.add(task, found)
@@ -427,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             over = time.perf_counter() - started >= 60 * args.minutes
             ended = f"stopped after {args.minutes:g} minutes" if over else "interrupted"
-        except Exception as error:  # no room for the model, or no disk
+        except Exception as error:  # no memory for the model, or no disk space
             ended = described(error)
     if table and task and found:
         table.add(task, found)

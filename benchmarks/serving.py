@@ -1,25 +1,24 @@
-"""Servers that speak the OpenAI protocol, side by side under load: how much text, and how soon?
+"""Throughput and latency of servers with the OpenAI protocol, side by side under load.
 
     python benchmarks/serving.py --model FILE.gguf --generation_strategy adaptive --draft_weights int4 \\
         --max_steps 64
     python benchmarks/serving.py --servers http://127.0.0.1:8000 http://127.0.0.1:9000 --clients 1 4 16
 
-Each client asks one question after the other and is answered greedily, as a stream. How long it waits before
-each is drawn from an exponential distribution, so that questions arrive as a Poisson process. They are in
-turn chat questions, which need a model with a chat template, and code of HumanEval to be completed.
+Each client sends one request after the other and gets a greedy stream. Its pauses are exponentially
+distributed, so requests arrive as a Poisson process. Prompts alternate between chat questions, which need a
+chat template, and code of HumanEval.
 
-Servers take turns: each is started, warmed up, loaded by every number of clients, and ended before the next
-one starts. `here` is serve.py with the flags above that it was given. `transformers` is `transformers serve`
-on the same weights, in each of --formats, without and with --continuous-batching. Each of these is a server
-of its own, since the fastest is another one for each number of clients. They need fastapi, which
-requirements-dev.txt has. A URL is that of a server which runs already; --model has its tokenizer.
+Servers alternate: each one starts, warms up, gets the load of every number of clients, and ends. `here` is
+serve.py with the flags above. `transformers` is `transformers serve` on the same weights, in each of
+--formats, without and with --continuous-batching; each of these is a server of its own, since the fastest
+depends on the number of clients. They need fastapi, which requirements-dev.txt has. A URL names a running
+server; --model has its tokenizer.
 
-*tokens/s* and *chars/s* are all text by the time in which at least one client waited for an answer; tokens
-are counted on the text that came, for all servers alike. *first* is the time to the first text of an answer
-in ms at p50 and p95, *between* that from one piece of text to the next. Below stands, for each number of
-clients, how many times as fast the first server is as the one that is the fastest of the others there, and
-which one that is: the median over rounds, and their range. The table is in serving.csv as well. The last line
-is one JSON object.
+*tokens/s* and *chars/s* are all text by the time in which at least one request was open; the tokenizer of
+--model counts the tokens of all servers. *first* is the time to the first text in ms at p50 and p95,
+*between* the time between pieces of text. The lines below compare the first server with the fastest other
+one for each number of clients: the median over rounds, and their range. serving.csv has the table as well.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,37 +44,37 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from measures.servers import SERVE, started
-from measures.sides import rotated
-from measures.workloads import texts
+from benchmarks.servers import SERVE, started
+from benchmarks.sides import rotated
+from benchmarks.workloads import texts
 from runs.program import run
 from runs.records import Run, describe, describe_model
 from runs.startup import load_generator, model_name
 
 _PEER = "transformers"
-_ANSWERS = 600  # seconds that a server may take to do so
+_ANSWERS = 600  # timeout of a request in seconds
 
 Question = tuple[str, str]  # its workload, and its text
 
 
 @dataclass(frozen=True)
 class ServingArguments:
-    """Who asks whom how much."""
+    """The servers and their load."""
 
     servers: list[str] = field(default_factory=lambda: ["here", _PEER])
-    """here, transformers, or URLs of others; the first is compared with the others."""
+    """here, transformers, or URLs of running servers; the first is compared with the others."""
     formats: list[str] = field(default_factory=lambda: ["float16", "bfloat16"])
-    """Formats of numbers that transformers is run in: float16, bfloat16, float32."""
+    """Formats of transformers: float16, bfloat16, float32."""
     clients: list[int] = field(default_factory=lambda: [1, 8])
-    """Clients at a time, several numbers one after the other."""
+    """Numbers of clients, measured one after the other."""
     questions: int = 4
-    """What each client asks."""
+    """Requests of each client."""
     wait: float = 0.5
-    """Seconds that a client waits before it asks, on average."""
+    """Mean pause of a client before a request, in seconds."""
     workloads: list[str] = field(default_factory=lambda: ["chat", "code"])
-    """What is asked: chat, code."""
+    """Kinds of prompts: chat, code."""
     rounds: int = 2
-    """How often each server is started and measured."""
+    """Starts and measurements of each server."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "clients", "questions", "rounds")
@@ -89,7 +88,7 @@ class ServingArguments:
 
 @dataclass(frozen=True)
 class Answer:
-    """Pieces of text, each with the time when it came."""
+    """Pieces of text with their times of arrival."""
 
     began: float
     pieces: list[tuple[float, str]]
@@ -102,7 +101,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Turn:
-    """All answers of one server to some clients."""
+    """All answers of one server to one number of clients."""
 
     server: str
     clients: int
@@ -111,7 +110,7 @@ class Turn:
 
     @property
     def seconds(self) -> float:
-        """In which at least one client waited for an answer."""
+        """The time in which at least one request was open."""
         total = until = 0.0
         for answer in sorted(self.answers, key=lambda answer: answer.began):
             total += max(0.0, answer.ended - max(answer.began, until))
@@ -125,7 +124,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Clients:
-    """Those of one server."""
+    """The clients of one server."""
 
     connection: openai.AsyncOpenAI
     model: str
@@ -147,7 +146,7 @@ class Clients:
         return Answer(began, pieces, time.perf_counter())
 
     async def talk(self, questions: Sequence[Question], wait: float, seed: int) -> list[Answer]:
-        """Of one client, one question after the other."""
+        """One client's requests, one after the other."""
         pause, answers = random.Random(seed), []
         for question in questions:
             await asyncio.sleep(pause.expovariate(1 / wait))
@@ -155,7 +154,7 @@ class Clients:
         return answers
 
     async def load(self, questions: Iterator[Question], clients: int, each: int, wait: float) -> list[Answer]:
-        """What so many clients are answered to `each` of their questions."""
+        """The answers to so many clients with `each` requests."""
         talks = [self.talk([*itertools.islice(questions, each)], wait, seed) for seed in range(clients)]
         return [*itertools.chain.from_iterable(await asyncio.gather(*talks))]
 
@@ -163,10 +162,10 @@ class Clients:
 async def measure(
     url: str, model: str | None, max_tokens: int, args: ServingArguments
 ) -> dict[int, list[Answer]]:
-    """Number of clients -> what a server answered them, after a warm-up.
+    """Number of clients -> answers of a server, after a warm-up.
 
     Args:
-        model: what the server calls it; without it, the first that it lists.
+        model: its name; None: the first one that the server lists.
     """
     of_each = [[(name, text) for text in texts()[name]] for name in args.workloads]
     questions = itertools.cycle(itertools.chain.from_iterable(zip(*of_each, strict=True)))
@@ -180,10 +179,10 @@ async def measure(
 def commands(
     model_args: ModelArguments, config: GenerationConfig, args: ServingArguments, saved: Path
 ) -> dict[str, list[str] | None]:
-    """Server -> how to start it, in the order of --servers; None: it runs already.
+    """Server -> its command, in the order of --servers; None: it runs already.
 
     Args:
-        saved: folder with the model, as transformers loads it.
+        saved: the folder of the model for transformers.
     """
     given = [
         word
@@ -206,7 +205,7 @@ def commands(
 
 
 def row(turns: Sequence[Turn]) -> dict[str, Any]:
-    """The figures of all turns of one server with so many clients."""
+    """The figures of all turns of one server and number of clients."""
     answers = [answer for turn in turns for answer in turn.answers]
     came = [[answer.began, *(when for when, _ in answer.pieces)] for answer in answers if answer.pieces]
     gaps = [numpy.diff(times) for times in came]
@@ -226,7 +225,7 @@ def row(turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def who_is_ahead(own: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """The row of the first server against that of the fastest other one."""
+    """Compare the row of the first server with that of the fastest other one."""
     other = max(others, key=lambda row: row["tokens/s"])
     ratios = [here / there for here, there in zip(own["speeds"], other["speeds"], strict=True)]
     return {

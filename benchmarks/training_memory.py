@@ -1,11 +1,11 @@
-"""Peaks of resident memory in training: of the loss alone, and of whole steps beside what is estimated.
+"""Peak memory of training, measured on a CPU in fp32, beside the estimates.
 
     python benchmarks/training_memory.py
 
-Each measurement is a process of its own, on the CPU and in fp32. The loss: 5 exits over 2,048 positions and
-the 128,256 tokens of Llama 3, of hidden states that are narrow, so that hardly anything but logits counts;
-once with the logits of all exits together, once by `training.losses`. Whole steps: a small Llama, by all its
-weights, by halves of them (--parallel fsdp, on two ranks), and by an adapter where peft is installed.
+Each measurement is a process of its own. The loss: 5 exits over 2,048 positions and the 128,256 tokens of
+Llama 3, with narrow hidden states; once with the logits of all exits together, once by `training.losses`.
+Whole steps of a small Llama: all weights, sharded over two ranks (--parallel fsdp), and an adapter if peft is
+installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import ModelArguments
-from training.estimates import llama, memory
+from benchmarks.estimates import llama, memory
 from training.flags import OptimizationArguments, RecipeArguments
 from training.from_flags import adapted, trainer_settings
 from training.losses import exit_losses
@@ -43,7 +43,7 @@ BATCH, LENGTH, RANK = 2, 512, 8
 
 
 def peak_since(before: float) -> float:
-    """MiB of this process at its peak above what it had before."""
+    """Peak MiB of this process above `before`."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
@@ -100,13 +100,13 @@ def steps(way: str) -> float:
 
 
 def measured(*case: str) -> float:
-    """By a process of its own, or two of them, of which the larger counts."""
-    # Freed tensors go back to the system at once, so that what is resident is what is used.
+    """Run a case in a process of its own; the larger one of two ranks counts."""
+    # Return freed tensors to the system at once, so that resident memory is used memory.
     own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if "fsdp" in case else []
     command = [sys.executable, *launcher, __file__, *case]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
-    if done.returncode == -signal.SIGKILL:  # by the system, which had no more
+    if done.returncode == -signal.SIGKILL:  # out of memory
         return math.inf
     if done.returncode:
         sys.exit(done.stderr)

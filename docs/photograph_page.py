@@ -1,9 +1,9 @@
-"""Photograph the page of serve.py while an answer is written, its drafts visible.
+"""Take a screenshot of serve.py's page during an answer, with visible drafts.
 
     python docs/photograph_page.py docs/serve.png --model FILE.gguf [other arguments of serve.py]
 
-Needs requirements-dev.txt and Debian's package chromium. The last answer is caught in a moment when drafts
-wait for their verification. The answers are long so that their speeds can be compared: use an idle machine.
+Needs requirements-dev.txt and Debian's package chromium. The screenshot shows unverified drafts of the last
+answer. The answers are long so that their speeds can be compared: use an idle machine.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from playwright.sync_api import Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from measures.servers import SERVE, started
+from benchmarks.servers import SERVE, started
 
 WIDTH, HEIGHT, SCALE = 900, 900, 1.5
-# A copy of all layers drafts, and always: adaptive decoding would depend on how busy the machine is.
+# A fixed strategy: adaptive decoding depends on the load of the machine.
 DEFAULT_ARGUMENTS = [
     *("--generation_strategy", "self_speculative", "--exit_layer", "30", "--num_speculations", "5"),
     *("--draft_weights", "int4", "--sample", "False", "--served_name", "SmolLM2-135M-Instruct"),
@@ -32,7 +32,7 @@ QUESTIONS = {  # with drafts, or without
     "Write a Python function that counts the words of a text.": True,
     "Give me five tips for sleeping better.": True,
 }
-# The answer goes on, but into elements that are no longer shown.
+# Replace the page with a copy, so that later tokens do not show.
 FREEZE = """() => {
   const answer = document.querySelector(".turn:last-child .answer");
   const drafted = answer.querySelector(".draft")?.textContent ?? "";
@@ -50,7 +50,7 @@ def main() -> None:
         page = browser.new_page(
             viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=SCALE, color_scheme="dark"
         )
-        page.set_default_timeout(300_000)  # ms: also on a busy machine
+        page.set_default_timeout(300_000)  # ms
         page.goto(address)
         ask(page, WARM_UP)
         page.get_by_role("button", name="Send").wait_for()

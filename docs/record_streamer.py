@@ -2,9 +2,9 @@
 
     python docs/record_streamer.py docs/streamer.gif --model FILE.gguf [other arguments of generate.py]
 
-Needs requirements-dev.txt. While the program runs, nothing is drawn: that would take processor time from it,
-and the recording would show a slower program. What came within a frame of the GIF is one picture, so that
-the film lasts as long as the program did. The last line is one JSON object.
+Needs requirements-dev.txt. Drawing begins after the program has ended, since it would slow it down. One frame
+of the GIF has all output of its time, so the film lasts as long as the program. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS, LINES, FONT_SIZE = 84, 20, 15
 FRAME = 0.04  # seconds; viewers slow down what is faster than 0.02
-LAST = 4.0  # seconds that the last picture stays
+LAST = 4.0  # duration of the last frame in seconds
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
 BACKGROUND = "#1d2026"
-# The demo of the Makefile without its comparison, which nobody watches; the model is its own argument.
+# The demo of the Makefile without its comparison.
 DEFAULT_ARGUMENTS = [
     *("--chat", "True", "--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
     *("--generation_strategy", "adaptive", "--draft_weights", "int4"),
@@ -35,7 +35,7 @@ DEFAULT_ARGUMENTS = [
 
 
 def record(arguments: list[str]) -> list[tuple[float, str]]:
-    """What the program wrote, and when, in seconds since it wrote first."""
+    """The program's output: seconds since the first output, text."""
     script = str(Path(__file__).parent.parent / "generate.py")
     child = pexpect.spawn(
         sys.executable, [script, *arguments], dimensions=(LINES, COLUMNS), encoding="utf-8", timeout=300,
@@ -55,7 +55,7 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
 
 
 def film(written: list[tuple[float, str]]) -> tuple[list[Image.Image], list[int]]:
-    """Pictures of the terminal, and the milliseconds that each is seen."""
+    """Frames of the terminal, and their durations in ms."""
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.Stream(screen)
     pictures, numbers = [], []

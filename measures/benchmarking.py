@@ -1,16 +1,17 @@
-"""What benchmark.py does with its examples: decode them, and print one table of speed, drafts and text."""
+"""The work of benchmark.py: decode examples, then print one table of speed, drafts and text quality."""
 
 from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from measures import metrics, remarks
+from measures import metrics
 from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
@@ -22,6 +23,8 @@ from runs.status import busy_processor, says_if_slow
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.traced_runner import trace_at_once
 
+_TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
+
 
 @dataclass
 class Benchmark(Job):
@@ -29,8 +32,8 @@ class Benchmark(Job):
 
     Args:
         compare: decode each example autoregressively as well, in turn.
-        execute_code: run the answers, which are programs for HumanEval, for pass@1.
-        verbose: print prompts and answers.
+        execute_code: run the completions of HumanEval for pass@1.
+        verbose: print prompts and completions.
     """
 
     compare: bool
@@ -53,67 +56,63 @@ class Benchmark(Job):
 
     def _record(self, index: int, measured: Record) -> Record:
         example = self.examples[index]
-        record = {"prompt": example.prompt, "reference": example.reference, **measured}
         if self.verbose:
-            tqdm.write(f"--- {index}\n{example.prompt}\n--> {record['prediction']}\n", file=sys.stdout)
-        return record
+            tqdm.write(f"--- {index}\n{example.prompt}\n--> {measured['prediction']}\n", file=sys.stdout)
+        return {"prompt": example.prompt, "reference": example.reference, **measured}
 
     def progress(self, records: Sequence[Record]) -> str:
         own = [record for record in records if record["rank"] == ranks.rank()]
         text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s{ranks.alone()}"
-        if "num_verifications" in records[-1]:
-            text += f", acceptance {_number(metrics.acceptance(own)['acceptance_rate'], '.1%')}"
+        if "drafts" in records[-1]:
+            text += f", acceptance {_number(metrics.draft_stats(own).acceptance_rate, '.1%')}"
         return text
 
     def conclude(self, run: Run, records: list[Record]) -> int:
+        model = self.generator.model
+        sizes = sorted({record["batch_size"] for record in records})
         summary: Record = {
             "num_examples": len(records),
-            "batch_sizes": sorted({record["batch_size"] for record in records}),
+            "batch_sizes": sizes,
             "num_ranks": len({record["rank"] for record in records}),
             "remarks": [],
         }
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
-        if "num_verifications" in records[0]:
-            summary["acceptance"] = metrics.acceptance(records)
+        if "drafts" in records[0]:
+            summary["acceptance"] = metrics.acceptance(metrics.draft_stats(records))
         if self.compare:
             summary["comparison"] = metrics.speedup(records, BASELINE) | self._predicted_speedup(records)
-            if not self.config.greedy:  # two draws: equal ones would say nothing
+            if not self.config.greedy:
                 summary["comparison"]["identical_outputs"] = None
-            summary["remarks"] = remarks.on_speedup(summary["comparison"], _unit(summary))
-        model = self.generator.model
-        times = [
-            sum(
-                record.get(f"{prefix}{name}_time", math.inf)
-                for record in records
-                for prefix, *_ in self._sides
-            )
-            for name in ("processor", "wall")
-        ]
-        if (busy := busy_processor(model, *times)) is not None:
+            summary["remarks"] = remarks(summary["comparison"], _unit(summary))
+        processor, wall = (
+            sum(record.get(f"{prefix}{name}", math.inf) for record in records for prefix, *_ in self._sides)
+            for name in ("processor_time", "wall_time")
+        )
+        if (busy := busy_processor(model, processor, wall)) is not None:
             summary["remarks"].append(busy)
-        sources = summary.get("acceptance", {}).get("drafts_by_source") or {}
-        if self.config.is_adaptive and sources.keys() <= {"none"}:
-            sizes = " and ".join(map(str, summary["batch_sizes"]))
+        if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             summary["remarks"].append(
-                f"adaptive decoding made no drafts: none promised a gain at batch size {sizes}"
+                "adaptive decoding made no drafts: none promised a gain at batch size "
+                + " and ".join(map(str, sizes))
             )
         predictions = [record["prediction"] for record in records]
         summary["text"] = text_quality(predictions, [record["reference"] for record in records])
         if self.execute_code:
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
             summary["text"]["pass_at_1"] = pass_at_1([example.row for example in self.examples], predictions)
-        summary["peak_memory_mib"] = metrics.peak_memory_mib(self.generator.model.device)
+        summary["peak_memory_mib"] = metrics.peak_memory_mib(model.device)
         run.finish(records, summary)
-        print(f"{heading(run.description)}\n")
-        print("\n".join([*_table(summary), *remarks.lines(summary["remarks"])]))
+        print("\n".join([heading(run.description), "", *_table(summary)]))
+        for remark in summary["remarks"]:
+            print("\n" + textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False))
         print(f"\n{run.folder}/: run.json, records.jsonl")
         return 0
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
-        """By the formula, which is about single sequences that draft with one exit layer and one length."""
-        alpha = metrics.token_acceptance(records)
-        if self.batch_size > 1 or self.config.generation_strategy == "adaptive":
+        """By the formula, which holds for one sequence, one exit layer and one draft length."""
+        alpha = metrics.draft_stats(records).token_acceptance
+        if self.batch_size > 1 or self.config.is_adaptive:
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
         exit_layer, k = self.config.exit_layer, self.config.num_speculations
         drafts = (exit_layer, self.config.draft_weights, self.config.draft_vocabulary)
@@ -125,8 +124,33 @@ class Benchmark(Job):
         }
 
 
+def remarks(compared: Record, unit: str) -> list[str]:
+    """Warnings about a speed-up that chance or a stall may have made.
+
+    Args:
+        compared: by `metrics.speedup`.
+        unit: what a window is called, in the plural.
+    """
+    median, totals, interval = (compared[f"speedup{of}"] for of in ("", "_of_totals", "_interval"))
+    if median is None:
+        return ["no example has an answer by both strategies: there is nothing to compare"]
+    found = []
+    if interval is None:
+        found.append(f"fewer than five {unit}: too few to tell a gain from chance")
+    elif interval[0] <= 1 <= interval[1]:
+        found.append(
+            f"these {unit} do not tell which strategy is faster: the 90 % confidence interval of the median "
+            f"is {interval[0]:.2f} to {interval[1]:.2f}"
+        )
+    if max(median / totals, totals / median) > _TOTALS_DISAGREE:
+        found.append(
+            f"totals say {totals:.2f} and the median of {unit} {median:.2f}: slow and long {unit} dominate "
+            "totals"
+        )
+    return found
+
+
 def _unit(summary: Record) -> str:
-    """What a window is."""
     return "examples" if summary["batch_sizes"] == [1] else "windows"
 
 
@@ -136,11 +160,11 @@ def _table(summary: Record) -> list[str]:
     def row(name: str, *values: Any, style: str = ".2f") -> str:
         return f"{name:<36}" + "".join(f"{_number(value, style):>16}" for value in values)
 
-    unit, num_ranks = _unit(summary), summary["num_ranks"]
+    unit, several = _unit(summary), summary["num_ranks"] > 1
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
-    several, batches = num_ranks > 1, ", ".join(map(str, summary["batch_sizes"]))
-    # A run that went on with another batch size has several, of which the heading knows the last.
-    title = f"{summary['num_examples']} examples" + (f", batches of {batches}" if "," in batches else "")
+    title, batches = f"{summary['num_examples']} examples", ", ".join(map(str, summary["batch_sizes"]))
+    if "," in batches:  # a resumed run; the heading has its last batch size
+        title += f", batches of {batches}"
     rows = [row(title, *["this strategy", "autoregressive"][: len(sides)])]
     if compared := summary.get("comparison"):
         middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
@@ -155,7 +179,7 @@ def _table(summary: Record) -> list[str]:
             rows.append(row("  what the formula allows", compared["predicted_decode_speedup"]))
         if (identical := compared["identical_outputs"]) is not None:
             rows.append(row("identical outputs", f"{identical} of {summary['num_examples']}"))
-    by_whom = f"{num_ranks} ranks together" if several else "all tokens by wall time"
+    by_whom = f"{summary['num_ranks']} ranks together" if several else "all tokens by wall time"
     alone = "median answer" if unit == "examples" else "beside other rows"
     for name, key, style in (
         (f"tokens/s, {by_whom}", "tokens_per_second", ".2f"),

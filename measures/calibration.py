@@ -1,18 +1,19 @@
-"""What the parts of a round cost on this machine, for a predicted sweep.
+"""The measured costs of a round's parts, for a predicted sweep.
 
-Knows nothing of acceptance or of text: it times passes after a context of some length, in turns.
+It times passes after a context of some length, in turns; it knows nothing of acceptance or text.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig
@@ -26,8 +27,8 @@ from self_speculation.model.model_runner import forward, forward_early
 # Draft lengths whose verification is timed. Compiled passes have widths of powers of two, so their cost jumps
 # after 0, 1, 3, 7 and 15.
 _LENGTHS = (0, 1, 2, 3, 4, 7, 8, 15, 16)
-# Exit layers at which a draft step is timed, at most; and steps of one kind in a row, as a draft has them.
-_EXITS, _STEPS = 5, 4
+_EXITS, _STEPS = 5, 4  # exit layers whose draft step is timed, at most; steps in a row, as in a draft
+_TURNS, _PATIENCE = 20, 30.0  # turns at most, with those of the warm-up; seconds after which no turn begins
 
 
 @torch.inference_mode()
@@ -37,29 +38,23 @@ def calibrate(
     exit_layers: Sequence[int],
     context: int,
     longest: int,
-    patience: float,
-    most_turns: int,
-    advance: Callable[[], object],
 ) -> list[Costs]:
-    """What rounds cost after a context of so many positions, in seconds: once for each turn.
+    """The costs of rounds after `context` positions, in seconds: once for each turn.
 
-    Each turn times a plain step, draft steps, and verifications with what goes with them: sampling, and the
-    read of what was accepted. In between, costs are interpolated linearly.
+    Each turn times a plain step, draft steps, and verifications with sampling and the read of the accepted
+    tokens. Costs in between are interpolated linearly.
 
     Args:
-        config: how tokens are picked, and by what weights and vocabulary drafts are made.
-        exit_layers: the exits that are asked about, in ascending order.
-        longest: the most tokens of a draft.
-        patience: seconds, after which no other turn begins.
-        most_turns: turns at most; the first ones warm up and do not count.
-        advance: called after each turn.
+        config: settings of sampling, weights and vocabulary of drafts.
+        exit_layers: in ascending order.
+        longest: the longest draft.
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
     runner = make_runner(model, context, context + longest + _STEPS, longest + 1, 1)
     short_head = short_head_of(runner, config, exit_layers[-1])
     drafter = make_drafter(runner, exit_layers[-1], config.draft_weights, short_head)
     ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)
-    forward(runner, ids[:, :1])  # the cache takes its place
+    forward(runner, ids[:, :1])  # allocates the cache
 
     def now() -> float:
         synchronize(model)
@@ -75,7 +70,7 @@ def calibrate(
     def draft_step(exit_layer: int) -> float:
         runner.cache.pretend([context])
         tokens = ids[:, :1]
-        forward(runner, tokens)  # a draft follows a pass through all layers
+        forward(runner, tokens)  # as before a real draft
         started = now()
         for _ in range(_STEPS):
             tokens = sampler(forward_early(drafter, tokens, exit_layer).logits[:, 0]).tokens[:, None]
@@ -84,10 +79,10 @@ def calibrate(
     def verification(exit_layer: int, k: int) -> float:
         runner.cache.pretend([context])
         inputs, states = ids[:, : k + 1], list[Tensor]()
-        if exit_layer and k:  # what the draft leaves, in one pass
+        if exit_layer and k:  # the exit states of a draft, in one pass
             states.append(forward_early(runner, ids[:, :k], exit_layer, num_logits=0).hidden)
         started = now()
-        if exit_layer:  # the last drafted token has not been through the first layers
+        if exit_layer:  # the last drafted token
             states.append(forward_early(runner, ids[:, :1], exit_layer, num_logits=0).hidden)
             inputs = torch.cat(states, 1)  # [1, k+1, H]
         choice = sampler(runner.run(inputs, exit_layer, num_layers, k + 1).logits[0]).tokens  # [k+1]
@@ -99,7 +94,7 @@ def calibrate(
     lengths = [*(k for k in _LENGTHS if k < longest), longest]
     indices = numpy.linspace(0, len(exit_layers) - 1, min(_EXITS, len(exit_layers))).round().astype(int)
     drafted = [exit_layers[index] for index in indices]
-    # A copy leaves nothing to go on from: all layers verify, whatever its exit.
+    # A copy's exit states are of no use: all layers verify.
     verified = sorted({exit_layers[0], exit_layers[-1]}) if config.draft_weights == "exact" else [0]
 
     def turn() -> Costs:
@@ -118,18 +113,19 @@ def calibrate(
 
     warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()
     started = time.perf_counter()
-    for _ in range(most_turns):
-        if len(turns) > warm_up and broadcast_from_rank0(model, time.perf_counter() - started > patience):
-            break
-        turns.append(turn())
-        advance()
+    with tqdm(total=_TURNS, desc="calibration") as bar:
+        while len(turns) < _TURNS:
+            late = time.perf_counter() - started > _PATIENCE
+            if len(turns) > warm_up and broadcast_from_rank0(model, late):
+                break
+            turns.append(turn())
+            bar.update()
+        bar.total = bar.n
     return broadcast_from_rank0(model, turns[warm_up:])
 
 
 def medians(turns: Sequence[Costs]) -> Costs:
-    """The medians of all turns. Parts are compared as multiples of their own turn's plain step: the machine
-    may have been slower in another turn.
-    """
+    """The medians of all turns, relative to each turn's plain step: the machine's pace may change."""
     plain_step = statistics.median(costs.plain_step for costs in turns)
 
     def middle(seconds: Iterable[float]) -> float:

@@ -1,4 +1,4 @@
-"""Are two generations the same, and if not, could rounding have made the difference?"""
+"""Compare two generations, and check whether rounding explains their difference."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from self_speculation.model.fused_layers import activation_dtype
 # results round; eps relative to the largest logit. The bounds are twice that.
 _NEAR_TIE_IN_EPS = {torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
-# Times that a token has to be expected in a sample to be counted by itself in a chi-square test.
+# Tokens with a lower expected count in a sample share one cell of the chi-square test.
 _RARE = 5
 
 
 def near_tie_bound(model: PreTrainedModel, largest: Any) -> Any:
-    """The largest gap between two logits that rounding may turn round, by the largest logit."""
+    """The largest gap between two logits that rounding may reverse, given the largest logit."""
     dtype = activation_dtype(model)
     return _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
 
 
 def with_end(result: GenerationStrategyResult) -> list[int]:
-    """Ids of an answer, with the one that ended it."""
+    """Output ids with the end id, if any."""
     return result.predicted_tokens + ([] if result.end_token_id is None else [result.end_token_id])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two outputs part, and what the full model thinks there."""
+    """The first position where two outputs differ, and the full model's logits there."""
 
-    position: int  # of the first token that differs
+    position: int
     best_tokens: tuple[int, int]
     best_logits: tuple[float, float]
     gap: float | None  # best logit minus that of the worse of the two tokens; None: one output has ended
@@ -48,7 +48,6 @@ class Difference:
 
     @property
     def near_tie(self) -> bool:
-        """Rounding could have made either choice."""
         return self.gap is not None and self.gap <= self.bound
 
 
@@ -60,21 +59,21 @@ def find_difference(
     second: list[int],
     processors: Sequence[Callable] = (),
 ) -> Difference | None:
-    """The first position at which two outputs differ; None when they are equal.
+    """The first difference of two outputs; None if they are equal.
 
     Args:
-        first, second: ids, with the id that ended the output where one did.
-        processors: the logits processors that both went through.
+        first, second: output ids with the end id.
+        processors: the logits processors of both.
     """
     if first == second:
         return None
     pairs = enumerate(zip(first, second, strict=False))
     position = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     history = torch.tensor([[*prompt, *first[:position]]], device=model.device)
-    # [1, V], by transformers alone; in float32 where that is what widened weights are multiplied in.
+    # [1, V]: transformers' layers, in the dtype of our activations
     fp32_activations = activation_dtype(model) != model.dtype
     logits = (
-        _exact_logits(model, history, 1) if fp32_activations else model(history, logits_to_keep=1).logits[0]
+        exact_logits(model, history, 1) if fp32_activations else model(history, logits_to_keep=1).logits[0]
     )
     logits = LogitsProcessorList(processors)(history, logits.float())[0]  # [V]
     best = logits.topk(2)
@@ -90,17 +89,14 @@ def find_difference(
 
 
 class SameDistribution(NamedTuple):
-    """A chi-square test that two samples of tokens come from one distribution."""
+    """A chi-square test of two samples of tokens."""
 
     p_value: float
-    num_kinds: int  # of tokens that were told apart; rare ones count as one
+    num_kinds: int  # distinct tokens; rare ones count as one
 
 
 def same_distribution(first: Sequence[int | None], second: Sequence[int | None]) -> SameDistribution:
-    """Test two samples.
-
-    Tokens expected fewer than `_RARE` times in a sample are counted as one; None stands for "ended before".
-    """
+    """Test whether two samples come from one distribution; None stands for an output that has ended."""
     a, b = Counter(first), Counter(second)
     share = min(len(first), len(second)) / (len(first) + len(second))
     common = [token for token in a.keys() | b.keys() if (a[token] + b[token]) * share >= _RARE]
@@ -112,34 +108,11 @@ def same_distribution(first: Sequence[int | None], second: Sequence[int | None])
     return SameDistribution(float(chi2_contingency(table).pvalue) if num_kinds > 1 else 1.0, num_kinds)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Tokens of greedy outputs against the model's choices after the same tokens, computed in fp32."""
-
-    equal: int = 0
-    near_ties: int = 0
-    wrong: int = 0  # others: rounding does not explain them
-
-    def __add__(self, other: Judged) -> Judged:
-        return Judged(self.equal + other.equal, self.near_ties + other.near_ties, self.wrong + other.wrong)
-
-
-def judge_greedy(model: PreTrainedModel, prompt: list[int], output: list[int]) -> Judged:
-    """Every token of a greedy output, however decoded; what a near-tie is depends on the model's dtype."""
-    ids = torch.tensor([[*prompt, *output]], device=model.device)
-    logits = _exact_logits(model, ids[:, :-1], len(output))
-    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
-    gap = logits.amax(-1) - chosen  # [n]
-    bound = near_tie_bound(model, logits.abs().amax(-1))
-    equal, allowed = int((gap == 0).sum()), int((gap <= bound).sum())
-    return Judged(equal, allowed - equal, len(output) - allowed)
-
-
 @torch.inference_mode()
-def _exact_logits(model: PreTrainedModel, ids: torch.Tensor, num_positions: int) -> torch.Tensor:
-    """[1, T] ids -> [n, V] logits in fp32 of the last n positions, by the layers of transformers.
+def exact_logits(model: PreTrainedModel, ids: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """[1, T] ids -> [n, V] fp32 logits of the last n positions, by transformers' layers.
 
-    One layer at a time has its weights in fp32: there is no room for a copy of all.
+    One layer at a time has fp32 weights: there may be no memory for a copy of all.
     """
     base: Any = model.base_model
     hidden = base.embed_tokens(ids).float()  # [1, T, H]

@@ -1,4 +1,4 @@
-"""What correctness.py does with its examples: compare ids of greedy answers, or samples of drafted tokens."""
+"""The work of correctness.py: compare ids of greedy outputs, or samples of the first drafted token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from scipy.stats import combine_pvalues
@@ -26,10 +27,8 @@ from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.families import context_length
 
-# Chance that a right program fails a run with --sample True.
-FALSE_ALARM = 1e-3
-# The first token of an answer comes from the prompt's own pass; drafts begin with the next one.
-_FIRST_DRAFTED = 1
+FALSE_ALARM = 1e-3  # chance that a correct program fails a run with --sample True
+_FIRST_DRAFTED = 1  # the prompt's own pass gives token 0
 
 
 @dataclass
@@ -55,7 +54,6 @@ class Ids(Job):
                     yield index, error
 
     def _compared(self, prompt: list[int], result: GenerationResult | Exception) -> Record:
-        """With what the prompt gives alone; raises what is wrong with either."""
         if isinstance(result, Exception):
             raise result
         tokens = with_end(result.generation_strategy_result)
@@ -63,45 +61,36 @@ class Ids(Job):
         references = {"autoregressive": with_end(plain)}
         if self.reference == "transformers":
             references["transformers"] = self._by_transformers(prompt)
-        return {
-            "num_tokens": len(tokens),
-            "differences": [
-                difference
-                for name, reference in references.items()
-                if (difference := self._difference(prompt, tokens, name, reference))
-            ],
-        }
+        found = (self._difference(prompt, tokens, *reference) for reference in references.items())
+        return {"num_tokens": len(tokens), "differences": [difference for difference in found if difference]}
 
     def progress(self, records: Sequence[Record]) -> str:
         return f"{sum(not record['differences'] for record in records)} of {len(records)} identical"
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         found = [(record["index"], d) for record in records for d in record["differences"]]
-        real = [d for _, d in found if not d["near_tie"]]
+        near_ties = sum(d["near_tie"] for _, d in found)
+        real = len(found) - near_ties
         identical = sum(not record["differences"] for record in records)
         counts = {"examples": len(records), "identical": identical}
-        run.finish(records, counts | {"near_ties": len(found) - len(real), "differences": len(real)})
+        run.finish(records, counts | {"near_ties": near_ties, "differences": real})
         print(heading(run.description))
+        name = self.config.generation_strategy.replace("_", "-")
+        name += f", batches of {self.batch_size}" if self.batch_size > 1 else ""
         for index, d in found:
             print(
                 f"example {index}, token {d['position']}, against {d['reference']}: "
                 f"{'near-tie' if d['near_tie'] else 'DIFFERENCE'}\n"
                 f"  best logits {d['best_logits'][0]:.6g} and {d['best_logits'][1]:.6g}, "
                 f"gap {d['gap'] or 0:.3g}, bound {d['bound']:.3g}\n"
-                f"  {self._strategy}: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
+                f"  {name}: {d['text']!r}\n  {d['reference']}: {d['reference_text']!r}"
             )
         print(f"report: {run.folder}/run.json, records.jsonl")
-        verdict = "FAILED" if real else "passed"
         print(
-            f"{verdict}: {identical} of {len(records)} examples identical, {len(found) - len(real)} near-ties"
-            f", {len(real)} differences that rounding does not explain"
+            f"{'FAILED' if real else 'passed'}: {identical} of {len(records)} examples identical, "
+            f"{near_ties} near-ties, {real} differences that rounding does not explain"
         )
         return 1 if real else 0
-
-    @property
-    def _strategy(self) -> str:
-        name = self.config.generation_strategy.replace("_", "-")
-        return name if self.batch_size == 1 else f"{name}, batches of {self.batch_size}"
 
     def _difference(
         self, prompt: list[int], tokens: list[int], name: str, reference: list[int]
@@ -111,7 +100,7 @@ class Ids(Job):
         if found is None:
             return None
         shown = slice(found.position, found.position + 12)
-        gap = found.gap if found.gap is None or math.isfinite(found.gap) else None  # JSON knows no infinity
+        gap = found.gap if found.gap is None or math.isfinite(found.gap) else None  # JSON has no infinity
         decode = self.generator.tokenizer.decode
         return {
             "reference": name, **dataclasses.asdict(found), "gap": gap, "near_tie": found.near_tie,
@@ -130,32 +119,29 @@ class Ids(Job):
             return torch.tensor([stop(ids[0, len(prompt) :].tolist())], device=ids.device)
 
         ids = torch.tensor([prompt], device=model.device)
-        # The model's own defaults, such as a repetition penalty, are not among the flags.
-        own, model.generation_config = model.generation_config, TransformersGenerationConfig()
-        try:
+        # Drop the model's own defaults, like a repetition penalty: no flag has them.
+        with patch.object(model, "generation_config", TransformersGenerationConfig()):
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                 max_new_tokens=min(config.max_steps, room), eos_token_id=end_ids or None,
                 logits_processor=LogitsProcessorList(config_processors(config, len(prompt))),
                 stopping_criteria=[ends] if config.stop_words else None,
             )  # fmt: skip
-        finally:
-            model.generation_config = own
         return output[0, len(prompt) :].tolist()
 
 
 @dataclass
 class Distributions(OneByOne):
-    """Sampling: the first drafted token must be distributed as without drafts, on every prompt.
+    """Sampling: the first drafted token must have the distribution of plain decoding, on every prompt.
 
     Args:
-        num_samples: answers drawn on each prompt by each strategy.
+        num_samples: completions that each strategy draws on each prompt.
     """
 
     num_samples: int
 
     def __post_init__(self) -> None:
-        # Room for a whole draft: none is cut short at the end of the output.
+        # Room for a whole draft: max_steps cuts none short.
         max_steps = _FIRST_DRAFTED + 1 + max(0, self.config.longest_draft)
         self.config = dataclasses.replace(self.config, max_steps=max_steps)
 
@@ -168,21 +154,22 @@ class Distributions(OneByOne):
     def _draw(
         self, side: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int], name: str
     ) -> list[int | None]:
-        """A sample of the first drafted token; None stands for an answer that ended before it.
+        """A sample of the first drafted token; None stands for a completion that ended before it.
 
-        Each answer has random numbers of its own, so that no batch size changes it.
+        Each completion has a seed of its own, so no batch size changes it.
 
         Args:
-            name: of this sample among all that are drawn.
+            name: unique to this sample.
         """
         seeds = [zlib.crc32(f"{self.seed}, {name}, {i}".encode()) for i in range(self.num_samples)]
         requests = [Request(prompt, seed=seed) for seed in seeds]
-        outputs = []
+        drawn: list[int | None] = []
         for _, result in side.generate_batch(requests, config, self.batch_size):
             if isinstance(result, Exception):
                 raise result
-            outputs.append(with_end(result.generation_strategy_result))
-        return [output[_FIRST_DRAFTED] if len(output) > _FIRST_DRAFTED else None for output in outputs]
+            output = with_end(result.generation_strategy_result)
+            drawn.append(output[_FIRST_DRAFTED] if len(output) > _FIRST_DRAFTED else None)
+        return drawn
 
     def progress(self, records: Sequence[Record]) -> str:
         return f"smallest p-value {min(record['p_value'] for record in records):.3g}"
@@ -191,7 +178,7 @@ class Distributions(OneByOne):
         p_value = float(combine_pvalues([record["p_value"] for record in records]).pvalue)
         failed = p_value < FALSE_ALARM
         run.finish(records, {"p_value": p_value, "false_alarm": FALSE_ALARM, "failed": failed})
-        print(heading(run.description, left_out=("max_steps",)))  # answers end with the first drafts
+        print(heading(run.description, left_out=("max_steps",)))  # __post_init__ replaces it
         for record in records:
             print(
                 f"example {record['index']}: p-value {record['p_value']:.3g}, "

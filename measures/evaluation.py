@@ -1,4 +1,4 @@
-"""One run of lm_eval's own command line with a model that answers by a strategy of this library."""
+"""One run of lm_eval's command line, with a model that generates by a strategy of this library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm_eval.utils import setup_logging
 from arguments import GenerationConfig, ModelArguments, refuse
 from data import one_line
 from measures.harness_model import HarnessModel, Loader, UnsupportedError, request_config
-from measures.metrics import acceptance, speed
+from measures.metrics import draft_stats, speed
 from runs import ranks
 from runs.failures import Failed, reason
 from runs.heading import machine
@@ -34,15 +34,12 @@ def evaluate(
     args: argparse.Namespace,
     counted: Mapping[int, int] | None = None,
 ) -> int:
-    """Let lm_eval evaluate, print and save; then print how fast each task was answered.
+    """Let lm_eval evaluate, print and save; then print the speed of each task. Returns the exit status.
 
     Args:
-        config: exit layer, draft length and whatever else tasks have no settings for.
+        config: settings that tasks do not have, such as the exit layer.
         args: lm_eval's flags, by its own parser.
         counted: as for `load_generator`.
-
-    Returns:
-        The program's exit status.
     """
     meet(model_args)
     model_config = read_config(model_args)
@@ -58,7 +55,7 @@ def evaluate(
 
     def load(batch_size: int | str, max_batch_size: int | None) -> HarnessModel:
         generator = load_generator(model_args, config, model_config, counted=counted)
-        if ranks.is_first():  # above the table of lm_eval, which says the rest
+        if ranks.is_first():  # above lm_eval's table
             print(machine(describe("eval", (), "") | describe_model(model_name(model_args), generator.model)))
         accelerator = None
         if ranks.world_size() > 1:
@@ -88,22 +85,21 @@ def evaluate(
             return 1
         if loader.model is not None and loader.model.has_begun and not isinstance(error, UnsupportedError):
             raise
-        refuse(f"lm_eval: {one_line(error)}")  # flags, tasks and data sets, each with errors of its own
+        refuse(f"lm_eval: {one_line(error)}")  # wrong flags, tasks or data sets
     return 0
 
 
 def _kept(args: argparse.Namespace) -> str:
-    """What there is to go on from."""
     if args.use_cache:
         return "the same command goes on with what --use_cache kept: all answers but sampled ones"
     return "--use_cache PATH would have kept answers to go on from"
 
 
 def _show(records: list[Record]) -> None:
-    """A line for each task that generates: how fast its answers came, and how many drafts were accepted.
+    """Print speed and acceptance of each task that generates.
 
     Args:
-        records: of the answers of all ranks.
+        records: of all ranks.
     """
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -113,10 +109,10 @@ def _show(records: list[Record]) -> None:
         line = f"{task}: {len(own)} answers, {picked}, {speed(own)['tokens_per_second']:.1f} tokens/s"
         if (size := own[0]["batch_size"]) > 1:
             line += f" in batches of {size}"
-        if "num_verifications" in own[0]:
-            accepted = acceptance(own)
+        if "drafts" in own[0]:
+            drafts = draft_stats(own)
             line += (
-                f", acceptance rate {accepted['acceptance_rate'] or 0:.1%}, mean accepted length "
-                f"{accepted['mean_accepted_length'] or 1:.2f}"
+                f", acceptance rate {drafts.acceptance_rate or 0:.1%}, mean accepted length "
+                f"{drafts.mean_accepted_length or 1:.2f}"
             )
         print(line)

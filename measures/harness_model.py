@@ -1,8 +1,7 @@
 """A model of lm-evaluation-harness that answers by a generation strategy of this library.
 
-Log-likelihoods come from the harness's own Hugging Face model; from an early exit where that is what is
-evaluated; and from our layers where weights in 16 bits are multiplied in float32. Knows nothing of flags or
-files.
+The harness's own Hugging Face model computes log-likelihoods, except those of an early exit and those of
+16-bit weights with fp32 activations.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from tqdm import tqdm
 
-from measures.timed_runs import measure_examples, warm_up
+from measures.timed_runs import TimedSide, measure_examples, warm_up
 from runs import ranks
 from runs.failures import failed
 from runs.records import Record
@@ -34,24 +34,24 @@ from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
-# What may be asked of generation; the harness has four names for the number of tokens.
+# Supported generation arguments; the harness has four names for the number of tokens.
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
 _SUPPORTED = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
 _CHANGES_NOTHING = {"num_beams": 1}
 
 
 class UnsupportedError(ValueError):
-    """A request asks for what this model cannot do."""
+    """A request has generation arguments that this model does not support."""
 
 
 def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_model: Any) -> GenerationConfig:
-    """`config`, changed to what a request asks for by the harness's names.
+    """`config` with the generation arguments of a request.
 
     Args:
-        of_model: has the top_k and top_p of requests that ask for none, as transformers' `generate` does.
+        of_model: its top_k and top_p are the defaults, as in transformers' `generate`.
 
     Raises:
-        UnsupportedError: names arguments that cannot be honoured, or a value that is out of range.
+        UnsupportedError: names unsupported arguments, or a value that is out of range.
     """
     known = _SUPPORTED | _NUMBER_OF_TOKENS
     wrong = {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) not in _CHANGES_NOTHING.items()}
@@ -60,33 +60,32 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_mode
         raise UnsupportedError(f"{given}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
     top_k, top_p = getattr(of_model, "top_k", None), getattr(of_model, "top_p", None)
     try:
-        asked = normalize_gen_kwargs(gen_kwargs)
+        given = normalize_gen_kwargs(gen_kwargs)
         return replace(
             config,
-            max_steps=asked["max_gen_toks"],
-            sample=bool(asked["do_sample"]),
-            temperature=asked.get("temperature", 1.0),
-            top_k=asked.get("top_k", 50 if top_k is None else top_k) or 0,
-            top_p=asked.get("top_p", 1.0 if top_p is None else top_p),
-            no_repeat_ngram_size=asked.get("no_repeat_ngram_size") or None,
-            stop_words=[str(text) for text in asked["until"] if text not in (None, "")],
+            max_steps=given["max_gen_toks"],
+            sample=bool(given["do_sample"]),
+            temperature=given.get("temperature", 1.0),
+            top_k=given.get("top_k", 50 if top_k is None else top_k) or 0,
+            top_p=given.get("top_p", 1.0 if top_p is None else top_p),
+            no_repeat_ngram_size=given.get("no_repeat_ngram_size") or None,
+            stop_words=[str(text) for text in given["until"] if text not in (None, "")],
         )
     except (ValueError, TypeError) as error:
         raise UnsupportedError(str(error)) from error
 
 
 class HarnessModel(HFLM):
-    """The model that the harness asks for log-likelihoods and answers.
+    """Computes log-likelihoods and completions for the harness.
 
-    `has_begun` is True from the first pass on, and `records` then fills: how each answer came about.
+    `has_begun` is True from the first pass on. `records` has a record of each completion.
 
     Args:
-        generator: model, tokenizer and strategy.
-        config: exit layer, draft length and whatever else a request does not have.
-        seed: of sampled answers; each depends on this, its document and its number alone.
-        batch_size: as the harness has it: a number, auto or auto:N.
+        config: settings that requests do not have, such as the exit layer.
+        seed: of sampled completions; each depends on this, its document and its number alone.
+        batch_size: a number, auto or auto:N, as in the harness.
         max_batch_size: the most that auto tries.
-        accelerator: where several processes share the documents.
+        accelerator: for several ranks.
     """
 
     def __init__(
@@ -102,10 +101,10 @@ class HarnessModel(HFLM):
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         self._exit_layer = config.exit_layer if early else None
         self._room = attended_length(generator.model.config)
-        self._is_widened = activation_dtype(generator.model) != generator.model.dtype
+        self._has_fp32_activations = activation_dtype(generator.model) != generator.model.dtype
         self.records: list[Record] = []
         self.has_begun = False
-        logging.disable(logging.WARNING)  # that a loaded model must not share documents with other processes
+        logging.disable(logging.WARNING)  # the harness warns of several ranks; `accelerator` handles them
         super().__init__(
             pretrained=generator.model,
             tokenizer=generator.tokenizer,
@@ -115,7 +114,7 @@ class HarnessModel(HFLM):
             max_length=self._room if early else None,
         )
         logging.disable(logging.NOTSET)
-        if accelerator is not None:  # the harness leaves this to us for a model that is loaded already
+        if accelerator is not None:  # the harness does this only for models that it loads
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
@@ -124,7 +123,7 @@ class HarnessModel(HFLM):
     ) -> Tensor:
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
-        if self._is_widened:  # of which the layers of transformers know nothing
+        if self._has_fp32_activations:  # transformers' layers would round to 16 bits
             runner = ModelRunner(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
             runner.cache.clear(len(inps))
             with torch.inference_mode():
@@ -138,7 +137,7 @@ class HarnessModel(HFLM):
             return exit_logits(self.model, next(islice(states, self._exit_layer - 1, None)))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As in the harness, with one bar for all texts in place of one for each batch of their windows."""
+        """As in the harness, with one progress bar instead of one for each batch of windows."""
         with tqdm(desc="windows of texts", disable=disable_tqdm or self.rank != 0) as self._windows:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
@@ -152,29 +151,29 @@ class HarnessModel(HFLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each request, by its own generation arguments.
+        """A completion of each request, by its own generation arguments.
 
         Raises:
-            UnsupportedError: names the task and what it asks for; nothing has been generated by then.
-            Failed: names the document at which there was not enough memory.
+            UnsupportedError: names the task and the argument, before anything is generated.
+            Failed: names the document that did not fit in memory.
         """
-        asked, seen = [], Counter[int]()
-        for place, request in enumerate(requests):
-            asked.append(self._asked(place, request, seen[id(request)]))
+        tasks, seen = [], Counter[int]()
+        for index, request in enumerate(requests):
+            tasks.append(self._encoded(index, request, seen[id(request)]))
             seen[id(request)] += 1
         self.has_begun = True
-        answers: dict[int, str] = {}
+        answers = [""] * len(tasks)
         tokens, seconds = 0, 0.0
-        with tqdm(total=len(asked), desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
-            for place, record in self._measured(asked):
-                answers[place] = self._answer(asked[place], record)
+        with tqdm(total=len(tasks), desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
+            for index, record in self._measured(tasks):
+                answers[index] = self._answer(tasks[index], record)
                 tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]
                 bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s{ranks.alone()}", refresh=False)
                 bar.update()
-        return [answers[place] for place in range(len(asked))]
+        return answers
 
-    def _asked(self, place: int, request: Instance, repeat: int) -> _Asked:
-        """A request with its settings; its prompt is cut on the left where the context has no room for it."""
+    def _encoded(self, index: int, request: Instance, repeat: int) -> _EncodedRequest:
+        """Encode a request; cut a prompt that is too long for the context on the left."""
         context, gen_kwargs = request.args
         try:
             config = request_config(gen_kwargs, self._settings, self.model.generation_config)
@@ -189,43 +188,42 @@ class HarnessModel(HFLM):
         until = handle_stop_sequences(list(config.stop_words or []), eos)
         ids = self.tok_batch_encode([context], left_truncate_len=room)[0][0].tolist()
         config = replace(config, stop_words=[text for text in until if text])
-        return _Asked(place, request, repeat, ids, config)
+        return _EncodedRequest(index, request, repeat, ids, config)
 
-    def _measured(self, asked: Sequence[_Asked]) -> Iterator[tuple[int, Record]]:
-        """Place and record of each answer; those that are asked for by the same settings share batches."""
-        # As everywhere in the harness, the largest batch that fits is looked for where --batch_size is auto.
+    def _measured(self, tasks: Sequence[_EncodedRequest]) -> Iterator[tuple[int, Record]]:
+        """Index and record of each completion; requests with equal settings share batches."""
         size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
-        for _, alike in groupby(sorted(asked, key=_Asked.settings), key=_Asked.settings):
+        settings = attrgetter("settings")
+        for _, alike in groupby(sorted(tasks, key=settings), key=settings):
             group = list(alike)
-            config, longest = group[0].config, max(group, key=lambda each: len(each.ids))
+            longest = max(group, key=lambda each: len(each.ids))
+            sides: list[TimedSide] = [("", self._generator, longest.config)]
             try:
                 with says_if_slow("warming up"):
-                    warm_up([("", self._generator, config)], longest.ids, size)
+                    warm_up(sides, longest.ids, size)
             except Exception as error:
                 raise failed(longest.name, error, size) from error
-            requests = {each.place: Request(each.ids, seed=self._seed + each.number) for each in group}
-            for place, record in measure_examples([("", self._generator, config)], requests, size):
+            requests = {each.position: Request(each.ids, seed=self._seed + each.number) for each in group}
+            for index, record in measure_examples(sides, requests, size):
                 if isinstance(record, Exception):
-                    raise failed(asked[place].name, record, size) from record
-                yield place, record
+                    raise failed(tasks[index].name, record, size) from record
+                yield index, record
 
-    def _answer(self, asked: _Asked, record: Record) -> str:
-        """The text that the harness wants, cut as it cuts the answers of its own model."""
+    def _answer(self, task: _EncodedRequest, record: Record) -> str:
+        """The completion, cut and cached as the harness does it for its own model."""
         answer = self.tok_decode(record["tokens"])
-        answer = postprocess_generated_text(answer, asked.config.stop_words, think_end_token=None)
-        self.cache_hook.add_partial("generate_until", asked.request.args, answer)
-        if asked.repeat < (asked.request.repeats or 1):  # else the harness has padded this rank's share
-            kind = {"task": asked.request.task_name, "greedy": asked.config.greedy}
+        answer = postprocess_generated_text(answer, task.config.stop_words, think_end_token=None)
+        self.cache_hook.add_partial("generate_until", task.request.args, answer)
+        if task.repeat < (task.request.repeats or 1):  # others only pad this rank's share
+            kind = {"task": task.request.task_name, "greedy": task.config.greedy}
             self.records.append({**kind, **record})
         return answer
 
 
-class _Asked(NamedTuple):
-    """A request as it is put to the model."""
-
-    place: int  # among this rank's requests
+class _EncodedRequest(NamedTuple):
+    position: int  # among this rank's requests
     request: Instance
-    repeat: int  # how often it stood among them before
+    repeat: int  # earlier occurrences among them
     ids: list[int]
     config: GenerationConfig
 
@@ -235,25 +233,26 @@ class _Asked(NamedTuple):
 
     @property
     def number(self) -> int:
-        """The same wherever the request stands, and on whatever rank."""
+        """Independent of rank and order."""
         request = self.request
         return zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {self.repeat}".encode())
 
+    @property
     def settings(self) -> str:
         return repr(self.config)
 
 
 @dataclass
 class Loader:
-    """Stands for the model where the harness asks for it by name: after it has found the tasks.
+    """A lazy model in the harness's registry: the harness calls it after it has found the tasks.
 
-    All loaders are equal, so that the harness's registry lets one take the place of another.
+    All loaders are equal, so one may replace another in the registry.
     """
 
     load: Callable[..., HarnessModel] = field(compare=False)  # called with batch_size and max_batch_size
     model: HarnessModel | None = field(default=None, compare=False)
 
     def create_from_arg_obj(self, _arguments: dict[str, Any], sizes: dict[str, Any]) -> HarnessModel:
-        """What the harness calls; the arguments are for its files alone."""
+        """Called by the harness; it records the arguments in its files."""
         self.model = self.load(sizes["batch_size"], sizes["max_batch_size"])
         return self.model

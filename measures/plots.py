@@ -20,21 +20,21 @@ _SMALL = 9  # a line of 100 characters fits above two panels
 
 
 def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
-    """Speed-up and acceptance over exit layer and draft length; `path` without suffix."""
+    """Draw speed-up and acceptance over exit layer and draft length; `path` has no suffix."""
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
     spread = max(0.05, float((table["speedup"] - 1).abs().max()))
-    # Around 1.0: what is slower than no speculation is red, what is faster blue.
     _heat_map(left, table, "speedup", "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread))
     left.set_title("speed-up over autoregressive (red: slower)", fontsize=10)
     _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
     right.set_title("acceptance rate", fontsize=10)
     figure.suptitle(title, fontsize=_SMALL)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """`path` has no suffix."""
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
     pyplot.close(figure)
@@ -64,27 +64,14 @@ def _heat_map(
 
 
 def curves_by_exit(table: pandas.DataFrame, values: list[str], title: str, path: Path) -> None:
-    """One panel for each of `values` over `exit_layer`; `path` without suffix."""
+    """Draw one panel for each of `values` over `exit_layer`; `path` has no suffix."""
     size = (4.8 * len(values), 3.6)
     figure, axes = pyplot.subplots(1, len(values), figsize=size, constrained_layout=True)
     for panel, value in zip(axes, values, strict=True):
         panel.plot(table["exit_layer"], table[value], marker="o", markersize=3)
         panel.set_xlabel("exit layer")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no exit 1.5
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_title(value)
         panel.grid(alpha=0.3)
     figure.suptitle(title, fontsize=_SMALL)
-    _save(figure, path)
-
-
-def bars(table: pandas.DataFrame, value: str, title: str, path: Path) -> None:
-    """One bar for each row, from `low` to `high` marked; `path` without suffix."""
-    figure, axes = pyplot.subplots(figsize=(8.0, 0.8 + 0.45 * len(table)), constrained_layout=True)
-    spread = [table[value] - table["low"], table["high"] - table[value]]
-    drawn = axes.barh(table.index, table[value], xerr=spread, height=0.6, color="#4878a8", ecolor="#333333")
-    axes.bar_label(drawn, [f"{number:.1f}" for number in table[value]], padding=6)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel(value)
-    axes.set_title(title, fontsize=_SMALL)
-    _save(figure, path)
+    save(figure, path)

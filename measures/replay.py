@@ -1,8 +1,8 @@
-"""What self-speculation would do, read off what each exit would have guessed; no model needed.
+"""The rounds of self-speculation, read off what each exit would guess along a greedy output.
 
-Along a fixed greedy output, the token that exit layer E drafts after any accepted prefix is the argmax of its
-logits at that position with the output as input. So one list of booleans for each exit, "its guess at output
-position i is output token i", decides every round for every draft length.
+Along a fixed greedy output, exit layer E drafts, after any accepted prefix, the argmax of its logits with the
+output as input. So one list of booleans per exit, "the exit guesses output token i", decides every round for
+every draft length.
 """
 
 from __future__ import annotations
@@ -14,32 +14,26 @@ from typing import Any
 
 from measures import metrics
 from runs.records import Record
-from self_speculation.decoding.draft_stats import DraftStats
 from self_speculation.drafts.costs import Costs
-
-# The fields of a record that tell of drafts, and their names in a tally.
-_COUNTED = {
-    "num_verifications": "num_verifications", "num_decode_tokens": "num_emitted",
-    "drafted_by_position": "drafted_by_position", "accepted_by_position": "accepted_by_position",
-}  # fmt: skip
+from self_speculation.results import DraftStats
 
 
 def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> DraftStats:
-    """The rounds that an output takes.
+    """The rounds of one output.
 
     Args:
-        matches: for each output token, an end id included, whether the exit guesses it. The first one comes
-            from the prompt and is not drafted.
-        max_tokens: the most tokens that the output could have had.
-        draft_length: tokens to draft in each round, where there is room for them.
+        matches: for each output token, with the end id, whether the exit guesses it. The prompt's pass gives
+            the first one, so nothing drafts it.
+        max_tokens: the longest output that the context and max_steps allow.
+        draft_length: tokens per draft, where there is room for them.
     """
     rounds = DraftStats()
     position = 1
     while position < len(matches):
         k = min(draft_length, max_tokens - position - 1)
-        right = sum(takewhile(bool, matches[position : position + k]))  # guesses in a row
-        emitted = min(right + 1, len(matches) - position)
-        rounds.add("exit", drafted=k, accepted=right, emitted=emitted)
+        accepted = sum(takewhile(bool, matches[position : position + k]))
+        emitted = min(accepted + 1, len(matches) - position)
+        rounds.add("exit", drafted=k, accepted=accepted, emitted=emitted)
         position += emitted
     return rounds
 
@@ -49,94 +43,85 @@ def predicted_cell(
 ) -> Record:
     """The row of a sweep's table for one exit layer and draft length.
 
-    Its interval holds the noise of prompts and that of the calibration. Besides, `speedup_by_turn` has the
-    speed-up by the costs of each turn, and `seconds_by_prompt` what each record takes.
+    The interval of its speed-up covers the noise of prompts and that of the calibration's turns.
 
     Args:
-        records: of outputs, with what each exit would have guessed along them.
+        records: outputs, and the tokens that each exit guesses along them.
         costs: medians of the calibration.
-        turns: the costs that its single turns say, which tell how far noise goes.
+        turns: costs of each turn of the calibration.
     """
-    matches = [[match == "1" for match in record["matches"][str(exit_layer)]] for record in records]
-    limits = [record["max_tokens"] for record in records]
-    rounds = [replay(*output, draft_length) for output in zip(matches, limits, strict=True)]
-    num_tokens = [record["num_tokens"] for record in records]
-    seconds = _seconds(records, rounds, costs, exit_layer)
-    by_prompt = _speedups(records, rounds, costs, exit_layer)
-    by_turn = [statistics.median(_speedups(records, rounds, turn, exit_layer)) for turn in turns]
-    of_prompts, of_turns = metrics.median_interval(by_prompt), metrics.median_interval(by_turn)
-    low = high = None
-    if of_prompts and of_turns:
-        low, high = min(of_prompts[0], of_turns[0]), max(of_prompts[1], of_turns[1])
+    rounds = [
+        replay(
+            [match == "1" for match in record["matches"][str(exit_layer)]], record["max_tokens"], draft_length
+        )
+        for record in records
+    ]
+    by_length = [each.rounds_by_length for each in rounds]
+    drafted = set().union(*by_length)
+
+    def seconds(costs: Costs) -> list[float]:
+        """Of each record."""
+        cost = {k: costs.round(exit_layer, k) for k in drafted}
+        return [
+            record["prefill_time"] + sum(n * cost[k] for k, n in lengths.items())
+            for record, lengths in zip(records, by_length, strict=True)
+        ]
+
+    def speedups(costs: Costs) -> list[float]:
+        """Of each record over plain decoding."""
+        plain = [
+            record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step for record in records
+        ]
+        return _ratios(plain, seconds(costs))
+
+    num_tokens, took = [record["num_tokens"] for record in records], seconds(costs)
+    by_prompt = speedups(costs)
+    by_turn = [statistics.median(speedups(turn)) for turn in turns]
+    intervals = [metrics.median_interval(by_prompt), metrics.median_interval(by_turn)]
+    known = [interval for interval in intervals if interval] if all(intervals) else []
     return {
         "mode": "predicted",
         "exit_layer": exit_layer,
         "num_speculations": draft_length,
-        **metrics.acceptance([{name: getattr(each, of) for name, of in _COUNTED.items()} for each in rounds]),
+        **metrics.acceptance(sum(rounds, DraftStats())),
         "num_tokens": sum(num_tokens),
-        "total_time": sum(seconds),
-        "tokens_per_second": sum(num_tokens) / sum(seconds),
-        "tokens_per_second_median": statistics.median(_ratios(num_tokens, seconds)),
+        "total_time": sum(took),
+        "tokens_per_second": sum(num_tokens) / sum(took),
+        "tokens_per_second_median": statistics.median(_ratios(num_tokens, took)),
         "speedup": statistics.median(by_prompt),
-        "speedup_low": low,
-        "speedup_high": high,
+        "speedup_low": min((low for low, _ in known), default=None),
+        "speedup_high": max((high for _, high in known), default=None),
         "speedup_by_turn": by_turn,
-        "seconds_by_prompt": seconds,
+        "speedup_by_prompt": by_prompt,
     }
 
 
 def within_noise(rows: Sequence[Record], best: Mapping[str, Any]) -> list[Record]:
-    """The rows of other cells that may be as fast as the best one with a confidence of 90 %, fastest first.
+    """The other cells that may be as fast as the best one (90 % confidence), fastest first.
 
-    A measured cell may be where its interval overlaps the best one's, or is not known. Other cells are
-    compared by what was predicted of both: they share prompts and calibration, so each prompt and each turn
-    compares them.
+    Measured cells are compared by their intervals. Predicted cells share prompts and calibration, so they are
+    compared prompt by prompt and turn by turn, with the prediction of the best cell.
     """
-    by_mode: dict[str, dict[tuple[int, int], Record]] = {"measured": {}, "predicted": {}}
-    for row in rows:
-        by_mode[row["mode"]][_cell(row)] = row
-    measured, predicted = by_mode["measured"], by_mode["predicted"]
-
-    def may_be_as_fast(row: Record) -> bool:
-        if row["mode"] == "measured":
-            return row["speedup"] is not None and (
-                row.get("speedup_high") is None or row["speedup_high"] >= best["speedup_low"]
-            )
-        other = predicted[_cell(best)]
-        intervals = [
-            metrics.median_interval(_ratios(row["speedup_by_turn"], other["speedup_by_turn"])),
-            metrics.median_interval(_ratios(other["seconds_by_prompt"], row["seconds_by_prompt"])),
-        ]
-        return any(interval is None or interval[1] >= 1 for interval in intervals)
-
     if best.get("speedup_low") is None:
         return []
-    others = [row for cell, row in {**predicted, **measured}.items() if cell != _cell(best)]
+    predicted = {_cell(row): row for row in rows if row["mode"] == "predicted"}
+    measured = {_cell(row): row for row in rows if row["mode"] == "measured"}
+
+    def may_be_as_fast(row: Record) -> bool:
+        if row["speedup"] is None:
+            return False
+        if row["mode"] == "measured":
+            return row.get("speedup_high") is None or row["speedup_high"] >= best["speedup_low"]
+        names, other = ("speedup_by_turn", "speedup_by_prompt"), predicted[_cell(best)]
+        intervals = [metrics.median_interval(_ratios(row[name], other[name])) for name in names]
+        return any(interval is None or interval[1] >= 1 for interval in intervals)
+
+    others = [row for row in (predicted | measured).values() if _cell(row) != _cell(best)]
     return sorted(filter(may_be_as_fast, others), key=lambda row: row["speedup"], reverse=True)
 
 
 def _cell(row: Mapping[str, Any]) -> tuple[int, int]:
     return row["exit_layer"], row["num_speculations"]
-
-
-def _speedups(
-    records: Sequence[Record], rounds: Sequence[DraftStats], costs: Costs, exit_layer: int
-) -> list[float]:
-    """Of each record over plain decoding, by these costs."""
-    plain = [record["prefill_time"] + (len(record["tokens"]) - 1) * costs.plain_step for record in records]
-    return _ratios(plain, _seconds(records, rounds, costs, exit_layer))
-
-
-def _seconds(
-    records: Sequence[Record], rounds: Sequence[DraftStats], costs: Costs, exit_layer: int
-) -> list[float]:
-    """Of each record, with its rounds."""
-    by_length = [each.rounds_by_length for each in rounds]
-    cost = {k: costs.round(exit_layer, k) for k in set().union(*by_length)}
-    return [
-        record["prefill_time"] + sum(n * cost[k] for k, n in lengths.items())
-        for record, lengths in zip(records, by_length, strict=True)
-    ]
 
 
 def _ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The two ways through a sweep's grid: every cell run for real, or all of them read off one pass.
+"""The work of sweep.py: measure every cell of the grid, or predict all of them from one pass per example.
 
 A cell is an exit layer and a draft length.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas
 import torch
-from tqdm import tqdm
 from transformers import LogitsProcessorList
 
 from measures import metrics
@@ -48,7 +47,6 @@ HEADINGS = {
     "speedup_low": "from", "speedup_high": "to",
 }  # fmt: skip
 
-_TURNS, _PATIENCE = 20, 30.0  # of a calibration, at most; and the seconds that it may take, about
 _ROWS_SHOWN, _CELLS_NAMED = 20, 12
 
 Cell = tuple[int, int]  # exit layer, draft length
@@ -56,18 +54,18 @@ Cell = tuple[int, int]  # exit layer, draft length
 
 @dataclass
 class Sweep(OneByOne):
-    """What both ways share: cells that are measured, and what is shown in the end."""
+    """Measures single cells and shows the results, for both modes."""
 
     grid: Sequence[Cell]
     verify_top: int  # of the best predicted cells, so many are measured
 
-    mode = ""  # of the grid's cells
+    mode = ""
 
     def __post_init__(self) -> None:
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
 
     def warm_up(self) -> None:
-        """Of plain decoding, which both time; each cell has a warm-up of its own. Cells must run alike."""
+        """Warm up plain decoding; `measure_cell` warms up its cell. No cell is traced, so all run alike."""
         never_trace(self.generator.model)
         with says_if_slow("warming up"):
             warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
@@ -87,26 +85,25 @@ class Sweep(OneByOne):
         low, high = compared["speedup_interval"] or (None, None)
         row = {
             "mode": "measured", "exit_layer": cell[0], "num_speculations": cell[1],
-            **metrics.acceptance(records), **metrics.speed(records),
+            **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
             "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
         }  # fmt: skip
         return {name: row[name] for name in COLUMNS if name in row}
 
     def write_table(self, run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
-        """The CSV of all rows so far, in the order of the grid."""
+        """Write the CSV of all rows so far, in the order of the grid."""
         table = pandas.DataFrame([{"draft_weights": self.config.draft_weights, **row} for row in rows])
-        # Rows of an older version's run, which goes on with --resume, have other columns.
+        # A resumed run of an older version has other columns.
         table = table.reindex(columns=COLUMNS).sort_values(COLUMNS[:3])
         table = table.astype(dict.fromkeys(("speedup", "speedup_low", "speedup_high"), float))
         run.replace("sweep.csv", table.to_csv(index=False))
         return table
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
-        """Write table and pictures, print the table, the best cell and its flags."""
+        """Write table and pictures; print the table, the best cell and its flags."""
         table = self.write_table(run, rows)
-        # A cell may be there twice: what was measured stands above what was predicted.
-        order = {"by": ["mode", "speedup"], "ascending": [True, False]}
-        compared = table[table["speedup"].notna()].sort_values(**order)
+        # A cell may be both predicted and measured: measured rows come first.
+        compared = table.dropna(subset="speedup").sort_values(["mode", "speedup"], ascending=[True, False])
         if compared.empty:
             run.finish(records, {**extra, "best": None})
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
@@ -117,46 +114,27 @@ class Sweep(OneByOne):
         heat_maps(compared[compared["mode"] == self.mode], drawn, run.folder / "sweep")
         chosen = {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}
         run.finish(records, {**extra, "best": chosen})
-        print(f"{title}\n")
-        print(f"{len(self.examples)} prompts; medians, from and to hold the speed-up with 90 % confidence")
+        print(
+            f"{title}\n\n{len(self.examples)} prompts; medians, from and to are the 90 % confidence interval"
+        )
         shown = compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
-        print(f"\n{self._certainty(best, within_noise(rows, best))}")
+        print(f"\n{_certainty(best, within_noise(rows, best))}")
         print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
             print("no cell is faster than autoregressive decoding; the nearest:")
-        print(self._flags(best))
+        flags = ["exit_layer", "num_speculations"]
+        flags += ["draft_weights"] if self.config.draft_weights != "exact" else []
+        flags += ["draft_vocabulary"] if self.config.draft_vocabulary else []
+        values = {**asdict(self.config), **chosen}
+        print(" ".join(f"--{name} {values[name]}" for name in ["generation_strategy", *flags]))
         return 0
-
-    def _certainty(self, best: Mapping[str, Any], others: Sequence[Record]) -> str:
-        """Which cells noise does not tell from the best one, in one sentence."""
-        cell = f"{_short(best)} (exit/drafted)"
-        if best.get("speedup_low") is None:
-            units = "turns of the calibration or prompts"
-            if best["mode"] == "measured":
-                units = "prompts or windows"
-            return f"Whether {cell} is the best is not known: fewer than five {units}."
-        if not others:
-            return f"{cell} is the best beyond noise (90 %)."
-        cells = ", ".join(map(_short, others[:_CELLS_NAMED]))
-        more = f" and {len(others) - _CELLS_NAMED} more" if len(others) > _CELLS_NAMED else ""
-        return f"As fast as {cell} within noise (90 %): {cells}{more}."
-
-    def _flags(self, best: Mapping[str, Any]) -> str:
-        """Those that use the cell."""
-        config = self.config
-        return (
-            f"--generation_strategy self_speculative --exit_layer {best['exit_layer']} "
-            f"--num_speculations {best['num_speculations']}"
-            + (f" --draft_weights {config.draft_weights}" if config.draft_weights != "exact" else "")
-            + (f" --draft_vocabulary {config.draft_vocabulary}" if config.draft_vocabulary else "")
-        )
 
 
 class Measured(Sweep):
-    """Runs every cell for real; a record is a cell."""
+    """Measures every cell; a record is a cell."""
 
     mode, unit = "measured", "cells"
 
@@ -172,10 +150,8 @@ class Measured(Sweep):
 
     def progress(self, records: Sequence[Record]) -> str:
         compared = [record for record in records if record["speedup"] is not None]
-        if not compared:
-            return "no answers to compare"
-        best = max(compared, key=lambda record: record["speedup"])
-        return f"best {best['speedup']:.2f}x at {_short(best)}"
+        best = max(compared, key=lambda record: record["speedup"], default=None)
+        return f"best {best['speedup']:.2f}x at {_short(best)}" if best else "no answers to compare"
 
     def after_each(self, run: Run) -> None:
         self.write_table(run, list(run.records().values()))
@@ -227,15 +203,10 @@ class Predicted(Sweep):
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         run.replace(COUNTS, json.dumps(Counter(id_ for record in records for id_ in record["tokens"])))
-        # In the middle of an output of middling length.
+        # The middle of the median output
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
         longest = max(k for _, k in self.grid)
-        with tqdm(total=_TURNS, desc="calibration") as bar:
-            turns = calibrate(
-                self.generator.model, self.config, self._exit_layers, int(context), longest, _PATIENCE,
-                _TURNS, bar.update,
-            )  # fmt: skip
-            bar.total = bar.n  # the turns that there was time for
+        turns = calibrate(self.generator.model, self.config, self._exit_layers, int(context), longest)
         costs = medians(turns)
         predicted = [predicted_cell(records, costs, turns, *cell) for cell in self.grid]
         verified = []
@@ -251,12 +222,26 @@ class Predicted(Sweep):
         return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of the output's positions, after the logits processors that drafts go through too."""
+        """Apply the logits processors of drafts to the [n, V] logits of the output's positions."""
         processors = LogitsProcessorList(config_processors(self.config, prompt_length))
         if not processors:
             return logits
         rows = logits.float().split(1)
         return torch.cat([processors(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
+
+
+def _certainty(best: Mapping[str, Any], others: Sequence[Record]) -> str:
+    """One sentence: the cells that noise does not tell from the best one."""
+    cell = f"{_short(best)} (exit/drafted)"
+    if best.get("speedup_low") is None:
+        measured = best["mode"] == "measured"
+        units = "prompts or windows" if measured else "turns of the calibration or prompts"
+        return f"Whether {cell} is the best is not known: fewer than five {units}."
+    if not others:
+        return f"{cell} is the best beyond noise (90 %)."
+    cells = ", ".join(map(_short, others[:_CELLS_NAMED]))
+    more = f" and {len(others) - _CELLS_NAMED} more" if len(others) > _CELLS_NAMED else ""
+    return f"As fast as {cell} within noise (90 %): {cells}{more}."
 
 
 def _name(cell: Cell) -> str:

@@ -1,4 +1,4 @@
-"""How good a model's answers are: compared with references, or as programs that have to pass their tests."""
+"""Text quality of completions: against references, or as programs against their tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ found = evaluate_functional_correctness(samples, [1], 1, float(timeout), problem
 print(found["pass@1"])
 """
 
-# What follows a finished function in the output of a model, after the paper of the Codex models.
+# Stop words of HumanEval, from the Codex paper
 HUMAN_EVAL_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
@@ -46,9 +46,9 @@ def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Recor
 
 
 def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: float = 3.0) -> float:
-    """Share of HumanEval problems whose tests a completion passes; runs each in a process of its own.
+    """Share of HumanEval problems whose tests the completion passes; each runs in a process of its own.
 
-    Models go on writing: of a completion, what comes after the end of the function is cut.
+    Completions are cut at the end of the function.
 
     Args:
         problems: rows of HumanEval.
@@ -61,8 +61,7 @@ def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: f
         paths = [Path(folder, name) for name in ("samples.jsonl", "problems.jsonl")]
         for path, rows in zip(paths, (samples, problems), strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        # A program of its own, since the process of each answer may import what its parent has imported. Its
-        # bars are for a terminal.
+        # A fresh interpreter: completions must not see this process's modules.
         quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
         command = [sys.executable, "-c", _RUN, *map(str, paths), str(timeout)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | quiet)

@@ -1,64 +1,167 @@
-"""What a generation results in."""
+"""What a generation returns, and the counts of its drafts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "context"]
 
 
+class DraftRound(NamedTuple):
+    """A draft and its verification; the output may end inside the accepted tokens."""
+
+    source: str
+    drafted: int
+    accepted: int
+    emitted: int
+
+
 class SourceCounts(NamedTuple):
-    """What came of the drafts of one source."""
+    """Counts of one draft source."""
 
     rounds: int
     drafted: int  # tokens
-    accepted: int  # tokens, as far as they were output
+    accepted: int  # accepted tokens in the output
 
 
 @dataclass(frozen=True)
-class GenerationStrategyResult:
-    """What a strategy generated and what it took; what speaks of drafts is None when autoregressive."""
+class DraftStats:
+    """Counts of draft rounds, of one generation or several; `+` adds them."""
 
-    predicted_tokens: list[int]  # an end id is not included
-    acceptance_rate: float | None = None  # accepted / drafted; also None when nothing was drafted
-    stop_reason: StopReason | None = None
-    end_token_id: int | None = None  # the id that ended the output, if one did
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt: those that an earlier answer had left in the cache
-    num_decode_tokens: int = 0  # tokens after the first, an end id included
-    prefill_time: float = 0.0  # seconds until the first token
-    decode_time: float = 0.0  # seconds for all later ones
-    num_verifications: int | None = None
-    judged_by_position: tuple[int, ...] | None = None  # [i]: rounds that got as far as an i-th drafted token
-    drafted_by_position: tuple[int, ...] | None = None  # [i]: rounds that drafted an i-th token
-    accepted_by_position: tuple[int, ...] | None = None  # [i]: rounds whose i-th drafted token was output
-    drafts_by_source: dict[str, SourceCounts] | None = None
+    rounds: Counter[DraftRound] = field(default_factory=Counter)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> DraftStats:
+        """The inverse of `to_rows`."""
+        counts = ((DraftRound(*(row[name] for name in DraftRound._fields)), row["rounds"]) for row in rows)
+        return cls(Counter(dict(counts)))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """For JSON: each kind of round, and how many `rounds` there were of it."""
+        return [{**kind._asdict(), "rounds": n} for kind, n in self.rounds.items()]
+
+    def __add__(self, other: DraftStats) -> DraftStats:
+        return DraftStats(self.rounds + other.rounds)
+
+    def add(self, source: str, drafted: int, accepted: int, emitted: int) -> None:
+        """Count one round."""
+        self.rounds[DraftRound(source, drafted, accepted, emitted)] += 1
 
     @property
-    def num_drafted(self) -> int | None:
-        return None if self.drafted_by_position is None else sum(self.drafted_by_position)
+    def num_verifications(self) -> int:
+        return self.rounds.total()
 
     @property
-    def num_accepted(self) -> int | None:
-        return None if self.accepted_by_position is None else sum(self.accepted_by_position)
+    def num_emitted(self) -> int:
+        return sum(n * kind.emitted for kind, n in self.rounds.items())
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(self.drafted_by_position)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted_by_position)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens; None without drafts."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else None
+
+    @property
+    def token_acceptance(self) -> float | None:
+        """alpha: accepted / judged tokens. A token after a rejected one is not judged."""
+        judged = sum(self.judged_by_position)
+        return self.num_accepted / judged if judged else None
 
     @property
     def mean_accepted_length(self) -> float | None:
         """Tokens per verification."""
-        return self.num_decode_tokens / self.num_verifications if self.num_verifications else None
+        return self.num_emitted / self.num_verifications if self.rounds else None
 
     @property
-    def acceptance_by_position(self) -> tuple[float, ...] | None:
-        """Share of the i-th drafted tokens that were accepted."""
-        if self.drafted_by_position is None or self.accepted_by_position is None:
-            return None
+    def drafted_by_position(self) -> tuple[int, ...]:
+        """[i]: rounds that drafted an i-th token."""
+        return self._by_position(lambda kind: kind.drafted)
+
+    @property
+    def judged_by_position(self) -> tuple[int, ...]:
+        """[i]: rounds that accepted or rejected an i-th token."""
+        return self._by_position(lambda kind: min(kind.drafted, kind.accepted + 1, kind.emitted))
+
+    @property
+    def accepted_by_position(self) -> tuple[int, ...]:
+        """[i]: rounds with an accepted i-th token in the output."""
+        return self._by_position(lambda kind: min(kind.accepted, kind.emitted))
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """[i]: accepted / drafted i-th tokens."""
         pairs = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
         return tuple(accepted / drafted for accepted, drafted in pairs)
 
     @property
+    def by_source(self) -> dict[str, SourceCounts]:
+        """Sorted by name."""
+        totals: dict[str, SourceCounts] = {}
+        for kind, n in sorted(self.rounds.items()):
+            rounds, drafted, accepted = totals.get(kind.source, (0, 0, 0))
+            accepted += n * min(kind.accepted, kind.emitted)
+            totals[kind.source] = SourceCounts(rounds + n, drafted + n * kind.drafted, accepted)
+        return totals
+
+    @property
+    def rounds_by_length(self) -> Counter[int]:
+        """Draft length -> rounds."""
+        lengths = Counter[int]()
+        for kind, n in self.rounds.items():
+            lengths[kind.drafted] += n
+        return lengths
+
+    def _by_position(self, reached: Callable[[DraftRound], int]) -> tuple[int, ...]:
+        counts = [0] * max((kind.drafted for kind in self.rounds), default=0)
+        for kind, n in self.rounds.items():
+            for i in range(reached(kind)):
+                counts[i] += n
+        return tuple(counts)
+
+
+def _of_drafts(name: str) -> property:
+    """A count of `draft_stats`; None without drafts."""
+    return property(lambda result: result.draft_stats and getattr(result.draft_stats, name))
+
+
+@dataclass(frozen=True)
+class GenerationStrategyResult:
+    """What a strategy generated, and its counts and times; counts of drafts are None when autoregressive."""
+
+    predicted_tokens: list[int]  # without the end id
+    acceptance_rate: float | None = None  # accepted / drafted tokens; None without drafts
+    stop_reason: StopReason | None = None
+    end_token_id: int | None = None  # the id that ended the output, if one did
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens that the cache already had
+    num_decode_tokens: int = 0  # tokens after the first one, with the end id
+    prefill_time: float = 0.0  # seconds until the first token
+    decode_time: float = 0.0  # seconds for all later tokens
+    draft_stats: DraftStats | None = None
+
+    num_verifications = _of_drafts("num_verifications")
+    num_drafted = _of_drafts("num_drafted")
+    num_accepted = _of_drafts("num_accepted")
+    mean_accepted_length = _of_drafts("mean_accepted_length")
+    drafted_by_position = _of_drafts("drafted_by_position")
+    judged_by_position = _of_drafts("judged_by_position")
+    accepted_by_position = _of_drafts("accepted_by_position")
+    acceptance_by_position = _of_drafts("acceptance_by_position")
+    drafts_by_source = _of_drafts("by_source")
+
+    @property
     def prefill_tokens_per_second(self) -> float:
-        """Of the whole prompt, what was in the cache included."""
+        """Counts the whole prompt, with its cached tokens."""
         return self.num_prompt_tokens / self.prefill_time if self.prefill_time else 0.0
 
     @property
@@ -68,11 +171,11 @@ class GenerationStrategyResult:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Text, ids and times of one answer."""
+    """Text, ids and times of one completion."""
 
     generation_strategy_result: GenerationStrategyResult
     decoded_prediction: str  # ends before a stop word
     num_tokens_generated: int
-    total_time: float  # seconds, tokenization included
-    time_per_token: float  # seconds; that of one token when none was generated
+    total_time: float  # seconds, with tokenization
+    time_per_token: float  # seconds; total_time if no token was generated
     tokens_per_second: float

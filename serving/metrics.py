@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from self_speculation import GenerationStrategyResult
-from self_speculation.results import SourceCounts
+from self_speculation.results import DraftStats
 from serving.engine import Engine, Job
 
 _PREFIX = "self_speculation"
@@ -98,21 +98,15 @@ def metrics(answered: Sequence[FinishedRequest]) -> dict[str, Any]:
     results = [each.result for each in answered]
     seconds = max(result.decode_time for result in results)
     decoded = sum(result.num_decode_tokens for result in results)
-    rounds = sum(result.num_verifications or 0 for result in results)
-    sources: dict[str, SourceCounts] = {}
-    for result in results:
-        for name, counts in (result.drafts_by_source or {}).items():
-            before = sources.get(name, SourceCounts(0, 0, 0))
-            sources[name] = SourceCounts(*map(sum, zip(before, counts, strict=True)))
-    drafted, accepted = (sum(getattr(c, name) for c in sources.values()) for name in ("drafted", "accepted"))
+    drafts = sum((result.draft_stats or DraftStats() for result in results), DraftStats())
     return {
         "tokens_per_second": decoded / seconds if decoded else None,
         "time_to_first_token": min(each.time_to_first_token for each in answered),
         "speculative_decoding": {
-            "drafted": drafted,
-            "accepted": accepted,
-            "acceptance_rate": accepted / drafted if drafted else None,
-            "mean_accepted_length": decoded / rounds if rounds else None,
-            "by_source": {name: counts._asdict() for name, counts in sources.items()},
+            "drafted": drafts.num_drafted,
+            "accepted": drafts.num_accepted,
+            "acceptance_rate": drafts.acceptance_rate,
+            "mean_accepted_length": drafts.mean_accepted_length,
+            "by_source": {name: counts._asdict() for name, counts in drafts.by_source.items()},
         },
     }

@@ -11,7 +11,7 @@ from conftest import ROOT
 SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train", "serve")
 # From top to bottom; a module imports from its own room and from those below.
 ROOMS = [
-    SCRIPTS, ("training",), ("measures",), ("serving",),
+    SCRIPTS, ("benchmarks",), ("training",), ("measures",), ("serving",),
     ("runs",), ("data",), ("arguments",), ("self_speculation",),
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
@@ -32,7 +32,7 @@ LIBRARY = {
 def modules():
     """Name -> path of every module of the product."""
     paths = [ROOT / f"{name}.py" for name in (*SCRIPTS, "data", "arguments")]
-    for folder in ("measures", "runs", "serving", "training", "self_speculation"):
+    for folder in ("benchmarks", "measures", "runs", "serving", "training", "self_speculation"):
         paths += sorted((ROOT / folder).rglob("*.py"))
     names = (path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in paths)
     return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}

@@ -206,7 +206,7 @@ def test_every_program_that_a_page_names_is_there(page):
 def test_the_tree_has_every_module():
     """The other way round: guards against a new module that nobody finds."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    rooms = [ROOT, *(ROOT / name for name in ("training", "measures", "serving", "runs"))]
+    rooms = [ROOT, *(ROOT / name for name in ("training", "measures", "serving", "runs", "benchmarks"))]
     library = (ROOT / "self_speculation").rglob("*.py")
     modules = {path.name for path in [*library, *(path for room in rooms for path in room.glob("*.py"))]}
     assert modules - {"__init__.py"} - set(re.findall(r"\w+\.py", text)) == set()

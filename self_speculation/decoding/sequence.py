@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from self_speculation.decoding.draft_stats import DraftStats
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.results import GenerationStrategyResult, StopReason
+from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
@@ -228,10 +227,9 @@ class Sequence:
             return self.error
         first_token_at = self._first_token_at or finished
         ended_by_id = self.stop_reason == "eos"
-        draft_stats = self.draft_stats
         return GenerationStrategyResult(
             predicted_tokens=self.tokens[:-1] if ended_by_id else self.tokens,
-            acceptance_rate=draft_stats and draft_stats.acceptance_rate,
+            acceptance_rate=self.draft_stats.acceptance_rate if self.draft_stats else None,
             stop_reason=self.stop_reason,
             end_token_id=self.tokens[-1] if ended_by_id else None,
             num_prompt_tokens=len(self.prompt),
@@ -239,11 +237,7 @@ class Sequence:
             num_decode_tokens=max(0, len(self.tokens) - 1),
             prefill_time=first_token_at - self._started,
             decode_time=finished - first_token_at,
-            num_verifications=draft_stats and draft_stats.num_verifications,
-            judged_by_position=draft_stats and draft_stats.judged_by_position,
-            drafted_by_position=draft_stats and draft_stats.drafted_by_position,
-            accepted_by_position=draft_stats and draft_stats.accepted_by_position,
-            drafts_by_source=draft_stats and draft_stats.by_source,
+            draft_stats=self.draft_stats,
         )
 
     def _stream(self, tokens: abc.Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from conftest import tiny_llama
@@ -17,7 +18,8 @@ GREEDY = GenerationConfig(sample=False)
 
 
 def turns_of(model, config=GREEDY, exit_layers=(1, 2, 3), longest=10, patience=0.0, most=9):
-    return calibrate(model, config, list(exit_layers), 100, longest, patience, most, lambda: None)
+    with patch.multiple(calibration, _PATIENCE=patience, _TURNS=most):
+        return calibrate(model, config, list(exit_layers), 100, longest)
 
 
 @pytest.mark.parametrize("flags", [{}, {"draft_weights": "int4"}, {"draft_vocabulary": 9}], ids=str)

@@ -1,19 +1,19 @@
 """What records add up to, against numbers worked out by hand."""
 
+import json
+
 import pytest
-import torch
 from conftest import generate, tiny_llama
 
-from measures import metrics, remarks, text_quality
+from measures import benchmarking, metrics, text_quality
 from self_speculation.drafts.costs import Costs
+from self_speculation.results import DraftStats
 
 
-def record(drafted=(), accepted=(), **kwargs):
+def record(**kwargs):
     return {
         "num_tokens": 4, "prefill_time": 1.0, "decode_time": 2.0, "num_decode_tokens": 3, "tokens": [1],
-        "wall_time": 3.0, "batch_size": 1, "window": 0, "rank": 0,
-        "num_verifications": 2, "drafted_by_position": drafted, "accepted_by_position": accepted,
-        "judged_by_position": (), **kwargs,
+        "wall_time": 3.0, "batch_size": 1, "window": 0, "rank": 0, **kwargs,
     }  # fmt: skip
 
 
@@ -33,37 +33,50 @@ def test_speed_is_total_tokens_over_wall_time_beside_the_median():
     assert metrics.speed([empty])["decode_tokens_per_second_median"] is None
 
 
-def test_acceptance_adds_counts_not_rates():
-    records = [record((2, 2), (2, 1)), record((4,), (1,))]
-    result = metrics.acceptance(records)
-    assert result["acceptance_rate"] == 4 / 8
-    assert result["acceptance_by_position"] == [3 / 6, 1 / 2]
-    assert result["rounds_by_accepted"] == [3 / 4, 1 / 4]
-    assert result["mean_accepted_length"] == 6 / 4
-    assert result["drafts_by_source"] == {}
-    nothing = metrics.acceptance([record(num_verifications=0)])
-    assert nothing["acceptance_rate"] is nothing["mean_accepted_length"] is None
+def stats(*rounds):
+    """Of rounds: source, drafted, accepted and emitted tokens."""
+    found = DraftStats()
+    for each in rounds:
+        found.add(*each)
+    return found
 
 
-def test_sources_are_added_in_one_order_and_by_name():
-    """Guards against counts without names."""
-    first = {"lookup": {"rounds": 1, "drafted": 2, "accepted": 2}}
-    second = {
-        "layers": {"rounds": 2, "drafted": 4, "accepted": 1},
-        "lookup": {"rounds": 1, "drafted": 1, "accepted": 0},
+def test_draft_stats_count_the_output():
+    """Guards against counts of tokens after the end of the output."""
+    found = stats(
+        ("a", 4, 3, 2), ("b", 2, 0, 1), ("b", 2, 2, 3)
+    )  # the first output ends in the accepted tokens
+    assert (found.num_verifications, found.num_emitted, found.mean_accepted_length) == (3, 6, 2)
+    assert found.drafted_by_position == (3, 3, 1, 1)
+    assert found.judged_by_position == (3, 2, 0, 0)
+    assert found.accepted_by_position == (2, 2, 0, 0)
+    assert found.acceptance_by_position == (2 / 3, 2 / 3, 0, 0)
+    assert (found.acceptance_rate, found.token_acceptance) == (4 / 8, 4 / 5)
+    assert found.by_source == {"a": (1, 4, 2), "b": (2, 4, 2)}
+    assert found.rounds_by_length == {4: 1, 2: 2}
+    nothing = DraftStats()
+    assert nothing.acceptance_rate is nothing.token_acceptance is nothing.mean_accepted_length is None
+
+
+def test_draft_stats_of_answers_are_added():
+    """Guards against means of rates, against counts without names, and against an order of records."""
+    first, second = stats(("lookup", 2, 2, 3)), stats(("exit 2", 4, 1, 2), ("lookup", 1, 0, 1))
+    records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
+    assert metrics.draft_stats(records) == first + second == second + first
+    assert metrics.acceptance(metrics.draft_stats(records)) == {
+        "acceptance_rate": 3 / 7,
+        "mean_accepted_length": 6 / 3,
+        "acceptance_by_position": (2 / 3, 1 / 2, 0, 0),
+        "rounds_by_accepted": [2 / 3, 1 / 3, 0, 0],
+        "num_drafted": 7,
+        "num_accepted": 3,
+        "num_verifications": 3,
+        "drafts_by_source": {
+            "exit 2": {"rounds": 1, "drafted": 4, "accepted": 1},
+            "lookup": {"rounds": 2, "drafted": 3, "accepted": 2},
+        },
     }
-    records = [record((2,), (1,), drafts_by_source=each) for each in (first, second)]
-    summed = metrics.acceptance(records)["drafts_by_source"]
-    assert list(summed.items()) == [
-        ("layers", {"rounds": 2, "drafted": 4, "accepted": 1}),
-        ("lookup", {"rounds": 2, "drafted": 3, "accepted": 2}),
-    ]
-
-
-def test_token_acceptance_counts_what_was_judged():
-    """Of 10 first tokens 8 are accepted, of the 8 judged second ones 4: 12 of 18."""
-    assert metrics.token_acceptance([record((10, 10), (8, 4), judged_by_position=(10, 8))]) == 12 / 18
-    assert metrics.token_acceptance([record()]) is None
+    assert [*metrics.acceptance(first + second)["drafts_by_source"]] == ["exit 2", "lookup"]
 
 
 def test_predicted_speedup_of_the_paper():
@@ -99,7 +112,7 @@ def compared(ours, theirs, tokens=()):
         for i, (a, b, n) in enumerate(zip(ours, theirs, tokens, strict=True))
     ]  # fmt: skip
     result = metrics.speedup(records, "base_")
-    return result, remarks.on_speedup(result, "windows")
+    return result, benchmarking.remarks(result, "windows")
 
 
 def test_two_stalled_examples_are_no_speedup():
@@ -112,7 +125,6 @@ def test_two_stalled_examples_are_no_speedup():
     assert (result["speedup_faster"], result["speedup_windows"]) == (10, 10)
     (totals,) = said
     assert "totals say 4.26 and the median of windows 1.40" in totals
-    assert all(len(line) <= 80 for text in remarks.lines(said) for line in text.splitlines())
 
 
 def test_what_few_or_contrary_examples_tell():
@@ -166,8 +178,6 @@ def test_measured_counts_feed_the_formula():
     result = generate(
         tiny_llama(agreement="always"), [3, 4], exit_layer=2, num_speculations=3, max_steps=13, eos=[]
     )
-    counts = record(
-        result.drafted_by_position, result.accepted_by_position, judged_by_position=result.judged_by_position
-    )
-    assert metrics.token_acceptance([counts]) == 1
-    assert torch.tensor(result.mean_accepted_length) == 4
+    assert result.draft_stats.token_acceptance == 1
+    assert result.mean_accepted_length == 4
+    assert result.num_decode_tokens == result.draft_stats.num_emitted

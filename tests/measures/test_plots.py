@@ -10,7 +10,7 @@ from measures import plots
 def drawn(monkeypatch):
     """The figures that would have been saved."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, _: figures.append(figure))
     return figures
 
 

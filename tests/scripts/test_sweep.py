@@ -21,7 +21,6 @@ from measures.sweeping import Measured, Predicted
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
-from self_speculation.decoding.draft_stats import DraftStats
 from self_speculation.drafts.costs import Costs
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
@@ -29,47 +28,22 @@ from sweep import SweepArguments
 COUNTS = ["num_verifications", "num_drafted", "num_accepted", "acceptance_rate", "mean_accepted_length"]
 
 
-def rounds_of(matches, max_tokens, k):
-    return replay([match == "1" for match in matches], max_tokens, k)
-
-
-def test_replay_by_hand():
-    """Output of 7 tokens; guesses from the second on: right right wrong right right right. Drafts of 2."""
-    rounds = rounds_of("0110111", 7, 2)
-    # [1,2] right + own token 3; [4,5] right + own token 6, the last
-    assert rounds.rounds_by_length == {2: 2}
-    assert (rounds.drafted_by_position, rounds.accepted_by_position) == ((2, 2), (2, 2))
-    assert rounds.num_emitted == 6
-    rounds = rounds_of("0110111", 7, 4)
-    # drafts 4, two right, own 3; then room for 3 more: drafts 2, both right, own 6
-    assert rounds.rounds_by_length == {4: 1, 2: 1}
-    assert rounds.drafted_by_position == (2, 2, 1, 1)
-    assert rounds.accepted_by_position == (2, 2, 0, 0)
-
-
-def test_replay_ends_inside_a_draft_where_the_output_ends():
-    rounds = rounds_of("0111", 50, 6)
-    assert rounds.rounds_by_length == {6: 1}
-    assert rounds.accepted_by_position == (1, 1, 1, 0, 0, 0)
-    assert (rounds.num_verifications, rounds.num_emitted) == (1, 3)
-
-
-def test_replay_of_one_token_has_no_round():
-    assert rounds_of("1", 1, 3).num_verifications == 0
-
-
-def test_tally_counts_what_was_output():
-    """Guards against counts of tokens that stand after the end of the output."""
-    tally = DraftStats()
-    tally.add("a", drafted=4, accepted=3, emitted=2)  # the output ended inside the accepted ones
-    tally.add("b", drafted=2, accepted=0, emitted=1)
-    tally.add("b", drafted=2, accepted=2, emitted=3)
-    assert (tally.num_verifications, tally.num_emitted) == (3, 6)
-    assert tally.drafted_by_position == (3, 3, 1, 1)
-    assert tally.judged_by_position == (3, 2, 0, 0)
-    assert tally.accepted_by_position == (2, 2, 0, 0)
-    assert tally.acceptance_rate == 4 / 8
-    assert tally.by_source == {"a": (1, 4, 2), "b": (2, 4, 2)}
+@pytest.mark.parametrize(
+    ("matches", "max_tokens", "k", "lengths", "accepted", "emitted"),
+    [
+        # [1, 2] right, 3 by the model; [4, 5] right, 6 by the model: the last
+        ("0110111", 7, 2, {2: 2}, (2, 2), 6),
+        # drafts 4, two right, 3 by the model; room for 3 more: drafts 2, both right, 6 by the model
+        ("0110111", 7, 4, {4: 1, 2: 1}, (2, 2, 0, 0), 6),
+        ("0111", 50, 6, {6: 1}, (1, 1, 1, 0, 0, 0), 3),  # the output ends inside a draft
+        ("1", 1, 3, {}, (), 0),
+    ],
+)
+def test_replay_by_hand(matches, max_tokens, k, lengths, accepted, emitted):
+    """1: the exit guesses this output token. Nothing drafts the first one."""
+    rounds = replay([match == "1" for match in matches], max_tokens, k)
+    assert rounds.rounds_by_length == lengths
+    assert (rounds.accepted_by_position, rounds.num_emitted) == (accepted, emitted)
 
 
 def test_costs_of_a_round():
@@ -199,7 +173,8 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra, capsys)
 
 
 def test_pictures_table_and_flags(common, tmp_path, capsys):
-    assert sweep.main([*common, "--verify_top", "2"]) == 0
+    named = ["--generation_strategy", "self_speculative"]
+    assert sweep.main([*common, "--verify_top", "2", *named]) == 0
     folder = only_run(tmp_path)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
@@ -241,14 +216,6 @@ def test_a_grid_of_one_row_or_column(common, tmp_path, grid, monkeypatch):
 
 
 @pytest.mark.usefixtures("timeless")
-def test_the_strategy_may_be_named_or_not(common):
-    assert (
-        sweep.main([*common, "--generation_strategy", "self_speculative", "--num_speculations_last", "1"])
-        == 0
-    )
-
-
-@pytest.mark.usefixtures("timeless")
 def test_flags_that_the_grid_replaces_are_named(common, capsys):
     """Guards against a sweep that ignores an exit layer or a draft length without a word."""
     flags = ["--exit_layer", "2", "--num_speculations", "3", "--generation_strategy", "adaptive"]
@@ -262,7 +229,7 @@ def test_flags_that_the_grid_replaces_are_named(common, capsys):
 def test_the_bar_of_a_calibration_that_ran_out_of_time_ends_full(common, monkeypatch, capsys):
     """Guards against a bar that stops at 45 % of turns for which there was no time."""
     no_pictures(monkeypatch)
-    monkeypatch.setattr("measures.sweeping._PATIENCE", 0.0)
+    monkeypatch.setattr("measures.calibration._PATIENCE", 0.0)
     assert sweep.main([*common, "--num_speculations_last", "1"]) == 0
     bars = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calibration")]
     assert bars[-1].startswith("calibration: 100%")

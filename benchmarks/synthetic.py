@@ -1,7 +1,4 @@
-"""Llamas of random weights in the shape of real ones, whose early exits agree with them as often as wanted.
-
-Their text means nothing; their speed is that of their shape.
-"""
+"""Random Llamas of real shapes, whose early exits agree with them at a given rate."""
 
 from __future__ import annotations
 
@@ -13,21 +10,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
-# Standard deviation of the logits. With it a distribution is about as peaked as that of a trained model, so
-# that sampled drafts are accepted about as often as greedy ones.
+# Standard deviation of the logits: as peaked as a trained model, so sampled drafts are accepted about
+# as often as greedy ones.
 _LOGIT_SPREAD = 6.0
-# Standard deviation of the embeddings. They weigh enough beside what layers add that the next token depends
-# on the last one above all: else outputs run into circles of a few tokens, and all depends on these.
+# Standard deviation of the embeddings. A smaller one makes outputs repeat a few tokens, since the next token
+# hardly depends on the last one.
 _EMBEDDING_SPREAD = 4.0
-# Positions that the exit is compared at, and halvings of the range that the scale is looked for in.
-_POSITIONS, _HALVINGS = 512, 12
+_POSITIONS, _HALVINGS = 512, 12  # compared positions; steps of the bisection
 
 
 @torch.no_grad()
 def random_llama(
     config: LlamaConfig, exit_layer: int, agreement: float, device: torch.device, seed: int = 0
 ) -> tuple[PreTrainedModel, float]:
-    """A model in bf16, made on the device, and how often its exit picks the token that it picks itself."""
+    """A bf16 model, made on the device, and the rate at which its exit picks the model's own token."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -45,7 +41,7 @@ def random_llama(
 
 
 def scale_down(model: Any, first: int, factor: float) -> None:
-    """Multiply what the layers from `first` on add to the hidden states."""
+    """Scale the outputs of the layers from `first` on."""
     for layer in model.base_model.layers[first:]:
         layer.self_attn.o_proj.weight.data *= factor
         layer.mlp.down_proj.weight.data *= factor

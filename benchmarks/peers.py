@@ -1,4 +1,4 @@
-"""Other software that has the same model: transformers in its best format, and llama.cpp."""
+"""Other software with the same model: transformers in its fastest format, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from arguments import refuse
-from measures.sides import Answers, Side, theirs
+from benchmarks.sides import Answers, Side
 from self_speculation import GenerationConfig
 
-# Of llama.cpp, by the number that it has in `llama_ftype`: the weights as they are, and in fewer bits.
+# Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
 LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3}
 FEWER_BITS = ("Q8_0", "Q4_1")
 
-_TRIES = 2  # of each format
+_TRIES = 2  # of each format; the first one warms up
 
 
 def in_each_format(model: Any) -> list[Any]:
@@ -29,9 +29,7 @@ def in_each_format(model: Any) -> list[Any]:
 
 
 def fastest(models: Sequence[Any], make: Callable[[Any], Side], prompts: Sequence[list[int]]) -> Any:
-    """That of the models by which the side that `make` makes of it answers prompts fastest, the pass over the
-    prompts included. All take turns; the first turn warms up, where it is not the faster one.
-    """
+    """The model whose side answers the prompts fastest, prefill included."""
     speeds = [0.0] * len(models)
     for _ in range(_TRIES if len(models) > 1 else 0):
         for index, model in enumerate(models):
@@ -39,17 +37,8 @@ def fastest(models: Sequence[Any], make: Callable[[Any], Side], prompts: Sequenc
     return models[speeds.index(max(speeds))]
 
 
-def in_best_format(
-    model: Any, end_ids: Sequence[int], config: GenerationConfig, prompts: Sequence[list[int]]
-) -> tuple[Any, str]:
-    """The model in the format in which transformers answers this batch fastest, and its name."""
-    models = in_each_format(model)
-    best = fastest(models, lambda each: theirs(each, end_ids, config, len(prompts)), prompts)
-    return best, str(best.dtype).removeprefix("torch.")
-
-
 def find_llama_cpp(model: Path) -> Any:
-    """Its module; or the end of the program, in one line, where there is none or it cannot read the model."""
+    """The module llama_cpp; ends the program if it is not installed or cannot read the model."""
     try:
         import llama_cpp as library  # type: ignore[import-not-found]
     except ImportError:
@@ -60,12 +49,12 @@ def find_llama_cpp(model: Path) -> Any:
 
 
 def llama_cpp(model: Path, name: str, end_ids: Sequence[int], config: GenerationConfig, folder: Path) -> Side:
-    """Greedy decoding by llama-cpp-python, one prompt at a time, with as many threads as torch has.
+    """Greedy decoding by llama-cpp-python, one prompt at a time, with torch's number of threads.
 
     Args:
-        model: the .gguf file that the weights are from.
-        name: one of LLAMA_CPP; made of the file by its own quantiser.
-        folder: where that goes.
+        model: the .gguf file of the weights.
+        name: a format of LLAMA_CPP; llama.cpp's own quantiser makes it.
+        folder: for the quantised file.
     """
     library = find_llama_cpp(model)
     made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()

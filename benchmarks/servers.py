@@ -1,4 +1,4 @@
-"""Servers as processes: started, ready, and ended with a block of the program that uses them."""
+"""Start a server as a process, and end it with a `with` block."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from arguments import refuse
 
 SERVE = [sys.executable, str(Path(__file__).parent.parent / "serve.py")]
 
-_STARTS, _ENDS = 600, 60  # seconds that a server may take to do so
+_STARTS, _ENDS = 600, 60  # seconds to start and to end
 
 
 @contextlib.contextmanager
 def started(name: str, command: Sequence[str]) -> Iterator[str]:
-    """The address of a server that is ready, and ends with this block. One that does not start ends the
-    program in one line, with the last line that it wrote.
+    """The address of a ready server. If it does not start, end the program with the server's last line.
 
     Args:
-        command: takes --host and --port besides, and answers GET /health when it is ready.
+        command: takes --host and --port as well, and answers GET /health when it is ready.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -1,7 +1,4 @@
-"""Sides of a comparison on one loaded model, called alike: `generate` of transformers, and strategies here.
-
-Measurements reach the library through this module: what a change of its interface asks of them is asked here.
-"""
+"""The sides of a comparison on one loaded model: `generate` of transformers, and our strategies."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ from self_speculation import GenerationConfig, GenerationStrategyResult, Request
 from self_speculation.generator_base import single_result
 from self_speculation.model.compiled_runner import compile_decoding, decode_eagerly
 from self_speculation.model.traced_runner import trace_at_once
+from self_speculation.results import DraftStats
 
 T = TypeVar("T")
 
@@ -32,11 +30,11 @@ PLAIN, SPECULATIVE, COPY, ADAPTIVE = "autoregressive", "self-speculative", "int4
 
 @dataclass(frozen=True)
 class Answers:
-    """What a side answered to some prompts, and the seconds that it took."""
+    """The completions of one side, and its times in seconds."""
 
-    ids: list[list[int]]  # of each prompt, the new ones; an end id is among them
-    num_first: int  # ids that the passes over prompts gave
-    prefill_time: float  # until these, over all batches
+    ids: list[list[int]]  # of each prompt, the new ones with the end id
+    num_first: int  # ids from the passes over prompts
+    prefill_time: float  # over all batches
     total_time: float
     results: list[GenerationStrategyResult] = field(default_factory=list)  # of a strategy here
 
@@ -57,16 +55,21 @@ class Answers:
         return self.num_decoded / (self.total_time - self.prefill_time)
 
 
-# Prompts, as token ids -> their answers.
+# Prompts as token ids -> their completions.
 Side = Callable[[Sequence[list[int]]], Answers]
 
 
+def draft_stats(answers: Sequence[Answers]) -> DraftStats:
+    found = (result.draft_stats or DraftStats() for each in answers for result in each.results)
+    return sum(found, DraftStats())
+
+
 def strategies(config: GenerationConfig, copied_layers: int) -> dict[str, GenerationConfig]:
-    """Name -> the settings of each way to decode here.
+    """Name -> settings of each strategy here.
 
     Args:
-        config: has the exit layer and the draft length of self-speculation.
-        copied_layers: how many layers the copy in four bits drafts with.
+        config: exit layer and draft length of self-speculation.
+        copied_layers: layers of the int4 copy that drafts.
     """
     chosen = replace(config, exit_layer=-1, num_speculations=-1, draft_confidence=None)
     speculative = replace(config, generation_strategy="self_speculative")
@@ -79,7 +82,7 @@ def strategies(config: GenerationConfig, copied_layers: int) -> dict[str, Genera
 
 
 def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_size: int = 1) -> Side:
-    """The strategy that `config` names; a row that ends makes room for the next prompt."""
+    """The strategy of `config`, with continuous batching."""
     strategy = make_strategy(config.generation_strategy)
     trace_at_once(model)
 
@@ -96,7 +99,7 @@ def ours(model: Any, end_ids: Sequence[int], config: GenerationConfig, batch_siz
 
 
 class TimingStreamer:
-    """A streamer of transformers that notes when it is given how many ids; the prompts come first."""
+    """A streamer of transformers that notes the time and size of each `put`; first come the prompts."""
 
     def __init__(self) -> None:
         self.given: list[tuple[float, int]] = []
@@ -105,47 +108,49 @@ class TimingStreamer:
         self.given.append((time.perf_counter(), ids.numel()))
 
     def end(self) -> None:
-        """The answer is there."""
+        """Required by transformers."""
 
 
-def theirs(
-    model: Any,
-    end_ids: Sequence[int],
-    config: GenerationConfig,
-    batch_size: int = 1,
-    assistant: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Side:
-    """`generate` of transformers, with the length of `config` and its settings of sampling: prompts in their
-    order, padded on the left to batches. A batch goes on until its last row has ended.
+def theirs(name: str, model: Any, end_ids: Sequence[int], config: GenerationConfig, size: int = 1) -> Side:
+    """`generate` of transformers, over batches of prompts in order, padded on the left.
 
     Args:
-        assistant: see `early_exit`.
-        options: of `generate`.
+        name: TRANSFORMERS; EARLY_EXIT or LOOKUP, which take one prompt at a time.
     """
-    picking: dict[str, Any] = {"do_sample": not config.greedy}
+    options: dict[str, Any] = {"do_sample": not config.greedy}
     if not config.greedy:
-        picking |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+        options |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    assistant: dict[str, Any] = {}
+    if name == LOOKUP:
+        options["prompt_lookup_num_tokens"] = config.num_speculations
+    elif name == EARLY_EXIT:
+        options["assistant_early_exit"] = config.exit_layer
+        # transformers reads the draft length off the assistant's generation config: the model's own.
+        assistant = {
+            "num_assistant_tokens": config.num_speculations,
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": 0.0,
+        }
 
     @torch.inference_mode()
     def generate(prompts: Sequence[list[int]]) -> Answers:
         new: list[list[int]] = []
         num_first, prefill, began = 0, 0.0, time.perf_counter()
-        for start in range(0, len(prompts), batch_size):
-            batch, streamer = prompts[start : start + batch_size], TimingStreamer()
+        for start in range(0, len(prompts), size):
+            batch, streamer = prompts[start : start + size], TimingStreamer()
             started = time.perf_counter()
             width = max(map(len, batch))
             pads = [[0] * (width - len(row)) for row in batch]
             ids = torch.tensor([pad + row for pad, row in zip(pads, batch, strict=True)], device=model.device)
             mask = torch.tensor([pad + [1] * (width - len(pad)) for pad in pads], device=model.device)
-            with patch.dict(vars(model.generation_config), assistant or {}):
+            with patch.dict(vars(model.generation_config), assistant):
                 output = model.generate(
                     ids, attention_mask=mask, max_new_tokens=config.max_steps, pad_token_id=0,
-                    eos_token_id=list(end_ids) or None, streamer=streamer, **picking, **options,
+                    eos_token_id=list(end_ids) or None, streamer=streamer, **options,
                 )  # fmt: skip
-            for row in output[:, width:].tolist():  # what follows an end id is padding
-                end = next((place for place, token in enumerate(row) if token in end_ids), len(row))
-                new.append(row[: end + 1])
+            for row in output[:, width:].tolist():
+                end = next((i for i, token in enumerate(row) if token in end_ids), len(row))
+                new.append(row[: end + 1])  # padding follows
             first_at, number = streamer.given[1]
             num_first, prefill = num_first + number, prefill + first_at - started
         return Answers(new, num_first, prefill, time.perf_counter() - began)
@@ -153,26 +158,13 @@ def theirs(
     return generate
 
 
-def early_exit(model: Any, end_ids: Sequence[int], config: GenerationConfig) -> Side:
-    """`generate` of transformers, one prompt at a time, with the exit layer and draft length of `config`.
-
-    How long a draft is, transformers reads off the generation config of the assistant, which is the model.
-    """
-    assistant = {
-        "num_assistant_tokens": config.num_speculations,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-    return theirs(model, end_ids, config, assistant=assistant, assistant_early_exit=config.exit_layer)
-
-
 def in_turns(
     sides: Mapping[str, Side], groups: Sequence[Sequence[list[int]]], rounds: int, seed: int, title: str
 ) -> Iterator[dict[str, Answers]]:
-    """The answers of all sides to each group of prompts, `rounds` times; another side goes first each time.
+    """The completions of each group of prompts by all sides, `rounds` times; sides alternate in going first.
 
     Args:
-        seed: of the draws of the first group; the next group has the next one.
+        seed: of the first group; each group has its own.
     """
     turns = [(turn, number) for turn in range(rounds) for number in range(len(groups))]
     for turn, number in tqdm(turns, desc=title, leave=False):
@@ -189,7 +181,7 @@ def rotated(names: list[str], start: int) -> list[str]:
 
 
 def tokens_per_pass(model: Any, side: Side, prompts: Sequence[list[int]]) -> float:
-    """Tokens for each pass through all layers, of a side that decodes by the layers of transformers."""
+    """Tokens per pass through all layers, of a side of transformers."""
     passes = 0
 
     def count(*_: Any) -> None:
@@ -200,25 +192,13 @@ def tokens_per_pass(model: Any, side: Side, prompts: Sequence[list[int]]) -> flo
     try:
         return side(prompts).num_tokens / passes
     finally:
-        hook.remove()  # or the layers are no plain ones, and no longer fused
-
-
-def accepted(answers: Sequence[Answers]) -> tuple[float | None, float | None]:
-    """Of a strategy here: tokens of each verification, and the share of drafted tokens that were accepted.
-
-    None where nothing was verified, or drafted.
-    """
-    names = ("num_decode_tokens", "num_verifications", "num_accepted", "num_drafted")
-    counts = [[getattr(result, name) or 0 for name in names] for each in answers for result in each.results]
-    decoded, verified, num_accepted, drafted = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0, 0)
-    return decoded / verified if verified else None, num_accepted / drafted if drafted else None
+        hook.remove()  # a hook keeps layers from being fused
 
 
 def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float | None]:
-    """What a call returns, and the most MiB that it held beyond what was held before it.
+    """The result of a call, and the peak MiB above the memory held before it.
 
-    On a CPU these are resident pages of this process, so what it reuses does not count. None where the system
-    does not let a peak begin anew.
+    On a CPU: resident pages of this process; None where the system cannot reset the peak.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -235,10 +215,10 @@ def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float 
 
 @contextmanager
 def compiled(model: Any) -> Iterator[None]:
-    """Within it, strategies here decode by compiled passes."""
+    """Strategies here run compiled passes in this block."""
     compile_decoding(model)
     try:
         yield
     finally:
         decode_eagerly(model)
-        torch._dynamo.reset()  # and with it the memory of recorded graphs
+        torch._dynamo.reset()  # frees recorded graphs

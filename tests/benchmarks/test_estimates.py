@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from training import estimates
+from benchmarks import estimates
 
 
 def test_the_page_has_the_table(capsys):
@@ -28,11 +28,6 @@ def test_weights_gradients_and_optimizer_by_hand():
     adapter = estimates.memory(config, 1, 4, 2, lora_rank=5)
     assert adapter.optimizer == 8 * 5 * pairs
     assert estimates.memory(config, 1, 4, 2, ranks=4).optimizer == 2 * parameters
-
-
-def test_days_by_hand():
-    """6 x 1e9 x 1e9 FLOP at half of 1e12 FLOP/s are 12 million seconds."""
-    assert estimates.days(1e9, 1e9, 1, peak=1e12, mfu=0.5) == pytest.approx(12e6 / 86400)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What people ask a model for. The prompts stand in workloads.json; the code is HumanEval's."""
+"""Prompts of eight kinds, from workloads.json and HumanEval (code)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NAMES = ("chat", "code", "repeat", "translate", "summarise", "question", "maths"
 
 
 def texts() -> dict[str, list[str]]:
-    """Name -> the prompts as people type them."""
+    """Name -> prompts."""
     said = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
     code = [problem["prompt"] for problem in list(read_problems().values())[:20]]
     return {name: said.get(name, code) for name in NAMES}
 
 
 def workloads(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    """Name -> the prompts' token ids. What is said to a model goes through its chat template, if any."""
+    """Name -> token ids of prompts, in the chat template if there is one (code: without)."""
 
     def said(text: str) -> list[int]:
         if not tokenizer.chat_template:

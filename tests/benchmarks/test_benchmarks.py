@@ -1,13 +1,12 @@
-"""The programs under benchmarks/: what they compare is the same work, and what they print parses."""
+"""The programs under benchmarks/ compare equal work, and their output parses."""
 
-import importlib.util
+import importlib
 import json
 import signal
 import sys
 import types
 from pathlib import Path
 
-import forks
 import psutil
 import pytest
 import torch
@@ -16,35 +15,33 @@ from helpers import only_run
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
-from measures.comparison import Judged, judge_greedy
-from measures.peers import fastest, find_llama_cpp, in_each_format
-from measures.sides import Answers, ours, theirs
-from measures.synthetic import random_llama
-from measures.work import work_per_token
+from benchmarks import adaptive, gpu, serving, side_by_side
+from benchmarks.inspection import Judged, judge_greedy, work_per_token
+from benchmarks.peers import fastest, find_llama_cpp, in_each_format
+from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
+from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, fuse
 
 OURS = ["autoregressive", "self-speculative", "int4 copy", "adaptive"]
 
 
 @pytest.fixture
-def measured(endless_folder):
+def measured(endless_folder, capsys):
     """The last line of a program's output, on a tiny model."""
 
-    def run(name, *args):
-        done = forks.run(ROOT / f"benchmarks/{name}.py", "--model", endless_folder, *args)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+    def run(program, *args):
+        assert program.main(["--model", str(endless_folder), *map(str, args)]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run
 
 
 def test_side_by_side(measured, tmp_path):
-    """Guards against a comparison of different outputs, or of drafts of different lengths (transformers reads
-    its draft length from another place than `generate`'s arguments), and against padding that counts as
-    tokens.
+    """Guards against different outputs, different draft lengths (transformers reads its own elsewhere), and
+    padding that counts as tokens.
     """
     record = measured(
-        "side_by_side", "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
+        side_by_side, "--exit_layer", "2", "--num_speculations", "3", "--max_steps", "9", "--rounds", "1",
         "--num_prompts", "3", "--batch_size", "1", "2", "--picture", tmp_path / "bars",
     )  # fmt: skip
     rows = record["rows"]
@@ -64,7 +61,7 @@ def test_side_by_side(measured, tmp_path):
 
 
 def test_llama_cpp_is_refused_before_anything_is_loaded(capsys, monkeypatch):
-    """Guards against half a minute of loading before the line that says that it is not there."""
+    """Guards against half a minute of loading before the error message."""
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(SystemExit):
         find_llama_cpp(Path("model.gguf"))
@@ -76,9 +73,7 @@ def test_llama_cpp_is_refused_before_anything_is_loaded(capsys, monkeypatch):
 
 
 def test_transformers_has_its_best_format():
-    """Guards against a peer that is slowed down by the format that was chosen for us, or for another side, or
-    by one that decodes fast and takes long for prompts, as float16 on a CPU.
-    """
+    """Guards against a peer in a format that is slow for it, or fast in decoding and slow in prefill."""
     given = tiny_llama()
     models = in_each_format(given)
     assert [model.dtype for model in models] == [torch.float32, torch.bfloat16, torch.float16]
@@ -106,7 +101,7 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
     model, prompts = tiny_llama(), [[5, 9, 4, 7], [7]]
     settings = GenerationConfig(max_steps=12, sample=False)
     ends = [generate(model, prompts[0], max_steps=12, eos=[]).predicted_tokens[4]]
-    padded = theirs(model, ends, settings, 2)(prompts)
+    padded = theirs(TRANSFORMERS, model, ends, settings, 2)(prompts)
     alone = ours(model, ends, settings, 2)(prompts)
     assert padded.ids == alone.ids
     assert len(padded.ids[0]) <= 5
@@ -114,9 +109,9 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
 
 
 def test_adaptive(measured):
-    """Guards against a workload, a way of picking or a fixed setting that is missing."""
+    """Guards against a missing workload, kind of sampling or fixed setting."""
     record = measured(
-        "adaptive", "--max_steps", "6", "--num_prompts", "1", "--searched", "1", "--lengths", "2",
+        adaptive, "--max_steps", "6", "--num_prompts", "1", "--searched", "1", "--lengths", "2",
         "--finalists", "1", "--draft_weights", "int8", "--workloads", "code", "repeat",
     )  # fmt: skip
     rows = record["rows"]
@@ -132,7 +127,7 @@ def test_adaptive(measured):
 def test_serving(measured, tmp_path):
     """Guards against a server that does not take these flags, and against answers that are lost."""
     record = measured(
-        "serving", "--servers", "here", "--clients", "1", "3", "--questions", "2", "--rounds", "1",
+        serving, "--servers", "here", "--clients", "1", "3", "--questions", "2", "--rounds", "1",
         "--max_steps", "6", "--wait", "0.01", "--workloads", "code", "--output_dir", tmp_path / "logs",
         "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3",
     )  # fmt: skip
@@ -141,9 +136,8 @@ def test_serving(measured, tmp_path):
     assert (only_run(tmp_path) / "serving.csv").read_text().count("\n") == 3
 
 
-def test_transformers_serves_in_its_best_way_for_each_number_of_clients(program):
+def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
     """Guards against a peer in a format, or without batching, that is slower than another one it has."""
-    serving = program("benchmarks", "serving")
     args = serving.ServingArguments(servers=["here", "transformers", "http://x"])
     ways = serving.commands(ModelArguments(), GenerationConfig(), args, Path("saved"))
     transformers = {name: way for name, way in ways.items() if name.startswith("transformers")}
@@ -159,46 +153,25 @@ def test_transformers_serves_in_its_best_way_for_each_number_of_clients(program)
     assert (ahead["other"], ahead["high"]) == ([*transformers][-1], 2.0)
 
 
-def test_time_in_which_nobody_asks_does_not_count(program):
+def test_time_without_an_open_request_does_not_count():
     """Guards against a speed that depends on how long clients wait, and against time that counts for each."""
-    serving = program("benchmarks", "serving")
     answers = [serving.Answer(began, [], ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
     assert serving.Turn("here", 2, answers, num_tokens=8).tokens_per_second == 2
 
 
-@pytest.mark.parametrize("program", ["side_by_side", "adaptive"])
-def test_one_token_is_no_decoding(program, endless_folder):
-    """Guards against a division by no seconds at all, after everything was measured."""
-    drafts = ("--exit_layer", "2", "--num_speculations", "3") if program == "side_by_side" else ()
-    done = forks.run(
-        ROOT / f"benchmarks/{program}.py", "--model", endless_folder, "--max_steps", "1", *drafts
-    )
-    assert done.returncode == 2
-    assert "--max_steps 1: must be at least 2" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("program", [side_by_side, adaptive])
+def test_one_token_is_no_decoding(program, endless_folder, capsys):
+    """Guards against a division by zero seconds, after everything was measured."""
+    drafts = ("--exit_layer", "2", "--num_speculations", "3") if program is side_by_side else ()
+    with pytest.raises(SystemExit) as end:
+        program.main(["--model", str(endless_folder), "--max_steps", "1", *drafts])
+    assert end.value.code == 2
+    assert "--max_steps 1: must be at least 2" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture
-def program(monkeypatch):
-    """A program as a module, in this process."""
-
-    def load(folder, name):
-        spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-@pytest.fixture
-def gpu(program):
-    return program("benchmarks", "gpu")
-
-
-@pytest.fixture
-def dry(gpu, tmp_path, capsys):
-    """Runs it on the tiny model; returns its status, its lines and what its last one says."""
+def dry(tmp_path, capsys):
+    """Runs gpu.py on the tiny model; its status, its lines and the JSON of the last one."""
 
     def run(*args):
         few = ("--dry", "True", "--prompts", "128", "--rounds", "1")
@@ -213,8 +186,8 @@ def dry(gpu, tmp_path, capsys):
 
 
 @pytest.fixture
-def nothing_is_measured(gpu, monkeypatch):
-    """What a run does with its parts, without the seconds that they take."""
+def nothing_is_measured(monkeypatch):
+    """A run without the seconds that its parts take."""
 
     def replace(measure):
         monkeypatch.setattr(gpu, "measure", measure)
@@ -226,9 +199,7 @@ def nothing_is_measured(gpu, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[1], [1, 2]])
 def test_gpu_runs_dry(dry, sizes):
-    """Guards against a side, a column or a check that is missing when a GPU is there at last, against drafts
-    that transformers makes otherwise.
-    """
+    """Guards against a missing side, column or check, and against other drafts of transformers."""
     status, said, record = dry("--batch_size", *map(str, sizes))
     assert status == 0
     assert all(len(line) <= 80 for line in said[:-1] if "run.json" not in line)
@@ -256,7 +227,7 @@ def test_gpu_runs_dry(dry, sizes):
 
 
 def test_gpu_takes_a_prompt_length_after_the_other(dry, nothing_is_measured):
-    """Guards against compiled rows that come so late that the time is over by then."""
+    """Guards against compiled rows after the deadline."""
     order = []
     nothing_is_measured(lambda task, found: order.append((*task.place, task.compiled)))
     assert dry("--prompts", "128", "160")[0] == 0
@@ -265,8 +236,8 @@ def test_gpu_takes_a_prompt_length_after_the_other(dry, nothing_is_measured):
     ]
 
 
-def test_gpu_keeps_what_it_has_when_it_is_interrupted(gpu, dry, nothing_is_measured):
-    """Guards against a part that is left in its middle with all that it measured."""
+def test_gpu_keeps_what_it_has_when_it_is_interrupted(dry, nothing_is_measured):
+    """Guards against the loss of the figures of an unfinished part."""
 
     def measure(_, found):
         answers = gpu.Answers([[1, 2, 3]], 1, 1.0, 2.0)
@@ -281,15 +252,14 @@ def test_gpu_keeps_what_it_has_when_it_is_interrupted(gpu, dry, nothing_is_measu
 
 
 def test_gpu_ends_when_its_time_is_over(dry):
-    """Guards against a run that is ended from outside, by whoever lent the machine for nine minutes."""
+    """Guards against a run without a deadline."""
     status, _, record = dry("--minutes", "0")
     assert (status, record["ended"], record["rows"]) == (0, "stopped after 0 minutes", [])
 
 
-def test_gpu_goes_on_when_a_side_fails(gpu, dry, monkeypatch):
-    """Guards against a kernel that refuses its input, no room for a cache (a MemoryError, which is no
-    RuntimeError) or no C++ compiler, after which nothing else is measured: each costs its own rows, and the
-    exit status.
+def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
+    """Guards against an error of one side (of a kernel, of memory, of the compiler) that ends all others: it
+    costs its own rows, and the exit status.
     """
 
     def fails(error):
@@ -299,7 +269,10 @@ def test_gpu_goes_on_when_a_side_fails(gpu, dry, monkeypatch):
         return call
 
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
-    monkeypatch.setattr(gpu, "early_exit", lambda *_: fails(out_of_memory))
+    sides = gpu.theirs
+    monkeypatch.setattr(
+        gpu, "theirs", lambda name, *rest: fails(out_of_memory) if name == EARLY_EXIT else sides(name, *rest)
+    )
     warm_up = gpu.run_every_pass
 
     def warms_up(strategy, model, prompt, config, batch_size):
@@ -308,7 +281,7 @@ def test_gpu_goes_on_when_a_side_fails(gpu, dry, monkeypatch):
         warm_up(strategy, model, prompt, config, batch_size)
 
     monkeypatch.setattr(gpu, "run_every_pass", warms_up)
-    monkeypatch.setattr("measures.sides.compile_decoding", fails(ValueError("compile True: needs g++")))
+    monkeypatch.setattr("benchmarks.sides.compile_decoding", fails(ValueError("compile True: needs g++")))
     status, _, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
@@ -322,7 +295,7 @@ def test_gpu_goes_on_when_a_side_fails(gpu, dry, monkeypatch):
 
 
 def test_gpu_measures_without_plans_of_cudnn(dry, nothing_is_measured):
-    """Guards against seconds that torch waits at cuDNN for plans of new lengths, in the time of a side."""
+    """Guards against timed plans of cuDNN for new lengths."""
     seen = []
     nothing_is_measured(lambda task, found: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -334,7 +307,7 @@ def test_gpu_measures_without_plans_of_cudnn(dry, nothing_is_measured):
     assert seen == [False, False]
 
 
-def test_gpu_without_one(gpu, tmp_path, capsys):
+def test_gpu_without_one(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as end:
@@ -345,16 +318,17 @@ def test_gpu_without_one(gpu, tmp_path, capsys):
     assert said.count("\n") == 1
 
 
-def test_a_recording_lasts_as_long_as_what_it_shows(program):
-    """Guards against tokens that come faster than pictures, each of which made the film longer."""
-    recorder = program("docs", "record_streamer")
+def test_a_recording_lasts_as_long_as_the_program(monkeypatch):
+    """Guards against tokens that come faster than frames, each of which made the film longer."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    recorder = importlib.import_module("record_streamer")
     pictures, durations = recorder.film([(0.003 * number, "x") for number in range(201)])
     assert sum(durations) == pytest.approx(600 + 1000 * recorder.LAST, abs=1000 * recorder.FRAME)
     assert len(pictures) == len(durations) <= 17
 
 
 def test_work_of_a_token_is_what_a_longer_answer_takes_more():
-    """Guards against a pass over the prompt that counts as work of a token."""
+    """Guards against prefill that counts as work of a token."""
 
     def answer(num_tokens):
         torch.ones(3).exp()  # of the prompt
@@ -370,7 +344,7 @@ def test_work_of_a_token_is_what_a_longer_answer_takes_more():
 
 @pytest.mark.slow
 def test_memory_does_not_grow():
-    """Guards against something kept of each answer: caches, rows, drafts, what adaptive decoding learns."""
+    """Guards against memory kept of each answer: caches, rows, drafts, statistics of adaptive decoding."""
     model = tiny_llama()
     fuse(model)
     drafts = {"exit_layer": 1, "num_speculations": 3}
@@ -389,7 +363,7 @@ def test_memory_does_not_grow():
 
 
 def test_greedy_ids_are_judged_token_by_token():
-    """Decoding and judging both in fp32: a token that is not the model's choice is found wherever it is."""
+    """Decoding and judging both in fp32: a wrong token is found wherever it is."""
     model, prompt = tiny_llama(), [5, 9, 4, 7]
     ids = generate(model, prompt, max_steps=12, eos=[]).predicted_tokens
     assert judge_greedy(model, prompt, ids) == Judged(equal=12)
@@ -399,7 +373,7 @@ def test_greedy_ids_are_judged_token_by_token():
 
 
 def test_a_random_llama_agrees_as_often_as_wanted():
-    """Guards against early exits that are right more or less often than those of a trained model."""
+    """Guards against early exits with another acceptance than those of a trained model."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,6 +1,6 @@
-"""What a training will take, by arithmetic: memory of each rank, and time.
+"""Memory of a training by arithmetic.
 
-python -m training.estimates        # the tables of docs/training.md
+python -m benchmarks.estimates        # the table of docs/training.md
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from training import losses
 
 _GIB = 2**30
-_FP32, _ADAMW = 4, 8  # bytes of a weight or gradient, and of what AdamW keeps for it
+_FP32, _ADAMW = 4, 8  # bytes of a weight or gradient; of its state in AdamW
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank, at the moment of a step in which there are most of them."""
+    """Bytes of one rank at the peak of a step."""
 
     weights: float
     gradients: float
@@ -34,15 +34,15 @@ def memory(
     config: PretrainedConfig, batch_size: int, length: int, num_exits: int, ranks: int = 1,
     lora_rank: int = 0, checkpointing: bool = True, computed_in: torch.dtype = torch.bfloat16,
 ) -> Memory:  # fmt: skip
-    """Of a step that accumulates, by the formats of train.py.
+    """The memory of a step with gradient accumulation, in the formats of train.py.
 
     Args:
-        batch_size: samples per pass and rank, of `length` tokens.
-        num_exits: that learn at a step, the last layer among them.
-        ranks: over which --parallel fsdp shares all out; 1: no sharing.
-        lora_rank: of --lora_rank; 0: all weights learn.
+        batch_size: samples of `length` tokens per pass and rank.
+        num_exits: exits that learn at a step, with the last layer.
+        ranks: of --parallel fsdp; 1: no sharding.
+        lora_rank: --lora_rank; 0: all weights learn.
         checkpointing: --gradient_checkpointing.
-        computed_in: float32, or what --dtype names.
+        computed_in: float32, or that of --dtype.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -60,17 +60,17 @@ def memory(
         learning, frozen = everything, 0
     weights = (frozen + _FP32 * learning) / ranks
     if ranks > 1:
-        # Gathered: a layer and the next one, and, from the first exit to the last gradient, what is outside.
+        # Gathered: a layer and the next one; what is outside, from the first exit to the last gradient.
         weights += narrow * (2 * layer + outside)
     elif computed_in != torch.float32:
-        weights += narrow * learning  # copies that autocast makes of weights in fp32
+        weights += narrow * learning  # autocast's copies of fp32 weights
     gradients = _FP32 * learning / ranks
     if ranks > 1 and not lora_rank:
-        gradients += _FP32 * max(layer, outside)  # of the unit whose gradient is being summed up
+        gradients += _FP32 * max(layer, outside)  # of the unit whose gradient is reduced
 
     stream = narrow if ranks > 1 or lora_rank else _FP32  # the residual stream
     hidden = tokens * config.hidden_size
-    # What a layer keeps for its backward pass; two norms in fp32, queries, keys, values and the MLP.
+    # Kept by a layer for its backward pass: two norms in fp32, queries, keys, values and the MLP.
     heads = tokens * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     inside = 4 * hidden * _FP32 + narrow * (6 * hidden + 2 * heads + 4 * tokens * config.intermediate_size)
     layers = config.num_hidden_layers
@@ -81,11 +81,6 @@ def memory(
     chunk = min(losses.CHUNK, tokens * config.vocab_size) * _FP32
     loss = 3 * chunk + num_exits * hidden * (stream + 2 * _FP32) + (0 if lora_rank else narrow * head)
     return Memory(weights, gradients, _ADAMW * learning / ranks, activations, loss)
-
-
-def days(parameters: float, tokens: float, gpus: int, peak: float = 989e12, mfu: float = 0.4) -> float:
-    """6 N D / (MFU x peak); the peak of one GPU in FLOP/s, here that of an H100 in bfloat16."""
-    return 6 * parameters * tokens / (gpus * peak * mfu) / 86400
 
 
 def llama(
@@ -112,7 +107,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """As Markdown."""
+    """Print the table as Markdown."""
     print(f"| GiB per GPU | {' | '.join(WAYS)} |\n|{'---|' * (len(WAYS) + 1)}")
     for name, config in MODELS.items():
         row = [memory(config, 1, 2048, 5, **more).total / _GIB for more in WAYS.values()]

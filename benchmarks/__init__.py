@@ -1,0 +1,1 @@
+"""Side-by-side measurements, and what only they and the pages need."""
