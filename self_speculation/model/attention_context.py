@@ -1,4 +1,4 @@
-"""What the layers of one pass need to know besides the hidden states: shape, rotation, masks."""
+"""Positions, rotation and masks of one pass."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from self_speculation.model.kv_cache import ALIGNMENT, round_up
 
-# Up to this many tokens of a pass, queries and keys are rotated by one matrix product for each token.
+# Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
 _FEW_ROTATIONS = 64
 
 
 class Constants(Protocol):
-    """What contexts of a model share, see `ModelRunner`."""
+    """What contexts read of a `ModelRunner`."""
 
     groups: int
     is_eager: bool
@@ -36,8 +36,8 @@ class AttentionContext:
         rows: B.
         width: T.
         groups: G query heads share the keys of one head.
-        make_mask: makes a mask of so many copies, one below the other.
-        rotations: [B * T, head_dim, head_dim] that heads are multiplied by; None: `rotary` rotates them.
+        make_mask: number of copies -> mask, repeated so often below itself.
+        rotations: [B * T, head_dim, head_dim] matrices of heads; None: `rotary` rotates them.
         rotary: cos and sin, [1 or B, T, head_dim] each.
     """
 
@@ -71,9 +71,10 @@ class AttentionContext:
     def ragged(
         cls, runner: Constants, positions: Tensor, length: int, is_compiled: bool = False
     ) -> AttentionContext:
-        """Rows differ in length: their positions are given, [B, T].
+        """Rows differ in length.
 
         Args:
+            positions: [B, T]
             length: S, the positions of the cache that attention reads.
         """
         rows, width = positions.shape
@@ -84,7 +85,7 @@ class AttentionContext:
             later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
             return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
 
-        few = rows * width <= _FEW_ROTATIONS and not is_compiled  # the compiler makes one kernel of the other
+        few = rows * width <= _FEW_ROTATIONS and not is_compiled  # the compiler fuses the other way
         rotations = _rotations(runner, cos, sin, rows) if few else None
         return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
 
@@ -98,12 +99,12 @@ class AttentionContext:
 
     @property
     def mask(self) -> Tensor | None:
-        """[T, S] or [B, 1, T, S], added to the scores; None where none is needed."""
+        """[T, S] or [B, 1, T, S], added to the scores; None: no mask is needed."""
         return self._mask(1)
 
     @property
     def grouped_mask(self) -> Tensor | None:
-        """The same with G * T rows: the queries of a group of heads lie one after the other."""
+        """The mask with G * T rows: the queries of a group of heads lie one after the other."""
         return self._mask(self.groups)
 
     def _mask(self, copies: int) -> Tensor | None:

@@ -24,8 +24,8 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
-from self_speculation.model.hub import hub_answers
 from self_speculation.model.loading import default_model, load_config, resolve_device, resolve_dtype
+from self_speculation.model.sources import hub_answers
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_what_counts_as_an_answer_of_the_hub(error, answers, monkeypatch):
     def ask(*_, **__):
         raise ConnectionError if error is None else hub_error(errors.HfHubHTTPError, error)
 
-    monkeypatch.setattr("self_speculation.model.hub.get_hf_file_metadata", ask)
+    monkeypatch.setattr("self_speculation.model.sources.get_hf_file_metadata", ask)
     assert hub_answers("a/b") == answers
 
 

@@ -81,18 +81,18 @@ REFUSED = {
     "forward of its base": (lambda m: replace_forward(m.model, of_base), "LlamaModel has of_base of test_"),
     "forward, then accelerate": (
         lambda m: (replace_forward(m, of_model), add_hook_to_module(m, AlignDevicesHook("cpu"))),
-        "LlamaForCausalLM has of_model of test_overrides in the place of its forward",
+        "LlamaForCausalLM has of_model of test_overrides instead of its forward",
     ),
     "a hook of accelerate": (
         lambda m: add_hook_to_module(m, Negates()),
-        "LlamaForCausalLM has Negates of test_overrides in the place of its forward",
+        "LlamaForCausalLM has Negates of test_overrides instead of its forward",
     ),
     "a hook of accelerate beside one that moves": (
         lambda m: (
             add_hook_to_module(m, AlignDevicesHook("cpu")),
             add_hook_to_module(m, Negates(), append=True),
         ),
-        "LlamaForCausalLM has Negates of test_overrides in the place of its forward",
+        "LlamaForCausalLM has Negates of test_overrides instead of its forward",
     ),
     "prompt tuning": (
         lambda m: setattr(m, "prepare_inputs_for_generation", MethodType(with_prompt, m)),

@@ -17,8 +17,8 @@ from self_speculation.decoding.stopping import StopConditions
 from self_speculation.drafts.registry import DraftContext, make_drafter, make_short_head
 from self_speculation.model import short_head
 from self_speculation.model.fused_layers import fuse, fused_model
+from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
-from self_speculation.model.low_bit_linear import Int8Linear
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.short_head import likely_ids, prefer_ids
 
@@ -39,11 +39,11 @@ def with_biases(fused):
     return model
 
 
-@pytest.mark.parametrize("weights", ["exact", "int8"])
+@pytest.mark.parametrize("weights", ["exact", "int4"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_logits_are_those_of_the_whole_head_or_nothing(fused, weights):
     """Guards against a row, or its bias, in the place of another one."""
-    if weights == "int8" and not fused:
+    if weights == "int4" and not fused:
         pytest.skip("copies are made of fused layers")
     model = with_biases(fused)
     prefer_ids(model, {31: 2, 17: 1})
@@ -56,7 +56,7 @@ def test_logits_are_those_of_the_whole_head_or_nothing(fused, weights):
     assert logits.shape == (6, 50)
     listed = [0, 1, 2, 17, 31]
     assert torch.isfinite(logits).nonzero()[:, 1].tolist() == listed * 6
-    assert_close(logits[:, listed], expected[:, listed], torch.bfloat16 if weights == "int8" else None)
+    assert_close(logits[:, listed], expected[:, listed], torch.bfloat16 if weights == "int4" else None)
 
 
 def test_what_was_counted_most_comes_first_then_the_first_ids():
@@ -89,10 +89,12 @@ def test_of_a_head_in_fewer_bits_only_these_rows_are_made():
     """Guards against a copy of the whole head that nobody reads."""
     model = fresh()
     fuse(model)
-    generate(model, PROMPT, draft_vocabulary=12, draft_weights="int8", **DRAFTS)
+    generate(model, PROMPT, draft_vocabulary=12, draft_weights="int4", **DRAFTS)
     head = fused_model(model)[1].linears[0]
-    assert not head.has_derived(Int8Linear)
-    assert [rows.has_derived(Int8Linear) for rows in head.all_derived if isinstance(rows, Linear)] == [True]
+    assert Int4Linear not in head.derived
+    assert [Int4Linear in rows.derived for rows in head.derived.values() if isinstance(rows, Linear)] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -152,13 +154,13 @@ def known(head, num_rows=1):
     return [row.isfinite().nonzero()[:, 0].tolist() for row in logits_of(head, num_rows)]
 
 
-@pytest.mark.parametrize("weights", ["exact", "int8"])
+@pytest.mark.parametrize("weights", ["exact", "int4"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_ids_of_prompt_and_output_have_a_logit(fused, weights):
     """Guards against a row, or its bias, in the place of another one; against ids that a sequence has not
     seen; and against an output that is looked at once.
     """
-    if weights == "int8" and not fused:
+    if weights == "int4" and not fused:
         pytest.skip("copies are made of fused layers")
     model = with_biases(fused)
     prefer_ids(model, {31: 2, 17: 1})
@@ -174,7 +176,7 @@ def test_ids_of_prompt_and_output_have_a_logit(fused, weights):
         assert known(head) == [listed]
         whole = logits_of(make_drafter(runner, 4, weights).head)
         assert_close(
-            logits_of(head)[:, listed], whole[:, listed], torch.bfloat16 if weights == "int8" else None
+            logits_of(head)[:, listed], whole[:, listed], torch.bfloat16 if weights == "int4" else None
         )
 
 
@@ -286,14 +288,16 @@ def test_a_large_head_is_short_unless_told_otherwise(monkeypatch):
         asked = {"exit_layer": 4, "num_speculations": 3, "generation_strategy": "self_speculative", **config}
         return DraftContext(ModelRunner(model, 1, 8), GenerationConfig(**asked)).draft_vocabulary
 
-    assert vocabulary(draft_weights="int8") is None
+    assert vocabulary(draft_weights="int4") is None
+    monkeypatch.setattr("self_speculation.model.quantized_layers.works", lambda *_: True)
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.1)
     adaptive = {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1}
-    assert vocabulary(draft_weights="int8", exit_layer=1) == vocabulary(**adaptive) == 16
-    assert vocabulary(draft_weights="int8") is vocabulary(exit_layer=1) is None
-    assert vocabulary(draft_weights="int8", draft_vocabulary=30) == 30
+    assert vocabulary(draft_weights="int4", exit_layer=1) == vocabulary(**adaptive) == 16
+    assert vocabulary(draft_weights="int4") is vocabulary(exit_layer=1) is None
+    assert vocabulary(draft_weights="int4", draft_vocabulary=30) == 30
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.03)
-    assert vocabulary(draft_weights="int8") == 16
+    assert vocabulary(draft_weights="int4") == 16
 
 
 def test_a_head_in_parts_is_never_short_by_default(monkeypatch):

