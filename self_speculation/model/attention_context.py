@@ -1,10 +1,10 @@
-"""Positions, rotation and masks of one pass."""
+"""Positions, rotation and masks of one pass of a `ModelRunner`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,6 @@ from self_speculation.model.kv_cache import ALIGNMENT, round_up
 
 # Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
 _FEW_ROTATIONS = 64
-
-
-class Constants(Protocol):
-    """What contexts read of a `ModelRunner`."""
-
-    groups: int
-    is_eager: bool
-    unit: Tensor
-    half_turn: Tensor
-    lowest: Tensor
-
-    @property
-    def rotary(self) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -50,7 +37,7 @@ class AttentionContext:
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def uniform(cls, runner: Constants, rows: int, start: int, width: int) -> AttentionContext:
+    def uniform(cls, runner: Any, rows: int, start: int, width: int) -> AttentionContext:
         """All rows have the same length, `start`."""
         cos, sin = runner.rotary.narrow(1, start, width).split(1)
 
@@ -69,7 +56,7 @@ class AttentionContext:
 
     @classmethod
     def ragged(
-        cls, runner: Constants, positions: Tensor, length: int, is_compiled: bool = False
+        cls, runner: Any, positions: Tensor, length: int, is_compiled: bool = False
     ) -> AttentionContext:
         """Rows differ in length.
 
@@ -118,6 +105,6 @@ def _by_token(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
 
 
-def _rotations(runner: Constants, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
+def _rotations(runner: Any, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
     """A product with these is one kernel; rotating by cos and sin takes half a dozen."""
     return torch.addcmul(runner.unit * _by_token(cos, rows), runner.half_turn, _by_token(sin, rows))

@@ -61,19 +61,15 @@ def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
             elif part.device.type != "meta" and part.numel():
                 samples[part.device][part.dtype].append((index, _sample(part)))
     for of_device in samples.values():
-        bits = _joined(of_device.values()).cpu().numpy().data  # the read
+        of_dtypes = [torch.cat([part for _, part in pairs]).view(torch.uint8) for pairs in of_device.values()]
+        joined = of_dtypes[0] if len(of_dtypes) == 1 else torch.cat(of_dtypes)
+        bits = joined.cpu().numpy().data  # the read
         start = 0
         for index, sample in itertools.chain.from_iterable(of_device.values()):
             end = start + sample.numel() * sample.itemsize
             found[index].append(bytes(bits[start:end]))
             start = end
     return [(of_group, *bits) for of_group, bits in zip(versions, found, strict=True)]
-
-
-def _joined(of_dtypes: Iterable[Sequence[tuple[int, Tensor]]]) -> Tensor:
-    """All samples of one device as bytes [n]: one call for each dtype, and one more for several."""
-    joined = [torch.cat([sample for _, sample in samples]).view(torch.uint8) for samples in of_dtypes]
-    return joined[0] if len(joined) == 1 else torch.cat(joined)
 
 
 def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:

@@ -45,14 +45,14 @@ class Int4Linear:
         squares = weight.new_ones(weight.shape[1]) if squares is None else squares
         self._num_rows, self._padding = len(weight), -weight.shape[1] % _GROUP
         is_on_cpu = weight.device.type == "cpu"
-        pack = _packed_for_cpu if is_on_cpu else _packed
         self._kernel = (
             torch.ops.aten._weight_int4pack_mm_for_cpu if is_on_cpu else torch.ops.aten._weight_int4pack_mm
         )
         parts, scales = [], []
         for rows in _some_rows(weight):
             steps, scale = in_four_bits(_padded(rows), pad(squares, (0, self._padding)))
-            parts.append(pack(steps))
+            pack_on_cpu = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            parts.append(pack_on_cpu(steps, 1) if is_on_cpu else _packed(steps))
             scales.append(scale)
         self._weight = torch.cat(parts)
         self._scales = torch.cat(scales, 1)  # [groups of a row, out, 2]
@@ -141,13 +141,8 @@ def _padded(rows: Tensor) -> Tensor:
     return pad(rows, (0, -columns % _GROUP, 0, -n % _BLOCK_OF_ROWS))
 
 
-def _packed_for_cpu(steps: Tensor) -> Tensor:
-    """[n, in] of int32 -> [n, in / 2] of uint8, in the kernel's own order."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1)
-
-
 def _packed(steps: Tensor) -> Tensor:
-    """[n, in] of int32 -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4 and 8 that fits."""
+    """For a GPU: [n, in] -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4, 8 that fits."""
     tiles = next(t for t in (8, 4, 2) if steps.shape[1] % (16 * t) == 0)
     pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
     return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

@@ -150,7 +150,7 @@ def load_model_and_tokenizer(
     with explained(model):
         header = _header(base)
         with read_once(header):
-            has_tokenizer = adapter is not None and adapter.has_tokenizer
+            has_tokenizer = adapter is not None and (adapter.folder / "tokenizer_config.json").is_file()
             tokenizer = AutoTokenizer.from_pretrained(model if has_tokenizer else source, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")

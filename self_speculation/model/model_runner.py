@@ -6,7 +6,7 @@ Knows nothing of sampling or strategies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,16 +232,6 @@ def forward_early(
 ) -> ForwardResult:
     """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
     return runner.run(input_ids, 0, exit_layer, num_logits)
-
-
-def forward_exits(
-    runner: ModelRunner, input_ids: Tensor, exit_layers: Iterable[int], num_logits: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(exit layer, logits [1, n, V] of the last n tokens) of each exit, in one pass over [1, T] tokens."""
-    hidden, done = runner.embed(input_ids), 0
-    for exit_layer in sorted(exit_layers):
-        hidden, done = runner.run_layers(hidden, done, exit_layer), exit_layer
-        yield exit_layer, runner.logits(hidden, num_logits)
 
 
 def forward_remainder(runner: ModelRunner, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:

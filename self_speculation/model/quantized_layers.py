@@ -89,8 +89,11 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         formats |= dict.fromkeys(head.linears, of_head)
     missing = [linear for linear, kind in formats.items() if kind not in linear.derived]
     num_bytes = sum(formats[linear].bytes_of(linear.shape) for linear in missing)
-    if missing:
-        _check_room(num_bytes, runner)
+    if missing and num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
+        raise ValueError(
+            f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
+            f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
+        )
     squares = _squares_of_inputs(runner, layers) if missing else {}
 
     def copied(linear: Linear) -> Int4Linear | Float16Linear:
@@ -108,16 +111,6 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
             advance(made.num_bytes)
     has_own_head = not formats.keys() & {*head.linears}
     return runner.over([layer.over(copied) for layer in layers], head if has_own_head else head.over(copied))
-
-
-def _check_room(num_bytes: int, runner: ModelRunner) -> None:
-    """Raises ValueError where copies of this size do not fit."""
-    free = free_memory(runner.rotary.device, num_ranks(runner.model))
-    if num_bytes > free:
-        raise ValueError(
-            f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
-            f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
-        )
 
 
 class _SquaresSummed:

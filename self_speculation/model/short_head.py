@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,15 +34,6 @@ _FREQUENT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 # A `Linear` of each head that is not fused, and the structure that it is valid for.
 _PLAIN: WeakKeyDictionary[nn.Module, tuple[Hashable, Linear]] = WeakKeyDictionary()
-
-
-class History(Protocol):
-    """Ids that grow."""
-
-    @property
-    def length(self) -> int: ...
-
-    def ids_from(self, position: int) -> list[int]: ...
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
@@ -123,12 +114,12 @@ class _SeenIds:
         self._rows = like.new_empty(0, whole.shape[1])
         self._bias = None if whole.bias is None else like.new_empty(0)
         self._mask: Tensor | None = None  # [B, slots] -inf for ids that a row has not seen; None: all 0
-        self._lengths: WeakKeyDictionary[History, int] = WeakKeyDictionary()  # ids that were read
-        self._seen_by: WeakKeyDictionary[History, set[int]] = WeakKeyDictionary()
-        self._masked_for: list[History] = []
+        self._lengths: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # ids that were read
+        self._seen_by: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+        self._masked_for: list[Any] = []
 
-    def see(self, sequences: Sequence[History]) -> None:
-        """Read new ids of these sequences, one for each row of the next passes."""
+    def see(self, sequences: Sequence[Any]) -> None:
+        """Read new ids of these sequences (see `decoding.sequence`), one for each row of the next passes."""
         changed = len(sequences) != len(self._masked_for) or any(
             map(operator.is_not, sequences, self._masked_for)
         )

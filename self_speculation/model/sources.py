@@ -78,10 +78,6 @@ class Adapter(NamedTuple):
     folder: Path
     base: str  # the model that it changes: a folder or a hub id
 
-    @property
-    def has_tokenizer(self) -> bool:
-        return (self.folder / "tokenizer_config.json").is_file()
-
     def merge_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """Add the adapter to the model's weights, which stay plain, as fused layers need them."""
         from peft import PeftModel

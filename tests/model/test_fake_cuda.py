@@ -258,7 +258,7 @@ def test_masks_of_every_position(groups):
     ("heads", "width", "expected"),
     [((6, 2), 1, 12), ((4, 4), 1, 12), ((6, 2), 5, 14), ((6, 2), NARROW + 1, 13)],
 )
-def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
+def test_kernels_of_a_fused_layer(cuda, heads, width, expected):
     """Guards against another kernel in each layer: the host has no time for it."""
     runner = ModelRunner(cuda(heads), 30, 100)
     ids = torch.zeros(1, width, dtype=torch.long, device=DEVICE)
@@ -274,8 +274,8 @@ def test_kernels_of_a_lean_layer(cuda, heads, width, expected):
 
 
 @pytest.mark.parametrize(("width", "expected"), [(1, 13), (5, 14)])
-def test_kernels_of_a_lean_layer_where_rows_differ_in_length(cuda, width, expected):
-    """Guards against masks, places or rotations that each layer makes anew, and copies of new keys."""
+def test_kernels_of_a_fused_layer_where_rows_differ_in_length(cuda, width, expected):
+    """Guards against masks, positions or rotations that each layer makes anew, and copies of new keys."""
     runner = ModelRunner(cuda(), 30, 100, num_rows=3)
     names = []
     with torch.inference_mode():
@@ -296,7 +296,7 @@ def test_kernels_of_a_lean_layer_where_rows_differ_in_length(cuda, width, expect
 
 
 @pytest.mark.parametrize(("width", "expected"), [(1, 28), (5, 32)])
-def test_calls_of_a_lean_layer(width, expected, monkeypatch):
+def test_calls_of_a_fused_layer(width, expected, monkeypatch):
     """Guards against another view in each layer: to make one takes the host as long as to start a kernel.
     On a CPU, where a norm is four calls, with the products of a GPU.
     """

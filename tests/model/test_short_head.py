@@ -31,34 +31,6 @@ def fresh(**kwargs):
     return copy.deepcopy(tiny_llama(**kwargs))
 
 
-def with_biases(fused):
-    model = fresh()
-    model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
-    if fused:
-        assert fuse(model) == 4
-    return model
-
-
-@pytest.mark.parametrize("weights", ["exact", "int4"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_logits_are_those_of_the_whole_head_or_nothing(fused, weights):
-    """Guards against a row, or its bias, in the place of another one."""
-    if weights == "int4" and not fused:
-        pytest.skip("copies are made of fused layers")
-    model = with_biases(fused)
-    prefer_ids(model, {31: 2, 17: 1})
-    runner = ModelRunner(model, 1, 8)
-    with torch.inference_mode():
-        drafter = make_drafter(runner, 4, weights, make_short_head(runner, 5))
-        hidden = torch.randn(6, 32)
-        expected = make_drafter(runner, 4, weights).head(hidden)
-        logits = drafter.head(hidden)
-    assert logits.shape == (6, 50)
-    listed = [0, 1, 2, 17, 31]
-    assert torch.isfinite(logits).nonzero()[:, 1].tolist() == listed * 6
-    assert_close(logits[:, listed], expected[:, listed], torch.bfloat16 if weights == "int4" else None)
-
-
 def test_what_was_counted_most_comes_first_then_the_first_ids():
     """Guards against ids that the model does not have, and a list that depends on what was answered."""
     model = fresh()
@@ -117,18 +89,6 @@ def test_the_whole_vocabulary_is_the_whole_head():
     assert make_drafter(runner, 2, "exact", None) is runner
 
 
-def test_a_head_in_parts_is_refused():
-    """As those of tensor parallelism, or of a library that quantises."""
-    model = fresh()
-
-    class Part(torch.nn.Linear):
-        pass
-
-    model.lm_head.__class__ = Part
-    with pytest.raises(ValueError, match="draft_vocabulary 8: needs the whole head"):
-        generate(model, PROMPT, draft_vocabulary=8, **DRAFTS)
-
-
 def test_adaptive_drafts_with_it():
     """Guards against exits of adaptive decoding that read the whole head all the same."""
     model = fresh(agreement="always", exit_layer=1)
@@ -154,15 +114,16 @@ def known(head, num_rows=1):
     return [row.isfinite().nonzero()[:, 0].tolist() for row in logits_of(head, num_rows)]
 
 
-@pytest.mark.parametrize("weights", ["exact", "int4"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_ids_of_prompt_and_output_have_a_logit(fused, weights):
-    """Guards against a row, or its bias, in the place of another one; against ids that a sequence has not
-    seen; and against an output that is looked at once.
+@pytest.mark.parametrize(("fused", "weights"), [(True, "exact"), (True, "int4"), (False, "exact")])
+def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
+    """Guards against a row, or its bias, instead of another one; against ids that a sequence has not seen;
+    and against an output that is read once.
     """
-    if weights == "int4" and not fused:
-        pytest.skip("copies are made of fused layers")
-    model = with_biases(fused)
+    torch.manual_seed(0)
+    model = fresh()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
+    if fused:
+        fuse(model)
     prefer_ids(model, {31: 2, 17: 1})
     runner, seen = ModelRunner(model, 1, 8), output(40, 8, 31, 40)
     with torch.inference_mode():
@@ -175,14 +136,15 @@ def test_ids_of_prompt_and_output_have_a_logit(fused, weights):
         listed = [0, 1, 2, 8, 17, 31, 40, 44]
         assert known(head) == [listed]
         whole = logits_of(make_drafter(runner, 4, weights).head)
-        assert_close(
-            logits_of(head)[:, listed], whole[:, listed], torch.bfloat16 if weights == "int4" else None
-        )
+        assert whole.shape == logits_of(head).shape == (1, 50)
+        # Four bits of rows, beside a whole head in 16.
+        error = (logits_of(head) - whole)[:, listed].norm() / whole[:, listed].norm()
+        assert error < (0.2 if weights == "int4" else 1e-5)
 
 
 def test_a_row_knows_its_own_ids_alone():
-    """Guards against a sequence whose drafts depend on its neighbours; and against rows that change places,
-    leave, or come, and have another one's ids.
+    """Guards against a sequence whose drafts depend on its neighbours; and against rows that move, leave
+    or come with another one's ids.
     """
     runner = ModelRunner(fresh(), 1, 8)
     head = make_short_head(runner, 3)
@@ -300,17 +262,15 @@ def test_a_large_head_is_short_unless_told_otherwise(monkeypatch):
     assert vocabulary(draft_weights="int4") == 16
 
 
-def test_a_head_in_parts_is_never_short_by_default(monkeypatch):
-    """Guards against adaptive decoding that is refused with --parallel tensor, for a flag that nobody
-    gave.
+def test_a_head_in_parts_is_refused_or_whole_by_default(monkeypatch):
+    """As heads of tensor parallelism or of a quantising library. Guards against adaptive decoding that is
+    refused for a flag that nobody gave.
     """
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)
     model = fresh()
-
-    class Part(torch.nn.Linear):
-        pass
-
-    model.lm_head.__class__ = Part
+    model.lm_head.__class__ = type("Part", (torch.nn.Linear,), {})
+    with pytest.raises(ValueError, match="draft_vocabulary 8: needs the whole head"):
+        generate(model, PROMPT, draft_vocabulary=8, **DRAFTS)
     result = generate(model, PROMPT, "adaptive", max_steps=20, eos=[])
     assert result.predicted_tokens == generate(fresh(), PROMPT, max_steps=20, eos=[]).predicted_tokens
