@@ -241,7 +241,7 @@ def load_from_hub(*source: str, **options: Any) -> Any:
     """
     import datasets  # a second that local files do without
 
-    from self_speculation.model.hub import hub_answers
+    from self_speculation.model.sources import hub_answers
 
     if not hub_answers(source[0], "dataset"):
         datasets.config.HF_HUB_OFFLINE = True

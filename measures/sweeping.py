@@ -32,7 +32,7 @@ from runs.tuning import COUNTS, best_cell
 from self_speculation.decoding.processors import config_processors
 from self_speculation.drafts.registry import make_drafter, short_head_of
 from self_speculation.model.families import context_length
-from self_speculation.model.model_runner import ModelRunner, forward_exits
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.traced_runner import never_trace
 
 COLUMNS = [
@@ -185,8 +185,11 @@ class Predicted(Sweep):
             short_head.see_text([*prompt, *tokens[:-1]], len(tokens))
         drafter = make_drafter(runner, self._exit_layers[-1], self.config.draft_weights, short_head)
         matches = {}
-        for layer, logits in forward_exits(drafter, ids[:, :-1], self._exit_layers, len(tokens)):
-            guesses = self._processed(ids, len(prompt), logits[0]).argmax(-1)  # [n]
+        hidden, done = drafter.embed(ids[:, :-1]), 0
+        for layer in sorted(self._exit_layers):
+            hidden, done = drafter.run_layers(hidden, done, layer), layer
+            logits = drafter.logits(hidden, len(tokens))[0]  # [n, V]
+            guesses = self._processed(ids, len(prompt), logits).argmax(-1)  # [n]
             matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())
         return {
             "tokens": tokens,

@@ -16,7 +16,7 @@ _HOME = {
     "GenerationStrategy": "generator_base",
     "GenerationStrategyResult": "generator_base",
     "HuggingfaceLlamaGenerator": "generator_base",
-    "LoadingError": "model.loading",
+    "LoadingError": "model.sources",
     "LoadingOptions": "config",
     "Request": "generator_base",
     "Sampler": "decoding.sampling",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
-DraftWeights = Literal["exact", "int8", "int4"]
+DraftWeights = Literal["exact", "int4"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline"]
 Quantization = Literal["none", "int8", "int4"]
@@ -52,9 +52,9 @@ class GenerationConfig:
     stop_token_ids: list[int] | None = None
     """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = "exact"
-    """int8, int4: draft with a copy of the layers in so many bits, exit_layer may then be all of them.
-    It takes 1 or 0.63 bytes more for each weight of theirs and 1 or 2 for each of the head. exact: the
-    model's own."""
+    """int4: draft with a copy of the layers in four bits; exit_layer may be all of them. It takes 0.63 bytes
+    for each of their weights and, for a float32 model on a CPU, 2 for each of the head. exact: the model's
+    own."""
     draft_confidence: str | None = None
     """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
     would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
@@ -126,7 +126,7 @@ class GenerationConfig:
         most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
         between = f"between 1 and {most}, the model has {num_layers} layers"
         if speculative and self.draft_weights == "exact" and self.exit_layer == num_layers:
-            between += f"; with draft_weights int8 or int4 it may be {num_layers}"
+            between += f"; with draft_weights int4 it may be {num_layers}"
         if self.is_adaptive:
             for field, default in (("exit_layer", -1), ("num_speculations", -1), ("draft_confidence", None)):
                 if (value := getattr(self, field)) != default:

@@ -1,4 +1,4 @@
-"""Numbers between host and device. A read waits for all that a GPU was given to do, so there are few."""
+"""Numbers between host and device. A read waits for all queued work of a GPU, so there are few reads."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """[n]; nobody waits for what a GPU still has to do."""
+    """[n], without waiting for the GPU."""
     there = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return there.to(device, non_blocking=True)
 
 
 class Reading:
-    """One read: all of these numbers, ids among them; fp32 holds ids below 2^24 exactly.
+    """One read of several tensors; fp32 holds ids below 2^24 exactly.
 
-    A GPU copies them when it comes to it, and can be given more to do before anybody waits for them.
+    A GPU copies them when its queue reaches the copy. More work may be queued before `wait`.
     """
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
@@ -29,12 +29,9 @@ class Reading:
         if values.device.type == "cuda":
             on_host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
             self._values = on_host.copy_(values, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            # By itself it would take the stream of the current GPU, which need not be the one that copies.
-            self._copied.record(torch.cuda.current_stream(values.device))
+            self._copied = _event(values.device)
 
     def wait(self) -> list[float]:
-        """The numbers; the second time nothing is waited for."""
         if self._numbers is None:
             if self._copied is not None:
                 self._copied.synchronize()
@@ -49,7 +46,7 @@ def read(numbers: Sequence[Tensor]) -> list[list[float]]:
 
 
 class Stopwatch:
-    """Two intervals on end, of which the first may still be going on at a GPU when it is marked."""
+    """Two consecutive intervals. A GPU may still be busy with the first when `split` marks its end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -58,11 +55,11 @@ class Stopwatch:
         self._split: float | torch.cuda.Event | None = None
 
     def split(self) -> None:
-        """The first interval ends, once all is done that the GPU was given so far. Nobody waits for it."""
+        """End the first interval after the work that the GPU has so far."""
         self._split = self._event() or time.perf_counter()
 
     def stop(self) -> tuple[float, float]:
-        """Seconds of both. To be called after a read: what the GPU was given is done."""
+        """Seconds of both. Call it after a read, when the GPU is done."""
         total, first = time.perf_counter() - self._began, 0.0
         if isinstance(self._split, float):
             first = self._split - self._began
@@ -71,8 +68,11 @@ class Stopwatch:
         return first, max(0.0, total - first)
 
     def _event(self) -> torch.cuda.Event | None:
-        if self._device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return _event(self._device, enable_timing=True) if self._device.type == "cuda" else None
+
+
+def _event(device: torch.device, enable_timing: bool = False) -> torch.cuda.Event:
+    """Recorded on the stream of this device. The default is that of the current GPU, which may be another."""
+    event = torch.cuda.Event(enable_timing=enable_timing)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -363,7 +363,7 @@ def test_every_strategy_and_source_of_drafts():
     model = tiny_llama(fused=True)
     plain = model.generate(PROMPT, do_sample=False, max_new_tokens=20).tolist()
     chosen = {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1}
-    lookup = {"draft_weights": "int8", "draft_confidence": "auto", "prompt_lookup": 2}
+    lookup = {"draft_weights": "int4", "draft_confidence": "auto", "prompt_lookup": 2}
     for options in (chosen, lookup):
         assert (
             model.generate(PROMPT, do_sample=False, max_new_tokens=20, **{**SPECULATION, **options}).tolist()

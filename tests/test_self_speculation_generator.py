@@ -47,7 +47,7 @@ PROCESSORS = {
 DRAFTS = st.fixed_dictionaries(
     {},
     optional={
-        "draft_weights": st.sampled_from(["int8", "int4"]),
+        "draft_weights": st.just("int4"),
         "draft_confidence": st.sampled_from(["auto", "0.3", "1"]),
         "draft_vocabulary": st.sampled_from([1, 7, 30, 49, 50]),
         "prompt_lookup": st.integers(1, 3),
@@ -118,7 +118,7 @@ def test_ids_equal_for_every_setting(
     data=st.data(),
     max_steps=st.integers(1, 40),
     agreement=st.sampled_from(["never", "always", "sometimes"]),
-    weights=st.sampled_from(["exact", "int8", "int4"]),
+    weights=st.sampled_from(["exact", "int4"]),
     draft_vocabulary=st.sampled_from([None, 5, 30]),
     processors=st.sampled_from(sorted(PROCESSORS)),
     eos=st.lists(st.integers(0, 49), max_size=3, unique=True),

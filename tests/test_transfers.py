@@ -63,7 +63,7 @@ class Terminal:
 WAYS = {
     "layers": ({}, lambda result: 0),
     "sampled": ({"sample": True}, lambda result: 0),
-    "int8": ({"draft_weights": "int8"}, lambda result: 0),
+    "int4": ({"draft_weights": "int4"}, lambda result: 0),
     "short vocabulary": ({"draft_vocabulary": 9}, lambda result: 0),
     "lookups": ({"prompt_lookup": 3}, lambda result: 0),
     "fixed confidence": ({"draft_confidence": "0.1"}, lambda result: result.num_drafted),

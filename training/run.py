@@ -41,9 +41,9 @@ from runs.records import (
     open_run,
 )
 from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.model.adapters import find_adapter
 from self_speculation.model.families import attended_length
 from self_speculation.model.loading import load_config, resolve_device
+from self_speculation.model.sources import find_adapter
 from training.flags import Flags
 from training.from_flags import (
     adapted,

@@ -111,7 +111,7 @@ def make_drafter(
 ) -> ModelRunner:
     """Runs the layers that draft and their head. Raises what `quantized` does."""
     if draft_weights != "exact":
-        return quantized(runner, num_layers, draft_weights, short_head)
+        return quantized(runner, num_layers, short_head)
     return runner if short_head is None else runner.over(runner.layers, short_head)
 
 

@@ -1,31 +1,18 @@
-"""What the layers of one pass need to know besides the hidden states: shape, rotation, masks."""
+"""Positions, rotation and masks of one pass of a `ModelRunner`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from self_speculation.model.kv_cache import ALIGNMENT, round_up
 
-# Up to this many tokens of a pass, queries and keys are rotated by one matrix product for each token.
+# Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
 _FEW_ROTATIONS = 64
-
-
-class Constants(Protocol):
-    """What contexts of a model share, see `ModelRunner`."""
-
-    groups: int
-    is_eager: bool
-    unit: Tensor
-    half_turn: Tensor
-    lowest: Tensor
-
-    @property
-    def rotary(self) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -36,8 +23,8 @@ class AttentionContext:
         rows: B.
         width: T.
         groups: G query heads share the keys of one head.
-        make_mask: makes a mask of so many copies, one below the other.
-        rotations: [B * T, head_dim, head_dim] that heads are multiplied by; None: `rotary` rotates them.
+        make_mask: number of copies -> mask, repeated so often below itself.
+        rotations: [B * T, head_dim, head_dim] matrices of heads; None: `rotary` rotates them.
         rotary: cos and sin, [1 or B, T, head_dim] each.
     """
 
@@ -50,7 +37,7 @@ class AttentionContext:
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def uniform(cls, runner: Constants, rows: int, start: int, width: int) -> AttentionContext:
+    def uniform(cls, runner: Any, rows: int, start: int, width: int) -> AttentionContext:
         """All rows have the same length, `start`."""
         cos, sin = runner.rotary.narrow(1, start, width).split(1)
 
@@ -69,11 +56,12 @@ class AttentionContext:
 
     @classmethod
     def ragged(
-        cls, runner: Constants, positions: Tensor, length: int, is_compiled: bool = False
+        cls, runner: Any, positions: Tensor, length: int, is_compiled: bool = False
     ) -> AttentionContext:
-        """Rows differ in length: their positions are given, [B, T].
+        """Rows differ in length.
 
         Args:
+            positions: [B, T]
             length: S, the positions of the cache that attention reads.
         """
         rows, width = positions.shape
@@ -84,7 +72,7 @@ class AttentionContext:
             later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
             return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
 
-        few = rows * width <= _FEW_ROTATIONS and not is_compiled  # the compiler makes one kernel of the other
+        few = rows * width <= _FEW_ROTATIONS and not is_compiled  # the compiler fuses the other way
         rotations = _rotations(runner, cos, sin, rows) if few else None
         return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
 
@@ -98,12 +86,12 @@ class AttentionContext:
 
     @property
     def mask(self) -> Tensor | None:
-        """[T, S] or [B, 1, T, S], added to the scores; None where none is needed."""
+        """[T, S] or [B, 1, T, S], added to the scores; None: no mask is needed."""
         return self._mask(1)
 
     @property
     def grouped_mask(self) -> Tensor | None:
-        """The same with G * T rows: the queries of a group of heads lie one after the other."""
+        """The mask with G * T rows: the queries of a group of heads lie one after the other."""
         return self._mask(self.groups)
 
     def _mask(self, copies: int) -> Tensor | None:
@@ -117,6 +105,6 @@ def _by_token(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
 
 
-def _rotations(runner: Constants, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
+def _rotations(runner: Any, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
     """A product with these is one kernel; rotating by cos and sin takes half a dozen."""
     return torch.addcmul(runner.unit * _by_token(cos, rows), runner.half_turn, _by_token(sin, rows))

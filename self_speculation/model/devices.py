@@ -18,10 +18,8 @@ def num_ranks(model: PreTrainedModel) -> int:
 
 
 def broadcast_from_rank0(model: PreTrainedModel, value: T) -> T:
-    """What the first process says, where several hold one model together and have to do the same.
-
-    Whatever comes from a clock or from a person differs between them, and one that took another turn would
-    leave the others waiting.
+    """Give all ranks that hold this model the first one's value: clocks and input differ between ranks, and a
+    rank that decides otherwise leaves the others waiting.
     """
     if num_ranks(model) == 1:
         return value
@@ -31,27 +29,27 @@ def broadcast_from_rank0(model: PreTrainedModel, value: T) -> T:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether a process that waited for another one learnt so that it is gone."""
+    """Whether a rank raised this because another one is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def synchronize(model: PreTrainedModel) -> None:
-    """Wait until every GPU that has a part of the model is done."""
+    """Wait for all GPUs that have a part of the model."""
     for device in {model.device, *getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device, num_ranks: int = 1) -> int:
-    """Bytes that may still be allocated there, those included that torch keeps of what it has freed.
+    """Bytes that torch can still allocate on a device.
 
     Args:
-        num_ranks: processes that hold one model together. All of them ask at the same time, and are told what
-            the one with the least has: if one refused for want of memory, the others would wait for it.
+        num_ranks: processes that call this together. All get the least: one that refuses for want of memory
+            would leave the others waiting.
     """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
     else:
         free = psutil.virtual_memory().available
     if num_ranks == 1:

@@ -1,9 +1,9 @@
-"""Are modules and their weights still what they were? What is made of them is valid for so long.
+"""Values that change when modules or their weights change: they tell whether what was made of them is valid.
 
-The structure of modules is read on the host alone: classes, replaced `forward`s, hooks, numbers, and where
-each tensor is. The contents of tensors are the versions that torch counts, and a sample that meets every row
-and every column. Neither changes where single elements are written to through `.data`: call `fuse(model)`
-after it. Of offloaded weights there is nothing in memory to look at.
+The structure of modules is classes, replaced `forward`s, hooks, numbers, and the address of each tensor; it
+needs no read from a device. The contents of tensors are torch's versions, and a sample that meets every row
+and every column. Single elements written through `.data` may change neither: call `fuse(model)` then. The
+contents of offloaded weights are not seen.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from self_speculation.model.mapped import MappedFiles
 _OF_ALL = vars(nn.Module()).keys() - {"training"}
 _NUMBERS = frozenset((int, float, complex, bool, str, type(None), torch.dtype))
 
-# A tensor of one dimension is read whole up to so many elements. A longer one holds several rows, as weights
-# of bitsandbytes do: it is sampled as if they had so many.
+# Up to _SHORT elements, a tensor of one dimension is read whole. A longer one is sampled as rows of _ROW
+# elements: weights of bitsandbytes hold several rows.
 _SHORT, _ROW = 2**16, 1024
 
 
 def fingerprint(*roots: nn.Module) -> Hashable:
-    """Changes with the structure of these modules, and with their contents. One read from each device."""
+    """Changes with the structure and the contents of these modules. One read from each device."""
     return structure(*roots), *contents([_tensors(_modules(roots))])
 
 
 def structure(*roots: nn.Module) -> Hashable:
-    """Changes when a module, a `forward`, a hook, a number or a tensor in these is replaced, and when a
-    tensor moves or is converted. Reads nothing from a device.
+    """Changes when a module, a `forward`, a hook, a number or a tensor in these modules is replaced, and when
+    a tensor moves or is converted. Reads nothing from a device.
     """
     return tuple(map(_structure_of, _modules(roots)))
 
 
 @torch.no_grad()
 def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
-    """Of each group of tensors, what changes when they are written to. One read from each device for all of
-    them; beside the samples, nothing is copied.
+    """For each group of tensors, a value that changes when they are written to. One read from each device;
+    only samples are copied.
     """
     versions: list[Hashable] = []
     samples: dict[torch.device, dict[torch.dtype, list[tuple[int, Tensor]]]]
@@ -56,24 +56,20 @@ def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
         group = list(group)
         versions.append(tuple(_version(tensor) for tensor in group))
         for part in itertools.chain.from_iterable(map(_parts, group)):
-            if (place := files.place(part)) is not None:  # a sample would bring its file into memory
-                found[index].append(place)
+            if (address := files.address(part)) is not None:  # sampling would read its file into memory
+                found[index].append(address)
             elif part.device.type != "meta" and part.numel():
                 samples[part.device][part.dtype].append((index, _sample(part)))
     for of_device in samples.values():
-        bits = _joined(of_device.values()).cpu().numpy().data  # the read
+        of_dtypes = [torch.cat([part for _, part in pairs]).view(torch.uint8) for pairs in of_device.values()]
+        joined = of_dtypes[0] if len(of_dtypes) == 1 else torch.cat(of_dtypes)
+        bits = joined.cpu().numpy().data  # the read
         start = 0
         for index, sample in itertools.chain.from_iterable(of_device.values()):
             end = start + sample.numel() * sample.itemsize
             found[index].append(bytes(bits[start:end]))
             start = end
     return [(of_group, *bits) for of_group, bits in zip(versions, found, strict=True)]
-
-
-def _joined(of_dtypes: Iterable[Sequence[tuple[int, Tensor]]]) -> Tensor:
-    """All samples of one device as bytes [n]: one call for each dtype, and one more for several."""
-    joined = [torch.cat([sample for _, sample in samples]).view(torch.uint8) for samples in of_dtypes]
-    return joined[0] if len(joined) == 1 else torch.cat(joined)
 
 
 def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
@@ -89,17 +85,21 @@ def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _structure_of(module: nn.Module) -> Hashable:
-    """Functions are held, not named by their `id`: another one could have the same, once one is freed."""
-    attributes = [*vars(module).items()]  # at once: another thread's pass may give a module one more
+    """It holds functions, not their `id`: a later function could have the `id` of a freed one."""
+    attributes = [*vars(module).items()]  # a copy: another thread's pass may add one
     read = [(name, _frozen(value)) for name, value in attributes if name not in _OF_ALL]
     hooks = (*module._forward_pre_hooks.values(), None, *module._forward_hooks.values())
     tensors = _own_tensors(module)
-    places = [_place(part) for tensor in tensors for part in _parts(tensor)]
-    return id(module), type(module), hooks, tuple(read), tuple(map(id, tensors)), tuple(places)
+    addresses = [
+        (part.data_ptr(), part.shape, part.stride(), part.dtype, part.device)
+        for tensor in tensors
+        for part in _parts(tensor)
+    ]
+    return id(module), type(module), hooks, tuple(read), tuple(map(id, tensors)), tuple(addresses)
 
 
 def _frozen(value: Any) -> Hashable:
-    """Numbers and functions, also those in lists and the like; of anything else its type."""
+    """Numbers and functions, also in containers; the type of anything else."""
     kind: Any = type(value)
     if kind in _NUMBERS or callable(value):
         return value
@@ -109,7 +109,7 @@ def _frozen(value: Any) -> Hashable:
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers of a module, and what it holds of tensors besides."""
+    """Parameters, buffers and other tensors of a module."""
     registered = (*module._parameters.values(), *module._buffers.values())
     others = [value for value in [*vars(module).values()] if type(value) is Tensor]
     return [tensor for tensor in registered if tensor is not None] + others
@@ -121,23 +121,16 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
 
 
 def _parts(tensor: Any) -> Sequence[Tensor]:
-    """The plain tensors that a tensor consists of: a quantised one of several, one that processes share of
-    this process's own part.
-    """
+    """The plain tensors in a tensor: those of a quantised one; this rank's part of a sharded one."""
     if type(tensor) in (nn.Parameter, Tensor) or not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
     return [part for each in inner if isinstance(each, Tensor) for part in _parts(each)]
 
 
-def _place(part: Tensor) -> Hashable:
-    return part.data_ptr(), part.shape, part.stride(), part.dtype, part.device
-
-
 def _version(tensor: Tensor) -> int | None:
-    """Of a parameter. Passes may write the same numbers to a buffer again, as to rotary frequencies.
-
-    None where torch counts none: of what was made in inference mode, with another storage by now or not.
+    """torch's version of a parameter; None for one made in inference mode, and for buffers: passes may write
+    the same numbers again, such as rotary frequencies.
     """
     try:
         return tensor._version if isinstance(tensor, nn.Parameter) else None
@@ -146,9 +139,9 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _sample(part: Tensor) -> Tensor:
-    """[n] elements, a view of the tensor. Each row and each column of a matrix is met at least once."""
+    """[n] elements, a view of the tensor, at least one of each row and of each column of a matrix."""
     part = part.data
-    if not part.is_contiguous():  # of one with gaps, such as some columns of another, this is a copy
+    if not part.is_contiguous():  # a tensor with gaps, such as some columns of another, is copied
         part = part.permute(sorted(range(part.dim()), key=part.stride, reverse=True)).contiguous()
     step = _step(part.numel(), part.shape[-1] if part.dim() > 1 else part.numel())
     return part.as_strided(((part.numel() - 1) // step + 1,), (step,))
@@ -156,10 +149,10 @@ def _sample(part: Tensor) -> Tensor:
 
 @cache
 def _step(size: int, columns: int) -> int:
-    """From one element of a sample to the next, in the order of memory, where a row has so many columns.
+    """Elements in memory from one of a sample to the next, for rows of so many columns.
 
-    It is shorter than a row, so none is left out. It has no divisor in common with a row's length, so each
-    sample is in another column until all have been met. It is no longer than a column, so there are enough.
+    The step is shorter than a row, so it meets every row. It shares no divisor with the number of columns and
+    is no longer than a column, so it meets every column.
     """
     rows = size // columns
     if min(rows, columns) == 1:

@@ -1,17 +1,14 @@
 """Fused layers: decoder layers with joint projections and fewer kernels, over the model's own weights.
 
-This module knows the layout that Llama's relatives share in transformers. `fuse` only lays projections that
-read the same input side by side in memory: the model's own `forward`, saving, training and moving work as
-before.
-
-A fused layer is valid for the modules and tensors it was made of. When a generation begins, outdated ones are
-remade; a layer with hooks or adapters is not fused.
+This module knows the layout that Llama's relatives share in transformers. `fuse` lays projections of the same
+input side by side in memory and changes nothing else: the model's own `forward`, saving, training and moving
+work as before. When a generation begins, layers that have changed are fused again.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from self_speculation.model.devices import free_memory
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.linear import NARROW, Float16Linear, Linear, PackedLinear, follow_weights
+from self_speculation.model.linear import NARROW, Linear, follow_weights
 from self_speculation.model.overrides import replaced_forward
 
 # `config.model_type` of models whose layers compute
@@ -40,31 +37,26 @@ _SHARE_OF_ROOM = 1 / 3
 
 @dataclass
 class _State:
-    """What `fuse` was told of a model, and what was made of it.
-
-    Args:
-        fp32_activations: multiply weights in 16 bits by activations in float32.
-        num_calls: of `fuse`; each remakes everything.
-        made: fused layers by their module; the fused head by its linear module.
-    """
+    """Arguments of `fuse`, and the fused parts of a model."""
 
     fp32_activations: bool = False
-    num_calls: int = 0
-    made: dict[nn.Module, Fused] = field(default_factory=dict)
+    num_calls: int = 0  # of `fuse`
+    made: dict[nn.Module, Fused] = field(default_factory=dict)  # by decoder layer; of the head by `lm_head`
 
 
 _STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
 
 
 def fuse(model: Any, fp32_activations: bool | None = None) -> int:
-    """Decode this model by fused layers from now on, where they are known: plain layers of FUSED_MODEL_TYPES
-    with sdpa attention. Quantised, offloaded, hooked and adapter-wrapped modules stay as they are. All that
-    was made of the model is remade. Call it again after writing single elements of weights through `.data`,
-    which no fingerprint sees.
+    """Decode this model by fused layers from now on.
+
+    Plain layers of FUSED_MODEL_TYPES with sdpa attention are fused; quantised, offloaded, hooked and
+    adapter-wrapped modules are not. Call it again after writing single elements of weights through `.data`,
+    which no fingerprint sees: it remakes all that was made of the model.
 
     Args:
-        fp32_activations: multiply weights in 16 bits by float32 activations (W16A32), on a CPU and if
-            all layers and the head are fused. The text is that of a float32 model. None: no change.
+        fp32_activations: multiply weights in 16 bits by float32 activations (W16A32), on a CPU, if all
+            layers and the head are fused. The output is that of a float32 model. None: no change.
 
     Returns:
         The number of fused layers.
@@ -92,15 +84,15 @@ def activation_dtype(model: Any) -> torch.dtype:
 
 
 class FusedModel(NamedTuple):
-    """The fused layers of a model, and its fused final norm and head; None where there is none."""
+    """None: that part is not fused."""
 
     layers: Sequence[FusedLayer | None]
-    head: FusedHead | None
+    head: FusedHead | None  # with the final norm
     dtype: torch.dtype  # of activations, keys, values and logits
 
 
 def fused_model(model: Any) -> FusedModel:
-    """Called when a generation begins: remakes what has changed.
+    """Fuse what has changed since the last generation.
 
     Raises:
         ValueError: float16 cannot hold a weight of a W16A32 model any more.
@@ -117,13 +109,13 @@ def fused_model(model: Any) -> FusedModel:
     same = {key for key, fused in state.made.items() if fused.structure == structures.get(key)}
     plain = {key for key, of_key in modules.items() if key in same or _is_plain(family, *of_key)}
     fp32 = state.fp32_activations and len(plain) == len(modules) and _fits_float16(model)
-    # Drop what is outdated before new parts are made.
+    # Free outdated parts before new ones are made.
     state.made = {
         key: fused for key, fused in state.made.items() if key in same and fused.fp32_activations == fp32
     }
     new = [key for key in modules if key in plain and key not in state.made]
     for key in new:
-        # Not in inference mode: parameters become parts of what is made here, and must stay trainable.
+        # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
         with torch.inference_mode(False), torch.no_grad():
             kind: Any = FusedHead if key is head else FusedLayer
             state.made[key] = kind(*modules[key], fp32)
@@ -149,16 +141,13 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     Args:
         for_drafts: include copies that only drafts read, such as those in four bits.
     """
-    made = _STATES[model].made.values() if model in _STATES else ()
-    copies = (copy for fused in made for linear in fused.linears for copy in linear.all_derived)
-    of_target = Float16Linear | PackedLinear
-    return sum(copy.num_bytes for copy in copies if for_drafts or isinstance(copy, of_target))
+    linears = [linear for fused in _STATES.get(model, _State()).made.values() for linear in fused.linears]
+    copies = ((linear, copy) for linear in linears for copy in linear.derived.values())
+    return sum(copy.num_bytes for linear, copy in copies if for_drafts or copy is linear.packed_copy)
 
 
-def how_fused(model: Any) -> Hashable:
-    """Changes with every call of `fuse`."""
-    state = _STATES.get(model)
-    return None if state is None else (state.fp32_activations, state.num_calls)
+def num_fuse_calls(model: Any) -> int:
+    return _STATES.get(model, _State()).num_calls
 
 
 def plain_linear(head: nn.Module) -> Linear | None:
@@ -179,7 +168,7 @@ class RMSNorm:
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._on_cpu:
             return torch.rms_norm(hidden, self._shape, self.weight, self._epsilon)  # one kernel
-        # On a CPU that is a sequence of kernels, twice as many as these.
+        # On a CPU `rms_norm` is twice as many kernels as these.
         is_exact = hidden.dtype == torch.float32
         exact = hidden if is_exact else hidden.float()
         norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
@@ -209,7 +198,7 @@ class FusedLayer:
         self._out = Linear(attention.o_proj, fp32_activations=fp32_activations)
         self._gate_up = Linear(mlp.gate_proj, mlp.up_proj, fp32_activations=fp32_activations)
         self._down = Linear(mlp.down_proj, fp32_activations=fp32_activations)
-        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # it has no hooks
+        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `_is_plain`: there are no hooks
         self._width = mlp.gate_proj.out_features
         self._input_norm = RMSNorm(layer.input_layernorm)
         self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
@@ -224,7 +213,7 @@ class FusedLayer:
         return self._input_norm.weight.device
 
     def over(self, make: Callable[[Linear], Any]) -> FusedLayer:
-        """The same layer, with each `Linear` replaced by `make` of it."""
+        """This layer with each `Linear` replaced by `make(linear)`."""
         other = copy.copy(self)
         other.linears = tuple(make(linear) for linear in self.linears)
         other._qkv, other._out, other._gate_up, other._down = other.linears
@@ -249,8 +238,8 @@ class FusedLayer:
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
 
-        Query heads that share keys become more queries of one head: fast kernels take no grouped heads with a
-        mask. If all rows have one length, each key head of each row is a row of the kernel's batch.
+        Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
+        a mask. If all rows have one length, each key head of each row is a row of the kernel's batch.
         """
         rows, width, attention = context.rows, context.width, scaled_dot_product_attention
         if width == 1:

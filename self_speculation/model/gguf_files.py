@@ -1,12 +1,12 @@
 """Models in `.gguf` files: their headers, and their weights in any format.
 
-transformers reads such a file by gguf's reader, three times: for the config, the tokenizer and the weights.
+transformers reads such a file three times by gguf's reader: for the config, the tokenizer and the weights.
 That reader makes numpy views of each token and each merge, which takes 6 to 13 s for a vocabulary of 150,000.
-Only the tokenizer needs them, and it is read by other means. `Header` is gguf's reader, and steps over them.
+Only the tokenizer needs them, and it has another reader. `Header` is gguf's reader without them.
 
-Weights are dequantised one by one. Those in float16 go into a file in the user's cache, valid for the content
-of the `.gguf` file, and the model is mapped from there. So only the copies that it computes with must be in
-memory, and the next start dequantises nothing.
+Weights are dequantised one by one. In float16 they go into a file in the user's cache, valid for the content
+of the `.gguf` file, and the model is mapped from there: only copies that passes read are in memory, and the
+next start dequantises nothing.
 """
 
 from __future__ import annotations
@@ -36,25 +36,21 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from self_speculation.model.progress import progress
 
-# Longer arrays of numbers say something of each token.
+# Longer arrays of numbers have one for each token.
 _LONGEST = 2**12
 
-_EMPTY = np.empty(0, np.uint8)
-
-# Elements that are dequantised at a time: as many as stay in a processor's cache with what is made of them.
+# Elements that are dequantised at a time: they stay in the processor's cache.
 _AT_A_TIME = 2**18
 
-# What must be left on the disk when weights have been written.
+# Bytes that must stay free on the disk.
 _SPARE = 2**30
-
-_READ_AT_A_TIME = 2**22
 
 
 class Header(gguf.GGUFReader):
-    """Fields and tensors of a file, without arrays of strings and long ones of numbers. All tokens are empty.
+    """Fields and tensors of a file, without long arrays and those of strings. All tokens are empty.
 
     Raises:
-        ValueError: the file ends before what its header says is in it, or is no GGUF file.
+        ValueError: the file is cut short, or is no GGUF file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -71,7 +67,7 @@ class Header(gguf.GGUFReader):
 
     @data.setter
     def data(self, mapped: np.ndarray) -> None:
-        self._data = mapped.view(np.ndarray)  # to slice a memmap takes 20 times as long
+        self._data = mapped.view(np.ndarray)  # slicing a memmap takes 20 times as long
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         self._check_end(int(offset) + int(count) * np.dtype(dtype).itemsize)
@@ -93,9 +89,9 @@ class Header(gguf.GGUFReader):
         return end - orig_offs, [kind, count], [], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
 
     def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
-        if field.name == "tokenizer.ggml.tokens":  # of which a config has the number
-            number = int(field.parts[-1][0])
-            field = field._replace(parts=[*field.parts, _EMPTY], data=[len(field.parts)] * number)
+        if field.name == "tokenizer.ggml.tokens":  # the config needs their number
+            number, empty = int(field.parts[-1][0]), np.empty(0, np.uint8)
+            field = field._replace(parts=[*field.parts, empty], data=[len(field.parts)] * number)
         return super()._push_field(field, skip_sum)
 
     def _end_of_strings(self, start: int, number: int) -> int:
@@ -117,10 +113,11 @@ class Header(gguf.GGUFReader):
 
 
 @contextmanager
-def read_once(header: Header) -> Iterator[None]:
-    """Have transformers take this header, rather than read its file by gguf's reader."""
+def read_once(header: Header | None) -> Iterator[None]:
+    """Give transformers this header when it calls gguf's reader."""
     reader = gguf.GGUFReader
-    vars(gguf)["GGUFReader"] = lambda *_: header
+    if header is not None:
+        vars(gguf)["GGUFReader"] = lambda *_: header
     try:
         yield
     finally:
@@ -135,7 +132,7 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
 
 
 def mapped_weights(header: Header, config: PretrainedConfig) -> dict[str, Tensor]:
-    """All weights in float16, mapped from a file in the user's cache, which is written if need be.
+    """All weights in float16, mapped from a file in the user's cache, which is written at first.
 
     Raises:
         OSError: it cannot be written.
@@ -153,10 +150,12 @@ def mapped_weights(header: Header, config: PretrainedConfig) -> dict[str, Tensor
                 written.write(layout.head)
                 descriptor = written.fileno()
 
-                def keep(name: str, weight: Tensor) -> None:
-                    _write(descriptor, weight, layout.starts[name])
-
-                _read(header, sources, torch.float16, keep)
+                _read(
+                    header,
+                    sources,
+                    torch.float16,
+                    lambda name, weight: _write(descriptor, weight, layout.starts[name]),
+                )
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
@@ -164,17 +163,15 @@ def mapped_weights(header: Header, config: PretrainedConfig) -> dict[str, Tensor
 
 
 def cache_folder() -> Path:
-    """Where weights are kept: in the user's cache, or where SELF_SPECULATION_CACHE says."""
+    """SELF_SPECULATION_CACHE, or a folder in the user's cache."""
     named = os.environ.get("SELF_SPECULATION_CACHE")
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return Path(named).expanduser() if named else users / "self-speculation"
 
 
 class _Sources(NamedTuple):
-    """Which tensors of a file become which parameters."""
-
     tensors: Mapping[str, ReaderTensor]  # by the name of the parameter
-    processor: TensorProcessor  # transformers' own, which undoes how converters order rows
+    processor: TensorProcessor  # restores transformers' order of rows
 
 
 def _sources(header: Header, config: PretrainedConfig) -> _Sources:
@@ -194,7 +191,7 @@ def _read(header: Header, sources: _Sources, dtype: torch.dtype, take: Callable[
     def read(name: str) -> int:
         tensor = sources.tensors[name]
         weight = _dequantized(header.path, tensor, dtype if len(tensor.shape) > 1 else torch.float32)
-        # Matrices are ordered otherwise, and nothing else: numpy need not know their format.
+        # Rows are ordered, and nothing is computed: numpy need not know bfloat16.
         plain = weight.view(torch.int16) if weight.dtype.itemsize == 2 else weight
         ordered = sources.processor.process(weights=plain.numpy(), name=tensor.name).weights
         ordered = torch.from_numpy(np.ascontiguousarray(ordered)).view(weight.dtype)
@@ -217,7 +214,7 @@ def _dequantized(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor
     weight = torch.empty(shape, dtype=dtype)
     start = int(tensor.data_offset)
     for rows in weight.split(max(1, _AT_A_TIME // row)):
-        # Read, not mapped: pages of a mapping would count as memory of this process. gguf takes rows 16 at a
+        # Read, not mapped: pages of a mapping count as memory of this process. gguf dequantises 16 rows at a
         # time; these are one row of many blocks.
         blocks = np.fromfile(path, np.uint8, len(rows) * bytes_of_row, offset=start)[None]
         rows.copy_(torch.from_numpy(gguf.dequantize(blocks, tensor.tensor_type)).view(rows.shape))
@@ -226,7 +223,7 @@ def _dequantized(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor
 
 
 class _Layout(NamedTuple):
-    """Of a safetensors file."""
+    """Layout of a safetensors file."""
 
     head: bytes
     starts: Mapping[str, int]  # of each tensor, in the file
@@ -234,7 +231,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(sources: _Sources) -> _Layout:
-    """That of all weights in float16, one after another."""
+    """The layout of all weights in float16, one after another."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in sources.tensors.items():
@@ -256,9 +253,9 @@ def _write(descriptor: int, weight: Tensor, start: int) -> None:
 
 
 def _digest(path: Path) -> str:
-    """Of the content of a file."""
+    """Digest of the content of a file."""
     state = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while part := file.read(_READ_AT_A_TIME):
+        while part := file.read(2**22):
             state.update(part)
     return state.hexdigest()

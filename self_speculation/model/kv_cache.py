@@ -1,7 +1,6 @@
 """The KV cache of the sequences in flight: allocate, append, roll back by count.
 
-Knows nothing of what layers compute. Layers of transformers take it for a cache of their own: they only call
-`update`.
+It knows nothing of what layers compute. Layers of transformers use it by `update`.
 """
 
 from __future__ import annotations
@@ -18,24 +17,23 @@ from torch import Tensor
 from self_speculation.model.devices import free_memory
 from self_speculation.transfers import on_device
 
-# Attention kernels want masks, and so lengths, in multiples of so many positions.
+# Attention kernels need masks, and so lengths, in multiples of so many positions.
 ALIGNMENT = 8
 
 
 def round_up(number: int, step: int) -> int:
-    """To the next multiple."""
     return -(-number // step) * step
 
 
 class Appendable(ABC):
-    """What layers append keys and values to."""
+    """Takes keys and values from layers."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append T positions to each of B rows of a layer.
 
         Args:
-            keys: [B * T, kv_heads, head_dim], row by row; `values` likewise.
+            keys, values: [B * T, kv_heads, head_dim], row by row.
 
         Returns:
             Views of all keys and values of the layer: [B * kv_heads, 1, S, head_dim] if all rows have S
@@ -48,17 +46,13 @@ class Appendable(ABC):
         """Called by layers of transformers: [B, kv_heads, T, head_dim] -> [B, kv_heads, S, head_dim]."""
         rows, heads, _width, size = keys.shape
         new_keys, new_values = (part.transpose(1, 2).reshape(-1, heads, size) for part in (keys, values))
-        held = self.append(new_keys, new_values, layer_idx)
-        all_keys, all_values = (part.reshape(rows, heads, -1, size) for part in held)
+        views = self.append(new_keys, new_values, layer_idx)
+        all_keys, all_values = (part.reshape(rows, heads, -1, size) for part in views)
         return all_keys, all_values
 
 
 class _Buffers:
-    """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs.
-
-    Args:
-        devices, num_ranks: as for `KVCache`.
-    """
+    """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs."""
 
     def __init__(
         self, num_layers: int, num_rows: int, capacity: int, devices: Sequence[torch.device], num_ranks: int
@@ -66,42 +60,45 @@ class _Buffers:
         self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, capacity, devices, num_ranks
         self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
-        self._fitting = 0  # a capacity that fits
+        self._fitting = 0  # a capacity that fits in memory
 
     def with_room(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers of a layer, for `end` positions at least, of keys like these [any, kv_heads, head_dim].
+        """The buffers of a layer, grown to at least `end` positions.
+
+        Args:
+            like: keys [any, kv_heads, head_dim].
 
         Raises:
             MemoryError: the buffers of all layers do not fit.
         """
-        held = self.of_layers[layer]
-        if held is not None and end <= held[0].shape[2]:
-            return held
+        old = self.of_layers[layer]
+        if old is not None and end <= old[0].shape[2]:
+            return old
         if self.capacity < end:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         if self._fitting < self.capacity:
-            # If this fails, a shorter sequence may still fit.
+            # If this raises, a shorter sequence may still fit.
             wanted, self.capacity = self.capacity, self._fitting or ALIGNMENT
             self._check_room(like, wanted)
             self._fitting = self.capacity = wanted
-        # Zeros: positions after a row's last one are masked, and a mask does not keep NaN out.
+        # Zeros: a mask does not keep NaN out of positions after a row's last one.
         shape = (self.num_rows, like.shape[1], self.capacity, like.shape[2])
         larger = (like.new_zeros(shape), like.new_zeros(shape))
-        for new, old in zip(larger, held or (), strict=False):
-            new[:, :, : old.shape[2]] = old
+        for new, part in zip(larger, old or (), strict=False):
+            new[:, :, : part.shape[2]] = part
         self.of_layers[layer] = larger
         return larger
 
     def _check_room(self, like: Tensor, capacity: int) -> None:
-        """See `with_room`; for each device and the layers on it."""
-        # Offloaded layers, on "meta", run where the first one does.
+        """Raises MemoryError if a device lacks memory for the buffers of its layers."""
+        # Offloaded layers, on "meta", run on the first layer's device.
         devices = [like.device if device.type == "meta" else device for device in self._devices]
         devices = devices or [like.device] * len(self.of_layers)
         for device, num_layers in Counter(devices).items():
             row = 2 * num_layers * like.shape[1:].numel() * capacity * like.itemsize
-            pairs = (pair for of, pair in zip(devices, self.of_layers, strict=True) if of == device)
-            held = sum(part.nbytes for pair in pairs for part in pair or ())
-            if (free := held + free_memory(device, self._num_ranks)) < self.num_rows * row:
+            pairs = (pair for at, pair in zip(devices, self.of_layers, strict=True) if at == device)
+            taken = sum(part.nbytes for pair in pairs for part in pair or ())
+            if (free := taken + free_memory(device, self._num_ranks)) < self.num_rows * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
                     f"{self.num_rows} times {capacity} positions of keys and values take "
@@ -110,19 +107,18 @@ class _Buffers:
 
 
 class KVCache(Appendable):
-    """Keys and values of every layer, for the rows of a batch.
+    """Keys and values of every layer, for the rows of a batch. At first there is one row, empty.
 
-    The buffers of a layer are allocated when it first runs, with the device and dtype of its keys, and are
-    appended in place. Rolling back moves a position. Only a generation that outgrows `capacity` copies: the
-    buffers double, up to the limit given to `reserve`.
+    The buffers of a layer are allocated when it first runs, with the device and dtype of its keys. Appending
+    writes in place, and rolling back moves a position. Buffers that are too small double, up to a limit.
 
-    A pass appends as many positions to each row, and all layers hold the same positions of a row. So two
+    A pass appends equally many positions to each row, and all layers hold the same positions of a row. So two
     lists give all lengths: positions appended to each layer, and how many of these each row misses. The cache
     is *uniform* while all rows have one length.
 
     Args:
-        num_rows: the most at a time. At first there is one, empty.
-        devices: of each layer's weights; none: all layers are where the first keys are.
+        num_rows: the most at a time.
+        devices: of each layer's weights; empty: all layers are on the device of the first keys.
         num_ranks: processes that hold the model together, see `free_memory`.
     """
 
@@ -138,17 +134,17 @@ class KVCache(Appendable):
         self._first_row = 0
         self._appended = [0] * num_layers  # by layer
         self._decided = 0  # appended to every layer when the last round began
-        self._missing = [0]  # by row: how many of the appended positions it misses
+        self._missing = [0]  # by row, of the appended positions
         self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
 
     def clear(self, num_rows: int = 1) -> None:
-        """Empty the cache, and have so many rows."""
+        """Empty the cache and give it so many rows."""
         self._appended, self._decided = [0] * len(self._appended), 0
         self._missing, self._missing_on_device = [0] * num_rows, None
 
     @property
     def num_rows(self) -> int:
-        """B: rows that hold a sequence."""
+        """B: rows that have a sequence."""
         return len(self._missing)
 
     @property
@@ -157,12 +153,12 @@ class KVCache(Appendable):
         return self.buffers.capacity
 
     def reserve(self, num_positions: int, limit: int) -> None:
-        """Allocate later buffers for so many positions; see `limit_growth`."""
+        """Allocate later buffers for so many positions, and let them grow to `limit`."""
         self.buffers.capacity = max(self.capacity, round_up(num_positions, ALIGNMENT))
         self.limit_growth(limit)
 
     def limit_growth(self, num_positions: int) -> None:
-        """Let buffers grow to so many positions at most: no row can reach more."""
+        """Let buffers grow to so many positions: the most that a row can reach."""
         self.buffers.limit = num_positions
 
     @property
@@ -178,7 +174,7 @@ class KVCache(Appendable):
         return self._appended[layer] - min(self._missing)
 
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
-        """[B, T] the next T positions of each row in a layer, on the device."""
+        """[B, T] the next T positions of each row in a layer."""
         if self._missing_on_device is None:
             self._missing_on_device = on_device(self._missing, device)[:, None]
         start = self._appended[layer]
@@ -200,27 +196,28 @@ class KVCache(Appendable):
             keys, values = keys.view(new), values.view(new)
         all_keys.as_strided(new, new_strides, first + start * size).copy_(keys)
         all_values.as_strided(new, new_strides, first + start * size).copy_(values)
-        held, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
-        return all_keys.as_strided(held, strides, first), all_values.as_strided(held, strides, first)
+        shape, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
+        return all_keys.as_strided(shape, strides, first), all_values.as_strided(shape, strides, first)
 
     def room_for(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
-        """Of a cache of one row, the buffers [1 or more, kv_heads, capacity, head_dim] of a layer, with room
-        for T more positions. The row comes first. The caller writes them, then calls `advance`.
+        """The buffers of a layer, with room for T more positions of the only row, which comes first. The
+        caller writes them, then calls `advance`.
         """
-        held, end = self.buffers.of_layers[layer], self.length(layer) + width
-        assert held is not None
-        if end > held[0].shape[2]:
-            held = self.buffers.with_room(layer, end, held[0][:, :, 0])
-        return held if self._first_row == 0 else (held[0][self._first_row :], held[1][self._first_row :])
+        pair, end = self.buffers.of_layers[layer], self.length(layer) + width
+        assert pair is not None
+        if end > pair[0].shape[2]:
+            pair = self.buffers.with_room(layer, end, pair[0][:, :, 0])
+        return pair if self._first_row == 0 else (pair[0][self._first_row :], pair[1][self._first_row :])
 
     def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
-        """What layers first..last-1 append to at positions [B, T], for rows that differ in length."""
+        """Takes keys and values of layers first..last-1 at positions [B, T], for rows that differ in
+        length.
+        """
         width = positions.shape[1]
         end = round_up(self.longest(first) + width, ALIGNMENT)
         for layer in range(first, last):
-            held = self.buffers.of_layers[layer]
-            if held is not None:
-                self.buffers.with_room(layer, end, held[0][:, :, 0])
+            if (pair := self.buffers.of_layers[layer]) is not None:
+                self.buffers.with_room(layer, end, pair[0][:, :, 0])
         self.advance(first, last, width)
         return WrittenAt(self.buffers.of_layers, positions, end)
 
@@ -235,22 +232,22 @@ class KVCache(Appendable):
             num_tokens: of all rows, or [B] of each.
 
         Raises:
-            ValueError: a layer holds fewer positions than that.
+            ValueError: a layer has fewer positions.
         """
-        forgotten = [num_tokens] * self.num_rows if isinstance(num_tokens, int) else num_tokens
+        dropped = [num_tokens] * self.num_rows if isinstance(num_tokens, int) else num_tokens
         least = min(self._appended)
-        for number, missing in zip(forgotten, self._missing, strict=True):
+        for number, missing in zip(dropped, self._missing, strict=True):
             if not 0 <= number <= least - missing:
                 raise ValueError(
                     f"cannot roll back {number} positions of a cache that holds {least - missing}"
                 )
-        if any(forgotten):
-            self._missing = [sum(pair) for pair in zip(self._missing, forgotten, strict=True)]
+        if any(dropped):
+            self._missing = [sum(pair) for pair in zip(self._missing, dropped, strict=True)]
             self._missing_on_device = None
         self._decided = least
 
     def forget_draft(self) -> None:
-        """Drop what was appended to some layers since the last `rollback` or `add_row`."""
+        """Drop positions appended since the last `rollback` or `add_row`."""
         self._appended = [self._decided] * len(self._appended)
 
     def row(self, row: int, length: int = 0) -> KVCache:
@@ -262,7 +259,7 @@ class KVCache(Appendable):
         return alone
 
     def add_row(self, length: int) -> None:
-        """Append a row whose `length` positions are in its slot already."""
+        """Add a row whose `length` positions are already in its slot."""
         self._settle()
         if not self._missing:
             self._appended = [length] * len(self._appended)
@@ -273,8 +270,8 @@ class KVCache(Appendable):
         """Move the last row to the slot of this one, then shrink.
 
         Args:
-            damaged: its slot may hold NaN, which no mask keeps from a later row: fill it with zeros.
-            keep: swap the two slots. Otherwise the row is overwritten.
+            damaged: fill its slot with zeros. It may hold NaN, and a mask does not keep NaN out.
+            keep: swap the two slots instead of overwriting this one.
         """
         self._settle()
         last = self.num_rows - 1
@@ -296,23 +293,21 @@ class KVCache(Appendable):
         if slot != other:
             for buffer in self._all_buffers():
                 one, another = buffer[slot, :, :length], buffer[other, :, :length]
-                held = one.clone()
+                copied = one.clone()
                 one.copy_(another)
-                another.copy_(held)
+                another.copy_(copied)
 
     def _all_buffers(self) -> Iterator[Tensor]:
-        return (part for held in self.buffers.of_layers for part in held or ())
+        return (part for pair in self.buffers.of_layers for part in pair or ())
 
     def pretend(self, lengths: Sequence[int]) -> None:
-        """Take each row to have so many positions in every layer, to time passes. Every layer must have run
-        before.
-        """
+        """Give each row so many positions in every layer, to time passes. Every layer must have run."""
         self._appended = [max(lengths)] * len(self._appended)
         self._missing = [max(lengths) - length for length in lengths]
         self._decided, self._missing_on_device = max(lengths), None
 
     def _settle(self) -> None:
-        """Count what the first layer has for all layers: those beyond an early exit never run."""
+        """Give all layers the count of the first: those beyond an early exit never run."""
         self._appended = [self._appended[0]] * len(self._appended)
 
 
@@ -351,15 +346,14 @@ class WrittenAt(Appendable):
         self._index: tuple[Tensor, ...] = ()
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        held = self._buffers[layer]
-        assert held is not None
-        (rows, width), (_, heads, _, size) = self._positions.shape, held[0].shape
+        pair = self._buffers[layer]
+        assert pair is not None
+        (rows, width), (_, heads, _, size) = self._positions.shape, pair[0].shape
         if not self._index:
             all_rows, all_heads = (torch.arange(n, device=self._positions.device) for n in (rows, heads))
             self._index = (all_rows[:, None, None], all_heads, self._positions[:, :, None])
         index = tuple(part.to(keys.device) for part in self._index)  # layers may be on several devices
-        for buffer, new in zip(held, (keys, values), strict=True):
-            # Into the buffer itself: before torch 2.13, Inductor copies all of what is written to by a view.
+        for buffer, new in zip(pair, (keys, values), strict=True):
             buffer.index_put_(index, new.view(rows, width, heads, size))
-        all_keys, all_values = (buffer[:rows, :, : self.length] for buffer in held)
+        all_keys, all_values = (buffer[:rows, :, : self.length] for buffer in pair)
         return all_keys, all_values

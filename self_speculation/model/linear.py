@@ -1,16 +1,16 @@
-"""x W^T + b over the weights of modules, by torch's matmul or, on a CPU, over a copy of W packed for another
-library's kernels.
+"""x W^T + b over the weights of modules, by torch's matmul or, on a CPU, by a kernel over a packed copy of W.
 
-A `Linear` keeps what is made of its weight (packed copies, copies in fewer bits, some rows) until the weight
-changes.
+A `Linear` keeps what is made of its weight (packed copies, copies in four bits, some rows) until it changes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -32,14 +32,16 @@ _BLOCKS = 16
 # The most elements that a thread packs in float16 at a time, from a copy in float32.
 _PIECE = 2**24
 
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")
+
 
 class Linear:
     """x [T, in] -> x W^T + b [T, out].
 
     Args:
-        projections: become one. Their weights are laid side by side, see `_side_by_side`.
-        is_widened: weights in 16 bits multiply inputs in float32, over a copy of them alone. They stay where
-            they are: in the mapped file, if they were read from one.
+        projections: of the same input. Their weights become one tensor, see `_side_by_side`.
+        fp32_activations: W16A32. Products read a packed copy; weights stay where they are, such as in a file
+            that they are mapped from.
     """
 
     def __init__(self, *projections: nn.Linear, fp32_activations: bool = False) -> None:
@@ -52,12 +54,19 @@ class Linear:
         self._weight_t: Any = None if self._joint is None else self._joint.t()
         self._left = None if self._joint is None else _blocks(self._joint)
         self.may_be_packed = False  # whether memory has room for a packed copy
-        self._derived: dict[Hashable, Any] = {}
+        self.derived: dict[Hashable, Any] = {}  # what was made of the weight
         self._contents_when_made: Hashable = None
 
     def __call__(self, x: Tensor) -> Tensor:
         product = torch.mm(x, self._weight_t) if self._by_mm(x) else self._multiply(x).contiguous()
         return product if self.bias is None else product.add_(self.bias)
+
+    unconverted = __call__  # copies in four bits have another dtype here
+
+    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """hidden += x W^T + b, in one kernel."""
+        hidden = hidden.addmm_(x, self._weight_t) if self._by_mm(x) else hidden.add_(self._multiply(x))
+        return hidden if self.bias is None else hidden.add_(self.bias)
 
     def _by_mm(self, x: Tensor) -> bool:
         """Whether `torch.mm` over the weight is fastest."""
@@ -74,24 +83,10 @@ class Linear:
         columns = x.t().expand(self._left.shape[0], -1, -1)  # [blocks, in, T]
         return torch.bmm(self._left, columns).flatten(0, 1).t()
 
-    def unconverted(self, x: Tensor) -> Tensor:
-        """The product in the dtype it is computed in; copies in fewer bits have their own."""
-        return self(x)
-
-    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """hidden += x W^T + b, in one kernel."""
-        hidden = hidden.addmm_(x, self._weight_t) if self._by_mm(x) else hidden.add_(self._multiply(x))
-        return hidden if self.bias is None else hidden.add_(self.bias)
-
     @property
     def weight(self) -> Tensor:
         """[out, in] of all projections; a copy with `fp32_activations`."""
         return torch.cat([w.data for w in self._weights]) if self._joint is None else self._joint
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """[n, in] some rows of the weight of a single projection."""
-        (weight,) = self._weights
-        return weight.data[ids.to(weight.device)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,31 +98,6 @@ class Linear:
         """[out, in]"""
         return torch.Size((sum(map(len, self._weights)), self._weights[0].shape[1]))
 
-    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of `make`, kept by key until the weight changes."""
-        if key not in self._derived:
-            self._derived[key] = make()
-            for weight in self._weights:
-                release(weight)
-            [self._contents_when_made] = contents([self._parameters])
-        return self._derived[key]
-
-    def has_derived(self, key: Hashable) -> bool:
-        """Whether there is one for this key."""
-        return key in self._derived
-
-    @property
-    def all_derived(self) -> Sequence[Any]:
-        return [*self._derived.values()]
-
-    def of_rows(self, ids: Tensor) -> Linear:
-        """A `Linear` over a copy of some rows [n] of the weight."""
-        rows, weight = copy.copy(self), self.rows(ids)
-        rows._joint, rows.bias = weight, None if self.bias is None else self.bias[ids]
-        rows._left, rows._weight_t = _blocks(weight), weight.t()
-        rows._weights, rows._parameters, rows._derived = [weight], [weight], {}
-        return rows
-
     @property
     def num_bytes(self) -> int:
         return sum(weight.nbytes for weight in self._weights)
@@ -137,6 +107,28 @@ class Linear:
         parts = (self._joint, self._weight_t, self._left, self.bias)
         return [part for part in parts if part is not None]
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """[n, in] some rows of the weight of a single projection."""
+        (weight,) = self._weights
+        return weight.data[ids.to(weight.device)]
+
+    def of_rows(self, ids: Tensor) -> Linear:
+        """A `Linear` over a copy of some rows [n] of the weight."""
+        rows, weight = copy.copy(self), self.rows(ids)
+        rows._joint, rows.bias = weight, None if self.bias is None else self.bias[ids]
+        rows._left, rows._weight_t = _blocks(weight), weight.t()
+        rows._weights, rows._parameters, rows.derived = [weight], [weight], {}
+        return rows
+
+    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result of `make`, kept by key until the weight changes."""
+        if key not in self.derived:
+            self.derived[key] = make()
+            for weight in self._weights:
+                release(weight)
+            [self._contents_when_made] = contents([self._parameters])
+        return self.derived[key]
+
     @property
     def can_be_packed(self) -> bool:
         """Whether oneDNN has kernels for this weight here."""
@@ -145,19 +137,19 @@ class Linear:
         is_on_cpu = not self.fp32_activations and self._weights[0].device.type == "cpu"
         return is_on_cpu and self.dtype in kernels and kernels[self.dtype]()
 
-    def _copy(self) -> Callable[[Tensor], Tensor]:
-        if self.fp32_activations:
-            return self.derived(Float16Linear, lambda: Float16Linear(*map(_within_float16, self._weights)))
-        return self.derived(PackedLinear, lambda: PackedLinear(self.weight))
-
     def is_packed(self, width: int) -> bool:
         """Whether passes over so many tokens read a copy packed for oneDNN."""
         return self.may_be_packed and width in _PACKED[self.dtype] and not torch.compiler.is_compiling()
 
+    def _copy(self) -> Callable[[Tensor], Tensor]:
+        if self.fp32_activations:
+            return self.derive(Float16Linear, lambda: Float16Linear(*map(_within_float16, self._weights)))
+        return self.derive(PackedLinear, lambda: PackedLinear(self.weight))
+
     @property
-    def copy_read(self) -> Float16Linear | PackedLinear | None:
-        """The packed copy, if it was made."""
-        return self._derived.get(Float16Linear if self.fp32_activations else PackedLinear)
+    def packed_copy(self) -> Float16Linear | PackedLinear | None:
+        """The copy that passes of the target read, if it was made."""
+        return self.derived.get(Float16Linear if self.fp32_activations else PackedLinear)
 
 
 class PackedLinear:
@@ -172,45 +164,85 @@ class PackedLinear:
 
 
 class Float16Linear:
-    """x W^T with x in float32, over a copy of W in float16 packed for FBGEMM.
+    """x W^T + b with x in float32, over a copy of W in float16 packed for FBGEMM.
 
     The copy holds bfloat16 weights exactly from 6e-5 to 65504, and smaller ones to within 3e-8.
+
+    Args:
+        weights: [n, in] each; their rows are concatenated. They are packed in pieces, each from a copy in
+            float32: a head of 150,000 rows needs no copy of all of it.
     """
 
-    def __init__(self, *weights: Tensor) -> None:
-        """
-        Args:
-            weights: [n, in] each; their rows are concatenated. They are packed in pieces, each from a copy in
-                float32: a head of 150,000 rows needs no copy of all of it.
-        """
+    bytes_per_weight = 2.0
+
+    def __init__(self, *weights: Tensor, bias: Tensor | None = None) -> None:
         num_rows, columns = sum(map(len, weights)), weights[0].shape[1]
-        self.num_bytes = 2 * num_rows * columns
-        exact = torch.empty(math.ceil(num_rows / math.ceil(num_rows * columns / _PIECE)), columns)
+        self.num_bytes = self.bytes_of(torch.Size((num_rows, columns)))
+        at_a_time = math.ceil(num_rows / math.ceil(num_rows * columns / _PIECE))
+        exact = torch.empty(at_a_time, columns)
+        offsets = [0, *accumulate(map(len, weights))]  # of each weight's first row
         self.packed = []
-        for rows in _pieces([weight.detach() for weight in weights], len(exact)):
-            piece = torch.cat(rows, out=exact[: sum(map(len, rows))])
-            self.packed.append(torch.ops.quantized.linear_prepack_fp16(piece, None))
+        for start in range(0, num_rows, at_a_time):
+            end = min(start + at_a_time, num_rows)
+            rows = [
+                weight.detach()[max(start - offset, 0) : max(end - offset, 0)]
+                for offset, weight in zip(offsets, weights, strict=False)
+            ]
+            piece, biases = (
+                torch.cat(rows, out=exact[: end - start]),
+                None if bias is None else bias[start:end],
+            )
+            self.packed.append(torch.ops.quantized.linear_prepack_fp16(piece, biases))
 
     def __call__(self, x: Tensor) -> Tensor:
         pieces = [torch.ops.quantized.linear_dynamic_fp16(x, piece) for piece in self.packed]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
+    @staticmethod
+    def bytes_of(shape: torch.Size) -> int:
+        """Size of the copy of a weight [out, in]."""
+        return 2 * shape.numel()
 
-def _pieces(weights: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """All rows in order, `size` at a time; the last piece may have fewer."""
-    piece: list[Tensor] = []
-    room = size
-    for weight in weights:
-        rest = weight
-        while len(rest):
-            taken, rest = rest[:room], rest[room:]
-            piece.append(taken)
-            room -= len(taken)
-            if not room:
-                yield piece
-                piece, room = [], size
-    if piece:
-        yield piece
+
+@cache
+@torch.no_grad()
+def works(
+    kind: Callable[[Tensor], Callable[[Tensor], Tensor]], device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether there is a kernel for copies of this kind, of weights of this dtype on this device.
+
+    Raises:
+        RuntimeError: out of memory. The next call tries again.
+    """
+    weight = torch.zeros(16, 32, device=device, dtype=dtype)
+    try:
+        kind(weight)(weight[:1])
+    except (AttributeError, RuntimeError) as error:
+        if any(text in str(error) for text in _OUT_OF_MEMORY):
+            raise
+        return False
+    return True
+
+
+def follow_weights(linears: Sequence[Linear]) -> None:
+    """Drop what was made of weights that have changed; make the copies that every pass reads, on all threads.
+
+    Raises:
+        ValueError: float16 cannot hold a weight that has changed.
+    """
+    copied = [linear for linear in linears if linear.derived]
+    current = contents([linear._parameters for linear in copied])
+    for linear, contents_now in zip(copied, current, strict=True):
+        if linear._contents_when_made != contents_now:
+            linear.derived.clear()
+    missing = [linear for linear in linears if linear.fp32_activations and linear.packed_copy is None]
+    missing.sort(key=lambda linear: -linear.num_bytes)  # no thread ends with a large one
+    with (
+        ThreadPoolExecutor(torch.get_num_threads()) as threads,
+        progress("packing weights", sum(linear.num_bytes for linear in missing)) as advance,
+    ):
+        for linear, _ in zip(missing, threads.map(Linear._copy, missing), strict=True):
+            advance(linear.num_bytes)
 
 
 def _within_float16(weight: Tensor) -> Tensor:
@@ -219,30 +251,6 @@ def _within_float16(weight: Tensor) -> Tensor:
     if not bool(torch.maximum(-least, largest) <= torch.finfo(torch.float16).max):
         raise ValueError("weights beyond 65504, or NaN, cannot be held in 16 bits: they need --dtype float32")
     return weight
-
-
-def follow_weights(products: Sequence[Linear]) -> None:
-    """Drop what was made of weights that have changed; make the copies that every pass reads, on all threads.
-
-    Raises:
-        ValueError: float16 cannot hold a weight that has changed.
-    """
-    copied = [product for product in products if product._derived]
-    of_now = contents([product._parameters for product in copied])
-    for product, contents_of_now in zip(copied, of_now, strict=True):
-        if product._contents_when_made != contents_of_now:
-            product._derived.clear()
-    missing = [product for product in products if product.fp32_activations and product.copy_read is None]
-    if missing:
-        # The largest first: none should be alone at the end.
-        missing.sort(key=lambda product: -product.num_bytes)
-        num_bytes = sum(product.num_bytes for product in missing)
-        with (
-            ThreadPoolExecutor(torch.get_num_threads()) as threads,
-            progress("packing weights", num_bytes) as advance,
-        ):
-            for product, _ in zip(missing, threads.map(Linear._copy, missing), strict=True):
-                advance(product.num_bytes)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
-"""Weights that are mapped from a file: whether somebody wrote to them, and memory that they need not take.
+"""Weights mapped from a file: whether they were written to, and how to free the memory of their pages.
 
-A private mapping has the file's pages, which are in memory once they were read. A page that the process
-writes to becomes its own. Linux tells the two apart (/proc/self/pagemap). So a weight that nobody wrote to is
-known without reading it. On other systems no weight counts as mapped.
+A private mapping has pages of the file until the process writes to them. Linux tells the two kinds apart
+(/proc/self/pagemap), so an unwritten weight is known without reading it. On other systems no weight counts as
+mapped.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from torch import Tensor
 
 _PAGE = mmap.PAGESIZE
 
-# A page by the three highest bits of its entry (present, swapped, of a file): not in memory, the file's, the
+# The three highest bits of a page's entry (present, swapped, of a file): not in memory; the file's; the
 # file's while the kernel moves it.
 _UNWRITTEN = (0, 5, 3)
 
-# Start, end, offset in the file, device and inode of a private mapping that may be written to.
+# Start, end, offset in the file, device and inode of a writable private mapping.
 _MAPPING = re.compile(r"^(\w+)-(\w+) rw-p (\w+) (\S+) ([1-9]\d*) ", re.MULTILINE)
 
 
 class MappedFiles:
-    """The files that are mapped when the first weight is asked about."""
+    """The process's mappings, read at the first mapped weight."""
 
-    def place(self, weight: Tensor) -> Hashable | None:
-        """Device, inode and offset of the bytes of a weight in the file that it is mapped from; None where it
-        is not mapped, or somebody has written to one of its pages since.
-        """
+    def address(self, weight: Tensor) -> Hashable | None:
+        """Device, inode and offset of a weight in its file; None: it is not mapped, or was written to."""
         if not _is_unwritten(weight):
             return None
         first, last = weight.data_ptr(), weight.data_ptr() + weight.nbytes
@@ -52,9 +50,7 @@ class MappedFiles:
 
 
 def release(weight: Tensor) -> None:
-    """Let the pages of a mapped weight go: whoever reads it next gets them from the file again. A weight that
-    is not mapped, or that somebody wrote to, stays as it is.
-    """
+    """Free the pages of an unwritten mapped weight; the next read gets them from the file again."""
     if not _is_unwritten(weight):
         return
     start = -(-weight.data_ptr() // _PAGE) * _PAGE
@@ -64,7 +60,7 @@ def release(weight: Tensor) -> None:
 
 
 def _is_unwritten(weight: Tensor) -> bool:
-    """Whether each page of a weight is a file's, or in no memory yet."""
+    """Whether each page of a weight is a file's, or not in memory."""
     if weight.device.type != "cpu" or not weight.is_contiguous() or not weight.nbytes:
         return False
     first, last = weight.data_ptr() // _PAGE, -(-(weight.data_ptr() + weight.nbytes) // _PAGE)
@@ -72,7 +68,7 @@ def _is_unwritten(weight: Tensor) -> bool:
         with open("/proc/self/pagemap", "rb", buffering=0) as pages:
             pages.seek(8 * first)
             entries = pages.read(8 * (last - first))
-    except OSError:  # another system, or one that does not show it
+    except OSError:  # another system, or no access
         return False
     kinds = np.frombuffer(entries, np.uint64) >> 61
     return len(kinds) == last - first and bool(np.isin(kinds, _UNWRITTEN).all())

@@ -6,7 +6,7 @@ Knows nothing of sampling or strategies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model
 from self_speculation.model.kv_cache import Appendable, KVCache
 
-# The cache starts with room for the prompt and so many positions more, divided by the number of rows.
+# The cache starts with room for the prompt and so many more positions, divided by the number of rows.
 _FIRST_ALLOCATION = 1024
 
-# Positions of one pass over a prompt.
+# Most positions of one pass over a prompt: they bound its memory.
 PREFILL_CHUNK = 1024
 
 
@@ -35,7 +35,7 @@ class ForwardResult:
 
 
 class PlainLayer:
-    """A decoder layer of transformers, called as a fused one is."""
+    """A decoder layer of transformers with the interface of `FusedLayer`."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
@@ -56,7 +56,7 @@ class PlainLayer:
 
 
 class PlainHead:
-    """Final norm and head of transformers, called as a fused one is."""
+    """Final norm and head of transformers with the interface of `FusedHead`."""
 
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         self._norm, self.module = norm, head
@@ -73,17 +73,17 @@ class PlainHead:
 
 
 class _Rotary:
-    """Tables of cos and sin, shared by all runners over the same cache."""
+    """Tables of cos and sin, shared by all runners over one cache."""
 
     def __init__(self, module: nn.Module, like: Tensor, context: int) -> None:
         self.module, self._like, self._last = module, like, context - 1
         self.tables = like.new_empty(2, 0, 0)  # [2, positions, head_dim]
 
     def reserve(self, num_positions: int) -> None:
-        held = self.tables.shape[1]
-        if num_positions > held:
-            # Twice as many as there were, so that longer and longer prompts do not make them again and again.
-            positions = torch.arange(max(num_positions, 2 * held), device=self._like.device)[None]
+        size = self.tables.shape[1]
+        if num_positions > size:
+            # At least doubled, so that ever longer prompts rarely grow them.
+            positions = torch.arange(max(num_positions, 2 * size), device=self._like.device)[None]
             self.tables = torch.cat(self.module(self._like, position_ids=positions.clamp_(max=self._last)))
 
 
@@ -91,9 +91,8 @@ class ModelRunner:
     """A model over the KV cache of one batch: embeds, runs layers [first:last], applies norm and head.
 
     Args:
-        model: a `...ForCausalLM` of a supported type. Layers that `fuse` has fused are used.
-        prompt_length: positions of the prompt.
-        num_positions: the most positions that the generation can reach; see `reserve`.
+        model: a `...ForCausalLM` of a supported type, fused or not.
+        prompt_length, num_positions: see `reserve`.
         num_rows: the most sequences at a time.
     """
 
@@ -106,7 +105,7 @@ class ModelRunner:
         fused = fused_model(model)
         pairs = zip(fused.layers, base.layers, strict=True)
         self.layers = [of_layer or PlainLayer(layer) for of_layer, layer in pairs]
-        self.dtype = fused.dtype  # of activations, keys and values, logits
+        self.dtype = fused.dtype  # of activations, keys, values and logits
         self._num_rows = num_rows
         devices = [next(layer.parameters()).device for layer in base.layers]
         self.cache = KVCache(len(self.layers), 1, num_rows, devices, num_ranks(model))
@@ -118,7 +117,7 @@ class ModelRunner:
         like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
         self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))
         self.reserve(prompt_length, num_positions)
-        # x @ unit is x, and x @ half_turn its second half, negative, followed by its first.
+        # x @ unit is x; x @ half_turn is the negative second half of x, then its first half.
         head_dim = self.rotary.shape[2]
         self.unit = torch.eye(head_dim, dtype=self.dtype, device=like.device)
         self.half_turn = self.unit.roll(head_dim // 2, 1)
@@ -127,8 +126,8 @@ class ModelRunner:
 
     @property
     def fingerprint(self) -> Hashable:
-        """Compiled passes are valid while this is the same: it covers the structure of all modules, and the
-        contents of those that rotary tables are computed from.
+        """Changes with the structure of all modules and the contents of the rotary embedding: compiled passes
+        are valid while it is the same.
         """
         parts = [(type(part), part.structure) for part in (*self.layers, self.head)]
         return self.dtype, structure(self._embed), fingerprint(self._rotary.module), tuple(parts)
@@ -139,7 +138,7 @@ class ModelRunner:
         return self._rotary.tables
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
-        """Make room for the next sequence.
+        """Make room for a sequence.
 
         Args:
             prompt_length: positions of its prompt.
@@ -150,7 +149,7 @@ class ModelRunner:
         self.cache.reserve(first, limit=num_positions)
 
     def for_row(self, row: int, length: int = 0) -> ModelRunner:
-        """The same model over one row of this cache, to prefill it; see `KVCache.row`."""
+        """A runner over one row of this cache, to prefill it; see `KVCache.row`."""
         other = copy.copy(self)
         other.cache = self.cache.row(row, length)
         return other
@@ -171,10 +170,10 @@ class ModelRunner:
         return other
 
     def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
-        """Layers first..last-1 over T new positions, norm and head for the last `num_logits` of them.
+        """Layers first..last-1 over T new positions, norm and head over the last `num_logits` of them.
 
         Args:
-            inputs: [B, T] ids where `first` is 0, else [B, T, H] the input of layer `first`.
+            inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`.
         """
         hidden = self.run_layers(inputs.clone() if first else self.embed(inputs), first, last)
         return ForwardResult(self.logits(hidden, num_logits), hidden)
@@ -206,20 +205,17 @@ class ModelRunner:
         return states.view(rows, width, -1)
 
     def logits(self, hidden: Tensor, num_positions: int) -> Tensor:
-        """[B, T, H] -> [B, n, V] for the last n positions; the head runs for no others."""
+        """[B, T, H] -> [B, n, V] for the last n positions."""
         rows = hidden.shape[0]
         if num_positions == 0:
             return hidden.new_empty(rows, 0, 0)
-        # If layers are on several devices, everything else is on that of the embedding.
+        # Layers may be on several devices. All else is on the device of the embedding.
         states = hidden[:, -num_positions:].flatten(0, 1)
         return self.head(states).view(rows, num_positions, -1).to(self.rotary.device)
 
 
 def prefill(runner: ModelRunner, input_ids: Tensor, exit_layer: int) -> ForwardResult:
-    """Layers 0..exit_layer-1 over a prompt [1, P], with logits for its last position.
-
-    Chunks of PREFILL_CHUNK positions bound the memory that a long prompt takes.
-    """
+    """Layers 0..exit_layer-1 over a prompt [1, P] in chunks, with logits for its last position."""
     *chunks, last = input_ids.split(PREFILL_CHUNK, dim=1)
     for chunk in chunks:
         forward_early(runner, chunk, exit_layer, num_logits=0)
@@ -234,18 +230,8 @@ def forward(runner: ModelRunner, input_ids: Tensor, num_logits: int = 1) -> Forw
 def forward_early(
     runner: ModelRunner, input_ids: Tensor, exit_layer: int, num_logits: int = 1
 ) -> ForwardResult:
-    """Layers 0..exit_layer-1 over T new tokens [B, T]; norm and head for the last `num_logits` of them."""
+    """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
     return runner.run(input_ids, 0, exit_layer, num_logits)
-
-
-def forward_exits(
-    runner: ModelRunner, input_ids: Tensor, exit_layers: Iterable[int], num_logits: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(exit layer, logits [1, n, V] of the last n tokens) of each exit, in one pass over [1, T] tokens."""
-    hidden, done = runner.embed(input_ids), 0
-    for exit_layer in sorted(exit_layers):
-        hidden, done = runner.run_layers(hidden, done, exit_layer), exit_layer
-        yield exit_layer, runner.logits(hidden, num_logits)
 
 
 def forward_remainder(runner: ModelRunner, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:

@@ -1,4 +1,4 @@
-"""Which tokens the free slots of a KV cache hold, so that a prompt that begins alike is not read again."""
+"""Prefixes that the free slots of a KV cache hold, so that a prompt with a known prefix is not read again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.compiled_runner import is_compiled
 from self_speculation.model.fingerprint import fingerprint
-from self_speculation.model.fused_layers import how_fused
+from self_speculation.model.fused_layers import num_fuse_calls
 from self_speculation.model.model_runner import ModelRunner
 
 
@@ -18,11 +18,15 @@ class _Prefix(NamedTuple):
     ids: Sequence[int] = ()
     age: int = 0  # the number of the answer that left it: higher is younger
 
+    def shared(self, prompt: Sequence[int]) -> int:
+        """Length of the longest common prefix."""
+        pairs = enumerate(zip(self.ids, prompt, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(prompt)))
+
 
 class PrefixCache:
-    """The ids whose keys and values each slot holds, by slot. The slots of rows in flight come first.
-
-    A slot keeps its ids until another prompt takes it.
+    """The ids whose keys and values each slot holds, until another prompt takes it. Slots of rows in flight
+    come first.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -30,13 +34,11 @@ class PrefixCache:
         self._answers = itertools.count(1)
 
     def match(self, prompt: Sequence[int], first_free: int) -> tuple[int, int]:
-        """The free slot that shares the longest prefix with a prompt, and the length of that prefix.
-
-        Of equal ones the oldest is taken. The last token of a prompt is never matched: its logits are needed.
+        """The free slot that shares the longest prefix with a prompt, the oldest of equals; and the length of
+        that prefix. The last token of a prompt is never matched: its logits are needed.
         """
-        most = len(prompt) - 1
         length, _, slot = max(
-            (min(_common(prefix.ids, prompt), most), -prefix.age, slot)
+            (prefix.shared(prompt[:-1]), -prefix.age, slot)
             for slot, prefix in enumerate(self._prefixes)
             if slot >= first_free
         )
@@ -56,17 +58,11 @@ class PrefixCache:
 class KeptCache(NamedTuple):
     """A KV cache that one scheduler leaves to the next."""
 
-    runner: ModelRunner  # which has the cache
+    runner: ModelRunner
     prefixes: PrefixCache
     fingerprint: Hashable
 
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:
     """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    return fingerprint(model), how_fused(model), is_compiled(model), model.config._attn_implementation
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    return fingerprint(model), num_fuse_calls(model), is_compiled(model), model.config._attn_implementation

@@ -1,10 +1,10 @@
-"""Narrow passes over one row on a CPU as single calls: around the products of a pass are hundreds of small
-ones, which take Python longer than the processor.
+"""Narrow passes over one row on a CPU as single calls of TorchScript.
 
-A range of fused layers is traced by TorchScript, with widths and lengths as sizes of its inputs, so that one
-trace serves every step. Weights, or copies of them, are its attributes. Where they change, a copy of the
-trace gets the new ones: its graph is valid for all weights of these shapes. TorchScript is in maintenance
-mode: all that knows of it is here.
+The products of a narrow pass are surrounded by hundreds of small operations, which cost Python more time than
+the processor. A range of fused layers is traced with widths and lengths as sizes of its inputs, so one trace
+serves every step. Weights, or copies of them, are its attributes. When they change, a copy of the trace gets
+the new ones: the graph is valid for all weights of these shapes. TorchScript is in maintenance mode: only
+this module uses it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -24,27 +24,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.fused_layers import NARROW, FusedLayer
+from self_speculation.model.fused_layers import FusedLayer
+from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.linear import Float16Linear, Linear
-from self_speculation.model.low_bit_linear import LowBitLinear
+from self_speculation.model.linear import NARROW, Float16Linear, Linear
 from self_speculation.model.model_runner import ModelRunner
 
-# To trace a range takes as long as some forty of its passes gain: it waits until there were so many.
+# Passes of a range before it is traced: tracing pays back after about 40.
 _PASSES_BEFORE = 32
-# Of a model. TorchScript keeps the graphs for as long as the process lives: about a megabyte for each layer.
+# Traces of a model. TorchScript never frees a graph: about a megabyte for each layer.
 _TRACES_AT_MOST = 32
 
 
 @dataclass
 class _Traces:
-    """
+    """Of one model; by range, width and format.
+
     Args:
-        passes_before: see `_PASSES_BEFORE`.
-        graphs: by range, width and format, each a trace without weights and what it has as constants.
-        made: by the same, traces with weights, each with all that it is valid for.
-        num_made: graphs that there ever were.
-        num_passes: of what was not traced when it ran.
+        graphs: traces without weights, each with its constants.
+        made: traces with weights, each with the parts that it is valid for.
+        num_made: graphs, including those that were replaced.
+        num_passes: that ran without a trace.
     """
 
     passes_before: int = _PASSES_BEFORE
@@ -58,17 +58,17 @@ _TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()
 
 
 def trace_at_once(model: PreTrainedModel) -> None:
-    """From now on trace what runs when it first does: for measurements, which warm up."""
+    """Trace each range when it first runs: for measurements, which warm up."""
     _TRACES.setdefault(model, _Traces()).passes_before = 0
 
 
 def never_trace(model: PreTrainedModel) -> None:
-    """From now on trace nothing: for comparisons of more ranges than are traced."""
+    """Trace nothing: for comparisons of more ranges than are traced."""
     _TRACES.setdefault(model, _Traces()).passes_before = sys.maxsize
 
 
 def num_traces(model: PreTrainedModel) -> int:
-    """Graphs that there ever were: a pass in which there is another one takes ten times as long."""
+    """Graphs made so far. A pass that makes one takes ten times as long."""
     return _TRACES[model].num_made if model in _TRACES else 0
 
 
@@ -77,16 +77,14 @@ class TracedRunner(ModelRunner):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._found: dict[Hashable, Callable[..., Tensor]] = {}  # valid for this generation
+        self._found: dict[Hashable, Callable[..., Tensor]] = {}  # traces of this generation
         if (traces := _TRACES.get(self.model)) is not None:
-            self._forget_outdated(traces)
+            self._free_outdated(traces)
 
-    def _forget_outdated(self, traces: _Traces) -> None:
-        """Those of weights that are others by now, whose memory they keep."""
-        linears = [
-            linear for layer in self.layers if isinstance(layer, FusedLayer) for linear in layer.linears
-        ]
-        current = {id(part) for linear in linears for part in (None, linear, *linear.all_derived)}
+    def _free_outdated(self, traces: _Traces) -> None:
+        """Free traces of weights that have changed."""
+        linears = _linears([layer for layer in self.layers if isinstance(layer, FusedLayer)])
+        current = {id(part) for linear in linears for part in (None, linear, *linear.derived.values())}
         for kind, (valid_for, _) in [*traces.made.items()]:
             if not all(id(part) in current for part in valid_for):
                 traces.made.pop(kind, None)  # another thread may have been faster
@@ -105,23 +103,23 @@ class TracedRunner(ModelRunner):
         key = (first, last, width)
         if key not in self._found and not self._find(key, hidden):
             return super().run_layers(hidden, first, last)
-        with torch.jit.optimized_execution(False):  # there is nothing to gain, and two slow runs to lose
+        with torch.jit.optimized_execution(False):  # it gains nothing and makes two runs slow
             states = self._found[key](hidden[0], *self._inputs(first, last, width))
         self.cache.advance(first, last, width)
         return states[None]
 
     def _find(self, key: tuple[int, int, int], hidden: Tensor) -> bool:
-        """Have a trace of this range, if it is there or its time has come: one is for a single token, one for
-        all other widths.
+        """Get a trace of this range, or make one if it has run often enough. One trace is for a single token,
+        one for all other widths.
         """
         first, last, width = key
         layers: list[Any] = self.layers[first:last]
-        if not all(_can_be_traced(layer, place, width) for place, layer in enumerate(layers, first)):
+        if not all(_can_be_traced(layer, index, width) for index, layer in enumerate(layers, first)):
             return False
-        linears = [linear for layer in layers for linear in layer.linears]
-        valid_for = [part for linear in linears for part in (linear, linear.copy_read)]
+        linears = _linears(layers)
+        valid_for = [part for linear in linears for part in (linear, linear.packed_copy)]
         traces, kind = _TRACES.setdefault(self.model, _Traces()), (first, last, width == 1, type(linears[0]))
-        made = traces.made.pop(kind, None)  # what is out of date must not be kept alive
+        made = traces.made.pop(kind, None)  # an outdated one must not stay alive
         if made is None or any(a is not b for a, b in zip(made[0], valid_for, strict=True)):
             graph = traces.graphs.get(kind)
             if graph is None or graph[0] != _constants(layers, self.dtype):
@@ -132,7 +130,8 @@ class TracedRunner(ModelRunner):
                 traces.num_made += 1
                 graph = traces.graphs[kind] = self._graph(layers, hidden, first)
             trace = copy.deepcopy(graph[1])  # shares the code
-            _set(trace, _parts(layers))
+            for name, part in _parts(layers).items():
+                setattr(trace, name, part)
             made = valid_for, trace
         traces.made[kind], self._found[key] = made, made[1]
         return True
@@ -140,18 +139,18 @@ class TracedRunner(ModelRunner):
     def _graph(
         self, layers: list[Any], hidden: Tensor, first: int
     ) -> tuple[Hashable, torch.jit.ScriptModule]:
-        """See `_Traces.graphs`. Stand-ins take the place of weights: it keeps none of them in memory."""
+        """See `_Traces.graphs`. Empty tensors replace the weights."""
         inputs = self._inputs(first, first + len(layers), hidden.shape[1])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that become constants: they are those of the model
+            warnings.simplefilter("ignore")  # about sizes that become constants: those of the model
             graph = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
-        nothing = torch.empty(0)
-        parts = _parts(layers).items()
-        _set(graph, {n: nothing if isinstance(part, Tensor) else _packed_nothing() for n, part in parts})
+        for name, part in _parts(layers).items():
+            empty = torch.empty(0) if isinstance(part, Tensor) else Float16Linear(torch.empty(1, 1)).packed[0]
+            setattr(graph, name, empty)
         return _constants(layers, self.dtype), graph
 
     def _inputs(self, first: int, last: int, width: int) -> list[Tensor]:
-        """Those of `_Range`, but the first."""
+        """Inputs of `_Range` after the hidden states."""
         past = self.rotary.new_empty(self.cache.length(first), 0)
         context = AttentionContext.uniform(self, 1, len(past), width)
         mask = past if context.grouped_mask is None else context.grouped_mask
@@ -160,53 +159,39 @@ class TracedRunner(ModelRunner):
         return [context.rotations, past, mask, *buffers]
 
 
-def _can_be_traced(layer: Any, place: int, width: int) -> bool:
-    """Whether it is a fused layer on a CPU, at its place in the cache, over copies that TorchScript knows."""
+def _linears(layers: Sequence[FusedLayer]) -> list[Any]:
+    return [linear for layer in layers for linear in layer.linears]
+
+
+def _can_be_traced(layer: Any, index: int, width: int) -> bool:
+    """Whether it is a fused layer on a CPU, at its own index, over copies that TorchScript takes."""
     return (
         isinstance(layer, FusedLayer)
-        and layer.index == place
+        and layer.index == index
         and layer.device.type == "cpu"
-        and all(isinstance(linear, Linear | LowBitLinear) for linear in layer.linears)
+        and all(isinstance(linear, Linear | Int4Linear) for linear in layer.linears)
         and not any(linear.is_packed(width) for linear in layer.linears if isinstance(linear, Linear))
     )
 
 
 def _parts(layers: Sequence[FusedLayer]) -> dict[str, Any]:
-    """All that passes over these layers read, by its name as an attribute of their trace."""
+    """All that passes over these layers read, by its attribute of their trace."""
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
-    copies = [linear.copy_read for layer in layers for linear in layer.linears]
-    parts: dict[str, Any] = {f"tensor{index}": tensor for index, tensor in enumerate(tensors)}
-    for index, read in enumerate(copies):
-        if isinstance(read, Float16Linear):
-            parts |= {f"copy{index}_{piece}": packed for piece, packed in enumerate(read.packed)}
-    return parts
+    copies = [linear.packed_copy for linear in _linears(layers)]
+    packed = [piece for copy in copies if isinstance(copy, Float16Linear) for piece in copy.packed]
+    return {f"part{index}": part for index, part in enumerate((*tensors, *packed))}
 
 
 def _constants(layers: Sequence[FusedLayer], dtype: torch.dtype) -> Hashable:
-    """Equal only where the same graph serves these layers, over states in this format."""
+    """Equal only if one graph serves both, over hidden states of this dtype."""
     parts = _parts(layers).values()
     values = [value for layer in layers for value in vars(layer).values()]
     numbers = [value for value in values if isinstance(value, int | float | MethodType)]
-    kinds = [
-        kind
-        for layer in layers
-        for linear in layer.linears
-        for kind in (type(linear), type(linear.copy_read))
-    ]
+    kinds = [(type(linear), type(linear.packed_copy)) for linear in _linears(layers)]
     shapes = [(t.shape, t.stride(), t.dtype) for t in parts if isinstance(t, Tensor)]
-    places: dict[int, int] = {}  # parts that are one and the same have one attribute in the graph
-    which = [places.setdefault(id(part), index) for index, part in enumerate(parts)]
+    first: dict[int, int] = {}  # one part of several layers is one attribute in the graph
+    which = [first.setdefault(id(part), index) for index, part in enumerate(parts)]
     return dtype, tuple(numbers), tuple(kinds), tuple(shapes), tuple(which)
-
-
-def _set(trace: torch.jit.ScriptModule, parts: Mapping[str, Any]) -> None:
-    for name, part in parts.items():
-        setattr(trace, name, part)
-
-
-def _packed_nothing() -> Any:
-    """What `InFloat16` packs of a weight of one number."""
-    return Float16Linear(torch.zeros(1, 1)).packed[0]
 
 
 class _Range(nn.Module):
@@ -215,7 +200,7 @@ class _Range(nn.Module):
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         super().__init__()
         self._layers = layers
-        # TorchScript keeps all graphs that it ever made, with their constants: weights must be attributes.
+        # TorchScript never frees the constants of a graph: weights must be attributes.
         for name, part in _parts(layers).items():
             if isinstance(part, Tensor):
                 self.register_buffer(name, part)
@@ -229,8 +214,8 @@ class _Range(nn.Module):
         Args:
             hidden: [T, H]
             rotations: [T, head_dim, head_dim], see `AttentionContext`.
-            past: [start, 0], by its size the number of positions before these.
-            mask: [G * T, S]; not read where T is 1.
+            past: [start, 0]: its size is the number of positions before these.
+            mask: [G * T, S]; not read if T is 1.
             buffers: keys and values of each layer, [1 or more, kv_heads, capacity, head_dim].
 
         Returns:
@@ -246,7 +231,7 @@ class _Range(nn.Module):
 
 
 class _Cache(Appendable):
-    """The buffers of one layer, which hold as many positions as `past` [start, 0] has."""
+    """Buffers of one layer that hold `start` positions, the size of `past` [start, 0]."""
 
     def __init__(self, keys: Tensor, values: Tensor, past: Tensor) -> None:
         self._buffers, self._past = (keys, values), past

@@ -1,4 +1,4 @@
-"""Every layer's states over whole texts, without a cache: what training and log-likelihoods look at."""
+"""Hidden states of every layer over whole texts, without a cache, for training and log-likelihoods."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-if TYPE_CHECKING:  # the library itself does without
+from self_speculation.transfers import on_device
+
+if TYPE_CHECKING:  # the library does not need it
     import numpy
 
 
 def hidden_after_each_layer(
     model: PreTrainedModel, input_ids: Tensor, kept: numpy.ndarray | None = None
 ) -> Iterator[Tensor]:
-    """[B, T, H] after every layer, without a cache: what training looks at.
+    """[B, T, H] after every layer.
 
     Args:
         input_ids: [B, T], padding only on the right, where no real token attends to it.
-        kept: bool [L, B], the samples that each layer is run on; the others skip it at no cost. A layer that
-            all of them skip is run on one of them, which changes nothing: other processes may share its
-            weights and gradients, and all of them must call it, forwards and backwards. (On no sample would
-            do, but transformers' layers fail on an empty batch.)
+        kept: bool [L, B], the samples that run through each layer. A layer without samples runs on one and
+            changes nothing: ranks that share its weights must all call it, forwards and backwards, and
+            transformers' layers fail on an empty batch.
     """
     base = model.base_model
     hidden = base.embed_tokens(input_ids)
@@ -47,12 +48,10 @@ def hidden_after_each_layer(
 
 
 def _rows(kept: numpy.ndarray, device: torch.device) -> list[Tensor | None]:
-    """What each layer is run on; None: on all samples. One copy to the device, which nobody waits for."""
+    """The samples that each layer runs on; None: all. One copy to the device, without waiting."""
     by_layer = [row.nonzero()[0].tolist() or [0] for row in kept]
-    together = torch.tensor([sample for rows in by_layer for sample in rows])
-    if device.type == "cuda":
-        together = together.pin_memory().to(device, non_blocking=True)
-    parts = together.to(device).split([len(rows) for rows in by_layer])
+    together = on_device([sample for rows in by_layer for sample in rows], device)
+    parts = together.split([len(rows) for rows in by_layer])
     return [None if row.all() else part for row, part in zip(kept, parts, strict=True)]
 
 

@@ -112,7 +112,7 @@ def test_adaptive(measured):
     """Guards against a missing workload, kind of sampling or fixed setting."""
     record = measured(
         adaptive, "--max_steps", "6", "--num_prompts", "1", "--searched", "1", "--lengths", "2",
-        "--finalists", "1", "--draft_weights", "int8", "--workloads", "code", "repeat",
+        "--finalists", "1", "--draft_weights", "int4", "--workloads", "code", "repeat",
     )  # fmt: skip
     rows = record["rows"]
     assert [(row["picking"], row["workload"]) for row in rows if row["side"] == "adaptive"] == [

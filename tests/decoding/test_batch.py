@@ -82,7 +82,7 @@ DRAFTS = st.one_of(
         optional={
             "prompt_lookup": st.integers(1, 3),
             "draft_confidence": st.sampled_from(["auto", "0.05", "0.5"]),
-            "draft_weights": st.just("int8"),
+            "draft_weights": st.just("int4"),
             "draft_vocabulary": st.integers(1, 40),
         },
     ),
@@ -108,7 +108,7 @@ def test_every_row_is_as_if_alone(
     """Guards against whatever a row could take from its neighbours: places, masks, lengths, random numbers,
     processors, ends. More prompts than rows, so that rows are replaced in every order.
     """
-    fused = fused or drafts.get("draft_weights") == "int8"
+    fused = fused or drafts.get("draft_weights") == "int4"
     if sample and "strategy" in drafts:
         sample = False  # its decisions depend on time, and so do its draws
     requests = [

@@ -49,7 +49,7 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
     forgets: where a history is cut before the next turn, as a template does that leaves out old messages.
     """
     drafts = dict(drafts)
-    fused = fused or drafts.get("draft_weights") == "int8"
+    fused = fused or drafts.get("draft_weights") == "int4"
     model = tiny_llama(agreement=agreement, fused=fused)
     name = strategy_of(drafts)
     keeps, reads = make_strategy(name), make_strategy(name)
@@ -77,7 +77,7 @@ def test_rows_take_the_places_of_those_that_ended(lengths, batch_size, drafts, m
     which is kept. Prompts begin like one of three texts.
     """
     drafts = dict(drafts)
-    model = tiny_llama(fused=drafts.get("draft_weights") == "int8")
+    model = tiny_llama(fused=drafts.get("draft_weights") == "int4")
     texts = [STORY, STORY[:6] + STORY[::-1], [40, *STORY]]
     prompts = [texts[text][:length] for text, length in lengths]
     name = strategy_of(drafts)

@@ -54,12 +54,11 @@ SETTINGS = {
     "confidence, learnt": {"draft_confidence": "auto", "num_speculations": 3},
     "lookup": {"prompt_lookup": 2},
     "lookup, confidence": {"prompt_lookup": 2, "draft_confidence": "0.3", "num_speculations": 3},
-    "int8": {"draft_weights": "int8", "exit_layer": 2},
     "int4": {"draft_weights": "int4", "exit_layer": 2},
     "vocabulary": {"draft_vocabulary": 1},
     "vocabulary, processor": {"draft_vocabulary": 2, "top_p": 0.9},
     "vocabulary, all": {
-        "draft_vocabulary": 1, "draft_weights": "int8", "draft_confidence": "auto", "prompt_lookup": 1,
+        "draft_vocabulary": 1, "draft_weights": "int4", "draft_confidence": "auto", "prompt_lookup": 1,
     },
     "int4, lookup, confidence": {
         "draft_weights": "int4", "draft_confidence": "0.2", "prompt_lookup": 1, "top_p": 0.8,

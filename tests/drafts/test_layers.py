@@ -62,7 +62,7 @@ def test_a_threshold_learns_from_what_was_accepted():
     assert length["always"] > 2 * length["never"]
 
 
-@pytest.mark.parametrize("weights", ["exact", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["exact", "int4"])
 @pytest.mark.parametrize("confidence", ["0.2", "0.5", "auto"])
 def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monkeypatch):
     """As on a GPU: a pass is begun before the threshold is asked. Guards against a pass too many in the
@@ -95,7 +95,7 @@ def test_thresholds():
 
 def test_what_cannot_be_drafted_is_refused():
     with pytest.raises(ValueError, match="exit_layer 5: must be between 1 and 4"):
-        generate(tiny_llama(fused=True), PROMPT, exit_layer=5, num_speculations=2, draft_weights="int8")
+        generate(tiny_llama(fused=True), PROMPT, exit_layer=5, num_speculations=2, draft_weights="int4")
     with pytest.raises(ValueError, match="draft_confidence 'often': must be auto or between 0 and 1"):
         generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, draft_confidence="often")
     with pytest.raises(ValueError, match="prompt_lookup -1: must be between 0"):

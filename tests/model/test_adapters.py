@@ -37,7 +37,7 @@ torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-4)  
 assert not torch.allclose(plain(ids).logits, expected, atol=0.1)
 assert {{name for name, _ in merged.named_parameters()}} == {{name for name, _ in plain.named_parameters()}}
 assert tokenizer.encode("add") == _.encode("add")
-sys.argv[1:] = ["--model", folder, "--prompt", "def", "--max_steps", "4", "--draft_weights", "int8",
+sys.argv[1:] = ["--model", folder, "--prompt", "def", "--max_steps", "4", "--draft_weights", "int4",
                 "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "2"]
 run(generate.main)
 """
@@ -97,8 +97,8 @@ def refusal(folder, **options):
 
 
 def test_it_is_merged_into_its_model(model_folder, tmp_path):
-    """Guards against an answer of the base model, and against weights that are not plain: those have no lean
-    layers, and so no draft in eight bits.
+    """Guards against an output of the base model, and against weights that are not plain: those have no fused
+    layers, and so no draft in four bits.
     """
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -119,7 +119,7 @@ def test_one_that_is_not_merged(model_folder, tmp_path):
 
 def test_without_peft(folder, monkeypatch):
     """Guards against `the folder has no config.json, so it is not a Hugging Face model`."""
-    monkeypatch.setattr("self_speculation.model.adapters.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("self_speculation.model.sources.importlib.util.find_spec", lambda name: None)
     assert f"is a LoRA adapter of {folder / 'base'}: pip install peft, which merges it" in refusal(folder)
 
 
@@ -147,14 +147,8 @@ def test_what_cannot_be_merged(folder, name, content, says):
 
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"parallel": "tensor"}])
 def test_what_it_cannot_be_combined_with(folder, options, monkeypatch):
-    monkeypatch.setattr("self_speculation.model.adapters.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("self_speculation.model.sources.importlib.util.find_spec", lambda name: object())
     ((name, value),) = options.items()
-    assert (
-        refusal(folder, **options)
-        == f"{name} {value}: not with a LoRA adapter; merge it into its model before"
-    )
-
-
-def test_the_model_that_it_names_is_gone(folder, monkeypatch):
-    monkeypatch.setattr("self_speculation.model.adapters.importlib.util.find_spec", lambda name: object())
+    message = f"{name} {value}: not with a LoRA adapter; merge it into its model before"
+    assert refusal(folder, **options) == message
     assert refusal(folder) == f"model '{folder / 'base'}': no such folder"

@@ -121,7 +121,7 @@ def test_drafts_by_other_layers_are_refused():
     fuse(model)
     compile_decoding(model)
     with pytest.raises(ValueError, match="draft_weights: no copies of layers with compile True"):
-        generate(model, PROMPTS[0], exit_layer=2, num_speculations=2, draft_weights="int8")
+        generate(model, PROMPTS[0], exit_layer=2, num_speculations=2, draft_weights="int4")
 
 
 def test_without_a_compiler_it_is_refused_beforehand():

@@ -21,6 +21,7 @@ from self_speculation.model.compiled_runner import compile_decoding
 from self_speculation.model.fused_layers import NARROW, bytes_made, fuse, fused_model
 from self_speculation.model.linear import Linear, follow_weights
 from self_speculation.model.model_runner import ModelRunner, forward
+from self_speculation.model.quantized_layers import quantized
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -75,17 +76,6 @@ def test_no_second_copy_and_the_original_layout_on_disk(model, tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size < 1.2 * sum(w.nbytes for w in before.values())
 
 
-def test_it_follows_a_training_of_the_model(model):
-    """Guards against stale copies: weights that an optimizer changes in place are those that decode."""
-    fuse(model)
-    ids = torch.tensor([PROMPT])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    assert all(fused(model))
-    decodes_like_itself(model)
-
-
 def replaced(model):
     """Another parameter in the place of one, as pruning and expanding do."""
     model.model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.randn(32, 48))
@@ -100,7 +90,24 @@ def gelus(model):
         layer.mlp.act_fn = nn.GELU()
 
 
+def trained(model):
+    ids = torch.tensor([PROMPT])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_()(ids, labels=ids).loss.backward()
+    assert not any(p.grad is None or p.is_inference() for p in model.parameters())
+    optimizer.step()
+
+
+def assigned_and_trained(model):
+    """Parameters that were made while decoding must be trainable."""
+    model.load_state_dict(tiny_llama().state_dict(), assign=True)
+    generate(model, PROMPT, max_steps=3, eos=[])
+    trained(model)
+
+
 CHANGES = {
+    "trained": trained,
+    "assigned and trained": assigned_and_trained,
     "dtype": lambda model: model.to(torch.bfloat16),
     "assigned": lambda model: model.load_state_dict(tiny_llama(agreement="always").state_dict(), assign=True),
     "from a vector": lambda model: nn.utils.vector_to_parameters(
@@ -122,6 +129,9 @@ CHANGES = {
         model.lm_head.weight.data.flip(1).clone()
     ),
     "norms": lambda model: model.model.norm.weight.data[3].mul_(30),
+    # What follows changes no weight.
+    "epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+    "scaling": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.9),
     "another activation": gelus,
 }
 
@@ -150,7 +160,7 @@ def test_fuse_makes_everything_anew(model, packed, monkeypatch):
     if packed:
         pack(model, monkeypatch)
     fuse(model)
-    drafts = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8", "max_steps": 20, "eos": []}
+    drafts = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4", "max_steps": 20, "eos": []}
     generate(model, PROMPT, **drafts)
     before = [weakref.ref(copied) for form in fused_model(model).layers for copied in form.linears]
     model.model.layers[2].mlp.down_proj.weight.data[3, 5].add_(30)
@@ -161,14 +171,10 @@ def test_fuse_makes_everything_anew(model, packed, monkeypatch):
     assert generate(model, PROMPT, **drafts).predicted_tokens == transformers_generate(model, PROMPT, 20, -1)
 
 
-@pytest.mark.parametrize("change", ["pointed elsewhere", "heads ablated", "replaced"])
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_onednn)])
-def test_an_answer_of_a_batch_is_by_the_weights_of_now(model, change, packed, monkeypatch):
-    """Guards against a batch that goes on with the weights that it began with, when nothing is in flight."""
-    if packed:
-        pack(model, monkeypatch)
-    else:
-        fuse(model)
+@pytest.mark.parametrize("change", ["pointed elsewhere", "heads ablated"])
+def test_a_request_of_a_batch_uses_current_weights(model, change):
+    """Guards against a batch that keeps its first weights after it was empty."""
+    fuse(model)
     strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=12)
     answers = strategy.generate_batch(model, [Request(PROMPT)] * 2, config, batch_size=1)
     assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
@@ -176,28 +182,35 @@ def test_an_answer_of_a_batch_is_by_the_weights_of_now(model, change, packed, mo
     assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
 
 
-@pytest.mark.parametrize("change", [change for change in CHANGES if change != "another activation"])
+@pytest.mark.parametrize("change", [*CHANGES][:-3])
 def test_copies_for_drafts_are_of_the_weights_of_now(model, change):
-    """Guards against a draft that goes on guessing what the model was: right, but slow."""
+    """Guards against a draft that guesses what the model was: right, but slow."""
+
+    def draft_logits(model):
+        with torch.inference_mode():
+            return forward(quantized(ModelRunner(model, 6, 6), 4), torch.tensor([PROMPT]), 6).logits
+
     fuse(model)
-    drafts = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int8", "max_steps": 60, "eos": []}
-    generate(model, PROMPT, **drafts)
+    before = draft_logits(model)
     CHANGES[change](model)
-    result = generate(model, PROMPT, **drafts)
-    assert result.acceptance_rate > (0.4 if change == "dtype" else 0.7)
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    expected = draft_logits(twin)
+    # Copies of layers that have not changed are weighted by inputs of before.
+    assert (draft_logits(model) - expected).norm() <= 0.3 * (before - expected).norm()
 
 
 def test_copies_are_of_the_biases_of_now():
     """Guards against biases that a copy keeps as they were, where only the weights are compared."""
     linear = nn.Linear(32, 32)
     product = Linear(linear)
-    product.derived("a copy", object)
+    product.derive("a copy", object)
     follow_weights([product])
-    assert product.has_derived("a copy")
+    assert "a copy" in product.derived
     with torch.no_grad():
         linear.bias[3] += 1
     follow_weights([product])
-    assert not product.has_derived("a copy")
+    assert "a copy" not in product.derived
 
 
 def test_what_is_out_of_use_is_freed(monkeypatch):
@@ -208,7 +221,7 @@ def test_what_is_out_of_use_is_freed(monkeypatch):
     generate(model, PROMPT, max_steps=3)
     pruned = weakref.ref(model.model.layers[3])
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
-    generate(model, PROMPT, strategy="adaptive", draft_weights="int8", max_steps=6)
+    generate(model, PROMPT, strategy="adaptive", draft_weights="int4", max_steps=6)
     gc.collect()
     assert pruned() is None
     compile_decoding(model)
@@ -227,32 +240,14 @@ def test_a_model_made_in_inference_mode_and_autocast_around_it(model):
     assert fuse(made) == 4
     plain = generate(model, PROMPT, max_steps=12, eos=[]).predicted_tokens
     fuse(model)
+    twin = copy.deepcopy(model)  # with weights of its own
+    nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
+    decodes_like_itself(twin)
     for each in (made, model):
         assert generate(each, PROMPT, max_steps=12, eos=[]).predicted_tokens == plain
         with torch.autocast("cpu", torch.bfloat16):
             for extra in ({}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}):
                 assert generate(each, PROMPT, max_steps=12, eos=[], **extra).predicted_tokens == plain
-
-
-def test_a_model_that_is_lean_again_stays_trainable(model):
-    """Guards against parameters that were made while decoding, where nothing is recorded for gradients."""
-    fuse(model)
-    model.load_state_dict(tiny_llama().state_dict(), assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    generate(model, PROMPT, max_steps=3, eos=[])
-    ids = torch.tensor([PROMPT])
-    model(ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and not p.is_inference() for p in model.parameters())
-
-
-def test_a_copy_of_a_model_has_its_own_weights(model):
-    fuse(model)
-    twin = copy.deepcopy(model)
-    nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
-    assert all(fused(model))
-    decodes_like_itself(model)
-    decodes_like_itself(twin)
 
 
 class Adapter(nn.Linear):
@@ -310,25 +305,21 @@ def test_what_is_not_recognised_is_left_as_it_is(model, change, when):
     decodes_like_itself(model)
 
 
-def test_a_hook_that_is_gone_leaves_a_lean_layer(model):
-    """Guards against a model that stays slow after somebody looked inside it."""
+@pytest.mark.parametrize("by_accelerate", [False, True])
+def test_a_layer_whose_hook_is_removed_is_fused_again(model, by_accelerate):
+    """Guards against a model that stays slow, and a method that is put back and taken for another one."""
     fuse(model)
-    handle = model.model.layers[1].register_forward_hook(lambda *_: None)
+    mlp = model.model.layers[1].mlp
+    if by_accelerate:
+        add_hook_to_module(mlp, AlignDevicesHook("cpu"))
+    else:
+        handle = mlp.register_forward_hook(lambda *_: None)
     assert fused(model) == [True, False, True, True, True]
-    handle.remove()
+    remove_hook_from_module(mlp) if by_accelerate else handle.remove()
     assert all(fused(model))
 
 
-def test_a_hook_of_accelerate_that_is_gone_leaves_a_lean_layer(model):
-    """Guards against a method that is put back in its own place, and taken for another one."""
-    fuse(model)
-    add_hook_to_module(model.model.layers[1].mlp, AlignDevicesHook("cpu"))
-    assert fused(model) == [True, False, True, True, True]
-    remove_hook_from_module(model.model.layers[1].mlp)
-    assert all(fused(model))
-
-
-def test_eager_attention_and_other_families_are_left_alone(model):
+def test_eager_attention_is_not_fused(model):
     model.set_attn_implementation("eager")
     assert fuse(model) == 0
     assert not any(fused(model))
@@ -373,15 +364,6 @@ def test_weights_are_packed_where_there_is_room(model, monkeypatch):
     assert bytes_made(other) == weights
 
 
-def test_generating_does_not_depend_on_it(model):
-    plain = generate(model, PROMPT, max_steps=20, eos=[])
-    fuse(model)
-    for extra in ({}, {"exit_layer": 2, "num_speculations": 3}):
-        assert (
-            generate(model, PROMPT, max_steps=20, eos=[], **extra).predicted_tokens == plain.predicted_tokens
-        )
-
-
 @needs_onednn
 def test_which_kernel_computes_follows_from_format_and_width(model, monkeypatch):
     """Guards against a choice by stopwatch, which took the slower product on a shared machine."""
@@ -390,15 +372,3 @@ def test_which_kernel_computes_follows_from_format_and_width(model, monkeypatch)
     for dtype, packed in ((torch.float32, range(5, NARROW + 1)), (torch.bfloat16, range(1, NARROW + 1))):
         product = fused_model(model.to(dtype)).layers[0].linears[0]
         assert [width for width in range(1, 20) if product.is_packed(width)] == [*packed]
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "value"),
-    [("input_layernorm", "variance_epsilon", 0.5), ("self_attn", "scaling", 0.9)],
-)
-def test_numbers_of_a_module_are_those_of_now(model, part, name, value):
-    """Guards against a form that goes on with the epsilon or the scale that a module had when it was made."""
-    fuse(model)
-    decodes_like_itself(model)
-    setattr(getattr(model.model.layers[1], part), name, value)
-    decodes_like_itself(model)

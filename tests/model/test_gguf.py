@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files
 from self_speculation.model.gguf_files import Header
+from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.loading import LoadingWarning, load_config
-from self_speculation.model.low_bit_linear import Float16Head, works
 from self_speculation.model.mapped import MappedFiles
 
 NAMES = {
@@ -85,7 +85,7 @@ def write(path, model, tokenizer, quantised=None, vocab_size=True):
 
 
 fp32_activations = pytest.mark.skipif(
-    not works(Float16Head, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
 )
 
 
@@ -141,7 +141,7 @@ def test_in_16_bits_it_is_mapped_from_a_file_that_is_kept(written, kept, text_mo
     for _ in range(2):
         model, _ = load_model_and_tokenizer(str(written))
         assert has_weights(model, halved(text_model))
-        assert all(MappedFiles().place(weight) is not None for weight in model.parameters())
+        assert all(MappedFiles().address(weight) is not None for weight in model.parameters())
         monkeypatch.setattr(gguf_files, "_dequantized", None)
     assert len(list(kept.iterdir())) == 1
 

@@ -24,8 +24,8 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
-from self_speculation.model.hub import hub_answers
 from self_speculation.model.loading import default_model, load_config, resolve_device, resolve_dtype
+from self_speculation.model.sources import hub_answers
 
 
 @pytest.fixture
@@ -66,11 +66,6 @@ def test_the_seed_is_set(model_folder):
     assert draws[0] == draws[1]
 
 
-def test_auto_is_fp32_on_a_cpu_and_the_checkpoints_own_elsewhere():
-    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
-    assert resolve_dtype("auto", torch.device("cuda")) == "auto"
-
-
 def test_half_is_what_the_device_computes_in(monkeypatch):
     """Guards against a silent fallback, and against float16 on a CPU, which is emulated there."""
     computes = [True, False]
@@ -82,6 +77,8 @@ def test_half_is_what_the_device_computes_in(monkeypatch):
         resolve_dtype("half", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
     assert resolve_dtype("half", torch.device("cuda")) == torch.float16
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == "auto"
 
 
 def test_unknown_device_and_dtype(model_folder):
@@ -92,34 +89,57 @@ def test_unknown_device_and_dtype(model_folder):
     assert resolve_device("cpu") == torch.device("cpu")
 
 
-def test_missing_paths(tmp_path):
-    assert "no such folder" in refusal(str(tmp_path / "nowhere"))
-    assert "no such folder" in refusal("./nowhere")
-    (tmp_path / "own.csv").write_text("a,b")  # Guards against "no such folder" of a file that is there.
-    said = "is a file; must be a hub id, a folder or a .gguf file"
-    assert refusal(str(tmp_path / "own.csv")).endswith(said)
-    assert "no such file" in refusal("nowhere.gguf")
-    assert "no config.json" in refusal(str(tmp_path))
-
-
-def test_a_folder_without_weights(folder):
-    (folder / "model.safetensors").unlink()
-    assert "no safetensors weights" in refusal(str(folder))
-
-
-def test_pickled_weights_are_not_read(folder):
+def pickled(folder):
     """Unpickling runs whatever code the file asks for."""
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    assert "no safetensors weights" in refusal(str(folder))
 
 
-def test_truncated_and_corrupt_weights(folder):
+def cut_short(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "corrupt or cut short" in refusal(str(folder))
-    weights.write_bytes(b"\xff" * 5000)
-    assert "corrupt or cut short" in refusal(str(folder))
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+SPOILT = [
+    (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors weights"),
+    (pickled, "no safetensors weights"),
+    (cut_short, "corrupt or cut short"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 5000), "corrupt or cut short"),
+    (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+    (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+        "model type 'gpt2' is not supported; supported are llama",
+    ),
+    (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    (without_tokenizer, "no tokenizer in there, such as tokenizer.json: save it"),
+    (
+        lambda folder: tiny_llama(vocab_size=100).save_pretrained(folder),
+        "tokens, but the model knows only 100: it is that of another model",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT)
+def test_a_spoilt_folder(folder, spoil, message):
+    spoil(folder)
+    assert message in refusal(str(folder))
+
+
+def test_paths_that_are_no_model(tmp_path):
+    assert "no such folder" in refusal(str(tmp_path / "nowhere"))
+    assert "no such folder" in refusal("./nowhere")
+    assert "no such file" in refusal("nowhere.gguf")
+    for name, message in (
+        ("own.csv", "is a file; must be a hub id, a folder or a .gguf file"),
+        ("x.gguf", "not a GGUF file"),
+    ):
+        (tmp_path / name).write_text("a,b and more")
+        assert message in refusal(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 6}, {"hidden_size": 64}])
@@ -128,21 +148,6 @@ def test_a_config_that_contradicts_the_weights(folder, change):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     assert str(folder) in refusal(str(folder))
-
-
-def test_a_broken_config(folder):
-    (folder / "config.json").write_text("{")
-    assert "not a valid JSON file" in refusal(str(folder))
-
-
-def test_an_unsupported_architecture(folder):
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "model type 'gpt2' is not supported; supported are llama" in refusal(str(folder))
-
-
-def test_a_corrupt_gguf(tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"nothing of the kind")
-    assert "not a GGUF file" in refusal(str(tmp_path / "x.gguf"))
 
 
 def hub_error(kind, status=404):
@@ -212,7 +217,7 @@ def test_what_counts_as_an_answer_of_the_hub(error, answers, monkeypatch):
     def ask(*_, **__):
         raise ConnectionError if error is None else hub_error(errors.HfHubHTTPError, error)
 
-    monkeypatch.setattr("self_speculation.model.hub.get_hf_file_metadata", ask)
+    monkeypatch.setattr("self_speculation.model.sources.get_hf_file_metadata", ask)
     assert hub_answers("a/b") == answers
 
 
@@ -244,23 +249,6 @@ def test_the_bundled_model_is_small_complete_and_in_bf16():
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
     model, tokenizer = load_model_and_tokenizer(default_model())
     assert len(tokenizer) == model.config.vocab_size
-
-
-def test_a_folder_without_a_tokenizer(folder):
-    """Guards against a sentence of transformers that is cut off where its list begins."""
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(LoadingError, match=r"no tokenizer in there, such as tokenizer\.json: save it"):
-        load_model_and_tokenizer(str(folder))
-
-
-def test_the_tokenizer_of_another_model(folder):
-    """Guards against an IndexError from the embedding, in the middle of a run."""
-    tiny_llama(vocab_size=100).save_pretrained(folder)
-    with pytest.raises(
-        LoadingError, match=r"the tokenizer has \d+ tokens, but the model knows only 100: it is"
-    ):
-        load_model_and_tokenizer(str(folder))
 
 
 def test_a_token_that_was_added_to_the_tokenizer_alone(folder):

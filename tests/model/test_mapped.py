@@ -36,21 +36,21 @@ def pages_in_memory(tensor):
 
 
 def test_a_weight_is_in_its_file_until_somebody_writes_to_it(weights):
-    """Guards against a write through `.data` that is not seen, and a place that neighbours share."""
+    """Guards against a write through `.data` that is not seen, and an address that neighbours share."""
     a, b, c = weights.values()
-    before = [MappedFiles().place(weight) for weight in (a, b, c)]
+    before = [MappedFiles().address(weight) for weight in (a, b, c)]
     assert None not in before
     assert len(set(before)) == 3
     c.data[150, 3] = 5.0
-    assert [MappedFiles().place(weight) for weight in (a, b, c)] == [*before[:2], None]
+    assert [MappedFiles().address(weight) for weight in (a, b, c)] == [*before[:2], None]
 
 
-def test_what_is_in_no_file_has_no_place(tmp_path):
+def test_what_is_in_no_file_has_no_address(tmp_path):
     """Guards against taking memory for a file's that several processes write to, or that nobody has yet."""
     (tmp_path / "x").write_bytes(bytes(2**16))
     shared = torch.from_file(str(tmp_path / "x"), shared=True, size=2**14)
     for weight in (torch.ones(SHAPE), torch.empty(2**20), torch.ones(SHAPE).share_memory_(), shared):
-        assert MappedFiles().place(weight) is None
+        assert MappedFiles().address(weight) is None
 
 
 def test_released_pages_come_back_from_the_file(weights):
@@ -84,9 +84,9 @@ def test_where_the_system_does_not_tell(weights, monkeypatch):
     weight.sum()
     monkeypatch.setattr("builtins.open", missing)
     release(weight)
-    place = MappedFiles().place(weight)
+    address = MappedFiles().address(weight)
     monkeypatch.undo()
-    assert place is None
+    assert address is None
     assert pages_in_memory(weight) > 10
 
 

@@ -128,7 +128,7 @@ def test_a_sampled_run_with_copies_keeps_its_batch_size(common, tmp_path, capsys
     """Guards against answers of one run that depend on two batch sizes: rounding in a copy's passes changes
     what is drawn.
     """
-    flags = [*SPECULATION, "--draft_weights", "int8", "--sample", "True", "--temperature", temperature]
+    flags = [*SPECULATION, "--draft_weights", "int4", "--sample", "True", "--temperature", temperature]
     args = [*common, "--num_samples", "2", "--max_steps", "8", *flags]
     assert benchmark.main(args) == 0
     again = [*args, "--batch_size", "2", "--resume", str(only_run(tmp_path))]
@@ -137,7 +137,7 @@ def test_a_sampled_run_with_copies_keeps_its_batch_size(common, tmp_path, capsys
         return
     with pytest.raises(SystemExit) as ended:
         benchmark.main(again)
-    said = "that run had --batch_size 1, this one has 2; where int8 copies draft, what is sampled depends on"
+    said = "that run had --batch_size 1, this one has 2; where int4 copies draft, what is sampled depends on"
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
 

@@ -266,14 +266,14 @@ def test_a_check_goes_on_by_the_arguments_that_it_had(common, tmp_path, capsys):
 @pytest.mark.parametrize("script", [benchmark, correctness, sweep])
 def test_drafts_in_eight_bits_without_lean_layers(script, common, capsys):
     """Guards against a traceback from the warm-up, with status 1."""
-    args = [*common, "--sample", "False", "--fuse", "False", "--draft_weights", "int8"]
+    args = [*common, "--sample", "False", "--fuse", "False", "--draft_weights", "int4"]
     if script is not sweep:
         args += [*SPECULATION, "--generation_strategy", "self_speculative"]
     with pytest.raises(SystemExit) as exit:
         script.main(args)
     assert exit.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith("error: --draft_weights int8: not with --fuse False")
+    assert last.endswith("error: --draft_weights int4: not with --fuse False")
 
 
 def test_a_sliding_window_shorter_than_max_steps(byte_tokenizer, common, tmp_path, capsys):
@@ -406,9 +406,9 @@ def test_correctness_catches_a_wrong_accept_rule_by_ids(common, monkeypatch, cap
     "drafts",
     [
         ["--generation_strategy", "adaptive"],
-        [*SPECULATION, "--draft_weights", "int8", "--prompt_lookup", "2", "--draft_confidence", "auto"],
+        [*SPECULATION, "--draft_weights", "int4", "--prompt_lookup", "2", "--draft_confidence", "auto"],
     ],
-    ids=["adaptive", "int8 and lookup"],
+    ids=["adaptive", "int4 and lookup"],
 )
 def test_every_source_of_drafts(common, drafts, tmp_path, capsys):
     """Guards against a flag of drafting that a script drops on the way."""

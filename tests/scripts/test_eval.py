@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as eval_script
 from measures.harness_model import HarnessModel, request_config
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse, make_strategy
-from self_speculation.model.low_bit_linear import Float16Head, works
+from self_speculation.model.linear import Float16Linear, works
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 TASKS = ("functions", "lines", "text")
@@ -403,7 +403,7 @@ def test_likelihoods_of_weights_in_16_bits_are_those_of_float32(depth, byte_toke
     """Guards against scores by the layers of transformers, which round to the model's own format."""
     model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer))).to(torch.float16)
     exact = copy.deepcopy(model).float()
-    if not works(Float16Head, torch.device("cpu"), torch.float32):
+    if not works(Float16Linear, torch.device("cpu"), torch.float32):
         pytest.skip("torch without FBGEMM")
     fuse(model, fp32_activations=True)
     assert fuse(model) == 4  # which changes nothing

@@ -236,7 +236,7 @@ def test_chat_applies_the_template(said):
         ),
         (
             [*SPECULATIVE, "--exit_layer", "4"],
-            "between 1 and 3, the model has 4 layers; with draft_weights int8 or int4 it may be 4",
+            "between 1 and 3, the model has 4 layers; with draft_weights int4 it may be 4",
         ),
         (
             ["--generation_strategy", "self_speculative"],
@@ -249,8 +249,8 @@ def test_chat_applies_the_template(said):
         ),
         (["--prompt_lookup", "3"], "--prompt_lookup 3: autoregressive decoding drafts nothing, add"),
         (
-            [*SPECULATIVE, "--draft_weights", "int8", "--fuse", "False"],
-            "--draft_weights int8: not with --fuse False",
+            [*SPECULATIVE, "--draft_weights", "int4", "--fuse", "False"],
+            "--draft_weights int4: not with --fuse False",
         ),
         (["--compare", "True"], "--compare True: needs a --generation_strategy to compare"),
         (["--model", "/nowhere"], "--model '/nowhere': no such folder"),

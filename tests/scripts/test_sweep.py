@@ -265,14 +265,14 @@ def test_impossible_grids(common, args, message, capsys):
 @pytest.mark.usefixtures("timeless")
 def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path, capsys):
     """Guards against a cell that is named, and used by --tuned, without the copy that it drafts with."""
-    assert sweep.main([*common, "--draft_weights", "int8", "--exit_layer_last", "9"]) == 0
+    assert sweep.main([*common, "--draft_weights", "int4", "--exit_layer_last", "9"]) == 0
     said = capsys.readouterr().out
-    assert " --draft_weights int8" in said.splitlines()[-1]
+    assert " --draft_weights int4" in said.splitlines()[-1]
     best, by_hand = (
         tuned(GenerationConfig(), TuningArguments(str(only_run(tmp_path))), ModelArguments(common[1]), argv)
         for argv in ([], ["--draft_weights", "exact"])
     )
-    assert (best.draft_weights, by_hand.draft_weights) == ("int8", "exact")
+    assert (best.draft_weights, by_hand.draft_weights) == ("int4", "exact")
     predicted = table(tmp_path).reset_index()
     assert set(predicted["exit_layer"]) == {1, 2, 3, 4}
     deepest = predicted[predicted["exit_layer"] == 4]
@@ -284,7 +284,7 @@ def test_all_layers_of_a_copy_are_in_the_grid(common, tmp_path, monkeypatch):
     """Guards against a grid that ends before the one exit that pays for a model without early exits."""
     monkeypatch.setattr(SweepArguments, "exit_layer_last", 2)  # as if nobody had asked for an end
     given = [*common, "--exit_layer_last", "2"]
-    assert sweep.main([*given, "--draft_weights", "int8"]) == 0
+    assert sweep.main([*given, "--draft_weights", "int4"]) == 0
     assert set(table(tmp_path).reset_index()["exit_layer"]) == {1, 2, 4}
 
 

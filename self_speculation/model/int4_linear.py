@@ -1,0 +1,148 @@
+"""x W^T over a copy of W in four bits, for drafts.
+
+32 elements of a row share a scale and a middle and are stored in 16 steps: five bits each with those.
+Activations are in bfloat16. Scale and middle minimise the error of the product, for inputs as large as the
+model's own. Other groups and roundings are in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from self_speculation.model.kv_cache import round_up
+
+# Elements of a weight that are quantised at a time, about: a large weight needs no large copies in fp32. On a
+# CPU intermediate results stay in the processor's cache.
+_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**20, 2**18
+
+# Elements of a row that share a scale and a middle.
+_GROUP = 32
+
+# Scales that are tried, as shares of the range of a group.
+_SHARES_OF_RANGE = (1.0, 0.9, 0.8)
+
+# Kernels take rows by so many; other weights are padded.
+_BLOCK_OF_ROWS = 16
+
+
+class Int4Linear:
+    """As `Linear`, over a copy of its weight [out, in].
+
+    Args:
+        squares: [in] mean squares of inputs, up to a factor; None: all alike.
+    """
+
+    bytes_per_weight = 0.5 + 4 / _GROUP
+    packed_copy = None  # as that of `Linear`
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, squares: Tensor | None = None) -> None:
+        self._bias = None if bias is None else bias.to(torch.bfloat16)
+        self.num_bytes = self.bytes_of(weight.shape)
+        squares = weight.new_ones(weight.shape[1]) if squares is None else squares
+        self._num_rows, self._padding = len(weight), -weight.shape[1] % _GROUP
+        is_on_cpu = weight.device.type == "cpu"
+        self._kernel = (
+            torch.ops.aten._weight_int4pack_mm_for_cpu if is_on_cpu else torch.ops.aten._weight_int4pack_mm
+        )
+        parts, scales = [], []
+        for rows in _some_rows(weight):
+            steps, scale = in_four_bits(_padded(rows), pad(squares, (0, self._padding)))
+            pack_on_cpu = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            parts.append(pack_on_cpu(steps, 1) if is_on_cpu else _packed(steps))
+            scales.append(scale)
+        self._weight = torch.cat(parts)
+        self._scales = torch.cat(scales, 1)  # [groups of a row, out, 2]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.unconverted(x).to(x.dtype)
+
+    def unconverted(self, x: Tensor) -> Tensor:
+        """The product in bfloat16."""
+        x = x.to(torch.bfloat16)
+        x = pad(x, (0, self._padding)) if self._padding else x
+        product = self._kernel(x, self._weight, _GROUP, self._scales)
+        if product.shape[1] != self._num_rows:
+            product = product[:, : self._num_rows].contiguous()
+        return product if self._bias is None else product.add_(self._bias)
+
+    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return hidden.add_(self.unconverted(x))
+
+    def tensors(self) -> list[Tensor]:
+        """As those of `Linear`."""
+        return [part for part in (self._weight, self._scales, self._bias) if part is not None]
+
+    @staticmethod
+    def bytes_of(shape: torch.Size) -> int:
+        """Size of the copy of a weight [out, in]."""
+        elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
+        return elements // 2 + elements // _GROUP * 4  # with scales and middles
+
+
+def _some_rows(weight: Tensor) -> Sequence[Tensor]:
+    """A weight part by part. Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart."""
+    at_a_time = _AT_A_TIME_ON_CPU if weight.device.type == "cpu" else _AT_A_TIME
+    return weight.split(max(1, at_a_time // weight.shape[1] // 64) * 64)
+
+
+def in_four_bits(rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] and the squares of inputs [in] -> steps [n, in] of int32 from 0 to 15, and for each group
+    [groups of a row, n, 2] the size of a step and the value of step 8.
+    """
+    groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
+    counts = squares.float().unflatten(0, (-1, _GROUP))
+    counts = counts + 1e-6 * counts.mean() + 1e-30  # an unused group must not divide by zero
+    tried = _roundings(groups, counts / counts.sum(1, keepdim=True))
+    best = next(tried)
+    for other in tried:
+        better = other[0] < best[0]
+        best = tuple(torch.where(better, new, old) for new, old in zip(other, best, strict=True))
+    _, scales, middles, steps = best
+    numbers = torch.cat((scales, middles), 2).to(torch.bfloat16).transpose(0, 1).contiguous()
+    return (steps + 8).to(torch.int32).flatten(1), numbers
+
+
+def _roundings(groups: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Round groups [n, g, elements] by several scales, each also fitted by least squares.
+
+    Args:
+        counts: [g, elements] weight of an element's error, 1 in sum.
+
+    Yields:
+        error (up to a constant), scale and middle [n, g, 1]; steps [n, g, elements] from -8 to 7.
+    """
+    least, largest = groups.aminmax(dim=2, keepdim=True)
+    mean = (groups * counts).sum(2, keepdim=True)
+    for share in _SHARES_OF_RANGE:
+        scales = (largest - least) * share / 15
+        middles = (least + largest + scales) / 2
+        for _ in range(2):
+            scales = scales.clamp(min=1e-12).to(torch.bfloat16).float()  # as kernels read them
+            middles = middles.to(torch.bfloat16).float()
+            steps = ((groups - middles) / scales).round_().clamp_(-8, 7)
+            weighted = steps * counts
+            mean_step, square = weighted.sum(2, keepdim=True), (weighted * steps).sum(2, keepdim=True)
+            product = (weighted * groups).sum(2, keepdim=True)
+            # Sum of (middle + scale * step - element)^2, without what no choice changes.
+            of_scales = scales * (scales * square + 2 * (middles * mean_step - product))
+            yield of_scales + middles * (middles - 2 * mean), scales, middles, steps
+            variance = square - mean_step.square()
+            scales = (product - mean_step * mean) / variance.clamp(min=1e-12)
+            middles = mean - scales * mean_step
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """With zeros, to whole groups and whole blocks of rows."""
+    n, columns = rows.shape
+    return pad(rows, (0, -columns % _GROUP, 0, -n % _BLOCK_OF_ROWS))
+
+
+def _packed(steps: Tensor) -> Tensor:
+    """For a GPU: [n, in] -> [n / 8, in / (16 t), 32, t / 2] of int32, t the largest of 2, 4, 8 that fits."""
+    tiles = next(t for t in (8, 4, 2) if steps.shape[1] % (16 * t) == 0)
+    pairs = (steps[:, ::2] << 4 | steps[:, 1::2]).to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

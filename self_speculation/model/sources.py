@@ -1,0 +1,151 @@
+"""Where a model is (on the hub, in a folder, a `.gguf` file, a LoRA folder), and errors of reading it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from self_speculation.config import LoadingOptions
+from self_speculation.model.devices import is_lost_rank
+
+_HUB_TIMEOUT = 5.0  # seconds
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+class LoadingError(Exception):
+    """A model cannot be loaded; the message is one line with advice."""
+
+
+def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
+    """Whether the hub can be reached, whether or not it has the repository.
+
+    Loading from the hub retries for half a minute before it reads the local cache.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "README.md", repo_type=kind), timeout=_HUB_TIMEOUT)
+    except HfHubHTTPError as error:
+        return error.response.status_code < 500
+    except Exception:  # without a network, each version of the hub's client raises its own
+        return False
+    return True
+
+
+def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """The source of a model and further arguments, for `from_pretrained`.
+
+    Raises:
+        LoadingError: there is no such file or folder.
+    """
+    path, options = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LoadingError(f"model {model!r}: no such file")
+        return str(path.parent), {"gguf_file": path.name, **options}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadingError(
+                f"model {model!r}: the folder has no config.json, so it is not a Hugging Face model"
+            )
+        return str(path), options
+    if path.is_file():
+        raise LoadingError(f"model {model!r}: is a file; must be a hub id, a folder or a .gguf file")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise LoadingError(f"model {model!r}: no such folder")
+    return model, {**options, "local_files_only": not hub_answers(model)}
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter in a folder, as peft writes it."""
+
+    folder: Path
+    base: str  # the model that it changes: a folder or a hub id
+
+    def merge_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Add the adapter to the model's weights, which stay plain, as fused layers need them."""
+        from peft import PeftModel
+
+        with warnings.catch_warnings():  # peft calls a deprecated name of transformers
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload()
+
+
+def find_adapter(model: str, options: LoadingOptions | None = None) -> Adapter | None:
+    """The LoRA adapter if `model` is a folder of one. Read without peft, which takes seconds to import.
+
+    Raises:
+        LoadingError: the adapter cannot be used, or not with these options.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / _ADAPTER_CONFIG).is_file():
+        return None
+
+    def refuse(why: str) -> LoadingError:
+        return LoadingError(f"model {model!r}: {why}")
+
+    try:
+        config = json.loads((folder / _ADAPTER_CONFIG).read_text("utf-8"))
+        kind, base = config["peft_type"], config["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise refuse(f"its {_ADAPTER_CONFIG} is damaged: no peft_type or base_model_name_or_path") from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise refuse("no adapter_model.safetensors; other formats are not read (pickles can run code)")
+    if kind != "LORA":
+        raise refuse(f"is an adapter of type {kind}; only LORA can be merged into its model")
+    if importlib.util.find_spec("peft") is None:
+        raise refuse(f"is a LoRA adapter of {base}: pip install peft, which merges it, or merge it before")
+    options = options or LoadingOptions()
+    for name, plain in (("quantization", "none"), ("parallel", "data")):
+        if (value := getattr(options, name)) != plain:
+            raise LoadingError(f"{name} {value}: not with a LoRA adapter; merge it into its model before")
+    return Adapter(folder, base)
+
+
+@contextmanager
+def explained(model: str) -> Iterator[None]:
+    """Turn errors of loading into a LoadingError of one line with advice."""
+    try:
+        yield
+    except LoadingError:
+        raise
+    except Exception as error:
+        if is_lost_rank(error):
+            raise
+        raise LoadingError(f"model {model!r}: {_advice(model, error)}") from error
+
+
+def _advice(model: str, error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return f"access is gated: ask for it at https://huggingface.co/{model}, then run `hf auth login`"
+        if isinstance(cause, RepositoryNotFoundError | HFValidationError):
+            return "neither a local folder nor a model on the hub (a private one needs `hf auth login`)"
+        if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return "not in the local cache, and the hub cannot be reached: check the network or name a folder"
+        if isinstance(cause, SafetensorError):
+            return f"the weights are corrupt or cut short ({cause}): download them again"
+        cause = cause.__cause__ or cause.__context__
+    text = str(error).strip() or type(error).__name__
+    if "backend tokenizer" in text:  # transformers' message has several lines
+        return "no tokenizer in there, such as tokenizer.json: save it to the folder, too"
+    if "no file named" in text:
+        return "no safetensors weights in there; other formats are not read (pickles can run code)"
+    return text.splitlines()[0]
