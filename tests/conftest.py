@@ -100,7 +100,7 @@ def planned(choose):
     """What takes the place of `AdaptivePolicy.plan`: a test chooses, by what matches and by the limits."""
 
     def plan(policy, matched, limits):
-        policy._plan = choose(matched, limits)
+        policy._plan = choose(dict.fromkeys(policy._arms) | matched, limits)
         return policy._plan
 
     return plan

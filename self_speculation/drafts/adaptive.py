@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, Guess, mixed, no_draft
-from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Plan
+from self_speculation.drafts.draft import Draft, DraftSource, Guess, draft_by_rows, no_draft
+from self_speculation.drafts.policy import PLAIN, AdaptivePolicy
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.traced_runner import num_traces
 from self_speculation.transfers import Stopwatch
@@ -22,47 +22,48 @@ class AdaptiveDrafts(DraftSource):
     Reads from the device: those of the sources that draft.
 
     Args:
-        model: its ranks plan the same.
+        model: all its ranks make the same plans.
         sources: by name.
     """
 
     def __init__(
         self, model: PreTrainedModel, sources: Mapping[str, DraftSource], policy: AdaptivePolicy
     ) -> None:
-        self._model, self._sources, self._policy = model, sources, policy
-        self._plan = Plan()
-        self._stopwatch, self._num_traces = Stopwatch(model.device), 0
+        self._model, self._sources, self._policy, self._device = model, sources, policy, model.device
+        self._stopwatch, self._num_traces = Stopwatch(self._device), 0
         self._guesses: list[tuple[str, Guess, Sequence, int]] = []  # of the last round, with their positions
 
     def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
-        self._stopwatch, self._num_traces = Stopwatch(self._model.device), num_traces(self._model)
-        self._see_guesses()
+        self._stopwatch, self._num_traces = Stopwatch(self._device), num_traces(self._model)
+        self._check_guesses()
         matched: dict[str, list[int | None]] = {}
-        for name, source in self._sources.items():
-            guesses = source.guesses(batch)
+        for name in self._policy.free_sources:
+            guesses = self._sources[name].guesses(batch)
             matched[name] = [None if guess is None else guess.matched for guess in guesses]
             for sequence, guess in zip(batch.sequences, guesses, strict=True):
                 if guess is not None and guess.next_id is not None:
                     self._guesses.append((name, guess, sequence, sequence.length))
-        self._plan = plan = self._policy.plan(matched, batch.draft_limits(k, wanted))
-        draft, rest = None, wanted or [True] * len(batch)
-        for name in sorted({*plan.lookups} - {PLAIN}):
-            found = [name == lookup for lookup in plan.lookups]
-            looked_up = self._sources[name].draft(batch, min(k, plan.looked_up), found)
-            draft = looked_up if draft is None else mixed(batch, looked_up, draft, found)
-            rest = [wants and not is_found for is_found, wants in zip(found, rest, strict=True)]
-        if plan.source != PLAIN and any(rest):
-            drafted = self._sources[plan.source].draft(batch, min(k, plan.length), rest)
-            draft = drafted if draft is None else mixed(batch, drafted, draft, rest)
+        plan = self._policy.plan(matched, batch.draft_limits(k, wanted))
+        draft = None
+        if plan.length:
+            lookups = plan.lookups or [PLAIN] * len(batch)
+            parts = [
+                (self._sources[name], min(k, plan.looked_up), [name == lookup for lookup in lookups])
+                for name in sorted({*lookups} - {PLAIN})
+            ]
+            if plan.source != PLAIN:
+                rows = zip(lookups, wanted or [True] * len(batch), strict=True)
+                rest = [is_wanted and lookup == PLAIN for lookup, is_wanted in rows]
+                parts.append((self._sources[plan.source], min(k, plan.length), rest))
+            draft = draft_by_rows(batch, parts)
         self._stopwatch.split()
         return draft or no_draft(batch, self._model.config.vocab_size)
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
-        none = [0] * len(batch)
         self._policy.learn(
             draft.sources,
-            draft.matched or none,
+            draft.matched or [0] * len(batch),
             draft.confidences,
             draft.lengths,
             num_accepted,
@@ -70,8 +71,8 @@ class AdaptiveDrafts(DraftSource):
             seconds if num_traces(self._model) == self._num_traces else None,
         )
 
-    def _see_guesses(self) -> None:
-        """Compare the guesses of the last round with the tokens that came."""
+    def _check_guesses(self) -> None:
+        """Compare the guesses of the last round with the decided tokens."""
         for name, guess, sequence, position in self._guesses:
             if sequence.length > position:
                 self._policy.see(name, guess.matched, sequence.ids_from(position)[0] == guess.next_id)

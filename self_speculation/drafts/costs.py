@@ -136,6 +136,8 @@ class PassTimes:
     def plain_step(self, num_rows: int) -> float:
         if not self._units:
             return self._growth(num_rows)
+        if num_rows in self._units:
+            return self._units[num_rows].value
         known = min(self._units, key=lambda rows: abs(rows - num_rows))
         return self._units[known].value * self._growth(num_rows) / self._growth(known)
 
@@ -163,13 +165,14 @@ class PassTimes:
         self._runs[num_rows, num_drafted] += 1
         if self._runs[num_rows, num_drafted] <= self._warm_up:
             return
-        steps = float(self._steps(num_rows, num_drafted)[-1])
-        # Nothing bounds a first round, which may be slow: it only tells of plain steps.
+        steps = float(self._steps(num_rows, num_drafted)[-1]) if num_drafted else 0.0
+        expected = self.plain_step(num_rows) * (1.0 + self._slope(num_rows).value * steps)
+        # A first round has no bound and may be slow: it tells of plain steps only.
         if not self._units or (num_rows not in self._units and num_drafted):
             self._units[num_rows] = DecayedMean(0.0, weight=0.0)
             self._units[num_rows].add(seconds / (1.0 + self._slope(num_rows).value * steps), weight=0.1)
             return
-        seconds = min(seconds, self._TOO_LONG * self.verifications(num_rows, num_drafted)[-1])
+        seconds = min(seconds, self._TOO_LONG * expected)
         if not num_drafted:
             self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
         elif steps > 0.0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,6 +23,8 @@ from self_speculation.transfers import on_device
 
 T = TypeVar("T")
 
+Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] probabilities of drafted tokens
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -32,7 +34,7 @@ class Draft:
         ValueError: sampled tokens without their distribution.
     """
 
-    sampler: Sampler | SamplerOfRows  # of the tokens
+    sampler: Sampler | SamplerOfRows
     sources: abc.Sequence[str]  # [B] names
     tokens: Tensor  # [B, k]
     probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy
@@ -40,9 +42,7 @@ class Draft:
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
     # k times [B, 1, H]: the state of the token before each drafted one; and of the last one, if it is known
     exit_hidden: list[Tensor] = field(default_factory=list)
-    confidences: abc.Sequence[
-        abc.Sequence[float]
-    ] = ()  # [B] probabilities of the tokens, if drafts end by them
+    confidences: Confidences = ()  # empty unless drafts end by them
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Guess(NamedTuple):
     """The first token of a draft that was not made yet."""
 
     matched: int = 0  # tokens that an n-gram matched; 0 for other sources
-    next_id: int | None = None  # None: only a draft tells
+    next_id: int | None = None  # None: unknown before drafting
 
 
 class DraftSource(ABC):
@@ -72,23 +72,16 @@ class DraftSource(ABC):
         """
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:  # noqa: B027
-        """Learn from the outcome of the last draft.
-
-        Args:
-            num_accepted: [B]
-        """
+        """Learn from the outcome of the last draft; num_accepted: [B]."""
 
     def guesses(self, batch: Batch) -> list[Guess | None]:
-        """[B] what is known before drafting; None: this source has no draft for the row."""
+        """[B] what is known before drafting; None: no draft for the row. Asked if drafts cost nothing."""
         return [Guess()] * len(batch)
 
-    def end_drafts_by(self, goes_on: Callable[[abc.Sequence[abc.Sequence[float]]], bool]) -> None:  # noqa: B027
-        """Draft another token while `goes_on` says so.
+    def end_drafts_by(self, goes_on: Callable[[Confidences], bool]) -> None:  # noqa: B027
+        """Draft another token only while `goes_on` is true of the tokens so far.
 
         Sources whose drafts cost nothing ignore it.
-
-        Args:
-            goes_on: called after each token with the probabilities [B][k] of the tokens so far.
         """
 
 
@@ -100,9 +93,10 @@ class PerSequence(Generic[T]):
         self._made: WeakKeyDictionary[Sequence, T] = WeakKeyDictionary()
 
     def __getitem__(self, sequence: Sequence) -> T:
-        if sequence not in self._made:
-            self._made[sequence] = self._make(sequence)
-        return self._made[sequence]
+        value = self._made.get(sequence)
+        if value is None:
+            value = self._made[sequence] = self._make(sequence)
+        return value
 
 
 def no_draft(batch: Batch, vocab_size: int) -> Draft:
@@ -111,9 +105,24 @@ def no_draft(batch: Batch, vocab_size: int) -> Draft:
     return Draft(batch.sampler, ["none"] * len(batch), tokens, q, [0] * len(batch))
 
 
+def draft_by_rows(batch: Batch, parts: Iterable[tuple[DraftSource, int, abc.Sequence[bool]]]) -> Draft | None:
+    """Draft for some rows with one source and for other rows with another; None: for no row.
+
+    Args:
+        parts: (source, most tokens of a row, [B] rows)
+    """
+    draft = None
+    for source, k, rows in parts:
+        if any(rows):
+            other, draft = draft, source.draft(batch, k, rows)
+            draft = draft if other is None else mixed(batch, draft, other, rows)
+    return draft
+
+
 def mixed(batch: Batch, first: Draft, second: Draft, from_first: abc.Sequence[bool]) -> Draft:
-    """Take some rows of one draft and the other rows of another. All layers verify the result: none of them
-    has processed all rows.
+    """Take some rows of one draft and the other rows of another.
+
+    All layers verify the result: none of them has processed all rows.
     """
     width = max(first.tokens.shape[1], second.tokens.shape[1])
     taken = on_device(from_first, first.tokens.device).bool()[:, None]  # [B, 1]
@@ -133,7 +142,6 @@ def mixed(batch: Batch, first: Draft, second: Draft, from_first: abc.Sequence[bo
         first.sampler,
         chosen(first.sources, second.sources),
         torch.where(taken, tokens, other_tokens),
-        # Both are None, or neither.
         None if q is None or other_q is None else torch.where(taken[..., None], q, other_q),
         chosen(first.lengths, second.lengths),
         confidences=chosen(first.confidences or nothing, second.confidences or nothing),

@@ -1,8 +1,11 @@
-"""A running mean with a prior and exponential decay."""
+"""Running means, and the acceptance of drafted tokens by their confidence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
+
+_BINS = 10  # ranges of confidence
 
 
 class DecayedMean:
@@ -16,20 +19,29 @@ class DecayedMean:
 
     def __init__(self, prior: float | Callable[[], float], weight: float = 2.0, decay: float = 0.95) -> None:
         self._prior, self._weight, self._decay = prior, weight, decay
-        self._sum = self._count = 0.0
+        self._sum = self.count = 0.0  # count: weight of the observations
 
     @property
     def value(self) -> float:
         prior = self._prior() if callable(self._prior) else self._prior
-        return (prior * self._weight + self._sum) / (self._weight + self._count)
-
-    @property
-    def count(self) -> float:
-        """Weight of the observations."""
-        return self._count
+        return (prior * self._weight + self._sum) / (self._weight + self.count)
 
     def add(self, value: float, weight: float = 1.0) -> None:
         """Add a value that counts as `weight` observations."""
         share = self._decay**weight
         self._sum = share * self._sum + weight * value
-        self._count = share * self._count + weight
+        self.count = share * self.count + weight
+
+
+class AcceptanceByConfidence:
+    """How often drafted tokens of a probability are accepted, learnt by ranges of probability."""
+
+    def __init__(self) -> None:
+        self._means = [DecayedMean((i + 0.5) / _BINS, weight=1.0, decay=0.98) for i in range(_BINS)]
+
+    def __getitem__(self, confidence: float) -> DecayedMean:
+        return self._means[min(int(confidence * _BINS), _BINS - 1)]
+
+    def all_accepted(self, confidences: Sequence[float]) -> float:
+        """The chance that a draft of tokens with these probabilities is accepted as a whole."""
+        return prod(self[confidence].value for confidence in confidences)

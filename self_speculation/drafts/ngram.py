@@ -1,5 +1,5 @@
-"""Drafts from n-grams: what followed the last tokens where they stood earlier in prompt or output (prompt
-lookup decoding).
+"""Drafts from n-grams (prompt lookup decoding): the last tokens occurred earlier in prompt or output, and the
+tokens that followed them there are the draft.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, Guess, PerSequence, mixed
+from self_speculation.drafts.draft import Draft, DraftSource, Guess, PerSequence, draft_by_rows
 from self_speculation.transfers import on_device
 
 
@@ -155,15 +155,12 @@ class NgramFirst(DraftSource):
     def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
         pairs = zip(self._ngrams.guesses(batch), batch.draft_limits(k, wanted), strict=True)
         found = [bool(limit and guess and guess.matched >= self._at_least) for guess, limit in pairs]
-        if not any(found):
-            return self._otherwise.draft(batch, k, wanted)
-        looked_up = self._ngrams.draft(batch, k, found)
-        pairs_left = zip(found, wanted or [True] * len(batch), strict=True)
-        rest = [wants and not is_found for is_found, wants in pairs_left]
-        if not any(rest):
-            return looked_up
-        return mixed(batch, looked_up, self._otherwise.draft(batch, k, rest), found)
+        rest = [
+            is_wanted and not is_found
+            for is_wanted, is_found in zip(wanted or [True] * len(batch), found, strict=True)
+        ]
+        draft = draft_by_rows(batch, [(self._ngrams, k, found), (self._otherwise, k, rest)])
+        return draft or self._otherwise.draft(batch, k, wanted)
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
-        if not draft.matched or not all(draft.matched):
-            self._otherwise.learn(batch, draft, num_accepted)
+        self._otherwise.learn(batch, draft, num_accepted)

@@ -5,20 +5,17 @@ Knows nothing of models, tokens or tensors.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import NamedTuple
 
 import numpy
 
 from self_speculation.drafts.costs import PassTimes
-from self_speculation.drafts.estimates import DecayedMean
+from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
 
 PLAIN = ""  # no source
-
-# Ranges of confidence, each with an acceptance of its own.
-_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Arm:
         growth: estimated cost of a draft step of n rows, relative to one row.
         priors: [i] prior acceptance of a token after i matched ones; only [0] for sources without n-grams.
         weight: of the priors, in observations.
-        deeper: an arm that is right at least as often.
+        deeper: name of an arm whose acceptance is at least as high.
     """
 
     draft_ratio: float = 0.0
@@ -43,7 +40,7 @@ class Arm:
 class Plan(NamedTuple):
     """One round."""
 
-    source: str = PLAIN  # drafts for rows without an n-gram
+    source: str = PLAIN  # for rows without an n-gram
     length: int = 0  # the most tokens of a row
     lookups: Sequence[str] = ()  # [B] n-gram source of each row; PLAIN: none
     looked_up: int = 0  # the most n-gram tokens of a row
@@ -62,7 +59,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class _Trials:
-    """When to try an arm again: the wait doubles with each trial."""
+    """When to try an arm again, in rounds; the wait doubles with each trial."""
 
     wait: int
     due: int
@@ -70,22 +67,25 @@ class _Trials:
 
 @dataclass
 class ArmStats:
-    """What was learnt of a model's sources, across answers. Bounded by the number of sources."""
+    """Statistics of a model's sources, across requests. Bounded by the number of sources."""
 
     times: PassTimes
     num_rounds: int = 0
-    # By (source, tokens matched) and by (source, range of confidence).
-    acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
-    by_confidence: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
+    acceptance: dict[tuple[str, int], DecayedMean] = field(
+        default_factory=dict
+    )  # by (source, tokens matched)
+    by_confidence: defaultdict[str, AcceptanceByConfidence] = field(  # by source
+        default_factory=lambda: defaultdict(AcceptanceByConfidence)
+    )
     trials: dict[str, _Trials] = field(default_factory=dict)
-    credit: float = 0.0  # plain steps that trials may take
+    credit: float = 0.0  # time that trials may take, in plain steps
 
 
 class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
-    Other arms get trials, ever more rarely, within a small share of the time and only if they could beat
-    plain steps. A draft ends when another token would cost more than it is expected to save.
+    Other arms get trials within a small share of the time, each after a longer wait, and only if they could
+    beat plain steps. A draft ends when another token would cost more than it is expected to save.
 
     Args:
         arms: by name of the source.
@@ -93,22 +93,23 @@ class AdaptivePolicy:
         stats: of the model.
     """
 
-    # Drafts must promise this times the speed of a plain step: the promise is an estimate.
+    # Expected speed of drafts over that of plain steps, at least: it is an estimate.
     _MARGIN = 1.03
-    # Tokens of a trial; rounds until the first one; the most rounds between plain steps; share of the time.
+    # Tokens of a trial; rounds before the first one; the most rounds between plain steps; share of the time.
     _TRIAL, _WAIT, _WAIT_FOR_PLAIN, _SHARE = 2, 8, 64, 0.01
-    # Plain steps that trials may take at first: a good source must not wait for its share.
+    # Plain steps that trials may take in the first rounds: a good source must not wait.
     _FIRST_SHARE = 4.0
-    # The most tokens that layers draft: more are hardly ever all right.
+    # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_OF_LAYERS = 8
-    # A trial whose acceptance exceeds the known one by this is repeated soon.
+    # A trial whose acceptance exceeds the estimate by this is repeated soon.
     _HOPE = 0.3
 
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
-        self._layered = {name: arm for name, arm in arms.items() if arm.draft_ratio > 0.0}
+        self._layered = [name for name, arm in arms.items() if arm.draft_ratio > 0.0]
+        self.free_sources = [name for name, arm in arms.items() if arm.draft_ratio == 0.0]
         self._plan, self._plain = Plan(), Plan()
-        # Valid until something is learnt:
+        # Valid until something is learnt of drafts:
         self._of_layers: dict[tuple[int, int, int], Plan] = {}
         self._hopes: dict[tuple[str, int, int], Plan | None] = {}
 
@@ -116,18 +117,20 @@ class AdaptivePolicy:
         """Plan one round.
 
         Args:
-            matched: by source, [B] tokens that an n-gram matched; None: no draft for the row.
+            matched: by free source, [B] tokens that an n-gram matched; None: no draft for the row.
             limits: [B] the most tokens to draft.
         """
         stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
         best = self._plain = Plan(tokens=float(num_rows), seconds=stats.times.plain_step(num_rows))
         if longest:
             num_drafting = sum(limit > 0 for limit in limits)
-            plans = [self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_OF_LAYERS))]
+            layers = self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_OF_LAYERS))
+            plans = [layers]
             lookups, chances = self._looked_up(matched, limits)
-            if any(chances):
+            # 1 / (1 - chance): tokens of an endless draft. Most plain rounds end here.
+            if layers.drafts or sum(1.0 / (1.0 - chance) for chance in chances) > self._MARGIN * num_rows:
                 plans.append(self._lookups_alone(lookups, chances, longest))
-                plans.append(self._lookups_first(plans[0], lookups, chances))
+                plans.append(self._lookups_first(layers, lookups, chances))
             promising = max(plans, key=lambda plan: plan.rate)
             if promising.rate > self._MARGIN * self._plain.rate:
                 best = promising
@@ -146,13 +149,14 @@ class AdaptivePolicy:
         plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
         if plan.is_trial:
             return width < plan.length
-        right = sum(prod(self._of(plan.source, each).value for each in row) for row in confidences if row)
+        by_confidence = self._stats.by_confidence[plan.source]
+        accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
         with_this, with_another = self._verifications(num_rows, width + 1)[-2:]
         more = self._draft_step(plan.source, num_rows) + with_another - with_this
-        return right * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
+        return accepted * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
     def see(self, source: str, matched: int, is_right: bool) -> None:
-        """Learn whether a first token is right, drafted or not."""
+        """Learn whether the first token of a guess is right, drafted or not."""
         self._acceptance(source, matched).add(float(is_right))
 
     def learn(
@@ -175,7 +179,7 @@ class AdaptivePolicy:
         stats, plan = self._stats, self._plan
         if plan.is_trial and plan.source != PLAIN:
             hoped = self._acceptance(plan.source, 0).value + self._HOPE
-            if sum(accepted) > hoped * sum(drafted):  # it may have become good
+            if sum(accepted) > hoped * sum(drafted):
                 stats.trials[plan.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
         if any(drafted) or stats.num_rounds % self._WAIT == 0:
             self._of_layers.clear()
@@ -186,11 +190,11 @@ class AdaptivePolicy:
                 is_right = float(i < accepted[row])
                 self._acceptance(source, matched[row]).add(is_right)
                 if confidences and confidences[row]:
-                    self._of(source, confidences[row][i]).add(is_right)
+                    stats.by_confidence[source][confidences[row][i]].add(is_right)
         own = max((n for n, source in zip(drafted, sources, strict=True) if source == plan.source), default=0)
         if seconds is not None:
             num_rows, (of_draft, of_verification) = len(sources), seconds
-            if plan.is_trial:  # its price was an estimate; a stall is bounded
+            if plan.is_trial:  # the price was an estimate; the bound is for stalls
                 beyond = min(sum(seconds), 3.0 * plan.seconds) - plan.seconds
                 stats.credit -= beyond / self._plain.seconds
             if own:
@@ -203,8 +207,8 @@ class AdaptivePolicy:
     ) -> tuple[list[str], list[float]]:
         """[B] the best n-gram source of each row, and the acceptance of its tokens."""
         lookups, chances = [PLAIN] * len(limits), [0.0] * len(limits)
-        for name in matched.keys() - self._layered.keys():
-            for row, number in enumerate(matched[name]):
+        for name, numbers in matched.items():
+            for row, number in enumerate(numbers):
                 if number is not None and limits[row]:
                     chance = self._acceptance(name, number).value
                     if chance > chances[row]:
@@ -233,7 +237,7 @@ class AdaptivePolicy:
         return self._of_layers[key]
 
     def _lookups_first(self, layers: Plan, lookups: Sequence[str], chances: Sequence[float]) -> Plan:
-        """The same arm for the rows where it promises more than an n-gram."""
+        """N-grams, and that arm for the rows where it is expected to be accepted more."""
         if not layers.drafts:
             return layers
         num_rows, longest = len(lookups), layers.length
@@ -260,10 +264,10 @@ class AdaptivePolicy:
             trial = self._plain if name == PLAIN else self._hoped(name, num_rows, min(self._TRIAL, longest))
             if trial is None:
                 continue
-            # Priced as if nothing were accepted: a promise must not pay for itself.
+            # Priced as if nothing were accepted: the estimate must not pay for the trial.
             price = max(0.0, trial.seconds - num_rows / best.rate) / self._plain.seconds
             if price > stats.credit:
-                return None  # cheaper arms must not use up what this one waits for
+                return None  # cheaper arms must not use up the credit
             stats.credit -= price
             trials = stats.trials[name]
             most = self._WAIT_FOR_PLAIN if name == PLAIN else 2 * trials.wait
@@ -273,7 +277,7 @@ class AdaptivePolicy:
         return None
 
     def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
-        """A trial of an arm; None: it could not pay, if right always or as often as its deeper arm."""
+        """A trial of an arm; None: it could not pay with the acceptance of its deeper arm, or with 1."""
         key = (name, num_rows, length)
         if key not in self._hopes:
             seconds = self._seconds(name, num_rows, self._longest)
@@ -312,12 +316,6 @@ class AdaptivePolicy:
                 prior if deeper is None else lambda: min(prior, deeper.value), arm.weight, decay=0.97
             )
         return means[name, matched]
-
-    def _of(self, name: str, confidence: float) -> DecayedMean:
-        """Acceptance of tokens with such a probability."""
-        at = min(int(confidence * _BINS), _BINS - 1)
-        prior = (at + 0.5) / _BINS
-        return self._stats.by_confidence.setdefault((name, at), DecayedMean(prior, weight=1.0, decay=0.98))
 
 
 def _expected_tokens(chances: Sequence[float], longest: int) -> numpy.ndarray:

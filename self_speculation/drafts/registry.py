@@ -19,11 +19,10 @@ from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfi
 from self_speculation.drafts.adaptive import AdaptiveDrafts
 from self_speculation.drafts.costs import Costs, PassTimes, growth
 from self_speculation.drafts.draft import DraftSource
-from self_speculation.drafts.layers import LayerDrafts
+from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold
 from self_speculation.drafts.ngram import NgramDrafts, NgramFirst
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
 from self_speculation.drafts.prediction import MOST_MATCHED, PredictionDrafts
-from self_speculation.drafts.threshold import FixedThreshold, LearnedThreshold, Threshold
 from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import bytes_per_weight, quantized
@@ -145,7 +144,7 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
 
 
 def _layers(
-    context: DraftContext, exit_layer: int, threshold: Callable[[], Threshold] | None = None
+    context: DraftContext, exit_layer: int, threshold: Callable[[], FixedThreshold] | None = None
 ) -> LayerDrafts:
     weights = context.config.draft_weights
     drafter = make_drafter(context.runner, exit_layer, weights, context.short_head)
@@ -154,7 +153,7 @@ def _layers(
 
 def _layers_asked_for(context: DraftContext, _: None) -> DraftSource:
     config = context.config
-    threshold: Callable[[], Threshold] | None = None
+    threshold: Callable[[], FixedThreshold] | None = None
     if config.draft_confidence == "auto":
         threshold = partial(LearnedThreshold, context.draft_ratio(config.exit_layer))
     elif config.draft_confidence is not None:
