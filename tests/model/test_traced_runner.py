@@ -238,11 +238,11 @@ def test_rounds_in_which_something_is_traced_teach_no_times(model, monkeypatch):
     """Guards against a source that is taken for slow because its layers were traced meanwhile."""
     made, learn = [], AdaptivePolicy.learn
 
-    def heard(policy, *numbers):
+    def learnt(policy, *numbers):
         made.append((traced_runner.num_traces(model), numbers[-1]))
         learn(policy, *numbers)
 
-    monkeypatch.setattr(AdaptivePolicy, "learn", heard)
+    monkeypatch.setattr(AdaptivePolicy, "learn", learnt)
     generate(model, PROMPT, strategy="adaptive", max_steps=20, eos=[])
     counts = [count for count, _ in made]
     assert counts[-1] >= 1

@@ -264,7 +264,7 @@ def test_a_check_goes_on_by_the_arguments_that_it_had(common, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", [benchmark, correctness, sweep])
-def test_drafts_in_eight_bits_without_lean_layers(script, common, capsys):
+def test_drafts_in_four_bits_without_fused_layers(script, common, capsys):
     """Guards against a traceback from the warm-up, with status 1."""
     args = [*common, "--sample", "False", "--fuse", "False", "--draft_weights", "int4"]
     if script is not sweep:

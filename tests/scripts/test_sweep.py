@@ -263,7 +263,7 @@ def test_impossible_grids(common, args, message, capsys):
 
 
 @pytest.mark.usefixtures("timeless")
-def test_drafts_in_eight_bits_may_use_all_layers(common, tmp_path, capsys):
+def test_drafts_in_four_bits_may_use_all_layers(common, tmp_path, capsys):
     """Guards against a cell that is named, and used by --tuned, without the copy that it drafts with."""
     assert sweep.main([*common, "--draft_weights", "int4", "--exit_layer_last", "9"]) == 0
     said = capsys.readouterr().out
