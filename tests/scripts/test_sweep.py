@@ -5,7 +5,6 @@ import os
 import re
 from collections import Counter
 
-import forks
 import pandas
 import pytest
 from conftest import ROOT
@@ -17,7 +16,6 @@ import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
 from measures.replay import predicted_cell, replay, within_noise
-from measures.sweeping import Measured, Predicted
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
@@ -321,35 +319,6 @@ def test_all_layers_of_a_copy_are_in_the_grid(common, tmp_path, monkeypatch):
     assert set(table(tmp_path).reset_index()["exit_layer"]) == {1, 2, 4}
 
 
-@pytest.mark.parametrize("mode", ["predicted", pytest.param("measured", marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("timeless")
-def test_interrupted_and_resumed(common, tmp_path, mode, monkeypatch, capsys):
-    """Finished cells or examples are kept, in the CSV too where it is written by cell, and not done again."""
-    kind = Measured if mode == "measured" else Predicted
-    original, done = kind.measure, []
-
-    def measure(self, index):
-        if index == 4 and done.count(4) == 0:
-            done.append(4)
-            raise KeyboardInterrupt
-        done.append(index)
-        return original(self, index)
-
-    monkeypatch.setattr(kind, "measure", measure)
-    args = [*common, "--mode", mode]
-    assert sweep.main(args) == 130
-    assert "4 of" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        benchmark.main([*common[:2], "--tuned", str(tmp_path / "logs")])
-    assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in capsys.readouterr().err
-    if mode == "measured":
-        assert len(table(tmp_path)) == 4
-    assert sweep.main(["--resume", str(only_run(tmp_path))]) == 0  # by the arguments that it had
-    assert done[:4] == [0, 1, 2, 3]
-    assert sorted(done[5:]) == list(range(4, 12 if mode == "measured" else 6))
-    assert len(table(tmp_path)) == 12
-
-
 @pytest.mark.usefixtures("timeless")
 def test_cells_of_an_older_run_are_read(common, tmp_path, capsys):
     """Guards against a --resume that fails on records from before a column was added."""
@@ -364,17 +333,6 @@ def test_cells_of_an_older_run_are_read(common, tmp_path, capsys):
     assert sweep.main([*args, "--resume", str(only_run(tmp_path))]) == 0
     assert len(table(tmp_path)) == 2
     assert capsys.readouterr().out.count("medians, from and to") == 2
-
-
-@pytest.mark.parametrize("mode", ["predicted", pytest.param("measured", marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("timeless")
-def test_two_ranks(common, tmp_path, mode):
-    """Guards against cells or examples that a rank leaves out or does twice, and a calibration by each."""
-    args = [*common, "--mode", mode, "--num_speculations_last", "2"]
-    assert sweep.main([*args, "--output_dir", str(tmp_path / "one" / "logs")]) == 0
-    result = forks.run_ranks(2, ROOT / "sweep.py", *args)
-    assert result.returncode == 0, result.stderr
-    pandas.testing.assert_frame_equal(table(tmp_path)[COUNTS], table(tmp_path / "one")[COUNTS])
 
 
 @pytest.mark.usefixtures("timeless")
@@ -429,10 +387,10 @@ def test_a_sweep_uses_another_one_for_its_ids_alone(common, tmp_path, capsys):
     """Guards against --tuned that says nothing where it does nothing."""
     (tmp_path / "sweep.csv").write_text("mode,exit_layer,num_speculations,speedup\npredicted,2,3,1.5\n")
     for flags, message in (
-        ([], "sweep.csv: names the ids of --draft_vocabulary here; give that flag too"),
+        ([], "sweep.csv: gives the ids of --draft_vocabulary here; give that flag too"),
         (
             ["--draft_vocabulary", "9"],
-            "sweep.csv: has no vocabulary.json, which is written by --mode predicted",
+            "sweep.csv: has no vocabulary.json, which --mode predicted writes",
         ),
     ):
         with pytest.raises(SystemExit) as end:
@@ -475,9 +433,7 @@ def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
     assert benchmark.main([*flags, "--tuned", str(folder.parent), *output]) == 0
     run = json.loads((only_run(tmp_path / "b") / "run.json").read_text())
     arguments = run["arguments"]
-    setting = "self_speculative, exit_layer {exit_layer}, num_speculations {num_speculations}, ".format(
-        **best
-    )
+    setting = "self_speculative, exit_layer {exit_layer}, num_speculations {num_speculations}".format(**best)
     assert setting in heading(run)
     assert arguments["generation_strategy"] == "self_speculative"
     assert {name: arguments[name] for name in ("exit_layer", "num_speculations")} == {
