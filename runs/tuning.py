@@ -63,11 +63,8 @@ def tuned(
         with open(_table(args.tuned, model_args.model), encoding="utf-8", newline="") as file:
             best = best_cell(list(csv.DictReader(file)))
         found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
-        # Tables of earlier versions lack the first column, or have the second.
         if "draft_weights" not in given:
-            found["draft_weights"] = best.get("draft_weights") or "exact"
-        if "draft_vocabulary" not in given:
-            found["draft_vocabulary"] = int(best.get("draft_vocabulary") or 0) or None
+            found["draft_weights"] = best["draft_weights"]
         return replace(config, generation_strategy="self_speculative", **found)
 
 

@@ -43,17 +43,6 @@ def test_records_of_several_ranks_come_together_in_order(run):
     assert json.loads((run.folder / "run.json").read_text())["metrics"] == {"sum": 1}
 
 
-def test_a_line_cut_in_half_is_dropped_and_written_over(run):
-    writer = run.writer(0)
-    writer.append({"index": 0})
-    with open(run.folder / "records.rank0.jsonl", "a") as file:
-        file.write('{"index": 1, "tex')
-    assert set(run.records()) == {0}
-    again = Run.resume(str(run.folder), DESCRIPTION)
-    again.writer(0).append({"index": 1, "text": "whole"})
-    assert again.records()[1]["text"] == "whole"
-
-
 def test_a_full_disk_keeps_written_records(run, monkeypatch):
     writer = run.writer(0)
     writer.append({"index": 0})
