@@ -4,7 +4,7 @@
     python benchmark.py --compare True --exit_layer 8 --num_speculations 4 --sample False
     python benchmark.py --batch_size 8 --sample False
 
-Results go to a folder of --output_dir as they come; an interrupted run goes on with --resume FOLDER.
+Results are written to a folder in --output_dir as they come; --resume FOLDER continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -24,32 +24,34 @@ from arguments import (
     refuse_idle_drafts,
 )
 from data import mismatch
+from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
 
 
 @dataclass(frozen=True)
 class MeasurementArguments:
-    """What to measure and to record."""
+    """What to measure and record."""
 
     compare: bool = False
-    """Decode each prompt self-speculatively and autoregressively, in turn, and report the speed-up."""
+    """Also decode each prompt autoregressively, in turn, and report the speed-up."""
     execute_code: bool = field(default=False, metadata=MAY_DIFFER)
-    """For pass@1, run the programs that the model wrote for human_eval: code that nobody has checked."""
+    """Run the programs that the model writes for human_eval, for pass@1: nobody has checked this code."""
     resume: str | None = None
-    """Folder of an interrupted run to go on with."""
+    """Folder of an interrupted run to continue."""
     verbose: bool = field(default=False, metadata=MAY_DIFFER)
     """Print prompts and answers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, MeasurementArguments, BatchArguments)
-    *rest, tuning = parse(__doc__ or "", *groups, TuningArguments, args=argv)
-    model_args, config, data_args, args, batch = rest
+    model_args, config, data_args, args, batch, tuning = parse(
+        __doc__ or "", *groups, TuningArguments, args=argv
+    )
     config = tuned(config, tuning, model_args, argv)
     if args.execute_code and data_args.dataset != "human_eval":
         refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
     if args.execute_code and data_args.chat:
-        refuse("--execute_code True: runs what goes on from a prompt, not what answers it; leave --chat out")
+        refuse("--execute_code True: runs continuations of prompts, not answers in a chat; leave --chat out")
     if wrong := mismatch(data_args):
         refuse(wrong)
     if args.compare and config.generation_strategy == "autoregressive":
@@ -62,13 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator, examples, open_run = prepare(
         "benchmark", model_args, config, data_args, args, batch, counted=counts(tuning.tuned, model_args)
     )
-    of_run = (generator, config, examples, model_args.seed, batch.batch_size)
-    bench = Benchmark(*of_run, args.compare, args.execute_code, args.verbose)
-    bench.warm_up()
-    return run_examples(bench, open_run)
+    common = (generator, config, examples, model_args.seed, batch.batch_size)
+    job = Benchmark(*common, args.compare, args.execute_code, args.verbose)
+    job.warm_up()
+    return run_examples(job, open_run)
 
 
 if __name__ == "__main__":
-    from runs.program import run
-
     run(main)

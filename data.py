@@ -1,7 +1,7 @@
-"""Dataset name -> examples: a prompt and the text that it should lead to.
+"""Dataset name -> examples: prompts with reference texts.
 
-Which examples, in which order and with which shots depends on the seed alone. All values are text. To add a
-dataset, add its name to `DatasetName` in `arguments` and an entry to `DATASETS` here.
+The seed alone decides examples, order and shots. All values are text. To add a dataset, add its name to
+`DatasetName` in `arguments` and an entry to `DATASETS` here.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ T = TypeVar("T")
 
 
 class DataError(ValueError):
-    """The data cannot be used; the message is one line that names the file and line, or what is allowed."""
+    """The data is unusable; the message is one line with file and line, or what is allowed."""
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name where it says nothing."""
+    """The first line of an error's message, or the error's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and what it should lead to."""
+    """A prompt and its reference text."""
 
     prompt: str
     reference: str
-    row: Row  # of the dataset, from which it was made
+    row: Row  # of the dataset
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a dataset comes from and how its rows become examples.
+    """The source of a dataset, and how its rows become examples.
 
     Args:
-        columns: those that are read; text, but for chat's list of turns.
-        pairs: a row's (prompt, reference) pairs.
-        source: arguments of `datasets.load_dataset`, or a file of a package; None: only --data_path.
-        split, shots_split: of the hub, or file names in a folder of --data_path.
-        between: what stands between prompt and reference in a shot; None: takes no shots.
+        columns: columns to read; text, except for chat's list of turns.
+        pairs: makes the (prompt, reference) pairs of a row.
+        source: arguments of `datasets.load_dataset`, or a file of a package; None: --data_path only.
+        split, shots_split: splits on the hub, or file names in a folder of --data_path.
+        between: the text between prompt and reference in a shot; None: no shots.
     """
 
     columns: tuple[str, ...]
@@ -108,7 +108,7 @@ assert tuple(DATASETS) == get_args(DatasetName)
 
 
 def mismatch(args: DataArguments) -> str | None:
-    """One line about a flag that does not fit the dataset, or None; nothing is read for it."""
+    """One line about a flag that does not fit the dataset, or None; reads no data."""
     dataset = DATASETS[args.dataset]
     if args.n_shot and dataset.between is None:
         return f"--n_shot {args.n_shot}: {args.dataset} takes no shots"
@@ -118,7 +118,7 @@ def mismatch(args: DataArguments) -> str | None:
 
 
 def load_examples(args: DataArguments, seed: int) -> list[Example]:
-    """The examples that the flags ask for: the same ones in every run, strategy and rank.
+    """The examples of the flags, equal for every run, strategy and rank.
 
     Raises:
         DataError: a `mismatch`, a malformed line, a missing column, too few examples, an unreachable hub.
@@ -127,18 +127,18 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
         raise DataError(wrong)
     dataset = DATASETS[args.dataset]
     source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
-    assert source is not None  # else it is a `mismatch`
+    assert source is not None  # or there is a `mismatch`
     examples = _examples(dataset, _rows(source, dataset.split))
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
     split = dataset.shots_split
     if args.n_shot and split and (isinstance(source, tuple) or any(source.glob(f"{split}.*"))):
-        # Only numbers are shuffled, and only the rows that are needed become examples.
+        # The training split may be large: shuffle its row numbers, and read the needed rows only.
         def chosen(number: int) -> list[int]:
             return _shuffled(range(number), args.random_shuffle, f"shots {seed}")[: args.n_shot]
 
         shots = _examples(dataset, _rows(source, split, chosen))
-    if args.n_shot and not shots:  # no training split: examples serve as shots, and are not evaluated
+    if args.n_shot and not shots:  # without a training split, the first examples are shots
         shots, examples = examples[: args.n_shot], examples[args.n_shot :]
     where = args.data_path or args.dataset
     if len(shots) < args.n_shot:
@@ -162,7 +162,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def _shot(dataset: Dataset, example: Example) -> str:
-    # Where nothing stands between, as in code, the reference begins with its own indentation.
+    # Without a text between, as in code, the reference keeps its indentation.
     reference = example.reference.strip() if dataset.between else example.reference.rstrip()
     return f"{example.prompt}{dataset.between}{reference}\n\n"
 
@@ -172,30 +172,28 @@ def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
 
 
 def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example]:
-    def read(place: str, row: Row, column: str) -> Any:
-        return _turns(place, row) if column == "data" else cell(place, row, column)
-
-    clean = [{column: read(place, row, column) for column in dataset.columns} for place, row in rows]
+    read = {column: _turns if column == "data" else cell for column in dataset.columns}
+    clean = [{column: read[column](place, row, column) for column in read} for place, row in rows]
     return [Example(*pair, row) for row in clean for pair in dataset.pairs(row)]
 
 
 def cell(place: str, row: Row, column: str) -> str:
-    """A column's value as text, whose lines end as they do here.
+    """A column's value as text.
 
     Raises:
-        DataError: there is no such column, or it holds something else.
+        DataError: there is no such column, or it is neither text nor a number.
     """
     if isinstance(value := _value(place, row, column), int | float):
         return json.dumps(value)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
-    return value.replace("\r\n", "\n")  # a file that comes from Windows
+    return value.replace("\r\n", "\n")  # line breaks of Windows
 
 
-def _turns(place: str, row: Row) -> list[Row]:
-    turns = _value(place, row, "data")
+def _turns(place: str, row: Row, column: str) -> list[Row]:
+    turns = _value(place, row, column)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{place}: column 'data' must be a list of turns, each with role and message")
+        raise DataError(f"{place}: column {column!r} must be a list of turns, each with role and message")
     return [{part: cell(place, turn, part) for part in ("role", "message")} for turn in turns]
 
 
@@ -209,14 +207,14 @@ def _value(place: str, row: Row, column: str) -> Any:
 def _rows(
     source: tuple[str, ...] | Path, split: str, chosen: Callable[[int], Iterable[int]] = range
 ) -> list[tuple[str, Row]]:
-    """Rows of a split, or of a path that is a file, each with its place for messages.
+    """Rows of a split, or of a file, each with its place for messages.
 
     Args:
-        chosen: how many there are -> the numbers of those to return, in order.
+        chosen: number of rows -> indices of the rows to return, in order.
     """
     if isinstance(source, tuple):
         try:
-            found = load_from_hub(*source, split=split)  # on the disk, until a row is asked for
+            found = load_from_hub(*source, split=split)  # rows stay on the disk until they are used
         except Exception as error:  # the hub's errors have no common base
             raise DataError(
                 f"cannot load {source[0]} from the hub ({one_line(error)}); check the network, or give the "
@@ -236,10 +234,10 @@ def _rows(
 
 
 def load_from_hub(*source: str, **options: Any) -> Any:
-    """As `datasets.load_dataset`, but without a network it fails at once where nothing is cached, and a
-    dataset that is a script is read as well: the hub keeps what the script gave in a branch of its own.
+    """Call `datasets.load_dataset`. Without a network, fail at once if nothing is cached. If the dataset is a
+    script, read the hub's branch of its converted tables.
     """
-    import datasets  # a second that local files do without
+    import datasets  # takes a second, and local files do not need it
 
     from self_speculation.model.sources import hub_answers
 
@@ -255,21 +253,30 @@ def load_from_hub(*source: str, **options: Any) -> Any:
 
 def is_table(path: Path) -> bool:
     """Whether `read_table` reads files of that name."""
-    return _kind(path) in _READERS
+    return _kind(path) in (".jsonl", ".json", ".csv", ".parquet")
+
+
+def _kind(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL, CSV or Parquet file, compressed by gzip or not, each with its place for messages.
+    """The rows of a JSONL, CSV or Parquet file, also of a .gz, each with its place for messages.
 
-    Nothing is guessed: what is text in the file stays text, and in CSV everything is.
+    Text stays text, and all values of CSV are text: nothing is inferred.
 
     Raises:
-        DataError: it cannot be read; names file and line.
+        DataError: the file is malformed; names file and line.
     """
     try:
         opener: Any = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rb") as file:
-            yield from _READERS[_kind(path)](str(path), file)
+            if _kind(path) == ".parquet":
+                yield from _read_parquet(path, file)
+            else:
+                # The encoding drops a byte order mark.
+                text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+                yield from (_read_csv if _kind(path) == ".csv" else _read_jsonl)(path, text)
     except DataError:
         raise
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # pyarrow's are ValueErrors
@@ -277,19 +284,11 @@ def read_table(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}: {reason}") from error
 
 
-def _kind(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
-def _text(file: IO[bytes]) -> IO[str]:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # a byte order mark is no text
-
-
-def _read_jsonl(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_text(file), 1):
+def _read_jsonl(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(file, 1):
         if not line.strip():
             continue
-        place = f"{name}, line {number}"
+        place = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -301,25 +300,20 @@ def _read_jsonl(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
         yield place, row
 
 
-def _read_csv(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(1 << 30)  # articles are longer than the default allows
-    reader = csv.DictReader(_text(file), strict=True)
+def _read_csv(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(1 << 30)  # articles are longer than the default limit
+    reader = csv.DictReader(file, strict=True)
     for row in reader:
-        place = f"{name}, line {reader.line_num}"
-        if None in row or None in row.values():  # how csv marks too many fields, and too few
+        place = f"{path}, line {reader.line_num}"
+        if None in row or None in row.values():  # the reader's marks of too many and too few fields
             raise DataError(f"{place}: must have the {len(reader.fieldnames or ())} fields of the header")
-        yield place, dict(row)
+        yield place, row
 
 
-def _read_parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    import pyarrow.parquet  # only such files need it
+def _read_parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    import pyarrow.parquet  # other files do not need it
 
     table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
     rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
-        yield f"{name}, row {number}", row
-
-
-_READERS: dict[str, Callable[[str, IO[bytes]], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet,
-}  # fmt: skip
+        yield f"{path}, row {number}", row

@@ -1,16 +1,16 @@
-"""Tasks of lm-evaluation-harness, answered by the strategies of this library.
+"""Evaluate tasks of lm-evaluation-harness with the strategies of this library.
 
     python eval.py --include_path eval_tasks --tasks python_functions,python_lines --sample False
     python eval.py --tasks gsm8k --generation_strategy self_speculative --exit_layer 8 --num_speculations 6
     python eval.py --tasks hellaswag --exit_layer 12    # the early exit at layer 12 alone
 
-The flags below say which model answers, and how. All others are those of lm_eval's own command line, and mean
-what they mean there; they stand at the end. Where both have a flag of one name (--model, --model_args,
---device, --seed, --trust_remote_code), it is the one below.
+The flags below choose the model and its generation. All flags of lm_eval's own command line work, too; they
+are listed at the end. If both have a flag (--model, --model_args, --device, --seed, --trust_remote_code), the
+one below counts.
 
-Generation settings are the tasks' own; one that is given here goes before them, as in --gen_kwargs.
-Log-likelihoods are the full model's; with --exit_layer and the autoregressive strategy, those of the early
-exit. lm_eval writes its results to --output_path; without it, to --output_dir.
+Tasks have their own generation settings; a flag that is given overrides them, as --gen_kwargs does.
+Log-likelihoods are those of the full model, or of the early exit with --exit_layer and the autoregressive
+strategy. lm_eval writes its results to --output_path; without it, to --output_dir.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lm_eval._cli.run import Run  # light, as all imports here
+from lm_eval._cli.run import Run
 
 from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse, refuse_idle_drafts
 from runs.failures import try_to_write
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
 
-# Flags that tasks have settings of their own for, and the harness's names of these.
+# Flags that override settings of tasks, and the harness's names of these settings.
 OF_TASKS = {
     "max_steps": "max_gen_toks", "sample": "do_sample", "temperature": "temperature", "top_k": "top_k",
     "top_p": "top_p", "no_repeat_ngram_size": "no_repeat_ngram_size", "stop_words": "until",
@@ -38,12 +38,12 @@ OF_TASKS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """lm_eval's, which refuses bad usage in one line."""
+    """lm_eval's parser; refuses bad usage in one line."""
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().parse_known_args(*args, **kwargs)
-        except (ValueError, AssertionError) as error:  # of values that it splits itself
+        except (ValueError, AssertionError) as error:  # from its own parsing of values
             self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 def flags(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, GenerationConfig, TuningArguments, argparse.Namespace]:
-    """Our flags, and lm_eval's with ours among them; what is wrong with either ends the program."""
+    """Parse our flags and lm_eval's, which get the values of ours; bad usage ends the program."""
     commands = _Parser().add_subparsers()
     Run.create(commands)
     groups = (ModelArguments, GenerationConfig, TuningArguments)
@@ -63,7 +63,7 @@ def flags(
     _read_config_file(args)
     given = given_flags(argv, GenerationConfig)
     asked = {theirs: getattr(config, ours) for ours, theirs in OF_TASKS.items() if ours in given}
-    # Where sampling is asked for, there is a temperature: that of greedy tasks is 0.
+    # Sampling needs a temperature: greedy tasks set it to 0.
     warm = {"temperature": config.temperature} if asked.get("do_sample") else {}
     args.gen_kwargs = {**warm, **(args.gen_kwargs or {}), **asked}
     args.model_args = {  # lm_eval prints and saves them
@@ -77,7 +77,7 @@ def flags(
     if "seed" in given_flags(argv, ModelArguments):
         args.seed = [model_args.seed] * 4
     if args.use_cache:
-        # The harness's keys know the request alone: it would take the answer of another model or exit layer.
+        # The harness's keys hold the request alone: without this it would reuse answers of another model.
         key = zlib.crc32(repr((replace(model_args, output_dir=""), config)).encode())
         args.use_cache = f"{args.use_cache}_{key:08x}"
     args.output_path = args.output_path or model_args.output_dir
@@ -86,13 +86,13 @@ def flags(
 
 
 def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
-    """Refuse what lm_eval would notice after hours, or not at all."""
+    """Refuse values that lm_eval would notice after hours, or not at all."""
     size = str(getattr(args, "batch_size", 1))
     if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", size):
         refuse(f"--batch_size {size}: must be a number from 1, auto or auto:N")
     for name in ("use_cache", "cache_requests"):
         if getattr(args, name) and model_args.parallel == "tensor":
-            refuse(f"--{name}: not with --parallel tensor, whose ranks could find different things there")
+            refuse(f"--{name}: not with --parallel tensor, whose ranks could find different answers there")
     path = Path(args.output_path)
     folder = path.parent if path.suffix == ".json" else path
     try:
@@ -103,7 +103,7 @@ def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
 
 
 def _read_config_file(args: argparse.Namespace) -> None:
-    """Add what the file of --config has and the command line has not."""
+    """Add the settings of the --config file that the command line lacks."""
     if args.config is None:
         return
     from lm_eval.config.evaluate_config import EvaluatorConfig

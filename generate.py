@@ -21,17 +21,18 @@ from runs.tuning import TuningArguments, counts, tuned
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """How prompts are taken and answers shown."""
+    """Prompts and answers."""
 
     streamer: Literal["standard", "none", "speculative"] = "standard"
-    """Show the answer as it is decided, at the end, or with its drafts as they come and go."""
+    """standard: show verified tokens as they come; speculative: also show drafts; none: show the whole answer
+    at the end."""
     prompt: str | None = None
-    """Answer this and end; without it, a pipe is one prompt, and at a terminal there is a conversation. An
+    """Answer this prompt and end; without it, a pipe is one prompt, and a terminal starts a conversation. An
     empty text stands for the BOS token alone."""
     chat: bool = False
     """Apply the tokenizer's chat template and keep the conversation."""
     compare: bool = False
-    """Then decode the prompt by autoregressive decoding too, in three turns, and say how fast both are."""
+    """Then decode the prompt autoregressively, too, in three turns, and print both speeds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,13 +1,12 @@
-"""Exit layer x draft length: the whole grid, read off one pass, or measured.
+"""Compare exit layers x draft lengths: predict the whole grid from one pass, or measure it.
 
     python sweep.py --num_samples 40 --max_steps 64 --exit_layer_first 2 --exit_layer_last 12
     python sweep.py --mode measured --num_samples 10 --max_steps 64
     python sweep.py --mode measured --num_samples 40 --max_steps 64 --batch_size 8
 
-The grid has exit layers and draft lengths of its own, and its strategy is self_speculative: where flags name
-others, a line says that they are not used. Predicted mode generates each example once, at full depth, reads
-what every exit layer would have guessed, and replays the rounds of every cell; a calibration tells what they
-cost. Counts are exact, times are estimates.
+The grid sets exit layer and draft length, and the strategy is self_speculative: a line names flags that are
+not used. Predicted mode generates each example once, at full depth, reads the guesses of all exit layers, and
+replays the rounds of every cell; a calibration measures their costs. Counts are exact, times are estimates.
 """
 
 from __future__ import annotations
@@ -37,30 +36,29 @@ from runs.tuning import COUNTS, counts
 
 @dataclass(frozen=True)
 class SweepArguments:
-    """Which exit layers and draft lengths, and how they are timed."""
+    """Exit layers, draft lengths, and how they are timed."""
 
     mode: Literal["predicted", "measured"] = "predicted"
-    """predicted: read the whole grid off one pass over each example; measured: run every cell."""
+    """predicted: compute the whole grid from one pass over each example; measured: run every cell."""
     exit_layer_first: int = 1
     """First exit layer of the grid."""
     exit_layer_last: int = 15
-    """Last exit layer; at most the model's last but one, and with --draft_weights its last, which is then in
-    the grid where this flag is left out."""
+    """Last exit layer; at most the model's last but one. With --draft_weights at most its last, which is in
+    the grid if this flag is left out."""
     exit_layer_step: int = 1
-    """From one exit layer of the grid to the next."""
+    """Step between exit layers."""
     num_speculations_first: int = 1
     """First draft length of the grid."""
     num_speculations_last: int = 6
     """Last draft length."""
     num_speculations_step: int = 1
-    """From one draft length to the next."""
+    """Step between draft lengths."""
     verify_top: int = field(default=0, metadata=MAY_DIFFER)
-    """Measure this many of the best predicted cells for real."""
+    """Measure this many of the best predicted cells."""
     tuned: str | None = None
-    """Folder or CSV of an earlier sweep in predicted mode: --draft_vocabulary takes the ids that it
-    counted."""
+    """Folder or CSV of an earlier predicted sweep: --draft_vocabulary takes the ids that it counted."""
     resume: str | None = None
-    """Folder of an interrupted sweep to go on with."""
+    """Folder of an interrupted sweep to continue."""
 
     def __post_init__(self) -> None:
         for axis in ("exit_layer", "num_speculations"):
@@ -70,12 +68,10 @@ class SweepArguments:
         at_least(self, 0, "verify_top")
 
     def exit_layers(self, num_layers: int, with_all: bool) -> list[int]:
-        """Those of the grid that a model of so many layers has, all of them only if `with_all`; empty where
-        there are none.
-        """
+        """The exit layers of the grid in a model of `num_layers`; `num_layers` itself only if `with_all`."""
         last = num_layers if with_all else num_layers - 1
         layers = [*range(self.exit_layer_first, min(self.exit_layer_last, last) + 1, self.exit_layer_step)]
-        # A copy of all layers guesses best: it is in the grid where no end of it was asked for.
+        # A copy of all layers guesses best: without --exit_layer_last it is in the grid.
         if with_all and layers and last not in layers and self.exit_layer_last == type(self).exit_layer_last:
             layers.append(last)
         return layers
@@ -89,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, data_args, args, batch = parse(__doc__ or "", *groups, args=argv)
     if batch.batch_size > 1 and args.mode == "predicted":
         refuse(
-            f"--batch_size {batch.batch_size}: must be 1 in predicted mode, whose costs are those of one "
-            "sequence; --mode measured takes more"
+            f"--batch_size {batch.batch_size}: must be 1 in predicted mode, whose costs are those of single "
+            "sequences; --mode measured takes more"
         )
     if wrong := mismatch(data_args):
         refuse(wrong)
@@ -102,17 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from self_speculation.drafts.registry import is_replayable
 
     if args.tuned is not None and config.draft_vocabulary is None:
-        refuse(f"--tuned {args.tuned}: names the ids of --draft_vocabulary here; give that flag too")
+        refuse(f"--tuned {args.tuned}: gives the ids of --draft_vocabulary here; give that flag too")
     counted = counts(args.tuned, model_args)
     if args.tuned is not None and not counted:
-        refuse(f"--tuned {args.tuned}: has no {COUNTS}, which is written by --mode predicted")
+        refuse(f"--tuned {args.tuned}: has no {COUNTS}, which --mode predicted writes")
 
     def notice(text: str) -> None:
         if ranks.is_first():
             print(text, file=sys.stderr)
 
     if args.mode == "predicted" and not is_replayable(config):
-        refuse("--mode predicted: is about drafts of layers, of one length; use --mode measured")
+        refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
     if args.mode == "predicted" and not config.greedy:
         notice("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
@@ -122,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             notice(f"--{axis} {getattr(config, axis)}: not used; the grid is --{axis}_first to --{axis}_last")
     if "generation_strategy" in given and config.generation_strategy != "self_speculative":
         notice(f"--generation_strategy {config.generation_strategy}: not used; cells are self_speculative")
-    # The grid has exit layers and draft lengths of its own; the strategy is the one that uses them.
     config = dataclasses.replace(
-        config, generation_strategy="self_speculative", exit_layer=args.exit_layer_first,
+        config,
+        generation_strategy="self_speculative",
+        exit_layer=args.exit_layer_first,
         num_speculations=args.num_speculations_first,
-    )  # fmt: skip
+    )
     model_config = read_config(model_args)
     num_layers, is_copy = model_config.num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1

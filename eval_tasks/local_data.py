@@ -1,4 +1,4 @@
-"""The data beside these task files, wherever the harness is run from."""
+"""Loads the data beside these task files, from any working directory."""
 
 from pathlib import Path
 

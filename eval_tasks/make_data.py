@@ -1,9 +1,9 @@
-"""Makes python_lines.jsonl and python_text.jsonl from the files that train.py holds out.
+"""Make python_lines.jsonl and python_text.jsonl from the files that train.py holds out.
 
     python eval_tasks/make_data.py
 
-A question of python_lines is a function up to some line; the right answer is the line that follows, the wrong
-ones are lines of other functions at the same indentation. A text of python_text is the beginning of a file.
+A question of python_lines is a function up to some line. The right answer is the next line; the wrong answers
+are lines of other functions at the same indentation. A text of python_text is the beginning of a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUM_QUESTIONS, NUM_TEXTS, LENGTH_OF_TEXT, SHORTEST_LINE = 120, 20, 1500, 12
 
 
 def functions(text: str) -> Iterator[tuple[list[str], list[int]]]:
-    """The lines of each function of a module, and which of them begin a statement."""
+    """Lines of each function of a module, and the indices of lines that begin a statement."""
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):

@@ -1,1 +1,1 @@
-"""What scripts share around their work: startup, ranks, records, examples, tuning."""
+"""What scripts share: startup, ranks, records, examples, tuning."""

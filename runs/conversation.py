@@ -1,4 +1,4 @@
-"""Prompts in, answers and their statistics out: one prompt, or a conversation at a terminal.
+"""Answer one prompt, or a conversation at a terminal, and print statistics.
 
 Answers go to standard output, everything else to standard error.
 """
@@ -32,11 +32,11 @@ from self_speculation import (
 )
 from self_speculation.model.devices import broadcast_from_rank0
 
-if TYPE_CHECKING:  # it takes a quarter of a second to import, which one prompt does without
+if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does not need it
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyPressEvent
 
-_TURNS = 3  # of a comparison: one alone says what the machine did meanwhile
+_TURNS = 3  # of a comparison: a single one would show the noise of the machine
 
 _HELP = """/help      lists commands and keys
 /exit      leaves
@@ -52,8 +52,8 @@ class Conversation:
 
     Args:
         streamer: a value of --streamer.
-        chat: put prompts into the tokenizer's chat template, together with all that was said before.
-        compare: measure each answer's speed against autoregressive decoding.
+        chat: apply the tokenizer's chat template and keep the history.
+        compare: also measure each answer's speed against autoregressive decoding.
     """
 
     generator: HuggingfaceLlamaGenerator
@@ -63,19 +63,19 @@ class Conversation:
     compare: bool = False
 
     def __post_init__(self) -> None:
-        self._messages: list[dict[str, str]] | None = [] if self.chat else None
-        self._said, self._said_ids = "", list[int]()  # the last prompt and its answer, as text and in ids
+        self._messages: list[dict[str, str]] = []  # empty without --chat
+        self._history, self._history_ids = "", list[int]()  # the last prompt and its answer
 
     def answer(self, prompt: str) -> bool:
-        """Show the answer and its statistics; False where Ctrl-C ended it.
+        """Print the answer and its statistics; False if Ctrl-C ended it.
 
         Raises:
             ValueError: the prompt leaves no room in the model's context.
         """
-        prompt = prompt.replace("\r\n", "\n")  # pasted or read from what Windows wrote
+        prompt = prompt.replace("\r\n", "\n")  # line breaks of Windows
         ids = self._ids(prompt)
         streamer = self._streamer(ids)
-        # What was said before is in the cache already.
+        # The cache holds the history already.
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         model, processor_began = self.generator.model, time.process_time()
         with Interrupt(model) as interrupt:
@@ -83,11 +83,11 @@ class Conversation:
         busy = busy_processor(model, time.process_time() - processor_began, result.total_time)
         if streamer is None:
             print(result.decoded_prediction)
-        if self._messages is not None:
+        if self.chat:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
-            self._said += result.decoded_prediction
-            self._said_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
+            self._history += result.decoded_prediction
+            self._history_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
         print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
         for line in (busy, getattr(streamer, "legend", "")):
             if line:
@@ -95,27 +95,30 @@ class Conversation:
         if self.compare and not interrupt.met:
             try:
                 print(f"  {self._comparison(ids)}", file=sys.stderr)
-            except KeyboardInterrupt:  # the answer is there, and so is the conversation
+            except KeyboardInterrupt:  # the conversation goes on
                 print("\n  unwatched: interrupted", file=sys.stderr)
                 return False
         return not interrupt.met
 
     def _ids(self, prompt: str) -> list[int]:
-        """The prompt's token ids; when chatting, those of the whole conversation."""
-        if self._messages is None:
+        """The prompt's token ids; with --chat, those of the whole conversation."""
+        if not self.chat:
             return self.generator.encode(prompt)
         messages = [*self._messages, {"role": "user", "content": prompt}]
         tokenizer = self.generator.tokenizer
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, new = list[int](), text
-        # An answer's text may have other tokens than the model wrote it in. What it wrote is in the cache;
-        # where a special token follows, that does not change how the text is read.
-        if self._said and text.startswith(self._said):
-            rest = text.removeprefix(self._said)
+        # Encoding an answer's text may give other tokens than the model wrote, which are in the cache. If a
+        # special token follows the answer, the model's own tokens mean the same text.
+        if self._history and text.startswith(self._history):
+            rest = text.removeprefix(self._history)
             if rest.startswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))):
-                before, new = self._said_ids, rest
-        self._said = text
-        return [*before, *self.generator.encode(new, special_tokens=False)]  # the template has special tokens
+                before, new = self._history_ids, rest
+        self._history = text
+        return [
+            *before,
+            *self.generator.encode(new, special_tokens=False),
+        ]  # the template adds special tokens
 
     def _streamer(self, prompt: list[int]) -> Any:
         if self.streamer == "none":
@@ -124,7 +127,7 @@ class Conversation:
         return kind(self.generator.tokenizer, stop_words=self.config.stop_words, prompt=prompt)
 
     def _comparison(self, ids: list[int]) -> str:
-        """Decode the prompt again by both strategies in turn, showing nothing, and say how fast each was."""
+        """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
         sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
 
         def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
@@ -135,15 +138,15 @@ class Conversation:
             return "unwatched: answers of one token, nothing to compare"
         ours, plain = map(statistics.median, zip(*turns, strict=True))
         low, ratio, high = statistics.quantiles([a / b for a, b in turns], n=4, method="inclusive")
-        said = f"unwatched: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
+        speeds = f"unwatched: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
         if low <= 1 <= high:
             why = "the machine was busy, or neither is faster"
-            return f"{said}nothing can be said ({low:.2f}-{high:.2f} times as fast): {why}"
-        return f"{said}{ratio:.2f} times as fast ({low:.2f}-{high:.2f})"
+            return f"{speeds}nothing can be said ({low:.2f}-{high:.2f} times as fast): {why}"
+        return f"{speeds}{ratio:.2f} times as fast ({low:.2f}-{high:.2f})"
 
 
 class Interrupt:
-    """A stopping criterion that is met once Ctrl-C was pressed; a second Ctrl-C ends the program at once."""
+    """A stopping criterion that Ctrl-C meets; a second Ctrl-C ends the program at once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._pressed, self.met = model, False, False
@@ -161,13 +164,13 @@ class Interrupt:
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         self.met = broadcast_from_rank0(self._model, self._pressed)
-        return torch.full((input_ids.shape[0],), self.met)  # on the host: nobody has to wait for a GPU
+        return torch.full((input_ids.shape[0],), self.met)  # on the host, without a wait for the GPU
 
 
 def one_prompt(given: str | None) -> str:
-    """The text of --prompt, or all of standard input without the line break that `echo` and editors add.
+    """The text of --prompt, or of standard input without its last line break.
 
-    What is no text, or none at all, ends the program with status 2.
+    An invalid or empty text ends the program with status 2.
     """
     try:
         if given is not None:
@@ -184,7 +187,7 @@ def one_prompt(given: str | None) -> str:
 
 @contextmanager
 def _unechoed() -> Iterator[None]:
-    """Keep what is typed meanwhile out of the answer."""
+    """Do not echo keys in this block: they would appear in the answer."""
     before = termios.tcgetattr(sys.stdin)
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
@@ -195,7 +198,7 @@ def _unechoed() -> Iterator[None]:
 
 
 def converse(talk: Conversation) -> int:
-    """Read prompts from the terminal and answer them, until /exit or Ctrl-D; the exit status."""
+    """Answer prompts from the terminal until /exit or Ctrl-D; the exit status."""
     session = _session()
     print(
         "Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.",
@@ -211,7 +214,7 @@ def converse(talk: Conversation) -> int:
         except EOFError:
             return 0
         last_line = prompt.strip().rpartition("\n")[2].strip()
-        if last_line == "/exit":  # also where other lines stand before it
+        if last_line == "/exit":  # even after other lines
             return 0
         if re.fullmatch(r"\s*/\w*\s*", prompt):
             unknown = f"{last_line}: no such command, there are /help, /exit"
@@ -229,7 +232,7 @@ def converse(talk: Conversation) -> int:
 
 
 def _session() -> PromptSession[str]:
-    """What reads prompts from a terminal; pasted lines stay together, by bracketed paste."""
+    """A session that reads prompts; bracketed paste keeps pasted lines together."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.output import create_output
@@ -253,21 +256,21 @@ def _session() -> PromptSession[str]:
 
 
 def _ask(session: PromptSession[str]) -> str:
-    """The next prompt; without the keys that were typed before it was asked for.
+    """Read the next prompt; drop keys typed before.
 
     Raises:
-        EOFError: Ctrl-D where nothing is typed.
+        EOFError: Ctrl-D without text.
         KeyboardInterrupt: Ctrl-C.
     """
     from prompt_toolkit.input.typeahead import clear_typeahead
 
-    clear_typeahead(session.input)  # those that came together with the last ones
+    clear_typeahead(session.input)  # keys that came together with the last prompt
     termios.tcflush(sys.stdin, termios.TCIFLUSH)
     return session.prompt(">>> ", prompt_continuation="... ")
 
 
 def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:
-    """Several lines: how many tokens, how fast, and what became of drafts."""
+    """Lines with the number of tokens, the speed, and the acceptance of drafts."""
     took = result.generation_strategy_result
     ended = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
     early = config.generation_strategy == "autoregressive" and config.exit_layer != -1

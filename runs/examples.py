@@ -1,4 +1,4 @@
-"""A script's work on each example, done exactly once even over several ranks and interruptions."""
+"""A script's work on each example: exactly once, over ranks and interruptions."""
 
 from __future__ import annotations
 
@@ -16,34 +16,26 @@ from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArgu
 from data import DataError, Example, fingerprint, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
-from runs.records import (
-    Record,
-    RecordError,
-    Run,
-    check_same_run,
-    check_writable,
-    describe,
-    describe_model,
-    open_run,
-)
+from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
 from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
+from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import context_length, sliding_window
 
 
 @dataclass(frozen=True)
 class Encoded(Example):
-    """An example that fits the model."""
+    """An example that fits into the model's context."""
 
-    ids: list[int]  # of its prompt; with --chat True, within the chat template
+    ids: list[int]  # the prompt's, with --chat True in the chat template
 
 
 @dataclass
 class Job(ABC):
-    """A script's work: what it does with each example, says meanwhile, and concludes in the end.
+    """A script's work: a record for each example, the progress bar's text, and the conclusion.
 
     Args:
-        seed: that of example i is seed + i.
+        seed: example i has seed + i.
         batch_size: sequences decoded at a time.
     """
 
@@ -53,15 +45,15 @@ class Job(ABC):
     seed: int
     batch_size: int
 
-    unit = "examples"  # what the progress bar counts
+    unit = "examples"  # that the progress bar counts
 
     @property
     def num_steps(self) -> int:
-        """How many records there will be: one for each index from 0."""
+        """The number of records, with indices from 0."""
         return len(self.examples)
 
     def name(self, index: int) -> str:
-        """What a message calls the work on an index."""
+        """The name of an index in messages."""
         return f"example {index}"
 
     def requests(self, indices: Iterable[int]) -> dict[int, Request]:
@@ -69,26 +61,25 @@ class Job(ABC):
 
     @abstractmethod
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        """The records of these indices as they come, in any order, each with its index; of one that something
-        is wrong with, the error.
+        """Yield index and record, or error, of each index, in any order.
 
-        Timings aside, a record must depend on index and flags alone.
+        A record depends on index and flags alone, except for its times.
         """
 
     @abstractmethod
     def progress(self, records: Sequence[Record]) -> str:
-        """What the progress bar says of the records so far, the newest last."""
+        """The progress bar's text about the records so far, the newest last."""
 
     @abstractmethod
     def conclude(self, run: Run, records: list[Record]) -> int:
         """Finish the run with all records in order; the exit status."""
 
     def after_each(self, run: Run) -> None:  # noqa: B027
-        """Called at rank 0 whenever it has written a record."""
+        """Rank 0 calls this after each record that it writes."""
 
 
 class OneByOne(Job):
-    """A job whose records are made one after the other."""
+    """A job that makes its records one after the other."""
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         for index in indices:
@@ -113,13 +104,13 @@ def prepare(
     model_config: PretrainedConfig | None = None,
     counted: Mapping[int, int] | None = None,
 ) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
-    """What a script over a dataset needs: the model, the examples that fit it, and how to open the run.
+    """Load the model and the examples that fit it; also return a function that opens the run.
 
-    What can be refused before the model is loaded is refused before.
+    Bad usage is refused before the model is loaded where possible.
 
     Args:
-        args: the script's own, `resume` among them.
-        model_config, counted: as for `load_generator`.
+        args: the script's own arguments, with `resume`.
+        model_config, counted: see `load_generator`.
     """
     meet(model_args)
     try:
@@ -135,17 +126,23 @@ def prepare(
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     fitting = _examples_that_fit(generator, examples, config.max_steps, data_args.chat)
-    return generator, fitting, lambda: open_run(resume, output_dir, script, description)
+
+    def open_run() -> Run:
+        if resume is not None:
+            return Run.resume(resume, description)
+        return Run.create(output_dir, script, description)
+
+    return generator, fitting, open_run
 
 
 def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
-    """Make the records that are missing, each rank its share; then draw the conclusion, at rank 0.
+    """Make the missing records, each rank its share; then rank 0 concludes.
 
     Args:
-        open_run: makes or reopens the run's folder; called at rank 0 only.
+        open_run: creates or resumes the run; rank 0 calls it.
 
     Returns:
-        The exit status: 130 after Ctrl-C, 1 where records could not be written.
+        The exit status: that of the conclusion, 130 after Ctrl-C, 1 if records are missing.
     """
     with ranks.process_group():
         try:
@@ -166,14 +163,14 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             why = str(error)
         except EXPLAINABLE as error:
             why = reason(error, less_than(job.batch_size)) or ""
-            if not why and not ranks.is_lost(error):
+            if not why and not is_lost_rank(error):
                 raise
         except KeyboardInterrupt:
             status = 130
             if ranks.rank() == 0:
                 with suppress(RecordError):
                     run.say("interrupted")
-        if why or ranks.is_first():  # what ends all ranks is said by the first
+        if why or ranks.is_first():
             why = why or ("interrupted" if status == 130 else "another rank is gone")
             kept = f"{len(run.records())} of {job.num_steps} {job.unit} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
@@ -181,13 +178,14 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
 
 
 def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) -> None:
-    """Write the records of this rank's examples; `records` are those that were finished before.
+    """Write the records of this rank's indices; `records` are those of the interrupted run.
 
     Raises:
-        Failed: what is wrong with the first of those that something is wrong with, after all others.
+        Failed: the first error, after all other records are written.
     """
     writer, wrong = run.writer(ranks.rank()), []
-    with tqdm(total=len(indices), desc=job.unit, disable=ranks.rank() != 0) as bar:
+    hidden = None if ranks.rank() == 0 else True  # None: unless at a terminal
+    with tqdm(total=len(indices), desc=job.unit, disable=hidden) as bar:
         for index, record in job.records(indices):
             if isinstance(record, Exception):
                 wrong.append(failed(job.name(index), record, job.batch_size))
@@ -203,14 +201,14 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
 
 
 def longest_prompt(examples: Sequence[Encoded]) -> list[int]:
-    """What is to be warmed up with."""
+    """The prompt to warm up with."""
     return max((example.ids for example in examples), key=len)
 
 
 def _examples_that_fit(
     generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int, chat: bool
 ) -> list[Encoded]:
-    """The examples whose prompts leave room for an answer in the model's context; says how many do not."""
+    """Keep the examples whose prompts leave room for an answer in the context; print how many do not."""
     room = context_length(generator.model.config) - 1
     if (window := sliding_window(generator.model.config)) is not None:
         room = min(room, window - max_steps)
@@ -225,7 +223,7 @@ def _examples_that_fit(
             return generator.encode(prompt)
         message = [{"role": "user", "content": prompt}]
         text = generator.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return generator.encode(text, special_tokens=False)  # the template has them
+        return generator.encode(text, special_tokens=False)  # the template adds them
 
     try:
         fitting = [

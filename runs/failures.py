@@ -1,6 +1,6 @@
-"""What can end the work through no fault of the program, said in one line with what to do about it.
+"""Failures that are no mistake of the program, in one line with advice: memory, logits, the disk.
 
-Light: `runs.program` imports it before a script has read its flags.
+Light: `runs.program` imports it before a script reads its flags.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ import os
 import tempfile
 from pathlib import Path
 
-# What takes less memory when generating.
+# Ways to generate with less memory.
 _LESS = (
     "a shorter prompt, a lower --max_steps, --dtype half, --quantization int8 or int4, --draft_weights exact"
 )
-# How torch words it; torch.OutOfMemoryError is a RuntimeError.
+# torch's words; torch.OutOfMemoryError is a RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
+_PROBE = 2**16  # bytes, more than a file system keeps beside a file's name
 
 # The kinds of errors that `reason` may explain; any other is a mistake of the program.
 EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError)
 
 
 class Failed(Exception):
-    """The work on one example; the message is one line that names it."""
+    """The work on one example failed; the message is one line that names it."""
 
 
 def reason(error: BaseException, less: str = _LESS) -> str | None:
-    """One line about an error, or None where it is a mistake of the program.
+    """Explain an error in one line; None for a mistake of the program.
 
     Args:
-        less: what takes less memory.
+        less: ways to use less memory.
     """
     if isinstance(error, FloatingPointError):
         return str(error)
@@ -47,13 +47,13 @@ def reason(error: BaseException, less: str = _LESS) -> str | None:
 
 
 def less_than(batch_size: int) -> str:
-    """What takes less memory when generating so many sequences at a time."""
+    """Ways to generate with less memory than at this batch size."""
     return _LESS if batch_size == 1 else f"a --batch_size below {batch_size}, {_LESS}"
 
 
 def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
-    """An error in the work on one example, in one line that names it. Raises the error itself where it is a
-    mistake of the program.
+    """Turn an error in the work on `what` into a `Failed`; raise the error itself if it is a mistake of the
+    program.
     """
     if (why := reason(error, less_than(batch_size))) is None:
         raise error
@@ -61,7 +61,7 @@ def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
 
 
 def try_to_write(folder: Path) -> None:
-    """Write a small file to a folder and delete it again; raises OSError where that fails."""
+    """Write a small file to a folder and delete it again; raises OSError."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(_PROBE))
         file.flush()
@@ -69,9 +69,9 @@ def try_to_write(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error in writing to a folder means that the disk is full, or a quota used up.
+    """Whether an error in writing to a folder means a full disk or an exhausted quota.
 
-    torch's writer does not say why it failed, and leaves what it has written: then a small file fails, too.
+    torch's writer does not say why it failed, and leaves its partial file: then a small file fails, too.
     """
     try:
         try_to_write(folder)

@@ -1,6 +1,6 @@
 """How a script begins and ends: Ctrl-C, the exit status, and errors in one line.
 
-Light: a script imports it before it has read its flags.
+Light: a script imports it before it reads its flags.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ from typing import NoReturn
 from arguments import refuse
 from runs import ranks
 from runs.failures import EXPLAINABLE, reason
-from runs.status import bar_of_bytes, bars_fit_the_output
+from runs.status import bar_of_bytes
 from self_speculation.model.progress import shown_by
 
 
 def run(main: Callable[[], int], **advice: str) -> NoReturn:
-    """End the program with the status that `main` returns; after Ctrl-C, or what is no mistake of the
-    program, in one line.
+    """Run `main` and end the program with its status, or with one line after Ctrl-C or a known failure.
 
     Args:
-        advice: see `reason`.
+        advice: arguments of `reason`.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    bars_fit_the_output()
-    # Modules and vocabularies are many objects and no garbage: to look for some takes a second while they are
-    # loaded. Who has loaded a model calls `gc.enable`.
+    # Loading makes many objects and no garbage, and collections would take a second. `load_generator` enables
+    # the collector again.
     gc.disable()
     try:
         with shown_by(bar_of_bytes):
@@ -40,14 +38,15 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
         status = 130
         if ranks.is_first():
             print("interrupted", file=sys.stderr)
-    except ranks.AnotherRankFailed:
-        ranks.let_the_failed_end_first()
-        status = 1
-    except BrokenPipeError:  # whoever read the output, such as `head`, has gone
+    except BrokenPipeError:  # the reader of the output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except EXPLAINABLE as error:
-        if (why := reason(error, **advice)) is None and not ranks.is_lost(error):
+        from self_speculation.model.devices import is_lost_rank
+
+        if (why := reason(error, **advice)) is not None:
+            refuse(why, status=1)
+        if not is_lost_rank(error):
             raise
-        refuse(why or "another rank is gone", status=1)
+        status = 1  # the lost rank or torchrun says why
     sys.exit(status)

@@ -1,11 +1,10 @@
-"""The folder of a run: one JSON about it, one JSONL with a record for each example, written as they come.
+"""The folder of a run: one JSON about it, and one JSONL with a record for each example, written as they come.
 
-Nothing that was written is lost to an interruption, and a half-written line is not taken for a record.
+An interruption loses no written record, and a half-written line is not read as a record.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -32,21 +31,18 @@ from self_speculation.model.fused_layers import activation_dtype
 Record = dict[str, Any]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets")
-# What a resumed run must have in common with the interrupted one besides its arguments, where it is known.
+# A resumed run must have these in common with the interrupted one, besides its arguments.
 _FACTS = ("dataset_fingerprint", "model", "device", "dtype", "num_parameters", "libraries")
-
-# Folders that this process has locked until it ends, and the open files that hold the locks.
-_LOCKED: dict[Path, int] = {}
 
 
 class RecordError(Exception):
-    """A record cannot be written or read; the message is one line that says what to do."""
+    """A record cannot be written or read; the message is one line with advice."""
 
 
 class Run:
     """A folder with `run.json` and `records.jsonl`.
 
-    While it runs, each rank appends to its own `records.rank<N>.jsonl`; `finish` puts them together.
+    Each rank appends to its own `records.rank<N>.jsonl`; `finish` merges them.
     """
 
     def __init__(self, folder: Path, description: Record) -> None:
@@ -54,9 +50,9 @@ class Run:
 
     @classmethod
     def create(cls, output_dir: str, name: str, description: Record) -> Run:
-        """A new folder `name_<time>` in `output_dir`; raises RecordError where it cannot be made."""
+        """Make a new folder `name_<time>` in `output_dir`; raises RecordError."""
         first = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        for number in count():  # other runs may have begun in the same second
+        for number in count():  # other runs may begin in the same second
             folder = Path(output_dir).expanduser() / (f"{first}_{number}" if number else first)
             try:
                 folder.mkdir(parents=True)
@@ -70,15 +66,8 @@ class Run:
 
     @classmethod
     def resume(cls, path: str, description: Record) -> Run:
-        """The folder of an interrupted run of the same script on the same data, model and machine.
-
-        Raises:
-            RecordError: there is none, or something differs; names the difference.
-        """
-        earlier = _earlier(path, description)
-        for key in [key for key in _FACTS if key in description]:
-            if earlier.get(key) != description[key]:
-                raise _different(path, key, earlier.get(key), description[key])
+        """Open the folder of an interrupted run; raises RecordError as `check_same_run` does."""
+        earlier = check_same_run(path, description)
         began = {"began": earlier["began"]} if "began" in earlier else {}
         return cls(Path(path).expanduser(), description | began)
 
@@ -99,7 +88,7 @@ class Run:
             part.unlink()
 
     def say(self, status: str, **more: Any) -> None:
-        """Write what the run is and how it stands into run.json."""
+        """Write description and status into run.json."""
         ended = {} if status == "running" else {"ended": _now()}
         self.write("run.json", {**self.description, "status": status, **ended, **more})
 
@@ -107,7 +96,7 @@ class Run:
         self.replace(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def replace(self, name: str, text: str) -> None:
-        """Replace a file of the folder, in one step."""
+        """Replace a file of the folder atomically."""
         path = self.folder / name
         partial = path.with_suffix(".partial")
         try:
@@ -123,7 +112,7 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if path.exists():  # remove a last line that a kill or a full disk cut in half
+        if path.exists():  # a kill or a full disk may have cut the last line
             os.truncate(path, len(_complete(path.read_bytes())))
 
     def append(self, record: Record) -> None:
@@ -133,28 +122,8 @@ class Writer:
             raise RecordError(f"cannot write {self._path}: {error.strerror}") from error
 
 
-def open_run(resume: str | None, output_dir: str, name: str, description: Record) -> Run:
-    """A new run, or the one to resume, for this process alone; raises RecordError."""
-    run = Run.create(output_dir, name, description) if resume is None else Run.resume(resume, description)
-    if (path := run.folder.resolve()) not in _LOCKED:
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(folder)
-            raise RecordError(f"--resume {resume}: another run is writing there") from error
-        except OSError:  # a file system without locks: nothing guards the folder, and the run can do without
-            pass
-        _LOCKED[path] = folder
-    return run
-
-
 def check_writable(resume: str | None, output_dir: str) -> None:
-    """Refuse, before anything is loaded, a folder in which no record could be written.
-
-    Raises:
-        RecordError
-    """
+    """Refuse a folder that cannot be written, before anything is loaded; raises RecordError."""
     flag, folder = ("output_dir", output_dir) if resume is None else ("resume", resume)
     path = Path(folder).expanduser()
     try:
@@ -168,41 +137,39 @@ def check_writable(resume: str | None, output_dir: str) -> None:
         raise RecordError(f"--{flag} {folder}: cannot be written ({error.strerror})") from error
 
 
-def check_same_run(resume: str, description: Record, arguments: Sequence[Any]) -> None:
-    """Refuse, before a model is loaded, what `open_run` would refuse later, except a folder in use; and an
-    argument that the run to resume did not have, unless the flag's metadata allow it (see `MAY_DIFFER`).
+def check_same_run(resume: str, description: Record, arguments: Sequence[Any] = ()) -> Record:
+    """Check what is known so far of a run against the one to resume, and return the `run.json` of that one.
+
+    Arguments must be equal unless the flag's metadata allow a difference, see `arguments.MAY_DIFFER`.
 
     Raises:
-        RecordError
+        RecordError: there is no such run, or it differs; names the difference.
     """
-    earlier = _earlier(resume, description)["arguments"]
-    for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
-        # A flag that there was not yet had its default.
-        was, now = earlier.get(flag.name, flag.default), description["arguments"][flag.name]
-        why_same = flag.metadata.get("resume", lambda *_: "")
-        if was != now and (why := why_same(description, was, now)) is not None:
-            raise _different(resume, f"--{flag.name}", was, now, why)
-    Run.resume(resume, description)
 
+    def different(what: str, was: Any, now: Any, why: str = "") -> RecordError:
+        because = f"; {why}" if why else ""
+        return RecordError(f"--resume {resume}: that run had {what} {was!r}, this one has {now!r}{because}")
 
-def _earlier(path: str, description: Record) -> Record:
-    """What an earlier run of the same script wrote about itself; raises RecordError where there is none."""
     try:
-        earlier = read_run(path)
+        earlier = read_run(resume)
     except ValueError as error:
         raise RecordError(f"--{error}") from error
     if (script := earlier.get("script")) != description["script"]:
-        raise RecordError(f"--resume {path}: is of {script}.py, go on with that")
+        raise RecordError(f"--resume {resume}: is of {script}.py, go on with that")
+    for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
+        # Runs of earlier versions lack newer flags, which had their defaults then.
+        was, now = earlier["arguments"].get(flag.name, flag.default), description["arguments"][flag.name]
+        why_same = flag.metadata.get("resume", lambda *_: "")
+        if was != now and (why := why_same(description, was, now)) is not None:
+            raise different(f"--{flag.name}", was, now, why)
+    for key in [key for key in _FACTS if key in description]:
+        if earlier.get(key) != description[key]:
+            raise different(key, earlier.get(key), description[key])
     return earlier
 
 
-def _different(path: str, what: str, was: Any, now: Any, why: str = "") -> RecordError:
-    reason = f"; {why}" if why else ""
-    return RecordError(f"--resume {path}: that run had {what} {was!r}, this one has {now!r}{reason}")
-
-
 def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) -> Record:
-    """What a run was asked for, when, and the versions of the program and of the libraries that it uses."""
+    """The arguments and the time of a run, and the versions of this program and its libraries."""
     return {
         "script": script,
         "began": _now(),
@@ -216,7 +183,11 @@ def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) ->
 
 
 def describe_model(name: str, model: PreTrainedModel, device: torch.device | None = None) -> Record:
-    """The model and the machine of a run; a device to which the model is yet to be moved."""
+    """The model and the machine of a run.
+
+    Args:
+        device: if the model is not there yet.
+    """
     device = device or model.device
     on_gpu = device.type == "cuda"
     return {
@@ -237,7 +208,7 @@ def _now() -> str:
 
 
 def _commit() -> str | None:
-    """That of the checkout that runs, marked where files differ from it; None outside of one."""
+    """The commit of the running checkout, with -dirty if files differ from it; None outside of a checkout."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -250,7 +221,7 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """As Linux names it; elsewhere, and where it has no name, by its architecture."""
+    """The processor's name on Linux, or else its architecture."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -259,7 +230,7 @@ def _processor() -> str:
 
 
 def _not_created(output_dir: str, error: OSError) -> RecordError:
-    # Of /proc the system says "No such file or directory", which alone would not be understood.
+    # In /proc the system's words are "No such file or directory", which nobody would understand alone.
     return RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})")
 
 

@@ -1,4 +1,4 @@
-"""How scripts begin: they load the model that the flags name."""
+"""Load the model that the flags name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from self_speculation.model.short_head import prefer_ids
 
 
 def meet(model_args: ModelArguments) -> None:
-    """Join the other ranks, where all hold one model together; to be called before anything is read."""
+    """Join the other ranks if all hold one model together; call it before anything is read."""
     if model_args.parallel == "fsdp":
         refuse("--parallel fsdp: is for train.py; must be data, tensor or pipeline")
     if model_args.parallel == "data" or ranks.num_processes() == 1:
@@ -40,22 +40,19 @@ def meet(model_args: ModelArguments) -> None:
 def autoregressive(
     generator: HuggingfaceLlamaGenerator, config: GenerationConfig
 ) -> tuple[HuggingfaceLlamaGenerator, GenerationConfig]:
-    """The same model and settings at full depth, one token per pass: what speculation is compared with."""
+    """The baseline of comparisons: the same model and settings at full depth, one token per pass."""
     plain = replace(config, generation_strategy="autoregressive", exit_layer=-1)
     strategy = make_strategy("autoregressive")
     return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
 
 
 def model_name(model_args: ModelArguments) -> str:
-    """The model that the flags name, or the default one; raises LoadingError where there is none."""
+    """--model, or the default model; raises LoadingError if there is none."""
     return default_model() if model_args.model is None else model_args.model
 
 
 def read_config(model_args: ModelArguments) -> PretrainedConfig:
-    """The config of the model that the flags name, without its weights.
-
-    What is wrong with it ends the program in one line with status 2.
-    """
+    """Read the config of --model without weights; an error ends the program in one line with status 2."""
     try:
         return load_config(model_name(model_args), model_args.loading_options())
     except LoadingError as error:
@@ -69,15 +66,15 @@ def load_generator(
     chat: bool = False,
     counted: Mapping[int, int] | None = None,
 ) -> HuggingfaceLlamaGenerator:
-    """Load the model that the flags name, with the strategy that they name.
+    """Load --model and make the strategy of --generation_strategy.
 
-    Whatever cannot be loaded, or does not fit the model, ends the program in one line with status 2.
+    An error ends the program in one line, with status 1 if memory is short, else with status 2.
 
     Args:
-        model_config: of the model, where it was read already.
-        chat: refuse a model whose tokenizer has no chat template.
-        counted: how often token ids were output, see `runs.tuning.counts`. Drafts of a short vocabulary
-            prefer the most frequent ones.
+        model_config: the model's config, if it is read already.
+        chat: refuse a tokenizer without a chat template.
+        counted: counts of token ids, see `runs.tuning.counts`; a short draft vocabulary takes the most
+            frequent ones.
     """
     logging.set_verbosity_error()
     model_config = model_config or read_config(model_args)
@@ -86,7 +83,7 @@ def load_generator(
         resolve_device(model_args.device)
         config.check_depth(model_config.num_hidden_layers)
         check_family(config.draft_weights, model_config.model_type)
-        # Only a terminal is shown the progress of loading; what goes wrong is raised.
+        # transformers shows its progress at a terminal only; errors are raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with quiet, warnings.catch_warnings(record=True) as warned:
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config, chat)
@@ -103,7 +100,7 @@ def load_generator(
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)
         _refuse_to_load(model_args, error)
-    gc.freeze()  # what is there by now stays to the end
+    gc.freeze()  # all present objects live to the end
     gc.enable()
     if is_compiled(model) and ranks.is_first():
         print("the first passes are compiled, which takes a minute or so ...", file=sys.stderr)
@@ -111,6 +108,5 @@ def load_generator(
 
 
 def _refuse_to_load(model_args: ModelArguments, error: Exception) -> NoReturn:
-    refuse(
-        f"--{error}" + (f" (with --model_args {model_args.model_args!r})" if model_args.model_args else "")
-    )
+    given = f" (with --model_args {model_args.model_args!r})" if model_args.model_args else ""
+    refuse(f"--{error}{given}")

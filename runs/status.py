@@ -1,11 +1,10 @@
-"""What scripts say while they work: progress bars, and a line where something takes its time."""
+"""Progress at a terminal, and lines about slow work."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partialmethod
 from threading import Timer
 from typing import Any
 
@@ -13,16 +12,15 @@ from tqdm import tqdm
 
 from runs import ranks
 
-_SILENCE = 1.0  # seconds after which a line says what is being done
-_SECONDS_BETWEEN_LINES = 10.0
-# The share of its threads that a program has on a quiet machine at least, and the seconds that tell it.
-_QUIET, _TOO_SHORT_TO_TELL = 0.75, 1.0
+_SILENCE = 1.0  # seconds before a line names the work
 _SECONDS_WITHOUT_BAR = 2.0
+# A program has at least this share of its threads on a quiet machine; shorter times do not tell.
+_QUIET, _TOO_SHORT_TO_TELL = 0.75, 1.0
 
 
 @contextmanager
 def says_if_slow(what: str) -> Iterator[None]:
-    """Say at the first process what is being done, if it is not done by then."""
+    """Print at the first process what is being done, if it takes longer than a second."""
     timer = Timer(_SILENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     if ranks.is_first():
@@ -33,11 +31,20 @@ def says_if_slow(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str | None:
-    """What to say where other programs held the processor while a model decoded; None where none did.
+@contextmanager
+def bar_of_bytes(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar at a terminal; the caller reports bytes as they are done."""
+    seconds, hidden = _SECONDS_WITHOUT_BAR, None if ranks.is_first() else True  # None: unless at a terminal
+    options = {"unit": "B", "unit_scale": True, "leave": False}
+    with tqdm(total=num_bytes, desc=what, delay=seconds, disable=hidden, **options) as bar:
+        yield bar.update
 
-    Threads that decode wait for each other without sleeping, so on a quiet machine all are busy all the time:
-    the share is .95 there, and .6 and .5 of two threads beside one and two busy programs.
+
+def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str | None:
+    """A remark if other programs held the processor while a model decoded, or None.
+
+    Decoding threads spin while they wait for each other: their share is .95 on a quiet machine, and .6 and .5
+    of two threads beside one and two busy programs.
     """
     import torch
 
@@ -49,43 +56,3 @@ def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str 
         f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, "
         "and may decode several times faster on a quiet machine"
     )
-
-
-@contextmanager
-def bar_of_bytes(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar at a terminal, for work that takes its time: call what it gives with the bytes that are
-    done since the last call.
-    """
-    with tqdm(
-        total=num_bytes,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        delay=_SECONDS_WITHOUT_BAR,
-        disable=not (sys.stderr.isatty() and ranks.is_first()),
-    ) as bar:
-        yield bar.update
-
-
-def bars_fit_the_output() -> None:
-    """Where standard error is no terminal, let progress bars write a line now and then.
-
-    Bars draw over themselves by carriage returns, which a file keeps, all in one line. All bars are meant,
-    those of libraries too; hence the change in tqdm itself.
-    """
-    if not sys.stderr.isatty():
-        tqdm.__init__ = partialmethod(tqdm.__init__, file=_Lines(), mininterval=_SECONDS_BETWEEN_LINES)
-
-
-class _Lines:
-    """Where a bar draws itself: what is left without control characters is a line on standard error."""
-
-    encoding = "utf-8"
-
-    def write(self, text: str) -> None:
-        if text := text.replace("\x1b[A", "").strip():
-            print(text, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        """Each line is flushed as it is written."""

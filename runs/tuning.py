@@ -1,4 +1,4 @@
-"""The best cell of a sweep: written by sweep.py, used by the others through --tuned."""
+"""The best cell of a sweep: sweep.py writes it, the other scripts use it through --tuned."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from arguments import GenerationConfig, ModelArguments, given_flags, refuse
 
-# Beside the table of a predicted sweep: how often each token id was output.
+# This file beside the table of a predicted sweep has the count of each token id in the outputs.
 COUNTS = "vocabulary.json"
 
 
 @dataclass(frozen=True)
 class TuningArguments:
-    """Settings that were found by a sweep."""
+    """Settings that a sweep found."""
 
     tuned: str | None = None
     """Folder or CSV of a sweep, or their --output_dir: use the best exit layer and draft length, and for
@@ -26,10 +26,10 @@ class TuningArguments:
 
 
 def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The cell of the highest speed-up; predicted ones count only where none was measured.
+    """The measured cell with the highest speed-up, or the predicted one if none is measured.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no cells, or none has a speed-up.
         KeyError: a cell without mode or speed-up.
     """
     if not cells:
@@ -47,8 +47,7 @@ def tuned(
     model_args: ModelArguments,
     argv: Sequence[str] | None = None,
 ) -> GenerationConfig:
-    """The config with exit layer, draft length and the drafts' weights of the sweep that --tuned names, if it
-    names one. A sweep of another model ends the program.
+    """Put exit layer, draft length and draft weights of the --tuned sweep into the config, if it is given.
 
     Args:
         argv: the command line, as for `parse`.
@@ -64,31 +63,26 @@ def tuned(
         with open(_table(args.tuned, model_args.model), encoding="utf-8", newline="") as file:
             best = best_cell(list(csv.DictReader(file)))
         found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
-        # Older tables lack a column, and mean the model's own layers; or have one more, for short heads.
         if "draft_weights" not in given:
-            found["draft_weights"] = best.get("draft_weights") or "exact"
-        if "draft_vocabulary" not in given:
-            found["draft_vocabulary"] = int(best.get("draft_vocabulary") or 0) or None
+            found["draft_weights"] = best["draft_weights"]
         return replace(config, generation_strategy="self_speculative", **found)
 
 
 def counts(tuned: str | None, model_args: ModelArguments) -> dict[int, int]:
-    """How often each token id was output in the sweep that --tuned names; empty where nobody counted. A sweep
-    of another model ends the program.
-    """
+    """The count of each token id in the outputs of the --tuned sweep; empty if it was measured."""
     if tuned is None:
         return {}
     with _refused(tuned):
         path = _table(tuned, model_args.model).with_name(COUNTS)
     with _refused(f"{tuned}: {COUNTS}"):
         if not path.exists():
-            return {}  # by a sweep that measured, or one of before there were counts
+            return {}
         return {int(id_): int(number) for id_, number in json.loads(path.read_text("utf-8")).items()}
 
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """What cannot be read of --tuned ends the program in one line."""
+    """End the program in one line if --tuned cannot be read in this block."""
     try:
         yield
     except KeyError as error:
@@ -98,45 +92,27 @@ def _refused(what: str) -> Iterator[None]:
         refuse(f"--tuned {what}: {getattr(error, 'strerror', None) or error}")
 
 
-def _other_model(table: Path, asked: str | None) -> str | None:
-    """Which two models they are, where the sweep is not of the one asked for.
-
-    A table by itself does not tell; a name is a hub id or a path.
-    """
-    if not (about := table.with_name("run.json")).exists():
-        return None
-    swept = json.loads(about.read_text("utf-8"))["model"]
-    if asked is None:
-        from self_speculation import default_model  # heavy, as the model that comes next is
-
-        asked = default_model()
-    same = Path(swept).expanduser().resolve() == Path(asked).expanduser().resolve()
-    return None if same else f"is a sweep of --model {swept}, not of {asked}"
-
-
 def _table(tuned: str, model: str | None) -> Path:
-    """The path itself if it is a file; of a folder, the CSV of the newest sweep in there.
-
-    Args:
-        model: that is asked for; None: the default one.
+    """The CSV of --tuned: the path itself, or in a folder that of the newest sweep.
 
     Raises:
-        ValueError: there is no sweep, it is unfinished, or one of another model.
+        ValueError: there is no sweep, it is unfinished, or it is of another model than `model`.
     """
-    table = _newest(Path(tuned).expanduser())
-    if (other := _other_model(table, model)) is not None:
-        raise ValueError(other)
+    table = Path(tuned).expanduser()
+    if table.is_dir():
+        runs = [*table.glob("run.json"), *table.glob("sweep_*/run.json")]
+        if not runs:
+            raise ValueError("no sweep in there")
+        last = max(runs, key=lambda run: run.stat().st_mtime)
+        if json.loads(last.read_text()).get("status") != "finished":
+            raise ValueError(f"the sweep is unfinished, go on with sweep.py --resume {last.parent}")
+        table = last.with_name("sweep.csv")
+    if (about := table.with_name("run.json")).exists():
+        swept = json.loads(about.read_text("utf-8"))["model"]
+        if model is None:
+            from self_speculation import default_model  # imports torch
+
+            model = default_model()
+        if Path(swept).expanduser().resolve() != Path(model).expanduser().resolve():
+            raise ValueError(f"is a sweep of --model {swept}, not of {model}")
     return table
-
-
-def _newest(path: Path) -> Path:
-    """As `_table`, of whichever model."""
-    if not path.is_dir():
-        return path
-    runs = [*path.glob("run.json"), *path.glob("sweep_*/run.json")]
-    if not runs:
-        raise ValueError("no sweep in there")
-    last = max(runs, key=lambda run: run.stat().st_mtime)
-    if json.loads(last.read_text()).get("status") != "finished":
-        raise ValueError(f"the sweep is unfinished, go on with sweep.py --resume {last.parent}")
-    return last.with_name("sweep.csv")

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int4"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
-Parallel = Literal["data", "tensor", "pipeline"]
+Parallel = Literal["data", "tensor", "pipeline", "fsdp"]
 Quantization = Literal["none", "int8", "int4"]
 
 # The most tokens that a lookup compares. Whatever agrees in so many tokens nearly always agrees in the next.
@@ -18,6 +18,12 @@ _MOST_COMPARED = 32
 
 # The most tokens that adaptive decoding drafts in a round.
 LONGEST_DRAFT = 16
+
+
+def check(options: Any, field: str, ok: bool, allowed: str) -> None:
+    """Raise ValueError unless `ok`; the message has the field's name and value, and what is allowed."""
+    if not ok:
+        raise ValueError(f"{field} {getattr(options, field)!r}: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -77,44 +83,33 @@ class GenerationConfig:
     """Lowers the logits of ids that the output has by so much; 0: off."""
 
     def __post_init__(self) -> None:
-        def check(field: str, allowed: str, ok: bool) -> None:
-            if not ok:
-                raise ValueError(f"{field} {getattr(self, field)!r}: {allowed}")
-
-        names = get_args(GenerationStrategyName)
-        check("generation_strategy", f"must be one of {', '.join(names)}", self.generation_strategy in names)
-        check("max_steps", "must be at least 1", self.max_steps >= 1)
+        choices = {
+            "generation_strategy": get_args(GenerationStrategyName),
+            "draft_weights": get_args(DraftWeights),
+        }
+        for name, allowed in choices.items():
+            check(self, name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
+        check(self, "max_steps", self.max_steps >= 1, "must be at least 1")
+        exit_layer, length = self.exit_layer, self.num_speculations
         check(
-            "exit_layer",
-            "must be -1 (full depth) or at least 1",
-            self.exit_layer == -1 or self.exit_layer >= 1,
+            self, "exit_layer", exit_layer == -1 or exit_layer >= 1, "must be -1 (full depth) or at least 1"
         )
-        check(
-            "num_speculations",
-            "must be -1 or at least 1",
-            self.num_speculations == -1 or self.num_speculations >= 1,
-        )
-        weights = get_args(DraftWeights)
-        check("draft_weights", f"must be one of {', '.join(weights)}", self.draft_weights in weights)
-        check("draft_confidence", "must be auto or between 0 and 1", _is_confidence(self.draft_confidence))
-        has_ids = self.draft_vocabulary is None or self.draft_vocabulary >= 1
-        check("draft_vocabulary", "must be at least 1", has_ids)
+        check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
+        is_confidence = _is_confidence(self.draft_confidence)
+        check(self, "draft_confidence", is_confidence, "must be auto or between 0 and 1")
         compared = f"must be between 0 (off) and {_MOST_COMPARED}"
-        check("prompt_lookup", compared, 0 <= self.prompt_lookup <= _MOST_COMPARED)
-        check("temperature", "must be 0 (greedy) or more", 0 <= self.temperature < math.inf)
-        check("top_k", "must be 0 (off) or more", self.top_k >= 0)
-        check("top_p", "must be between 0 and 1", 0 <= self.top_p <= 1)
-        check("min_p", "must be between 0 and 1", 0 <= self.min_p <= 1)
-        check("repetition_penalty", "must be above 0", 0 < self.repetition_penalty < math.inf)
+        check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _MOST_COMPARED, compared)
+        check(self, "temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more")
+        check(self, "top_k", self.top_k >= 0, "must be 0 (off) or more")
+        for name in ("top_p", "min_p"):
+            check(self, name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0")
         for name in ("frequency_penalty", "presence_penalty"):
-            check(name, "must be between -2 and 2", -2 <= getattr(self, name) <= 2)
-        check(
-            "no_repeat_ngram_size",
-            "must be at least 1",
-            self.no_repeat_ngram_size is None or self.no_repeat_ngram_size >= 1,
-        )
-        check("stop_words", "must not be empty texts", all(self.stop_words or []))
-        check("stop_token_ids", "must be 0 or more", all(i >= 0 for i in self.stop_token_ids or []))
+            check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")
+        for name in ("draft_vocabulary", "no_repeat_ngram_size"):
+            check(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
+        check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
+        check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")
 
     def check_depth(self, num_layers: int) -> None:
         """Refuse what cannot be done with a model of `num_layers`.
@@ -165,26 +160,29 @@ def _is_confidence(text: str | None) -> bool:
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """What a model is loaded with, and onto what."""
+    """How to load a model, and onto which device."""
 
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Passed to `from_pretrained`."""
     trust_remote_code: bool = False
-    """Execute Python code that the model's repository may bring."""
+    """Execute Python code from the model's repository; trust it as you trust its author."""
     seed: int = 42
     """Seed of every random generator."""
     dtype: DtypeName = "auto"
-    """Number format; `auto`: the checkpoint's own, but on a CPU weights in 16 bits are multiplied in float32
-    (see `fuse`), where they cannot be, they are in float32; others: see `resolve_dtype`."""
+    """Number format; auto: the checkpoint's own, where a CPU multiplies 16-bit weights in float32; half:
+    bfloat16 if the device computes in it, else float16; others: of weights and activations."""
     device: str = "auto"
-    """See `resolve_device`."""
+    """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     parallel: Parallel = "data"
-    """`tensor`: a share of every layer on each process of torch.distributed, which is initialised by then;
-    `pipeline`: layers on all devices there are, those that find no room there in memory or on disk."""
+    """Several GPUs. By torchrun: a copy of the model on each (data), a share of every layer on each (tensor),
+    or, in train.py, a share of weights, gradients and optimizer on each (fsdp). In one process: some layers
+    on each and the rest in memory (pipeline)."""
     quantization: Quantization = "none"
-    """Hold the weights of the layers' products in so many bits. Only weights are quantised: a token's result
-    does not depend on what else is in the pass."""
+    """Hold the layers' weights in this many bits, by torchao (int8) or bitsandbytes (int4, as NF4)."""
     fuse: bool = True
-    """Make the layers fused, see `fused_layers`."""
+    """Decode by fewer and faster kernels over the same weights; False: by transformers' layers. On a CPU this
+    may add a packed copy of the weights: always for 16-bit weights multiplied in float32, else if it is
+    clearly faster and fits into a third of the free memory."""
     compile: bool = False
-    """Compile the passes of decoding, see `compiled`."""
+    """On a GPU, compile the decoding passes (torch.compile, CUDA graphs): this takes a minute and then less
+    time per token. train.py: compile the layers."""

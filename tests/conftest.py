@@ -12,7 +12,6 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest has a process for each core
 
-import forks
 import hypothesis
 import pytest
 import torch
@@ -243,14 +242,6 @@ def few_files_are_read():
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         patch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)  # it would keep one test's standard error
         yield
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Start the server of forks, once for all workers."""
-    if not hasattr(config, "workerinput"):
-        server = forks.server()
-        server.__enter__()
-        config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
 @pytest.fixture

@@ -38,7 +38,6 @@ from runs.records import (
     check_writable,
     describe,
     describe_model,
-    open_run,
 )
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
@@ -162,7 +161,7 @@ def _prepare(flags: Flags) -> Start:
             tokenizer = ranks.share(lambda: train_tokenizer(texts[0], shape.vocabulary_size, length))
         model = new_llama(shape, tokenizer, length, model_args.seed)
     else:
-        model, tokenizer = ranks.together(lambda: _model_to_go_on_with(flags, config))
+        model, tokenizer = _model_to_go_on_with(flags, config)
     run.description |= describe_model(model_args.model or "a new Llama", model, device)
     run.description["computed_in"] = computed_in(model_args.dtype, device)
     if args.lora_rank:
@@ -246,10 +245,10 @@ def _open_run(flags: Flags, fingerprint: str) -> Run:
                     f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
                     f"--batch_size and --gradient_accumulation must make {was} together"
                 )
-        run = open_run(resume, output_dir, "train", description)
-        if resume is not None:  # it may be asked for more steps than before
-            run.say("running")
-        return run
+            run = Run.resume(resume, description)
+            run.say("running")  # it may be asked for more steps than before
+            return run
+        return Run.create(output_dir, "train", description)
 
     return ranks.share(at_first_rank)
 

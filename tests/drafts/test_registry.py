@@ -88,7 +88,7 @@ def test_a_sweep_does_not_predict_what_it_cannot_replay(model_folder, capsys):
     flags = ["--model", str(model_folder), *HOW, "--always", "9", "--sample", "False"]
     with pytest.raises(SystemExit):
         sweep.main(flags)
-    assert "--mode predicted: is about drafts of layers" in capsys.readouterr().err
+    assert "--mode predicted: needs drafts of layers" in capsys.readouterr().err
 
 
 def test_generate_of_transformers_hands_its_flag_on(monkeypatch):

@@ -136,6 +136,7 @@ def test_model_args_become_python_values():
         ("--dtype int3", "choose from 'auto', 'half', 'float32', 'bfloat16', 'float16'"),
         ("--seed -1", "--seed -1: must be between 0 and 4294967295"),
         ("--model_args x", "--model_args 'x': must be k=v,k=v"),
+        ("--model_args trust_remote_code=True", "--trust_remote_code is a flag of its own"),
         ("--model_args a=b=c,true,d=1", "--model_args 'a=b=c,true,d=1': must be k=v,k=v"),
         ("--max_step 3", "unknown argument '--max_step'; did you mean --max_steps?"),
         ("--max-step 3", "unknown argument '--max-step'; did you mean --max_steps?"),

@@ -1,9 +1,7 @@
 """benchmark.py and correctness.py as their users run them."""
 
 import json
-import random
 import shutil
-import time
 
 import forks
 import numpy
@@ -19,7 +17,6 @@ import benchmark
 import correctness
 import self_speculation.self_speculation_generator as self_speculation_generator
 import sweep
-from measures.benchmarking import Benchmark
 from measures.comparison import find_difference, same_distribution
 from runs.heading import heading
 from self_speculation import HuggingfaceLlamaGenerator, Verification
@@ -113,7 +110,7 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
     assert "running the programs that the model wrote" in captured.err
     with pytest.raises(SystemExit):  # an answer in a chat is no rest of a program
         benchmark.main([*args, "--execute_code", "True", "--chat", "True"])
-    assert "--execute_code True: runs what goes on from a prompt" in capsys.readouterr().err
+    assert "--execute_code True: runs continuations of prompts" in capsys.readouterr().err
 
 
 CHAT = "user: def add{}(a, b):\nassistant:"
@@ -166,9 +163,6 @@ def test_a_model_without_a_chat_template(common, model_folder, tmp_path, monkeyp
         (["--compare", "True"], "--exit_layer: self_speculative needs one between 1 and 3"),
         (["--execute_code", "True"], "--execute_code True: only human_eval has programs to run"),
         (["--data_path", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
-        (["--exit_layer", "9"], "--exit_layer 9: must be between 1 and 3"),
-        (["--resume", "/nowhere"], "--resume /nowhere: no run.json"),
-        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: cannot be created (Not a directory)"),
     ],
 )
 def test_wrong_usage_of_the_benchmark(common, args, message, capsys):
@@ -176,91 +170,6 @@ def test_wrong_usage_of_the_benchmark(common, args, message, capsys):
         benchmark.main([*common, *args])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_resume_refuses_other_arguments(common, tmp_path, capsys):
-    benchmark.main([*common, "--seed", "1"])
-    with pytest.raises(SystemExit):
-        benchmark.main([*common, "--seed", "2", "--resume", str(only_run(tmp_path))])
-    assert "that run had --seed 1, this one has 2" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_killed_twice_and_resumed_is_as_good_as_unbroken(common, tmp_path):
-    """Sampled on purpose, and with a short vocabulary, which learns elsewhere: an example must not depend on
-    how many came before it in this process.
-    """
-    args = [*common, "--num_samples", "8", "--max_steps", "100", "--no_repeat_ngram_size", "3"]
-    args += ["--generation_strategy", "self_speculative", *SPECULATION, "--draft_vocabulary", "16"]
-    assert benchmark.main([*args, "--output_dir", str(tmp_path / "unbroken")]) == 0
-    (unbroken,) = (tmp_path / "unbroken").iterdir()
-    random.seed(0)
-    resume = []
-    for _ in range(2):
-        child = forks.Fork(ROOT / "benchmark.py", *args, *resume)
-        while not (folders := list((tmp_path / "logs").glob("*"))):
-            time.sleep(0.01)
-        resume = ["--resume", str(folders[0])]
-        more = kept(folders[0]) + random.randint(1, 3)
-        while child.poll() is None and kept(folders[0]) < more:
-            time.sleep(0.001)
-        child.end()
-    result = forks.run(ROOT / "benchmark.py", *args, *resume)
-    assert result.returncode == 0, result.stderr
-    assert untimed(only_run(tmp_path)) == untimed(unbroken)
-
-
-def kept(folder):
-    """Lines that a run has written so far."""
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("records.rank0.jsonl"))
-
-
-def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(common, tmp_path, monkeypatch, capsys):
-    original = Benchmark._record
-
-    def record(self, index, measured):
-        if index == 2:
-            raise KeyboardInterrupt
-        return original(self, index, measured)
-
-    monkeypatch.setattr(Benchmark, "_record", record)
-    assert benchmark.main(common) == 130
-    assert f"interrupted; 2 of 5 examples are kept, go on with --resume {only_run(tmp_path)}" in (
-        capsys.readouterr().err
-    )
-    monkeypatch.undo()
-    about = only_run(tmp_path) / "run.json"
-    interrupted = json.loads(about.read_text())
-    assert interrupted["status"] == "interrupted"
-    assert interrupted["began"] <= interrupted["ended"]
-    long_ago = {**interrupted, "began": "2020-02-02T02:02:02+00:00"}
-    about.write_text(json.dumps(long_ago))
-    assert benchmark.main(["--resume", str(only_run(tmp_path))]) == 0  # by the arguments that it had
-    assert len(untimed(only_run(tmp_path))) == 5
-    finished = json.loads(about.read_text())
-    assert (finished["status"], finished["began"]) == ("finished", long_ago["began"])
-
-
-def test_a_check_goes_on_by_the_arguments_that_it_had(common, tmp_path, capsys):
-    """Guards against a run that is refused, or continued by other settings, where flags are not repeated."""
-    args = [*common, "--sample", "False", *SPECULATION]
-    assert correctness.main(args) == 0
-    folder = only_run(tmp_path)
-    records = (folder / "records.jsonl").read_text().splitlines(keepends=True)
-    (folder / "records.jsonl").write_text("".join(records[:-1]))
-    capsys.readouterr()
-    assert correctness.main(["--resume", str(folder)]) == 0
-    assert "5 of 5 examples identical" in capsys.readouterr().out
-    for flags, said in (
-        (["--exit_layer", "1"], "that run had --exit_layer 2, this one has 1"),
-        (["--max_steps=7"], "that run had --max_steps 12, this one has 7"),
-    ):
-        with pytest.raises(SystemExit):
-            correctness.main([f"--resume={folder}", *flags])
-        assert said in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        benchmark.main(["--resume", str(folder)])
-    assert "is of correctness.py, go on with that" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [benchmark, correctness, sweep])
@@ -326,23 +235,6 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, c
     with pytest.raises(SystemExit):
         benchmark.main([*common, "--data_path", str(path), "--n_shot", "2", "--random_shuffle", "False"])
     assert "every prompt has more than the 255 tokens" in capsys.readouterr().err
-
-
-def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
-    """The others wait for it at the end, and it for them where it leaves in good order: forever."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import benchmark\n"
-        "from measures.benchmarking import Benchmark\n"
-        "from runs.program import run\n"
-        "def records(self, indices): raise TypeError('rank 1 broke')\n"
-        "if os.environ['RANK'] == '1': Benchmark.records = records\n"
-        "run(benchmark.main)\n"
-    )
-    result = forks.run_ranks(2, program, *common)
-    assert result.returncode != 0
-    assert "rank 1 broke" in result.stderr
 
 
 def test_correctness_passes_and_reports(common, tmp_path, capsys):
@@ -437,13 +329,6 @@ def test_correctness_catches_a_wrong_accept_rule_by_distribution(
     sampling += ["--exit_layer", "3", "--num_speculations", "1", "--sampled_prompts", "1"]
     assert correctness.main([*common, *sampling]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: ")
-
-
-def test_correctness_with_two_ranks(common):
-    """Guards against a verdict on the examples of one rank alone."""
-    result = forks.run_ranks(2, ROOT / "correctness.py", *common, *SPECULATION, "--sample", "False")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("passed: 5 of 5 examples identical")
 
 
 def test_near_ties_are_told_from_differences(text_model):

@@ -1,4 +1,4 @@
-"""generate.py as its users run it: pipes, terminals, ranks, and wrong usage."""
+"""generate.py: pipes, terminals, ranks, and wrong usage."""
 
 import io
 import os
@@ -24,12 +24,6 @@ SPECULATIVE = ["--generation_strategy", "self_speculative", "--exit_layer", "2",
 GREEDY = ["--sample", "False", "--max_steps", "20"]
 
 
-@pytest.fixture
-def run(model_folder):
-    """The script in a process of its own, at the end of a pipe."""
-    return lambda *args, **kwargs: forks.run(ROOT / "generate.py", "--model", model_folder, *args, **kwargs)
-
-
 class Said(NamedTuple):
     returncode: int
     stdout: str
@@ -38,10 +32,11 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def said(model_folder, capsys, monkeypatch):
-    """What `run` gives, without the seconds that a new process takes to import everything."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("def"))
+    """Status and output of the script for a pipe; `piped` None: standard input is closed."""
 
-    def call(*args):
+    def call(*args, piped=b"def"):
+        stream = None if piped is None else io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", stream)
         try:
             status = generate.main(["--model", str(model_folder), *args])
         except SystemExit as end:
@@ -52,7 +47,7 @@ def said(model_folder, capsys, monkeypatch):
 
 
 class Terminal(pexpect.fdpexpect.fdspawn):
-    """What stands between a person and the script: 24 lines of 80 columns."""
+    """A terminal of 24 lines and 80 columns, and the script in it."""
 
     def __init__(self, *args):
         mine, its = pty.openpty()
@@ -161,26 +156,19 @@ def test_compare_can_be_interrupted(said, monkeypatch):
     assert result.stderr.splitlines()[-1] == "  unwatched: interrupted"
 
 
-def test_a_pipe_is_one_prompt(run):
-    by_flag = run("--prompt", "a\nb", *GREEDY)
-    by_pipe = run(*GREEDY, input="a\nb\n")
-    assert (by_pipe.returncode, by_pipe.stdout) == (0, by_flag.stdout)
-
-
-def test_a_command_in_a_pipe_is_a_prompt(run):
-    """Guards against a text that begins with a slash and is not answered."""
-    by_flag = run("--prompt", "/exit", *GREEDY)
-    by_pipe = run(*GREEDY, input="/exit\n")
+@pytest.mark.parametrize("prompt", ["a\nb", "/exit"])
+def test_a_pipe_is_one_prompt(prompt, said):
+    """Guards against a prompt for each line, and a command where there is no conversation."""
+    by_flag = said("--prompt", prompt, *GREEDY)
+    by_pipe = said(*GREEDY, piped=f"{prompt}\n".encode())
     assert by_flag.stdout.strip()
     assert (by_pipe.returncode, by_pipe.stdout) == (0, by_flag.stdout)
 
 
-@pytest.mark.parametrize("standard_input", ["", "\n", None])
-def test_no_prompt_is_refused(standard_input, said, monkeypatch):
-    """Guards against an answer to nothing, and an AttributeError where standard input is closed (None)."""
-    stream = None if standard_input is None else io.StringIO(standard_input)
-    monkeypatch.setattr("sys.stdin", stream)
-    result = said()
+@pytest.mark.parametrize("piped", [b"", b"\n", None])
+def test_no_prompt_is_refused(piped, said):
+    """Guards against an answer to nothing, and an AttributeError if standard input is closed."""
+    result = said(piped=piped)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert 'the prompt is empty: standard input has no text; --prompt "" stands for' in result.stderr
 
@@ -268,10 +256,10 @@ def test_mistakes_end_in_one_line_and_status_2(said, args, message):
     assert result.stdout == ""
 
 
-def test_input_that_is_no_text(run):
-    result = run(input=b"\xff\xfe")
+def test_input_that_is_no_text(said):
+    result = said(piped=b"\xff\xfe")
     assert result.returncode == 2
-    assert b"not valid UTF-8" in result.stderr
+    assert "not valid UTF-8" in result.stderr
 
 
 def test_a_reader_that_leaves_is_not_an_error(model_folder):
@@ -283,7 +271,7 @@ def test_a_reader_that_leaves_is_not_an_error(model_folder):
         script = forks.Fork(ROOT / "generate.py", *args, stdout=writer, stderr=errors.fileno())
         os.close(writer)
         assert script.wait() == 128 + signal.SIGPIPE
-        said = forks.read(errors, text=True)
+        said = forks.read(errors)
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
 
@@ -352,15 +340,7 @@ def test_commands(talk):
     child.send("/exit of this function:\r")
     child.expect("20 tokens in")
     child.is_asked()
-    child.send(" /exit \r")
-    assert child.ends_well()
-
-
-def test_exit_where_another_line_was_to_come(talk):
-    """Guards against a prompt that ends with /exit, sent to the model by somebody who wants to leave."""
-    child = talk(*GREEDY)
-    child.is_asked()
-    child.send("def\\\r/exit\r")
+    child.send("def\\\r/exit\r")  # even after another line
     assert child.ends_well()
     assert "tokens in" not in child.before
 
@@ -435,9 +415,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_statistics(talk, endless_folder):
     assert child.ends_well()
 
 
-def test_what_is_refused_of_model_args_is_shown_whole(model_folder):
+def test_a_refusal_shows_model_args(said):
     """Guards against an error that names the model, and not the flag whose value is wrong."""
     given = "x=false,attn_implementation=no such"
-    ran = forks.run(ROOT / "generate.py", "--model", model_folder, "--model_args", given, "--prompt", "a")
-    assert ran.returncode == 2
-    assert f"(with --model_args '{given}')" in ran.stderr
+    result = said("--model_args", given, "--prompt", "a")
+    assert result.returncode == 2
+    assert f"(with --model_args '{given}')" in result.stderr

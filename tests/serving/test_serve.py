@@ -37,11 +37,11 @@ def serving(*args, port=0, env=None):
             env=env,
         )
         try:
-            while not (found := re.search(r"serving (\S+) at (http://\S+)\n", forks.read(said, text=True))):
-                assert script.poll() is None, forks.read(said, text=True)
+            while not (found := re.search(r"serving (\S+) at (http://\S+)\n", forks.read(said))):
+                assert script.poll() is None, forks.read(said)
                 time.sleep(0.01)
             yield script, found[1], found[2]
-            errors = forks.read(said, text=True)
+            errors = forks.read(said)
             assert "Traceback" not in errors, errors
         finally:
             script.end()
