@@ -5,7 +5,6 @@ Light: `runs.program` imports it before a script has read its flags.
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +16,6 @@ _LESS = (
 # How torch words it; torch.OutOfMemoryError is a RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
 
 # The kinds of errors that `reason` may explain; any other is a mistake of the program.
@@ -66,15 +64,3 @@ def try_to_write(folder: Path) -> None:
         file.write(bytes(_PROBE))
         file.flush()
         os.fsync(file.fileno())
-
-
-def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error in writing to a folder means that the disk is full, or a quota used up.
-
-    torch's writer does not say why it failed, and leaves what it has written: then a small file fails, too.
-    """
-    try:
-        try_to_write(folder)
-    except OSError as of_probe:
-        error = of_probe
-    return any(os.strerror(number) in str(error) for number in _DISK_FULL)
