@@ -343,7 +343,9 @@ class EarlyExitTrainer(Trainer):
 
 
 def _why_not_written(error: BaseException, folder: Path) -> str:
-    """One line. torch does not tell that the disk is full: a small file does."""
+    """One line. torch does not tell that the disk is full; an attempt to write a small file does."""
+    if isinstance(error, CheckpointException):  # of sharded checkpoints: errors by rank
+        error, _ = next(iter(error.failures.values()))
     try:
         try_to_write(folder)
     except OSError as of_probe:

@@ -284,8 +284,8 @@ def whole(tmp_path_factory, texts):
         (in_log, 1, {4, 7}, "cannot write {folder}/log.csv: No space left on device; step 7 is kept"),
         (in_model, 1, {8, 12}, "No space left on device (os error 28); step 12 is kept"),
     ],
-    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "in_evaluation", "disk_full", "permission", "allocator", "memory",
-         "rotation", "log", "model"],
+    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "in_evaluation", "disk_full", "permission", "allocator",
+         "memory", "rotation", "log", "model"],
 )  # fmt: skip
 def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     patch, status, kept, message, tmp_path, texts, whole, capsys, monkeypatch
@@ -347,37 +347,43 @@ def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, mon
     assert "that run had --num_steps 20, this one has 15" in message
 
 
+FULL_DISK = """
+def full(write):
+    def patched(*args, **kwargs):
+        if os.environ["RANK"] == "{rank}":
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)
+    return patched
+"""
+REFUSAL = """
+load = training.run.load_texts
+def refused(args):
+    if os.environ["RANK"] == "{rank}":
+        raise ValueError("data_path x: no such files")
+    return load(args)
+training.run.load_texts = refused
+"""
+NOT_WRITTEN = "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet"
+
+
 @pytest.mark.parametrize(
-    ("patch", "status", "message"),
+    ("patch", "parallel", "status", "message"),
     [
-        (signalled(5, rank=1, by="SIGTERM"), 143, "interrupted; step 6 is kept"),
+        (signalled(5, rank=1, by="SIGTERM"), "data", 143, "interrupted; step 6 is kept"),
+        (FULL_DISK.format(rank=0) + "torch.save = full(torch.save)", "data", 1, NOT_WRITTEN),
         (
-            "save = torch.save\n"
-            "def full(thing, path, *args, **kwargs):\n"
-            "    if 'checkpoint-4/optimizer' in str(path):\n"
-            "        raise OSError(28, 'No space left on device')\n"
-            "    return save(thing, path, *args, **kwargs)\n"
-            "torch.save = full",
-            1, "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet",
+            FULL_DISK.format(rank=1) + "from torch.distributed.checkpoint import FileSystemWriter as Writer\n"
+            "Writer.write_data = full(Writer.write_data)",
+            "fsdp", 1, NOT_WRITTEN,
         ),
-        *(
-            (
-                "load = training.run.load_texts\n"
-                "def refused(args):\n"
-                f"    if os.environ['RANK'] == '{rank}':\n"
-                "        raise ValueError('data_path x: no such files')\n"
-                "    return load(args)\n"
-                "training.run.load_texts = refused",
-                None, "program.py: error: --data_path x: no such files\n",
-            )
-            for rank in (0, 1)
-        ),
+        (REFUSAL.format(rank=0), "data", None, "program.py: error: --data_path x: no such files\n"),
+        (REFUSAL.format(rank=1), "data", None, "program.py: error: --data_path x: no such files\n"),
     ],
-    ids=["signal", "disk_full", "refused_by_0", "refused_by_1"],
+    ids=["signal", "disk_full", "disk_full_of_a_shard", "refused_by_0", "refused_by_1"],
 )  # fmt: skip
-def test_an_event_at_one_rank_ends_all(patch, status, message, tmp_path, texts):
+def test_an_event_at_one_rank_ends_all(patch, parallel, status, message, tmp_path, texts):
     """Guards against ranks that wait for one another, and that fail with errors of their own."""
-    command = arguments(tmp_path, texts, "--batch_size", "2")
+    command = arguments(tmp_path, texts, "--batch_size", "2", "--parallel", parallel)
     ended = forks.run_ranks(2, program(tmp_path, patch), *command)
     if status is None:
         assert ended.returncode != 0

@@ -43,20 +43,18 @@ def test_exponential_schedule_rises_over_the_training():
     assert at == pytest.approx([0.0, 0.1 * (math.sqrt(2) - 1), 0.1])
 
 
-def test_rotation_shifts_by_one_exit_each_step():
-    turns = [recipe.enabled_exits(range(1, 8), 8, "rotational", 3, step, 100) for step in range(4)]
-    assert turns == [[1, 4, 7], [2, 5], [3, 6], [1, 4, 7]]
-
-
-def test_rotation_takes_turns_over_the_exits_of_the_flag():
-    turns = [recipe.enabled_exits([2, 5, 6], 8, "rotational", 2, step, 100) for step in range(2)]
-    assert turns == [[2, 6], [5]]
-
-
-def test_gradual_enables_from_the_last_layer_down():
-    """One more exit every T / 2L steps: with T 80 and L 4, every 10; all of them at half time."""
-    at = {step: recipe.enabled_exits([1, 2, 3], 4, "gradual", 1, step, 80) for step in (0, 9, 10, 20, 30, 79)}
-    assert at == {0: [], 9: [], 10: [3], 20: [2, 3], 30: [1, 2, 3], 79: [1, 2, 3]}
+@pytest.mark.parametrize(
+    ("exits", "curriculum", "rotation", "num_steps", "expected"),
+    [
+        (range(1, 8), "rotational", 3, 100, {0: [1, 4, 7], 1: [2, 5], 2: [3, 6], 3: [1, 4, 7]}),
+        ([2, 5, 6], "rotational", 2, 100, {0: [2, 6], 1: [5]}),
+        # One more exit every T / 2L steps, here 5; all of them at half time.
+        ([5, 6, 7], "gradual", 1, 80, {0: [], 4: [], 5: [7], 10: [6, 7], 15: [5, 6, 7], 79: [5, 6, 7]}),
+    ],
+)
+def test_exits_that_learn_at_a_step(exits, curriculum, rotation, num_steps, expected):
+    found = {step: recipe.enabled_exits(exits, 8, curriculum, rotation, step, num_steps) for step in expected}
+    assert found == expected
 
 
 def test_loss_weights_by_hand():
@@ -67,27 +65,6 @@ def test_loss_weights_by_hand():
     assert recipe.loss_weights([1, 3], 4, 0.6, "equal") == pytest.approx({1: 0.3, 3: 0.3, 4: 1.0})
     for weighting in ("depth", "equal"):
         assert recipe.loss_weights([], 4, 0.5, weighting) == {4: 1.0}
-
-
-def head_of(logits):
-    """A head whose logits of the N states that are the unit vectors are these [N, V]."""
-    head = torch.nn.Linear(*logits.shape, bias=False)
-    head.weight.data = logits.T.contiguous()
-    return head, torch.eye(len(logits))
-
-
-def test_losses_by_hand():
-    logits = torch.tensor([[0.0, math.log(3)], [1.0, 1.0], [5.0, 0.0]])
-    labels = torch.tensor([0, 1, IGNORED])
-    head, states = head_of(logits)
-    (by_label,) = losses.exit_losses(head, states[None], labels)
-    assert by_label.tolist() == pytest.approx([math.log(4), math.log(2), 0], abs=1e-6)
-    # KL((1/2, 1/2) || (1/4, 3/4)); 0 for equal distributions and without a label
-    pair = torch.stack([states, torch.zeros_like(states)])  # the last layer is uniform
-    exit, last = losses.exit_losses(head, pair, labels, distill=True)
-    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    assert exit.tolist() == pytest.approx([expected, 0, 0], abs=1e-6)
-    assert last.tolist() == pytest.approx([math.log(2), math.log(2), 0], abs=1e-6)
 
 
 @pytest.mark.parametrize("distill", [False, True])
