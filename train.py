@@ -1,4 +1,4 @@
-"""Train by the LayerSkip recipe, layer dropout and early-exit loss: a new model or one that exists.
+"""Train by the LayerSkip recipe, layer dropout and early-exit loss: a new model or an existing one.
 
     python train.py --data python_stdlib --num_steps 3000
     python train.py --model ID --data_path "corpus/*.jsonl"
@@ -6,13 +6,12 @@
     torchrun --nproc_per_node 8 train.py --model ID --parallel fsdp --dtype bfloat16 --gradient_checkpointing
     python train.py --model ID --lora_rank 16 --dtype bfloat16 --data_path pairs.jsonl
 
-Without --model a small Llama is made, with a tokenizer of its own. Rows with `prompt` and `response` are for
-finetuning: only the responses are learnt. --dtype bfloat16, float16 or half is mixed precision: the weights
-stay float32 until they are saved as bfloat16. The folder `model` that it writes in the end can be loaded by
-every script, and by transformers.
+Without --model, train a small new Llama and its tokenizer. Rows with `prompt` and `response` are for
+finetuning: only responses have a loss. --dtype bfloat16, float16 or half is mixed precision: weights stay in
+float32 until they are saved as bfloat16. Every script and transformers load the folder `model` of the result.
 
-Ctrl-C, SIGTERM and a full disk end a training after its step, with a checkpoint. --resume FOLDER goes on with
-it by the arguments that it had; with a higher --num_steps, also with one that is finished.
+Ctrl-C and SIGTERM end a training after its step, with a checkpoint. --resume FOLDER continues it with the
+same arguments, and with a higher --num_steps also a finished one.
 """
 
 from __future__ import annotations
@@ -29,22 +28,24 @@ from training.flags import Flags
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = Flags(*parse(__doc__ or "", *get_type_hints(Flags).values(), args=argv))
-    for name, known in (("parallel", ("data", "fsdp")), ("quantization", ("none",))):
-        if (value := getattr(flags.model, name)) not in known:
-            refuse(f"--{name} {value}: training knows {' and '.join(known)} only")
-    if flags.model.parallel == "fsdp" and ranks.num_processes() == 1:
-        refuse("--parallel fsdp: shares a model out between processes; start two or more by torchrun")
-    if flags.optimization.offload and flags.model.parallel != "fsdp":
+    model, rank = flags.model, flags.optimization.lora_rank
+    if model.parallel not in ("data", "fsdp"):
+        refuse(f"--parallel {model.parallel}: must be data or fsdp for training")
+    if model.quantization != "none":
+        refuse(f"--quantization {model.quantization}: must be none for training")
+    if model.parallel == "fsdp" and ranks.num_processes() == 1:
+        refuse("--parallel fsdp: needs two or more processes; start them by torchrun")
+    if flags.optimization.offload and model.parallel != "fsdp":
         refuse("--offload True: is for --parallel fsdp")
-    if (rank := flags.optimization.lora_rank) and flags.model.model is None:
+    if rank and model.model is None:
         refuse(f"--lora_rank {rank}: needs a --model to adapt")
     if rank and importlib.util.find_spec("peft") is None:
         refuse(f"--lora_rank {rank}: needs peft: pip install -r requirements-lora.txt")
-    if ":" in flags.model.device:
-        kind, _, index = flags.model.device.partition(":")
-        which = f"; CUDA_VISIBLE_DEVICES={index} chooses the GPU" if kind == "cuda" else ""
-        refuse(f"--device {flags.model.device}: must be auto, cpu, cuda or mps{which}")
-    if flags.model.model is None:
+    kind, _, index = model.device.partition(":")
+    if index:
+        choice = f"; CUDA_VISIBLE_DEVICES={index} chooses the GPU" if kind == "cuda" else ""
+        refuse(f"--device {model.device}: must be auto, cpu, cuda or mps{choice}")
+    if model.model is None:
         try:
             flags.recipe.exit_layers(flags.shape.num_layers)
         except ValueError as error:

@@ -5,7 +5,6 @@ Light: `runs.program` imports it before a script reads its flags.
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from pathlib import Path
@@ -17,8 +16,7 @@ _LESS = (
 # torch's words; torch.OutOfMemoryError is a RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_PROBE = 2**16  # bytes, more than a file system keeps beside a file's name
+_PROBE = 2**16  # bytes, more than a file system keeps beside the name of a file
 
 # The kinds of errors that `reason` may explain; any other is a mistake of the program.
 EXPLAINABLE = (RuntimeError, MemoryError, FloatingPointError)
@@ -66,15 +64,3 @@ def try_to_write(folder: Path) -> None:
         file.write(bytes(_PROBE))
         file.flush()
         os.fsync(file.fileno())
-
-
-def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error in writing to a folder means a full disk or an exhausted quota.
-
-    torch's writer does not say why it failed, and leaves its partial file: then a small file fails, too.
-    """
-    try:
-        try_to_write(folder)
-    except OSError as of_probe:
-        error = of_probe
-    return any(os.strerror(number) in str(error) for number in _DISK_FULL)

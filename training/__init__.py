@@ -1,1 +1,1 @@
-"""The LayerSkip recipe, the trainer that follows it, and the texts it learns from."""
+"""The LayerSkip recipe, its trainer, and training data."""

@@ -1,4 +1,4 @@
-"""The flags of train.py besides those of the model. Light: a mistyped flag is answered at once."""
+"""The flags of train.py besides those of the model. Imports nothing heavy: a mistyped flag fails at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from arguments import MAY_DIFFER, ModelArguments, at_least, check
 
-# What was done before is the beginning of what is done then.
+# The steps of the resumed run are the first steps of the longer one.
 MAY_GROW = {
     "resume": lambda run, was, now: None if isinstance(was, int) and now > was else "it may only grow"
 }
@@ -15,20 +15,20 @@ MAY_GROW = {
 
 @dataclass(frozen=True)
 class TrainingDataArguments:
-    """What to learn from."""
+    """Training data."""
 
     data: str = "python_stdlib"
-    """python_stdlib: the sources of the running interpreter; else a dataset of the hub, or its folder."""
+    """python_stdlib: the sources of the running interpreter; else a dataset of the hub or its folder."""
     data_path: str | None = None
-    """Local files instead, as a glob pattern: .jsonl, .csv, .parquet; any other file is one text."""
+    """Local files instead, as a glob pattern: .jsonl, .csv or .parquet; any other file is one text."""
     text_column: str = "text"
-    """Column of the text, unless there are columns prompt and response."""
+    """Column of the text; ignored if there are columns prompt and response."""
     eval_fraction: float = 0.05
     """Share of the texts that is held out for evaluation."""
     sequence_length: int = 768
     """Tokens of a sample; the context of a new model."""
     streaming: bool = False
-    """Read the dataset of the hub while training, for one that does not fit on the disk."""
+    """Read the dataset of the hub while training; it needs no space on the disk."""
 
     def __post_init__(self) -> None:
         of_hub = self.data_path is None and self.data != "python_stdlib"
@@ -39,10 +39,10 @@ class TrainingDataArguments:
 
 @dataclass(frozen=True)
 class NewModelArguments:
-    """Shape of the new Llama that is trained where --model names none."""
+    """Shape of the new Llama that is trained without --model."""
 
     vocabulary_size: int = 2048
-    """Tokens of its tokenizer, which is trained on the same text."""
+    """Tokens of its tokenizer, which is trained on the same texts."""
     num_layers: int = 16
     """Decoder layers."""
     hidden_size: int = 256
@@ -66,24 +66,24 @@ class NewModelArguments:
 
 @dataclass(frozen=True)
 class RecipeArguments:
-    """Layer dropout and early-exit loss; 0 as layer_dropout or early_exit_scale switches that one off."""
+    """Layer dropout and early-exit loss; 0 disables layer_dropout or early_exit_scale."""
 
     layer_dropout: float = 0.1
-    """Probability that a sample skips the last layer; lower for earlier layers, 0 for the first."""
+    """Probability that a sample skips the last layer; it falls to 0 at the first layer."""
     dropout_schedule: Literal["constant", "exponential"] = "constant"
-    """exponential: the probability rises from 0 during the training, for a new model."""
+    """exponential: the probability rises from 0 over the training, for a new model."""
     early_exit_scale: float = 0.2
-    """Weight of the early exits' losses; 0: only the last layer's loss counts."""
+    """Weight of the losses of early exits; 0: train the last layer only."""
     exit_loss: Literal["label", "distill"] = "label"
-    """Early exits learn the data's next token, or the distribution of the last layer."""
+    """Early exits learn the next token of the data (label) or the distribution of the last layer."""
     exit_weighting: Literal["depth", "equal"] = "depth"
-    """depth: the paper's, by which early exits hardly count; equal: alike, and together early_exit_scale."""
+    """depth: weights of the paper, very small for early exits; equal: early_exit_scale divided evenly."""
     curriculum: Literal["rotational", "gradual", "all"] = "rotational"
-    """Which exits learn at a step: every --rotation-th, more and more from the last down, or all."""
+    """Exits that learn at a step: every --rotation-th, more and more from the last down, or all."""
     rotation: int = 8
-    """With the rotational curriculum: of this many exits, one learns at a step."""
+    """Rotational curriculum: one of this many exits learns at a step."""
     exits: list[int] | None = None
-    """Exit layers that learn; without it, all."""
+    """Exit layers that learn (default: all)."""
 
     def __post_init__(self) -> None:
         check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "must be between 0 and 1")
@@ -91,7 +91,7 @@ class RecipeArguments:
         at_least(self, 1, "rotation")
 
     def exit_layers(self, num_layers: int) -> list[int]:
-        """Those that learn; raises ValueError where the model has no such exit."""
+        """The exits that learn; raises ValueError if the model has no such exit."""
         if self.early_exit_scale == 0:
             return []
         exits = self.exits or range(1, num_layers)
@@ -112,7 +112,7 @@ class OptimizationArguments:
     gradient_accumulation: int = field(default=1, metadata=MAY_DIFFER)
     """Passes per step."""
     learning_rate: float = 8e-4
-    """The highest; it falls along a cosine to a tenth."""
+    """The highest learning rate; it falls along a cosine to a tenth."""
     warmup_steps: int = 100
     """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.1
@@ -120,19 +120,19 @@ class OptimizationArguments:
     gradient_checkpointing: bool = field(default=False, metadata=MAY_DIFFER)
     """Recompute activations in the backward pass: less memory, a third more time."""
     offload: bool = field(default=False, metadata=MAY_DIFFER)
-    """With --parallel fsdp, keep weights and optimizer in the memory of the CPU between their uses."""
+    """With --parallel fsdp: keep weights and optimizer states in the memory of the CPU."""
     lora_rank: int = 0
-    """Train an adapter (LoRA) of this rank instead of all weights; it is merged into the model in the end."""
+    """Train a LoRA adapter of this rank instead of all weights, and merge it at the end (0: all weights)."""
     log_steps: int = 10
     """Steps between rows of log.csv."""
     eval_steps: int = 250
     """Steps between evaluations."""
     eval_samples: int = 64
-    """Held-out samples of an evaluation; the last one takes all."""
+    """Held-out samples of an evaluation; the last evaluation takes all."""
     save_steps: int = 250
-    """Steps between checkpoints to resume from; the last two are kept."""
+    """Steps between checkpoints; the last two are kept."""
     resume: str | None = None
-    """Folder of an interrupted training to go on with."""
+    """Folder of an interrupted training to resume."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_steps", "batch_size", "gradient_accumulation")
@@ -144,7 +144,7 @@ class OptimizationArguments:
 
 
 class Flags(NamedTuple):
-    """Everything that train.py is told."""
+    """All flags of train.py."""
 
     model: ModelArguments
     shape: NewModelArguments

@@ -1,11 +1,9 @@
-"""What the flags of train.py become: a new Llama, and the settings of the trainer of transformers."""
+"""Flags of train.py -> a new Llama, a LoRA adapter, and the TrainingArguments of transformers."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
@@ -28,20 +26,20 @@ def new_llama(
         vocab_size=shape.vocabulary_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
         intermediate_size=shape.intermediate_size, num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads, max_position_embeddings=context, tie_word_embeddings=True,
-        # So that a layer's output is as large as its input; the usual 0.02 does this for wide models only.
+        # Keeps the scale of hidden states from layer to layer; the usual 0.02 does so in wide models only.
         initializer_range=shape.hidden_size**-0.5,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,  # it is the end of a text here, and its embedding would stay zero
+        pad_token_id=None,  # padding is the end of a text, whose embedding would stay zero
     )  # fmt: skip
     set_seed(seed)
     return LlamaForCausalLM(config)
 
 
 def check_precision(model_args: ModelArguments, device: torch.device) -> None:
-    """Raises ValueError where the device has no mixed precision of this kind, or shares have none."""
+    """Raises ValueError if the device or --parallel fsdp has no mixed precision in --dtype."""
     dtype = model_args.dtype
     if model_args.parallel == "fsdp" and resolve_dtype(dtype, device) == torch.float16:
-        raise ValueError(f"dtype {dtype}: is float16, whose scaled losses --parallel fsdp does not know")
+        raise ValueError(f"dtype {dtype}: is float16; must be bfloat16 or float32 with --parallel fsdp")
     if dtype == "float16" and device.type == "cpu":
         raise ValueError("dtype float16: mixed precision on a CPU is bfloat16")
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -49,7 +47,7 @@ def check_precision(model_args: ModelArguments, device: torch.device) -> None:
 
 
 def computed_in(name: DtypeName, device: torch.device) -> str:
-    """The format of products by --dtype: a dtype's name, or TF32, which `auto` means on a GPU that has it."""
+    """The format of products: a dtype's name, or TF32, which `auto` means on a GPU that has it."""
     dtype = resolve_dtype(name, device)
     if isinstance(dtype, torch.dtype):
         return str(dtype).removeprefix("torch.")
@@ -57,13 +55,11 @@ def computed_in(name: DtypeName, device: torch.device) -> str:
 
 
 def advice_on_dtype(name: DtypeName, device: torch.device) -> str | None:
-    """On a GPU with `auto`: a line that says how products are computed, and what would be faster."""
+    """With `auto` on a GPU: the format of products, and a faster one."""
     if device.type != "cuda" or name != "auto":
         return None
-    faster = computed_in("half", device)
-    return (
-        f"products in {computed_in(name, device)}; --dtype {faster} takes less time and memory than float32"
-    )
+    now, faster = computed_in(name, device), computed_in("half", device)
+    return f"products in {now}; --dtype {faster} takes less time and memory than float32"
 
 
 def trainer_settings(
@@ -71,10 +67,14 @@ def trainer_settings(
 ) -> TrainerSettings:
     mixed = resolve_dtype(model_args.dtype, device)
     is_sharded = model_args.parallel == "fsdp"
+    sharding = {  # FSDP2. Other numbers of ranks can read sharded checkpoints.
+        "version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": args.offload,
+        "activation_checkpointing": args.gradient_checkpointing, "cpu_ram_efficient_loading": True,
+    }  # fmt: skip
     settings = TrainerSettings(
         output_dir=str(folder), use_cpu=device.type == "cpu", seed=model_args.seed, max_steps=args.num_steps,
         bf16=mixed == torch.bfloat16, fp16=mixed == torch.float16,
-        # False for float32: the trainer switches TF32 on by itself where layers are compiled.
+        # The trainer enables TF32 for compiled layers, unless this is False.
         tf32={"TF32": True, "float32": False}.get(computed_in(model_args.dtype, device)),
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
@@ -85,51 +85,38 @@ def trainer_settings(
         weight_decay=args.weight_decay, adam_beta2=0.95,
         logging_steps=args.log_steps, logging_nan_inf_filter=False, eval_strategy="steps",
         eval_steps=args.eval_steps, save_steps=args.save_steps, save_total_limit=2,
-        remove_unused_columns=False,  # that is what names the documents of a sample
-        ddp_find_unused_parameters=False,  # there are none: every rank calls every layer
+        remove_unused_columns=False,  # `documents` is one
+        ddp_find_unused_parameters=False,  # every rank calls every layer
         accelerator_config={
             "dispatch_batches": False,  # samples of a stream may differ in length
-            # Else every rank would keep whole gradients between the passes of a step.
+            # Shard gradients between the passes of a step, too.
             "gradient_accumulation_kwargs": {"sync_each_batch": is_sharded},
         },
-        fsdp=is_sharded or None, fsdp_config=_sharding(args) if is_sharded else None,
+        fsdp=is_sharded or None, fsdp_config=sharding if is_sharded else None,
         torch_compile=model_args.compile,
         report_to="none", disable_tqdm=False, log_level_replica="error",
     )  # fmt: skip
-    settings._n_gpu = min(settings.n_gpu, 1)  # several are for torchrun, not for DataParallel
+    settings._n_gpu = min(settings.n_gpu, 1)  # torchrun drives several GPUs, not DataParallel
     if is_sharded and device.type == "cpu":
-        # accelerate knows sharding by GPUs only; torch also shards by gloo, and the rest is the same.
+        # accelerate shards over GPUs only. torch shards over CPU ranks, too.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if is_sharded and isinstance(mixed, torch.dtype) and mixed != torch.float32:
-        # By itself, accelerate would also sum gradients, and round the loss, in 16 bits.
+        # accelerate's default sums gradients and rounds the loss in 16 bits.
         policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32)
         settings.fsdp_plugin_args["mixed_precision_policy"] = policy
     return settings
 
 
-def _sharding(args: OptimizationArguments) -> dict[str, Any]:
-    """FSDP2: each layer is a unit; checkpoints are sharded, so that other numbers of ranks can read them."""
-    return {
-        "version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": args.offload,
-        "activation_checkpointing": args.gradient_checkpointing, "cpu_ram_efficient_loading": True,
-    }  # fmt: skip
-
-
-def shard_while_loading() -> None:
-    """Have transformers read weights into the first rank alone; the others get their shares from it."""
-    os.environ["ACCELERATE_USE_FSDP"] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
-
-
 def adapted(model: PreTrainedModel, base: str, rank: int) -> PreTrainedModel:
-    """The model with a LoRA around each product of its layers, in fp32; nothing else is trained.
+    """The model with a LoRA in fp32 on each linear map of its layers; all other weights are frozen.
 
     Args:
-        base: what the adapter says it is for, a hub id or a path.
+        base: the model's hub id or path, for the adapter's config.
     """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with warnings.catch_warnings():  # it asks the model by a name that is going to go
+    with warnings.catch_warnings():  # peft uses a deprecated name
         warnings.simplefilter("ignore")
         model = get_peft_model(model, config)
     path = Path(base).expanduser()

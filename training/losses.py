@@ -1,7 +1,7 @@
-"""What a head says of hidden states, as losses and scores: its logits are made for a few positions at a time.
+"""Losses and scores of hidden states under a head, computed in chunks of positions.
 
-Logits of all exits, [exits, B, T, V], would be the largest thing in memory. Here nothing of length V
-outlives a chunk of positions; the backward pass computes the logits once more.
+The logits of all exits, [exits, B, T, V], would be the largest tensor in memory. Here logits live for one
+chunk, and the backward pass computes them again.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 from training.recipe import IGNORED
 
-# Logits that exist at a time: 256 MiB in fp32. Fewer would read a large head too often.
+# Logits of a chunk: 256 MiB in fp32. Smaller chunks read a large head too often.
 CHUNK = 2**26
 
 
 def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = False) -> Tensor:
-    """[E, N] losses of the exits, the last layer's last, at each position; 0 where there is no label.
+    """[E, N] losses of the exits at each position; 0 without a label. The last exit is the last layer.
 
     Args:
-        states: [E, N, H], normed; the last layer's last.
+        states: [E, N, H], normed.
         labels: [N].
-        distill: the others' loss is their divergence from the last layer, KL(last || exit), which learns
-            nothing from it.
+        distill: the loss of early exits is KL(last layer || exit), without a gradient for the last layer.
     """
     kind = states.device.type
-    if torch.is_autocast_enabled(kind):  # linear_cross_entropy does not know it; one copy of the head for all
+    if torch.is_autocast_enabled(kind):  # linear_cross_entropy ignores it; cast the head once for all exits
         states = states.to(torch.get_autocast_dtype(kind))
     weight, bias = (None if part is None else part.to(states.dtype) for part in (head.weight, head.bias))
 
@@ -41,7 +40,7 @@ def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = Fa
         return torch.stack([cross_entropies(exit) for exit in states])
     last = cross_entropies(states[-1])[None]
     divergences = [
-        # Without its own logits, which the backward pass then makes again.
+        # Keeps no logits: the backward pass computes them again.
         checkpoint(_divergences, weight, bias, part, use_reentrant=False)
         for part in states.split(_positions(head, len(states) + 2), dim=1)
     ]
@@ -51,7 +50,7 @@ def exit_losses(head: Linear, states: Tensor, labels: Tensor, distill: bool = Fa
 
 @torch.no_grad()
 def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """([N] losses, [N] best tokens) of an exit's [N, H] normed states; a loss is 0 without a label."""
+    """([N] losses, [N] predicted tokens) of an exit's normed states [N, H]; a loss is 0 without a label."""
     losses, guesses = [], []
     size = _positions(head)
     for part, targets in zip(states.split(size), labels.split(size), strict=True):
@@ -62,7 +61,7 @@ def exit_scores(head: Linear, states: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 
 def _divergences(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
-    """[E - 1, N] of [E, N, H] states."""
+    """[E - 1, N] KL(last || exit) of states [E, N, H]."""
 
     def log_probabilities(part: Tensor) -> Tensor:
         return _at_least_fp32(functional.linear(part, weight, bias)).log_softmax(-1)
@@ -77,7 +76,7 @@ def _divergences(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
 
 
 def _positions(head: Linear, times: int = 1) -> int:
-    """How many positions a chunk has that holds `times` their logits."""
+    """Positions of a chunk that holds `times` logits of each."""
     return max(1, CHUNK // (head.out_features * times))
 
 

@@ -1,7 +1,7 @@
-"""The LayerSkip recipe as arithmetic: which layers are dropped, which exits learn, and how much each counts.
+"""The LayerSkip recipe as arithmetic: layer dropout, curriculum and loss weights of the exits.
 
-Elhoushi et al. (arXiv 2404.16710), sections 4.1 and 4.2. Layers are numbered from 0; exit layer E is what
-layer E-1 puts out. Knows nothing of models, data or optimizers.
+Elhoushi et al. (arXiv 2404.16710), sections 4.1 and 4.2. Layers are numbered from 0; exit layer E is the
+output of layer E-1. This module knows nothing of models, data or optimizers.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from collections.abc import Sequence
 
 import numpy
 
-IGNORED = -100  # labels that no loss is computed for
+IGNORED = -100  # label of a position without a loss
 
 
 def dropout_rates(
     num_layers: int, p_max: float, schedule: str = "constant", step: int = 0, num_steps: int = 1
 ) -> list[float]:
-    """p_{l,t} = S(t) D(l) p_max: the probability that layer l is skipped by a sample at step t (eq. 1-3).
+    """p_{l,t} = S(t) D(l) p_max: the probability that a sample skips layer l at step t (eq. 1-3).
 
-    D grows from 0 at the first layer to 1 at the last. S is 1 with the `constant` schedule; with the
-    `exponential` one, which is for training from scratch, it grows from 0 to 1 over the training.
+    D grows from 0 at the first layer to 1 at the last. S is 1 (`constant`) or grows from 0 to 1 over the
+    training (`exponential`, for a new model).
     """
     over_time = 1.0 if schedule == "constant" else _growth(step, num_steps)
     return [over_time * _growth(layer, num_layers) * p_max for layer in range(num_layers)]
 
 
 def draw_kept(rates: Sequence[float], num_samples: int, seed: int, step: int) -> numpy.ndarray:
-    """[L, num_samples], True where a layer runs on a sample; of all samples of a step, as the data has them.
+    """[L, num_samples], True where a layer runs on a sample, for all samples of a step in their order.
 
-    Each rank takes those of its own samples, so that nothing depends on how a step is shared out.
+    Each rank takes the columns of its samples, so the number of ranks changes nothing.
     """
     drawn = numpy.random.default_rng([seed, step]).random((len(rates), num_samples))
     return drawn >= numpy.array(rates)[:, None]
@@ -40,8 +40,8 @@ def enabled_exits(
 ) -> list[int]:
     """C(t, l): the exits below the last layer that learn at step t.
 
-    `rotational`: every `rotation`-th of `exit_layers`, another one each step. `gradual`: from the last layer
-    downwards, one more every T/(2L) steps, so that all are on at half time. `all`: always all.
+    `rotational`: every `rotation`-th of `exit_layers`, shifted by one at each step. `gradual`: one more every
+    T/(2L) steps from the last layer downwards, all of them from half time on. `all`: all of them.
     """
     if curriculum == "rotational":
         return [exit for index, exit in enumerate(exit_layers) if (index - step) % rotation == 0]
@@ -52,11 +52,10 @@ def enabled_exits(
 
 
 def loss_weights(enabled: Sequence[int], num_layers: int, e_scale: float, weighting: str) -> dict[int, float]:
-    """How much the loss of each exit counts, the last layer's (exit L) included.
+    """The weight of each exit's loss, by exit; exit L is the last layer.
 
     `depth` is the paper's (eq. 5-6): e(l) = e_scale * sum_{i<=l} i, e(L-1) = L-1 + e_scale * sum_{i<=L-2} i,
-    divided by their sum, so that early exits hardly count. `equal`: the last layer counts 1, all others
-    together e_scale.
+    divided by their sum. `equal`: 1 for the last layer, and e_scale divided among the enabled exits.
     """
     last = num_layers - 1
     if weighting == "equal":

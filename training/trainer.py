@@ -1,11 +1,10 @@
-"""A transformers.Trainer that drops layers and teaches early exits by the recipe.
+"""A transformers.Trainer for the LayerSkip recipe: it drops layers and trains early exits.
 
-What is drawn depends on the seed, the step and the sample alone, so that neither the number of ranks nor a
-resumption changes it.
+The seed, the step and the place of a sample in the step decide which layers it skips. The number of ranks and
+a resumption change nothing.
 
-Of what is private in the trainer of transformers 5.24, it overrides `_save_checkpoint` and `_get_grad_norm`,
-calls `_prepare_for_training` and `_load_from_checkpoint`, and sets `_tr_loss` and `_globalstep_last_logged`,
-the sum and the beginning of the next mean in the log.
+Private parts of transformers 5.24's Trainer: this overrides `_save_checkpoint` and `_get_grad_norm`, and
+calls `_prepare_for_training` and `_load_from_checkpoint`.
 """
 
 from __future__ import annotations
@@ -13,73 +12,71 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import ChainMap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeVar, cast
 
 import numpy
 import torch
 import torch.distributed as dist
 from accelerate.utils import DynamoBackend
-from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from runs.failures import is_disk_full
+from data import one_line
+from runs.failures import try_to_write
 from runs.ranks import PATIENCE
 from self_speculation.model.families import check_supported
 from self_speculation.model.whole_texts import hidden_after_each_layer
 from training import losses, recipe
 from training.flags import RecipeArguments
 
-# The means that `evaluate` gives of each exit; agreement: how often it guesses as the last layer does.
+T = TypeVar("T")
+
+# The scores of each exit in an evaluation. Agreement: how often it predicts the token of the last layer.
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
-_RUNNING_LOSS = "running_loss.json"  # in a checkpoint: what the next row of the log is to be the mean of
+# Check so many losses and gradient norms together, unless a log row or a checkpoint comes first.
+_CHECK_EVERY = 1000
 
-# So many losses and gradient norms are looked at together where neither the log nor a checkpoint asks sooner.
-_LOOK_AT = 1000
+_WRITE_ERRORS = (OSError, RuntimeError, MemoryError, SafetensorError, CheckpointException)
 
 
 class DivergedError(Exception):
-    """A loss or a gradient is not a number.
+    """A loss or a gradient is not a finite number.
 
     Attributes:
-        step: in which it was computed, from 1.
-        what: "a loss" or "the gradient".
-        value: inf or nan; of the gradient, its norm's.
-        documents: [first, last] of each sample of those batches, where the data have such a column.
+        documents: [first, last] of each sample of the batches, where the data have such a column.
     """
 
     def __init__(self, step: int, what: str, value: float, documents: list[list[int]]) -> None:
         super().__init__(f"{what} is {value} at step {step}")
-        self.step, self.what, self.value, self.documents = step, what, value, documents
+        self.documents = documents
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written; those before it are kept."""
+    """A checkpoint cannot be written; older checkpoints are kept."""
 
 
-class _NotWritten(NamedTuple):
-    """Why a checkpoint is not there. The disk is full only where that stopped every rank that failed."""
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint. The trainer writes its state last."""
+    complete = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            json.loads(state.read_text())
+            complete.append(state.parent)
+    return max(complete, key=step_of, default=None)
 
-    reason: str
-    disk_is_full: bool
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def early_exit_loss(
@@ -92,14 +89,14 @@ def early_exit_loss(
     num_items_in_batch: Tensor | int | None = None,
     **_: Any,
 ) -> dict[str, Tensor]:
-    """J of one micro-batch [B, T] (eq. 4), as a model's `forward` returns its loss.
+    """J of one micro-batch [B, T] (eq. 4), in the form of a model's `forward`.
 
     Args:
-        model: its head computes losses, see `losses.exit_losses`.
-        weights: of the exits, see `recipe.loss_weights`.
+        model: its head computes `losses.exit_losses`.
+        weights: see `recipe.loss_weights`.
         kept: see `hidden_after_each_layer`.
-        distill: exits learn what the last layer says, not the labels.
-        num_items_in_batch: labels of all micro-batches of the step; without it, of this one.
+        distill: early exits learn the distribution of the last layer instead of the labels.
+        num_items_in_batch: number of labels in the step; without it, the number in this micro-batch.
     """
     states = enumerate(hidden_after_each_layer(model, input_ids, kept), 1)
     # No label follows the last position.
@@ -115,8 +112,8 @@ def early_exit_loss(
 
 @torch.no_grad()
 def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
-    """[B, L, 4] sums over the labels of each sample, by exit: cross-entropy, tokens guessed right, tokens
-    guessed as the last layer guesses them, and ones. The model's head computes scores, see `losses`.
+    """[B, L, 4] sums over the labels of a sample, by exit: cross-entropy, correct tokens, tokens that agree
+    with the last layer, number of labels. The model's head computes `losses.exit_scores`.
     """
     targets = labels[:, 1:].flatten()
     found = [
@@ -132,35 +129,33 @@ def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: 
 
 @contextmanager
 def calling(module: nn.Module, function: Callable) -> Iterator[None]:
-    """Calls of the module run `function` between its hooks, by which its weights may have to be gathered."""
+    """Replace the module's `forward`; its hooks, which may gather sharded weights, still run."""
     before = module.__dict__.get("forward")
     module.forward = function
     try:
         yield
     finally:
         del module.forward
-        if before is not None:  # what accelerate puts there
+        if before is not None:  # accelerate replaces it, too
             module.forward = before
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
-    """The model, or the one that an adapter of peft is around."""
+    """The model without peft's wrapper."""
     return cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
 
 
 class EarlyExitTrainer(Trainer):
-    """Trains by the recipe; evaluates every exit. Takes what a Trainer takes.
+    """A Trainer for the recipe, which evaluates every exit.
 
-    Data have `input_ids` and `labels`, padded on the right. A column `documents` of [first, last] is
-    not learnt but named where a loss is not a number.
+    Batches have `input_ids` and `labels`, padded on the right. A column `documents` of [first, last] names
+    the texts of a sample in a DivergedError.
 
     Args:
-        model: of a supported family; or one that peft has wrapped.
-        settings: the recipe.
+        model: of a supported family, with or without an adapter of peft.
 
     Raises:
-        ValueError: the model cannot be driven layer by layer, has no such exit, or the arguments ask for
-            another loss.
+        ValueError: the model is not supported or has no such exit, or `args` ask for another loss.
     """
 
     control: TrainerControl
@@ -173,44 +168,47 @@ class EarlyExitTrainer(Trainer):
         if args.label_smoothing_factor or kwargs.get("compute_loss_func"):
             raise ValueError("label_smoothing_factor, compute_loss_func: the recipe has a loss of its own")
         if kwargs.get("compute_metrics") or kwargs.get("preprocess_logits_for_metrics"):
-            raise ValueError("compute_metrics, preprocess_logits_for_metrics: no logits are kept to measure")
+            raise ValueError("compute_metrics, preprocess_logits_for_metrics: no logits are kept")
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each, by torchrun")
         self._settings = settings
         self._exits = settings.exit_layers(plain(model).config.num_hidden_layers)
-        self._micro_step = 0  # of the optimizer's step
-        # Since the last look: by step, losses of micro-batches and then the gradient's norm; the documents.
-        self._recent: list[tuple[tuple[int, str], Tensor, Tensor | None]] = []
+        self._micro_step = 0
+        # Unchecked losses of micro-batches and norms of gradients: step, name, value, documents.
+        self._unchecked: list[tuple[int, str, Tensor, Tensor]] = []
         self._restart_clock()
         super().__init__(model=model, args=args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # whatever the signature of the model's own `forward`
+        self.model_accepts_loss_kwargs = True
         self.data_collator = partial(_padded_right, self.data_collator)
-        if args.torch_compile:  # the layers alone, in place: what is around them differs from step to step
+        if args.torch_compile:  # only the layers: everything around them differs from step to step
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             for layer in plain(model).base_model.layers:
                 layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.add_callback(_BeginsAndGoesOn(self))
-        # In which ranks agree on the CPU, so that none waits for its GPU.
+        # Ranks agree on the CPU, so that none waits for its GPU.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if args.world_size > 1 else None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._micro_step = 0
+        return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
         inputs = dict(inputs)
-        documents = inputs.pop("documents", None)
-        if isinstance(num_items_in_batch, Tensor):  # as a float, FSDP would round it to what is computed in
+        documents = inputs.pop("documents", torch.empty(0, 2))
+        if isinstance(num_items_in_batch, Tensor):  # FSDP would round a float to the computing dtype
             num_items_in_batch = num_items_in_batch.long()
         inputs |= self._plan(model.training, len(inputs["input_ids"]))
         with self._computing(early_exit_loss, losses.exit_losses):
-            answer = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._tokens += inputs["input_ids"].numel()
         if model.training:
-            self._recent.append(((self.state.global_step + 1, "a loss"), answer.detach(), documents))
-        return answer
+            self._unchecked.append((self.state.global_step + 1, "a loss", loss.detach(), documents))
+        return loss
 
     def _plan(self, is_training: bool, num_samples: int) -> dict[str, Any]:
-        """What the recipe says of this micro-batch."""
+        """The recipe's arguments of `early_exit_loss` for this micro-batch."""
         settings, step, num_steps = self._settings, self.state.global_step, self.state.max_steps
         num_layers = plain(self.model).config.num_hidden_layers
         enabled = recipe.enabled_exits(
@@ -225,29 +223,28 @@ class EarlyExitTrainer(Trainer):
         )
         ranks, accumulated = self.args.world_size, self.args.gradient_accumulation_steps
         kept = recipe.draw_kept(rates, ranks * accumulated * self._train_batch_size, self.args.seed, step)
-        # Batches of the data go to the ranks in turn.
+        # The batches of the data go to the ranks in turn.
         first = (self._micro_step * ranks + self.args.process_index) * self._train_batch_size
         self._micro_step += 1
         return plan | {"kept": kept[:, first : first + num_samples]}
 
     @contextmanager
     def _computing(self, whole: Callable, by_head: Callable) -> Iterator[None]:
-        """Calls of the model run `whole`, with a head that computes `by_head`."""
+        """In this block the model computes `whole`, and its head `by_head`."""
         model = self.accelerator.unwrap_model(self.model)
         head = plain(model).get_output_embeddings()
-        autocast = self.accelerator.autocast()  # instead of the one that accelerate put around `forward`
+        autocast = self.accelerator.autocast()  # replaces the one that accelerate puts around `forward`
         with calling(model, partial(whole, plain(model))), calling(head, partial(by_head, head)), autocast:
             yield
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        if not self.args.fp16:  # there, a step without a finite one is skipped
-            step = self.state.global_step + 1
-            batches = [pairs for at, _, pairs in self._recent if at[0] == step and pairs is not None]
+        if not self.args.fp16:  # fp16 skips a step whose gradient is not finite
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-            documents = torch.cat(batches) if batches else None
-            self._recent.append(((step, "the gradient"), whole.to(self.args.device), documents))
-        if len(self._recent) > _LOOK_AT:
+            step = self.state.global_step + 1
+            batches = torch.cat([documents for at, _, _, documents in self._unchecked if at == step])
+            self._unchecked.append((step, "the gradient", whole.to(self.args.device), batches))
+        if len(self._unchecked) > _CHECK_EVERY:
             self._check_losses()
         return norm
 
@@ -263,74 +260,50 @@ class EarlyExitTrainer(Trainer):
         self._since, self._tokens = time.perf_counter(), 0
 
     def _check_losses(self) -> None:
-        """Raises DivergedError where a loss or gradient since the last look is not finite, on any rank."""
-        recent, self._recent = self._recent, []
-        values = torch.stack([value.float() for _, value, _ in recent]).tolist() if recent else []
+        """Raises DivergedError on every rank if an unchecked value of one of them is not finite."""
+        unchecked, self._unchecked = self._unchecked, []
+        values = torch.stack([value.float() for _, _, value, _ in unchecked]).tolist() if unchecked else []
         bad = [
-            (what, value, [] if documents is None else documents.tolist())
-            for (what, _, documents), value in zip(recent, values, strict=True)
+            (step, what, value, documents.tolist())
+            for (step, what, _, documents), value in zip(unchecked, values, strict=True)
             if not numpy.isfinite(value)
         ]
-        if not self.highest(len(bad)):
-            return
-        parts: list[Any] = [bad]
-        if self._group is not None:
-            parts = [None] * self.args.world_size
-            dist.all_gather_object(parts, bad, group=self._group)
-        found: list[tuple[tuple[int, str], float, list[list[int]]]] = list(chain(*parts))
-        first, value, _ = min(found, key=lambda batch: batch[0])  # a loss sorts before its gradient
-        raise DivergedError(*first, value, [pair for at, _, pairs in found if at == first for pair in pairs])
+        if found := list(chain(*self._gathered(bad))):
+            step, what, value, _ = min(found, key=lambda each: each[:2])  # a loss sorts before its gradient
+            documents = [rows for at, of, _, rows in found if (at, of) == (step, what)]
+            raise DivergedError(step, what, value, list(chain(*documents)))
 
-    def highest(self, here: int) -> int:
-        """Of all ranks; called by all of them in step."""
+    def _gathered(self, value: T) -> list[T]:
+        """The values of all ranks."""
         if self._group is None:
-            return here
-        number = torch.tensor(here)
+            return [value]
+        values: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def highest(self, value: int) -> int:
+        """The maximum over the ranks."""
+        if self._group is None:
+            return value
+        number = torch.tensor(value)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return int(number)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the trainer does; where the disk is full, once more without the oldest of several."""
+        """Raises CheckpointError on every rank if one of them cannot write. Older checkpoints are kept."""
         self._check_losses()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        loss = self.accelerator.gather(self._tr_loss).mean().item()
-        running = {"loss": loss, "since": self._globalstep_last_logged}
-        write = partial(super()._save_checkpoint, model, trial)
-        while (failure := self._try_to_write(folder, running, write)) is not None:
-            older = sorted(folder.parent.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            makes_room = failure.disk_is_full and len(older) > 1 and self.args.should_save
-            if not self.highest(makes_room):
-                raise CheckpointError(f"cannot write {folder}: {failure.reason}")
-            if self.args.should_save:
-                shutil.rmtree(older[0])
+        reason = None
+        try:
+            super()._save_checkpoint(model, trial)
+        except _WRITE_ERRORS as error:
+            reason = _why_not_written(error, folder.parent)
+        if reasons := [each for each in self._gathered(reason) if each is not None]:
+            # A complete one stays: the trainer may have failed to delete an older one.
+            if self.args.should_save and newest_checkpoint(folder.parent) != folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(f"cannot write {folder}: {reasons[0]}")
         self._restart_clock()
-
-    def _try_to_write(
-        self, folder: Path, running: dict[str, float], write: Callable[[], None]
-    ) -> _NotWritten | None:
-        """None, or on every rank why one of them could not write; nothing is left then."""
-
-        def write_own() -> None:
-            if self.args.should_save:
-                parts = (FSDP_MODEL_NAME, OPTIMIZER_NAME) if self.is_fsdp_enabled else ()
-                for part in ("", *(f"{name}_0" for name in parts)):
-                    (folder / part).mkdir(parents=True, exist_ok=True)
-                (folder / _RUNNING_LOSS).write_text(json.dumps(running))
-                if self.is_fsdp_enabled and self.processing_class is not None:  # else the trainer does
-                    self.processing_class.save_pretrained(folder)
-
-        for step in (write_own, write):  # in the second, ranks wait for each other: all must get there
-            reason, severity = "another rank could not", 0  # 1: a full disk, 2: anything else
-            try:
-                step()
-            except (OSError, RuntimeError, MemoryError, SafetensorError, CheckpointException) as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                severity = 1 if is_disk_full(error, folder.parent) else 2
-            if highest := self.highest(severity):
-                if self.args.should_save:
-                    shutil.rmtree(folder, ignore_errors=True)
-                return _NotWritten(reason, highest == 1)
-        return None
 
     def restore(self, checkpoint: str) -> None:
         """Load the weights and the history of a finished training."""
@@ -341,56 +314,48 @@ class EarlyExitTrainer(Trainer):
         else:
             self._load_from_checkpoint(checkpoint)
 
-    def evaluate(
-        self, eval_dataset: Any = None, metric_key_prefix: str = "eval", **_: Any
-    ) -> dict[str, float]:
+    def evaluation_loop(
+        self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
         """The last layer's loss and accuracy, and EXIT_SCORES of each exit E as `..._exit_E`."""
-        if isinstance(data := eval_dataset or self.eval_dataset, dict):
-            parts = [self.evaluate(part, f"{metric_key_prefix}_{name}") for name, part in data.items()]
-            return dict(ChainMap(*parts))
-        loader = self.get_eval_dataloader(eval_dataset)
         if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):  # before a training
             self._prepare_for_training(self.args.max_steps, None, None)
+        self.callback_handler.eval_dataloader = dataloader
         self.model.eval()
-        total = torch.zeros(plain(self.model).config.num_hidden_layers, 4, dtype=torch.float64)
+        scores = torch.zeros(plain(self.model).config.num_hidden_layers, 4, dtype=torch.float64)
+        num_samples = 0
         with self._computing(exit_scores, losses.exit_scores):
-            silent = self.args.disable_tqdm or not self.is_local_process_zero()
-            for batch in tqdm(loader, desc="evaluation", leave=False, disable=silent):
-                scores = self.model(input_ids=batch["input_ids"], labels=batch["labels"])
-                total += self.accelerator.gather_for_metrics(scores).cpu().double().sum(0)
+            for batch in dataloader:
+                by_sample = self.model(input_ids=batch["input_ids"], labels=batch["labels"])
+                by_sample = self.accelerator.gather_for_metrics(by_sample)
+                scores += by_sample.cpu().double().sum(0)
+                num_samples += len(by_sample)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train()
-        *sums, count = total.T
-        by_exit = dict(zip(EXIT_SCORES, (column / count for column in sums), strict=True))
-        metrics = {f"{metric_key_prefix}_{name}": by_exit[name][-1].item() for name in ("loss", "accuracy")}
-        for name, values in by_exit.items():
-            metrics |= {f"{metric_key_prefix}_{name}_exit_{e}": v for e, v in enumerate(values.tolist(), 1)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._restart_clock()
-        return metrics
+        *sums, count = scores.T
+        metrics = {}
+        for name, values in zip(EXIT_SCORES, ((column / count).tolist() for column in sums), strict=True):
+            if name != "agreement":
+                metrics[f"{metric_key_prefix}_{name}"] = values[-1]
+            metrics |= {f"{metric_key_prefix}_{name}_exit_{exit}": v for exit, v in enumerate(values, 1)}
+        return EvalLoopOutput(None, None, metrics, num_samples)
+
+
+def _why_not_written(error: BaseException, folder: Path) -> str:
+    """One line. torch does not tell that the disk is full; an attempt to write a small file does."""
+    if isinstance(error, CheckpointException):  # of sharded checkpoints: errors by rank
+        error, _ = next(iter(error.failures.values()))
+    try:
+        try_to_write(folder)
+    except OSError as of_probe:
+        error = of_probe
+    return one_line(error)
 
 
 def _padded_right(collate: Callable, rows: list[Any]) -> dict[str, Any]:
-    """Raises ValueError where the batch is padded on the left, whose padding the rest would attend to."""
+    """Raises ValueError for a batch that is padded on the left: its tokens would attend to the padding."""
     batch = collate(rows)
     if "attention_mask" in batch and not batch["attention_mask"][:, 0].all():
         raise ValueError('a batch is padded on the left: set padding_side = "right" of its tokenizer')
     return batch
-
-
-class _BeginsAndGoesOn(TrainerCallback):
-    """Passes are counted by step; the mean in the next row of the log goes on where a checkpoint left it."""
-
-    def __init__(self, trainer: EarlyExitTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._trainer._micro_step = 0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        trainer = self._trainer
-        saved = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}", _RUNNING_LOSS)
-        if saved.is_file():
-            running = json.loads(saved.read_text())
-            trainer._tr_loss += running["loss"]
-            trainer._globalstep_last_logged = running["since"]

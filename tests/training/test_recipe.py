@@ -1,4 +1,4 @@
-"""The formulas of the recipe against values computed by hand, and the loss against finite differences."""
+"""Formulas of the recipe against values computed by hand, and the loss against finite differences."""
 
 import math
 from functools import partial
@@ -43,20 +43,18 @@ def test_exponential_schedule_rises_over_the_training():
     assert at == pytest.approx([0.0, 0.1 * (math.sqrt(2) - 1), 0.1])
 
 
-def test_rotation_shifts_by_one_exit_each_step():
-    turns = [recipe.enabled_exits(range(1, 8), 8, "rotational", 3, step, 100) for step in range(4)]
-    assert turns == [[1, 4, 7], [2, 5], [3, 6], [1, 4, 7]]
-
-
-def test_rotation_takes_turns_over_the_exits_that_were_asked_for():
-    turns = [recipe.enabled_exits([2, 5, 6], 8, "rotational", 2, step, 100) for step in range(2)]
-    assert turns == [[2, 6], [5]]
-
-
-def test_gradual_enables_from_the_last_layer_down():
-    """One more exit every T / 2L steps: with T 80 and L 4, every 10; all of them at half time."""
-    at = {step: recipe.enabled_exits([1, 2, 3], 4, "gradual", 1, step, 80) for step in (0, 9, 10, 20, 30, 79)}
-    assert at == {0: [], 9: [], 10: [3], 20: [2, 3], 30: [1, 2, 3], 79: [1, 2, 3]}
+@pytest.mark.parametrize(
+    ("exits", "curriculum", "rotation", "num_steps", "expected"),
+    [
+        (range(1, 8), "rotational", 3, 100, {0: [1, 4, 7], 1: [2, 5], 2: [3, 6], 3: [1, 4, 7]}),
+        ([2, 5, 6], "rotational", 2, 100, {0: [2, 6], 1: [5]}),
+        # One more exit every T / 2L steps, here 5; all of them at half time.
+        ([5, 6, 7], "gradual", 1, 80, {0: [], 4: [], 5: [7], 10: [6, 7], 15: [5, 6, 7], 79: [5, 6, 7]}),
+    ],
+)
+def test_exits_that_learn_at_a_step(exits, curriculum, rotation, num_steps, expected):
+    found = {step: recipe.enabled_exits(exits, 8, curriculum, rotation, step, num_steps) for step in expected}
+    assert found == expected
 
 
 def test_loss_weights_by_hand():
@@ -69,31 +67,10 @@ def test_loss_weights_by_hand():
         assert recipe.loss_weights([], 4, 0.5, weighting) == {4: 1.0}
 
 
-def head_of(logits):
-    """A head whose logits of the N states that are the unit vectors are these [N, V]."""
-    head = torch.nn.Linear(*logits.shape, bias=False)
-    head.weight.data = logits.T.contiguous()
-    return head, torch.eye(len(logits))
-
-
-def test_losses_by_hand():
-    logits = torch.tensor([[0.0, math.log(3)], [1.0, 1.0], [5.0, 0.0]])
-    labels = torch.tensor([0, 1, IGNORED])
-    head, states = head_of(logits)
-    (by_label,) = losses.exit_losses(head, states[None], labels)
-    assert by_label.tolist() == pytest.approx([math.log(4), math.log(2), 0], abs=1e-6)
-    # KL((1/2, 1/2) || (1/4, 3/4)) and none where the distributions agree or nothing is labelled
-    pair = torch.stack([states, torch.zeros_like(states)])  # without logits the last layer is undecided
-    exit, last = losses.exit_losses(head, pair, labels, distill=True)
-    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    assert exit.tolist() == pytest.approx([expected, 0, 0], abs=1e-6)
-    assert last.tolist() == pytest.approx([math.log(2), math.log(2), 0], abs=1e-6)
-
-
 @pytest.mark.parametrize("distill", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunks_change_nothing(distill, bias, monkeypatch):
-    """Losses and gradients against logits of all exits and positions at once; chunks end anywhere."""
+    """Losses and gradients against those from all logits at once, for several sizes of chunks."""
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 37, bias=bias)
     states = torch.randn(3, 11, 8, requires_grad=True)
@@ -121,7 +98,7 @@ def test_chunks_change_nothing(distill, bias, monkeypatch):
         assert torch.equal(guesses, logits[0].argmax(-1))
 
 
-def test_dropped_samples_are_drawn_at_the_rate_and_by_seed_and_step_alone():
+def test_drops_follow_the_rate_and_depend_on_seed_and_step_only():
     kept = recipe.draw_kept([0.0, 0.3], 10_000, 1, 2)
     assert kept[0].all()
     assert kept[1].mean() == pytest.approx(0.7, abs=0.02)  # 4 standard deviations
@@ -139,7 +116,7 @@ def batch(rows=3, width=7):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_states_are_those_of_the_model(attention):
-    """Without dropout the last state leads to transformers' own logits; the mask is causal either way."""
+    """Without dropout, norm and head of the last state give transformers' logits. The mask is causal."""
     model = tiny_llama(attn_implementation=attention)
     ids, _ = batch()
     with torch.no_grad():
@@ -149,7 +126,7 @@ def test_states_are_those_of_the_model(attention):
 
 
 def test_dropped_samples_skip_the_layer_and_cost_nothing():
-    """Guards against computing what is then thrown away, and against rows put back in another order."""
+    """Guards against computing dropped samples, and against rows put back in another order."""
     model = tiny_llama()
     ids, _ = batch()
     kept = numpy.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=bool)
@@ -163,15 +140,15 @@ def test_dropped_samples_skip_the_layer_and_cost_nothing():
         full = list(hidden_after_each_layer(model, ids))
     for hook in hooks:
         hook.remove()
-    assert sizes[:4] == [3, 2, 1, 3]  # the third layer on one that counts nothing
+    assert sizes[:4] == [3, 2, 1, 3]  # the third layer runs on one sample, without effect
     assert_close(states[1][[0, 2]], full[1][[0, 2]])
     assert torch.equal(states[1][1], states[0][1])
     assert torch.equal(states[2], states[1])
 
 
 def test_a_layer_that_all_skip_has_a_gradient_of_zero():
-    """Where ranks share weights, one that does not call a layer, forwards and backwards, lets the others wait
-    for ever; and a gradient that is not there would not be the same as one of zero for the optimizer.
+    """With sharded weights, every rank must call every layer forwards and backwards, or the others wait
+    forever. A missing gradient would differ from one of zero for the optimizer.
     """
     model = tiny_llama()
     model.train()
@@ -197,7 +174,7 @@ class Nothing(torch.nn.Module):
 
 
 def test_loss_is_the_weighted_sum_of_the_exits():
-    """Against the model cut off after each layer; the ignored labels and the last position count nowhere."""
+    """Against the scores of each exit; ignored labels and the last position do not count."""
     model = tiny_llama()
     ids, labels = batch()
     scores = exit_scores(model, ids, labels).sum(0)  # [L, 4]
@@ -209,11 +186,10 @@ def test_loss_is_the_weighted_sum_of_the_exits():
 
 
 def test_gradient_against_finite_differences():
-    """Norms compute in fp32 even in a double model: a step of 1e-3 is large enough for its roundings not to
-    count (they would be 2 % of a step of 1e-5) and small enough for the curvature not to: errors are below
-    1e-4.
+    """Norms compute in fp32 even in a double model. At a step of 1e-3, rounding (2 % of a step of 1e-5) and
+    curvature are both small: errors are below 1e-4.
     """
-    model = tiny_llama(vocab_size=49).double()  # of its own: the precision changes for good
+    model = tiny_llama(vocab_size=49).double()  # its own: `double` is in place
     ids, labels = batch()
     kept = recipe.draw_kept(recipe.dropout_rates(4, 0.4), 3, 0, 3)
     model.train()
@@ -240,7 +216,7 @@ def test_gradient_against_finite_differences():
 
 
 def test_distillation_teaches_the_exits_only():
-    """Guards against a target that moves towards its pupils: layers above exits learn the labels alone."""
+    """Guards against a gradient of the target: layers above the exits learn the labels only."""
     model = tiny_llama(vocab_size=48)
     ids, labels = batch()
     ids, labels = ids % 48, labels.clamp(max=47)

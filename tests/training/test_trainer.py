@@ -1,4 +1,4 @@
-"""EarlyExitTrainer for whoever has a Trainer of their own: what a Trainer takes, it takes, or refuses."""
+"""EarlyExitTrainer as a library: it takes or refuses the arguments of a Trainer."""
 
 import copy
 import shutil
@@ -40,8 +40,8 @@ def trainer(tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
-def test_what_a_sample_drops_is_the_same_however_a_step_is_shared_out(ranks, passes, trainer):
-    """Guards against the same drops in every rank, and against others when there are more of them."""
+def test_ranks_and_passes_do_not_change_the_layers_that_a_sample_skips(ranks, passes, trainer):
+    """Guards against the same drops at every rank, and against drops that depend on the number of ranks."""
     made = trainer(recipe=RecipeArguments(layer_dropout=0.9))
     size = 8 // ranks // passes
     of_step = np.empty((4, 8), dtype=bool)
@@ -52,7 +52,7 @@ def test_what_a_sample_drops_is_the_same_however_a_step_is_shared_out(ranks, pas
         made._train_batch_size, made._micro_step = size, 0
         made.state.global_step, made.state.max_steps = 3, 10
         for number in range(passes):
-            first = (number * ranks + rank) * size  # as the data are handed out
+            first = (number * ranks + rank) * size  # the order of accelerate
             of_step[:, first : first + size] = made._plan(True, size)["kept"]
     assert (of_step == recipe.draw_kept(recipe.dropout_rates(4, 0.9), 8, 5, 3)).all()
 
@@ -69,7 +69,7 @@ def test_epochs_evaluations_and_the_best_checkpoint(trainer):
 
 
 def test_the_model_is_its_own_between_steps(trainer):
-    """Guards against a model that answers with losses: callbacks generate samples, and it is saved."""
+    """Guards against a `forward` that still returns losses: callbacks generate samples."""
     answers = []
 
     class Sample(TrainerCallback):
@@ -84,7 +84,7 @@ def test_the_model_is_its_own_between_steps(trainer):
 
 
 def test_a_document_is_named_by_the_step_that_had_it(trainer):
-    """Of six steps until the next row of the log, the first that went wrong: those after it all do."""
+    """The first bad step of six in a row of the log counts: all steps after it are bad, too."""
     made = trainer(tiny_llama(tie_word_embeddings=False), logging_steps=6, remove_unused_columns=False)
     rows = [[3 + (index + place) % 40 for place in range(8)] for index in range(24)]
     rows[13][0] = 49
@@ -98,8 +98,8 @@ def test_a_document_is_named_by_the_step_that_had_it(trainer):
     assert [13, 14] in error.value.documents
 
 
-def test_a_gradient_that_is_no_number_reaches_no_checkpoint(trainer, tmp_path):
-    """The loss of that step is finite, and no row of the log would tell before it is saved."""
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(trainer, tmp_path):
+    """The loss of that step is finite, and the checkpoint comes before the next row of the log."""
     made = trainer(logging_steps=50, save_steps=1)
     norm = made.model.model.norm.weight
     norm.register_hook(lambda grad: grad * float("inf") if made.state.global_step == 2 else grad)
@@ -108,9 +108,9 @@ def test_a_gradient_that_is_no_number_reaches_no_checkpoint(trainer, tmp_path):
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
-def test_losses_are_looked_at_where_nothing_is_logged(trainer, monkeypatch):
-    """Guards against a list that grows for ever, and a training of nothing but nan."""
-    monkeypatch.setattr("training.trainer._LOOK_AT", 3)
+def test_losses_are_checked_without_a_log(trainer, monkeypatch):
+    """Guards against a list that grows without end, and against a training of nan."""
+    monkeypatch.setattr("training.trainer._CHECK_EVERY", 3)
     made = trainer(logging_strategy="no", save_strategy="no")
     with torch.no_grad():
         made.model.model.norm.weight.fill_(float("nan"))
@@ -119,7 +119,7 @@ def test_losses_are_looked_at_where_nothing_is_logged(trainer, monkeypatch):
 
 
 def test_padding_on_the_left_is_refused(trainer):
-    """Guards against tokens that attend to padding, which is how many tokenizers pad by themselves."""
+    """Guards against tokens that attend to padding: many tokenizers pad on the left by default."""
     made = trainer()
     rows = [{"input_ids": [0, 5], "labels": [5, 5], "attention_mask": [0, 1]}] * 4
     made.train_dataset = Dataset.from_list(rows)
@@ -143,8 +143,8 @@ def test_several_evaluation_sets(trainer):
     ],
 )
 def test_what_it_refuses(trainer, model, recipe, more, message):
-    """gemma2 caps its logits: the losses would be others than those of the model."""
-    made = copy.deepcopy(tiny_llama())  # other tests have it as it is
+    """gemma2 caps its logits, which the losses here do not."""
+    made = copy.deepcopy(tiny_llama())  # other tests share it
     for name, value in model.items():
         setattr(made.config, name, value)
     with pytest.raises(ValueError, match=message):
@@ -154,7 +154,7 @@ def test_what_it_refuses(trainer, model, recipe, more, message):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by a C++ compiler")
 def test_compiled_layers_learn_the_same(trainer):
-    """Of however many samples; and the model that is saved has the names it had."""
+    """For any number of samples. Compilation keeps the names of the saved weights."""
     losses = []
     for compiled in (False, True):
         made = trainer(recipe=RecipeArguments(layer_dropout=0.5), torch_compile=compiled, max_steps=6)

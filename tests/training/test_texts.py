@@ -1,0 +1,127 @@
+"""Files and datasets -> texts -> blocks."""
+
+import json
+
+import datasets
+import pandas
+import pytest
+
+from data import DataError
+from training.flags import TrainingDataArguments
+from training.recipe import IGNORED
+from training.texts import load_texts, padded, to_blocks, tokenizer_from_json, train_tokenizer
+
+
+def arguments(path, **more):
+    return TrainingDataArguments(data_path=str(path), eval_fraction=more.pop("eval_fraction", 0.3), **more)
+
+
+def test_formats_are_equivalent(tmp_path):
+    """JSONL, CSV, Parquet and plain files: the texts alone decide which of them are held out."""
+    texts = [f"text number {i}" for i in range(30)]
+    frame = pandas.DataFrame({"content": texts, "other": range(30)})
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text)
+    (tmp_path / "blank.txt").write_text("\n")
+    found = [
+        tuple(sorted(part["text"]) for part in load_texts(arguments(tmp_path / name, text_column="content")))
+        for name in ("a.jsonl", "a.csv", "a.parquet", "*.txt")
+    ]
+    assert found[1:] == found[:1] * 3
+    training, evaluation = found[0]
+    assert sorted(training + evaluation) == sorted(texts)
+    assert not set(training) & set(evaluation)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none*", "no such files"),
+        ("a.jsonl", "--text_column text: not in the data, which has content"),
+        ("b.jsonl", "b.jsonl, line 1: not JSON"),
+        ("", 'is a folder; name its files, such as ".*/\\*\\*/\\*.jsonl"'),
+        ("d.jsonl", "d.jsonl, line 2: column 'text' must be text, not NoneType"),
+        ("c.txt", "leaves nothing of 1 texts for"),
+        ("e.txt", "has no texts"),
+    ],
+)
+def test_errors_of_files(name, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"content": \n')
+    (tmp_path / "c.txt").write_text("x")
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    (tmp_path / "e.txt").write_text("")
+    with pytest.raises(DataError, match=message) as error:
+        load_texts(arguments(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_with_values_that_are_not_text_is_refused(streaming, tmp_path):
+    """A stream is refused at its first rows, which the fingerprint reads."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    args = TrainingDataArguments(data=str(tmp_path), streaming=streaming)
+    with pytest.raises(DataError, match="--text_column text: holds None, which is not text"):
+        list(load_texts(args)[0])
+
+
+def test_files_of_several_formats_and_with_a_byte_order_mark(tmp_path):
+    """Guards against a mark of Windows that becomes part of a text or of a column's name."""
+    mark = "\ufeff".encode()
+    (tmp_path / "a.csv").write_bytes(mark + b"prompt,response\r\n" + b"1,2\r\n" * 9)
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"prompt": "3", "response": "4", "more": 5}\n' * 9)
+    parts = load_texts(arguments(tmp_path / "*", eval_fraction=0.5))
+    assert {(row["prompt"], row["response"]) for part in parts for row in part} == {("1", "2"), ("3", "4")}
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_bytes(mark + str(number).encode())
+    parts = load_texts(arguments(tmp_path / "*.txt", eval_fraction=0.5))
+    assert sorted(int(text) for part in parts for text in part["text"]) == list(range(9))
+
+
+def test_texts_are_tokenised_once_until_a_file_changes(tmp_path):
+    """Guards against a cache that no later training finds, and against training on old contents."""
+    path, files = tmp_path / "a.jsonl", []
+    for word in ("old", "old", "new"):
+        if not files or word == "new":
+            path.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(9)))
+        parts = load_texts(arguments(path))
+        assert {text.split()[0] for part in parts for text in part["text"]} == {word}
+        tokenizer = tokenizer_from_json(train_tokenizer(parts[0], 260).to_str(), 8)
+        files.append([to_blocks(part, tokenizer, 8, seed=0).cache_files for part in parts])
+    assert files[0] == files[1] != files[2]
+    assert all(files[0])
+
+
+def test_no_file_of_the_standard_library_is_on_both_sides():
+    training, evaluation = load_texts(TrainingDataArguments())
+    assert not set(training["text"]) & set(evaluation["text"])
+    assert 0.02 < len(evaluation) / (len(evaluation) + len(training)) < 0.1
+    assert any("def dataclass(" in text for text in (*training["text"], *evaluation["text"]))
+
+
+def test_blocks_lose_nothing_but_the_tail(byte_tokenizer):
+    """Guards against texts without an end between them, and against a tail lost every 1000 texts."""
+    dataset = datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno"] * 700})
+    blocks = to_blocks(dataset, byte_tokenizer, 4, seed=0)
+    ids = [token for block in blocks["input_ids"] for token in block]
+    assert blocks["labels"] == blocks["input_ids"]
+    shuffled = dataset.shuffle(0)["text"]
+    expected = [t for text in shuffled for t in [*byte_tokenizer.encode(text, add_special_tokens=False), 2]]
+    assert ids == expected[: len(ids)]
+    assert len(expected) - len(ids) < 4
+
+
+def test_prompts_are_masked(byte_tokenizer):
+    """Only the response and its end are learnt; a prompt that fills the block is left out."""
+    rows = {"prompt": ["ab", "x" * 50], "response": ["cd", "y"]}
+    (block,) = to_blocks(datasets.Dataset.from_dict(rows), byte_tokenizer, 12, seed=0)
+    prompt = byte_tokenizer("ab")["input_ids"]
+    response = [*byte_tokenizer("cd", add_special_tokens=False)["input_ids"], byte_tokenizer.eos_token_id]
+    assert block["input_ids"] == prompt + response
+    assert block["labels"] == [IGNORED] * len(prompt) + response
+    assert block["documents"][0] == block["documents"][1]
+    batch = padded(0, [block, {"input_ids": [5], "labels": [5], "documents": [0, 0]}])
+    assert batch["labels"][1].tolist() == [5] + [IGNORED] * (len(block["labels"]) - 1)
