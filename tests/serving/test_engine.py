@@ -24,8 +24,8 @@ def engine(text_model):
     engine.stop()
 
 
-def job(prompt, results, most_seconds=600, **request):
-    return Job(Request(prompt, **request), lambda result: results.put(result), most_seconds)
+def job(prompt, results, timeout=600, **request):
+    return Job(Request(prompt, **request), lambda result: results.put(result), timeout)
 
 
 def submitted(engine, **request):
@@ -126,16 +126,16 @@ def test_the_queue_is_bounded_and_takes_all_or_none(engine):
     assert results.empty()
 
 
-def test_who_is_gone_or_late_leaves_at_the_next_round(engine):
+def test_who_is_cancelled_or_late_leaves_at_the_next_round(engine):
     """In flight and waiting. Guards against rows that are decoded to their end for nobody."""
     jobs, results = [], []
     for place in range(6):
         results.append(queue.Queue())
-        jobs.append(job(PROMPTS[place % 4], results[-1], most_seconds=0 if place in (1, 5) else 600))
+        jobs.append(job(PROMPTS[place % 4], results[-1], timeout=0 if place in (1, 5) else 600))
     with held(engine) as at_rest:
         engine.submit(jobs)
         assert at_rest.wait(60)
-        jobs[0].is_gone = jobs[4].is_gone = True
+        jobs[0].is_cancelled = jobs[4].is_cancelled = True
     kinds = [type(to.get(timeout=60)).__name__ for to in results]
     assert [kinds[i] for i in (0, 4)] == [ClientDisconnected.__name__] * 2
     assert [kinds[i] for i in (1, 5)] == [RequestTimeout.__name__] * 2
@@ -202,18 +202,18 @@ def test_ranks_agree_once_a_round(text_model, byte_tokenizer, monkeypatch, sampl
     results = [queue.Queue() for _ in range(8)]
 
     def leaves(ids, _):
-        jobs[1].is_gone = ids.shape[1] > len(PROMPTS[1]) + 8
+        jobs[1].is_cancelled = ids.shape[1] > len(PROMPTS[1]) + 8
         return False
 
     def is_late(ids, _):
-        jobs[2].most_seconds = 0 if ids.shape[1] > len(PROMPTS[2]) + 20 else 600
+        jobs[2].timeout = 0 if ids.shape[1] > len(PROMPTS[2]) + 20 else 600
         return False
 
     criteria = {1: leaves, 2: is_late}
     jobs = []
     for place, to in enumerate(results):
         given = Request(PROMPTS[place % 4], stopping_criteria=criteria.get(place), seed=place, config=config)
-        jobs.append(Job(generators[0].prepared(given, config)[0], to.put))
+        jobs.append(Job(generators[0].prepare(given, config), to.put))
     engine = Running(generators[0].generation_strategy, text_model, config, 4, max_waiting=4)
     engine.submit(jobs)
     ended = [type(to.get(timeout=60)) for to in results]
@@ -232,7 +232,7 @@ def test_an_engine_that_fails_tells_all(engine, monkeypatch):
     results = queue.Queue()
     engine.submit([job(prompt, results) for prompt in PROMPTS * 2])
     assert {type(results.get(timeout=60)) for _ in range(8)} == {ServerShutdown}
-    assert not engine.is_up
+    assert not engine.accepts_jobs
     assert not engine.stop()
 
 
@@ -247,4 +247,4 @@ def test_waiting_counts_from_a_jobs_arrival(engine):
     for _ in PROMPTS:
         results.get(timeout=60)
     engine.stop()
-    assert one.arrived <= now <= one.admitted
+    assert one.arrival_time <= now <= one.admission_time

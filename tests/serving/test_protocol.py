@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from self_speculation import GenerationConfig
-from serving.protocol import APIError, ChatRequest, CompletionRequest, read
+from serving.protocol import APIError, ChatRequest, CompletionRequest, parse
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -14,7 +14,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 def refused(kind, **said):
     """(field at fault, message)"""
     with pytest.raises(APIError) as refused:
-        read(kind, json.dumps(said).encode())
+        parse(kind, json.dumps(said).encode())
     return refused.value.param, str(refused.value)
 
 
@@ -132,10 +132,10 @@ def test_one_prompt_or_several(given, several):
 def test_what_is_not_said_is_as_the_server_says():
     """Guards against a temperature of the flags that overrides the request's, or the other way round."""
     default = GenerationConfig(max_steps=7, sample=False, top_p=0.5, stop_words=["x"], exit_layer=2)
-    assert ChatRequest(messages=HELLO).config(default) == default
+    assert ChatRequest(messages=HELLO).generation_config(default) == default
     said = ChatRequest(messages=HELLO, temperature=0.5, max_completion_tokens=9, stop="y", drafts=False)
-    config = said.config(default)
+    config = said.generation_config(default)
     assert (config.sample, config.temperature, config.top_p) == (True, 0.5, 0.5)
     assert (config.max_steps, config.stop_words) == (9, ["y"])
     assert (config.generation_strategy, config.exit_layer) == ("autoregressive", -1)
-    assert ChatRequest(messages=HELLO, temperature=0).config(GenerationConfig()).greedy
+    assert ChatRequest(messages=HELLO, temperature=0).generation_config(GenerationConfig()).greedy
