@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 import logging
@@ -29,6 +30,8 @@ from starlette.types import Receive, Scope, Send
 import self_speculation
 from runs.failures import reason
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
+from self_speculation.decoding.stopping import decode
+from self_speculation.model.families import context_length
 from serving.access import AccessMiddleware, is_loopback
 from serving.engine import (
     ClientDisconnected,
@@ -60,6 +63,7 @@ class _Choice:
     index: int
     job: Job
     logprobs: LogprobCollector | None
+    echo: str = ""  # the prompt, if the answer repeats it
     num_chars: int = 0  # of the text so far
     finished: FinishedRequest | None = None
 
@@ -98,7 +102,9 @@ class App(Starlette):
         address: str,
     ) -> None:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
-        self._args, self._metrics, self._created = args, Metrics(engine), int(time.time())
+        self._args, self._metrics, self._created = args, Metrics(engine, name), int(time.time())
+        backend = (self_speculation.__version__, name, generator.model.dtype, config)
+        self._fingerprint = f"fp_{hashlib.sha256(repr(backend).encode()).hexdigest()[:10]}"
         access = Middleware(
             AccessMiddleware, args=args, is_local=is_loopback(address), on_error=self._respond_error
         )
@@ -109,6 +115,7 @@ class App(Starlette):
                 Route("/health", self._health),
                 Route("/metrics", self._exposition),
                 Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
             ],
@@ -129,13 +136,21 @@ class App(Starlette):
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     async def _models(self, _: Request) -> Response:
-        model = {
+        return JSONResponse({"object": "list", "data": [self._model_entry]})
+
+    async def _model(self, http: Request) -> Response:
+        self._check_model(http.path_params["name"])
+        return JSONResponse(self._model_entry)
+
+    @property
+    def _model_entry(self) -> dict[str, Any]:
+        return {
             "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "self-speculation",
+            "max_model_len": context_length(self._generator.model.config),
         }
-        return JSONResponse({"object": "list", "data": [model]})
 
     async def _chat(self, http: Request) -> Response:
         return await self._respond(http, ChatRequest, self._encode_chat)
@@ -146,20 +161,20 @@ class App(Starlette):
     async def _respond_error(self, _: Request, exception: Exception) -> Response:
         error = _api_error(exception)
         self._metrics.count_error(error.status)
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            405: getattr(exception, "headers", None),  # Allow
+            429: {"Retry-After": "1"},
+            503: {"Retry-After": "1"},
+        }
         # ASCII: the message may quote text that is not valid Unicode.
         return Response(
-            json.dumps(error.body),
-            error.status,
-            headers={"Retry-After": "1"} if error.status in (429, 503) else None,
-            media_type="application/json",
+            json.dumps(error.body), error.status, headers.get(error.status), media_type="application/json"
         )
 
     def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
         self._check(request, len(request.prompt))
-        try:
-            return [self._generator.encode(prompt) for prompt in request.prompt]
-        except ValueError as error:
-            raise APIError(str(error), param="prompt") from error
+        return [self._encode(prompt, "prompt") for prompt in request.prompt]
 
     def _encode_chat(self, request: ChatRequest) -> list[list[int]]:
         self._check(request, 1)
@@ -172,17 +187,34 @@ class App(Starlette):
             prompt = apply(tokenize=False)
             if self._args.sanitize_control_tokens and not self._generator.is_far_too_long(prompt):
                 prompt = apply(sanitize_control_tokens=True, return_dict=False)  # ids
-            return [self._generator.encode(prompt, special_tokens=False)]  # the template adds them
         except (TemplateError, ValueError) as error:
             raise APIError(f"messages: {error}", param="messages") from error
+        return [self._encode(prompt, "messages", special_tokens=False)]  # the template adds them
+
+    def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
+        generator, length = self._generator, f"{len(prompt)} characters"
+        if isinstance(prompt, list) or not generator.is_far_too_long(prompt):
+            try:
+                ids = generator.encode(prompt, special_tokens)
+            except ValueError as error:
+                raise APIError(f"{param}: {error}", param=param) from error
+            if len(ids) < context_length(generator.model.config):
+                return ids
+            length = f"{len(ids)} tokens"
+        context = context_length(generator.model.config)
+        message = f"{param}: this model's maximum context length is {context} tokens, the prompt has {length}"
+        raise APIError(message, param=param, code="context_length_exceeded")
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name:
+            message = f"model {name!r}: this server has {self._name!r}"
+            raise APIError(message, 404, "model", "model_not_found")
 
     def _check(self, request: BaseRequest, num_prompts: int) -> None:
-        if request.model not in (None, self._name):
-            message = f"model {request.model!r}: this server has {self._name!r}"
-            raise APIError(message, 404, "model", "model_not_found")
+        self._check_model(request.model or self._name)
         limit = self._args.max_tokens
-        if limit is not None and (request.max_tokens or 0) > limit:
-            message = f"max_tokens {request.max_tokens}: must be at most {limit}"
+        if limit is not None and (request.max_new_tokens or 0) > limit:
+            message = f"max_tokens {request.max_new_tokens}: must be at most {limit}"
             raise APIError(message, param="max_tokens")
         if num_prompts * request.n > (limit := self._engine.max_jobs):
             message = f"n {request.n}, for {num_prompts} prompts: must be at most {limit} answers together"
@@ -212,9 +244,9 @@ class App(Starlette):
         finished = [choice.finished for choice in choices if choice.finished]
         return JSONResponse(
             {
-                **request.head(self._name),
+                **request.head(self._name, self._fingerprint),
                 "choices": [
-                    choice.as_json(request, Delta(answer.text))
+                    choice.as_json(request, Delta(choice.echo + answer.text))
                     for choice, answer in zip(choices, finished, strict=True)
                 ],
                 "usage": usage(finished, request.n),
@@ -230,7 +262,7 @@ class App(Starlette):
         Raises:
             APIError: generation failed before the first chunk.
         """
-        head, begun = request.head(self._name), set[int]()
+        head, begun = request.head(self._name, self._fingerprint), set[int]()
         has_usage = request.stream_options is not None and request.stream_options.include_usage
 
         def chunk(choices: list[dict[str, Any]], **figures: Any) -> str:
@@ -242,7 +274,7 @@ class App(Starlette):
                 async for choice, delta in events:
                     if choice.index not in begun:
                         begun.add(choice.index)
-                        for first in request.first_chunks(choice.index):
+                        for first in request.first_chunks(choice.index, choice.echo):
                             yield chunk([first])
                     yield chunk([choice.as_json(request, delta)])
             except APIError as error:
@@ -301,7 +333,8 @@ class App(Starlette):
             ids, stopping_criteria=logprobs, streamer=streamer, seed=seed, config=config
         )
         job = Job(self._generator.prepare(prompt, config), emit, self._args.max_time)
-        return _Choice(index, job, logprobs)
+        echo = request.prompt_to_echo(index)
+        return _Choice(index, job, logprobs, echo if isinstance(echo, str) else decode(tokenizer, echo))
 
     async def _events(self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]) -> Events:
         """Yield what the engine emits until all choices finish. Closing the generator cancels the jobs.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -33,11 +35,13 @@ class FinishedRequest(NamedTuple):
 class Metrics:
     """Counters of one server, in a registry of its own."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._registry = CollectorRegistry()
+    def __init__(self, engine: Engine, model: str) -> None:
+        self._registry, self._model = CollectorRegistry(), model
 
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(f"{_PREFIX}_{name}", help, labels, registry=self._registry)
+        def counter(name: str, help: str, *labels: str, prefix: str = f"{_PREFIX}_") -> Counter:
+            return Counter(f"{prefix}{name}", help, labels, registry=self._registry)
+
+        vllm = partial(counter, prefix="vllm:spec_decode_")
 
         def histogram(name: str, help: str) -> Histogram:
             return Histogram(f"{_PREFIX}_{name}_seconds", help, buckets=_SECONDS, registry=self._registry)
@@ -49,6 +53,14 @@ class Metrics:
         self._tokens = counter("generated_tokens", "Generated tokens")
         self._drafted = counter("drafted_tokens", "Drafted tokens by draft source", "source")
         self._accepted = counter("accepted_tokens", "Accepted draft tokens by draft source", "source")
+        # The names that dashboards of vLLM know.
+        labels = ("model_name", "engine")
+        self._num_drafts = vllm("num_drafts", "Drafts", *labels)
+        self._num_draft_tokens = vllm("num_draft_tokens", "Drafted tokens", *labels)
+        self._num_accepted = vllm("num_accepted_tokens", "Accepted draft tokens", *labels)
+        self._num_accepted_per_pos = vllm(
+            "num_accepted_tokens_per_pos", "Accepted draft tokens by position", *labels, "position"
+        )
         self._first_token = histogram("time_to_first_token", "From a request's arrival to its first token")
         self._decoding = histogram("decode_time", "From the first token to the last")
         for name, help, number in (
@@ -69,6 +81,12 @@ class Metrics:
         for source, counts in (result.drafts_by_source or {}).items():
             self._drafted.labels(source).inc(counts.drafted)
             self._accepted.labels(source).inc(counts.accepted)
+        labels = (self._model, "0")
+        self._num_drafts.labels(*labels).inc((result.drafted_by_position or [0])[0])
+        self._num_draft_tokens.labels(*labels).inc(result.num_drafted or 0)
+        self._num_accepted.labels(*labels).inc(result.num_accepted or 0)
+        for position, accepted in enumerate(result.accepted_by_position or ()):
+            self._num_accepted_per_pos.labels(*labels, str(position)).inc(accepted)
         self._first_token.observe(finished.time_to_first_token)
         self._decoding.observe(result.decode_time)
 
@@ -102,6 +120,12 @@ def metrics(finished: Sequence[FinishedRequest]) -> dict[str, Any]:
             before = sources.get(name, SourceCounts(0, 0, 0))
             sources[name] = SourceCounts(*map(sum, zip(before, counts, strict=True)))
     drafted, accepted = (sum(getattr(c, name) for c in sources.values()) for name in ("drafted", "accepted"))
+    # [j]: drafts of which at least j tokens were accepted.
+    accepted_at_least = [
+        sum((result.drafted_by_position or (0,))[0] for result in results),
+        *map(sum, zip_longest(*(result.accepted_by_position or () for result in results), fillvalue=0)),
+    ]
+    drafts = accepted_at_least[0]
     return {
         "tokens_per_second": decoded / seconds if decoded else None,
         "time_to_first_token": min(each.time_to_first_token for each in finished),
@@ -111,5 +135,12 @@ def metrics(finished: Sequence[FinishedRequest]) -> dict[str, Any]:
             "acceptance_rate": accepted / drafted if drafted else None,
             "mean_accepted_length": decoded / rounds if rounds else None,
             "by_source": {name: counts._asdict() for name, counts in sources.items()},
+            # vLLM's names.
+            "mean_acceptance_length": 1 + accepted / drafts if drafts else None,
+            "draft_acceptance_rate": accepted / drafted if drafted else None,
+            "num_draft_tokens": drafted,
+            "num_accepted_draft_tokens": accepted,
+            "num_spec_steps": drafts,
+            "acceptance_histogram": [a - b for a, b in pairwise([*accepted_at_least, 0])],
         },
     }

@@ -15,7 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,15 +26,21 @@ from pydantic import (
 )
 
 from self_speculation import GenerationConfig
-from serving.streaming import Delta, TokenLogprob
+from serving.streaming import Delta, Token, TokenLogprob
 
 # Fields that the server cannot honour -> values that ask for nothing. Null always asks for nothing.
 _NEUTRAL: dict[str, list[Any]] = {
-    "best_of": [1], "echo": [False], "frequency_penalty": [0], "function_call": ["none", "auto"],
-    "functions": [[]], "logit_bias": [{}], "metadata": [{}], "modalities": [["text"]],
-    "parallel_tool_calls": [True, False], "presence_penalty": [0], "response_format": [{"type": "text"}],
-    "service_tier": ["auto", "default"], "store": [False], "suffix": [""], "tool_choice": ["none", "auto"],
-    "tools": [[]],
+    "annotations": [[]], "best_of": [1], "chat_template_kwargs": [{}], "frequency_penalty": [0],
+    "function_call": ["none", "auto"], "functions": [[]], "ignore_eos": [False],
+    "include_obfuscation": [False], "logit_bias": [{}], "min_p": [0], "modalities": [["text"]],
+    "parallel_tool_calls": [True, False], "presence_penalty": [0], "reasoning_content": [""],
+    "repetition_penalty": [1], "response_format": [{"type": "text"}], "suffix": [""], "tool_calls": [[]],
+    "tool_choice": ["none", "auto"], "tools": [[]], "top_k": [-1, 0],
+}  # fmt: skip
+# Fields that do not change the text of an answer.
+_IGNORED = {
+    "cache_control", "metadata", "name", "prompt_cache_key", "reasoning_effort", "safety_identifier",
+    "service_tier", "store", "user", "verbosity",
 }  # fmt: skip
 _FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 _MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -103,7 +108,11 @@ class _Strict(BaseModel):
             return given
         if len(given) > _MAX_FIELDS:
             raise ValueError(f"must have at most {_MAX_FIELDS} fields, not {len(given)}")
-        return {k: v for k, v in given.items() if v is not None and v not in _NEUTRAL.get(k, [])}
+        return {
+            k: v
+            for k, v in given.items()
+            if v is not None and k not in _IGNORED and v not in _NEUTRAL.get(k, [])
+        }
 
 
 class _StreamOptions(_Strict):
@@ -124,6 +133,13 @@ class _Message(_Strict):
     def _as_parts(cls, given: Any) -> Any:
         return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _allow_no_content(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("role") == "assistant" and given.get("content") is None:
+            return {**given, "content": []}
+        return given
+
     @property
     def for_template(self) -> dict[str, str]:
         role = "system" if self.role == "developer" else self.role
@@ -138,12 +154,12 @@ class BaseRequest(_Strict, ABC):
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     stop: list[Annotated[_Text, Field(min_length=1)]] | None = Field(None, max_length=16)
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
-    user: str | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
     drafts: bool = True
@@ -157,14 +173,18 @@ class BaseRequest(_Strict, ABC):
     @field_validator("stream_options", "stream_drafts")
     @classmethod
     def _check_stream(cls, given: Any, info: ValidationInfo) -> Any:
-        if given and not info.data.get("stream"):
+        if given not in (False, _StreamOptions()) and not info.data.get("stream"):
             raise ValueError("is for stream true")
         return given
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)
 
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
         """Replace what the request sets."""
         fields = {
-            "max_steps": self.max_tokens,
+            "max_steps": self.max_new_tokens,
             "temperature": self.temperature,
             "sample": None if self.temperature is None else self.temperature > 0,
             "top_p": self.top_p,
@@ -178,7 +198,7 @@ class BaseRequest(_Strict, ABC):
     def num_top_logprobs(self) -> int | None:
         """Number of likely tokens to return at each position; None: return no log-probabilities."""
 
-    def head(self, model: str) -> dict[str, Any]:
+    def head(self, model: str, fingerprint: str) -> dict[str, Any]:
         """The first fields of an answer, or of each chunk of a stream."""
         name = self.chunk_name if self.stream else self.object_name
         return {
@@ -186,11 +206,20 @@ class BaseRequest(_Strict, ABC):
             "object": name,
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": fingerprint,
         }
 
-    def first_chunks(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002
-        """The chunks of a choice before those with its text."""
-        return []
+    def prompt_to_echo(self, index: int) -> str | list[int]:  # noqa: ARG002
+        """The prompt that a choice repeats before its answer."""
+        return ""
+
+    def first_chunks(self, index: int, echo: str) -> list[dict[str, Any]]:
+        """The chunks of a choice before those with its text.
+
+        Args:
+            echo: the text that precedes the answer, if any.
+        """
+        return [self.choice(index, Delta(echo), None, None)] if echo else []
 
     def choice(
         self, index: int, delta: Delta, logprobs: list[TokenLogprob] | None, stop_reason: str | None
@@ -222,16 +251,13 @@ class ChatRequest(BaseRequest):
     chunk_name = "chat.completion.chunk"
 
     messages: list[_Message] = Field(min_length=1, max_length=_MAX_ITEMS, fail_fast=True)
-    max_tokens: int | None = Field(
-        None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
-    )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @field_validator("top_logprobs")
     @classmethod
     def _check_logprobs(cls, given: int | None, info: ValidationInfo) -> int | None:
-        if not info.data.get("logprobs"):
+        if given and not info.data.get("logprobs"):
             raise ValueError("is for logprobs true")
         return given
 
@@ -239,7 +265,7 @@ class ChatRequest(BaseRequest):
     def num_top_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def first_chunks(self, index: int) -> list[dict[str, Any]]:
+    def first_chunks(self, index: int, echo: str) -> list[dict[str, Any]]:  # noqa: ARG002
         chunk = self.choice(index, Delta(""), None, None)
         return [{**chunk, "delta": {"role": "assistant", "content": ""}}]
 
@@ -249,12 +275,11 @@ class ChatRequest(BaseRequest):
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
-        def entry(text: str, logprob: float) -> dict[str, Any]:
-            bytes_ = None if "\ufffd" in text else list(text.encode())  # part of a character has no text
-            return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": bytes_}
+        def entry(token: Token, logprob: float) -> dict[str, Any]:
+            return {"token": token.text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(token.bytes)}
 
         content = [
-            {**entry(token.text, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
+            {**entry(token.token, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
@@ -268,6 +293,14 @@ class CompletionRequest(BaseRequest):
 
     prompt: Annotated[list[_Text | _Ids], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+
+    @field_validator("echo")
+    @classmethod
+    def _check_echo(cls, given: bool, info: ValidationInfo) -> bool:
+        if given and info.data.get("logprobs") is not None:
+            raise ValueError("cannot be combined with logprobs")
+        return given
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -284,16 +317,20 @@ class CompletionRequest(BaseRequest):
     def num_top_logprobs(self) -> int | None:
         return self.logprobs
 
+    def prompt_to_echo(self, index: int) -> str | list[int]:
+        return self.prompt[index // self.n] if self.echo else ""
+
     def _content(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [token.token.text for token in tokens],
             "token_logprobs": [max(token.logprob, _MIN_LOGPROB) for token in tokens],
             # If tokens have the same text, such as parts of characters, the most likely one stays.
             "top_logprobs": [
-                {text: max(value, _MIN_LOGPROB) for text, value in reversed(token.top)} for token in tokens
+                {other.text: max(value, _MIN_LOGPROB) for other, value in reversed(token.top)}
+                for token in tokens
             ],
             "text_offset": [token.offset for token in tokens],
         }

@@ -39,4 +39,6 @@ def test_no_host_header_bypasses_the_key():
 def test_a_key_is_compared_byte_for_byte():
     """Guards against non-ASCII characters, which HTTP decodes otherwise."""
     for key, expected in ((b"s\xc3\xa9same\xff", None), (b"s\xe9same\xff", 401), (b"", 401)):
-        assert status("0.0.0.0", "sésame\udcff", authorization=b"Bearer " + key) == expected
+        for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
+            assert status("0.0.0.0", "sésame\udcff", authorization=scheme + key) == expected
+    assert status("0.0.0.0", "sesame", authorization=b"Basic sesame") == 401

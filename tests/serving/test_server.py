@@ -63,6 +63,8 @@ def test_a_chat_gets_the_generators_answer(served):
     for chunk in streamed:
         ChatCompletionChunk.model_validate(chunk)
         assert "usage" not in chunk
+    prints = {answer["system_fingerprint"], *(chunk["system_fingerprint"] for chunk in streamed)}
+    assert len(prints) == 1
     first, *deltas = [choice["delta"] for choice in first_choices(streamed)]
     assert first == {"role": "assistant", "content": ""}
     assert "".join(delta.pop("content") for delta in deltas) == expected
@@ -163,7 +165,9 @@ def test_logprobs_are_those_of_the_model(served):
         row = scores[len(prompt) + i - 1]
         assert logprob == pytest.approx(float(row[id_]), abs=1e-3)
         assert max(logprobs["top_logprobs"][i].values()) == pytest.approx(float(row.max()), abs=1e-3)
-    assert logprobs["text_offset"] == [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
+    for i, offset in enumerate(logprobs["text_offset"]):
+        before = tokenizer.decode(ids[:i])
+        assert offset == len(before) or before.endswith("\ufffd")
 
     request = {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "max_tokens": 10}
     whole = post(served, "chat/completions", **request).json()
@@ -198,6 +202,14 @@ def test_usage_and_metrics_of_an_answer(served):
         assert drafts["mean_accepted_length"] > 1
         [source] = drafts["by_source"].values()
         assert (source["drafted"], source["accepted"]) == (drafts["drafted"], drafts["accepted"])
+        histogram, steps = drafts["acceptance_histogram"], drafts["num_spec_steps"]
+        assert sum(histogram) == steps <= source["rounds"]  # a round may have no room for a draft
+        assert sum(j * count for j, count in enumerate(histogram)) == drafts["num_accepted_draft_tokens"]
+        assert (drafts["num_draft_tokens"], drafts["num_accepted_draft_tokens"]) == tuple(
+            drafts[name] for name in ("drafted", "accepted")
+        )
+        assert drafts["mean_acceptance_length"] == 1 + drafts["accepted"] / steps
+        assert drafts["draft_acceptance_rate"] == drafts["acceptance_rate"]
 
 
 def test_drafts_can_be_streamed_and_switched_off(served):
@@ -218,7 +230,9 @@ def test_drafts_can_be_streamed_and_switched_off(served):
     parts = first_choices(others)
     assert "".join(part["text"] for part in parts) == text
     assert all(part["draft"] == {"accepted": 0, "pending": ""} for part in parts)
-    assert last["metrics"]["speculative_decoding"]["drafted"] == 0
+    drafts = last["metrics"]["speculative_decoding"]
+    assert drafts["drafted"] == drafts["num_spec_steps"] == drafts["acceptance_histogram"][0] == 0
+    assert drafts["mean_acceptance_length"] is None
 
 
 @pytest.mark.parametrize(
@@ -233,8 +247,7 @@ def test_drafts_can_be_streamed_and_switched_off(served):
         (b'{"\\ud800": 1}', 400, None, ""),
         (b'{"prompt": "\\ud800"}', 400, "prompt", "must be a text"),
         (b'{"prompt": [99999]}', 400, "prompt", "token id 99999"),
-        (b'{"prompt": [5%s]}' % (b", 5" * 300), 400, None, "leaves no room"),
-        (b'{"prompt": "%s"}' % (b"x y " * 1000), 400, "prompt", "leaves no room in the model's context"),
+        (b'{"prompt": "x", "echo": true, "logprobs": 1}', 400, "echo", "cannot be combined with logprobs"),
         (b'{"prompt": "x", "n": 9}', 400, "n", "must be at most 8 answers"),
         (b'{"prompt": "x", "model": "y"}', 404, "model", "this server has 'tiny'"),
     ],
@@ -253,6 +266,49 @@ def test_an_error_names_the_fault(served, body, status, param, says, stream):
     assert error["param"] == param
     assert says in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "prompt"),
+    [
+        ("completions", "prompt", [5] * 256),
+        ("completions", "prompt", "x y " * 1000),
+        ("chat/completions", "messages", [{"role": "user", "content": "x y z " * 60}]),
+    ],
+)
+def test_a_prompt_beyond_the_context(served, path, param, prompt):
+    """Clients shorten a prompt if they know this code and these words."""
+    response = post(served, path, **{param: prompt})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert "this model's maximum context length is 256 tokens" in error["message"]
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_echo_repeats_the_prompt(served, tokens):
+    expected = [prompt + served.expected(prompt, max_steps=9) for prompt in PROMPTS for _ in range(2)]
+    prompts = [served.generator.encode(prompt) for prompt in PROMPTS] if tokens else PROMPTS
+    request = {"prompt": prompts, "n": 2, "max_tokens": 9, "echo": True, "temperature": 0}
+    assert [choice["text"] for choice in post(served, **request).json()["choices"]] == expected
+    texts = [""] * 8
+    for chunk in chunks(served, **request):
+        [part] = chunk["choices"]
+        texts[part["index"]] += part["text"]
+    assert texts == expected
+
+
+def test_headers_and_methods_that_clients_expect(served):
+    """Guards against health checks by HEAD that fail, and requests that cannot be traced."""
+    for path in ("/", "/health"):
+        assert requests.head(served.url + path).status_code == 200
+    assert requests.get(f"{served.url}/v1/completions").headers["Allow"] == "POST"
+    named = requests.get(f"{served.url}/v1/nothing", headers={"X-Request-Id": "mine"})
+    assert (named.status_code, named.headers["x-request-id"]) == (404, "mine")
+    ids = {requests.get(f"{served.url}/health").headers["x-request-id"] for _ in range(2)}
+    assert len(ids) == 2
+    assert served.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
+        served.client.models.retrieve("a/b")
 
 
 def test_requests_that_pages_of_other_sites_can_send(served):
@@ -320,6 +376,7 @@ def test_limits_and_key(text_model, byte_tokenizer):
             for path in ("v1/completions", "v1/models", "metrics"):
                 response = requests.get(f"{served.url}/{path}", headers=headers)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert response.headers["WWW-Authenticate"] == "Bearer"
         assert requests.get(f"{served.url}/health").status_code == 200
         with pytest.raises(openai.BadRequestError, match="max_tokens 11: must be at most 10"):
             served.client.completions.create(model="tiny", prompt="x", max_tokens=11)
@@ -433,18 +490,26 @@ def test_prometheus_counters(served):
         return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
 
     before = figures()
-    post(served, prompt=PROMPTS[0], max_tokens=7)
-    post(served, prompt=PROMPTS[0], max_tokens=7, stream=True)
-    post(served, prompt=PROMPTS[0], max_tokens=0)
+    post(served, prompt=PROMPTS[1], max_tokens=20)
+    post(served, prompt=PROMPTS[1], max_tokens=20, stream=True)
+    post(served, prompt=PROMPTS[1], max_tokens=0)
     after = figures()
 
-    def more(name):
-        return float(after[f"self_speculation_{name}"]) - float(before.get(f"self_speculation_{name}", 0))
+    def more(name, prefix="self_speculation_"):
+        return float(after[prefix + name]) - float(before.get(prefix + name, 0))
+
+    def vllm(name, labels=""):
+        return more(f'{name}_total{{engine="0",model_name="tiny"{labels}}}', "vllm:spec_decode_")
 
     assert more('answers_total{ended_by="max_steps"}') == 2
     assert more('refused_total{status="400"}') == 1
-    assert more("generated_tokens_total") == 14
+    assert more("generated_tokens_total") == 40
     assert more("cached_prompt_tokens_total") > 0
     assert more("time_to_first_token_seconds_count") == 2
     assert more('drafted_tokens_total{source="exit 2"}') > 0
+    assert vllm("num_draft_tokens") == more('drafted_tokens_total{source="exit 2"}')
+    assert vllm("num_accepted_tokens") == more('accepted_tokens_total{source="exit 2"}')
+    by_position = [vllm("num_accepted_tokens_per_pos", f',position="{i}"') for i in range(3)]
+    assert sum(by_position) == vllm("num_accepted_tokens")
+    assert vllm("num_drafts") >= by_position[0] > 0
     assert float(after["self_speculation_waiting"]) == float(after["self_speculation_in_flight"]) == 0
