@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -81,6 +81,29 @@ class Request:
         """Those of the prediction, once it is tokenized."""
         assert not isinstance(self.prediction, str), "a strategy takes token ids"
         return self.prediction or ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRequest(Request):
+    """A request in token ids, with all that ends its answer; see `HuggingfaceLlamaGenerator.prepare`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_words: StopWords
+    started: float
+
+    def finish(self, result: GenerationStrategyResult) -> GenerationResult:
+        """Decode the output up to its stop word."""
+        text = self.stop_words.cut(continuation(self.tokenizer, self.ids, result.predicted_tokens))
+        total_time = time.perf_counter() - self.started
+        num_tokens = len(result.predicted_tokens)
+        return GenerationResult(
+            generation_strategy_result=result,
+            decoded_prediction=text,
+            num_tokens_generated=num_tokens,
+            total_time=total_time,
+            time_per_token=total_time / max(num_tokens, 1),
+            tokens_per_second=num_tokens / total_time,
+        )
 
 
 class GenerationStrategy(ABC):
@@ -184,23 +207,23 @@ class HuggingfaceLlamaGenerator:
         """Generate with a strategy that has `generate_token_ids` only. It gets stop words as a stopping
         criterion, and penalties as logits processors.
         """
-        started = time.perf_counter()
-        request, words = self.prepared(request, config)
-        processors, criteria = as_list(request.logits_processors), as_list(request.stopping_criteria)
-        processors = [*config_processors(config, len(request.ids)), *processors]
-        if words.words:
-            num_prompt = len(request.ids)
+        prepared = self.prepare(request, config)
+        processors, criteria = as_list(prepared.logits_processors), as_list(prepared.stopping_criteria)
+        processors = [*config_processors(config, len(prepared.ids)), *processors]
+        if prepared.stop_words.words:
+            num_prompt = len(prepared.ids)
+            words = prepared.stop_words
             criteria.append(lambda ids, *_, **__: torch.tensor([words(ids[0, num_prompt:].tolist())]))
         result = self.generation_strategy.generate_token_ids(
             self.model,
-            request.ids,
-            as_list(request.eos_token_ids),
+            prepared.ids,
+            as_list(prepared.eos_token_ids),
             config,
             LogitsProcessorList(processors) if processors else None,
             StoppingCriteriaList(criteria) if criteria else None,
-            request.streamer,
+            prepared.streamer,
         )
-        return self.answer(result, started, request.ids, words)
+        return prepared.finish(result)
 
     def generate_batch(
         self,
@@ -224,7 +247,7 @@ class HuggingfaceLlamaGenerator:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
-        begun: list[tuple[int, float, list[int], StopWords]] = []  # in the order of the strategy
+        begun: list[tuple[int, PreparedRequest]] = []  # in the order of the strategy
         failed: list[tuple[int, Exception]] = []
 
         began = time.perf_counter()  # the first answer's time includes the setup
@@ -233,70 +256,55 @@ class HuggingfaceLlamaGenerator:
             for index, given in enumerate(prompts):
                 started = time.perf_counter() if begun else began
                 try:
-                    request, words = self.prepared(given, generation_config)
+                    request = self.prepare(given, generation_config, started)
                 except Exception as error:
                     failed.append((index, error))
                     continue
-                begun.append((index, started, request.ids, words))
+                begun.append((index, request))
                 yield request
 
         strategy = self.generation_strategy
         for place, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
-            index, started, ids, words = begun[place]
-            if isinstance(result, Exception):
-                yield index, result
-            else:
-                yield index, self.answer(result, started, ids, words)
+            index, request = begun[place]
+            yield index, result if isinstance(result, Exception) else request.finish(result)
         yield from failed
 
-    def prepared(
-        self, given: str | list[int] | Request, generation_config: GenerationConfig
-    ) -> tuple[Request, StopWords]:
-        """A request as a strategy takes it, in token ids and with all that ends it; and its stop words.
+    def prepare(
+        self,
+        given: str | list[int] | Request,
+        generation_config: GenerationConfig,
+        started: float | None = None,
+    ) -> PreparedRequest:
+        """Tokenize a prompt and add what ends its answer.
+
+        Args:
+            started: when the request's time began, by `time.perf_counter`; None: now.
 
         Raises:
             ValueError: what `encode` raises.
         """
+        started = time.perf_counter() if started is None else started
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
         words = StopWords(self.tokenizer, (request.config or generation_config).stop_words or [], ids)
         processors, prediction = as_list(request.logits_processors), request.prediction
+        ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         if request.grammar is not None:
-            ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
             size = self.model.config.vocab_size
             processors += [GrammarProcessor(request.grammar, self.tokenizer, len(ids), size, ends)]
         if isinstance(prediction, str):
             prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
-        prepared = replace(
-            request,
-            prompt=ids,
-            logits_processors=processors,
-            prediction=prediction,
-            eos_token_ids=[*self.eos_token_ids, *as_list(request.eos_token_ids)],
-            ends_text=_either(words if words.words else None, request.ends_text),
-        )
-        return prepared, words
-
-    def answer(
-        self, result: GenerationStrategyResult, started: float, input_ids: list[int], stop_words: StopWords
-    ) -> GenerationResult:
-        """What came of a request, as text.
-
-        Args:
-            started: when its time began, by `time.perf_counter`.
-            input_ids, stop_words: of the request, by `prepared`.
-        """
-        text = stop_words.cut(continuation(self.tokenizer, input_ids, result.predicted_tokens))
-        total_time = time.perf_counter() - started
-        num_tokens = len(result.predicted_tokens)
-        return GenerationResult(
-            generation_strategy_result=result,
-            decoded_prediction=text,
-            num_tokens_generated=num_tokens,
-            total_time=total_time,
-            time_per_token=total_time / max(num_tokens, 1),
-            tokens_per_second=num_tokens / total_time,
-        )
+        prepared = {
+            "prompt": ids,
+            "logits_processors": processors,
+            "prediction": prediction,
+            "eos_token_ids": ends,
+            "ends_text": _either(words if words.words else None, request.ends_text),
+            "tokenizer": self.tokenizer,
+            "stop_words": words,
+            "started": started,
+        }
+        return PreparedRequest(**{**vars(request), **prepared})
 
     def encode(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
         """The prompt's token ids.

@@ -1,22 +1,19 @@
-"""What is served over HTTP: who may ask, how requests become jobs of the engine, how answers go back."""
+"""The HTTP server: turns requests into jobs of the engine, and results into responses."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
+import hashlib
 import itertools
 import json
 import logging
 import math
-import os
-import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,93 +25,75 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 import self_speculation
 from runs.failures import reason
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
-from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.stopping import decode
+from self_speculation.model.families import context_length
+from serving.access import PAGE_FILES, AccessMiddleware, is_loopback
 from serving.engine import (
     ClientDisconnected,
     Engine,
     Job,
     QueueFull,
-    RequestEnded,
+    RequestAborted,
     RequestTimeout,
     ServerShutdown,
 )
-from serving.feeds import Delta, DraftFeed, LogprobCollector, Scored, TextFeed
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, metrics, usage
-from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, frame, read
+from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, parse
+from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
 _log = logging.getLogger(__name__)
-_PAGE = {"/": "page.html"} | {f"/{name}": name for name in ("page.css", "page.js", "markdown-it.umd.min.js")}
 _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_OPEN = (*_PAGE, "/health")  # to whoever has no key
-_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a port
 _STATUS = {QueueFull: 429, ClientDisconnected: 499, ServerShutdown: 503, RequestTimeout: 504}
-_RETRY = {"Retry-After": "1"}  # seconds
 _SEEDS = 2**63
 
-Events = AsyncGenerator[tuple[int, Delta | FinishedRequest]]  # each with the index of its choice
 T = TypeVar("T")
 R = TypeVar("R", bound=BaseRequest)
 
 
-def make_app(
-    generator: HuggingfaceLlamaGenerator,
-    engine: Engine,
-    config: GenerationConfig,
-    args: ServeArguments,
-    name: str,
-    address: str,
-) -> Starlette:
+@dataclass
+class _Choice:
+    """One answer to a request, and its state."""
+
+    index: int
+    job: Job
+    logprobs: LogprobCollector | None
+    echo: str = ""  # the prompt, if the answer repeats it
+    num_chars: int = 0  # of the text so far
+    finished: FinishedRequest | None = None
+
+    def as_json(self, request: BaseRequest, delta: Delta) -> dict[str, Any]:
+        """Format new text: that of a chunk, or the whole answer."""
+        stop_reason = self.finished.result.stop_reason if self.finished else None
+        self.num_chars += len(delta.text)
+        logprobs = None
+        if self.logprobs:
+            # The tokens of a stop word are not part of the answer.
+            end = self.num_chars if stop_reason in (None, "stop_word") else math.inf
+            logprobs = self.logprobs.take(end)
+        return request.choice(self.index, delta, logprobs, stop_reason)
+
+
+# The choices of a request and their new text. A choice that finishes has `finished` and no new text.
+Events = AsyncGenerator[tuple[_Choice, Delta]]
+
+
+class App(Starlette):
     """The server of one model.
 
     Args:
-        config: how answers are generated whose requests do not say otherwise.
-        name: the model's.
-        address: IP address that it listens at.
+        config: defaults for what requests leave out.
+        name: the model's name.
+        address: the IP address of the socket.
     """
-    server = _Server(generator, engine, config, args, name)
-    kinds = (APIError, HTTPException, Exception)
-    return Starlette(
-        routes=[
-            *(Route(path, server.page) for path in _PAGE),
-            Route("/health", server.health),
-            Route("/metrics", server.exposition),
-            Route("/v1/models", server.models),
-            Route("/v1/chat/completions", server.chat, methods=["POST"]),
-            Route("/v1/completions", server.complete, methods=["POST"]),
-        ],
-        middleware=[Middleware(_Gate, args=args, is_local=is_loopback(address), refuse=server.refuse)],
-        exception_handlers=dict.fromkeys(kinds, server.refuse),
-    )
-
-
-@dataclass
-class _Choice:
-    """An answer on its way."""
-
-    job: Job
-    stop_words: StopWords
-    scores: LogprobCollector | None
-    is_begun: bool = False
-    length: int = 0  # characters that were sent
-
-    def scored(self, text: str, stop_reason: str | None = None) -> list[Scored] | None:
-        """The tokens of new text, if they are wanted; at the end, all that are no part of a stop word."""
-        self.length += len(text)
-        is_whole = stop_reason not in (None, "stop_word")
-        return self.scores.take(math.inf if is_whole else self.length) if self.scores else None
-
-
-class _Server:
-    """See `make_app`."""
 
     def __init__(
         self,
@@ -123,291 +102,275 @@ class _Server:
         config: GenerationConfig,
         args: ServeArguments,
         name: str,
+        address: str,
     ) -> None:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
-        self._args, self._metrics, self._began = args, Metrics(engine), int(time.time())
+        self._args, self._metrics, self._created = args, Metrics(engine, name), int(time.time())
+        backend = (self_speculation.__version__, name, generator.model.dtype, config)
+        self._fingerprint = f"fp_{hashlib.sha256(repr(backend).encode()).hexdigest()[:10]}"
+        access = Middleware(
+            AccessMiddleware, args=args, is_local=is_loopback(address), on_error=self._respond_error
+        )
+        errors = (APIError, RequestAborted, HTTPException, Exception)
+        super().__init__(
+            routes=[
+                *(Route(path, self._page) for path in PAGE_FILES),
+                Route("/health", self._health),
+                Route("/metrics", self._exposition),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._complete, methods=["POST"]),
+            ],
+            middleware=[access],
+            exception_handlers=dict.fromkeys(errors, self._respond_error),
+        )
 
-    async def page(self, http: Request) -> Response:
+    async def _page(self, http: Request) -> Response:
         headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"}
-        return FileResponse(Path(__file__).with_name(_PAGE[http.scope["path"]]), headers=headers)
+        return FileResponse(Path(__file__).with_name(PAGE_FILES[http.scope["path"]]), headers=headers)
 
-    async def health(self, _: Request) -> Response:
-        if self._engine.is_up:
+    async def _health(self, _: Request) -> Response:
+        if self._engine.accepts_jobs:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "shutting down"}, 503)
 
-    async def exposition(self, _: Request) -> Response:
+    async def _exposition(self, _: Request) -> Response:
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    async def models(self, _: Request) -> Response:
-        model = {"id": self._name, "object": "model", "created": self._began, "owned_by": "self-speculation"}
-        return JSONResponse({"object": "list", "data": [model]})
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_entry]})
 
-    async def chat(self, http: Request) -> Response:
-        return await self._answer(http, ChatRequest, self._of_chat)
+    async def _model(self, http: Request) -> Response:
+        self._check_model(http.path_params["name"])
+        return JSONResponse(self._model_entry)
 
-    async def complete(self, http: Request) -> Response:
-        return await self._answer(http, CompletionRequest, self._of_texts)
+    @property
+    def _model_entry(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "self-speculation",
+            "max_model_len": context_length(self._generator.model.config),
+        }
 
-    async def refuse(self, _: Request, error: Exception) -> Response:
-        """The response to a request that gets no answer."""
-        if isinstance(error, HTTPException):
-            error = APIError(error.detail, error.status_code)
-        elif not isinstance(error, APIError):
-            error = APIError("the server failed at this request", 500)
-        self._metrics.count_refused(error.status)
-        # JSON in ASCII: what a request said may be no valid text.
+    async def _chat(self, http: Request) -> Response:
+        return await self._respond(http, ChatRequest, self._encode_chat)
+
+    async def _complete(self, http: Request) -> Response:
+        return await self._respond(http, CompletionRequest, self._encode_prompts)
+
+    async def _respond_error(self, _: Request, exception: Exception) -> Response:
+        error = _api_error(exception)
+        self._metrics.count_error(error.status)
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            405: getattr(exception, "headers", None),  # Allow
+            429: {"Retry-After": "1"},
+            503: {"Retry-After": "1"},
+        }
+        # ASCII: the message may quote text that is not valid Unicode.
         return Response(
-            json.dumps(error.body),
-            error.status,
-            headers=_RETRY if error.status in (429, 503) else None,
-            media_type="application/json",
+            json.dumps(error.body), error.status, headers.get(error.status), media_type="application/json"
         )
 
-    def _of_texts(self, asked: CompletionRequest) -> list[list[int]]:
-        """The prompts' ids."""
-        self._check(asked, len(asked.prompt))
-        try:
-            return [self._generator.encode(prompt) for prompt in asked.prompt]
-        except ValueError as error:
-            raise APIError(str(error), param="prompt") from error
+    def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        self._check(request, len(request.prompt))
+        return [self._encode(prompt, "prompt") for prompt in request.prompt]
 
-    def _of_chat(self, asked: ChatRequest) -> list[list[int]]:
-        """The ids of the one prompt."""
-        self._check(asked, 1)
+    def _encode_chat(self, request: ChatRequest) -> list[list[int]]:
+        self._check(request, 1)
         tokenizer = self._generator.tokenizer
         if not tokenizer.chat_template:
             raise APIError("messages: the model has no chat template, use /v1/completions", param="messages")
-        messages = [message.for_template for message in asked.messages]
-        applied = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True)
+        messages = [message.for_template for message in request.messages]
+        apply = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True)
         try:
-            prompt = applied(tokenize=False)
+            prompt = apply(tokenize=False)
             if self._args.sanitize_control_tokens and not self._generator.is_far_too_long(prompt):
-                prompt = applied(sanitize_control_tokens=True, return_dict=False)  # ids
-            return [self._generator.encode(prompt, special_tokens=False)]  # the template has them
+                prompt = apply(sanitize_control_tokens=True, return_dict=False)  # ids
         except (TemplateError, ValueError) as error:
             raise APIError(f"messages: {error}", param="messages") from error
+        return [self._encode(prompt, "messages", special_tokens=False)]  # the template adds them
 
-    def _check(self, asked: BaseRequest, num_prompts: int) -> None:
-        if asked.model not in (None, self._name):
-            message = f"model {asked.model!r}: this server has {self._name!r}"
+    def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
+        generator, length = self._generator, f"{len(prompt)} characters"
+        if isinstance(prompt, list) or not generator.is_far_too_long(prompt):
+            try:
+                ids = generator.encode(prompt, special_tokens)
+            except ValueError as error:
+                raise APIError(f"{param}: {error}", param=param) from error
+            if len(ids) < context_length(generator.model.config):
+                return ids
+            length = f"{len(ids)} tokens"
+        context = context_length(generator.model.config)
+        message = f"{param}: this model's maximum context length is {context} tokens, the prompt has {length}"
+        raise APIError(message, param=param, code="context_length_exceeded")
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name:
+            message = f"model {name!r}: this server has {self._name!r}"
             raise APIError(message, 404, "model", "model_not_found")
-        most = self._args.max_tokens
-        if most is not None and (asked.max_tokens or 0) > most:
-            raise APIError(f"max_tokens {asked.max_tokens}: must be at most {most}", param="max_tokens")
-        if num_prompts * asked.n > (room := self._engine.most_jobs):
-            message = f"n {asked.n}, for {num_prompts} prompts: must be at most {room} answers together"
+
+    def _check(self, request: BaseRequest, num_prompts: int) -> None:
+        self._check_model(request.model or self._name)
+        limit = self._args.max_tokens
+        if limit is not None and (request.max_new_tokens or 0) > limit:
+            message = f"max_tokens {request.max_new_tokens}: must be at most {limit}"
+            raise APIError(message, param="max_tokens")
+        if num_prompts * request.n > (limit := self._engine.max_jobs):
+            message = f"n {request.n}, for {num_prompts} prompts: must be at most {limit} answers together"
             raise APIError(message, param="n")
 
-    async def _answer(
-        self, http: Request, kind: type[R], prompts: Callable[[R], list[list[int]]]
+    async def _respond(
+        self, http: Request, kind: type[R], encode: Callable[[R], list[list[int]]]
     ) -> Response:
-        """Have the engine answer.
+        """Generate the choices of a request.
 
         Args:
-            kind: of the request.
-            prompts: request -> ids of its prompts.
+            encode: request -> token ids of its prompts.
         """
-        body, loop = await _body(http), asyncio.get_running_loop()
+        body, loop = await _read_body(http, self._args.max_body), asyncio.get_running_loop()
 
-        def begin() -> tuple[R, list[_Choice], Events]:
-            asked = read(kind, body)
-            return asked, *self._begin(asked, prompts(asked), loop)
+        def start() -> tuple[R, list[_Choice], Events]:
+            request = parse(kind, body)
+            return request, *self._submit(request, encode(request), loop)
 
-        # In another thread, so that nobody waits while a long request is parsed, checked and tokenized.
-        asked, choices, events = await asyncio.to_thread(begin)
-        if asked.stream:
-            chunks = self._chunks(asked, choices, events)
-            # The first one is waited for, so that what is refused until then has a status of its own.
-            return _Stream(await _unless_gone(http, anext(chunks)), chunks)
-        answers = await _unless_gone(http, _answers(events))
-        said = []
-        for index, (choice, answer) in enumerate(zip(choices, answers, strict=True)):
-            stop_reason = answer.result.stop_reason
-            scored = choice.scored(answer.text, stop_reason)
-            said.append(asked.choice(index, answer.text, scored, stop_reason))
-        figures = {"usage": usage(answers, asked.n), "metrics": metrics(answers)}
-        return JSONResponse({**frame(asked.object_name, self._name), "choices": said, **figures})
+        # In a thread: a long request takes a while to parse, check and tokenize.
+        request, choices, events = await asyncio.to_thread(start)
+        if request.stream:
+            chunks = self._chunks(request, choices, events)
+            # An error before the first chunk has an HTTP status of its own.
+            return _EventStream(await _unless_disconnected(http, anext(chunks)), chunks)
+        await _unless_disconnected(http, _drain(events))
+        finished = [choice.finished for choice in choices if choice.finished]
+        return JSONResponse(
+            {
+                **request.head(self._name, self._fingerprint),
+                "choices": [
+                    choice.as_json(request, Delta(choice.echo + answer.text))
+                    for choice, answer in zip(choices, finished, strict=True)
+                ],
+                "usage": usage(finished, request.n),
+                "metrics": metrics(finished),
+            }
+        )
 
     async def _chunks(
-        self, asked: BaseRequest, choices: list[_Choice], events: Events
+        self, request: BaseRequest, choices: list[_Choice], events: Events
     ) -> AsyncGenerator[str]:
-        """The answers as server-sent events.
+        """Format the choices as server-sent events.
 
         Raises:
-            Refused: there is no answer, and nothing of one was sent.
+            APIError: generation failed before the first chunk.
         """
-        start = frame(asked.chunk_name, self._name)
-        has_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        answers: dict[int, FinishedRequest] = {}
+        head, begun = request.head(self._name, self._fingerprint), set[int]()
+        has_usage = request.stream_options is not None and request.stream_options.include_usage
 
-        def chunk(said: list[dict[str, Any]], **more: Any) -> str:
-            more = {"usage": None, **more} if has_usage else {}
-            return _event({**start, "choices": said, **more})
+        def chunk(choices: list[dict[str, Any]], **figures: Any) -> str:
+            figures = {"usage": None, **figures} if has_usage else {}
+            return _server_sent({**head, "choices": choices, **figures})
 
         async with aclosing(events):
             try:
-                async for index, what in events:
-                    choice, piece, stop_reason = choices[index], Delta(""), None
-                    if isinstance(what, FinishedRequest):
-                        answers[index], stop_reason = what, what.result.stop_reason
-                    else:
-                        piece = what
-                    is_first, choice.is_begun = not choice.is_begun, True
-                    scored = choice.scored(piece.text, stop_reason)
-                    yield chunk([asked.part(index, piece, scored, is_first, stop_reason)])
-            except APIError as refused:
-                if not any(choice.is_begun for choice in choices):
+                async for choice, delta in events:
+                    if choice.index not in begun:
+                        begun.add(choice.index)
+                        for first in request.first_chunks(choice.index, choice.echo):
+                            yield chunk([first])
+                    yield chunk([choice.as_json(request, delta)])
+            except APIError as error:
+                if not begun:
                     raise
-                self._metrics.count_refused(refused.status)
-                yield _event(refused.body)
+                self._metrics.count_error(error.status)
+                yield _server_sent(error.body)
                 return
         if has_usage:
-            in_order = [answers[index] for index in range(len(choices))]
-            yield chunk([], usage=usage(in_order, asked.n), metrics=metrics(in_order))
+            finished = [choice.finished for choice in choices if choice.finished]
+            yield chunk([], usage=usage(finished, request.n), metrics=metrics(finished))
         yield "data: [DONE]\n\n"
 
-    def _begin(
-        self, asked: BaseRequest, prompts: list[list[int]], loop: asyncio.AbstractEventLoop
+    def _submit(
+        self, request: BaseRequest, prompts: list[list[int]], loop: asyncio.AbstractEventLoop
     ) -> tuple[list[_Choice], Events]:
-        """Submit jobs to the engine: the choices, and what becomes of them as it happens.
+        """Submit a job per choice.
 
         Args:
-            loop: where that is listened to.
+            loop: the loop in which the events are read.
 
         Raises:
-            Refused: the engine does not take them.
+            RequestAborted: the engine does not take the jobs.
         """
-        config, queue = asked.config(self._config), asyncio.Queue[tuple[int, Any]]()
-        seed = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
+        config, queue = request.generation_config(self._config), asyncio.Queue[tuple[int, Any]]()
+        seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
+
+        def emit(index: int, event: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
         choices = []
-        for index, (ids, nth) in enumerate(itertools.product(prompts, range(asked.n))):
-
-            def tell(what: Any, index: int = index) -> None:
-                with suppress(RuntimeError):  # the loop has ended, and nobody listens
-                    loop.call_soon_threadsafe(queue.put_nowait, (index, what))
-
-            choices.append(self._choice(asked, ids, (seed + nth) % _SEEDS, config, tell))
-        try:
-            self._engine.submit([choice.job for choice in choices])
-        except RequestEnded as error:
-            raise _refused(error) from error
+        for index, (ids, nth) in enumerate(itertools.product(prompts, range(request.n))):
+            choices.append(
+                self._choice(request, index, ids, (seed + nth) % _SEEDS, config, partial(emit, index))
+            )
+        self._engine.submit([choice.job for choice in choices])
         return choices, self._events(choices, queue)
 
     def _choice(
         self,
-        asked: BaseRequest,
+        request: BaseRequest,
+        index: int,
         ids: list[int],
         seed: int,
         config: GenerationConfig,
-        tell: Callable[[Any], None],
+        emit: Callable[[Any], None],
     ) -> _Choice:
-        tokenizer, feed, scores = self._generator.tokenizer, None, None
-        if asked.stream:
-            kind = DraftFeed if asked.stream_drafts else TextFeed
-            feed = kind(tokenizer, config.stop_words, ids, tell)
-        if asked.num_likeliest is not None:
-            scores = LogprobCollector(tokenizer, asked.num_likeliest)
-        given = self_speculation.Request(
-            ids, stopping_criteria=scores, streamer=feed, seed=seed, config=config
+        tokenizer, streamer, logprobs = self._generator.tokenizer, None, None
+        if request.stream:
+            kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
+            streamer = kind(tokenizer, config.stop_words, ids, emit)
+        if request.num_top_logprobs is not None:
+            logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
+        prompt = self_speculation.Request(
+            ids, stopping_criteria=logprobs, streamer=streamer, seed=seed, config=config
         )
-        request, stop_words = self._generator.prepared(given, config)
-        return _Choice(Job(request, tell, self._args.max_time), stop_words, scores)
+        job = Job(self._generator.prepare(prompt, config), emit, self._args.max_time)
+        echo = request.prompt_to_echo(index)
+        return _Choice(index, job, logprobs, echo if isinstance(echo, str) else decode(tokenizer, echo))
 
     async def _events(self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]) -> Events:
-        """Up to the end of the last choice; whoever stops listening before ends them all.
+        """Yield what the engine emits until all choices finish. Closing the generator cancels the jobs.
 
         Raises:
-            Refused: one of them failed.
+            APIError: a choice failed.
         """
-        left = len(choices)
+        unfinished = len(choices)
         try:
-            while left:
-                index, what = await queue.get()
-                if isinstance(what, Exception):
-                    raise _refused(what)
-                if isinstance(what, GenerationStrategyResult):
-                    left -= 1
-                    what = self._answered(choices[index], what)
-                yield index, what
+            while unfinished:
+                index, event = await queue.get()
+                choice, delta = choices[index], Delta("")
+                if isinstance(event, Exception):
+                    raise _api_error(event)
+                if isinstance(event, GenerationStrategyResult):
+                    unfinished -= 1
+                    choice.finished = self._finish(choice.job, event)
+                else:
+                    delta = event
+                yield choice, delta
         finally:
             for choice in choices:
-                choice.job.is_gone = True
+                choice.job.is_cancelled = True
 
-    def _answered(self, choice: _Choice, result: GenerationStrategyResult) -> FinishedRequest:
-        job = choice.job
-        text = self._generator.answer(result, job.arrived, job.request.ids, choice.stop_words)
-        answered = FinishedRequest(job, result, text.decoded_prediction)
-        self._metrics.count(answered)
-        return answered
-
-
-class _Gate:
-    """Lets in who has the key and asks for this machine, and bodies that are not too large.
-
-    It comes before anything that reads a body.
-
-    Args:
-        is_local: whether only this machine reaches the server.
-        refuse: makes the response to a request that is not let in.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        args: ServeArguments,
-        is_local: bool,
-        refuse: Callable[[Request, Exception], Awaitable[Response]],
-    ) -> None:
-        self._app, self._args, self._is_local, self._refuse = app, args, is_local, refuse
-        # Bytes, as headers are: a key may have characters that are not ASCII, or no characters at all.
-        self._authorization = None if args.key is None else b"Bearer " + os.fsencode(args.key)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if (refused := self._refusal(scope)) is not None:
-            response = await self._refuse(Request(scope), refused)
-            await response(scope, receive, send)
-            return
-        length, most = 0, self._args.max_body
-
-        async def counting() -> Message:
-            nonlocal length
-            message = await receive()
-            length += len(message.get("body", b""))
-            if length > most:
-                raise HTTPException(413, f"the request has more than {most} bytes")
-            return message
-
-        await self._app(scope, counting, send)
-
-    def _refusal(self, scope: Scope) -> APIError | None:
-        """Why a request is not let in, or None.
-
-        The path is the one that is routed. That of a request's URL, which is made of Host, may be another.
-        """
-        headers = dict(scope["headers"])
-        # A page of another site can have its own name lead to this machine.
-        if self._is_local and not self._is_named(headers.get(b"host", b"").decode("latin-1")):
-            return APIError("Host: must be localhost or this machine's loopback address")
-        if self._authorization is None or scope["path"] in _OPEN:
-            return None
-        if hmac.compare_digest(headers.get(b"authorization", b""), self._authorization):
-            return None
-        return APIError("Authorization: must be Bearer and the API key", 401, None, "invalid_api_key")
-
-    def _is_named(self, host: str) -> bool:
-        """Whether a header Host names this machine."""
-        if (found := _HOST.fullmatch(host)) is None:
-            return False
-        name = found[1].removeprefix("[").removesuffix("]").lower()
-        return name in ("localhost", self._args.host.lower()) or is_loopback(name)
+    def _finish(self, job: Job, result: GenerationStrategyResult) -> FinishedRequest:
+        text = job.request.finish(result).decoded_prediction
+        finished = FinishedRequest(result, text, job.admission_time - job.arrival_time)
+        self._metrics.count(finished)
+        return finished
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events; when the client goes away, it listens to no more of them."""
+class _EventStream(StreamingResponse):
+    """Server-sent events; closes their generator when the client disconnects."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
         async def chunks() -> AsyncGenerator[str]:
@@ -423,63 +386,60 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def is_loopback(address: str) -> bool:
-    """Whether this is an IP address that only this machine itself reaches, such as 127.0.0.2 or ::1."""
-    try:
-        ip = ip_address(address)
-    except ValueError:
-        return False
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
-
-
-async def _body(http: Request) -> bytes:
-    """What a client sent as JSON.
+async def _read_body(http: Request, max_bytes: int) -> bytes:
+    """Read a JSON body.
 
     Raises:
-        Refused: it is called something else, as pages of other sites have to, or the client is gone.
+        APIError: the body is too large, or has another content type. Pages of other sites cannot send this
+            one.
+        ClientDisconnected: the client has disconnected.
     """
-    given = http.headers.get("content-type", "")
-    if given.partition(";")[0].strip().lower() != "application/json":
-        raise APIError(f"Content-Type {given[:60]!r}: must be application/json")
+    content_type = http.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
+    body = bytearray()
     try:
-        return await http.body()
+        async for part in http.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise APIError(f"the request has more than {max_bytes} bytes", 413)
     except ClientDisconnect:
-        raise _refused(ClientDisconnected("nobody waits for the answer")) from None
+        raise ClientDisconnected("the client has disconnected") from None
+    return bytes(body)
 
 
-def _event(content: Any) -> str:
+def _server_sent(content: Any) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-async def _answers(events: Events) -> list[FinishedRequest]:
-    """All answers, in the order of the choices."""
+async def _drain(events: Events) -> None:
     async with aclosing(events):
-        answers = {index: what async for index, what in events if isinstance(what, FinishedRequest)}
-    return [answers[index] for index in range(len(answers))]
+        async for _ in events:
+            pass
 
 
-async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives, which ends when the client goes away.
-
-    Raises:
-        Refused: it did.
-    """
+async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await the work, but cancel it and raise ClientDisconnected when the client disconnects."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(http.receive())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise _refused(ClientDisconnected("nobody waits for the answer"))
+            raise ClientDisconnected("the client has disconnected")
         return working.result()
     finally:
         working.cancel()
         leaving.cancel()
 
 
-def _refused(error: Exception) -> APIError:
-    """What a client is told of an error of the engine."""
-    if isinstance(error, RequestEnded):
+def _api_error(error: Exception) -> APIError:
+    """What a client is told about an error."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, HTTPException):
+        return APIError(error.detail, error.status_code)
+    if isinstance(error, RequestAborted):
         return APIError(str(error), _STATUS[type(error)])
-    if isinstance(error, ValueError):  # such as a prompt that is too long
+    if isinstance(error, ValueError):  # the scheduler raises it for an invalid request
         return APIError(str(error))
     if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:
         _log.error("a request failed", exc_info=error)

@@ -1,9 +1,9 @@
-"""One thread has the model: jobs in, results out. Between two rounds jobs come and go.
+"""One thread runs the model: it takes jobs from a queue and admits and finishes them between two steps.
 
-It should be the thread that has loaded the model. On a CPU each thread that computes gets helpers of OpenMP,
-and where there are more of them than cores, they sleep between the steps of a pass: it takes twice as long.
+Run it in the thread that has loaded the model. On a CPU every thread that computes starts helper threads of
+OpenMP; with more of them than cores, a pass takes twice as long.
 
-Knows nothing of HTTP, of text, or of who asks.
+Knows nothing of HTTP or text.
 """
 
 from __future__ import annotations
@@ -26,62 +26,58 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
+from self_speculation.generator_base import PreparedRequest
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 _log = logging.getLogger(__name__)
 
 
-class RequestEnded(Exception):
-    """A job that was not begun, or ended before its answer did, for no fault of its own."""
+class RequestAborted(Exception):
+    """The engine does not finish a job, through no fault of the job."""
 
 
-class QueueFull(RequestEnded):
-    """There are as many jobs as there may be."""
+class QueueFull(RequestAborted):
+    pass
 
 
-class ClientDisconnected(RequestEnded):
-    """Nobody waits for it any more."""
+class ClientDisconnected(RequestAborted):
+    pass
 
 
-class RequestTimeout(RequestEnded):
-    """It took longer than it may."""
+class RequestTimeout(RequestAborted):
+    pass
 
 
-class ServerShutdown(RequestEnded):
-    """The engine ends."""
+class ServerShutdown(RequestAborted):
+    pass
 
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way through the engine.
+    """A request in the engine.
 
     Args:
-        request: as a strategy takes it.
-        ended: told by the engine's thread what came of it.
-        most_seconds: that it may take from now on.
+        on_finish: called by the engine's thread, once.
+        timeout: seconds from the job's arrival to its end.
     """
 
-    request: Request
-    ended: Callable[[GenerationStrategyResult | Exception], None]
-    most_seconds: float = math.inf
-    arrived: float = field(default_factory=time.perf_counter)
-    admitted: float = math.nan  # when it left the queue
-    is_gone: bool = False  # set by whoever does not wait any more
-    over: RequestEnded | None = None  # why it is to end
+    request: PreparedRequest
+    on_finish: Callable[[GenerationStrategyResult | Exception], None]
+    timeout: float = math.inf
+    arrival_time: float = field(default_factory=time.perf_counter)
+    admission_time: float = math.nan
+    is_cancelled: bool = False  # set by any thread
 
 
 class Engine:
-    """See the module.
-
-    Where several processes hold one model together, this is the first one, and the others `follow` it.
+    """See the module. If several ranks hold one model, the first has the engine and the others `follow` it.
 
     Args:
-        batch_size: jobs at a time.
-        max_waiting: jobs besides these.
+        max_waiting: the most jobs besides the `batch_size` in flight.
 
     Raises:
-        ValueError: a model or a config that cannot be decoded with.
+        ValueError: an unsupported model or config.
     """
 
     def __init__(
@@ -94,18 +90,17 @@ class Engine:
     ) -> None:
         self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size)
         self._model = model
-        self._batch_size, self.most_jobs = batch_size, batch_size + max_waiting
+        self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
         self._waiting: deque[Job] = deque()
-        self._in_flight: dict[int, Job] = {}  # by the order in which they were admitted
-        self._numbers = itertools.count()
+        self._in_flight: dict[int, Job] = {}  # by the scheduler's key
+        self._keys = itertools.count()
         self._changed = Condition()  # guards the jobs
-        self._ends_at = math.inf  # from when on no job goes on
+        self._deadline = math.inf  # of all jobs
         self._is_stopped = False
 
     @property
-    def is_up(self) -> bool:
-        """Whether it takes jobs."""
-        return self._ends_at == math.inf
+    def accepts_jobs(self) -> bool:
+        return self._deadline == math.inf
 
     @property
     def num_waiting(self) -> int:
@@ -116,36 +111,36 @@ class Engine:
         return len(self._in_flight)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Have these done: all of them, or none.
+        """Queue all of the jobs or none.
 
         Raises:
-            Unanswered: there is no room for them, or the engine ends.
+            RequestAborted: the queue has no room, or the engine shuts down.
         """
         with self._changed:
-            if not self.is_up:
+            if not self.accepts_jobs:
                 raise ServerShutdown("the server shuts down")
-            if self.num_waiting + self.num_in_flight + len(jobs) > self.most_jobs:
+            if self.num_waiting + self.num_in_flight + len(jobs) > self.max_jobs:
                 raise QueueFull(f"{self.num_waiting} requests wait already: try again later")
             self._waiting.extend(jobs)
             self._changed.notify()
 
     def shut_down(self, seconds: float) -> None:
-        """Take no more jobs, and end those that there are in so many seconds. Takes no lock: it may be a
-        signal's handler that calls.
+        """Accept no more jobs; abort those that do not finish in time. Takes no lock: signal handlers call
+        it.
         """
-        self._ends_at = min(self._ends_at, time.perf_counter() + seconds)
+        self._deadline = min(self._deadline, time.perf_counter() + seconds)
 
     def stop(self) -> None:
-        """Have `run` end, as soon as jobs can be ended."""
+        """Make `run` return after it has aborted all jobs."""
         self.shut_down(0)
         with self._changed:
             self._is_stopped = True
             self._changed.notify()
 
     def run(self) -> bool:
-        """Do what is submitted, until it is to stop; whether all went well."""
+        """Run jobs until `stop` is called; returns whether the engine worked to the end."""
         try:
-            while self._is_wanted():
+            while self._wait_for_jobs():
                 self._step()
             return True
         except Exception:
@@ -154,78 +149,72 @@ class Engine:
         finally:
             with self._changed:
                 self.shut_down(0)
-                left = [*self._in_flight.values(), *self._waiting]
+                unfinished = [*self._in_flight.values(), *self._waiting]
                 self._in_flight.clear()
                 self._waiting.clear()
-            for job in left:
-                self._end(job, ServerShutdown("the server failed"))
+            for job in unfinished:
+                _finish(job, ServerShutdown("the server failed"))
             broadcast_from_rank0(self._model, None)
 
-    def _is_wanted(self) -> bool:
-        """Waits for work; False where there will be no more."""
+    def _wait_for_jobs(self) -> bool:
+        """Return False if there are no jobs left after `stop`."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._in_flight or self._is_stopped)
             return bool(self._waiting or self._in_flight)
 
     def _step(self) -> None:
-        """End what is over, admit what there is room for, make a round, and tell what has ended."""
-        over = [number for number, job in self._in_flight.items() if self._is_over(job)]
+        """Abort and admit jobs, run one step of the scheduler, finish jobs."""
+        aborted = {key: error for key, job in self._in_flight.items() if (error := self._abort_error(job))}
         with self._changed:
-            given_up = [job for job in self._waiting if self._is_over(job)]
-            for job in given_up:
+            dropped = [(job, error) for job in self._waiting if (error := self._abort_error(job))]
+            for job, _ in dropped:
                 self._waiting.remove(job)
             room = min(self._batch_size - self.num_in_flight, self.num_waiting)
-            admitted = {next(self._numbers): self._waiting.popleft() for _ in range(room)}
+            admitted = {next(self._keys): self._waiting.popleft() for _ in range(room)}
             self._in_flight |= admitted
-        for job in given_up:
-            self._end(job, job.over)
-        # All that a clock or a client decides, once a round: each is a wait for the other processes.
+        for job, error in dropped:
+            _finish(job, error)
+        # One broadcast per step has all that depends on a clock or a client: ranks wait at each broadcast.
         requests = [(job.request.ids, job.request.seed, job.request.config) for job in admitted.values()]
-        broadcast_from_rank0(self._model, (over, requests))
-        self._scheduler.cancel(over)
-        for number, job in admitted.items():
-            job.admitted = time.perf_counter()
-            self._scheduler.add_request(number, job.request)
+        broadcast_from_rank0(self._model, ([*aborted], requests))
+        self._scheduler.cancel(aborted)
+        for key, job in admitted.items():
+            job.admission_time = time.perf_counter()
+            self._scheduler.add_request(key, job.request)
         try:
             self._scheduler.step()
-        except Exception:  # it is the result of each of the rows, and of no other job
-            _log.exception("a round of %d rows failed", len(self._scheduler.batch))
-        for number, result in self._scheduler.pop_finished():
-            job = self._in_flight.pop(number)
-            self._end(job, job.over or result)
+        except Exception:  # it is also the result of each sequence in the batch
+            _log.exception("a step of %d sequences failed", len(self._scheduler.batch))
+        for key, result in self._scheduler.pop_finished():
+            _finish(self._in_flight.pop(key), aborted.get(key, result))
 
-    def _is_over(self, job: Job) -> bool:
-        """Whether it is to end although its answer has not, and why."""
+    def _abort_error(self, job: Job) -> RequestAborted | None:
         now = time.perf_counter()
-        if job.is_gone:
-            job.over = ClientDisconnected("nobody waits for the answer")
-        elif now > job.arrived + job.most_seconds:
-            job.over = RequestTimeout(f"no answer after {job.most_seconds:g} seconds")
-        elif now > self._ends_at:
-            job.over = ServerShutdown("the server shuts down")
-        return job.over is not None
+        if job.is_cancelled:
+            return ClientDisconnected("the client has disconnected")
+        if now > job.arrival_time + job.timeout:
+            return RequestTimeout(f"no answer after {job.timeout:g} seconds")
+        return ServerShutdown("the server shuts down") if now > self._deadline else None
 
-    def _end(self, job: Job, result: GenerationStrategyResult | Exception | None) -> None:
-        assert result is not None
-        try:
-            job.ended(result)
-        except Exception:
-            _log.exception("a result reached nobody")
+
+def _finish(job: Job, result: GenerationStrategyResult | Exception) -> None:
+    try:
+        job.on_finish(result)
+    except Exception:
+        _log.exception("a result could not be delivered")
 
 
 def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch_size: int) -> None:
-    """Do what the engine of the first process does, up to its end."""
+    """Repeat the steps of the first rank's engine until it stops."""
     model, strategy = generator.model, generator.generation_strategy
     assert isinstance(strategy, DecodingStrategy)
     scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size)
-    numbers = itertools.count()
-    while (told := broadcast_from_rank0(model, None)) is not None:
-        over, requests = told
-        scheduler.cancel(over)
+    keys = itertools.count()
+    while (message := broadcast_from_rank0(model, None)) is not None:
+        aborted, requests = message
+        scheduler.cancel(aborted)
         for ids, seed, own in requests:
-            scheduler.add_request(
-                next(numbers), generator.prepared(Request(ids, seed=seed, config=own), own)[0]
-            )
-        with suppress(Exception):  # the first process says so
+            scheduler.add_request(next(keys), generator.prepare(Request(ids, seed=seed, config=own), own))
+        with suppress(Exception):  # the first rank reports it
             scheduler.step()
         scheduler.pop_finished()

@@ -1,4 +1,4 @@
-"""The flags of serve.py besides those of model and generation. Light: a mistyped flag is answered at once."""
+"""The flags of serve.py besides those of model and generation. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from arguments import at_least, check
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """Where to listen, to whom, and how much at once."""
+    """Address, access and limits of the server."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: at all of this machine."""
+    """Address to listen at; 0.0.0.0: all addresses of this machine."""
     port: int = 8000
-    """Port to listen at; 0: any free one."""
+    """Port to listen at; 0: any free port."""
     api_key: str | None = None
-    """What clients must know. Better in the environment variable SELF_SPECULATION_API_KEY: everybody on this
-    machine can see a command line. Without a key, whoever reaches the port is answered."""
+    """Key that clients must send. Prefer the environment variable SELF_SPECULATION_API_KEY: other users of
+    this machine can see a command line. Without a key, the server answers every client."""
     served_name: str | None = None
-    """The model's name for clients; without it, the hub id or the name of the folder or file."""
+    """Name of the model for clients; default: the hub id or the name of the folder or file."""
     max_waiting: int = 64
-    """Most requests that wait for a place among --batch_size; more are refused with status 429."""
+    """Most requests that wait for a slot among --batch_size; further requests get status 429."""
     max_time: float = 600.0
-    """Seconds from a request's arrival after which it is ended with status 504."""
+    """Seconds from a request's arrival until it is aborted with status 504."""
     max_tokens: int | None = None
-    """Most new tokens that a request may ask for; without it, as many as the context has room for. What a
-    request gets that asks for no number is --max_steps."""
+    """Most new tokens that a request may ask for; default: as many as the context has room for. A request
+    that asks for no number gets --max_steps."""
     max_body: int = 4_000_000
-    """Most bytes of a request."""
+    """Most bytes of a request body."""
     sanitize_control_tokens: bool = False
-    """Read control tokens that stand in the messages of a chat, such as <|im_end|>, as text. Without it they
-    are the tokens that they name: a message can end itself, and begin another one in the system's name."""
+    """Read control tokens in chat messages, such as <|im_end|>, as plain text. Without it a message can end
+    itself and start another one in the system's role."""
     shutdown_time: float = 30.0
-    """Seconds that requests have to end in after SIGTERM or Ctrl-C."""
+    """Seconds until the remaining requests are aborted after SIGTERM or Ctrl-C."""
 
     def __post_init__(self) -> None:
         check(self, "port", 0 <= self.port < 2**16, f"must be between 0 and {2**16 - 1}")
@@ -46,5 +46,5 @@ class ServeArguments:
 
     @property
     def key(self) -> str | None:
-        """What clients must know, by flag or environment."""
+        """The API key, from the flag or the environment."""
         return self.api_key or os.environ.get("SELF_SPECULATION_API_KEY") or None

@@ -1,7 +1,6 @@
-"""The protocol of OpenAI: what requests may say, what they are refused for, how answers look.
+"""OpenAI's protocol: what requests may contain, and the JSON of answers and errors.
 
-Two requests, for a chat and for a text to go on with. What cannot be honoured is refused by its name, never
-ignored. Knows nothing of HTTP or of the model.
+A field that the server cannot honour is an error that names it. Knows nothing of HTTP or the model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -28,38 +26,33 @@ from pydantic import (
 )
 
 from self_speculation import GenerationConfig
-from serving.feeds import Delta, Scored
+from serving.streaming import Delta, Token, TokenLogprob
 
-# Fields that cannot be honoured, with the values that ask for nothing. Null asks for nothing everywhere.
+# Fields that the server cannot honour -> values that ask for nothing. Null always asks for nothing.
 _NEUTRAL: dict[str, list[Any]] = {
-    "best_of": [1],
-    "echo": [False],
-    "frequency_penalty": [0],
-    "function_call": ["none", "auto"],
-    "functions": [[]],
-    "logit_bias": [{}],
-    "metadata": [{}],
-    "modalities": [["text"]],
-    "parallel_tool_calls": [True, False],
-    "presence_penalty": [0],
-    "response_format": [{"type": "text"}],
-    "service_tier": ["auto", "default"],
-    "store": [False],
-    "suffix": [""],
-    "tool_choice": ["none", "auto"],
-    "tools": [[]],
-}
-_FINISHED = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
-_LOWEST = -9999.0  # JSON has no infinity
-# Bounds on what is checked of a request that has the size limit: messages of a chat, parts of a message and
-# prompts; fields of an object. What is wrong is looked for up to the first fault (fail_fast).
-_MOST = 2048
-_MOST_FIELDS = 100
-_short = reprlib.Repr()  # for values in messages: they may be as long as a request
+    "annotations": [[]], "best_of": [1], "chat_template_kwargs": [{}], "frequency_penalty": [0],
+    "function_call": ["none", "auto"], "functions": [[]], "ignore_eos": [False],
+    "include_obfuscation": [False], "logit_bias": [{}], "min_p": [0], "modalities": [["text"]],
+    "parallel_tool_calls": [True, False], "presence_penalty": [0], "reasoning_content": [""],
+    "repetition_penalty": [1], "response_format": [{"type": "text"}], "suffix": [""], "tool_calls": [[]],
+    "tool_choice": ["none", "auto"], "tools": [[]], "top_k": [-1, 0],
+}  # fmt: skip
+# Fields that do not change the text of an answer.
+_IGNORED = {
+    "cache_control", "metadata", "name", "prompt_cache_key", "reasoning_effort", "safety_identifier",
+    "service_tier", "store", "user", "verbosity",
+}  # fmt: skip
+_FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
+_MIN_LOGPROB = -9999.0  # JSON has no infinity
+# Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
+# first fault.
+_MAX_ITEMS = 2048  # messages of a chat, parts of a message, prompts
+_MAX_FIELDS = 100  # of an object
+_short = reprlib.Repr()  # of values in error messages
 _short.maxstring = 60
 
 
-def _encodable(text: str) -> str:
+def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeError:
@@ -67,15 +60,15 @@ def _encodable(text: str) -> str:
     return text
 
 
-_Text = Annotated[str, AfterValidator(_encodable)]  # JSON can spell halves of characters
+_Text = Annotated[str, AfterValidator(_check_unicode)]  # JSON can spell halves of surrogate pairs
 _Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class APIError(Exception):
-    """A request that gets no answer, and why.
+    """An error as a client sees it.
 
     Args:
-        param: the field that is at fault, if it is one.
+        param: the request's field that is at fault.
     """
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
@@ -88,8 +81,8 @@ class APIError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def _refusal(error: ValidationError) -> APIError:
-    """Of a request that is none, by what pydantic found first."""
+def _api_error(error: ValidationError) -> APIError:
+    """Turn pydantic's first error into an API error."""
     first = error.errors(include_url=False)[0]
     param = ".".join(map(str, first["loc"]))
     if first["type"] == "model_type" and not param:
@@ -104,18 +97,22 @@ def _refusal(error: ValidationError) -> APIError:
 
 
 class _Strict(BaseModel):
-    """Takes what it knows, and the neutral values of what it cannot honour."""
+    """Allows its own fields, and other fields with neutral values."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, given: Any) -> Any:
+    def _drop_neutral(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        if len(given) > _MOST_FIELDS:
-            raise ValueError(f"must have at most {_MOST_FIELDS} fields, not {len(given)}")
-        return {k: v for k, v in given.items() if v is not None and v not in _NEUTRAL.get(k, [])}
+        if len(given) > _MAX_FIELDS:
+            raise ValueError(f"must have at most {_MAX_FIELDS} fields, not {len(given)}")
+        return {
+            k: v
+            for k, v in given.items()
+            if v is not None and k not in _IGNORED and v not in _NEUTRAL.get(k, [])
+        }
 
 
 class _StreamOptions(_Strict):
@@ -129,12 +126,19 @@ class _TextPart(_Strict):
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[_TextPart] = Field(max_length=_MOST, fail_fast=True)
+    content: list[_TextPart] = Field(max_length=_MAX_ITEMS, fail_fast=True)
 
     @field_validator("content", mode="before")
     @classmethod
-    def _parts(cls, given: Any) -> Any:
+    def _as_parts(cls, given: Any) -> Any:
         return [{"type": "text", "text": given}] if isinstance(given, str) else given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _allow_no_content(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("role") == "assistant" and given.get("content") is None:
+            return {**given, "content": []}
+        return given
 
     @property
     def for_template(self) -> dict[str, str]:
@@ -143,198 +147,207 @@ class _Message(_Strict):
 
 
 class BaseRequest(_Strict, ABC):
-    """What both kinds of requests may say."""
+    """The fields that both kinds of requests share. `drafts` and `stream_drafts` are this server's own."""
 
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     stop: list[Annotated[_Text, Field(min_length=1)]] | None = Field(None, max_length=16)
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
-    user: str | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
     drafts: bool = True
-    """Of this server: False: decode without drafts."""
     stream_drafts: bool = False
-    """Of this server: say with each chunk what was drafted."""
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _several(cls, given: Any) -> Any:
+    def _as_list(cls, given: Any) -> Any:
         return [given] if isinstance(given, str) else given
 
     @field_validator("stream_options", "stream_drafts")
     @classmethod
-    def _for_streams(cls, given: Any, info: ValidationInfo) -> Any:
-        if given and not info.data.get("stream"):
+    def _check_stream(cls, given: Any, info: ValidationInfo) -> Any:
+        if given not in (False, _StreamOptions()) and not info.data.get("stream"):
             raise ValueError("is for stream true")
         return given
 
-    def config(self, default: GenerationConfig) -> GenerationConfig:
-        """How to generate; what the request does not say is as in `default`."""
-        said = {
-            "max_steps": self.max_tokens,
+    @property
+    def max_new_tokens(self) -> int | None:
+        return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)
+
+    def generation_config(self, default: GenerationConfig) -> GenerationConfig:
+        """Replace what the request sets."""
+        fields = {
+            "max_steps": self.max_new_tokens,
             "temperature": self.temperature,
             "sample": None if self.temperature is None else self.temperature > 0,
             "top_p": self.top_p,
             "stop_words": self.stop,
         }
-        config = replace(default, **{name: value for name, value in said.items() if value is not None})
+        config = replace(default, **{name: value for name, value in fields.items() if value is not None})
         return config if self.drafts else replace(config, generation_strategy="autoregressive", exit_layer=-1)
 
     @property
     @abstractmethod
-    def num_likeliest(self) -> int | None:
-        """How many tokens to tell log-probabilities of, besides the answer's own; None: not even that."""
+    def num_top_logprobs(self) -> int | None:
+        """Number of likely tokens to return at each position; None: return no log-probabilities."""
+
+    def head(self, model: str, fingerprint: str) -> dict[str, Any]:
+        """The first fields of an answer, or of each chunk of a stream."""
+        name = self.chunk_name if self.stream else self.object_name
+        return {
+            "id": f"{name}-{uuid.uuid4().hex}",
+            "object": name,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+
+    def prompt_to_echo(self, index: int) -> str | list[int]:  # noqa: ARG002
+        """The prompt that a choice repeats before its answer."""
+        return ""
+
+    def first_chunks(self, index: int, echo: str) -> list[dict[str, Any]]:
+        """The chunks of a choice before those with its text.
+
+        Args:
+            echo: the text that precedes the answer, if any.
+        """
+        return [self.choice(index, Delta(echo), None, None)] if echo else []
 
     def choice(
-        self, index: int, text: str, scored: list[Scored] | None, stop_reason: str | None
+        self, index: int, delta: Delta, logprobs: list[TokenLogprob] | None, stop_reason: str | None
     ) -> dict[str, Any]:
-        """A whole answer."""
-        return self._said(index, self._whole(text), scored, stop_reason)
-
-    def part(
-        self,
-        index: int,
-        piece: Delta,
-        scored: list[Scored] | None,
-        is_first: bool,
-        stop_reason: str | None = None,
-    ) -> dict[str, Any]:
-        """What is new of one; a stop reason comes with its end."""
-        part = self._said(index, self._new(piece.text, is_first), scored, stop_reason)
+        """A choice of a chunk if the request streams, or else a whole choice."""
+        choice = {
+            "index": index,
+            **self._content(delta.text),
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "finish_reason": _FINISH_REASONS[stop_reason] if stop_reason else None,
+        }
         if self.stream_drafts:
-            part["draft"] = {"accepted": piece.accepted, "pending": piece.pending}
-        return part
-
-    def _said(
-        self, index: int, text: dict[str, Any], scored: list[Scored] | None, stop_reason: str | None
-    ) -> dict[str, Any]:
-        logprobs = None if scored is None else self._logprobs(scored)
-        finished = _FINISHED[stop_reason] if stop_reason else None
-        return {"index": index, **text, "logprobs": logprobs, "finish_reason": finished}
+            choice["draft"] = {"accepted": delta.accepted, "pending": delta.pending}
+        return choice
 
     @abstractmethod
-    def _whole(self, text: str) -> dict[str, Any]:
-        """A whole answer's text, as it is called here."""
+    def _content(self, text: str) -> dict[str, Any]:
+        pass
 
     @abstractmethod
-    def _new(self, text: str, is_first: bool) -> dict[str, Any]:
-        """The new text of a chunk."""
-
-    @abstractmethod
-    def _logprobs(self, scored: list[Scored]) -> dict[str, Any]:
-        """Tokens with their log-probabilities."""
+    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
+        pass
 
 
 class ChatRequest(BaseRequest):
-    """The next turn of a conversation."""
+    """A request for the next turn of a conversation."""
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    messages: list[_Message] = Field(min_length=1, max_length=_MOST, fail_fast=True)
-    max_tokens: int | None = Field(
-        None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
-    )
+    messages: list[_Message] = Field(min_length=1, max_length=_MAX_ITEMS, fail_fast=True)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @field_validator("top_logprobs")
     @classmethod
-    def _for_logprobs(cls, given: int | None, info: ValidationInfo) -> int | None:
-        if not info.data.get("logprobs"):
+    def _check_logprobs(cls, given: int | None, info: ValidationInfo) -> int | None:
+        if given and not info.data.get("logprobs"):
             raise ValueError("is for logprobs true")
         return given
 
     @property
-    def num_likeliest(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def _whole(self, text: str) -> dict[str, Any]:
+    def first_chunks(self, index: int, echo: str) -> list[dict[str, Any]]:  # noqa: ARG002
+        chunk = self.choice(index, Delta(""), None, None)
+        return [{**chunk, "delta": {"role": "assistant", "content": ""}}]
+
+    def _content(self, text: str) -> dict[str, Any]:
+        if self.stream:
+            return {"delta": {"content": text}}
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _new(self, text: str, is_first: bool) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": text} if is_first else {"content": text}}
-
-    def _logprobs(self, scored: list[Scored]) -> dict[str, Any]:
-        def said(text: str, logprob: float) -> dict[str, Any]:
-            whole = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text
-            return {"token": text, "logprob": max(logprob, _LOWEST), "bytes": whole}
+    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
+        def entry(token: Token, logprob: float) -> dict[str, Any]:
+            return {"token": token.text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(token.bytes)}
 
         content = [
-            {**said(one.text, one.logprob), "top_logprobs": [said(*other) for other in one.likeliest]}
-            for one in scored
+            {**entry(token.token, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
+            for token in tokens
         ]
         return {"content": content, "refusal": None}
 
 
 class CompletionRequest(BaseRequest):
-    """A text, or several, to go on with."""
+    """A request for continuations of prompts."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    prompt: Annotated[
-        list[_Text | Annotated[list[int], Field(min_length=1, fail_fast=True)]], Field(fail_fast=True)
-    ]
+    prompt: Annotated[list[_Text | _Ids], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+
+    @field_validator("echo")
+    @classmethod
+    def _check_echo(cls, given: bool, info: ValidationInfo) -> bool:
+        if given and info.data.get("logprobs") is not None:
+            raise ValueError("cannot be combined with logprobs")
+        return given
 
     @field_validator("prompt", mode="wrap")
     @classmethod
-    def _prompts(cls, given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        are_several = isinstance(given, list) and given and not isinstance(given[0], int)
-        if are_several and len(given) > _MOST:
-            raise ValueError(f"must be at most {_MOST} prompts, not {len(given)}")
+    def _as_prompts(cls, given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        is_list = isinstance(given, list) and given and not isinstance(given[0], int)
+        if is_list and len(given) > _MAX_ITEMS:
+            raise ValueError(f"must be at most {_MAX_ITEMS} prompts, not {len(given)}")
         try:
-            return validate(given if are_several else [given])
+            return validate(given if is_list else [given])
         except ValidationError:
             raise ValueError("must be a text, or token ids, or a list of either") from None
 
     @property
-    def num_likeliest(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         return self.logprobs
 
-    def _whole(self, text: str) -> dict[str, Any]:
+    def prompt_to_echo(self, index: int) -> str | list[int]:
+        return self.prompt[index // self.n] if self.echo else ""
+
+    def _content(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _new(self, text: str, is_first: bool) -> dict[str, Any]:  # noqa: ARG002
-        return {"text": text}
-
-    def _logprobs(self, scored: list[Scored]) -> dict[str, Any]:
+    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         return {
-            "tokens": [one.text for one in scored],
-            "token_logprobs": [max(one.logprob, _LOWEST) for one in scored],
-            # Of tokens that read alike, such as parts of characters, the likeliest.
+            "tokens": [token.token.text for token in tokens],
+            "token_logprobs": [max(token.logprob, _MIN_LOGPROB) for token in tokens],
+            # If tokens have the same text, such as parts of characters, the most likely one stays.
             "top_logprobs": [
-                {text: max(value, _LOWEST) for text, value in reversed(one.likeliest)} for one in scored
+                {other.text: max(value, _MIN_LOGPROB) for other, value in reversed(token.top)}
+                for token in tokens
             ],
-            "text_offset": [one.start for one in scored],
+            "text_offset": [token.offset for token in tokens],
         }
 
 
 R = TypeVar("R", bound=BaseRequest)
 
 
-def read(kind: type[R], body: bytes) -> R:
-    """A request of this kind.
+def parse(kind: type[R], body: bytes) -> R:
+    """Parse and validate a request.
 
     Raises:
-        Refused: the body is none.
+        APIError: the body is not such a request.
     """
     try:
         return kind.model_validate(json.loads(body))
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _api_error(error) from None
     except (ValueError, RecursionError) as error:
         raise APIError(f"the body is not JSON: {error}") from None
-
-
-def frame(name: str, model: str) -> dict[str, Any]:
-    """What every answer begins with, and every chunk of one."""
-    return {"id": f"{name}-{uuid.uuid4().hex}", "object": name, "created": int(time.time()), "model": model}

@@ -13,7 +13,7 @@ import uvicorn
 from openai import OpenAI
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
-from serving.app import make_app
+from serving.app import App
 from serving.engine import Engine
 from serving.flags import ServeArguments
 
@@ -61,7 +61,7 @@ class Served:
         self.engine = Running(
             generator.generation_strategy, generator.model, config, batch_size, self.args.max_waiting
         )
-        app = make_app(generator, self.engine, config, self.args, "tiny", self.args.host)
+        app = App(generator, self.engine, config, self.args, "tiny", self.args.host)
         self._server = uvicorn.Server(uvicorn.Config(app, self.args.host, 0, log_config=None))
         self._thread = threading.Thread(target=self._server.run)
 

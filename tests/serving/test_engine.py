@@ -1,4 +1,4 @@
-"""The thread that has the model: what it takes, what it ends, and that jobs do not disturb each other."""
+"""The thread that runs the model: what it accepts and aborts, and that jobs do not disturb each other."""
 
 import pickle
 import queue
@@ -24,227 +24,191 @@ def engine(text_model):
     engine.stop()
 
 
-def job(prompt, results, most_seconds=600, **request):
-    return Job(Request(prompt, **request), lambda result: results.put(result), most_seconds)
+def submit(engine, prompts, timeouts=None, **request):
+    """Submit a job per prompt; returns the jobs and a queue for each result."""
+    results = [queue.Queue() for _ in prompts]
+    timeouts = timeouts or [600] * len(prompts)
+    jobs = [
+        Job(Request(p, **request), to.put, t) for p, to, t in zip(prompts, results, timeouts, strict=True)
+    ]
+    engine.submit(jobs)
+    return jobs, results
 
 
-def submitted(engine, **request):
-    results = queue.Queue()
-    engine.submit([job([5, 6, 7], results, **request)])
-    return results
+def kinds(results):
+    return [type(result.get(timeout=60)) for result in results]
 
 
-def test_jobs_get_what_their_prompts_alone_give(engine, text_model):
-    """Guards against results that reach another job, more jobs than there are places among them."""
-    results = [queue.Queue() for _ in range(2 * len(PROMPTS))]
-    engine.submit([job(prompt, to) for prompt, to in zip(PROMPTS * 2, results, strict=True)])
-    for prompt, to in zip(PROMPTS * 2, results, strict=True):
-        alone = generate(text_model, prompt, eos=[], max_steps=GREEDY.max_steps)
-        assert to.get(timeout=60).predicted_tokens == alone.predicted_tokens
+def check(model, prompts, results):
+    """The results are those of each prompt alone."""
+    for prompt, result in zip(prompts, results, strict=True):
+        alone = generate(model, prompt, eos=[], max_steps=GREEDY.max_steps)
+        assert result.get(timeout=60).predicted_tokens == alone.predicted_tokens
 
 
-def no_numbers(ids, scores):
+def test_each_job_gets_the_result_of_its_prompt_alone(engine, text_model):
+    """Guards against results that reach another job, also with more jobs than slots."""
+    check(text_model, PROMPTS * 2, submit(engine, PROMPTS * 2)[1])
+
+
+def nan_logits(ids, scores):
     return torch.full_like(scores, torch.nan) if ids.shape[1] > 6 else scores
 
 
-class Broken:
-    """A streamer that fails after some tokens."""
+class BrokenStreamer:
+    """Fails after some tokens."""
 
-    def __init__(self):
-        self.left = 3
+    left = 3
 
     def put(self, _):
         self.left -= 1
         if not self.left:
             raise ConnectionError("nobody there")
 
-    def end(self):
-        pass
-
 
 def failing(*_, **__):
-    raise ArithmeticError("a criterion of no use")
+    raise ArithmeticError("a criterion fails")
 
 
 @pytest.mark.parametrize(
-    ("request_", "error"),
+    ("prompt", "request_", "error"),
     [
-        ({"logits_processors": no_numbers}, FloatingPointError),
-        ({"stopping_criteria": failing}, ArithmeticError),
-        ({"streamer": Broken()}, ConnectionError),
+        ([5] * 300, {}, ValueError),
+        ([8, 9], {"logits_processors": nan_logits}, FloatingPointError),
+        ([8, 9], {"stopping_criteria": failing}, ArithmeticError),
+        ([8, 9], {"streamer": BrokenStreamer()}, ConnectionError),
     ],
-    ids=["NaN", "criterion", "streamer"],
+    ids=["context", "NaN", "criterion", "streamer"],
 )
-def test_a_job_that_fails_fails_alone(engine, text_model, request_, error):
+def test_a_job_that_fails_fails_alone(engine, text_model, prompt, request_, error):
     """Guards against an error that ends its neighbours, or the thread."""
-    results = [queue.Queue() for _ in range(4)]
-    for place, to in enumerate(results):
-        engine.submit([job(PROMPTS[place], to, **(request_ if place == 1 else {}))])
-    assert isinstance(results[1].get(timeout=60), error)
-    for place in (0, 2, 3):
-        alone = generate(text_model, PROMPTS[place], eos=[], max_steps=GREEDY.max_steps)
-        assert results[place].get(timeout=60).predicted_tokens == alone.predicted_tokens
-    assert submitted(engine).get(timeout=60).predicted_tokens
+    _, first = submit(engine, PROMPTS[:2])
+    _, broken = submit(engine, [prompt], **request_)
+    _, last = submit(engine, PROMPTS[2:])
+    assert kinds(broken) == [error]
+    check(text_model, PROMPTS, first + last)
+    check(text_model, PROMPTS[:1], submit(engine, PROMPTS[:1])[1])
 
 
-def test_a_prompt_beyond_the_context_is_its_own_error(engine):
-    results = queue.Queue()
-    engine.submit([job([5] * 300, results), job([5, 6], results)])
-    kinds = {type(results.get(timeout=60)).__name__ for _ in range(2)}
-    assert kinds == {"ValueError", "GenerationStrategyResult"}
-
-
-def test_a_round_that_fails_ends_its_rows_and_nothing_else(engine, monkeypatch):
-    """Out of memory in a pass over several rows: guards against a thread that ends with them."""
-    strategy = engine._scheduler._strategy
+def test_a_step_that_fails_ends_its_batch_and_nothing_else(engine, text_model, monkeypatch):
+    """Out of memory in a pass over several sequences. Guards against a thread that ends with them."""
 
     def out_of_memory(_):
         monkeypatch.undo()
         raise torch.OutOfMemoryError("out of memory")
 
-    results = queue.Queue()
     with held(engine) as at_rest:
-        engine.submit([job(prompt, results) for prompt in PROMPTS])
+        _, results = submit(engine, PROMPTS)
         assert at_rest.wait(60)
-        monkeypatch.setattr(strategy, "step", out_of_memory)
-    assert {type(results.get(timeout=60)) for _ in PROMPTS} == {torch.OutOfMemoryError}
-    assert submitted(engine).get(timeout=60).predicted_tokens
+        monkeypatch.setattr(engine._scheduler._strategy, "step", out_of_memory)
+    assert kinds(results) == [torch.OutOfMemoryError] * 4
+    check(text_model, PROMPTS, submit(engine, PROMPTS)[1])
 
 
 def test_the_queue_is_bounded_and_takes_all_or_none(engine):
-    """Four places and four to wait. Guards against half of a request that is taken, and lost."""
-    results = queue.Queue()
+    """Four slots, four waiting jobs. Guards against half a request, and a queue time that is not counted."""
     with held(engine) as at_rest:
-        engine.submit([job(prompt, results) for prompt in PROMPTS])
+        _, results = submit(engine, PROMPTS)
         assert at_rest.wait(60)
-        engine.submit([job(prompt, results) for prompt in PROMPTS[:3]])
+        results += submit(engine, PROMPTS[:3])[1]
         with pytest.raises(QueueFull, match="3 requests wait already"):
-            engine.submit([job(prompt, results) for prompt in PROMPTS[:2]])
-        engine.submit([job(PROMPTS[0], results)])
+            submit(engine, PROMPTS[:2])
+        [last], more = submit(engine, PROMPTS[:1])
         assert (engine.num_in_flight, engine.num_waiting) == (4, 4)
-    assert [results.get(timeout=60).num_prompt_tokens for _ in range(8)]
-    assert results.empty()
+        submitted = time.perf_counter()
+    assert kinds(results + more) == [GenerationStrategyResult] * 8
+    assert last.arrival_time <= submitted <= last.admission_time
 
 
-def test_who_is_gone_or_late_leaves_at_the_next_round(engine):
-    """In flight and waiting. Guards against rows that are decoded to their end for nobody."""
-    jobs, results = [], []
-    for place in range(6):
-        results.append(queue.Queue())
-        jobs.append(job(PROMPTS[place % 4], results[-1], most_seconds=0 if place in (1, 5) else 600))
+def test_a_cancelled_or_late_job_ends_at_the_next_step(engine):
+    """In flight and waiting. Guards against sequences that decode although their client is gone."""
     with held(engine) as at_rest:
-        engine.submit(jobs)
+        jobs, results = submit(engine, [*PROMPTS, *PROMPTS[:2]], timeouts=[600, 0, 600, 600, 600, 0])
         assert at_rest.wait(60)
-        jobs[0].is_gone = jobs[4].is_gone = True
-    kinds = [type(to.get(timeout=60)).__name__ for to in results]
-    assert [kinds[i] for i in (0, 4)] == [ClientDisconnected.__name__] * 2
-    assert [kinds[i] for i in (1, 5)] == [RequestTimeout.__name__] * 2
-    assert [kinds[i] for i in (2, 3)] == ["GenerationStrategyResult"] * 2
+        jobs[0].is_cancelled = jobs[4].is_cancelled = True
+    aborted = [ClientDisconnected, RequestTimeout]
+    assert kinds(results) == [*aborted, *[GenerationStrategyResult] * 2, *aborted]
 
 
-def test_what_does_not_end_until_the_shutdown_does_is_ended(engine):
-    """Guards against an engine that takes jobs while it ends, and against jobs that are told nothing."""
-    results = queue.Queue()
+@pytest.mark.parametrize(("seconds", "kind"), [(0, ServerShutdown), (600, GenerationStrategyResult)])
+def test_a_shutdown_finishes_what_it_can_and_aborts_the_rest(engine, seconds, kind):
+    """Guards against jobs that enter during shutdown, and a shutdown that does not wait for those before."""
     with held(engine) as at_rest:
-        engine.submit([job(prompt, results) for prompt in PROMPTS * 2])
+        _, results = submit(engine, PROMPTS * 2)
         assert at_rest.wait(60)
-        engine.shut_down(0)
+        engine.shut_down(seconds)
         with pytest.raises(ServerShutdown):
-            engine.submit([job([5], results)])
+            submit(engine, [[5]])
+    assert kinds(results) == [kind] * 8
     assert engine.stop()
-    assert {type(results.get(timeout=60)) for _ in range(8)} == {ServerShutdown}
-
-
-def test_a_shutdown_lets_end_what_ends_in_time(engine):
-    results = queue.Queue()
-    engine.submit([job(prompt, results) for prompt in PROMPTS * 2])
-    engine.shut_down(600)
-    assert {type(results.get(timeout=60)).__name__ for _ in range(8)} == {"GenerationStrategyResult"}
 
 
 class Ranks:
-    """Two processes that hold one model together, as threads: what the first one says, the other hears."""
+    """Two processes that hold one model, as threads: the follower receives what the first one broadcasts."""
 
     def __init__(self):
-        self._said, self.times_said = queue.Queue(), 0
+        self._messages, self.num_broadcasts = queue.Queue(), 0
 
     def broadcast_from_rank0(self, _, value):
         if threading.current_thread().name == "follower":
-            return pickle.loads(self._said.get(timeout=60))
-        self._said.put(pickle.dumps(value))
-        self.times_said += 1
+            return pickle.loads(self._messages.get(timeout=60))
+        self._messages.put(pickle.dumps(value))
+        self.num_broadcasts += 1
         return value
 
 
-def noting_rounds(strategy):
-    """The ids of each row before each round of a strategy, as they come to be."""
-    rounds, a_round = [], strategy.step
+def recorded_steps(strategy):
+    """The ids of each sequence before each step of a strategy."""
+    steps, step = [], strategy.step
 
-    def noted(decoding):
-        rounds.append([list(sequence.ids) for sequence in decoding.batch.sequences])
-        a_round(decoding)
+    def recorded(decoding):
+        steps.append([list(sequence.ids) for sequence in decoding.batch.sequences])
+        step(decoding)
 
-    strategy.step = noted
-    return rounds
+    strategy.step = recorded
+    return steps
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_ranks_agree_once_a_round(text_model, byte_tokenizer, monkeypatch, sample):
-    """Eight answers in four places, of which some end early: by a client, and by a clock. Guards against a
-    broadcast for each token and row, and against a rank that goes on with a row that another has ended.
+def test_ranks_take_the_same_steps_with_one_broadcast_each(text_model, byte_tokenizer, monkeypatch, sample):
+    """Eight jobs in four slots; a client and a clock end two. Guards against a broadcast per token and
+    sequence, and against a rank that goes on with a sequence that the first one has ended.
     """
     ranks, config = Ranks(), replace(GREEDY, sample=sample, max_steps=40)
     monkeypatch.setattr("serving.engine.broadcast_from_rank0", ranks.broadcast_from_rank0)
     generators = [tiny_generator(text_model, byte_tokenizer, config) for _ in range(2)]
-    mine, others = [noting_rounds(generator.generation_strategy) for generator in generators]
+    first, second = [recorded_steps(generator.generation_strategy) for generator in generators]
     follower = threading.Thread(target=follow, args=(generators[1], config, 4), name="follower")
     follower.start()
-    results = [queue.Queue() for _ in range(8)]
 
     def leaves(ids, _):
-        jobs[1].is_gone = ids.shape[1] > len(PROMPTS[1]) + 8
+        jobs[1].is_cancelled = ids.shape[1] > len(PROMPTS[1]) + 8
         return False
 
     def is_late(ids, _):
-        jobs[2].most_seconds = 0 if ids.shape[1] > len(PROMPTS[2]) + 20 else 600
+        jobs[2].timeout = 0 if ids.shape[1] > len(PROMPTS[2]) + 20 else 600
         return False
 
-    criteria = {1: leaves, 2: is_late}
-    jobs = []
-    for place, to in enumerate(results):
-        given = Request(PROMPTS[place % 4], stopping_criteria=criteria.get(place), seed=place, config=config)
-        jobs.append(Job(generators[0].prepared(given, config)[0], to.put))
+    results, jobs = [queue.Queue() for _ in range(8)], []
+    for index, result in enumerate(results):
+        criterion = {1: leaves, 2: is_late}.get(index)
+        request = Request(PROMPTS[index % 4], stopping_criteria=criterion, seed=index, config=config)
+        jobs.append(Job(generators[0].prepare(request, config), result.put))
     engine = Running(generators[0].generation_strategy, text_model, config, 4, max_waiting=4)
     engine.submit(jobs)
-    ended = [type(to.get(timeout=60)) for to in results]
+    ended = kinds(results)
     assert engine.stop()
     follower.join(60)
     assert not follower.is_alive()
     assert ended[1:3] == [ClientDisconnected, RequestTimeout]
     assert ended[3:] == [GenerationStrategyResult] * 5
-    assert mine == others
-    assert ranks.times_said <= len(mine) + 8  # at most one round less for each that ends, and the end of all
+    assert first == second
+    assert ranks.num_broadcasts <= len(first) + 8  # some broadcasts end a job without a step, one ends all
 
 
-def test_an_engine_that_fails_tells_all(engine, monkeypatch):
-    """Guards against clients that wait for ever, and a server that says it is well."""
+def test_an_engine_that_fails_ends_all_jobs(engine, monkeypatch):
+    """Guards against clients that wait for ever, and a server that claims to be healthy."""
     monkeypatch.setattr(engine._scheduler, "pop_finished", failing)
-    results = queue.Queue()
-    engine.submit([job(prompt, results) for prompt in PROMPTS * 2])
-    assert {type(results.get(timeout=60)) for _ in range(8)} == {ServerShutdown}
-    assert not engine.is_up
+    assert kinds(submit(engine, PROMPTS * 2)[1]) == [ServerShutdown] * 8
+    assert not engine.accepts_jobs
     assert not engine.stop()
-
-
-def test_waiting_counts_from_a_jobs_arrival(engine):
-    """Guards against a time to the first token that leaves out the queue."""
-    results, one = queue.Queue(), job([5, 6], queue.Queue())
-    with held(engine) as at_rest:
-        engine.submit([job(prompt, results) for prompt in PROMPTS])
-        assert at_rest.wait(60)
-        engine.submit([one])
-        now = time.perf_counter()
-    for _ in PROMPTS:
-        results.get(timeout=60)
-    engine.stop()
-    assert one.arrived <= now <= one.admitted

@@ -1,4 +1,4 @@
-"""What a request may say, without a server."""
+"""The fields of requests, without a server."""
 
 import json
 
@@ -6,47 +6,80 @@ import pytest
 from pydantic import ValidationError
 
 from self_speculation import GenerationConfig
-from serving.protocol import APIError, ChatRequest, CompletionRequest, read
+from serving.protocol import APIError, ChatRequest, CompletionRequest, parse
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def refused(kind, **said):
-    """(field at fault, message)"""
-    with pytest.raises(APIError) as refused:
-        read(kind, json.dumps(said).encode())
-    return refused.value.param, str(refused.value)
+def refused(kind, **request):
+    """The field at fault, and the message."""
+    with pytest.raises(APIError) as error:
+        parse(kind, json.dumps(request).encode())
+    return error.value.param, str(error.value)
 
 
 @pytest.mark.parametrize(
     ("name", "neutral", "other"),
     [
-        ("tools", [], [{"type": "function"}]),
-        ("tool_choice", "none", "required"),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
-        ("presence_penalty", 0, 0.5),
-        ("frequency_penalty", 0.0, -1),
-        ("logit_bias", {}, {"5": 1}),
-        ("store", False, True),
-        ("frobnicate", None, 1),
+        ("tools", [[]], [{"type": "function"}]),
+        ("tool_choice", ["none", "auto"], "required"),
+        ("response_format", [{"type": "text"}], {"type": "json_object"}),
+        ("presence_penalty", [0], 0.5),
+        ("frequency_penalty", [0.0], -1),
+        ("repetition_penalty", [1], 1.1),
+        ("logit_bias", [{}], {"5": 1}),
+        ("top_k", [-1, 0], 5),
+        ("min_p", [0], 0.1),
+        ("ignore_eos", [False], True),
+        ("chat_template_kwargs", [{}], {"x": 1}),
+        ("top_logprobs", [0], 1),
+        ("stream_options", [{}, {"include_usage": False}], {"include_usage": True}),
+        ("frobnicate", [None], 1),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_its_name(name, neutral, other):
-    """Guards against a field that is ignored, and against clients that send every field with its default."""
-    assert ChatRequest(messages=HELLO, **{name: neutral}) == ChatRequest(messages=HELLO)
+def test_neutral_values_are_accepted_and_others_are_errors(name, neutral, other):
+    """Guards against a field that changes nothing, and against clients that send every field's default."""
+    for value in neutral:
+        request = ChatRequest(messages=HELLO, **{name: value})
+        assert request.model_dump(exclude={"stream_options", "top_logprobs"}) == ChatRequest(
+            messages=HELLO
+        ).model_dump(exclude={"stream_options", "top_logprobs"})
     param, message = refused(ChatRequest, messages=HELLO, **{name: other})
     assert param == name
-    assert message.startswith(f"{name}: ")
+    assert message.startswith(name)
+
+
+def test_harmless_fields_are_ignored():
+    """Guards against errors for what clients send by default, in requests and in messages."""
+    fields = {
+        "metadata": {"a": "b"}, "prompt_cache_key": "k", "safety_identifier": "s", "store": True, "user": "u",
+        "service_tier": "flex", "reasoning_effort": "low", "verbosity": "high",
+    }  # fmt: skip
+    assert ChatRequest(messages=HELLO, **fields) == ChatRequest(messages=HELLO)
+    part = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
+    assert ChatRequest(messages=[{"role": "user", "name": "Eve", "content": [part]}]) == ChatRequest(
+        messages=HELLO
+    )
+    answer = {"tool_calls": [], "annotations": [], "reasoning_content": "", "refusal": None, "audio": None}
+    for content in ({}, {"content": None}, {"content": ""}):
+        [message] = ChatRequest(messages=[{"role": "assistant", **answer, **content}]).messages
+        assert message.for_template == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 5}, {"max_completion_tokens": 5}])
+def test_the_smaller_limit_of_new_tokens_counts(given):
+    both = {"max_tokens": 9, "max_completion_tokens": 9, **given}
+    assert ChatRequest(messages=HELLO, **both).max_new_tokens == 5
+    assert ChatRequest(messages=HELLO, **given).max_new_tokens == 5
 
 
 @pytest.mark.parametrize(
-    ("said", "param"),
+    ("request_", "param"),
     [
         ({}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "name": "Eve"}]}, "messages.0.name"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content.0.type",
@@ -57,7 +90,7 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(name, neutral, other):
         ({"messages": HELLO, "top_p": -0.1}, "top_p"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "max_tokens": 1.5}, "max_tokens"),
-        ({"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+        ({"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"messages": HELLO, "stop": [""]}, "stop.0"),
         ({"messages": HELLO, "stop": ["x"] * 17}, "stop"),
         ({"messages": HELLO, "n": 0}, "n"),
@@ -71,9 +104,9 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(name, neutral, other):
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content.0.text"),
     ],
 )
-def test_bad_values_are_refused_by_their_place(said, param):
-    """Guards against numbers in quotes that pass, and against names of the types that were tried."""
-    assert refused(ChatRequest, **said)[0] == param
+def test_an_error_names_the_place_of_a_bad_value(request_, param):
+    """Guards against numbers in quotes, and against type names of a union in the path."""
+    assert refused(ChatRequest, **request_)[0] == param
 
 
 EMPTY = {"role": "user", "content": ""}
@@ -81,7 +114,7 @@ PART = {"type": "text", "text": ""}
 
 
 @pytest.mark.parametrize(
-    ("kind", "said", "param", "says"),
+    ("kind", "request_", "param", "says"),
     [
         (ChatRequest, {"messages": [EMPTY] * 9_000}, "messages", "at most 2048 items"),
         (ChatRequest, {"messages": [{}] * 9_000}, "messages.0.role", "required"),
@@ -96,20 +129,18 @@ PART = {"type": "text", "text": ""}
         (CompletionRequest, {f"x{i}": 0 for i in range(9_000)}, None, "at most 100 fields, not 9000"),
     ],
 )
-def test_what_is_endless_is_refused_by_its_first_fault(kind, said, param, says):
-    """Guards against a request under the size limit that is checked for seconds, and against a message that
-    spells all of it.
-    """
+def test_validation_stops_at_the_first_fault(kind, request_, param, says):
+    """Guards against seconds of validation, and against a message that quotes the whole request."""
     with pytest.raises(ValidationError) as error:
-        kind.model_validate(said)
+        kind.model_validate(request_)
     assert error.value.error_count() <= 2  # of the first message
-    name, message = refused(kind, **said)
+    name, message = refused(kind, **request_)
     assert (name, says in message, len(message) < 200) == (param, True, True)
 
 
 @pytest.mark.parametrize("prompt", [{}, [["a"]], [1, "a"], [[]], ["a", 1], [True], 5])
 def test_a_prompt_is_text_or_ids(prompt):
-    """Guards against a message for each of the forms that it might have had."""
+    """Guards against an error for each type of the union."""
     message = "must be a text, or token ids, or a list of either"
     assert refused(CompletionRequest, prompt=prompt) == ("prompt", f"prompt {prompt!r}: {message}")
 
@@ -129,13 +160,13 @@ def test_one_prompt_or_several(given, several):
     assert CompletionRequest(prompt=given).prompt == several
 
 
-def test_what_is_not_said_is_as_the_server_says():
+def test_the_servers_config_has_the_defaults():
     """Guards against a temperature of the flags that overrides the request's, or the other way round."""
     default = GenerationConfig(max_steps=7, sample=False, top_p=0.5, stop_words=["x"], exit_layer=2)
-    assert ChatRequest(messages=HELLO).config(default) == default
+    assert ChatRequest(messages=HELLO).generation_config(default) == default
     said = ChatRequest(messages=HELLO, temperature=0.5, max_completion_tokens=9, stop="y", drafts=False)
-    config = said.config(default)
+    config = said.generation_config(default)
     assert (config.sample, config.temperature, config.top_p) == (True, 0.5, 0.5)
     assert (config.max_steps, config.stop_words) == (9, ["y"])
     assert (config.generation_strategy, config.exit_layer) == ("autoregressive", -1)
-    assert ChatRequest(messages=HELLO, temperature=0).config(GenerationConfig()).greedy
+    assert ChatRequest(messages=HELLO, temperature=0).generation_config(GenerationConfig()).greedy

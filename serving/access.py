@@ -1,0 +1,88 @@
+"""Who may send requests, and the id of each request."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.flags import ServeArguments
+from serving.protocol import APIError
+
+_FILES = ("page.css", "page.js", "markdown-it.umd.min.js")
+PAGE_FILES = {"/": "page.html"} | {f"/{name}": name for name in _FILES}
+_PUBLIC_PATHS = (*PAGE_FILES, "/health")  # need no key
+_MAX_REQUEST_ID = 200  # characters of an id that a client may choose
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a port
+
+
+class AccessMiddleware:
+    """Checks the Host header and the API key, and adds x-request-id to the response.
+
+    Args:
+        is_local: only this machine can reach the server.
+        on_error: makes the response to a rejected request.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        args: ServeArguments,
+        is_local: bool,
+        on_error: Callable[[Request, Exception], Awaitable[Response]],
+    ) -> None:
+        self._app, self._args, self._is_local, self._on_error = app, args, is_local, on_error
+        # Headers are bytes; a key may hold non-ASCII characters or bytes that are no characters.
+        self._key = None if args.key is None else os.fsencode(args.key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id")
+        request_id = given if given and len(given) <= _MAX_REQUEST_ID else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        error = self._check(scope)
+        app = self._app if error is None else await self._on_error(Request(scope), error)
+        await app(scope, receive, send_with_id)
+
+    def _check(self, scope: Scope) -> APIError | None:
+        headers = dict(scope["headers"])
+        # Another site can point its own name at this machine (DNS rebinding).
+        if self._is_local and not self._names_this_machine(headers.get(b"host", b"").decode("latin-1")):
+            return APIError("Host: must be localhost or this machine's loopback address")
+        # The router uses this path. Starlette makes that of `Request.url` from the Host header.
+        if self._key is None or scope["path"] in _PUBLIC_PATHS:
+            return None
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
+            return None
+        return APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
+
+    def _names_this_machine(self, host: str) -> bool:
+        if (match := _HOST.fullmatch(host)) is None:
+            return False
+        name = match[1].removeprefix("[").removesuffix("]").lower()
+        return name in ("localhost", self._args.host.lower()) or is_loopback(name)
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether this is a loopback IP address, such as 127.0.0.2 or ::1."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback

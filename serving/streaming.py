@@ -1,0 +1,130 @@
+"""What the decoding thread passes on while it decodes: new text, pending drafts, log-probabilities."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
+from self_speculation.decoding.stopping import decode
+from self_speculation.speculative_streamer import Cell
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
+_BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level vocabularies
+_CONTEXT = 8  # tokens that are decoded before a token, because its text depends on them
+
+
+class Delta(NamedTuple):
+    """New text of an answer."""
+
+    text: str
+    accepted: int = 0  # leading characters that are accepted drafts
+    pending: str = ""  # the draft after all text so far
+
+
+class DeltaStreamer(StandardTextStreamer):
+    """Passes on decided text."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_words: Iterable[str] | None,
+        prompt: Sequence[int],
+        on_delta: Callable[[Delta], None],
+    ) -> None:
+        super().__init__(tokenizer, stop_words, io.StringIO(), end_with="", prompt=prompt)
+        self._on_delta = on_delta
+
+    def _show(self, cells: list[Cell]) -> None:
+        if cells:
+            self._on_delta(Delta("".join(char for char, _ in cells)))
+
+
+class DraftDeltaStreamer(DeltaStreamer, SpeculativeTextStreamer):
+    """Passes on decided text, its accepted part, and the draft after it."""
+
+    _sent_pending = ""
+
+    def _show(self, cells: list[Cell]) -> None:
+        pending = "".join(char for char, _ in self._pending())
+        for style, run in groupby(cells, key=lambda cell: cell[1]):
+            text = "".join(char for char, _ in run)
+            self._on_delta(Delta(text, len(text) if style == "accepted" else 0, pending))
+        if not cells and pending != self._sent_pending:
+            self._on_delta(Delta("", 0, pending))
+        self._sent_pending = pending
+
+
+class Token(NamedTuple):
+    text: str  # part of a character is U+FFFD or empty
+    bytes: bytes
+
+
+class TokenLogprob(NamedTuple):
+    """A token of an answer with its log-probability."""
+
+    token: Token
+    logprob: float
+    offset: int  # complete characters of the answer before it
+    top: list[tuple[Token, float]]  # the most likely tokens, in descending order
+
+
+class LogprobCollector:
+    """A stopping criterion that never stops and records each token's log-probability.
+
+    It sees the target's logits after logits processors, before temperature and top-p. It does not see an end
+    id or the last token of a stop word: they are not part of the answer.
+
+    Args:
+        num_top: number of the most likely tokens to record.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_top: int) -> None:
+        self._tokenizer, self._num_top = tokenizer, num_top
+        self._added_ids = tokenizer.added_tokens_decoder.keys()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._is_byte_level = "ByteLevel(" in repr(getattr(backend, "decoder", None))
+        self._tokens: deque[TokenLogprob] = deque()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_chars = 0  # complete ones
+
+    def __call__(self, history: Tensor, scores: Tensor, **_: object) -> bool:
+        *before, id_ = history[0, -_CONTEXT:].tolist()
+        logprobs = scores[0].float().log_softmax(-1)
+        highest = logprobs.topk(min(self._num_top, len(logprobs)))
+        prefix = decode(self._tokenizer, before)
+
+        def token(id_: int) -> Token:
+            text = decode(self._tokenizer, [*before, id_])[len(prefix) :]
+            return Token(text, self._bytes(id_, text))
+
+        pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
+        top = [(token(other), value) for other, value in pairs]
+        self._tokens.append(TokenLogprob(token(id_), float(logprobs[id_]), self._num_chars, top))
+        self._num_chars += len(self._utf8.decode(self._tokens[-1].token.bytes))
+        return False
+
+    def _bytes(self, id_: int, text: str) -> bytes:
+        """The UTF-8 bytes of a token, which may be part of a character."""
+        token = self._tokenizer.convert_ids_to_tokens(id_) or ""
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(match[1])
+        if self._is_byte_level and id_ not in self._added_ids:
+            return bytes(_BYTES[char] for char in token)
+        return text.encode()
+
+    def take(self, num_chars: float) -> list[TokenLogprob]:
+        """Remove and return the tokens that begin in the first characters of the answer."""
+        taken = []
+        while self._tokens and self._tokens[0].offset < num_chars:
+            taken.append(self._tokens.popleft())
+        return taken
