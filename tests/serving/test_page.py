@@ -1,4 +1,4 @@
-"""The page that the server shows, in a real browser, over a model that never ends by itself."""
+"""The chat page in a real browser, over a model that never ends by itself."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ LONGEST = 1024  # prompt and answer together
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 
-# Notes what is drafted, which is there for milliseconds.
+# Records pending drafts, which are visible for milliseconds.
 WATCH = """() => {
   window.drafted = [];
   new MutationObserver(() => {
@@ -26,7 +26,7 @@ WATCH = """() => {
     if (pending) window.drafted.push(pending);
   }).observe(document.body, {subtree: true, childList: true, characterData: true});
 }"""
-# Presses the button within the first piece of text, whatever the speed of this machine is.
+# Presses the button at the first text, on a machine of any speed.
 STOP_AT_ONCE = """() => new MutationObserver((_, observer) => {
   if (!document.querySelector(".answer .own, .answer .accepted")) return;
   observer.disconnect();
@@ -36,7 +36,7 @@ STOP_AT_ONCE = """() => new MutationObserver((_, observer) => {
 
 @pytest.fixture(scope="module")
 def server(byte_tokenizer):
-    """It drafts, is greedy, and answers whoever knows the key."""
+    """It drafts, is greedy, and needs a key."""
     model = tiny_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=LONGEST)
     torch.nn.init.zeros_(model.lm_head.weight[EOS])
     config = replace(GREEDY, max_steps=MAX_TOKENS)
@@ -52,7 +52,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """The page of somebody who has said the key."""
+    """A page whose user has entered the key."""
     page = browser.new_page()
     page.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
@@ -75,7 +75,7 @@ def ask(page, question):
 
 
 def answered(server, *texts):
-    """What the server answers to a program."""
+    """The server's answer outside the page."""
     roles = itertools.cycle(["user", "assistant"])
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     answer = server.client.chat.completions.create(model="tiny", messages=messages)
@@ -83,8 +83,8 @@ def answered(server, *texts):
 
 
 def test_a_conversation(page, server):
-    """Guards against text that is lost or doubled between pieces, characters that are counted otherwise than
-    the server counts them, markup that is not shown as text, and turns that are not sent again.
+    """Guards against lost or doubled text, characters that the server counts otherwise, markup in messages,
+    and turns that are missing from the next request.
     """
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json))
@@ -122,7 +122,7 @@ def test_a_conversation(page, server):
 
 @pytest.mark.slow
 def test_without_drafts(page, server):
-    """Guards against a comparison with drafts that only aren't shown."""
+    """Guards against drafts that are made but not shown."""
     page.get_by_role("switch", name="drafts").uncheck()
     ask(page, "who are you?")
     assert page.locator(".answer").text_content() == answered(server, "who are you?")
@@ -135,21 +135,21 @@ def test_without_drafts(page, server):
 
 @pytest.mark.slow
 def test_stop(page):
-    """Guards against an answer that goes on, and against one that the conversation forgets."""
+    """Guards against an answer that goes on, and an answer that the conversation loses."""
     page.evaluate(STOP_AT_ONCE)
     ask(page, "who are you?")
-    said = page.locator(".answer").text_content()
+    text = page.locator(".answer").text_content()
     assert "stopped" in page.locator(".figures").inner_text()
-    assert len(said) > 0
+    assert len(text) > 0
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json))
     ask(page, "go on")
-    assert sent[-1]["messages"][1] == {"role": "assistant", "content": said}
+    assert sent[-1]["messages"][1] == {"role": "assistant", "content": text}
 
 
 @pytest.mark.slow
 def test_errors(page):
-    """Guards against a question that is lost with its error, and against an error that stays."""
+    """Guards against a question that its error loses, and an error that stays."""
     ask(page, "who " * LONGEST)
     expect(page.get_by_role("alert")).to_have_text(re.compile(str(LONGEST)))
     assert "\n" not in page.get_by_role("alert").inner_text()
@@ -162,7 +162,7 @@ def test_errors(page):
 
 @pytest.mark.slow
 def test_a_wrong_key(browser, server):
-    """Guards against a page that asks for no key, or for none a second time."""
+    """Guards against a page that does not ask for the key again."""
     page = browser.new_page()
     page.goto(server.url)
     expect(page.get_by_label("API key")).to_be_focused(timeout=60_000)
