@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _listen(args: ServeArguments) -> socket.socket:
-    """Open the socket before the model is loaded: clients that connect meanwhile wait."""
+    """Open the socket before the model is loaded: clients that connect early wait."""
     try:
         family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)

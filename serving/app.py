@@ -432,7 +432,7 @@ async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T
 
 
 def _api_error(error: Exception) -> APIError:
-    """What a client is told about an error."""
+    """Turn any error into the one that the client gets."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, HTTPException):

@@ -1,4 +1,4 @@
-"""What the decoding thread passes on while it decodes: new text, pending drafts, log-probabilities."""
+"""Passes on new text, pending drafts and log-probabilities while a request decodes."""
 
 from __future__ import annotations
 

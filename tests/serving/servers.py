@@ -1,4 +1,4 @@
-"""Servers in threads of the test's own process, over tiny models; and engines that wait for the test."""
+"""Servers in threads of the test's process, over tiny models; engines that a test can hold."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ class Running(Engine):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._thread = threading.Thread(target=self._note)
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def _note(self):
-        self._went_well = self.run()
+    def _run(self):
+        self._succeeded = self.run()
 
     def stop(self):
-        """Ends it; whether all went well."""
+        """Return whether the engine worked to the end."""
         super().stop()
         self._thread.join()
-        return self._went_well
+        return self._succeeded
 
 
 class Served:
-    """A server and all that it is made of."""
+    """A server with its engine and client."""
 
     def __init__(self, generator, config=GREEDY, batch_size=4, **args):
         self.generator, self.config = generator, config
@@ -86,7 +86,7 @@ class Served:
         return self.engine.num_in_flight + self.engine.num_waiting
 
     def expected(self, prompt, **changes):
-        """The text that the generator gives, greedy and alone, by a model of its own cache."""
+        """The text of autoregressive decoding, greedy and alone."""
         config = GenerationConfig(**{"sample": False, "max_steps": self.config.max_steps, **changes})
         alone = HuggingfaceLlamaGenerator(
             self.generator.tokenizer, self.generator.model, make_strategy("autoregressive")
@@ -95,15 +95,15 @@ class Served:
 
 
 def until(condition):
-    """Wait for what happens in another thread."""
+    """Wait for another thread."""
     while not condition():
         time.sleep(0.005)
 
 
 @contextlib.contextmanager
-def raw_request(url, said):
-    """A request for completions that was sent, and the connection on which its answer comes."""
-    body = json.dumps(said).encode()
+def raw_request(url, request):
+    """Send a request for completions; yields the connection."""
+    body = json.dumps(request).encode()
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(
@@ -115,17 +115,17 @@ def raw_request(url, said):
 
 @contextlib.contextmanager
 def held(engine):
-    """Nothing is decoded meanwhile: the engine waits before its next round."""
-    go_on, at_rest, a_round = threading.Event(), threading.Event(), engine._scheduler.step
+    """Hold the engine before its next step."""
+    go_on, at_rest, step = threading.Event(), threading.Event(), engine._scheduler.step
 
     def wait():
         at_rest.set()
         go_on.wait()
-        a_round()
+        step()
 
     engine._scheduler.step = wait
     try:
         yield at_rest
     finally:
-        engine._scheduler.step = a_round
+        engine._scheduler.step = step
         go_on.set()

@@ -63,7 +63,7 @@ class BrokenStreamer:
     def put(self, _):
         self.left -= 1
         if not self.left:
-            raise ConnectionError("nobody there")
+            raise ConnectionError("the client is gone")
 
 
 def failing(*_, **__):

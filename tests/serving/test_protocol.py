@@ -164,8 +164,8 @@ def test_the_servers_config_has_the_defaults():
     """Guards against a temperature of the flags that overrides the request's, or the other way round."""
     default = GenerationConfig(max_steps=7, sample=False, top_p=0.5, stop_words=["x"], exit_layer=2)
     assert ChatRequest(messages=HELLO).generation_config(default) == default
-    said = ChatRequest(messages=HELLO, temperature=0.5, max_completion_tokens=9, stop="y", drafts=False)
-    config = said.generation_config(default)
+    request = ChatRequest(messages=HELLO, temperature=0.5, max_completion_tokens=9, stop="y", drafts=False)
+    config = request.generation_config(default)
     assert (config.sample, config.temperature, config.top_p) == (True, 0.5, 0.5)
     assert (config.max_steps, config.stop_words) == (9, ["y"])
     assert (config.generation_strategy, config.exit_layer) == ("autoregressive", -1)
