@@ -137,7 +137,6 @@ def test_benchmark_over_one_model_on_two_ranks(common, tmp_path):
     result = forks.run_ranks(2, ROOT / "benchmark.py", *args)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("tokens/s, decode") == 1
-    assert result.stderr.count("5/5") >= 1
     tokens = [[record["tokens"] for record in untimed(run)] for run in (one, only_run(tmp_path))]
     assert tokens[0] == tokens[1]
 
