@@ -6,7 +6,7 @@ import string
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -64,6 +64,8 @@ class Request:
     config: GenerationConfig | None = None
     """Length, sampling and stop conditions of this request; None: those of the batch. All requests of a batch
     draft in the same way, but "autoregressive" here turns drafts off."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these ids."""
     prediction: str | list[int] | None = None
     """Text or ids that the output is expected to resemble, such as a file to be edited. It is drafted by
     adaptive decoding, and where `prompt_lookup` is above 0."""
@@ -209,7 +211,7 @@ class HuggingfaceLlamaGenerator:
         """
         prepared = self.prepare(request, config)
         processors, criteria = as_list(prepared.logits_processors), as_list(prepared.stopping_criteria)
-        processors = [*config_processors(config, len(prepared.ids)), *processors]
+        processors = [*config_processors(config, len(prepared.ids), prepared.logit_bias), *processors]
         if prepared.stop_words.words:
             num_prompt = len(prepared.ids)
             words = prepared.stop_words

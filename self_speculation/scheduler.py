@@ -313,7 +313,10 @@ class Scheduler(Generic[Key]):
             criteria=as_list(request.stopping_criteria),
         )
         # In the order of transformers: the config's processors come before the caller's.
-        processors = [*config_processors(config, len(prompt)), *as_list(request.logits_processors)]
+        processors = [
+            *config_processors(config, len(prompt), request.logit_bias),
+            *as_list(request.logits_processors),
+        ]
         generator = None
         if request.seed is not None:
             generator = torch.Generator(self._device).manual_seed(request.seed)

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -185,7 +185,8 @@ class App(Starlette):
         if not tokenizer.chat_template:
             raise APIError("messages: the model has no chat template, use /v1/completions", param="messages")
         messages = [message.for_template for message in request.messages]
-        apply = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True)
+        tools = request.tools_for_template or None
+        apply = partial(tokenizer.apply_chat_template, messages, tools=tools, add_generation_prompt=True)
         try:
             prompt = apply(tokenize=False)
             if self._args.sanitize_control_tokens and not self._generator.is_far_too_long(prompt):
@@ -303,6 +304,7 @@ class App(Starlette):
             RequestAborted: the engine does not take the jobs.
         """
         config, queue = request.generation_config(self._config), asyncio.Queue[tuple[int, Any]]()
+        prompt = self._prompt(request, config)
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
 
         def emit(index: int, event: Any) -> None:
@@ -312,34 +314,54 @@ class App(Starlette):
         choices = []
         for index, (ids, nth) in enumerate(itertools.product(prompts, range(request.n))):
             choices.append(
-                self._choice(request, index, ids, (seed + nth) % _SEEDS, config, partial(emit, index))
+                self._choice(
+                    request,
+                    index,
+                    replace(prompt, prompt=ids, seed=(seed + nth) % _SEEDS),
+                    partial(emit, index),
+                )
             )
         self._engine.submit([choice.job for choice in choices])
-        return choices, self._events(choices, queue)
+        return choices, self._events(choices, queue, request.stream and request.is_buffered)
+
+    def _prompt(self, request: BaseRequest, config: GenerationConfig) -> self_speculation.Request:
+        """What all choices of a request share; raises APIError if the model cannot be asked for it."""
+        try:
+            biases = request.biases(self._generator.model.config.vocab_size)
+        except ValueError as error:
+            raise APIError(f"logit_bias {error}", param="logit_bias") from None
+        try:
+            if (grammar := request.grammar(self._generator.tokenizer.chat_template)) is not None:
+                grammar.check()
+        except ValueError as error:
+            raise APIError(f"response_format or tools: {error}", param="response_format") from None
+        prediction = request.predicted_text
+        return self_speculation.Request(
+            [], config=config, prediction=prediction, grammar=grammar, logit_bias=biases
+        )
 
     def _choice(
         self,
         request: BaseRequest,
         index: int,
-        ids: list[int],
-        seed: int,
-        config: GenerationConfig,
+        prompt: self_speculation.Request,
         emit: Callable[[Any], None],
     ) -> _Choice:
-        tokenizer, streamer, logprobs = self._generator.tokenizer, None, None
-        if request.stream:
+        tokenizer, streamer, logprobs, config = self._generator.tokenizer, None, None, prompt.config
+        assert config is not None
+        if request.stream and not request.is_buffered:
             kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
-            streamer = kind(tokenizer, config.stop_words, ids, emit)
+            streamer = kind(tokenizer, config.stop_words, prompt.ids, emit)
         if request.num_top_logprobs is not None:
             logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
-        prompt = self_speculation.Request(
-            ids, stopping_criteria=logprobs, streamer=streamer, seed=seed, config=config
-        )
+        prompt = replace(prompt, stopping_criteria=logprobs, streamer=streamer)
         job = Job(self._generator.prepare(prompt, config), emit, self._args.max_time)
         echo = request.prompt_to_echo(index)
         return _Choice(index, job, logprobs, echo if isinstance(echo, str) else decode(tokenizer, echo))
 
-    async def _events(self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]) -> Events:
+    async def _events(
+        self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]], is_buffered: bool
+    ) -> Events:
         """Yield what the engine emits until all choices finish. Closing the generator cancels the jobs.
 
         Raises:
@@ -355,6 +377,8 @@ class App(Starlette):
                 if isinstance(event, GenerationStrategyResult):
                     unfinished -= 1
                     choice.finished = self._finish(choice.job, event)
+                    if is_buffered:
+                        delta = Delta(choice.finished.text)
                 else:
                     delta = event
                 yield choice, delta

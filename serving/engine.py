@@ -31,6 +31,8 @@ from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 _log = logging.getLogger(__name__)
+# The fields of a request that the other ranks need.
+_SHARED = ("prompt", "seed", "config", "logit_bias", "prediction", "grammar")
 
 
 class RequestAborted(Exception):
@@ -88,7 +90,7 @@ class Engine:
         batch_size: int,
         max_waiting: int,
     ) -> None:
-        self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size)
+        self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size, token_budget(model))
         self._model = model
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
         self._waiting: deque[Job] = deque()
@@ -175,7 +177,7 @@ class Engine:
         for job, error in dropped:
             _finish(job, error)
         # One broadcast per step has all that depends on a clock or a client: ranks wait at each broadcast.
-        requests = [(job.request.ids, job.request.seed, job.request.config) for job in admitted.values()]
+        requests = [{name: getattr(job.request, name) for name in _SHARED} for job in admitted.values()]
         broadcast_from_rank0(self._model, ([*aborted], requests))
         self._scheduler.cancel(aborted)
         for key, job in admitted.items():
@@ -197,6 +199,11 @@ class Engine:
         return ServerShutdown("the server shuts down") if now > self._deadline else None
 
 
+def token_budget(model: PreTrainedModel) -> int:
+    """Tokens of a step: a chunk of a prompt must not hold up streams for much longer than a round."""
+    return 64 if model.device.type == "cpu" else 512
+
+
 def _finish(job: Job, result: GenerationStrategyResult | Exception) -> None:
     try:
         job.on_finish(result)
@@ -208,13 +215,13 @@ def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch
     """Repeat the steps of the first rank's engine until it stops."""
     model, strategy = generator.model, generator.generation_strategy
     assert isinstance(strategy, DecodingStrategy)
-    scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size)
+    scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size, token_budget(model))
     keys = itertools.count()
     while (message := broadcast_from_rank0(model, None)) is not None:
         aborted, requests = message
         scheduler.cancel(aborted)
-        for ids, seed, own in requests:
-            scheduler.add_request(next(keys), generator.prepare(Request(ids, seed=seed, config=own), own))
+        for fields in requests:
+            scheduler.add_request(next(keys), generator.prepare(Request(**fields), fields["config"]))
         with suppress(Exception):  # the first rank reports it
             scheduler.step()
         scheduler.pop_finished()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from self_speculation import GenerationStrategyResult
-from self_speculation.results import DraftStats
+from self_speculation.results import DraftStats, SourceCounts
 from serving.engine import Engine
 
 _PREFIX = "self_speculation"
@@ -100,10 +100,16 @@ def usage(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
     of_prompts = [each.result for each in finished[::n]]
     prompt = sum(result.num_prompt_tokens for result in of_prompts)
     completion = sum(each.num_tokens for each in finished)
+    drafts = sum((each.result.draft_stats or DraftStats() for each in finished), DraftStats())
+    predicted = drafts.by_source.get("prediction", SourceCounts(0, 0, 0))
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": predicted.accepted,
+            "rejected_prediction_tokens": predicted.drafted - predicted.accepted,
+        },
         "prompt_tokens_details": {"cached_tokens": sum(result.num_cached_tokens for result in of_prompts)},
     }
 

@@ -26,16 +26,15 @@ from pydantic import (
 )
 
 from self_speculation import GenerationConfig
+from self_speculation.decoding.grammar import Grammar
 from serving.streaming import Delta, Token, TokenLogprob
+from serving.tools import ToolCall, call_grammar, find_calls, known_format
 
 # Fields that the server cannot honour -> values that ask for nothing. Null always asks for nothing.
 _NEUTRAL: dict[str, list[Any]] = {
-    "annotations": [[]], "best_of": [1], "chat_template_kwargs": [{}], "frequency_penalty": [0],
-    "function_call": ["none", "auto"], "functions": [[]], "ignore_eos": [False],
-    "include_obfuscation": [False], "logit_bias": [{}], "min_p": [0], "modalities": [["text"]],
-    "parallel_tool_calls": [True, False], "presence_penalty": [0], "reasoning_content": [""],
-    "repetition_penalty": [1], "response_format": [{"type": "text"}], "suffix": [""], "tool_calls": [[]],
-    "tool_choice": ["none", "auto"], "tools": [[]], "top_k": [-1, 0],
+    "annotations": [[]], "best_of": [1], "chat_template_kwargs": [{}], "function_call": ["none", "auto"],
+    "functions": [[]], "ignore_eos": [False], "include_obfuscation": [False], "modalities": [["text"]],
+    "parallel_tool_calls": [True, False], "reasoning_content": [""], "suffix": [""],
 }  # fmt: skip
 # Fields that do not change the text of an answer.
 _IGNORED = {
@@ -124,9 +123,87 @@ class _TextPart(_Strict):
     text: _Text
 
 
-class _Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
+class _Named(_Strict):
+    name: _Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, given: Any) -> Any:
+        return given  # a function's `name` matters
+
+
+class _Called(_Named):
+    arguments: _Text  # JSON
+
+
+class _ToolCall(_Strict):
+    id: _Text = ""
+    type: Literal["function"] = "function"
+    function: _Called
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = self.function.arguments
+        return {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class _Function(_Named):
+    description: _Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(_Strict):
+    type: Literal["function"]
+    function: _Function
+
+
+class _NamedTool(_Strict):
+    type: Literal["function"]
+    function: _Named
+
+
+class _JSONSchema(_Strict):
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: _Text | None = None
+    strict: bool | None = None
+
+
+class _ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> _ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: belongs to the type json_schema")
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        if self.json_schema is not None:
+            return Grammar.json_schema(self.json_schema.json_schema)
+        return Grammar.json_schema({"type": "object"}) if self.type == "json_object" else None
+
+
+class _Prediction(_Strict):
+    type: Literal["content"]
     content: list[_TextPart] = Field(max_length=_MAX_ITEMS, fail_fast=True)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _as_parts(cls, given: Any) -> Any:
+        return [{"type": "text", "text": given}] if isinstance(given, str) else given
+
+
+class _Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: list[_TextPart] = Field(max_length=_MAX_ITEMS, fail_fast=True)
+    tool_calls: list[_ToolCall] = Field([], max_length=_MAX_ITEMS)
+    tool_call_id: _Text | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -141,9 +218,12 @@ class _Message(_Strict):
         return given
 
     @property
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+        message: dict[str, Any] = {"role": role, "content": "\n".join(part.text for part in self.content)}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template for call in self.tool_calls]
+        return message
 
 
 class BaseRequest(_Strict, ABC):
@@ -157,6 +237,14 @@ class BaseRequest(_Strict, ABC):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    response_format: _ResponseFormat | None = None
+    prediction: _Prediction | None = None
     stop: list[Annotated[_Text, Field(min_length=1)]] | None = Field(None, max_length=16)
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
@@ -188,10 +276,35 @@ class BaseRequest(_Strict, ABC):
             "temperature": self.temperature,
             "sample": None if self.temperature is None else self.temperature > 0,
             "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
             "stop_words": self.stop,
         }
         config = replace(default, **{name: value for name, value in fields.items() if value is not None})
         return config if self.drafts else replace(config, generation_strategy="autoregressive", exit_layer=-1)
+
+    @property
+    def predicted_text(self) -> str | None:
+        return None if self.prediction is None else "".join(part.text for part in self.prediction.content)
+
+    def biases(self, vocab_size: int) -> dict[int, float] | None:
+        """`logit_bias` by id; raises ValueError for an id that the model does not have."""
+        for key in self.logit_bias or {}:
+            if not (key.isdecimal() and int(key) < vocab_size):
+                raise ValueError(f"{key!r}: must be a token id below {vocab_size}")
+        return {int(key): bias for key, bias in self.logit_bias.items()} if self.logit_bias else None
+
+    def grammar(self, chat_template: str | None) -> Grammar | None:  # noqa: ARG002
+        """The language of the answer; raises ValueError if the model cannot be asked for it."""
+        return None if self.response_format is None else self.response_format.grammar
+
+    @property
+    def is_buffered(self) -> bool:
+        """Whether a stream gets the whole text at its end, because it may be a call."""
+        return False
 
     @property
     @abstractmethod
@@ -229,11 +342,14 @@ class BaseRequest(_Strict, ABC):
             "index": index,
             **self._content(delta.text),
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
-            "finish_reason": _FINISH_REASONS[stop_reason] if stop_reason else None,
+            "finish_reason": self._finish_reason(delta.text, stop_reason),
         }
         if self.stream_drafts:
             choice["draft"] = {"accepted": delta.accepted, "pending": delta.pending}
         return choice
+
+    def _finish_reason(self, text: str, stop_reason: str | None) -> str | None:  # noqa: ARG002
+        return _FINISH_REASONS[stop_reason] if stop_reason else None
 
     @abstractmethod
     def _content(self, text: str) -> dict[str, Any]:
@@ -253,6 +369,8 @@ class ChatRequest(BaseRequest):
     messages: list[_Message] = Field(min_length=1, max_length=_MAX_ITEMS, fail_fast=True)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[_Tool] = Field([], max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool = "auto"
 
     @field_validator("top_logprobs")
     @classmethod
@@ -269,10 +387,42 @@ class ChatRequest(BaseRequest):
         chunk = self.choice(index, Delta(""), None, None)
         return [{**chunk, "delta": {"role": "assistant", "content": ""}}]
 
+    @property
+    def is_buffered(self) -> bool:
+        return bool(self.tools_for_template)
+
+    @property
+    def tools_for_template(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        none = self.tool_choice == "none"
+        return [] if none else [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    def grammar(self, chat_template: str | None) -> Grammar | None:
+        tools, choice = self.tools_for_template, self.tool_choice
+        if tools and known_format(chat_template) is None:
+            raise ValueError("tools: the chat template of this model knows no tools")
+        if choice in ("none", "auto"):
+            return super().grammar(chat_template)
+        name = choice.function.name if isinstance(choice, _NamedTool) else None
+        if not any(name in (None, tool["function"]["name"]) for tool in tools):
+            raise ValueError("tool_choice: names no tool of this request")
+        assert chat_template is not None
+        return call_grammar(tools, chat_template, name)
+
+    def _finish_reason(self, text: str, stop_reason: str | None) -> str | None:
+        reason = super()._finish_reason(text, stop_reason)
+        return "tool_calls" if reason == "stop" and self._calls(text) else reason
+
+    def _calls(self, text: str) -> list[ToolCall]:
+        return find_calls(text, self.tools_for_template) if self.is_buffered and text else []
+
     def _content(self, text: str) -> dict[str, Any]:
+        content: dict[str, Any] = {"content": text}
+        if calls := self._calls(text):
+            content = {"content": None, "tool_calls": [_call(i, call) for i, call in enumerate(calls)]}
         if self.stream:
-            return {"delta": {"content": text}}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+            return {"delta": content}
+        return {"message": {"role": "assistant", **content, "refusal": None}}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         def entry(token: Token, logprob: float) -> dict[str, Any]:
@@ -283,6 +433,11 @@ class ChatRequest(BaseRequest):
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _call(index: int, call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 class CompletionRequest(BaseRequest):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
 )
 
 from self_speculation.config import GenerationConfig
@@ -28,9 +31,15 @@ class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
-def config_processors(config: GenerationConfig, prompt_length: int) -> list[LogitsProcessor]:
+def config_processors(
+    config: GenerationConfig, prompt_length: int, logit_bias: Mapping[int, float] | None = None
+) -> list[LogitsProcessor]:
     """In the order of transformers. They are called before those of a request."""
     processors: list[LogitsProcessor] = []
+    if logit_bias:
+        processors.append(
+            SequenceBiasLogitsProcessor({(id_,): float(bias) for id_, bias in logit_bias.items()})
+        )
     if config.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.frequency_penalty or config.presence_penalty:
