@@ -61,8 +61,7 @@ class GenerationConfig:
     of the tokenizer, and the ids of prompt and output. Default: a quarter of a large head for a copy in fewer
     bits and adaptive decoding, otherwise the whole head."""
     prompt_lookup: int = 0
-    """Find the last tokens, up to this many, earlier in prompt and output, and draft the tokens after them; 0:
-    off."""
+    """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
     reuse_cache: bool = False
     """Keep the keys and values of finished requests: only the part of a prompt after the longest common
     prefix is computed."""
