@@ -157,7 +157,7 @@ def test_rows_that_accept_all_and_nothing_and_something():
 @pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 6}])
 def test_a_row_at_the_end_of_its_context(drafts, sample):
-    """Guards against positions beyond the context, and a full row that shortens outputs or drafts of others."""
+    """Guards against positions beyond the context, and a full row that shortens outputs of other rows."""
     model, settings = tiny_llama(max_position_embeddings=32), {"max_steps": 100, "sample": sample, **drafts}
     requests = [Request([3 + i % 40 for i in range(n)], seed=n) for n in (31, 4, 25, 30, 1)]
     assert_as_if_alone(model, requests, 3, **settings)
