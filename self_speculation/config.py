@@ -1,4 +1,4 @@
-"""How to generate and how to load, as data. Nothing heavy is imported: flags are checked without torch."""
+"""Settings of generation and of loading. Imports nothing heavy: scripts check flags without torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline", "fsdp"]
 Quantization = Literal["none", "int8", "int4"]
 
-# The most tokens that a lookup compares. Whatever agrees in so many tokens nearly always agrees in the next.
-_MOST_COMPARED = 32
+# The longest n-gram of `prompt_lookup`: longer ones are followed by the same token nearly always.
+_LONGEST_NGRAM = 32
 
-# The most tokens that adaptive decoding drafts in a round.
+# The longest draft of adaptive decoding.
 LONGEST_DRAFT = 16
 
 
@@ -35,16 +35,15 @@ class GenerationConfig:
     """
 
     max_steps: int = 512
-    """Most new tokens; at least 1."""
+    """The most new tokens; at least 1."""
     exit_layer: int = -1
     """Layers of the draft (self_speculative) or of the whole generation (autoregressive); -1: full depth."""
     num_speculations: int = -1
     """Tokens drafted per round; self_speculative needs at least 1."""
     generation_strategy: GenerationStrategyName = "autoregressive"
-    """How tokens are generated; adaptive: self-speculative with exit layer, draft length and lookups chosen
-    round by round."""
+    """How to decode; adaptive: self-speculative, picks exit layer, draft length and n-grams in each round."""
     sample: bool = True
-    """Draw tokens at random; False: greedy, always the most likely token."""
+    """Sample tokens; False: greedy, always the most likely token."""
     temperature: float = 0.6
     """Divides the logits before sampling; 0: greedy."""
     top_k: int = 0
@@ -52,27 +51,27 @@ class GenerationConfig:
     top_p: float = 0.9
     """Sample among the fewest most likely tokens whose probabilities reach p; 1: off."""
     no_repeat_ngram_size: int | None = None
-    """No n tokens in a row occur twice in prompt and output."""
+    """No n-gram of this size occurs twice in prompt and output."""
     stop_words: list[str] | None = None
-    """Texts that end the output before themselves; several one after the other, as in: return if."""
+    """Texts; the output ends before the first of them. Several follow one another, as in: return if."""
     stop_token_ids: list[int] | None = None
-    """Token ids, one or several, that end the output, besides the EOS ids of tokenizer and model."""
+    """Token ids that end the output, besides the EOS ids of tokenizer and model."""
     draft_weights: DraftWeights = "exact"
     """int4: draft with a copy of the layers in four bits; exit_layer may be all of them. It takes 0.63 bytes
     for each of their weights and, for a float32 model on a CPU, 2 for each of the head. exact: the model's
     own."""
     draft_confidence: str | None = None
-    """Stop a draft after a token that it gave a lower probability than this, or, with auto, when another one
-    would cost more than it is likely to save; without it, drafts have num_speculations tokens."""
+    """End a draft after a token whose own probability is below this, or, with auto, when another token would
+    cost more time than it is expected to save; default: drafts have num_speculations tokens."""
     draft_vocabulary: int | None = None
-    """Draft with so many rows of the head: those of the ids that the sweep of --tuned met most, or the first
-    ones of the tokenizer, and those of the ids in prompt and output. Without it, a copy in fewer bits and
-    adaptive decoding read a quarter where the head is large, other drafts the whole head."""
+    """Draft with this many rows of the head: the most frequent ids of the sweep of --tuned, or the first ids
+    of the tokenizer, and the ids of prompt and output. Default: a quarter of a large head for a copy in fewer
+    bits and adaptive decoding, otherwise the whole head."""
     prompt_lookup: int = 0
-    """Look for up to so many last tokens earlier in prompt and output, and draft what followed; 0: off."""
+    """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
     reuse_cache: bool = False
-    """Keep the keys and values of answers until their place is needed: of a prompt that begins like one of
-    them, only the rest is read."""
+    """Keep the keys and values of finished requests: only the part of a prompt after the longest common
+    prefix is computed."""
     min_p: float = 0.0
     """Sample among tokens of at least p times the probability of the most likely one; 0: off."""
     repetition_penalty: float = 1.0
@@ -97,8 +96,8 @@ class GenerationConfig:
         check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
         is_confidence = _is_confidence(self.draft_confidence)
         check(self, "draft_confidence", is_confidence, "must be auto or between 0 and 1")
-        compared = f"must be between 0 (off) and {_MOST_COMPARED}"
-        check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _MOST_COMPARED, compared)
+        compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
+        check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
         check(self, "temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more")
         check(self, "top_k", self.top_k >= 0, "must be 0 (off) or more")
         for name in ("top_p", "min_p"):
@@ -112,10 +111,11 @@ class GenerationConfig:
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")
 
     def check_depth(self, num_layers: int) -> None:
-        """Refuse what cannot be done with a model of `num_layers`.
+        """Check the settings against the number of layers.
 
         Raises:
-            ValueError: an exit layer that it does not have; self-speculation without one or without drafts.
+            ValueError: an exit layer that the model does not have; self_speculative without an exit layer or
+                num_speculations; settings that adaptive picks itself.
         """
         speculative = self.generation_strategy == "self_speculative"
         most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
@@ -147,7 +147,6 @@ class GenerationConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether tokens are not drawn but picked: the most likely one each time."""
         return not self.sample or self.temperature == 0
 
 
@@ -167,7 +166,7 @@ class LoadingOptions:
     trust_remote_code: bool = False
     """Execute Python code from the model's repository; trust it as you trust its author."""
     seed: int = 42
-    """Seed of every random generator."""
+    """Seed of all random generators."""
     dtype: DtypeName = "auto"
     """Number format; auto: the checkpoint's own, where a CPU multiplies 16-bit weights in float32; half:
     bfloat16 if the device computes in it, else float16; others: of weights and activations."""

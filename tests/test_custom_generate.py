@@ -315,14 +315,6 @@ def test_transformers_does_not_hand_on_the_streamer():
     assert handed_on["streamer"] is None
 
 
-def test_a_text_that_ends_with_the_context_comes_with_a_warning():
-    """`generate` goes on beyond the model's context; guards against a shorter text without a word."""
-    model = tiny_llama(max_position_embeddings=10)
-    with pytest.warns(UserWarning, match="row 0 ends with the model's context"):
-        new = model.generate(PROMPT, do_sample=False, max_new_tokens=20, eos_token_id=None, **SPECULATION)
-    assert new.shape[1] == 10
-
-
 def test_rows_of_a_batch_end_with_the_context_each_for_itself():
     """Guards against a batch that ends with its longest row."""
     model, options = tiny_llama(), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

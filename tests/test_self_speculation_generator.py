@@ -82,8 +82,8 @@ def test_ids_equal_for_every_setting(
     stops_at,
     prompt,
 ):
-    """Guards against errors of bookkeeping: budget, rollback, end inside a draft, history of a processor or
-    of a stop condition, keys and values that an approximate draft leaves behind."""
+    """Guards against errors in length limits, rollback, stops inside a draft, the history of processors and
+    stop conditions, and against keys and values that an inexact draft leaves in the cache."""
     model = tiny_llama(agreement=agreement, fused=fused or "draft_weights" in drafts)
     shared = {"max_steps": max_steps, "eos": eos, "no_repeat_ngram_size": no_repeat_ngram_size}
     shared["ends_text"] = lambda output: stops_at is not None and sum(output[-2:]) % stops_at == 0
@@ -127,8 +127,8 @@ def test_ids_equal_for_every_setting(
 def test_ids_equal_whatever_is_chosen_round_by_round(
     data, max_steps, agreement, weights, draft_vocabulary, processors, eos, prompt
 ):
-    """Guards against switching between sources: a cache or a history that one leaves behind for another. The
-    plans are drawn, since on so small a model the best one is always the same.
+    """Guards against a cache or history that one draft source leaves for another. Plans are random, because a
+    tiny model has always the same best one.
     """
     weights = "exact" if agreement == "never" else weights  # its last layer is hooked
     model = tiny_llama(num_layers=8, agreement=agreement, fused=weights != "exact")
@@ -188,19 +188,6 @@ def test_a_draft_length_beyond_all_measure_costs_nothing():
     assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 12, -1)
 
 
-def test_one_step_is_the_prefill_alone():
-    result = generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=3, max_steps=1, eos=[])
-    assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 1, -1)
-    assert (result.num_verifications, result.num_drafted, result.acceptance_rate) == (0, 0, None)
-
-
-def test_an_end_id_as_the_first_token_gives_an_empty_output():
-    first = transformers_generate(tiny_llama(), PROMPT, 1, -1)
-    for extra in ({}, {"exit_layer": 1, "num_speculations": 3}):
-        result = generate(tiny_llama(), PROMPT, eos=first, **extra)
-        assert (result.predicted_tokens, result.stop_reason, result.num_decode_tokens) == ([], "eos", 0)
-
-
 def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     """All drafts are accepted; the third output token ends it, though five were verified at once."""
     model = tiny_llama(agreement="always", initializer_range=0.5)
@@ -216,7 +203,7 @@ def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     "extra", [{}, {"exit_layer": 2, "num_speculations": 5}], ids=["plain", "speculative"]
 )
 def test_stopping_criteria_see_every_token_in_turn(extra):
-    """A criterion that is asked once per round would stop late."""
+    """Guards against criteria that are called once per round."""
     seen = []
 
     def criterion(input_ids, scores, **_):
@@ -274,20 +261,24 @@ def test_context_is_never_exceeded(extra):
         generate(model, [], **extra)
 
 
-def test_exit_layers_that_the_model_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="exit_layer 4: must be between 1 and 3, the model has 4 layers"):
-        generate(tiny_llama(), PROMPT, exit_layer=4, num_speculations=2)
-    with pytest.raises(ValueError, match=r"exit_layer 4: .*-1 is full depth"):
-        generate(tiny_llama(), PROMPT, exit_layer=4)
-
-
-def test_self_speculation_needs_an_exit_layer_and_a_draft_length():
-    with pytest.raises(
-        ValueError, match="exit_layer: self_speculative needs one between 1 and 3, the model has 4"
-    ):
-        generate(tiny_llama(), PROMPT, strategy="self_speculative")
-    with pytest.raises(ValueError, match="num_speculations: self_speculative needs at least 1"):
-        generate(tiny_llama(), PROMPT, strategy="self_speculative", exit_layer=2)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"exit_layer": 4, "num_speculations": 2},
+            "exit_layer 4: must be between 1 and 3, the model has 4 layers",
+        ),
+        ({"exit_layer": 4}, r"exit_layer 4: .*-1 is full depth"),
+        ({"strategy": "self_speculative"}, "exit_layer: self_speculative needs one between 1 and 3"),
+        (
+            {"strategy": "self_speculative", "exit_layer": 2},
+            "num_speculations: self_speculative needs at least 1",
+        ),
+    ],
+)
+def test_invalid_exit_layers_and_draft_lengths(settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_llama(), PROMPT, **settings)
 
 
 def test_the_strategy_made_counts_not_the_name_in_the_config():

@@ -1,1 +1,1 @@
-"""What every strategy shares: one generation's tokens, the choice of a token, and where the output ends."""
+"""Shared by all strategies: the batch, its sequences, sampling and stop conditions."""

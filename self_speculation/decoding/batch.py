@@ -1,7 +1,7 @@
-"""The sequences in flight: one for each row of the tensors that decoding computes.
+"""The sequences in flight, side by side in tensors with one row each.
 
-Rows share passes and nothing else. History, processors, random numbers, stop conditions and streamer belong
-to a `Sequence`, so its output is the one it would have alone. Knows nothing of layers or caches.
+Rows share passes only. Each sequence has its own history, processors, random numbers, stop conditions and
+streamer, so its output does not depend on other rows. Knows nothing of layers or caches.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Batch:
     """See the module.
 
     Args:
-        sampler: for sequences that have none of their own.
-        device: where the model takes its ids.
-        longest_draft: the most tokens that a round may draft. Every round draws random numbers for that many,
-            so a row's numbers do not depend on the length of any draft.
+        sampler: of sequences without their own.
+        device: of the model's input ids.
+        longest_draft: the most tokens of a draft. Every round draws random numbers for that many, so a row's
+            numbers do not depend on draft lengths.
     """
 
     def __init__(self, sampler: Sampler, device: torch.device, longest_draft: int = 0) -> None:
@@ -45,7 +45,7 @@ class Batch:
 
     @cached_property
     def sampler(self) -> Sampler | SamplerOfRows:
-        """Of all rows; valid until a row comes or goes."""
+        """Of all rows; valid until a row is added or removed."""
         samplers = [sequence.sampler or self._default for sequence in self.sequences]
         return joint_sampler(samplers or [self._default], self.last.device)
 
@@ -67,7 +67,7 @@ class Batch:
         ]
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:
-        """Append a row and pick its first token from logits [1, V]."""
+        """Append a row and sample its first token from logits [1, V]."""
         alone = Batch(self._default, self.last.device)
         alone.sequences = [sequence]
         alone.emit(logits)
@@ -82,7 +82,7 @@ class Batch:
         if row < len(self.sequences):
             self.last[row] = self.last[-1]
         self.last = self.last[:-1]
-        self._numbers = None  # a round that raised may have left them
+        self._numbers = None  # a failed round may have left some
         vars(self).pop("sampler", None)
         return removed
 
@@ -93,8 +93,8 @@ class Batch:
 
         Args:
             logits: [B, V]
-            is_drafting: [B] rows whose draft is that long. The others get their last decided token: a
-                token sampled for them might put NaN into the cache, which no mask keeps out.
+            is_drafting: [B] rows whose draft is that long. The others get their last decided token: another
+                token might put NaN into the cache, and a mask does not stop NaN.
 
         Returns:
             The tokens, and the processed logits [B, V] that they were sampled from.
@@ -115,7 +115,7 @@ class Batch:
         Reads from the device: one if drafts are shown or a confidence is given; else none.
 
         Args:
-            confidence: [B] in fp32, the probabilities of the tokens, if drafts end by them.
+            confidence: [B] probabilities of the tokens in fp32, if drafts end by them.
 
         Returns:
             The read, if there is one: the tokens, then the confidences.
@@ -123,7 +123,7 @@ class Batch:
         drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
         for row in drafting:
             self.sequences[row].place(tokens[row], position)
-        # Tokens after an end id are not shown: they are never output.
+        # Tokens after an end id are not shown.
         shown = [row for row in drafting if self.sequences[row].shows_draft]
         if confidence is None and not shown:
             return None
@@ -135,7 +135,7 @@ class Batch:
     def stack(
         self, sampled_tokens: abc.Sequence[SampledTokens], vocab_size: int
     ) -> tuple[Tensor, Tensor | None]:
-        """k times [B] tokens -> [B, k], and what they were sampled from, [B, k, V]; None when greedy."""
+        """k times [B] tokens -> [B, k], and their distributions [B, k, V]; None when greedy."""
         if not sampled_tokens:
             nothing = self.last.new_zeros(len(self), 0, vocab_size, dtype=torch.float32)
             return self.last[:, :0], None if self.sampler.greedy else nothing
@@ -169,11 +169,9 @@ class Batch:
         return torch.cat((numbers[:, self.longest_draft :][:, :num_drafted], numbers[:, -1:]), 1)
 
     def read(self, numbers: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
-        """Copy tensors to the host in one read; tell each sequence whether its logits are numbers.
+        """Copy tensors to the host in one read, and check the logits [B, n, V] of the round.
 
-        Args:
-            logits: [B, n, V] that the tokens of the round are picked from. All positions are checked: a
-                draft may agree with a target that is NaN.
+        All positions are checked: a draft may agree with a target that is NaN.
         """
         largest, *values = read([logits.amax(-1), *numbers])
         n = logits.shape[1]
@@ -182,7 +180,7 @@ class Batch:
         return values
 
     def emit(self, logits: Tensor) -> None:
-        """Pick one token of each row from logits [B, V] and commit it. Reads from the device: one."""
+        """Sample one token of each row from logits [B, V] and commit it. Reads from the device: one."""
         logits = self.process(logits[:, None])  # [B, 1, V]
         numbers = self._round_numbers()
         tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
@@ -201,11 +199,11 @@ class Batch:
         """Append the tokens of a round to the outputs, up to the token that ends an output.
 
         Args:
-            tokens: [B] those of each row.
-            last: [B, 1] the last one of each row, on the device.
-            scores: [B, n, V] processed, that they were picked from; n is at least the most of a row.
+            tokens: [B] lists.
+            last: [B, 1] the last token of each row, on the device.
+            scores: [B, n, V] the processed logits of the tokens.
             num_drafted: [B]
-            sources: [B] name of the draft source; empty where there was no round.
+            sources: [B] names of the draft sources; empty: no verification.
         """
         for row, sequence in enumerate(self.sequences):
             if not sequence.stop_reason:

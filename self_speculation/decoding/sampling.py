@@ -1,7 +1,6 @@
-"""Logits to probabilities to tokens, and the rule that accepts or rejects drafted tokens.
+"""Logits to probabilities to tokens, and the accept rule of drafted tokens.
 
-Knows nothing of models, caches, text or stop conditions: tensors in, tensors out. Nothing here reads a value
-back from a GPU, so a whole round of drafting and verification can stay there.
+Tensors in, tensors out: nothing here reads a value back from a GPU.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from self_speculation.config import GenerationConfig
 from self_speculation.transfers import on_device
 
-# Dividing large logits by a temperature below this may overflow fp32.
+# Below this temperature, logits may overflow fp32.
 _SMALL = 1e-20
 _FP32 = torch.finfo(torch.float32)
 
-# Top-p first looks among this many of the most likely tokens only: it hardly ever keeps more.
+# Top-p first sorts this many of the most likely tokens: it hardly ever keeps more.
 _LIKELY = 128
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """One token for each of n rows of logits, and the distributions that they were drawn from."""
+    """One token for each of n rows of logits, and the distributions that they were sampled from."""
 
     tokens: Tensor  # [n]
     probabilities: Tensor | None  # [n, V] in fp32; None when greedy
@@ -48,19 +47,16 @@ def top_k_top_p_filtering(
     filter_value: float = -math.inf,
     min_tokens_to_keep: int = 1,
 ) -> Tensor:
-    """Set all logits to `filter_value` except the `top_k` largest and, of those, the smallest set whose mass
-    reaches `top_p`.
+    """Keep the `top_k` largest logits and, of those, the smallest set whose mass reaches `top_p`.
+
+    Uses the filters of transformers.
 
     Args:
         logits: [..., V]; not changed.
         top_k: 0 keeps all.
         top_p: 1.0 keeps all.
-        min_tokens_to_keep: this many of the largest are always kept.
-
-    Returns:
-        [..., V], a new tensor whenever anything is filtered.
-
-    The filters are the ones of transformers, so that ties and edges are decided as `generate` decides them.
+        filter_value: replaces the other logits.
+        min_tokens_to_keep: the least number of logits to keep.
     """
     rows = logits.reshape(-1, logits.shape[-1])
     if top_k > 0:
@@ -77,17 +73,16 @@ def nucleus(
     most: int = 0,
     may_look: bool | None = None,
 ) -> Tensor:
-    """Top-p: [..., V] probabilities -> the same for the fewest tokens, at least one, that together reach
-    `top_p`, scaled to sum to 1, and 0 for all others.
+    """Top-p of [..., V] probabilities: keep the fewest tokens, at least one, that together reach `top_p`, and
+    scale them to sum to 1.
 
     Args:
         top_p: of all rows, or [..., 1] of each.
-        top_k: of all rows, or [..., 1] of each: at most this many tokens have a probability, apart from ties
-            for the last place, which are cut off here where nobody may look; 0: not known.
-        most: with a `top_k` of each row, the largest of them; 0: some row whose result counts has none.
-        may_look: whether a number may be read from the device, to sort less; None: on a CPU. There, sorting a
-            large vocabulary takes as long as several layers, and a read costs nothing. On a GPU, a read waits
-            for all that the GPU was given to do.
+        top_k: of all rows, or [..., 1] of each: at most this many tokens have a probability, except for ties.
+            Ties are cut off if `may_look` is false. 0: unknown.
+        most: the largest `top_k` if each row has its own; 0: some row has none.
+        may_look: whether to read a number from the device, to sort less; None: on a CPU only. There a read is
+            free, and sorting a large vocabulary takes as long as several layers. On a GPU a read waits.
     """
     vocab_size = probabilities.shape[-1]
     may_look = probabilities.device.type == "cpu" if may_look is None else may_look
@@ -96,10 +91,10 @@ def nucleus(
     largest, ids = probabilities.topk(number) if number < vocab_size else probabilities.sort(descending=True)
     if number < vocab_size and may_look and bool((largest.sum(-1, keepdim=True) < top_p).any()):
         largest, ids = probabilities.sort(descending=True)
-    before = largest.cumsum(-1) - largest  # the mass of what is more likely
+    before = largest.cumsum(-1) - largest  # the mass of more likely tokens
     at_least = top_p.clamp(min=_FP32.tiny) if isinstance(top_p, Tensor) else max(top_p, _FP32.tiny)
     is_out = before >= at_least
-    if isinstance(top_k, Tensor) and not may_look:  # a row's ties are cut off as they are without neighbours
+    if isinstance(top_k, Tensor) and not may_look:  # cut off ties, as for a row alone
         is_out |= (torch.arange(largest.shape[-1], device=largest.device) >= top_k) & (top_k > 0)
     largest = largest.masked_fill(is_out, 0.0)
     return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
@@ -112,16 +107,16 @@ def at_least(probabilities: Tensor, min_p: float | Tensor) -> Tensor:
 
 
 def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """[n] uniform between 0 and 1, precise enough for `draw`, by a generator of the device or torch's."""
+    """[n] uniform between 0 and 1, precise enough for `draw`."""
     precise = torch.float32 if device.type == "mps" else torch.float64
     return torch.rand(n, dtype=precise, device=device, generator=generator)
 
 
 def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """[n, V] weights, none below 0 -> [n] tokens, each drawn with a probability in proportion to its weight.
+    """[n, V] weights -> [n] tokens, drawn in proportion to their weights.
 
-    The weights of a row lie end to end, and a random point on that line picks the token. That takes one
-    random number for a token, where `multinomial` draws one for every entry of the vocabulary.
+    Inverts the cumulative sum: one random number for a token, where `multinomial` takes one for every entry
+    of the vocabulary.
 
     Args:
         numbers: [n] from `random_numbers`; None: new ones.
@@ -135,10 +130,7 @@ def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Turns logits into tokens: greedy, or by temperature, top-k and top-p. Made once per generation.
-
-    Draft and target share one sampler, hence one definition of "the distribution after all processing".
-    """
+    """Turns logits into tokens: greedy, or by temperature, top-k and top-p. Draft and target share it."""
 
     sample: bool = True
     temperature: float = 1.0
@@ -160,7 +152,7 @@ class Sampler:
         if self.temperature != 1:
             if self.temperature < _SMALL:  # else the largest could become inf, and its softmax NaN
                 logits = logits - logits.amax(-1, keepdim=True)
-            # fp32 must not take the temperature for 0 or inf.
+            # In fp32 the temperature must not become 0 or inf.
             logits = logits / min(max(self.temperature, _FP32.tiny), _FP32.max)
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
         if self.top_p < 1:
@@ -168,7 +160,7 @@ class Sampler:
         return at_least(probabilities, self.min_p) if self.min_p else probabilities
 
     def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
-        """Pick one token for each row of logits [n, V], with random numbers [n] if they are given."""
+        """Sample one token for each row of logits [n, V], with random numbers [n] if given."""
         if self.greedy:
             return SampledTokens(logits.argmax(-1), None)
         probabilities = self.probabilities(logits)
@@ -176,16 +168,15 @@ class Sampler:
 
 
 class SamplerOfRows:
-    """The samplers of B rows that differ, as one: each row of logits [B, ..., V] by its own.
-
-    Greedy rows draw as well, from a distribution that has all of its mass on the most likely token.
+    """Samples each row of logits [B, ..., V] with its own sampler. A greedy row samples from a one-hot
+    distribution.
     """
 
     greedy = False
 
     def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
         self._greedy = on_device([sampler.greedy for sampler in samplers], device).bool()
-        # What a greedy row would draw counts for nothing, so it needs no filter.
+        # Greedy rows need no filter.
         samplers = [Sampler() if sampler.greedy else sampler for sampler in samplers]
         temperature = on_device([sampler.temperature for sampler in samplers], device, torch.float32)
         self._is_small, self._temperature = temperature < _SMALL, temperature.clamp(_FP32.tiny, _FP32.max)
@@ -198,7 +189,7 @@ class SamplerOfRows:
         self._has_top_p, self._most_of_top_p = bool(with_top_p), max(with_top_p, default=0) * all(with_top_p)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """As of `Sampler`: [B, ..., V]"""
+        """[B, ..., V] logits -> [B, ..., V] probabilities in fp32."""
 
         def each(of_rows: Tensor) -> Tensor:
             return of_rows.view(-1, *[1] * (logits.dim() - 1))
@@ -223,13 +214,13 @@ class SamplerOfRows:
         return torch.where(each(self._greedy), most_likely, probabilities)
 
     def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
-        """As of `Sampler`, for logits [B, V]."""
+        """Sample one token for each row of logits [B, V]."""
         probabilities = self.probabilities(logits)
         return SampledTokens(draw(probabilities, numbers), probabilities)
 
 
 def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler | SamplerOfRows:
-    """One sampler for rows of which each has its own; that of all where they agree."""
+    """One sampler for all rows."""
     first = samplers[0]
     alike = all(sampler == first or (sampler.greedy and first.greedy) for sampler in samplers)
     return first if alike else SamplerOfRows(samplers, device)
@@ -243,16 +234,16 @@ def decode_next_token(
     top_k: int = 50,
     top_p: float = 0.95,
 ) -> tuple[Tensor, Tensor | None]:
-    """Pick the next token at one position, or at every position.
+    """Sample the next token at one position, or at every position.
 
     Args:
         logits: [B, T, V]; not changed.
-        token_idx: the position to decode, negative ones counted from the end; None decodes all T.
+        token_idx: the position; negative ones count from the end; None: all T positions.
         sample: False (or temperature 0) takes the most likely token.
 
     Returns:
-        Greedy: the tokens, [B] of one position or [B, T] of all, and None. Sampled: the tokens, [B, 1] or
-        [B, T], and a row of probabilities for each of them, [B, V] or [B * T, V].
+        Greedy: tokens [B] of one position or [B, T] of all, and None. Sampled: tokens [B, 1] or [B, T], and
+        their distributions [B, V] or [B * T, V].
     """
     if token_idx is not None:
         logits = logits[:, token_idx]
@@ -271,24 +262,21 @@ def verify_draft(
     lengths: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> Verification:
-    """Accept the longest valid prefix of a draft and pick one more token, so that the output is what the
-    target alone would give; for B rows, or for one.
+    """Accept the longest valid prefix of a draft and pick one more token; the output has the distribution of
+    the target.
 
     Greedy: a drafted token is valid if it is the target's argmax. Sampling: x ~ q is valid with
-    probability min(1, p(x)/q(x)); at the first rejection the next token comes from norm(max(0, p - q)), after
-    k acceptances from p (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318,
+    probability min(1, p(x)/q(x)); after a rejection the next token comes from norm(max(0, p - q)), after k
+    acceptances from p (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318,
     theorem 1).
 
     Args:
         draft_tokens: [B, k] or [k], k >= 0.
-        draft_probabilities: q, [B, k, V] or [k, V], exactly what the tokens were drawn from; None when
-            greedy.
-        target_logits: [B, k + 1, V] or [k + 1, V], processed; row i is the target's for the position of draft
-            token i.
-        sampler: the sampler that drew the draft.
-        lengths: [B] how many of a row's k tokens are its draft, the rest being padding; None: all.
-        numbers: [B, k + 1] random numbers, those of the acceptances and that of the next token; None: new
-            ones.
+        draft_probabilities: q, [B, k, V] or [k, V], that the tokens were sampled from; None when greedy.
+        target_logits: [B, k + 1, V] or [k + 1, V], processed; row i is for the position of draft token i.
+        sampler: of the draft.
+        lengths: [B] draft lengths, the other tokens are padding; None: k.
+        numbers: [B, k + 1] random numbers for the k acceptances and the next token; None: new ones.
     """
     k = draft_tokens.shape[-1]
     if sampler.greedy:
@@ -320,6 +308,6 @@ def verify_draft(
 
 
 def _prefix_length(accepted: Tensor, lengths: Tensor | None) -> Tensor:
-    """[..., k] booleans -> [...] how many come before the first False, but no more than the length; int64."""
+    """[..., k] booleans -> [...] number of True before the first False, at most the length."""
     before = accepted.long().cumprod(-1).sum(-1)
     return before if lengths is None else torch.minimum(before, lengths)

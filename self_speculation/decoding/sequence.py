@@ -1,7 +1,4 @@
-"""One request in flight: its ids, its stop conditions, its logits processors, its streamer and its times.
-
-Knows nothing of layers or caches.
-"""
+"""One request in flight: its ids, stop conditions, logits processors, streamer and times."""
 
 from __future__ import annotations
 
@@ -31,16 +28,16 @@ class Sequence:
     """Prompt, output and draft, in this order in one buffer on the device.
 
     Args:
-        prompt: the prompt's ids, at least one.
-        device: where the model takes its ids.
+        prompt: at least one id.
+        device: of the model's input ids.
         stop: checked after each token.
-        processors: transformers logits processors.
-        streamer: has `put(ids)` and `end()`; one that also has `delete` gets the drafts.
+        processors: logits processors of transformers.
+        streamer: has `put(ids)` and `end()`; if it has `delete`, it gets drafts too.
         generator: of random numbers; None: torch's own.
         has_drafts: whether to count drafts.
-        started: start of its time, by `time.perf_counter`; None: now.
-        sampler: None: that of the batch.
-        wants_drafts: False: no source may draft for it.
+        started: `time.perf_counter` at its start; None: now.
+        sampler: None: the batch's.
+        wants_drafts: False: no source drafts for it.
         prediction: ids that the output is expected to resemble.
     """
 
@@ -64,11 +61,10 @@ class Sequence:
         self.max_length = len(prompt) + stop.max_tokens
         self.tokens: list[int] = []  # of the output, with an end id
         self.stop_reason: StopReason | None = None
-        self.error: Exception | None = None  # that ended it early
-        # No token could be picked from its logits: its keys and values may be NaN as well.
-        self.is_damaged = False
-        # Errors of this round, by position after the output: those of processors, and why no token can be
-        # picked. They count once the output gets there; most positions are rejected drafts.
+        self.error: Exception | None = None
+        self.is_damaged = False  # its logits, keys and values may be NaN
+        # Errors of this round by position after the output: of processors, and of invalid logits. They count
+        # if the output gets there; most positions are rejected drafts.
         self._errors: dict[int, Exception] = {}
         self._no_token: dict[int, Exception] = {}
         self.generator, self.sampler, self.wants_drafts = generator, sampler, wants_drafts
@@ -91,7 +87,7 @@ class Sequence:
         return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
 
     def check(self, largest: abc.Sequence[float], greedy: bool) -> None:
-        """Note positions of this round without a valid largest logit."""
+        """Note the positions of this round whose largest logit is invalid."""
         for position, number in enumerate(largest):
             if math.isnan(number) or (math.isinf(number) and not greedy):
                 why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
@@ -99,7 +95,7 @@ class Sequence:
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """An error of its criteria or streamer ends this sequence alone."""
+        """Errors of criteria and streamer end this sequence only."""
         try:
             yield
         except Exception as error:
@@ -121,7 +117,7 @@ class Sequence:
         return [*self.prompt[position:], *self.tokens[max(0, position - num_prompt) :]]
 
     def history(self, num_drafted: int = 0) -> Tensor:
-        """[1, prompt + output + draft] ids, a view. Only the prompt is valid if nothing reads the rest."""
+        """[1, prompt + output + draft] ids. Only the prompt is valid without processors and criteria."""
         return self._ids[:, : self.length + num_drafted]
 
     @property
@@ -132,13 +128,12 @@ class Sequence:
         """Apply the logits processors.
 
         Args:
-            logits: [n, V]; row i is for the position after the history with `num_drafted + i` drafted
-                tokens.
-            count: rows that are used; the others are not processed.
+            logits: [n, V]; row i follows the history with `num_drafted + i` drafted tokens.
+            count: rows to process; the others are padding.
 
         Returns:
-            [n, V], in fp32. Processors get one row at a time, [1, V]. Where they raise, the row stays
-            unprocessed, and the error counts if the output gets there, see `commit`.
+            [n, V], in fp32. Processors get one row at a time, [1, V]. A row whose processors raise stays
+            unprocessed; `commit` raises the error if the output gets there.
         """
         logits = logits.float()
         if not self._processors or not count:
@@ -186,13 +181,13 @@ class Sequence:
         """Append tokens to the output, up to the one that ends it or to a position with an error.
 
         Args:
-            tokens: n ids: the accepted ones of a draft and one more.
-            scores: [n or more, V] the processed logits that they were picked from.
+            tokens: the accepted ones of a draft and one more.
+            scores: [n or more, V] their processed logits.
             num_drafted: tokens that `source` drafted in this round.
         """
         self.is_damaged = any(position < len(tokens) for position in self._no_token)
         self._errors = {**self._no_token, **self._errors}
-        if self.error is None:  # else its streamer could not show a draft
+        if self.error is None:  # else its streamer failed at a draft
             with self._own_errors():
                 self._commit(tokens, scores, num_drafted, source)
         self._errors, self._no_token = {}, {}
@@ -215,13 +210,11 @@ class Sequence:
             self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
     def result(self) -> GenerationStrategyResult | Exception:
-        """The result, or the error that ended it: one of its processors, criteria or streamer, or a
-        FloatingPointError where no token could be picked.
-        """
+        """The result, or the error of its processors, criteria, streamer or logits."""
         finished = time.perf_counter()
         with self._own_errors():
             if self._streamer is not None:
-                self._stream(())  # removes a draft that is still shown
+                self._stream(())  # deletes a draft that is still shown
                 self._streamer.end()
         if self.error is not None:
             return self.error

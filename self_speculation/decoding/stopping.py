@@ -1,8 +1,4 @@
-"""Where the output ends, judged token by token over the whole history.
-
-Both strategies ask the same object after every single token they decide on, also when a round decides on
-several, so both end in the same place. Knows nothing of drafts or layers.
-"""
+"""Stop conditions, checked after each token of the output, whether it was drafted or not."""
 
 from __future__ import annotations
 
@@ -16,14 +12,14 @@ from self_speculation.results import StopReason
 
 
 class StopConditions:
-    """Everything that can end a generation.
+    """The stop conditions of one request.
 
     Args:
-        end_ids: ids that end the output and do not belong to it.
-        max_tokens: the most tokens to generate.
-        at_limit: the reason to give when that many have come.
-        ends_text: called with the output ids so far; True when they hold a stop word.
-        criteria: transformers stopping criteria, called with the whole history and the processed logits.
+        end_ids: end the output, and are not part of it.
+        max_tokens: the most new tokens.
+        at_limit: the stop reason at `max_tokens`.
+        ends_text: called with the output ids; True ends the output.
+        criteria: stopping criteria of transformers, called with the history and the processed logits.
     """
 
     def __init__(
@@ -42,37 +38,34 @@ class StopConditions:
 
     @property
     def has_criteria(self) -> bool:
-        """Whether somebody looks at the history."""
         return bool(self._criteria)
 
     def reason(self, output: Sequence[int], history: Tensor, scores: Tensor) -> StopReason | None:
-        """Why the output ends after the last token of `output`, or None when it goes on.
+        """Why the output ends after its last token; None: it goes on.
 
         Args:
-            output: ids generated so far, the end id included.
-            history: [1, prompt + output] the same ids after the prompt's.
+            output: with an end id.
+            history: [1, prompt + output]
             scores: [1, V] the processed logits of the last token.
         """
         if output[-1] in self.end_ids:
             return "eos"
         if self._ends_text is not None and self._ends_text(output):
             return "stop_word"
-        # One by one, so that only a criterion whose answer is on a GPU is waited for.
+        # One by one: only a result on a GPU has to be waited for.
         if any(bool(torch.as_tensor(met(history, scores)).any()) for met in self._criteria):
             return "stopping_criteria"
         return self._at_limit if len(output) >= self.max_tokens else None
 
 
 class StopWords:
-    """Finds stop words in generated text, also where a word is spread over tokens or shares one with other
-    text.
+    """Finds stop words in the output, at any token boundary.
 
-    Only the output is searched: a prompt that ends in a stop word does not stop anything. The prompt's ids
-    tell how the output's first token reads.
+    Args:
+        prompt: not searched; tells how the output's first token reads.
     """
 
-    # A window of so many tokens beyond the longest word is decoded after each token, instead of the whole
-    # output: what precedes it was searched before.
+    # After each token, this many tokens beyond the longest word are decoded instead of the whole output.
     _SLACK = 16
 
     def __init__(
@@ -85,10 +78,10 @@ class StopWords:
         self._window = max((len(word.encode()) for word in self.words), default=0) + self._SLACK
 
     def __call__(self, output: Sequence[int]) -> bool:
-        """Does the text of `output` hold a stop word, given that it did not one token earlier?"""
+        """Whether `output` contains a stop word, given that it did not one token earlier."""
         if len(output) > self._window:
             text = decode(self._tokenizer, output[-self._window :])
-            # A window that begins inside a character may decode to nothing but replacement characters.
+            # A window that begins inside a character may decode to replacement characters only.
             if "\ufffd" not in text and not self._in(text):
                 return False
         return self._in(continuation(self._tokenizer, self._prompt, output))
@@ -98,7 +91,7 @@ class StopWords:
         return text[: min((i for word in self.words if (i := text.find(word)) >= 0), default=len(text))]
 
     def settled(self, text: str) -> str:
-        """The part of an unfinished text that no later token can turn into a stop word."""
+        """The text without an end that may become a stop word."""
         held = max(
             (
                 n
@@ -115,10 +108,10 @@ class StopWords:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The exact text of `ids`, special tokens included: the one notion of text, here and in the streamers."""
+    """The exact text of `ids`, special tokens included."""
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add after `before`. Decoded alone, they may lose a space in front."""
+    """The text that `ids` add to `before`. Decoded alone, they may lose a leading space."""
     return decode(tokenizer, [*before, *ids])[len(decode(tokenizer, before)) :]

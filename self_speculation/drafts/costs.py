@@ -28,9 +28,9 @@ class Costs:
     Args:
         plain_step: one autoregressive token at full depth.
         draft_step: exit layer -> one drafted token.
-        verifications: exit layer -> everything between a draft of `lengths` tokens and the next draft; exit
-            layer 0: all layers verify.
-        lengths: from 0 up; costs between them are interpolated.
+        verifications: exit layer -> everything after a draft of each of `lengths`; exit layer 0: all layers
+            verify.
+        lengths: numbers of drafted tokens, from 0 up; costs between them are interpolated.
     """
 
     plain_step: float
@@ -42,7 +42,7 @@ class Costs:
         return float(numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer]))
 
     def round(self, exit_layer: int, num_drafted: int) -> float:
-        """With tokens drafted at an exit layer; exit layer 0: drafts are free."""
+        """A draft of an exit layer and its verification; exit layer 0: drafts are free."""
         drafts = num_drafted * self.draft_step[exit_layer] if exit_layer else 0.0
         return drafts + self.verification(exit_layer, num_drafted)
 
@@ -58,8 +58,8 @@ class Costs:
         draft_weights: DraftWeights,
         draft_vocabulary: int | None = None,
     ) -> Costs:
-        """By bytes of weights: a draft step is c = (E + h) / (L + h), where the head has the size of h
-        layers, or (E + h N / V) / (L + h) for N of its V rows. A verification is a plain step at any width.
+        """From bytes of weights: a draft step costs c = (E + h) / (L + h), where the head is as large as h
+        layers, or (E + h N / V) / (L + h) for N of its V rows. A verification costs a plain step.
         """
         layers = model.base_model.layers
         head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
@@ -114,9 +114,9 @@ class PassTimes:
         warm_up: rounds of each width that do not count, because passes are compiled in them.
     """
 
-    # An observation counts as at most so many times its expectation.
+    # Longer times count as this many times the expected time.
     _TOO_LONG = 3.0
-    # Weight of the estimated slope: an observation of a pass that takes so many plain steps more.
+    # The estimated slope weighs as much as one pass that costs this many plain steps more than a plain step.
     _PRIOR_EXCESS = 0.3
 
     def __init__(self, growth: Callable[[int], float], warm_up: int = 0) -> None:
@@ -166,13 +166,13 @@ class PassTimes:
         if self._runs[num_rows, num_drafted] <= self._warm_up:
             return
         steps = float(self._steps(num_rows, num_drafted)[-1]) if num_drafted else 0.0
-        expected = self.plain_step(num_rows) * (1.0 + self._slope(num_rows).value * steps)
+        relative = 1.0 + self._slope(num_rows).value * steps  # expected, in plain steps
         # A first round has no bound and may be slow: it tells of plain steps only.
         if not self._units or (num_rows not in self._units and num_drafted):
             self._units[num_rows] = DecayedMean(0.0, weight=0.0)
-            self._units[num_rows].add(seconds / (1.0 + self._slope(num_rows).value * steps), weight=0.1)
+            self._units[num_rows].add(seconds / relative, weight=0.1)
             return
-        seconds = min(seconds, self._TOO_LONG * expected)
+        seconds = min(seconds, self._TOO_LONG * self.plain_step(num_rows) * relative)
         if not num_drafted:
             self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
         elif steps > 0.0:

@@ -127,10 +127,11 @@ class AdaptivePolicy:
             layers = self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_OF_LAYERS))
             plans = [layers]
             lookups, chances = self._looked_up(matched, limits)
-            # 1 / (1 - chance): tokens of an endless draft. Most plain rounds end here.
-            if layers.drafts or sum(1.0 / (1.0 - chance) for chance in chances) > self._MARGIN * num_rows:
-                plans.append(self._lookups_alone(lookups, chances, longest))
-                plans.append(self._lookups_first(layers, lookups, chances))
+            if any(chances) and layers.drafts:
+                plans.append(self._with_lookups(layers.source, lookups, chances, layers.length))
+            # The most tokens that n-grams can give, with endless drafts. Most plain rounds need no more.
+            if sum(1.0 / max(1.0 - chance, 1e-6) for chance in chances) > self._MARGIN * num_rows:
+                plans.append(self._with_lookups(PLAIN, lookups, chances, longest))
             promising = max(plans, key=lambda plan: plan.rate)
             if promising.rate > self._MARGIN * self._plain.rate:
                 best = promising
@@ -151,7 +152,7 @@ class AdaptivePolicy:
             return width < plan.length
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
-        with_this, with_another = self._verifications(num_rows, width + 1)[-2:]
+        with_this, with_another = self._stats.times.verifications(num_rows, width + 1)[-2:]
         more = self._draft_step(plan.source, num_rows) + with_another - with_this
         return accepted * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
@@ -215,39 +216,33 @@ class AdaptivePolicy:
                         lookups[row], chances[row] = name, chance
         return lookups, chances
 
-    def _lookups_alone(self, lookups: Sequence[str], chances: Sequence[float], longest: int) -> Plan:
-        seconds = self._verifications(len(lookups), longest)
-        tokens = _expected_tokens(chances, longest).sum(0)
-        length = int((tokens / seconds).argmax())
-        lookups = lookups if length else ()
-        return Plan(PLAIN, length, lookups, length, float(tokens[length]), float(seconds[length]))
-
     def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
-        """Drafts of the best arm of layers."""
+        """Drafts of the best arm of layers, or a plain step."""
         key = (num_rows, num_drafting, longest)
         if key not in self._of_layers:
-            best = self._plain
+            plans = [self._plain]
             for name in self._layered:
                 tokens = num_rows + num_drafting * (self._expected(name, longest) - 1.0)
-                seconds = self._seconds(name, num_rows, longest)
-                length = int((tokens / seconds).argmax())
-                plan = Plan(name, longest, (), 0, float(tokens[length]), float(seconds[length]))
-                best = plan if length and plan.rate > best.rate else best
-            self._of_layers[key] = best
+                plans.append(self._best_length(name, num_rows, tokens))
+            self._of_layers[key] = max(plans, key=lambda plan: plan.rate)
         return self._of_layers[key]
 
-    def _lookups_first(self, layers: Plan, lookups: Sequence[str], chances: Sequence[float]) -> Plan:
-        """N-grams, and that arm for the rows where it is expected to be accepted more."""
-        if not layers.drafts:
-            return layers
-        num_rows, longest = len(lookups), layers.length
-        looked_up, drafted = _expected_tokens(chances, longest), self._expected(layers.source, longest)
-        tokens = numpy.maximum(looked_up, drafted).sum(0)
-        seconds = self._seconds(layers.source, num_rows, longest)
-        length = int((tokens / seconds).argmax())
-        keeps = looked_up[:, length] > drafted[length]
+    def _with_lookups(
+        self, source: str, lookups: Sequence[str], chances: Sequence[float], longest: int
+    ) -> Plan:
+        """N-grams, and drafts of the source for rows where more of them is expected to be accepted."""
+        looked_up, drafted = _expected_tokens(chances, longest), self._expected(source, longest)
+        plan = self._best_length(source, len(lookups), numpy.maximum(looked_up, drafted).sum(0))
+        keeps = looked_up[:, plan.looked_up] > drafted[plan.looked_up]
         lookups = [name if keep else PLAIN for name, keep in zip(lookups, keeps, strict=True)]
-        return Plan(layers.source, longest, lookups, length, float(tokens[length]), float(seconds[length]))
+        return plan._replace(lookups=lookups)
+
+    def _best_length(self, source: str, num_rows: int, tokens: numpy.ndarray) -> Plan:
+        """The best round with the source, given the expected tokens by draft length."""
+        longest = len(tokens) - 1
+        seconds = self._seconds(source, num_rows, longest)
+        best = int((tokens / seconds).argmax())
+        return Plan(source, longest, (), best, float(tokens[best]), float(seconds[best]))
 
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
         """A trial of the arm that has been due longest; None: none is due or affordable."""
@@ -291,15 +286,13 @@ class AdaptivePolicy:
 
     def _expected(self, name: str, longest: int) -> numpy.ndarray:
         """[longest + 1] expected tokens of a row, by draft length."""
-        return _expected_tokens([self._acceptance(name, 0).value], longest)[0]
+        acceptance = 0.0 if name == PLAIN else self._acceptance(name, 0).value
+        return _expected_tokens([acceptance], longest)[0]
 
     def _seconds(self, name: str, num_rows: int, longest: int) -> numpy.ndarray:
         """[longest + 1] of a round, by draft length."""
-        drafts = self._draft_step(name, num_rows) * numpy.arange(longest + 1)
-        return drafts + self._verifications(num_rows, longest)
-
-    def _verifications(self, num_rows: int, longest: int) -> numpy.ndarray:
-        return self._stats.times.verifications(num_rows, longest)
+        draft_step = 0.0 if name == PLAIN else self._draft_step(name, num_rows)
+        return draft_step * numpy.arange(longest + 1) + self._stats.times.verifications(num_rows, longest)
 
     def _draft_step(self, name: str, num_rows: int) -> float:
         arm = self._arms[name]

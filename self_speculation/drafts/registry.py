@@ -33,12 +33,12 @@ _LONGEST_MATCH = 4
 # Tokens that an n-gram must match to draft instead of another source.
 _LEAST_MATCH = 2
 
-# Prior acceptance: exits are right if they were trained for it, a copy of all layers mostly is.
+# Prior acceptance of early exits, which may be untrained, and of a copy of all layers.
 _PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
-# The weight of that prior: two mistakes in the first rounds must not rule out a copy.
+# Weight of the copy's prior: two rejections in the first rounds must not rule it out.
 _TRUST_IN_COPY = 6.0
 
-# What adaptive decoding has learnt, by model and by what it depends on.
+# Statistics of adaptive decoding, by model and settings.
 _LEARNT: WeakKeyDictionary[nn.Module, dict[Hashable, ArmStats]] = WeakKeyDictionary()
 
 
@@ -60,7 +60,7 @@ class DraftContext:
 
     @cached_property
     def draft_vocabulary(self) -> int | None:
-        """Of the config, or the default of copies and adaptive decoding; None: the whole head."""
+        """From the config, or the default of copies and adaptive decoding; None: the whole head."""
         config, layers = self.config, len(self.runner.layers)
         if config.draft_vocabulary is not None or not (config.draft_weights != "exact" or config.is_adaptive):
             return config.draft_vocabulary
@@ -83,7 +83,7 @@ class SourceEntry:
     Args:
         flags: its fields of `GenerationConfig`.
         asked_for: whether a config asks for it.
-        make: makes the source. It may fall back on the source of the entries before.
+        make: makes the source, given the source of the entries before.
         arms: by name, the sources that adaptive decoding picks from.
     """
 

@@ -1,4 +1,4 @@
-"""Many sequences at once: each comes out as it would alone, whatever its neighbours are, do, or turn into."""
+"""Batches: the output of a sequence does not depend on other sequences."""
 
 import copy
 from collections import Counter
@@ -105,8 +105,8 @@ DRAFTS = st.one_of(
 def test_every_row_is_as_if_alone(
     prompts, batch_size, drafts, max_steps, ends, penalties, stops_at, sample, agreement, fused
 ):
-    """Guards against whatever a row could take from its neighbours: places, masks, lengths, random numbers,
-    processors, ends. More prompts than rows, so that rows are replaced in every order.
+    """Guards against slots, masks, lengths, random numbers, processors or stop conditions of other rows. More
+    prompts than rows: rows are replaced in every order.
     """
     fused = fused or drafts.get("draft_weights") == "int4"
     if sample and "strategy" in drafts:
@@ -126,7 +126,7 @@ def test_every_row_is_as_if_alone(
 
 
 class Says:
-    """A processor that leaves one token: those of a list in turn; where it is None, the model's own."""
+    """A processor that forces the tokens of a list, cyclically; None: the model's own token."""
 
     def __init__(self, prompt, tokens):
         self._start, self._tokens = len(prompt), tokens
@@ -139,7 +139,7 @@ class Says:
 
 
 def test_rows_that_accept_all_and_nothing_and_something():
-    """Guards against a roll back by the same number for all."""
+    """Guards against a rollback by the same number of tokens for all rows."""
     model = tiny_llama(agreement="never")
     said = cycle([[5, 6, 7], [None], [9, 8, None]])
     requests = [
@@ -154,42 +154,19 @@ def test_rows_that_accept_all_and_nothing_and_something():
     assert 0 < rates[2] < 1
 
 
-def test_a_row_that_ends_inside_an_accepted_draft():
-    """Guards against tokens after the end that count, for this row or for the one that takes its place."""
-    requests = [
-        Request(prompt, eos_token_ids=[EOS], logits_processors=[Says(prompt, [9] * (3 + index) + [EOS])])
-        for index, prompt in enumerate(PROMPTS)
-    ]
-    results = in_batch(tiny_llama(), requests, 2, exit_layer=2, num_speculations=7, max_steps=30)
-    for index in range(len(PROMPTS)):
-        assert results[index].predicted_tokens == [9] * (3 + index)
-        assert results[index].stop_reason == "eos"
-
-
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 6}])
-def test_a_row_at_the_end_of_its_context(drafts):
-    """Guards against positions beyond the model's, and against a long row that cuts the others short."""
-    model = tiny_llama(max_position_embeddings=32)
-    requests = [Request([3 + i % 40 for i in range(n)]) for n in (31, 4, 25, 30, 1)]
-    assert_as_if_alone(model, requests, 3, max_steps=100, **drafts)
-    assert {r.stop_reason for r in in_batch(model, requests, 3, max_steps=100, **drafts).values()} == {
-        "context"
-    }
-
-
 @pytest.mark.parametrize("sample", [True, False])
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_first_row_without_room_does_not_keep_the_others_short(batch_size, sample):
-    """Guards against drafts that are as short as the first prompt wants them, and so against other draws."""
-    full, *others = [[3 + i % 40 for i in range(30)], [5, 9], [7]]
-    requests = [Request(prompt, seed=index) for index, prompt in enumerate((full, *others))]
-    shared = {"exit_layer": 2, "num_speculations": 8, "max_steps": 20, "sample": sample}
-    assert_as_if_alone(tiny_llama(max_position_embeddings=32), requests, batch_size, **shared)
+@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 6}])
+def test_a_row_at_the_end_of_its_context(drafts, sample):
+    """Guards against positions beyond the context, and a full row that shortens outputs of other rows."""
+    model, settings = tiny_llama(max_position_embeddings=32), {"max_steps": 100, "sample": sample, **drafts}
+    requests = [Request([3 + i % 40 for i in range(n)], seed=n) for n in (31, 4, 25, 30, 1)]
+    assert_as_if_alone(model, requests, 3, **settings)
+    assert {r.stop_reason for r in in_batch(model, requests, 3, **settings).values()} == {"context"}
 
 
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
 def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
-    """Guards against a neighbour's NaN that comes through a mask, at once or from a place that was left."""
+    """Guards against NaN of another row that passes a mask, or stays in a slot."""
     model = copy.deepcopy(tiny_llama())
     with torch.no_grad():
         model.model.embed_tokens.weight[49] = torch.nan
@@ -220,7 +197,7 @@ def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
 
 
 def test_a_damaged_row_that_has_failed_already_leaves_no_damage():
-    """Guards against NaN that is left for the next row because the request's own error came first."""
+    """Guards against NaN in a slot whose request failed with its own error first."""
     model = copy.deepcopy(tiny_llama())
     with torch.no_grad():
         model.model.embed_tokens.weight[49] = torch.nan
@@ -237,36 +214,10 @@ def test_a_damaged_row_that_has_failed_already_leaves_no_damage():
     assert [got[index].predicted_tokens for index in (0, 2)] == expected
 
 
-def test_what_is_drafted_for_nobody_ends_no_row(monkeypatch):
-    """Guards against a row that ends because its neighbours' drafts are longer: a token that was picked for
-    nobody leaves NaN in the cache, and no mask keeps that from the row.
-    """
-    model = copy.deepcopy(tiny_llama())
-    shared = {"max_steps": 20, "exit_layer": 2, "num_speculations": 3}
-    expected = [alone(model, Request(prompt), **shared).predicted_tokens for prompt in PROMPTS]
-    bad = min({*range(50)}.difference(*expected, *PROMPTS))
-    model.model.embed_tokens.weight.data[bad] = torch.nan
-    sample_draft = Batch.sample_draft
-
-    def all_but_the_first_row_stop(batch, k, _):
-        return [k if row == 0 else 0 for row in range(len(batch))]
-
-    def worse(batch, logits, position, going):
-        logits = logits.clone()
-        logits[:, bad] = torch.tensor([-torch.inf if goes else torch.inf for goes in going])
-        return sample_draft(batch, logits, position, going)
-
-    monkeypatch.setattr(Batch, "draft_limits", all_but_the_first_row_stop)
-    monkeypatch.setattr(Batch, "sample_draft", worse)
-    strategy, config = make_strategy("self_speculative"), GenerationConfig(sample=False, **shared)
-    got = dict(strategy.generate_batch(model, [Request(p) for p in PROMPTS[2:5]], config, batch_size=3))
-    assert [got[index].predicted_tokens for index in range(3)] == expected[2:5]
-
-
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("lookup", [0, 2])
 def test_drafts_are_padded_with_a_token_that_the_row_has(lookup, sample, monkeypatch):
-    """Guards against any other token, which may leave NaN in the cache."""
+    """Guards against padding by a token that may put NaN into the cache."""
     seen, rooms, of_target = [], Batch.draft_limits, self_speculation_generator.target_logits
 
     def target_logits(runner, batch, draft):
@@ -291,8 +242,8 @@ def test_drafts_are_padded_with_a_token_that_the_row_has(lookup, sample, monkeyp
     assert all({*padding} <= {last} for _, last, padding in seen)
 
 
-def test_places_are_taken_again_as_soon_as_they_are_free():
-    """Guards against a batch that waits for its slowest row, and against prompts that are read in advance."""
+def test_slots_are_reused_as_soon_as_they_are_free():
+    """Guards against a batch that waits for its slowest row, and prompts that are read early."""
     asked = []
 
     def requests():
@@ -311,7 +262,7 @@ def test_places_are_taken_again_as_soon_as_they_are_free():
 
 
 def test_texts_and_seeds_and_streamers(byte_tokenizer, text_model):
-    """Guards against a front door that mixes up prompts: text, stop words, random numbers, streams."""
+    """Guards against texts, stop words, random numbers or streams of another prompt."""
 
     class Collects:
         def __init__(self):
@@ -345,7 +296,7 @@ def test_texts_and_seeds_and_streamers(byte_tokenizer, text_model):
 
 
 def test_what_is_wrong_with_a_prompt_is_its_own_result(byte_tokenizer, text_model):
-    """Guards against answers that are lost because another prompt is refused."""
+    """Guards against answers that are lost because another prompt is invalid."""
     generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
     config = GenerationConfig(max_steps=9, sample=False)
     with pytest.raises(ValueError, match="the prompt has the token id 1000000"):
@@ -360,7 +311,7 @@ def test_what_is_wrong_with_a_prompt_is_its_own_result(byte_tokenizer, text_mode
             assert {index: answer.decoded_prediction for index, answer in got.items()} == {
                 index: generator.generate(prompts[index], config).decoded_prediction for index in (0, 1, 3)
             }
-    # What is no prompt at all is refused by itself as well, and the first answer has all of its time.
+    # Another type is an error of its own; the first answer's time includes the setup.
     got = dict(generator.generate_batch([None, [5, 6]], config, batch_size=2))
     assert isinstance(got[0], TypeError)
     result = got[1].generation_strategy_result
@@ -407,7 +358,7 @@ def failing_criterion(after):
     ],
 )
 def test_a_request_that_raises_takes_no_other_along(part, kind, after, drafts):
-    """Guards against a caller's mistake in one request that ends the answers of all."""
+    """Guards against an error of one request that ends other requests."""
     model, prompts = tiny_llama(), [[5, 9, 4], [7, 8], [3, 3, 8]]
     broken = Request([9, 9], **{part: kind(after)})
     requests = [Request(prompts[0]), broken, *map(Request, prompts[1:])]
@@ -449,8 +400,8 @@ DRAFTED = {"exit_layer": 2, "num_speculations": 3, "max_steps": 12}
 @pytest.mark.parametrize("drafts", [{}, {"prompt_lookup": 1}, {"draft_vocabulary": 9, "sample": True}])
 @pytest.mark.parametrize("agreement", ["always", "sometimes"])
 def test_an_error_of_a_processor_belongs_to_its_position(drafts, agreement):
-    """Guards against an answer that ends, or fails to show what was decided, because of an error at a guess
-    that nobody takes, and against one that goes on where the output gets to the error.
+    """Guards against an output that ends because of an error at a rejected token, and one that goes on after
+    an error at an accepted token. The streamer shows all tokens before the error.
     """
     model, drafts = tiny_llama(agreement=agreement), {**DRAFTED, **drafts}
     requests = [Request(prompt, seed=row) for row, prompt in enumerate(PROMPTS[:4])]
@@ -472,8 +423,8 @@ def test_an_error_of_a_processor_belongs_to_its_position(drafts, agreement):
 
 @pytest.mark.parametrize("num", [1, 2, 6])
 def test_a_guess_that_agrees_with_logits_that_are_no_numbers(num):
-    """Guards against an answer that goes on, or ends with id 0, because draft and target both are NaN there:
-    the largest logit of the last position alone says nothing of the others.
+    """Guards against an output that goes on, or ends with id 0, where draft and target are both NaN: checking
+    the last position is not enough.
     """
     model, shown, at = tiny_llama(agreement="always"), Shown(), len(PROMPTS[0]) + num
     tokens = alone(model, Request(PROMPTS[0]), **DRAFTED).predicted_tokens
@@ -486,7 +437,7 @@ def test_a_guess_that_agrees_with_logits_that_are_no_numbers(num):
 
 
 def test_a_processor_that_returns_another_shape_takes_no_other_row_along():
-    """Guards against logits that cannot be put beside those of other rows, which would end all of them."""
+    """Guards against logits that cannot be stacked with those of other rows."""
     wrong = Request(PROMPTS[0], [lambda ids, logits: logits[:, :7] if ids.shape[1] > 8 else logits])
     got = in_batch(tiny_llama(), [wrong, Request(PROMPTS[1])], 2, **DRAFTED)
     assert isinstance(got[0], RuntimeError)
@@ -495,7 +446,7 @@ def test_a_processor_that_returns_another_shape_takes_no_other_row_along():
 
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch):
-    """Guards against later requests that inherit half a round: its random numbers, its keys and values."""
+    """Guards against random numbers, keys and values of a failed round in later requests."""
 
     def out_of_memory(*_):
         raise MemoryError
@@ -522,7 +473,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
 
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
-    """Guards against room for the longest prompt there was that is asked for again and again."""
+    """Guards against a cache that is sized for the longest earlier prompt."""
     monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", lambda *_: 4 * 2**20)
     model = tiny_llama(max_position_embeddings=200_000)
     requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
@@ -533,8 +484,8 @@ def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
 
 
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
-    """Guards against a cache that doubles beyond that, and is refused for it: here at first for a row that
-    has ended by then.
+    """Guards against a cache that doubles beyond the longest possible sequence, or beyond that of a finished
+    row.
     """
     monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 32)
     config = GenerationConfig(sample=False, max_steps=200)
@@ -550,18 +501,15 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
 
 
-def test_places_are_not_exchanged_without_reuse_cache(monkeypatch):
-    """Guards against copies of all that a dropped row holds, which nobody reads."""
-    monkeypatch.setattr(KVCache, "swap", lambda *_: pytest.fail("exchanged"))
-    got = in_batch(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
-    for index, prompt in enumerate(PROMPTS):
-        expected = alone(tiny_llama(), Request(prompt), max_steps=5)
-        assert got[index].predicted_tokens == expected.predicted_tokens
+def test_slots_are_not_swapped_without_reuse_cache(monkeypatch):
+    """Guards against copies of a removed row that nothing reads."""
+    monkeypatch.setattr(KVCache, "swap", lambda *_: pytest.fail("swapped"))
+    assert_as_if_alone(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
 
 
 def test_a_batch_driven_by_hand(monkeypatch):
-    """Guards against waiting for a first request that counts as its time, a prompt that is written over the
-    end of the cache, and a loop without end where there are no rows.
+    """Guards against idle time that counts as the first request's, a prompt without a free slot, and an
+    endless loop without rows.
     """
     strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=2)
     seconds, waited = count(), [0]  # a clock that goes on by a second whenever somebody looks at it
@@ -581,7 +529,7 @@ def test_a_batch_driven_by_hand(monkeypatch):
 
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}])
 def test_compiled_passes(drafts, monkeypatch):
-    """Guards against passes of one row that are taken for those of several, and a cache that is too small."""
+    """Guards against passes of one row that are used for several, and a cache that is too small."""
     monkeypatch.setattr("torch.compile", lambda run, **_: run)  # traced or not: the shapes are the same
     model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
     requests = [Request(prompt) for prompt in [*PROMPTS, [3 + i % 40 for i in range(1200)], [4, 5]]]
@@ -594,7 +542,7 @@ def test_compiled_passes(drafts, monkeypatch):
 
 @pytest.mark.parametrize("length", [1, model_runner.PREFILL_CHUNK + 1])
 def test_the_last_piece_of_a_prompt_is_one_token(length, monkeypatch):
-    """Guards against a compiled pass over it at a position of its own: as many as the batch had before."""
+    """Guards against a compiled pass over it at a wrong position."""
     monkeypatch.setattr("torch.compile", lambda run, **_: run)
     model = copy.deepcopy(tiny_llama(max_position_embeddings=2048))
     request = Request([3 + 7 * i % 40 for i in range(length)])
@@ -610,7 +558,7 @@ SAMPLED_DRAFTS += [{**SAMPLED_DRAFTS[1], "draft_vocabulary": 1}]
 
 @pytest.mark.parametrize("drafts", SAMPLED_DRAFTS, ids=["plain", "drafted", "short vocabulary"])
 def test_the_distribution_of_sampled_rows(drafts):
-    """Rows of one prompt with numbers of their own. False alarm: 1e-4 for each of two tests, fixed seeds."""
+    """Rows with the same prompt and different seeds. False alarm: 1e-4 for each of two tests, fixed seeds."""
     name = "self_speculative" if drafts else "autoregressive"
     config = sampling(**{"generation_strategy": name, "exit_layer": -1, "num_speculations": -1, **drafts})
     requests = [Request(SAMPLED_PROMPT, seed=seed) for seed in range(SAMPLES)]
@@ -618,7 +566,7 @@ def test_the_distribution_of_sampled_rows(drafts):
     tokens = [tuple(results[index].predicted_tokens[:STEPS]) for index in range(SAMPLES)]
     likely = expected(config, [])
     assert p_value(Counter(tokens), likely) > 1e-4
-    # Neighbours know nothing of each other: pairs come as often as the product says.
+    # Neighbours are independent.
     first = Counter()
     for key, p in likely.items():
         first[key[0]] += p
@@ -627,7 +575,7 @@ def test_the_distribution_of_sampled_rows(drafts):
 
 
 def test_batches_that_are_taken_from_in_turn(monkeypatch):
-    """Guards against generations that share a cache: two eager ones do not, and compiled ones say so."""
+    """Guards against generations that share a cache: eager ones have their own, compiled ones raise."""
     monkeypatch.setattr("torch.compile", lambda run, **_: run)
     model, strategy = copy.deepcopy(tiny_llama()), make_strategy("autoregressive")
     config = GenerationConfig(sample=False, max_steps=12)
@@ -683,7 +631,7 @@ def zeroed_slots(monkeypatch):
 
 @pytest.mark.parametrize("fault", [see_everything, one_offset, zeroed_slots])
 def test_faults_are_found(fault, monkeypatch):
-    """The comparisons above can fail: with each classic mistake they do."""
+    """The comparisons above detect classic mistakes."""
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         assert_as_if_alone(

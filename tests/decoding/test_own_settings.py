@@ -111,19 +111,6 @@ def test_one_seed_one_answer_whoever_the_neighbours_are(drafts):
         assert beside[0].num_drafted
 
 
-def test_a_row_without_drafts_beside_others_has_the_models_own_text():
-    """Guards against a row that is drafted for although it wants no drafts."""
-    drafts = {"exit_layer": 2, "num_speculations": 3}
-    decoded = tiny_llama(agreement="never")
-    own = GenerationConfig(generation_strategy="autoregressive", sample=False, max_steps=12)
-    results = in_batch(
-        decoded, [Request(PROMPTS[0]), Request(PROMPTS[0], config=own)], 2, max_steps=12, **drafts
-    )
-    assert results[0].predicted_tokens == results[1].predicted_tokens
-    assert results[0].num_drafted
-    assert results[1].num_drafted == 0
-
-
 def plainly(decoded, request, ends):
     """What transformers and a request's processors give, token by token: the tokens, and the error if any."""
     tokens: list[int] = []

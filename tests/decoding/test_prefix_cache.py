@@ -1,4 +1,4 @@
-"""A place of the cache keeps what it holds: answers are those of reading every prompt from its beginning."""
+"""The prefix cache: answers are those of prefilling every prompt as a whole."""
 
 import threading
 
@@ -44,9 +44,9 @@ def own_llama(**config):
 @settings(max_examples=25)
 def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, agreement, fused):
     """Guards against keys of rejected drafts, of tokens after the end, of layers that did not run, or of
-    another history at the seam between what is kept and what is new.
+    another history, where the cached prefix ends.
 
-    forgets: where a history is cut before the next turn, as a template does that leaves out old messages.
+    forgets: length of the history that the next turn keeps, as a template drops old messages.
     """
     drafts = dict(drafts)
     fused = fused or drafts.get("draft_weights") == "int4"
@@ -72,9 +72,9 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
     max_steps=st.lists(st.integers(1, 9), min_size=14, max_size=14),
 )
 @settings(max_examples=15)
-def test_rows_take_the_places_of_those_that_ended(lengths, batch_size, drafts, max_steps):
-    """Guards against places that are mixed up when rows move, and against a row that writes into a place
-    which is kept. Prompts begin like one of three texts.
+def test_rows_take_the_slots_of_those_that_ended(lengths, batch_size, drafts, max_steps):
+    """Guards against slots that are mixed up when rows move, and against a row that writes into the slot of a
+    cached prefix. Prompts are prefixes of three texts.
     """
     drafts = dict(drafts)
     model = tiny_llama(fused=drafts.get("draft_weights") == "int4")
@@ -90,8 +90,8 @@ def test_rows_take_the_places_of_those_that_ended(lengths, batch_size, drafts, m
         assert results[index].predicted_tokens == alone.predicted_tokens
 
 
-def test_only_what_is_new_is_read():
-    """Guards against a cache that is kept and not used: all but the last token of the history was there."""
+def test_only_new_tokens_are_prefilled():
+    """Guards against a cache that is not used: it has all but the last token of the history."""
     model, strategy = tiny_llama(), make_strategy("autoregressive")
     first = answer(strategy, model, STORY, reuse_cache=True)
     history = [*STORY, *first.predicted_tokens, 9, 9]
@@ -102,7 +102,7 @@ def test_only_what_is_new_is_read():
 
 
 def test_the_slot_with_the_longest_prefix_is_taken():
-    """Guards against a conversation that is overwritten while another slot is free."""
+    """Guards against a prefix that is overwritten while another slot is free."""
     model = tiny_llama()
     strategy = make_strategy("autoregressive")
     config = GenerationConfig(sample=False, max_steps=3, reuse_cache=True)
@@ -120,8 +120,8 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     other, third = STORY[::-1], [40] * 6
     assert cached(STORY, other, third) == [0, 0, 0]
     assert cached([*third, 9], [*STORY, 9]) == [6, 12]
-    assert cached([*other, 9]) == [12]  # which nobody has taken
-    assert cached([41, 42]) == [0]  # in the slot that was not used for longest: the story's
+    assert cached([*other, 9]) == [12]
+    assert cached([41, 42]) == [0]  # takes the least recently used slot: the story's
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
 
 
@@ -180,7 +180,7 @@ def columns_swapped(model):
 
 
 def one_element(model):
-    """What only `fuse` can be told of."""
+    """The fingerprint may miss it: `fuse` is called."""
     model.model.layers[0].mlp.down_proj.weight.data[3, 5] += 30
     fuse(model)
 
@@ -191,9 +191,9 @@ CHANGES += [forward_replaced, hooked_by_accelerate, class_swapped, rows_swapped,
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_kept_is_valid_for_the_model_of_now(change, fused):
-    """Guards against keys and values of weights that are others by now, also where `.data` was written to,
-    and of buffers, numbers and code that are.
+def test_a_changed_model_discards_the_cache(change, fused):
+    """Guards against keys and values of earlier weights, buffers, numbers or code, also after writes to
+    `.data`.
     """
     model, strategy = own_llama(fused=fused), make_strategy("autoregressive")
     answer(strategy, model, STORY, reuse_cache=True)
@@ -205,8 +205,8 @@ def test_what_is_kept_is_valid_for_the_model_of_now(change, fused):
 
 
 @pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}])
-def test_what_is_kept_is_for_one_kind_of_batch(other):
-    """Guards against layers that an early exit has never run, and against a cache of too few places."""
+def test_the_cache_is_for_one_exit_layer_and_batch_size(other):
+    """Guards against layers that an early exit did not run, and a cache with too few slots."""
     model, strategy = tiny_llama(), make_strategy("autoregressive")
     answer(strategy, model, STORY, reuse_cache=True, **other)
     after = answer(strategy, model, STORY, reuse_cache=True)
@@ -214,8 +214,8 @@ def test_what_is_kept_is_for_one_kind_of_batch(other):
     assert after.predicted_tokens == answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
 
 
-def test_an_answer_that_failed_leaves_nothing():
-    """Guards against keys of half a round, or NaN, in what the next prompt goes on from."""
+def test_a_failed_request_leaves_no_prefix():
+    """Guards against keys of a failed round, or NaN, in a cached prefix."""
 
     def damages(ids, logits):
         return logits * torch.nan if ids.shape[1] > len(STORY) + 2 else logits
@@ -235,8 +235,8 @@ def test_an_answer_that_failed_leaves_nothing():
         assert (after.num_cached_tokens, after.predicted_tokens) == (0, wanted)
 
 
-def test_an_answer_that_ended_before_its_logits_were_no_numbers_leaves_nothing():
-    """Guards against a place that was cleared, since it may hold NaN, and is read as if it were not."""
+def test_an_answer_that_ended_before_its_logits_were_nan_leaves_no_prefix():
+    """Guards against a slot that was cleared because of NaN, and is read as a cached prefix."""
 
     def damages(ids, logits):
         return logits * torch.nan if ids.shape[1] > len(STORY) + 2 else logits
@@ -251,8 +251,8 @@ def test_an_answer_that_ended_before_its_logits_were_no_numbers_leaves_nothing()
     assert (after.num_cached_tokens, after.predicted_tokens) == (0, wanted)
 
 
-def test_two_threads_do_not_share_a_place():
-    """Guards against two answers at once in what one strategy has kept."""
+def test_two_threads_do_not_share_a_cache():
+    """Guards against two requests at once in the kept cache of one strategy."""
     model, strategy = tiny_llama(), make_strategy("autoregressive")
     wanted = answer(make_strategy("autoregressive"), model, STORY).predicted_tokens
     answer(strategy, model, STORY, reuse_cache=True)
@@ -271,8 +271,8 @@ def test_two_threads_do_not_share_a_place():
 
 
 @pytest.mark.slow
-def test_compiled_passes_write_to_no_place_that_is_kept():
-    """Guards against the rows that a compiled pass computes for nobody: they wrote to every free place."""
+def test_compiled_passes_write_to_no_cached_prefix():
+    """Guards against the padding rows of a compiled pass, which wrote to every free slot."""
     model = own_llama(num_layers=2, fused=True)
     compile_decoding(model)
     try:
@@ -293,8 +293,8 @@ def test_compiled_passes_write_to_no_place_that_is_kept():
     assert kept.predicted_tokens == after.predicted_tokens == read.predicted_tokens
 
 
-def test_generate_keeps_what_it_has_read(byte_tokenizer, text_model):
-    """Guards against a front door that makes a new cache for every prompt."""
+def test_generate_keeps_its_cache(byte_tokenizer, text_model):
+    """Guards against a generator that makes a new cache for every prompt."""
     generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
     config = GenerationConfig(sample=False, max_steps=4, reuse_cache=True)
     results = [generator.generate("def add(a, b): return", config) for _ in range(2)]

@@ -18,25 +18,22 @@ GREEDY = Sampler(sample=False)
 SAMPLING = Sampler(sample=True)
 
 
-def kept(logits):
-    return (logits > -torch.inf).nonzero()[:, 0].tolist()
-
-
-def test_top_k_keeps_the_largest():
-    assert kept(top_k_top_p_filtering(torch.tensor([1.0, 3.0, 2.0, 0.0]), top_k=2)) == [1, 2]
-
-
-def test_top_k_beyond_the_vocabulary_keeps_all():
-    assert kept(top_k_top_p_filtering(torch.tensor([1.0, 3.0]), top_k=9)) == [0, 1]
-
-
-def test_top_p_keeps_the_token_that_crosses_the_threshold():
-    """A filter that stops one short would leave 0.5 of the mass where 0.6 was asked for."""
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    assert kept(top_k_top_p_filtering(logits, top_p=0.6)) == [0, 1]
-    assert kept(top_k_top_p_filtering(logits, top_p=0.4)) == [0]
-    assert kept(top_k_top_p_filtering(logits, top_p=0.0)) == [0]
-    assert kept(top_k_top_p_filtering(logits, top_p=1.0)) == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("settings", "filtered"),
+    [
+        ({}, [4, 3, 2, 0]),
+        ({"top_k": 9}, [4, 3, 2, 0]),
+        ({"top_k": 2}, [4, 3, -9, -9]),
+        ({"top_p": 0.6}, [4, -9, -9, -9]),
+        ({"top_p": 0.7}, [4, 3, -9, -9]),  # with the token that crosses the threshold
+        ({"top_p": 0.0}, [4, -9, -9, -9]),
+        ({"top_k": 1, "top_p": 0.5, "min_tokens_to_keep": 3}, [4, 3, 2, -9]),
+    ],
+)
+def test_filters(settings, filtered):
+    """Guards against a threshold, a filter value or a leading shape that one of the two filters ignores."""
+    logits = torch.tensor([4.0, 3.0, 2.0, 0.0]).expand(2, 3, -1)
+    assert (top_k_top_p_filtering(logits, filter_value=-9.0, **settings) == torch.tensor(filtered)).all()
 
 
 @pytest.mark.parametrize("vocab_size", [7, 300])
@@ -67,11 +64,6 @@ def test_draws_follow_the_weights():
     counts = torch.bincount(drawn, minlength=6)
     assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
     assert chisquare(counts[[1, 3, 4]], [1000, 2000, 1000]).pvalue > 1e-4
-
-
-def test_filtering_works_on_any_leading_shape():
-    logits = torch.randn(2, 3, 7)
-    assert top_k_top_p_filtering(logits, 2, 0.9).shape == logits.shape
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -107,14 +99,6 @@ def test_decode_next_token_of_one_position_has_the_shapes_of_the_papers_code_bas
     """Guards against scripts that index a token or its probabilities in the wrong dimension."""
     tokens, probabilities = decode_next_token(torch.randn(1, 1, 8), token_idx, sample=True)
     assert (tokens.shape, probabilities.shape) == ((1, 1), (1, 8))
-
-
-def test_what_is_filtered_gets_the_value_that_was_asked_for():
-    """Guards against a `filter_value` that only one of the two filters knows."""
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    assert top_k_top_p_filtering(logits, 2, filter_value=-9.0).tolist() == [[3, 2, -9, -9]]
-    assert top_k_top_p_filtering(logits, 0, 0.5, -9.0).tolist() == [[3, -9, -9, -9]]
-    assert top_k_top_p_filtering(logits, 1, 0.5, -9.0, 3).tolist() == [[3, 2, 1, -9]]
 
 
 def test_temperature_zero_is_greedy_and_a_tiny_one_does_not_overflow():

@@ -133,12 +133,6 @@ def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extr
     assert result.generation_strategy_result.predicted_tokens == ids[:early]
 
 
-def test_stop_token_ids_reach_a_strategy_that_is_called_directly():
-    ids = generate(tiny_llama(), [4, 5, 6], max_steps=10, eos=[]).predicted_tokens
-    result = generate(tiny_llama(), [4, 5, 6], max_steps=10, eos=[], stop_token_ids=[ids[3]])
-    assert result.predicted_tokens == ids[: ids.index(ids[3])]
-
-
 def test_result_of_the_front_door_adds_up(answer):
     result = answer("def")
     assert result.num_tokens_generated == len(result.generation_strategy_result.predicted_tokens)
