@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from arguments import GenerationConfig, ModelArguments, parse, refuse, refuse_idle_drafts
@@ -33,6 +34,10 @@ class GenerateArguments:
     """Apply the tokenizer's chat template and keep the conversation."""
     compare: bool = False
     """Then decode the prompt autoregressively, too, in three turns, and print both speeds."""
+    grammar: str | None = None
+    """File of a JSON schema (.json) or Lark grammar that the answer must match; json: any JSON object."""
+    prediction: str | None = None
+    """File of a text that the answer will resemble, such as code to be edited: it is drafted first."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,14 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     refuse_idle_drafts(config)
+    if args.prediction and not (config.is_adaptive or config.prompt_lookup):
+        refuse("--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0")
+    prediction = None if args.prediction is None else _read("prediction", args.prediction)
+    grammar_text = None if args.grammar in (None, "json") else _read("grammar", args.grammar)
 
     from runs import ranks
-    from runs.conversation import Conversation, converse, one_prompt
+    from runs.conversation import Conversation, converse, one_prompt, read_grammar
     from runs.startup import load_generator, meet
     from self_speculation.model.devices import broadcast_from_rank0
 
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # every rank has a copy of the model, and one answer is enough
+    try:
+        grammar = None if args.grammar is None else read_grammar(args.grammar, grammar_text)
+    except ValueError as error:
+        refuse(f"--grammar {args.grammar}: {error}")
     meet(model_args)
     interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if interactive and ranks.num_processes() > 1:
@@ -57,13 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
     generator = load_generator(model_args, config, chat=args.chat, counted=counts(tuning.tuned, model_args))
     prompt = broadcast_from_rank0(generator.model, prompt)
-    talk = Conversation(generator, config, args.streamer, args.chat, args.compare)
+    talk = Conversation(generator, config, args.streamer, args.chat, args.compare, grammar, prediction)
     if interactive:
         return converse(talk)
     try:
         return 0 if talk.answer(prompt or "") else 130
     except ValueError as error:
         refuse(str(error))
+
+
+def _read(flag: str, path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        refuse(f"--{flag} {path}: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":

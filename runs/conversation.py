@@ -27,9 +27,11 @@ from self_speculation import (
     GenerationConfig,
     GenerationResult,
     HuggingfaceLlamaGenerator,
+    Request,
     SpeculativeTextStreamer,
     StandardTextStreamer,
 )
+from self_speculation.decoding.grammar import Grammar
 from self_speculation.model.devices import broadcast_from_rank0
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does not need it
@@ -44,6 +46,20 @@ Enter      sends the prompt
 Alt-Enter  begins a new line, as a backslash at the end and Enter do
 Ctrl-C     stops an answer
 Ctrl-D     leaves"""
+
+
+def read_grammar(name: str, text: str | None) -> Grammar:
+    """The grammar of a file's text, by the ending of its name; without a text: of any JSON object.
+
+    Raises:
+        ValueError: the grammar is invalid.
+    """
+    if text is None:
+        grammar = Grammar.json_schema({"type": "object"})
+    else:
+        grammar = Grammar.json_schema(text) if name.endswith(".json") else Grammar.lark(text)
+    grammar.check()
+    return grammar
 
 
 @dataclass
@@ -61,6 +77,8 @@ class Conversation:
     streamer: str = "standard"
     chat: bool = False
     compare: bool = False
+    grammar: Grammar | None = None
+    prediction: str | None = None
 
     def __post_init__(self) -> None:
         self._messages: list[dict[str, str]] = []  # empty without --chat
@@ -79,7 +97,14 @@ class Conversation:
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         model, processor_began = self.generator.model, time.process_time()
         with Interrupt(model) as interrupt:
-            result = self.generator.generate(ids, config, streamer=streamer, stopping_criteria=[interrupt])
+            request = Request(
+                ids,
+                stopping_criteria=[interrupt],
+                streamer=streamer,
+                grammar=self.grammar,
+                prediction=self.prediction,
+            )
+            result = self.generator.generate(request, config)
         busy = busy_processor(model, time.process_time() - processor_began, result.total_time)
         if streamer is None:
             print(result.decoded_prediction)
@@ -131,7 +156,8 @@ class Conversation:
         sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
 
         def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
-            return generator.generate(ids, config).generation_strategy_result.decode_tokens_per_second
+            request = Request(ids, grammar=self.grammar, prediction=self.prediction)
+            return generator.generate(request, config).generation_strategy_result.decode_tokens_per_second
 
         turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # the first one warms up
         if not all(map(all, turns)):

@@ -187,20 +187,22 @@ class HuggingfaceLlamaGenerator:
 
     def generate(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | Request,
         generation_config: GenerationConfig,
         streamer: Any = None,
         logits_processors: Callables = None,
         stopping_criteria: Callables = None,
     ) -> GenerationResult:
-        """Answer a prompt: text or token ids.
+        """Answer a prompt: text, token ids, or a `Request` that has the other arguments itself.
 
         An empty prompt becomes the tokenizer's BOS token, or its EOS token if it has no BOS.
 
         Raises:
             ValueError: see `GenerationStrategy.generate_token_ids`.
         """
-        request = Request(prompt, logits_processors, stopping_criteria, streamer)
+        request = prompt
+        if not isinstance(request, Request):
+            request = Request(request, logits_processors, stopping_criteria, streamer)
         if type(self.generation_strategy).generate_batch is GenerationStrategy.generate_batch:
             return self._generate_alone(request, generation_config)
         return single_result(self.generate_batch([request], generation_config, batch_size=1))
