@@ -34,7 +34,8 @@ from serving.tools import ToolCall, call_grammar, find_calls, known_format
 _NEUTRAL: dict[str, list[Any]] = {
     "annotations": [[]], "best_of": [1], "chat_template_kwargs": [{}], "function_call": ["none", "auto"],
     "functions": [[]], "ignore_eos": [False], "include_obfuscation": [False], "modalities": [["text"]],
-    "parallel_tool_calls": [True, False], "reasoning_content": [""], "suffix": [""],
+    "parallel_tool_calls": [True, False], "reasoning_content": [""], "suffix": [""], "tool_calls": [[]],
+    "tool_choice": ["none", "auto"], "tools": [[]],
 }  # fmt: skip
 # Fields that do not change the text of an answer.
 _IGNORED = {
@@ -110,7 +111,7 @@ class _Strict(BaseModel):
         return {
             k: v
             for k, v in given.items()
-            if v is not None and k not in _IGNORED and v not in _NEUTRAL.get(k, [])
+            if v is not None and k not in _IGNORED and (k in cls.model_fields or v not in _NEUTRAL.get(k, []))
         }
 
 
