@@ -470,7 +470,7 @@ def test_a_client_that_disconnects_cancels_its_job(served, stream, is_waiting):
 
 def test_a_failure_in_a_stream_is_its_last_event(served, monkeypatch):
     """Guards against a stream that ends as if the answer was whole. The client raises the error."""
-    with held(served.engine) as at_rest:
+    with held(served.engine, num_steps=1) as at_rest:  # which prefills
         stream = served.client.completions.create(model="tiny", prompt=PROMPTS[0], max_tokens=50, stream=True)
         next(iter(stream))
         assert at_rest.wait(60)
