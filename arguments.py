@@ -76,8 +76,8 @@ class ModelArguments:
     CPU there may be a second copy of the weights, packed: always of weights in 16 bits that are multiplied in
     float32, else where that is clearly faster and fits into a third of the free memory."""
     compile: bool = False
-    """On a GPU, compile the passes of decoding (torch.compile, CUDA graphs): a minute first, then less per
-    token. train.py: compile the layers."""
+    """On a GPU, capture the passes of decoding as CUDA graphs: some seconds first, then less per token.
+    train.py: compile the layers (torch.compile)."""
 
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")
@@ -292,12 +292,12 @@ def read_run(folder: str) -> dict[str, Any]:
 
 
 def _check_copies(parser: _Parser, values: argparse.Namespace) -> None:
-    """Copies for drafts are made of fused layers of one device, and passes over them are not compiled."""
+    """Copies for drafts are made of fused layers of one device."""
     model_args = getattr(values, ModelArguments.__name__, None)
     config = getattr(values, GenerationConfig.__name__, None)
     if model_args is None or config is None or config.draft_weights == "exact":
         return
-    for name, needed in (("fuse", True), ("compile", False), ("quantization", "none"), ("parallel", "data")):
+    for name, needed in (("fuse", True), ("quantization", "none"), ("parallel", "data")):
         if (value := getattr(model_args, name)) != needed:
             parser.error(f"--draft_weights {config.draft_weights}: not with --{name} {value}")
 

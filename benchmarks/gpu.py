@@ -59,7 +59,7 @@ from measures.sides import (
     Answers,
     Side,
     accepted,
-    compiled,
+    captured,
     early_exit,
     ours,
     rotated,
@@ -73,6 +73,7 @@ from measures.work import Work, work_per_token
 from runs.program import run
 from runs.records import Record, Run, Writer, describe
 from self_speculation import fuse, make_strategy
+from self_speculation.model import captured_runner
 
 # How often the exit picks the model's own token. Of 6 drafted tokens, 70 % are accepted then.
 _AGREEMENT = 0.9
@@ -407,7 +408,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Measured] = {}
     with ExitStack() as stack:
         if args.dry:
-            stack.enter_context(patch.object(torch, "compile", partial(torch.compile, backend="eager")))
+            stack.enter_context(
+                patch.object(captured_runner, "GraphRecorder", lambda device: lambda run: run)
+            )
         stack.callback(alarm.cancel)
         try:
             alarm.start()
@@ -417,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for task in tasks(args, device):
                 found = {}
                 try:
-                    with compiled(task.model) if task.compiled else nullcontext():
+                    with captured(task.model) if task.compiled else nullcontext():
                         measure(task, found)
                 except Exception as error:  # no compiler, or none of the passes
                     for name in task.names():

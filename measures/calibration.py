@@ -19,11 +19,11 @@ from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.registry import make_drafter, short_head_of
-from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled, make_runner
+from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.devices import broadcast_from_rank0, synchronize
 from self_speculation.model.model_runner import forward, forward_early
 
-# Draft lengths whose verification is timed. Compiled passes have widths of powers of two, so their cost jumps
+# Draft lengths whose verification is timed. Captured passes have widths of powers of two, so their cost jumps
 # after 0, 1, 3, 7 and 15.
 _LENGTHS = (0, 1, 2, 3, 4, 7, 8, 15, 16)
 # Exit layers at which a draft step is timed, at most; and steps of one kind in a row, as a draft has them.
@@ -51,7 +51,7 @@ def calibrate(
         exit_layers: the exits that are asked about, in ascending order.
         longest: the most tokens of a draft.
         patience: seconds, after which no other turn begins.
-        most_turns: turns at most; the first ones warm up and do not count.
+        most_turns: turns at most; the first one warms up and does not count.
         advance: called after each turn.
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
@@ -116,14 +116,14 @@ def calibrate(
             lengths=lengths,
         )
 
-    warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()
+    turns = list[Costs]()
     started = time.perf_counter()
     for _ in range(most_turns):
-        if len(turns) > warm_up and broadcast_from_rank0(model, time.perf_counter() - started > patience):
+        if len(turns) > 1 and broadcast_from_rank0(model, time.perf_counter() - started > patience):
             break
         turns.append(turn())
         advance()
-    return broadcast_from_rank0(model, turns[warm_up:])
+    return broadcast_from_rank0(model, turns[1:])
 
 
 def medians(turns: Sequence[Costs]) -> Costs:

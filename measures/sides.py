@@ -21,7 +21,7 @@ from measures.comparison import with_end
 from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 from self_speculation.generator_base import single_result
-from self_speculation.model.compiled_runner import compile_decoding, decode_eagerly
+from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.traced_runner import trace_at_once
 
 T = TypeVar("T")
@@ -234,11 +234,10 @@ def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float 
 
 
 @contextmanager
-def compiled(model: Any) -> Iterator[None]:
-    """Within it, strategies here decode by compiled passes."""
-    compile_decoding(model)
+def captured(model: Any) -> Iterator[None]:
+    """Within it, strategies here decode by captured passes."""
+    capture_decoding(model)
     try:
         yield
     finally:
         decode_eagerly(model)
-        torch._dynamo.reset()  # and with it the memory of recorded graphs

@@ -15,7 +15,7 @@ from typing import NoReturn
 from arguments import refuse
 from runs import ranks
 from runs.failures import EXPLAINABLE, reason
-from runs.status import bar_of_bytes, bars_fit_the_output
+from runs.status import bars_fit_the_output, work_bar
 from self_speculation.model.progress import shown_by
 
 
@@ -32,7 +32,7 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
     # loaded. Who has loaded a model calls `gc.enable`.
     gc.disable()
     try:
-        with shown_by(bar_of_bytes):
+        with shown_by(work_bar):
             status = main()
         sys.stdout.flush()
         ranks.leave()

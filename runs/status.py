@@ -52,14 +52,12 @@ def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str 
 
 
 @contextmanager
-def bar_of_bytes(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar at a terminal, for work that takes its time: call what it gives with the bytes that are
-    done since the last call.
-    """
+def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar at a terminal: call it with what is done since the last call."""
     with tqdm(
-        total=num_bytes,
+        total=size,
         desc=what,
-        unit="B",
+        unit=unit,
         unit_scale=True,
         leave=False,
         delay=_SECONDS_WITHOUT_BAR,

@@ -175,4 +175,4 @@ class LoadingOptions:
     fuse: bool = True
     """Make the layers fused, see `fused_layers`."""
     compile: bool = False
-    """Compile the passes of decoding, see `compiled`."""
+    """Capture the passes of decoding as CUDA graphs."""

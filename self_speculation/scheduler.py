@@ -18,7 +18,7 @@ from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.generator_base import Request, as_list
-from self_speculation.model.compiled_runner import make_runner
+from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.model.model_runner import ModelRunner, prefill
 from self_speculation.model.overrides import check_followed
@@ -50,6 +50,10 @@ class Stepper(ABC):
     @abstractmethod
     def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
         """Get ready for an empty batch. Raises what is wrong with the config."""
+
+    @abstractmethod
+    def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
+        """The passes that `step` can run."""
 
     @abstractmethod
     def step(self, decoding: Decoding) -> None:
@@ -98,6 +102,14 @@ class Scheduler(Generic[Key]):
     @property
     def has_room(self) -> bool:
         return len(self.batch) < self._batch_size
+
+    @torch.inference_mode()
+    def run_every_pass(self, num_positions: int) -> None:
+        """With --compile True, capture all passes over up to so many positions before the first request."""
+        self._decoding = self._decoding or self._begin()
+        passes = self._strategy.passes(self._decoding)
+        with self._without_autocast():
+            run_every_pass(passes, self._batch_size, num_positions + self.batch.longest_draft)
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
@@ -161,7 +173,8 @@ class Scheduler(Generic[Key]):
                 if keep:
                     self._prefixes.store(row, sequence.ids[: runner.cache.length(0, row)])
                 self._prefixes.swap(row, len(self.batch))
-                runner.remove_row(row, sequence.is_damaged, keep)
+                if runner.has_its_cache:
+                    runner.cache.remove_row(row, sequence.is_damaged, keep)
                 self._finished.append((self._keys.pop(sequence), sequence.result()))
         if self._decoding is not None and self.batch:
             self._decoding.runner.cache.limit_growth(self._longest_possible())

@@ -12,6 +12,8 @@ from torch import Tensor
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Draft, DraftSource, Guess, PerSequence, mixed
+from self_speculation.model.captured_runner import PassRange
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
 
 
@@ -128,6 +130,10 @@ class NgramFirst(DraftSource):
         if not any(rest):
             return looked_up
         return mixed(batch, looked_up, self._otherwise.draft(batch, k, rest), found)
+
+    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
+        yield from self._ngrams.passes(runner, longest)
+        yield from self._otherwise.passes(runner, longest)
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         if not draft.matched or not all(draft.matched):

@@ -20,6 +20,7 @@ class Constants(Protocol):
 
     groups: int
     is_eager: bool
+    has_flash: bool
     unit: Tensor
     half_turn: Tensor
     lowest: Tensor
@@ -39,6 +40,7 @@ class AttentionContext:
         make_mask: makes a mask of so many copies, one below the other.
         rotations: [B * T, head_dim, head_dim] that heads are multiplied by; None: `rotary` rotates them.
         rotary: cos and sin, [1 or B, T, head_dim] each.
+        by_flash: flash attention masks the keys after each token itself.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class AttentionContext:
     make_mask: Callable[[int], Tensor | None]
     rotations: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    by_flash: bool = False
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -65,12 +68,11 @@ class AttentionContext:
             return (mask if copies == 1 else mask.repeat(copies, 1))[:, :end]
 
         rotations = _rotations(runner, cos, sin, rows) if rows * width <= _FEW_ROTATIONS else None
-        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
+        by_flash = runner.has_flash and width > 1
+        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin), by_flash)
 
     @classmethod
-    def ragged(
-        cls, runner: Constants, positions: Tensor, length: int, is_compiled: bool = False
-    ) -> AttentionContext:
+    def ragged(cls, runner: Constants, positions: Tensor, length: int) -> AttentionContext:
         """Rows differ in length: their positions are given, [B, T].
 
         Args:
@@ -84,8 +86,7 @@ class AttentionContext:
             later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
             return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
 
-        few = rows * width <= _FEW_ROTATIONS and not is_compiled  # the compiler makes one kernel of the other
-        rotations = _rotations(runner, cos, sin, rows) if few else None
+        rotations = _rotations(runner, cos, sin, rows) if rows * width <= _FEW_ROTATIONS else None
         return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
 
     def rotate(self, heads: Tensor) -> Tensor:

@@ -316,24 +316,6 @@ class KVCache(Appendable):
         self._appended = [self._appended[0]] * len(self._appended)
 
 
-class StaticKVCache(KVCache):
-    """Buffers of one size at one address, for compiled passes."""
-
-    def __init__(self, num_layers: int, capacity: int, like: Tensor) -> None:
-        """`like`: [rows, kv_heads, head_dim]"""
-        super().__init__(num_layers, capacity, like.shape[0])
-        for layer in range(num_layers):
-            self.buffers.with_room(layer, 1, like)
-
-    def take_over(self, other: StaticKVCache) -> None:
-        """Copy the content of a smaller one."""
-        self._appended, self._decided, self._missing = other._appended, other._decided, other._missing
-        self._missing_on_device = other._missing_on_device
-        for mine, held in zip(self.buffers.of_layers, other.buffers.of_layers, strict=True):
-            for new, old in zip(mine or (), held or (), strict=True):
-                new[:, :, : old.shape[2]] = old
-
-
 class WrittenAt(Appendable):
     """Writes keys and values at positions given as a tensor, for a pass that masks row by row.
 
@@ -359,7 +341,6 @@ class WrittenAt(Appendable):
             self._index = (all_rows[:, None, None], all_heads, self._positions[:, :, None])
         index = tuple(part.to(keys.device) for part in self._index)  # layers may be on several devices
         for buffer, new in zip(held, (keys, values), strict=True):
-            # Into the buffer itself: before torch 2.13, Inductor copies all of what is written to by a view.
             buffer.index_put_(index, new.view(rows, width, heads, size))
         all_keys, all_values = (buffer[:rows, :, : self.length] for buffer in held)
         return all_keys, all_values

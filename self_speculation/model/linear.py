@@ -152,7 +152,7 @@ class Linear:
 
     def is_packed(self, width: int) -> bool:
         """Whether passes over so many tokens read a copy packed for oneDNN."""
-        return self.may_be_packed and width in _PACKED[self.dtype] and not torch.compiler.is_compiling()
+        return self.may_be_packed and width in _PACKED[self.dtype]
 
     @property
     def copy_read(self) -> Float16Linear | PackedLinear | None:

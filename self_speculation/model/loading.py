@@ -40,7 +40,7 @@ from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
 from self_speculation.model.adapters import Adapter, find_adapter
-from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.devices import is_lost_rank
 from self_speculation.model.families import check_supported
 from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
@@ -205,7 +205,7 @@ def load_model_and_tokenizer(
     if options.fuse:
         fuse(loaded)
     if options.compile:
-        compile_decoding(loaded)
+        capture_decoding(loaded)
     return loaded, tokenizer
 
 

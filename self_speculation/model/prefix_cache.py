@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from self_speculation.model.compiled_runner import is_compiled
+from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.fingerprint import fingerprint
 from self_speculation.model.fused_layers import how_fused
 from self_speculation.model.model_runner import ModelRunner
@@ -63,7 +63,7 @@ class KeptCache(NamedTuple):
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:
     """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    return fingerprint(model), how_fused(model), is_compiled(model), model.config._attn_implementation
+    return fingerprint(model), how_fused(model), is_captured(model), model.config._attn_implementation
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

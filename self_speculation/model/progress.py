@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 Advance = Callable[[int], object]
-# What is being done, and of how many bytes -> what is called with the bytes that are done meanwhile.
-Bar = Callable[[str, int], AbstractContextManager[Advance]]
+# The work, its size and the unit of that -> called with what is done since the last call.
+Bar = Callable[[str, int, str], AbstractContextManager[Advance]]
 
 
-def _no_bar(what: str, num_bytes: int) -> AbstractContextManager[Advance]:  # noqa: ARG001
+def _no_bar(what: str, size: int, unit: str) -> AbstractContextManager[Advance]:  # noqa: ARG001
     return nullcontext(lambda done: None)
 
 
@@ -28,6 +28,6 @@ def shown_by(bar: Bar) -> Iterator[None]:
         _bar = before
 
 
-def progress(what: str, num_bytes: int) -> AbstractContextManager[Advance]:
-    """For work on so many bytes: call what it gives with the bytes that are done since the last call."""
-    return (_bar if num_bytes else _no_bar)(what, num_bytes)
+def progress(what: str, size: int, unit: str = "B") -> AbstractContextManager[Advance]:
+    """A bar for work of this size: call it with what is done since the last call."""
+    return (_bar if size else _no_bar)(what, size, unit)

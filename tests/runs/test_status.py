@@ -46,7 +46,7 @@ def test_a_bar_is_for_terminals_and_for_work_that_lasts(capsys, monkeypatch):
     def shown(seconds, on_terminal):
         monkeypatch.setattr(status, "_SECONDS_WITHOUT_BAR", seconds)
         monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
-        with status.bar_of_bytes("packing weights", 5_000_000) as advance:
+        with status.work_bar("packing weights", 5_000_000, "B") as advance:
             for _ in range(5):
                 advance(1_000_000)
         return capsys.readouterr().err
