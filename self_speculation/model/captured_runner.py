@@ -50,7 +50,6 @@ def capture_decoding(model: PreTrainedModel) -> None:
 
 
 def decode_eagerly(model: PreTrainedModel) -> None:
-    """From now on nothing is captured for this model."""
     _PASSES.pop(model, None)
 
 
@@ -102,19 +101,16 @@ class CapturedRunner(ModelRunner):
     def reserve(self, prompt_length: int, num_positions: int) -> None:
         if self.passes is None:
             super().reserve(prompt_length, num_positions)
-        else:
-            self._check_generation()
+        elif self.has_its_cache:
             self.passes.reserve(num_positions, max(padded(self._max_width), _PADDING))
+        else:
+            raise RuntimeError(
+                "compile True: another generation has this one's cache; let one end before the next begins"
+            )
 
     @property
     def has_its_cache(self) -> bool:
         return self.passes is None or self.passes.generation is self._generation
-
-    def _check_generation(self) -> None:
-        if not self.has_its_cache:
-            raise RuntimeError(
-                "compile True: another generation has this one's cache; let one end before the next begins"
-            )
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
         other = super().over(layers, head)
@@ -128,7 +124,7 @@ class CapturedRunner(ModelRunner):
         # A prompt is in a view of one row.
         if passes is None or self.cache is not passes.cache or hidden.shape[1] > self._max_width:
             return super().run_layers(hidden, first, last)
-        self._check_generation()
+        self.reserve(1, 1)  # raises if it has lost its cache
         return passes(self, hidden, first, last)
 
 

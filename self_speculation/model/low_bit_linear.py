@@ -24,9 +24,9 @@ from torch.nn.functional import pad
 from self_speculation.model.kv_cache import round_up
 from self_speculation.model.linear import Float16Linear, Linear
 
-# Elements of a weight that are quantised at a time, about: a large one needs no large copies in fp32. On a
-# CPU what is made of them stays in its cache.
-_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**20, 2**18
+# Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
+# 50 bytes per element; on a CPU it stays in the processor's cache.
+_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**24, 2**18
 
 # Elements of a row that share a scale and an offset.
 _GROUP = 32

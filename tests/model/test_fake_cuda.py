@@ -28,12 +28,13 @@ from self_speculation import (
     make_strategy,
     self_speculation_generator,
 )
-from self_speculation.model import linear
+from self_speculation.model import captured_runner, linear
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early, prefill
 from self_speculation.model.traced_runner import never_trace
+from self_speculation.scheduler import Scheduler
 from self_speculation.self_speculation_generator import HostVerification
 from self_speculation.transfers import Reading, Stopwatch
 
@@ -138,7 +139,8 @@ def cuda(monkeypatch):
     # A parameter of no memory is no `Parameter`, and nowhere.
     monkeypatch.setattr("self_speculation.model.fused_layers._is_plain", lambda *modules: True)
     monkeypatch.setattr("self_speculation.model.fused_layers.structure", lambda *modules: ())
-    monkeypatch.setattr("self_speculation.model.linear.contents", lambda groups: [()] * len(groups))
+    for module in ("linear", "fingerprint"):
+        monkeypatch.setattr(f"self_speculation.model.{module}.contents", lambda groups: [()] * len(groups))
     monkeypatch.setattr("torch.from_dlpack", lambda part: part)
 
     def drawn(part):
@@ -195,15 +197,15 @@ def cuda(monkeypatch):
         lambda like, *size, **kind: zeros(*size, **{"dtype": like.dtype, "device": like.device, **kind}),
     )
 
-    def make(heads=(6, 2), fused=True):
+    def make(heads=(6, 2), fused=True, num_layers=4):
         settings = LlamaConfig(
-            vocab_size=64, hidden_size=8 * heads[0], intermediate_size=96, num_hidden_layers=4,
+            vocab_size=64, hidden_size=8 * heads[0], intermediate_size=96, num_hidden_layers=num_layers,
             num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=4096,
         )  # fmt: skip
         with torch.no_grad(), torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
         if fused:
-            assert fuse(model) == 4
+            assert fuse(model) == num_layers
         return model
 
     with contextlib.ExitStack() as stack:
@@ -374,8 +376,31 @@ def test_kernels_of_a_lean_layer_where_rows_differ_in_length(cuda, width, expect
     assert len(names[1]) - len(names[0]) == expected, names[1]
 
 
+@pytest.mark.parametrize(("captured", "expected"), [(False, (1055, 2191)), (True, (98, 180))])
+def test_work_of_a_round(cuda, captured, expected, monkeypatch):
+    """32 layers, exit 8, 6 tokens drafted: 7 passes of 8 layers, and one of 24. Guards against calls of the
+    host that a replay does not save.
+    """
+    replays = []
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: replays.append(run))
+    model = cuda((4, 4), num_layers=32)
+    if captured:
+        captured_runner.capture_decoding(model)
+    config = GenerationConfig(
+        max_steps=40, sample=False, generation_strategy="self_speculative", exit_layer=8, num_speculations=6
+    )
+    scheduler = Scheduler(make_strategy("self_speculative"), model, config, batch_size=1)
+    scheduler.add_request(0, Request([5] * 30))
+    scheduler.step()
+    replays.clear()
+    with Kernels() as ran:
+        scheduler.step()
+    assert (len(ran.kernels), len(ran.calls)) == expected
+    assert len(replays) == 8 * captured
+
+
 @pytest.mark.parametrize(("width", "expected"), [(1, 28), (5, 32)])
-def test_calls_of_a_lean_layer(width, expected, monkeypatch):
+def test_calls_of_a_fused_layer(width, expected, monkeypatch):
     """Guards against another view in each layer: to make one takes the host as long as to start a kernel.
     On a CPU, where a norm is four calls, with the products of a GPU.
     """

@@ -1,5 +1,6 @@
 """The thread that has the model: what it takes, what it ends, and that jobs do not disturb each other."""
 
+import copy
 import pickle
 import queue
 import threading
@@ -12,6 +13,7 @@ from conftest import generate
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request, make_strategy
+from self_speculation.model.captured_runner import capture_decoding
 from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown, follow
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -32,6 +34,20 @@ def submitted(engine, **request):
     results = queue.Queue()
     engine.submit([job([5, 6, 7], results, **request)])
     return results
+
+
+def test_no_request_waits_for_a_capture(text_model, graphs):
+    """Guards against streams that stand still while a pass for one more row is captured."""
+    model = copy.deepcopy(text_model)
+    capture_decoding(model)
+    engine = Running(make_strategy(GREEDY.generation_strategy), model, GREEDY, 4, max_waiting=4)
+    num_captured = len(graphs.captured)
+    results = [queue.Queue() for _ in PROMPTS]
+    engine.submit([job(prompt, to) for prompt, to in zip(PROMPTS, results, strict=True)])
+    for to in results:
+        assert to.get(timeout=60).predicted_tokens
+    engine.stop()
+    assert len(graphs.captured) == num_captured > 0
 
 
 def test_jobs_get_what_their_prompts_alone_give(engine, text_model):
