@@ -234,7 +234,7 @@ def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float 
 
 
 @contextmanager
-def captured(model: Any) -> Iterator[None]:
+def compiled(model: Any) -> Iterator[None]:
     """Within it, strategies here decode by captured passes."""
     capture_decoding(model)
     try:

@@ -110,7 +110,7 @@ class Kernels(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.kernels = [], []
+        self.calls, self.kernels, self.copied = [], [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -119,6 +119,8 @@ class Kernels(TorchDispatchMode):
             self.calls.append(name)
             is_view = name in VIEWS or (name in ("reshape", "to", "type_as") and shares(result, args[0]))
             self.kernels += [] if is_view else [name]
+            if name in ("clone", "_to_copy", "to", "copy_", "cat", "contiguous") and not is_view:
+                self.copied = max(self.copied, result.numel())
         return result
 
 
@@ -396,6 +398,8 @@ def test_work_of_a_round(cuda, captured, expected, monkeypatch):
     with Kernels() as ran:
         scheduler.step()
     assert (len(ran.kernels), len(ran.calls)) == expected
+    assert not {"item", "_local_scalar_dense", "equal", "nonzero"} & {*ran.calls}
+    assert ran.copied < model.model.layers[0].self_attn.o_proj.weight.numel()
     assert len(replays) == 8 * captured
 
 
