@@ -113,8 +113,7 @@ class CapturedRunner(ModelRunner):
         return self.passes is None or self.passes.generation is self._generation
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
-        other = super().over(layers, head)
-        assert isinstance(other, CapturedRunner)
+        other: Any = super().over(layers, head)
         if layers is not self.layers:
             other.reads = tuple(weakref.ref(linear) for layer in layers for linear in layer.linears)
         return other
@@ -215,17 +214,13 @@ class _Passes:
         key = (runner.reads, first, last, rows, width, num_keys)
         if key not in self._replays:
             if (rows, width) not in self._inputs:
-                of_rows = min(rows, self.num_rows)
-                states = runner.unit.new_empty(of_rows, width, runner.config.hidden_size)
-                positions = torch.empty(of_rows, width, dtype=torch.long, device=states.device)
-                self._inputs[rows, width] = states, positions
+                states = runner.unit.new_empty(min(rows, self.num_rows), width, runner.config.hidden_size)
+                self._inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
             states, positions = self._inputs[rows, width]
             states.zero_()
             positions.fill_(self.cache.capacity - 1)
-            length = min(num_keys, self.cache.capacity)
-            self._replays[key] = self._record(
-                partial(self._run, runner.layers[first:last], states, positions, length)
-            )
+            layers, num_keys = runner.layers[first:last], min(num_keys, self.cache.capacity)
+            self._replays[key] = self._record(partial(self._run, layers, states, positions, num_keys))
             self.num_captured += 1
         return self._replays[key]
 
