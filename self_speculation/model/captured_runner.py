@@ -66,12 +66,7 @@ def num_prepared(model: PreTrainedModel) -> int:
 def make_runner(
     model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1, num_rows: int = 1
 ) -> ModelRunner:
-    """The runner of one batch.
-
-    Args:
-        model, prompt_length, num_positions, num_rows: as for `ModelRunner`.
-        max_width: the most tokens of a row in a decoding pass.
-    """
+    """The runner of one batch, see `ModelRunner`; its decoding passes have up to `max_width` tokens a row."""
     if not is_captured(model):
         return TracedRunner(model, prompt_length, num_positions, num_rows)
     return CapturedRunner(model, prompt_length, num_positions, max_width, num_rows)
@@ -99,14 +94,13 @@ class CapturedRunner(ModelRunner):
         self.reserve(prompt_length, num_positions)
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
+        if not self.has_its_cache:
+            why = "another generation has this one's cache; let one end before the next begins"
+            raise RuntimeError(f"compile True: {why}")
         if self.passes is None:
             super().reserve(prompt_length, num_positions)
-        elif self.has_its_cache:
-            self.passes.reserve(num_positions, max(padded(self._max_width), _PADDING))
         else:
-            raise RuntimeError(
-                "compile True: another generation has this one's cache; let one end before the next begins"
-            )
+            self.passes.reserve(num_positions, max(padded(self._max_width), _PADDING))
 
     @property
     def has_its_cache(self) -> bool:
