@@ -32,11 +32,13 @@ VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]
 
 FROM base AS cuda
-# A compiler and Python's headers are what --compile True needs.
+# train.py --compile True needs a compiler and Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*
+# uv reads it; cu126: wheels for V100 and for drivers before 580.
+ARG UV_TORCH_BACKEND
 RUN --mount=type=cache,target=/uv-cache \
     uv pip install --requirement requirements.txt --requirement requirements-quantization.txt
 COPY . .

@@ -237,9 +237,9 @@ def read_run(folder: str) -> dict[str, Any]:
 
 
 def _check_config(config: GenerationConfig, model_args: ModelArguments | None) -> None:
-    # Draft copies need fused layers on one device, and passes over them are not compiled.
+    # Draft copies need fused layers on one device.
     if model_args is not None and config.draft_weights != "exact":
-        needed = {"fuse": True, "compile": False, "quantization": "none", "parallel": "data"}
+        needed = {"fuse": True, "quantization": "none", "parallel": "data"}
         for name, value in needed.items():
             if (given := getattr(model_args, name)) != value:
                 refuse(f"--draft_weights {config.draft_weights}: not with --{name} {given}")

@@ -66,7 +66,6 @@ from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.model.compiled_runner import is_compiled
 from self_speculation.model.fused_layers import activation_dtype, bytes_made
 
 _BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
@@ -201,8 +200,8 @@ def compare(
     """Measure and print one batch size; a row for each side."""
     model = generator.model
     configs = strategies(config, len(model.base_model.layers))
-    if is_compiled(model) or configs[COPY] == configs[SPECULATIVE]:
-        del configs[COPY]  # copies are not compiled; or the flags name that copy already
+    if configs[COPY] == configs[SPECULATIVE]:
+        del configs[COPY]  # the flags name that copy already
     end_ids = generator.eos_token_ids
     sides = peers.sides(size) | {name: ours(model, end_ids, own, size) for name, own in configs.items()}
     in_turn = 1 if size == 1 else _BATCHES_IN_TURN * size

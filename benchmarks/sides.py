@@ -18,7 +18,7 @@ from measures.comparison import with_end
 from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 from self_speculation.generator_base import single_result
-from self_speculation.model.compiled_runner import compile_decoding, decode_eagerly
+from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.traced_runner import trace_at_once
 from self_speculation.results import DraftStats
 
@@ -215,10 +215,9 @@ def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float 
 
 @contextmanager
 def compiled(model: Any) -> Iterator[None]:
-    """Strategies here run compiled passes in this block."""
-    compile_decoding(model)
+    """Strategies here run captured passes in this block."""
+    capture_decoding(model)
     try:
         yield
     finally:
         decode_eagerly(model)
-        torch._dynamo.reset()  # frees recorded graphs

@@ -20,11 +20,11 @@ from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.registry import make_drafter, short_head_of
-from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled, make_runner
+from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.devices import broadcast_from_rank0, synchronize
 from self_speculation.model.model_runner import forward, forward_early
 
-# Draft lengths whose verification is timed. Compiled passes have widths of powers of two, so their cost jumps
+# Draft lengths whose verification is timed. Captured passes have widths of powers of two, so their cost jumps
 # after 0, 1, 3, 7 and 15.
 _LENGTHS = (0, 1, 2, 3, 4, 7, 8, 15, 16)
 _EXITS, _STEPS = 5, 4  # exit layers whose draft step is timed, at most; steps in a row, as in a draft
@@ -111,17 +111,17 @@ def calibrate(
             lengths=lengths,
         )
 
-    warm_up, turns = RUNS_TO_WARM_UP if is_compiled(model) else 1, list[Costs]()
+    turns = list[Costs]()
     started = time.perf_counter()
     with tqdm(total=_TURNS, desc="calibration") as bar:
         while len(turns) < _TURNS:
             late = time.perf_counter() - started > _PATIENCE
-            if len(turns) > warm_up and broadcast_from_rank0(model, late):
+            if len(turns) > 1 and broadcast_from_rank0(model, late):
                 break
             turns.append(turn())
             bar.update()
         bar.total = bar.n
-    return broadcast_from_rank0(model, turns[warm_up:])
+    return broadcast_from_rank0(model, turns[1:])
 
 
 def medians(turns: Sequence[Costs]) -> Costs:

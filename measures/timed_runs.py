@@ -18,13 +18,16 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
-from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled
 from self_speculation.model.families import attended_length
+from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 BASELINE = "autoregressive_"  # prefix of the baseline's fields in a record
 
 # Batches per window. The last one drains: its rows become fewer.
 _BATCHES_IN_TURN = 4
+
+# Rounds of a warm-up.
+_RUNS = 3
 
 # Fields of a strategy's result that a record copies.
 _RECORDED = (
@@ -40,7 +43,7 @@ def warm_up(sides: Sequence[TimedSide], prompt: str | list[int], batch_size: int
     """Run every pass that will be timed three times by each side.
 
     Args:
-        prompt: the longest one that will be timed: compiled passes depend on the capacity of the cache.
+        prompt: the longest one that will be timed.
     """
     for _, generator, config in sides:
         ids = generator.encode(prompt)
@@ -56,23 +59,18 @@ def run_every_pass(
 ) -> None:
     """Warm up one strategy with as few tokens as possible; cut a prompt that fills the context."""
     longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
-    num_tokens = RUNS_TO_WARM_UP * (longest + 1) + 1  # the first one, and all that so many rounds may emit
+    num_tokens = _RUNS * (longest + 1) + 1  # the first one, and all that so many rounds may emit
     ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]
     # Rows differ in length, as in a real batch. max_steps stays, since it decides the cache's capacity.
     rows = [ids[row % len(ids) :] for row in range(batch_size)]
     requests = [Request(row, ends_text=lambda tokens: len(tokens) >= num_tokens) for row in rows]
     endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False)
-
-    def generate(settings: GenerationConfig) -> None:
-        for _, result in strategy.generate_batch(model, requests, settings, batch_size):
-            if isinstance(result, Exception):
-                raise result
-
-    generate(endless)
-    if is_compiled(model):  # narrower passes too, for drafts that are cut short
-        for width in [1 << power for power in range(longest.bit_length())]:
-            for _ in range(RUNS_TO_WARM_UP):
-                generate(replace(endless, max_steps=width + 1))
+    if isinstance(strategy, DecodingStrategy):
+        scheduler = Scheduler[int](strategy, model, endless, batch_size)
+        scheduler.run_every_pass(min(len(prompt) + config.max_steps, attended_length(model.config)))
+    for _, result in strategy.generate_batch(model, requests, endless, batch_size):
+        if isinstance(result, Exception):
+            raise result
 
 
 def measure_examples(

@@ -15,7 +15,7 @@ from typing import NoReturn
 from arguments import refuse
 from runs import ranks
 from runs.failures import EXPLAINABLE, reason
-from runs.status import bar_of_bytes
+from runs.status import work_bar
 from self_speculation.model.progress import shown_by
 
 
@@ -30,7 +30,7 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
     # the collector again.
     gc.disable()
     try:
-        with shown_by(bar_of_bytes):
+        with shown_by(work_bar):
             status = main()
         sys.stdout.flush()
         ranks.leave()

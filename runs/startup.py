@@ -19,7 +19,6 @@ from runs import ranks
 from runs.failures import reason
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
-from self_speculation.model.compiled_runner import is_compiled
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.loading import LoadingWarning, default_model, load_config, resolve_device
 from self_speculation.model.quantized_layers import check_family
@@ -102,8 +101,6 @@ def load_generator(
         _refuse_to_load(model_args, error)
     gc.freeze()  # all present objects live to the end
     gc.enable()
-    if is_compiled(model) and ranks.is_first():
-        print("the first passes are compiled, which takes a minute or so ...", file=sys.stderr)
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)
 
 

@@ -32,11 +32,11 @@ def says_if_slow(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def bar_of_bytes(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar at a terminal; the caller reports bytes as they are done."""
+def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar at a terminal; the caller reports work as it is done."""
     seconds, hidden = _SECONDS_WITHOUT_BAR, None if ranks.is_first() else True  # None: unless at a terminal
-    options = {"unit": "B", "unit_scale": True, "leave": False}
-    with tqdm(total=num_bytes, desc=what, delay=seconds, disable=hidden, **options) as bar:
+    options = {"unit": unit, "unit_scale": True, "leave": False}
+    with tqdm(total=size, desc=what, delay=seconds, disable=hidden, **options) as bar:
         yield bar.update
 
 

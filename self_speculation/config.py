@@ -183,5 +183,5 @@ class LoadingOptions:
     may add a packed copy of the weights: always for 16-bit weights multiplied in float32, else if it is
     clearly faster and fits into a third of the free memory."""
     compile: bool = False
-    """On a GPU, compile the decoding passes (torch.compile, CUDA graphs): this takes a minute and then less
-    time per token. train.py: compile the layers."""
+    """On a GPU, capture the decoding passes as CUDA graphs: this takes some seconds and then less time per
+    token. train.py: compile the layers (torch.compile)."""

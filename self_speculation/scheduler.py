@@ -23,7 +23,7 @@ from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.generator_base import Callables, GenerationStrategy, Request, as_list, single_result
-from self_speculation.model.compiled_runner import make_runner
+from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.overrides import check_followed
@@ -53,6 +53,10 @@ class DecodingStrategy(GenerationStrategy):
     @abstractmethod
     def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
         """Get ready for an empty batch."""
+
+    @abstractmethod
+    def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
+        """The passes that `step` can run."""
 
     @abstractmethod
     def step(self, decoding: Decoding) -> None:
@@ -149,6 +153,14 @@ class Scheduler(Generic[Key]):
         return len(self.batch) + len(self._waiting) < self._batch_size
 
     @torch.inference_mode()
+    def run_every_pass(self, num_positions: int) -> None:
+        """With --compile True, capture all passes over up to so many positions before the first request."""
+        self._decoding = self._decoding or self._begin()
+        passes = self._strategy.passes(self._decoding)
+        with self._without_autocast():
+            run_every_pass(passes, self._batch_size, num_positions + self.batch.longest_draft)
+
+    @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
         """Prefill a prompt and sample its first token; with a token budget, leave that to the next steps.
 
@@ -239,7 +251,8 @@ class Scheduler(Generic[Key]):
                 if keep:
                     self._prefixes.store(row, sequence.ids[: runner.cache.length(0, row)])
                 self._prefixes.swap(row, len(self.batch))
-                runner.remove_row(row, sequence.is_damaged, keep)
+                if runner.has_its_cache:
+                    runner.cache.remove_row(row, sequence.is_damaged, keep)
                 self._finished.append((self._keys.pop(sequence), sequence.result()))
         if self._decoding is not None and (self.batch or self._waiting):
             self._decoding.runner.cache.limit_growth(self._longest_possible())

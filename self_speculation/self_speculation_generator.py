@@ -8,6 +8,7 @@ all layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Verification, verify_draft
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.registry import DraftContext, make_adaptive, make_source
-from self_speculation.model.compiled_runner import make_runner
+from self_speculation.model.captured_runner import PassRange, make_runner
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import on_device
@@ -39,6 +40,9 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
         return Decoding(batch, runner, len(runner.layers), self.make_source(DraftContext(runner, config)))
+
+    def passes(self, decoding: Decoding) -> Iterator[PassRange]:
+        return decoding.source.passes(decoding.runner, decoding.batch.longest_draft)
 
     def step(self, decoding: Decoding) -> None:
         speculate(decoding.runner, decoding.batch, decoding.source, decoding.batch.longest_draft)

@@ -28,7 +28,11 @@ from self_speculation import (
 )
 from self_speculation.generator_base import PreparedRequest
 from self_speculation.model.devices import broadcast_from_rank0
+from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
+
+# Tokens of a usual prompt.
+_PROMPT = 1024
 
 _log = logging.getLogger(__name__)
 # The fields of a request that the other ranks need.
@@ -91,6 +95,8 @@ class Engine:
         max_waiting: int,
     ) -> None:
         self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size, token_budget(model))
+        # A request that reaches further has its passes captured while others stream.
+        self._scheduler.run_every_pass(min(context_length(model.config), _PROMPT + config.max_steps))
         self._model = model
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
         self._waiting: deque[Job] = deque()

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest has a process for each core
 
+import cuda_graphs
 import hypothesis
 import pytest
 import torch
@@ -209,6 +210,12 @@ def model_folder(byte_tokenizer, text_model, tmp_path_factory) -> Path:
     byte_tokenizer.save_pretrained(folder)
     text_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs without a GPU, see `cuda_graphs.stand_in`."""
+    return cuda_graphs.stand_in(monkeypatch)
 
 
 @pytest.fixture

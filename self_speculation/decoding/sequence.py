@@ -147,9 +147,9 @@ class Sequence:
                 self._errors[position] = error
         return processed
 
-    def place(self, token: Tensor | int, position: int) -> None:
-        """Write a token at draft position 0, 1, ..., if processors or criteria read it."""
-        if self._is_looked_at:
+    def place(self, token: Tensor, position: int) -> None:
+        """Write a drafted token at position 0, 1, ... of the draft, if processors read it."""
+        if self._processors:
             self._ids[0, self.length + position] = token
 
     def allowed(self, draft: list[int]) -> list[int]:
@@ -198,7 +198,9 @@ class Sequence:
             self.error = self._errors.get(taken)
             if self.error is not None:
                 break
-            self.place(tokens[taken], 0)
+            # Accepted tokens are there already if processors have read them.
+            if self._is_looked_at and not (self._processors and taken < len(tokens) - 1):
+                self._ids[0, self.length] = tokens[taken]
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
             taken += 1

@@ -11,8 +11,9 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Draft, DraftSource, Guess, draft_by_rows, no_draft
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy
+from self_speculation.model.captured_runner import PassRange, num_prepared
 from self_speculation.model.devices import broadcast_from_rank0
-from self_speculation.model.traced_runner import num_traces
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import Stopwatch
 
 
@@ -30,11 +31,11 @@ class AdaptiveDrafts(DraftSource):
         self, model: PreTrainedModel, sources: Mapping[str, DraftSource], policy: AdaptivePolicy
     ) -> None:
         self._model, self._sources, self._policy, self._device = model, sources, policy, model.device
-        self._stopwatch, self._num_traces = Stopwatch(self._device), 0
+        self._stopwatch, self._num_prepared = Stopwatch(self._device), 0
         self._guesses: list[tuple[str, Guess, Sequence, int]] = []  # of the last round, with their positions
 
     def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
-        self._stopwatch, self._num_traces = Stopwatch(self._device), num_traces(self._model)
+        self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
         self._check_guesses()
         matched: dict[str, list[int | None]] = {}
         for name in self._policy.free_sources:
@@ -59,6 +60,10 @@ class AdaptiveDrafts(DraftSource):
         self._stopwatch.split()
         return draft or no_draft(batch, self._model.config.vocab_size)
 
+    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
+        for source in self._sources.values():
+            yield from source.passes(runner, longest)
+
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
         self._policy.learn(
@@ -67,8 +72,8 @@ class AdaptiveDrafts(DraftSource):
             draft.confidences,
             draft.lengths,
             num_accepted,
-            # Tracing a pass takes ten times as long as running it.
-            seconds if num_traces(self._model) == self._num_traces else None,
+            # A round that traces or captures a pass takes ten times as long.
+            seconds if num_prepared(self._model) == self._num_prepared else None,
         )
 
     def _check_guesses(self) -> None:

@@ -4,7 +4,6 @@ rounds of adaptive decoding.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -111,7 +110,6 @@ class PassTimes:
 
     Args:
         growth: estimated cost of a pass over n tokens, relative to one.
-        warm_up: rounds of each width that do not count, because passes are compiled in them.
     """
 
     # Longer times count as this many times the expected time.
@@ -119,9 +117,8 @@ class PassTimes:
     # The estimated slope weighs as much as one pass that costs this many plain steps more than a plain step.
     _PRIOR_EXCESS = 0.3
 
-    def __init__(self, growth: Callable[[int], float], warm_up: int = 0) -> None:
-        self._growth, self._warm_up = growth, warm_up
-        self._runs: Counter[tuple[int, int]] = Counter()
+    def __init__(self, growth: Callable[[int], float]) -> None:
+        self._growth = growth
         self._units: dict[int, DecayedMean] = {}  # seconds of a plain step, by rows
         self._excess: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
         self._drafts: dict[tuple[str, int], DecayedMean] = {}
@@ -162,9 +159,6 @@ class PassTimes:
 
     def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
         """Learn the time of a verification of so many tokens in each row."""
-        self._runs[num_rows, num_drafted] += 1
-        if self._runs[num_rows, num_drafted] <= self._warm_up:
-            return
         steps = float(self._steps(num_rows, num_drafted)[-1]) if num_drafted else 0.0
         relative = 1.0 + self._slope(num_rows).value * steps  # expected, in plain steps
         # A first round has no bound and may be slow: it tells of plain steps only.

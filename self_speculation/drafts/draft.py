@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Sampler, SamplerOfRows
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.model.captured_runner import PassRange
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
 
 T = TypeVar("T")
@@ -73,6 +75,10 @@ class DraftSource(ABC):
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:  # noqa: B027
         """Learn from the outcome of the last draft; num_accepted: [B]."""
+
+    def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:
+        """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
+        yield PassRange(runner, 0, len(runner.layers), longest + 1)
 
     def guesses(self, batch: Batch) -> list[Guess | None]:
         """[B] what is known before drafting; None: no draft for the row. Asked if drafts cost nothing."""

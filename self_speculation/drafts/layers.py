@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
 from self_speculation.drafts.draft import Confidences, Draft, DraftSource, PerSequence
 from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
+from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.short_head import ShortHead
 from self_speculation.transfers import Reading
@@ -132,6 +133,10 @@ class LayerDrafts(DraftSource):
             exit_hidden if self._keeps_cache else [],
             confidences,
         )
+
+    def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:
+        yield PassRange(self._drafter, 0, self._exit_layer)
+        yield PassRange(runner, self._exit_layer if self._keeps_cache else 0, len(runner.layers), longest + 1)
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: Sequence[int]) -> None:
         if self._thresholds is None:

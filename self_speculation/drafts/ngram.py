@@ -14,6 +14,8 @@ from torch import Tensor
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Draft, DraftSource, Guess, PerSequence, draft_by_rows
+from self_speculation.model.captured_runner import PassRange
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
 
 
@@ -161,6 +163,10 @@ class NgramFirst(DraftSource):
         ]
         draft = draft_by_rows(batch, [(self._ngrams, k, found), (self._otherwise, k, rest)])
         return draft or self._otherwise.draft(batch, k, wanted)
+
+    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
+        yield from self._ngrams.passes(runner, longest)
+        yield from self._otherwise.passes(runner, longest)
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         self._otherwise.learn(batch, draft, num_accepted)

@@ -23,7 +23,7 @@ from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedT
 from self_speculation.drafts.ngram import NgramDrafts, NgramFirst
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
 from self_speculation.drafts.prediction import MOST_MATCHED, PredictionDrafts
-from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP, is_compiled
+from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import bytes_per_weight, quantized
 from self_speculation.model.short_head import ShortHead, default_vocabulary
@@ -217,9 +217,9 @@ def _stats(context: DraftContext) -> ArmStats:
     model, config, runner = context.model, context.config, context.runner
     key = (
         (config.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
-        (model.device, model.dtype, runner.dtype, is_compiled(model)),
+        (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    times = PassTimes(growth(runner), RUNS_TO_WARM_UP if is_compiled(model) else 0)
+    times = PassTimes(growth(runner))
     return _LEARNT.setdefault(model, {}).setdefault(key, ArmStats(times))
 
 

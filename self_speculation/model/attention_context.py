@@ -26,6 +26,7 @@ class AttentionContext:
         make_mask: number of copies -> mask, repeated so often below itself.
         rotations: [B * T, head_dim, head_dim] matrices of heads; None: `rotary` rotates them.
         rotary: cos and sin, [1 or B, T, head_dim] each.
+        by_flash: flash attention masks the keys after each token itself.
     """
 
     rows: int
@@ -34,6 +35,7 @@ class AttentionContext:
     make_mask: Callable[[int], Tensor | None]
     rotations: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    by_flash: bool = False
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -52,12 +54,11 @@ class AttentionContext:
             return (mask if copies == 1 else mask.repeat(copies, 1))[:, :end]
 
         rotations = _rotations(runner, cos, sin, rows) if rows * width <= _FEW_ROTATIONS else None
-        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
+        by_flash = runner.has_flash and width > 1
+        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin), by_flash)
 
     @classmethod
-    def ragged(
-        cls, runner: Any, positions: Tensor, length: int, is_compiled: bool = False
-    ) -> AttentionContext:
+    def ragged(cls, runner: Any, positions: Tensor, length: int) -> AttentionContext:
         """Rows differ in length.
 
         Args:
@@ -72,8 +73,7 @@ class AttentionContext:
             later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
             return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
 
-        few = rows * width <= _FEW_ROTATIONS and not is_compiled  # the compiler fuses the other way
-        rotations = _rotations(runner, cos, sin, rows) if few else None
+        rotations = _rotations(runner, cos, sin, rows) if rows * width <= _FEW_ROTATIONS else None
         return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
 
     def rotate(self, heads: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ from self_speculation.model.overrides import replaced_forward
 # with or without biases and norms of q and k.
 FUSED_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss")
 
+# Its causal mask is aligned to the last token and key; that of `scaled_dot_product_attention` to the first.
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
+
 # Modules that hold activation functions. Fused layers call these as they are.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
@@ -245,6 +248,11 @@ class FusedLayer:
         if width == 1:
             heads = queries.reshape(*keys.shape[:2], self._groups, self._head_dim)
             return attention(heads, keys, values, context.grouped_mask, scale=self._scaling).reshape(rows, -1)
+        if context.by_flash:  # it takes grouped heads
+            heads = queries.view(rows, width, self._num_heads, -1).transpose(1, 2)
+            shared = (part.view(rows, self._kv_heads, -1, self._head_dim) for part in (keys, values))
+            attended = flash_attention(heads, *shared, 0.0, True, scale=self._scaling)[0]
+            return attended.transpose(1, 2).reshape(rows * width, -1)
         # [B, kv_heads, groups, T, head_dim]
         grouped = queries.view(rows, width, self._kv_heads, self._groups, -1).permute(0, 2, 3, 1, 4)
         is_wide = width > NARROW and keys.shape[1] == 1

@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 
 from self_speculation.model.kv_cache import round_up
 
-# Elements of a weight that are quantised at a time, about: a large weight needs no large copies in fp32. On a
-# CPU intermediate results stay in the processor's cache.
-_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**20, 2**18
+# Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
+# 50 bytes per element; on a CPU intermediate results stay in the processor's cache.
+_AT_A_TIME, _AT_A_TIME_ON_CPU = 2**24, 2**18
 
 # Elements of a row that share a scale and a middle.
 _GROUP = 32

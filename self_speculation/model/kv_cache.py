@@ -311,24 +311,6 @@ class KVCache(Appendable):
         self._appended = [self._appended[0]] * len(self._appended)
 
 
-class StaticKVCache(KVCache):
-    """Buffers of one size at one address, for compiled passes."""
-
-    def __init__(self, num_layers: int, capacity: int, like: Tensor) -> None:
-        """`like`: [rows, kv_heads, head_dim]"""
-        super().__init__(num_layers, capacity, like.shape[0])
-        for layer in range(num_layers):
-            self.buffers.with_room(layer, 1, like)
-
-    def take_over(self, other: StaticKVCache) -> None:
-        """Copy the content of a smaller one."""
-        self._appended, self._decided, self._missing = other._appended, other._decided, other._missing
-        self._missing_on_device = other._missing_on_device
-        for mine, held in zip(self.buffers.of_layers, other.buffers.of_layers, strict=True):
-            for new, old in zip(mine or (), held or (), strict=True):
-                new[:, :, : old.shape[2]] = old
-
-
 class WrittenAt(Appendable):
     """Writes keys and values at positions given as a tensor, for a pass that masks row by row.
 

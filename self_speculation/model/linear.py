@@ -139,7 +139,7 @@ class Linear:
 
     def is_packed(self, width: int) -> bool:
         """Whether passes over so many tokens read a copy packed for oneDNN."""
-        return self.may_be_packed and width in _PACKED[self.dtype] and not torch.compiler.is_compiling()
+        return self.may_be_packed and width in _PACKED[self.dtype]
 
     def _copy(self) -> Callable[[Tensor], Tensor]:
         if self.fp32_activations:

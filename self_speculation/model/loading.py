@@ -28,7 +28,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
-from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.families import check_supported
 from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
 from self_speculation.model.gguf_files import Header, cache_folder, mapped_weights, read_once, read_weights
@@ -177,7 +177,7 @@ def load_model_and_tokenizer(
     if options.fuse:
         fuse(loaded)
     if options.compile:
-        compile_decoding(loaded)
+        capture_decoding(loaded)
     return loaded, tokenizer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.devices import num_ranks
+from self_speculation.model.devices import has_flash_attention, num_ranks
 from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model
@@ -119,6 +119,7 @@ class ModelRunner:
         self.reserve(prompt_length, num_positions)
         # x @ unit is x; x @ half_turn is the negative second half of x, then its first half.
         head_dim = self.rotary.shape[2]
+        self.has_flash = has_flash_attention(like.device, self.dtype, head_dim)
         self.unit = torch.eye(head_dim, dtype=self.dtype, device=like.device)
         self.half_turn = self.unit.roll(head_dim // 2, 1)
         self.half_turn[:, : head_dim // 2].neg_()
@@ -126,7 +127,7 @@ class ModelRunner:
 
     @property
     def fingerprint(self) -> Hashable:
-        """Changes with the structure of all modules and the contents of the rotary embedding: compiled passes
+        """Changes with the structure of all modules and the contents of the rotary embedding: captured passes
         are valid while it is the same.
         """
         parts = [(type(part), part.structure) for part in (*self.layers, self.head)]
@@ -158,10 +159,6 @@ class ModelRunner:
     def has_its_cache(self) -> bool:
         """Whether no other runner has written to the cache since."""
         return True
-
-    def remove_row(self, row: int, damaged: bool, keep: bool) -> None:
-        """See `KVCache.remove_row`."""
-        self.cache.remove_row(row, damaged, keep)
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
         """A runner of other layers and another head ([T, H] -> [T, V], norm included) over this cache."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from self_speculation.model.compiled_runner import is_compiled
+from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.fingerprint import fingerprint
 from self_speculation.model.fused_layers import num_fuse_calls
 from self_speculation.model.model_runner import ModelRunner
@@ -65,4 +65,4 @@ class KeptCache(NamedTuple):
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:
     """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    return fingerprint(model), num_fuse_calls(model), is_compiled(model), model.config._attn_implementation
+    return fingerprint(model), num_fuse_calls(model), is_captured(model), model.config._attn_implementation

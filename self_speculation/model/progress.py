@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-# (title, bytes in all) -> a function that is called with the bytes done since its last call
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+# (title, size, unit) -> a function that is called with what is done since its last call
+Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], object]]]
 
 _bars: list[Bar] = []
 
@@ -21,5 +21,5 @@ def shown_by(bar: Bar) -> Iterator[None]:
         _bars.pop()
 
 
-def progress(title: str, num_bytes: int) -> AbstractContextManager[Callable[[int], object]]:
-    return _bars[-1](title, num_bytes) if _bars and num_bytes else nullcontext(lambda done: None)
+def progress(title: str, size: int, unit: str = "B") -> AbstractContextManager[Callable[[int], object]]:
+    return _bars[-1](title, size, unit) if _bars and size else nullcontext(lambda done: None)

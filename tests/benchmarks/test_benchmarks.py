@@ -191,7 +191,7 @@ def nothing_is_measured(monkeypatch):
 
     def replace(measure):
         monkeypatch.setattr(gpu, "measure", measure)
-        monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: 1e9)
+        monkeypatch.setattr(gpu, "read_bandwidth", lambda device: 1e9)
 
     return replace
 
@@ -209,7 +209,7 @@ def test_gpu_runs_dry(dry, sizes):
         for size in sizes
         for compiled in (False, True)
         for side in (
-            OURS[:2] if compiled else ["transformers", *(["transformers, exit"] if size == 1 else []), *OURS]
+            OURS if compiled else ["transformers", *(["transformers, exit"] if size == 1 else []), *OURS]
         )
     ]
     assert (record["ended"], record["wrong"], record["failed"]) == ("finished", 0, 0)
@@ -258,7 +258,7 @@ def test_gpu_ends_when_its_time_is_over(dry):
 
 
 def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
-    """Guards against an error of one side (of a kernel, of memory, of the compiler) that ends all others: it
+    """Guards against an error of one side (of a kernel, of memory, of a capture) that ends all others: it
     costs its own rows, and the exit status.
     """
 
@@ -281,15 +281,14 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
         warm_up(strategy, model, prompt, config, batch_size)
 
     monkeypatch.setattr(gpu, "run_every_pass", warms_up)
-    monkeypatch.setattr("benchmarks.sides.compile_decoding", fails(ValueError("compile True: needs g++")))
+    monkeypatch.setattr("benchmarks.sides.capture_decoding", fails(ValueError("compile True: needs one GPU")))
     status, _, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
     assert failed == {
         (False, "transformers, exit"): "OutOfMemoryError: CUDA out of memory. Tried to allocate",
         (False, "int4 copy"): "MemoryError: no room",
-        (True, "autoregressive"): "ValueError: compile True: needs g++",
-        (True, "self-speculative"): "ValueError: compile True: needs g++",
+        **{(True, side): "ValueError: compile True: needs one GPU" for side in OURS},
     }
     assert sum(row["error"] is None for row in record["rows"]) == 4
 

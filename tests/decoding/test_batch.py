@@ -27,7 +27,7 @@ from self_speculation import (
 from self_speculation.decoding.batch import Batch
 from self_speculation.model import model_runner
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.scheduler import Scheduler
 
@@ -528,26 +528,26 @@ def test_a_batch_driven_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}])
-def test_compiled_passes(drafts, monkeypatch):
+def test_captured_passes(drafts, graphs):
     """Guards against passes of one row that are used for several, and a cache that is too small."""
-    monkeypatch.setattr("torch.compile", lambda run, **_: run)  # traced or not: the shapes are the same
     model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
     requests = [Request(prompt) for prompt in [*PROMPTS, [3 + i % 40 for i in range(1200)], [4, 5]]]
     solo = [alone(model, request, max_steps=12).predicted_tokens for request in requests]
-    compile_decoding(model)
+    capture_decoding(model)
     for size in (3, 1, 3):
         results = in_batch(model, requests, size, max_steps=12, **drafts)
         assert [results[index].predicted_tokens for index in range(len(requests))] == solo
+    assert graphs.replayed
 
 
 @pytest.mark.parametrize("length", [1, model_runner.PREFILL_CHUNK + 1])
-def test_the_last_piece_of_a_prompt_is_one_token(length, monkeypatch):
-    """Guards against a compiled pass over it at a wrong position."""
-    monkeypatch.setattr("torch.compile", lambda run, **_: run)
+@pytest.mark.usefixtures("graphs")
+def test_the_last_piece_of_a_prompt_is_one_token(length):
+    """Guards against a captured pass over it at a wrong position."""
     model = copy.deepcopy(tiny_llama(max_position_embeddings=2048))
     request = Request([3 + 7 * i % 40 for i in range(length)])
     expected = alone(model, request, max_steps=12).predicted_tokens
-    compile_decoding(model)
+    capture_decoding(model)
     for drafts in ({}, {"exit_layer": 2, "num_speculations": 3}):
         assert alone(model, request, max_steps=12, **drafts).predicted_tokens == expected
 
@@ -574,9 +574,9 @@ def test_the_distribution_of_sampled_rows(drafts):
     assert p_value(pairs, {(a, b): p * q for a, p in first.items() for b, q in first.items()}) > 1e-4
 
 
-def test_batches_that_are_taken_from_in_turn(monkeypatch):
-    """Guards against generations that share a cache: eager ones have their own, compiled ones raise."""
-    monkeypatch.setattr("torch.compile", lambda run, **_: run)
+@pytest.mark.usefixtures("graphs")
+def test_batches_that_are_taken_from_in_turn():
+    """Guards against generations that share a cache: eager ones have their own, captured ones raise."""
     model, strategy = copy.deepcopy(tiny_llama()), make_strategy("autoregressive")
     config = GenerationConfig(sample=False, max_steps=12)
     requests = [Request(prompt) for prompt in PROMPTS]
@@ -584,7 +584,7 @@ def test_batches_that_are_taken_from_in_turn(monkeypatch):
     both = [strategy.generate_batch(model, requests, config, batch_size=2) for _ in range(2)]
     for results in zip(*both, strict=True):
         assert all(result.predicted_tokens == solo[index] for index, result in results)
-    compile_decoding(model)
+    capture_decoding(model)
     short = Request(PROMPTS[0], ends_text=lambda tokens: len(tokens) == 3)  # while the next one goes on
     first = strategy.generate_batch(model, [short, *requests], config, batch_size=2)
     second = strategy.generate_batch(model, requests, config, batch_size=2)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.generator_base import single_result
-from self_speculation.model.compiled_runner import compile_decoding, decode_eagerly
+from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.fused_layers import fuse
 from self_speculation.scheduler import Scheduler
 
@@ -270,11 +270,11 @@ def test_two_threads_do_not_share_a_cache():
     assert found == [wanted] * 6
 
 
-@pytest.mark.slow
-def test_compiled_passes_write_to_no_cached_prefix():
-    """Guards against the padding rows of a compiled pass, which wrote to every free slot."""
+@pytest.mark.usefixtures("graphs")
+def test_captured_passes_write_to_no_cached_prefix():
+    """Guards against the padding rows of a captured pass, which wrote to every free slot."""
     model = own_llama(num_layers=2, fused=True)
-    compile_decoding(model)
+    capture_decoding(model)
     try:
         strategy = make_strategy("self_speculative")
         drafts = {"exit_layer": 1, "num_speculations": 2, "batch_size": 3}

@@ -3,13 +3,15 @@
 import copy
 
 import pytest
+import torch
 from conftest import generate, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
-from self_speculation.decoding.stopping import StopWords, decode
+from self_speculation.decoding.sequence import Sequence
+from self_speculation.decoding.stopping import StopConditions, StopWords, decode
 
 
 def first_stop(tokenizer, words, ids):
@@ -160,3 +162,18 @@ def test_one_callable_is_as_good_as_a_list_of_one(drafts):
     end = sequences[3][4]
     by_id = [generate(tiny_llama(), [5, 6, 7], eos=ids, **drafts).predicted_tokens for ids in (end, [end])]
     assert by_id[0] == by_id[1] == sequences[3][: sequences[3].index(end)]
+
+
+@pytest.mark.parametrize("reads_drafts", [False, True])
+def test_drafted_ids_are_written_where_processors_read_them(reads_drafts):
+    """Guards against a kernel per drafted token that nothing looks at, and against a history with gaps."""
+    seen = []
+    stop = StopConditions([], 9, "max_steps", criteria=[lambda ids, _: seen.append(ids[0].tolist()) or False])
+    processors = [lambda ids, scores: scores] if reads_drafts else []
+    sequence = Sequence([5, 6], torch.device("cpu"), stop, processors)
+    sequence._ids.fill_(0)
+    for position, token in enumerate(torch.tensor([7, 8, 1])):
+        sequence.place(token, position)
+    assert sequence.history(3)[0, 2:].tolist() == ([7, 8, 1] if reads_drafts else [0, 0, 0])
+    sequence.commit([7, 8, 9], torch.zeros(3, 50))
+    assert [ids[2:] for ids in seen] == [[7], [7, 8], [7, 8, 9]]

@@ -11,7 +11,6 @@ from measures import calibration
 from measures.calibration import calibrate, medians
 from self_speculation import GenerationConfig
 from self_speculation.drafts.costs import Costs
-from self_speculation.model.compiled_runner import RUNS_TO_WARM_UP
 from self_speculation.model.model_runner import ModelRunner
 
 GREEDY = GenerationConfig(sample=False)
@@ -78,13 +77,6 @@ def test_turns_end_with_patience_or_the_range():
     model = tiny_llama(num_layers=4, fused=True)
     assert len(turns_of(model, patience=1e9, most=4)) == 3
     assert len(turns_of(model, patience=0.0, most=4)) == 1
-
-
-def test_compiling_does_not_count(monkeypatch):
-    """Guards against the seconds that a first pass compiles, in a median of few turns."""
-    monkeypatch.setattr(calibration, "is_compiled", lambda model: True)
-    assert len(turns_of(tiny_llama(num_layers=4, fused=True), patience=0.0)) == 1
-    assert len(turns_of(tiny_llama(num_layers=4, fused=True), patience=1e9)) == 9 - RUNS_TO_WARM_UP
 
 
 def test_ranks_of_one_model_take_the_costs_of_the_first(monkeypatch):

@@ -1,16 +1,14 @@
 """What is timed has run before: every width of pass, three times."""
 
 import copy
-from functools import partial
 
 import pytest
-import torch
 from conftest import generate, tiny_llama
 
 from measures.metrics import speed
 from measures.timed_runs import measure_examples, run_every_pass
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
-from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.model_runner import ModelRunner
 
 SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}
@@ -72,26 +70,21 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
     "config",
     [
         pytest.param({}, id="autoregressive"),
-        pytest.param(SPECULATION, id="self_speculative", marks=pytest.mark.slow),
+        pytest.param(SPECULATION, id="self_speculative"),
     ],
 )
-def test_after_a_warm_up_nothing_is_compiled(config, monkeypatch):
-    """Guards against a compilation inside a timed example: a draft that is cut short at the end of an answer,
-    or a cache that has to be larger than the warm-up's.
+def test_after_a_warm_up_nothing_is_captured(config, graphs):
+    """Guards against a capture inside a timed example: a draft that is cut short at the end of an answer, or
+    a cache that has to be larger than the warm-up's.
     """
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
-    compile_decoding(model)
+    capture_decoding(model)
     settings = GenerationConfig(sample=False, max_steps=1200, **config)
     run_every_pass(make_strategy(settings.generation_strategy), model, list(range(3, 43)), settings)
     config = {key: value for key, value in config.items() if key != "generation_strategy"}
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for max_steps in (1200, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20):
-            generate(
-                model,
-                [5, 9, 4, 7],
-                eos=[],
-                max_steps=max_steps,
-                ends_text=lambda ids: len(ids) > 40,
-                **config,
-            )
+    num_captured = len(graphs.captured)
+    for max_steps in (1200, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20):
+        generate(
+            model, [5, 9, 4, 7], eos=[], max_steps=max_steps, ends_text=lambda ids: len(ids) > 40, **config
+        )
+    assert len(graphs.captured) == num_captured > 0

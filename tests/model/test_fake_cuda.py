@@ -13,7 +13,10 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
 
 from self_speculation import (
@@ -25,18 +28,17 @@ from self_speculation import (
     make_strategy,
     self_speculation_generator,
 )
-from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.model import linear
+from self_speculation.model import captured_runner, linear
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early, prefill
+from self_speculation.model.traced_runner import never_trace
 from self_speculation.scheduler import Scheduler
 from self_speculation.self_speculation_generator import HostVerification
-from self_speculation.transfers import Reading
+from self_speculation.transfers import Reading, Stopwatch
 
-# A torch without CUDA knows no CUDA device, but this one, which for tensors without memory is as good.
-DEVICE = "lazy:0"
+DEVICE = "cuda:0"
 
 # (heads, heads of keys): shared by none, by some, by all.
 HEADS = [(4, 4), (6, 2), (4, 1)]
@@ -60,6 +62,43 @@ def attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=Fal
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
+def flash_attention(query, key, value, dropout, is_causal, scale):
+    """Asks for what the kernel does: query heads may share keys."""
+    assert (dropout, is_causal) == (0.0, True)
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert query.shape[1] % key.shape[1] == 0
+    assert key.shape == value.shape
+    assert all(tensor.stride(-1) == 1 for tensor in (query, key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout, is_causal, scale=scale
+    )
+
+
+class OnMeta(TorchFunctionMode):
+    """Some calls ask CUDA for its current device, which a torch without it cannot: they run on "meta"."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "not linked with support for cuda" not in str(error):
+                raise
+        tensors = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
+        assert len({tensor.device for tensor in tensors if tensor.dim()}) == 1
+        result = function(*moved(args, "meta"), **moved(kwargs, "meta"))
+        is_in_place = function.__name__.endswith("_") and not function.__name__.endswith("__")
+        return args[0] if is_in_place else moved(result, DEVICE)
+
+
+def moved(values, device):
+    return tree_map_only(
+        torch.Tensor,
+        lambda part: torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=device),
+        values,
+    )
+
+
 def is_aligned(tensor):
     """At an address of a multiple of 16 bytes, as is every row."""
     offset = tensor.storage_offset() * tensor.itemsize
@@ -71,15 +110,17 @@ class Kernels(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.kernels = [], []
+        self.calls, self.kernels, self.copied = [], [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if name != "device":
+        if name not in ("device", "empty_strided"):
             self.calls.append(name)
             is_view = name in VIEWS or (name in ("reshape", "to", "type_as") and shares(result, args[0]))
             self.kernels += [] if is_view else [name]
+            if name in ("clone", "_to_copy", "to", "copy_", "cat", "contiguous") and not is_view:
+                self.copied = max(self.copied, result.numel())
         return result
 
 
@@ -93,14 +134,16 @@ def cuda(monkeypatch):
     draws = random.Random(0)
     monkeypatch.setattr("self_speculation.model.fused_layers.scaled_dot_product_attention", attention)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
+    monkeypatch.setattr("self_speculation.model.fused_layers.flash_attention", flash_attention)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**36, 2**36))
+    monkeypatch.setattr(Stopwatch, "_event", lambda stopwatch: None)
     # A parameter of no memory is no `Parameter`, and nowhere.
     monkeypatch.setattr("self_speculation.model.fused_layers._is_plain", lambda *modules: True)
     monkeypatch.setattr("self_speculation.model.fused_layers.structure", lambda *modules: ())
-    monkeypatch.setattr("self_speculation.model.linear.contents", lambda groups: [()] * len(groups))
+    for module in ("linear", "fingerprint"):
+        monkeypatch.setattr(f"self_speculation.model.{module}.contents", lambda groups: [()] * len(groups))
     monkeypatch.setattr("torch.from_dlpack", lambda part: part)
-    monkeypatch.setattr(
-        Scheduler, "_without_autocast", lambda batch: contextlib.nullcontext()
-    )  # it has no autocast
 
     def drawn(part):
         """Ids, or numbers between 0 and 1; nothing is damaged."""
@@ -121,13 +164,19 @@ def cuda(monkeypatch):
     monkeypatch.setattr("self_speculation.decoding.batch.read", read)
     monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))
     monkeypatch.setattr(Reading, "wait", lambda reading: [n for part in read(reading.numbers) for n in part])
-    always = property(lambda source: True, lambda source, value: None)
-    monkeypatch.setattr(LayerDrafts, "_runs_ahead", always, raising=False)  # as on a GPU
     honest = self_speculation_generator.read_verification
     monkeypatch.setattr(self_speculation_generator, "read_verification", few_accepted)
 
     with torch.device("cpu"):  # torch caches its constructors at the first context, here before the patches
         torch.empty(0)
+    # Fake mode holds on one thread.
+    on_this_thread = contextlib.nullcontext(type("Threads", (), {"map": staticmethod(map)}))
+    monkeypatch.setattr(
+        "self_speculation.model.quantized_layers.ThreadPoolExecutor", lambda number: on_this_thread
+    )
+    for name in ("normal_", "uniform_"):  # they draw by a generator of CUDA's
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor)
+
     # What makes real memory even so.
     tensor, zeros = torch.tensor, torch.zeros
     for module in (
@@ -153,19 +202,20 @@ def cuda(monkeypatch):
         lambda like, *size, **kind: zeros(*size, **{"dtype": like.dtype, "device": like.device, **kind}),
     )
 
-    def make(heads=(6, 2), fused=True):
+    def make(heads=(6, 2), fused=True, num_layers=4):
         settings = LlamaConfig(
-            vocab_size=64, hidden_size=8 * heads[0], intermediate_size=96, num_hidden_layers=4,
+            vocab_size=64, hidden_size=8 * heads[0], intermediate_size=96, num_hidden_layers=num_layers,
             num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=4096,
         )  # fmt: skip
         with torch.no_grad(), torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
         if fused:
-            assert fuse(model) == 4
+            assert fuse(model) == num_layers
         return model
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
+        stack.enter_context(OnMeta())
         yield make
 
 
@@ -236,6 +286,43 @@ def test_long_prompts(cuda, fused):
         generate(cuda(fused=fused), [5] * length, max_steps=3, eos=[])
 
 
+def causal_attention(query, key, value, _, is_causal, scale):
+    """What the kernel computes: the last token sees all keys."""
+    assert is_causal
+    width, length = query.shape[2], key.shape[2]
+    mask = torch.ones(width, length, dtype=torch.bool).tril(length - width)
+    return (scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True),)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_same_ids_by_flash_attention(groups, monkeypatch):
+    """Guards against heads in another order, and against a mask that is missing or aligned otherwise."""
+    model = copy.deepcopy(
+        tiny_llama(
+            num_attention_heads=2 * groups,
+            num_key_value_heads=2,
+            hidden_size=48,
+            max_position_embeddings=2048,
+        )
+    )
+    drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12, "eos": []}
+    prompts = [[5, 9, 4, 7, 7, 3], [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
+    fuse(model)
+    never_trace(model)
+    expected = [generate(model, prompt, **drafts).predicted_tokens for prompt in prompts]
+    lengths = []
+
+    def attention(query, key, *others, scale):
+        lengths.append((query.shape[2], key.shape[2]))
+        return causal_attention(query, key, *others, scale=scale)
+
+    monkeypatch.setattr("self_speculation.model.model_runner.has_flash_attention", lambda *_: True)
+    monkeypatch.setattr("self_speculation.model.fused_layers.flash_attention", attention)
+    assert [generate(model, prompt, **drafts).predicted_tokens for prompt in prompts] == expected
+    assert {(6, 6), (PREFILL_CHUNK, PREFILL_CHUNK), (37, PREFILL_CHUNK + 37)} < {*lengths}
+    assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_masks_of_every_position(groups):
     """Guards against masks that are aligned for one length in eight only, or tell of the future."""
@@ -252,11 +339,10 @@ def test_masks_of_every_position(groups):
                 assert mask.data_ptr() % 16 == 0
 
 
-# One position: norm, qkv, rotation, keys, values, attention, output, norm, gate and up, activation, product,
-# down. More of them: queries and what they get are put in order. Wide ones: not the queries.
+# Norm, qkv, rotation, keys, values, attention, output, norm, gate and up, activation, product, down.
 @pytest.mark.parametrize(
     ("heads", "width", "expected"),
-    [((6, 2), 1, 12), ((4, 4), 1, 12), ((6, 2), 5, 14), ((6, 2), NARROW + 1, 13)],
+    [((6, 2), 1, 12), ((4, 4), 1, 12), ((6, 2), 5, 12), ((6, 2), NARROW + 1, 12)],
 )
 def test_kernels_of_a_fused_layer(cuda, heads, width, expected):
     """Guards against another kernel in each layer: the host has no time for it."""
@@ -293,6 +379,31 @@ def test_kernels_of_a_fused_layer_where_rows_differ_in_length(cuda, width, expec
                 forward_early(runner, torch.zeros(3, width, dtype=torch.long, device=DEVICE), depth)
             names.append(ran.kernels)
     assert len(names[1]) - len(names[0]) == expected, names[1]
+
+
+@pytest.mark.parametrize(("captured", "expected"), [(False, (1055, 2191)), (True, (98, 180))])
+def test_work_of_a_round(cuda, captured, expected, monkeypatch):
+    """32 layers, exit 8, 6 tokens drafted: 7 passes of 8 layers, and one of 24. Guards against calls of the
+    host that a replay does not save.
+    """
+    replays = []
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: lambda: replays.append(run))
+    model = cuda((4, 4), num_layers=32)
+    if captured:
+        captured_runner.capture_decoding(model)
+    config = GenerationConfig(
+        max_steps=40, sample=False, generation_strategy="self_speculative", exit_layer=8, num_speculations=6
+    )
+    scheduler = Scheduler(make_strategy("self_speculative"), model, config, batch_size=1)
+    scheduler.add_request(0, Request([5] * 30))
+    scheduler.step()
+    replays.clear()
+    with Kernels() as ran:
+        scheduler.step()
+    assert (len(ran.kernels), len(ran.calls)) == expected
+    assert not {"item", "_local_scalar_dense", "equal", "nonzero"} & {*ran.calls}
+    assert ran.copied < model.model.layers[0].self_attn.o_proj.weight.numel()
+    assert len(replays) == 8 * captured
 
 
 @pytest.mark.parametrize(("width", "expected"), [(1, 28), (5, 32)])
@@ -353,6 +464,6 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch):
 @pytest.mark.parametrize(("top_k", "sorts"), [(0, ["sort"]), (20, ["topk", "topk"])])
 def test_what_sampling_sorts(top_k, sorts):
     """Guards against a vocabulary that is sorted although few tokens are left, or searched before it is."""
-    with FakeTensorMode(), Kernels() as ran:
+    with FakeTensorMode(), OnMeta(), Kernels() as ran:
         Sampler(top_k=top_k, top_p=0.9).probabilities(torch.empty(1, 1000, device=DEVICE))
     assert [name for name in ran.kernels if name in ("sort", "topk")] == sorts

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.model import fused_layers, linear
-from self_speculation.model.compiled_runner import compile_decoding
+from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.fused_layers import NARROW, bytes_made, fuse, fused_model
 from self_speculation.model.linear import Linear, follow_weights
 from self_speculation.model.model_runner import ModelRunner, forward
@@ -213,9 +213,9 @@ def test_copies_are_of_the_biases_of_now():
     assert "a copy" not in product.derived
 
 
-def test_what_is_out_of_use_is_freed(monkeypatch):
+@pytest.mark.usefixtures("graphs")
+def test_what_is_out_of_use_is_freed():
     """Guards against what is kept for a model and keeps it, or a layer that it no longer has, for ever."""
-    monkeypatch.setattr("torch.compile", lambda run, **_: run)
     model = copy.deepcopy(tiny_llama())
     fuse(model)
     generate(model, PROMPT, max_steps=3)
@@ -224,7 +224,7 @@ def test_what_is_out_of_use_is_freed(monkeypatch):
     generate(model, PROMPT, strategy="adaptive", draft_weights="int4", max_steps=6)
     gc.collect()
     assert pruned() is None
-    compile_decoding(model)
+    capture_decoding(model)
     generate(model, PROMPT, exit_layer=2, num_speculations=3, max_steps=6)
     whole = weakref.ref(model)
     del model

@@ -31,7 +31,7 @@ def test_bars_are_for_terminals_and_long_work(capsys, monkeypatch):
     def shown(seconds, on_terminal):
         monkeypatch.setattr(status, "_SECONDS_WITHOUT_BAR", seconds)
         monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
-        with status.bar_of_bytes("packing weights", 5_000_000) as advance:
+        with status.work_bar("packing weights", 5_000_000, "B") as advance:
             for _ in range(5):
                 advance(1_000_000)
         return capsys.readouterr().err

@@ -119,7 +119,6 @@ def test_model_args_become_python_values():
         ("--no_repeat_ngram_size 0", "--no_repeat_ngram_size 0: must be at least 1"),
         ("--draft_weights int2", "choose from 'exact', 'int4'"),
         ("--draft_weights int4 --fuse False", "--draft_weights int4: not with --fuse False"),
-        ("--draft_weights int4 --compile True", "--draft_weights int4: not with --compile True"),
         ("--draft_weights int4 --parallel tensor", "--draft_weights int4: not with --parallel tensor"),
         ("--draft_weights int4 --quantization int8", "--draft_weights int4: not with --quantization int8"),
         ("--stop_token_ids -1", "--stop_token_ids [-1]: must be 0 or more"),

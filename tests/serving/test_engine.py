@@ -1,5 +1,6 @@
 """The thread that runs the model: what it accepts and aborts, and that jobs do not disturb each other."""
 
+import copy
 import pickle
 import queue
 import threading
@@ -12,6 +13,7 @@ from conftest import generate
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request, make_strategy
+from self_speculation.model.captured_runner import capture_decoding
 from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown, follow
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -44,6 +46,18 @@ def check(model, prompts, results):
     for prompt, result in zip(prompts, results, strict=True):
         alone = generate(model, prompt, eos=[], max_steps=GREEDY.max_steps)
         assert result.get(timeout=60).predicted_tokens == alone.predicted_tokens
+
+
+def test_no_request_waits_for_a_capture(text_model, graphs):
+    """Guards against streams that stand still while a pass for one more row is captured."""
+    model = copy.deepcopy(text_model)
+    capture_decoding(model)
+    engine = Running(make_strategy(GREEDY.generation_strategy), model, GREEDY, 4, max_waiting=4)
+    num_captured = len(graphs.captured)
+    for result in submit(engine, PROMPTS)[1]:
+        assert result.get(timeout=60).predicted_tokens
+    engine.stop()
+    assert len(graphs.captured) == num_captured > 0
 
 
 def test_each_job_gets_the_result_of_its_prompt_alone(engine, text_model):

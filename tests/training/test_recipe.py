@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from conftest import assert_close, tiny_llama
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from self_speculation.model.whole_texts import hidden_after_each_layer
@@ -96,6 +97,27 @@ def test_chunks_change_nothing(distill, bias, monkeypatch):
         scored, guesses = losses.exit_scores(head, states[0], labels)
         assert_close(scored, functional.cross_entropy(logits[0], labels, reduction="none"))
         assert torch.equal(guesses, logits[0].argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_the_gradient_of_the_head_is_summed_in_fp32_on_a_gpu(device, dtype, monkeypatch):
+    """Guards against a sum over chunks and exits in 16 bits, which is torch's default there."""
+    seen = []
+
+    def loss(states, weight, labels, *, options, **_):
+        assert weight.dtype == states.dtype
+        seen.append((options.acc_policy, options.acc_dtype))
+        return torch.zeros(len(labels), device=device)
+
+    monkeypatch.setattr(functional, "linear_cross_entropy", loss)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        head = torch.nn.Linear(8, 37, bias=False, device="meta")
+        states, labels = (torch.empty(*size, device=device, dtype=dtype) for size in ((2, 5, 8), (5,)))
+        losses.exit_losses(head, states, labels)
+    narrow_on_gpu = device == "cuda:0" and dtype == torch.bfloat16
+    assert {*seen} == {("balanced", torch.float32) if narrow_on_gpu else ("auto", None)}
 
 
 def test_drops_follow_the_rate_and_depend_on_seed_and_step_only():

@@ -1,0 +1,250 @@
+"""Decoding passes captured as CUDA graphs: a replay is one call of the host instead of hundreds.
+
+A pass is a range of layers over so many tokens of so many rows, which reads so many keys; each number is a
+power of two. Embedding, head and prompts run eagerly. The cache and the inputs stay at one address: positions
+are an input and decide where keys are written and what is masked. Padding tokens are written after a row's
+last token, padding rows at the end of the cache.
+
+All captured passes of a model share one cache, which serves one generation at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.devices import num_ranks
+from self_speculation.model.families import context_length
+from self_speculation.model.kv_cache import WrittenAt, round_up
+from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.progress import progress
+from self_speculation.model.traced_runner import TracedRunner, num_traces
+
+# The cache grows by so many positions. It has this many positions for padding.
+_STEP, _PADDING = 1024, 64
+# The fewest keys that a pass may read.
+_LEAST_KEYS = 256
+
+# The models whose passes are captured.
+_PASSES: WeakKeyDictionary[nn.Module, _Passes | None] = WeakKeyDictionary()
+
+
+def capture_decoding(model: PreTrainedModel) -> None:
+    """From now on `make_runner` captures for this model.
+
+    Raises:
+        ValueError: the model is on several devices or ranks.
+    """
+    if num_ranks(model) > 1 or len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ValueError("compile True: needs the whole model on one GPU")
+    _PASSES[model] = None
+
+
+def decode_eagerly(model: PreTrainedModel) -> None:
+    _PASSES.pop(model, None)
+
+
+def is_captured(model: PreTrainedModel) -> bool:
+    return model in _PASSES
+
+
+def num_prepared(model: PreTrainedModel) -> int:
+    """Passes that were ever traced or captured. A round that prepares one takes ten times as long."""
+    passes = _PASSES.get(model)
+    return num_traces(model) + (passes.num_captured if passes else 0)
+
+
+def make_runner(
+    model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1, num_rows: int = 1
+) -> ModelRunner:
+    """The runner of one batch, see `ModelRunner`; its decoding passes have up to `max_width` tokens a row."""
+    if not is_captured(model):
+        return TracedRunner(model, prompt_length, num_positions, num_rows)
+    return CapturedRunner(model, prompt_length, num_positions, max_width, num_rows)
+
+
+class CapturedRunner(ModelRunner):
+    """Replays passes over at most `max_width` tokens of each row, and runs wider ones eagerly."""
+
+    passes: Any = None  # `_Passes`; None until the runner is made
+    # What the layers of `over` read. The weak references are equal only while it exists.
+    reads: tuple[weakref.ref, ...] = ()
+
+    def __init__(
+        self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
+    ) -> None:
+        super().__init__(model, prompt_length, num_positions, num_rows)
+        passes = _PASSES[model]
+        if passes is None or passes.valid_for != self.fingerprint or passes.num_rows < num_rows:
+            _PASSES[model] = passes = None  # free the old cache first
+            _PASSES[model] = passes = _Passes(self)
+        self.passes, self.cache, self._rotary = passes, passes.cache, passes.rotary
+        self._max_width, self._generation = max_width, object()
+        passes.generation = self._generation
+        self.cache.clear()
+        self.reserve(prompt_length, num_positions)
+
+    def reserve(self, prompt_length: int, num_positions: int) -> None:
+        if not self.has_its_cache:
+            why = "another generation has this one's cache; let one end before the next begins"
+            raise RuntimeError(f"compile True: {why}")
+        if self.passes is None:
+            super().reserve(prompt_length, num_positions)
+        else:
+            self.passes.reserve(num_positions, max(padded(self._max_width), _PADDING))
+
+    @property
+    def has_its_cache(self) -> bool:
+        return self.passes is None or self.passes.generation is self._generation
+
+    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
+        other: Any = super().over(layers, head)
+        if layers is not self.layers:
+            other.reads = tuple(weakref.ref(linear) for layer in layers for linear in layer.linears)
+        return other
+
+    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        passes = self.passes
+        # A prompt is in a view of one row.
+        if passes is None or self.cache is not passes.cache or hidden.shape[1] > self._max_width:
+            return super().run_layers(hidden, first, last)
+        self.reserve(1, 1)  # raises if it has lost its cache
+        return passes(self, hidden, first, last)
+
+
+class PassRange(NamedTuple):
+    """Passes over 1 to `max_width` tokens of each row."""
+
+    runner: ModelRunner
+    first: int  # layer
+    last: int  # the layer after the last one
+    max_width: int = 1
+
+
+def run_every_pass(passes: Iterable[PassRange], num_rows: int, num_positions: int) -> None:
+    """Capture these passes, over up to so many rows and positions, where passes are captured."""
+    shapes = [
+        (runner, first, last, rows, width, num_keys)
+        for runner, first, last, max_width in passes
+        if isinstance(runner, CapturedRunner)
+        for rows in _powers(1, num_rows)
+        for width in _powers(1, max_width)
+        for num_keys in _powers(_LEAST_KEYS, num_positions)
+    ]
+    with progress("capturing passes", len(shapes), "passes") as advance:
+        for runner, *shape in shapes:
+            runner.reserve(1, num_positions)
+            runner.passes.capture(runner, *shape)
+            advance(1)
+
+
+def padded(number: int) -> int:
+    """To the next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+def _powers(least: int, most: int) -> Iterable[int]:
+    """The powers of two from `least` up, the last one at least `most`."""
+    return (least << power for power in range((padded(most) // least).bit_length() or 1))
+
+
+class _Passes:
+    """The captured passes of a model, and their cache. The first runner leaves its own to them."""
+
+    def __init__(self, runner: CapturedRunner) -> None:
+        self._runner = copy.copy(runner)
+        del self._runner.model  # the key of these passes: it would never be freed
+        self.cache, self.rotary, self.num_rows = runner.cache, runner._rotary, runner._num_rows
+        self.valid_for = runner.fingerprint
+        self.generation: object = None  # that the cache belongs to
+        self.num_captured = 0
+        self._record = GraphRecorder(runner.rotary.device)
+        self._replays: dict[Any, Callable[[], None]] = {}
+        self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, num_positions: int, padding: int) -> None:
+        """Make room for so many positions and padding. A larger cache ends all captured passes."""
+        config, cache = self._runner.config, self.cache
+        needed = min(num_positions, context_length(config)) + padding  # after the context there is padding
+        if needed <= cache.capacity and cache.buffers.of_layers[0] is not None:
+            return
+        self._replays.clear()
+        cache.reserve(round_up(needed, _STEP), limit=round_up(needed, _STEP))
+        self.rotary.reserve(cache.capacity)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        like = self._runner.rotary.new_empty(1, config.num_key_value_heads, head_dim)
+        for layer in range(len(self._runner.layers)):
+            cache.buffers.with_room(layer, cache.capacity, like)
+
+    def __call__(self, runner: CapturedRunner, hidden: Tensor, first: int, last: int) -> Tensor:
+        """See `ModelRunner.run_layers`."""
+        num_rows, width, _ = hidden.shape
+        longest = self.cache.longest(first) + width
+        shape = (padded(num_rows), padded(width), padded(max(longest, _LEAST_KEYS)))
+        replay = self.capture(runner, first, last, *shape)
+        states, positions = self._inputs[shape[:2]]
+        if states.shape[:2] != (num_rows, width):
+            states.zero_()  # padding must be numbers: no mask keeps NaN out
+            positions.fill_(self.cache.capacity - 1)
+        states[:num_rows, :width] = hidden
+        positions[:num_rows] = self.cache.positions(first, positions.shape[1], positions.device)
+        replay()
+        self.cache.advance(first, last, width)
+        return states[:num_rows, :width].clone()
+
+    def capture(
+        self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int
+    ) -> Callable[[], None]:
+        """The replay of a pass over `_inputs[rows, width]`. To capture it writes to padding alone."""
+        key = (runner.reads, first, last, rows, width, num_keys)
+        if key not in self._replays:
+            if (rows, width) not in self._inputs:
+                states = runner.unit.new_empty(min(rows, self.num_rows), width, runner.config.hidden_size)
+                self._inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
+            states, positions = self._inputs[rows, width]
+            states.zero_()
+            positions.fill_(self.cache.capacity - 1)
+            layers, num_keys = runner.layers[first:last], min(num_keys, self.cache.capacity)
+            self._replays[key] = self._record(partial(self._run, layers, states, positions, num_keys))
+            self.num_captured += 1
+        return self._replays[key]
+
+    def _run(self, layers: Sequence[Any], states: Tensor, positions: Tensor, num_keys: int) -> None:
+        """The pass that is captured: [B, T, H] states and [B, T] positions -> states."""
+        context = AttentionContext.ragged(self._runner, positions, num_keys)
+        cache = WrittenAt(self.cache.buffers.of_layers, positions, num_keys)
+        hidden = states.flatten(0, 1)
+        for layer in layers:
+            hidden = layer(hidden, context, cache)
+        states.copy_(hidden.view_as(states))  # fused layers work in place: then nothing is copied
+
+
+class GraphRecorder:
+    """Captures functions as CUDA graphs, on one side stream and in one memory pool.
+
+    The functions leave nothing in the pool that another one reads, so graphs may be replayed in any order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Run it once, for kernels and workspaces that are made on first use; then capture it."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as a server's, may use the device meanwhile.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            run()
+        return graph.replay

@@ -1,0 +1,133 @@
+"""Stands in for CUDA graphs on a CPU: a capture records calls, and a replay makes them again.
+
+As on a GPU, a capture computes nothing, reads nothing on the host, and has its results in a pool whose
+content is lost when another graph runs.
+"""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from self_speculation.model import captured_runner
+from self_speculation.model.linear import Linear
+
+# Calls that read a tensor on the host, copy host data, or give results whose shape depends on values.
+REFUSED = {
+    "item", "_local_scalar_dense", "equal", "is_nonzero", "lift_fresh", "nonzero", "unique", "_unique2",
+    "masked_select", "resize_", "set_",
+}  # fmt: skip
+
+
+class CaptureError(Exception):
+    """CUDA would end the capture."""
+
+
+class Graph(TorchDispatchMode):
+    """In the place of `torch.cuda.CUDAGraph`."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self._outer = {}  # storages from before the capture that it writes to, with their content
+        self._pool = set()  # storages that it made
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        tensors = tensors_of((args, kwargs))
+        if name in REFUSED or any(index.dtype == torch.bool for index in tensors if name.startswith("index")):
+            raise CaptureError(name)
+        held = {storage(tensor) for tensor in tensors}
+        if function._schema.is_mutable:
+            for tensor in tensors:
+                if storage(tensor) not in self._pool | self._outer.keys():
+                    self._outer[storage(tensor)] = tensor, tensor.untyped_storage().clone()
+        result = function(*args, **kwargs)
+        self._pool |= {storage(tensor) for tensor in tensors_of(result)} - held
+        self.calls.append((function, args, kwargs, result))
+        return result
+
+    def end(self):
+        for tensor, content in self._outer.values():
+            tensor.untyped_storage().copy_(content)
+        self._lose_pool()
+
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            held = {storage(tensor) for tensor in tensors_of((args, kwargs))}
+            for old, new in zip(tensors_of(result), tensors_of(function(*args, **kwargs)), strict=True):
+                if storage(old) not in held:
+                    assert old.shape == new.shape
+                    old.copy_(new)
+        self._lose_pool()
+
+    def _lose_pool(self):
+        for *_, result in self.calls:
+            for tensor in tensors_of(result):
+                if storage(tensor) in self._pool:
+                    tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+
+
+def tensors_of(values):
+    """Those with a storage: weights packed for oneDNN have none, and are never written to."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [tensor for tensor in tensors if tensor.layout == torch.strided]
+
+
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+class Stream:
+    def __init__(self, device=None):
+        self.device = device
+
+    def wait_stream(self, stream):
+        assert isinstance(stream, Stream)
+
+
+@contextmanager
+def capture(graph, pool, stream, capture_error_mode):
+    assert (type(pool), type(stream), capture_error_mode) == (object, Stream, "thread_local")
+    with graph:
+        yield
+    graph.end()
+
+
+def stand_in(monkeypatch):
+    """CUDA graphs as above. Each replay is compared with the eager pass over the same inputs and cache: to
+    the bit. Returns what was captured and replayed, by shape.
+    """
+    monkeypatch.setattr(Linear, "can_be_packed", False)  # as on a GPU
+    seen = SimpleNamespace(captured=[], replayed=[], graphs=[])
+    graphs = {"Stream": Stream, "graph_pool_handle": object, "CUDAGraph": Graph, "graph": capture}
+    graphs |= {"current_stream": Stream, "stream": lambda stream: nullcontext()}
+    for name, own in graphs.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", own)
+    record = captured_runner.GraphRecorder.__call__
+
+    def checked(recorder, run):
+        replay = record(recorder, run)
+        layers, states, _, num_keys = run.args
+        buffers = run.func.__self__.cache.buffers.of_layers
+        shape = (len(layers), *states.shape[:2], num_keys)
+        seen.captured.append(shape)
+        seen.graphs.append(replay.__self__)
+
+        def compared():
+            written = [states, *(part for pair in buffers for part in pair)]
+            before = [part.clone() for part in written]
+            run()
+            expected = [part.clone() for part in written]
+            for part, content in zip(written, before, strict=True):
+                part.copy_(content)
+            replay()
+            assert all(map(torch.equal, written, expected))
+            seen.replayed.append(shape)
+
+        return compared
+
+    monkeypatch.setattr(captured_runner.GraphRecorder, "__call__", checked)
+    return seen

@@ -1,0 +1,335 @@
+"""Captured passes: the ids of eager ones, one capture per shape, and no captures that CUDA refuses."""
+
+import copy
+
+import pytest
+import torch
+from conftest import generate, tiny_llama
+from cuda_graphs import CaptureError
+from test_llama_model_utils import family
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.model.captured_runner import (
+    CapturedRunner,
+    GraphRecorder,
+    capture_decoding,
+    decode_eagerly,
+    is_captured,
+    make_runner,
+    run_every_pass,
+)
+from self_speculation.model.fused_layers import fuse
+from self_speculation.model.model_runner import PREFILL_CHUNK, forward, forward_early
+from self_speculation.scheduler import Scheduler
+
+PROMPT = [5, 9, 4, 7, 7, 3]
+DRAFTS = {"exit_layer": 1, "num_speculations": 6}
+SETTINGS = {
+    "autoregressive": {},
+    "early exit": {"exit_layer": 1},
+    "self-speculative": DRAFTS,
+    "n-grams": {**DRAFTS, "prompt_lookup": 2},
+    "confidence": {**DRAFTS, "draft_confidence": "0.2"},
+    "processors": {**DRAFTS, "logits_processors": [RepetitionPenaltyLogitsProcessor(1.3)]},
+    "short vocabulary": {**DRAFTS, "draft_vocabulary": 20},
+    "copy": {"exit_layer": 2, "num_speculations": 3, "draft_weights": "int4"},
+    "adaptive": {"strategy": "adaptive"},
+    "adaptive copy": {"strategy": "adaptive", "draft_weights": "int4"},
+}
+
+
+def own_llama(fused=True, num_layers=2, **config):
+    model = copy.deepcopy(tiny_llama(num_layers, **config))
+    if fused:
+        fuse(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        *((name, True) for name in SETTINGS),
+        *((name, False) for name in SETTINGS if "copy" not in name),  # copies are made of fused layers
+    ],
+)
+def test_the_same_ids(name, fused, graphs):
+    """Guards against positions, lengths or copies that are constants of a graph, results that are read after
+    the next replay, and padding that is attended to.
+    """
+    model = own_llama(fused)
+    runs = [{**SETTINGS[name], "max_steps": 20, "eos": []}]
+    if not name.startswith("adaptive"):  # it picks by time, so a seed does not reproduce it
+        runs.append({**runs[0], "sample": True, "temperature": 0.7, "top_p": 0.9})
+
+    def answers():
+        torch.manual_seed(0)
+        return [
+            generate(model, prompt, **run).predicted_tokens for prompt in (PROMPT, [8, 3]) for run in runs
+        ]
+
+    expected = answers()
+    capture_decoding(model)
+    assert answers() == expected
+    num_captured = len(graphs.captured)
+    assert answers() == expected
+    assert len(graphs.replayed) > num_captured > 0
+    if not name.startswith("adaptive"):
+        assert len(graphs.captured) == num_captured
+
+
+def test_no_capture_for_another_prompt(graphs):
+    """Guards against a pass that is captured anew for another length, or after a longer prompt."""
+    model = own_llama(num_layers=3, max_position_embeddings=4096)
+    capture_decoding(model)
+    for length in (10, 3000, 11, 700, PREFILL_CHUNK + 1, 3000):
+        for exit_layer, k in ((1, 3), (2, 3), (2, 6)):
+            prompt = [5 + i % 40 for i in range(length)]
+            generate(model, prompt, exit_layer=exit_layer, num_speculations=k, max_steps=9, eos=[])
+        if length == 3000 and len(graphs.captured) > len(set(graphs.captured)):
+            first = len(graphs.captured)
+    assert len(graphs.captured) <= first + 2 * 2 * 5  # after the larger cache each shape once
+
+
+def test_keys_read_are_those_there_are(graphs):
+    """Guards against passes that read a cache to its end, most of it padding, and short answers that are
+    slower after a long prompt.
+    """
+    model = own_llama(max_position_embeddings=8192)
+    capture_decoding(model)
+    capacities = []
+    for length in (10, 300, 1000, 3000, 10):
+        graphs.replayed.clear()
+        generate(model, [5 + i % 40 for i in range(length)], max_steps=9, eos=[])
+        for *_, num_keys in graphs.replayed:
+            assert length < num_keys <= max(256, 2 * (length + 8))
+        capacities.append(make_runner(model, 1, 1).cache.capacity)
+    assert capacities == [1024, 1024, 2048, 4096, 4096]
+
+
+def test_all_passes_are_captured_beforehand(graphs):
+    """Guards against a request that waits for a capture: for more rows, a wider draft or a longer text."""
+    model = own_llama(max_position_embeddings=4096)
+    for name in ("autoregressive", "self-speculative", "n-grams", "copy", "adaptive", "adaptive copy"):
+        how = dict(SETTINGS[name])
+        strategy = how.pop("strategy", "self_speculative" if "num_speculations" in how else "autoregressive")
+        config = GenerationConfig(max_steps=9, sample=False, generation_strategy=strategy, **how)
+        capture_decoding(model)
+        scheduler = Scheduler(make_strategy(strategy), model, config, batch_size=3)
+        scheduler.run_every_pass(600)
+        num_captured = len(graphs.captured)
+        assert num_captured
+        for length in (3, 300, 500):
+            requests = [5 + i % 40 for i in range(length)]
+            for number in (1, 2, 3):
+                assert len(in_batch(scheduler, [requests[i:] for i in range(number)])) == number
+        assert len(graphs.captured) == num_captured, name
+
+
+def in_batch(scheduler, prompts):
+    for index, prompt in enumerate(prompts):
+        scheduler.add_request(index, Request(prompt))
+    results = []
+    while scheduler.batch:
+        scheduler.step()
+        results += scheduler.pop_finished()
+    for _, result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+@pytest.mark.usefixtures("graphs")
+def test_the_end_of_the_context():
+    """Guards against padding beyond the end of the cache."""
+    model = own_llama(max_position_embeddings=64)
+    for k in (8, 57):
+        shared = {"exit_layer": 1, "num_speculations": k, "max_steps": 100, "eos": []}
+        expected = generate(model, PROMPT, **shared)
+        capture_decoding(model)
+        result = generate(model, PROMPT, **shared)
+        assert result.predicted_tokens == expected.predicted_tokens
+        assert len(result.predicted_tokens) == 64 - len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["glm4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm", "stablelm", "phi3"))],
+)
+def test_rotary_embeddings_of_a_part_of_a_head(graphs, model_type):
+    """Guards against a cache as narrow as the part that is rotated."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = family(model_type, rope_parameters=rope, num_hidden_layers=2).float()
+    shared = {"max_steps": 8, "eos": [], "exit_layer": 1, "num_speculations": 3}
+    expected = generate(model, PROMPT, **shared).predicted_tokens
+    capture_decoding(model)
+    assert make_runner(model, 1, 10).rotary.shape[2] == 4
+    assert generate(model, PROMPT, **shared).predicted_tokens == expected
+    assert graphs.captured
+
+
+def hooked(model):
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: -output)
+
+
+def adapted(model):
+    """As peft wraps a projection."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    model.model.layers[1].mlp.down_proj = Adapter(model.model.layers[1].mlp.down_proj)
+
+
+def taken_from_a_vector(model):
+    vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(vector * torch.rand_like(vector), model.parameters())
+
+
+def scaled_in_place(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-3)
+
+
+CHANGES = {
+    "from a vector": taken_from_a_vector,
+    "in place": scaled_in_place,
+    "assigned": lambda model: model.load_state_dict(tiny_llama(agreement="never").state_dict(), assign=True),
+    "pointed elsewhere": lambda model: setattr(
+        model.model.layers[1].mlp.down_proj.weight, "data", torch.ones(32, 48)
+    ),
+    "fused again": fuse,
+    "hooked": hooked,
+    "adapted": adapted,
+    "dtype": lambda model: model.to(torch.float64),
+    "turned": lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+    "scaled": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.1),
+}
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_changed_model_is_captured_anew(change, fused):
+    """Guards against replays with the weights, or without the hooks, of before."""
+    model = own_llama(fused, num_layers=4)
+    capture_decoding(model)
+    shared = {"max_steps": 9, "eos": []}
+    with_copies = fused and change not in ("hooked", "adapted", "dtype")
+    strategies = [{}, DRAFTS, SETTINGS["short vocabulary"], *([SETTINGS["copy"]] if with_copies else [])]
+    for strategy in strategies:
+        generate(model, PROMPT, **shared, **strategy)
+    CHANGES[change](model)
+    twin = copy.deepcopy(model)  # neither fused nor captured
+    for strategy in strategies:
+        found = generate(model, PROMPT, **shared, **strategy).predicted_tokens
+        assert found == generate(twin, PROMPT, **shared).predicted_tokens
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_copy_of_changed_weights_is_captured_anew():
+    """Guards against replays of a copy that was dropped: on a GPU its memory may hold anything by then."""
+    model = own_llama(num_layers=4)
+    capture_decoding(model)
+    how = {**SETTINGS["copy"], "exit_layer": 4, "max_steps": 12, "eos": []}
+    generate(model, PROMPT, **how)
+    scaled_in_place(model)
+    captured = generate(model, PROMPT, **how)
+    decode_eagerly(model)
+    assert captured.accepted_by_position == generate(model, PROMPT, **how).accepted_by_position
+
+
+def reads_on_the_host(x):
+    return x * x.sum().item()
+
+
+def makes_from_host_data(x):
+    return x + torch.tensor([1.0])
+
+
+def shape_by_value(x):
+    return x[x > 0]
+
+
+@pytest.mark.parametrize("fault", [reads_on_the_host, makes_from_host_data, shape_by_value])
+@pytest.mark.usefixtures("graphs")
+def test_what_cuda_refuses_fails_here(fault):
+    """Guards against a stand-in that lets everything pass."""
+    x = torch.ones(3)
+    run = unchecked(lambda: fault(x))
+    with torch.inference_mode(), pytest.raises(CaptureError):
+        run()
+
+
+def unchecked(run):
+    """Captures a function without the comparison of `cuda_graphs.stand_in`."""
+    recorder = GraphRecorder(torch.device("cpu"))
+    graph = torch.cuda.CUDAGraph()
+
+    def captured():
+        with torch.cuda.graph(graph, recorder._pool, recorder._stream, capture_error_mode="thread_local"):
+            run()
+        return graph
+
+    return captured
+
+
+@pytest.mark.usefixtures("graphs")
+def test_the_stand_in_computes_by_replays_alone():
+    """Guards against a capture that changes its inputs, and results in the pool that outlive a replay."""
+    x, kept = torch.ones(3), []
+    with torch.inference_mode():
+        graph = unchecked(lambda: kept.append(x.mul_(2) + 1))()
+        assert x.tolist() == [1, 1, 1]
+        graph.replay()
+        assert x.tolist() == [2, 2, 2]
+        x.fill_(5)
+        graph.replay()
+    assert x.tolist() == [10, 10, 10]
+    assert kept[0].isnan().all()
+
+
+def test_rows_and_widths_of_a_pass(graphs):
+    """Guards against passes over all rows that a batch may have, where it has one."""
+    model = own_llama(num_layers=4)
+    capture_decoding(model)
+    with torch.inference_mode():
+        runner = make_runner(model, 1, 40, max_width=8, num_rows=8)
+        assert isinstance(runner, CapturedRunner)
+        for rows, width in ((1, 1), (3, 1), (5, 7), (8, 8)):
+            runner.cache.clear(rows)
+            forward(runner, torch.zeros(rows, width, dtype=torch.long), width)
+            forward_early(runner, torch.zeros(rows, width, dtype=torch.long), 2, 0)
+    assert [shape[:3] for shape in graphs.replayed] == [
+        (depth, rows, width) for rows, width in ((1, 1), (4, 1), (8, 8), (8, 8)) for depth in (4, 2)
+    ]
+
+
+@pytest.mark.usefixtures("graphs")
+def test_padding_rows_write_to_no_free_slot():
+    """Guards against a kept prefix that is lost when three rows are padded to four."""
+    model = own_llama()
+    capture_decoding(model)
+    with torch.inference_mode():
+        runner = make_runner(model, 1, 40, num_rows=4)
+        runner.cache.clear(3)
+        kept = [part[3, :, :-1] for pair in runner.cache.buffers.of_layers for part in pair]
+        for part in kept:
+            part.fill_(7)
+        forward(runner, torch.zeros(3, 1, dtype=torch.long))
+    assert all(bool((part == 7).all()) for part in kept)
+
+
+def test_nothing_is_captured_where_passes_are_eager(graphs):
+    """Guards against a warm-up that captures for a model that does not want it."""
+    model = own_llama()
+    assert not is_captured(model)
+    config = GenerationConfig(max_steps=4, sample=False)
+    Scheduler(make_strategy("autoregressive"), model, config, 2).run_every_pass(100)
+    run_every_pass([], 1, 1)
+    assert not graphs.captured
