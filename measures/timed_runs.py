@@ -18,6 +18,7 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
+from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.families import attended_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
@@ -65,7 +66,7 @@ def run_every_pass(
     rows = [ids[row % len(ids) :] for row in range(batch_size)]
     requests = [Request(row, ends_text=lambda tokens: len(tokens) >= num_tokens) for row in rows]
     endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False)
-    if isinstance(strategy, DecodingStrategy):
+    if is_captured(model) and isinstance(strategy, DecodingStrategy):
         scheduler = Scheduler[int](strategy, model, endless, batch_size)
         scheduler.run_every_pass(min(len(prompt) + config.max_steps, attended_length(model.config)))
     for _, result in strategy.generate_batch(model, requests, endless, batch_size):

@@ -121,8 +121,8 @@ def metrics(finished: Sequence[FinishedRequest]) -> dict[str, Any]:
     decoded = sum(result.num_decode_tokens for result in results)
     drafts = sum((result.draft_stats or DraftStats() for result in results), DraftStats())
     # [j]: drafts of which at least j tokens were accepted.
-    accepted_at_least = [*drafts.drafted_by_position[:1], *drafts.accepted_by_position]
-    num_drafts = accepted_at_least[0] if accepted_at_least else 0
+    num_drafts = sum(drafts.drafted_by_position[:1])
+    accepted_at_least = [num_drafts, *drafts.accepted_by_position]
     return {
         "tokens_per_second": decoded / seconds if decoded else None,
         "time_to_first_token": min(each.time_to_first_token for each in finished),

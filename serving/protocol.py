@@ -111,7 +111,7 @@ class _Strict(BaseModel):
         return {
             k: v
             for k, v in given.items()
-            if v is not None and k not in _IGNORED and (k in cls.model_fields or v not in _NEUTRAL.get(k, []))
+            if v is not None and k not in _IGNORED and (v not in _NEUTRAL.get(k, []) or k in cls.model_fields)
         }
 
 

@@ -19,9 +19,9 @@ def turns(byte_tokenizer, text_model, monkeypatch):
         config = GenerationConfig(sample=False, max_steps=12, stop_token_ids=[EOS])
         talk, seen, generate = Conversation(generator, config, "none", chat=True), [], generator.generate
 
-        def watched(ids, *args, **kwargs):
-            result = generate(ids, *args, **kwargs)
-            seen.append((ids, result.generation_strategy_result))
+        def watched(request, *args, **kwargs):
+            result = generate(request, *args, **kwargs)
+            seen.append((request.ids, result.generation_strategy_result))
             return result
 
         monkeypatch.setattr(generator, "generate", watched)

@@ -111,7 +111,7 @@ def test_a_step_that_fails_ends_its_batch_and_nothing_else(engine, text_model, m
         monkeypatch.undo()
         raise torch.OutOfMemoryError("out of memory")
 
-    with held(engine) as at_rest:
+    with held(engine, num_steps=len(PROMPTS)) as at_rest:  # each prefills a prompt
         _, results = submit(engine, PROMPTS)
         assert at_rest.wait(60)
         monkeypatch.setattr(engine._scheduler._strategy, "step", out_of_memory)
