@@ -39,7 +39,7 @@ def test_its_requirements_are_those_of_the_scripts():
     dependencies = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]")[0]
     needed = re.findall(r'"(.+)"', dependencies)
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert len(needed) == 8
+    assert len(needed) == 9
     assert set(needed) <= set(lines)
 
 
