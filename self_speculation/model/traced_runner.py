@@ -145,7 +145,7 @@ class TracedRunner(ModelRunner):
             warnings.simplefilter("ignore")  # about sizes that become constants: those of the model
             graph = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
         for name, part in _parts(layers).items():
-            empty = torch.empty(0) if isinstance(part, Tensor) else Float16Linear(torch.empty(1, 1)).packed[0]
+            empty = torch.empty(0) if isinstance(part, Tensor) else Float16Linear(torch.zeros(1, 1)).packed[0]
             setattr(graph, name, empty)
         return _constants(layers, self.dtype), graph
 
