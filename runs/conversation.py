@@ -121,7 +121,7 @@ class Conversation:
             try:
                 print(f"  {self._comparison(ids)}", file=sys.stderr)
             except KeyboardInterrupt:  # the conversation goes on
-                print("\n  unwatched: interrupted", file=sys.stderr)
+                print("\n  without streaming: interrupted", file=sys.stderr)
                 return False
         return not interrupt.met
 
@@ -161,10 +161,10 @@ class Conversation:
 
         turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # the first one warms up
         if not all(map(all, turns)):
-            return "unwatched: answers of one token, nothing to compare"
+            return "without streaming: answers of one token, nothing to compare"
         ours, plain = map(statistics.median, zip(*turns, strict=True))
         low, ratio, high = statistics.quantiles([a / b for a, b in turns], n=4, method="inclusive")
-        speeds = f"unwatched: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
+        speeds = f"without streaming: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
         if low <= 1 <= high:
             why = "the machine was busy, or neither is faster"
             return f"{speeds}nothing can be said ({low:.2f}-{high:.2f} times as fast): {why}"

@@ -106,7 +106,7 @@ def test_compare_ends_with_both_speeds(said):
     result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
     assert result.returncode == 0, result.stderr
     last = result.stderr.splitlines()[-1]
-    assert re.match(r"  unwatched: [\d.]+ tokens/s, autoregressive [\d.]+: .* times as fast", last)
+    assert re.match(r"  without streaming: [\d.]+ tokens/s, autoregressive [\d.]+: .* times as fast", last)
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,15 @@ def test_what_turns_that_contradict_each_other_tell(ours, said, monkeypatch):
             return SimpleNamespace(generation_strategy_result=took)
 
     monkeypatch.setattr("runs.conversation.autoregressive", lambda *_: (Side([10.0] * 4), None))
-    assert Conversation(Side(ours), GenerationConfig())._comparison([]).startswith(f"unwatched: {said}")
+    comparison = Conversation(Side(ours), GenerationConfig())._comparison([])
+    assert comparison.startswith(f"without streaming: {said}")
 
 
 def test_compare_of_answers_of_one_token(said):
     """Guards against a division by the speed of decoding nothing."""
     result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True", "--max_steps", "1")
     assert result.returncode == 0, result.stderr
-    assert result.stderr.splitlines()[-1] == "  unwatched: answers of one token, nothing to compare"
+    assert result.stderr.splitlines()[-1] == "  without streaming: answers of one token, nothing to compare"
 
 
 def test_compare_can_be_interrupted(said, monkeypatch):
@@ -153,7 +154,7 @@ def test_compare_can_be_interrupted(said, monkeypatch):
     monkeypatch.setattr(Conversation, "_comparison", interrupted)
     result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
     assert result.returncode == 130
-    assert result.stderr.splitlines()[-1] == "  unwatched: interrupted"
+    assert result.stderr.splitlines()[-1] == "  without streaming: interrupted"
 
 
 @pytest.mark.parametrize("prompt", ["a\nb", "/exit"])
