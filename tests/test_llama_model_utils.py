@@ -14,7 +14,6 @@ from self_speculation.model.model_runner import (
     forward,
     forward_early,
     forward_remainder,
-    prefill,
 )
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 
@@ -125,15 +124,17 @@ def test_longrope_ends_at_its_original_context():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention, monkeypatch):
+def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention):
     """Guards against a mask that lets a later chunk see too little, or its own future."""
-    monkeypatch.setattr("self_speculation.model.model_runner.PREFILL_CHUNK", 20)
     model = family("llama", attention)
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 70))
     for _ in ("plain", "fused"):
         with torch.inference_mode():
             runner = ModelRunner(model, prompt_length=70, num_positions=75)
-            last = prefill(runner, ids, 4).logits[:, 0]
+            *chunks, rest = ids.split(20, dim=1)
+            for chunk in chunks:
+                forward_early(runner, chunk, 4, num_logits=0)
+            last = forward_early(runner, rest, 4).logits[:, 0]
             assert_close(last, model(ids).logits[:, -1], computed_in=torch.float32)
         fuse(model)
 

@@ -211,14 +211,6 @@ class ModelRunner:
         return self.head(states).view(rows, num_positions, -1).to(self.rotary.device)
 
 
-def prefill(runner: ModelRunner, input_ids: Tensor, exit_layer: int) -> ForwardResult:
-    """Layers 0..exit_layer-1 over a prompt [1, P] in chunks, with logits for its last position."""
-    *chunks, last = input_ids.split(PREFILL_CHUNK, dim=1)
-    for chunk in chunks:
-        forward_early(runner, chunk, exit_layer, num_logits=0)
-    return forward_early(runner, last, exit_layer)
-
-
 def forward(runner: ModelRunner, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
     """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
     return forward_early(runner, input_ids, len(runner.layers), num_logits)

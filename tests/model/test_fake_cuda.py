@@ -32,7 +32,7 @@ from self_speculation.model import captured_runner, linear
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
-from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early, prefill
+from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.traced_runner import never_trace
 from self_speculation.scheduler import Scheduler
 from self_speculation.self_speculation_generator import HostVerification
@@ -350,7 +350,7 @@ def test_kernels_of_a_fused_layer(cuda, heads, width, expected):
     ids = torch.zeros(1, width, dtype=torch.long, device=DEVICE)
     names = []
     with torch.inference_mode():
-        prefill(runner, torch.zeros(1, 30, dtype=torch.long, device=DEVICE), 4)
+        forward_early(runner, torch.zeros(1, 30, dtype=torch.long, device=DEVICE), 4)
         for depth in (1, 2):
             runner.cache.pretend([30])
             with Kernels() as ran:
@@ -367,7 +367,7 @@ def test_kernels_of_a_fused_layer_where_rows_differ_in_length(cuda, width, expec
     with torch.inference_mode():
         runner.cache.clear(num_rows=0)
         for length in (30, 20, 7):
-            prefill(
+            forward_early(
                 runner.for_row(runner.cache.num_rows),
                 torch.zeros(1, length, dtype=torch.long, device=DEVICE),
                 4,
@@ -417,7 +417,7 @@ def test_calls_of_a_fused_layer(width, expected, monkeypatch):
     fuse(model)
     runner, calls = ModelRunner(model, 30, 100), []
     with torch.inference_mode():
-        prefill(runner, torch.zeros(1, 30, dtype=torch.long), 4)
+        forward_early(runner, torch.zeros(1, 30, dtype=torch.long), 4)
         for depth in (1, 2):
             runner.cache.pretend([30])
             with Kernels() as ran:

@@ -15,7 +15,7 @@ from self_speculation.drafts.policy import AdaptivePolicy
 from self_speculation.model import linear, traced_runner
 from self_speculation.model.fused_layers import NARROW, fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
-from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder, prefill
+from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder
 from self_speculation.model.traced_runner import TracedRunner, trace_at_once
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -70,7 +70,7 @@ def test_every_bit_is_that_of_the_layers(widths, exit_layer, prompt_length, back
     """Guards against a width or a length that became a constant of the trace."""
     decoders = [ModelRunner(MODEL, prompt_length, 200), TracedRunner(MODEL, prompt_length, 200)]
     with torch.inference_mode():
-        found = [[prefill(d, torch.arange(5, 5 + prompt_length)[None], 4).logits] for d in decoders]
+        found = [[forward_early(d, torch.arange(5, 5 + prompt_length)[None], 4).logits] for d in decoders]
         for width in widths:
             ids = torch.arange(9, 9 + width)[None]
             for runner, results in zip(decoders, found, strict=True):
