@@ -3,6 +3,7 @@
     python benchmarks/serving.py --model FILE.gguf --generation_strategy adaptive --draft_weights int4 \\
         --max_steps 64
     python benchmarks/serving.py --servers http://127.0.0.1:8000 http://127.0.0.1:9000 --clients 1 4 16
+    python benchmarks/serving.py --model FILE.gguf --servers here --clients 8 --long_prompt 4000
 
 Each client sends one request after the other and gets a greedy stream. Its pauses are exponentially
 distributed, so requests arrive as a Poisson process. Prompts alternate between chat questions, which need a
@@ -16,7 +17,9 @@ server; --model has its tokenizer.
 
 *tokens/s* and *chars/s* are all text by the time in which at least one request was open; the tokenizer of
 --model counts the tokens of all servers. *first* is the time to the first text in ms at p50 and p95,
-*between* the time between pieces of text. The lines below compare the first server with the fastest other
+*between* the time between pieces of text, also at its longest. With --long_prompt, each number of clients is
+measured twice: alone, and beside one more client that sends this prompt. Its own answer does not count. The
+lines below compare the first server with the fastest other
 one for each number of clients: the median over rounds, and their range. serving.csv has the table as well.
 The last line is one JSON object.
 """
@@ -40,6 +43,7 @@ from typing import Any
 import numpy
 import openai
 import pandas
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -73,11 +77,14 @@ class ServingArguments:
     """Mean pause of a client before a request, in seconds."""
     workloads: list[str] = field(default_factory=lambda: ["chat", "code"])
     """Kinds of prompts: chat, code."""
+    long_prompt: int = 0
+    """Tokens of a prompt that one more client sends in a second measurement; 0: no second measurement."""
     rounds: int = 2
     """Starts and measurements of each server."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "clients", "questions", "rounds")
+        at_least(self, 0, "long_prompt")
         check(self, "wait", self.wait > 0, "must be above 0")
         known = all(name in ("here", _PEER) or name.startswith("http") for name in self.servers)
         check(self, "servers", known, f"must be here, {_PEER} or URLs")
@@ -105,6 +112,7 @@ class Turn:
 
     server: str
     clients: int
+    long_prompt: int
     answers: list[Answer]
     num_tokens: int
 
@@ -153,16 +161,20 @@ class Clients:
             answers.append(await self.ask(*question))
         return answers
 
-    async def load(self, questions: Iterator[Question], clients: int, each: int, wait: float) -> list[Answer]:
-        """The answers to so many clients with `each` requests."""
+    async def load(
+        self, questions: Iterator[Question], clients: int, each: int, wait: float, beside: str = ""
+    ) -> list[Answer]:
+        """The answers to so many clients with `each` requests, while one more sends the prompt `beside`."""
         talks = [self.talk([*itertools.islice(questions, each)], wait, seed) for seed in range(clients)]
-        return [*itertools.chain.from_iterable(await asyncio.gather(*talks))]
+        more = [self.talk([("code", beside)], 2 * wait, clients)] if beside else []
+        answers = await asyncio.gather(*talks, *more)
+        return [*itertools.chain.from_iterable(answers[:clients])]
 
 
 async def measure(
-    url: str, model: str | None, max_tokens: int, args: ServingArguments
-) -> dict[int, list[Answer]]:
-    """Number of clients -> answers of a server, after a warm-up.
+    url: str, model: str | None, max_tokens: int, args: ServingArguments, long_prompt: str
+) -> dict[tuple[int, int], list[Answer]]:
+    """(number of clients, tokens of the prompt beside them) -> answers of a server, after a warm-up.
 
     Args:
         model: its name; None: the first one that the server lists.
@@ -173,7 +185,24 @@ async def measure(
     async with openai.AsyncOpenAI(base_url=url, **how) as connection:
         clients = Clients(connection, model or (await connection.models.list()).data[0].id, max_tokens)
         await clients.load(questions, max(args.clients), len(args.workloads), wait=0.01)
-        return {n: await clients.load(questions, n, args.questions, args.wait) for n in args.clients}
+        return {
+            (n, beside): await clients.load(
+                questions, n, args.questions, args.wait, long_prompt if beside else ""
+            )
+            for n in args.clients
+            for beside in loads(args)
+        }
+
+
+def loads(args: ServingArguments) -> list[int]:
+    """Tokens of the prompt beside the clients, for each measurement of a number of clients."""
+    return [0, args.long_prompt] if args.long_prompt else [0]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
+    """Code of so many tokens."""
+    ids = tokenizer.encode("\n".join(texts()["code"]), add_special_tokens=False)
+    return tokenizer.decode([*itertools.islice(itertools.cycle(ids), num_tokens)])
 
 
 def commands(
@@ -191,7 +220,7 @@ def commands(
         if (value := getattr(group, flag.name)) != getattr(type(group)(), flag.name)
         for word in (f"--{flag.name}", *map(str, value if isinstance(value, list) else [value]))
     ]
-    here = [*SERVE, *given, "--batch_size", str(max(args.clients))]
+    here = [*SERVE, *given, "--batch_size", str(max(args.clients) + bool(args.long_prompt))]
     program = str(Path(sys.executable).with_name("transformers"))
     peers = {
         f"{_PEER} {dtype}{name}": [program, "serve", str(saved), "--dtype", dtype, *more]
@@ -212,7 +241,9 @@ def row(turns: Sequence[Turn]) -> dict[str, Any]:
     first, between = [times[0] for times in gaps], numpy.concatenate([times[1:] for times in gaps])
     seconds = sum(turn.seconds for turn in turns)
     return {
-        "server": turns[0].server, "clients": turns[0].clients, "answers": len(answers),
+        "server": turns[0].server, "clients": turns[0].clients,
+        "long prompt": turns[0].long_prompt,
+        "answers": len(answers),
         "tokens/s": sum(turn.num_tokens for turn in turns) / seconds,
         "chars/s": sum(len(answer.text) for answer in answers) / seconds,
         **{
@@ -220,6 +251,7 @@ def row(turns: Sequence[Turn]) -> dict[str, Any]:
             for name, times in (("first", first), ("between", between))
             for percent in (50, 95)
         },
+        "between max": 1000 * float(between.max()),
         "speeds": [turn.tokens_per_second for turn in turns],
     }  # fmt: skip
 
@@ -229,7 +261,8 @@ def who_is_ahead(own: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]
     other = max(others, key=lambda row: row["tokens/s"])
     ratios = [here / there for here, there in zip(own["speeds"], other["speeds"], strict=True)]
     return {
-        "clients": own["clients"], "server": own["server"], "other": other["server"],
+        "clients": own["clients"], "long prompt": own["long prompt"],
+        "server": own["server"], "other": other["server"],
         "x": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
         "first p95": own["first p95"], "other's first p95": other["first p95"],
     }  # fmt: skip
@@ -242,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, nothing lies between pieces of one")
     generator = load_generator(model_args, config)
     tokenizer = generator.tokenizer
+    long_prompt = text_of(tokenizer, args.long_prompt)
     about = describe_model(Path(model_name(model_args)).name, generator.model)
     about |= describe("serving", (model_args, config, args), "")
     record = Run.create(model_args.output_dir, "serving", about)
@@ -252,32 +286,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer.save_pretrained(folder)
         del generator  # the servers need the memory
         ways = commands(model_args, config, args, folder)
-        turns: dict[tuple[int, str], list[Turn]] = {c: [] for c in itertools.product(args.clients, ways)}
+        cells = itertools.product(args.clients, loads(args), ways)
+        turns: dict[tuple[int, int, str], list[Turn]] = {cell: [] for cell in cells}
         for number, server in ((n, name) for n in range(args.rounds) for name in rotated([*ways], n)):
             way = ways[server]
             start = contextlib.nullcontext(server) if way is None else started(server, way)
             with start as address:
                 try:
                     called = str(folder) if server.startswith(_PEER) else None
-                    given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args))
+                    given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args, long_prompt))
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)
-            for clients, answers in given.items():
+            for (clients, beside), answers in given.items():
                 lengths = [len(tokenizer.encode(a.text, add_special_tokens=False)) for a in answers]
-                turn = Turn(server, clients, answers, sum(lengths))
-                turns[clients, server].append(turn)
+                turn = Turn(server, clients, beside, answers, sum(lengths))
+                turns[clients, beside, server].append(turn)
+                told = f"clients {clients}" + (f" and a prompt of {beside} tokens" if beside else "")
                 speed = f"{turn.tokens_per_second:.1f} tokens/s"
-                print(f"round {number + 1}, {server}, clients {clients}: {speed}", flush=True)
+                print(f"round {number + 1}, {server}, {told}: {speed}", flush=True)
     rows = [row(of_cell) for of_cell in turns.values()]
     table = pandas.DataFrame(rows).drop(columns=["speeds"])
     record.replace("serving.csv", table.to_csv(index=False))
     print("\n" + table.to_string(index=False, float_format="{:.1f}".format))
     ahead = []
-    for clients in args.clients if len(ways) > 1 else []:
-        ahead.append(who_is_ahead(*(row for row in rows if row["clients"] == clients)))
+    for load in itertools.product(args.clients, loads(args)) if len(ways) > 1 else []:
+        ahead.append(who_is_ahead(*(row for row in rows if (row["clients"], row["long prompt"]) == load)))
         print(
-            "clients {clients}: {server} {x:.2f} ({low:.2f}-{high:.2f}) times {other}; at p95 the first text "
-            "after {first p95:.0f} ms, there {other's first p95:.0f}".format_map(ahead[-1])
+            "clients {clients}, long prompt {long prompt}: {server} {x:.2f} ({low:.2f}-{high:.2f}) times "
+            "{other}; first text at p95 {first p95:.0f} ms, there {other's first p95:.0f}".format_map(
+                ahead[-1]
+            )
         )
     record.write("run.json", {**about, "status": "finished", "ahead": ahead})
     print(f"{record.folder}/: serving.csv, run.json")

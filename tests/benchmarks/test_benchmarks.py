@@ -129,11 +129,13 @@ def test_serving(measured, tmp_path):
     record = measured(
         serving, "--servers", "here", "--clients", "1", "3", "--questions", "2", "--rounds", "1",
         "--max_steps", "6", "--wait", "0.01", "--workloads", "code", "--output_dir", tmp_path / "logs",
-        "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3",
+        "--long_prompt", "60", "--generation_strategy", "self_speculative",
+        "--exit_layer", "2", "--num_speculations", "3",
     )  # fmt: skip
-    assert [(row["clients"], row["answers"]) for row in record["rows"]] == [(1, 2), (3, 6)]
+    loads = [(row["clients"], row["long prompt"], row["answers"]) for row in record["rows"]]
+    assert loads == [(1, 0, 2), (1, 60, 2), (3, 0, 6), (3, 60, 6)]
     assert all(row["tokens/s"] > 0 and row["first p50"] <= row["first p95"] for row in record["rows"])
-    assert (only_run(tmp_path) / "serving.csv").read_text().count("\n") == 3
+    assert (only_run(tmp_path) / "serving.csv").read_text().count("\n") == 5
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
@@ -146,7 +148,14 @@ def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
     assert flags == {(dtype, batching) for dtype in ("float16", "bfloat16") for batching in (False, True)}
 
     def row(server, *speeds):
-        return {"server": server, "clients": 1, "first p95": 1.0, "tokens/s": sum(speeds), "speeds": speeds}
+        return {
+            "server": server,
+            "clients": 1,
+            "long prompt": 0,
+            "first p95": 1.0,
+            "tokens/s": sum(speeds),
+            "speeds": speeds,
+        }
 
     others = [row(name, 20 + place, 30) for place, name in enumerate(transformers)]
     ahead = serving.who_is_ahead(row("here", 46, 60), *others)
@@ -156,7 +165,7 @@ def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
 def test_time_without_an_open_request_does_not_count():
     """Guards against a speed that depends on how long clients wait, and against time that counts for each."""
     answers = [serving.Answer(began, [], ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
-    assert serving.Turn("here", 2, answers, num_tokens=8).tokens_per_second == 2
+    assert serving.Turn("here", 2, 0, answers, num_tokens=8).tokens_per_second == 2
 
 
 @pytest.mark.parametrize("program", [side_by_side, adaptive])
