@@ -5,12 +5,11 @@ A strategy does one round for all sequences in flight; `Scheduler` does everythi
 
 from __future__ import annotations
 
-import itertools
 import time
 from abc import abstractmethod
 from collections import abc, deque
 from collections.abc import Container, Hashable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -38,6 +37,15 @@ class Decoding(NamedTuple):
     runner: ModelRunner
     depth: int  # number of layers that run for prompts
     source: Any = None  # of drafts; None: no drafts
+
+
+@dataclass(eq=False)
+class Prefill:
+    """A sequence whose prompt is not read to its end yet."""
+
+    sequence: Sequence
+    slot: int
+    num_read: int = 0
 
 
 class DecodingStrategy(GenerationStrategy):
@@ -109,7 +117,7 @@ class Scheduler(Generic[Key]):
     Args:
         batch_size: the most sequences at a time.
         token_budget: tokens of a step. Decoding sequences come first; prompts are prefilled in chunks of the
-            rest (as in Sarathi-Serve, arXiv 2403.02310). None: a prompt is prefilled at once.
+            rest, in turn (as in Sarathi-Serve, arXiv 2403.02310). None: a prompt is prefilled at once.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -143,14 +151,14 @@ class Scheduler(Generic[Key]):
         self._fingerprint: Hashable = None  # of the model that filled the cache; None: it is not kept
         self._decoding: Decoding | None = self._begin()
         self._keys: dict[Sequence, Key] = {}
-        self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet
-        self._prefill: ModelRunner | None = None  # of the first of these, once it has begun
+        # In the order of their turns. Their slots are the last ones: `has_room` keeps rows out of them.
+        self._prefills: deque[Prefill] = deque()
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._setup_time = time.perf_counter() - began  # counts as the first request's
 
     @property
     def has_room(self) -> bool:
-        return len(self.batch) + len(self._waiting) < self._batch_size
+        return len(self.batch) + len(self._prefills) < self._batch_size
 
     @torch.inference_mode()
     def run_every_pass(self, num_positions: int) -> None:
@@ -177,51 +185,74 @@ class Scheduler(Generic[Key]):
             self._finished.append((key, error))
             return
         self._keys[sequence] = key
-        self._waiting.append(sequence)
-        while self._token_budget is None and self._waiting:
-            self._prefill_chunk(PREFILL_CHUNK)
+        if self._token_budget is None:
+            self._prefills.append(Prefill(sequence, len(self.batch)))
+            while self._prefills:
+                self._prefill_chunk(PREFILL_CHUNK)
+        else:
+            self._prefills.append(Prefill(sequence, self._batch_size - 1 - len(self._prefills)))
 
-    def _prefill_chunk(self, num_tokens: int) -> None:
-        """Prefill at most so many tokens of the first waiting sequence; the last ones add it to the batch.
+    def _prefill_chunk(self, num_tokens: int) -> int:
+        """Prefill at most so many tokens of the sequence whose turn it is; its last ones add it to the batch.
 
-        Until then its slot is the last one, which no row needs: `has_room` counts it.
+        Returns:
+            How many.
         """
-        sequence = self._waiting[0]
-        slot = len(self.batch) if self._token_budget is None else self._batch_size - 1
+        prefill, row, num_read = self._prefills[0], len(self.batch), 0
+        sequence, prompt = prefill.sequence, prefill.sequence.prompt
         try:
             self._decoding = self._decoding or self._begin()
-            runner, depth = self._decoding.runner, self._decoding.depth
-            if self._prefill is None:
-                runner.reserve(len(sequence.prompt), self._longest_possible())
+            runner = self._decoding.runner
+            if not prefill.num_read:
+                runner.reserve(len(prompt), self._longest_possible())
                 if self._config.reuse_cache:
-                    sequence.num_cached = self._take_prefix(runner, sequence.prompt, slot)
-                self._prefill = runner.for_row(slot, sequence.num_cached)
-            done = self._prefill.cache.length(0)
-            unread = sequence.history()[:, done : done + num_tokens]
-            is_last = done + unread.shape[1] == len(sequence.prompt)
+                    prefill.num_read = sequence.num_cached = self._take_prefix(prompt, prefill.slot)
+            chunk = sequence.history()[:, prefill.num_read :][:, :num_tokens]
+            num_read = chunk.shape[1]
+            is_last = prefill.num_read + num_read == len(prompt)
+            alone = runner.for_row(prefill.slot, prefill.num_read)
             with self._without_autocast():
-                logits = forward_early(self._prefill, unread, depth, num_logits=int(is_last)).logits
+                logits = forward_early(alone, chunk, self._decoding.depth, num_logits=int(is_last)).logits
+            prefill.num_read += num_read
+            self._prefixes.store(prefill.slot, prompt[: prefill.num_read])
             if not is_last:
-                return
-            if (row := len(self.batch)) != slot:
-                runner.cache.swap(slot, row, max(len(sequence.prompt), self._prefixes.length(row)))
-                self._prefixes.swap(slot, row)
+                self._prefills.rotate(-1)
+                return num_read
+            self._release(prefill)
+            self._swap(prefill.slot, row)
+            self._prefixes.store(row, ())  # from now on it is written to
             self.batch.add(sequence, logits[0])
-            runner.cache.add_row(len(sequence.prompt))
+            runner.cache.add_row(len(prompt))
         except Exception as error:
+            if prefill in self._prefills:
+                self._release(prefill)
             self._finished.append((self._keys.pop(sequence), error))
-        self._waiting.popleft()
-        self._prefill = None
+        return num_read
 
+    def _release(self, prefill: Prefill) -> None:
+        """Remove from the queue; the one in the lowest slot moves to its slot."""
+        self._prefills.remove(prefill)
+        lowest = min(self._prefills, key=lambda other: other.slot, default=prefill)
+        if lowest.slot < prefill.slot:
+            self._swap(lowest.slot, prefill.slot)
+            lowest.slot, prefill.slot = prefill.slot, lowest.slot
+
+    def _swap(self, slot: int, other: int) -> None:
+        """Exchange the keys and values of two slots without rows."""
+        if slot != other and self._decoding is not None:
+            length = max(map(self._prefixes.length, (slot, other)))
+            self._decoding.runner.cache.swap(slot, other, length)
+            self._prefixes.swap(slot, other)
+
+    @torch.inference_mode()
     def cancel(self, keys: Container[Key]) -> None:
         """Finish these requests before the next step, with the tokens they have."""
         for sequence, key in self._keys.items():
             if key in keys and sequence.remaining:
                 sequence.stop_reason = "stopping_criteria"
-        for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
-            self._prefill = None if sequence is self._waiting[0] else self._prefill
-            self._waiting.remove(sequence)
-            self._finished.append((self._keys.pop(sequence), sequence.result()))
+        for prefill in [prefill for prefill in self._prefills if not prefill.sequence.remaining]:
+            self._release(prefill)
+            self._finished.append((self._keys.pop(prefill.sequence), prefill.sequence.result()))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -236,9 +267,11 @@ class Scheduler(Generic[Key]):
                     sequence.error = sequence.error or error
                 if len(self.batch) > 1:
                     raise
-        if self._waiting:
-            budget = self._token_budget or PREFILL_CHUNK
-            self._prefill_chunk(max(1, budget - len(self.batch)) if self.batch else PREFILL_CHUNK)
+        room = PREFILL_CHUNK
+        if self.batch:
+            room = max(1, (self._token_budget or PREFILL_CHUNK) - len(self.batch))
+        while self._prefills and room > 0:
+            room -= self._prefill_chunk(room)
 
     @torch.inference_mode()
     def pop_finished(self) -> list[tuple[Key, GenerationStrategyResult | Exception]]:
@@ -254,7 +287,7 @@ class Scheduler(Generic[Key]):
                 if runner.has_its_cache:
                     runner.cache.remove_row(row, sequence.is_damaged, keep)
                 self._finished.append((self._keys.pop(sequence), sequence.result()))
-        if self._decoding is not None and (self.batch or self._waiting):
+        if self._decoding is not None and (self.batch or self._prefills):
             self._decoding.runner.cache.limit_growth(self._longest_possible())
         elif self._decoding is not None:  # weights may change before the next request
             if self._fingerprint is not None:
@@ -288,17 +321,18 @@ class Scheduler(Generic[Key]):
         self._prefixes = kept.prefixes
         return kept.runner
 
-    def _take_prefix(self, runner: ModelRunner, prompt: abc.Sequence[int], slot: int) -> int:
+    def _take_prefix(self, prompt: abc.Sequence[int], slot: int) -> int:
         """Move the longest cached prefix of a prompt into a slot; returns its length."""
-        found, length = self._prefixes.match(prompt, len(self.batch))
-        runner.cache.swap(found, slot, max(map(self._prefixes.length, (found, slot))))
-        self._prefixes.swap(found, slot)
-        self._prefixes.store(slot, ())  # from now on it is written to
+        taken = {prefill.slot for prefill in self._prefills if prefill.num_read}
+        free = [free for free in range(len(self.batch), self._batch_size) if free not in taken]
+        found, length = self._prefixes.match(prompt, free)
+        self._swap(found, slot)
+        self._prefixes.store(slot, prompt[:length])
         return length
 
     def _longest_possible(self) -> int:
-        """The most positions that a sequence in flight, or the one being prefilled, can reach."""
-        sequences = (*self.batch.sequences, *itertools.islice(self._waiting, 1))
+        """The most positions that a sequence can reach."""
+        sequences = (*self.batch.sequences, *(prefill.sequence for prefill in self._prefills))
         return max(sequence.max_length for sequence in sequences) + self.batch.longest_draft
 
     def _without_autocast(self) -> torch.autocast:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -33,14 +33,12 @@ class PrefixCache:
         self._prefixes = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
 
-    def match(self, prompt: Sequence[int], first_free: int) -> tuple[int, int]:
-        """The free slot that shares the longest prefix with a prompt, the oldest of equals; and the length of
+    def match(self, prompt: Sequence[int], slots: Iterable[int]) -> tuple[int, int]:
+        """The slot that shares the longest prefix with a prompt, the oldest of equals; and the length of
         that prefix. The last token of a prompt is never matched: its logits are needed.
         """
         length, _, slot = max(
-            (prefix.shared(prompt[:-1]), -prefix.age, slot)
-            for slot, prefix in enumerate(self._prefixes)
-            if slot >= first_free
+            (self._prefixes[slot].shared(prompt[:-1]), -self._prefixes[slot].age, slot) for slot in slots
         )
         return slot, length
 

@@ -79,15 +79,57 @@ def test_nobody_waits_for_a_long_prompt():
     assert len(lengths) == -(-len(LONG) // 7)  # of 8 tokens one is the short one's
 
 
+def test_prompts_are_read_in_turn():
+    """Guards against a short prompt that waits until a long one is read."""
+    model, config = tiny_llama(), GenerationConfig(sample=False, max_steps=40)
+    scheduler = Scheduler(make_strategy("autoregressive"), model, config, 4, 8)
+    scheduler.add_request("running", Request(PROMPTS[0]))
+    scheduler.step()
+    for key, prompt in (("long", LONG), ("short", PROMPTS[2]), ("third", PROMPTS[4])):
+        scheduler.add_request(key, Request(prompt))
+    joined = []
+    while len(scheduler.batch) < 4:
+        before = len(scheduler.batch)
+        scheduler.step()
+        joined += [sequence.prompt for sequence in scheduler.batch.sequences[before:]]
+    assert joined == [PROMPTS[2], PROMPTS[4], LONG]
+
+
+@pytest.mark.parametrize("reuse_cache", [False, True])
+@pytest.mark.parametrize("cancelled", range(4))
+def test_a_prompt_leaves_the_queue_while_others_are_read(cancelled, reuse_cache):
+    """Guards against keys that stay behind when a prompt changes its slot, and against a prefix in use."""
+    model = tiny_llama()
+    config = GenerationConfig(sample=False, max_steps=6, reuse_cache=reuse_cache)
+    scheduler = Scheduler(make_strategy("autoregressive"), model, config, 5, 4)
+    prompts = [PROMPTS[0], LONG, PROMPTS[3], [*LONG[:20], 4, 4]]
+    scheduler.add_request("running", Request(PROMPTS[4], config=replace(config, max_steps=30)))
+    scheduler.step()
+    for key, prompt in enumerate(prompts):
+        scheduler.add_request(key, Request(prompt))
+    for _ in range(7):
+        scheduler.step()
+    scheduler.cancel({cancelled})
+    results = dict(scheduler.pop_finished())
+    scheduler.add_request(4, Request(LONG))
+    while len(results) < 6:
+        scheduler.step()
+        results |= dict(scheduler.pop_finished())
+    for key, prompt in enumerate([*prompts, LONG]):
+        if key != cancelled:
+            alone = generate(model, prompt, max_steps=6, eos=[])
+            assert results[key].predicted_tokens == alone.predicted_tokens
+
+
 def test_a_request_that_is_cancelled_while_its_prompt_is_read():
     """Guards against a slot that stays taken."""
     model, config = tiny_llama(), GenerationConfig(sample=False, max_steps=6)
     scheduler = Scheduler(make_strategy("autoregressive"), model, config, 2, 8)
     scheduler.add_request("short", Request(PROMPTS[0]))
+    scheduler.step()
     scheduler.add_request("long", Request(LONG))
     assert not scheduler.has_room
-    for _ in range(2):
-        scheduler.step()
+    scheduler.step()
     scheduler.cancel({"long"})
     ((key, result),) = scheduler.pop_finished()
     assert (key, result.predicted_tokens, result.stop_reason) == ("long", [], "stopping_criteria")
@@ -106,7 +148,9 @@ def test_an_error_in_a_chunk_is_the_requests_own():
     model = copy.deepcopy(tiny_llama())
     bad = max(LONG)
     model.model.embed_tokens.register_forward_hook(
-        lambda module, inputs, output: 1 / 0 if (inputs[0] == bad).any() and inputs[0].numel() > 1 else output
+        lambda module, inputs, output: (
+            1 / 0 if (inputs[0] == bad).any() and inputs[0].shape[1] > 1 else output
+        )
     )
     found = chunked(model, [PROMPTS[0], LONG, PROMPTS[2]], 2, 8, strategy="autoregressive", max_steps=6)
     assert isinstance(found[1], ZeroDivisionError)
