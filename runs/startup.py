@@ -20,9 +20,10 @@ from runs.failures import reason
 from runs.status import says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.fused_layers import bytes_made
-from self_speculation.model.loading import LoadingWarning, default_model, load_config, resolve_device
+from self_speculation.model.loading import default_model, load_config, resolve_device
 from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
+from self_speculation.model.sources import LoadingWarning
 
 
 def meet(model_args: ModelArguments) -> None:
@@ -46,7 +47,7 @@ def autoregressive(
 
 
 def model_name(model_args: ModelArguments) -> str:
-    """--model, or the default model; raises LoadingError if there is none."""
+    """--model, or the default model."""
     return default_model() if model_args.model is None else model_args.model
 
 

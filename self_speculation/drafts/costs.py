@@ -74,8 +74,8 @@ class Costs:
         )
 
 
-# Cost of a pass over n tokens, relative to one token, by kernel; linear in between.
-_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# Cost of a pass over n tokens, relative to one token, by kernel; linear in between. The last is proportional.
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 64_000)
 _GROWTH: Mapping[str, Sequence[float]] = {
     "float16": (1.0, 1.06, 1.18, 1.5, 2.5, 4.6, 9.0),  # W16A32 (FBGEMM)
     "packed": (1.0, 1.04, 1.1, 1.25, 1.5, 2.5, 4.0),  # oneDNN
@@ -92,14 +92,8 @@ def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callab
         kind = "int4"
     else:
         kind = "float16" if runner.dtype != runner.model.dtype else "packed"
-    costs = _GROWTH[kind]
-
-    def of(num_tokens: int) -> float:
-        if num_tokens > _TOKENS[-1]:
-            return costs[-1] * num_tokens / _TOKENS[-1]
-        return float(numpy.interp(num_tokens, _TOKENS, costs))
-
-    return of
+    costs = [*_GROWTH[kind], 1000 * _GROWTH[kind][-1]]
+    return lambda num_tokens: float(numpy.interp(num_tokens, _TOKENS, costs))
 
 
 class PassTimes:

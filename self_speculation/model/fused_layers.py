@@ -7,9 +7,9 @@ work as before. When a generation begins, layers that have changed are fused aga
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -195,12 +195,13 @@ class FusedLayer:
             projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
         )
         self._num_rotated = self._num_heads + self._kv_heads
-        self._qkv = Linear(
-            attention.q_proj, attention.k_proj, attention.v_proj, fp32_activations=fp32_activations
+        linear = partial(Linear, fp32_activations=fp32_activations)
+        self.linears: tuple[Any, ...] = (
+            linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            linear(attention.o_proj),
+            linear(mlp.gate_proj, mlp.up_proj),
+            linear(mlp.down_proj),
         )
-        self._out = Linear(attention.o_proj, fp32_activations=fp32_activations)
-        self._gate_up = Linear(mlp.gate_proj, mlp.up_proj, fp32_activations=fp32_activations)
-        self._down = Linear(mlp.down_proj, fp32_activations=fp32_activations)
         self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `_is_plain`: there are no hooks
         self._width = mlp.gate_proj.out_features
         self._input_norm = RMSNorm(layer.input_layernorm)
@@ -208,23 +209,16 @@ class FusedLayer:
         self._query_norm = self._key_norm = None
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
-        self.linears = (self._qkv, self._out, self._gate_up, self._down)
         self.fp32_activations, self.structure = fp32_activations, structure(layer)
 
     @property
     def device(self) -> torch.device:
         return self._input_norm.weight.device
 
-    def over(self, make: Callable[[Linear], Any]) -> FusedLayer:
-        """This layer with each `Linear` replaced by `make(linear)`."""
-        other = copy.copy(self)
-        other.linears = tuple(make(linear) for linear in self.linears)
-        other._qkv, other._out, other._gate_up, other._down = other.linears
-        return other
-
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
-        heads = self._qkv(self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        qkv, out, gate_up, down = self.linears
+        heads = qkv(self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if self._query_norm is not None and self._key_norm is not None:
@@ -233,10 +227,10 @@ class FusedLayer:
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = cache.append(keys, values, self.index)
-        hidden = self._out.add_to(hidden, self._attend(queries, all_keys, all_values, context))
-        joint = self._gate_up.unconverted(self._mlp_norm(hidden))
+        hidden = out.add_to(hidden, self._attend(queries, all_keys, all_values, context))
+        joint = gate_up.unconverted(self._mlp_norm(hidden))
         gate, up = joint.split_with_sizes((self._width, self._width), 1)
-        return self._down.add_to(hidden, self._activation(gate).mul_(up))
+        return down.add_to(hidden, self._activation(gate).mul_(up))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
@@ -277,23 +271,16 @@ class FusedHead:
     """Final norm and head, [T, H] -> [T, V]."""
 
     def __init__(self, norm: Any, head: nn.Linear, fp32_activations: bool) -> None:
-        self.norm, self._head = RMSNorm(norm), Linear(head, fp32_activations=fp32_activations)
-        self.linears = (self._head,)
+        self.norm = RMSNorm(norm)
+        self.linears: tuple[Any, ...] = (Linear(head, fp32_activations=fp32_activations),)
         self.fp32_activations, self.structure = fp32_activations, structure(norm, head)
 
-    def over(self, make: Callable[[Linear], Any]) -> FusedHead:
-        """See `FusedLayer.over`."""
-        other = copy.copy(self)
-        other._head = make(self._head)
-        other.linears = (other._head,)
-        return other
-
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._head(self.norm(hidden))
+        return self.linears[0](self.norm(hidden))
 
     def tensors(self) -> list[Tensor]:
         """See `FusedLayer.tensors`."""
-        return [*self._head.tensors(), *self.norm.tensors()]
+        return [*self.linears[0].tensors(), *self.norm.tensors()]
 
 
 Fused = FusedLayer | FusedHead

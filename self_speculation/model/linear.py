@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +30,6 @@ _PACKED = {torch.float32: range(5, NARROW + 1), torch.bfloat16: range(1, NARROW 
 _BLOCKS = 16
 # The most elements that a thread packs in float16 at a time, from a copy in float32.
 _PIECE = 2**24
-
-_OUT_OF_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")
 
 
 class Linear:
@@ -123,10 +120,11 @@ class Linear:
     def derive(self, key: Hashable, make: Callable[[], T]) -> T:
         """The result of `make`, kept by key until the weight changes."""
         if key not in self.derived:
+            if not self.derived:  # a later copy must not hide that earlier ones are outdated
+                [self._contents_when_made] = contents([self._parameters])
             self.derived[key] = make()
             for weight in self._weights:
                 release(weight)
-            [self._contents_when_made] = contents([self._parameters])
         return self.derived[key]
 
     @property
@@ -176,23 +174,13 @@ class Float16Linear:
     bytes_per_weight = 2.0
 
     def __init__(self, *weights: Tensor, bias: Tensor | None = None) -> None:
-        num_rows, columns = sum(map(len, weights)), weights[0].shape[1]
-        self.num_bytes = self.bytes_of(torch.Size((num_rows, columns)))
-        at_a_time = math.ceil(num_rows / math.ceil(num_rows * columns / _PIECE))
-        exact = torch.empty(at_a_time, columns)
-        offsets = [0, *accumulate(map(len, weights))]  # of each weight's first row
-        self.packed = []
-        for start in range(0, num_rows, at_a_time):
-            end = min(start + at_a_time, num_rows)
-            rows = [
-                weight.detach()[max(start - offset, 0) : max(end - offset, 0)]
-                for offset, weight in zip(offsets, weights, strict=False)
-            ]
-            piece, biases = (
-                torch.cat(rows, out=exact[: end - start]),
-                None if bias is None else bias[start:end],
-            )
-            self.packed.append(torch.ops.quantized.linear_prepack_fp16(piece, biases))
+        joint = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.num_bytes = self.bytes_of(joint.shape)
+        rows = math.ceil(len(joint) / math.ceil(joint.numel() / _PIECE))
+        pieces = joint.detach().split(rows)
+        biases = [None] * len(pieces) if bias is None else bias.split(rows)
+        pack = torch.ops.quantized.linear_prepack_fp16
+        self.packed = [pack(piece.float(), part) for piece, part in zip(pieces, biases, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         pieces = [torch.ops.quantized.linear_dynamic_fp16(x, piece) for piece in self.packed]
@@ -204,6 +192,13 @@ class Float16Linear:
         return 2 * shape.numel()
 
 
+def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
+    """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""
+    other: Any = copy.copy(part)
+    other.linears = tuple(make(linear) for linear in other.linears)
+    return other
+
+
 @cache
 @torch.no_grad()
 def works(
@@ -212,14 +207,14 @@ def works(
     """Whether there is a kernel for copies of this kind, of weights of this dtype on this device.
 
     Raises:
-        RuntimeError: out of memory. The next call tries again.
+        torch.OutOfMemoryError: the next call tries again.
     """
     weight = torch.zeros(16, 32, device=device, dtype=dtype)
     try:
         kind(weight)(weight[:1])
-    except (AttributeError, RuntimeError) as error:
-        if any(text in str(error) for text in _OUT_OF_MEMORY):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):
         return False
     return True
 

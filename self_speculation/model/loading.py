@@ -31,31 +31,15 @@ from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantiz
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.families import check_supported
 from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
-from self_speculation.model.gguf_files import Header, cache_folder, mapped_weights, read_once, read_weights
+from self_speculation.model.gguf_files import Header, read_once, read_weights
 from self_speculation.model.linear import Float16Linear, works
-from self_speculation.model.sources import LoadingError, explained, find_adapter, locate
-
-# In a checkout, and in an installed package.
-_BUNDLED = (
-    Path(__file__).parents[2] / "checkpoints" / "python-10m",
-    Path(__file__).parents[1] / "bundled",
-)
-
-
-class LoadingWarning(UserWarning):
-    """A model is loaded otherwise than expected."""
+from self_speculation.model.sources import LoadingError, LoadingWarning, explained, find_adapter, locate
 
 
 def default_model() -> str:
-    """The folder of the bundled LayerSkip model.
-
-    Raises:
-        LoadingError: it has been removed.
-    """
-    for folder in _BUNDLED:
-        if folder.is_dir():
-            return str(folder)
-    raise LoadingError(f"model: none given, and the bundled one is gone from {_BUNDLED[0]}: name one")
+    """The folder of the bundled LayerSkip model, in a checkout or else in the installed package."""
+    in_checkout = Path(__file__).parents[2] / "checkpoints" / "python-10m"
+    return str(in_checkout if in_checkout.is_dir() else Path(__file__).parents[1] / "bundled")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -190,37 +174,16 @@ def _load(
     if header is not None:
         # The config has taken some of these already, and says where the model is.
         taken = {"gguf_file", "trust_remote_code"}
-        kwargs = {
-            name: value
-            for name, value in kwargs.items()
-            if name == "dtype" or not (name in taken or hasattr(config, name))
-        }
+        taken |= {name for name in kwargs if hasattr(config, name)} - {"dtype"}
+        kwargs = {name: value for name, value in kwargs.items() if name not in taken}
         kind, where, kwargs["config"] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, config
-        kwargs["state_dict"] = _gguf_weights(model, header, config, kwargs["dtype"])
+        dtype = torch.float32 if isinstance(kwargs["dtype"], str) else kwargs["dtype"]
+        kwargs["state_dict"] = read_weights(header, config, dtype)
     loaded, info = kind.from_pretrained(where, **kwargs, output_loading_info=True)
-    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    if absent:
-        raise LoadingError(
-            f"model {model!r}: config and weights do not fit: {len(absent)} tensors, {absent[0]} ..."
-        )
+    if absent := sorted(info["missing_keys"]):
+        missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
+        raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
     return loaded.eval()
-
-
-def _gguf_weights(
-    model: str, header: Header, config: PretrainedConfig, dtype: torch.dtype | str
-) -> dict[str, torch.Tensor]:
-    """In float16 they are mapped from a file in the user's cache, else they are in memory."""
-    if dtype == torch.float16:
-        try:
-            return mapped_weights(header, config)
-        except OSError as error:
-            warnings.warn(
-                f"model {model!r}: takes twice the memory, since its weights cannot be kept in "
-                f"{cache_folder()} ({error.strerror or error})",
-                LoadingWarning,
-                stacklevel=2,
-            )
-    return read_weights(header, config, torch.float32 if isinstance(dtype, str) else dtype)
 
 
 def _w16a32_dtype(

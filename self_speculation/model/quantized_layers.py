@@ -20,7 +20,7 @@ from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, FusedHead, FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.linear import Float16Linear, Linear, works
+from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
@@ -110,7 +110,8 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         for made in threads.map(copied, missing):
             advance(made.num_bytes)
     has_own_head = not formats.keys() & {*head.linears}
-    return runner.over([layer.over(copied) for layer in layers], head if has_own_head else head.over(copied))
+    copies = [replace_linears(layer, copied) for layer in layers]
+    return runner.over(copies, head if has_own_head else replace_linears(head, copied))
 
 
 class _SquaresSummed:
@@ -138,7 +139,8 @@ def _squares_of_inputs(runner: ModelRunner, layers: Sequence[FusedLayer]) -> Map
     as well as texts, without a tokenizer.
     """
     squares: dict[Linear, Tensor] = {}
-    summing = runner.over([layer.over(partial(_SquaresSummed, squares)) for layer in layers], runner.head)
+    summed = [replace_linears(layer, partial(_SquaresSummed, squares)) for layer in layers]
+    summing = runner.over(summed, runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
     width = min(_TOKENS_OF_A_PASS, context_length(runner.config))

@@ -7,11 +7,10 @@ with -inf for all other ids, so processors, sampling and the accept rule stay as
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -84,14 +83,8 @@ class ShortHead:
         self._norm, self._size = runner.head.norm, whole.shape[0]
         self._ids = on_device(ids, runner.rotary.device)
         self._seen = _SeenIds(whole, frozenset(ids), runner.rotary)
-        self.linears: tuple[Any] = (whole.derive(tuple(ids), lambda: whole.of_rows(self._ids)),)
+        self.linears: tuple[Any, ...] = (whole.derive(tuple(ids), lambda: whole.of_rows(self._ids)),)
         self.see, self.see_text = self._seen.see, self._seen.see_text  # see `_SeenIds`
-
-    def over(self, make: Callable[[Linear], Any]) -> ShortHead:
-        """As that of `FusedHead`."""
-        other = copy.copy(self)
-        other.linears = (make(self.linears[0]),)
-        return other
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)

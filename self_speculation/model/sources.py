@@ -34,6 +34,10 @@ class LoadingError(Exception):
     """A model cannot be loaded; the message is one line with advice."""
 
 
+class LoadingWarning(UserWarning):
+    """A model is loaded otherwise than expected."""
+
+
 def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
     """Whether the hub can be reached, whether or not it has the repository.
 
@@ -146,6 +150,8 @@ def _advice(model: str, error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     if "backend tokenizer" in text:  # transformers' message has several lines
         return "no tokenizer in there, such as tokenizer.json: save it to the folder, too"
+    if "ignore_mismatched_sizes" in text:
+        return "config and weights do not fit: some tensors have another shape"
     if "no file named" in text:
         return "no safetensors weights in there; other formats are not read (pickles can run code)"
     return text.splitlines()[0]

@@ -1,4 +1,4 @@
-"""A LoRA folder as a model: merged into the model that it names, or refused in one line."""
+"""A LoRA folder as --model: loading merges it into its base model, or refuses it in one line."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from conftest import ROOT
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model.loading import load_config
 
-# `make test` puts peft there; in the environment itself it would slow every other test down.
+# `make test` installs peft there: in the environment it would slow down every other test.
 LIBRARIES = Path(sys.prefix) / "lora"
 
 PROGRAM = f"""
@@ -77,7 +77,7 @@ for kind in (PromptTuningConfig, PromptEncoderConfig):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What tells a LoRA folder: the config; nothing here reads the weights."""
+    """A LoRA folder by its config; these tests read no weights."""
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
@@ -85,20 +85,20 @@ def folder(tmp_path):
 
 
 def refusal(folder, **options):
-    """What is said by the config alone and by loading, which must be the same line."""
-    said = set()
+    """The line by which `load_config` and `load_model_and_tokenizer` refuse it."""
+    lines = []
     for load in (load_config, load_model_and_tokenizer):
         with pytest.raises(LoadingError) as error:
             load(str(folder), LoadingOptions(**options))
-        said.add(str(error.value))
-    (line,) = said
-    assert "\n" not in line
-    return line
+        lines.append(str(error.value))
+    assert lines[0] == lines[1]
+    assert "\n" not in lines[0]
+    return lines[0]
 
 
-def test_it_is_merged_into_its_model(model_folder, tmp_path):
-    """Guards against an output of the base model, and against weights that are not plain: those have no fused
-    layers, and so no draft in four bits.
+def test_an_adapter_is_merged_into_its_base(model_folder, tmp_path):
+    """Guards against the output of the base model, and against weights of peft's classes: such layers are not
+    fused and have no copies in four bits.
     """
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -107,9 +107,9 @@ def test_it_is_merged_into_its_model(model_folder, tmp_path):
     assert "4 tokens in" in result.stderr
 
 
-def test_one_that_is_not_merged(model_folder, tmp_path):
-    """Guards against prompts that peft has tuned and drafts pass over, and against an adapter that is refused
-    although its layers are followed.
+def test_models_of_peft(model_folder, tmp_path):
+    """Guards against drafts that ignore a tuned prompt, and against refusing adapters whose layers are
+    followed.
     """
     program = tmp_path / "program.py"
     program.write_text(BESIDE_A_MODEL)
@@ -117,8 +117,8 @@ def test_one_that_is_not_merged(model_folder, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_without_peft(folder, monkeypatch):
-    """Guards against `the folder has no config.json, so it is not a Hugging Face model`."""
+def test_a_missing_peft_is_named(folder, monkeypatch):
+    """Guards against an error about a missing config.json, which does not help."""
     monkeypatch.setattr("self_speculation.model.sources.importlib.util.find_spec", lambda name: None)
     assert f"is a LoRA adapter of {folder / 'base'}: pip install peft, which merges it" in refusal(folder)
 
@@ -136,8 +136,8 @@ def test_without_peft(folder, monkeypatch):
         ("adapter_model.safetensors", None, "other formats are not read (pickles can run code)"),
     ],
 )
-def test_what_cannot_be_merged(folder, name, content, says):
-    """Guards against tracebacks from inside peft, and against its reading a pickle."""
+def test_other_adapters_are_refused(folder, name, content, says):
+    """Guards against tracebacks from inside peft, and against pickles, which peft reads."""
     if content is None:
         (folder / name).unlink()
     else:
@@ -146,7 +146,8 @@ def test_what_cannot_be_merged(folder, name, content, says):
 
 
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"parallel": "tensor"}])
-def test_what_it_cannot_be_combined_with(folder, options, monkeypatch):
+def test_flags_that_exclude_an_adapter_are_refused(folder, options, monkeypatch):
+    """Guards against an adapter that is merged into quantised or sharded weights."""
     monkeypatch.setattr("self_speculation.model.sources.importlib.util.find_spec", lambda name: object())
     ((name, value),) = options.items()
     message = f"{name} {value}: not with a LoRA adapter; merge it into its model before"

@@ -1,4 +1,4 @@
-"""One fingerprint tells whether a model is still what it was: for kept caches, copies and compiled passes."""
+"""A fingerprint changes with a model. Caches, copies and captured passes are valid while it is the same."""
 
 import copy
 import gc
@@ -33,30 +33,13 @@ def weight(model):
     return model.model.layers[2].mlp.down_proj.weight  # [32, 48]
 
 
-def stepped(model):
-    ids = torch.tensor([[5, 9, 4]])
-    optimizer = torch.optim.SGD([weight(model)], lr=0.1)
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-
-
-def element_of(model):
-    with torch.no_grad():
-        weight(model)[3, 5] += 1
-
-
 CHANGES = {
     "a row, through data": lambda model: weight(model).data[7].mul_(1.5),
     "a column, through data": lambda model: weight(model).data[:, 11].mul_(1.5),
-    "two rows": lambda model: weight(model).data.__setitem__([4, 9], weight(model).data[[9, 4]]),
-    "two columns": lambda model: weight(model).data.__setitem__(
-        (slice(None), [4, 9]), weight(model).data[:, [9, 4]]
-    ),
     "a sign": lambda model: model.lm_head.weight.data.neg_(),
     "an element of a norm, through data": lambda model: norm(model).weight.data[3].mul_(30),
-    "an element": element_of,
+    "an element, by torch": lambda model: nn.init.ones_(weight(model)[3, 5]),
     "loaded": lambda model: model.load_state_dict(tiny_llama(agreement="always").state_dict()),
-    "stepped": stepped,
     "a new storage": lambda model: setattr(weight(model), "data", weight(model).data.clone()),
     "a new parameter": lambda model: setattr(
         model.model.layers[2].mlp.down_proj, "weight", nn.Parameter(weight(model).data)
@@ -76,16 +59,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_it_sees(model, change):
-    """Guards against keys, values and copies that are used after the model has changed."""
+def test_a_change_changes_it(model, change):
+    """Guards against keys, values and copies that are used after their model has changed."""
     before = fingerprint(model)
     assert fingerprint(model) == before
     CHANGES[change](model)
     assert fingerprint(model) != before
 
 
-def test_it_sees_what_is_in_lists(model):
-    """Guards against keys of an adapter that is another by now: peft names it in a list of each layer."""
+def test_it_covers_lists_and_dicts(model):
+    """Guards against a change of the adapter, which peft names in a list of each layer."""
     norm(model).active, norm(model).scales = ["a"], {"a": 1.0, "b": [1.0]}
     seen = [fingerprint(model)]
     norm(model).active[0] = "b"
@@ -95,8 +78,8 @@ def test_it_sees_what_is_in_lists(model):
     assert len({*seen}) == 3
 
 
-def test_another_hook_at_the_same_address(model):
-    """Guards against a hook that is told from another one by its `id`, which a later one takes over."""
+def test_hooks_at_one_address_differ(model):
+    """Guards against comparing hooks by `id`: a later hook may get the `id` of a freed one."""
 
     def put():
         return norm(model).register_forward_hook(lambda module, inputs, output: output * 2)
@@ -109,12 +92,10 @@ def test_another_hook_at_the_same_address(model):
     assert fingerprint(model) != before
 
 
-def test_an_answer_changes_nothing(model):
-    """Guards against what a model's own passes do to it: then nothing would ever be kept."""
+def test_a_pass_does_not_change_it(model):
+    """Guards against a cache that is never valid, since some rotary embeddings write to their buffers."""
     rotary = model.model.rotary_emb
-    rotary.register_forward_pre_hook(
-        lambda *_: (rotary.inv_freq.mul_(1), None)[1]
-    )  # as those of long contexts
+    rotary.register_forward_pre_hook(lambda *_: (rotary.inv_freq.mul_(1), None)[1])
     model(torch.tensor([[5, 9, 4]]))
     before = fingerprint(model)
     model(torch.tensor([[5, 9, 4]]))
@@ -122,20 +103,18 @@ def test_an_answer_changes_nothing(model):
 
 
 @given(rows=st.integers(1, 400), columns=st.integers(1, 400))
-def test_every_row_and_every_column_is_met(rows, columns):
-    """Guards against a row or a column that may be written to unseen, and a sample as large as the weight."""
+def test_a_sample_meets_every_row_and_column(rows, columns):
+    """Guards against a row or a column that can change unseen, and against samples as large as the weight."""
     places = fingerprints._sample(torch.arange(rows * columns).view(rows, columns))
     assert {*(places // columns).tolist()} == {*range(rows)}
     assert {*(places % columns).tolist()} == {*range(columns)}
-    if min(rows, columns) > 60:  # of shorter ones, all are few
+    if min(rows, columns) > 60:
         assert len(places) <= 1.2 * max(rows, columns)
 
 
 @pytest.mark.parametrize("columns", [2048, 2176, 5504])
-def test_a_packed_weight_of_one_dimension(columns):
-    """Guards against millions of bytes that are read of each weight of bitsandbytes, [n, 1], and against rows
-    in there that are left out.
-    """
+def test_a_sample_of_a_packed_weight_is_small(columns):
+    """Guards against reading whole weights of bitsandbytes, [n, 1], and against missing rows in them."""
     packed = torch.arange(columns * 500).view(-1, 1)
     places = fingerprints._sample(packed)
     assert {*(places // columns).tolist()} == {*range(500)}
@@ -149,7 +128,7 @@ def test_a_packed_weight_of_one_dimension(columns):
     ids=["rows", "columns", "some columns", "a vector", "a number", "nothing"],
 )
 def test_tensors_of_every_kind(dtype, laid_out):
-    """Guards against kinds of weights that cannot be read, and NaN that differ from themselves."""
+    """Guards against formats or strides that cannot be read, and against NaN, which differs from itself."""
     torch.manual_seed(0)
     whole = (torch.randn(24, 32) * 9).to(dtype)
     if dtype.is_floating_point:
@@ -162,8 +141,8 @@ def test_tensors_of_every_kind(dtype, laid_out):
         assert contents([[tensor]]) != before
 
 
-def test_groups_are_told_apart(model):
-    """Guards against a change that is put down to another layer, and to both of two formats."""
+def test_a_change_belongs_to_its_group(model):
+    """Guards against a change of one layer that invalidates another, also of another format."""
     layers = [
         layer.to(torch.bfloat16 if i % 2 else torch.float32) for i, layer in enumerate(model.model.layers)
     ]
@@ -176,7 +155,7 @@ def test_groups_are_told_apart(model):
 
 
 def test_weights_without_versions_or_memory(model):
-    """Guards against a model that was made in inference mode, and against one that is offloaded."""
+    """Guards against errors with a model that was made in inference mode or is offloaded."""
     with torch.inference_mode():
         made = copy.deepcopy(model)
         before = fingerprint(made)
@@ -193,8 +172,8 @@ def mesh(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_a_weight_that_processes_share(model, mesh):
-    """Guards against reading all of it, which other processes have: each looks at its own part."""
+def test_a_sharded_weight_is_read_locally(model, mesh):
+    """Guards against reading the parts of other ranks."""
     head = model.lm_head
     head.weight = nn.Parameter(DTensor.from_local(head.weight.data, mesh, [Replicate()]))
     before = fingerprint(model)
@@ -203,8 +182,8 @@ def test_a_weight_that_processes_share(model, mesh):
     assert fingerprint(model) != before
 
 
-class Made(TorchDispatchMode):
-    """Tensors that are more than views."""
+class Copies(TorchDispatchMode):
+    """Collects tensors that are no views."""
 
     def __init__(self):
         super().__init__()
@@ -217,36 +196,30 @@ class Made(TorchDispatchMode):
         return result
 
 
-def test_weights_on_a_gpu_are_not_copied(monkeypatch):
-    """Guards against copies of weights, let alone as int64: 8 GB for a model of 8 billion weights, at each
-    turn of a chat; and against a second read.
-    """
-    read = []
+def test_weights_on_a_gpu_are_sampled_in_one_read(monkeypatch):
+    """Guards against copies of whole weights (8 GB for a model of 8 billion), and against a second read."""
 
     class Read(Exception):
-        """Tensors without memory have no bits to go on with."""
+        """Fake tensors have no bits."""
 
     def cpu(tensor):
         read.append(tensor)
         raise Read
 
+    read, shapes = [], ((512, 256), (256, 640))
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     with FakeTensorMode():
-        weights = [
-            torch.empty(size, dtype=torch.bfloat16, device=DEVICE) for size in ((512, 256), (256, 640))
-        ]
+        weights = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
         weights.append(torch.empty(256, dtype=torch.float32, device=DEVICE))
-        with Made() as ran, pytest.raises(Read):
+        with Copies() as copies, pytest.raises(Read):
             contents([weights])
-    assert len(read) == 1
-    assert read[0].device == torch.device(DEVICE)
-    assert sum(tensor.nbytes for tensor in ran.made) < 0.03 * sum(weight.nbytes for weight in weights)
-    assert all(tensor.dtype in (torch.bfloat16, torch.float32, torch.uint8) for tensor in ran.made)
-    assert read[0].dtype == torch.uint8
+    assert [(tensor.device, tensor.dtype) for tensor in read] == [(torch.device(DEVICE), torch.uint8)]
+    assert sum(tensor.nbytes for tensor in copies.made) < 0.03 * sum(weight.nbytes for weight in weights)
+    assert all(tensor.dtype in (torch.bfloat16, torch.float32, torch.uint8) for tensor in copies.made)
 
 
-def test_structure_is_read_on_the_host(model, monkeypatch):
-    """Guards against a read from the device each time that somebody asks whether modules are the same."""
+def test_structure_needs_no_read_from_the_device(model, monkeypatch):
+    """Guards against waiting for a GPU before each answer."""
     for name in ("cpu", "tolist", "item", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a read"))
     before = structure(model)

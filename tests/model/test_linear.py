@@ -1,128 +1,94 @@
-"""A fused model is saved, copied, wrapped and trained as any other."""
-
-import copy
-import pickle
+"""`Linear` and its packed copies compute x W^T + b over the current weights, by whichever kernel."""
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import generate, tiny_llama
-from safetensors.torch import load_file, load_model, save_model
+from conftest import assert_close
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from self_speculation.model.fused_layers import fuse
+from self_speculation.model import linear
+from self_speculation.model.linear import NARROW, Float16Linear, Linear, follow_weights, works
 
-PROMPT = [5, 9, 4, 7, 7, 3]
-
-
-@pytest.fixture
-def model():
-    fused = copy.deepcopy(tiny_llama())
-    assert fuse(fused) == 4
-    generate(fused, PROMPT, max_steps=4, eos=[])
-    return fused
-
-
-@pytest.fixture
-def accelerator():
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    yield Accelerator(cpu=True)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-def empty():
-    """The same shape, other weights."""
-    torch.manual_seed(1)
-    return LlamaForCausalLM(tiny_llama().config).eval()
-
-
-def assert_whole(state):
-    expected = tiny_llama().state_dict()
-    assert list(state) == list(expected)
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
-
-
-def by_accelerate(model, folder, accelerator):
-    accelerator.save_model(model, folder)
-    return load_file(folder / "model.safetensors")
-
-
-def by_save_state(model, folder, accelerator):
-    accelerator.prepare(model)
-    accelerator.save_state(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    accelerator.load_state(folder)
-    return model.state_dict()
-
-
-def by_safetensors(model, folder, _):
-    save_model(model, str(folder / "model.safetensors"))
-    other = empty()
-    load_model(other, str(folder / "model.safetensors"))
-    return other.state_dict()
-
-
-def by_transformers(model, folder, _):
-    model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def by_pickle(model, *_):
-    return pickle.loads(pickle.dumps(model)).state_dict()
-
-
-def by_deepcopy(model, *_):
-    return copy.deepcopy(model).state_dict()
-
-
-@pytest.mark.parametrize(
-    "way", [by_accelerate, by_save_state, by_safetensors, by_transformers, by_deepcopy, by_pickle]
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+needs_fbgemm = pytest.mark.skipif(
+    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
 )
-def test_all_of_it_is_saved(model, way, tmp_path, accelerator):
-    """Guards against projections that share one storage: what looks for those leaves all but one out."""
-    state = way(model, tmp_path, accelerator)
-    assert_whole({name: state[name] for name in tiny_llama().state_dict()})
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("width", [1, 2, 5, NARROW, NARROW + 1])
+@pytest.mark.parametrize("rows", [(64, 32, 32), (131, 12, 12), (151,)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_onednn)])
+def test_every_kernel_computes_the_product(width, rows, bias, packed, monkeypatch):
+    """Guards against a wrong kernel that only some machines use, and against rows that blocks split badly."""
+    torch.manual_seed(0)
+    projections = [nn.Linear(24, n, bias=bias) for n in rows]
+    x = torch.randn(width, 24)
+    with torch.inference_mode():
+        expected = torch.cat([projection(x) for projection in projections], -1)
+        joint = Linear(*projections)
+        if packed:
+            joint.may_be_packed = True
+            monkeypatch.setattr(linear, "_PACKED", {torch.float32: [width]})
+        assert_close(joint(x), expected)
+        assert joint(x).is_contiguous()
+        assert_close(joint.add_to(torch.ones_like(expected), x), expected + 1)
 
 
-def by_ddp(model):
-    return nn.parallel.DistributedDataParallel(model)
+@needs_onednn
+def test_format_and_number_of_tokens_decide_on_the_kernel(monkeypatch):
+    """Guards against a choice by measured time, which took the slower kernel on a shared machine."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for dtype, packed in ((torch.float32, range(5, NARROW + 1)), (torch.bfloat16, range(1, NARROW + 1))):
+        some = Linear(nn.Linear(32, 32, dtype=dtype))
+        assert some.can_be_packed
+        some.may_be_packed = True
+        assert [width for width in range(1, 20) if some.is_packed(width)] == [*packed]
 
 
-def by_fsdp(model):
-    return torch.distributed.fsdp.FullyShardedDataParallel(
-        model, device_id=torch.device("cpu"), use_orig_params=True
-    )
+@pytest.mark.parametrize("size", [1, 100, 2**24])
+@needs_fbgemm
+def test_a_weight_is_packed_in_pieces(size, monkeypatch):
+    """Guards against rows that are lost or doubled where a piece ends, and against a copy in float32 of a
+    whole large head.
+    """
+    monkeypatch.setattr(linear, "_PIECE", size)
+    torch.manual_seed(0)
+    weights, x = [torch.randn(rows, 40).bfloat16() for rows in (3, 50, 7)], torch.randn(5, 40)
+    made = Float16Linear(*weights)
+    exact = torch.cat(weights).half().float()
+    assert_close(made(x), x @ exact.T)
+    assert made.num_bytes == 2 * exact.numel()
+    assert len(made.packed) == {1: 60, 100: 20, 2**24: 1}[size]
 
 
-def by_fully_shard(model):
-    for layer in model.model.layers:
-        torch.distributed.fsdp.fully_shard(layer)
-    return torch.distributed.fsdp.fully_shard(model)
-
-
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("wrap", [by_ddp, by_fsdp, by_fully_shard])
-def test_all_of_it_is_trained(model, wrap):
-    """Guards against weights that no longer share the joint one after they are flattened or sharded."""
-    reference, ids = copy.deepcopy(tiny_llama()), torch.tensor([PROMPT])
-    wrapped = wrap(model)
-    for each in (wrapped, reference):
-        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
-        each(ids, labels=ids).loss.backward()
-        optimizer.step()
+def test_copies_are_dropped_when_a_bias_changes():
+    """Guards against comparing weights alone, and against a new copy that hides an outdated one."""
+    own = nn.Linear(32, 32)
+    some = Linear(own)
+    some.derive("a copy", object)
+    follow_weights([some])
+    assert "a copy" in some.derived
     with torch.no_grad():
-        difference = (wrapped(ids).logits - reference(ids).logits).abs().max()
-    assert difference < 1e-3
+        own.bias[3] += 1
+    some.derive("another copy", object)
+    follow_weights([some])
+    assert "a copy" not in some.derived
+
+
+def test_a_missing_kernel_is_told_from_missing_memory():
+    """Guards against drafts that are refused for ever because a GPU's memory was full once."""
+    errors = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    class ShortOfMemory(nn.Identity):
+        def forward(self, x):
+            if errors:
+                raise errors.pop()
+            return x
+
+    class Missing(nn.Identity):
+        def forward(self, x):
+            raise NotImplementedError("no such kernel")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        works(lambda weight: ShortOfMemory(), torch.device("cpu"), torch.float32)
+    assert not works(lambda weight: Missing(), torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""Weights in a file that is mapped: known without being read, and memory that is given back."""
+"""Weights that are mapped from a file: they are known without a read, and their pages can be freed."""
 
 import copy
 import mmap
@@ -16,8 +16,7 @@ from self_speculation.model.fused_layers import fuse
 from self_speculation.model.mapped import MappedFiles, release
 
 SHAPE = (300, 64)  # in float32 more than 18 pages
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-pytestmark = linux
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @pytest.fixture
@@ -28,15 +27,15 @@ def weights(tmp_path):
 
 
 def pages_in_memory(tensor):
-    """How many of a tensor's pages the process has."""
+    """Number of a tensor's pages in memory."""
     first, last = tensor.data_ptr() // mmap.PAGESIZE, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as pages:
         pages.seek(8 * first)
         return int((np.frombuffer(pages.read(8 * (last - first)), np.uint64) >> 63).sum())
 
 
-def test_a_weight_is_in_its_file_until_somebody_writes_to_it(weights):
-    """Guards against a write through `.data` that is not seen, and an address that neighbours share."""
+def test_a_weight_has_an_address_until_it_is_written(weights):
+    """Guards against a write through `.data` that is not seen, and against one address for two weights."""
     a, b, c = weights.values()
     before = [MappedFiles().address(weight) for weight in (a, b, c)]
     assert None not in before
@@ -45,26 +44,26 @@ def test_a_weight_is_in_its_file_until_somebody_writes_to_it(weights):
     assert [MappedFiles().address(weight) for weight in (a, b, c)] == [*before[:2], None]
 
 
-def test_what_is_in_no_file_has_no_address(tmp_path):
-    """Guards against taking memory for a file's that several processes write to, or that nobody has yet."""
+def test_other_memory_has_no_address(tmp_path):
+    """Guards against unseen writes to shared memory, to a shared mapping, or to fresh pages."""
     (tmp_path / "x").write_bytes(bytes(2**16))
     shared = torch.from_file(str(tmp_path / "x"), shared=True, size=2**14)
     for weight in (torch.ones(SHAPE), torch.empty(2**20), torch.ones(SHAPE).share_memory_(), shared):
         assert MappedFiles().address(weight) is None
 
 
-def test_released_pages_come_back_from_the_file(weights):
-    """Guards against memory for a model twice, the file's pages beside the copies that were made of them."""
+def test_released_pages_are_read_again(weights):
+    """Guards against a model that is in memory twice, as pages of its file and as packed copies."""
     weight = weights["b"]
     expected = weight.clone()
     assert pages_in_memory(weight) > 10
     release(weight)
-    assert pages_in_memory(weight) <= 1  # what it shares with its neighbours
+    assert pages_in_memory(weight) <= 1  # it shares one with a neighbour
     assert torch.equal(weight, expected)
 
 
-def test_what_was_written_is_never_released(weights):
-    """Guards against weights that turn back to those of the file."""
+def test_written_weights_are_not_released(weights):
+    """Guards against weights that revert to those of the file."""
     weight = weights["b"]
     weight[100] = 7.0
     anonymous = torch.full(SHAPE, 3.0)
@@ -74,8 +73,8 @@ def test_what_was_written_is_never_released(weights):
         assert torch.equal(each, expected)
 
 
-def test_where_the_system_does_not_tell(weights, monkeypatch):
-    """Guards against an error on other systems: there all weights are read, and kept."""
+def test_without_proc_all_weights_are_read_and_kept(weights, monkeypatch):
+    """Guards against an error on systems other than Linux."""
 
     def missing(*_, **__):
         raise FileNotFoundError
@@ -91,7 +90,7 @@ def test_where_the_system_does_not_tell(weights, monkeypatch):
 
 
 def test_a_packed_model_takes_no_memory_for_its_file(tmp_path):
-    """Guards against four bytes a weight: two of the file, which are read again when an answer begins."""
+    """Guards against four bytes per weight: a fingerprint would read the pages of the file again."""
     copy.deepcopy(tiny_llama(vocab_size=1000)).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     fuse(model, fp32_activations=True)

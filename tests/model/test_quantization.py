@@ -1,7 +1,8 @@
-"""The target's weights in fewer bits: the guarantees are those of the quantised model."""
+"""--quantization: the target itself has weights in fewer bits, and all strategies give its own output."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import ROOT
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model.loading import default_model
 
-# `make test` puts the libraries there; in the environment itself they would slow every other test down.
+# `make test` installs the libraries there: in the environment they would slow down every other test.
 LIBRARIES = Path(sys.prefix) / "quantization"
 
 PROGRAM = f"""
@@ -41,8 +42,8 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_strategies_agree_on_a_quantised_model():
-    """Guards against weights that stayed as they were, and against quantisers by which a token's result
-    depends on what else is in its pass, as that of LLM.int8 does.
+    """Guards against weights that were not quantised, and against quantisers such as LLM.int8, where the
+    result of a token depends on the other tokens of its pass.
     """
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -57,20 +58,20 @@ def test_strategies_agree_on_a_quantised_model():
 
 
 @pytest.mark.parametrize(("quantization", "library"), [("int8", "torchao"), ("int4", "bitsandbytes")])
-def test_without_the_library(quantization, library, monkeypatch):
+def test_a_missing_library_is_named(quantization, library, monkeypatch):
+    """Guards against an ImportError."""
     monkeypatch.setattr("self_speculation.model.loading.importlib.util.find_spec", lambda name: None)
     message = f"quantization {quantization}: needs {library}, install requirements-quantization.txt"
     with pytest.raises(LoadingError, match=message):
         load_model_and_tokenizer(default_model(), LoadingOptions(quantization=quantization))
 
 
-def test_what_is_quantised_already_is_refused(model_folder, tmp_path, monkeypatch):
-    """Guards against a flag that transformers would ignore with a warning."""
+def test_a_quantised_checkpoint_is_refused(model_folder, tmp_path, monkeypatch):
+    """Guards against a flag that transformers ignores with a warning."""
     monkeypatch.setattr("self_speculation.model.loading.importlib.util.find_spec", lambda name: name)
+    shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((model_folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    for file in model_folder.glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoadingError, match=r"quantization int8: the weights of .* are quantised already"):
-        load_model_and_tokenizer(str(tmp_path), LoadingOptions(quantization="int8"))
+        load_model_and_tokenizer(str(tmp_path / "model"), LoadingOptions(quantization="int8"))

