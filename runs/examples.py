@@ -74,9 +74,6 @@ class Job(ABC):
     def conclude(self, run: Run, records: list[Record]) -> int:
         """Finish the run with all records in order; the exit status."""
 
-    def after_each(self, run: Run) -> None:  # noqa: B027
-        """Rank 0 calls this after each record that it writes."""
-
 
 class OneByOne(Job):
     """A job that makes its records one after the other."""
@@ -194,8 +191,6 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
             writer.append(records[-1])
             bar.set_postfix_str(job.progress(records), refresh=False)
             bar.update()
-            if ranks.rank() == 0:
-                job.after_each(run)
     if wrong:
         raise wrong[0]
 
