@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "clients {clients}: {server} {x:.2f} ({low:.2f}-{high:.2f}) times {other}; at p95 the first text "
             "after {first p95:.0f} ms, there {other's first p95:.0f}".format_map(ahead[-1])
         )
-    record.write("run.json", {**about, "status": "finished", "ahead": ahead})
+    record.say("finished", ahead=ahead)
     print(f"{record.folder}/: serving.csv, run.json")
     print(json.dumps({**about, "rows": rows, "ahead": ahead}))
     return 0

@@ -28,13 +28,7 @@ _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
 
 @dataclass
 class Benchmark(Job):
-    """Decodes examples, and sums up speed, acceptance and text quality.
-
-    Args:
-        compare: decode each example autoregressively as well, in turn.
-        execute_code: run the completions of HumanEval for pass@1.
-        verbose: print prompts and completions.
-    """
+    """Decodes examples, and sums up speed, acceptance and text quality."""
 
     compare: bool
     execute_code: bool
@@ -121,12 +115,7 @@ class Benchmark(Job):
 
 
 def remarks(compared: Record, unit: str) -> list[str]:
-    """Warnings about a speed-up that may be noise.
-
-    Args:
-        compared: by `metrics.speedup`.
-        unit: what a window is called, in the plural.
-    """
+    """Warnings about a speed-up of `metrics.speedup` that may be noise; `unit` names its windows."""
     median, totals, interval = (compared[f"speedup{of}"] for of in ("", "_of_totals", "_interval"))
     if median is None:
         return ["there is nothing to compare: no example has an answer by both strategies"]

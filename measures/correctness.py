@@ -33,11 +33,7 @@ _FIRST_DRAFTED = 1  # the prompt's own pass gives token 0
 
 @dataclass
 class Ids(Job):
-    """Greedy: the ids must be equal, up to near-ties.
-
-    Args:
-        reference: `transformers` compares with its `generate` as well.
-    """
+    """Greedy: the ids must be equal, up to near-ties."""
 
     reference: str
 
@@ -132,13 +128,9 @@ class Ids(Job):
 
 @dataclass
 class Distributions(OneByOne):
-    """Sampling: the first drafted token must have the distribution of plain decoding, on every prompt.
+    """Sampling: the first drafted token must have the distribution of plain decoding, on every prompt."""
 
-    Args:
-        num_samples: completions that each strategy draws on each prompt.
-    """
-
-    num_samples: int
+    num_samples: int  # of each strategy, for each prompt
 
     def __post_init__(self) -> None:
         # Room for a whole draft: max_steps cuts none short.
@@ -156,10 +148,7 @@ class Distributions(OneByOne):
     ) -> list[int | None]:
         """A sample of the first drafted token; None stands for a completion that ended before it.
 
-        Each completion has a seed of its own, so no batch size changes it.
-
-        Args:
-            name: unique to this sample.
+        Each completion has a seed of its own, made from `name`: no batch size changes it.
         """
         seeds = [zlib.crc32(f"{self.seed}, {name}, {i}".encode()) for i in range(self.num_samples)]
         requests = [Request(prompt, seed=seed) for seed in seeds]

@@ -81,9 +81,8 @@ class HarnessModel(HFLM):
 
     Args:
         config: settings that requests do not have, such as the exit layer.
-        seed: of sampled completions; each depends on this, its document and its number alone.
-        batch_size: a number, auto or auto:N, as in the harness.
-        max_batch_size: the most that auto tries.
+        seed: a sampled completion depends on this, its document and its number alone.
+        batch_size, max_batch_size: as in the harness.
         accelerator: for several ranks.
     """
 

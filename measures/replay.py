@@ -38,11 +38,7 @@ def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> Draft
 
 
 def predicted_cell(records: Sequence[Record], costs: Costs, exit_layer: int, draft_length: int) -> Record:
-    """The row of a sweep's table for one exit layer and draft length.
-
-    Args:
-        records: of `sweeping.Predicted`: outputs, and the tokens that each exit guesses along them.
-    """
+    """The row of a sweep's table for one exit layer and draft length, from `sweeping.Predicted` records."""
     rounds, seconds, speedups = [], [], []
     for record in records:
         matches = [match == "1" for match in record["matches"][str(exit_layer)]]

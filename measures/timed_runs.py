@@ -41,11 +41,7 @@ TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
 def warm_up(sides: Sequence[TimedSide], prompt: str | list[int], batch_size: int = 1) -> None:
-    """Run every pass that will be timed three times by each side.
-
-    Args:
-        prompt: the longest one that will be timed.
-    """
+    """Run every pass that will be timed three times by each side; `prompt` is the longest one."""
     for _, generator, config in sides:
         ids = generator.encode(prompt)
         run_every_pass(generator.generation_strategy, generator.model, ids, config, batch_size)

@@ -64,13 +64,7 @@ def read_grammar(name: str, text: str | None) -> Grammar:
 
 @dataclass
 class Conversation:
-    """Answers prompts.
-
-    Args:
-        streamer: a value of --streamer.
-        chat: apply the tokenizer's chat template and keep the history.
-        compare: also measure each answer's speed against autoregressive decoding.
-    """
+    """Answers prompts; the fields are flags of generate.py."""
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig

@@ -32,17 +32,12 @@ class Encoded(Example):
 
 @dataclass
 class Job(ABC):
-    """A script's work: a record for each example, the progress bar's text, and the conclusion.
-
-    Args:
-        seed: example i has seed + i.
-        batch_size: sequences decoded at a time.
-    """
+    """A script's work: a record for each example, the progress bar's text, and the conclusion."""
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
     examples: list[Encoded]
-    seed: int
+    seed: int  # of example 0; example i has seed + i
     batch_size: int
 
     unit = "examples"  # that the progress bar counts
@@ -103,8 +98,6 @@ def prepare(
 ) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
     """Load the model and the examples that fit it; also return a function that opens the run.
 
-    Bad usage is refused before the model is loaded where possible.
-
     Args:
         args: the script's own arguments, with `resume`.
         model_config, counted: see `load_generator`.
@@ -135,11 +128,7 @@ def prepare(
 def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
     """Make the missing records, each rank its share; then rank 0 concludes.
 
-    Args:
-        open_run: creates or resumes the run; rank 0 calls it.
-
-    Returns:
-        The exit status: that of the conclusion, 130 after Ctrl-C, 1 if records are missing.
+    The exit status is that of the conclusion, 130 after Ctrl-C, or 1 if records are missing.
     """
     with ranks.process_group():
         try:

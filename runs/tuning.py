@@ -34,9 +34,6 @@ def tuned(
     """Put exit layer, draft length and draft weights of --tuned's best cell into the config, if it is given.
 
     That is the measured cell with the highest speed-up, or the predicted one if none is measured.
-
-    Args:
-        argv: the command line, as for `parse`.
     """
     if args.tuned is None:
         return config

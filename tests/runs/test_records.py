@@ -37,7 +37,7 @@ def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
     with pytest.raises(RecordError, match=r"records.rank0.jsonl: No space left on device"):
         writer.append({"index": 1})
     with pytest.raises(RecordError, match="No space left"):
-        run.write("run.json", {"status": "finished"})
+        run.say("finished")
     monkeypatch.undo()
     assert set(run.records()) == {0}
     assert about(run.folder)["status"] == "running"

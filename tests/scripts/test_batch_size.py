@@ -13,6 +13,7 @@ from helpers import about, only_run, refused, small_run, untimed
 import benchmark
 import correctness
 import self_speculation.self_speculation_generator as self_speculation_generator
+from measures import timed_runs
 from self_speculation import Verification
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import verify_draft
@@ -39,10 +40,13 @@ def elsewhere(tmp_path, name):
 
 def test_sides_take_turns_by_windows(common, tmp_path, monkeypatch, capsys):
     """Guards against a side that always goes first, and a ratio of examples whose times overlap."""
-    monkeypatch.setattr("measures.timed_runs._BATCHES_IN_TURN", 1)
+    turns, measured = [], timed_runs._measured
+    monkeypatch.setattr(timed_runs, "_measured", lambda *args: turns.append(args[0][0]) or measured(*args))
+    monkeypatch.setattr(timed_runs, "_BATCHES_IN_TURN", 1)
     args = [*common, "--compare", "True", "--sample", "False", *DRAFTS]
     assert benchmark.main([*args, *elsewhere(tmp_path, "one")]) == 0
     assert benchmark.main([*args, "--batch_size", "2"]) == 0
+    assert turns == ["autoregressive_", "", "", "autoregressive_"] * 6  # 8 windows of one, 4 of two
     folder = only_run(tmp_path)
     assert by_index(folder) == by_index(only_run(tmp_path / "one"))
     metrics, records = about(folder)["metrics"], pandas.read_json(folder / "records.jsonl", lines=True)

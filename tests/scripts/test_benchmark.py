@@ -73,6 +73,14 @@ def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):
     assert "identical outputs" not in capsys.readouterr().out
 
 
+def test_examples_draw_their_own_samples(common, tmp_path):
+    """Guards against the same random numbers for each example."""
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"prompt": "def", "response": ""}\n' * 3)
+    assert benchmark.main([*common, "--data_path", str(path), "--temperature", "5"]) == 0
+    assert len(set(map(tuple, records_of(only_run(tmp_path))["tokens"]))) == 3
+
+
 def test_shared_beginnings_of_prompts_are_read_once(common, tmp_path):
     """Guards against shots that every prompt reads again, and a first prompt that the warm-up has read."""
     shots = [*common, "--n_shot", "2", "--sample", "False"]

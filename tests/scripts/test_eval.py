@@ -208,12 +208,14 @@ def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
 
     assert not evaluated("both", *SPECULATION).config["gen_kwargs"]
     assert longest() == {"functions": 20, "sampled": 7}
-    flags = ["--max-steps", "3", "--no_sample", "--gen_kwargs", "top_k=3,until=5"]
+    flags = ["--max-steps", "3", "--no_sample", "--stop_words", "Human", "--gen_kwargs", "top_k=3"]
     greedy = evaluated("both", *SPECULATION, *flags, to="flags")
-    assert greedy.config["gen_kwargs"] == {"max_gen_toks": 3, "do_sample": False, "top_k": 3, "until": 5}
+    used = {"max_gen_toks": 3, "do_sample": False, "until": ["Human"], "top_k": 3}
+    assert greedy.config["gen_kwargs"] == used
     assert greedy.answers["functions"] == greedy.answers["sampled"]
     assert longest() == {"functions": 3, "sampled": 3}
-    sampled = [evaluated("functions", "--sample", "True", "--seed", seed, to=seed) for seed in ("1", "2")]
+    flags = ["--sample", "True", "--gen_kwargs", "until=5", "--seed"]
+    sampled = [evaluated("functions", *flags, seed, to=seed) for seed in ("1", "2")]
     assert [each.config["fewshot_seed"] for each in sampled] == [1, 2]
     assert sampled[0].config["gen_kwargs"]["temperature"] == 0.6
     assert sampled[0].answers != sampled[1].answers

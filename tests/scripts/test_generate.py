@@ -152,13 +152,23 @@ def test_ctrl_c_ends_a_comparison_and_not_the_conversation(said, monkeypatch):
     assert result.stderr.splitlines()[-1] == "  without streaming: interrupted"
 
 
-@pytest.mark.parametrize("prompt", ["a\nb", "/exit"])
-def test_a_pipe_is_one_prompt(prompt, said):
-    """Guards against a prompt for each line, and a command where there is no conversation."""
-    by_flag = said("--prompt", prompt, *GREEDY)
-    by_pipe = said(*GREEDY, piped=f"{prompt}\n".encode())
-    assert by_flag.stdout.strip()
-    assert (by_pipe.returncode, by_pipe.stdout) == (0, by_flag.stdout)
+@pytest.mark.parametrize(
+    ("flags", "piped", "prompt"),
+    [
+        ([], b"a\nb\n", "a\nb"),
+        ([], b"/exit\n", "/exit"),
+        (["--prompt", ""], b"def", "<s>"),
+        (["--prompt", "def f():\r\n    pass\r\n"], b"", "def f():\n    pass\n"),
+        (["--prompt", "hi", "--chat", "True"], b"", "user: hi\nassistant:"),
+    ],
+)
+def test_prompts_that_mean_the_same(flags, piped, prompt, said):
+    """Guards against a prompt for each line of a pipe, a command outside of conversations, an empty --prompt
+    that is not the BOS token, carriage returns, and --chat without the template.
+    """
+    expected, found = said("--prompt", prompt, *GREEDY), said(*flags, *GREEDY, piped=piped)
+    assert expected.stdout.strip()
+    assert (found.returncode, found.stdout) == (0, expected.stdout)
 
 
 @pytest.mark.parametrize(
@@ -178,34 +188,12 @@ def test_input_that_is_no_prompt_is_refused(piped, message, said):
     assert message in result.stderr
 
 
-def test_an_empty_prompt_is_the_bos_token(said, byte_tokenizer):
-    """Guards against `--prompt ""` that waits for standard input."""
-    result = said("--prompt", "", *GREEDY)
-    assert result.returncode == 0
-    assert "for 1 tokens" in result.stderr
-    assert said("--prompt", byte_tokenizer.bos_token, *GREEDY).stdout == result.stdout
-
-
-def test_line_ends_of_windows_become_line_breaks(said):
-    """Guards against carriage returns, which models have hardly seen."""
-    ours, theirs = (said("--prompt", f"def f():{end}    pass{end}", *GREEDY) for end in ("\n", "\r\n"))
-    assert theirs.stdout == ours.stdout
-    tokens = [re.search(r"for (\d+) tokens", result.stderr)[1] for result in (ours, theirs)]
-    assert tokens[0] == tokens[1]
-
-
 def test_an_early_exit_is_named_in_the_statistics(said):
     """Guards against an answer of the first layers that is taken for the model's."""
     early = said("--prompt", "def", *GREEDY, "--exit_layer", "2").stderr
     assert "by the early exit at layer 2 alone, not by the full model" in early
     for flags in ([], SPECULATIVE):
         assert "early exit" not in said("--prompt", "def", *GREEDY, *flags).stderr
-
-
-def test_chat_applies_the_template(said):
-    """Guards against --chat that sends the bare prompt."""
-    by_template = said("--prompt", "user: hi\nassistant:", *GREEDY)
-    assert said("--prompt", "hi", "--chat", "True", *GREEDY).stdout == by_template.stdout
 
 
 def test_a_refusal_shows_model_args(said):

@@ -250,7 +250,12 @@ def test_tuned_without_ids_is_refused_by_a_sweep(flags, message, common, tmp_pat
 
 @pytest.mark.usefixtures("timeless")
 def test_tuned_uses_the_best_cell(common, tmp_path, capsys):
-    """Guards against another cell, another model's sweep, and --resume that refuses its own arguments."""
+    """Guards against a cell that is not the best measured one, another model's sweep, and --resume that
+    refuses its own arguments.
+    """
+    (tmp_path / "found.csv").write_text(f"{FOUND}measured,1,2,exact,1.4\nmeasured,3,4,exact,\n")
+    found = tuned(GenerationConfig(), TuningArguments(str(tmp_path / "found.csv")), ModelArguments(), [])
+    assert (found.exit_layer, found.num_speculations) == (1, 2)
     assert sweep.main([*common, "--num_speculations_last", "2"]) == 0
     folder = only_run(tmp_path)
     best = about(folder)["metrics"]["best"]
