@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
-from measures.timed_runs import answers, windows
+from measures.timed_runs import answers
 from runs.examples import Job, OneByOne
 from runs.heading import heading
 from runs.records import Record, Run
@@ -42,12 +42,11 @@ class Ids(Job):
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         requests = {index: Request(self.examples[index].ids) for index in indices}
-        for window in windows(requests, self.batch_size, num_sides=1):
-            for index, result in answers(self.generator, self.config, window, self.batch_size):
-                try:
-                    yield index, self._compared(self.examples[index].ids, result)
-                except Exception as error:
-                    yield index, error
+        for index, result in answers(self.generator, self.config, requests, self.batch_size):
+            try:
+                yield index, self._compared(self.examples[index].ids, result)
+            except Exception as error:
+                yield index, error
 
     def _compared(self, prompt: list[int], result: GenerationResult | Exception) -> Record:
         if isinstance(result, Exception):

@@ -102,10 +102,10 @@ class Sweep(OneByOne):
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
         best = compared[["exit_layer", "num_speculations", "speedup"]].astype(object).iloc[0].to_dict()
-        run.finish(records, {**extra, "best": best})
         title = heading(run.description, left_out=("exit_layer", "num_speculations"))
         drawn = f"{title}\n{len(self.examples)} prompts, {self.mode}"
         heat_maps(compared[compared["mode"] == self.mode], drawn, run.folder / "sweep")
+        run.finish(records, {**extra, "best": best})
         print(
             f"{title}\n\n{len(self.examples)} prompts; medians, from and to are the 90 % confidence interval"
         )
