@@ -20,7 +20,7 @@ _SMALL = 9  # a line of 100 characters fits above two panels
 _UNITS = {
     "loss": "loss [nats per token]",
     "accuracy": "accuracy [share of tokens]",
-    "agreement": "agreement with the last layer [share of tokens]",
+    "agreement": "agreement [share of tokens]",
 }
 
 
