@@ -205,16 +205,15 @@ def parse(
         found.append(others)
         actions += rest._actions
     if unknown:
-        near = _nearest(
-            unknown[0].partition("=")[0], [flag for each in actions for flag in each.option_strings]
-        )
-        hint = f"did you mean {near}? " if near else ""
+        flags = [flag for action in actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
         refuse(f"unknown argument {unknown[0]!r}; {hint}--help lists the flags")
     return tuple(found)
 
 
 def _earlier_arguments(args: Sequence[str]) -> dict[str, Any]:
-    """The arguments of the run that --resume names, if it is given; ValueError if there is no such run."""
+    """The arguments of the run that --resume names, if it is given; raises ValueError as `read_run` does."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", nargs="?")
     folder = parser.parse_known_args(args)[0].resume
@@ -265,13 +264,6 @@ def refuse_idle_drafts(config: GenerationConfig) -> None:
         if (value := getattr(config, name)) != getattr(type(config), name):
             add = f"add --generation_strategy {strategy}"
             refuse(f"--{name} {value}: autoregressive decoding drafts nothing, {add}")
-
-
-def _nearest(unknown: str, flags: Sequence[str]) -> str | None:
-    """A flag that differs in a letter, is the beginning of `unknown`, or is similar."""
-    misspelt = difflib.get_close_matches(unknown, flags, 1, cutoff=0.9)
-    shorter = sorted((flag for flag in flags if unknown.startswith(f"{flag}_")), key=len, reverse=True)
-    return next(iter([*misspelt, *shorter, *difflib.get_close_matches(unknown, flags, 1)]), None)
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

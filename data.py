@@ -313,7 +313,6 @@ def _read_csv(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
 def _read_parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet  # other files do not need it
 
-    table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
-    rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
+    for number, row in enumerate(table.to_pylist(), 1):
         yield f"{path}, row {number}", row

@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ahead[-1]
             )
         )
-    record.write("run.json", {**about, "status": "finished", "ahead": ahead})
+    record.say("finished", ahead=ahead)
     print(f"{record.folder}/: serving.csv, run.json")
     print(json.dumps({**about, "rows": rows, "ahead": ahead}))
     return 0

@@ -28,13 +28,7 @@ _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
 
 @dataclass
 class Benchmark(Job):
-    """Decodes examples, and sums up speed, acceptance and text quality.
-
-    Args:
-        compare: decode each example autoregressively as well, in turn.
-        execute_code: run the completions of HumanEval for pass@1.
-        verbose: print prompts and completions.
-    """
+    """Decodes examples, and sums up speed, acceptance and text quality."""
 
     compare: bool
     execute_code: bool
@@ -70,12 +64,8 @@ class Benchmark(Job):
     def conclude(self, run: Run, records: list[Record]) -> int:
         model = self.generator.model
         sizes = sorted({record["batch_size"] for record in records})
-        summary: Record = {
-            "num_examples": len(records),
-            "batch_sizes": sizes,
-            "num_ranks": len({record["rank"] for record in records}),
-            "remarks": [],
-        }
+        summary: Record = {"num_examples": len(records), "batch_sizes": sizes, "remarks": []}
+        summary["num_ranks"] = len({record["rank"] for record in records})
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "drafts" in records[0]:
@@ -111,42 +101,30 @@ class Benchmark(Job):
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         """By the formula, which holds for one sequence, one exit layer and one draft length."""
-        alpha = metrics.draft_stats(records).token_acceptance
-        if self.batch_size > 1 or self.config.is_adaptive:
+        alpha, config = metrics.draft_stats(records).token_acceptance, self.config
+        if self.batch_size > 1 or config.is_adaptive:
             return {"token_acceptance": alpha, "predicted_decode_speedup": None}
-        exit_layer, k = self.config.exit_layer, self.config.num_speculations
-        drafts = (exit_layer, self.config.draft_weights, self.config.draft_vocabulary)
+        drafts = (config.exit_layer, config.draft_weights, config.draft_vocabulary)
         costs = Costs.estimated(self.generator.model, *drafts)
         return {
             "token_acceptance": alpha,
-            "draft_cost_ratio": costs.draft_ratio(exit_layer),
-            "predicted_decode_speedup": alpha and metrics.predicted_speedup(alpha, k, exit_layer, costs),
+            "draft_cost_ratio": costs.draft_ratio(config.exit_layer),
+            "predicted_decode_speedup": alpha
+            and metrics.predicted_speedup(alpha, config.num_speculations, config.exit_layer, costs),
         }
 
 
 def remarks(compared: Record, unit: str) -> list[str]:
-    """Warnings about a speed-up that chance or a stall may have made.
-
-    Args:
-        compared: by `metrics.speedup`.
-        unit: what a window is called, in the plural.
-    """
+    """Warnings about a speed-up of `metrics.speedup` that may be noise; `unit` names its windows."""
     median, totals, interval = (compared[f"speedup{of}"] for of in ("", "_of_totals", "_interval"))
     if median is None:
-        return ["no example has an answer by both strategies: there is nothing to compare"]
+        return ["there is nothing to compare: no example has an answer by both strategies"]
     found = []
-    if interval is None:
-        found.append(f"fewer than five {unit}: too few to tell a gain from chance")
-    elif interval[0] <= 1 <= interval[1]:
-        found.append(
-            f"these {unit} do not tell which strategy is faster: the 90 % confidence interval of the median "
-            f"is {interval[0]:.2f} to {interval[1]:.2f}"
-        )
+    if interval is None or interval[0] <= 1 <= interval[1]:
+        why = "there are fewer than five" if interval is None else "1.00 is in the 90 % confidence interval"
+        found.append(f"these {unit} do not tell which strategy is faster: {why}")
     if max(median / totals, totals / median) > _TOTALS_DISAGREE:
-        found.append(
-            f"totals say {totals:.2f} and the median of {unit} {median:.2f}: slow and long {unit} dominate "
-            "totals"
-        )
+        found.append(f"a few slow or long {unit} dominate the speed-up of totals")
     return found
 
 

@@ -5,10 +5,8 @@ It times passes after a context of some length, in turns; it knows nothing of ac
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -38,8 +36,8 @@ def calibrate(
     exit_layers: Sequence[int],
     context: int,
     longest: int,
-) -> list[Costs]:
-    """The costs of rounds after `context` positions, in seconds: once for each turn.
+) -> Costs:
+    """The costs of rounds after `context` positions, in seconds: medians over several turns.
 
     Each turn times a plain step, draft steps, and verifications with sampling and the read of the accepted
     tokens. Costs in between are interpolated linearly.
@@ -96,50 +94,33 @@ def calibrate(
     drafted = [exit_layers[index] for index in indices]
     # A copy's exit states are of no use: all layers verify.
     verified = sorted({exit_layers[0], exit_layers[-1]}) if config.draft_weights == "exact" else [0]
-
-    def turn() -> Costs:
-        plain = plain_step()
-        steps = [draft_step(layer) for layer in drafted]
-        by_length = [[verification(layer, k) for layer in verified] for k in lengths]
-        return Costs(
-            plain_step=plain,
-            draft_step={layer: float(numpy.interp(layer, drafted, steps)) for layer in exit_layers},
-            verifications={
-                layer: [float(numpy.interp(layer, verified, costs)) for costs in by_length]
-                for layer in exit_layers
-            },
-            lengths=lengths,
-        )
-
-    turns = list[Costs]()
+    turns = list[list[float]]()
     started = time.perf_counter()
     with tqdm(total=_TURNS, desc="calibration") as bar:
         while len(turns) < _TURNS:
             late = time.perf_counter() - started > _PATIENCE
             if len(turns) > 1 and broadcast_from_rank0(model, late):
                 break
-            turns.append(turn())
+            steps = [plain_step(), *map(draft_step, drafted)]
+            turns.append(steps + [verification(layer, k) for layer in verified for k in lengths])
             bar.update()
         bar.total = bar.n
-    return broadcast_from_rank0(model, turns[1:])
-
-
-def medians(turns: Sequence[Costs]) -> Costs:
-    """The medians of all turns, relative to each turn's plain step: the machine's pace may change."""
-    plain_step = statistics.median(costs.plain_step for costs in turns)
-
-    def middle(seconds: Iterable[float]) -> float:
-        ratios = [each / costs.plain_step for each, costs in zip(seconds, turns, strict=True)]
-        return plain_step * statistics.median(ratios)
-
-    return replace(
-        turns[0],
-        plain_step=plain_step,
+    plain, *parts = medians(broadcast_from_rank0(model, turns[1:]))
+    passes = numpy.reshape(parts[len(drafted) :], (len(verified), len(lengths)))
+    return Costs(
+        plain_step=plain,
         draft_step={
-            layer: middle(costs.draft_step[layer] for costs in turns) for layer in turns[0].draft_step
+            layer: float(numpy.interp(layer, drafted, parts[: len(drafted)])) for layer in exit_layers
         },
         verifications={
-            layer: [*map(middle, zip(*(costs.verifications[layer] for costs in turns), strict=True))]
-            for layer in turns[0].verifications
+            layer: [float(numpy.interp(layer, verified, costs)) for costs in passes.T]
+            for layer in exit_layers
         },
+        lengths=lengths,
     )
+
+
+def medians(turns: Sequence[Sequence[float]]) -> list[float]:
+    """The median of each part over all turns, relative to the turn's first part: a machine's pace changes."""
+    table = numpy.array(turns)  # [turns, parts]
+    return (numpy.median(table[:, 0]) * numpy.median(table / table[:, :1], axis=0)).tolist()

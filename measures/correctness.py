@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
-from measures.timed_runs import answers, windows
+from measures.timed_runs import answers
 from runs.examples import Job, OneByOne
 from runs.heading import heading
 from runs.records import Record, Run
@@ -33,11 +33,7 @@ _FIRST_DRAFTED = 1  # the prompt's own pass gives token 0
 
 @dataclass
 class Ids(Job):
-    """Greedy: the ids must be equal, up to near-ties.
-
-    Args:
-        reference: `transformers` compares with its `generate` as well.
-    """
+    """Greedy: the ids must be equal, up to near-ties."""
 
     reference: str
 
@@ -46,12 +42,11 @@ class Ids(Job):
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         requests = {index: Request(self.examples[index].ids) for index in indices}
-        for window in windows(requests, self.batch_size, num_sides=1):
-            for index, result in answers(self.generator, self.config, window, self.batch_size):
-                try:
-                    yield index, self._compared(self.examples[index].ids, result)
-                except Exception as error:
-                    yield index, error
+        for index, result in answers(self.generator, self.config, requests, self.batch_size):
+            try:
+                yield index, self._compared(self.examples[index].ids, result)
+            except Exception as error:
+                yield index, error
 
     def _compared(self, prompt: list[int], result: GenerationResult | Exception) -> Record:
         if isinstance(result, Exception):
@@ -132,13 +127,9 @@ class Ids(Job):
 
 @dataclass
 class Distributions(OneByOne):
-    """Sampling: the first drafted token must have the distribution of plain decoding, on every prompt.
+    """Sampling: the first drafted token must have the distribution of plain decoding, on every prompt."""
 
-    Args:
-        num_samples: completions that each strategy draws on each prompt.
-    """
-
-    num_samples: int
+    num_samples: int  # of each strategy, for each prompt
 
     def __post_init__(self) -> None:
         # Room for a whole draft: max_steps cuts none short.
@@ -156,10 +147,7 @@ class Distributions(OneByOne):
     ) -> list[int | None]:
         """A sample of the first drafted token; None stands for a completion that ended before it.
 
-        Each completion has a seed of its own, so no batch size changes it.
-
-        Args:
-            name: unique to this sample.
+        Each completion has a seed of its own, made from `name`: no batch size changes it.
         """
         seeds = [zlib.crc32(f"{self.seed}, {name}, {i}".encode()) for i in range(self.num_samples)]
         requests = [Request(prompt, seed=seed) for seed in seeds]

@@ -36,10 +36,7 @@ def evaluate(
 ) -> int:
     """Let lm_eval evaluate, print and save; then print the speed of each task. Returns the exit status.
 
-    Args:
-        config: settings that tasks do not have, such as the exit layer.
-        args: lm_eval's flags, by its own parser.
-        counted: as for `load_generator`.
+    `config` has the settings that tasks do not have, such as the exit layer; `args` has lm_eval's flags.
     """
     meet(model_args)
     model_config = read_config(model_args)
@@ -96,11 +93,7 @@ def _kept(args: argparse.Namespace) -> str:
 
 
 def _show(records: list[Record]) -> None:
-    """Print speed and acceptance of each task that generates.
-
-    Args:
-        records: of all ranks.
-    """
+    """Print speed and acceptance of each task that generates; `records` are those of all ranks."""
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_task[record["task"]].append(record)

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +81,8 @@ class HarnessModel(HFLM):
 
     Args:
         config: settings that requests do not have, such as the exit layer.
-        seed: of sampled completions; each depends on this, its document and its number alone.
-        batch_size: a number, auto or auto:N, as in the harness.
-        max_batch_size: the most that auto tries.
+        seed: a sampled completion depends on this, its document and its number alone.
+        batch_size, max_batch_size: as in the harness.
         accelerator: for several ranks.
     """
 
@@ -127,9 +125,8 @@ class HarnessModel(HFLM):
             runner = ModelRunner(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
             runner.cache.clear(len(inps))
             with torch.inference_mode():
-                return forward_early(
-                    runner, inps, self._exit_layer or len(runner.layers), inps.shape[1]
-                ).logits
+                last = self._exit_layer or len(runner.layers)
+                return forward_early(runner, inps, last, inps.shape[1]).logits
         if self._exit_layer is None:
             return super()._model_call(inps, attn_mask, labels)
         with torch.no_grad():
@@ -158,8 +155,8 @@ class HarnessModel(HFLM):
             Failed: names the document that did not fit in memory.
         """
         tasks, seen = [], Counter[int]()
-        for index, request in enumerate(requests):
-            tasks.append(self._encoded(index, request, seen[id(request)]))
+        for request in requests:
+            tasks.append(self._encoded(request, seen[id(request)]))
             seen[id(request)] += 1
         self.has_begun = True
         answers = [""] * len(tasks)
@@ -172,9 +169,9 @@ class HarnessModel(HFLM):
                 bar.update()
         return answers
 
-    def _encoded(self, index: int, request: Instance, repeat: int) -> _EncodedRequest:
+    def _encoded(self, instance: Instance, repeat: int) -> _Task:
         """Encode a request; cut a prompt that is too long for the context on the left."""
-        context, gen_kwargs = request.args
+        context, gen_kwargs = instance.args
         try:
             config = request_config(gen_kwargs, self._settings, self.model.generation_config)
             if (room := self._room - config.max_steps) < 1:
@@ -183,63 +180,56 @@ class HarnessModel(HFLM):
                     "model, --max_steps lowers it"
                 )
         except UnsupportedError as error:
-            raise UnsupportedError(f"{request.task_name} asks for {error}") from error
+            raise UnsupportedError(f"{instance.task_name} asks for {error}") from error
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(list(config.stop_words or []), eos)
         ids = self.tok_batch_encode([context], left_truncate_len=room)[0][0].tolist()
-        config = replace(config, stop_words=[text for text in until if text])
-        return _EncodedRequest(index, request, repeat, ids, config)
+        # The seed depends neither on the rank nor on the order.
+        name = f"{instance.task_name} {instance.doc_id} {instance.idx} {repeat}"
+        request = Request(ids, seed=self._seed + zlib.crc32(name.encode()))
+        return _Task(instance, repeat, request, replace(config, stop_words=[text for text in until if text]))
 
-    def _measured(self, tasks: Sequence[_EncodedRequest]) -> Iterator[tuple[int, Record]]:
+    def _measured(self, tasks: Sequence[_Task]) -> Iterator[tuple[int, Record]]:
         """Index and record of each completion; requests with equal settings share batches."""
         size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
-        settings = attrgetter("settings")
-        for _, alike in groupby(sorted(tasks, key=settings), key=settings):
-            group = list(alike)
-            longest = max(group, key=lambda each: len(each.ids))
+
+        def settings(index: int) -> str:
+            return repr(tasks[index].config)
+
+        for _, alike in groupby(sorted(range(len(tasks)), key=settings), key=settings):
+            requests = {index: tasks[index].request for index in alike}
+            longest = tasks[max(requests, key=lambda index: len(requests[index].ids))]
             sides: list[TimedSide] = [("", self._generator, longest.config)]
             try:
                 with says_if_slow("warming up"):
-                    warm_up(sides, longest.ids, size)
+                    warm_up(sides, longest.request.ids, size)
             except Exception as error:
                 raise failed(longest.name, error, size) from error
-            requests = {each.position: Request(each.ids, seed=self._seed + each.number) for each in group}
             for index, record in measure_examples(sides, requests, size):
                 if isinstance(record, Exception):
                     raise failed(tasks[index].name, record, size) from record
                 yield index, record
 
-    def _answer(self, task: _EncodedRequest, record: Record) -> str:
+    def _answer(self, task: _Task, record: Record) -> str:
         """The completion, cut and cached as the harness does it for its own model."""
         answer = self.tok_decode(record["tokens"])
         answer = postprocess_generated_text(answer, task.config.stop_words, think_end_token=None)
-        self.cache_hook.add_partial("generate_until", task.request.args, answer)
-        if task.repeat < (task.request.repeats or 1):  # others only pad this rank's share
-            kind = {"task": task.request.task_name, "greedy": task.config.greedy}
+        self.cache_hook.add_partial("generate_until", task.instance.args, answer)
+        if task.repeat < (task.instance.repeats or 1):  # others only pad this rank's share
+            kind = {"task": task.instance.task_name, "greedy": task.config.greedy}
             self.records.append({**kind, **record})
         return answer
 
 
-class _EncodedRequest(NamedTuple):
-    position: int  # among this rank's requests
-    request: Instance
-    repeat: int  # earlier occurrences among them
-    ids: list[int]
+class _Task(NamedTuple):
+    instance: Instance
+    repeat: int  # earlier occurrences among this rank's requests
+    request: Request
     config: GenerationConfig
 
     @property
     def name(self) -> str:
-        return f"{self.request.task_name}, document {self.request.doc_id}"
-
-    @property
-    def number(self) -> int:
-        """Independent of rank and order."""
-        request = self.request
-        return zlib.crc32(f"{request.task_name} {request.doc_id} {request.idx} {self.repeat}".encode())
-
-    @property
-    def settings(self) -> str:
-        return repr(self.config)
+        return f"{self.instance.task_name}, document {self.instance.doc_id}"
 
 
 @dataclass

@@ -17,6 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _SMALL = 9  # a line of 100 characters fits above two panels
+_UNITS = {
+    "loss": "loss [nats per token]",
+    "accuracy": "accuracy [share of tokens]",
+    "agreement": "agreement [share of tokens]",
+}
 
 
 def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
@@ -26,7 +31,7 @@ def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
     spread = max(0.05, float((table["speedup"] - 1).abs().max()))
     _heat_map(left, table, "speedup", "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread))
-    left.set_title("speed-up over autoregressive (red: slower)", fontsize=10)
+    left.set_title("speed-up over autoregressive decoding (red: slower)", fontsize=10)
     _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
     right.set_title("acceptance rate", fontsize=10)
     figure.suptitle(title, fontsize=_SMALL)
@@ -47,8 +52,8 @@ def _heat_map(
     image = axes.imshow(grid.to_numpy(dtype=float), cmap=colors, norm=norm, aspect="auto", origin="lower")
     axes.set_xticks(range(len(grid.columns)), grid.columns)
     axes.set_yticks(range(len(grid.index)), grid.index)
-    axes.set_xlabel("num_speculations")
-    axes.set_ylabel("exit_layer")
+    axes.set_xlabel("draft length [tokens]")
+    axes.set_ylabel("exit layer")
     best = table.loc[table["speedup"].idxmax()]
     for (row, column), number in numpy.ndenumerate(grid.to_numpy(dtype=float)):
         is_best = (grid.index[row], grid.columns[column]) == (best["exit_layer"], best["num_speculations"])
@@ -71,7 +76,7 @@ def curves_by_exit(table: pandas.DataFrame, values: list[str], title: str, path:
         panel.plot(table["exit_layer"], table[value], marker="o", markersize=3)
         panel.set_xlabel("exit layer")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_title(value)
+        panel.set_ylabel(_UNITS[value])
         panel.grid(alpha=0.3)
     figure.suptitle(title, fontsize=_SMALL)
     save(figure, path)

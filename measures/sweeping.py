@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import pandas
 import torch
 from transformers import LogitsProcessorList
 
 from measures import metrics
-from measures.calibration import calibrate, medians
+from measures.calibration import calibrate
 from measures.comparison import with_end
 from measures.plots import heat_maps
-from measures.replay import predicted_cell, within_noise
+from measures.replay import predicted_cell
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs.examples import OneByOne, longest_prompt
 from runs.failures import failed
@@ -28,7 +27,7 @@ from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
-from runs.tuning import COUNTS, best_cell
+from runs.tuning import COUNTS
 from self_speculation.decoding.processors import config_processors
 from self_speculation.drafts.registry import make_drafter, short_head_of
 from self_speculation.model.families import context_length
@@ -47,7 +46,7 @@ HEADINGS = {
     "speedup_low": "from", "speedup_high": "to",
 }  # fmt: skip
 
-_ROWS_SHOWN, _CELLS_NAMED = 20, 12
+_ROWS_SHOWN = 20
 
 Cell = tuple[int, int]  # exit layer, draft length
 
@@ -90,30 +89,23 @@ class Sweep(OneByOne):
         }  # fmt: skip
         return {name: row[name] for name in COLUMNS if name in row}
 
-    def write_table(self, run: Run, rows: Sequence[Record]) -> pandas.DataFrame:
-        """Write the CSV of all rows so far, in the order of the grid."""
+    def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
+        """Write table and pictures; print the table, the best cell and its flags."""
         table = pandas.DataFrame([{"draft_weights": self.config.draft_weights, **row} for row in rows])
-        # A resumed run of an older version has other columns.
         table = table.reindex(columns=COLUMNS).sort_values(COLUMNS[:3])
         table = table.astype(dict.fromkeys(("speedup", "speedup_low", "speedup_high"), float))
         run.replace("sweep.csv", table.to_csv(index=False))
-        return table
-
-    def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
-        """Write table and pictures; print the table, the best cell and its flags."""
-        table = self.write_table(run, rows)
         # A cell may be both predicted and measured: measured rows come first.
         compared = table.dropna(subset="speedup").sort_values(["mode", "speedup"], ascending=[True, False])
         if compared.empty:
             run.finish(records, {**extra, "best": None})
             print(f"no answers to compare: all are empty\n\n{run.folder}/: sweep.csv, run.json")
             return 0
-        best = best_cell([row for row in rows if row["speedup"] is not None])
+        best = compared[["exit_layer", "num_speculations", "speedup"]].astype(object).iloc[0].to_dict()
         title = heading(run.description, left_out=("exit_layer", "num_speculations"))
         drawn = f"{title}\n{len(self.examples)} prompts, {self.mode}"
         heat_maps(compared[compared["mode"] == self.mode], drawn, run.folder / "sweep")
-        chosen = {name: best[name] for name in ("exit_layer", "num_speculations", "speedup")}
-        run.finish(records, {**extra, "best": chosen})
+        run.finish(records, {**extra, "best": best})
         print(
             f"{title}\n\n{len(self.examples)} prompts; medians, from and to are the 90 % confidence interval"
         )
@@ -121,14 +113,13 @@ class Sweep(OneByOne):
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
         if len(table) > _ROWS_SHOWN:
             print(f"... and {len(table) - _ROWS_SHOWN} more in the CSV")
-        print(f"\n{_certainty(best, within_noise(rows, best))}")
         print(f"\n{run.folder}/: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
         if best["speedup"] < 1:
             print("no cell is faster than autoregressive decoding; the nearest:")
         flags = ["exit_layer", "num_speculations"]
         flags += ["draft_weights"] if self.config.draft_weights != "exact" else []
         flags += ["draft_vocabulary"] if self.config.draft_vocabulary else []
-        values = {**asdict(self.config), **chosen}
+        values = {**asdict(self.config), **best}
         print(" ".join(f"--{name} {values[name]}" for name in ["generation_strategy", *flags]))
         return 0
 
@@ -150,11 +141,10 @@ class Measured(Sweep):
 
     def progress(self, records: Sequence[Record]) -> str:
         compared = [record for record in records if record["speedup"] is not None]
-        best = max(compared, key=lambda record: record["speedup"], default=None)
-        return f"best {best['speedup']:.2f}x at {_short(best)}" if best else "no answers to compare"
-
-    def after_each(self, run: Run) -> None:
-        self.write_table(run, list(run.records().values()))
+        if not compared:
+            return "no answers to compare"
+        best = max(compared, key=lambda record: record["speedup"])
+        return f"best {best['speedup']:.2f}x at {best['exit_layer']}/{best['num_speculations']}"
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         return self.show(run, records, records, {})
@@ -186,7 +176,7 @@ class Predicted(Sweep):
         drafter = make_drafter(runner, self._exit_layers[-1], self.config.draft_weights, short_head)
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
-        for layer in sorted(self._exit_layers):
+        for layer in self._exit_layers:
             hidden, done = drafter.run_layers(hidden, done, layer), layer
             logits = drafter.logits(hidden, len(tokens))[0]  # [n, V]
             guesses = self._processed(ids, len(prompt), logits).argmax(-1)  # [n]
@@ -209,9 +199,8 @@ class Predicted(Sweep):
         # The middle of the median output
         context = statistics.median(r["num_prompt_tokens"] + len(r["tokens"]) // 2 for r in records)
         longest = max(k for _, k in self.grid)
-        turns = calibrate(self.generator.model, self.config, self._exit_layers, int(context), longest)
-        costs = medians(turns)
-        predicted = [predicted_cell(records, costs, turns, *cell) for cell in self.grid]
+        costs = calibrate(self.generator.model, self.config, self._exit_layers, int(context), longest)
+        predicted = [predicted_cell(records, costs, *cell) for cell in self.grid]
         verified = []
         for row in sorted(predicted, key=lambda row: -row["speedup"])[: self.verify_top]:
             cell = row["exit_layer"], row["num_speculations"]
@@ -233,23 +222,5 @@ class Predicted(Sweep):
         return torch.cat([processors(ids[:, : prompt_length + i], row) for i, row in enumerate(rows)])
 
 
-def _certainty(best: Mapping[str, Any], others: Sequence[Record]) -> str:
-    """One sentence: the cells that noise does not tell from the best one."""
-    cell = f"{_short(best)} (exit/drafted)"
-    if best.get("speedup_low") is None:
-        measured = best["mode"] == "measured"
-        units = "prompts or windows" if measured else "turns of the calibration or prompts"
-        return f"Whether {cell} is the best is not known: fewer than five {units}."
-    if not others:
-        return f"{cell} is the best beyond noise (90 %)."
-    cells = ", ".join(map(_short, others[:_CELLS_NAMED]))
-    more = f" and {len(others) - _CELLS_NAMED} more" if len(others) > _CELLS_NAMED else ""
-    return f"As fast as {cell} within noise (90 %): {cells}{more}."
-
-
 def _name(cell: Cell) -> str:
     return f"exit layer {cell[0]}, {cell[1]} drafted"
-
-
-def _short(row: Mapping[str, Any]) -> str:
-    return f"{row['exit_layer']}/{row['num_speculations']}"

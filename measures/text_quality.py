@@ -46,13 +46,9 @@ def text_quality(predictions: Sequence[str], references: Sequence[str]) -> Recor
 
 
 def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: float = 3.0) -> float:
-    """Share of HumanEval problems whose tests the completion passes; each runs in a process of its own.
+    """Share of HumanEval problems whose tests the completion passes, each in a process of its own.
 
-    Completions are cut at the end of the function.
-
-    Args:
-        problems: rows of HumanEval.
-        timeout: seconds for each.
+    Completions are cut at the end of the function. `timeout` is in seconds, for each.
     """
     answers = [StopWords(None, HUMAN_EVAL_ENDS).cut(prediction) for prediction in predictions]
     pairs = zip(problems, answers, strict=True)

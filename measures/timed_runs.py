@@ -41,11 +41,7 @@ TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 
 
 def warm_up(sides: Sequence[TimedSide], prompt: str | list[int], batch_size: int = 1) -> None:
-    """Run every pass that will be timed three times by each side.
-
-    Args:
-        prompt: the longest one that will be timed.
-    """
+    """Run every pass that will be timed three times by each side; `prompt` is the longest one."""
     for _, generator, config in sides:
         ids = generator.encode(prompt)
         run_every_pass(generator.generation_strategy, generator.model, ids, config, batch_size)
@@ -88,7 +84,11 @@ def measure_examples(
         previous completion: wall times of a batch add up, while its decode times overlap. `window` is the
         index of the window's first request.
     """
-    for number, window in enumerate(windows(requests, batch_size, len(sides))):
+    size = 1
+    if batch_size > 1:  # a single side never drains its batch
+        size = _BATCHES_IN_TURN * batch_size if len(sides) > 1 else max(1, len(requests))
+    left = iter(requests.items())
+    for number, window in enumerate(iter(lambda: dict(islice(left, size)), {})):
         *others, last = sides if number % 2 else sides[::-1]
         shared = {"batch_size": batch_size, "window": next(iter(window)), "rank": ranks.rank()}
         measured: dict[int, Record | Exception] = dict.fromkeys(window, shared)
@@ -111,15 +111,6 @@ def answers(
     indices = list(requests)
     for i, result in generator.generate_batch(list(requests.values()), config, batch_size):
         yield indices[i], result
-
-
-def windows(requests: Mapping[int, Request], batch_size: int, num_sides: int) -> Iterator[dict[int, Request]]:
-    """Split requests into what a side answers before the next side's turn."""
-    size = 1
-    if batch_size > 1:  # a single side never drains its batch
-        size = _BATCHES_IN_TURN * batch_size if num_sides > 1 else max(1, len(requests))
-    left = iter(requests.items())
-    return iter(lambda: dict(islice(left, size)), {})
 
 
 def _measured(

@@ -64,13 +64,7 @@ def read_grammar(name: str, text: str | None) -> Grammar:
 
 @dataclass
 class Conversation:
-    """Answers prompts.
-
-    Args:
-        streamer: a value of --streamer.
-        chat: apply the tokenizer's chat template and keep the history.
-        compare: also measure each answer's speed against autoregressive decoding.
-    """
+    """Answers prompts; the fields are flags of generate.py."""
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
@@ -140,10 +134,7 @@ class Conversation:
             if rest.startswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))):
                 before, new = self._history_ids, rest
         self._history = text
-        return [
-            *before,
-            *self.generator.encode(new, special_tokens=False),
-        ]  # the template adds special tokens
+        return [*before, *self.generator.encode(new, special_tokens=False)]  # the template adds them
 
     def _streamer(self, prompt: list[int]) -> Any:
         if self.streamer == "none":
@@ -163,12 +154,10 @@ class Conversation:
         if not all(map(all, turns)):
             return "without streaming: answers of one token, nothing to compare"
         ours, plain = map(statistics.median, zip(*turns, strict=True))
-        low, ratio, high = statistics.quantiles([a / b for a, b in turns], n=4, method="inclusive")
-        speeds = f"without streaming: {ours:.1f} tokens/s, autoregressive {plain:.1f}: "
-        if low <= 1 <= high:
-            why = "the machine was busy, or neither is faster"
-            return f"{speeds}nothing can be said ({low:.2f}-{high:.2f} times as fast): {why}"
-        return f"{speeds}{ratio:.2f} times as fast ({low:.2f}-{high:.2f})"
+        low, ratio, high = sorted(a / b for a, b in turns)
+        verdict = "neither is faster" if low <= 1 <= high else f"{ratio:.2f} times as fast"
+        speeds = f"{ours:.1f} tokens/s, autoregressive {plain:.1f}"
+        return f"without streaming: {speeds}: {verdict} ({low:.2f}-{high:.2f})"
 
 
 class Interrupt:

@@ -32,17 +32,12 @@ class Encoded(Example):
 
 @dataclass
 class Job(ABC):
-    """A script's work: a record for each example, the progress bar's text, and the conclusion.
-
-    Args:
-        seed: example i has seed + i.
-        batch_size: sequences decoded at a time.
-    """
+    """A script's work: a record for each example, the progress bar's text, and the conclusion."""
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
     examples: list[Encoded]
-    seed: int
+    seed: int  # of example 0; example i has seed + i
     batch_size: int
 
     unit = "examples"  # that the progress bar counts
@@ -74,9 +69,6 @@ class Job(ABC):
     def conclude(self, run: Run, records: list[Record]) -> int:
         """Finish the run with all records in order; the exit status."""
 
-    def after_each(self, run: Run) -> None:  # noqa: B027
-        """Rank 0 calls this after each record that it writes."""
-
 
 class OneByOne(Job):
     """A job that makes its records one after the other."""
@@ -105,8 +97,6 @@ def prepare(
     counted: Mapping[int, int] | None = None,
 ) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
     """Load the model and the examples that fit it; also return a function that opens the run.
-
-    Bad usage is refused before the model is loaded where possible.
 
     Args:
         args: the script's own arguments, with `resume`.
@@ -138,11 +128,7 @@ def prepare(
 def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
     """Make the missing records, each rank its share; then rank 0 concludes.
 
-    Args:
-        open_run: creates or resumes the run; rank 0 calls it.
-
-    Returns:
-        The exit status: that of the conclusion, 130 after Ctrl-C, 1 if records are missing.
+    The exit status is that of the conclusion, 130 after Ctrl-C, or 1 if records are missing.
     """
     with ranks.process_group():
         try:
@@ -194,8 +180,6 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
             writer.append(records[-1])
             bar.set_postfix_str(job.progress(records), refresh=False)
             bar.update()
-            if ranks.rank() == 0:
-                job.after_each(run)
     if wrong:
         raise wrong[0]
 

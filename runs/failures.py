@@ -27,11 +27,7 @@ class Failed(Exception):
 
 
 def reason(error: BaseException, less: str = _LESS) -> str | None:
-    """Explain an error in one line; None for a mistake of the program.
-
-    Args:
-        less: ways to use less memory.
-    """
+    """Explain an error in one line; None for a mistake of the program. `less`: ways to use less memory."""
     if isinstance(error, FloatingPointError):
         return str(error)
     cause: BaseException | None = error

@@ -22,8 +22,7 @@ from self_speculation.model.progress import shown_by
 def run(main: Callable[[], int], **advice: str) -> NoReturn:
     """Run `main` and end the program with its status, or with one line after Ctrl-C or a known failure.
 
-    Args:
-        advice: arguments of `reason`.
+    `advice` is for `reason`.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Loading makes many objects and no garbage, and collections would take a second. `load_generator` enables

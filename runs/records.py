@@ -90,10 +90,8 @@ class Run:
     def say(self, status: str, **more: Any) -> None:
         """Write description and status into run.json."""
         ended = {} if status == "running" else {"ended": _now()}
-        self.write("run.json", {**self.description, "status": status, **ended, **more})
-
-    def write(self, name: str, content: Record) -> None:
-        self.replace(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        content = {**self.description, "status": status, **ended, **more}
+        self.replace("run.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def replace(self, name: str, text: str) -> None:
         """Replace a file of the folder atomically."""
@@ -183,11 +181,7 @@ def describe(script: str, arguments: Sequence[Any], dataset_fingerprint: str) ->
 
 
 def describe_model(name: str, model: PreTrainedModel, device: torch.device | None = None) -> Record:
-    """The model and the machine of a run.
-
-    Args:
-        device: if the model is not there yet.
-    """
+    """The model and the machine of a run; `device` says where the model will be."""
     device = device or model.device
     on_gpu = device.type == "cuda"
     return {
@@ -213,11 +207,10 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
-    try:
-        command = ["git", "--no-optional-locks", "-C", str(root), *describe]
+    command = ["git", "--no-optional-locks", "-C", str(root), *describe]
+    with suppress(FileNotFoundError):  # no git
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:  # no git
-        return None
+    return None
 
 
 def _processor() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,32 +25,15 @@ class TuningArguments:
     --draft_vocabulary the ids that it counted."""
 
 
-def best_cell(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The measured cell with the highest speed-up, or the predicted one if none is measured.
-
-    Raises:
-        ValueError: there are no cells, or none has a speed-up.
-        KeyError: a cell without mode or speed-up.
-    """
-    if not cells:
-        raise ValueError("no cells in there")
-    cells = [cell for cell in cells if cell["speedup"] != ""]
-    if not cells:
-        raise ValueError("no answers to compare in there")
-    measured = [cell for cell in cells if cell["mode"] == "measured"]
-    return max(measured or cells, key=lambda cell: float(cell["speedup"]))
-
-
 def tuned(
     config: GenerationConfig,
     args: TuningArguments,
     model_args: ModelArguments,
     argv: Sequence[str] | None = None,
 ) -> GenerationConfig:
-    """Put exit layer, draft length and draft weights of the --tuned sweep into the config, if it is given.
+    """Put exit layer, draft length and draft weights of --tuned's best cell into the config, if it is given.
 
-    Args:
-        argv: the command line, as for `parse`.
+    That is the measured cell with the highest speed-up, or the predicted one if none is measured.
     """
     if args.tuned is None:
         return config
@@ -61,7 +44,12 @@ def tuned(
         refuse("--tuned sets exit_layer and num_speculations: leave these flags out")
     with _refused(args.tuned):
         with open(_table(args.tuned, model_args.model), encoding="utf-8", newline="") as file:
-            best = best_cell(list(csv.DictReader(file)))
+            cells = list(csv.DictReader(file))
+        compared = [cell for cell in cells if cell["speedup"]]
+        if not compared:
+            raise ValueError("no answers to compare in there" if cells else "no cells in there")
+        measured = [cell for cell in compared if cell["mode"] == "measured"]
+        best = max(measured or compared, key=lambda cell: float(cell["speedup"]))
         found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
         if "draft_weights" not in given:
             found["draft_weights"] = best["draft_weights"]

@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from helpers import custom_data
+from helpers import small_run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -221,10 +221,7 @@ def graphs(monkeypatch):
 @pytest.fixture
 def common(model_folder, tmp_path):
     """Flags of a script over a small dataset."""
-    return [
-        "--model", str(model_folder), "--output_dir", str(tmp_path / "logs"), "--num_samples", "2",
-        "--max_steps", "6", "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path),
-    ]  # fmt: skip
+    return small_run(model_folder, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,9 @@
-"""Scripts as processes of their own, without the seconds that each would take to import everything.
+"""Scripts as processes of their own, without the seconds that each takes to import everything.
 
-Python's fork server (one for each worker of a test run) imports the heavy libraries once, and forks a child
-for each script that a test starts. The child runs the file as `__main__`. Forking is safe since the server
-has no threads: numerical libraries start theirs with their first kernel, and OMP_NUM_THREADS is 1.
-
-A child does not show what happens during imports, nor variables that a library reads while it is imported,
-such as HF_HOME: tests of these use `subprocess`. `run_ranks` sets torchrun's variables and, like torchrun,
-ends the other ranks when one fails. test_processes.py starts scripts by the real `python` and `torchrun`.
+Python's fork server imports the heavy libraries once and forks a child for each script, which runs as
+`__main__`. Forking is safe since the server has no threads: numerical libraries start theirs with their first
+kernel, and OMP_NUM_THREADS is 1. Tests of imports, and of variables that are read during imports such as
+HF_HOME, use `subprocess` instead.
 """
 
 from __future__ import annotations
@@ -58,9 +55,11 @@ class Fork:
         env: dict[str, str] | None = None,
         terminal: bool = False,
     ) -> None:
-        """Streams are file descriptors, or None for /dev/null; `env` is added to the environment.
-
-        With `terminal`, the standard input is a terminal and controls the child: its Ctrl-C reaches it.
+        """
+        Args:
+            stdin, stdout, stderr: file descriptors; None: /dev/null.
+            env: variables beside those of this process.
+            terminal: the standard input is a terminal, whose Ctrl-C reaches the child.
         """
         self.args = [str(script), *map(str, args)]
         with open(os.devnull, "r+b") as null:
@@ -73,19 +72,15 @@ class Fork:
             stream.close()
         self.pid = self._process.pid
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
     def poll(self) -> int | None:
-        return self.returncode
+        return self._process.exitcode
 
     def wait(self, timeout: float = HANGS) -> int:
         """The exit status; raises `subprocess.TimeoutExpired`."""
         self._process.join(timeout)
-        if self.returncode is None:
+        if (status := self.poll()) is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
-        return self.returncode
+        return status
 
     def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -144,17 +139,17 @@ def wait_for_all(processes: Sequence[Fork]) -> int:
     """The first status that is not 0, or 0."""
     until = time.monotonic() + HANGS
     while any(process.poll() is None for process in processes):
-        failed = [process.returncode for process in processes if process.returncode]
-        if failed:
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
-            for process in processes:
-                process.wait(max(0.0, until - time.monotonic()))
-            return failed[0]
+        if any(process.poll() for process in processes):
+            break
         if time.monotonic() > until:
             raise subprocess.TimeoutExpired(processes[0].args, HANGS)
         time.sleep(0.005)
-    return next((process.returncode for process in processes if process.returncode), 0)
+    failed = [status for process in processes if (status := process.poll())]
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait()
+    return failed[0] if failed else 0
 
 
 def read(stream: IO[bytes]) -> str:

@@ -6,9 +6,9 @@ import json
 
 import forks
 import pandas
+import pytest
 import torch.distributed.run
 
-import benchmark
 from self_speculation.drafts.costs import Costs
 
 TORCHRUN = torch.distributed.run.__file__
@@ -47,17 +47,15 @@ def torchrun(ranks, script, *args):
 
 
 def no_calibration(monkeypatch):
-    """For a test that is not about times: sweep.py is told what passes cost. The one place that knows how."""
+    """For a test that is not about times: sweep.py is told what passes cost."""
     monkeypatch.setattr(
         "measures.sweeping.calibrate",
-        lambda model, config, exit_layers, *_: [
-            Costs(
-                plain_step=1.0,
-                draft_step={layer: layer / 8 for layer in exit_layers},
-                verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
-                lengths=(0, 20),
-            )
-        ],
+        lambda model, config, exit_layers, *_: Costs(
+            plain_step=1.0,
+            draft_step={layer: layer / 8 for layer in exit_layers},
+            verifications=dict.fromkeys(exit_layers, (1.0, 1.5)),
+            lengths=(0, 20),
+        ),
     )
 
 
@@ -66,12 +64,27 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("measures.sweeping.heat_maps", lambda *_: None)
 
 
-def outcome(args, capsys):
-    """Exit status of benchmark.py and the last line on standard error."""
-    try:
-        status = benchmark.main(args)
-    except SystemExit as end:
-        status = end.code
+def small_run(model, tmp_path, num_samples=2, max_steps=6):
+    """Flags of a script over a small dataset."""
+    return [
+        "--model", str(model), "--output_dir", str(tmp_path / "logs"), "--num_samples", str(num_samples),
+        "--max_steps", str(max_steps), "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path),
+    ]  # fmt: skip
+
+
+def about(folder):
+    """What `run.json` says of a run."""
+    return json.loads((folder / "run.json").read_text())
+
+
+def refused(main, args, capsys):
+    """The one line of error of a script that ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(args)
     errors = capsys.readouterr().err
+    assert end.value.code == 2
     assert "Traceback" not in errors
-    return status, errors.strip().rpartition("\n")[2].rpartition("\r")[2]
+    (line,) = [line for line in errors.splitlines() if ": error: " in line]
+    assert errors.rstrip().endswith(line)
+    return line

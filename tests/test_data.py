@@ -1,4 +1,4 @@
-"""Datasets: prompts, shots, order; and one line for whatever is wrong with a file."""
+"""Datasets: prompts, shots and order; a bad file gives one line of error."""
 
 import contextlib
 import csv
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from arguments import DataArguments, parse
+from arguments import DataArguments
 from data import DATASETS, DataError, fingerprint, load_examples
 
 ROWS = {
@@ -69,16 +69,14 @@ def in_order(dataset, path=None, **kwargs):
     return load(dataset, path, random_shuffle=False, **kwargs)
 
 
-def test_every_dataset_is_covered_here():
-    assert set(ROWS) == set(FIRST) == set(DATASETS)
-
-
 KINDS = ["jsonl", "jsonl.gz", "parquet", "parquet.gz", "csv", "csv.gz"]
 FILES = [(dataset, kind) for dataset in ROWS for kind in (KINDS[:4] if dataset == "chat_format" else KINDS)]
 
 
 @pytest.mark.parametrize(("dataset", "kind"), FILES)
 def test_local_files_of_every_kind(dataset, kind, tmp_path):
+    """Guards against a dataset or a file format that is read otherwise than the others."""
+    assert set(ROWS) == set(FIRST) == set(DATASETS)
     rows = ROWS[dataset]
     examples = in_order(dataset, write(tmp_path / f"data.{kind}", rows))
     assert (examples[0].prompt, examples[0].reference) == FIRST[dataset]
@@ -86,16 +84,10 @@ def test_local_files_of_every_kind(dataset, kind, tmp_path):
 
 
 def test_chat_gives_an_example_for_each_parser_turn(tmp_path):
+    """Guards against turns that are left out of the prompt."""
     second = in_order("chat_format", write(tmp_path / "a.jsonl", ROWS["chat_format"]))[1]
     assert second.prompt == "USER: hi 0\nPARSER: [A]\nUSER: more\nPARSER:"
     assert second.reference == "[B]"
-
-
-def test_human_eval_is_the_real_one():
-    examples = in_order("human_eval")
-    assert len(examples) == 164
-    assert examples[0].row["task_id"] == "HumanEval/0"
-    assert examples[0].prompt.startswith("from typing import List")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +99,8 @@ def test_human_eval_is_the_real_one():
         ("top_v2", ("WillHeld/top_v2",)),
     ],
 )
-def test_the_hub_is_asked_for_the_right_set(dataset, hub, monkeypatch):
+def test_a_dataset_comes_from_its_place_on_the_hub(dataset, hub, monkeypatch):
+    """Guards against another repository or split than the paper's."""
     asked = []
 
     def load_dataset(*name, split):
@@ -124,42 +117,39 @@ def test_the_hub_is_asked_for_the_right_set(dataset, hub, monkeypatch):
 
 
 def test_an_unreachable_hub_says_what_to_do():
+    """Guards against a traceback, and minutes of retries without a network."""
     with pytest.raises(DataError, match=r"cannot load EdinburghNLP/xsum from the hub .*--data_path"):
         load("xsum_summarization")
 
 
 def test_order_and_shots_depend_on_the_seed_alone(tmp_path):
-    """A global generator would give each sweep cell other examples."""
+    """Guards against other examples in each cell of a sweep, and shots that are evaluated."""
     path = write(tmp_path / "a.jsonl", ROWS["custom_jsonl"])
     once = load("custom_jsonl", path, n_shot=2)
     assert once == load("custom_jsonl", path, n_shot=2)
     assert once[:3] == load("custom_jsonl", path, n_shot=2, num_samples=3)
     assert fingerprint(once) != fingerprint(load("custom_jsonl", path, n_shot=2, seed=43))
     assert sorted(e.row["prompt"] for e in load("custom_jsonl", path)) == [f"ask {i}" for i in range(9)]
-
-
-def test_shots_stand_before_the_prompt_and_are_not_evaluated(tmp_path):
-    path = write(tmp_path / "a.jsonl", ROWS["custom_jsonl"])
+    assert all(example.prompt.count(example.row["prompt"]) == 1 for example in once)
     examples = in_order("custom_jsonl", path, n_shot=2)
     assert examples[0].prompt == "ask 0 say 0\n\nask 1 say 1\n\nask 2"
     assert len(examples) == 7
-    for example in load("custom_jsonl", path, n_shot=3):
-        assert example.prompt.count(example.row["prompt"]) == 1
 
 
-def test_shots_come_from_the_training_split_of_a_folder(tmp_path):
+def test_shots_come_from_the_training_split_of_a_folder(tmp_path, monkeypatch):
+    """Guards against shots from the test split, in a home folder too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "test.jsonl", ROWS["cnn_dm_summarization"])
     write(tmp_path / "train.csv", [{"article": "old", "highlights": "known"}])
-    examples = in_order("cnn_dm_summarization", str(tmp_path), n_shot=1)
-    assert examples[0].prompt == "Article: old\nSummary: known\n\nArticle: article 0\nSummary:"
-    assert len(examples) == 9
+    for path in (str(tmp_path), "~"):
+        examples = in_order("cnn_dm_summarization", path, n_shot=1)
+        assert examples[0].prompt == "Article: old\nSummary: known\n\nArticle: article 0\nSummary:"
+        assert len(examples) == 9
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_only_the_shots_that_are_needed_become_examples(place, tmp_path, monkeypatch):
-    """Guards against gigabytes of examples of a training split, of which three are used; and against other
-    shots than the whole of them, shuffled, would begin with.
-    """
+    """Guards against gigabytes of examples of which three are used, and shots in another order."""
     rows = [{"document": f"text {i}", "summary": f"summary {i}"} for i in range(500)]
     splits = {"train": rows, "test": rows[:2]}
     for split, part in splits.items():
@@ -176,9 +166,7 @@ def test_only_the_shots_that_are_needed_become_examples(place, tmp_path, monkeyp
 
 @pytest.mark.parametrize("is_script", [True, False])
 def test_a_dataset_that_is_a_script_on_the_hub(is_script, tmp_path, monkeypatch):
-    """Under datasets 4 and later, EdinburghNLP/xsum is read from its Parquet branch; where the hub's copy is
-    no script, as it is. What is refused, and the words for it, are those of `datasets` itself.
-    """
+    """Guards against EdinburghNLP/xsum that `datasets` 4 refuses as a script: its Parquet branch is read."""
     main, branch = tmp_path / "main" / "xsum", tmp_path / "branch" / "xsum"
     for folder, origin in ((main, "main"), (branch, "branch")):
         if is_script and folder == main:
@@ -202,39 +190,33 @@ def test_a_dataset_that_is_a_script_on_the_hub(is_script, tmp_path, monkeypatch)
     assert first == f"Article: {origin} train 0\nSummary: s\n\nArticle: {origin} test 0\nSummary:"
 
 
-def test_line_ends_of_windows(tmp_path):
-    path = tmp_path / "data.csv"
-    path.write_bytes(b'prompt,response\r\n"a\r\nb","c\r\nd"\r\n')
-    (example,) = in_order("custom_jsonl", str(path))
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b'prompt,response\r\n"a\r\nb","c\r\nd"\r\n'),
+        ("a.csv", 'prompt,response\n"a\nb","c\nd"\n'.encode("utf-8-sig")),
+        ("a.jsonl", '{"prompt": "a\\nb", "response": "c\\nd"}\n'.encode("utf-8-sig")),
+    ],
+)
+def test_files_of_windows(name, content, tmp_path):
+    """Guards against carriage returns in texts, and a byte order mark in the name of the first column."""
+    (tmp_path / name).write_bytes(content)
+    (example,) = in_order("custom_jsonl", str(tmp_path / name))
     assert (example.prompt, example.reference) == ("a\nb", "c\nd")
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.csv", "prompt,response\na,b\n"), ("a.jsonl", '{"prompt": "a", "response": "b"}\n')],
-)
-def test_a_byte_order_mark_is_no_text(name, content, tmp_path):
-    """Guards against a file that Windows wrote and whose first column is not found."""
-    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
-    (example,) = in_order("custom_jsonl", str(tmp_path / name))
-    assert (example.prompt, example.reference) == ("a", "b")
-
-
-def test_shots_keep_the_indentation_of_code():
-    prompt = in_order("human_eval", n_shot=1)[0].prompt
-    assert '    """\n    for idx, elem in enumerate(numbers):\n' in prompt
-
-
-def test_a_home_folder_is_found_for_shots_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "test.jsonl", ROWS["custom_jsonl"])
-    write(tmp_path / "train.jsonl", [{"prompt": "old", "response": "known"}])
-    examples = in_order("custom_jsonl", "~", n_shot=1)
-    assert (examples[0].prompt, len(examples)) == ("old known\n\nask 0", 9)
+def test_human_eval_is_the_real_one():
+    """Guards against a stand-in for the published problems, and shots that lose the indentation of code."""
+    examples = in_order("human_eval")
+    assert len(examples) == 164
+    assert examples[0].row["task_id"] == "HumanEval/0"
+    shot = in_order("human_eval", n_shot=1)[0].prompt
+    assert shot.startswith("from typing import List")
+    assert '    """\n    for idx, elem in enumerate(numbers):\n' in shot
 
 
 def test_a_template_keeps_its_other_braces(tmp_path):
-    """`str.format` would fail on them."""
+    """Guards against `str.format`, which fails on them."""
     path = write(tmp_path / "a.jsonl", [{"prompt": "{x} {message}", "response": "r"}])
     (example,) = load("custom_jsonl", path, template='{"q": "{message}", {y}}')
     assert example.prompt == '{"q": "{x} {message}", {y}}'
@@ -242,15 +224,12 @@ def test_a_template_keeps_its_other_braces(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_values_stay_text(kind, tmp_path):
-    """Type inference would turn these into a number, a missing value and a date."""
+    """Guards against type inference, which makes these a number, a missing value and a date."""
     rows = [{"prompt": text, "response": "1.50"} for text in ("0123", "NA", "2020-01-01", "null", "")]
     examples = in_order("custom_jsonl", write(tmp_path / f"a.{kind}", rows))
     assert [e.prompt for e in examples] == ["0123", "NA", "2020-01-01", "null", ""]
     assert examples[0].reference == "1.50"
-
-
-def test_a_number_in_json_becomes_its_text(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": 5, "response": 1.5}])
+    path = write(tmp_path / "numbers.jsonl", [{"prompt": 5, "response": 1.5}])
     assert load("custom_jsonl", path)[0].prompt == "5"
 
 
@@ -258,75 +237,35 @@ def test_a_number_in_json_becomes_its_text(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"prompt": "a", "response": "b"}\n\n{"prompt": \n', "a.jsonl, line 3: not JSON"),
-        (
-            "a.jsonl",
-            b'{"prompt": "a", "answer": "b"}\n',
-            "line 1: no column 'response'; found: prompt, answer",
-        ),
+        ("a.jsonl", b'{"prompt": "", "answer": ""}\n', "line 1: no column 'response'; found: prompt, answer"),
         ("a.jsonl", b"[1]\n", "line 1: must be an object, not list"),
-        (
-            "a.jsonl",
-            b'{"prompt": ' + b"[" * 99_999,
-            "line 1: lists and objects within each other",
-        ),
-        (
-            "a.jsonl",
-            b'{"prompt": null, "response": "b"}',
-            "line 1: column 'prompt' must be text, not NoneType",
-        ),
+        ("a.jsonl", b'{"prompt": ' + b"[" * 99_999, "line 1: lists and objects within each other"),
+        ("a.jsonl", b'{"prompt": null, "response": ""}', "line 1: column 'prompt' must be text, not None"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl: 'utf-8' codec can't decode"),
         ("a.jsonl", b"", "a.jsonl: no examples"),
         ("a.csv", b"prompt,answer\na,b\n", "line 2: no column 'response'; found: prompt, answer"),
         ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv, line 3: must have the 2 fields of the header"),
-        ("a.csv", b"prompt,response\na,b,\n", "a.csv, line 2: must have the 2 fields"),
         ("a.csv", b"prompt,response\nc\n", "a.csv, line 2: must have the 2 fields"),
         ("a.csv", b"", "a.csv: no examples"),
         ("a.parquet", b"no", "a.parquet: "),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9] + b"xxxxxxxxx", "a.jsonl.gz: "),
         ("a.xml", b"", "must be a .jsonl, .csv or .parquet file"),
+        ("test.csv", None, "No such file"),
+        ("", None, "must hold one file test"),
+        ("chat.jsonl", b'{"data": [{"role": "USER"}]}', "line 1: no column 'message'; found: role"),
+        ("chat.jsonl", b'{"data": "hi"}', "line 1: column 'data' must be a list of turns"),
+        ("chat.jsonl", b'{"data": [{"role": "PARSER", "message": null}]}', "column 'message' must be text"),
     ],
-)
-def test_what_is_wrong_with_a_file_is_said_in_one_line(name, content, message, tmp_path):
-    (tmp_path / name).write_bytes(content)
+)  # fmt: skip
+def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message, tmp_path):
+    """Guards against a traceback, and a message without file and line."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load("custom_jsonl", str(tmp_path / name))
+        load("chat_format" if name == "chat.jsonl" else "custom_jsonl", str(tmp_path / name))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
-        load("custom_jsonl", str(tmp_path / "a.jsonl"))
-    with pytest.raises(DataError, match="must hold one file test"):
-        load("custom_jsonl", str(tmp_path))
-
-
-def test_malformed_turns(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"data": [{"role": "USER"}]}])
-    with pytest.raises(DataError, match="line 1: no column 'message'; found: role"):
-        load("chat_format", path)
-    write(tmp_path / "a.jsonl", [{"data": "hi"}])
-    with pytest.raises(DataError, match="line 1: column 'data' must be a list of turns"):
-        load("chat_format", path)
-    write(tmp_path / "a.jsonl", [{"data": [{"role": "PARSER", "message": None}]}])
-    with pytest.raises(DataError, match="line 1: column 'message' must be text"):
-        load("chat_format", path)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("--num_samples 0", "--num_samples 0: must be at least 1"),
-        ("--n_shot -1", "--n_shot -1: must be at least 0"),
-        ("--dataset nothing", "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'"),
-        ("--template x", "--template 'x': must contain {message}"),
-    ],
-)
-def test_impossible_flags(args, message, capsys):
-    with pytest.raises(SystemExit):
-        parse("test", DataArguments, args=args.split())
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -336,7 +275,8 @@ def test_impossible_flags(args, message, capsys):
         ({"dataset": "custom_jsonl"}, "^--dataset custom_jsonl: needs --data_path$"),
     ],
 )
-def test_what_a_dataset_has_not_got(args, message):
+def test_flags_that_do_not_fit_the_dataset(args, message):
+    """Guards against shots or rows that are not there."""
     with pytest.raises(DataError, match=message):
         load(**args)
 
@@ -346,11 +286,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-
-
 COLUMNS = st.sampled_from(sorted({column for dataset in DATASETS.values() for column in dataset.columns}))
-
-
 ANY_ROWS = st.lists(
     st.dictionaries(COLUMNS | st.sampled_from(["role", "message"]), JSON, max_size=5), max_size=4
 )
@@ -401,7 +337,7 @@ def folder(tmp_path_factory):
 @given(file=files(), dataset=st.sampled_from(sorted(DATASETS)), n_shot=st.integers(0, 2))
 @settings(max_examples=400)
 def test_any_file_is_read_or_refused_in_one_line(folder, file, dataset, n_shot):
-    """Guards against tracebacks of four readers, and examples that are not text."""
+    """Guards against tracebacks of the readers, and examples that are not text."""
     suffix, content = file
     path = folder / f"data{suffix}"
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What pictures show besides their numbers."""
+"""Pictures name what they show."""
 
 import pandas
 import pytest
@@ -14,21 +14,29 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_exits_are_whole_numbers_below_what_was_trained(drawn, tmp_path):
-    """Guards against a tick at exit 1.5, and a picture that does not say what it is of."""
+def test_curves_over_exits_have_title_and_units(drawn, tmp_path):
+    """Guards against a picture without model, machine and units, and a tick at exit 1.5."""
     table = pandas.DataFrame({"exit_layer": [1, 2], "loss": [2.0, 1.0], "accuracy": [0.1, 0.2]})
     plots.curves_by_exit(table, ["loss", "accuracy"], "a model\na machine", tmp_path / "exits")
     (figure,) = drawn
     figure.canvas.draw()
     assert figure.get_suptitle() == "a model\na machine"
+    assert [axes.get_xlabel() for axes in figure.axes] == ["exit layer"] * 2
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "loss [nats per token]",
+        "accuracy [share of tokens]",
+    ]
     assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())
 
 
-def test_lines_of_100_characters_fit_above_a_sweep(drawn, tmp_path):
-    """Guards against a heading that is cut at the edges of the smallest picture."""
-    row = {"exit_layer": 1, "num_speculations": 1, "speedup": 1.2, "acceptance_rate": 0.5}
+def test_heat_maps_have_title_units_and_the_figures_of_the_table(drawn, tmp_path):
+    """Guards against a heading that is cut at the edges, and cells with other figures than the table."""
+    row = {"exit_layer": 3, "num_speculations": 2, "speedup": 1.234, "acceptance_rate": 0.567}
     plots.heat_maps(pandas.DataFrame([row]), "x" * 100 + "\n" + "y" * 100, tmp_path / "sweep")
     (figure,) = drawn
     figure.canvas.draw()
     title = figure._suptitle.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["1.23"], ["57%"]]
+    for axes in figure.axes:
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("draft length [tokens]", "exit layer")

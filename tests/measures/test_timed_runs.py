@@ -1,4 +1,4 @@
-"""What is timed has run before: every width of pass, three times."""
+"""Timings: every pass is warmed up, and every second is in a figure."""
 
 import copy
 
@@ -22,7 +22,7 @@ SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_
     ],
 )
 def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
-    """And no more tokens than that takes. Guards against a draft length that is not drafted in full."""
+    """Guards against a draft length that is not drafted in full, and a warm-up that is longer than needed."""
     seen, run = [], ModelRunner.run
 
     def watch(self, inputs, first, last, num_logits):
@@ -43,9 +43,7 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("config", [SPECULATION, {"generation_strategy": "adaptive", "prompt_lookup": 2}])
 def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, byte_tokenizer, monkeypatch):
-    """By a clock that only passes of the model move. Guards against passes that measure something between the
-    answers, and a speed-up that leaves them out.
-    """
+    """By a clock that passes of the model move. Guards against passes between answers that no figure has."""
     now, run = [0.0], ModelRunner.run
 
     def moves_the_clock(self, *args, **kwargs):
@@ -74,9 +72,7 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
     ],
 )
 def test_after_a_warm_up_nothing_is_captured(config, graphs):
-    """Guards against a capture inside a timed example: a draft that is cut short at the end of an answer, or
-    a cache that has to be larger than the warm-up's.
-    """
+    """Guards against a capture inside a timed example, for a shorter draft or a larger cache."""
     model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
     capture_decoding(model)
     settings = GenerationConfig(sample=False, max_steps=1200, **config)

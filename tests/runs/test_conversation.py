@@ -11,7 +11,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}a
 
 @pytest.fixture
 def turns(byte_tokenizer, text_model, monkeypatch):
-    """Has a conversation by a template; returns what each turn's prompt was, and what came of it."""
+    """Has a conversation by a template; returns prompt and result of each turn."""
 
     def converse(template, *prompts):
         generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
@@ -33,9 +33,7 @@ def turns(byte_tokenizer, text_model, monkeypatch):
 
 
 def test_a_turn_reads_on_from_what_the_model_wrote(turns, byte_tokenizer):
-    """Guards against a turn that reads the whole conversation: a model without sense writes tokens that its
-    text would not be split into again.
-    """
+    """Guards against a turn that reads the whole conversation because its text gives other tokens."""
     (first, wrote), (second, took) = turns(TEMPLATE, "Who are you?", "And who am I?")
     said = [*first, *wrote.predicted_tokens]
     assert byte_tokenizer.encode(byte_tokenizer.decode(said), add_special_tokens=False) != said
@@ -47,10 +45,8 @@ def test_a_turn_reads_on_from_what_the_model_wrote(turns, byte_tokenizer):
 @pytest.mark.parametrize(
     "template", [TEMPLATE.replace("m.content", "m.content | upper"), TEMPLATE.replace("</s>", " -- ")]
 )
-def test_a_template_has_the_last_word(turns, byte_tokenizer, template):
-    """Guards against a history that is kept although the template writes it in other words, or with no token
-    that ends the answer.
-    """
+def test_a_template_that_changes_the_history_wins(turns, byte_tokenizer, template):
+    """Guards against kept tokens of an answer that the template rewrites or does not end by a token."""
     (_, wrote), (second, _) = turns(template, "Who are you?", "And who am I?")
     messages = [
         {"role": "user", "content": "Who are you?"},

@@ -1,13 +1,13 @@
-"""Out of memory, and logits that are no numbers, in the middle of the work: one line, and nothing is lost."""
+"""Too little memory and NaN logits end the work in one line of error, and nothing is lost."""
 
-import json
 import signal
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import custom_data, no_calibration, only_run
+from helpers import about, no_calibration, only_run, refused, small_run
 
 import benchmark
 import eval as eval_script
@@ -31,20 +31,16 @@ SAID = {"nan": "the model's logits are not numbers"}
 OUT_OF_MEMORY = (
     "out of memory; less takes a shorter prompt, a lower --max_steps, --dtype half, --quantization"
 )
-SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 
 
 @pytest.fixture
-def common(model_folder, tmp_path):
-    return [
-        "--model", str(model_folder), "--output_dir", str(tmp_path / "logs"), "--max_steps", "6",
-        "--sample", "False",
-    ]  # fmt: skip
+def dataset(model_folder, tmp_path):
+    return [*small_run(model_folder, tmp_path, 4, 6), "--sample", "False"]
 
 
 @pytest.fixture
-def dataset(common, tmp_path):
-    return [*common, "--num_samples", "4", "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path)]
+def common(model_folder):
+    return ["--model", str(model_folder), "--max_steps", "6", "--sample", "False"]
 
 
 @pytest.fixture
@@ -69,50 +65,58 @@ def fails_at(monkeypatch):
     return arrange
 
 
+def last_line(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def by_eval(common):
+    tasks = ["--include_path", str(ROOT / "eval_tasks"), "--tasks", "python_functions", "--limit", "3"]
+    return eval_script.main([*common[:4], *tasks, "--max_steps", "6", "--sample", "False"])
+
+
+def by_sweep(common):
+    return sweep.main([*common, "--mode", "measured", "--exit_layer_last", "2"])
+
+
 @pytest.mark.parametrize("kind", ERRORS)
-def test_a_dataset_run_names_the_example_and_keeps_the_others(kind, dataset, fails_at, tmp_path, capsys):
-    fails_at(ERRORS[kind], 1 + 2)  # the warm-up, and two examples
-    assert benchmark.main(dataset) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"example 2: {SAID.get(kind, OUT_OF_MEMORY)}")
-    assert line.endswith(f"; 2 of 4 examples are kept, go on with --resume {only_run(tmp_path)}")
+@pytest.mark.parametrize(
+    ("main", "first", "what", "kept"),
+    [
+        (benchmark.main, 1 + 2, "example 2", "; 2 of 4 examples are kept, go on with --resume"),
+        (
+            by_sweep,
+            1 + (1 + 4) + 1,
+            "exit layer 1, 2 drafted",
+            "; 1 of 12 cells are kept, go on with --resume",
+        ),
+        (by_eval, 1 + 1, "python_functions, document 1", "--use_cache PATH would have kept answers to go on"),
+    ],
+    ids=["benchmark", "sweep", "eval"],
+)
+@pytest.mark.usefixtures("few_files_are_read")
+def test_a_run_names_the_example_and_keeps_the_others(
+    kind, main, first, what, kept, dataset, fails_at, capsys
+):
+    """Guards against a traceback, and examples that are lost with the one that failed."""
+    fails_at(ERRORS[kind], first)
+    assert main(dataset) == 1
+    line = last_line(capsys)
+    assert line.startswith(f"{what}: {SAID.get(kind, OUT_OF_MEMORY)}")
+    assert kept in line
 
 
-def test_a_sweep_names_the_cell(dataset, fails_at, capsys):
-    fails_at(ERRORS["cuda"], 1 + (1 + 4) + 1)
-    assert sweep.main([*dataset, "--mode", "measured", "--exit_layer_last", "2"]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"exit layer 1, 2 drafted: {OUT_OF_MEMORY}")
-    assert "; 1 of 12 cells are kept, go on with --resume" in said
-
-
-def test_a_cell_that_is_verified_is_named_too(dataset, monkeypatch, capsys):
+def test_a_verified_cell_is_named(dataset, monkeypatch, capsys):
     """Guards against a traceback out of the cells that a predicted sweep measures in the end."""
     no_calibration(monkeypatch)
-
-    def fails(*_, **__):
-        yield 1, MemoryError()
-
-    monkeypatch.setattr("measures.sweeping.measure_examples", fails)
+    monkeypatch.setattr("measures.sweeping.measure_examples", lambda *_: iter([(1, MemoryError())]))
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1", "--verify_top", "1"]
     assert sweep.main([*dataset, *grid]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"exit layer 1, 1 drafted: {OUT_OF_MEMORY}")
-
-
-@pytest.mark.usefixtures("few_files_are_read")
-@pytest.mark.parametrize("kind", ["cuda", "nan"])
-def test_an_evaluation_names_the_document(kind, common, fails_at, capsys):
-    tasks = ["--include_path", str(ROOT / "eval_tasks"), "--tasks", "python_functions", "--limit", "3"]
-    fails_at(ERRORS[kind], 1 + 1)
-    assert eval_script.main([*common, *tasks]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"python_functions, document 1: {SAID.get(kind, OUT_OF_MEMORY)}")
-    assert line.endswith("--use_cache PATH would have kept answers to go on from")
+    assert last_line(capsys).startswith(f"exit layer 1, 1 drafted: {OUT_OF_MEMORY}")
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_one_prompt_ends_in_one_line(kind, common, fails_at, monkeypatch, capsys):
+    """Guards against a traceback for somebody whose prompt is too long."""
     fails_at(ERRORS[kind], 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
@@ -124,17 +128,18 @@ def test_one_prompt_ends_in_one_line(kind, common, fails_at, monkeypatch, capsys
 
 
 def test_other_errors_are_not_explained_away(common, fails_at):
-    """A mistake of the program must show its traceback."""
+    """Guards against a mistake of the program without its traceback."""
     fails_at(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 0)
     with pytest.raises(RuntimeError, match="mat1"):
         program.run(lambda: generate.main([*common, "--prompt", "Once"]))
 
 
-def test_while_loading(common, monkeypatch, capsys):
-    def fails(*_, **__):
-        raise ERRORS["cuda"]
-
-    monkeypatch.setattr("self_speculation.model.loading.AutoModelForCausalLM.from_pretrained", fails)
+def test_memory_that_is_short_while_loading(common, monkeypatch, capsys):
+    """Guards against a traceback, and status 2, which says that flags are wrong."""
+    monkeypatch.setattr(
+        "self_speculation.model.loading.AutoModelForCausalLM.from_pretrained",
+        Mock(side_effect=ERRORS["cuda"]),
+    )
     with pytest.raises(SystemExit) as end:
         generate.main([*common, "--prompt", "Once"])
     assert end.value.code == 1
@@ -145,17 +150,9 @@ def test_while_loading(common, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
-    """What failed is not part of it, what came before is."""
-    prompts = iter(["one", "two", "three"])
-
-    def ask(_):
-        try:
-            return next(prompts)
-        except StopIteration:
-            raise EOFError from None
-
+    """Guards against a conversation that ends, or that has the failed prompt in its history."""
     monkeypatch.setattr("runs.conversation._session", lambda: None)
-    monkeypatch.setattr("runs.conversation._ask", ask)
+    monkeypatch.setattr("runs.conversation._ask", Mock(side_effect=["one", "two", "three", EOFError]))
     monkeypatch.setattr("runs.conversation._unechoed", nullcontext)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     answer, asked = Conversation._ids, []
@@ -174,9 +171,7 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
 
 
 def test_out_of_memory_is_told_from_other_errors():
-    """Guards against a mistake of the program that is explained away, and against a traceback where an error
-    of the memory comes wrapped.
-    """
+    """Guards against a mistake that is explained away, and a traceback where the error comes wrapped."""
     assert all(reason(error).startswith("out of memory") == (kind != "nan") for kind, error in ERRORS.items())
     assert reason(MemoryError("the cache takes 9 GiB")).startswith(
         "out of memory: the cache takes 9 GiB; less"
@@ -188,13 +183,13 @@ def test_out_of_memory_is_told_from_other_errors():
 
 
 def test_a_measured_sweep_of_empty_answers(dataset, tmp_path, capsys):
-    """Every id ends an answer. Guards against quartiles of nothing."""
+    """Guards against statistics of nothing: every id ends an answer."""
     ends = ["--stop_token_ids", *map(str, range(400))]
     flags = [*dataset, *ends, "--exit_layer_last", "2", "--num_speculations_last", "1"]
     assert sweep.main([*flags, "--mode", "measured"]) == 0
     assert "no answers to compare: all are empty" in capsys.readouterr().out
     folder = only_run(tmp_path)
-    assert json.loads((folder / "run.json").read_text())["metrics"]["best"] is None
-    with pytest.raises(SystemExit):
-        benchmark.main([*dataset, "--tuned", str(folder)])
-    assert "no answers to compare in there" in capsys.readouterr().err
+    assert about(folder)["metrics"]["best"] is None
+    assert "no answers to compare in there" in refused(
+        benchmark.main, [*dataset, "--tuned", str(folder)], capsys
+    )

@@ -9,7 +9,7 @@ from runs import status
 
 
 def test_slow_work_is_named_and_quick_work_is_not(capsys, monkeypatch):
-    """Neither half waits for the clock: the first waits for the line, the second ends at once."""
+    """Guards against silence during slow work, and a line about work that takes no time."""
     monkeypatch.setattr(status, "_SILENCE", 0.0)
     said = threading.Event()
     write = sys.stderr.write
@@ -24,9 +24,7 @@ def test_slow_work_is_named_and_quick_work_is_not(capsys, monkeypatch):
 
 
 def test_bars_are_for_terminals_and_long_work(capsys, monkeypatch):
-    """Guards against silence while weights are packed, a flash of a bar for small models, and control
-    characters in a log file.
-    """
+    """Guards against a flash of a bar for small models, and control characters in a log file."""
 
     def shown(seconds, on_terminal):
         monkeypatch.setattr(status, "_SECONDS_WITHOUT_BAR", seconds)

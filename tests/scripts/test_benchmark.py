@@ -1,17 +1,14 @@
-"""benchmark.py and correctness.py as their users run them."""
+"""benchmark.py and correctness.py: files, tables and verdicts."""
 
 import json
 import shutil
 
-import forks
 import numpy
 import pandas
 import pytest
 import torch
-from conftest import ROOT
 from distributions import accepts_everything, resamples_from_the_target
-from helpers import custom_data, no_calibration, only_run, untimed
-from transformers import MistralConfig, MistralForCausalLM
+from helpers import about, no_calibration, only_run, refused, small_run, untimed
 
 import benchmark
 import correctness
@@ -27,24 +24,22 @@ SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
 
 @pytest.fixture
 def common(model_folder, tmp_path):
-    """Flags for a small run of its own."""
-    return [
-        "--model", str(model_folder), "--output_dir", str(tmp_path / "logs"), "--num_samples", "5",
-        "--max_steps", "12", "--template", "def {message}", "--dataset", "custom_jsonl",
-        "--data_path", custom_data(tmp_path),
-    ]  # fmt: skip
+    return [*small_run(model_folder, tmp_path, 5, 12), "--template", "def {message}"]
+
+
+def records_of(folder):
+    return pandas.read_json(folder / "records.jsonl", lines=True)
 
 
 def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
+    """Guards against a run without its machine, records out of order, and a table that lacks a figure."""
     assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--sample", "False"]) == 0
-    with open(only_run(tmp_path) / "run.json") as file:
-        run = json.load(file)
+    run, records = about(only_run(tmp_path)), records_of(only_run(tmp_path))
     assert run["status"] == "finished"
     assert run["arguments"]["exit_layer"] == 2
     assert {"libraries", "device", "dtype", "threads", "dataset_fingerprint", "num_layers"} <= run.keys()
     assert {"processor", "num_ranks", "version", "commit"} <= run.keys()
     assert run["began"] <= run["ended"]
-    records = pandas.read_json(only_run(tmp_path) / "records.jsonl", lines=True)
     assert records["index"].tolist() == [0, 1, 2, 3, 4]
     assert records["prompt"].str.startswith("def add").all()
     metrics = run["metrics"]
@@ -67,23 +62,32 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
         assert name in table
 
 
-def test_an_autoregressive_benchmark_does_not_speak_of_acceptance(common, tmp_path, capsys):
+def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):
+    """Guards against an acceptance rate without drafts, and identical outputs of two random samples."""
     assert benchmark.main([*common, "--verbose"]) == 0
-    assert "acceptance" not in json.loads((only_run(tmp_path) / "run.json").read_text())["metrics"]
+    assert "acceptance" not in about(only_run(tmp_path))["metrics"]
     output = capsys.readouterr().out
     assert "acceptance" not in output
     assert "--- 0\ndef add" in output
+    assert benchmark.main([*common, "--compare", "True", *SPECULATION]) == 0
+    assert "identical outputs" not in capsys.readouterr().out
 
 
-def test_what_prompts_begin_with_is_read_once(common, tmp_path):
-    """Guards against shots that every prompt reads again, and against a prompt that the warm-up has read."""
+def test_examples_draw_their_own_samples(common, tmp_path):
+    """Guards against the same random numbers for each example."""
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"prompt": "def", "response": ""}\n' * 3)
+    assert benchmark.main([*common, "--data_path", str(path), "--temperature", "5"]) == 0
+    assert len(set(map(tuple, records_of(only_run(tmp_path))["tokens"]))) == 3
+
+
+def test_shared_beginnings_of_prompts_are_read_once(common, tmp_path):
+    """Guards against shots that every prompt reads again, and a first prompt that the warm-up has read."""
     shots = [*common, "--n_shot", "2", "--sample", "False"]
     for name, reuse in (("whole", "False"), ("rest", "True")):
-        assert benchmark.main([*shots, "--output_dir", str(tmp_path / name), "--reuse_cache", reuse]) == 0
-    whole, rest = (
-        pandas.read_json(next((tmp_path / name).glob("*/records.jsonl")), lines=True)
-        for name in ("whole", "rest")
-    )
+        output = ["--output_dir", str(tmp_path / name / "logs")]
+        assert benchmark.main([*shots, *output, "--reuse_cache", reuse]) == 0
+    whole, rest = (records_of(only_run(tmp_path / name)) for name in ("whole", "rest"))
     assert whole["tokens"].tolist() == rest["tokens"].tolist()
     assert (whole["num_cached_tokens"] == 0).all()
     first, *others = sorted(rest["num_cached_tokens"])
@@ -91,15 +95,8 @@ def test_what_prompts_begin_with_is_read_once(common, tmp_path):
     assert min(others) >= 20  # of some 40
 
 
-def test_sampled_outputs_are_not_counted_as_identical(common, tmp_path, capsys):
-    """Guards against "identical outputs 0 of 5", which looks like a fault, where two samples were drawn."""
-    assert benchmark.main([*common, "--compare", "True", *SPECULATION, "--sample", "True"]) == 0
-    assert "identical outputs" not in capsys.readouterr().out
-    run = json.loads((only_run(tmp_path) / "run.json").read_text())
-    assert run["metrics"]["comparison"]["identical_outputs"] is None
-
-
 def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys):
+    """Guards against programs of a model that run without consent or without a word."""
     args = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--max_steps", "5"]
     args += ["--num_samples", "2"]
     benchmark.main(args)
@@ -108,17 +105,11 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
     captured = capsys.readouterr()
     assert "pass at 1" in captured.out
     assert "running the programs that the model wrote" in captured.err
-    with pytest.raises(SystemExit):  # an answer in a chat is no rest of a program
-        benchmark.main([*args, "--execute_code", "True", "--chat", "True"])
-    assert "--execute_code True: runs continuations of prompts" in capsys.readouterr().err
-
-
-CHAT = "user: def add{}(a, b):\nassistant:"
 
 
 @pytest.mark.parametrize("script", [benchmark, correctness, sweep])
 def test_prompts_go_through_the_chat_template(script, common, tmp_path, byte_tokenizer, monkeypatch):
-    """Guards against a script that asks without the template, and special tokens that it has already."""
+    """Guards against a script without the template, and special tokens that the template has already."""
     no_calibration(monkeypatch)
     asked = set()
     encode = HuggingfaceLlamaGenerator.encode
@@ -132,124 +123,68 @@ def test_prompts_go_through_the_chat_template(script, common, tmp_path, byte_tok
     more = ["--exit_layer_last", "2", "--num_speculations_last", "1"] if script is sweep else []
     more += SPECULATION if script is correctness else []
     assert script.main([*common, *more, "--sample", "False", "--chat", "True"]) == 0
-    texts = [CHAT.format(i) for i in range(12)]
+    texts = [f"user: def add{i}(a, b):\nassistant:" for i in range(12)]
     expected = {tuple(byte_tokenizer.encode(text, add_special_tokens=False)) for text in texts}
     assert len(asked & expected) == 5
     assert asked <= expected
-    assert json.loads((only_run(tmp_path) / "run.json").read_text())["arguments"]["chat"] is True
+    assert about(only_run(tmp_path))["arguments"]["chat"] is True
 
 
-def test_a_model_without_a_chat_template(common, model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against a refusal after minutes of loading, and a run with both kinds of prompts."""
-    assert benchmark.main(common) == 0
-    with pytest.raises(SystemExit):
-        benchmark.main([*common, "--chat", "True", "--resume", str(only_run(tmp_path))])
-    assert "that run had --chat False, this one has True" in capsys.readouterr().err
-    bare = tmp_path / "bare"
-    shutil.copytree(model_folder, bare)
-    (bare / "chat_template.jinja").unlink()
+@pytest.mark.parametrize("script", [benchmark, sweep])
+def test_a_tokenizer_without_a_chat_template_is_refused(
+    script, common, model_folder, tmp_path, monkeypatch, capsys
+):
+    """Guards against a refusal after minutes of loading."""
+    shutil.copytree(model_folder, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
     monkeypatch.setattr("self_speculation.model.loading._load", lambda *_: pytest.fail("weights were read"))
-    for script in (benchmark, sweep):
-        with pytest.raises(SystemExit) as exit:
-            script.main([*common, "--model", str(bare), "--chat", "True", "--sample", "False"])
-        assert exit.value.code == 2
-        said = "error: --chat True: the model's tokenizer has no chat template\n"
-        assert capsys.readouterr().err.endswith(said)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--compare", "True"], "--exit_layer: self_speculative needs one between 1 and 3"),
-        (["--execute_code", "True"], "--execute_code True: only human_eval has programs to run"),
-        (["--data_path", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
-    ],
-)
-def test_wrong_usage_of_the_benchmark(common, args, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        benchmark.main([*common, *args])
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", [benchmark, correctness, sweep])
-def test_drafts_in_four_bits_without_fused_layers(script, common, capsys):
-    """Guards against a traceback from the warm-up, with status 1."""
-    args = [*common, "--sample", "False", "--fuse", "False", "--draft_weights", "int4"]
-    if script is not sweep:
-        args += [*SPECULATION, "--generation_strategy", "self_speculative"]
-    with pytest.raises(SystemExit) as exit:
-        script.main(args)
-    assert exit.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith("error: --draft_weights int4: not with --fuse False")
-
-
-def test_a_sliding_window_shorter_than_max_steps(byte_tokenizer, common, tmp_path, capsys):
-    """Guards against `every prompt has more than the -256 tokens` by the default --max_steps."""
-    folder = tmp_path / "window"
-    config = MistralConfig(**text_shape(byte_tokenizer), sliding_window=256, max_position_embeddings=1024)
-    MistralForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    args = [*common, "--model", str(folder)]
-    assert benchmark.main(args) == 0
-    with pytest.raises(SystemExit) as exit:
-        benchmark.main([*args, "--max_steps", "512"])
-    assert exit.value.code == 2
-    said = "--max_steps 512: leaves no room for a prompt in the model's sliding window of 256 positions"
-    assert said in capsys.readouterr().err
-
-
-def text_shape(tokenizer):
-    return {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1,
-    }  # fmt: skip
-
-
-def test_two_ranks_give_the_records_of_one(common, tmp_path):
-    """Guards against draws that depend on the rank, and examples that are done twice or not at all."""
-    args = [*common, "--generation_strategy", "self_speculative", *SPECULATION]
-    assert benchmark.main([*args, "--output_dir", str(tmp_path / "one")]) == 0
-    result = forks.run_ranks(2, ROOT / "benchmark.py", *args)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("tokens/s, decode") == 1
-    assert ", 2 ranks, batch size 1\n" in result.stdout
-    (one,) = (tmp_path / "one").iterdir()
-    assert untimed(only_run(tmp_path)) == untimed(one)
-    # What is printed for both is what both give: guards against the pace of a single rank.
-    speed = json.loads((only_run(tmp_path) / "run.json").read_text())["metrics"]["speed"]
-    assert f"tokens/s, 2 ranks together{speed['tokens_per_second']:>26.2f}" in result.stdout
-    records = pandas.read_json(only_run(tmp_path) / "records.jsonl", lines=True)
-    slowest = records.groupby("rank")["wall_time"].sum().max()
-    assert speed["tokens_per_second"] == pytest.approx(records["num_tokens"].sum() / slowest)
+    args = [*common, "--model", str(tmp_path / "bare"), "--chat", "True", "--sample", "False"]
+    assert "--chat True: the model's tokenizer has no chat template" in refused(script.main, args, capsys)
 
 
 def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, capsys):
+    """Guards against prompts that are cut, or that disappear without a word."""
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": "x" * n, "response": ""} for n in (5, 4000, 7)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert benchmark.main([*common, "--data_path", str(path)]) == 0
+    args = [*common, "--data_path", str(path)]
+    assert benchmark.main(args) == 0
     assert "left out 1 of 3 examples: prompts of more than 255 tokens" in capsys.readouterr().err
     assert len(untimed(only_run(tmp_path))) == 2
-    with pytest.raises(SystemExit):
-        benchmark.main([*common, "--data_path", str(path), "--n_shot", "2", "--random_shuffle", "False"])
-    assert "every prompt has more than the 255 tokens" in capsys.readouterr().err
+    shots = ["--n_shot", "2", "--random_shuffle", "False"]
+    assert "every prompt has more than the 255 tokens" in refused(benchmark.main, [*args, *shots], capsys)
 
 
-def test_correctness_passes_and_reports(common, tmp_path, capsys):
-    args = [*common, *SPECULATION, "--sample", "False", "--reference", "transformers"]
-    args += ["--stop_words", "b", "--no_repeat_ngram_size", "3"]
-    assert correctness.main(args) == 0
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*SPECULATION, "--stop_words", "b", "--no_repeat_ngram_size", "3"],
+        ["--generation_strategy", "adaptive"],
+        [*SPECULATION, "--draft_weights", "int4", "--prompt_lookup", "2", "--draft_confidence", "auto"],
+    ],
+    ids=["exit", "adaptive", "int4 and lookup"],
+)
+def test_every_source_of_drafts(flags, common, tmp_path, capsys):
+    """Guards against a flag that a script drops on the way, and rounds without their source."""
+    args = [*common, "--sample", "False", *flags]
+    assert correctness.main([*args, "--reference", "transformers"]) == 0
     output = capsys.readouterr().out
     assert output.splitlines()[-1].startswith("passed: 5 of 5 examples identical, 0 near-ties, 0 differences")
-    report = json.loads((only_run(tmp_path) / "run.json").read_text())
+    report = about(only_run(tmp_path))
     assert output.startswith(f"{heading(report)}\n")
     assert report["metrics"] == {"examples": 5, "identical": 5, "near_ties": 0, "differences": 0}
+    other = ["--output_dir", str(tmp_path / "benchmark" / "logs")]
+    assert benchmark.main([*args, "--compare", "True", *other]) == 0
+    metrics = about(only_run(tmp_path / "benchmark"))["metrics"]
+    assert metrics["comparison"]["identical_outputs"] == 5
+    sources = metrics["acceptance"]["drafts_by_source"]
+    assert sum(counts["rounds"] for counts in sources.values()) == metrics["acceptance"]["num_verifications"]
+    assert "rounds: accepted" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_correctness_passes_when_sampling(common, tmp_path, capsys):
+    """Guards against a test of distributions that fails a correct program."""
     args = [*common, *SPECULATION, "--samples_per_prompt", "100", "--sampled_prompts", "2", "--top_k", "8"]
     assert correctness.main(args) == 0
     captured = capsys.readouterr()
@@ -258,13 +193,12 @@ def test_correctness_passes_when_sampling(common, tmp_path, capsys):
     assert verdict.startswith("passed: chi-square tests of the first drafted token")
     assert "false alarms: 1 run in 1000" in verdict
     assert captured.out.count("kinds of tokens in 100 samples") == 2
-    found = json.loads((only_run(tmp_path) / "run.json").read_text())["metrics"]
-    assert 1e-3 < found["p_value"] <= 1
+    assert 1e-3 < about(only_run(tmp_path))["metrics"]["p_value"] <= 1
     assert len(untimed(only_run(tmp_path))) == 2
 
 
 def test_samples_of_one_distribution_fail_as_rarely_as_stated():
-    """Guards against a test that fails right programs, or that finds nothing: rare tokens are many here."""
+    """Guards against a test that fails correct programs, or that finds nothing; most tokens here are rare."""
     chance = numpy.random.default_rng(0)
     weights = 1 / numpy.arange(1, 101) ** 1.5
 
@@ -287,33 +221,12 @@ def accepts_one_too_many(draft_tokens, *rest):
 
 
 def test_correctness_catches_a_wrong_accept_rule_by_ids(common, monkeypatch, capsys):
+    """Guards against a comparison that always passes."""
     monkeypatch.setattr(self_speculation_generator, "verify_draft", accepts_one_too_many)
     assert correctness.main([*common, *SPECULATION, "--sample", "False"]) == 1
     output = capsys.readouterr().out
     assert "DIFFERENCE" in output
     assert output.splitlines()[-1].startswith("FAILED: ")
-
-
-@pytest.mark.parametrize(
-    "drafts",
-    [
-        ["--generation_strategy", "adaptive"],
-        [*SPECULATION, "--draft_weights", "int4", "--prompt_lookup", "2", "--draft_confidence", "auto"],
-    ],
-    ids=["adaptive", "int4 and lookup"],
-)
-def test_every_source_of_drafts(common, drafts, tmp_path, capsys):
-    """Guards against a flag of drafting that a script drops on the way."""
-    assert correctness.main([*common, "--sample", "False", *drafts]) == 0
-    assert "passed: 5 of 5 examples identical" in capsys.readouterr().out
-    common[common.index("--output_dir") + 1] = str(tmp_path / "benchmark")
-    assert benchmark.main([*common, "--sample", "False", "--compare", "True", *drafts]) == 0
-    (folder,) = (tmp_path / "benchmark").iterdir()
-    metrics = json.loads((folder / "run.json").read_text())["metrics"]
-    assert metrics["comparison"]["identical_outputs"] == 5
-    sources = metrics["acceptance"]["drafts_by_source"]
-    assert sum(counts["rounds"] for counts in sources.values()) == metrics["acceptance"]["num_verifications"]
-    assert "rounds: accepted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -332,7 +245,7 @@ def test_correctness_catches_a_wrong_accept_rule_by_distribution(
 
 
 def test_near_ties_are_told_from_differences(text_model):
-    """Only a choice between tokens that the model itself can hardly tell apart is excused."""
+    """Guards against a real difference that is excused as rounding, and rounding that fails a run."""
     prompt = [5, 6, 7]
     logits = text_model(torch.tensor([prompt])).logits[0, -1]
     best, second = logits.topk(2).indices.tolist()

@@ -10,26 +10,27 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_close, tiny_llama
+from helpers import refused
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as eval_script
-from measures.harness_model import HarnessModel, request_config
+from measures.harness_model import HarnessModel
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse, make_strategy
 from self_speculation.model.linear import Float16Linear, works
 
 SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
-TASKS = ("functions", "lines", "text")
-
+ALL = "functions,lines,text"
+ANSWERED = [0, 2, 3, 4, 5]
 
 pytestmark = pytest.mark.usefixtures("few_files_are_read")
 
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory):
-    """Small tasks of each kind in YAML; a prompt is longer than the model's context, another is empty."""
+    """Small tasks of each kind; a prompt is longer than the model's context, another is empty."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = {
         "functions": [
@@ -74,30 +75,45 @@ def task_folder(tmp_path_factory):
     return folder
 
 
-def arguments(model, tasks, folder, tmp_path, *more):
-    return [
-        "--model", str(model), "--tasks", tasks, "--include_path", str(folder), "--log_samples",
-        "--output_path", str(tmp_path / "logs"), "--device", "cpu", *more,
-    ]  # fmt: skip
+class Written:
+    """The files of the harness below a folder."""
+
+    def __init__(self, folder):
+        (path,) = folder.glob("*/results_*.json")
+        saved = json.loads(path.read_text())
+        self.results, self.config = saved["results"], saved["config"]
+        self.answers, self.prompts = {}, {}  # of each task, by document
+        for path in folder.glob("*/samples_*.jsonl"):
+            frame = pandas.read_json(path, lines=True).sort_values("doc_id")
+            task = path.name.split("_")[1]
+            self.answers[task] = frame["resps"].tolist()
+            self.prompts[task] = [each["gen_args_0"]["arg_0"] for each in frame["arguments"]]
+
+    def scores(self, *tasks):
+        found = {(task, name): value for task in tasks for name, value in self.results[task].items()}
+        return {key: value for key, value in found.items() if not isinstance(value, str)}
 
 
-def samples(tmp_path):
-    """task -> what the harness logged of each document, in order."""
-    found = {}
-    for path in (tmp_path / "logs").glob("*/samples_*.jsonl"):
-        frame = pandas.read_json(path, lines=True).sort_values("doc_id")
-        found[path.name.split("_")[1]] = frame["resps"].tolist()
-    return found
+@pytest.fixture
+def arguments(model_folder, task_folder, tmp_path):
+    def of(tasks, *flags, model=model_folder, to="logs"):
+        return [
+            "--model", str(model), "--tasks", tasks, "--include_path", str(task_folder), "--log_samples",
+            "--output_path", str(tmp_path / to), "--device", "cpu", *flags,
+        ]  # fmt: skip
+
+    return of
 
 
-def saved(tmp_path):
-    """What the harness wrote about the run."""
-    (path,) = (tmp_path / "logs").glob("*/results_*.json")
-    return json.loads(path.read_text())
+@pytest.fixture
+def evaluated(arguments, tmp_path):
+    """Runs eval.py."""
 
+    def run(tasks, *flags, to="logs", **kwargs):
+        assert eval_script.main(arguments(tasks, *flags, to=to, **kwargs)) == 0
+        return Written(tmp_path / to)
 
-def results(tmp_path):
-    return saved(tmp_path)["results"]
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -107,26 +123,25 @@ def reference(model_folder, task_folder, few_files_are_read):  # noqa: ARG001
         AutoModelForCausalLM.from_pretrained(model_folder),
         tokenizer=AutoTokenizer.from_pretrained(model_folder),
     )
-    tasks = TaskManager(include_path=str(task_folder), include_defaults=False)
+    common = {"task_manager": TaskManager(include_path=str(task_folder), include_defaults=False)}
+    common["bootstrap_iters"] = 0
     # It cannot answer an empty prompt, the second one, where the tokenizer adds nothing to it.
-    without = {"functions": [0, 2, 3, 4, 5]}
-    rest = simple_evaluate(model, tasks=["lines", "text"], task_manager=tasks, bootstrap_iters=0)
-    functions = simple_evaluate(
-        model, tasks=["functions"], samples=without, task_manager=tasks, bootstrap_iters=0
-    )
-    return functions, rest
+    functions = simple_evaluate(model, tasks=["functions"], samples={"functions": ANSWERED}, **common)
+    return functions["samples"]["functions"], simple_evaluate(model, tasks=["lines", "text"], **common)
 
 
-@pytest.mark.parametrize("strategy", [[], SPECULATION], ids=["autoregressive", "self_speculative"])
-def test_scores_are_those_of_the_harness(strategy, model_folder, task_folder, reference, tmp_path, capsys):
-    """Guards against answers or prompts cut in another place, and against log-likelihoods of a draft."""
-    assert eval_script.main(arguments(model_folder, ",".join(TASKS), task_folder, tmp_path, *strategy)) == 0
-    ours, (functions, rest) = samples(tmp_path), reference
-    theirs = [sample["resps"] for sample in functions["samples"]["functions"]]
-    assert [ours["functions"][i] for i in (0, 2, 3, 4, 5)] == theirs
+@pytest.mark.parametrize(
+    "flags", [[], [*SPECULATION, "--batch_size", "2"]], ids=["autoregressive", "self_speculative"]
+)
+def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, capsys):
+    """Guards against answers or prompts cut in another place, log-likelihoods of a draft, and answers of a
+    batch that are given to another document.
+    """
+    ours, (functions, rest) = evaluated(ALL, *flags), reference
+    assert [ours.answers["functions"][i] for i in ANSWERED] == [sample["resps"] for sample in functions]
     for task, metric in (("lines", "acc,none"), ("text", "byte_perplexity,none")):
-        assert results(tmp_path)[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
-    assert results(tmp_path)["functions"]["exact_match,none"] == 0
+        assert ours.results[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
+    assert ours.results["functions"]["exact_match,none"] == 0
     captured = capsys.readouterr()
     table, said = captured.out.split("\n\n", 1)
     assert "|functions|" in table
@@ -135,57 +150,53 @@ def test_scores_are_those_of_the_harness(strategy, model_folder, task_folder, re
     assert captured.err.count("Running loglikelihood requests:   0%") == 1  # of lines, not of each text
     (line,) = [line for line in said.splitlines() if "tokens/s" in line]
     assert line.startswith("functions: 6 answers, greedy, ")
-    assert ("acceptance rate" in line) == bool(strategy)
+    assert ("acceptance rate" in line) == ("self_speculative" in flags)
     assert f"results are in {tmp_path / 'logs'}" in said
 
 
-def test_an_early_exit_is_evaluated_as_it_is(model_folder, task_folder, tmp_path):
-    """Log-likelihoods and answers of a model cut off after its second layer."""
+@pytest.mark.slow
+def test_the_harness_finds_a_batch_size(evaluated, reference):
+    """Guards against `auto` that is taken for a number of rows."""
+    answers = evaluated("functions", "--batch_size", "auto").answers["functions"]
+    assert [answers[i] for i in ANSWERED] == [sample["resps"] for sample in reference[0]]
+
+
+def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated, tmp_path):
+    """Guards against log-likelihoods or answers of the full model."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     model.save_pretrained(tmp_path / "cut")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "cut")
-    early, cut = tmp_path / "early", tmp_path / "cut"
-    for destination, path, more in ((early, model_folder, ["--exit_layer", "2"]), (cut, cut, [])):
-        assert eval_script.main(arguments(path, ",".join(TASKS), task_folder, destination, *more)) == 0
-    assert samples(early)["functions"] == samples(cut)["functions"]
-    for task, metric in (("lines", "acc,none"), ("text", "byte_perplexity,none")):
-        assert results(early)[task][metric] == pytest.approx(results(cut)[task][metric], rel=1e-5)
-    assert saved(early)["config"]["model_args"]["exit_layer"] == 2
+    cut, early = evaluated(ALL, model=tmp_path / "cut", to="first"), evaluated(ALL, "--exit_layer", "2")
+    assert early.answers["functions"] == cut.answers["functions"]
+    assert early.scores("lines", "text") == pytest.approx(cut.scores("lines", "text"), rel=1e-5)
+    assert early.config["model_args"]["exit_layer"] == 2
 
 
 @pytest.mark.slow
-def test_two_ranks_score_as_one(model_folder, task_folder, tmp_path):
-    """Sampled answers too. Guards against draws that depend on the rank, or on what was drawn before, and
-    against answers that are counted twice.
-    """
+def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
+    """Guards against draws that depend on the rank or on earlier ones, and answers counted twice."""
     tasks = "functions,sampled,lines,text"
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert eval_script.main(arguments(model_folder, tasks, task_folder, one, *SPECULATION)) == 0
-    program = tmp_path / "program.py"  # that reads few files, too
+    one = evaluated(tasks, *SPECULATION, to="one")
+    program = tmp_path / "program.py"
     program.write_text(
         f"import functools, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import lm_eval.tasks\n"
-        "manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)\n"
-        "lm_eval.tasks.TaskManager = manager\n"
-        "import eval\n"
-        "from runs.program import run\n"
-        "run(eval.main)\n"
+        "import lm_eval.tasks as tasks\n"
+        "tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)\n"
+        "import eval; from runs.program import run; run(eval.main)\n"
     )
-    ran = forks.run_ranks(2, program, *arguments(model_folder, tasks, task_folder, two, *SPECULATION))
+    ran = forks.run_ranks(2, program, *arguments(tasks, *SPECULATION))
     assert ran.returncode == 0, ran.stderr
-    assert samples(one)["functions"] == samples(two)["functions"]
-    assert samples(one)["sampled"] == samples(two)["sampled"]
-    for task, metrics in results(one).items():
-        for metric, value in metrics.items():
-            assert results(two)[task][metric] == (pytest.approx(value) if isinstance(value, float) else value)
+    two = Written(tmp_path / "logs")
+    assert all(one.answers[task] == two.answers[task] for task in ("functions", "sampled"))
+    assert one.scores(*tasks.split(",")) == pytest.approx(two.scores(*tasks.split(",")))
     assert ran.stdout.count("functions: 6 answers") == ran.stdout.count("sampled: 6 answers") == 1
 
 
-def test_requests_are_honoured_and_flags_win(model_folder, task_folder, tmp_path, monkeypatch):
-    """A group with two tasks that ask for different things, then the same with flags given, which the harness
-    says that it used.
+def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
+    """Guards against one task's settings in another task of its group, flags that change nothing, a stop word
+    `5`, which the harness reads as a number, and the harness's temperature of 0, which makes sampling greedy.
     """
     records = []
     monkeypatch.setattr("measures.evaluation._show", records.extend)
@@ -195,212 +206,113 @@ def test_requests_are_honoured_and_flags_win(model_folder, task_folder, tmp_path
         records.clear()
         return by_task
 
-    common = arguments(model_folder, "both", task_folder, tmp_path, *SPECULATION)
-    assert eval_script.main(common) == 0
-    assert not saved(tmp_path)["config"]["gen_kwargs"]
+    assert not evaluated("both", *SPECULATION).config["gen_kwargs"]
     assert longest() == {"functions": 20, "sampled": 7}
-    flags = ["--max-steps", "3", "--no_sample", "--gen_kwargs", "top_k=3"]
-    assert eval_script.main([*common, *flags, "--output_path", str(tmp_path / "flags" / "logs")]) == 0
-    used = saved(tmp_path / "flags")["config"]["gen_kwargs"]
-    assert used == {"max_gen_toks": 3, "do_sample": False, "top_k": 3}
-    answers = samples(tmp_path / "flags")
-    assert answers["functions"] == answers["sampled"]
+    flags = ["--max-steps", "3", "--no_sample", "--stop_words", "Human", "--gen_kwargs", "top_k=3"]
+    greedy = evaluated("both", *SPECULATION, *flags, to="flags")
+    used = {"max_gen_toks": 3, "do_sample": False, "until": ["Human"], "top_k": 3}
+    assert greedy.config["gen_kwargs"] == used
+    assert greedy.answers["functions"] == greedy.answers["sampled"]
     assert longest() == {"functions": 3, "sampled": 3}
-
-
-def test_numbers_end_answers_too(model_folder, task_folder, tmp_path):
-    """The harness reads `until=5` as a number. Guards against an AttributeError where texts are expected."""
-    common = arguments(model_folder, "functions", task_folder, tmp_path, "--limit", "1")
-    assert eval_script.main([*common, "--gen_kwargs", "until=5"]) == 0
-    config = request_config({"until": [5, 0, ""]}, GenerationConfig(), None)
-    assert config.stop_words == ["5", "0"]
-
-
-def test_sampling_can_be_asked_for(model_folder, task_folder, tmp_path):
-    """Guards against the temperature of 0 that the harness means greedy decoding by, and against seeds that
-    change nothing.
-    """
-    answers = []
-    for seed, more in (("1", ["--temperature", "5"]), ("2", ["--temperature", "5"]), ("1", [])):
-        folder = tmp_path / str(len(answers))
-        flags = ["--sample", "True", "--seed", seed, *more]
-        assert eval_script.main(arguments(model_folder, "functions", task_folder, folder, *flags)) == 0
-        answers.append(samples(folder)["functions"])
-        assert saved(folder)["config"]["fewshot_seed"] == int(seed)
-    assert answers[0] != answers[1]
-    assert saved(folder)["config"]["gen_kwargs"]["temperature"] == 0.6
+    flags = ["--sample", "True", "--gen_kwargs", "until=5", "--seed"]
+    sampled = [evaluated("functions", *flags, seed, to=seed) for seed in ("1", "2")]
+    assert [each.config["fewshot_seed"] for each in sampled] == [1, 2]
+    assert sampled[0].config["gen_kwargs"]["temperature"] == 0.6
+    assert sampled[0].answers != sampled[1].answers
 
 
 def test_an_interrupted_evaluation_goes_on_from_its_cache(
-    model_folder, task_folder, tmp_path, monkeypatch, capsys
+    arguments, evaluated, tmp_path, monkeypatch, capsys
 ):
-    """Guards against answers that are generated again, or taken from another exit layer's cache."""
+    """Guards against answers that are generated again, and answers of another exit layer."""
     cache = ["--use_cache", str(tmp_path / "cache" / "answers")]
-    common = arguments(model_folder, "functions,lines", task_folder, tmp_path, *cache)
-    calls = []
-    answer = HarnessModel._answer
+    calls, answer = [], HarnessModel._answer
 
-    def interrupted(self, asked, record):
-        calls.append(asked.request.doc_id)
+    def interrupted(self, task, record):
+        calls.append(task.instance.doc_id)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return answer(self, asked, record)
+        return answer(self, task, record)
 
     monkeypatch.setattr(HarnessModel, "_answer", interrupted)
-    assert eval_script.main(common) == 130
+    assert eval_script.main(arguments("functions,lines", *cache)) == 130
     assert "the same command goes on with what --use_cache kept" in capsys.readouterr().err
-    assert eval_script.main([*common, "--output_path", str(tmp_path / "again" / "logs")]) == 0
+    assert len(evaluated("functions,lines", *cache).answers["functions"]) == 6
     assert calls == [0, 1, 2, 3, 3, 4, 5]
-    assert len(samples(tmp_path / "again")["functions"]) == 6
-    other = ["--exit_layer", "1", "--output_path", str(tmp_path / "e" / "logs")]
-    assert eval_script.main([*common, *other]) == 0
+    evaluated("functions,lines", *cache, "--exit_layer", "1", to="early")
     assert len(calls) == 7 + 6
 
 
-def test_only_answers_are_wanted(model_folder, task_folder, tmp_path):
-    """Guards against metrics, and a mode of the harness's, that are not passed on."""
-    common = arguments(model_folder, "functions", task_folder, tmp_path, "--predict_only")
-    assert eval_script.main(common) == 0
-    assert len(samples(tmp_path)["functions"]) == 6
-    assert "exact_match,none" not in results(tmp_path)["functions"]
-
-
-def test_chat_template_and_shots(model_folder, task_folder, tmp_path):
-    """Guards against flags about prompts that do not reach the harness."""
+def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):
+    """Guards against flags of lm_eval that work there and are dropped here."""
     shots = ["--apply_chat_template", "--num_fewshot", "1", "--system_instruction", "Be brief."]
-    assert eval_script.main(arguments(model_folder, "functions", task_folder, tmp_path, *shots)) == 0
-    (path,) = (tmp_path / "logs").glob("*/samples_*")
-    prompt = json.loads(path.read_text().splitlines()[0])["arguments"]["gen_args_0"]["arg_0"]
+    found = evaluated("functions", *shots, "--predict_only")
+    prompt = found.prompts["functions"][0]
     assert prompt.startswith("system: Be brief.\nuser: ")
     assert prompt.count("user: ") == 2
     assert prompt.endswith("assistant:")
+    assert len(found.answers["functions"]) == 6
+    assert "exact_match,none" not in found.results["functions"]
 
 
-def test_flags_of_a_file(model_folder, task_folder, tmp_path, monkeypatch):
-    """--config; what the command line says goes before it. Guards against --output_dir in place of the file's
-    path, and against flags in place of all that the file asks of generation.
+def test_the_command_line_overrides_a_config_file(model_folder, task_folder, tmp_path, monkeypatch, capsys):
+    """Guards against --output_dir in place of the file's path, flags in place of all generation settings of
+    the file, and a file that chooses a model which is then not used.
     """
     file = tmp_path / "flags.yaml"
     asked = {"tasks": ["functions"], "limit": 3, "output_path": str(tmp_path / "logs"), "log_samples": True}
     more = {"include_path": str(task_folder), "gen_kwargs": "temperature=0.7,max_gen_toks=4"}
     file.write_text(yaml.safe_dump({**asked, **more}))
     monkeypatch.chdir(tmp_path)
-    flags = [
-        "--config",
-        file,
-        "--model",
-        model_folder,
-        "--limit",
-        "2",
-        "--sample",
-        "True",
-        "--max_steps",
-        "3",
-    ]
-    assert eval_script.main([*map(str, flags)]) == 0
-    assert len(samples(tmp_path)["functions"]) == 2
-    used = saved(tmp_path)["config"]["gen_kwargs"]
-    assert used == {"temperature": 0.7, "max_gen_toks": 3, "do_sample": True}
-
-
-def test_a_file_may_not_choose_the_model(tmp_path, capsys):
-    """Guards against settings of --config that are ignored: which model answers is said by our flags."""
-    file = tmp_path / "flags.yaml"
+    flags = ["--config", str(file), "--model", str(model_folder), "--limit", "2", "--max_steps", "3"]
+    assert eval_script.main([*flags, "--sample", "True"]) == 0
+    written = Written(tmp_path / "logs")
+    assert len(written.answers["functions"]) == 2
+    assert written.config["gen_kwargs"] == {"temperature": 0.7, "max_gen_toks": 3, "do_sample": True}
     file.write_text("tasks: [functions]\nmodel: hf\n")
-    with pytest.raises(SystemExit) as exit:
-        eval_script.main(["--config", str(file), "--output_dir", str(tmp_path)])
-    assert exit.value.code == 2
-    assert "has model, which are flags of eval.py" in capsys.readouterr().err
-
-
-def test_results_are_written_below_the_output_dir(model_folder, task_folder, tmp_path):
-    """The paper's scripts have this flag. Guards against hours of work that are only shown."""
-    flags = ["--model", model_folder, "--tasks", "lines", "--include_path", task_folder, "--output_dir"]
-    assert eval_script.main([*map(str, flags), str(tmp_path / "logs")]) == 0
-    assert "acc,none" in results(tmp_path)["lines"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--tasks", "function"], "Tasks not found: function"),
-        (["--max_step", "3"], "unknown argument '--max_step'; did you mean --max_steps?"),
-        (["--num_fewshots", "3"], "unknown argument '--num_fewshots'; did you mean --num_fewshot?"),
-        (["--limit", "x"], "--limit/-L: invalid float value: 'x'"),
-        (["--tasks", "functions", "--gen_kwargs", "num_beams=2"], "--gen_kwargs num_beams=2: supported are"),
-        (["--tasks", "functions", "--gen_kwargs", "{x"], "Invalid JSON: {x"),
-        (["--tasks", "functions", "--gen_kwargs", "top_p=1.5"], "--gen_kwargs top_p 1.5: must be"),
-        (["--tasks", "functions", "--batch_size", "auto:x"], "--batch_size auto:x: must be a number from 1"),
-        (["--tasks", "functions", "--exit_layer", "4"], "--exit_layer 4: must be between 1 and 3"),
-        (["--tasks", "functions", "--cache_requests", "x"], "--cache_requests: invalid value 'x' (choose"),
-        (["--tasks", "functions", "--verbosity", "loud"], "Unknown level: 'LOUD'"),
-        (["--tasks", "functions", "--limit", "1", "--samples", '{"functions": [0]}'], "--limit must be None"),
-        (["--tasks", "functions", "--config", "no/such"], "--config no/such: Config file not found"),
-        (["--tasks", "functions", "--output_path", "/dev/null/x"], "--output_path /dev/null/x: cannot be"),
-        (["--tasks", "functions", "--use_cache", "x", "--parallel", "tensor"], "--use_cache: not with"),
-        ([], "No tasks specified"),
-    ],
-)
-def test_bad_usage_is_refused_before_the_model_is_loaded(
-    flags, message, model_folder, task_folder, tmp_path, monkeypatch, capsys
-):
-    """Guards against a traceback, and against minutes of loading before a word about a typo."""
-    monkeypatch.setattr("measures.evaluation.load_generator", lambda *_: pytest.fail("it was loaded"))
-    common = ["--model", model_folder, "--include_path", task_folder, "--output_dir", tmp_path]
-    with pytest.raises(SystemExit) as exit:
-        eval_script.main([*map(str, common), *flags])
-    assert exit.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert message in line
+    assert "has model, which are flags of eval.py" in refused(eval_script.main, flags, capsys)
 
 
 @pytest.mark.parametrize(
     ("tasks", "flags", "message"),
     [
-        ("beams", [], "beams asks for num_beams=4: supported are max_gen_toks, "),
         ("lines,beams", [], "beams asks for num_beams=4: supported are max_gen_toks, "),
         ("functions", ["--max_steps", "256"], "functions asks for max_gen_toks 256: must be below the 256 "),
     ],
 )
-def test_what_a_task_asks_for_is_refused_by_name(
-    tasks, flags, message, model_folder, task_folder, tmp_path, capsys
-):
-    """Guards against settings that are ignored, and against a traceback after other tasks."""
-    with pytest.raises(SystemExit) as exit:
-        eval_script.main(arguments(model_folder, tasks, task_folder, tmp_path, *flags))
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+def test_an_unsupported_task_is_refused_by_name(tasks, flags, message, arguments, capsys):
+    """Guards against settings that are ignored, and a traceback after other tasks."""
+    assert message in refused(eval_script.main, arguments(tasks, *flags), capsys)
 
 
-def test_mistakes_of_the_program_are_not_explained_away(model_folder, task_folder, tmp_path, monkeypatch):
-    """Guards against a ValueError of our own that reads as one of the harness about its flags."""
+def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):
+    """Guards against a ValueError of ours that reads as one of the harness about its flags."""
     monkeypatch.setattr(HarnessModel, "_answer", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
-        eval_script.main(arguments(model_folder, "functions", task_folder, tmp_path))
+        eval_script.main(arguments("functions"))
 
 
-def test_help_has_the_flags_of_both(capsys):
+def test_help_has_our_flags_and_those_of_lm_eval(capsys):
     """Guards against flags that work and that nobody can find."""
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="0"):
         eval_script.main(["--help"])
-    assert exit.value.code == 0
     said = capsys.readouterr().out
     assert all(flag in said for flag in ("--exit_layer", "--tuned", "--num_fewshot", "--predict_only"))
 
 
-def test_the_tasks_that_come_with_the_repository(model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against data that is found from one working directory only."""
+def test_the_tasks_of_the_repository(model_folder, tmp_path, monkeypatch, capsys):
+    """Guards against data that is found from one working directory only, and results that are only shown."""
     monkeypatch.chdir(tmp_path)
-    tasks = "python_functions,python_lines,python_text"
-    common = arguments(model_folder, tasks, ROOT / "eval_tasks", tmp_path, "--limit", "2")
-    assert eval_script.main(common) == 0
+    tasks = ["--tasks", "python_functions,python_lines,python_text", "--include_path", ROOT / "eval_tasks"]
+    flags = ["--model", model_folder, *tasks, "--output_dir", tmp_path, "--limit", "2", "--max_steps", "9"]
+    assert eval_script.main([*map(str, flags)]) == 0
     assert "python_functions: 2 answers" in capsys.readouterr().out
-    assert set(results(tmp_path)) == {"python_functions", "python_lines", "python_text"}
+    assert set(Written(tmp_path).results) == {"python_functions", "python_lines", "python_text"}
 
 
 @pytest.mark.parametrize("depth", [-1, 2])
 def test_likelihoods_of_weights_in_16_bits_are_those_of_float32(depth, byte_tokenizer):
-    """Guards against scores by the layers of transformers, which round to the model's own format."""
+    """Guards against log-likelihoods by transformers' layers, which round to 16 bits."""
     model = copy.deepcopy(tiny_llama(vocab_size=len(byte_tokenizer))).to(torch.float16)
     exact = copy.deepcopy(model).float()
     if not works(Float16Linear, torch.device("cpu"), torch.float32):

@@ -1,20 +1,24 @@
-"""Ctrl-C, a full disk and a kill cost no record: --resume then gives the records of an unbroken run. So do
-several ranks. One contract for all scripts that work through examples.
+"""After Ctrl-C, a full disk or a kill, --resume gives the records of an unbroken run; so do several ranks and
+batches. All scripts that work through examples keep this contract.
 """
 
 import errno
 import json
+import os
 import signal
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import forks
 import pytest
 from conftest import ROOT
-from helpers import custom_data, no_calibration, no_pictures, only_run, untimed
+from helpers import about, no_calibration, no_pictures, only_run, refused, small_run, untimed
 
 import benchmark
 import correctness
 import sweep
+from runs import records
+from runs.records import _write as write_record
 
 DRAFTS = ["--exit_layer", "2", "--num_speculations", "3"]
 SPECULATION = ["--generation_strategy", "self_speculative", *DRAFTS]
@@ -32,43 +36,38 @@ class Case(NamedTuple):
         return ROOT / f"{self.script.__name__}.py"
 
 
+SAMPLES = ["--samples_per_prompt", "30", "--sampled_prompts", "6", "--top_k", "8"]
 CASES = {
     # Sampled, with a vocabulary that learns ids: an example must not depend on earlier ones of its process.
     "benchmark": Case(benchmark, [*SPECULATION, "--draft_vocabulary", "16", "--no_repeat_ngram_size", "3"]),
     "batches": Case(benchmark, [*SPECULATION, "--batch_size", "3"], resumed=("--batch_size", "2")),
-    "correctness": Case(correctness, ["--sample", "False", *DRAFTS]),
+    "correctness": Case(correctness, ["--sample", "False", *DRAFTS, "--batch_size", "3"]),
+    "distributions": Case(correctness, [*DRAFTS, *SAMPLES, "--batch_size", "8"]),
     "sweep": Case(sweep, GRID),
-    "measured sweep": Case(sweep, [*GRID, "--mode", "measured"], "cells"),
+    "measured sweep": Case(sweep, [*GRID, "--mode", "measured", "--batch_size", "3"], "cells"),
 }
-every_case = pytest.mark.parametrize("name", CASES)
-
-
-def only_by_default(which):
-    """Every case, all but one of them slow: each takes processes."""
-    names = [name if name == which else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-    return pytest.mark.parametrize("name", names)
+UNBROKEN = {}
 
 
 @pytest.fixture
 def common(model_folder, tmp_path, monkeypatch):
     no_calibration(monkeypatch)
     no_pictures(monkeypatch)
-    return [
-        "--model", str(model_folder), "--output_dir", str(tmp_path / "logs"), "--num_samples", "6",
-        "--max_steps", "12", "--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path),
-    ]  # fmt: skip
+    return small_run(model_folder, tmp_path, 6, 12)
 
 
 @pytest.fixture
 def unbroken(common, tmp_path):
-    """The records of a case in a single run."""
+    """The records of a case in a single run at batch size 1, made once."""
 
-    def records(case):
-        flags = [*common, *case.flags, "--output_dir", str(tmp_path / "one" / "logs")]
-        assert case.script.main(flags) == 0
-        return outcome(only_run(tmp_path / "one"))
+    def of(name):
+        if name not in UNBROKEN:
+            one = ["--batch_size", "1", "--output_dir", str(tmp_path / "one" / "logs")]
+            assert CASES[name].script.main([*common, *CASES[name].flags, *one]) == 0
+            UNBROKEN[name] = outcome(only_run(tmp_path / "one"))
+        return UNBROKEN[name]
 
-    return records
+    return of
 
 
 # Fields of a measured cell that come from a clock.
@@ -81,89 +80,93 @@ def outcome(folder):
     return [{k: v for k, v in row.items() if not any(word in k for word in TIMED)} for row in rows]
 
 
-def about(folder):
-    return json.loads((folder / "run.json").read_text())
-
-
-ENDINGS = {
-    "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted", "interrupted"),
-    "full disk": (OSError(errno.ENOSPC, "No space left on device"), 1, "running", "No space left on device"),
+ENDINGS = {  # exit status, status in run.json
+    "Ctrl-C": (130, "interrupted"),
+    "full disk": (1, "running"),
+    "kill": (-signal.SIGKILL, "running"),
 }
 
 
-@every_case
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_an_early_end_keeps_the_records_and_says_how_to_continue(
-    name, ending, common, unbroken, tmp_path, monkeypatch, capsys
-):
-    """Guards against records that are lost, made twice or differ, and a --resume that needs all flags."""
-    case, (error, status, state, why) = CASES[name], ENDINGS[ending]
-    expected = unbroken(case)
-    capsys.readouterr()
+def end_early(ending):
+    """Writes half of the third record, and ends."""
 
-    def write(path, mode, text):
+    def patched(path, mode, text):
         if path.name == "records.rank0.jsonl" and path.exists() and path.read_text().count("\n") == 2:
-            with open(path, mode) as file:
-                file.write(text[:9])  # a half-written line
-            raise error
-        original(path, mode, text)
+            write_record(path, mode, text[:9])
+            if ending == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise (
+                KeyboardInterrupt if ending == "Ctrl-C" else OSError(errno.ENOSPC, "No space left on device")
+            )
+        write_record(path, mode, text)
 
-    from runs.records import _write as original
+    records._write = patched
 
-    monkeypatch.setattr("runs.records._write", write)
-    assert case.script.main([*common, *case.flags]) == status
+
+def start(case, ending, flags, tmp_path):
+    """The exit status of a run that ends early; a kill needs a process."""
+    if ending != "kill":
+        end_early(ending)
+        return case.script.main(flags)
+    program = tmp_path / case.path.name
+    program.write_text(
+        f"import sys; sys.path[:0] = {[str(ROOT), f'{ROOT}/tests', f'{ROOT}/tests/scripts']}\n"
+        f"import {case.script.__name__} as script; from runs.program import run\n"
+        f"from test_interruptions import end_early; end_early('kill'); run(script.main)\n"
+    )
+    return forks.run(program, *flags).returncode
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        pytest.param(
+            name, ending, marks=[pytest.mark.slow] if (ending, name != "benchmark") == ("kill", True) else []
+        )
+        for name in CASES
+        for ending in ENDINGS
+    ],
+)
+def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
+    """Guards against records that are lost, made twice, not on the disk yet or read by half, and a --resume
+    that needs all flags.
+    """
+    monkeypatch.setattr(records, "_write", write_record)
+    case, (exit_status, status) = CASES[name], ENDINGS[ending]
+    expected = unbroken(name)
+    capsys.readouterr()
+    assert start(case, ending, [*common, *case.flags], tmp_path) == exit_status
     folder = only_run(tmp_path)
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert why in said
-    assert said.endswith(f"; 2 of 6 {case.unit} are kept, go on with --resume {folder}")
-    assert about(folder)["status"] == state
+    if ending != "kill":
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert ("No space left on device" if ending == "full disk" else "interrupted") in said
+        assert said.endswith(f"; 2 of 6 {case.unit} are kept, go on with --resume {folder}")
+    assert about(folder)["status"] == status
     began = "2020-02-02T02:02:02+00:00"
     (folder / "run.json").write_text(json.dumps({**about(folder), "began": began}))
     kept = (folder / "records.rank0.jsonl").read_text().splitlines()[:2]
-    monkeypatch.setattr("runs.records._write", original)
+    records._write = write_record
     assert case.script.main(["--resume", str(folder), *case.resumed]) == 0
     assert outcome(folder) == expected
     assert set(kept) <= set((folder / "records.jsonl").read_text().splitlines())
     assert (about(folder)["status"], about(folder)["began"]) == ("finished", began)
 
 
-@only_by_default("benchmark")
-def test_a_kill_keeps_the_records(name, common, unbroken, tmp_path):
-    """Guards against a record that is not on the disk yet, and a half-written line that --resume reads."""
-    case = CASES[name]
-    expected = unbroken(case)
-    program = tmp_path / case.path.name
-    program.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"import {case.script.__name__} as script\n"
-        "from runs import program, records\n"
-        "write = records._write\n"
-        "def killed(path, mode, text):\n"
-        "    if path.name == 'records.rank0.jsonl' and path.exists():\n"
-        "        open(path, mode).write(text[:9])\n"
-        f"        os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-        "    write(path, mode, text)\n"
-        "records._write = killed\n"
-        "program.run(script.main)\n"
-    )
-    assert forks.run(program, *common, *case.flags).returncode == -signal.SIGKILL
-    folder = only_run(tmp_path)
-    assert about(folder)["status"] == "running"
-    assert (folder / "records.rank0.jsonl").read_text().count("\n") == 1
-    assert case.script.main(["--resume", str(folder), *case.resumed]) == 0
-    assert outcome(folder) == expected
-
-
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@only_by_default("sweep")  # test_benchmark.py has two ranks, too
+@pytest.mark.parametrize(
+    "name", ["benchmark", *(pytest.param(n, marks=pytest.mark.slow) for n in [*CASES][1:])]
+)
 def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
     """Guards against draws that depend on the rank, and examples that are done twice or not at all."""
     case = CASES[name]
-    expected = unbroken(case)
+    expected = unbroken(name)
     result = forks.run_ranks(ranks, case.path, *common, *case.flags)
     assert result.returncode == 0, result.stderr
     assert outcome(only_run(tmp_path)) == expected
     assert result.stdout.count(f", {ranks} ranks, batch size") == 1  # one rank prints
+    if case.script is benchmark:  # the pace of all ranks, and not of the first one
+        speed = about(only_run(tmp_path))["metrics"]["speed"]["tokens_per_second"]
+        assert f"tokens/s, {ranks} ranks together{speed:>26.2f}" in result.stdout
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
@@ -183,32 +186,34 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
     assert "rank 1 broke" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["benchmark", "correctness"])
-def test_a_resumed_run_keeps_its_arguments(name, common, tmp_path, capsys):
-    """Guards against a run continued with other settings, or by another script."""
-    case = CASES[name]
-    assert case.script.main([*common, *case.flags]) == 0
-    folder = str(only_run(tmp_path))
-    other = correctness if case.script is benchmark else benchmark
-    for script, flags, said in (
-        (case.script, ["--exit_layer", "1"], "that run had --exit_layer 2, this one has 1"),
-        (case.script, ["--max_steps=7"], "that run had --max_steps 12, this one has 7"),
-        (case.script, ["--chat"], "that run had --chat False, this one has True"),
-        (other, [], f"is of {name}.py, go on with that"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            script.main([f"--resume={folder}", *flags])
-        assert end.value.code == 2
-        assert said in capsys.readouterr().err
+def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
+    """Guards against a run continued with other settings or by another script, and against speed-ups of two
+    batch sizes in one table.
+    """
+    for name, changes in {
+        "benchmark": {
+            "--exit_layer 1": "that run had --exit_layer 2, this one has 1",
+            "--max_steps=7": "that run had --max_steps 12, this one has 7",
+            "--chat": "that run had --chat False, this one has True",
+        },
+        "measured sweep": {
+            "--batch_size 2": "that run had --batch_size 3, this one has 2; cells are compared"
+        },
+    }.items():
+        output = tmp_path / name
+        assert CASES[name].script.main([*common, *CASES[name].flags, "--output_dir", str(output)]) == 0
+        (folder,) = output.iterdir()
+        for change, said in changes.items():
+            args = [f"--resume={folder}", *change.split()]
+            assert said in refused(CASES[name].script.main, args, capsys)
+        assert f"is of {CASES[name].script.__name__}.py, go on with that" in refused(
+            correctness.main, [f"--resume={folder}"], capsys
+        )
 
 
 def test_tuned_refuses_an_interrupted_sweep(common, tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("measures.sweeping.Predicted.measure", interrupted)
-        assert sweep.main([*common, *GRID]) == 130
-    with pytest.raises(SystemExit):
-        benchmark.main([*common[:2], "--tuned", str(tmp_path / "logs")])
-    assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in capsys.readouterr().err
+    """Guards against the best of the few cells that were done."""
+    monkeypatch.setattr("measures.sweeping.Predicted.measure", Mock(side_effect=KeyboardInterrupt))
+    assert sweep.main([*common, *GRID]) == 130
+    said = refused(benchmark.main, [*common[:2], "--tuned", str(tmp_path / "logs")], capsys)
+    assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in said

@@ -4,17 +4,14 @@ import copy
 import importlib
 import io
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import lm_eval.tasks
 import pytest
 import torch
-from conftest import EOS, ROOT, tiny_llama
-from helpers import TORCHRUN, no_calibration, no_pictures
+from conftest import EOS, tiny_llama
+from helpers import no_calibration, no_pictures
 from lm_eval.tasks import TaskManager
 
 # As printed in the paper's README.
@@ -75,9 +72,7 @@ SHOWN = {
 
 
 def short_answers(vocab_size):
-    """A model deep enough for the flags, which ends its answers after a few tokens: one number of its hidden
-    states is the same everywhere, and the head reads the end id off that.
-    """
+    """A model deep enough for the flags, with short answers: its head reads the end id off a constant."""
     model = copy.deepcopy(tiny_llama(num_layers=12, vocab_size=vocab_size, max_position_embeddings=512))
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 1.0
@@ -102,7 +97,7 @@ def hub_dataset(folder, config, rows):
 
 @pytest.fixture(scope="module")
 def hub(byte_tokenizer, tmp_path_factory):
-    """A working directory in which the names that the commands give to the hub are folders."""
+    """A working directory with folders in place of the hub's names."""
     folder = tmp_path_factory.mktemp("hub")
     model = folder / "facebook" / "layerskip-llama2-7B"
     short_answers(len(byte_tokenizer)).save_pretrained(model)
@@ -116,7 +111,7 @@ def hub(byte_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
-    """Leave out what takes long and is no matter of the command line; of the harness's tasks, read gsm8k."""
+    """Skip the calibration and the pictures; of the harness's tasks, read gsm8k alone."""
     no_calibration(monkeypatch)
     no_pictures(monkeypatch)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
@@ -128,22 +123,9 @@ def quick(monkeypatch, tmp_path, few_files_are_read):  # noqa: ARG001
 @pytest.mark.parametrize("command", COMMAND_LINES, ids=lambda words: words[1])
 @pytest.mark.usefixtures("quick")
 def test_a_command_of_the_papers_readme(command, hub, monkeypatch, capsys):
-    """Guards against a flag, a value or a default that is not what it was there."""
+    """Guards against a flag, a value or a default that differs from the paper's scripts."""
     monkeypatch.chdir(hub)
     monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
     script = importlib.import_module(command[1].removesuffix(".py"))
     assert script.main(command[2:]) == 0
     assert SHOWN[command[1]] in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMAND_LINES, ids=lambda words: words[1])
-def test_a_command_of_the_papers_readme_by_torchrun(command, hub, tmp_path):
-    """The same with nothing left out."""
-    words = [TORCHRUN, "--nproc_per_node", "1", ROOT / command[1], *command[2:]]
-    ran = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=hub, input="Once upon a time\n", capture_output=True,
-        text=True, timeout=600, env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path)},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert SHOWN[command[1]] in ran.stdout

@@ -1,8 +1,7 @@
-"""Each script as a user starts it: by python, and by torchrun over two ranks.
+"""Scripts as users start them. test_pages.py starts each by python, too.
 
-Other tests start scripts as forks of a process that has imported everything (forks.py). Guards against what
-those cannot see: a module that is imported in one order only, an import that is missing, what a script
-needs of its name or its place, and variables that torchrun sets.
+Other tests start scripts as forks of a process that has imported everything (forks.py), or call `main`. Those
+cannot see a missing import, a circle of imports, and variables that torchrun sets.
 """
 
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import forks
 import pytest
 from conftest import ROOT
-from helpers import custom_data, torchrun
+from helpers import small_run, torchrun
 
 SHORT = ["--max_steps", "4", "--sample", "False"]
 DRAFTS = ["--exit_layer", "2", "--num_speculations", "2"]
@@ -28,16 +27,16 @@ TRAINING = [
 
 @pytest.fixture
 def command(model_folder, tmp_path):
-    """Script and flags for next to no work; what its standard output holds once."""
-    model = ["--model", model_folder, "--output_dir", tmp_path / "logs"]
-    data = ["--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path), "--num_samples", "2"]
+    """Script and flags for little work; what its standard output holds once."""
+    data = small_run(model_folder, tmp_path)
+    model = data[:4]
     grid = ["--exit_layer_last", "1", "--num_speculations_last", "1"]
     tasks = ["--tasks", "python_functions", "--include_path", ROOT / "eval_tasks", "--limit", "2"]
     flags = {
         "generate": ([*model, *SHORT, "--prompt", "def"], "\n"),
-        "benchmark": ([*model, *SHORT, *data], "tokens/s, decode"),
-        "correctness": ([*model, *SHORT, *DRAFTS, *data], "passed: "),
-        "sweep": ([*model, *SHORT, *data, *grid], "--generation_strategy self_speculative"),
+        "benchmark": ([*data, *SHORT], "tokens/s, decode"),
+        "correctness": ([*data, *SHORT, *DRAFTS], "passed: "),
+        "sweep": ([*data, *SHORT, *grid], "--generation_strategy self_speculative"),
         "eval": ([*model, *SHORT, *tasks], "python_functions: 2 answers"),
         "train": (
             [*model[2:], *TRAINING, "--data_path", ROOT / "runs/*.py", "--eval_fraction", "0.4"],
@@ -52,36 +51,21 @@ def command(model_folder, tmp_path):
     return of
 
 
-# In the default run generate.py is started so by test_a_cache_that_cannot_be_written, and serve.py by
-# test_a_server_from_its_start_to_its_end.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["generate", "benchmark", "correctness", "eval", "sweep", "train"])
-def test_by_python(name, command):
-    words, once = command(name)
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=forks.HANGS)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(once) == 1
-
-
-def test_eval_begins():
-    """What is left of the slow one above in the default run: everything is imported, in this order."""
+def test_eval_is_imported_from_scratch():
+    """Guards against a circle of imports, in the default run."""
     done = subprocess.run(
         [sys.executable, "-c", "import eval, measures.evaluation"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
 
-# What benchmark.py does with its ranks, the slow ones do as well, by the same functions; and each is started
-# over two ranks by another test, though not by torchrun itself.
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("benchmark", "correctness", "sweep", "eval", "train")
-]
+# The default run starts every script over two ranks by forks, and generate.py by torchrun.
+SLOW = ["benchmark", "correctness", "sweep", "eval", "train"]
 
 
-@pytest.mark.parametrize("name", ["generate", *SLOW])
+@pytest.mark.parametrize("name", ["generate", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_by_torchrun(name, command):
-    """Of benchmark.py in the default run, too: test_parallel.py kills one of its ranks."""
+    """Guards against ranks that differ from forks in torchrun's variables."""
     words, once = command(name)
     done = torchrun(2, *words)
     assert done.returncode == 0, done.stderr
@@ -90,7 +74,7 @@ def test_by_torchrun(name, command):
 
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_written(model_folder, script):
-    """A local model needs no cache."""
+    """Guards against a local model that needs the hub's cache."""
     run = subprocess.run(
         script("generate.py", "--model", model_folder, "--prompt", "def", "--max_steps", "3"),
         capture_output=True, text=True, timeout=forks.HANGS,
