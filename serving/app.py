@@ -30,6 +30,7 @@ from starlette.types import Receive, Scope, Send
 import self_speculation
 from runs.failures import reason
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
+from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.stopping import decode
 from self_speculation.model.families import context_length
 from serving.access import PAGE_FILES, AccessMiddleware, is_loopback
@@ -44,6 +45,7 @@ from serving.engine import (
 )
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, metrics, usage
+from serving.openapi import document
 from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, parse
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
@@ -111,19 +113,19 @@ class App(Starlette):
         access = Middleware(
             AccessMiddleware, args=args, is_local=is_loopback(address), on_error=self._respond_error
         )
-        errors = (APIError, RequestAborted, HTTPException, Exception)
         super().__init__(
             routes=[
                 *(Route(path, self._page) for path in PAGE_FILES),
                 Route("/health", self._health),
                 Route("/metrics", self._exposition),
+                Route("/openapi.json", self._openapi),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
             ],
             middleware=[access],
-            exception_handlers=dict.fromkeys(errors, self._respond_error),
+            exception_handlers={HTTPException: self._respond_error},
         )
 
     async def _page(self, http: Request) -> Response:
@@ -137,6 +139,9 @@ class App(Starlette):
 
     async def _exposition(self, _: Request) -> Response:
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _openapi(self, _: Request) -> Response:
+        return JSONResponse(document(self._args.key is not None))
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_entry]})
@@ -223,6 +228,9 @@ class App(Starlette):
         if num_prompts * request.n > (limit := self._engine.max_jobs):
             message = f"n {request.n}, for {num_prompts} prompts: must be at most {limit} answers together"
             raise APIError(message, param="n")
+        size = self._generator.model.config.vocab_size
+        if any(id_ >= size for id_ in request.logit_bias or ()):
+            raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
     async def _respond(
         self, http: Request, kind: type[R], encode: Callable[[R], list[list[int]]]
@@ -303,8 +311,15 @@ class App(Starlette):
         Raises:
             RequestAborted: the engine does not take the jobs.
         """
-        config, queue = request.generation_config(self._config), asyncio.Queue[tuple[int, Any]]()
-        prompt = self._prompt(request, config)
+        generator, queue = self._generator, asyncio.Queue[tuple[int, Any]]()
+        tokenizer, config = generator.tokenizer, request.generation_config(self._config)
+        shared = self_speculation.Request(
+            [],
+            config=config,
+            prediction=request.predicted_text,
+            grammar=request.grammar(tokenizer.chat_template),
+            logit_bias=request.logit_bias or None,
+        )
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
 
         def emit(index: int, event: Any) -> None:
@@ -313,51 +328,20 @@ class App(Starlette):
 
         choices = []
         for index, (ids, nth) in enumerate(itertools.product(prompts, range(request.n))):
-            choices.append(
-                self._choice(
-                    request,
-                    index,
-                    replace(prompt, prompt=ids, seed=(seed + nth) % _SEEDS),
-                    partial(emit, index),
-                )
-            )
+            streamer, logprobs, to_queue = None, None, partial(emit, index)
+            if request.stream and not request.is_buffered:
+                kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
+                streamer = kind(tokenizer, config.stop_words, ids, to_queue)
+            if request.num_top_logprobs is not None:
+                logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
+            own = {"prompt": ids, "seed": (seed + nth) % _SEEDS, "streamer": streamer}
+            prepared = generator.prepare(replace(shared, **own, stopping_criteria=logprobs), config)
+            job = Job(prepared, to_queue, self._args.max_time)
+            echo = request.prompt_to_echo(index)
+            echo = echo if isinstance(echo, str) else decode(tokenizer, echo)
+            choices.append(_Choice(index, job, logprobs, echo))
         self._engine.submit([choice.job for choice in choices])
         return choices, self._events(choices, queue, request.stream and request.is_buffered)
-
-    def _prompt(self, request: BaseRequest, config: GenerationConfig) -> self_speculation.Request:
-        """What all choices of a request share; raises APIError if the model cannot be asked for it."""
-        try:
-            biases = request.biases(self._generator.model.config.vocab_size)
-        except ValueError as error:
-            raise APIError(f"logit_bias {error}", param="logit_bias") from None
-        try:
-            if (grammar := request.grammar(self._generator.tokenizer.chat_template)) is not None:
-                grammar.check()
-        except ValueError as error:
-            raise APIError(f"response_format or tools: {error}", param="response_format") from None
-        prediction = request.predicted_text
-        return self_speculation.Request(
-            [], config=config, prediction=prediction, grammar=grammar, logit_bias=biases
-        )
-
-    def _choice(
-        self,
-        request: BaseRequest,
-        index: int,
-        prompt: self_speculation.Request,
-        emit: Callable[[Any], None],
-    ) -> _Choice:
-        tokenizer, streamer, logprobs, config = self._generator.tokenizer, None, None, prompt.config
-        assert config is not None
-        if request.stream and not request.is_buffered:
-            kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
-            streamer = kind(tokenizer, config.stop_words, prompt.ids, emit)
-        if request.num_top_logprobs is not None:
-            logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
-        prompt = replace(prompt, stopping_criteria=logprobs, streamer=streamer)
-        job = Job(self._generator.prepare(prompt, config), emit, self._args.max_time)
-        echo = request.prompt_to_echo(index)
-        return _Choice(index, job, logprobs, echo if isinstance(echo, str) else decode(tokenizer, echo))
 
     async def _events(
         self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]], is_buffered: bool
@@ -463,6 +447,8 @@ def _api_error(error: Exception) -> APIError:
         return APIError(error.detail, error.status_code)
     if isinstance(error, RequestAborted):
         return APIError(str(error), _STATUS[type(error)])
+    if isinstance(error, GrammarError):
+        return APIError(f"response_format or tools: {error}", param="response_format")
     if isinstance(error, ValueError):  # the scheduler raises it for an invalid request
         return APIError(str(error))
     if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:

@@ -10,7 +10,7 @@ import torch
 from conftest import generate
 
 import self_speculation
-from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+from self_speculation.decoding.grammar import Grammar, GrammarError, GrammarProcessor
 
 PERSON = {
     "type": "object",
@@ -117,11 +117,22 @@ def test_expressions_and_grammars(bundled):
         ('{"$ref": "#/nowhere"}', "does not exist"),
         ('{"type": "integer", "minimum": 5, "maximum": 2}', "minimum (5) is greater than maximum (2)"),
         ("[1]", "must be an object"),
+        (f'{{"const": "{"x" * 100_000}"}}', "at most 100000"),
+        ('{"pattern": "(a{200}){100}"}', "multiply to more than 10000"),
+        (json.dumps({"properties": {str(i): {} for i in range(6000)}}), "limit for this grammar: 10000"),
     ],
 )
-def test_a_schema_that_is_invalid_or_matches_nothing(schema, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_a_schema_that_is_invalid_or_too_large(schema, message):
+    """Guards against seconds of work and gigabytes of memory."""
+    with pytest.raises(GrammarError, match=re.escape(message)):
         Grammar.json_schema(schema).check()
+
+
+def test_a_grammar_that_matches_nothing(bundled):
+    """At once, or after some text. Guards against an output that ends there as if it were valid."""
+    for text in ("start: x\nx: x", 'start: "ab" x\nx: x'):
+        with pytest.raises(GrammarError, match="matches nothing"):
+            answer(bundled, Grammar.lark(text))
 
 
 def test_forbidden_tokens_of_a_draft_are_counted_out(bundled):
@@ -136,3 +147,5 @@ def test_forbidden_tokens_of_a_draft_are_counted_out(bundled):
     assert processor.count_allowed(wrong, right) == 0  # no output of this grammar
     assert processor.count_allowed([], right) == len(right)
     assert tokenizer.decode(processor.forced(tokenizer.encode("r"))) == "ight"
+    assert processor.forced(right[:1]) == right[1:]
+    assert processor.forced(right) == processor.forced(wrong) == []

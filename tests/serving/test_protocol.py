@@ -53,7 +53,8 @@ def test_neutral_values_of_honoured_fields_change_nothing(neutral):
     config = GenerationConfig()
     request = ChatRequest(messages=HELLO, **neutral)
     assert request.generation_config(config) == config
-    assert request.grammar(None) is request.biases(10) is None
+    assert request.grammar(None) is None
+    assert not request.logit_bias
     assert not request.is_buffered
 
 
@@ -109,7 +110,12 @@ def test_the_smaller_limit_of_new_tokens_counts(given):
         ({"messages": HELLO, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": HELLO, "prompt": "x"}, "prompt"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content.0.text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
+        ({"messages": HELLO, "logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
+        ({"messages": HELLO, "logit_bias": {"-1": 1}}, "logit_bias.-1.[key]"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": [*HELLO, "Hello"]}, "messages.1"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     ],
 )
 def test_an_error_names_the_place_of_a_bad_value(request_, param):
