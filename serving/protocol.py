@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -35,7 +35,7 @@ _NEUTRAL: dict[str, list[Any]] = {
 }  # fmt: skip
 # Fields that do not change the text of an answer.
 _IGNORED = {
-    "cache_control", "metadata", "name", "prompt_cache_key", "reasoning_effort", "safety_identifier",
+    "cache_control", "index", "metadata", "name", "prompt_cache_key", "reasoning_effort", "safety_identifier",
     "service_tier", "store", "user", "verbosity",
 }  # fmt: skip
 _SAME_IN_CONFIG = {
@@ -68,10 +68,10 @@ class APIError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def _api_error(error: ValidationError) -> APIError:
+def validation_error(error: ValidationError) -> APIError:
     """Turn pydantic's first error into an API error."""
     first = error.errors(include_url=False)[0]
-    param = ".".join(map(str, first["loc"]))
+    param = ".".join(map(str, first["loc"]))[:100]
     if first["type"] == "model_type" and not param:
         return APIError("the body must be a JSON object")
     if first["type"] == "extra_forbidden":
@@ -163,18 +163,22 @@ class _JSONSchema(_Strict):
 class _ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JSONSchema | None = None
+    object_schema: dict[str, Any] | None = Field(None, alias="schema")  # of json_object, as in llama.cpp
 
     @model_validator(mode="after")
     def _check_schema(self) -> _ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema: belongs to the type json_schema")
+        if self.object_schema is not None and self.type != "json_object":
+            raise ValueError("schema: belongs to the type json_object")
         return self
 
     @property
     def grammar(self) -> Grammar | None:
-        if self.json_schema is not None:
-            return Grammar.json_schema(self.json_schema.json_schema)
-        return Grammar.json_schema({"type": "object"}) if self.type == "json_object" else None
+        if self.type == "text":
+            return None
+        given = self.json_schema.json_schema if self.json_schema else self.object_schema
+        return Grammar.json_schema({"type": "object"} if given is None else given)
 
 
 class _Prediction(_Strict):
@@ -397,8 +401,10 @@ class ChatRequest(BaseRequest):
     def _content(self, text: str) -> dict[str, Any]:
         content: dict[str, Any] = {"content": text}
         if calls := self._calls(text):
-            content = {"content": None, "tool_calls": [_call(i, call) for i, call in enumerate(calls)]}
+            content = {"content": None, "tool_calls": [_call(call) for call in calls]}
         if self.stream:
+            for index, call in enumerate(content.get("tool_calls", [])):
+                call["index"] = index
             return {"delta": content}
         return {"message": {"role": "assistant", **content, "refusal": None}}
 
@@ -413,9 +419,8 @@ class ChatRequest(BaseRequest):
         return {"content": content, "refusal": None}
 
 
-def _call(index: int, call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call._asdict()}
 
 
 def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -474,18 +479,3 @@ class CompletionRequest(BaseRequest):
             ],
             "text_offset": [token.offset for token in tokens],
         }
-
-
-R = TypeVar("R", bound=BaseRequest)
-
-
-def parse(kind: type[R], body: bytes) -> R:
-    """Parse and validate a request.
-
-    Raises:
-        APIError: the body is not such a request.
-    """
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _api_error(error) from None

@@ -84,11 +84,11 @@ def schema_text(schema: Any) -> str:
         raise GrammarError("a JSON schema must be an object")
     try:
         text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+        if len(text) > _MAX_SCHEMA:
+            raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
         patterns = [*_patterns(schema)]
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
-    if len(text) > _MAX_SCHEMA:
-        raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
     for pattern in patterns:
         if math.prod(int(n) or 1 for n in re.findall(r"\{(\d{1,9})", pattern)) > _MAX_REPEATS:
             message = f"the counts of a pattern multiply to more than {_MAX_REPEATS}"
@@ -132,8 +132,8 @@ class GrammarProcessor(LogitsProcessor):
         eos_token_ids: Sequence[int],
     ) -> None:
         self._prompt_length, self._vocab_size = prompt_length, vocab_size
-        self._matcher = _matcher(_tokenizer(tokenizer, vocab_size, eos_token_ids), grammar).deep_copy()
-        self._consumed: list[int] = []
+        self._unused = _matcher(_tokenizer(tokenizer, vocab_size, eos_token_ids), grammar)
+        self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
         self._forced: list[int] = []  # an output, and the tokens that must follow it
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -146,6 +146,8 @@ class GrammarProcessor(LogitsProcessor):
             GrammarError: nothing can follow, or what can is beyond the limits of llguidance.
         """
         if not self._move_to(input_ids[0, self._prompt_length :].tolist()):
+            if self._matcher.is_error():
+                raise _error(self._matcher.get_error())
             return scores  # after a forbidden token of a draft, which verification rejects
         bits = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8)
         allowed = numpy.unpackbits(bits, count=self._vocab_size, bitorder="little")
@@ -167,6 +169,8 @@ class GrammarProcessor(LogitsProcessor):
 
     def _move_to(self, output: Sequence[int]) -> bool:
         """Have the matcher consume exactly this output; False: it is not accepted."""
+        if self._matcher.is_error():  # for good, by a draft that led nowhere
+            self._matcher, self._consumed = self._unused.deep_copy(), []
         consumed = self._consumed
         common = next(
             (i for i, (old, new) in enumerate(zip(consumed, output, strict=False)) if old != new),

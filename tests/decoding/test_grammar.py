@@ -128,11 +128,24 @@ def test_a_schema_that_is_invalid_or_too_large(schema, message):
         Grammar.json_schema(schema).check()
 
 
-def test_a_grammar_that_matches_nothing(bundled):
-    """At once, or after some text. Guards against an output that ends there as if it were valid."""
-    for text in ("start: x\nx: x", 'start: "ab" x\nx: x'):
-        with pytest.raises(GrammarError, match="matches nothing"):
-            answer(bundled, Grammar.lark(text))
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("text", ["start: x\nx: x", 'start: "ab" x\nx: x'], ids=["at once", "after a text"])
+def test_a_grammar_that_matches_nothing(bundled, text, drafts):
+    """Guards against an output that ends there as if it were valid."""
+    with pytest.raises(GrammarError, match="matches nothing"):
+        answer(bundled, Grammar.lark(text), **DRAFTS[drafts])
+
+
+def test_a_draft_that_leads_nowhere(bundled):
+    """Guards against a matcher that rejects all other outputs from then on."""
+    model, tokenizer = bundled
+    grammar = Grammar.lark('start: "ab" x | "cd"\nx: x')
+    processor = GrammarProcessor(grammar, tokenizer, 0, model.config.vocab_size, [tokenizer.eos_token_id])
+    dead, alive = (tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "cd"))
+    with pytest.raises(GrammarError, match="matches nothing"):
+        processor(torch.tensor([dead]), torch.zeros(1, model.config.vocab_size))
+    assert processor.forced(dead) == []
+    assert processor.count_allowed([], alive) == len(alive)
 
 
 def test_forbidden_tokens_of_a_draft_are_counted_out(bundled):

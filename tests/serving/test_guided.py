@@ -57,16 +57,16 @@ def post(served, path="chat/completions", **request):
 
 
 def test_a_schema(served):
-    """By hand, by openai's `parse`, with and without drafts; guards against a grammar of the wrong row."""
+    """As openai and as llama.cpp have it, by openai's `parse`, with and without drafts. Guards against the
+    grammar of another row.
+    """
     given = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA, "strict": True}}
-    texts = [
-        post(served, messages=HELLO, response_format=given, drafts=drafts).json()["choices"][0]["message"][
-            "content"
-        ]
-        for drafts in (True, False)
-    ]
-    jsonschema.validate(json.loads(texts[0]), SCHEMA)
-    assert texts[0] == texts[1]
+    texts = set()
+    for form, drafts in ((given, True), (given, False), ({"type": "json_object", "schema": SCHEMA}, True)):
+        answer = post(served, messages=HELLO, response_format=form, drafts=drafts).json()
+        texts.add(answer["choices"][0]["message"]["content"])
+    [text] = texts
+    jsonschema.validate(json.loads(text), SCHEMA)
 
     parsed = served.client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Trip)
     assert isinstance(parsed.choices[0].message.parsed, Trip)
@@ -92,7 +92,7 @@ BAD_SCHEMAS = {
     "10,000 properties": ({"properties": {f"p{i}": {} for i in range(10_000)}}, "at most 100000"),
     "many properties": ({"properties": {str(i): {} for i in range(6000)}}, "grammar size"),
     "depth 160": (nested(80), "recursion limit"),
-    "depth 1000": (nested(480), "recursion limit"),
+    "depth 500": (nested(250), "recursion limit"),
     "huge counts": ({"type": "string", "pattern": "^(a{1000}){1000}$"}, "multiply to more than 10000"),
     "counts of a name": ({"patternProperties": {"^(a{1000}){1000}$": {}}}, "multiply to more than 10000"),
     "look-ahead": ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
@@ -102,7 +102,7 @@ BAD_SCHEMAS = {
     ),
     "recursion": ({**LOOP, "$ref": "#/$defs/a"}, "matches nothing"),
     "recursion inside": (
-        {**LOOP, "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]},
+        {**LOOP, "type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]},
         "matches nothing",
     ),
 }
@@ -125,18 +125,6 @@ def test_bad_schemas(served, schema, kind):
     assert (len(message.splitlines()), len(message) < 500) == (1, True)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"type": "json_schema"}, "belongs to the type json_schema"),
-        ({"type": "yaml"}, "response_format.type"),
-    ],
-)
-def test_bad_formats(served, given, said):
-    response = post(served, messages=HELLO, response_format=given)
-    assert (response.status_code, said in response.json()["error"]["message"]) == (400, True)
-
-
 def test_expensive_patterns_are_answered(served):
     """Guards against expressions for which a backtracking engine takes for ever."""
     for pattern in (
@@ -152,34 +140,26 @@ def test_expensive_patterns_are_answered(served):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call(served, choice, stream):
+def test_a_call_and_its_result(served, choice, stream):
+    """They go back to the model; with `auto` it may answer in words. Guards against fields of an answer
+    that the server itself rejects.
+    """
     request = {"messages": HELLO, "tools": [WEATHER], "tool_choice": choice}
     if stream:
         lines = post(served, **request, stream=True).text.split("\n\n")
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
         deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
-        (call,) = next(delta["tool_calls"] for delta in deltas if delta.get("tool_calls"))
+        message = {"role": "assistant", "content": None}
+        (message["tool_calls"],) = [delta["tool_calls"] for delta in deltas if delta.get("tool_calls")]
         assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
     else:
         answer = served.client.chat.completions.create(model="tiny", **request).choices[0]
         assert answer.finish_reason == "tool_calls"
-        call = answer.message.tool_calls[0].model_dump()
+        message = answer.message.model_dump()
+    [call] = message["tool_calls"]
     assert call["function"]["name"] == "weather"
     jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
-
-
-def test_a_conversation_with_calls(served):
-    """The result of a call goes back to the model; with `auto` it may answer in words."""
-    called = {
-        "id": "call_1",
-        "type": "function",
-        "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
-    }
-    messages = [
-        *HELLO,
-        {"role": "assistant", "content": None, "tool_calls": [called]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
-    ]
+    messages = [*HELLO, message, {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
     answer = post(served, messages=messages, tools=[WEATHER], max_tokens=8).json()["choices"][0]
     assert answer["message"]["content"]
     assert answer["finish_reason"] == "length"

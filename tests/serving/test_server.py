@@ -339,10 +339,14 @@ def test_a_model_without_a_template_has_no_chat(text_model, byte_tokenizer):
         assert response.status_code == 400
         assert "no chat template" in response.json()["error"]["message"]
         assert post(served, prompt="def").status_code == 200
-        generator.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-        refused = post(served, "chat/completions", messages=HELLO)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
-        assert "roles must alternate" in refused.json()["error"]["message"]
+        for template, says in (
+            ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+            ("{{ messages[0].content | items | list }}", "mapping"),
+        ):
+            generator.tokenizer.chat_template = template
+            refused = post(served, "chat/completions", messages=HELLO)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+            assert says in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("sanitize", [False, True])
@@ -416,7 +420,7 @@ def test_a_long_request_blocks_no_other(served, monkeypatch, where):
 
     if where == "validates":
         neutral = type("Neutral", (dict,), {"get": blocked(dict.get)})
-        monkeypatch.setattr("serving.protocol._NEUTRAL", neutral())
+        monkeypatch.setattr("serving.protocol._NEUTRAL", neutral(suffix=[""]))
     else:
         name = "encode" if where == "tokenizes" else "prepare"
         monkeypatch.setattr(served.generator, name, blocked(getattr(served.generator, name)))
