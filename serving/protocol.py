@@ -1,3 +1,8 @@
+"""OpenAI's protocol: what requests may contain, and the JSON of answers and errors.
+
+A field that the server cannot honour is an error that names it. Knows nothing of HTTP or the model.
+"""
+
 from __future__ import annotations
 
 import json

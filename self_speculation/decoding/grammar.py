@@ -161,11 +161,11 @@ class GrammarProcessor(LogitsProcessor):
     def forced(self, output: Sequence[int]) -> list[int]:
         """The tokens that must follow an output."""
         length = len(output)
-        if length >= len(self._forced) or self._forced[:length] != output:
-            if not self._move_to(output):
-                return []
-            self._forced = [*output, *self._matcher.compute_ff_tokens()]
-        return self._forced[length:]
+        if length < len(self._forced) and self._forced[:length] == output:
+            return self._forced[length:]
+        forced = self._matcher.compute_ff_tokens() if self._move_to(output) else []
+        self._forced = [*output, *forced] if forced else []
+        return forced
 
     def _move_to(self, output: Sequence[int]) -> bool:
         """Have the matcher consume exactly this output; False: it is not accepted."""
