@@ -202,6 +202,8 @@ def test_penalties_and_biases(served):
     tokenizer = served.generator.tokenizer
     (id_,) = tokenizer.encode("x", add_special_tokens=False)
     assert set(text(logit_bias={str(id_): 100})) == {"x"}
+    banned = dict.fromkeys(map(str, tokenizer.encode(plain, add_special_tokens=False)), -100)
+    assert text(logit_bias=banned) != plain
     response = post(served, "completions", prompt="x", logit_bias={"999999": 1})
     assert (response.status_code, "must be by token ids below" in response.text) == (400, True)
 

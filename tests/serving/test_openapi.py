@@ -36,10 +36,12 @@ def test_every_answer_is_as_the_document_says(text_model, byte_tokenizer):
         document = schemathesis.openapi.from_url(f"{served.url}/openapi.json", headers=key)
         statuses = set()
         for operation in document.get_all_operations():
-            for mode in schemathesis.GenerationMode:
+            operation = operation.ok()
+            modes = list(schemathesis.GenerationMode)[: 2 if operation.body else 1]
+            for mode in modes:
 
                 @settings(max_examples=200, suppress_health_check=[*HealthCheck])
-                @given(operation.ok().as_strategy(generation_mode=mode))
+                @given(operation.as_strategy(generation_mode=mode))
                 def check(case):
                     response = case.call_and_validate(
                         headers=key,

@@ -71,6 +71,10 @@ def test_a_chat_gets_the_generators_answer(served):
     assert not any(deltas)
     reasons = [choice["finish_reason"] for choice in first_choices(streamed)]
     assert reasons == [None] * (len(reasons) - 1) + [whole["finish_reason"]]
+    two = post(served, "chat/completions", **request, n=2).json()["choices"]
+    assert [choice["message"]["content"] for choice in two] == [expected] * 2
+    parts = first_choices(chunks(served, "chat/completions", **request, n=2))
+    assert sorted(part["index"] for part in parts if "role" in part["delta"]) == [0, 1]
 
 
 def test_the_client_of_openai(served):
@@ -175,6 +179,7 @@ def test_logprobs_are_those_of_the_model(served):
     parts = first_choices(chunks(served, "chat/completions", **request))
     streamed = [token for part in parts[1:] for token in part["logprobs"]["content"]]
     tokens = [token["token"] for token in whole["choices"][0]["logprobs"]["content"]]
+    assert "".join(tokens) == whole["choices"][0]["message"]["content"]
     assert [token["token"] for token in streamed] == tokens
     assert all(len(token["top_logprobs"]) == 2 for token in streamed)
 
