@@ -92,6 +92,7 @@ def test_the_smaller_limit_of_new_tokens_counts(given):
         ({"messages": HELLO, "temperature": float("nan")}, "temperature"),
         ({"messages": HELLO, "temperature": "0.5"}, "temperature"),
         ({"messages": HELLO, "top_p": -0.1}, "top_p"),
+        ({"messages": HELLO, "repetition_penalty": 1e-300}, "repetition_penalty"),  # infinite logits
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "max_tokens": 1.5}, "max_tokens"),
         ({"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
