@@ -216,7 +216,7 @@ def _bitmask(matcher: llguidance.LLMatcher) -> bytes:
 def _error(problem: str) -> GrammarError:
     first, *others = problem.partition("\n<state>")[0].splitlines()
     if first == "NoExtensionBias":
-        return GrammarError("it matches nothing")
+        return GrammarError("the grammar matches nothing")
     if first.endswith(":"):  # the reason is in the other lines
         first = " ".join(" ".join([first, *others]).split())
     return GrammarError(first[:300])
