@@ -25,11 +25,11 @@ _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a 
 
 
 class AccessMiddleware:
-    """Checks the Host header and the API key, and adds x-request-id to the response.
+    """Checks the Host header and the API key, answers errors, and adds x-request-id to each response.
 
     Args:
         is_local: only this machine can reach the server.
-        on_error: makes the response to a rejected request.
+        on_error: makes the response to an error.
     """
 
     def __init__(
@@ -50,27 +50,36 @@ class AccessMiddleware:
         given = Headers(scope=scope).get("x-request-id")
         request_id = given if given and len(given) <= _MAX_REQUEST_ID else uuid.uuid4().hex
 
+        has_begun = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        error = self._check(scope)
-        app = self._app if error is None else await self._on_error(Request(scope), error)
-        await app(scope, receive, send_with_id)
+        try:
+            self._check(scope)
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if has_begun:
+                raise
+            response = await self._on_error(Request(scope), error)
+            await response(scope, receive, send_with_id)
 
-    def _check(self, scope: Scope) -> APIError | None:
+    def _check(self, scope: Scope) -> None:
+        """Raises APIError if the request is rejected."""
         headers = dict(scope["headers"])
         # Another site can point its own name at this machine (DNS rebinding).
         if self._is_local and not self._names_this_machine(headers.get(b"host", b"").decode("latin-1")):
-            return APIError("Host: must be localhost or this machine's loopback address")
+            raise APIError("Host: must be localhost or this machine's loopback address")
         # The router uses this path. Starlette makes that of `Request.url` from the Host header.
         if self._key is None or scope["path"] in _PUBLIC_PATHS:
-            return None
+            return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
-            return None
-        return APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+            raise APIError("Authorization: must be Bearer and the API key", 401, code="invalid_api_key")
 
     def _names_this_machine(self, host: str) -> bool:
         if (match := _HOST.fullmatch(host)) is None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,6 +31,7 @@ from starlette.types import Receive, Scope, Send
 import self_speculation
 from runs.failures import reason
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
+from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.stopping import decode
 from self_speculation.model.families import context_length
 from serving.access import PAGE_FILES, AccessMiddleware, is_loopback
@@ -44,7 +46,8 @@ from serving.engine import (
 )
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, metrics, usage
-from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, parse
+from serving.openapi import document
+from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, validation_error
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
 _log = logging.getLogger(__name__)
@@ -52,7 +55,10 @@ _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_STATUS = {QueueFull: 429, ClientDisconnected: 499, ServerShutdown: 503, RequestTimeout: 504}
+_STATUS = {
+    QueueFull: 429, ClientDisconnect: 499, ClientDisconnected: 499, ServerShutdown: 503, RequestTimeout: 504
+}  # fmt: skip
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _SEEDS = 2**63
 
 T = TypeVar("T")
@@ -111,19 +117,21 @@ class App(Starlette):
         access = Middleware(
             AccessMiddleware, args=args, is_local=is_loopback(address), on_error=self._respond_error
         )
-        errors = (APIError, RequestAborted, HTTPException, Exception)
+        chat = partial(self._respond, ChatRequest, self._encode_chat)
+        complete = partial(self._respond, CompletionRequest, self._encode_prompts)
         super().__init__(
             routes=[
                 *(Route(path, self._page) for path in PAGE_FILES),
                 Route("/health", self._health),
                 Route("/metrics", self._exposition),
+                Route("/openapi.json", self._openapi),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/v1/chat/completions", chat, methods=["POST"]),
+                Route("/v1/completions", complete, methods=["POST"]),
             ],
             middleware=[access],
-            exception_handlers=dict.fromkeys(errors, self._respond_error),
+            exception_handlers={HTTPException: self._respond_error},
         )
 
     async def _page(self, http: Request) -> Response:
@@ -137,6 +145,9 @@ class App(Starlette):
 
     async def _exposition(self, _: Request) -> Response:
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _openapi(self, _: Request) -> Response:
+        return JSONResponse(document(self._args.key is not None))
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_entry]})
@@ -155,25 +166,11 @@ class App(Starlette):
             "max_model_len": context_length(self._generator.model.config),
         }
 
-    async def _chat(self, http: Request) -> Response:
-        return await self._respond(http, ChatRequest, self._encode_chat)
-
-    async def _complete(self, http: Request) -> Response:
-        return await self._respond(http, CompletionRequest, self._encode_prompts)
-
     async def _respond_error(self, _: Request, exception: Exception) -> Response:
         error = _api_error(exception)
         self._metrics.count_error(error.status)
-        headers = {
-            401: {"WWW-Authenticate": "Bearer"},
-            405: getattr(exception, "headers", None),  # Allow
-            429: {"Retry-After": "1"},
-            503: {"Retry-After": "1"},
-        }
-        # ASCII: the message may quote text that is not valid Unicode.
-        return Response(
-            json.dumps(error.body), error.status, headers.get(error.status), media_type="application/json"
-        )
+        headers = getattr(exception, "headers", None) or _HEADERS.get(error.status)
+        return JSONResponse(error.body, error.status, headers)
 
     def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
         self._check(request, len(request.prompt))
@@ -191,7 +188,7 @@ class App(Starlette):
             prompt = apply(tokenize=False)
             if self._args.sanitize_control_tokens and not self._generator.is_far_too_long(prompt):
                 prompt = apply(sanitize_control_tokens=True, return_dict=False)  # ids
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise APIError(f"messages: {error}", param="messages") from error
         return [self._encode(prompt, "messages", special_tokens=False)]  # the template adds them
 
@@ -223,23 +220,32 @@ class App(Starlette):
         if num_prompts * request.n > (limit := self._engine.max_jobs):
             message = f"n {request.n}, for {num_prompts} prompts: must be at most {limit} answers together"
             raise APIError(message, param="n")
+        size = self._generator.model.config.vocab_size
+        if any(id_ >= size for id_ in request.logit_bias or ()):
+            raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
     async def _respond(
-        self, http: Request, kind: type[R], encode: Callable[[R], list[list[int]]]
+        self, kind: type[R], encode: Callable[[R], list[list[int]]], http: Request
     ) -> Response:
         """Generate the choices of a request.
 
         Args:
             encode: request -> token ids of its prompts.
         """
-        body, loop = await _read_body(http, self._args.max_body), asyncio.get_running_loop()
+        body = await _read_body(http, self._args.max_body)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
 
-        def start() -> tuple[R, list[_Choice], Events]:
-            request = parse(kind, body)
-            return request, *self._submit(request, encode(request), loop)
+        def emit(index: int, event: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
+        def start() -> tuple[R, list[_Choice]]:
+            request = kind.model_validate_json(body)
+            return request, self._submit(request, encode(request), emit)
 
         # In a thread: a long request takes a while to parse, check and tokenize.
-        request, choices, events = await asyncio.to_thread(start)
+        request, choices = await asyncio.to_thread(start)
+        events = self._events(choices, queue, request.stream and request.is_buffered)
         if request.stream:
             chunks = self._chunks(request, choices, events)
             # An error before the first chunk has an HTTP status of its own.
@@ -293,71 +299,42 @@ class App(Starlette):
         yield "data: [DONE]\n\n"
 
     def _submit(
-        self, request: BaseRequest, prompts: list[list[int]], loop: asyncio.AbstractEventLoop
-    ) -> tuple[list[_Choice], Events]:
+        self, request: BaseRequest, prompts: list[list[int]], emit: Callable[[int, Any], None]
+    ) -> list[_Choice]:
         """Submit a job per choice.
 
         Args:
-            loop: the loop in which the events are read.
+            emit: gets the index of a choice, and each `Delta` and the result of its job.
 
         Raises:
             RequestAborted: the engine does not take the jobs.
         """
-        config, queue = request.generation_config(self._config), asyncio.Queue[tuple[int, Any]]()
-        prompt = self._prompt(request, config)
+        generator, tokenizer = self._generator, self._generator.tokenizer
+        config = request.generation_config(self._config)
+        shared = self_speculation.Request(
+            [],
+            config=config,
+            prediction=request.predicted_text,
+            grammar=request.grammar(tokenizer.chat_template),
+            logit_bias=request.logit_bias or None,
+        )
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
-
-        def emit(index: int, event: Any) -> None:
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
-
         choices = []
         for index, (ids, nth) in enumerate(itertools.product(prompts, range(request.n))):
-            choices.append(
-                self._choice(
-                    request,
-                    index,
-                    replace(prompt, prompt=ids, seed=(seed + nth) % _SEEDS),
-                    partial(emit, index),
-                )
-            )
+            streamer, logprobs, to_queue = None, None, partial(emit, index)
+            if request.stream and not request.is_buffered:
+                kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
+                streamer = kind(tokenizer, config.stop_words, ids, to_queue)
+            if request.num_top_logprobs is not None:
+                logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
+            own = {"prompt": ids, "seed": (seed + nth) % _SEEDS, "streamer": streamer}
+            prepared = generator.prepare(replace(shared, **own, stopping_criteria=logprobs), config)
+            job = Job(prepared, to_queue, self._args.max_time)
+            echo = request.prompt_to_echo(index)
+            echo = echo if isinstance(echo, str) else decode(tokenizer, echo)
+            choices.append(_Choice(index, job, logprobs, echo))
         self._engine.submit([choice.job for choice in choices])
-        return choices, self._events(choices, queue, request.stream and request.is_buffered)
-
-    def _prompt(self, request: BaseRequest, config: GenerationConfig) -> self_speculation.Request:
-        """What all choices of a request share; raises APIError if the model cannot be asked for it."""
-        try:
-            biases = request.biases(self._generator.model.config.vocab_size)
-        except ValueError as error:
-            raise APIError(f"logit_bias {error}", param="logit_bias") from None
-        try:
-            if (grammar := request.grammar(self._generator.tokenizer.chat_template)) is not None:
-                grammar.check()
-        except ValueError as error:
-            raise APIError(f"response_format or tools: {error}", param="response_format") from None
-        prediction = request.predicted_text
-        return self_speculation.Request(
-            [], config=config, prediction=prediction, grammar=grammar, logit_bias=biases
-        )
-
-    def _choice(
-        self,
-        request: BaseRequest,
-        index: int,
-        prompt: self_speculation.Request,
-        emit: Callable[[Any], None],
-    ) -> _Choice:
-        tokenizer, streamer, logprobs, config = self._generator.tokenizer, None, None, prompt.config
-        assert config is not None
-        if request.stream and not request.is_buffered:
-            kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
-            streamer = kind(tokenizer, config.stop_words, prompt.ids, emit)
-        if request.num_top_logprobs is not None:
-            logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
-        prompt = replace(prompt, stopping_criteria=logprobs, streamer=streamer)
-        job = Job(self._generator.prepare(prompt, config), emit, self._args.max_time)
-        echo = request.prompt_to_echo(index)
-        return _Choice(index, job, logprobs, echo if isinstance(echo, str) else decode(tokenizer, echo))
+        return choices
 
     async def _events(
         self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]], is_buffered: bool
@@ -416,19 +393,16 @@ async def _read_body(http: Request, max_bytes: int) -> bytes:
     Raises:
         APIError: the body is too large, or has another content type. Pages of other sites cannot send this
             one.
-        ClientDisconnected: the client has disconnected.
+        ClientDisconnect: the client has disconnected.
     """
     content_type = http.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
     body = bytearray()
-    try:
-        async for part in http.stream():
-            body += part
-            if len(body) > max_bytes:
-                raise APIError(f"the request has more than {max_bytes} bytes", 413)
-    except ClientDisconnect:
-        raise ClientDisconnected("the client has disconnected") from None
+    async for part in http.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise APIError(f"the request has more than {max_bytes} bytes", 413)
     return bytes(body)
 
 
@@ -443,12 +417,12 @@ async def _drain(events: Events) -> None:
 
 
 async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await the work, but cancel it and raise ClientDisconnected when the client disconnects."""
+    """Await the work, but cancel it and raise ClientDisconnect when the client disconnects."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(http.receive())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientDisconnected("the client has disconnected")
+            raise ClientDisconnect
         return working.result()
     finally:
         working.cancel()
@@ -461,8 +435,12 @@ def _api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, HTTPException):
         return APIError(error.detail, error.status_code)
-    if isinstance(error, RequestAborted):
+    if isinstance(error, RequestAborted | ClientDisconnect):
         return APIError(str(error), _STATUS[type(error)])
+    if isinstance(error, ValidationError):
+        return validation_error(error)
+    if isinstance(error, GrammarError):
+        return APIError(f"response_format or tools: {error}", param="response_format")
     if isinstance(error, ValueError):  # the scheduler raises it for an invalid request
         return APIError(str(error))
     if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:

@@ -13,7 +13,6 @@ from self_speculation import GenerationStrategyResult
 from self_speculation.results import DraftStats, SourceCounts
 from serving.engine import Engine
 
-_PREFIX = "self_speculation"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 
 
@@ -38,14 +37,13 @@ class Metrics:
     def __init__(self, engine: Engine, model: str) -> None:
         self._registry, self._model = CollectorRegistry(), model
 
-        def counter(name: str, help: str, *labels: str, prefix: str = f"{_PREFIX}_") -> Counter:
-            return Counter(f"{prefix}{name}", help, labels, registry=self._registry)
+        def new(
+            kind: Any, name: str, help: str, *labels: str, prefix: str = "self_speculation_", **options: Any
+        ) -> Any:
+            return kind(f"{prefix}{name}", help, labels, registry=self._registry, **options)
 
-        vllm = partial(counter, prefix="vllm:spec_decode_")
-
-        def histogram(name: str, help: str) -> Histogram:
-            return Histogram(f"{_PREFIX}_{name}_seconds", help, buckets=_SECONDS, registry=self._registry)
-
+        counter, vllm = partial(new, Counter), partial(new, Counter, prefix="vllm:spec_decode_")
+        histogram = partial(new, Histogram, buckets=_SECONDS)
         self._answers = counter("answers", "Answers by stop reason", "ended_by")
         self._refused = counter("refused", "Requests without an answer by HTTP status", "status")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
@@ -61,13 +59,11 @@ class Metrics:
         self._num_accepted_per_pos = vllm(
             "num_accepted_tokens_per_pos", "Accepted draft tokens by position", *labels, "position"
         )
-        self._first_token = histogram("time_to_first_token", "From a request's arrival to its first token")
-        self._decoding = histogram("decode_time", "From the first token to the last")
-        for name, help, number in (
-            ("waiting", "Requests in the queue", lambda: engine.num_waiting),
-            ("in_flight", "Requests in the batch", lambda: engine.num_in_flight),
-        ):
-            Gauge(f"{_PREFIX}_{name}", help, registry=self._registry).set_function(number)
+        first_token = "time_to_first_token_seconds"
+        self._first_token = histogram(first_token, "From a request's arrival to its first token")
+        self._decoding = histogram("decode_time_seconds", "From the first token to the last")
+        new(Gauge, "waiting", "Requests in the queue").set_function(lambda: engine.num_waiting)
+        new(Gauge, "in_flight", "Requests in the batch").set_function(lambda: engine.num_in_flight)
 
     def count_error(self, status: int) -> None:
         self._refused.labels(str(status)).inc()

@@ -11,16 +11,17 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -39,8 +40,11 @@ _NEUTRAL: dict[str, list[Any]] = {
 }  # fmt: skip
 # Fields that do not change the text of an answer.
 _IGNORED = {
-    "cache_control", "metadata", "name", "prompt_cache_key", "reasoning_effort", "safety_identifier",
+    "cache_control", "index", "metadata", "name", "prompt_cache_key", "reasoning_effort", "safety_identifier",
     "service_tier", "store", "user", "verbosity",
+}  # fmt: skip
+_SAME_IN_CONFIG = {
+    "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
 }  # fmt: skip
 _FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
 _MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -50,18 +54,6 @@ _MAX_ITEMS = 2048  # messages of a chat, parts of a message, prompts
 _MAX_FIELDS = 100  # of an object
 _short = reprlib.Repr()  # of values in error messages
 _short.maxstring = 60
-
-
-def _check_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeError:
-        raise ValueError("must be valid Unicode") from None
-    return text
-
-
-_Text = Annotated[str, AfterValidator(_check_unicode)]  # JSON can spell halves of surrogate pairs
-_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class APIError(Exception):
@@ -81,10 +73,10 @@ class APIError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def _api_error(error: ValidationError) -> APIError:
+def validation_error(error: ValidationError) -> APIError:
     """Turn pydantic's first error into an API error."""
     first = error.errors(include_url=False)[0]
-    param = ".".join(map(str, first["loc"]))
+    param = ".".join(map(str, first["loc"]))[:100]
     if first["type"] == "model_type" and not param:
         return APIError("the body must be a JSON object")
     if first["type"] == "extra_forbidden":
@@ -108,11 +100,11 @@ class _Strict(BaseModel):
             return given
         if len(given) > _MAX_FIELDS:
             raise ValueError(f"must have at most {_MAX_FIELDS} fields, not {len(given)}")
-        return {
-            k: v
-            for k, v in given.items()
-            if v is not None and k not in _IGNORED and (v not in _NEUTRAL.get(k, []) or k in cls.model_fields)
-        }
+
+        def asks(name: str, value: Any) -> bool:
+            return name in cls.model_fields or not (name in _IGNORED or value in _NEUTRAL.get(name, []))
+
+        return {name: value for name, value in given.items() if value is not None and asks(name, value)}
 
 
 class _StreamOptions(_Strict):
@@ -121,24 +113,27 @@ class _StreamOptions(_Strict):
 
 class _TextPart(_Strict):
     type: Literal["text"]
-    text: _Text
+    text: str
 
 
-class _Named(_Strict):
-    name: _Text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, given: Any) -> Any:
-        return given  # a function's `name` matters
+def _as_parts(given: Any) -> Any:
+    return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
-class _Called(_Named):
-    arguments: _Text  # JSON
+_Parts = Annotated[
+    list[_TextPart],
+    Field(max_length=_MAX_ITEMS, fail_fast=True),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[_TextPart]),
+]
+
+
+class _Called(_Strict):
+    name: str
+    arguments: str  # JSON
 
 
 class _ToolCall(_Strict):
-    id: _Text = ""
+    id: str = ""
     type: Literal["function"] = "function"
     function: _Called
 
@@ -146,13 +141,14 @@ class _ToolCall(_Strict):
     def for_template(self) -> dict[str, Any]:
         try:
             arguments = json.loads(self.function.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = self.function.arguments
         return {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
-class _Function(_Named):
-    description: _Text | None = None
+class _Function(_Strict):
+    name: str
+    description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -162,54 +158,44 @@ class _Tool(_Strict):
     function: _Function
 
 
-class _NamedTool(_Strict):
-    type: Literal["function"]
-    function: _Named
-
-
 class _JSONSchema(_Strict):
     json_schema: dict[str, Any] = Field(alias="schema")
-    description: _Text | None = None
+    name: str | None = None
+    description: str | None = None
     strict: bool | None = None
 
 
 class _ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JSONSchema | None = None
+    object_schema: dict[str, Any] | None = Field(None, alias="schema")  # of json_object, as in llama.cpp
 
     @model_validator(mode="after")
     def _check_schema(self) -> _ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema: belongs to the type json_schema")
+        if self.object_schema is not None and self.type != "json_object":
+            raise ValueError("schema: belongs to the type json_object")
         return self
 
     @property
     def grammar(self) -> Grammar | None:
-        if self.json_schema is not None:
-            return Grammar.json_schema(self.json_schema.json_schema)
-        return Grammar.json_schema({"type": "object"}) if self.type == "json_object" else None
+        if self.type == "text":
+            return None
+        given = self.json_schema.json_schema if self.json_schema else self.object_schema
+        return Grammar.json_schema({"type": "object"} if given is None else given)
 
 
 class _Prediction(_Strict):
     type: Literal["content"]
-    content: list[_TextPart] = Field(max_length=_MAX_ITEMS, fail_fast=True)
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _as_parts(cls, given: Any) -> Any:
-        return [{"type": "text", "text": given}] if isinstance(given, str) else given
+    content: _Parts
 
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: list[_TextPart] = Field(max_length=_MAX_ITEMS, fail_fast=True)
+    content: _Parts
     tool_calls: list[_ToolCall] = Field([], max_length=_MAX_ITEMS)
-    tool_call_id: _Text | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _as_parts(cls, given: Any) -> Any:
-        return [{"type": "text", "text": given}] if isinstance(given, str) else given
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -227,6 +213,18 @@ class _Message(_Strict):
         return message
 
 
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+_Id = Annotated[int, Field(ge=0, strict=False)]  # a string, since it is a key
+_Words = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(max_length=16),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+
+
 class BaseRequest(_Strict, ABC):
     """The fields that both kinds of requests share. `drafts` and `stream_drafts` are this server's own."""
 
@@ -240,24 +238,19 @@ class BaseRequest(_Strict, ABC):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: dict[_Id, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     response_format: _ResponseFormat | None = None
     prediction: _Prediction | None = None
-    stop: list[Annotated[_Text, Field(min_length=1)]] | None = Field(None, max_length=16)
+    stop: _Words | None = None
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: _StreamOptions | None = None
     drafts: bool = True
     stream_drafts: bool = False
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
 
     @field_validator("stream_options", "stream_drafts")
     @classmethod
@@ -273,15 +266,10 @@ class BaseRequest(_Strict, ABC):
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
         """Replace what the request sets."""
         fields = {
+            **self.model_dump(include=_SAME_IN_CONFIG),
             "max_steps": self.max_new_tokens,
-            "temperature": self.temperature,
             "sample": None if self.temperature is None else self.temperature > 0,
-            "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
             "stop_words": self.stop,
         }
         config = replace(default, **{name: value for name, value in fields.items() if value is not None})
@@ -291,15 +279,13 @@ class BaseRequest(_Strict, ABC):
     def predicted_text(self) -> str | None:
         return None if self.prediction is None else "".join(part.text for part in self.prediction.content)
 
-    def biases(self, vocab_size: int) -> dict[int, float] | None:
-        """`logit_bias` by id; raises ValueError for an id that the model does not have."""
-        for key in self.logit_bias or {}:
-            if not (key.isdecimal() and int(key) < vocab_size):
-                raise ValueError(f"{key!r}: must be a token id below {vocab_size}")
-        return {int(key): bias for key, bias in self.logit_bias.items()} if self.logit_bias else None
-
     def grammar(self, chat_template: str | None) -> Grammar | None:  # noqa: ARG002
-        """The language of the answer; raises ValueError if the model cannot be asked for it."""
+        """The language of the answer.
+
+        Raises:
+            APIError: the model cannot be asked for it.
+            GrammarError: a schema is invalid.
+        """
         return None if self.response_format is None else self.response_format.grammar
 
     @property
@@ -371,7 +357,7 @@ class ChatRequest(BaseRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[_Tool] = Field([], max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | _NamedTool = "auto"
+    tool_choice: Literal["none", "auto", "required"] | _Tool = "auto"
 
     @field_validator("top_logprobs")
     @classmethod
@@ -396,17 +382,17 @@ class ChatRequest(BaseRequest):
     def tools_for_template(self) -> list[dict[str, Any]]:
         """The tools that the model may call."""
         none = self.tool_choice == "none"
-        return [] if none else [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return [] if none else [tool.model_dump(exclude_unset=True) for tool in self.tools]
 
     def grammar(self, chat_template: str | None) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice
         if tools and known_format(chat_template) is None:
-            raise ValueError("tools: the chat template of this model knows no tools")
+            raise APIError("tools: the chat template of this model knows no tools", param="tools")
         if choice in ("none", "auto"):
             return super().grammar(chat_template)
-        name = choice.function.name if isinstance(choice, _NamedTool) else None
+        name = choice.function.name if isinstance(choice, _Tool) else None
         if not any(name in (None, tool["function"]["name"]) for tool in tools):
-            raise ValueError("tool_choice: names no tool of this request")
+            raise APIError("tool_choice: names no tool of this request", param="tool_choice")
         assert chat_template is not None
         return call_grammar(tools, chat_template, name)
 
@@ -420,8 +406,10 @@ class ChatRequest(BaseRequest):
     def _content(self, text: str) -> dict[str, Any]:
         content: dict[str, Any] = {"content": text}
         if calls := self._calls(text):
-            content = {"content": None, "tool_calls": [_call(i, call) for i, call in enumerate(calls)]}
+            content = {"content": None, "tool_calls": [_call(call) for call in calls]}
         if self.stream:
+            for index, call in enumerate(content.get("tool_calls", [])):
+                call["index"] = index
             return {"delta": content}
         return {"message": {"role": "assistant", **content, "refusal": None}}
 
@@ -436,9 +424,26 @@ class ChatRequest(BaseRequest):
         return {"content": content, "refusal": None}
 
 
-def _call(index: int, call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call._asdict()}
+
+
+def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    is_list = isinstance(given, list) and given and not isinstance(given[0], int)
+    if is_list and len(given) > _MAX_ITEMS:
+        raise ValueError(f"must be at most {_MAX_ITEMS} prompts, not {len(given)}")
+    try:
+        return validate(given if is_list else [given])
+    except ValidationError:
+        raise ValueError("must be a text, or token ids, or a list of either") from None
+
+
+_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+_Prompts = Annotated[
+    list[str | _Ids],
+    Field(fail_fast=True),
+    WrapValidator(_as_prompts, json_schema_input_type=str | _Ids | list[str | _Ids]),
+]
 
 
 class CompletionRequest(BaseRequest):
@@ -447,7 +452,7 @@ class CompletionRequest(BaseRequest):
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    prompt: Annotated[list[_Text | _Ids], Field(fail_fast=True)]
+    prompt: _Prompts
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
 
@@ -457,17 +462,6 @@ class CompletionRequest(BaseRequest):
         if given and info.data.get("logprobs") is not None:
             raise ValueError("cannot be combined with logprobs")
         return given
-
-    @field_validator("prompt", mode="wrap")
-    @classmethod
-    def _as_prompts(cls, given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        is_list = isinstance(given, list) and given and not isinstance(given[0], int)
-        if is_list and len(given) > _MAX_ITEMS:
-            raise ValueError(f"must be at most {_MAX_ITEMS} prompts, not {len(given)}")
-        try:
-            return validate(given if is_list else [given])
-        except ValidationError:
-            raise ValueError("must be a text, or token ids, or a list of either") from None
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -490,20 +484,3 @@ class CompletionRequest(BaseRequest):
             ],
             "text_offset": [token.offset for token in tokens],
         }
-
-
-R = TypeVar("R", bound=BaseRequest)
-
-
-def parse(kind: type[R], body: bytes) -> R:
-    """Parse and validate a request.
-
-    Raises:
-        APIError: the body is not such a request.
-    """
-    try:
-        return kind.model_validate(json.loads(body))
-    except ValidationError as error:
-        raise _api_error(error) from None
-    except (ValueError, RecursionError) as error:
-        raise APIError(f"the body is not JSON: {error}") from None

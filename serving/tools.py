@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from self_speculation.decoding.grammar import JSON_OPTIONS, Grammar
+from self_speculation.decoding.grammar import Grammar, schema_text
 
 Format = Literal["tags", "object"]
 
@@ -30,14 +30,6 @@ def known_format(chat_template: str | None) -> Format | None:
     return "tags" if "<tool_call>" in chat_template else "object"
 
 
-def _arguments_key(chat_template: str) -> str:
-    return (
-        "parameters"
-        if "<tool_call>" not in chat_template and '"parameters"' in chat_template
-        else "arguments"
-    )
-
-
 def call_grammar(tools: Sequence[Mapping[str, Any]], chat_template: str, name: str | None = None) -> Grammar:
     """The language of one call of one of these functions.
 
@@ -46,35 +38,35 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], chat_template: str, name: s
         name: the function to call; None: any.
     """
     functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
-    key = _arguments_key(chat_template)
+    is_tagged = known_format(chat_template) == "tags"
+    key = "parameters" if not is_tagged and '"parameters"' in chat_template else "arguments"
     calls = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": function["name"]},
-                key: function.get("parameters") or {"type": "object"},
+                # The id makes references within these parameters, such as #/$defs/City, start here.
+                key: {"$id": f"urn:tool:{index}", **(function.get("parameters") or {"type": "object"})},
             },
             "required": ["name", key],
             "additionalProperties": False,
         }
-        for function in functions
+        for index, function in enumerate(functions)
     ]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    if known_format(chat_template) == "object":
+    schema = {"anyOf": calls}
+    if not is_tagged:
         return Grammar.json_schema(schema)
-    schema["x-guidance"] = JSON_OPTIONS
-    return Grammar.lark(f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {json.dumps(schema)}')
+    return Grammar.lark(f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema_text(schema)}')
 
 
 def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
     """The calls of these functions in an answer; empty if it has none, or something that is no call."""
-    names = {tool["function"]["name"] for tool in tools}
-    tagged = _TAGGED.findall(text)
+    names = [tool["function"]["name"] for tool in tools]
     calls = []
-    for part in tagged or [text]:
+    for part in _TAGGED.findall(text) or [text]:
         try:
             call = json.loads(part)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
         if not isinstance(call, dict) or call.get("name") not in names:
             return []

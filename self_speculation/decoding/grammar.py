@@ -7,8 +7,11 @@ and tokens that the grammar forces are drafts that cost nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,11 +23,19 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Small models repeat white space without end if they may.
-JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+# A grammar within these limits takes less than a second to compile, and less than 100 MB.
+_MAX_SCHEMA = 100_000  # characters of its JSON
+_MAX_REPEATS = 10_000  # of a pattern, whose counts multiply
+_LIMITS = llguidance.LLParserLimits(max_grammar_size=10_000, max_lexer_states=50_000)
 # Of each tokenizer, by vocabulary size and end ids: making one takes a tenth of a second and more.
 _TOKENIZERS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, llguidance.LLTokenizer]] = (
     WeakKeyDictionary()
 )
+
+
+class GrammarError(ValueError):
+    """A grammar is invalid, too large, or matches nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,10 @@ class Grammar:
         """JSON that conforms to a schema. {"type": "object"} allows any object.
 
         Raises:
-            ValueError: the schema is not a JSON object.
+            ValueError: the schema is no JSON object, or too large.
         """
         schema = json.loads(schema) if isinstance(schema, str) else schema
-        if not isinstance(schema, Mapping):
-            raise ValueError("a JSON schema must be an object")
-        return cls(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), JSON_OPTIONS))
+        return cls(llguidance.LLMatcher.grammar_from_json_schema(schema_text(schema)))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -60,10 +69,45 @@ class Grammar:
         return cls(llguidance.LLMatcher.grammar_from_lark(text))
 
     def check(self) -> None:
-        """Raises ValueError if the grammar is invalid or matches nothing."""
-        if problem := llguidance.LLMatcher.validate_grammar(self.definition):
-            first_line, *_ = problem.splitlines()
-            raise ValueError(first_line)
+        """Raises GrammarError if the grammar is invalid or too large."""
+        if problem := llguidance.LLMatcher.validate_grammar(self.definition, limits=_LIMITS):
+            raise _error(problem)
+
+
+def schema_text(schema: Any) -> str:
+    """A JSON schema with our options, as JSON.
+
+    Raises:
+        GrammarError: the schema is no object, or too large.
+    """
+    if not isinstance(schema, Mapping):
+        raise GrammarError("a JSON schema must be an object")
+    try:
+        text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+        if len(text) > _MAX_SCHEMA:
+            raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
+        patterns = [*_patterns(schema)]
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    for pattern in patterns:
+        if math.prod(int(n) or 1 for n in re.findall(r"\{(\d{1,9})", pattern)) > _MAX_REPEATS:
+            message = f"the counts of a pattern multiply to more than {_MAX_REPEATS}"
+            raise GrammarError(f"pattern {pattern[:40]!r}: {message}")
+    return text
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """The regular expressions in a schema."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _patterns(part)
+    elif isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if key == "pattern" and isinstance(value, str):
+                yield value
+            elif key == "patternProperties" and isinstance(value, Mapping):
+                yield from value
+            yield from _patterns(value)
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -75,7 +119,8 @@ class GrammarProcessor(LogitsProcessor):
         eos_token_ids: allowed where the output may end.
 
     Raises:
-        ValueError: an invalid grammar, or a tokenizer that is not a fast one.
+        GrammarError: the grammar is invalid, too large, or matches nothing.
+        ValueError: the tokenizer is not a fast one.
     """
 
     def __init__(
@@ -87,22 +132,24 @@ class GrammarProcessor(LogitsProcessor):
         eos_token_ids: Sequence[int],
     ) -> None:
         self._prompt_length, self._vocab_size = prompt_length, vocab_size
-        self._matcher = llguidance.LLMatcher(
-            _tokenizer(tokenizer, vocab_size, eos_token_ids), grammar.definition, log_level=0
-        )
-        if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error().splitlines()[0])
-        self._consumed: list[int] = []
+        self._unused = _matcher(_tokenizer(tokenizer, vocab_size, eos_token_ids), grammar)
+        self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
+        self._forced: list[int] = []  # an output, and the tokens that must follow it
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """
         Args:
             input_ids: [1, n] prompt, output and draft.
             scores: [1, V]
+
+        Raises:
+            GrammarError: nothing can follow, or what can is beyond the limits of llguidance.
         """
         if not self._move_to(input_ids[0, self._prompt_length :].tolist()):
+            if self._matcher.is_error():
+                raise _error(self._matcher.get_error())
             return scores  # after a forbidden token of a draft, which verification rejects
-        bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
+        bits = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8)
         allowed = numpy.unpackbits(bits, count=self._vocab_size, bitorder="little")
         mask = torch.from_numpy(allowed).to(scores.device, non_blocking=True)
         return scores.masked_fill(mask == 0, -torch.inf)
@@ -113,10 +160,17 @@ class GrammarProcessor(LogitsProcessor):
 
     def forced(self, output: Sequence[int]) -> list[int]:
         """The tokens that must follow an output."""
-        return self._matcher.compute_ff_tokens() if self._move_to(output) else []
+        length = len(output)
+        if length < len(self._forced) and self._forced[:length] == output:
+            return self._forced[length:]
+        forced = self._matcher.compute_ff_tokens() if self._move_to(output) else []
+        self._forced = [*output, *forced] if forced else []
+        return forced
 
     def _move_to(self, output: Sequence[int]) -> bool:
         """Have the matcher consume exactly this output; False: it is not accepted."""
+        if self._matcher.is_error():  # for good, by a draft that led nowhere
+            self._matcher, self._consumed = self._unused.deep_copy(), []
         consumed = self._consumed
         common = next(
             (i for i, (old, new) in enumerate(zip(consumed, output, strict=False)) if old != new),
@@ -141,3 +195,28 @@ def _tokenizer(
     if key not in known:
         known[key] = llguidance.hf.from_tokenizer(tokenizer, vocab_size, list(eos_token_ids))
     return known[key]
+
+
+@lru_cache(maxsize=8)
+def _matcher(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> llguidance.LLMatcher:
+    """A matcher before its first token, to be copied: compiling a large grammar takes half a second."""
+    matcher = llguidance.LLMatcher(tokenizer, grammar.definition, log_level=0, limits=_LIMITS)
+    _bitmask(matcher)
+    return matcher
+
+
+def _bitmask(matcher: llguidance.LLMatcher) -> bytes:
+    """One bit per token: may it follow?"""
+    bits = matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _error(matcher.get_error())
+    return bits
+
+
+def _error(problem: str) -> GrammarError:
+    first, *others = problem.partition("\n<state>")[0].splitlines()
+    if first == "NoExtensionBias":
+        return GrammarError("the grammar matches nothing")
+    if first.endswith(":"):  # the reason is in the other lines
+        first = " ".join(" ".join([first, *others]).split())
+    return GrammarError(first[:300])

@@ -10,7 +10,7 @@ import torch
 from conftest import generate
 
 import self_speculation
-from self_speculation.decoding.grammar import Grammar, GrammarProcessor
+from self_speculation.decoding.grammar import Grammar, GrammarError, GrammarProcessor
 
 PERSON = {
     "type": "object",
@@ -117,11 +117,35 @@ def test_expressions_and_grammars(bundled):
         ('{"$ref": "#/nowhere"}', "does not exist"),
         ('{"type": "integer", "minimum": 5, "maximum": 2}', "minimum (5) is greater than maximum (2)"),
         ("[1]", "must be an object"),
+        (f'{{"const": "{"x" * 100_000}"}}', "at most 100000"),
+        ('{"pattern": "(a{200}){100}"}', "multiply to more than 10000"),
+        (json.dumps({"properties": {str(i): {} for i in range(6000)}}), "limit for this grammar: 10000"),
     ],
 )
-def test_a_schema_that_is_invalid_or_matches_nothing(schema, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_a_schema_that_is_invalid_or_too_large(schema, message):
+    """Guards against seconds of work and gigabytes of memory."""
+    with pytest.raises(GrammarError, match=re.escape(message)):
         Grammar.json_schema(schema).check()
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("text", ["start: x\nx: x", 'start: "ab" x\nx: x'], ids=["at once", "after a text"])
+def test_a_grammar_that_matches_nothing(bundled, text, drafts):
+    """Guards against an output that ends there as if it were valid."""
+    with pytest.raises(GrammarError, match="matches nothing"):
+        answer(bundled, Grammar.lark(text), **DRAFTS[drafts])
+
+
+def test_a_draft_that_leads_nowhere(bundled):
+    """Guards against a matcher that rejects all other outputs from then on."""
+    model, tokenizer = bundled
+    grammar = Grammar.lark('start: "ab" x | "cd"\nx: x')
+    processor = GrammarProcessor(grammar, tokenizer, 0, model.config.vocab_size, [tokenizer.eos_token_id])
+    dead, alive = (tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "cd"))
+    with pytest.raises(GrammarError, match="matches nothing"):
+        processor(torch.tensor([dead]), torch.zeros(1, model.config.vocab_size))
+    assert processor.forced(dead) == []
+    assert processor.count_allowed([], alive) == len(alive)
 
 
 def test_forbidden_tokens_of_a_draft_are_counted_out(bundled):
@@ -136,3 +160,5 @@ def test_forbidden_tokens_of_a_draft_are_counted_out(bundled):
     assert processor.count_allowed(wrong, right) == 0  # no output of this grammar
     assert processor.count_allowed([], right) == len(right)
     assert tokenizer.decode(processor.forced(tokenizer.encode("r"))) == "ight"
+    assert processor.forced(right[:1]) == right[1:]
+    assert processor.forced(right) == processor.forced(wrong) == []

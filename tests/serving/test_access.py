@@ -4,14 +4,18 @@ import pytest
 
 from serving.access import AccessMiddleware, is_loopback
 from serving.flags import ServeArguments
+from serving.protocol import APIError
 
 
 def status(address, key=None, path="/v1/models", **headers):
     """The status of a rejected request, or None."""
     args = ServeArguments(host=address, api_key=key)
     access = AccessMiddleware(None, args, is_loopback(address), None)
-    error = access._check({"path": path, "headers": [(k.encode(), v) for k, v in headers.items()]})
-    return error and error.status
+    try:
+        access._check({"path": path, "headers": [(k.encode(), v) for k, v in headers.items()]})
+    except APIError as error:
+        return error.status
+    return None
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "::1"])

@@ -64,13 +64,17 @@ def test_a_chat_gets_the_generators_answer(served):
         ChatCompletionChunk.model_validate(chunk)
         assert "usage" not in chunk
     prints = {answer["system_fingerprint"], *(chunk["system_fingerprint"] for chunk in streamed)}
-    assert len(prints) == 1
+    assert len(prints) == len({chunk["id"] for chunk in streamed}) == 1
     first, *deltas = [choice["delta"] for choice in first_choices(streamed)]
     assert first == {"role": "assistant", "content": ""}
     assert "".join(delta.pop("content") for delta in deltas) == expected
     assert not any(deltas)
     reasons = [choice["finish_reason"] for choice in first_choices(streamed)]
     assert reasons == [None] * (len(reasons) - 1) + [whole["finish_reason"]]
+    two = post(served, "chat/completions", **request, n=2).json()["choices"]
+    assert [choice["message"]["content"] for choice in two] == [expected] * 2
+    parts = first_choices(chunks(served, "chat/completions", **request, n=2))
+    assert sorted(part["index"] for part in parts if "role" in part["delta"]) == [0, 1]
 
 
 def test_the_client_of_openai(served):
@@ -175,6 +179,7 @@ def test_logprobs_are_those_of_the_model(served):
     parts = first_choices(chunks(served, "chat/completions", **request))
     streamed = [token for part in parts[1:] for token in part["logprobs"]["content"]]
     tokens = [token["token"] for token in whole["choices"][0]["logprobs"]["content"]]
+    assert "".join(tokens) == whole["choices"][0]["message"]["content"]
     assert [token["token"] for token in streamed] == tokens
     assert all(len(token["top_logprobs"]) == 2 for token in streamed)
 
@@ -240,12 +245,13 @@ def test_drafts_can_be_streamed_and_switched_off(served):
     [
         (b'{"prompt": "x", "tools": [1]}', 400, "tools", "cannot honour"),
         (b'{"prompt": "x", "max_tokens": 0}', 400, "max_tokens", "max_tokens 0: "),
-        (b"{", 400, None, "the body is not JSON"),
+        (b"{", 400, None, "Invalid JSON: EOF"),
         (b"[1]", 400, None, "must be a JSON object"),
         (b"\xff\xfe", 400, None, ""),
         (b"[" * 100_000, 400, None, ""),
         (b'{"\\ud800": 1}', 400, None, ""),
-        (b'{"prompt": "\\ud800"}', 400, "prompt", "must be a text"),
+        (b'{"prompt": "\\ud800"}', 400, None, "Invalid JSON"),
+        (b'{"prompt": ["x", null]}', 400, "prompt", "must be a text"),
         (b'{"prompt": [99999]}', 400, "prompt", "token id 99999"),
         (b'{"prompt": "x", "echo": true, "logprobs": 1}', 400, "echo", "cannot be combined with logprobs"),
         (b'{"prompt": "x", "n": 9}', 400, "n", "must be at most 8 answers"),
@@ -276,9 +282,10 @@ def test_an_error_names_the_fault(served, body, status, param, says, stream):
         ("chat/completions", "messages", [{"role": "user", "content": "x y z " * 60}]),
     ],
 )
-def test_a_prompt_beyond_the_context(served, path, param, prompt):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_context(served, path, param, prompt, stream):
     """Clients shorten a prompt if they know this code and these words."""
-    response = post(served, path, **{param: prompt})
+    response = post(served, path, **{param: prompt}, stream=stream)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
     assert "this model's maximum context length is 256 tokens" in error["message"]
@@ -297,15 +304,20 @@ def test_echo_repeats_the_prompt(served, tokens):
     assert texts == expected
 
 
-def test_headers_and_methods_that_clients_expect(served):
-    """Guards against health checks by HEAD that fail, and requests that cannot be traced."""
+def test_headers_and_methods_that_clients_expect(served, monkeypatch):
+    """Guards against health checks by HEAD that fail, and errors that cannot be traced."""
     for path in ("/", "/health"):
         assert requests.head(served.url + path).status_code == 200
     assert requests.get(f"{served.url}/v1/completions").headers["Allow"] == "POST"
     named = requests.get(f"{served.url}/v1/nothing", headers={"X-Request-Id": "mine"})
     assert (named.status_code, named.headers["x-request-id"]) == (404, "mine")
+    assert named.json()["error"]["type"] == "invalid_request_error"
     ids = {requests.get(f"{served.url}/health").headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
+    monkeypatch.setattr("serving.metrics.generate_latest", lambda _: 1 / 0)
+    failed = requests.get(f"{served.url}/metrics", headers={"X-Request-Id": "mine"})
+    assert (failed.status_code, failed.headers["x-request-id"]) == (500, "mine")
+    assert failed.json()["error"]["type"] == "server_error"
     assert served.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         served.client.models.retrieve("a/b")
@@ -319,8 +331,6 @@ def test_requests_that_pages_of_other_sites_can_send(served):
         )
         assert response.status_code == 400
         assert "application/json" in response.json()["error"]["message"]
-    assert requests.get(f"{served.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    assert requests.get(f"{served.url}/v1/completions").status_code == 405
     response = requests.get(f"{served.url}/v1/models", headers={"Origin": "http://elsewhere"})
     assert "access-control-allow-origin" not in response.headers
 
@@ -333,10 +343,14 @@ def test_a_model_without_a_template_has_no_chat(text_model, byte_tokenizer):
         assert response.status_code == 400
         assert "no chat template" in response.json()["error"]["message"]
         assert post(served, prompt="def").status_code == 200
-        generator.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-        refused = post(served, "chat/completions", messages=HELLO)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
-        assert "roles must alternate" in refused.json()["error"]["message"]
+        for template, says in (
+            ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+            ("{{ messages[0].content | items | list }}", "mapping"),
+        ):
+            generator.tokenizer.chat_template = template
+            refused = post(served, "chat/completions", messages=HELLO)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+            assert says in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("sanitize", [False, True])
@@ -410,12 +424,12 @@ def test_a_long_request_blocks_no_other(served, monkeypatch, where):
 
     if where == "validates":
         neutral = type("Neutral", (dict,), {"get": blocked(dict.get)})
-        monkeypatch.setattr("serving.protocol._NEUTRAL", neutral())
+        monkeypatch.setattr("serving.protocol._NEUTRAL", neutral(suffix=[""]))
     else:
         name = "encode" if where == "tokenizes" else "prepare"
         monkeypatch.setattr(served.generator, name, blocked(getattr(served.generator, name)))
     answers = []
-    client = threading.Thread(target=lambda: answers.append(post(served, prompt="x" * 200)))
+    client = threading.Thread(target=lambda: answers.append(post(served, prompt="x" * 200, suffix="")))
     client.start()
     try:
         assert has_begun.wait(60)

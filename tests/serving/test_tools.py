@@ -25,6 +25,22 @@ TOOLS = [
         "type": "function",
         "function": {"name": "stop", "parameters": {"type": "object", "additionalProperties": False}},
     },
+    *(
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "parameters": {
+                    "type": "object",
+                    "properties": {"place": {"$ref": "#/$defs/Place"}},
+                    "required": ["place"],
+                    "additionalProperties": False,
+                    "$defs": {"Place": {"enum": [f"{name}1", f"{name}2", None]}},
+                },
+            },
+        }
+        for name in ("north", "south")
+    ),
 ]
 
 
@@ -35,8 +51,9 @@ def test_the_template_tells_the_format():
 
 
 @pytest.mark.parametrize("template", [TAGS, OBJECT])
-@pytest.mark.parametrize("name", [None, "weather", "stop"])
+@pytest.mark.parametrize("name", [None, "weather", "stop", "south"])
 def test_a_guided_answer_is_a_call(template, name):
+    """Guards against references in the parameters of one function that lead to those of another."""
     model, tokenizer = self_speculation.load_model_and_tokenizer(self_speculation.default_model())
     strategy = make_strategy("self_speculative")
     generator = HuggingfaceLlamaGenerator(tokenizer, model, strategy)
@@ -57,5 +74,6 @@ def test_calls_are_found():
         find_calls(f"<tool_call>{call}</tool_call>\n<tool_call>{call}</tool_call>", TOOLS) == [expected] * 2
     )
     assert find_calls(call.replace("arguments", "parameters"), TOOLS) == [expected]
-    for text in ("It is sunny.", "{}", "[1]", '{"name": "unknown"}', "<tool_call>{</tool_call>"):
+    others = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
+    for text in (*others, "<tool_call>{</tool_call>"):
         assert find_calls(text, TOOLS) == []
