@@ -139,13 +139,13 @@ def finished(scheduler, number):
 def test_prompts_in_chunks(name, graphs):
     """Guards against a chunk in the slot that padding is written to, and a capture while answers stream."""
     model = own_llama()
-    prompts = [[5 + i % 40 for i in range(length)] for length in (6, 50, 9, 130)]
+    prompts = [[5 + i % 40 for i in range(length)] for length in (6, 20, 9, 25)]
     strategy = "self_speculative" if SETTINGS[name] else "autoregressive"
-    expected = [generate(model, p, strategy, eos=[], max_steps=20, **SETTINGS[name]) for p in prompts]
+    expected = [generate(model, p, strategy, eos=[], max_steps=40, **SETTINGS[name]) for p in prompts]
     capture_decoding(model)
-    config = GenerationConfig(max_steps=20, sample=False, **SETTINGS[name])
+    config = GenerationConfig(max_steps=40, sample=False, **SETTINGS[name])
     scheduler = Scheduler(make_strategy(strategy), model, config, batch_size=4, token_budget=8)
-    scheduler.run_every_pass(150)
+    scheduler.run_every_pass(70)
     num_captured = len(graphs.captured)
     assert in_batch(scheduler, prompts) == [result.predicted_tokens for result in expected]
     assert len(graphs.captured) == num_captured
