@@ -9,6 +9,8 @@ about as often as those of the published LayerSkip checkpoints do. Prompts are r
 eager and captured, with the model's own layers and with an int4 copy of them. Sides alternate. (Llama-3.2-1B
 ties its head to its embedding; here they are two.)
 
+Above the table stand the memory bandwidth and the host's time for an eager layer and for a captured pass.
+
 The columns are about decoding without prefill: *tokens/s* of all sequences together; *x ours*, *x hf*:
 speed-up over eager autoregressive decoding and over transformers; *limit*: the share of the memory bandwidth
 (of a product of matrix and vector) that reading weights, keys and values takes, without drafts; *accept*:
@@ -51,7 +53,7 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, at_least, check, parse, refuse
-from benchmarks.inspection import Judged, Work, judge_greedy, work_per_token
+from benchmarks.inspection import Judged, Work, host_time, judge_greedy, work_per_token
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -388,6 +390,22 @@ def tasks(args: GpuArguments, device: torch.device) -> Sequence[Task]:
     return parts
 
 
+def show_host_time(model: Any, device: torch.device) -> Record | None:
+    """Print and return it. None if it fails, as a capture may."""
+    try:
+        host = host_time(model)
+    except Exception as error:
+        print(f"host: {described(error)}"[:80], flush=True)
+        return None
+    replay = "with" if device.type == "cuda" else "without"
+    print(
+        f"host: {host.layer:.0f} us for an eager layer, {host.python:.0f} of them in Python,\n"
+        f"{host.captured:.0f} us for a captured pass, {replay} its replay",
+        flush=True,
+    )
+    return host._asdict()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     (args,) = parse(__doc__ or "", GpuArguments, args=argv)
     if not args.dry and not torch.cuda.is_available():
@@ -418,7 +436,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             about["read_gb_per_s"] = read_bandwidth(device) / 1e9
             table = Table(folder.writer(0), 1e9 * about["read_gb_per_s"])
             print(f"{about['device']}, a product reads {about['read_gb_per_s']:.0f} GB/s", flush=True)
-            for task in tasks(args, device):
+            parts = tasks(args, device)
+            about["host_us"] = show_host_time(parts[0].model, device)
+            for task in parts:
                 found = {}
                 try:
                     with compiled(task.model) if task.compiled else nullcontext():

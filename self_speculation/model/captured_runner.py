@@ -94,17 +94,20 @@ class CapturedRunner(ModelRunner):
         self.reserve(prompt_length, num_positions)
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
-        if not self.has_its_cache:
-            why = "another generation has this one's cache; let one end before the next begins"
-            raise RuntimeError(f"compile True: {why}")
         if self.passes is None:
             super().reserve(prompt_length, num_positions)
         else:
+            self._check_cache()
             self.passes.reserve(num_positions, max(padded(self._max_width), _PADDING))
 
     @property
     def has_its_cache(self) -> bool:
-        return self.passes is None or self.passes.generation is self._generation
+        return self.passes.generation is self._generation
+
+    def _check_cache(self) -> None:
+        if not self.has_its_cache:
+            why = "another generation has this one's cache; let one end before the next begins"
+            raise RuntimeError(f"compile True: {why}")
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
         other: Any = super().over(layers, head)
@@ -113,12 +116,11 @@ class CapturedRunner(ModelRunner):
         return other
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
-        passes = self.passes
+        self._check_cache()
         # A prompt is in a view of one row.
-        if passes is None or self.cache is not passes.cache or hidden.shape[1] > self._max_width:
+        if self.cache is not self.passes.cache or hidden.shape[1] > self._max_width:
             return super().run_layers(hidden, first, last)
-        self.reserve(1, 1)  # raises if it has lost its cache
-        return passes(self, hidden, first, last)
+        return self.passes(self, hidden, first, last)
 
 
 class PassRange(NamedTuple):

@@ -245,6 +245,15 @@ def test_gpu_takes_a_prompt_length_after_the_other(dry, nothing_is_measured):
     ]
 
 
+def test_gpu_tells_the_hosts_time(dry, nothing_is_measured):
+    """Guards against figures that nobody sees or sends back."""
+    nothing_is_measured(lambda task, found: None)
+    _, said, record = dry("--batch_size", "1")
+    host = record["host_us"]
+    assert min(host["layer"], host["captured"]) > 0
+    assert f"{host['captured']:.0f} us for a captured pass, without its replay" in said
+
+
 def test_gpu_keeps_what_it_has_when_it_is_interrupted(dry, nothing_is_measured):
     """Guards against the loss of the figures of an unfinished part."""
 
@@ -290,7 +299,9 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
         warm_up(strategy, model, prompt, config, batch_size)
 
     monkeypatch.setattr(gpu, "run_every_pass", warms_up)
-    monkeypatch.setattr("benchmarks.sides.capture_decoding", fails(ValueError("compile True: needs one GPU")))
+    for module in ("sides", "inspection"):
+        error = ValueError("compile True: needs one GPU")
+        monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", fails(error))
     status, _, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
@@ -300,6 +311,7 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
         **{(True, side): "ValueError: compile True: needs one GPU" for side in OURS},
     }
     assert sum(row["error"] is None for row in record["rows"]) == 4
+    assert record["host_us"] is None
 
 
 def test_gpu_measures_without_plans_of_cudnn(dry, nothing_is_measured):

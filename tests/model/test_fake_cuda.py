@@ -7,6 +7,7 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 import contextlib
 import copy
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,7 @@ from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forw
 from self_speculation.model.traced_runner import never_trace
 from self_speculation.scheduler import Scheduler
 from self_speculation.self_speculation_generator import HostVerification
-from self_speculation.transfers import Reading, Stopwatch
+from self_speculation.transfers import Reading, Stopwatch, on_device
 
 DEVICE = "cuda:0"
 
@@ -179,19 +180,13 @@ def cuda(monkeypatch):
 
     # What makes real memory even so.
     tensor, zeros = torch.tensor, torch.zeros
-    for module in (
-        "decoding.sequence",
-        "decoding.batch",
-        "decoding.sampling",
-        "drafts.ngram",
-        "model.kv_cache",
-        "model.short_head",
-        "self_speculation_generator",
-    ):
-        monkeypatch.setattr(
-            f"self_speculation.{module}.on_device",
-            lambda numbers, device, dtype=torch.long: torch.empty(len(numbers), dtype=dtype, device=device),
-        )
+
+    def without_memory(numbers, device, dtype=torch.long):
+        return torch.empty(len(numbers), dtype=dtype, device=device)
+
+    for module in [*sys.modules.values()]:
+        if vars(module).get("on_device") is on_device:
+            monkeypatch.setattr(module, "on_device", without_memory)
     monkeypatch.setattr(
         "torch.tensor",
         lambda data, dtype=None, device=None: torch.empty_like(tensor(data, dtype=dtype), device=device),
@@ -339,46 +334,42 @@ def test_masks_of_every_position(groups):
                 assert mask.data_ptr() % 16 == 0
 
 
-# Norm, qkv, rotation, keys, values, attention, output, norm, gate and up, activation, product, down.
-@pytest.mark.parametrize(
-    ("heads", "width", "expected"),
-    [((6, 2), 1, 12), ((4, 4), 1, 12), ((6, 2), 5, 12), ((6, 2), NARROW + 1, 12)],
-)
-def test_kernels_of_a_fused_layer(cuda, heads, width, expected):
-    """Guards against another kernel in each layer: the host has no time for it."""
-    runner = ModelRunner(cuda(heads), 30, 100)
-    ids = torch.zeros(1, width, dtype=torch.long, device=DEVICE)
-    names = []
-    with torch.inference_mode():
-        forward_early(runner, torch.zeros(1, 30, dtype=torch.long, device=DEVICE), 4)
-        for depth in (1, 2):
-            runner.cache.pretend([30])
-            with Kernels() as ran:
-                forward_early(runner, ids, depth)
-            names.append(ran.kernels)
-    assert len(names[1]) - len(names[0]) == expected, names[1]
-
-
-@pytest.mark.parametrize(("width", "expected"), [(1, 13), (5, 14)])
-def test_kernels_of_a_fused_layer_where_rows_differ_in_length(cuda, width, expected):
-    """Guards against masks, positions or rotations that each layer makes anew, and copies of new keys."""
-    runner = ModelRunner(cuda(), 30, 100, num_rows=3)
-    names = []
+def of_a_layer(model, lengths, width, device=DEVICE):
+    """Kernels and calls of one more layer, in a pass over rows of such lengths."""
+    runner, ran = ModelRunner(model, 30, 100, num_rows=len(lengths)), []
     with torch.inference_mode():
         runner.cache.clear(num_rows=0)
-        for length in (30, 20, 7):
-            forward_early(
-                runner.for_row(runner.cache.num_rows),
-                torch.zeros(1, length, dtype=torch.long, device=DEVICE),
-                4,
-            )
+        for row, length in enumerate(lengths):
+            ids = torch.zeros(1, length, dtype=torch.long, device=device)
+            forward_early(runner.for_row(row), ids, 4)
             runner.cache.add_row(length)
         for depth in (1, 2):
-            runner.cache.pretend([30, 20, 7])
-            with Kernels() as ran:
-                forward_early(runner, torch.zeros(3, width, dtype=torch.long, device=DEVICE), depth)
-            names.append(ran.kernels)
-    assert len(names[1]) - len(names[0]) == expected, names[1]
+            runner.cache.pretend(lengths)
+            with Kernels() as counts:
+                ids = torch.zeros(len(lengths), width, dtype=torch.long, device=device)
+                forward_early(runner, ids, depth)
+            ran.append(counts)
+    return len(ran[1].kernels) - len(ran[0].kernels), len(ran[1].calls) - len(ran[0].calls)
+
+
+# Norm, qkv, rotation, keys, values, attention, output, norm, gate and up, activation, product, down.
+@pytest.mark.parametrize(
+    ("heads", "lengths", "width", "expected"),
+    [
+        ((6, 2), [30], 1, 12),
+        ((4, 4), [30], 1, 12),
+        ((6, 2), [30], 5, 12),
+        ((6, 2), [30, 30], 5, 12),
+        ((6, 2), [30], NARROW + 1, 12),
+        ((6, 2), [30, 20, 7], 1, 13),
+        ((6, 2), [30, 20, 7], 5, 14),
+    ],
+)
+def test_kernels_of_a_fused_layer(cuda, heads, lengths, width, expected):
+    """Guards against another kernel in each layer, such as for masks and positions, and copies of keys: the
+    host has no time for it.
+    """
+    assert of_a_layer(cuda(heads), lengths, width)[0] == expected
 
 
 @pytest.mark.parametrize(("captured", "expected"), [(False, (1055, 2191)), (True, (98, 180))])
@@ -412,18 +403,24 @@ def test_calls_of_a_fused_layer(width, expected, monkeypatch):
     On a CPU, where a norm is four calls, with the products of a GPU.
     """
     monkeypatch.setattr(linear, "_blocks", lambda weight: None)
-    model = copy.deepcopy(tiny_llama())
     monkeypatch.setattr(linear.Linear, "can_be_packed", False)
+    model = copy.deepcopy(tiny_llama())
     fuse(model)
-    runner, calls = ModelRunner(model, 30, 100), []
+    assert of_a_layer(model, [30], width, "cpu")[1] == expected
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_calls_of_a_captured_pass(num_layers, monkeypatch):
+    """Guards against calls of the host for each layer, beside the replay."""
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda _: bool)
+    model = copy.deepcopy(tiny_llama(num_layers))
+    captured_runner.capture_decoding(model)
+    runner, states = captured_runner.make_runner(model, 1, 40), torch.zeros(1, 1, 32)
     with torch.inference_mode():
-        forward_early(runner, torch.zeros(1, 30, dtype=torch.long), 4)
-        for depth in (1, 2):
-            runner.cache.pretend([30])
-            with Kernels() as ran:
-                forward_early(runner, torch.zeros(1, width, dtype=torch.long), depth)
-            calls.append(ran.calls)
-    assert len(calls[1]) - len(calls[0]) == expected, calls[1]
+        runner.run_layers(states, 0, num_layers)
+        with Kernels() as ran:
+            runner.run_layers(states, 0, num_layers)
+    assert len(ran.calls) == 6, ran.calls
 
 
 def test_a_read_waits_for_the_gpu_that_copies(monkeypatch):

@@ -120,6 +120,40 @@ def test_a_prompt_that_one_rank_has_no_room_for_fails_on_all(folder, tmp_path):
     assert result.stdout.split() == ["MemoryError"] * 2 + ["GenerationStrategyResult"] * 2
 
 
+@pytest.mark.parametrize(
+    ("strategy", "drafts", "sums", "broadcasts"),
+    [
+        ("autoregressive", {}, 1 + 4 * 2, 0),  # of the embedding, and two of each layer
+        ("self_speculative", {"exit_layer": 2, "num_speculations": 3}, 4 * (1 + 2 * 2) + 2 * 2, 0),
+        ("adaptive", {}, None, 1),  # it drafts by time
+    ],
+)
+def test_exchanges_of_a_round(folder, tmp_path, strategy, drafts, sums, broadcasts):
+    """Of two rows. Guards against a broadcast for each token or row, and layers that sum more than twice."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from runs import ranks; ranks.join_as_one()\n"
+        "import torch.distributed as dist; from torch.profiler import profile\n"
+        "from self_speculation import *; from self_speculation.scheduler import Scheduler\n"
+        f"model, _ = load_model_and_tokenizer({str(folder)!r}, LoadingOptions(parallel='tensor'))\n"
+        f"config = GenerationConfig(sample=False, max_steps=30, **{drafts!r})\n"
+        f"scheduler = Scheduler(make_strategy({strategy!r}), model, config, 2)\n"
+        "for key in range(2):\n"
+        "    scheduler.add_request(key, Request([5, 6, 7 + key]))\n"
+        "seen, broadcast = [], dist.broadcast_object_list\n"
+        "dist.broadcast_object_list = lambda *args, **kw: (seen.append(1), broadcast(*args, **kw))\n"
+        "with profile() as profiler:\n"
+        "    scheduler.step()\n"
+        "names = [event.name for event in profiler.events()]\n"
+        "print(names.count('c10d::allreduce_'), len(seen)); ranks.leave()\n"
+    )
+    result = forks.run_ranks(2, program)
+    assert result.returncode == 0, result.stderr
+    found = [*map(int, result.stdout.split())]
+    assert found == [sums or found[0], broadcasts]
+
+
 @pytest.fixture
 def common(folder, tmp_path):
     drafts = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
