@@ -14,13 +14,13 @@ from conftest import EOS, assert_close, generate, tiny_llama
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.drafts.registry import DraftContext, make_drafter, make_short_head
+from self_speculation.drafts.registry import DraftContext, make_drafter
 from self_speculation.model import short_head
 from self_speculation.model.fused_layers import fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.short_head import likely_ids, prefer_ids
+from self_speculation.model.short_head import ShortHead, likely_ids, prefer_ids
 
 PROMPT = [45, 9, 44, 7, 7, 43]
 DRAFTS = {"exit_layer": 2, "num_speculations": 3, "max_steps": 40, "eos": []}
@@ -85,7 +85,8 @@ def test_other_weights_have_rows_of_their_own(fused):
 
 def test_the_whole_vocabulary_is_the_whole_head():
     runner = ModelRunner(tiny_llama(), 1, 8)
-    assert [make_short_head(runner, number) for number in (50, 10**9, None)] == [None] * 3
+    for number in (50, 10**9, None):
+        assert DraftContext(runner, GenerationConfig(draft_vocabulary=number)).short_head is None
     assert make_drafter(runner, 2, "exact", None) is runner
 
 
@@ -127,7 +128,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
     prefer_ids(model, {31: 2, 17: 1})
     runner, seen = ModelRunner(model, 1, 8), output(40, 8, 31, 40)
     with torch.inference_mode():
-        head = make_drafter(runner, 4, weights, make_short_head(runner, 5)).head
+        head = make_drafter(runner, 4, weights, ShortHead(runner, 5)).head
         assert known(head) == [[0, 1, 2, 17, 31]]
         head.see([seen])
         assert known(head) == [[0, 1, 2, 8, 17, 31, 40]]
@@ -147,7 +148,7 @@ def test_a_row_knows_its_own_ids_alone():
     or come with another one's ids.
     """
     runner = ModelRunner(fresh(), 1, 8)
-    head = make_short_head(runner, 3)
+    head = ShortHead(runner, 3)
     first, second, third = output(7, 9), output(9, 30), output(41)
     likely = [0, 1, 2]
     with torch.inference_mode():
@@ -191,7 +192,7 @@ def test_draws_do_not_depend_on_neighbours(sample, drafts):
 
 def test_a_text_is_known_position_by_position():
     """Guards against a replay whose drafts know what is still to come."""
-    head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
+    head = ShortHead(ModelRunner(fresh(), 1, 8), 3)
     with torch.inference_mode():
         head.see_text([9, 7, 1, 30, 9], 3)
         assert known(head, 3) == [[0, 1, 2, 7, 9], [0, 1, 2, 7, 9, 30], [0, 1, 2, 7, 9, 30]]
@@ -205,7 +206,7 @@ def test_a_text_is_known_position_by_position():
 def test_seen_ids_take_no_more_room_than_there_is(monkeypatch):
     """Guards against a head that grows to its full size by a long text."""
     monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
-    head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
+    head = ShortHead(ModelRunner(fresh(), 1, 8), 3)
     first, second = output(10, 11, 12), output(12, 20, 21, 22)
     with torch.inference_mode():
         head.see([first, second])

@@ -27,6 +27,7 @@ HUGE = str(10**30)
         (["--draft_confidence", "2"], "--draft_confidence '2': must be auto or between 0 and 1"),
         (["--prompt_lookup", "-1"], "--prompt_lookup -1: must be between 0 (off) and 32"),
         (["--prompt_lookup", HUGE], f"--prompt_lookup {HUGE}: must be between 0 (off) and 32"),
+        (["--shared_lookup", "-1"], "--shared_lookup -1: must be 0 (off) or more"),
         (["--parallel", "sideways"], "--parallel: invalid choice: 'sideways'"),
         (["--model", ""], "--model '': "),
         (["--model", "a\nb"], "--model 'a\\nb': "),

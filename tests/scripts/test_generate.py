@@ -237,6 +237,7 @@ def test_chat_applies_the_template(said):
             "--num_speculations 3: autoregressive decoding drafts nothing, add --generation_strategy self_",
         ),
         (["--prompt_lookup", "3"], "--prompt_lookup 3: autoregressive decoding drafts nothing, add"),
+        (["--shared_lookup", "9"], "--shared_lookup 9: autoregressive decoding drafts nothing, add"),
         (
             [*SPECULATIVE, "--draft_weights", "int4", "--fuse", "False"],
             "--draft_weights int4: not with --fuse False",

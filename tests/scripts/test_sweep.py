@@ -251,6 +251,7 @@ def test_the_grid_is_cut_to_the_model_with_a_notice(common, tmp_path, capsys):
         (["--num_speculations_step", "0"], "--num_speculations_step 0: must be at least 1"),
         (["--verify_top", "-1"], "--verify_top -1: must be at least 0"),
         (["--mode", "x"], "choose from 'predicted', 'measured'"),
+        (["--shared_lookup", "9"], "--shared_lookup 9: must be 0, each cell has the same prompts"),
     ],
 )
 def test_impossible_grids(common, args, message, capsys):
