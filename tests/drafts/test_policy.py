@@ -432,6 +432,15 @@ def test_nothing_is_worse_than_plain_steps(worlds):
     assert sorted(each[0] for each in found)[worlds // 2] > 1.1
 
 
+def test_a_model_that_has_changed_its_ways_is_noticed():
+    """Guards against a memory that outweighs what the answer at hand shows."""
+    learnt = stats()
+    play(policy(learnt), World({"exit 2": 0.95, "exit 4": 0.95}), 1200)
+    changed = play(policy(learnt), World({"exit 4": 0.95}), 100)
+    assert changed[0].source == "exit 2"
+    assert mostly(changed[50:]) == "exit 4"
+
+
 def test_what_is_learnt_is_as_large_as_there_are_sources():
     """Guards against a process that grows with every answer, and models that share what they learn."""
     model, other = (copy.deepcopy(tiny_llama(fused=True)) for _ in range(2))
