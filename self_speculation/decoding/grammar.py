@@ -1,7 +1,6 @@
 """Guided decoding: only tokens that a grammar accepts can be picked. The grammars are those of llguidance.
 
-Drafts are guided as well: sources sample from masked logits, n-grams are cut at the first forbidden token,
-and tokens that the grammar forces are drafts that cost nothing.
+Drafts are guided as well: sources sample from masked logits, and n-grams end before a forbidden token.
 """
 
 from __future__ import annotations
@@ -114,10 +113,6 @@ class GrammarProcessor(LogitsProcessor):
     def count_allowed(self, output: Sequence[int], draft: Sequence[int]) -> int:
         """How many tokens of a draft the grammar accepts after an output."""
         return self._matcher.validate_tokens(list(draft)) if self._move_to(output) else 0
-
-    def forced(self, output: Sequence[int]) -> list[int]:
-        """The tokens that must follow an output."""
-        return self._matcher.compute_ff_tokens() if self._move_to(output) else []
 
     def _move_to(self, output: Sequence[int]) -> bool:
         """Have the matcher consume exactly this output; False: it is not accepted."""

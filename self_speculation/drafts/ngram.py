@@ -112,7 +112,7 @@ class TokenDrafts(DraftSource):
 
 
 class NgramDrafts(TokenDrafts):
-    """What followed the longest n-gram at the end where it occurred before; first what a grammar forces.
+    """What followed the longest n-gram at the end where it occurred before.
 
     Args:
         longest: tokens to match at most.
@@ -133,8 +133,6 @@ class NgramDrafts(TokenDrafts):
         return index
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        if forced := sequence.forced():
-            return self._longest, forced[:k]
         index = self._indices[sequence]
         index.extend(sequence.tokens[len(index) - len(sequence.prompt) :])
         return index.lookup(k)
