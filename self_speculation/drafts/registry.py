@@ -174,10 +174,6 @@ def _ngrams(context: DraftContext) -> TokenDrafts:
     return NgramDrafts(longest, context.model.config.vocab_size)
 
 
-def _prediction(context: DraftContext) -> TokenDrafts:
-    return PredictionDrafts(context.model.config.vocab_size)
-
-
 def _shared(context: DraftContext) -> TokenDrafts:
     answers = finished_answers(context.model, context.config.shared_lookup)
     return SharedDrafts(answers, context.model.config.vocab_size)
@@ -213,7 +209,11 @@ SOURCES: list[SourceEntry] = [
     ),
     _copied_tokens(("shared_lookup",), lambda config: config.shared_lookup > 0, _shared, always=False),
     _copied_tokens(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _ngrams),
-    _copied_tokens((), lambda config: config.prompt_lookup > 0, _prediction),
+    _copied_tokens(
+        (),
+        lambda config: config.prompt_lookup > 0,
+        lambda context: PredictionDrafts(context.model.config.vocab_size),
+    ),
 ]
 
 

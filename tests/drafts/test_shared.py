@@ -10,7 +10,9 @@ from conftest import generate, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+from measures.timed_runs import run_every_pass
 from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.drafts.shared import _LONG, FinishedAnswers
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -67,6 +69,19 @@ def test_a_repeated_question_needs_fewer_rounds(how):
     assert second.num_verifications < first.num_verifications / 2
     others = generate(copy.deepcopy(model), PROMPT, **settings)
     assert others.num_verifications > 2 * second.num_verifications  # no answers of another model
+
+
+def test_a_warm_up_teaches_nothing():
+    """Guards against a measured answer that is drafted from the warm-up's, and against what is not forgotten."""
+    model, config = (
+        copy.deepcopy(tiny_llama()),
+        {"exit_layer": 2, "num_speculations": 4, "shared_lookup": 200},
+    )
+    of_run = GenerationConfig(sample=False, generation_strategy="self_speculative", **config)
+    run_every_pass(make_strategy("self_speculative"), model, PROMPT, of_run)
+    for _ in range(2):
+        assert "shared" not in generate(model, PROMPT, max_steps=40, eos=[], **config).drafts_by_source
+        forget_what_was_learnt(model)
 
 
 def test_rows_learn_from_rows_that_have_finished():
