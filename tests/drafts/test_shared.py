@@ -72,11 +72,9 @@ def test_a_repeated_question_needs_fewer_rounds(how):
 
 
 def test_a_warm_up_teaches_nothing():
-    """Guards against a measured answer that is drafted from the warm-up's, and against what is not forgotten."""
-    model, config = (
-        copy.deepcopy(tiny_llama()),
-        {"exit_layer": 2, "num_speculations": 4, "shared_lookup": 200},
-    )
+    """Guards against a measured answer that is drafted from the warm-up's or from a forgotten one."""
+    model = copy.deepcopy(tiny_llama())
+    config = {"exit_layer": 2, "num_speculations": 4, "shared_lookup": 200}
     of_run = GenerationConfig(sample=False, generation_strategy="self_speculative", **config)
     run_every_pass(make_strategy("self_speculative"), model, PROMPT, of_run)
     for _ in range(2):
@@ -85,6 +83,7 @@ def test_a_warm_up_teaches_nothing():
 
 
 def test_rows_learn_from_rows_that_have_finished():
+    """Guards against answers that are added only after the whole batch."""
     model = copy.deepcopy(tiny_llama())
     config = GenerationConfig(
         sample=False, max_steps=30, exit_layer=2, num_speculations=4, shared_lookup=200,
