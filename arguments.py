@@ -260,6 +260,7 @@ def refuse_idle_drafts(config: GenerationConfig) -> None:
         ("draft_weights", "adaptive"),
         ("draft_vocabulary", "adaptive"),
         ("prompt_lookup", "adaptive"),
+        ("shared_lookup", "adaptive"),
     ):
         if (value := getattr(config, name)) != getattr(type(config), name):
             add = f"add --generation_strategy {strategy}"

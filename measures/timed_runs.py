@@ -61,7 +61,7 @@ def run_every_pass(
     # Rows differ in length, as in a real batch. max_steps stays, since it decides the cache's capacity.
     rows = [ids[row % len(ids) :] for row in range(batch_size)]
     requests = [Request(row, ends_text=lambda tokens: len(tokens) >= num_tokens) for row in rows]
-    endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False)
+    endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False, shared_lookup=0)
     if is_captured(model) and isinstance(strategy, DecodingStrategy):
         scheduler = Scheduler[int](strategy, model, endless, batch_size)
         scheduler.run_every_pass(min(len(prompt) + config.max_steps, attended_length(model.config)))

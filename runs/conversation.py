@@ -144,7 +144,8 @@ class Conversation:
 
     def _comparison(self, ids: list[int]) -> str:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
-        sides = [(self.generator, self.config), autoregressive(self.generator, self.config)]
+        drafting = replace(self.config, shared_lookup=0)  # it would find its own answer
+        sides = [(self.generator, drafting), autoregressive(self.generator, self.config)]
 
         def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
             request = Request(ids, grammar=self.grammar, prediction=self.prediction)

@@ -69,6 +69,9 @@ class GenerationConfig:
     bits and adaptive decoding, otherwise the whole head."""
     prompt_lookup: int = 0
     """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
+    shared_lookup: int = 0
+    """Draft what followed the last tokens in earlier answers of this process, of which this many tokens are
+    kept; 0: off."""
     reuse_cache: bool = False
     """Keep the keys and values of finished requests: only the part of a prompt after the longest common
     prefix is computed."""
@@ -98,6 +101,7 @@ class GenerationConfig:
         check(self, "draft_confidence", is_confidence, "must be auto or between 0 and 1")
         compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
         check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
+        check(self, "shared_lookup", self.shared_lookup >= 0, "must be 0 (off) or more")
         check(self, "temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more")
         check(self, "top_k", self.top_k >= 0, "must be 0 (off) or more")
         for name in ("top_p", "min_p"):

@@ -21,6 +21,7 @@ from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
+from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import Callables, GenerationStrategy, Request, as_list, single_result
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.families import check_supported, check_window, context_length
@@ -280,6 +281,8 @@ class Scheduler(Generic[Key]):
             if not self.batch.sequences[row].remaining:
                 assert self._decoding is not None
                 runner, sequence = self._decoding.runner, self.batch.remove(row)
+                if self._config.shared_lookup and self._strategy.has_drafts and sequence.error is None:
+                    finished_answers(self._model, self._config.shared_lookup).add(sequence)
                 keep = self._config.reuse_cache and sequence.error is None and not sequence.is_damaged
                 if keep:
                     self._prefixes.store(row, sequence.ids[: runner.cache.length(0, row)])

@@ -1,7 +1,6 @@
 """Guided decoding: only tokens that a grammar accepts can be picked. The grammars are those of llguidance.
 
-Drafts are guided as well: sources sample from masked logits, n-grams are cut at the first forbidden token,
-and tokens that the grammar forces are drafts that cost nothing.
+Drafts are guided as well: sources sample from masked logits, and n-grams end before a forbidden token.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import llguidance.hf
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Small models repeat white space without end if they may.
@@ -28,6 +28,8 @@ _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 _MAX_SCHEMA = 100_000  # characters of its JSON
 _MAX_REPEATS = 10_000  # of a pattern, whose counts multiply
 _LIMITS = llguidance.LLParserLimits(max_grammar_size=10_000, max_lexer_states=50_000)
+# [256, 8]: what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer.
+_OF_BYTES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8)] for byte in range(256)])
 # Of each tokenizer, by vocabulary size and end ids: making one takes a tenth of a second and more.
 _TOKENIZERS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, llguidance.LLTokenizer]] = (
     WeakKeyDictionary()
@@ -134,7 +136,7 @@ class GrammarProcessor(LogitsProcessor):
         self._prompt_length, self._vocab_size = prompt_length, vocab_size
         self._unused = _matcher(_tokenizer(tokenizer, vocab_size, eos_token_ids), grammar)
         self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
-        self._forced: list[int] = []  # an output, and the tokens that must follow it
+        self._of_bytes = _OF_BYTES
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """
@@ -149,23 +151,14 @@ class GrammarProcessor(LogitsProcessor):
             if self._matcher.is_error():
                 raise _error(self._matcher.get_error())
             return scores  # after a forbidden token of a draft, which verification rejects
-        bits = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8)
-        allowed = numpy.unpackbits(bits, count=self._vocab_size, bitorder="little")
-        mask = torch.from_numpy(allowed).to(scores.device, non_blocking=True)
-        return scores.masked_fill(mask == 0, -torch.inf)
+        bitmask = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8).astype(numpy.int32)
+        self._of_bytes = self._of_bytes.to(scores.device)
+        added = embedding(torch.from_numpy(bitmask).to(scores.device, non_blocking=True), self._of_bytes)
+        return scores + added.flatten()[: self._vocab_size]
 
     def count_allowed(self, output: Sequence[int], draft: Sequence[int]) -> int:
         """How many tokens of a draft the grammar accepts after an output."""
         return self._matcher.validate_tokens(list(draft)) if self._move_to(output) else 0
-
-    def forced(self, output: Sequence[int]) -> list[int]:
-        """The tokens that must follow an output."""
-        length = len(output)
-        if length < len(self._forced) and self._forced[:length] == output:
-            return self._forced[length:]
-        forced = self._matcher.compute_ff_tokens() if self._move_to(output) else []
-        self._forced = [*output, *forced] if forced else []
-        return forced
 
     def _move_to(self, output: Sequence[int]) -> bool:
         """Have the matcher consume exactly this output; False: it is not accepted."""

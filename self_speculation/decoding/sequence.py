@@ -159,10 +159,6 @@ class Sequence:
                 draft = draft[: processor.count_allowed(self.tokens, draft)]
         return draft
 
-    def forced(self) -> list[int]:
-        """Tokens that must come next, by processors with `forced`."""
-        return next((p.forced(self.tokens) for p in self._processors if hasattr(p, "forced")), [])
-
     @property
     def shows_draft(self) -> bool:
         """Whether to stream the next drafted token."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import abc
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +19,14 @@ from self_speculation.transfers import on_device
 
 
 class NgramIndex:
-    """Maps every n-gram of 1..n tokens to the position after its last occurrence. A token is added in
-    constant time.
+    """Maps every n-gram to the position after its last occurrence. A token is added in constant time.
 
     Args:
-        longest: n.
+        lengths: values of n, in descending order.
     """
 
-    def __init__(self, longest: int) -> None:
-        self.longest = longest
+    def __init__(self, lengths: abc.Sequence[int]) -> None:
+        self._lengths = lengths
         self._ids: list[int] = []
         self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token that followed it
 
@@ -39,23 +37,28 @@ class NgramIndex:
         for token in ids:
             # N-grams that end before this token have a follower only now, so none finds itself.
             position = len(self._ids)
-            for n in range(1, min(self.longest, position) + 1):
-                self._followed_at[tuple(self._ids[position - n :])] = position
+            for n in self._lengths:
+                if n <= position:
+                    self._followed_at[tuple(self._ids[position - n :])] = position
             self._ids.append(token)
 
-    def lookup(self, num_tokens: int) -> tuple[int, list[int]]:
+    def lookup(self, num_tokens: int, end: abc.Sequence[int] | None = None) -> tuple[int, list[int]]:
         """The longest n-gram at the end that occurred before: its n, and the tokens that followed it there.
 
-        >>> index = NgramIndex(3)
+        >>> index = NgramIndex([3, 2, 1])
         >>> index.extend([7, 1, 2, 3, 9, 1, 2])
         >>> index.lookup(2)
         (2, [3, 9])
 
+        Args:
+            end: of another text; None: of the indexed one.
+
         Returns:
             (0, []) if there is none. The tokens that followed may run into the end: they repeat from there.
         """
-        for n in range(min(self.longest, len(self._ids) - 1), 0, -1):
-            position = self._followed_at.get(tuple(self._ids[-n:]))
+        end = self._ids if end is None else end
+        for n in self._lengths:
+            position = self._followed_at.get(tuple(end[-n:])) if n <= len(end) else None
             if position is not None:
                 period = len(self._ids) - position
                 return n, [self._ids[position + i % period] for i in range(num_tokens)]
@@ -70,14 +73,11 @@ class TokenDrafts(DraftSource):
     """
 
     name: str
+    priors: abc.Sequence[float]  # [i] prior acceptance of a token after i matched ones
+    least_match = 1  # tokens that must match to draft instead of another source
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._indices: PerSequence[Any] = PerSequence(self._make_index)
-
-    @abstractmethod
-    def _make_index(self, sequence: Sequence) -> Any:
-        """What `_find` keeps of a sequence."""
 
     @abstractmethod
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
@@ -112,7 +112,7 @@ class TokenDrafts(DraftSource):
 
 
 class NgramDrafts(TokenDrafts):
-    """What followed the longest n-gram at the end where it occurred before; first what a grammar forces.
+    """What followed the longest n-gram at the end where it occurred before.
 
     Args:
         longest: tokens to match at most.
@@ -123,16 +123,16 @@ class NgramDrafts(TokenDrafts):
 
     def __init__(self, longest: int, vocab_size: int) -> None:
         super().__init__(vocab_size)
-        self._longest = longest
+        self._longest, self._indices = longest, PerSequence(self._index)
+        self.priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
+        self.least_match = min(2, longest)  # what followed a single token is mostly chance
 
-    def _make_index(self, sequence: Sequence) -> NgramIndex:
-        index = NgramIndex(self._longest)
+    def _index(self, sequence: Sequence) -> NgramIndex:
+        index = NgramIndex(range(self._longest, 0, -1))
         index.extend(sequence.prompt)
         return index
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        if forced := sequence.forced():
-            return self._longest, forced[:k]
         index = self._indices[sequence]
         index.extend(sequence.tokens[len(index) - len(sequence.prompt) :])
         return index.lookup(k)
@@ -145,18 +145,15 @@ def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 class NgramFirst(DraftSource):
-    """Copied tokens are drafts where enough tokens match; another source drafts for the other rows.
+    """Copied tokens are drafts where enough tokens match; another source drafts for the other rows."""
 
-    Args:
-        at_least: tokens that must match. What followed a single token is mostly chance.
-    """
-
-    def __init__(self, ngrams: TokenDrafts, otherwise: DraftSource, at_least: int) -> None:
-        self._ngrams, self._otherwise, self._at_least = ngrams, otherwise, at_least
+    def __init__(self, ngrams: TokenDrafts, otherwise: DraftSource) -> None:
+        self._ngrams, self._otherwise = ngrams, otherwise
 
     def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
         pairs = zip(self._ngrams.guesses(batch), batch.draft_limits(k, wanted), strict=True)
-        found = [bool(limit and guess and guess.matched >= self._at_least) for guess, limit in pairs]
+        least = self._ngrams.least_match
+        found = [bool(limit and guess and guess.matched >= least) for guess, limit in pairs]
         rest = [
             is_wanted and not is_found
             for is_wanted, is_found in zip(wanted or [True] * len(batch), found, strict=True)

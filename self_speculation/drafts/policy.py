@@ -78,7 +78,8 @@ class ArmStats:
         default_factory=lambda: defaultdict(AcceptanceByConfidence)
     )
     trials: dict[str, _Trials] = field(default_factory=dict)
-    credit: float = 0.0  # time that trials may take, in plain steps
+    # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
+    credit: float = 4.0
 
 
 class AdaptivePolicy:
@@ -97,8 +98,6 @@ class AdaptivePolicy:
     _MARGIN = 1.03
     # Tokens of a trial; rounds before the first one; the most rounds between plain steps; share of the time.
     _TRIAL, _WAIT, _WAIT_FOR_PLAIN, _SHARE = 2, 8, 64, 0.01
-    # Plain steps that trials may take in the first rounds: a good source must not wait.
-    _FIRST_SHARE = 4.0
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_OF_LAYERS = 8
     # A trial whose acceptance exceeds the estimate by this is repeated soon.
@@ -135,9 +134,8 @@ class AdaptivePolicy:
             promising = max(plans, key=lambda plan: plan.rate)
             if promising.rate > self._MARGIN * self._plain.rate:
                 best = promising
-        share = self._SHARE if stats.num_rounds else self._FIRST_SHARE
         stats.num_rounds += 1
-        stats.credit += share * best.seconds / self._plain.seconds
+        stats.credit += self._SHARE * best.seconds / self._plain.seconds
         self._plan = self._trial(best, num_rows, longest) or best
         return self._plan
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections import abc, defaultdict
 
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.drafts.draft import PerSequence
 from self_speculation.drafts.ngram import TokenDrafts
 
 # The n-grams that find the output in the prediction again: fewer tokens occur in too many places.
 _SHORTEST, _LONGEST = 2, 8
 # Matched tokens that `Guess.matched` distinguishes.
-MOST_MATCHED = 4
+_MOST_MATCHED = 4
 
 
 class PredictionDrafts(TokenDrafts):
     """What follows in `Sequence.prediction`; nothing for sequences without one."""
 
     name = "prediction"
+    priors = tuple(0.5 + 0.1 * matched for matched in range(_MOST_MATCHED + 1))
 
-    def _make_index(self, sequence: Sequence) -> _Cursor:
-        return _Cursor(sequence.prediction)
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self._cursors = PerSequence(lambda sequence: _Cursor(sequence.prediction))
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        cursor: _Cursor = self._indices[sequence]
+        cursor = self._cursors[sequence]
         cursor.follow(sequence.tokens)
         ids = cursor.next(k)
-        return (1 + min(cursor.matched, MOST_MATCHED - 1), ids) if ids or cursor.has_more else (0, [])
+        return (1 + min(cursor.matched, _MOST_MATCHED - 1), ids) if ids or cursor.has_more else (0, [])
 
 
 class _Cursor:

@@ -20,9 +20,10 @@ from self_speculation.drafts.adaptive import AdaptiveDrafts
 from self_speculation.drafts.costs import Costs, PassTimes, growth
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold
-from self_speculation.drafts.ngram import NgramDrafts, NgramFirst
+from self_speculation.drafts.ngram import NgramDrafts, NgramFirst, TokenDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
-from self_speculation.drafts.prediction import MOST_MATCHED, PredictionDrafts
+from self_speculation.drafts.prediction import PredictionDrafts
+from self_speculation.drafts.shared import SharedDrafts, finished_answers, forget_answers
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import bytes_per_weight, quantized
@@ -30,8 +31,6 @@ from self_speculation.model.short_head import ShortHead, default_vocabulary
 
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4
-# Tokens that an n-gram must match to draft instead of another source.
-_LEAST_MATCH = 2
 
 # Prior acceptance of early exits, which may be untrained, and of a copy of all layers.
 _PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
@@ -64,16 +63,17 @@ class DraftContext:
         config, layers = self.config, len(self.runner.layers)
         if config.draft_vocabulary is not None or not (config.draft_weights != "exact" or config.is_adaptive):
             return config.draft_vocabulary
-        deepest = (
-            max(candidate_layers(layers, config.draft_weights)) if config.is_adaptive else config.exit_layer
-        )
-        read = bytes_per_weight(self.model, config.draft_weights)
-        return default_vocabulary(self.runner, deepest, read)
+        candidates = candidate_layers(layers, config.draft_weights)
+        deepest = candidates[-1] if config.is_adaptive else config.exit_layer
+        return default_vocabulary(self.runner, deepest, bytes_per_weight(self.model, config.draft_weights))
 
     @cached_property
     def short_head(self) -> ShortHead | None:
-        """Shared by all exits. Raises what `ShortHead` does."""
-        return make_short_head(self.runner, self.draft_vocabulary)
+        """Shared by all exits; None: drafts read the whole head. Raises what `ShortHead` does."""
+        number = self.draft_vocabulary
+        if number is None or number >= self.runner.config.vocab_size:
+            return None
+        return ShortHead(self.runner, number)
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,6 @@ class SourceEntry:
     asked_for: Callable[[GenerationConfig], bool]
     make: Callable[[DraftContext, Any], DraftSource]
     arms: Callable[[DraftContext], Mapping[str, tuple[DraftSource, Arm]]]
-
-
-def make_short_head(runner: ModelRunner, draft_vocabulary: int | None) -> ShortHead | None:
-    """None: drafts read the whole head. Raises what `ShortHead` does."""
-    if draft_vocabulary is None or draft_vocabulary >= runner.config.vocab_size:
-        return None
-    return ShortHead(runner, draft_vocabulary)
 
 
 def short_head_of(runner: ModelRunner, config: GenerationConfig, num_layers: int) -> ShortHead | None:
@@ -161,15 +154,6 @@ def _layers_asked_for(context: DraftContext, _: None) -> DraftSource:
     return _layers(context, config.exit_layer, threshold)
 
 
-def _ngrams(context: DraftContext, longest: int) -> NgramDrafts:
-    return NgramDrafts(longest, context.model.config.vocab_size)
-
-
-def _ngrams_first(context: DraftContext, otherwise: DraftSource) -> DraftSource:
-    longest = context.config.prompt_lookup
-    return NgramFirst(_ngrams(context, longest), otherwise, min(_LEAST_MATCH, longest))
-
-
 def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
     arms: dict[str, tuple[DraftSource, Arm]] = {}
     weights, num_layers, deeper = context.config.draft_weights, len(context.runner.layers), ""
@@ -185,19 +169,35 @@ def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
     return arms
 
 
-def _lookup_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
+def _ngrams(context: DraftContext) -> TokenDrafts:
     longest = context.config.prompt_lookup or _LONGEST_MATCH
-    priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
-    return {"lookup": (_ngrams(context, longest), Arm(priors=priors))}
+    return NgramDrafts(longest, context.model.config.vocab_size)
 
 
-def _prediction_first(context: DraftContext, otherwise: DraftSource) -> DraftSource:
-    return NgramFirst(PredictionDrafts(context.model.config.vocab_size), otherwise, at_least=1)
+def _shared(context: DraftContext) -> TokenDrafts:
+    answers = finished_answers(context.model, context.config.shared_lookup)
+    return SharedDrafts(answers, context.model.config.vocab_size)
 
 
-def _prediction_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
-    source = PredictionDrafts(context.model.config.vocab_size)
-    return {source.name: (source, Arm(priors=[0.5 + 0.1 * matched for matched in range(MOST_MATCHED + 1)]))}
+def _copied_tokens(
+    flags: tuple[str, ...],
+    asked_for: Callable[[GenerationConfig], bool],
+    make: Callable[[DraftContext], TokenDrafts],
+    always: bool = True,
+) -> SourceEntry:
+    """Drafts that cost nothing: where they match, they come before the source of the entries before.
+
+    Args:
+        always: adaptive decoding picks from them, asked for or not.
+    """
+
+    def arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
+        if not (always or asked_for(context.config)):
+            return {}
+        source = make(context)
+        return {source.name: (source, Arm(priors=source.priors))}
+
+    return SourceEntry(flags, asked_for, lambda context, rest: NgramFirst(make(context), rest), arms)
 
 
 SOURCES: list[SourceEntry] = [
@@ -207,8 +207,13 @@ SOURCES: list[SourceEntry] = [
         _layers_asked_for,
         _layer_arms,
     ),
-    SourceEntry(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _ngrams_first, _lookup_arms),
-    SourceEntry((), lambda config: config.prompt_lookup > 0, _prediction_first, _prediction_arms),
+    _copied_tokens(("shared_lookup",), lambda config: config.shared_lookup > 0, _shared, always=False),
+    _copied_tokens(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _ngrams),
+    _copied_tokens(
+        (),
+        lambda config: config.prompt_lookup > 0,
+        lambda context: PredictionDrafts(context.model.config.vocab_size),
+    ),
 ]
 
 
@@ -224,8 +229,9 @@ def _stats(context: DraftContext) -> ArmStats:
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:
-    """Drop the statistics of adaptive decoding, as in a new process."""
+    """Drop the statistics of adaptive decoding and the finished answers, as in a new process."""
     _LEARNT.pop(model, None)
+    forget_answers(model)
 
 
 def driving_flags() -> tuple[str, ...]:

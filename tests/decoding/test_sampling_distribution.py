@@ -82,7 +82,7 @@ def test_self_speculative_distribution(name, batch_size):
 
 @pytest.mark.parametrize("draft_vocabulary", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_adaptive_distribution(draft_vocabulary, monkeypatch):
-    """Plans are drawn, so that exits, lookups, both at once and plain steps all come in turn."""
+    """Plans are drawn: exits, n-grams, both at once, earlier answers and plain steps come in turn."""
     draws = random.Random(0)
 
     def plan(matched, limits):
@@ -91,7 +91,7 @@ def test_adaptive_distribution(draft_vocabulary, monkeypatch):
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     chosen = config(
         generation_strategy="adaptive", exit_layer=-1, num_speculations=-1, top_p=0.8,
-        draft_vocabulary=draft_vocabulary,
+        draft_vocabulary=draft_vocabulary, shared_lookup=60,
     )  # fmt: skip
     assert p_value(observed(chosen, [], SAMPLES, 2), expected(chosen, [])) > 1e-4
 

@@ -21,7 +21,7 @@ def by_scanning(ids, longest, num_tokens):
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 32), st.integers(1, 8), st.integers(1, 8))
 def test_the_index_finds_what_a_scan_finds(ids, longest, num_tokens, step):
     """Guards against an n-gram that finds itself, an old occurrence, and a shorter match."""
-    index = NgramIndex(longest)
+    index = NgramIndex(range(longest, 0, -1))
     for start in range(0, len(ids), step):
         index.extend(ids[start : start + step])
         assert index.lookup(num_tokens) == by_scanning(ids[: len(index)], longest, num_tokens)

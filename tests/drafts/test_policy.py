@@ -361,47 +361,43 @@ def test_lookups_beside_a_copy_are_no_longer_than_planned():
         assert each.plan.looked_up <= each.plan.length
 
 
-def settled(chance, num_rows=1, **world):
-    """A policy that drafts with a copy, by its plan of now."""
+def settled(num_rows=1):
+    """A policy that drafts with a copy, by its current plan."""
     chooser = policy(copy_takes=0.3)
-    play(chooser, World({COPY: chance}, is_confident=True, **world), 300, num_rows)
+    play(chooser, World({COPY: 0.9}, is_confident=True), 300, num_rows)
     plans = (chooser.plan({"lookup": [None] * num_rows}, [8] * num_rows) for _ in range(9))
-    plan = next(plan for plan in plans if not plan.is_trial)
-    assert plan.source == COPY
+    assert next(plan for plan in plans if not plan.is_trial).source == COPY
     return chooser
 
 
-def test_a_draft_goes_on_while_it_is_likely_to_be_right():
-    """Guards against drafts of one length, whatever their tokens' probabilities are; and against a
-    probability that counts alone, where all tokens before must be right too.
-    """
-    chooser = settled(0.9)
-    assert chooser.goes_on([[0.99]])
-    assert chooser.goes_on([[0.99, 0.98, 0.99]])
-    assert not chooser.goes_on([[0.05]])
-    assert not chooser.goes_on([[0.99, 0.05]])
-    assert not chooser.goes_on([[0.05, 0.99]])
-    likely = [0.85] * 20
-    ends = next(n for n in range(1, 20) if not chooser.goes_on([likely[:n]]))
-    assert 1 < ends < 8
+@pytest.mark.parametrize(
+    ("confidences", "goes_on"),
+    [
+        ([[0.99]], True),
+        ([[0.99, 0.98, 0.99]], True),
+        ([[0.05]], False),
+        ([[0.99, 0.05]], False),
+        ([[0.05, 0.99]], False),  # all tokens before must be accepted, too
+        ([[0.85]], True),
+        ([[0.85] * 8], False),
+        ([[0.99], [0.99], [0.99], [0.05]], True),
+        ([[0.05], [0.05], [0.05], [0.99]], False),  # a batch does not go on for a single row
+        ([[], [], [], [0.99]], False),  # the other rows have n-grams
+    ],
+)
+def test_a_draft_goes_on_while_its_next_token_is_worth_its_cost(confidences, goes_on):
+    """Guards against drafts of one length, whatever the probabilities of their tokens."""
+    assert settled(len(confidences)).goes_on(confidences) == goes_on
 
 
-def test_a_draft_goes_on_for_the_sake_of_all_rows():
-    """Guards against a batch that drafts on for a single row, or ends for a single one."""
-    chooser = settled(0.9, num_rows=4)
-    assert chooser.goes_on([[0.99], [0.99], [0.99], [0.05]])
-    assert not chooser.goes_on([[0.05], [0.05], [0.05], [0.99]])
-    assert not chooser.goes_on([[], [], [], [0.99]])  # the others were looked up
-
-
-def test_probabilities_count_by_what_became_of_them():
-    """Guards against a copy that is sure of itself and wrong."""
-    chooser = settled(0.9)
+def test_acceptance_by_probability_is_learnt():
+    """Guards against a copy that is confident and wrong."""
+    chooser = settled()
     assert chooser.goes_on([[0.95]])
     for _ in range(60):
         chooser.learn([COPY], [0], [[0.95]], [1], [0], None)
-        chooser.learn([COPY], [0], [[0.99]], [1], [1], None)  # what is right in all is as it was
-    assert chooser._stats.by_confidence[COPY][0.95].value < 0.6 or not chooser.goes_on([[0.95, 0.95]])
+        chooser.learn([COPY], [0], [[0.99]], [1], [1], None)  # overall acceptance stays
+    assert not chooser.goes_on([[0.95, 0.95]])
 
 
 @pytest.mark.parametrize(
@@ -436,25 +432,11 @@ def test_nothing_is_worse_than_plain_steps(worlds):
     assert sorted(each[0] for each in found)[worlds // 2] > 1.1
 
 
-def test_the_second_answer_knows_what_the_first_one_learnt():
-    """Guards against an answer that begins from nothing: of 30 rounds, most would go into finding out."""
-
-    def good_rounds(made):
-        return sum(each.source == "exit 4" for each in made)
-
-    world, learnt = World({"exit 4": 0.95}), stats()
-    first = play(policy(learnt), world, 40)
-    second = play(policy(learnt), world, 40)
-    assert mostly(second) == "exit 4"
-    assert good_rounds(second) > good_rounds(first)
-
-
 def test_a_model_that_has_changed_its_ways_is_noticed():
     """Guards against a memory that outweighs what the answer at hand shows."""
     learnt = stats()
-    for _ in range(20):
-        play(policy(learnt), World({"exit 2": 0.95, "exit 4": 0.95}), 60)
-    changed = play(policy(learnt), World({"exit 2": 0.0, "exit 4": 0.95}), 100)
+    play(policy(learnt), World({"exit 2": 0.95, "exit 4": 0.95}), 1200)
+    changed = play(policy(learnt), World({"exit 4": 0.95}), 100)
     assert changed[0].source == "exit 2"
     assert mostly(changed[50:]) == "exit 4"
 

@@ -13,13 +13,13 @@ from conftest import EOS, assert_close, generate, tiny_llama
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.decoding.stopping import StopConditions
-from self_speculation.drafts.registry import DraftContext, make_drafter, make_short_head
+from self_speculation.drafts.registry import DraftContext, make_drafter
 from self_speculation.model import short_head
 from self_speculation.model.fused_layers import fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.short_head import likely_ids, prefer_ids
+from self_speculation.model.short_head import ShortHead, likely_ids, prefer_ids
 
 PROMPT = [45, 9, 44, 7, 7, 43]
 DRAFTS = {"exit_layer": 2, "num_speculations": 3, "max_steps": 40, "eos": []}
@@ -84,7 +84,8 @@ def test_rows_follow_the_weights(fused):
 def test_the_whole_vocabulary_is_the_whole_head():
     """Guards against a copy of all rows."""
     runner = ModelRunner(tiny_llama(), 1, 8)
-    assert [make_short_head(runner, number) for number in (50, 10**9, None)] == [None] * 3
+    for number in (50, 10**9, None):
+        assert DraftContext(runner, GenerationConfig(draft_vocabulary=number)).short_head is None
     assert make_drafter(runner, 2, "exact", None) is runner
 
 
@@ -126,7 +127,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
     prefer_ids(model, {31: 2, 17: 1})
     runner, seen = ModelRunner(model, 1, 8), sequence(40, 8, 31, 40)
     with torch.inference_mode():
-        head = make_drafter(runner, 4, weights, make_short_head(runner, 5)).head
+        head = make_drafter(runner, 4, weights, ShortHead(runner, 5)).head
         assert known(head) == [[0, 1, 2, 17, 31]]
         head.see([seen])
         assert known(head) == [[0, 1, 2, 8, 17, 31, 40]]
@@ -144,7 +145,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
 def test_a_row_knows_its_own_ids_alone():
     """Guards against drafts that depend on other rows, also after rows move, leave or join."""
     runner = ModelRunner(fresh(), 1, 8)
-    head = make_short_head(runner, 3)
+    head = ShortHead(runner, 3)
     first, second, third = sequence(7, 9), sequence(9, 30), sequence(41)
     likely = [0, 1, 2]
     with torch.inference_mode():
@@ -185,7 +186,7 @@ def test_drafts_do_not_depend_on_other_rows(sample, prompt_lookup):
 
 def test_each_position_of_a_text_knows_the_ids_before_it():
     """Guards against a predicted sweep whose drafts know later ids."""
-    head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
+    head = ShortHead(ModelRunner(fresh(), 1, 8), 3)
     with torch.inference_mode():
         head.see_text([9, 7, 1, 30, 9], 3)
         assert known(head, 3) == [[0, 1, 2, 7, 9], [0, 1, 2, 7, 9, 30], [0, 1, 2, 7, 9, 30]]
@@ -201,7 +202,7 @@ def test_rows_of_seen_ids_are_limited(monkeypatch):
     learning ids because rows of ended sequences stay.
     """
     monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
-    head = make_short_head(ModelRunner(fresh(), 1, 8), 3)
+    head = ShortHead(ModelRunner(fresh(), 1, 8), 3)
     first, second = sequence(10, 11, 12), sequence(12, 20, 21, 22)
     with torch.inference_mode():
         head.see([first, second])

@@ -39,7 +39,7 @@ def test_defaults_are_the_documented_ones():
         "max_steps": 512, "exit_layer": -1, "num_speculations": -1, "generation_strategy": "autoregressive",
         "sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "no_repeat_ngram_size": None,
         "stop_words": None, "stop_token_ids": None, "draft_weights": "exact", "draft_confidence": None,
-        "draft_vocabulary": None, "prompt_lookup": 0, "reuse_cache": False,
+        "draft_vocabulary": None, "prompt_lookup": 0, "shared_lookup": 0, "reuse_cache": False,
             "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
     }  # fmt: skip
     assert values() == {
@@ -220,6 +220,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(case):
     no_repeat_ngram_size=st.none() | st.integers(-1, 5) | st.just(10**30),
     stop_token_ids=st.none() | st.lists(st.integers(-1, 60), max_size=3),
     prompt_lookup=st.integers(-1, 40),
+    shared_lookup=st.integers(-1, 40) | st.just(10**30),
     draft_confidence=st.none() | st.sampled_from(["auto", "0", "0.5", "1", "-1", "x", "nan"]),
 )
 @settings(max_examples=300)

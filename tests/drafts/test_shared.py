@@ -1,0 +1,96 @@
+"""Drafts from finished answers: fewer rounds for a question like an earlier one, and the model's own ids."""
+
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from conftest import generate, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from measures.timed_runs import run_every_pass
+from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.drafts.registry import forget_what_was_learnt
+from self_speculation.drafts.shared import _LONG, FinishedAnswers
+
+PROMPT = [5, 9, 4, 7, 7, 3]
+STRATEGIES = {
+    "adaptive": {"strategy": "adaptive"},
+    "before an exit": {"exit_layer": 2, "num_speculations": 4},
+    "after n-grams": {"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 2},
+}
+
+
+def answer(*ids):
+    """A finished sequence without a prompt."""
+    return SimpleNamespace(prompt=[], ids_from=lambda position: list(ids))
+
+
+@given(st.lists(st.integers(1, 15), min_size=1, max_size=20), st.integers(2, 40))
+def test_it_keeps_the_last_answers(lengths, num_tokens):
+    """Guards against memory that grows with every answer, and against an answer that pushes out itself."""
+    kept = FinishedAnswers(num_tokens)
+    answers = [list(range(100 * number, 100 * number + n)) for number, n in enumerate(lengths)]
+    for ids in answers:
+        kept.add(answer(*ids))
+        ids = ids[: num_tokens // 2]
+        for n in range(3, len(ids)):
+            assert kept.lookup(1, ids[:n]) == (_LONG if n >= _LONG else 3, ids[n : n + 1])
+    found = [ids[: num_tokens // 2] for ids in answers if kept.lookup(1, ids[:3])[0]]
+    assert sum(map(len, found)) <= num_tokens
+
+
+def test_threads_share_it():
+    """Guards against a lookup in the middle of an addition."""
+    kept, ids = FinishedAnswers(400), [1, 2, 3, 4] * 50
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            adding = pool.submit(lambda: [kept.add(answer(*ids)) for _ in range(100)])
+            while not adding.done():
+                kept.lookup(4, [1, 2, 3, 4, 1, 2, 3, 4])
+            adding.result()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("how", STRATEGIES)
+def test_a_repeated_question_needs_fewer_rounds(how):
+    """Guards against another output, and against an index that is lost between two schedulers."""
+    model = copy.deepcopy(tiny_llama())
+    plain = generate(model, PROMPT, strategy="autoregressive", max_steps=40, eos=[]).predicted_tokens
+    settings = {"max_steps": 40, "eos": [], "shared_lookup": 200, **STRATEGIES[how]}
+    first, second = (generate(model, PROMPT, **settings) for _ in range(2))
+    assert first.predicted_tokens == second.predicted_tokens == plain
+    assert second.drafts_by_source["shared"].accepted > 20
+    assert second.num_verifications < first.num_verifications / 2
+    others = generate(copy.deepcopy(model), PROMPT, **settings)
+    assert others.num_verifications > 2 * second.num_verifications  # no answers of another model
+
+
+def test_a_warm_up_teaches_nothing():
+    """Guards against a measured answer that is drafted from the warm-up's or from a forgotten one."""
+    model = copy.deepcopy(tiny_llama())
+    config = {"exit_layer": 2, "num_speculations": 4, "shared_lookup": 200}
+    of_run = GenerationConfig(sample=False, generation_strategy="self_speculative", **config)
+    run_every_pass(make_strategy("self_speculative"), model, PROMPT, of_run)
+    for _ in range(2):
+        assert "shared" not in generate(model, PROMPT, max_steps=40, eos=[], **config).drafts_by_source
+        forget_what_was_learnt(model)
+
+
+def test_rows_learn_from_rows_that_have_finished():
+    """Guards against answers that are added only after the whole batch."""
+    model = copy.deepcopy(tiny_llama())
+    config = GenerationConfig(
+        sample=False, max_steps=30, exit_layer=2, num_speculations=4, shared_lookup=200,
+        generation_strategy="self_speculative",
+    )  # fmt: skip
+    requests = [Request(PROMPT, eos_token_ids=[]) for _ in range(3)]
+    made = dict(make_strategy("self_speculative").generate_batch(model, requests, config, batch_size=2))
+    assert made[0].predicted_tokens == made[1].predicted_tokens == made[2].predicted_tokens
+    assert "shared" not in made[0].drafts_by_source
+    assert made[2].drafts_by_source["shared"].accepted > 15
