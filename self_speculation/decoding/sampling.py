@@ -78,11 +78,11 @@ def nucleus(
 
     Args:
         top_p: of all rows, or [..., 1] of each.
-        top_k: of all rows, or [..., 1] of each: at most this many tokens have a probability, except for ties.
-            Ties are cut off if `may_look` is false. 0: unknown.
+        top_k: of all rows, or [..., 1] of each: at most so many tokens have a probability, except for ties.
+            They are cut off if `may_look` is false. 0: unknown.
         most: the largest `top_k` if each row has its own; 0: some row has none.
-        may_look: whether to read a number from the device, to sort less; None: on a CPU only. There a read is
-            free, and sorting a large vocabulary takes as long as several layers. On a GPU a read waits.
+        may_look: whether to read a number from the device, to sort less; None: on a CPU only. There a read
+            costs nothing, and sorting a large vocabulary takes as long as several layers.
     """
     vocab_size = probabilities.shape[-1]
     may_look = probabilities.device.type == "cpu" if may_look is None else may_look
@@ -199,8 +199,8 @@ class SamplerOfRows:
         scaled = scaled / each(self._temperature)
         if self._most:
             largest = scaled.topk(min(self._most, scaled.shape[-1])).values
-            places = each(self._top_k.clamp(1, largest.shape[-1]) - 1).expand(*scaled.shape[:-1], 1)
-            is_cut = (scaled < largest.gather(-1, places)) & each(self._top_k > 0)
+            index = each(self._top_k.clamp(1, largest.shape[-1]) - 1).expand(*scaled.shape[:-1], 1)
+            is_cut = (scaled < largest.gather(-1, index)) & each(self._top_k > 0)
             scaled = scaled.masked_fill(is_cut, -math.inf)
         probabilities = scaled.softmax(-1)
         if self._has_top_p:
@@ -247,11 +247,11 @@ def decode_next_token(
     """
     if token_idx is not None:
         logits = logits[:, token_idx]
-    choice = Sampler(sample, temperature, top_k, top_p)(logits.reshape(-1, logits.shape[-1]))
-    tokens = choice.tokens.reshape(logits.shape[:-1])
-    if choice.probabilities is not None and token_idx is not None:
+    sampled = Sampler(sample, temperature, top_k, top_p)(logits.reshape(-1, logits.shape[-1]))
+    tokens = sampled.tokens.reshape(logits.shape[:-1])
+    if sampled.probabilities is not None and token_idx is not None:
         tokens = tokens[:, None]
-    return tokens, choice.probabilities
+    return tokens, sampled.probabilities
 
 
 def verify_draft(
@@ -299,8 +299,8 @@ def verify_draft(
     q_x, p_x = (of_all[..., :k, :].gather(-1, x)[..., 0] for of_all in (q, p))
     num_accepted = _prefix_length(numbers[..., :k] * q_x < p_x, lengths)
 
-    place = num_accepted[..., None, None]
-    p_next, q_next = (torch.take_along_dim(of_all, place, -2)[..., 0, :] for of_all in (p, q))  # [B, V]
+    index = num_accepted[..., None, None]
+    p_next, q_next = (torch.take_along_dim(of_all, index, -2)[..., 0, :] for of_all in (p, q))  # [B, V]
     residual = (p_next - q_next).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     next_token = draw(residual.view(-1, residual.shape[-1]), numbers[..., k].reshape(-1))
