@@ -178,14 +178,14 @@ class Scheduler(Generic[Key]):
         if self._token_budget == math.inf:
             self._prefill_waiting()
 
+    @torch.inference_mode()
     def cancel(self, keys: Container[Key]) -> None:
         """Finish these requests before the next step, with the tokens they have."""
         for sequence in (*self.batch.sequences, *self._waiting):
             if sequence.key in keys and sequence.remaining:
                 sequence.stop_reason = "stopping_criteria"
         for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
-            self._waiting.remove(sequence)
-            self._finish(sequence)
+            self._drop_waiting(sequence)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -236,8 +236,7 @@ class Scheduler(Generic[Key]):
                     left -= self._prefill_chunk(sequence, int(min(left, PREFILL_CHUNK)))
             except Exception as error:
                 sequence.error = error
-                self._waiting.popleft()
-                self._finish(sequence)
+                self._drop_waiting(sequence)
 
     def _prefill_chunk(self, sequence: Sequence, num_tokens: int) -> int:
         """Prefill up to so many tokens of the first waiting sequence; returns their number. The last ones add
@@ -261,6 +260,14 @@ class Scheduler(Generic[Key]):
             cache.add_row(slot, len(sequence.prompt))
             self._waiting.popleft()
         return tokens.shape[1]
+
+    def _drop_waiting(self, sequence: Sequence) -> None:
+        if self._prefill is not None and self._prefill[0] is sequence:
+            _, slot, runner = self._prefill
+            if runner.has_its_cache:
+                runner.cache.clear_slot(slot)
+        self._waiting.remove(sequence)
+        self._finish(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
         self._finished.append((sequence.key, sequence.result()))

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from conftest import drained, generate, strategy_name, tiny_llama
 
 from self_speculation import GenerationConfig, Request, make_strategy
@@ -105,6 +106,22 @@ def test_a_request_that_is_cancelled_while_its_prompt_is_read():
     results = drained(scheduler)
     assert_as_alone(model, results, {"third": PROMPTS[3]}, max_steps=6)
     assert_as_alone(model, results, {"short": PROMPTS[0]}, max_steps=20)
+
+
+def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
+    """Guards against NaN that the next sequence in this slot reads, beyond its last token."""
+    model = copy.deepcopy(tiny_llama())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[49] = torch.nan
+    scheduler = scheduler_of(model, 2, 8)
+    scheduler.add_request("long", Request(LONG))
+    scheduler.step()
+    scheduler.add_request("nan", Request([49] * 30))
+    for _ in range(3):
+        scheduler.step()
+    scheduler.cancel({"nan"})
+    scheduler.add_request("short", Request([8, 2]))
+    assert_as_alone(model, drained(scheduler), {"long": LONG, "short": [8, 2]})
 
 
 def test_an_error_in_a_chunk_belongs_to_its_request():
