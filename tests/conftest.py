@@ -105,9 +105,9 @@ def generate(model, prompt, strategy=None, eos=(EOS,), **config):
     return single_result(in_batch(model, [request], 1, strategy=strategy, **config).items())
 
 
-def drained(scheduler, results=None):
+def drained(scheduler):
     """Step until all requests have finished; their results by key."""
-    results = {} if results is None else results
+    results = {}
     while scheduler.batch or scheduler._waiting or scheduler._finished:
         scheduler.step()
         results |= scheduler.pop_finished()

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from contextlib import contextmanager
-from functools import partial
 
-import pytest
 import torch
 from conftest import tiny_llama
 from scipy.stats import chisquare
 
 from self_speculation import GenerationConfig, Request, Sampler, Verification, make_strategy
-from self_speculation.decoding import sampling
 from self_speculation.decoding.sampling import verify_draft
 
 PROMPT, VOCAB, STEPS = [3, 1, 4], 5, 3
@@ -34,14 +30,6 @@ def config(**kwargs):
         **{"max_steps": STEPS + 2, "num_speculations": 2, "generation_strategy": "self_speculative",
            "exit_layer": 1, "temperature": 1.0, "top_p": 1.0, **kwargs},
     )  # fmt: skip
-
-
-@contextmanager
-def looking(may_look):
-    """Top-p as on a CPU, where a number may be read from the device, or as on a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "nucleus", partial(sampling.nucleus, may_look=may_look))
-        yield
 
 
 @torch.inference_mode()

@@ -45,7 +45,7 @@ PROCESSORS = {
 
 
 DRAFTS = st.fixed_dictionaries(
-    {},
+    {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 8)},
     optional={
         "draft_weights": st.just("int4"),
         "draft_confidence": st.sampled_from(["auto", "0.3", "1"]),
@@ -53,62 +53,52 @@ DRAFTS = st.fixed_dictionaries(
         "prompt_lookup": st.integers(1, 3),
     },
 )
+SHARED = st.fixed_dictionaries(
+    {
+        "max_steps": st.integers(1, 20),
+        "eos": st.lists(st.integers(0, 49), max_size=6, unique=True),
+        "no_repeat_ngram_size": st.sampled_from([None, 1, 2]),
+    }
+)
 
 
 @settings(max_examples=150)
 @given(
-    exit_layer=st.integers(1, 3),
-    num_speculations=st.integers(1, 8),
-    max_steps=st.integers(1, 20),
+    drafts=DRAFTS,
+    shared=SHARED,
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     fused=st.booleans(),
-    drafts=DRAFTS,
     processors=st.sampled_from(sorted(PROCESSORS)),
-    eos=st.lists(st.integers(0, 49), max_size=6, unique=True),
-    no_repeat_ngram_size=st.sampled_from([None, 1, 2]),
     stops_at=st.sampled_from([None, 3, 7]),
     prompt=st.lists(st.integers(3, 49), min_size=1, max_size=7),
 )
-def test_ids_equal_for_every_setting(
-    exit_layer,
-    num_speculations,
-    max_steps,
-    agreement,
-    fused,
-    drafts,
-    processors,
-    eos,
-    no_repeat_ngram_size,
-    stops_at,
-    prompt,
-):
+def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processors, stops_at, prompt):
     """Guards against errors in length limits, rollback, stops inside a draft, the history of processors and
-    stop conditions, and against keys and values that an inexact draft leaves in the cache."""
+    stop conditions, and against keys and values that an inexact draft leaves in the cache.
+    """
     model = tiny_llama(agreement=agreement, fused=fused or "draft_weights" in drafts)
-    shared = {"max_steps": max_steps, "eos": eos, "no_repeat_ngram_size": no_repeat_ngram_size}
-    shared["ends_text"] = lambda output: stops_at is not None and sum(output[-2:]) % stops_at == 0
-    criterion = [lambda ids, *_, **__: torch.tensor([shared["ends_text"](ids[0, len(prompt) :].tolist())])]
-    plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
-    speculative = generate(
-        model, prompt, logits_processors=PROCESSORS[processors](), exit_layer=exit_layer,
-        num_speculations=num_speculations, **drafts, **shared,
-    )  # fmt: skip
+
+    def ends(output):
+        return stops_at is not None and sum(output[-2:]) % stops_at == 0
+
+    plain, speculative = (
+        generate(model, prompt, logits_processors=PROCESSORS[processors](), ends_text=ends, **shared, **own)
+        for own in ({}, drafts)
+    )
     assert speculative.predicted_tokens == plain.predicted_tokens
     assert speculative.stop_reason == plain.stop_reason
-    extra = {"no_repeat_ngram_size": no_repeat_ngram_size} if no_repeat_ngram_size else {}
-    reference = transformers_generate(
+    criterion = [lambda ids, *_, **__: torch.tensor([ends(ids[0, len(prompt) :].tolist())])]
+    assert plain.predicted_tokens == transformers_generate(
         model,
         prompt,
-        max_steps,
-        eos or -1,
+        shared["max_steps"],
+        shared["eos"] or -1,
         logits_processor=PROCESSORS[processors](),
         stopping_criteria=criterion,
-        **extra,
+        no_repeat_ngram_size=shared["no_repeat_ngram_size"],
     )
-    assert plain.predicted_tokens == reference
-
     assert speculative.num_accepted <= speculative.num_drafted
-    assert speculative.num_decode_tokens <= speculative.num_verifications * (num_speculations + 1)
+    assert speculative.num_decode_tokens <= speculative.num_verifications * (drafts["num_speculations"] + 1)
     counts = zip(speculative.accepted_by_position, speculative.drafted_by_position, strict=True)
     assert all(0 <= accepted <= drafted for accepted, drafted in counts)
 
@@ -116,45 +106,37 @@ def test_ids_equal_for_every_setting(
 @settings(max_examples=40)
 @given(
     data=st.data(),
-    max_steps=st.integers(1, 40),
+    shared=SHARED,
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     weights=st.sampled_from(["exact", "int4"]),
     draft_vocabulary=st.sampled_from([None, 5, 30]),
     processors=st.sampled_from(sorted(PROCESSORS)),
-    eos=st.lists(st.integers(0, 49), max_size=3, unique=True),
     prompt=st.lists(st.integers(3, 9), min_size=1, max_size=30),
 )
 def test_ids_equal_for_every_sequence_of_plans(
-    data, max_steps, agreement, weights, draft_vocabulary, processors, eos, prompt
+    data, shared, agreement, weights, draft_vocabulary, processors, prompt
 ):
     """Guards against keys, values or ids that one draft source leaves to another. Plans are random: on a tiny
     model, the policy always has the same best plan.
     """
     weights = "exact" if agreement == "never" else weights  # a hooked layer has no copy
     model = tiny_llama(num_layers=8, agreement=agreement, fused=weights != "exact")
+    shared = {**shared, "max_steps": 2 * shared["max_steps"]}
 
-    def plan(matched, rooms):
-        return drawn_plan(
-            matched,
-            rooms,
-            lambda among: data.draw(st.sampled_from(among)),
-            lambda low, high: data.draw(st.integers(low, high)),
+    def plan(matched, limits):
+        one_of, between = (
+            lambda *given, of=of: data.draw(of(*given)) for of in (st.sampled_from, st.integers)
         )
+        return drawn_plan(matched, limits, one_of, between)
 
-    shared = {"max_steps": max_steps, "eos": eos}
     plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
+    drafts = {"draft_vocabulary": draft_vocabulary, "draft_weights": weights}
     with patch.object(AdaptivePolicy, "plan", planned(plan)):
-        chosen = generate(
-            model,
-            prompt,
-            "adaptive",
-            logits_processors=PROCESSORS[processors](),
-            draft_vocabulary=draft_vocabulary,
-            draft_weights=weights,
-            **shared,
+        found = generate(
+            model, prompt, "adaptive", logits_processors=PROCESSORS[processors](), **shared, **drafts
         )
-    assert chosen.predicted_tokens == plain.predicted_tokens
-    assert chosen.stop_reason == plain.stop_reason
+    assert found.predicted_tokens == plain.predicted_tokens
+    assert found.stop_reason == plain.stop_reason
 
 
 @pytest.mark.parametrize(

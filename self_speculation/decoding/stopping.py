@@ -91,16 +91,8 @@ class StopWords:
 
     def settled(self, text: str) -> str:
         """The text without an end that may become a stop word."""
-        held = max(
-            (
-                n
-                for word in self.words
-                for n in range(1, min(len(word), len(text) + 1))
-                if text.endswith(word[:n])
-            ),
-            default=0,
-        )
-        return text[: len(text) - held]
+        begun = (n for word in self.words for n in range(1, len(word)) if text.endswith(word[:n]))
+        return text[: len(text) - max(begun, default=0)]
 
     def _in(self, text: str) -> bool:
         return any(word in text for word in self.words)

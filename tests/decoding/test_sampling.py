@@ -1,11 +1,13 @@
 """Logits to tokens, and the accept rule, as functions of tensors."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import generate, tiny_llama
-from distributions import looking
 from scipy.stats import chisquare
 
+from self_speculation.decoding import sampling
 from self_speculation.decoding.sampling import (
     Sampler,
     decode_next_token,
@@ -40,19 +42,19 @@ def test_filters(settings, filtered):
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("top_k", [0, 2, 50])
 @pytest.mark.parametrize("may_look", [True, False])
-def test_probabilities_are_those_of_the_filters_of_transformers(vocab_size, top_p, top_k, may_look):
+def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, may_look, monkeypatch):
     """Guards against a nucleus among too few tokens (flat rows need more than steep ones), and against one
     token more or less. Logits are eighths, so that there are ties, except where a GPU would cut them off. No
     sum of probabilities is within 2e-5 of a threshold, so rounding decides nothing.
     """
     torch.manual_seed(0)
+    monkeypatch.setattr(sampling, "nucleus", partial(sampling.nucleus, may_look=may_look))  # False: on a GPU
     for scale in (0.1, 4.0):
         logits = torch.randn(3, vocab_size) * scale
         if may_look or not top_k:
             logits = logits.mul(8).round().div(8)
         wanted = top_k_top_p_filtering(logits / 0.5, top_k, top_p).softmax(-1)
-        with looking(may_look):
-            got = Sampler(True, 0.5, top_k, top_p).probabilities(logits)
+        got = Sampler(True, 0.5, top_k, top_p).probabilities(logits)
         # Sorted: any of several equal tokens may be left out.
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
 
