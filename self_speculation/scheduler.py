@@ -94,11 +94,10 @@ class DecodingStrategy(GenerationStrategy):
         while True:
             for index, request in itertools.islice(unread, scheduler.num_free_slots):
                 scheduler.add_request(index, request)
-            scheduler.step()
-            finished = scheduler.pop_finished()
-            if not finished and not scheduler.batch:
+            if not scheduler.has_requests:
                 return
-            yield from finished
+            scheduler.step()
+            yield from scheduler.pop_finished()
 
 
 class Scheduler(Generic[Key]):
@@ -148,6 +147,11 @@ class Scheduler(Generic[Key]):
         self._prepared: tuple[PrefixCache, Decoding] | None = None  # None: idle, the weights may change
         self._begin()
         self._setup_time = time.perf_counter() - began  # counts as the first request's
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether there are requests that have not been popped."""
+        return bool(self.batch or self._waiting or self._finished)
 
     @property
     def num_free_slots(self) -> int:

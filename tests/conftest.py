@@ -108,7 +108,7 @@ def generate(model, prompt, strategy=None, eos=(EOS,), **config):
 def drained(scheduler):
     """Step until all requests have finished; their results by key."""
     results = {}
-    while scheduler.batch or scheduler._waiting or scheduler._finished:
+    while scheduler.has_requests:
         scheduler.step()
         results |= scheduler.pop_finished()
     return results

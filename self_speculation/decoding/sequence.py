@@ -89,7 +89,7 @@ class Sequence:
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
         self._processors = LogitsProcessorList(request.processors(config))
-        self._is_looked_at = bool(self._processors) or self._stop.has_criteria
+        self._ids_are_read = bool(self._processors) or self._stop.has_criteria
         self._streamer = request.streamer
         self._shows_drafts = hasattr(self._streamer, "delete")
         self._drafts_shown = 0
@@ -213,7 +213,7 @@ class Sequence:
             if self.error is not None:
                 break
             # Accepted tokens are there already if processors have read them.
-            if self._is_looked_at and not (self._processors and taken < len(tokens) - 1):
+            if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
                 self._ids[0, self.length] = tokens[taken]
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
