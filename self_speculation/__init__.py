@@ -18,7 +18,7 @@ _HOME = {
     "HuggingfaceLlamaGenerator": "generator_base",
     "LoadingError": "model.sources",
     "LoadingOptions": "config",
-    "Request": "generator_base",
+    "Request": "decoding.request",
     "Sampler": "decoding.sampling",
     "SelfSpeculativeGenerationStrategy": "self_speculation_generator",
     "SpeculativeTextStreamer": "speculative_streamer",

@@ -3,9 +3,9 @@
     model.generate(**inputs, custom_generate=self_speculative_generate, exit_layer=8, num_speculations=6)
 
 Text-generation pipelines take the same arguments. The generation config, logits processors, stopping criteria
-and streamer of `generate` have their effect. `assistant_early_exit` and `num_assistant_tokens` set exit layer
-and draft length. An argument that would change the text is refused by name. Other arguments about drafts, for
-example `assistant_model` and `prompt_lookup_num_tokens`, are ignored: they do not change the text.
+and streamer of `generate` take effect. `assistant_early_exit` and `num_assistant_tokens` set exit layer and
+draft length. An argument that would change the text raises an error that names it. Other arguments about
+drafts, such as `assistant_model` and `prompt_lookup_num_tokens`, are ignored: they do not change the text.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from transformers import GenerationConfig as TransformersConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from self_speculation.config import GenerationConfig
+from self_speculation.decoding.request import Request
 from self_speculation.drafts.registry import driving_flags
-from self_speculation.generator_base import Request
 from self_speculation.model.overrides import check_followed
 from self_speculation.strategies import make_strategy
 
@@ -64,7 +64,7 @@ _STATEFUL = {
     SynthIDTextWatermarkLogitsProcessor: "watermarking_config (SynthID)",
 }
 
-# Processors of transformers that hold something for each row.
+# Processors of transformers with data for each row.
 _BY_ROW = (
     RepetitionPenaltyLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -86,11 +86,10 @@ def self_speculative_generate(
     Args:
         input_ids: [B, P], padded on the left where the attention mask is 0. Processors and criteria see the
             padding, the model does not.
-        logits_processor: a caller's own must depend on their arguments only. They are called for drafted
-            tokens, too; an error there is raised only if the output gets there. They may treat the rows of a
-            batch differently, but one row must not depend on the tokens of another. So must criteria.
-        stopping_criteria: `generate` does not pass `stop_strings` to a callable: pass
-            `StopStringCriteria(tokenizer, strings)`.
+        logits_processor, stopping_criteria: a caller's own must depend on their arguments only. They may
+            treat the rows of a batch differently, but a row must not depend on the tokens of another one.
+            Processors are called for drafted tokens, too; an error there is raised if the output gets there.
+            `generate` does not pass `stop_strings` on: use `StopStringCriteria(tokenizer, strings)`.
         kwargs: exit_layer, num_speculations (by default `assistant_early_exit` and `num_assistant_tokens`)
             and the other options of drafts, see `GenerationConfig`. generation_strategy is "self_speculative"
             or "adaptive".
@@ -133,8 +132,8 @@ def self_speculative_generate(
     of_ids = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
     others = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     if streamer is not None and not hasattr(streamer, "delete"):
-        # Streamers of transformers expect one token at a time, end ids included. A strategy streams an end id
-        # only where a criterion ends the output.
+        # Streamers of transformers expect one token at a time, and end ids. A strategy streams an end id only
+        # if a criterion ends the output.
         put = streamer.put
         streamer = SimpleNamespace(put=lambda ids: [put(id_) for id_ in ids.split(1)], end=streamer.end)
         of_ids, others = [], [*of_ids, *others]
@@ -167,16 +166,16 @@ def _calls_for_row(
     processors: Iterable[Callable],
     criteria: Iterable[Callable],
 ) -> tuple[Callable | None, Callable | None]:
-    """A processor and a criterion for the request of one row: they call those of the batch.
+    """A processor and a criterion for one row, which call those of the batch.
 
-    A callable that may treat rows differently gets this row B times, and returns the result of its index.
+    A callable that may treat rows differently gets this row B times; its result for this index counts.
 
     Args:
         input_ids: [B, P] prompts with padding.
         prompt_length: of the row, without padding.
     """
     batch_size, padded = len(input_ids), input_ids[row, None]
-    processors, criteria = [_asked_about(row, processor) for processor in processors], [*criteria]
+    processors, criteria = [_of_row(row, processor) for processor in processors], [*criteria]
 
     def with_padding(ids: Tensor) -> Tensor:  # [1, n] -> [B, P + output]
         return torch.cat([padded.to(ids.device), ids[:, prompt_length:]], dim=1).expand(batch_size, -1)
@@ -193,15 +192,15 @@ def _calls_for_row(
 
     def is_over(ids: Tensor, _scores: Tensor) -> bool:
         ids = with_padding(ids)
-        # A criterion answers once for all rows, or once for each. `generate` passes no scores by default.
-        answers = (torch.as_tensor(criterion(ids, None)).flatten() for criterion in criteria)
-        return any(answer.expand(batch_size)[row] for answer in answers)
+        # A criterion returns one value, or one for each row. By default, `generate` passes no scores.
+        results = (torch.as_tensor(criterion(ids, None)).flatten() for criterion in criteria)
+        return any(result.expand(batch_size)[row] for result in results)
 
     return process if processors else None, is_over if criteria else None
 
 
-def _asked_about(row: int, processor: Any) -> Callable:
-    """Call `prefix_allowed_tokens_fn` with the index of this row's prompt only."""
+def _of_row(row: int, processor: Any) -> Callable:
+    """A processor that calls `prefix_allowed_tokens_fn` with the index of this row's prompt only."""
     if type(processor) is not PrefixConstrainedLogitsProcessor:
         return processor
     allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
@@ -262,7 +261,7 @@ def _streamer_of_generate() -> Any:
 
 
 def _signature() -> inspect.Signature:
-    """The signature with all draft options: `generate` passes only the arguments that it finds there."""
+    """The signature with all draft options: `generate` passes only arguments of the signature."""
     parameters = dict(inspect.signature(self_speculative_generate).parameters)
     rest = parameters.pop("kwargs")
     for name in driving_flags():

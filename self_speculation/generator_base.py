@@ -6,22 +6,17 @@ import string
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.grammar import Grammar, GrammarProcessor
-from self_speculation.decoding.processors import config_processors
+from self_speculation.decoding.grammar import GrammarProcessor
+from self_speculation.decoding.request import Callables, Request, as_list
 from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
@@ -37,52 +32,8 @@ __all__ = [
 
 # Characters that every vocabulary spells as they are.
 _SPELLED_ALIKE = frozenset(string.ascii_letters + string.digits + string.punctuation)
-_PIECE = 10_000  # characters of a prompt that are counted at once
 
 T = TypeVar("T")
-
-# None, one or several; the lists of transformers are callable, too.
-Callables = Sequence[Callable] | Callable | None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and its own settings; see `GenerationStrategy.generate_token_ids`."""
-
-    prompt: str | list[int]
-    """Text or token ids; a strategy takes ids only."""
-    logits_processors: Callables = None
-    stopping_criteria: Callables = None
-    streamer: Any = None
-    seed: int | None = None
-    """Seed of the request's own random numbers; None: torch's generator."""
-    eos_token_ids: int | Sequence[int] | None = None
-    """End the output. `HuggingfaceLlamaGenerator` adds those of tokenizer and model."""
-    ends_text: Callable[[Sequence[int]], bool] | None = None
-    """Called after each token with the output ids; True ends the output. Stop words reach a strategy by
-    this, since it has no tokenizer."""
-    config: GenerationConfig | None = None
-    """Length, sampling and stop conditions of this request; None: those of the batch. All requests of a batch
-    draft in the same way, but "autoregressive" here turns drafts off."""
-    logit_bias: Mapping[int, float] | None = None
-    """Added to the logits of these ids."""
-    prediction: str | list[int] | None = None
-    """Text or ids that the output is expected to resemble, such as a file to be edited. It is drafted by
-    adaptive decoding, and where `prompt_lookup` is above 0."""
-    grammar: Grammar | None = None
-    """The language that the output must belong to; only `HuggingfaceLlamaGenerator` knows the tokenizer."""
-
-    @property
-    def ids(self) -> list[int]:
-        """The tokenized prompt."""
-        assert not isinstance(self.prompt, str), "a strategy takes token ids"
-        return self.prompt
-
-    @property
-    def predicted_ids(self) -> Sequence[int]:
-        """Those of the prediction, once it is tokenized."""
-        assert not isinstance(self.prediction, str), "a strategy takes token ids"
-        return self.prediction or ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +60,7 @@ class PreparedRequest(Request):
 
 
 class GenerationStrategy(ABC):
-    """A way to generate token ids.
-
-    `HuggingfaceLlamaGenerator.generate` needs `generate_token_ids` only, batches need `generate_batch`.
-    """
+    """A way to generate token ids. One of your own needs `generate_token_ids` only."""
 
     @abstractmethod
     def generate_token_ids(
@@ -129,10 +77,7 @@ class GenerationStrategy(ABC):
 
         Args:
             eos_token_ids: end the output, as `generation_config.stop_token_ids` do.
-            logits_processors: called with the whole history [1, n] and logits [1, V].
-            stopping_criteria: called after each token with the whole history [1, n] and processed logits
-                [1, V].
-            streamer: see `Sequence`.
+            logits_processors, stopping_criteria, streamer: see `Request`.
 
         Raises:
             ValueError: an empty prompt, a prompt longer than the context, or an exit layer that the model
@@ -145,25 +90,35 @@ class GenerationStrategy(ABC):
         model: PreTrainedModel,
         requests: Iterable[Request],
         generation_config: GenerationConfig,
-        batch_size: int,
+        batch_size: int,  # noqa: ARG002
     ) -> Iterator[tuple[int, GenerationStrategyResult | Exception]]:
-        """Generate the continuation of each request, `batch_size` at a time.
+        """Generate the continuation of each request, `batch_size` at a time; here: one after the other.
 
         Yields:
             The index of a finished request, and its result or its error.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} has no generate_batch: generate one prompt at a time"
-        )
+        for index, request in enumerate(requests):
+            config, num_prompt = request.config or generation_config, len(request.ids)
+            processors, criteria = request.processors(config), as_list(request.stopping_criteria)
+            criteria += [_as_criterion(ends, num_prompt) for ends in as_list(request.ends_text)]
+            result: GenerationStrategyResult | Exception
+            try:
+                result = self.generate_token_ids(
+                    model,
+                    request.ids,
+                    as_list(request.eos_token_ids),
+                    config,
+                    LogitsProcessorList(processors) if processors else None,
+                    StoppingCriteriaList(criteria) if criteria else None,
+                    request.streamer,
+                )
+            except Exception as error:
+                result = error
+            yield index, result
 
 
-Ends = Callable[[Sequence[int]], bool]
-
-
-def _either(first: Ends | None, second: Ends | None) -> Ends | None:
-    if first is None or second is None:
-        return first or second
-    return lambda output: first(output) or second(output)
+def _as_criterion(ends_text: Callable, num_prompt: int) -> Callable:
+    return lambda ids, *_, **__: torch.tensor([ends_text(ids[0, num_prompt:].tolist())])
 
 
 class HuggingfaceLlamaGenerator:
@@ -200,34 +155,9 @@ class HuggingfaceLlamaGenerator:
         Raises:
             ValueError: see `GenerationStrategy.generate_token_ids`.
         """
-        request = prompt
-        if not isinstance(request, Request):
-            request = Request(request, logits_processors, stopping_criteria, streamer)
-        if type(self.generation_strategy).generate_batch is GenerationStrategy.generate_batch:
-            return self._generate_alone(request, generation_config)
-        return single_result(self.generate_batch([request], generation_config, batch_size=1))
-
-    def _generate_alone(self, request: Request, config: GenerationConfig) -> GenerationResult:
-        """Generate with a strategy that has `generate_token_ids` only. It gets stop words as a stopping
-        criterion, and penalties as logits processors.
-        """
-        prepared = self.prepare(request, config)
-        processors, criteria = as_list(prepared.logits_processors), as_list(prepared.stopping_criteria)
-        processors = [*config_processors(config, len(prepared.ids), prepared.logit_bias), *processors]
-        if prepared.stop_words.words:
-            num_prompt = len(prepared.ids)
-            words = prepared.stop_words
-            criteria.append(lambda ids, *_, **__: torch.tensor([words(ids[0, num_prompt:].tolist())]))
-        result = self.generation_strategy.generate_token_ids(
-            self.model,
-            prepared.ids,
-            as_list(prepared.eos_token_ids),
-            config,
-            LogitsProcessorList(processors) if processors else None,
-            StoppingCriteriaList(criteria) if criteria else None,
-            prepared.streamer,
-        )
-        return prepared.finish(result)
+        if not isinstance(prompt, Request):
+            prompt = Request(prompt, logits_processors, stopping_criteria, streamer)
+        return single_result(self.generate_batch([prompt], generation_config, batch_size=1))
 
     def generate_batch(
         self,
@@ -251,25 +181,23 @@ class HuggingfaceLlamaGenerator:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: must be at least 1")
+        began = time.perf_counter()  # the first answer's time includes the setup
         begun: list[tuple[int, PreparedRequest]] = []  # in the order of the strategy
         failed: list[tuple[int, Exception]] = []
-
-        began = time.perf_counter()  # the first answer's time includes the setup
 
         def requests() -> Iterator[Request]:
             for index, given in enumerate(prompts):
                 started = time.perf_counter() if begun else began
                 try:
-                    request = self.prepare(given, generation_config, started)
+                    begun.append((index, self.prepare(given, generation_config, started)))
                 except Exception as error:
                     failed.append((index, error))
-                    continue
-                begun.append((index, request))
-                yield request
+                else:
+                    yield begun[-1][1]
 
         strategy = self.generation_strategy
-        for place, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
-            index, request = begun[place]
+        for order, result in strategy.generate_batch(self.model, requests(), generation_config, batch_size):
+            index, request = begun[order]
             yield index, result if isinstance(result, Exception) else request.finish(result)
         yield from failed
 
@@ -291,6 +219,7 @@ class HuggingfaceLlamaGenerator:
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
         words = StopWords(self.tokenizer, (request.config or generation_config).stop_words or [], ids)
+        ends_text = [*([words] if words.words else []), *as_list(request.ends_text)]
         processors, prediction = as_list(request.logits_processors), request.prediction
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         if request.grammar is not None:
@@ -303,7 +232,7 @@ class HuggingfaceLlamaGenerator:
             "logits_processors": processors,
             "prediction": prediction,
             "eos_token_ids": ends,
-            "ends_text": _either(words if words.words else None, request.ends_text),
+            "ends_text": ends_text,
             "tokenizer": self.tokenizer,
             "stop_words": words,
             "started": started,
@@ -346,16 +275,9 @@ class HuggingfaceLlamaGenerator:
         longest token that contains it. A token of n characters has m >= n for each of them, so its sum of 1/m
         is at most 1. The sum over a text is therefore at most its number of tokens.
         """
-        room = context_length(self.model.config)
-        if len(prompt) <= room:
-            return False
-        least, longest = 0.0, self._longest_token_with
-        for start in range(0, len(prompt), _PIECE):
-            counts = Counter(prompt[start : start + _PIECE])
-            least += sum(n / longest.get(char, longest["any"]) for char, n in counts.items())
-            if least > room:
-                return True
-        return False
+        room, longest = context_length(self.model.config), self._longest_token_with
+        counts = Counter(prompt[: room * longest["any"] + 1])  # so many characters are too many anyway
+        return sum(n / longest.get(char, longest["any"]) for char, n in counts.items()) > room
 
     @cached_property
     def _longest_token_with(self) -> dict[str, int]:
@@ -381,9 +303,3 @@ def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:
     if isinstance(result, Exception):
         raise result
     return result
-
-
-def as_list(values: T | Iterable[T] | None) -> list[T]:
-    if values is None:
-        return []
-    return list(values) if isinstance(values, Iterable) else [values]

@@ -154,15 +154,9 @@ class GenerationStrategyResult:
     num_accepted = _of_drafts("num_accepted")
     mean_accepted_length = _of_drafts("mean_accepted_length")
     drafted_by_position = _of_drafts("drafted_by_position")
-    judged_by_position = _of_drafts("judged_by_position")
     accepted_by_position = _of_drafts("accepted_by_position")
     acceptance_by_position = _of_drafts("acceptance_by_position")
     drafts_by_source = _of_drafts("by_source")
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Counts the whole prompt, with its cached tokens."""
-        return self.num_prompt_tokens / self.prefill_time if self.prefill_time else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:

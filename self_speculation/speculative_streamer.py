@@ -1,7 +1,7 @@
 """Streamers: print an answer while it is generated, as plain text or with its drafts on a terminal.
 
-They know nothing of models: they get token ids. Characters that span several tokens wait for their last byte,
-and text that may become a stop word waits until it cannot.
+They get token ids and know nothing of models. A character of several tokens is shown with its last byte. Text
+that may become a stop word is held back.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, TextIO
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
 
-from self_speculation.decoding.stopping import StopWords, continuation, decode
+from self_speculation.decoding.stopping import StopWords, continuation
 
 Cell = tuple[str, str]  # one character and its style
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": "", "": ""}
 _RESET = "\x1b[0m"
-_CONTEXT = 8  # pieces of text decoded before a new token, so that it reads as it does after them
+_CONTEXT = 8  # runs of ids that are decoded before a new token, since its text depends on them
 
 
 class _Detokenizer:
     """Token ids -> text, token by token.
 
-    Ids whose text is incomplete wait. Decoding starts where a character starts: decoders may turn all bytes
-    of a broken run into replacement characters, whole characters among them.
+    Ids of an incomplete character wait. Decoding starts at the start of a character: some decoders replace
+    all bytes of a run if one character in it is incomplete.
     """
 
     def __init__(
@@ -44,9 +44,8 @@ class _Detokenizer:
 
     def add(self, id_: int) -> str:
         """The characters that this token completes."""
-        known = [id_ for piece in self._pieces for id_ in piece]
         self._waiting.append(id_)
-        text = decode(self._tokenizer, [*known, *self._waiting])[len(decode(self._tokenizer, known)) :]
+        text = self.rest()
         if not text or text.endswith("\ufffd"):
             return ""
         self._pieces = [*self._pieces, self._waiting][-_CONTEXT:]
@@ -97,7 +96,7 @@ class StandardTextStreamer:
             self._show(self._take())
 
     def end(self) -> None:
-        """Show the text that was held back, end the line, and get ready for the next answer."""
+        """Show the text that is held back, end the line, and get ready for the next answer."""
         self._held += [(char, "target") for char in self._text.rest()]
         self._show(self._take(finished=True))
         self._file.write(self._end_with)
@@ -148,8 +147,8 @@ class SpeculativeTextStreamer(StandardTextStreamer):
     """Shows drafts before they are verified.
 
     On a terminal drafted tokens are yellow. Accepted ones turn green, rejected ones vanish, and the full
-    model's own tokens have the terminal's colour. Elsewhere, only decided text is printed. `NO_COLOR` in the
-    environment turns the colours off.
+    model's own tokens have the terminal's colour. A file gets decided text only. The environment variable
+    `NO_COLOR` turns colours off.
 
     Args:
         non_blocking, skip_prompt: ignored; scripts for the paper's code base pass them.
@@ -198,10 +197,10 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         self._show(self._take())
 
     def delete(self, num_tokens: int, is_draft: bool = False) -> None:
-        """Delete the last drafted tokens; the next `put` erases them, so accepted ones do not flicker.
+        """Delete the last drafted tokens. The next `put` erases them, so accepted ones do not flicker.
 
         Raises:
-            ValueError: there are fewer, or decided tokens are to be deleted.
+            ValueError: more tokens than there are drafted ones, or decided tokens.
         """
         number = len(self._drafts)
         if not is_draft or not 0 <= num_tokens <= number:
@@ -216,7 +215,7 @@ class SpeculativeTextStreamer(StandardTextStreamer):
 
     @property
     def legend(self) -> str:
-        """The meaning of the colours, in these colours; empty where drafts are not shown."""
+        """What the colours mean; empty if drafts are not shown."""
         if not self._on_terminal:
             return ""
         names = {"draft": "drafted", "accepted": "accepted", "target": "the full model's own"}
@@ -229,14 +228,8 @@ class SpeculativeTextStreamer(StandardTextStreamer):
 
     def _show(self, cells: list[Cell]) -> None:
         if not self._on_terminal:
-            super()._show(cells)
-            return
-        self._screen.show(
-            *(
-                [(shown, style) for char, style in part if (shown := _printable(char))]
-                for part in (cells, self._pending())
-            )
-        )
+            return super()._show(cells)
+        self._screen.show(_printable_cells(cells), _printable_cells(self._pending()))
 
 
 def _printable(char: str) -> str:
@@ -246,6 +239,10 @@ def _printable(char: str) -> str:
     if char == "\r":
         return ""
     return chr(0x2400 + ord(char)) if char < "\x20" else "\ufffd"  # a picture of the control character
+
+
+def _printable_cells(cells: list[Cell]) -> list[Cell]:
+    return [(shown, style) for char, style in cells if (shown := _printable(char))]
 
 
 class _Screen:
@@ -266,25 +263,25 @@ class _Screen:
         """Append decided cells and replace the drafts."""
         width, height = shutil.get_terminal_size()
         cells, end = [*self._kept, *decided, *drafts], len(self._kept) + len(decided)
-        places = self._places(cells, width)
-        while len(cells) > end and places[len(cells)][0] > height - 2:  # what scrolls off cannot be erased
+        positions = self._positions(cells, width)
+        while len(cells) > end and positions[len(cells)][0] > height - 2:  # lost lines cannot be erased
             cells.pop()
         unchanged = len(self._cells)
         if cells[:unchanged] != self._cells:
-            unchanged, row = 0, min(self._places(self._cells, width)[-1][0], height - 1)
+            unchanged, row = 0, min(self._positions(self._cells, width)[-1][0], height - 1)
             back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
             self._file.write(f"\r{back}\x1b[J")
-        self._file.write("".join(self.drawn(cells[unchanged:], places[unchanged:])))
+        self._file.write("".join(self.drawn(cells[unchanged:], positions[unchanged:])))
         self._file.flush()
         drawn = (i for i, (char, _) in enumerate(cells[:end]) if char == "\t" or wcwidth(char) > 0)
         first = max(drawn, default=0)
-        self._kept, self._cells, self._column = cells[first:end], cells[first:], places[first][1]
+        self._kept, self._cells, self._column = cells[first:end], cells[first:], positions[first][1]
 
-    def drawn(self, cells: list[Cell], places: Sequence[tuple[int, int]]) -> Iterable[str]:
+    def drawn(self, cells: list[Cell], positions: Sequence[tuple[int, int]]) -> Iterable[str]:
         """The text to write for cells at (row, column)."""
         width = shutil.get_terminal_size().columns
         shown_style = ""
-        for (char, style), (_, column) in zip(cells, places, strict=False):
+        for (char, style), (_, column) in zip(cells, positions, strict=False):
             if self._colored and _COLORS[style] != _COLORS[shown_style]:
                 yield _RESET + _COLORS[style]
                 shown_style = style
@@ -292,17 +289,17 @@ class _Screen:
         if _COLORS[shown_style]:
             yield _RESET
 
-    def _places(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
+    def _positions(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
         """(row, column) of each cell, and of the cursor after the last; column `width` after a full line."""
         row, column = 0, self._column
-        places = []
+        positions = []
         for char, _ in cells:
             advance = _tab_width(column, width) if char == "\t" else max(0, wcwidth(char))
             if column + advance > width:
                 row, column = row + 1, 0
-            places.append((row, column))
+            positions.append((row, column))
             row, column = (row + 1, 0) if char == "\n" else (row, column + advance)
-        return [*places, (row, column)]
+        return [*positions, (row, column)]
 
 
 def _tab_width(column: int, width: int) -> int:

@@ -29,8 +29,7 @@ from self_speculation.model.fused_layers import fuse
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-# Random, but the same at every run: a failure that comes and goes says nothing. `--hypothesis-profile search`
-# looks in other places each time.
+# The same examples at every run. `--hypothesis-profile search` looks for new ones.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("same")
@@ -56,8 +55,8 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     """A random Llama in fp32, with fused layers if `fused`.
 
-    agreement: how often its early exits guess its own token: `always` (the layers from `exit_layer` on add
-    nothing), `never` (the last one turns every logit's sign), `sometimes`.
+    agreement: how often early exits guess the model's token: `always` (the layers from `exit_layer` on add
+    nothing), `never` (the last layer changes every logit's sign), `sometimes`.
     """
     torch.manual_seed(0)
     settings = {
@@ -85,19 +84,38 @@ def tiny_llama(
     return model
 
 
+def strategy_name(config):
+    """The strategy of some settings: their own, or what they say of drafts."""
+    drafted = "self_speculative" if "num_speculations" in config else "autoregressive"
+    return config.get("strategy") or drafted
+
+
+def in_batch(model, requests, batch_size, **config):
+    """Results by index."""
+    name = strategy_name(config)
+    config = {key: value for key, value in config.items() if key != "strategy"}
+    settings = GenerationConfig(**{"sample": False, "generation_strategy": name, **config})
+    return dict(make_strategy(name).generate_batch(model, requests, settings, batch_size))
+
+
 def generate(model, prompt, strategy=None, eos=(EOS,), **config):
-    """Token ids by one of the strategies; self-speculative when a draft length is given."""
+    """The result of one prompt. Fields of `Request` may be given, too."""
     own = {field.name for field in dataclasses.fields(Request)} - {"prompt", "config"}
-    request = {name: config.pop(name) for name in own & config.keys()}
-    if strategy is None:
-        strategy = "self_speculative" if "num_speculations" in config else "autoregressive"
-    settings = GenerationConfig(**{"sample": False, "generation_strategy": strategy, **config})
-    requests = [Request(prompt, eos_token_ids=eos, **request)]
-    return single_result(make_strategy(strategy).generate_batch(model, requests, settings, batch_size=1))
+    request = Request(prompt, eos_token_ids=eos, **{name: config.pop(name) for name in own & config.keys()})
+    return single_result(in_batch(model, [request], 1, strategy=strategy, **config).items())
+
+
+def drained(scheduler):
+    """Step until all requests have finished; their results by key."""
+    results = {}
+    while scheduler.has_requests:
+        scheduler.step()
+        results |= scheduler.pop_finished()
+    return results
 
 
 def planned(choose):
-    """What takes the place of `AdaptivePolicy.plan`: a test chooses, by what matches and by the limits."""
+    """Replaces `AdaptivePolicy.plan`: `choose` gets the matches and the limits."""
 
     def plan(policy, matched, limits):
         policy._plan = choose(dict.fromkeys(policy._arms) | matched, limits)
@@ -107,11 +125,11 @@ def planned(choose):
 
 
 def drawn_plan(matched, limits, choice, integer):
-    """A plan for adaptive decoding of any kind that there is.
+    """Any possible plan for adaptive decoding.
 
     Args:
-        choice: draws one of some things.
-        integer: draws a number, from and to.
+        choice: picks a member of a list.
+        integer: picks a number between two.
     """
     if not max(limits):
         return Plan()
@@ -121,7 +139,7 @@ def drawn_plan(matched, limits, choice, integer):
     if source == PLAIN and not any(lookups):
         return Plan()
     length, looked_up = (integer(1, max(limits)) for _ in range(2))
-    # A trial's draft ends where it is told to, and not by the policy's numbers.
+    # The draft of a trial has the given length.
     return Plan(source, length, lookups, looked_up, is_trial=choice([True, False]))
 
 
@@ -142,9 +160,9 @@ def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):
 
 
 def assert_close(actual, expected, computed_in=None, roundings=100):
-    """Equal up to so many roundings of the largest number: sums in another order, by other instructions.
+    """Equal up to so many roundings of the largest number: sums may have another order.
 
-    computed_in: the dtype whose roundings count, where a part is done in fewer bits than the result has.
+    computed_in: the dtype of the roundings, if a part is computed in fewer bits than the result has.
     """
     eps = torch.finfo(computed_in or expected.dtype).eps
     torch.testing.assert_close(
@@ -162,7 +180,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 def _trained(
     tokenizer: Tokenizer, vocab_size: int, tokens: tuple[str, ...] = (), **trainer: object
 ) -> PreTrainedTokenizerFast:
-    """Train on TEXTS; `tokens` are in the vocabulary whether they occur or not."""
+    """Train on TEXTS, with `tokens` in the vocabulary."""
     settings = {"special_tokens": [*SPECIAL, *tokens], "show_progress": False, **trainer}
     tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
     state = json.loads(tokenizer.to_str())
@@ -175,7 +193,7 @@ def _trained(
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as Llama 3: tokens may be parts of a UTF-8 character."""
+    """Byte-level BPE, as in Llama 3: tokens may be parts of a UTF-8 character."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -184,7 +202,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """Spaces as part of words, bytes for what is unknown, as Llama 2: decoding strips the first space."""
+    """Spaces in words, bytes for unknown characters, as in Llama 2: decoding strips the first space."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -196,7 +214,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def text_model(byte_tokenizer) -> LlamaForCausalLM:
-    """A tiny Llama that speaks the byte tokenizer's ids."""
+    """A tiny Llama with the byte tokenizer's vocabulary."""
     return tiny_llama(vocab_size=len(byte_tokenizer))
 
 
@@ -226,7 +244,7 @@ def common(model_folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def endless_folder(byte_tokenizer, tmp_path_factory):
-    """A model that never ends by itself, to have time to interrupt it."""
+    """A model that never generates an end id, for tests that interrupt it."""
     folder = tmp_path_factory.mktemp("endless")
     byte_tokenizer.save_pretrained(folder)
     model = tiny_llama(vocab_size=len(byte_tokenizer), max_position_embeddings=100_000)
@@ -237,7 +255,7 @@ def endless_folder(byte_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few_files_are_read():
-    """By the harness: not its own thousands of tasks, nor what pip has installed. That takes seconds."""
+    """The harness does not read its thousands of tasks and the installed packages: this takes seconds."""
     from lm_eval.tasks import TaskManager
 
     manager = functools.partial(TaskManager, include_defaults=False)

@@ -1,29 +1,25 @@
-"""The distribution of the first three tokens: enumerated by the full model, drawn by a strategy, compared.
+"""The distribution of the first three tokens by the full model, compared with samples of a strategy.
 
-The model is so small (5 tokens, 2 layers) that every sequence can be expected often enough to be counted.
+The model is so small (5 tokens, 2 layers) that every sequence occurs often.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from contextlib import contextmanager
-from functools import partial
 
-import pytest
 import torch
 from conftest import tiny_llama
 from scipy.stats import chisquare
 
 from self_speculation import GenerationConfig, Request, Sampler, Verification, make_strategy
-from self_speculation.decoding import sampling
 from self_speculation.decoding.sampling import verify_draft
 
 PROMPT, VOCAB, STEPS = [3, 1, 4], 5, 3
 
 
 def model(fused=False):
-    """Also for drafts in fewer bits, whose kernels take rows of 32 elements."""
+    """The hidden size is 32 because kernels in four bits need it."""
     return tiny_llama(
         num_layers=2, vocab_size=VOCAB, hidden_size=32, eos_token_id=None, bos_token_id=0, fused=fused
     )
@@ -34,14 +30,6 @@ def config(**kwargs):
         **{"max_steps": STEPS + 2, "num_speculations": 2, "generation_strategy": "self_speculative",
            "exit_layer": 1, "temperature": 1.0, "top_p": 1.0, **kwargs},
     )  # fmt: skip
-
-
-@contextmanager
-def looking(may_look):
-    """Top-p as on a CPU, where a number may be read from the device, or as on a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "nucleus", partial(sampling.nucleus, may_look=may_look))
-        yield
 
 
 @torch.inference_mode()
@@ -62,7 +50,7 @@ def expected(config, processors):
 
 
 def observed(config, processors, samples, batch_size):
-    """How often each sequence came, from fixed seeds. Where rows are refilled, some have room for one token
+    """How often each sequence is sampled, with fixed seeds. In a batch, some rows may have room for one token
     and others for three.
     """
     strategy = make_strategy(config.generation_strategy)
@@ -79,7 +67,7 @@ def observed(config, processors, samples, batch_size):
 def p_value(counts, probabilities):
     """Chi-square over the sequences expected at least five times, the rest in one bin."""
     samples = sum(counts.values())
-    assert all(probabilities[key] > 0 for key in counts), "a sequence that the model never gives"
+    assert all(probabilities[key] > 0 for key in counts), "the model never generates this sequence"
     common = [key for key, p in probabilities.items() if p * samples >= 5]
     seen = [counts.get(key, 0) for key in common]
     wanted = [probabilities[key] * samples for key in common]
@@ -94,28 +82,28 @@ def accepts_everything(draft_tokens, *rest):
     return Verification(torch.full_like(honest.num_accepted, draft_tokens.shape[1]), honest.next_token)
 
 
-def drawn_at(place, target_logits, sampler):
-    """[B] drawn from the target's own distribution at a place [B] of each row."""
-    rows = sampler.probabilities(target_logits).take_along_dim(place[:, None, None], 1)[:, 0]
+def drawn_at(index, target_logits, sampler):
+    """[B] tokens sampled from the target's distribution at an index [B] of each row."""
+    rows = sampler.probabilities(target_logits).take_along_dim(index[:, None, None], 1)[:, 0]
     return torch.multinomial(rows, 1)[:, 0]
 
 
 def resamples_from_the_target(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
-    """Forgets to take q out of p after a rejection."""
+    """After a rejection, samples from p instead of max(0, p - q)."""
     honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler, *rest)
     return Verification(honest.num_accepted, drawn_at(honest.num_accepted, target_logits, sampler))
 
 
 def forgets_what_was_not_drafted(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
-    """After a rejection, draws among the ids that the draft could have had."""
+    """After a rejection, samples among the ids that the draft could have."""
     honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler, *rest)
-    k, place = draft_tokens.shape[1], honest.num_accepted
+    k, index = draft_tokens.shape[1], honest.num_accepted
     if not k:
         return honest
-    at = place.clamp(max=k - 1)[:, None, None]
+    at = index.clamp(max=k - 1)[:, None, None]
     undraftable = draft_probabilities.take_along_dim(at, 1) == 0
-    narrowed = torch.where(undraftable & (place < k)[:, None, None], -torch.inf, target_logits)
-    return Verification(place, drawn_at(place, narrowed, sampler))
+    narrowed = torch.where(undraftable & (index < k)[:, None, None], -torch.inf, target_logits)
+    return Verification(index, drawn_at(index, narrowed, sampler))
 
 
 def judges_by_the_argmax(draft_tokens, _, target_logits, sampler, *_rest):

@@ -1,7 +1,7 @@
-"""self_speculative_generate: what `generate` of transformers returns, by drafts and verifications."""
+"""`self_speculative_generate` returns the ids that `generate` of transformers returns."""
 
 import copy
-import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +33,7 @@ SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "n
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """Draft lengths that were verified: proof that it was not transformers' own loop."""
+    """The draft lengths that were verified; empty if transformers' own loop has run."""
     seen = []
     verify = self_speculation_generator.verify_draft
     monkeypatch.setattr(
@@ -45,7 +45,7 @@ def rounds(monkeypatch):
 
 
 class AddsByRow(LogitsProcessor):
-    """A caller's own: something else in each row of the batch, and told by the padding."""
+    """A caller's own processor whose result depends on the row and on the padding."""
 
     def __call__(self, input_ids, scores):
         row = torch.arange(len(scores))
@@ -54,7 +54,7 @@ class AddsByRow(LogitsProcessor):
 
 
 def ends_rows_apart(ids, scores, **_):
-    assert scores is None  # as `generate` has it
+    assert scores is None  # as in `generate`
     return torch.arange(len(ids)) + ids.shape[1] >= 15
 
 
@@ -62,8 +62,8 @@ def only_even_ones(row, ids):
     return list(range(row % 2, 50, 2)) if len(ids) % 3 else list(range(50))
 
 
-# Fields of the generation config, and what else `generate` takes. With top_k 1 a draw is no lottery.
-ONE = {"do_sample": True, "top_k": 1}
+ONE = {"do_sample": True, "top_k": 1}  # one token can be drawn
+# Fields of the generation config and other arguments of `generate`.
 COMPARED = [
     {"max_new_tokens": None, "max_length": 11},
     {"min_length": 14, "eos_token_id": list(range(2, 30))},
@@ -112,8 +112,8 @@ PADDED = torch.tensor([[0, 0, 5, 9, 4, 7], [8, 3, 11, 7, 7, 3], [0, 0, 0, 0, 5, 
 @pytest.mark.parametrize("options", COMPARED, ids=lambda options: "-".join(options))
 @pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
 def test_ids_are_those_of_generate(batch, options, rounds):
-    """Guards against an argument that is not honoured, padding that is taken for text by the model, or kept
-    from processors and criteria, and rows that end at different lengths.
+    """Guards against an argument without effect, padding that the model reads as text, padding that
+    processors and criteria do not see, and rows that end at different lengths.
     """
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
     model = tiny_llama()
@@ -125,46 +125,35 @@ def test_ids_are_those_of_generate(batch, options, rounds):
     assert rounds or theirs.shape[1] == batch.shape[1] + 1
 
 
-def names(*allowed):
-    """`prefix_allowed_tokens_fn` by which a row may say one of the names that are allowed in it, and raises
-    behind each.
-    """
+def names(*of_rows):
+    """A `prefix_allowed_tokens_fn`: each row spells one of its names. It raises after the end of a name."""
 
-    def following(row, ids):
-        said = ids.tolist()[6:]
-        of_row = [name for name in allowed[row % len(allowed)] if name[: len(said)] == said]
-        return [name[len(said)] for name in of_row]  # behind a name: IndexError; where there is none: []
+    def allowed(row, ids):
+        spelled = ids.tolist()[6:]
+        names = [name for name in of_rows[row % len(of_rows)] if name[: len(spelled)] == spelled]
+        return [name[len(spelled)] for name in names]
 
-    return following
+    return allowed
 
 
 @pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
 @pytest.mark.parametrize("sampling", [{}, ONE], ids=["greedy", "sampled"])
-def test_what_may_follow_a_name_is_asked_only_where_the_text_gets(sampling, batch, rounds):
-    """Guards against an answer that fails because of a guess behind its end id, or because of what a row may
-    say at the index of another row.
+def test_prefix_allowed_tokens_fn_is_called_for_the_output_of_its_row(sampling, batch, rounds):
+    """Guards against an output that fails because the function raises for a draft after the end id, and
+    against a call with the index of another row.
     """
-    allowed = [[11, 12, 2], [13, 14, 15, 2]], [[21, 2, 7]], [[31, 32, 33, 34]]
+    of_rows = [[11, 12, 2], [13, 14, 15, 2]], [[21, 2, 7]], [[31, 32, 33, 34]]
     options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, **sampling}
-    options["attention_mask"] = batch.ne(0).long()
-    theirs = [  # one by one: in a batch it asks what may follow the padding after an end, too
-        tiny_llama()
-        .generate(
-            prompt[None],
-            **{**options, "attention_mask": mask[None]},
-            prefix_allowed_tokens_fn=names(allowed[row]),
-        )[0]
-        .tolist()
-        for row, (prompt, mask) in enumerate(zip(batch, options["attention_mask"], strict=True))
-    ]
-    ours = tiny_llama().generate(batch, **options, prefix_allowed_tokens_fn=names(*allowed), **SPECULATION)
-    assert [row[: len(their)] for row, their in zip(ours.tolist(), theirs, strict=True)] == theirs
+    masks = batch.ne(0).long()
+    ours = {**options, **SPECULATION, "attention_mask": masks, "prefix_allowed_tokens_fn": names(*of_rows)}
+    found = tiny_llama().generate(batch, **ours)
+    for row, prompt in enumerate(batch):  # alone: `generate` calls it for padding after an end id, too
+        options |= {"attention_mask": masks[row, None], "prefix_allowed_tokens_fn": names(of_rows[row])}
+        (expected,) = tiny_llama().generate(prompt[None], **options).tolist()
+        assert found[row, : len(expected)].tolist() == expected
     assert rounds
-    with pytest.raises((IndexError, ValueError)):  # no end id, so that the text gets behind the names
-        tiny_llama().generate(
-            batch, **{**options, "eos_token_id": 40, "max_new_tokens": 6},
-            prefix_allowed_tokens_fn=names(*allowed), **SPECULATION,
-        )  # fmt: skip
+    with pytest.raises((IndexError, ValueError)):  # without an end id, outputs are longer than the names
+        tiny_llama().generate(batch, **{**ours, "eos_token_id": 40, "max_new_tokens": 6})
 
 
 SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])
@@ -184,86 +173,68 @@ REFUSED = [
     ({"labels": PROMPT}, "labels: does not reach the model"),
     ({"exit_layer": 4}, "exit_layer 4: must be between 1 and 3"),
     ({"num_speculations": -1}, "num_speculations: self_speculative needs at least 1"),
+    ({"inputs": None, "inputs_embeds": torch.zeros(1, 6, 32)}, "inputs_embeds: prompts must be token ids"),
+    ({"inputs": PADDED, "streamer": SimpleNamespace(put=lambda ids: None)}, "streamer: takes one row, not 3"),
+    ({"inputs": PADDED, "eos_token_id": None, "stopping_criteria": [lambda ids, scores: False]},
+     "stopping_criteria: in a batch without eos_token_id"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_cannot_be_equal_is_refused(options, message, monkeypatch):
-    """Guards against an argument that is silently ignored."""
-    monkeypatch.setattr(
-        "transformers.generation.utils.QuantizedCache", lambda *_, **__: None
-    )  # not installed
+def test_arguments_that_would_change_the_ids_are_refused(options, message, monkeypatch):
+    """Guards against an argument that is ignored without a word."""
+    # This class needs a library that is not installed.
+    monkeypatch.setattr("transformers.generation.utils.QuantizedCache", lambda *_, **__: None)
     with pytest.raises(ValueError, match=message):
-        tiny_llama().generate(PROMPT, **{"max_new_tokens": 4, **SPECULATION, **options})
+        tiny_llama().generate(**{"inputs": PROMPT, "max_new_tokens": 4, **SPECULATION, **options})
 
 
-def test_embeddings_and_batches_for_a_streamer_or_with_joint_ends_are_refused():
-    model = tiny_llama()
-    criteria = [lambda ids, scores: ids.shape[1] > 8]
-    with pytest.raises(ValueError, match="stopping_criteria: in a batch without eos_token_id"):
-        model.generate(
-            PROMPT.repeat(2, 1),
-            max_new_tokens=4,
-            eos_token_id=None,
-            stopping_criteria=criteria,
-            **SPECULATION,
-        )
-    embeddings = model.get_input_embeddings()(PROMPT)
-    with pytest.raises(ValueError, match="inputs_embeds: prompts must be token ids"):
-        model.generate(inputs_embeds=embeddings, max_new_tokens=4, **SPECULATION)
-    streamer = SimpleNamespace(put=lambda ids: None, end=lambda: None)
-    with pytest.raises(ValueError, match="streamer: takes one row, not 2"):
-        model.generate(PROMPT.repeat(2, 1), max_new_tokens=4, streamer=streamer, **SPECULATION)
-
-
-def test_every_field_of_the_config_is_compared_refused_or_about_something_else():
-    """Guards against a field of a later transformers that nobody has looked at."""
+def test_every_field_of_the_config_is_compared_refused_or_irrelevant():
+    """Guards against a field of a later transformers that no test covers."""
     tried = {name for options in COMPARED for name in options} | {n for o, _ in REFUSED for n in o}
     tried |= {*SPECULATION, "output_logits", "output_attentions", "output_hidden_states"}
-    only_for_beams = {"early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups"}
-    only_how_to_draft = {
+    of_beams = {"early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups"}
+    of_drafts = {
         "use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
         "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size",
         "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "speculation_type",
     }  # fmt: skip
-    only_how_to_run = {"cache_config", "compile_config", "continuous_batching_config"}
-    # `generate` itself refuses these two, since it keeps the tokenizer from a callable.
-    for name in (stopped_by_generate := {"stop_strings", "token_healing"}):
+    of_speed = {"cache_config", "compile_config", "continuous_batching_config"}
+    of_other_models = {"bos_token_id", "decoder_start_token_id", "transformers_version"}
+    # `generate` itself refuses these two with a callable.
+    for name in (refused := {"stop_strings", "token_healing"}):
         with pytest.raises(ValueError, match="tokenizer"):
             tiny_llama().generate(PROMPT, tokenizer=object(), **{name: "a"}, max_new_tokens=4, **SPECULATION)
-    not_about_decoders = {"bos_token_id", "decoder_start_token_id", "transformers_version"}
-    known = tried | only_for_beams | only_how_to_draft | only_how_to_run | stopped_by_generate
     fields = {name for name in vars(TransformersConfig()) if not name.startswith("_")}
-    assert fields - known - not_about_decoders == set()
+    assert fields - tried - of_beams - of_drafts - of_speed - of_other_models - refused == set()
 
 
 class Listener:
-    """A streamer of transformers that keeps what it is told."""
+    """A streamer of transformers that keeps its calls."""
 
     def __init__(self):
-        self.told = []
+        self.calls = []
 
     def put(self, ids):
-        self.told.append(ids.tolist())
+        self.calls.append(ids.tolist())
 
     def end(self):
-        self.told.append("end")
+        self.calls.append("end")
 
 
 @pytest.mark.parametrize("end_ids", [None, list(range(40))])
-def test_a_streamer_is_told_what_generate_tells_it(end_ids):
-    """Guards against several tokens at once, and an end id that is kept from it."""
-    told = []
-    for how in ({}, SPECULATION):
-        listener = Listener()
-        options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": end_ids, "pad_token_id": 0}
-        tiny_llama().generate(PROMPT, streamer=listener, **options, **how)
-        told.append(listener.told)
-    assert told[0] == told[1]
-    assert len(told[0]) > 2
+def test_a_streamer_gets_the_calls_of_generate(end_ids):
+    """Guards against several tokens in one call, and against an end id that the streamer does not get."""
+    ours, theirs = Listener(), Listener()
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": end_ids, "pad_token_id": 0}
+    tiny_llama().generate(PROMPT, streamer=theirs, **options)
+    tiny_llama().generate(PROMPT, streamer=ours, **options, **SPECULATION)
+    assert ours.calls == theirs.calls
+    assert len(ours.calls) > 2
 
 
-def test_text_on_a_streamer(byte_tokenizer, text_model, capsys):
+def test_text_of_a_streamer(byte_tokenizer, text_model, capsys):
+    """Guards against a streamer that prints the prompt, drafts, or nothing."""
     ids = byte_tokenizer("Once upon a time", return_tensors="pt").input_ids
     plain = text_model.generate(ids, do_sample=False, max_new_tokens=12)
     text = byte_tokenizer.decode(plain[0, ids.shape[1] :])
@@ -273,8 +244,26 @@ def test_text_on_a_streamer(byte_tokenizer, text_model, capsys):
         assert capsys.readouterr().out == text + "\n"
 
 
-def test_stop_strings_by_a_criterion_end_each_row_for_itself(byte_tokenizer, text_model):
-    """Guards against a row that ends where another one does, and one that ends in its prompt."""
+def test_the_streamer_is_read_from_the_frame_of_generate():
+    """Guards against a variable `streamer` of another caller. If the last line fails, transformers passes the
+    streamer on, and `_streamer_of_generate` can go.
+    """
+    streamer, caught = Listener(), {}
+
+    def keep(model, input_ids, **kwargs):
+        caught.update(kwargs, model=model, input_ids=input_ids)
+        return input_ids
+
+    tiny_llama().generate(
+        PROMPT, custom_generate=keep, max_new_tokens=4, do_sample=False, streamer=Listener()
+    )
+    self_speculative_generate(**caught, exit_layer=2, num_speculations=3)
+    assert streamer.calls == []
+    assert caught.get("streamer") is None
+
+
+def test_a_stop_string_ends_its_own_row_only(byte_tokenizer, text_model):
+    """Guards against a row that ends where another row ends, and against a string in a prompt."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.pad_token, tokenizer.padding_side = "<unk>", "left"
     inputs = tokenizer(["Once upon a time", "def add(", "a"], return_tensors="pt", padding=True)
@@ -289,34 +278,8 @@ def test_stop_strings_by_a_criterion_end_each_row_for_itself(byte_tokenizer, tex
     assert text_model.generate(**inputs, **options, **SPECULATION).tolist() == theirs.tolist()
 
 
-def test_the_streamer_of_another_function_is_none_of_ours():
-    """Guards against a variable that is called `streamer`, where nobody has passed one."""
-    model, streamer = tiny_llama(), Listener()
-    caught = {}
-
-    def keep(model, input_ids, **kwargs):
-        caught.update(kwargs, model=model, input_ids=input_ids)
-        return input_ids
-
-    model.generate(PROMPT, custom_generate=keep, max_new_tokens=4, do_sample=False)
-    self_speculative_generate(**caught, exit_layer=2, num_speculations=3)
-    assert streamer.told == []
-
-
-def test_transformers_does_not_hand_on_the_streamer():
-    """If this fails, `_streamer_of_generate` can go: it reads the argument from the frame of `generate`."""
-    handed_on = {}
-
-    def callable(_model, input_ids, streamer=None, **_):
-        handed_on.update(streamer=streamer)
-        return input_ids
-
-    tiny_llama().generate(PROMPT, custom_generate=callable, streamer=Listener(), max_new_tokens=4)
-    assert handed_on["streamer"] is None
-
-
-def test_rows_of_a_batch_end_with_the_context_each_for_itself():
-    """Guards against a batch that ends with its longest row."""
+def test_each_row_ends_with_its_own_context():
+    """Guards against a batch that ends when its longest row does."""
     model, options = tiny_llama(), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     batch = {"inputs": PADDED, "attention_mask": PADDED.ne(0).long()}
     expected = model.generate(**batch, max_new_tokens=8, **options)
@@ -327,46 +290,42 @@ def test_rows_of_a_batch_end_with_the_context_each_for_itself():
     assert new.tolist() == expected.tolist()
 
 
-def test_sampling_is_from_the_distribution_that_generate_prepared():
-    """Guards against a temperature or a top-k applied twice or never. False alarms: 1e-4, fixed seed; that
-    500 samples are enough is shown by the last line, which tells a temperature of 0.7 from one of 1.
+def test_sampled_ids_have_the_distribution_of_generate():
+    """Guards against a temperature or a top-k that is applied twice or never. False alarms: 1e-4, fixed seed.
+    The last line shows that 500 samples tell a temperature of 0.7 from one of 1.
     """
     settings = {"temperature": 0.7, "top_k": 3}
     torch.manual_seed(0)
-    counts = {}
-    speculation = {"custom_generate": self_speculative_generate, "exit_layer": 1, "num_speculations": 2}
     prompts = torch.tensor([SAMPLED_PROMPT]).expand(500, -1)
     outputs = sampled_model().generate(
-        prompts, do_sample=True, max_new_tokens=STEPS, **settings, **speculation
+        prompts, do_sample=True, max_new_tokens=STEPS, **settings, **{**SPECULATION, "exit_layer": 1}
     )
-    for row in outputs[:, len(SAMPLED_PROMPT) :].tolist():
-        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    counts = Counter(map(tuple, outputs[:, len(SAMPLED_PROMPT) :].tolist()))
     assert p_value(counts, expected(config(**settings), [])) > 1e-4
     hotter = expected(config(temperature=1.0, top_k=3), [])
-    assert (
-        p_value(
-            {key: counts.get(key, 0) for key in itertools.product(range(5), repeat=3) if hotter[key]}, hotter
-        )
-        < 1e-4
-    )
+    possible = Counter({key: number for key, number in counts.items() if hotter[key]})
+    assert p_value(possible, hotter) < 1e-4
 
 
-def test_every_strategy_and_source_of_drafts():
-    model = tiny_llama(fused=True)
-    plain = model.generate(PROMPT, do_sample=False, max_new_tokens=20).tolist()
-    chosen = {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1}
-    lookup = {"draft_weights": "int4", "draft_confidence": "auto", "prompt_lookup": 2}
-    for options in (chosen, lookup):
-        assert (
-            model.generate(PROMPT, do_sample=False, max_new_tokens=20, **{**SPECULATION, **options}).tolist()
-            == plain
-        )
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        {"generation_strategy": "adaptive", "exit_layer": -1, "num_speculations": -1},
+        {"draft_weights": "int4", "draft_confidence": "auto", "prompt_lookup": 2},
+    ],
+    ids=["adaptive", "copy and n-grams"],
+)
+def test_other_drafts(drafts):
+    """Guards against options of drafts that do not reach the strategy's config."""
+    model, options = tiny_llama(fused=True), {"do_sample": False, "max_new_tokens": 20}
+    plain = model.generate(PROMPT, **options).tolist()
+    assert model.generate(PROMPT, **options, **SPECULATION | drafts).tolist() == plain
 
 
 @pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
-def test_the_names_that_transformers_has_for_early_exits(batch, monkeypatch, rounds):
-    """Guards against a call for drafts of transformers that, with one argument more, is refused or drafts by
-    another exit, and against its default length in place of one that is given.
+def test_assistant_early_exit_and_num_assistant_tokens(batch, monkeypatch, rounds):
+    """Guards against transformers' own names for exit layer and draft length that are refused, have no effect
+    or override ours.
     """
     exits, run = [], ModelRunner.run
 
@@ -391,6 +350,7 @@ def test_the_names_that_transformers_has_for_early_exits(batch, monkeypatch, rou
 
 
 def test_in_a_pipeline(model_folder, rounds):
+    """Guards against arguments that a pipeline does not pass on."""
     generate = pipeline("text-generation", str(model_folder))
     options = {"do_sample": False, "max_new_tokens": 10}
     assert generate("def add", **options, **SPECULATION) == generate("def add", **options)
@@ -399,7 +359,7 @@ def test_in_a_pipeline(model_folder, rounds):
 
 @pytest.mark.parametrize("tokens_in_it", [0, 6])
 def test_a_cache_of_the_caller_is_refused(tokens_in_it):
-    """Guards against one whose content is ignored, and one that the caller expects to be filled."""
+    """Guards against a cache whose content is ignored, or that stays empty although the caller reads it."""
     model, cache = tiny_llama(), DynamicCache()
     if tokens_in_it:
         model(PROMPT, cache=cache)

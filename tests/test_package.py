@@ -15,7 +15,7 @@ import self_speculation
 
 @pytest.mark.slow
 def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
-    """Guards against modules or a model that pip leaves behind, and an import of a script's module."""
+    """Guards against modules or a model that are not installed, and against imports of scripts."""
     source = tmp_path / "source"
     for name in ("self_speculation", "checkpoints"):
         shutil.copytree(ROOT / name, source / name)
@@ -36,6 +36,7 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
 
 
 def test_its_requirements_are_those_of_the_scripts():
+    """Guards against another range of versions in the package."""
     dependencies = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]")[0]
     needed = re.findall(r'"(.+)"', dependencies)
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
@@ -44,7 +45,7 @@ def test_its_requirements_are_those_of_the_scripts():
 
 
 def test_it_imports_nothing_that_is_not_declared():
-    """Guards against a library that works beside the scripts' requirements and not by itself."""
+    """Guards against a library that needs the scripts' requirements."""
     text = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]")[0]
     declared = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)[^"]*"', text)}
     declared |= {"numpy", "self_speculation", *sys.stdlib_module_names}  # transformers needs numpy
@@ -68,13 +69,13 @@ NAMES = {
 
 @pytest.mark.parametrize("module", NAMES)
 def test_names_that_scripts_for_the_papers_code_base_import(module):
-    """Guards against a module that moves and takes its names along."""
+    """Guards against a public name that moves to another module."""
     found = importlib.import_module(f"self_speculation.{module}")
     assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
 
 
-def test_every_public_name_is_loaded_when_it_is_used():
-    """Guards against a name that is listed and cannot be loaded, and against one that is not listed."""
+def test_every_public_name_can_be_loaded():
+    """Guards against a listed name that does not exist."""
     for name in self_speculation.__all__:
         assert getattr(self_speculation, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -1,4 +1,4 @@
-"""What the pages tell a reader to type works as printed, and what they point to is there."""
+"""Commands and examples of the pages work as printed, and their links lead somewhere."""
 
 import importlib.util
 import io
@@ -23,26 +23,18 @@ from conftest import ROOT
 
 from self_speculation.model.loading import default_model
 
-PAGES = sorted(
-    str(page.relative_to(ROOT))
-    for page in (
-        ROOT / "README.md",
-        ROOT / "DOCKER.md",
-        ROOT / "CONTRIBUTING.md",
-        *(ROOT / "docs").glob("*.md"),
-    )
-)
-# Pages whose commands are not run: one of them takes two hours.
+FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
+PAGES = sorted({*FILES} - {"CHANGELOG.md"})
+# The commands of these pages are not run: one of them takes two hours.
 CARDS = ["CHANGELOG.md", "checkpoints/python-10m/README.md", "eval_tasks/README.md"]
-# They would start this very test.
+# These commands would start this test or not end.
 INSTEAD = {
     "make test": "make --dry-run test",
-    "make serve": "make --dry-run serve",  # it would not end
+    "make serve": "make --dry-run serve",
     ".venv/bin/python -m pytest -m slow": ".venv/bin/python -m pytest -m slow --collect-only",
 }
 
-# Stands in for an engine: checks that a target exists, and runs the command here with the paths that volumes
-# would have.
+# Replaces the container engine: checks that a target exists, and runs the command with the paths outside.
 DOCKER = r"""#!{python}
 import os, re, sys
 from pathlib import Path
@@ -113,7 +105,7 @@ def checkout(tmp_path):
 def run(command, folder, language="bash"):
     kind = ["bash", "-e", "-o", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
     return subprocess.run(
-        # Where generate.py has no --prompt, somebody is there to type one.
+        # Standard input has a prompt for generate.py without --prompt.
         [*kind, command], cwd=folder, input="def f(x):\n", capture_output=True, text=True, timeout=900,
         env=environment(folder),
     )  # fmt: skip
@@ -125,7 +117,7 @@ def environment(folder):
 
 @contextmanager
 def serving(command, folder, port):
-    """A server while it is asked; another port than the printed one may be what is free."""
+    """Run a server on a free port."""
     words = ["bash", "-c", command.replace("serve.py", f"serve.py --port {port}")]
     server = subprocess.Popen(words, cwd=folder, env=environment(folder), start_new_session=True)
     try:
@@ -149,8 +141,8 @@ def is_up(port):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_every_command_works_as_printed(page, checkout):
-    """In the order of the page: later commands use what earlier ones wrote. No network, no hub: the one model
-    of the hub that pages name is a local folder of that name here.
+    """Guards against a command that fails. Later commands of a page use files of earlier ones. There is no
+    network: the only model of the hub that pages name is a local folder here.
     """
     with socket.socket() as probe, ExitStack() as server:
         probe.bind(("127.0.0.1", 0))
@@ -158,10 +150,8 @@ def test_every_command_works_as_printed(page, checkout):
         probe.close()
         for command in commands(page):
             command = INSTEAD.get(command, command).replace(":8000", f":{port}")
-            if re.search(
-                r"(python|torchrun.*) serve\.py", command
-            ):  # until the next one, or the end of the page
-                server.close()
+            if re.search(r"(python|torchrun.*) serve\.py", command):
+                server.close()  # that of an earlier command
                 server.enter_context(serving(command, checkout, port))
                 continue
             result = run(command, checkout)
@@ -171,6 +161,7 @@ def test_every_command_works_as_printed(page, checkout):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_every_example_in_python_runs(page, checkout):
+    """Guards against an example that fails or warns."""
     result = run("".join(blocks(page, "python")), checkout, "python")
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
@@ -191,20 +182,21 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_the_readme_links_every_page():
+    """Guards against a page that nobody finds."""
     text = (ROOT / "README.md").read_text()
     assert [page for page in PAGES if page != "README.md" and f"({page})" not in text] == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS])
 def test_every_program_that_a_page_names_is_there(page):
-    """Guards against a module that was renamed or deleted, in a sentence or in the tree of the repository."""
+    """Guards against the name of a module that was renamed or deleted."""
     names = set(re.findall(r"[\w/.-]+\.py\b", (ROOT / page).read_text())) - {"X.py"}
     there = [f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
     assert [name for name in names if not any(path.endswith(f"/{name}") for path in there)] == []
 
 
 def test_the_tree_has_every_module():
-    """The other way round: guards against a new module that nobody finds."""
+    """Guards against a module that is missing in the tree of CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rooms = [ROOT, *(ROOT / name for name in ("training", "measures", "serving", "runs", "benchmarks"))]
     library = (ROOT / "self_speculation").rglob("*.py")
@@ -214,25 +206,24 @@ def test_the_tree_has_every_module():
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS])
 def test_a_page_names_flags_and_values_of_its_scripts(page):
-    """The quick half of the slow tests above: guards against a flag or a choice that is gone. Commands that
-    need what is not here are marked as `sh`.
+    """Guards against a removed flag or choice, without running the command. Commands in `sh` blocks need
+    programs or data that are not here.
     """
     for command in [*commands(page), *commands(page, "sh")]:
         check_flags(command)
 
 
 def test_the_makefile_names_flags_and_values_of_its_scripts():
+    """Guards against a removed flag or choice in the Makefile."""
     shown = subprocess.run(
         ["make", "--dry-run", "demo", "chat", "serve"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     lines = [
-        line
-        for line in shown.replace("\\\n", " ").splitlines()
-        if "generate.py" in line or "serve.py" in line
+        line for line in shown.replace("\\\n", " ").splitlines() if re.search("(generate|serve).py", line)
     ]
     assert len(lines) == 3
     for line in lines:
-        check_flags(line.replace("'", " ").replace(";", " "))  # what a shell of its own runs, too
+        check_flags(line.replace("'", " ").replace(";", " "))  # commands in a nested shell, too
 
 
 def check_flags(command):
@@ -248,7 +239,7 @@ def check_flags(command):
 
 @cache
 def usage(script):
-    """What a script says to --help."""
+    """The output of --help."""
     output = io.StringIO()
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Greedy: self-speculative, autoregressive and transformers give the same ids, whatever ends the output."""
+"""Greedy ids of self-speculative decoding are those of autoregressive decoding and of transformers."""
 
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ PROMPT = [5, 9, 4, 7, 7, 3]
 
 
 class HistoryBias:
-    """A processor whose bias depends on every id of the history, and that checks what it is given."""
+    """A processor that checks its arguments, and whose result depends on every id of the history."""
 
     def __init__(self):
         self.calls = 0
@@ -45,7 +45,7 @@ PROCESSORS = {
 
 
 DRAFTS = st.fixed_dictionaries(
-    {},
+    {"exit_layer": st.integers(1, 3), "num_speculations": st.integers(1, 8)},
     optional={
         "draft_weights": st.just("int4"),
         "draft_confidence": st.sampled_from(["auto", "0.3", "1"]),
@@ -53,62 +53,52 @@ DRAFTS = st.fixed_dictionaries(
         "prompt_lookup": st.integers(1, 3),
     },
 )
+SHARED = st.fixed_dictionaries(
+    {
+        "max_steps": st.integers(1, 20),
+        "eos": st.lists(st.integers(0, 49), max_size=6, unique=True),
+        "no_repeat_ngram_size": st.sampled_from([None, 1, 2]),
+    }
+)
 
 
 @settings(max_examples=150)
 @given(
-    exit_layer=st.integers(1, 3),
-    num_speculations=st.integers(1, 8),
-    max_steps=st.integers(1, 20),
+    drafts=DRAFTS,
+    shared=SHARED,
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     fused=st.booleans(),
-    drafts=DRAFTS,
     processors=st.sampled_from(sorted(PROCESSORS)),
-    eos=st.lists(st.integers(0, 49), max_size=6, unique=True),
-    no_repeat_ngram_size=st.sampled_from([None, 1, 2]),
     stops_at=st.sampled_from([None, 3, 7]),
     prompt=st.lists(st.integers(3, 49), min_size=1, max_size=7),
 )
-def test_ids_equal_for_every_setting(
-    exit_layer,
-    num_speculations,
-    max_steps,
-    agreement,
-    fused,
-    drafts,
-    processors,
-    eos,
-    no_repeat_ngram_size,
-    stops_at,
-    prompt,
-):
+def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processors, stops_at, prompt):
     """Guards against errors in length limits, rollback, stops inside a draft, the history of processors and
-    stop conditions, and against keys and values that an inexact draft leaves in the cache."""
+    stop conditions, and against keys and values that an inexact draft leaves in the cache.
+    """
     model = tiny_llama(agreement=agreement, fused=fused or "draft_weights" in drafts)
-    shared = {"max_steps": max_steps, "eos": eos, "no_repeat_ngram_size": no_repeat_ngram_size}
-    shared["ends_text"] = lambda output: stops_at is not None and sum(output[-2:]) % stops_at == 0
-    criterion = [lambda ids, *_, **__: torch.tensor([shared["ends_text"](ids[0, len(prompt) :].tolist())])]
-    plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
-    speculative = generate(
-        model, prompt, logits_processors=PROCESSORS[processors](), exit_layer=exit_layer,
-        num_speculations=num_speculations, **drafts, **shared,
-    )  # fmt: skip
+
+    def ends(output):
+        return stops_at is not None and sum(output[-2:]) % stops_at == 0
+
+    plain, speculative = (
+        generate(model, prompt, logits_processors=PROCESSORS[processors](), ends_text=ends, **shared, **own)
+        for own in ({}, drafts)
+    )
     assert speculative.predicted_tokens == plain.predicted_tokens
     assert speculative.stop_reason == plain.stop_reason
-    extra = {"no_repeat_ngram_size": no_repeat_ngram_size} if no_repeat_ngram_size else {}
-    reference = transformers_generate(
+    criterion = [lambda ids, *_, **__: torch.tensor([ends(ids[0, len(prompt) :].tolist())])]
+    assert plain.predicted_tokens == transformers_generate(
         model,
         prompt,
-        max_steps,
-        eos or -1,
+        shared["max_steps"],
+        shared["eos"] or -1,
         logits_processor=PROCESSORS[processors](),
         stopping_criteria=criterion,
-        **extra,
+        no_repeat_ngram_size=shared["no_repeat_ngram_size"],
     )
-    assert plain.predicted_tokens == reference
-
     assert speculative.num_accepted <= speculative.num_drafted
-    assert speculative.num_decode_tokens <= speculative.num_verifications * (num_speculations + 1)
+    assert speculative.num_decode_tokens <= speculative.num_verifications * (drafts["num_speculations"] + 1)
     counts = zip(speculative.accepted_by_position, speculative.drafted_by_position, strict=True)
     assert all(0 <= accepted <= drafted for accepted, drafted in counts)
 
@@ -116,80 +106,70 @@ def test_ids_equal_for_every_setting(
 @settings(max_examples=40)
 @given(
     data=st.data(),
-    max_steps=st.integers(1, 40),
+    shared=SHARED,
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     weights=st.sampled_from(["exact", "int4"]),
     draft_vocabulary=st.sampled_from([None, 5, 30]),
     processors=st.sampled_from(sorted(PROCESSORS)),
-    eos=st.lists(st.integers(0, 49), max_size=3, unique=True),
     prompt=st.lists(st.integers(3, 9), min_size=1, max_size=30),
 )
-def test_ids_equal_whatever_is_chosen_round_by_round(
-    data, max_steps, agreement, weights, draft_vocabulary, processors, eos, prompt
+def test_ids_equal_for_every_sequence_of_plans(
+    data, shared, agreement, weights, draft_vocabulary, processors, prompt
 ):
-    """Guards against a cache or history that one draft source leaves for another. Plans are random, because a
-    tiny model has always the same best one.
+    """Guards against keys, values or ids that one draft source leaves to another. Plans are random: on a tiny
+    model, the policy always has the same best plan.
     """
-    weights = "exact" if agreement == "never" else weights  # its last layer is hooked
+    weights = "exact" if agreement == "never" else weights  # a hooked layer has no copy
     model = tiny_llama(num_layers=8, agreement=agreement, fused=weights != "exact")
+    shared = {**shared, "max_steps": 2 * shared["max_steps"]}
 
-    def plan(matched, rooms):
-        return drawn_plan(
-            matched,
-            rooms,
-            lambda among: data.draw(st.sampled_from(among)),
-            lambda low, high: data.draw(st.integers(low, high)),
+    def plan(matched, limits):
+        one_of, between = (
+            lambda *given, of=of: data.draw(of(*given)) for of in (st.sampled_from, st.integers)
         )
+        return drawn_plan(matched, limits, one_of, between)
 
-    shared = {"max_steps": max_steps, "eos": eos}
     plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
+    drafts = {"draft_vocabulary": draft_vocabulary, "draft_weights": weights}
     with patch.object(AdaptivePolicy, "plan", planned(plan)):
-        chosen = generate(
-            model,
-            prompt,
-            "adaptive",
-            logits_processors=PROCESSORS[processors](),
-            draft_vocabulary=draft_vocabulary,
-            draft_weights=weights,
-            **shared,
+        found = generate(
+            model, prompt, "adaptive", logits_processors=PROCESSORS[processors](), **shared, **drafts
         )
-    assert chosen.predicted_tokens == plain.predicted_tokens
-    assert chosen.stop_reason == plain.stop_reason
+    assert found.predicted_tokens == plain.predicted_tokens
+    assert found.stop_reason == plain.stop_reason
 
 
-@pytest.mark.parametrize("agreement", ["never", "always"])
-def test_counts_when_nothing_or_everything_is_accepted(agreement):
-    """16 tokens by drafts of 4: one from the prompt, then 15 in rounds of 1 token, or of 5."""
-    result = generate(
-        tiny_llama(agreement=agreement), PROMPT, exit_layer=2, num_speculations=4, max_steps=16, eos=[]
-    )
-    if agreement == "never":
-        assert result.num_verifications == 15
-        assert result.acceptance_rate == 0
-        assert result.mean_accepted_length == 1
-        # the last rounds draft no more than the budget leaves room for
-        assert result.drafted_by_position == (14, 13, 12, 11)
-        assert result.acceptance_by_position == (0, 0, 0, 0)
-    else:
-        assert result.num_verifications == 3
-        assert result.acceptance_rate == 1
-        assert result.mean_accepted_length == 5
-        assert (result.num_drafted, result.num_accepted) == (12, 12)
+@pytest.mark.parametrize(
+    ("agreement", "rounds", "drafted", "accepted"),
+    [("never", 15, (14, 13, 12, 11), (0, 0, 0, 0)), ("always", 3, (3, 3, 3, 3), (3, 3, 3, 3))],
+)
+def test_counts_of_drafts(agreement, rounds, drafted, accepted):
+    """Guards against miscounted drafts, and against drafts beyond the length limit: of 16 tokens one comes
+    from the prompt and the others from rounds of 1 or 5.
+    """
+    drafts = {"exit_layer": 2, "num_speculations": 4, "max_steps": 16}
+    result = generate(tiny_llama(agreement=agreement), PROMPT, eos=[], **drafts)
+    assert (result.num_verifications, result.mean_accepted_length) == (rounds, 15 / rounds)
+    assert (result.drafted_by_position, result.accepted_by_position) == (drafted, accepted)
+    assert (result.num_drafted, result.num_accepted) == (sum(drafted), sum(accepted))
+    assert result.acceptance_rate == sum(accepted) / sum(drafted)
 
 
-def test_autoregressive_results_do_not_speak_of_speculation():
+def test_autoregressive_results_have_no_counts_of_drafts():
+    """Guards against zeros that read as rejected drafts."""
     result = generate(tiny_llama(), PROMPT, max_steps=5)
     assert result.acceptance_rate is result.num_drafted is result.num_accepted is None
     assert result.num_verifications is result.mean_accepted_length is result.acceptance_by_position is None
 
 
-def test_a_draft_length_beyond_all_measure_costs_nothing():
+def test_a_huge_draft_length():
+    """Guards against memory for drafts that the length limit rules out."""
     result = generate(tiny_llama(), PROMPT, exit_layer=1, num_speculations=10**9, max_steps=12, eos=[])
     assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 12, -1)
 
 
 def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
-    """All drafts are accepted; the third output token ends it, though five were verified at once."""
+    """Guards against counts that include accepted tokens after the end of the output."""
     model = tiny_llama(agreement="always", initializer_range=0.5)
     ids = generate(model, PROMPT, max_steps=5, eos=[]).predicted_tokens
     end = next(i for i in range(2, 5) if ids[i] not in ids[:i])
@@ -222,6 +202,7 @@ def test_stopping_criteria_see_every_token_in_turn(extra):
 
 
 def test_a_processor_runs_once_per_row_of_logits():
+    """Guards against processors that run again for tokens that they have seen."""
     processor = HistoryBias()
     model = tiny_llama(agreement="always")
     result = generate(
@@ -232,6 +213,7 @@ def test_a_processor_runs_once_per_row_of_logits():
 
 
 def test_early_exit_is_the_truncated_model():
+    """Guards against an early exit that runs other layers or skips the norm."""
     model, truncated = tiny_llama(), tiny_llama(num_layers=3)
     state = {name: value for name, value in model.state_dict().items() if ".layers.3." not in name}
     truncated.load_state_dict(state)
@@ -239,7 +221,8 @@ def test_early_exit_is_the_truncated_model():
     assert result.predicted_tokens == transformers_generate(truncated, PROMPT, 20, -1)
 
 
-def test_a_cache_that_has_to_grow_changes_nothing(monkeypatch):
+def test_a_cache_that_grows_changes_nothing(monkeypatch):
+    """Guards against keys and values that are lost when buffers grow during a draft."""
     monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 3)
     reference = transformers_generate(tiny_llama(), PROMPT, 40, -1)
     for extra in ({}, {"exit_layer": 2, "num_speculations": 6}):
@@ -250,6 +233,7 @@ def test_a_cache_that_has_to_grow_changes_nothing(monkeypatch):
     "extra", [{}, {"exit_layer": 2, "num_speculations": 4}], ids=["plain", "speculative"]
 )
 def test_context_is_never_exceeded(extra):
+    """Guards against positions beyond the context, and against a prompt that fills it."""
     model = tiny_llama(max_position_embeddings=16)
     result = generate(model, PROMPT, eos=[], **extra)
     assert (len(result.predicted_tokens), result.stop_reason) == (16 - len(PROMPT), "context")
@@ -277,12 +261,13 @@ def test_context_is_never_exceeded(extra):
     ],
 )
 def test_invalid_exit_layers_and_draft_lengths(settings, message):
+    """Guards against settings that run another number of layers without a word."""
     with pytest.raises(ValueError, match=message):
         generate(tiny_llama(), PROMPT, **settings)
 
 
-def test_the_strategy_made_counts_not_the_name_in_the_config():
-    """A config left at its defaults would run -1 layers."""
+def test_the_strategy_object_overrides_the_name_in_the_config():
+    """Guards against a config with the default name, by which -1 layers would draft."""
     strategy = make_strategy("self_speculative")
     with pytest.raises(ValueError, match="exit_layer: self_speculative needs one between 1 and 3"):
         strategy.generate_token_ids(tiny_llama(), PROMPT, [], GenerationConfig())
@@ -292,9 +277,9 @@ def test_the_strategy_made_counts_not_the_name_in_the_config():
     assert result.num_drafted
 
 
-def test_timing_adds_up():
+def test_times_and_rates():
+    """Guards against a decode rate that counts the first token."""
     result = generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
     assert result.prefill_time > 0
     assert result.num_decode_tokens == 29
     assert result.decode_tokens_per_second == pytest.approx(29 / result.decode_time)
-    assert result.prefill_tokens_per_second == pytest.approx(len(PROMPT) / result.prefill_time)

@@ -1,4 +1,4 @@
-"""Reads from the device: each waits for all that a GPU was given to do, so they are few and counted."""
+"""Reads from the device: each waits for all queued work of a GPU, so tests count them."""
 
 import random
 
@@ -13,12 +13,12 @@ from self_speculation.drafts.policy import AdaptivePolicy
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
 
 
-# In inference mode the first two come as they are, and not as the third.
+# In inference mode the first two are not dispatched as the third.
 READING = (torch.ops.aten.item, torch.ops.aten.is_nonzero, torch.ops.aten._local_scalar_dense)
 
 
 class Reads(TorchDispatchMode):
-    """Counts what waits for a GPU: numbers taken out of tensors, and copies to the host."""
+    """Counts numbers that are taken out of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Counts while an answer is made. On a CPU the last three do not go through the dispatcher."""
+    """Counts reads inside `with reads`. On a CPU these three methods do not go through the dispatcher."""
     counting = Reads()
     for name in ("tolist", "numpy", "cpu"):
         original = getattr(torch.Tensor, name)
@@ -41,14 +41,14 @@ def reads(monkeypatch):
             return original(tensor, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, count)
-    # Copies are made and looked at once, when an answer begins. Only on a CPU are layers traced.
+    # Copies are checked once, when an answer begins. Layers are traced only on a CPU.
     monkeypatch.setattr("self_speculation.model.linear.contents", lambda groups: [()] * len(groups))
     monkeypatch.setattr("self_speculation.model.traced_runner._can_be_traced", lambda *_: False)
     return counting
 
 
 class Terminal:
-    """A streamer that is shown drafts, and reads nothing."""
+    """A streamer that gets drafts and reads nothing."""
 
     def put(self, ids, is_draft=False):
         pass
@@ -60,7 +60,7 @@ class Terminal:
         pass
 
 
-WAYS = {
+SETTINGS = {
     "layers": ({}, lambda result: 0),
     "sampled": ({"sample": True}, lambda result: 0),
     "int4": ({"draft_weights": "int4"}, lambda result: 0),
@@ -68,6 +68,7 @@ WAYS = {
     "lookups": ({"prompt_lookup": 3}, lambda result: 0),
     "fixed confidence": ({"draft_confidence": "0.1"}, lambda result: result.num_drafted),
     "learnt confidence": ({"draft_confidence": "auto"}, lambda result: result.num_drafted),
+    "shown": ({"streamer": Terminal()}, lambda result: result.num_drafted),
     "learnt confidence, shown": (
         {"draft_confidence": "auto", "streamer": Terminal()},
         lambda result: result.num_drafted,
@@ -75,10 +76,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_one_read_a_round_and_at_most_one_for_a_drafted_token(way, reads):
-    """Guards against a second look at a verdict, a probability or a token."""
-    config, drafting = WAYS[way]
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_read_a_round_and_at_most_one_for_a_drafted_token(name, reads):
+    """Guards against a second read of a verification, a probability or a token."""
+    config, drafting = SETTINGS[name]
     with reads:
         result = generate(
             tiny_llama(fused=True), PROMPT, exit_layer=2, num_speculations=3, max_steps=30, eos=[], **config
@@ -86,7 +87,8 @@ def test_one_read_a_round_and_at_most_one_for_a_drafted_token(way, reads):
     assert reads.number == 1 + result.num_verifications + drafting(result)
 
 
-def test_autoregressive_decoding_reads_a_token_at_a_time(reads):
+def test_autoregressive_decoding_reads_once_per_token(reads):
+    """Guards against a second read of a token."""
     with reads:
         generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
     assert reads.number == 30
@@ -94,8 +96,8 @@ def test_autoregressive_decoding_reads_a_token_at_a_time(reads):
 
 @pytest.mark.parametrize("config", [{}, {"draft_vocabulary": 9}], ids=str)
 def test_adaptive_rounds_read_no_more(config, reads, monkeypatch):
-    """Guards against plans that take a read, and lookups that do. Whether a draft of layers goes on takes one
-    for each of its tokens. Plans are given, so that every kind of round comes.
+    """Guards against reads for plans or n-grams. A draft of layers takes one for each token, to decide
+    whether it goes on. Random plans give every kind of round.
     """
     draws = random.Random(0)
 
@@ -113,17 +115,9 @@ def test_adaptive_rounds_read_no_more(config, reads, monkeypatch):
     assert reads.number == 1 + result.num_verifications + of_layers
 
 
-def test_what_is_shown_is_read_once(reads):
-    """A drafted token is shown as it comes, which takes a read, and none where it is not shown."""
-    model, shared = tiny_llama(), {"exit_layer": 2, "num_speculations": 3, "max_steps": 30, "eos": []}
-    with reads:
-        result = generate(model, PROMPT, streamer=Terminal(), **shared)
-    assert reads.number == 1 + result.num_verifications + result.num_drafted
-
-
 @pytest.mark.parametrize("fault", ["token", "confidence"])
-def test_the_count_sees_a_read_too_many(fault, reads, monkeypatch):
-    """The counts above mean something: an extra read in the middle is found."""
+def test_an_extra_read_is_counted(fault, reads, monkeypatch):
+    """Guards against counts that miss reads: this one adds a read for each drafted token."""
     propose = Batch.propose
 
     def twice(self, tokens, *rest):

@@ -28,14 +28,13 @@ class Batch:
     """See the module.
 
     Args:
-        sampler: of sequences without their own.
         device: of the model's input ids.
         longest_draft: the most tokens of a draft. Every round draws random numbers for that many, so a row's
             numbers do not depend on draft lengths.
     """
 
-    def __init__(self, sampler: Sampler, device: torch.device, longest_draft: int = 0) -> None:
-        self._default, self.longest_draft = sampler, longest_draft
+    def __init__(self, device: torch.device, longest_draft: int = 0) -> None:
+        self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
         self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] the last token of each
         self._numbers: Tensor | None = None  # [B, 2 * longest_draft + 1] of this round
@@ -46,8 +45,7 @@ class Batch:
     @cached_property
     def sampler(self) -> Sampler | SamplerOfRows:
         """Of all rows; valid until a row is added or removed."""
-        samplers = [sequence.sampler or self._default for sequence in self.sequences]
-        return joint_sampler(samplers or [self._default], self.last.device)
+        return joint_sampler([sequence.sampler for sequence in self.sequences], self.last.device)
 
     @property
     def all_go_on(self) -> bool:
@@ -68,7 +66,7 @@ class Batch:
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:
         """Append a row and sample its first token from logits [1, V]."""
-        alone = Batch(self._default, self.last.device)
+        alone = Batch(self.last.device)
         alone.sequences = [sequence]
         alone.emit(logits)
         self.sequences.append(sequence)
@@ -122,7 +120,7 @@ class Batch:
         """
         drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
         for row in drafting:
-            self.sequences[row].place(tokens[row], position)
+            self.sequences[row].write_drafted(tokens[row], position)
         # Tokens after an end id are not shown.
         shown = [row for row in drafting if self.sequences[row].shows_draft]
         if confidence is None and not shown:
@@ -176,7 +174,7 @@ class Batch:
         largest, *values = read([logits.amax(-1), *numbers])
         n = logits.shape[1]
         for row, sequence in enumerate(self.sequences):
-            sequence.check(largest[row * n :][:n], (sequence.sampler or self._default).greedy)
+            sequence.check(largest[row * n :][:n])
         return values
 
     def emit(self, logits: Tensor) -> None:

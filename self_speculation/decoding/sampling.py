@@ -6,6 +6,7 @@ Tensors in, tensors out: nothing here reads a value back from a GPU.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,44 +67,25 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(
-    probabilities: Tensor,
-    top_p: float | Tensor,
-    top_k: int | Tensor = 0,
-    most: int = 0,
-    may_look: bool | None = None,
-) -> Tensor:
+def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0, may_look: bool | None = None) -> Tensor:
     """Top-p of [..., V] probabilities: keep the fewest tokens, at least one, that together reach `top_p`, and
     scale them to sum to 1.
 
     Args:
-        top_p: of all rows, or [..., 1] of each.
-        top_k: of all rows, or [..., 1] of each: at most this many tokens have a probability, except for ties.
-            Ties are cut off if `may_look` is false. 0: unknown.
-        most: the largest `top_k` if each row has its own; 0: some row has none.
-        may_look: whether to read a number from the device, to sort less; None: on a CPU only. There a read is
-            free, and sorting a large vocabulary takes as long as several layers. On a GPU a read waits.
+        top_k: at most so many tokens have a probability, except for ties. They are cut off if `may_look` is
+            false. 0: unknown.
+        may_look: whether to read a number from the device, to sort less; None: on a CPU only. There a read
+            costs nothing, and sorting a large vocabulary takes as long as several layers.
     """
     vocab_size = probabilities.shape[-1]
     may_look = probabilities.device.type == "cpu" if may_look is None else may_look
-    most = top_k if isinstance(top_k, int) else most
-    number = min(_LIKELY if may_look else most or vocab_size, vocab_size)
+    number = min(_LIKELY if may_look else top_k or vocab_size, vocab_size)
     largest, ids = probabilities.topk(number) if number < vocab_size else probabilities.sort(descending=True)
-    if number < vocab_size and may_look and bool((largest.sum(-1, keepdim=True) < top_p).any()):
+    if number < vocab_size and may_look and bool((largest.sum(-1) < top_p).any()):
         largest, ids = probabilities.sort(descending=True)
     before = largest.cumsum(-1) - largest  # the mass of more likely tokens
-    at_least = top_p.clamp(min=_FP32.tiny) if isinstance(top_p, Tensor) else max(top_p, _FP32.tiny)
-    is_out = before >= at_least
-    if isinstance(top_k, Tensor) and not may_look:  # cut off ties, as for a row alone
-        is_out |= (torch.arange(largest.shape[-1], device=largest.device) >= top_k) & (top_k > 0)
-    largest = largest.masked_fill(is_out, 0.0)
+    largest = largest.masked_fill(before >= max(top_p, _FP32.tiny), 0.0)
     return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
-
-
-def at_least(probabilities: Tensor, min_p: float | Tensor) -> Tensor:
-    """Min-p: [..., V] -> without tokens below `min_p` times the largest probability, scaled to sum to 1."""
-    kept = probabilities.where(probabilities >= min_p * probabilities.amax(-1, keepdim=True), 0.0)
-    return kept / kept.sum(-1, keepdim=True)
 
 
 def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -147,8 +129,10 @@ class Sampler:
         return not self.sample or self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """[..., V] logits -> [..., V] probabilities in fp32."""
+        """[..., V] logits -> [..., V] probabilities in fp32; one-hot when greedy."""
         logits = logits.float()
+        if self.greedy:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         if self.temperature != 1:
             if self.temperature < _SMALL:  # else the largest could become inf, and its softmax NaN
                 logits = logits - logits.amax(-1, keepdim=True)
@@ -157,7 +141,11 @@ class Sampler:
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
         if self.top_p < 1:
             probabilities = nucleus(probabilities, self.top_p, self.top_k)
-        return at_least(probabilities, self.min_p) if self.min_p else probabilities
+        if self.min_p:
+            least = self.min_p * probabilities.amax(-1, keepdim=True)
+            probabilities = probabilities.where(probabilities >= least, 0.0)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        return probabilities
 
     def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
         """Sample one token for each row of logits [n, V], with random numbers [n] if given."""
@@ -168,50 +156,22 @@ class Sampler:
 
 
 class SamplerOfRows:
-    """Samples each row of logits [B, ..., V] with its own sampler. A greedy row samples from a one-hot
-    distribution.
-    """
+    """Samples each row of logits [B, ..., V] with its own sampler. Rows with equal samplers share passes."""
 
     greedy = False
 
     def __init__(self, samplers: Sequence[Sampler], device: torch.device) -> None:
-        self._greedy = on_device([sampler.greedy for sampler in samplers], device).bool()
-        # Greedy rows need no filter.
-        samplers = [Sampler() if sampler.greedy else sampler for sampler in samplers]
-        temperature = on_device([sampler.temperature for sampler in samplers], device, torch.float32)
-        self._is_small, self._temperature = temperature < _SMALL, temperature.clamp(_FP32.tiny, _FP32.max)
-        self._top_p = on_device([sampler.top_p for sampler in samplers], device, torch.float32)
-        self._top_k = on_device([sampler.top_k for sampler in samplers], device)
-        self._has_min_p = any(sampler.min_p for sampler in samplers)
-        self._min_p = on_device([sampler.min_p for sampler in samplers], device, torch.float32)
-        self._most = max(sampler.top_k for sampler in samplers)
-        with_top_p = [sampler.top_k for sampler in samplers if sampler.top_p < 1]
-        self._has_top_p, self._most_of_top_p = bool(with_top_p), max(with_top_p, default=0) * all(with_top_p)
+        rows: defaultdict[Sampler, list[int]] = defaultdict(list)
+        for row, sampler in enumerate(samplers):
+            rows[Sampler(False) if sampler.greedy else sampler].append(row)
+        self._rows = {sampler: on_device(of_sampler, device) for sampler, of_sampler in rows.items()}
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[B, ..., V] logits -> [B, ..., V] probabilities in fp32."""
-
-        def each(of_rows: Tensor) -> Tensor:
-            return of_rows.view(-1, *[1] * (logits.dim() - 1))
-
-        logits = logits.float()
-        scaled = torch.where(each(self._is_small), logits - logits.amax(-1, keepdim=True), logits)
-        scaled = scaled / each(self._temperature)
-        if self._most:
-            largest = scaled.topk(min(self._most, scaled.shape[-1])).values
-            places = each(self._top_k.clamp(1, largest.shape[-1]) - 1).expand(*scaled.shape[:-1], 1)
-            is_cut = (scaled < largest.gather(-1, places)) & each(self._top_k > 0)
-            scaled = scaled.masked_fill(is_cut, -math.inf)
-        probabilities = scaled.softmax(-1)
-        if self._has_top_p:
-            top_p, top_k = each(self._top_p), each(self._top_k)
-            cuts = top_p < 1  # where it is 1, nothing needs to be sorted
-            likely = nucleus(probabilities, top_p.where(cuts, 0.0), top_k, self._most_of_top_p)
-            probabilities = torch.where(cuts, likely, probabilities)
-        if self._has_min_p:
-            probabilities = at_least(probabilities, each(self._min_p))
-        most_likely = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return torch.where(each(self._greedy), most_likely, probabilities)
+        probabilities = torch.empty_like(logits, dtype=torch.float32)
+        for sampler, rows in self._rows.items():
+            probabilities.index_copy_(0, rows, sampler.probabilities(logits.index_select(0, rows)))
+        return probabilities
 
     def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> SampledTokens:
         """Sample one token for each row of logits [B, V]."""
@@ -247,11 +207,11 @@ def decode_next_token(
     """
     if token_idx is not None:
         logits = logits[:, token_idx]
-    choice = Sampler(sample, temperature, top_k, top_p)(logits.reshape(-1, logits.shape[-1]))
-    tokens = choice.tokens.reshape(logits.shape[:-1])
-    if choice.probabilities is not None and token_idx is not None:
+    sampled = Sampler(sample, temperature, top_k, top_p)(logits.reshape(-1, logits.shape[-1]))
+    tokens = sampled.tokens.reshape(logits.shape[:-1])
+    if sampled.probabilities is not None and token_idx is not None:
         tokens = tokens[:, None]
-    return tokens, choice.probabilities
+    return tokens, sampled.probabilities
 
 
 def verify_draft(
@@ -299,8 +259,8 @@ def verify_draft(
     q_x, p_x = (of_all[..., :k, :].gather(-1, x)[..., 0] for of_all in (q, p))
     num_accepted = _prefix_length(numbers[..., :k] * q_x < p_x, lengths)
 
-    place = num_accepted[..., None, None]
-    p_next, q_next = (torch.take_along_dim(of_all, place, -2)[..., 0, :] for of_all in (p, q))  # [B, V]
+    index = num_accepted[..., None, None]
+    p_next, q_next = (torch.take_along_dim(of_all, index, -2)[..., 0, :] for of_all in (p, q))  # [B, V]
     residual = (p_next - q_next).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     next_token = draw(residual.view(-1, residual.shape[-1]), numbers[..., k].reshape(-1))

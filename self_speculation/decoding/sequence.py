@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from self_speculation.config import GenerationConfig
+from self_speculation.decoding.request import Request, as_list
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.decoding.stopping import StopConditions
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
@@ -28,37 +30,47 @@ class Sequence:
     """Prompt, output and draft, in this order in one buffer on the device.
 
     Args:
-        prompt: at least one id.
+        request: in token ids.
+        config: of the batch; the request's own counts if it has one.
+        context: the most tokens of prompt and output.
         device: of the model's input ids.
-        stop: checked after each token.
-        processors: logits processors of transformers.
-        streamer: has `put(ids)` and `end()`; if it has `delete`, it gets drafts too.
-        generator: of random numbers; None: torch's own.
+        key: of the request.
         has_drafts: whether to count drafts.
         started: `time.perf_counter` at its start; None: now.
-        sampler: None: the batch's.
-        wants_drafts: False: no source drafts for it.
-        prediction: ids that the output is expected to resemble.
+
+    Raises:
+        ValueError: a prompt without tokens, or without room for an output in the context.
     """
 
     def __init__(
         self,
-        prompt: abc.Sequence[int],
+        request: Request,
+        config: GenerationConfig,
+        context: int,
         device: torch.device,
-        stop: StopConditions,
-        processors: abc.Sequence[Callable] | None = None,
-        streamer: Any = None,
-        generator: torch.Generator | None = None,
+        key: Any = None,
         has_drafts: bool = False,
         started: float | None = None,
-        sampler: Sampler | None = None,
-        wants_drafts: bool = True,
-        prediction: abc.Sequence[int] = (),
     ) -> None:
         self._started = time.perf_counter() if started is None else started
         self._first_token_at: float | None = None
-        self.prompt = list(prompt)
-        self.max_length = len(prompt) + stop.max_tokens
+        config, prompt = request.config or config, request.ids
+        room = context - len(prompt)
+        if not prompt:
+            raise ValueError("the prompt has no tokens")
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}"
+            )
+        self._stop = StopConditions(
+            end_ids=[*as_list(request.eos_token_ids), *(config.stop_token_ids or [])],
+            max_tokens=min(config.max_steps, room),
+            at_limit="max_steps" if config.max_steps <= room else "context",
+            ends_text=as_list(request.ends_text),
+            criteria=as_list(request.stopping_criteria),
+        )
+        self.key, self.prompt, self.prediction = key, [*prompt], request.predicted_ids
+        self.max_length = len(prompt) + self._stop.max_tokens
         self.tokens: list[int] = []  # of the output, with an end id
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
@@ -67,17 +79,20 @@ class Sequence:
         # if the output gets there; most positions are rejected drafts.
         self._errors: dict[int, Exception] = {}
         self._no_token: dict[int, Exception] = {}
-        self.generator, self.sampler, self.wants_drafts = generator, sampler, wants_drafts
-        self.prediction = prediction
+        self.sampler = Sampler.of(config)
+        self.generator: torch.Generator | None = None  # of random numbers; None: torch's own
+        if request.seed is not None:
+            self.generator = torch.Generator(device).manual_seed(request.seed)
+        self.wants_drafts = request.config is None or config.generation_strategy != "autoregressive"
         self.num_cached = 0  # tokens of the prompt that were in the KV cache already
+        self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
         self.draft_stats = DraftStats() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
-        self._stop = stop
-        self._processors = LogitsProcessorList(processors or [])
-        self._is_looked_at = bool(self._processors) or stop.has_criteria
-        self._streamer = streamer
-        self._shows_drafts = hasattr(streamer, "delete")
+        self._processors = LogitsProcessorList(request.processors(config))
+        self._ids_are_read = bool(self._processors) or self._stop.has_criteria
+        self._streamer = request.streamer
+        self._shows_drafts = hasattr(self._streamer, "delete")
         self._drafts_shown = 0
         self._draft_ended = False
 
@@ -86,10 +101,10 @@ class Sequence:
         """Tokens that may still be generated; 0: finished."""
         return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
 
-    def check(self, largest: abc.Sequence[float], greedy: bool) -> None:
+    def check(self, largest: abc.Sequence[float]) -> None:
         """Note the positions of this round whose largest logit is invalid."""
         for position, number in enumerate(largest):
-            if math.isnan(number) or (math.isinf(number) and not greedy):
+            if math.isnan(number) or (math.isinf(number) and not self.sampler.greedy):
                 why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
                 self._no_token[position] = FloatingPointError(why)
 
@@ -147,8 +162,8 @@ class Sequence:
                 self._errors[position] = error
         return processed
 
-    def place(self, token: Tensor, position: int) -> None:
-        """Write a drafted token at position 0, 1, ... of the draft, if processors read it."""
+    def write_drafted(self, token: Tensor, position: int) -> None:
+        """Write the draft's token at position 0, 1, ... if processors read it."""
         if self._processors:
             self._ids[0, self.length + position] = token
 
@@ -195,7 +210,7 @@ class Sequence:
             if self.error is not None:
                 break
             # Accepted tokens are there already if processors have read them.
-            if self._is_looked_at and not (self._processors and taken < len(tokens) - 1):
+            if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
                 self._ids[0, self.length] = tokens[taken]
             self.tokens.append(tokens[taken])
             self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])

@@ -27,14 +27,13 @@ class StopConditions:
         end_ids: Iterable[int],
         max_tokens: int,
         at_limit: StopReason = "max_steps",
-        ends_text: Callable[[Sequence[int]], bool] | None = None,
-        criteria: Iterable[Callable] | None = None,
+        ends_text: Iterable[Callable[[Sequence[int]], bool]] = (),
+        criteria: Iterable[Callable] = (),
     ) -> None:
         self.end_ids = frozenset(end_ids)
         self.max_tokens = max_tokens
         self._at_limit: StopReason = at_limit
-        self._ends_text = ends_text
-        self._criteria = tuple(criteria or ())
+        self._ends_text, self._criteria = tuple(ends_text), tuple(criteria)
 
     @property
     def has_criteria(self) -> bool:
@@ -50,7 +49,7 @@ class StopConditions:
         """
         if output[-1] in self.end_ids:
             return "eos"
-        if self._ends_text is not None and self._ends_text(output):
+        if any(ends(output) for ends in self._ends_text):
             return "stop_word"
         # One by one: only a result on a GPU has to be waited for.
         if any(bool(torch.as_tensor(met(history, scores)).any()) for met in self._criteria):
@@ -92,16 +91,8 @@ class StopWords:
 
     def settled(self, text: str) -> str:
         """The text without an end that may become a stop word."""
-        held = max(
-            (
-                n
-                for word in self.words
-                for n in range(1, min(len(word), len(text) + 1))
-                if text.endswith(word[:n])
-            ),
-            default=0,
-        )
-        return text[: len(text) - held]
+        begun = (n for word in self.words for n in range(1, len(word)) if text.endswith(word[:n]))
+        return text[: len(text) - max(begun, default=0)]
 
     def _in(self, text: str) -> bool:
         return any(word in text for word in self.words)

@@ -270,14 +270,13 @@ class KVCache(Appendable):
         """Move the last row to the slot of this one, then shrink.
 
         Args:
-            damaged: fill its slot with zeros. It may hold NaN, and a mask does not keep NaN out.
+            damaged: clear its slot.
             keep: swap the two slots instead of overwriting this one.
         """
         self._settle()
         last = self.num_rows - 1
         if damaged:
-            for buffer in self._all_buffers():
-                buffer[row].zero_()
+            self.clear_slot(row)
         if keep:
             self.swap(row, last, max(self.length(0, row), self.length(0, last)))
         elif row != last:
@@ -287,6 +286,11 @@ class KVCache(Appendable):
         self._missing[row] = self._missing[last]
         self._missing.pop()
         self._missing_on_device = None
+
+    def clear_slot(self, slot: int) -> None:
+        """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
+        for buffer in self._all_buffers():
+            buffer[slot].zero_()
 
     def swap(self, slot: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -25,40 +25,54 @@ class _Prefix(NamedTuple):
 
 
 class PrefixCache:
-    """The ids whose keys and values each slot holds, until another prompt takes it. Slots of rows in flight
-    come first.
+    """A KV cache, and the ids whose keys and values its free slots hold. Slots of rows come first.
+
+    Args:
+        runner: a new one, with the cache.
+        fingerprint: of what the keys and values are valid for; None: no prefixes are kept.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, runner: ModelRunner, num_slots: int, fingerprint: Hashable = None) -> None:
+        self.runner, self.fingerprint = runner, fingerprint
+        runner.cache.clear(num_rows=0)
         self._prefixes = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
 
-    def match(self, prompt: Sequence[int], slots: Iterable[int]) -> tuple[int, int]:
-        """The slot that shares the longest prefix with a prompt, the oldest of equals; and the length of
-        that prefix. The last token of a prompt is never matched: its logits are needed.
+    def take_prefix(self, prompt: Sequence[int], free: Sequence[int]) -> int:
+        """Move the longest known prefix of a prompt into the first of these slots; returns its length.
+
+        The oldest of equal prefixes is taken. The last token of a prompt is never found: its logits are
+        needed.
         """
-        length, _, slot = max(
-            (self._prefixes[slot].shared(prompt[:-1]), -self._prefixes[slot].age, slot) for slot in slots
-        )
-        return slot, length
+        if self.fingerprint is None:
+            return 0
+        known = [(self._prefixes[slot], slot) for slot in free]
+        length, _, found = max((prefix.shared(prompt[:-1]), -prefix.age, slot) for prefix, slot in known)
+        self.swap(found, free[0])
+        self._prefixes[free[0]] = _Prefix()  # from now on it is written to
+        return length
 
-    def store(self, slot: int, ids: Sequence[int]) -> None:
-        """Note that a slot holds the keys and values of these ids."""
-        self._prefixes[slot] = _Prefix(ids, next(self._answers))
+    def remove_row(self, row: int, ids: Sequence[int], damaged: bool) -> None:
+        """Free the slot of a row; the last row moves there.
 
-    def swap(self, slot: int, other: int) -> None:
-        self._prefixes[slot], self._prefixes[other] = self._prefixes[other], self._prefixes[slot]
+        Args:
+            ids: prompt and output, which become a prefix; empty: they do not.
+            damaged: its keys and values may be NaN.
+        """
+        cache = self.runner.cache
+        if self.runner.has_its_cache:
+            keep = bool(ids) and not damaged and self.fingerprint is not None
+            if keep:
+                self._prefixes[cache.num_rows - 1] = _Prefix(ids[: cache.length(0, row)], next(self._answers))
+            cache.remove_row(row, damaged, keep)
 
-    def length(self, slot: int) -> int:
-        return len(self._prefixes[slot].ids)
-
-
-class KeptCache(NamedTuple):
-    """A KV cache that one scheduler leaves to the next."""
-
-    runner: ModelRunner
-    prefixes: PrefixCache
-    fingerprint: Hashable
+    def swap(self, slot: int, other: int, length: int = 0) -> None:
+        """Exchange two slots without rows: their prefixes, and at least their first `length` positions."""
+        prefixes = self._prefixes
+        length = max(length, len(prefixes[slot].ids), len(prefixes[other].ids))
+        if slot != other and length:
+            self.runner.cache.swap(slot, other, length)
+            prefixes[slot], prefixes[other] = prefixes[other], prefixes[slot]
 
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:

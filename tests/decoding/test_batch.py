@@ -1,18 +1,13 @@
 """Batches: the output of a sequence does not depend on other sequences."""
 
 import copy
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import count, cycle, islice
+from itertools import count
 
 import pytest
 import torch
-from conftest import EOS, generate, tiny_llama
-from distributions import PROMPT as SAMPLED_PROMPT
-from distributions import STEPS, expected, p_value
-from distributions import config as sampling
-from distributions import model as sampled_model
+from conftest import drained, generate, in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor
@@ -31,24 +26,12 @@ from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.scheduler import Scheduler
 
-SAMPLES = 800
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
-
-
-def strategy_of(config):
-    if "num_speculations" in config:
-        return "self_speculative"
-    return config.pop("strategy", "autoregressive")
-
-
-def in_batch(model, requests, batch_size, **config):
-    """Results by index."""
-    name = strategy_of(config)
-    settings = GenerationConfig(**{"sample": False, "generation_strategy": name, **config})
-    return dict(make_strategy(name).generate_batch(model, requests, settings, batch_size))
+DRAFTED = {"exit_layer": 2, "num_speculations": 3}
 
 
 def alone(model, request, **config):
+    """The result of a request without neighbours, with random numbers from its seed."""
     if request.seed is not None:
         torch.manual_seed(request.seed)
     return generate(
@@ -59,6 +42,10 @@ def alone(model, request, **config):
         stopping_criteria=request.stopping_criteria,
         **config,
     )
+
+
+def tokens_alone(model, prompts, **config):
+    return [alone(model, Request(prompt), **config).predicted_tokens for prompt in prompts]
 
 
 def assert_as_if_alone(model, requests, batch_size, **config):
@@ -100,17 +87,17 @@ DRAFTS = st.one_of(
     sample=st.booleans(),
     agreement=st.sampled_from(["sometimes", "always", "never"]),
     fused=st.booleans(),
+    context=st.sampled_from([20, 256]),
 )
-@settings(max_examples=45)
+@settings(max_examples=50)
 def test_every_row_is_as_if_alone(
-    prompts, batch_size, drafts, max_steps, ends, penalties, stops_at, sample, agreement, fused
+    prompts, batch_size, drafts, max_steps, ends, penalties, stops_at, sample, agreement, fused, context
 ):
-    """Guards against slots, masks, lengths, random numbers, processors or stop conditions of other rows. More
-    prompts than rows: rows are replaced in every order.
+    """Guards against slots, masks, lengths, random numbers, processors or stop conditions of other rows, and
+    against a row at the end of its context that shortens others. Rows are replaced in every order.
     """
     fused = fused or drafts.get("draft_weights") == "int4"
-    if sample and "strategy" in drafts:
-        sample = False  # its decisions depend on time, and so do its draws
+    sample = sample and "strategy" not in drafts  # adaptive draws depend on time
     requests = [
         Request(
             prompt,
@@ -121,97 +108,43 @@ def test_every_row_is_as_if_alone(
         )
         for index, (prompt, penalty, at) in enumerate(zip(prompts, penalties, stops_at, strict=False))
     ]
-    model = tiny_llama(agreement=agreement, fused=fused)
+    model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
     assert_as_if_alone(model, requests, batch_size, max_steps=max_steps, sample=sample, **drafts)
 
 
-class Says:
-    """A processor that forces the tokens of a list, cyclically; None: the model's own token."""
+def raises_from(length):
+    """A processor that raises where a history has so many ids."""
 
-    def __init__(self, prompt, tokens):
-        self._start, self._tokens = len(prompt), tokens
+    def process(ids, logits):
+        if ids.shape[1] >= length:
+            raise KeyError("its own")
+        return logits
 
-    def __call__(self, ids, logits):
-        token = self._tokens[(ids.shape[1] - self._start) % len(self._tokens)]
-        if token is None:
-            return logits
-        return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
+    return process
 
 
-def test_rows_that_accept_all_and_nothing_and_something():
-    """Guards against a rollback by the same number of tokens for all rows."""
-    model = tiny_llama(agreement="never")
-    said = cycle([[5, 6, 7], [None], [9, 8, None]])
-    requests = [
-        Request(prompt, logits_processors=[Says(prompt, tokens)])
-        for prompt, tokens in zip(PROMPTS, said, strict=False)
-    ]
-    shared = {"exit_layer": 2, "num_speculations": 4, "max_steps": 21}
-    assert_as_if_alone(model, requests, 3, **shared)
-    results = in_batch(model, requests, 3, **shared)
-    rates = [results[index].acceptance_rate for index in range(3)]
-    assert rates[:2] == [1.0, 0.0]
-    assert 0 < rates[2] < 1
+def nan_from(length):
+    """A processor that returns NaN where a history has so many ids."""
+    return lambda ids, logits: logits * torch.nan if ids.shape[1] >= length else logits
 
 
-@pytest.mark.parametrize("sample", [True, False])
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 6}])
-def test_a_row_at_the_end_of_its_context(drafts, sample):
-    """Guards against positions beyond the context, and a full row that shortens outputs of other rows."""
-    model, settings = tiny_llama(max_position_embeddings=32), {"max_steps": 100, "sample": sample, **drafts}
-    requests = [Request([3 + i % 40 for i in range(n)], seed=n) for n in (31, 4, 25, 30, 1)]
-    assert_as_if_alone(model, requests, 3, **settings)
-    assert {r.stop_reason for r in in_batch(model, requests, 3, **settings).values()} == {"context"}
-
-
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
-def test_logits_that_are_no_numbers_are_the_rows_own(drafts):
-    """Guards against NaN of another row that passes a mask, or stays in a slot."""
+@pytest.mark.parametrize("drafts", [{}, DRAFTED])
+@pytest.mark.parametrize(
+    "broken",
+    [Request([4, 49, *[5] * 30]), Request([4, 6], nan_from(6)), Request([4, 49, *[5] * 30], raises_from(1))],
+    ids=["prompt", "later", "prompt, after an error"],
+)
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_nan_stays_in_its_row(batch_size, broken, drafts):
+    """Guards against NaN that a mask lets through to another row, or that stays in a slot."""
     model = copy.deepcopy(tiny_llama())
     with torch.no_grad():
         model.model.embed_tokens.weight[49] = torch.nan
-    good = [Request(prompt) for prompt in PROMPTS]
-    bad = Request([4, 49, 5])
-    late = Request(
-        [4, 6], logits_processors=[lambda ids, logits: logits if ids.shape[1] < 6 else logits * torch.nan]
-    )
-    for broken in (bad, late):
-        strategy = make_strategy(strategy_of(dict(drafts)))
-        config = GenerationConfig(sample=False, generation_strategy=strategy.name, max_steps=20, **drafts)
-        got = dict(strategy.generate_batch(model, [good[0], broken, *good[1:3]], config, batch_size=4))
-        assert str(got.pop(1)).startswith("the model's logits are not numbers")
-        got = {index: result.predicted_tokens for index, result in got.items()}
-        assert got == {
-            index: alone(model, good[max(0, index - 1)], max_steps=20, **drafts).predicted_tokens
-            for index in (0, 2, 3)
-        }
-    cache = KVCache(1, 8, num_rows=2)
-    cache.clear(0)
-    for value in (torch.nan, 1.0):
-        row = cache.row(cache.num_rows)
-        row.append(torch.full((3, 1, 2), value), torch.full((3, 1, 2), value), 0)
-        cache.add_row(3)
-    cache.remove_row(0, damaged=True)
-    held, _ = cache.buffers.of_layers[0]
-    assert not held.isnan().any()
-
-
-def test_a_damaged_row_that_has_failed_already_leaves_no_damage():
-    """Guards against NaN in a slot whose request failed with its own error first."""
-    model = copy.deepcopy(tiny_llama())
-    with torch.no_grad():
-        model.model.embed_tokens.weight[49] = torch.nan
-
-    def fails(*_):
-        raise KeyError("its own")
-
-    prompts = [[5, 9, 4, 7, 7, 3, 8, 8], [7, 8]]
-    broken = Request([4, 49, *[5] * 30], logits_processors=[fails])
-    first, second = (Request(prompt) for prompt in prompts)
-    got = in_batch(model, [first, broken, second], 2, max_steps=8)
-    assert isinstance(got.pop(1), KeyError)
-    expected = [alone(model, request, max_steps=8).predicted_tokens for request in (first, second)]
-    assert [got[index].predicted_tokens for index in (0, 2)] == expected
+    requests = [Request(prompt) for prompt in PROMPTS[:4]]
+    got = in_batch(model, [requests[0], broken, *requests[1:]], batch_size, max_steps=9, **drafts)
+    assert str(got.pop(1)).startswith(("the model's logits are not numbers", "'its own'"))
+    found = [got[index].predicted_tokens for index in sorted(got)]
+    assert found == tokens_alone(model, PROMPTS[:4], max_steps=9, **drafts)
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -243,135 +176,25 @@ def test_drafts_are_padded_with_a_token_that_the_row_has(lookup, sample, monkeyp
 
 
 def test_slots_are_reused_as_soon_as_they_are_free():
-    """Guards against a batch that waits for its slowest row, and prompts that are read early."""
-    asked = []
+    """Guards against a batch that waits for its slowest row, and against prompts that are read early."""
+    read, order, lengths = [], [], [30, *[4] * 8]
 
     def requests():
-        for index, prompt in enumerate(islice(cycle(PROMPTS), 9)):
-            asked.append(index)
-            yield Request(prompt, logits_processors=[Says(prompt, [9] * (20 if index == 0 else 3) + [EOS])],
-                          eos_token_ids=[EOS])  # fmt: skip
+        for index, length in enumerate(lengths):
+            read.append(index)
+            yield Request(PROMPTS[0], ends_text=lambda tokens, length=length: len(tokens) == length)
 
     config = GenerationConfig(sample=False, max_steps=40)
-    order = []
     for index, _ in make_strategy("autoregressive").generate_batch(tiny_llama(), requests(), config, 2):
         order.append(index)
-        assert len(asked) <= len(order) + 2
-    assert order[:4] == [1, 2, 3, 4]  # while the first goes on
-    assert sorted(order) == list(range(9))
-
-
-def test_texts_and_seeds_and_streamers(byte_tokenizer, text_model):
-    """Guards against texts, stop words, random numbers or streams of another prompt."""
-
-    class Collects:
-        def __init__(self):
-            self.ids, self.ended = [], 0
-
-        def put(self, ids):
-            self.ids += ids.tolist()
-
-        def end(self):
-            self.ended += 1
-
-    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("self_speculative"))
-    config = GenerationConfig(
-        max_steps=20, exit_layer=2, num_speculations=3, temperature=1.0, stop_words=["e"]
-    )
-    texts = ["def add", "Once upon a time", "naïve", "", "class Stop:"]
-    streamers = [Collects() for _ in texts]
-    prompts = [
-        Request(text, streamer=streamer, seed=i)
-        for i, (text, streamer) in enumerate(zip(texts, streamers, strict=True))
-    ]
-    results = dict(generator.generate_batch(prompts, config, batch_size=2))
-    for index, text in enumerate(texts):
-        torch.manual_seed(index)
-        solo = generator.generate(text, config)
-        assert results[index].decoded_prediction == solo.decoded_prediction
-        tokens = results[index].generation_strategy_result.predicted_tokens
-        assert tokens == solo.generation_strategy_result.predicted_tokens == streamers[index].ids
-        assert streamers[index].ended == 1
-    assert [index for index, _ in generator.generate_batch(texts, config, batch_size=1)] == [0, 1, 2, 3, 4]
-
-
-def test_what_is_wrong_with_a_prompt_is_its_own_result(byte_tokenizer, text_model):
-    """Guards against answers that are lost because another prompt is invalid."""
-    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
-    config = GenerationConfig(max_steps=9, sample=False)
-    with pytest.raises(ValueError, match="the prompt has the token id 1000000"):
-        generator.generate([10**6], config)
-    # A negative id is no token either, though it is below all of them.
-    unknown = (([10**6], "has the token id 1000000"), ([5, -1], "has the token id -1"))
-    for wrong, why in (*unknown, ([4] * 256, "has 256 tokens")):
-        prompts = [[5, 6], [7, 8, 9], wrong, [5]]
-        for batch_size in (1, 2, 3):
-            got = dict(generator.generate_batch(prompts, config, batch_size))
-            assert str(got.pop(2)).startswith(f"the prompt {why}")
-            assert {index: answer.decoded_prediction for index, answer in got.items()} == {
-                index: generator.generate(prompts[index], config).decoded_prediction for index in (0, 1, 3)
-            }
-    # Another type is an error of its own; the first answer's time includes the setup.
-    got = dict(generator.generate_batch([None, [5, 6]], config, batch_size=2))
-    assert isinstance(got[0], TypeError)
-    result = got[1].generation_strategy_result
-    assert result.prefill_time + result.decode_time <= got[1].total_time
-    with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
-        next(generator.generate_batch(["x"], config, batch_size=0))
-
-
-class Fails:
-    """A processor, a criterion or a streamer that raises after some tokens."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self, ids, scores):  # noqa: ARG002
-        self.left -= 1
-        if self.left < 0:
-            raise KeyError("its own")
-        return scores
-
-    def put(self, ids, is_draft=False):
-        self(ids, is_draft)
-
-    def delete(self, num_tokens, is_draft=False):
-        """Nothing is shown."""
-
-    def end(self):
-        """Nothing is shown."""
-
-
-def failing_criterion(after):
-    fails = Fails(after)
-    return lambda ids, scores: torch.tensor([fails(ids, scores) is None])
-
-
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}])
-@pytest.mark.parametrize("after", [0, 1, 5])
-@pytest.mark.parametrize(
-    ("part", "kind"),
-    [
-        ("logits_processors", Fails),
-        ("stopping_criteria", failing_criterion),
-        ("streamer", Fails),
-    ],
-)
-def test_a_request_that_raises_takes_no_other_along(part, kind, after, drafts):
-    """Guards against an error of one request that ends other requests."""
-    model, prompts = tiny_llama(), [[5, 9, 4], [7, 8], [3, 3, 8]]
-    broken = Request([9, 9], **{part: kind(after)})
-    requests = [Request(prompts[0]), broken, *map(Request, prompts[1:])]
-    got = in_batch(model, requests, 2, max_steps=12, **drafts)
-    assert isinstance(got.pop(1), KeyError)
-    solo = [alone(model, Request(prompt), max_steps=12).predicted_tokens for prompt in prompts]
-    assert [got[index].predicted_tokens for index in (0, 2, 3)] == solo
-    with pytest.raises(KeyError, match="its own"):
-        generate(model, [9, 9], eos=[], max_steps=12, **{part: kind(after)}, **drafts)
+        assert len(read) <= len(order) + 2
+    assert order == [*range(1, 9), 0]
 
 
 class Shown(list):
-    """A streamer: the ids that stand on a screen, drafts among them."""
+    """A streamer that keeps the ids on the screen, with drafts."""
+
+    ended = 0
 
     def put(self, ids, is_draft=False):  # noqa: ARG002
         self.extend(ids.tolist())
@@ -380,68 +203,102 @@ class Shown(list):
         del self[-num_tokens:]
 
     def end(self):
-        """What is shown stays."""
+        self.ended += 1
 
 
-def raises_from(length):
-    """A processor that raises where a history has so many ids."""
+def test_texts_and_seeds_and_streamers(byte_tokenizer, text_model):
+    """Guards against texts, stop words, random numbers or streams of another prompt."""
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("self_speculative"))
+    config = GenerationConfig(max_steps=20, temperature=1.0, stop_words=["e"], **DRAFTED)
+    texts = ["def add", "Once upon a time", "naïve", "", "class Stop:"]
+    requests = [Request(text, streamer=Shown(), seed=index) for index, text in enumerate(texts)]
+    results = dict(generator.generate_batch(requests, config, batch_size=2))
+    for index, request in enumerate(requests):
+        torch.manual_seed(index)
+        solo = generator.generate(request.prompt, config)
+        assert results[index].decoded_prediction == solo.decoded_prediction
+        tokens = results[index].generation_strategy_result.predicted_tokens
+        assert tokens == solo.generation_strategy_result.predicted_tokens == request.streamer
+        assert request.streamer.ended == 1
 
-    def process(ids, logits):
-        if ids.shape[1] >= length:
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [([10**6], "has the token id 1000000"), ([5, -1], "has the token id -1"), ([4] * 256, "has 256 tokens")],
+)
+def test_an_invalid_prompt_is_its_own_result(wrong, why, byte_tokenizer, text_model):
+    """Guards against answers that are lost because another prompt is invalid."""
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
+    config = GenerationConfig(max_steps=9, sample=False)
+    with pytest.raises(ValueError, match=why):
+        generator.generate(wrong, config)
+    prompts = [[5, 6], [7, 8, 9], wrong, [5], None]
+    for batch_size in (1, 2, 3):
+        got = dict(generator.generate_batch(prompts, config, batch_size))
+        assert str(got.pop(2)).startswith(f"the prompt {why}")
+        assert isinstance(got.pop(4), TypeError)
+        for index, answer in got.items():
+            assert answer.decoded_prediction == generator.generate(prompts[index], config).decoded_prediction
+
+
+def test_times_and_sizes_of_a_batch(byte_tokenizer, text_model):
+    """Guards against a total time without the setup, and against an endless loop without rows."""
+    strategy, config = make_strategy("autoregressive"), GenerationConfig(max_steps=9, sample=False)
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, strategy)
+    [(_, answer)] = generator.generate_batch([[5, 6]], config)
+    result = answer.generation_strategy_result
+    assert result.prefill_time + result.decode_time <= answer.total_time
+    assert list(strategy.generate_batch(text_model, [], config, batch_size=2)) == []
+    for wrong in (
+        generator.generate_batch(["x"], config, batch_size=0),
+        strategy.generate_batch(text_model, [Request([5])], config, batch_size=0),
+    ):
+        with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
+            next(wrong)
+
+
+class FailingStreamer(Shown):
+    """Raises after some calls."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def put(self, ids, is_draft=False):
+        self.left -= 1
+        if self.left < 0:
             raise KeyError("its own")
-        return logits
-
-    return process
+        super().put(ids, is_draft)
 
 
-DRAFTED = {"exit_layer": 2, "num_speculations": 3, "max_steps": 12}
+def failing_criterion(after):
+    fails = raises_from(3 + after)
+    return lambda ids, scores: fails(ids, scores) is None
 
 
-@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup": 1}, {"draft_vocabulary": 9, "sample": True}])
-@pytest.mark.parametrize("agreement", ["always", "sometimes"])
-def test_an_error_of_a_processor_belongs_to_its_position(drafts, agreement):
-    """Guards against an output that ends because of an error at a rejected token, and one that goes on after
-    an error at an accepted token. The streamer shows all tokens before the error.
-    """
-    model, drafts = tiny_llama(agreement=agreement), {**DRAFTED, **drafts}
-    requests = [Request(prompt, seed=row) for row, prompt in enumerate(PROMPTS[:4])]
-    plain = {row: result.predicted_tokens for row, result in in_batch(model, requests, 4, **drafts).items()}
-    prompt, tokens = PROMPTS[0], plain[0]
-    for num in (0, 1, 2, 5, 7, 11):
-        shown, raises = Shown(), [raises_from(len(prompt) + num)]
-        request = Request(prompt, raises, seed=0, streamer=shown)
-        got = in_batch(model, [request, *requests[1:]], 4, **drafts)
-        assert isinstance(got.pop(0), KeyError)
-        assert shown == tokens[:num]
-        assert {row: result.predicted_tokens for row, result in got.items()} == {
-            row: plain[row] for row in (1, 2, 3)
-        }
-        ends = Request(prompt, raises, seed=0, ends_text=lambda found, num=num: len(found) == num)
-        if num:
-            assert in_batch(model, [ends], 1, **drafts)[0].predicted_tokens == tokens[:num]
+def wrong_shape(after):
+    return lambda ids, scores: scores[:, :7] if ids.shape[1] > 2 + after else scores
 
 
-@pytest.mark.parametrize("num", [1, 2, 6])
-def test_a_guess_that_agrees_with_logits_that_are_no_numbers(num):
-    """Guards against an output that goes on, or ends with id 0, where draft and target are both NaN: checking
-    the last position is not enough.
-    """
-    model, shown, at = tiny_llama(agreement="always"), Shown(), len(PROMPTS[0]) + num
-    tokens = alone(model, Request(PROMPTS[0]), **DRAFTED).predicted_tokens
-    damages = [lambda ids, logits: logits * torch.nan if ids.shape[1] == at else logits]
-    request = Request(PROMPTS[0], damages, streamer=shown, eos_token_ids=[0])
-    got = in_batch(model, [request, Request(PROMPTS[1])], 2, **DRAFTED)
-    assert isinstance(got[0], FloatingPointError)
-    assert shown == tokens[:num]
-    assert got[1].predicted_tokens == alone(model, Request(PROMPTS[1]), **DRAFTED).predicted_tokens
-
-
-def test_a_processor_that_returns_another_shape_takes_no_other_row_along():
-    """Guards against logits that cannot be stacked with those of other rows."""
-    wrong = Request(PROMPTS[0], [lambda ids, logits: logits[:, :7] if ids.shape[1] > 8 else logits])
-    got = in_batch(tiny_llama(), [wrong, Request(PROMPTS[1])], 2, **DRAFTED)
-    assert isinstance(got[0], RuntimeError)
-    assert got[1].predicted_tokens == alone(tiny_llama(), Request(PROMPTS[1]), **DRAFTED).predicted_tokens
+@pytest.mark.parametrize("drafts", [{}, DRAFTED, {"strategy": "adaptive"}])
+@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("part", "kind", "error"),
+    [
+        ("logits_processors", wrong_shape, RuntimeError),
+        ("stopping_criteria", failing_criterion, KeyError),
+        ("streamer", FailingStreamer, KeyError),
+    ],
+)
+def test_a_request_that_raises_fails_alone(part, kind, error, after, drafts):
+    """Guards against an error of one request that ends or changes other requests."""
+    model, prompts = tiny_llama(), [[5, 9, 4], [7, 8], [3, 3, 8]]
+    requests = [Request(prompt) for prompt in prompts]
+    requests.insert(1, Request([9, 9], **{part: kind(after)}))
+    got = in_batch(model, requests, 2, max_steps=12, **drafts)
+    assert isinstance(got.pop(1), error)
+    assert [got[index].predicted_tokens for index in (0, 2, 3)] == tokens_alone(model, prompts, max_steps=12)
+    with pytest.raises(error):
+        generate(model, [9, 9], eos=[], max_steps=12, **{part: kind(after)}, **drafts)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
@@ -451,25 +308,20 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
     def out_of_memory(*_):
         raise MemoryError
 
-    drafts = {"exit_layer": 2, "num_speculations": 3, "sample": True, "temperature": 1.0, "max_steps": 8}
-    strategy = make_strategy("self_speculative")
-    going = Scheduler(strategy, tiny_llama(), GenerationConfig(**drafts), batch_size=2)
+    drafts = {**DRAFTED, "sample": True, "temperature": 1.0, "max_steps": 8}
+    model, requests = tiny_llama(), [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    scheduler = Scheduler(make_strategy("self_speculative"), model, GenerationConfig(**drafts), batch_size=2)
     for key in range(num_rows):
-        going.add_request(key, Request(PROMPTS[key], seed=key))
+        scheduler.add_request(key, requests[key])
     with monkeypatch.context() as patches:
         patches.setattr("self_speculation.self_speculation_generator.target_logits", out_of_memory)
         with pytest.raises(MemoryError) if num_rows > 1 else nullcontext():
-            going.step()
-    assert all(isinstance(error, MemoryError) for _, error in going.pop_finished())
-    requests = {key: Request(PROMPTS[key], seed=key) for key in (3, 4)}
-    got = {}
-    for key, request in requests.items():
-        going.add_request(key, request)
-    while going.batch:
-        going.step()
-        got |= going.pop_finished()
-    for key, request in requests.items():
-        assert got[key].predicted_tokens == alone(tiny_llama(), request, **drafts).predicted_tokens
+            scheduler.step()
+    assert all(isinstance(error, MemoryError) for _, error in scheduler.pop_finished())
+    for key in (3, 4):
+        scheduler.add_request(key, requests[key])
+    for key, result in drained(scheduler).items():
+        assert result.predicted_tokens == alone(model, requests[key], **drafts).predicted_tokens
 
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
@@ -489,14 +341,14 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """
     monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 32)
     config = GenerationConfig(sample=False, max_steps=200)
-    going = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
-    going.add_request("ends early", Request([3], stopping_criteria=[lambda ids, logits: ids.shape[1] > 9]))
-    going.add_request("is long", Request([7], config=replace(config, max_steps=60)))
-    capacities, ended = set(), {}
-    while going.batch:
-        going.step()
-        capacities.add(going._decoding.runner.cache.capacity)
-        ended |= going.pop_finished()
+    scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
+    scheduler.add_request("ends early", Request([3], ends_text=lambda tokens: len(tokens) == 9))
+    scheduler.add_request("is long", Request([7], config=replace(config, max_steps=60)))
+    cache, capacities, ended = scheduler._begin()[0].runner.cache, set(), {}
+    while scheduler.batch:
+        scheduler.step()
+        capacities.add(cache.capacity)
+        ended |= scheduler.pop_finished()
     assert capacities == {24, 48, 64}
     assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
 
@@ -507,71 +359,37 @@ def test_slots_are_not_swapped_without_reuse_cache(monkeypatch):
     assert_as_if_alone(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
 
 
-def test_a_batch_driven_by_hand(monkeypatch):
-    """Guards against idle time that counts as the first request's, a prompt without a free slot, and an
-    endless loop without rows.
+def test_a_scheduler_that_was_idle(monkeypatch):
+    """Guards against idle time in a prefill time, and against a request that is lost or overwrites another
+    when there are more requests than slots.
     """
-    strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=2)
-    seconds, waited = count(), [0]  # a clock that goes on by a second whenever somebody looks at it
-    monkeypatch.setattr("time.perf_counter", lambda: next(seconds) + waited[0])
-    going = Scheduler(strategy, tiny_llama(), config, batch_size=1)
-    waited[0] = 10**6  # until somebody asks for something
-    going.add_request("first", Request(PROMPTS[0]))
-    with pytest.raises(ValueError, match="all 1 slots are taken"):
-        going.add_request("second", Request(PROMPTS[1]))
-    going.step()
-    [(key, result)] = going.pop_finished()
-    assert key == "first"
-    assert 0 < result.prefill_time < 10**6
-    with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
-        list(strategy.generate_batch(tiny_llama(), [Request(PROMPTS[0])], config, batch_size=0))
+    config = GenerationConfig(sample=False, max_steps=2)
+    seconds, idle = count(), [0]  # this clock advances by a second at each call
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds) + idle[0])
+    scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=1)
+    idle[0] = 10**6
+    for key, prompt in enumerate(PROMPTS[:3]):
+        scheduler.add_request(key, Request(prompt))
+    results = drained(scheduler)
+    assert 0 < results[0].prefill_time < 10**6
+    found = [results[key].predicted_tokens for key in range(3)]
+    assert found == tokens_alone(tiny_llama(), PROMPTS[:3], max_steps=2)
 
 
-@pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}])
+@pytest.mark.parametrize("drafts", [{}, DRAFTED, {"strategy": "adaptive"}])
 def test_captured_passes(drafts, graphs):
-    """Guards against passes of one row that are used for several, and a cache that is too small."""
+    """Guards against passes of one row that are used for several, against a cache that is too small, and
+    against a captured pass over the last token of a prompt at a wrong position.
+    """
     model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
-    requests = [Request(prompt) for prompt in [*PROMPTS, [3 + i % 40 for i in range(1200)], [4, 5]]]
-    solo = [alone(model, request, max_steps=12).predicted_tokens for request in requests]
+    lengths = (1200, model_runner.PREFILL_CHUNK + 1)
+    prompts = [*PROMPTS, *([3 + 7 * i % 40 for i in range(length)] for length in lengths), [4]]
+    solo = tokens_alone(model, prompts, max_steps=12)
     capture_decoding(model)
     for size in (3, 1, 3):
-        results = in_batch(model, requests, size, max_steps=12, **drafts)
-        assert [results[index].predicted_tokens for index in range(len(requests))] == solo
+        got = in_batch(model, [Request(prompt) for prompt in prompts], size, max_steps=12, **drafts)
+        assert [got[index].predicted_tokens for index in range(len(prompts))] == solo
     assert graphs.replayed
-
-
-@pytest.mark.parametrize("length", [1, model_runner.PREFILL_CHUNK + 1])
-@pytest.mark.usefixtures("graphs")
-def test_the_last_piece_of_a_prompt_is_one_token(length):
-    """Guards against a captured pass over it at a wrong position."""
-    model = copy.deepcopy(tiny_llama(max_position_embeddings=2048))
-    request = Request([3 + 7 * i % 40 for i in range(length)])
-    expected = alone(model, request, max_steps=12).predicted_tokens
-    capture_decoding(model)
-    for drafts in ({}, {"exit_layer": 2, "num_speculations": 3}):
-        assert alone(model, request, max_steps=12, **drafts).predicted_tokens == expected
-
-
-SAMPLED_DRAFTS = [{}, {"exit_layer": 1, "num_speculations": 2}]
-SAMPLED_DRAFTS += [{**SAMPLED_DRAFTS[1], "draft_vocabulary": 1}]
-
-
-@pytest.mark.parametrize("drafts", SAMPLED_DRAFTS, ids=["plain", "drafted", "short vocabulary"])
-def test_the_distribution_of_sampled_rows(drafts):
-    """Rows with the same prompt and different seeds. False alarm: 1e-4 for each of two tests, fixed seeds."""
-    name = "self_speculative" if drafts else "autoregressive"
-    config = sampling(**{"generation_strategy": name, "exit_layer": -1, "num_speculations": -1, **drafts})
-    requests = [Request(SAMPLED_PROMPT, seed=seed) for seed in range(SAMPLES)]
-    results = dict(make_strategy(name).generate_batch(sampled_model(), requests, config, 4))
-    tokens = [tuple(results[index].predicted_tokens[:STEPS]) for index in range(SAMPLES)]
-    likely = expected(config, [])
-    assert p_value(Counter(tokens), likely) > 1e-4
-    # Neighbours are independent.
-    first = Counter()
-    for key, p in likely.items():
-        first[key[0]] += p
-    pairs = Counter(zip((t[0] for t in tokens[::2]), (t[0] for t in tokens[1::2]), strict=False))
-    assert p_value(pairs, {(a, b): p * q for a, p in first.items() for b, q in first.items()}) > 1e-4
 
 
 @pytest.mark.usefixtures("graphs")
@@ -580,7 +398,7 @@ def test_batches_that_are_taken_from_in_turn():
     model, strategy = copy.deepcopy(tiny_llama()), make_strategy("autoregressive")
     config = GenerationConfig(sample=False, max_steps=12)
     requests = [Request(prompt) for prompt in PROMPTS]
-    solo = {i: alone(model, request, max_steps=12).predicted_tokens for i, request in enumerate(requests)}
+    solo = dict(enumerate(tokens_alone(model, PROMPTS, max_steps=12)))
     both = [strategy.generate_batch(model, requests, config, batch_size=2) for _ in range(2)]
     for results in zip(*both, strict=True):
         assert all(result.predicted_tokens == solo[index] for index, result in results)
@@ -634,6 +452,4 @@ def test_faults_are_found(fault, monkeypatch):
     """The comparisons above detect classic mistakes."""
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        assert_as_if_alone(
-            tiny_llama(), [Request(p) for p in PROMPTS], 3, exit_layer=2, num_speculations=3, max_steps=20
-        )
+        assert_as_if_alone(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=20, **DRAFTED)

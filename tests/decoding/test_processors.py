@@ -1,4 +1,4 @@
-"""Penalties and min-p: those of transformers, exact with drafts, each row's own."""
+"""Penalties and min-p: equal to those of transformers, exact with drafts, and by row."""
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ DRAFTS = [
 
 
 def test_the_penalties_of_openai():
-    """logit - count * frequency - (count > 0) * presence, over the output alone."""
+    """Guards against another formula than logit - count * frequency - (count > 0) * presence, and against
+    counts of the prompt.
+    """
     processor = FrequencyPenaltyLogitsProcessor(2, frequency=0.5, presence=0.25)
     scores = processor(torch.tensor([[3, 3, 1, 0, 1]]), torch.zeros(1, 5))
     assert scores.tolist() == [[-0.75, -1.25, 0.0, 0.0, 0.0]]
@@ -42,6 +44,7 @@ def test_the_same_ids_with_drafts(penalties, drafts):
 
 
 def test_the_ids_of_transformers():
+    """Guards against another order of processors."""
     model = tiny_llama()
     shared = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     theirs = model.generate(torch.tensor([PROMPT]), repetition_penalty=1.3, no_repeat_ngram_size=2, **shared)
@@ -51,6 +54,7 @@ def test_the_ids_of_transformers():
 
 
 def test_every_row_has_its_own():
+    """Guards against penalties of another row."""
     model = tiny_llama()
     own = [GenerationConfig(sample=False, max_steps=20, **penalties) for penalties in PENALTIES]
     strategy = make_strategy("self_speculative")
@@ -63,6 +67,7 @@ def test_every_row_has_its_own():
 
 @pytest.mark.parametrize("min_p", [0.02, 0.3, 1.0])
 def test_min_p_of_transformers(min_p):
+    """Guards against another threshold, or another order of filters, alone and beside other rows."""
     logits = 3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
     warpers = [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.95), MinPLogitsWarper(min_p)]
     expected = LogitsProcessorList(warpers)(None, logits).softmax(-1)
@@ -72,7 +77,8 @@ def test_min_p_of_transformers(min_p):
     torch.testing.assert_close(rows.probabilities(logits)[::2], expected[::2])
 
 
-def test_nothing_is_asked_for():
+def test_defaults_and_ranges():
+    """Guards against a needless processor, which costs time per token, and against values out of range."""
     assert config_processors(GenerationConfig(), 3) == []
     with pytest.raises(ValueError, match=r"frequency_penalty 3: must be between -2 and 2"):
         GenerationConfig(frequency_penalty=3)

@@ -1,4 +1,4 @@
-"""Where text ends: stop words over token borders, and end ids."""
+"""Stop words, at any token boundary, and end ids."""
 
 import copy
 
@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.decoding.stopping import StopConditions, StopWords, decode
+from self_speculation.decoding.stopping import StopWords, decode
 
 
 def first_stop(tokenizer, words, ids):
-    """Fewest ids whose text holds a stop word, found the slow way."""
+    """The least number of ids whose text has a stop word, found by decoding all of them each time."""
     return next(
         (n for n in range(1, len(ids) + 1) if any(word in decode(tokenizer, ids[:n]) for word in words)), None
     )
@@ -23,8 +23,8 @@ def first_stop(tokenizer, words, ids):
 
 @pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
 @pytest.mark.parametrize("word", ["Human:", "an. Hu", " man", "é", "本語", "🙃", "\n\n", "a"])
-def test_the_window_finds_what_the_whole_text_holds(name, word, request):
-    """A window that is too short, or cut through a character, would miss words or find them late."""
+def test_the_window_finds_words_of_the_whole_text(name, word, request):
+    """Guards against a window that is too short, or begins inside a character, and misses a word."""
     tokenizer = request.getfixturevalue(name)
     text = "x y z " * 30 + "日本語" * 9 + "Once there was a man. Human: café 日本語 🙂🙃\n\nclass a"
     ids = tokenizer.encode(text)
@@ -37,23 +37,18 @@ def test_the_window_finds_what_the_whole_text_holds(name, word, request):
 @settings(max_examples=100)
 @given(ids=st.lists(st.integers(3, 300), max_size=40), word=st.text("aeo n.", min_size=1, max_size=3))
 def test_random_ids(byte_tokenizer, ids, word):
+    """Guards against a word that is missed or found in broken characters."""
     found = StopWords(byte_tokenizer, [word])
     stop = next((n for n in range(1, len(ids) + 1) if found(ids[:n])), None)
     assert stop == first_stop(byte_tokenizer, [word], ids)
 
 
-def test_cut_takes_the_earliest_word():
-    words = StopWords(None, ["def", "\n\n"])
-    assert words.cut("a\n\nb def") == "a"
-    assert words.cut("def") == ""
-    assert words.cut("nothing") == "nothing"
-
-
-def test_settled_holds_back_what_may_become_a_stop_word():
+def test_cut_and_settled_text():
+    """Guards against text after the earliest word, and against a shown beginning of a word."""
     words = StopWords(None, ["Human:", "\n\n"])
-    assert words.settled("I am Hum") == "I am "
-    assert words.settled("line\n") == "line"
-    assert words.settled("Humid") == "Humid"
+    assert [words.cut(text) for text in ("a\n\nb Human:", "Human:", "Hum")] == ["a", "", "Hum"]
+    texts = {"I am Hum": "I am ", "line\n": "line", "Humid": "Humid"}
+    assert [words.settled(text) for text in texts] == [*texts.values()]
     assert StopWords(None, []).settled("Hum") == "Hum"
 
 
@@ -72,7 +67,7 @@ SPECULATIVE = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_
 
 @pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
 def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra):
-    """`decoded_prediction` ends before it; `predicted_tokens` is the shortest run of ids that holds it."""
+    """Guards against text with a stop word, and against more ids than those whose text has it."""
     free = answer("def", **extra)
     text = free.decoded_prediction
     assert free.num_tokens_generated == 30
@@ -90,6 +85,7 @@ def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra)
 
 @pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
 def test_a_stop_word_in_the_prompt_stops_nothing(answer, extra):
+    """Guards against a search in the prompt."""
     free = answer("Human:", **extra)
     held = answer("Human:", stop_words=["Human:", "uman"], **extra)
     assert held.decoded_prediction == free.decoded_prediction
@@ -98,6 +94,7 @@ def test_a_stop_word_in_the_prompt_stops_nothing(answer, extra):
 
 @pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
 def test_an_empty_prompt_stands_for_bos(answer, byte_tokenizer, text_model, extra):
+    """Guards against an error, or a pass over no tokens."""
     result = answer("", **extra)
     reference = transformers_generate(text_model, [byte_tokenizer.bos_token_id], 30)
     assert result.generation_strategy_result.predicted_tokens == reference
@@ -105,6 +102,7 @@ def test_an_empty_prompt_stands_for_bos(answer, byte_tokenizer, text_model, extr
 
 
 def test_an_empty_prompt_without_bos_stands_for_eos_or_is_refused(text_model, byte_tokenizer):
+    """Guards against the id None."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.bos_token = None
     generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
@@ -117,7 +115,7 @@ def test_an_empty_prompt_without_bos_stands_for_eos_or_is_refused(text_model, by
 
 @pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
 def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extra, monkeypatch):
-    """The flag's, the tokenizer's and the model's (one or a list); the earliest ends the output."""
+    """Guards against ignored end ids of the config, the tokenizer or the model; the earliest one counts."""
     ids = answer("def", **extra).generation_strategy_result.predicted_tokens
     fresh = [i for i in range(1, len(ids)) if ids[i] not in ids[:i]]
     late, early = fresh[-1], fresh[0]
@@ -135,7 +133,8 @@ def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extr
     assert result.generation_strategy_result.predicted_tokens == ids[:early]
 
 
-def test_result_of_the_front_door_adds_up(answer):
+def test_rates_of_a_result(answer):
+    """Guards against rates by other times or numbers than those of the result."""
     result = answer("def")
     assert result.num_tokens_generated == len(result.generation_strategy_result.predicted_tokens)
     assert result.time_per_token == pytest.approx(result.total_time / 30)
@@ -143,8 +142,8 @@ def test_result_of_the_front_door_adds_up(answer):
 
 
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
-def test_one_callable_is_as_good_as_a_list_of_one(drafts):
-    """Guards against `'function' object is not iterable`, and against a list that is taken for a callable."""
+def test_one_callable_or_a_list(drafts):
+    """Guards against `'function' object is not iterable`, and against a call of transformers' lists."""
     processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
     one = {"logits_processors": processor, "stopping_criteria": criterion}
     lists = {"logits_processors": [processor], "stopping_criteria": [criterion]}
@@ -166,14 +165,14 @@ def test_one_callable_is_as_good_as_a_list_of_one(drafts):
 
 @pytest.mark.parametrize("reads_drafts", [False, True])
 def test_drafted_ids_are_written_where_processors_read_them(reads_drafts):
-    """Guards against a kernel per drafted token that nothing looks at, and against a history with gaps."""
+    """Guards against a needless kernel per drafted token, and against a history with gaps."""
     seen = []
-    stop = StopConditions([], 9, "max_steps", criteria=[lambda ids, _: seen.append(ids[0].tolist()) or False])
     processors = [lambda ids, scores: scores] if reads_drafts else []
-    sequence = Sequence([5, 6], torch.device("cpu"), stop, processors)
+    request = Request([5, 6], processors, lambda ids, _: seen.append(ids[0].tolist()) or False)
+    sequence = Sequence(request, GenerationConfig(max_steps=9), 99, torch.device("cpu"))
     sequence._ids.fill_(0)
     for position, token in enumerate(torch.tensor([7, 8, 1])):
-        sequence.place(token, position)
+        sequence.write_drafted(token, position)
     assert sequence.history(3)[0, 2:].tolist() == ([7, 8, 1] if reads_drafts else [0, 0, 0])
     sequence.commit([7, 8, 9], torch.zeros(3, 50))
     assert [ids[2:] for ids in seen] == [[7], [7, 8], [7, 8, 9]]

@@ -147,7 +147,10 @@ def test_prompts_in_chunks(name, graphs):
     scheduler = Scheduler(make_strategy(strategy), model, config, batch_size=4, token_budget=8)
     scheduler.run_every_pass(70)
     num_captured = len(graphs.captured)
-    assert in_batch(scheduler, prompts) == [result.predicted_tokens for result in expected]
+    for index, prompt in enumerate(prompts):  # each joins while the ones before decode
+        scheduler.add_request(index, Request(prompt))
+        scheduler.step()
+    assert finished(scheduler, len(prompts)) == [result.predicted_tokens for result in expected]
     assert len(graphs.captured) == num_captured
     assert {rows for _, rows, *_ in graphs.replayed} == {1, 2, 4}
 

@@ -12,7 +12,6 @@ from conftest import EOS, assert_close, generate, tiny_llama
 
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.decoding.stopping import StopConditions
 from self_speculation.drafts.registry import DraftContext, make_drafter
 from self_speculation.model import short_head
 from self_speculation.model.fused_layers import fuse, fused_model
@@ -101,7 +100,7 @@ def test_adaptive_drafts_with_it():
 
 
 def sequence(*ids):
-    return Sequence(ids, torch.device("cpu"), StopConditions([], 9))
+    return Sequence(Request([*ids]), GenerationConfig(max_steps=9), 99, torch.device("cpu"))
 
 
 def logits_of(head, num_rows=1):
