@@ -26,11 +26,11 @@ DEFAULT_ARGUMENTS = [
     *("--generation_strategy", "self_speculative", "--exit_layer", "30", "--num_speculations", "5"),
     *("--draft_weights", "int4", "--sample", "False", "--served_name", "SmolLM2-135M-Instruct"),
 ]
-WARM_UP = "Give me five tips for learning a language."  # not in the picture: a first answer is slower
+WARM_UP = "Give me five tips for a good breakfast."  # not in the picture: a first answer is slower
 QUESTIONS = {  # with drafts, or without
     "Explain in one paragraph how rainbows form.": False,
-    "Write a Python function that counts the words of a text.": True,
-    "Give me five tips for sleeping better.": True,
+    "Give me three tips for sleeping better.": True,
+    "Give me three tips for learning a language.": True,
 }
 # Replace the page with a copy, so that later tokens do not show.
 FREEZE = """() => {

@@ -14,18 +14,20 @@ import json
 import os
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pexpect
 import pyte
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-COLUMNS, LINES, FONT_SIZE = 92, 22, 14
+COLUMNS, LINES, FONT_SIZE = 92, 27, 14
 FRAME = 0.04  # seconds; viewers slow down what is faster than 0.02
 PAUSE, LAST = 1.5, 6.0  # seconds: the longest pause, and the duration of the last frame
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
 BACKGROUND = "#1d2026"
+SHADES = 21  # of each colour, from that of the background on: letters have soft edges
 # The demo of the Makefile.
 DEFAULT_ARGUMENTS = [
     *("--chat", "True", "--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
@@ -78,7 +80,21 @@ def draw(screen: pyte.Screen) -> Image.Image:
             if cell.data.strip():
                 place = (8 + column * width, 8 + row * height)
                 pen.text(place, cell.data, font=font, fill=PALETTE.get(cell.fg, PALETTE["default"]))
-    return image.quantize(64)
+    return image.quantize(palette=palette(), dither=Image.Dither.NONE)
+
+
+@cache
+def palette() -> Image.Image:
+    """One palette for all frames. A palette of a frame's own may lack the colour of a few letters."""
+    image = Image.new("P", (1, 1))
+    background = ImageColor.getrgb(BACKGROUND)
+    image.putpalette([
+        round(back + (fore - back) * shade / (SHADES - 1))
+        for colour in PALETTE.values()
+        for shade in range(SHADES)
+        for back, fore in zip(background, ImageColor.getrgb(colour), strict=True)
+    ])  # fmt: skip
+    return image
 
 
 def main() -> None:
