@@ -73,13 +73,13 @@ def fixed_settings(
     exits = sorted({max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 4, 1 / 3)})
     kinds: dict[DraftWeights, None] = dict.fromkeys(("exact", config.draft_weights))
     return {
-        f"{kind} {layer} x {k}{' + lookup' if lookup else ''}": replace(
+        f"{kind} {layer} x {k}{' + n-grams' if ngrams else ''}": replace(
             config, generation_strategy="self_speculative", exit_layer=layer, num_speculations=k,
-            draft_weights=kind, prompt_lookup=lookup,
+            draft_weights=kind, prompt_lookup=ngrams,
         )
         for kind in kinds
         for layer in (exits if kind == "exact" else [*exits, num_layers])
-        for k, lookup in itertools.product(lengths, (0, 4))
+        for k, ngrams in itertools.product(lengths, (0, 4))
     }  # fmt: skip
 
 
@@ -119,41 +119,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         picked = replace(config, sample=picking == "sampled")
         prompts = [[ids] for ids in given[workload][: args.num_prompts]]
         configs = strategies(picked, num_layers)
-        both = {name: ours(model, end_ids, configs[name]) for name in (PLAIN, ADAPTIVE)}
-        for side in both.values():
+        sides = {name: ours(model, end_ids, configs[name]) for name in (PLAIN, ADAPTIVE)}
+        for side in sides.values():
             side(max(prompts, key=lambda group: len(group[0])))  # warms up
-        found: dict[str, Any] = {}
-        if args.finalists:
-            settings = fixed_settings(picked, num_layers, args.lengths)
-            grid = {name: ours(model, end_ids, setting) for name, setting in settings.items()}
-            searched = {PLAIN: both[PLAIN], **grid}
-            tried = list(in_turns(searched, prompts[: args.searched], 1, seed, "searching"))
-            best = sorted(grid, key=lambda name: typical(ratios(tried, name, PLAIN)), reverse=True)
-            found = {name: grid[name] for name in best[: args.finalists]}
+        settings = fixed_settings(picked, num_layers, args.lengths) if args.finalists else {}
+        grid = {name: ours(model, end_ids, setting) for name, setting in settings.items()}
+        tried = list(in_turns({PLAIN: sides[PLAIN], **grid}, prompts[: args.searched], 1, seed, "searching"))
+        best = sorted(grid, key=lambda name: typical(ratios(tried, name, PLAIN)), reverse=True)
+        fixed = best[: args.finalists]
+        sides |= {name: grid[name] for name in fixed}
         forget_what_was_learnt(model)
-        sides = {**both, **found}
         turns = list(in_turns(sides, prompts, args.rounds, seed, f"{picking}, {workload}"))
-        best_fixed = max(found, key=lambda name: typical(ratios(turns, name, PLAIN)), default=None)
-        for name in [ADAPTIVE, *found]:
-            each = ratios(turns, name, PLAIN)
-            low, middle, high = quartiles(each) if each else (None, None, None)
-            paired = ratios(turns, ADAPTIVE, best_fixed) if name == ADAPTIVE and best_fixed else []
-            rows.append(
-                {
-                    "picking": picking, "workload": workload, "side": name, "x": middle, "low": low,
-                    "high": high, "first": each[0] if each else None,
-                    "of best": statistics.median(paired) if paired else None,
-                    "sums": of_sums(turns, name) / of_sums(turns, PLAIN),
-                    "sources": {
-    source: counts._asdict()
-    for source, counts in draft_stats([turn[name] for turn in turns]).by_source.items()
-},
-                }
-            )  # fmt: skip
-        show(rows[-1 - len(found) :])
+        new = [
+            {"picking": picking, "workload": workload, **figures(turns, name, fixed)}
+            for name in [ADAPTIVE, *fixed]
+        ]
+        show(new)
+        rows += new
     worst = min((row["x"] for row in rows if row["side"] == ADAPTIVE and row["x"]), default=None)
     print(json.dumps({"model": Path(model_name(model_args)).name, "rows": rows, "worst": worst}))
     return 0
+
+
+def figures(turns: Sequence[Mapping[str, Answers]], side: str, fixed: Sequence[str]) -> dict[str, Any]:
+    """The row of a side; `fixed` are the names of the fixed settings."""
+    each = ratios(turns, side, PLAIN)
+    low, middle, high = quartiles(each) if each else (None, None, None)
+    paired: list[float] = []
+    if side == ADAPTIVE and fixed:
+        paired = ratios(turns, ADAPTIVE, max(fixed, key=lambda name: typical(ratios(turns, name, PLAIN))))
+    sources = draft_stats([turn[side] for turn in turns]).by_source
+    return {
+        "side": side, "x": middle, "low": low, "high": high, "first": each[0] if each else None,
+        "of best": statistics.median(paired) if paired else None,
+        "sums": of_sums(turns, side) / of_sums(turns, PLAIN),
+        "sources": {source: counts._asdict() for source, counts in sources.items()},
+    }  # fmt: skip
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from arguments import refuse
-from benchmarks.sides import Answers, Side
+from benchmarks.sides import EARLY_EXIT, LOOKUP, TRANSFORMERS, Answers, Side, theirs
 from self_speculation import GenerationConfig
 
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
@@ -19,6 +20,28 @@ LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3}
 FEWER_BITS = ("Q8_0", "Q4_1")
 
 _TRIES = 2  # of each format; the first one warms up
+
+
+class Peer(NamedTuple):
+    side: Side
+    num_bytes: int  # of its weights
+    model: Any = None  # of transformers
+
+
+def of_transformers(
+    model: Any, end_ids: Sequence[int], config: GenerationConfig, prompt: list[int], size: int
+) -> dict[str, Peer]:
+    """`generate` of transformers, each kind of drafts in the format that is fastest for this prompt."""
+    names = [TRANSFORMERS]
+    if size == 1:  # transformers has no exit after all layers
+        early = config.exit_layer < len(model.base_model.layers)
+        names += [EARLY_EXIT, LOOKUP] if early else [LOOKUP]
+    models, peers = in_each_format(model), {}
+    for name in names:
+        make = partial(theirs, name, end_ids=end_ids, config=config, size=size)
+        chosen = fastest(models, make, [prompt] * size)
+        peers[name] = Peer(make(chosen), chosen.num_parameters() * chosen.dtype.itemsize, chosen)
+    return peers
 
 
 def in_each_format(model: Any) -> list[Any]:
@@ -48,21 +71,30 @@ def find_llama_cpp(model: Path) -> Any:
     return library
 
 
-def llama_cpp(model: Path, name: str, end_ids: Sequence[int], config: GenerationConfig, folder: Path) -> Side:
-    """Greedy decoding by llama-cpp-python, one prompt at a time, with torch's number of threads.
+def of_llama_cpp(
+    model: Path, end_ids: Sequence[int], config: GenerationConfig, folder: Path
+) -> dict[str, Peer]:
+    """Greedy decoding by llama-cpp-python in each format of LLAMA_CPP, one prompt at a time.
 
     Args:
         model: the .gguf file of the weights.
-        name: a format of LLAMA_CPP; llama.cpp's own quantiser makes it.
-        folder: for the quantised file.
+        folder: for the files that llama.cpp's own quantiser writes.
     """
-    library = find_llama_cpp(model)
-    made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
-    how.ftype, how.allow_requantize = LLAMA_CPP[name], True
-    if library.llama_model_quantize(str(model).encode(), str(made).encode(), how):
-        refuse(f"--peers llama.cpp: it cannot write {model.name} as {name}", status=1)
+    library, peers = find_llama_cpp(model), {}
+    for name, number in LLAMA_CPP.items():
+        made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
+        how.ftype, how.allow_requantize = number, True
+        if library.llama_model_quantize(str(model).encode(), str(made).encode(), how):
+            refuse(f"--peers llama.cpp: it cannot write {model.name} as {name}", status=1)
+        side = _llama_cpp(library, made, end_ids, config)
+        peers[f"llama.cpp {name}"] = Peer(side, made.stat().st_size)
+    return peers
+
+
+def _llama_cpp(library: Any, weights: Path, end_ids: Sequence[int], config: GenerationConfig) -> Side:
+    """llama.cpp with torch's number of threads."""
     threads = torch.get_num_threads()
-    engine = library.Llama(str(made), n_ctx=0, n_threads=threads, n_threads_batch=threads, verbose=False)
+    engine = library.Llama(str(weights), n_ctx=0, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def generate(prompts: Sequence[list[int]]) -> Answers:
         new: list[list[int]] = []

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from matplotlib import pyplot
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import FEWER_BITS, LLAMA_CPP, fastest, find_llama_cpp, in_each_format, llama_cpp
+from benchmarks.peers import FEWER_BITS, Peer, find_llama_cpp, of_llama_cpp, of_transformers
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -50,13 +50,11 @@ from benchmarks.sides import (
     SPECULATIVE,
     TRANSFORMERS,
     Answers,
-    Side,
     draft_stats,
     in_turns,
     memory_added,
     ours,
     strategies,
-    theirs,
     tokens_per_pass,
 )
 from measures.metrics import quartiles
@@ -104,22 +102,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.peers:
         find_llama_cpp(Path(model_name(model_args)))
     generator = load_generator(model_args, config)
-    model = generator.model
+    model, end_ids = generator.model, generator.eos_token_ids
     prompts = [generator.encode(prompt) for prompt in args.prompts()]
     described = describe("side_by_side", (model_args, config), "")
     described["arguments"]["dataset"] = "human_eval"
     print(title := heading(described | describe_model(model_name(model_args), model)))
     rows: list[dict[str, Any]] = []
+    formats: dict[int, dict[str, str]] = {}
     with TemporaryDirectory() as folder:
-        peers = Peers(generator, config, max(prompts, key=len))
+        alone: dict[str, Peer] = {}
         if args.peers:
-            peers.add_llama_cpp(Path(model_name(model_args)), Path(folder))
+            alone = of_llama_cpp(Path(model_name(model_args)), end_ids, config, Path(folder))
         for size in args.batch_size:
+            peers = of_transformers(model, end_ids, config, max(prompts, key=len), size)
+            formats[size] = {name: _name(peer.model.dtype) for name, peer in peers.items()}
+            peers |= alone if size == 1 else {}
             rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
     device = f"{model.device}, {torch.get_num_threads()} threads"
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
-    name, dtype = Path(model_name(model_args)).name, str(model.dtype).removeprefix("torch.")
     if args.picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,70 +129,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             table["side"] += ", batch " + table["batch_size"].astype(str)
         draw_bars(table.set_index("side"), title, path)
     about = {
-        "model": name, "dtype": dtype, "device": device, "torch": torch.__version__,
-        "computed_in": str(activation_dtype(model)).removeprefix("torch."),
-        "transformers": transformers.__version__, "transformers_in": peers.formats,
-        "exit_layer": config.exit_layer,
-        "num_speculations": config.num_speculations, "max_steps": config.max_steps, "rounds": args.rounds,
-        "prompts": len(prompts),
+        "model": Path(model_name(model_args)).name, "dtype": _name(model.dtype), "device": device,
+        "computed_in": _name(activation_dtype(model)), "torch": torch.__version__,
+        "transformers": transformers.__version__, "transformers_in": formats,
+        "exit_layer": config.exit_layer, "num_speculations": config.num_speculations,
+        "max_steps": config.max_steps, "rounds": args.rounds, "prompts": len(prompts),
     }  # fmt: skip
     print(json.dumps({**about, "rows": rows}))
     return 0
 
 
-class Peers:
-    """The sides of other software.
-
-    Args:
-        prompt: chooses the formats of transformers.
-
-    Attributes:
-        formats: batch size -> format of each side of transformers.
-        models: side of transformers -> its model, for the last batch size.
-        num_bytes: side -> bytes of its weights, for the last batch size.
-    """
-
-    def __init__(
-        self, generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int]
-    ) -> None:
-        self._generator, self._config, self._prompt = generator, config, prompt
-        self._end_ids = generator.eos_token_ids
-        self.formats: dict[int, dict[str, str]] = {}
-        self.models: dict[str, Any] = {}
-        self.num_bytes: dict[str, int] = {}
-        self._llama_cpp: dict[str, Side] = {}
-
-    def add_llama_cpp(self, model: Path, folder: Path) -> None:
-        for name in LLAMA_CPP:
-            side = f"llama.cpp {name}"
-            self._llama_cpp[side] = llama_cpp(model, name, self._end_ids, self._config, folder)
-            self.num_bytes[side] = (folder / f"{name}.gguf").stat().st_size
-
-    def sides(self, size: int) -> dict[str, Side]:
-        """All sides that take `size` prompts at a time."""
-        model, names = self._generator.model, [TRANSFORMERS]
-        if size == 1:  # transformers has no exit after all layers
-            early = self._config.exit_layer < len(model.base_model.layers)
-            names += [EARLY_EXIT, LOOKUP] if early else [LOOKUP]
-        kinds: dict[str, Callable[[Any], Side]] = {
-            name: partial(theirs, name, end_ids=self._end_ids, config=self._config, size=size)
-            for name in names
-        }
-        models = in_each_format(model)
-        self.models = {name: fastest(models, make, [self._prompt] * size) for name, make in kinds.items()}
-        for name, chosen in self.models.items():
-            self.num_bytes[name] = chosen.num_parameters() * chosen.dtype.itemsize
-        self.formats[size] = {
-            name: str(chosen.dtype).removeprefix("torch.") for name, chosen in self.models.items()
-        }
-        sides = {name: make(self.models[name]) for name, make in kinds.items()}
-        return sides | (self._llama_cpp if size == 1 else {})
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def compare(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
-    peers: Peers,
+    peers: Mapping[str, Peer],
     prompts: Sequence[list[int]],
     size: int,
     rounds: int,
@@ -202,8 +157,8 @@ def compare(
     configs = strategies(config, len(model.base_model.layers))
     if configs[COPY] == configs[SPECULATIVE]:
         del configs[COPY]  # the flags name that copy already
-    end_ids = generator.eos_token_ids
-    sides = peers.sides(size) | {name: ours(model, end_ids, own, size) for name, own in configs.items()}
+    sides = {name: peer.side for name, peer in peers.items()}
+    sides |= {name: ours(model, generator.eos_token_ids, own, size) for name, own in configs.items()}
     in_turn = 1 if size == 1 else _BATCHES_IN_TURN * size
     groups = [prompts[start : start + in_turn] for start in range(0, len(prompts), in_turn)]
     longest = sorted(prompts, key=len)[-size:]
@@ -219,7 +174,7 @@ def compare(
             del sides[name]
             continue
         if name in (EARLY_EXIT, LOOKUP):
-            per_pass[name] = tokens_per_pass(peers.models[name], side, groups[0])
+            per_pass[name] = tokens_per_pass(peers[name].model, side, groups[0])
         _, added[name] = memory_added(model.device, partial(side, longest))
     turns = list(in_turns(sides, groups, rounds, seed, f"batches of {size}"))
 
@@ -231,7 +186,7 @@ def compare(
             copied = name != PLAIN and configs[name].draft_weights != "exact"
             held = model.num_parameters() * model.dtype.itemsize + bytes_made(model, for_drafts=copied)
         else:
-            held = peers.num_bytes[name]
+            held = peers[name].num_bytes
         share = None
         if name in (SPECULATIVE, COPY, ADAPTIVE):
             drafts = draft_stats(own)
@@ -251,7 +206,7 @@ def compare(
                 "same_ids": sum(own == plain for own, plain in zip(ids[name], ids[PLAIN], strict=True)),
             }
         )  # fmt: skip
-    show(rows, f"transformers in {peers.formats[size][TRANSFORMERS]}")
+    show(rows, f"transformers in {_name(peers[TRANSFORMERS].model.dtype)}")
     say_who_is_ahead(turns, [*configs])
     return rows
 

@@ -1,10 +1,10 @@
-"""Record `generate.py --streamer speculative` at a terminal and draw it as an animated GIF, at its own speed.
+"""Record the answer of `make demo` at a terminal and draw it as an animated GIF, at its own speed.
 
     python docs/record_streamer.py docs/streamer.gif --model FILE.gguf [other arguments of generate.py]
 
-Needs requirements-dev.txt. Drawing begins after the program has ended, since it would slow it down. One frame
-of the GIF has all output of its time, so the film lasts as long as the program. The last line is one JSON
-object.
+Needs requirements-dev.txt. Drawing begins after the program has ended, since it would slow it down. A frame
+has all output of its time, so tokens appear as fast as they did. Only pauses are shortened: one comes before
+the last line, the comparison. The last line of this script's own output is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import json
 import os
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pexpect
 import pyte
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-COLUMNS, LINES, FONT_SIZE = 84, 20, 15
+COLUMNS, LINES, FONT_SIZE = 92, 27, 14
 FRAME = 0.04  # seconds; viewers slow down what is faster than 0.02
-LAST = 4.0  # duration of the last frame in seconds
+PAUSE, LAST = 1.5, 6.0  # seconds: the longest pause, and the duration of the last frame
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
 BACKGROUND = "#1d2026"
-# The demo of the Makefile without its comparison.
+SHADES = 21  # of each colour, from that of the background on: letters have soft edges
+# The demo of the Makefile.
 DEFAULT_ARGUMENTS = [
     *("--chat", "True", "--sample", "False", "--max_steps", "120", "--streamer", "speculative"),
-    *("--generation_strategy", "adaptive", "--draft_weights", "int4"),
+    *("--generation_strategy", "adaptive", "--draft_weights", "int4", "--compare", "True"),
     *("--prompt", "Give me three tips for sleeping better."),
 ]
 
@@ -63,8 +65,8 @@ def film(written: list[tuple[float, str]]) -> tuple[list[Image.Image], list[int]
         stream.feed("".join(text for _, text in group))
         pictures.append(draw(screen))
         numbers.append(number)
-    durations = [round(1000 * FRAME) * (after - before) for before, after in itertools.pairwise(numbers)]
-    return pictures, [*durations, round(1000 * LAST)]
+    seconds = [min(PAUSE, FRAME * (after - before)) for before, after in itertools.pairwise(numbers)]
+    return pictures, [round(1000 * duration) for duration in (*seconds, LAST)]
 
 
 def draw(screen: pyte.Screen) -> Image.Image:
@@ -78,7 +80,21 @@ def draw(screen: pyte.Screen) -> Image.Image:
             if cell.data.strip():
                 place = (8 + column * width, 8 + row * height)
                 pen.text(place, cell.data, font=font, fill=PALETTE.get(cell.fg, PALETTE["default"]))
-    return image.quantize(64)
+    return image.quantize(palette=palette(), dither=Image.Dither.NONE)
+
+
+@cache
+def palette() -> Image.Image:
+    """One palette for all frames. A palette of a frame's own may lack the colour of a few letters."""
+    image = Image.new("P", (1, 1))
+    background = ImageColor.getrgb(BACKGROUND)
+    image.putpalette([
+        round(back + (fore - back) * shade / (SHADES - 1))
+        for colour in PALETTE.values()
+        for shade in range(SHADES)
+        for back, fore in zip(background, ImageColor.getrgb(colour), strict=True)
+    ])  # fmt: skip
+    return image
 
 
 def main() -> None:
@@ -86,7 +102,7 @@ def main() -> None:
     written = record([*DEFAULT_ARGUMENTS, *arguments])
     (first, *others), durations = film(written)
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
-    print(json.dumps({"seconds": written[-1][0], "film_seconds": sum(durations) / 1000 - LAST}))
+    print(json.dumps({"seconds": written[-1][0], "film_seconds": sum(durations) / 1000}))
 
 
 if __name__ == "__main__":

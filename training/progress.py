@@ -8,30 +8,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import pandas
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from accelerate.utils import gather_object
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from runs.ranks import num_processes
 from runs.records import RecordError
-from training.trainer import EarlyExitTrainer
 
 
 class Stop(TrainerCallback):
     """End a training on all ranks after the current step, with a log row and a checkpoint, if one rank gets
     SIGINT or SIGTERM or cannot write the log.
 
-    A second SIGINT ends it at once; but not under torchrun, which sends a second one to every rank. So does a
-    signal before the first or after the last step.
+    A second SIGINT ends it at once, but not under torchrun, which sends a second one to every rank. A signal
+    outside of `train` also ends it at once.
 
     Attributes:
         reason: why the training ended early, or None.
         status: the exit status if it ended early.
     """
 
-    def __init__(self, trainer: EarlyExitTrainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.reason: str | None = None
         self.status = 1
         self._requested = 0, ""  # status and reason of this rank
-        self._in_steps = False
         self._trainer = trainer
         trainer.add_callback(self)
 
@@ -51,20 +50,16 @@ class Stop(TrainerCallback):
     def _handle(self, number: int, _: Any) -> None:
         again = number == signal.SIGINT and self._requested[0] > 128 and num_processes() == 1
         self.after_this_step(128 + number, "interrupted")
-        if again or not self._in_steps:
+        if again or not self._trainer.is_in_train:
             self.status = 128 + number
             raise KeyboardInterrupt
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._in_steps = True
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._in_steps = False
-
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        if status := self._trainer.highest(self._requested[0]):
+        if status := max(gather_object([self._requested[0]])):
             self.status, self.reason = status, self._requested[1] or "another rank was interrupted"
             control.should_log = control.should_save = control.should_training_stop = True
+
+    on_train_end = on_step_end  # a signal may come after the end of the last step
 
 
 class Progress(ProgressCallback):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.utils import logging
 
-from arguments import ModelArguments, read_run, refuse
+from arguments import ModelArguments, refuse
 from data import DataError
 from measures.plots import curves_by_exit
 from runs import ranks, records
@@ -183,15 +183,14 @@ def _open_run(flags: Flags, content: str) -> Run:
     """The folder of this training; raises RecordError."""
     resume = flags.optimization.resume
     description = records.describe("train", flags, content)
-    if resume is not None:
-        records.check_same_run(resume, description, flags)
-        if (now := _samples(description)) != (was := _samples(read_run(resume))):
-            raise RecordError(
-                f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
-                f"--batch_size and --gradient_accumulation must make {was} together"
-            )
     if resume is None:
         return Run.create(flags.model.output_dir, "train", description)
+    earlier = records.check_same_run(resume, description, flags)
+    if (now := _samples(description)) != (was := _samples(earlier)):
+        raise RecordError(
+            f"--resume {resume}: a step of that run has {was} samples, this one's {now}: ranks, "
+            f"--batch_size and --gradient_accumulation must make {was} together"
+        )
     run = Run.resume(resume, description)
     run.say("running")  # it may have more steps than before
     return run
@@ -241,7 +240,8 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
     columns = {name: [v for k, v in metrics.items() if f"_{name}_exit_" in k] for name in EXIT_SCORES}
     table = pandas.DataFrame({"exit_layer": range(1, len(columns["loss"]) + 1), **columns})
     run.replace("exits.csv", table.to_csv(index=False))
-    title = heading(run.description)
+    asked = run.description["arguments"]
+    title = heading(run.description | {"arguments": asked | {"dataset": asked["data_path"] or asked["data"]}})
     curves_by_exit(table, list(EXIT_SCORES), title, run.folder / "exits")
     run.say("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")

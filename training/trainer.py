@@ -13,17 +13,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
+from unittest.mock import patch
 
 import numpy
 import torch
-import torch.distributed as dist
-from accelerate.utils import DynamoBackend
-from safetensors import SafetensorError
+from accelerate.utils import DynamoBackend, gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
@@ -32,21 +31,16 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from data import one_line
 from runs.failures import try_to_write
-from runs.ranks import PATIENCE
 from self_speculation.model.families import check_supported
 from self_speculation.model.whole_texts import hidden_after_each_layer
 from training import losses, recipe
 from training.flags import RecipeArguments
-
-T = TypeVar("T")
 
 # The scores of each exit in an evaluation. Agreement: how often it predicts the token of the last layer.
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 # Check so many losses and gradient norms together, unless a log row or a checkpoint comes first.
 _CHECK_EVERY = 1000
-
-_WRITE_ERRORS = (OSError, RuntimeError, MemoryError, SafetensorError, CheckpointException)
 
 
 class DivergedError(Exception):
@@ -127,17 +121,11 @@ def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: 
     return scores.view(len(scores), len(labels), -1, 4).sum(2).transpose(0, 1)
 
 
-@contextmanager
-def calling(module: nn.Module, function: Callable) -> Iterator[None]:
-    """Replace the module's `forward`; its hooks, which may gather sharded weights, still run."""
-    before = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:  # accelerate replaces it, too
-            module.forward = before
+def calling(module: nn.Module, function: Callable) -> AbstractContextManager:
+    """A context in which `function` is the module's `forward`; its hooks, which may gather sharded weights,
+    still run.
+    """
+    return patch.object(module, "forward", function)
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
@@ -184,8 +172,6 @@ class EarlyExitTrainer(Trainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             for layer in plain(model).base_model.layers:
                 layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        # Ranks agree on the CPU, so that none waits for its GPU.
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if args.world_size > 1 else None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step = 0
@@ -268,39 +254,22 @@ class EarlyExitTrainer(Trainer):
             for (step, what, _, documents), value in zip(unchecked, values, strict=True)
             if not numpy.isfinite(value)
         ]
-        if found := list(chain(*self._gathered(bad))):
+        if found := gather_object(bad):
             step, what, value, _ = min(found, key=lambda each: each[:2])  # a loss sorts before its gradient
             documents = [rows for at, of, _, rows in found if (at, of) == (step, what)]
             raise DivergedError(step, what, value, list(chain(*documents)))
-
-    def _gathered(self, value: T) -> list[T]:
-        """The values of all ranks."""
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self.args.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def highest(self, value: int) -> int:
-        """The maximum over the ranks."""
-        if self._group is None:
-            return value
-        number = torch.tensor(value)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
-        return int(number)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Raises CheckpointError on every rank if one of them cannot write. Older checkpoints are kept."""
         self._check_losses()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        reason = None
+        reasons = []
         try:
             super()._save_checkpoint(model, trial)
-        except _WRITE_ERRORS as error:
-            reason = _why_not_written(error, folder.parent)
-        if reasons := [each for each in self._gathered(reason) if each is not None]:
-            # A complete one stays: the trainer may have failed to delete an older one.
-            if self.args.should_save and newest_checkpoint(folder.parent) != folder:
+        except (Exception, CheckpointException) as error:  # torch raises more than OSError
+            reasons.append(_why_not_written(error, folder.parent))
+        if reasons := gather_object(reasons):
+            if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(f"cannot write {folder}: {reasons[0]}")
         self._restart_clock()

@@ -13,13 +13,13 @@ from benchmarks import estimates
 
 
 def test_the_page_has_the_table(capsys):
-    """Guards against a formula that has changed since."""
+    """Guards against a page with figures of an older formula."""
     estimates.main()
     assert capsys.readouterr().out in (ROOT / "docs" / "training.md").read_text()
 
 
 def test_weights_gradients_and_optimizer_by_hand():
-    """A tied model is counted once; an adapter has two matrices for each product of a layer."""
+    """Guards against a tied model that is counted twice, and against an adapter of one matrix."""
     config = estimates.llama(8, 16, 3, 2, 1, 50, True)
     parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     full = estimates.memory(config, 1, 4, 2, computed_in=torch.float32)

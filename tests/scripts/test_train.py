@@ -127,8 +127,10 @@ def signalled(step, rank=0, by="SIGKILL"):
     )
 
 
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
-    """The model learns, transformers loads it, generate.py uses it, plot and tables exist."""
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
+    """Guards against a training that learns nothing, and against results that no script or transformers
+    reads.
+    """
     folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
     frame = log(folder)
     losses = frame["loss"].dropna()
@@ -136,6 +138,8 @@ def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
     assert {f"eval_loss_exit_{exit}" for exit in (1, 2, 3)} <= set(frame)
     assert list(pandas.read_csv(folder / "exits.csv")["exit_layer"]) == [1, 2, 3]
     assert (folder / "exits.png").stat().st_size > 1000
+    # Guards against a picture without model and data in its title.
+    assert re.search(rf"a new Llama,\s+{re.escape(texts[:40])}", capsys.readouterr().out)
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     model, tokenizer = load_model_and_tokenizer(str(folder / "model"))
     text = "def add(a, b):\n        return a + 12\n"
@@ -164,92 +168,46 @@ def raises(error):
     return function
 
 
-def at_step(event):
-    """Patch: call `event` at the sixth step."""
-
-    def patch(monkeypatch):
-        step = EarlyExitTrainer.training_step
-
-        def patched(self, *args, **kwargs):
-            if self.state.global_step == 5:
-                event()
-            return step(self, *args, **kwargs)
-
-        monkeypatch.setattr(EarlyExitTrainer, "training_step", patched)
-
-    return patch
-
-
 def sends(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def in_last_evaluation(monkeypatch):
-    """Patch: SIGTERM after the last step."""
-    evaluate = EarlyExitTrainer.evaluate
-
-    def patched(self, *args, **kwargs):
-        if args:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, *args, **kwargs)
-
-    monkeypatch.setattr(EarlyExitTrainer, "evaluate", patched)
-
-
-def in_last_checkpoint(error, disk_is_full=False):
-    """Patch: `torch.save` raises in the last of three checkpoints."""
+def before(owner, name, event, when):
+    """A patch: call `event` before the calls of a method whose arguments meet a condition."""
 
     def patch(monkeypatch):
-        save = torch.save
+        original = getattr(owner, name)
 
-        def patched(thing, path, *args, **kwargs):
-            if "checkpoint-12" in str(path):
-                if disk_is_full:
-                    monkeypatch.setattr(
-                        "training.trainer.try_to_write", raises(OSError(errno.ENOSPC, "No space"))
-                    )
-                raise error
-            return save(thing, path, *args, **kwargs)
+        def patched(*args, **kwargs):
+            if when(*args):
+                event()
+            return original(*args, **kwargs)
 
-        monkeypatch.setattr(torch, "save", patched)
+        monkeypatch.setattr(owner, name, patched)
 
     return patch
 
 
-def in_last_rotation(monkeypatch):
-    """Patch: the trainer cannot delete the oldest of three checkpoints."""
-
-    def rotate(output_dir, **_):
-        if checkpoints(Path(output_dir)) == {4, 8, 12}:
-            raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+def at_step(event):
+    """A patch: call `event` at the sixth step."""
+    return before(EarlyExitTrainer, "training_step", event, lambda own, *_: own.state.global_step == 5)
 
 
-def in_log(monkeypatch):
-    """Patch: log.csv cannot be written from step 6 on."""
-    replace = Run.replace
-
-    def patched(self, name, text):
-        if name == "log.csv" and "\n6," in text:
-            raise RecordError(f"cannot write {self.folder / name}: No space left on device")
-        replace(self, name, text)
-
-    monkeypatch.setattr(Run, "replace", patched)
+def in_last_checkpoint(event):
+    """A patch: call `event` when `torch.save` writes the last of three checkpoints."""
+    return before(torch, "save", event, lambda _, path, *__: "checkpoint-12" in str(path))
 
 
-def in_model(monkeypatch):
-    """Patch: the disk is full when the model is saved."""
-    save = LlamaForCausalLM.save_pretrained
-
-    def patched(self, folder, **kwargs):
-        if str(folder).endswith("model"):
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save(self, folder, **kwargs)
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", patched)
+def on_full_disk(monkeypatch):
+    """A patch: torch raises an error that does not tell that the disk is full."""
+    no_space = raises(OSError(errno.ENOSPC, "No space"))
+    monkeypatch.setattr("training.trainer.try_to_write", no_space)
+    in_last_checkpoint(raises(RuntimeError("[enforce fail at inline_container.cc:672]")))(monkeypatch)
 
 
+LOG_LOST = raises(RecordError("cannot write log.csv: No space left on device"))
+MODEL_LOST = raises(SafetensorError("I/O error: No space left on device (os error 28)"))
+SIGTERM = sends(signal.SIGTERM)
 EXACT = ["--layer_dropout", "0.5", "--exit_loss", "distill", "--log_steps", "1"]
 
 
@@ -264,33 +222,36 @@ def whole(tmp_path_factory, texts):
     [
         (at_step(raises(Killed)), None, {4}, None),
         (at_step(sends(signal.SIGINT)), 130, {4, 6}, "interrupted; step 6 is kept"),
-        (at_step(sends(signal.SIGTERM)), 143, {4, 6}, "interrupted; step 6 is kept"),
+        (at_step(SIGTERM), 143, {4, 6}, "interrupted; step 6 is kept"),
         (at_step(raises(DataError("a row of a stream"))), 1, {4}, "a row of a stream; step 4 is kept"),
-        (in_last_evaluation, 143, {8, 12}, "interrupted; step 12 is kept"),
+        (in_last_checkpoint(SIGTERM), 143, {8, 12}, "interrupted; step 12 is kept"),
         (
-            in_last_checkpoint(RuntimeError("[enforce fail at inline_container.cc:672]"), disk_is_full=True),
-            1, {4, 8}, "cannot write {folder}/checkpoint-12: [Errno 28] No space; step 8 is kept",
+            before(EarlyExitTrainer, "evaluate", SIGTERM, lambda own, *held_out: held_out),  # the last one
+            143, {8, 12}, "interrupted; step 12 is kept",
+        ),
+        (on_full_disk, 1, {4, 8}, "cannot write {folder}/checkpoint-12: [Errno 28] No space; step 8 is kept"),
+        (
+            in_last_checkpoint(raises(MemoryError)),
+            1, {4, 8}, "cannot write {folder}/checkpoint-12: MemoryError; step 8 is kept",
         ),
         (
-            in_last_checkpoint(PermissionError(errno.EACCES, "Permission denied")),
-            1, {4, 8}, "cannot write {folder}/checkpoint-12: [Errno 13] Permission denied; step 8 is kept",
+            before(Run, "replace", LOG_LOST, lambda _, name, text: name == "log.csv" and "\n6," in text),
+            1, {4, 7}, "cannot write log.csv: No space left on device; step 7 is kept",
         ),
         (
-            in_last_checkpoint(RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-            1, {4, 8}, "checkpoint-12: DefaultCPUAllocator: can't allocate memory; step 8 is kept",
+            before(LlamaForCausalLM, "save_pretrained", MODEL_LOST, lambda _, to: str(to).endswith("/model")),
+            1, {8, 12}, "No space left on device (os error 28); step 12 is kept",
         ),
-        (in_last_checkpoint(MemoryError()), 1, {4, 8}, "checkpoint-12: MemoryError; step 8 is kept"),
-        (in_last_rotation, 1, {4, 8, 12}, "[Errno 13] Permission denied; step 12 is kept"),
-        (in_log, 1, {4, 7}, "cannot write {folder}/log.csv: No space left on device; step 7 is kept"),
-        (in_model, 1, {8, 12}, "No space left on device (os error 28); step 12 is kept"),
     ],
-    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "in_evaluation", "disk_full", "permission", "allocator",
-         "memory", "rotation", "log", "model"],
+    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "in_checkpoint", "in_evaluation", "disk_full", "memory",
+         "log", "model"],
 )  # fmt: skip
 def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     patch, status, kept, message, tmp_path, texts, whole, capsys, monkeypatch
 ):
-    """Resumed, every logged number and every weight is that of an uninterrupted run."""
+    """Guards against a lost checkpoint or signal, and against a resumption that learns something else: every
+    logged number and every weight is that of an uninterrupted run.
+    """
     with monkeypatch.context() as context:
         patch(context)
         if status is None:
@@ -312,7 +273,9 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
 
 
 def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
-    """The number of passes may change if a step keeps its number of samples."""
+    """Guards against a run that changes in the middle. The number of passes may change if a step keeps its
+    number of samples.
+    """
     folder = run(tmp_path, texts)
     for flags, message in (
         (["--rotation", "3"], "that run had --rotation 8, this one has 3"),
@@ -326,7 +289,9 @@ def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
 
 
 def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, monkeypatch):
-    """It starts from its last checkpoint. After Ctrl-C, it still knows the new number of steps."""
+    """Guards against a second training of the same steps, and against a resumption that forgets the new
+    number of steps after Ctrl-C.
+    """
     folder = run(tmp_path, texts)
     seen, step = [], EarlyExitTrainer.training_step
 
@@ -396,22 +361,10 @@ def test_an_event_at_one_rank_ends_all(patch, parallel, status, message, tmp_pat
 DROPPING = ["--layer_dropout", "0.7", "--exit_weighting", "equal", "--rotation", "2"]
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("data", marks=pytest.mark.slow), "fsdp"])
-def test_two_ranks_learn_what_one_does(parallel, tmp_path, texts):
-    """Guards against drops that depend on the number of ranks, and against a rank that waits forever since
-    another one skips a layer: at this dropout, all samples of a rank often do.
-    """
-    one = run_in(tmp_path / "one", texts, *DROPPING)
-    shared = ["--parallel", parallel, "--batch_size", 1, "--gradient_accumulation", 2]
-    result = forks.run_ranks(2, ROOT / "train.py", *arguments(tmp_path, texts, *DROPPING, *shared))
-    assert result.returncode == 0, result.stderr
-    assert_similar(only_run(tmp_path), one)
-
-
 @pytest.mark.slow
 def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_folder):
-    """One of two ranks is killed. Four ranks resume from the sharded checkpoint, with activation
-    checkpointing, and match a run of one process. generate.py drafts with the model.
+    """Guards against shards that only the same number of ranks can read: one of two ranks is killed, four
+    ranks resume, with activation checkpointing, and match a run of one process.
     """
     more = [*DROPPING, "--model", str(model_folder), "--exit_loss", "distill"]
     whole = run_in(tmp_path / "one", texts, *more)
@@ -444,8 +397,8 @@ def with_peft(ranks, program, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
-    """Killed and resumed. Checkpoints hold no weights of the model. The merged model is the model with the
-    adapter: head and norms do not change.
+    """Guards against an adapter that a resumption loses, against checkpoints with the weights of the model,
+    and against a merge that changes head, norms or logits.
     """
     more = ["--model", str(model_folder), "--lora_rank", "4", "--exit_loss", "distill"]
     more += ["--num_steps", "20", "--learning_rate", "3e-2", "--log_steps", "4"]
@@ -490,7 +443,7 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
 
 
 def test_accumulated_passes_are_one_step(tmp_path):
-    """Two passes of two samples match one of four, with padding: guards against a mean of means."""
+    """Guards against a mean of means: with padding, two passes of two samples match one of four."""
     rows = [{"prompt": f"what is {i} ", "response": "x" * (1 + 7 * (i % 4)) + str(i)} for i in range(60)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -502,7 +455,9 @@ def test_accumulated_passes_are_one_step(tmp_path):
 
 
 def test_continual_pretraining(tmp_path, texts, model_folder):
-    """The model keeps tokenizer and shape, weights change. Activation checkpointing changes nothing."""
+    """Guards against a model that does not learn or gets another tokenizer, and against activation
+    checkpointing that changes the losses.
+    """
     curves = []
     for name, more in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
         folder = run_in(tmp_path / name, texts, "--model", str(model_folder), "--layer_dropout", "0.5", *more)
@@ -517,12 +472,13 @@ def test_continual_pretraining(tmp_path, texts, model_folder):
 
 
 def test_mixed_precision(tmp_path, texts):
+    """Guards against bfloat16 in which nothing is learnt."""
     frame = log(run(tmp_path, texts, "--dtype", "bfloat16", "--curriculum", "gradual"))
     assert frame["loss"].dropna().iloc[-1] < frame["loss"].dropna().iloc[0]
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
-    """Guards against an average without such losses, which is the trainer's default."""
+    """Guards against a row of the log that leaves such losses out, which is the trainer's default."""
     assert train.main(arguments(tmp_path, texts, "--learning_rate", "1e30", "--warmup_steps", "0")) == 1
     error = capsys.readouterr().err
     assert re.search(r"\n(a loss|the gradient) is (nan|inf) at step [234], of .*texts\d+/\d+\.py", error)
@@ -561,6 +517,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
 def test_bad_values_are_refused_before_data_are_read(
     flags, message, tmp_path, model_folder, capsys, monkeypatch
 ):
+    """Guards against minutes of reading before an error message."""
     monkeypatch.setattr("training.run.load_texts", lambda *_: pytest.fail("data are read"))
     flags = [str(model_folder) if flag == "MODEL" else flag for flag in flags]
     assert message in refused(capsys, arguments(tmp_path, "no/such/*.txt", *flags))
@@ -597,7 +554,9 @@ def stream(tmp_path):
 
 
 def test_a_stream_is_read_while_training(tmp_path, stream, monkeypatch):
-    """It is read several times, in steps of several passes. A resumption reads the same samples again."""
+    """Guards against a stream that ends before the training, and against a resumption that reads other
+    samples.
+    """
     stream += ["--batch_size", "2", "--gradient_accumulation", "3"]
     assert train.main([*stream, "--output_dir", str(tmp_path / "whole" / "logs")]) == 0
     with monkeypatch.context() as context:
@@ -609,11 +568,23 @@ def test_a_stream_is_read_while_training(tmp_path, stream, monkeypatch):
     assert log(whole)["loss"].max() < 7  # no step has twice as many samples
 
 
-@pytest.mark.slow
-def test_ranks_share_a_stream_out(tmp_path, stream):
-    """Guards against ranks that read files of their own: other samples, and one of them ends earlier."""
-    for name, ranks, batch_size in (("one", 1, 4), ("two", 2, 2)):
-        output = ["--output_dir", tmp_path / name / "logs", "--batch_size", batch_size]
-        result = forks.run_ranks(ranks, ROOT / "train.py", *stream, *output)
+@pytest.mark.parametrize(
+    ("parallel", "data"),
+    [
+        pytest.param("data", "texts", marks=pytest.mark.slow),
+        pytest.param("data", "stream", marks=pytest.mark.slow),
+        ("fsdp", "texts"),
+    ],
+)
+def test_two_ranks_learn_what_one_does(parallel, data, tmp_path, texts, stream):
+    """Guards against drops that depend on the number of ranks, against ranks that read files of their own,
+    and against a rank that waits forever since another one skips a layer: at this dropout, all samples of a
+    rank often do.
+    """
+    flags = [*(stream if data == "stream" else arguments(tmp_path, texts)), *DROPPING]
+    shared = ["--parallel", parallel, "--batch_size", "1", "--gradient_accumulation", "2"]
+    for name, ranks, more in (("one", 1, []), ("two", 2, shared)):
+        output = ["--output_dir", tmp_path / name / "logs"]
+        result = forks.run_ranks(ranks, ROOT / "train.py", *flags, *more, *output)
         assert result.returncode == 0, result.stderr
     assert_similar(only_run(tmp_path / "two"), only_run(tmp_path / "one"))

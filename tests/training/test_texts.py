@@ -17,7 +17,7 @@ def arguments(path, **more):
 
 
 def test_formats_are_equivalent(tmp_path):
-    """JSONL, CSV, Parquet and plain files: the texts alone decide which of them are held out."""
+    """Guards against a format whose texts differ, and against a text that is both learnt and held out."""
     texts = [f"text number {i}" for i in range(30)]
     frame = pandas.DataFrame({"content": texts, "other": range(30)})
     frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
@@ -49,6 +49,7 @@ def test_formats_are_equivalent(tmp_path):
     ],
 )
 def test_errors_of_files(name, message, tmp_path):
+    """Guards against tracebacks of `datasets`, and against messages without the file."""
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "b.jsonl").write_text('{"content": \n')
     (tmp_path / "c.txt").write_text("x")
@@ -61,7 +62,7 @@ def test_errors_of_files(name, message, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_with_values_that_are_not_text_is_refused(streaming, tmp_path):
-    """A stream is refused at its first rows, which the fingerprint reads."""
+    """Guards against an error in the middle of the training: a stream is refused at its first rows."""
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
     args = TrainingDataArguments(data=str(tmp_path), streaming=streaming)
     with pytest.raises(DataError, match="--text_column text: holds None, which is not text"):
@@ -96,6 +97,7 @@ def test_texts_are_tokenised_once_until_a_file_changes(tmp_path):
 
 
 def test_no_file_of_the_standard_library_is_on_both_sides():
+    """Guards against scores of texts that were learnt, and against a library without its main modules."""
     training, evaluation = load_texts(TrainingDataArguments())
     assert not set(training["text"]) & set(evaluation["text"])
     assert 0.02 < len(evaluation) / (len(evaluation) + len(training)) < 0.1
@@ -115,7 +117,7 @@ def test_blocks_lose_nothing_but_the_tail(byte_tokenizer):
 
 
 def test_prompts_are_masked(byte_tokenizer):
-    """Only the response and its end are learnt; a prompt that fills the block is left out."""
+    """Guards against labels of prompts or padding, and against a block without a label."""
     rows = {"prompt": ["ab", "x" * 50], "response": ["cd", "y"]}
     (block,) = to_blocks(datasets.Dataset.from_dict(rows), byte_tokenizer, 12, seed=0)
     prompt = byte_tokenizer("ab")["input_ids"]

@@ -23,13 +23,8 @@ def trainer(tmp_path):
         torch.manual_seed(0)
         rows = [torch.randint(3, 50, (8,)).tolist() for _ in range(24)]
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-        own = {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 2,
-            "report_to": "none",
-        }
-        args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, **own | more)
+        more = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 2} | more
+        args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, report_to="none", **more)
         return EarlyExitTrainer(
             copy.deepcopy(model or tiny_llama()), recipe or RecipeArguments(), args, callbacks=callbacks,
             compute_metrics=compute_metrics,
@@ -84,7 +79,7 @@ def test_the_model_is_its_own_between_steps(trainer):
 
 
 def test_a_document_is_named_by_the_step_that_had_it(trainer):
-    """The first bad step of six in a row of the log counts: all steps after it are bad, too."""
+    """Guards against texts of a later step: after the first bad step of a log row, all are bad."""
     made = trainer(tiny_llama(tie_word_embeddings=False), logging_steps=6, remove_unused_columns=False)
     rows = [[3 + (index + place) % 40 for place in range(8)] for index in range(24)]
     rows[13][0] = 49
@@ -99,7 +94,7 @@ def test_a_document_is_named_by_the_step_that_had_it(trainer):
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(trainer, tmp_path):
-    """The loss of that step is finite, and the checkpoint comes before the next row of the log."""
+    """Guards against a checkpoint of nan: the loss is finite, and the checkpoint comes before a log row."""
     made = trainer(logging_steps=50, save_steps=1)
     norm = made.model.model.norm.weight
     norm.register_hook(lambda grad: grad * float("inf") if made.state.global_step == 2 else grad)
@@ -128,6 +123,7 @@ def test_padding_on_the_left_is_refused(trainer):
 
 
 def test_several_evaluation_sets(trainer):
+    """Guards against metrics whose names have no prefix of the set."""
     made = trainer(max_steps=1)
     made.eval_dataset = {"one": made.eval_dataset, "two": made.eval_dataset.select(range(5))}
     assert {"eval_one_loss", "eval_two_agreement_exit_1"} <= set(made.evaluate())
@@ -143,7 +139,7 @@ def test_several_evaluation_sets(trainer):
     ],
 )
 def test_what_it_refuses(trainer, model, recipe, more, message):
-    """gemma2 caps its logits, which the losses here do not."""
+    """Guards against another loss than the asked one. gemma2 caps its logits; the losses here do not."""
     made = copy.deepcopy(tiny_llama())  # other tests share it
     for name, value in model.items():
         setattr(made.config, name, value)
@@ -154,7 +150,7 @@ def test_what_it_refuses(trainer, model, recipe, more, message):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by a C++ compiler")
 def test_compiled_layers_learn_the_same(trainer):
-    """For any number of samples. Compilation keeps the names of the saved weights."""
+    """Guards against other losses, and against other names of saved weights."""
     losses = []
     for compiled in (False, True):
         made = trainer(recipe=RecipeArguments(layer_dropout=0.5), torch_compile=compiled, max_steps=6)
