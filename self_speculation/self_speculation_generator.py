@@ -1,9 +1,9 @@
 """Self-speculative decoding: the first layers draft, the remaining layers verify (LayerSkip, arXiv
 2404.16710, §3.3).
 
-Draft and verification share one KV cache. Verification starts from the hidden states at the exit layer, which
-the draft kept: no layer processes a token twice. Drafts of another source, such as n-grams, are verified by
-all layers.
+Draft and verification share one KV cache. Verification starts from the hidden states at the exit layer,
+which the draft kept (the paper's exit query cache): no layer processes a token twice. Drafts of n-grams or
+of a copy of the layers are verified by all layers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Make the copies that drafts read. Raises what `make_source` does."""
-        self.make_source(DraftContext(make_runner(model, 1, 1), config))
+        """Make the copies of layers that draft; the model keeps them. Raises what `make_source` does."""
+        self.make_source(DraftContext(make_runner(model, prompt_length=1, num_positions=1), config))
 
     def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
-        return Decoding(batch, runner, len(runner.layers), self.make_source(DraftContext(runner, config)))
+        source = self.make_source(DraftContext(runner, config))
+        return Decoding(batch, runner, depth=len(runner.layers), source=source)
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         return decoding.source.passes(decoding.runner, decoding.batch.longest_draft)
@@ -59,33 +60,35 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     make_source = staticmethod(make_adaptive)
 
 
-def speculate(runner: ModelRunner, batch: Batch, source: DraftSource, k: int) -> None:
-    """One round: draft, verify, roll back, commit.
+def speculate(runner: ModelRunner, batch: Batch, source: DraftSource, longest: int) -> None:
+    """One round: draft at most `longest` tokens, verify, learn, roll back, commit.
 
-    Reads from the device: one, besides those of the source.
+    Between two rounds the cache holds all tokens of a row but the last. One read from the device, and those
+    of the source.
     """
-    draft = source.draft(batch, k)
+    draft = source.draft(batch, longest)  # k tokens, k <= longest
     logits = target_logits(runner, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits)  # [B] accepted, [B] next token
-    read = read_verification(batch, draft, logits, verification)
-    source.learn(batch, draft, read.num_accepted)
-    runner.cache.rollback([draft.tokens.shape[1] - accepted for accepted in read.num_accepted])
-    batch.commit(read.tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
+    outcome = read_verification(batch, draft, logits, verification)
+    source.learn(batch, draft, outcome.num_accepted)
+    k = draft.tokens.shape[1]
+    runner.cache.rollback([k - accepted for accepted in outcome.num_accepted])
+    batch.commit(outcome.tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
 
 
 def target_logits(runner: ModelRunner, batch: Batch, draft: Draft) -> Tensor:
-    """[B, k+1, V] processed logits of the full model: one row for each drafted token and one for the token
-    after them. One pass, over the layers that have not processed the draft.
+    """[B, k+1, V] processed logits of the full model: [:, i] for drafted token i, [:, k] for the token after.
+    The layers that did not draft run once, over all k+1 tokens.
     """
     k, layer = draft.tokens.shape[1], draft.exit_layer
     inputs = torch.cat((batch.last, draft.tokens), 1)  # [B, k+1] ids
-    if layer:
+    if layer:  # the first layers drafted
         states = draft.exit_hidden
-        if len(states) == k:  # the first layers have not processed the last drafted token
+        if len(states) == k:  # the last column has no state yet
             states = [*states, forward_early(runner, inputs[:, -1:], layer, num_logits=0).hidden]
         inputs = torch.cat(states, dim=1)  # [B, k+1, H]
     else:
-        runner.cache.forget_draft()
+        runner.cache.forget_draft()  # what a copy appended
     logits = runner.run(inputs, layer, len(runner.layers), k + 1).logits
     return batch.process(logits, counts=[length + 1 for length in draft.lengths])
 
@@ -93,14 +96,16 @@ def target_logits(runner: ModelRunner, batch: Batch, draft: Draft) -> Tensor:
 def verify(batch: Batch, draft: Draft, logits: Tensor) -> Verification:
     """Apply the accept rule to all rows, with the random numbers of each."""
     k = draft.tokens.shape[1]
-    if not k:  # the accept rule would take more time
-        numbers = batch.numbers(0)
+    if not k:  # a shortcut with the same result
+        numbers = batch.verify_numbers(0)
         sampled = batch.sampler(logits[:, 0], None if numbers is None else numbers[:, 0])
         return Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
     lengths = None  # all drafts have k tokens
     if min(draft.lengths) < k:
         lengths = on_device(draft.lengths, draft.tokens.device)
-    return verify_draft(draft.tokens, draft.probabilities, logits, batch.sampler, lengths, batch.numbers(k))
+    return verify_draft(
+        draft.tokens, draft.probabilities, logits, batch.sampler, lengths, batch.verify_numbers(k)
+    )
 
 
 class HostVerification(NamedTuple):
@@ -113,7 +118,7 @@ class HostVerification(NamedTuple):
 def read_verification(
     batch: Batch, draft: Draft, logits: Tensor, verification: Verification
 ) -> HostVerification:
-    """Copy the verification to the host, in one read; tell each sequence whether its logits are numbers."""
+    """Copy the verification to the host, in one read, which also checks the logits for NaN."""
     k = draft.tokens.shape[1]
     on_host = batch.read([verification.num_accepted, verification.next_token, draft.tokens], logits)
     counts, next_tokens, drafted = on_host

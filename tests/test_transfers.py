@@ -118,13 +118,13 @@ def test_adaptive_rounds_read_no_more(config, reads, monkeypatch):
 @pytest.mark.parametrize("fault", ["token", "confidence"])
 def test_an_extra_read_is_counted(fault, reads, monkeypatch):
     """Guards against counts that miss reads: this one adds a read for each drafted token."""
-    propose = Batch.propose
+    record_draft = Batch.record_draft
 
     def twice(self, tokens, *rest):
         int(tokens) if fault == "token" else tokens.cpu()
-        return propose(self, tokens, *rest)
+        return record_draft(self, tokens, *rest)
 
-    monkeypatch.setattr(Batch, "propose", twice)
+    monkeypatch.setattr(Batch, "record_draft", twice)
     with reads:
         result = generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=3, max_steps=30, eos=[])
     assert reads.number == 1 + result.num_verifications + result.num_drafted

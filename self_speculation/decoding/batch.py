@@ -1,7 +1,7 @@
 """The sequences in flight, side by side in tensors with one row each.
 
 Rows share passes only. Each sequence has its own history, processors, random numbers, stop conditions and
-streamer, so its output does not depend on other rows. Knows nothing of layers or caches.
+streamer, so no other row changes its distribution. Knows nothing of layers or caches.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ class Batch:
 
     Args:
         device: of the model's input ids.
-        longest_draft: the most tokens of a draft. Every round draws random numbers for that many, so a row's
-            numbers do not depend on draft lengths.
+        longest_draft: K, the most tokens of a draft. Every round draws 2K + 1 random numbers for each row,
+            so that they do not depend on draft lengths.
     """
 
     def __init__(self, device: torch.device, longest_draft: int = 0) -> None:
         self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
-        self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] the last token of each
-        self._numbers: Tensor | None = None  # [B, 2 * longest_draft + 1] of this round
+        self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] of each; not cached yet
+        # [B, 2K + 1] of this round: K sample the draft, K accept it, one samples the next token.
+        self._numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -91,8 +92,8 @@ class Batch:
 
         Args:
             logits: [B, V]
-            is_drafting: [B] rows whose draft is that long. The others get their last decided token: another
-                token might put NaN into the cache, and a mask does not stop NaN.
+            is_drafting: [B] rows that draft at this position. The others get `last`: padding is cached, and
+                must be finite, since masks do not stop NaN.
 
         Returns:
             The tokens, and the processed logits [B, V] that they were sampled from.
@@ -105,10 +106,10 @@ class Batch:
             sampled = replace(sampled, tokens=sampled.tokens.where(mask, self.last[:, 0]))
         return sampled, logits
 
-    def propose(
+    def record_draft(
         self, tokens: Tensor, position: int, is_drafting: abc.Sequence[bool], confidence: Tensor | None = None
     ) -> Reading | None:
-        """Append drafted tokens [B] to the histories, and stream them where drafts are shown.
+        """Write drafted tokens [B] into the histories, and stream them where drafts are shown.
 
         Reads from the device: one if drafts are shown or a confidence is given; else none.
 
@@ -116,12 +117,12 @@ class Batch:
             confidence: [B] probabilities of the tokens in fp32, if drafts end by them.
 
         Returns:
-            The read, if there is one: the tokens, then the confidences.
+            The read, if any: one list, tokens then confidences.
         """
         drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
         for row in drafting:
             self.sequences[row].write_drafted(tokens[row], position)
-        # Tokens after an end id are not shown.
+        # A draft may go on after an end id. The rest is not shown.
         shown = [row for row in drafting if self.sequences[row].shows_draft]
         if confidence is None and not shown:
             return None
@@ -148,7 +149,7 @@ class Batch:
 
         Args:
             logits: [B, n, V]; position i follows the history with `num_drafted + i` drafted tokens.
-            counts: [B] how many of the n positions are used; None: all.
+            counts: [B] positions in use (booleans if n is 1); None: all.
 
         Returns:
             [B, n, V], in fp32 when there are processors.
@@ -159,19 +160,19 @@ class Batch:
         rows = zip(self.sequences, logits.unbind(), counts, strict=True)
         return torch.stack([sequence.process(of_row, num_drafted, n) for sequence, of_row, n in rows])
 
-    def numbers(self, num_drafted: int) -> Tensor | None:
+    def verify_numbers(self, k: int) -> Tensor | None:
         """[B, k + 1] random numbers that verify a draft; None when greedy."""
         numbers = self._round_numbers()
         if numbers is None:
             return None
-        return torch.cat((numbers[:, self.longest_draft :][:, :num_drafted], numbers[:, -1:]), 1)
+        return torch.cat((numbers[:, self.longest_draft :][:, :k], numbers[:, -1:]), 1)
 
-    def read(self, numbers: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
-        """Copy tensors to the host in one read, and check the logits [B, n, V] of the round.
+    def read(self, tensors: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
+        """Copy tensors to the host in one read, as flat lists, and check the logits [B, n, V] of the round.
 
-        All positions are checked: a draft may agree with a target that is NaN.
+        All positions are checked: the argmax of NaN is a token, so a draft may agree with it.
         """
-        largest, *values = read([logits.amax(-1), *numbers])
+        largest, *values = read([logits.amax(-1), *tensors])
         n = logits.shape[1]
         for row, sequence in enumerate(self.sequences):
             sequence.check(largest[row * n :][:n])
@@ -199,9 +200,9 @@ class Batch:
         Args:
             tokens: [B] lists.
             last: [B, 1] the last token of each row, on the device.
-            scores: [B, n, V] the processed logits of the tokens.
+            scores: [B, n, V] processed logits, n >= tokens.
             num_drafted: [B]
-            sources: [B] names of the draft sources; empty: no verification.
+            sources: [B] names of the draft sources; "": no verification.
         """
         for row, sequence in enumerate(self.sequences):
             if not sequence.stop_reason:
@@ -209,9 +210,7 @@ class Batch:
         self.last, self._numbers = last, None
 
     def _round_numbers(self) -> Tensor | None:
-        """[B, 2 * longest_draft + 1] random numbers of this round, made once: they sample the draft, accept
-        or reject it, and sample the next token. None when greedy.
-        """
+        """`_numbers`, made once a round; None when greedy."""
         if self._numbers is None and not self.sampler.greedy:
             n, device = 2 * self.longest_draft + 1, self.last.device
             self._numbers = torch.stack(

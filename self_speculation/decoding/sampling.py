@@ -1,6 +1,6 @@
 """Logits to probabilities to tokens, and the accept rule of drafted tokens.
 
-Tensors in, tensors out: nothing here reads a value back from a GPU.
+Tensors in, tensors out. Nothing here reads a value back from a GPU, unless `nucleus` is told to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from self_speculation.transfers import on_device
 _SMALL = 1e-20
 _FP32 = torch.finfo(torch.float32)
 
-# Top-p first sorts this many of the most likely tokens: it hardly ever keeps more.
+# On a CPU, top-p first sorts this many of the most likely tokens: it hardly ever keeps more.
 _LIKELY = 128
 
 
@@ -38,7 +38,7 @@ class Verification:
     """Outcome of verifying k drafted tokens of each row, on the device of the logits."""
 
     num_accepted: Tensor  # [...] m, 0 <= m <= k: length of the longest valid prefix of the draft
-    next_token: Tensor  # [...] the target's own token after the accepted prefix
+    next_token: Tensor  # [...] the token after the accepted prefix
 
 
 def top_k_top_p_filtering(
@@ -72,8 +72,8 @@ def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0, may_look: bool 
     scale them to sum to 1.
 
     Args:
-        top_k: at most so many tokens have a probability, except for ties. They are cut off if `may_look` is
-            false. 0: unknown.
+        top_k: the limit that the probabilities have gone through, so that fewer need sorting; 0: none. If
+            `may_look` is false, ties at this limit are cut off.
         may_look: whether to read a number from the device, to sort less; None: on a CPU only. There a read
             costs nothing, and sorting a large vocabulary takes as long as several layers.
     """
@@ -154,9 +154,16 @@ class Sampler:
         probabilities = self.probabilities(logits)
         return SampledTokens(draw(probabilities, numbers), probabilities)
 
+    def confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor:
+        """[n] probabilities of tokens sampled from logits [n, V]. Greedy: of the plain softmax."""
+        probabilities = logits.float().softmax(-1) if self.greedy else sampled.probabilities
+        assert probabilities is not None
+        # NaN where processors forbid every token of a short head.
+        return probabilities.gather(-1, sampled.tokens[:, None])[:, 0].nan_to_num(0.0)
+
 
 class SamplerOfRows:
-    """Samples each row of logits [B, ..., V] with its own sampler. Rows with equal samplers share passes."""
+    """Samples each row of logits [B, ..., V] with its own sampler. Rows with equal samplers go together."""
 
     greedy = False
 
@@ -177,6 +184,15 @@ class SamplerOfRows:
         """Sample one token for each row of logits [B, V]."""
         probabilities = self.probabilities(logits)
         return SampledTokens(draw(probabilities, numbers), probabilities)
+
+    def confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor:
+        """[B] probabilities of tokens sampled from logits [B, V], each as its own sampler has it."""
+        confidence = torch.empty(len(logits), device=logits.device)
+        for sampler, rows in self._rows.items():
+            assert sampled.probabilities is not None
+            of_rows = SampledTokens(sampled.tokens[rows], sampled.probabilities[rows])
+            confidence.index_copy_(0, rows, sampler.confidence(of_rows, logits[rows]))
+        return confidence
 
 
 def joint_sampler(samplers: Sequence[Sampler], device: torch.device) -> Sampler | SamplerOfRows:
@@ -232,9 +248,10 @@ def verify_draft(
 
     Args:
         draft_tokens: [B, k] or [k], k >= 0.
-        draft_probabilities: q, [B, k, V] or [k, V], that the tokens were sampled from; None when greedy.
-        target_logits: [B, k + 1, V] or [k + 1, V], processed; row i is for the position of draft token i.
-        sampler: of the draft.
+        draft_probabilities: q, [B, k, V] or [k, V], that the tokens were sampled from; None when greedy, or
+            if k is 0.
+        target_logits: [B, k + 1, V] or [k + 1, V], processed; position i is that of draft token i.
+        sampler: draft and target share it.
         lengths: [B] draft lengths, the other tokens are padding; None: k.
         numbers: [B, k + 1] random numbers for the k acceptances and the next token; None: new ones.
     """
@@ -248,7 +265,7 @@ def verify_draft(
         shape = target_logits.shape[:-1]
         numbers = random_numbers(shape.numel(), target_logits.device).view(shape)
     p = sampler.probabilities(target_logits)  # [B, k+1, V]
-    # With q = 0 after the last draft token, "all accepted: draw from p" is the residual rule again.
+    # q is 0 after the last draft token, so the residual there is p itself.
     q = torch.zeros_like(p)  # [B, k+1, V]
     if draft_probabilities is not None:
         q[..., :k, :] = draft_probabilities
@@ -262,6 +279,7 @@ def verify_draft(
     index = num_accepted[..., None, None]
     p_next, q_next = (torch.take_along_dim(of_all, index, -2)[..., 0, :] for of_all in (p, q))  # [B, V]
     residual = (p_next - q_next).clamp(min=0)
+    # The sum is 0 where rounding makes p at most q everywhere, and NaN where q is: then p decides.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     next_token = draw(residual.view(-1, residual.shape[-1]), numbers[..., k].reshape(-1))
     return Verification(num_accepted, next_token.view(num_accepted.shape))

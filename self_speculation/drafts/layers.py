@@ -27,26 +27,28 @@ class FixedThreshold:
         return confidences[-1] >= self.threshold
 
     def learn(self, confidences: Sequence[float], num_accepted: int) -> None:
-        """Learn from the outcome of a draft."""
+        """A fixed threshold learns nothing."""
 
 
-class LearnedThreshold(FixedThreshold):
+class LearnedThreshold:
     """Ends a draft when another token would cost more time than it is expected to save.
 
-    A token is worth the chance that the draft so far is accepted, times the acceptance of the next token. It
-    costs the tokens that could be generated in the same time.
+    The draft goes on while P(all its tokens are accepted) * P(the next one is accepted) is at least
+    `draft_step` * mean output per time.
 
     Args:
-        draft_step: cost of a drafted token, in verifications.
+        draft_step: time of a drafted token, in verifications.
     """
 
     def __init__(self, draft_step: float) -> None:
         self._draft_step = draft_step
         self._acceptance, self._next = AcceptanceByConfidence(), DecayedMean(0.5)
+        # Means per round. First guess: two tokens drafted, one accepted.
         self._tokens, self._cost = DecayedMean(2.0), DecayedMean(1.0 + 2 * draft_step)
 
     def goes_on(self, confidences: Sequence[float]) -> bool:
         needed = self._draft_step * self._tokens.value / self._cost.value / self._next.value
+        # At most 1: a draft that is certain to be accepted goes on.
         return self._acceptance.all_accepted(confidences) >= min(1.0, needed)
 
     def learn(self, confidences: Sequence[float], num_accepted: int) -> None:
@@ -57,20 +59,22 @@ class LearnedThreshold(FixedThreshold):
         self._cost.add(1.0 + len(confidences) * self._draft_step)
 
 
-class LayerDrafts(DraftSource):
-    """The first layers draft: each pass gives every row one token.
+Threshold = FixedThreshold | LearnedThreshold
 
-    Reads from the device: one for each drafted token if drafts end by confidence or are shown; otherwise
-    none. A GPU begins the next pass of the model's own layers before that read arrives. If the draft ends
-    there, the pass is not lost: verification needs the last token's state at the exit layer anyway.
+
+class LayerDrafts(DraftSource):
+    """The first layers draft: each pass gives one token to every row whose draft has not ended.
+
+    Reads from the device: one per B tokens if drafts end by confidence or are shown; otherwise none. If the
+    model's own layers draft and no draft is shown, a GPU begins the next pass before that read arrives. If
+    the draft ends there, the pass is not lost: verification needs the last token's exit state anyway.
 
     Args:
         drafter: runs the model's layers, or a copy of them.
         exit_layer: number of layers that draft.
-        copied_in: format of the copy; empty: the model's own layers draft. Verification starts from their
-            cache and exit states; those of a copy are less exact and dropped.
-        threshold: makes the rule that ends a sequence's drafts before k tokens; None: no rule. Passes go on
-            until the drafts of all rows have ended.
+        copied_in: format of the copy; empty: the model's own layers draft, and verification starts from their
+            cache and exit states. Those of a copy are less exact, and dropped.
+        make_threshold: makes the rule that ends the drafts of a sequence before k tokens; None: no rule.
     """
 
     def __init__(
@@ -78,17 +82,20 @@ class LayerDrafts(DraftSource):
         drafter: ModelRunner,
         exit_layer: int,
         copied_in: str = "",
-        threshold: Callable[[], FixedThreshold] | None = None,
+        make_threshold: Callable[[], Threshold] | None = None,
     ) -> None:
         self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, not copied_in
         self.name = f"exit {exit_layer}, {copied_in}" if copied_in else f"exit {exit_layer}"
-        self._thresholds = None if threshold is None else PerSequence(lambda sequence: threshold())
+        self._thresholds = None
+        if make_threshold is not None:
+            self._thresholds = PerSequence(lambda sequence: make_threshold())
         self._goes_on: Callable[[Batch, Confidences], Sequence[bool]] | None = None
         if self._thresholds is not None:
             self._goes_on = self._by_thresholds
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
     def end_drafts_by(self, goes_on: Callable[[Confidences], bool]) -> None:
+        """End the drafts of all rows together by one rule, instead of row by row."""
         self._goes_on = lambda batch, confidences: [goes_on(confidences)] * len(batch)
 
     def _by_thresholds(self, batch: Batch, confidences: Confidences) -> list[bool]:
@@ -108,7 +115,7 @@ class LayerDrafts(DraftSource):
         while num_drafted < max(limits):
             early = forward_early(self._drafter, inputs, self._exit_layer)
             exit_hidden.append(early.hidden)
-            if self._runs_ahead:
+            if self._runs_ahead:  # by the last token: this pass is queued already
                 limits = self._shortened(batch, limits, num_drafted, reading, confidences)
                 if num_drafted >= max(limits):
                     break
@@ -116,9 +123,8 @@ class LayerDrafts(DraftSource):
             sampled, logits = batch.sample_draft(early.logits[:, 0], num_drafted, is_drafting)
             sampled_tokens.append(sampled)
             inputs = sampled.tokens[:, None]
-            reading = batch.propose(
-                sampled.tokens, num_drafted, is_drafting, self._confidence(sampled, logits)
-            )
+            confidence = None if self._goes_on is None else batch.sampler.confidence(sampled, logits)
+            reading = batch.record_draft(sampled.tokens, num_drafted, is_drafting, confidence)
             num_drafted += 1
             if not self._runs_ahead or num_drafted == max(limits):
                 limits = self._shortened(batch, limits, num_drafted, reading, confidences)
@@ -142,7 +148,7 @@ class LayerDrafts(DraftSource):
         if self._thresholds is None:
             return
         for row, sequence in enumerate(batch.sequences):
-            if draft.sources[row] == self.name:
+            if draft.sources[row] == self.name and draft.lengths[row]:
                 self._thresholds[sequence].learn(draft.confidences[row], num_accepted[row])
 
     def _shortened(
@@ -156,20 +162,11 @@ class LayerDrafts(DraftSource):
         """Read the confidences of the last tokens, and limit the drafts that end with them."""
         if self._goes_on is None or reading is None:
             return limits
+        latest = reading.wait()[len(batch) :]  # behind the tokens
         for row, limit in enumerate(limits):
-            if len(confidences[row]) < min(limit, num_drafted):
-                confidences[row].append(reading.wait()[len(batch) + row])
+            if len(confidences[row]) < min(limit, num_drafted):  # this row drafted the last token
+                confidences[row].append(latest[row])
         if num_drafted >= max(limits):
             return limits
         pairs = zip(limits, self._goes_on(batch, confidences), strict=True)
         return [limit if goes_on else min(limit, num_drafted) for limit, goes_on in pairs]
-
-    def _confidence(self, sampled: SampledTokens, logits: Tensor) -> Tensor | None:
-        """[B] probabilities of tokens sampled from logits [B, V]; None if not needed."""
-        if self._goes_on is None:
-            return None
-        probabilities = sampled.probabilities
-        if probabilities is None:
-            probabilities = logits.float().softmax(-1)
-        # NaN where processors forbid every token of a short head.
-        return probabilities.gather(1, sampled.tokens[:, None])[:, 0].nan_to_num(0.0)

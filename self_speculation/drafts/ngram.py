@@ -99,7 +99,7 @@ class TokenDrafts(DraftSource):
         flat = [id_ for ids in padded for id_ in ids]
         tokens = on_device(flat, batch.last.device).view(len(batch), width)
         for i in range(width):
-            batch.propose(tokens[:, i], i, [i < length for length in lengths])
+            batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
         probabilities = None if batch.sampler.greedy else one_hot(tokens, self._vocab_size)
         matched = [number if length else 0 for (number, _), length in zip(found, lengths, strict=True)]
         sources = [self.name] * len(batch)

@@ -19,7 +19,7 @@ from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfi
 from self_speculation.drafts.adaptive import AdaptiveDrafts
 from self_speculation.drafts.costs import Costs, PassTimes, growth
 from self_speculation.drafts.draft import DraftSource
-from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold
+from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold, Threshold
 from self_speculation.drafts.ngram import NgramDrafts, NgramFirst, TokenDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
 from self_speculation.drafts.prediction import PredictionDrafts
@@ -137,21 +137,21 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
 
 
 def _layers(
-    context: DraftContext, exit_layer: int, threshold: Callable[[], FixedThreshold] | None = None
+    context: DraftContext, exit_layer: int, make_threshold: Callable[[], Threshold] | None = None
 ) -> LayerDrafts:
     weights = context.config.draft_weights
     drafter = make_drafter(context.runner, exit_layer, weights, context.short_head)
-    return LayerDrafts(drafter, exit_layer, "" if weights == "exact" else weights, threshold)
+    return LayerDrafts(drafter, exit_layer, "" if weights == "exact" else weights, make_threshold)
 
 
 def _layers_asked_for(context: DraftContext, _: None) -> DraftSource:
     config = context.config
-    threshold: Callable[[], FixedThreshold] | None = None
+    make_threshold: Callable[[], Threshold] | None = None
     if config.draft_confidence == "auto":
-        threshold = partial(LearnedThreshold, context.draft_ratio(config.exit_layer))
+        make_threshold = partial(LearnedThreshold, context.draft_ratio(config.exit_layer))
     elif config.draft_confidence is not None:
-        threshold = partial(FixedThreshold, float(config.draft_confidence))
-    return _layers(context, config.exit_layer, threshold)
+        make_threshold = partial(FixedThreshold, float(config.draft_confidence))
+    return _layers(context, config.exit_layer, make_threshold)
 
 
 def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:

@@ -107,4 +107,4 @@ def _by_token(table: Tensor, rows: int) -> Tensor:
 
 def _rotations(runner: Any, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
     """A product with these is one kernel; rotating by cos and sin takes half a dozen."""
-    return torch.addcmul(runner.unit * _by_token(cos, rows), runner.half_turn, _by_token(sin, rows))
+    return torch.addcmul(runner.unit * _by_token(cos, rows), runner.rotate_half, _by_token(sin, rows))

@@ -1,4 +1,5 @@
-"""Runs ranges of a transformers model's layers over a KV cache: ids in, logits and hidden states out.
+"""Runs ranges of a transformers model's layers over a KV cache: ids or hidden states in, logits and hidden
+states out.
 
 Knows nothing of sampling or strategies.
 """
@@ -21,7 +22,7 @@ from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model
 from self_speculation.model.kv_cache import Appendable, KVCache
 
-# The cache starts with room for the prompt and so many more positions, divided by the number of rows.
+# A new cache has room for the prompt and this, divided by the number of rows, in positions.
 _FIRST_ALLOCATION = 1024
 
 # Most positions of one pass over a prompt: they bound its memory.
@@ -31,7 +32,7 @@ PREFILL_CHUNK = 1024
 @dataclass(frozen=True)
 class ForwardResult:
     logits: Tensor  # [B, n, V] for the n positions asked for; empty when n is 0
-    hidden: Tensor  # [B, T, H] after the last layer that ran, before the norm: the exit states
+    hidden: Tensor  # [B, T, H] after the last layer that ran, before the norm; after [:E] the exit states
 
 
 class PlainLayer:
@@ -82,7 +83,8 @@ class _Rotary:
     def reserve(self, num_positions: int) -> None:
         size = self.tables.shape[1]
         if num_positions > size:
-            # At least doubled, so that ever longer prompts rarely grow them.
+            # At least doubled, so that ever longer prompts rarely grow them. Only padding is beyond the
+            # context.
             positions = torch.arange(max(num_positions, 2 * size), device=self._like.device)[None]
             self.tables = torch.cat(self.module(self._like, position_ids=positions.clamp_(max=self._last)))
 
@@ -104,11 +106,11 @@ class ModelRunner:
         base, head = model.base_model, model.get_output_embeddings()
         fused = fused_model(model)
         pairs = zip(fused.layers, base.layers, strict=True)
-        self.layers = [of_layer or PlainLayer(layer) for of_layer, layer in pairs]
+        self.layers = [fused_layer or PlainLayer(layer) for fused_layer, layer in pairs]
         self.dtype = fused.dtype  # of activations, keys, values and logits
         self._num_rows = num_rows
         devices = [next(layer.parameters()).device for layer in base.layers]
-        self.cache = KVCache(len(self.layers), 1, num_rows, devices, num_ranks(model))
+        self.cache = KVCache(len(self.layers), 1, num_rows, devices, num_ranks(model))  # see `reserve`
         self._embed = base.embed_tokens
         self.head: Any = fused.head or PlainHead(base.norm, head)
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
@@ -117,12 +119,12 @@ class ModelRunner:
         like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
         self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))
         self.reserve(prompt_length, num_positions)
-        # x @ unit is x; x @ half_turn is the negative second half of x, then its first half.
         head_dim = self.rotary.shape[2]
         self.has_flash = has_flash_attention(like.device, self.dtype, head_dim)
+        # To rotate in one product: x @ unit is x, x @ rotate_half is transformers' `rotate_half(x)`.
         self.unit = torch.eye(head_dim, dtype=self.dtype, device=like.device)
-        self.half_turn = self.unit.roll(head_dim // 2, 1)
-        self.half_turn[:, : head_dim // 2].neg_()
+        self.rotate_half = self.unit.roll(head_dim // 2, 1)
+        self.rotate_half[:, : head_dim // 2].neg_()
         self.lowest = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=like.device)
 
     @property
@@ -143,7 +145,7 @@ class ModelRunner:
 
         Args:
             prompt_length: positions of its prompt.
-            num_positions: the most that it and the sequences in flight can reach, prompts included.
+            num_positions: the most that it or one in flight can reach, prompt included.
         """
         self._rotary.reserve(num_positions)
         first = min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows)
@@ -157,7 +159,7 @@ class ModelRunner:
 
     @property
     def has_its_cache(self) -> bool:
-        """Whether no other runner has written to the cache since."""
+        """Whether the cache is still this runner's. Captured runners of a model share one."""
         return True
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
@@ -194,21 +196,21 @@ class ModelRunner:
             context = AttentionContext.uniform(self, rows, self.cache.length(first), width)
         else:
             positions = self.cache.positions(first, width, self.rotary.device)
-            cache = written = self.cache.scattered(positions, first, last)
-            context = AttentionContext.ragged(self, positions, written.length)
+            scattered = cache = self.cache.scattered(positions, first, last)
+            context = AttentionContext.ragged(self, positions, scattered.length)
         states = hidden.flatten(0, 1)  # [B * T, H]
         for layer in self.layers[first:last]:
             states = layer(states, context, cache)
         return states.view(rows, width, -1)
 
-    def logits(self, hidden: Tensor, num_positions: int) -> Tensor:
+    def logits(self, hidden: Tensor, num_logits: int) -> Tensor:
         """[B, T, H] -> [B, n, V] for the last n positions."""
         rows = hidden.shape[0]
-        if num_positions == 0:
+        if num_logits == 0:
             return hidden.new_empty(rows, 0, 0)
-        # Layers may be on several devices. All else is on the device of the embedding.
-        states = hidden[:, -num_positions:].flatten(0, 1)
-        return self.head(states).view(rows, num_positions, -1).to(self.rotary.device)
+        states = hidden[:, -num_logits:].flatten(0, 1)
+        # The head may be elsewhere; callers expect the embedding's device.
+        return self.head(states).view(rows, num_logits, -1).to(self.rotary.device)
 
 
 def forward(runner: ModelRunner, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:

@@ -1,11 +1,13 @@
 """Drafts of layers, and when they end. What they may change is in test_self_speculation_generator.py."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import generate, tiny_llama
 
+from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.draft import Draft
 from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold
@@ -36,6 +38,21 @@ def test_confidence_ends_drafts():
     assert short.num_drafted <= short.num_verifications
     full = generate(model, PROMPT, draft_confidence="0", **shared)
     assert full.drafted_by_position == generate(model, PROMPT, **shared).drafted_by_position
+
+
+def test_a_greedy_row_beside_a_sampled_one_has_its_own_confidence():
+    """Guards against drafts that never end: in one distribution for all rows a greedy token has all of it."""
+    config = GenerationConfig(
+        sample=True, max_steps=30, exit_layer=2, num_speculations=5, draft_confidence="0.3",
+        generation_strategy="self_speculative",
+    )  # fmt: skip
+    greedy = Request(PROMPT, config=replace(config, sample=False))
+    strategy, model = make_strategy("self_speculative"), tiny_llama()
+    ((_, alone),) = strategy.generate_batch(model, [greedy], config, 1)
+    beside = dict(strategy.generate_batch(model, [greedy, Request([8, 2], seed=1)], config, 2))[0]
+    assert beside.predicted_tokens == alone.predicted_tokens
+    assert beside.draft_stats == alone.draft_stats
+    assert 0 < alone.num_drafted < 5 * alone.num_verifications - sum(range(5))
 
 
 @pytest.mark.parametrize("sample", [True, False])

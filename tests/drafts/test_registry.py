@@ -43,7 +43,7 @@ class Always(DraftSource):
         lengths = rows.draft_limits(k, wanted)
         tokens = torch.full((len(rows), max(lengths)), self._token)
         for i in range(max(lengths)):
-            rows.propose(tokens[:, i], i, [i < length for length in lengths])
+            rows.record_draft(tokens[:, i], i, [i < length for length in lengths])
         return Draft(rows.sampler, ["always"] * len(rows), tokens, one_hot(tokens, self._vocab_size), lengths)
 
 
