@@ -155,7 +155,7 @@ class Conversation:
         if not all(map(all, turns)):
             return "without streaming: answers of one token, nothing to compare"
         ours, plain = map(statistics.median, zip(*turns, strict=True))
-        low, ratio, high = sorted(a / b for a, b in turns)
+        low, ratio, high = sorted(a / b for a, b in turns)  # three turns
         verdict = "neither is faster" if low <= 1 <= high else f"{ratio:.2f} times as fast"
         speeds = f"{ours:.1f} tokens/s, autoregressive {plain:.1f}"
         return f"without streaming: {speeds}: {verdict} ({low:.2f}-{high:.2f})"

@@ -98,11 +98,12 @@ class GenerationStrategy(ABC):
             The index of a finished request, and its result or its error.
         """
         for index, request in enumerate(requests):
-            config, num_prompt = request.config or generation_config, len(request.ids)
-            processors, criteria = request.processors(config), as_list(request.stopping_criteria)
-            criteria += [_as_criterion(ends, num_prompt) for ends in as_list(request.ends_text)]
+            config = request.config or generation_config
             result: GenerationStrategyResult | Exception
             try:
+                processors, criteria = request.processors(config), as_list(request.stopping_criteria)
+                num_prompt = len(request.ids)
+                criteria += [_as_criterion(ends, num_prompt) for ends in as_list(request.ends_text)]
                 result = self.generate_token_ids(
                     model,
                     request.ids,

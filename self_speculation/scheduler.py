@@ -156,7 +156,7 @@ class Scheduler(Generic[Key]):
 
     @property
     def num_free_slots(self) -> int:
-        return self._batch_size - len(self.batch) - len(self._waiting)
+        return max(0, self._batch_size - len(self.batch) - len(self._waiting))
 
     @torch.inference_mode()
     def run_every_pass(self, num_positions: int) -> None:

@@ -31,6 +31,7 @@ class Stop(TrainerCallback):
         self.reason: str | None = None
         self.status = 1
         self._requested = 0, ""  # status and reason of this rank
+        self._is_over = False
         self._trainer = trainer
         trainer.add_callback(self)
 
@@ -50,7 +51,7 @@ class Stop(TrainerCallback):
     def _handle(self, number: int, _: Any) -> None:
         again = number == signal.SIGINT and self._requested[0] > 128 and num_processes() == 1
         self.after_this_step(128 + number, "interrupted")
-        if again or not self._trainer.is_in_train:
+        if again or self._is_over or not self._trainer.is_in_train:
             self.status = 128 + number
             raise KeyboardInterrupt
 
@@ -59,7 +60,9 @@ class Stop(TrainerCallback):
             self.status, self.reason = status, self._requested[1] or "another rank was interrupted"
             control.should_log = control.should_save = control.should_training_stop = True
 
-    on_train_end = on_step_end  # a signal may come after the end of the last step
+    def on_train_end(self, *args: Any, **others: Any) -> None:
+        self.on_step_end(*args, **others)  # a signal may have come after the last step
+        self._is_over = True
 
 
 class Progress(ProgressCallback):

@@ -61,8 +61,8 @@ class Header(gguf.GGUFReader):
                 raise ValueError("not a GGUF file")
         try:
             super().__init__(path)
-        except (IndexError, ValueError, struct.error) as error:
-            raise ValueError(f"the file is cut short or damaged ({error}): download it again") from error
+        except (IndexError, OverflowError, ValueError, struct.error) as error:
+            raise ValueError(f"the file is cut short or damaged, or cannot be read ({error})") from error
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
         if raw_type != GGUFValueType.ARRAY:
@@ -111,7 +111,10 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
     """
     if dtype != torch.float16:
         return _dequantized(header, config, dtype)
-    file = _cache_folder() / f"{_digest(header.path)}.safetensors"
+    # What a caller may change in the config, and what becomes of the weights depends on.
+    shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    file = _cache_folder() / "-".join(map(str, (_digest(header.path), *shape)))
+    file = file.with_suffix(".safetensors")
     try:
         return load_file(file)
     except (FileNotFoundError, SafetensorError):  # a power failure may have cut it short
