@@ -21,7 +21,6 @@ CHAT = --chat True --streamer speculative
 demo: $(VENV)/chat
 	$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) $(CHAT) --sample False --max_steps 120 --compare True \
 		--prompt "Give me three tips for sleeping better."
-	@echo "  The bundled model, which train.py trained to draft with its first layers: checkpoints/python-10m" >&2
 
 # -m: Ctrl-C, which stops an answer or the server, is for the script alone and not for make.
 chat: $(VENV)/chat

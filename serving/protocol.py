@@ -83,7 +83,7 @@ def validation_error(error: ValidationError) -> APIError:
         is_known = first["loc"][-1] in _NEUTRAL
         message = f"{param}: {'this server cannot honour it' if is_known else 'no such field'}, leave it out"
     else:
-        value = "" if first["type"] == "missing" else f" {_short.repr(first['input']):.60}"
+        value = "" if first["type"] in ("missing", "json_invalid") else f" {_short.repr(first['input']):.60}"
         message = f"{param or 'the body'}{value}: {first['msg'].removeprefix('Value error, ')}"
     return APIError(message, param=param or None)
 

@@ -45,6 +45,7 @@ def test_every_answer_is_as_the_document_says(text_model, byte_tokenizer):
                 def check(case):
                     response = case.call_and_validate(
                         headers=key,
+                        timeout=300,
                         additional_checks=[is_as_openai],
                         excluded_checks=[positive_data_acceptance],
                     )
