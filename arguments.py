@@ -298,7 +298,7 @@ def refuse(message: str, status: int = 2) -> NoReturn:
 
 
 def at_least(group: Any, least: int, *names: str) -> None:
-    """Check fields of a number, of a list of numbers, or None for no limit."""
+    """Refuse a field with a number below the least one. None means no limit."""
     for name in names:
         values = value if isinstance(value := getattr(group, name), list) else [value]
         ok = all(each is None or each >= least for each in values)

@@ -306,6 +306,8 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
         if len(sources) > 1 or config.generation_strategy == "adaptive" or config.draft_weights != "exact":
             lines += [
                 f"  {source}: {accepted} of {drafted} in {rounds} rounds"
+                if drafted
+                else f"  without drafts: {rounds} rounds"
                 for source, (rounds, drafted, accepted) in sources.items()
             ]
     elif config.is_adaptive and took.num_decode_tokens > 0:

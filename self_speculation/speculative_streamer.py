@@ -59,7 +59,7 @@ class _Detokenizer:
 
 
 class StandardTextStreamer:
-    """Prints decided text.
+    """Prints committed text.
 
     Args:
         tokenizer: the model's.
@@ -86,11 +86,11 @@ class StandardTextStreamer:
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
         self._text = _Detokenizer(self._tokenizer, [list(prompt)])
-        self._held: list[Cell] = []  # decided, but may become a stop word
+        self._held: list[Cell] = []  # committed, but may become a stop word
         self._has_stopped = False
 
     def put(self, ids: Iterable[int]) -> None:
-        """Show decided tokens. A prompt, [1, P], is not shown: `generate` of transformers puts it first."""
+        """Show committed tokens. A prompt, [1, P], is not shown: `generate` of transformers puts it first."""
         if not self._is_prompt(ids):
             self._decide(ids, "target")
             self._show(self._take())

@@ -133,9 +133,9 @@ def drawn_plan(matched, limits, choice, integer):
     """
     if not max(limits):
         return Plan()
-    found = zip(matched["lookup"], limits, strict=True)
-    lookups = [choice([PLAIN, "lookup"]) if number and limit else PLAIN for number, limit in found]
-    source = choice([PLAIN, *sorted(matched.keys() - {"lookup"})])
+    found = zip(matched["n-grams"], limits, strict=True)
+    lookups = [choice([PLAIN, "n-grams"]) if number and limit else PLAIN for number, limit in found]
+    source = choice([PLAIN, *sorted(matched.keys() - {"n-grams"})])
     if source == PLAIN and not any(lookups):
         return Plan()
     length, looked_up = (integer(1, max(limits)) for _ in range(2))

@@ -59,7 +59,7 @@ class Request:
         return self.prediction or ()
 
     def processors(self, config: GenerationConfig) -> list[Callable]:
-        """In the order of transformers: the config's logits processors come before the request's own."""
+        """All logits processors, as transformers orders them: the config's come before the request's own."""
         own = as_list(self.logits_processors)
         return [*config_processors(config, len(self.ids), self.logit_bias), *own]
 

@@ -77,7 +77,7 @@ class AdaptiveDrafts(DraftSource):
         )
 
     def _check_guesses(self) -> None:
-        """Compare the guesses of the last round with the decided tokens."""
+        """Compare the guesses of the last round with the committed tokens."""
         for name, guess, sequence, position in self._guesses:
             if sequence.length > position:
                 self._policy.see(name, guess.matched, sequence.ids_from(position)[0] == guess.next_id)

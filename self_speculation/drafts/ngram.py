@@ -119,7 +119,7 @@ class NgramDrafts(TokenDrafts):
         vocab_size: width of the logits.
     """
 
-    name = "lookup"
+    name = "n-grams"
 
     def __init__(self, longest: int, vocab_size: int) -> None:
         super().__init__(vocab_size)

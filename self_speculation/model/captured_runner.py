@@ -133,7 +133,7 @@ class PassRange(NamedTuple):
 
 
 def run_every_pass(passes: Iterable[PassRange], num_rows: int, num_positions: int) -> None:
-    """Capture these passes, over up to so many rows and positions, where passes are captured."""
+    """Capture these passes for up to so many rows and positions, if the model's passes are captured."""
     shapes = [
         (runner, first, last, rows, width, num_keys)
         for runner, first, last, max_width in passes

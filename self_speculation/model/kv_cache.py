@@ -133,13 +133,13 @@ class KVCache(Appendable):
         self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices, num_ranks)
         self._first_row = 0
         self._appended = [0] * num_layers  # by layer
-        self._decided = 0  # appended to every layer when the last round began
+        self._committed = 0  # appended to every layer when the last round began
         self._missing = [0]  # by row, of the appended positions
         self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
 
     def clear(self, num_rows: int = 1) -> None:
         """Empty the cache and give it so many rows."""
-        self._appended, self._decided = [0] * len(self._appended), 0
+        self._appended, self._committed = [0] * len(self._appended), 0
         self._missing, self._missing_on_device = [0] * num_rows, None
 
     @property
@@ -244,17 +244,17 @@ class KVCache(Appendable):
         if any(dropped):
             self._missing = [sum(pair) for pair in zip(self._missing, dropped, strict=True)]
             self._missing_on_device = None
-        self._decided = least
+        self._committed = least
 
     def forget_draft(self) -> None:
         """Drop positions appended since the last `rollback` or `add_row`."""
-        self._appended = [self._decided] * len(self._appended)
+        self._appended = [self._committed] * len(self._appended)
 
     def row(self, row: int, length: int = 0) -> KVCache:
         """A one-row view of slot `row`, with its first `length` positions."""
         alone = copy.copy(self)
         alone.clear()
-        alone._first_row, alone._decided = row, length
+        alone._first_row, alone._committed = row, length
         alone._appended = [length] * len(self._appended)
         return alone
 
@@ -264,7 +264,7 @@ class KVCache(Appendable):
         if not self._missing:
             self._appended = [length] * len(self._appended)
         self._missing.append(self._appended[0] - length)
-        self._decided, self._missing_on_device = self._appended[0], None
+        self._committed, self._missing_on_device = self._appended[0], None
 
     def remove_row(self, row: int, damaged: bool = False, keep: bool = False) -> None:
         """Move the last row to the slot of this one, then shrink.
@@ -308,7 +308,7 @@ class KVCache(Appendable):
         """Give each row so many positions in every layer, to time passes. Every layer must have run."""
         self._appended = [max(lengths)] * len(self._appended)
         self._missing = [max(lengths) - length for length in lengths]
-        self._decided, self._missing_on_device = max(lengths), None
+        self._committed, self._missing_on_device = max(lengths), None
 
     def _settle(self) -> None:
         """Give all layers the count of the first: those beyond an early exit never run."""

@@ -22,7 +22,7 @@ def test_lookups_are_drafted_and_cost_no_layers():
     plain = generate(model, PROMPT, **shared)
     result = generate(model, PROMPT, exit_layer=2, num_speculations=4, prompt_lookup=3, **shared)
     assert result.predicted_tokens == plain.predicted_tokens
-    rounds, drafted, accepted = result.drafts_by_source["lookup"]
+    rounds, drafted, accepted = result.drafts_by_source["n-grams"]
     assert rounds > 3
     assert drafted <= 4 * rounds
     assert accepted > rounds

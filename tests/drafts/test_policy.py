@@ -42,7 +42,7 @@ def policy(learnt=None, copy_takes=None):
     arms = {
         "exit 4": Arm(RATIOS["exit 4"]),
         "exit 2": Arm(RATIOS["exit 2"], deeper="exit 4"),
-        "lookup": Arm(priors=[0.3, 0.5, 0.7, 0.9]),
+        "n-grams": Arm(priors=[0.3, 0.5, 0.7, 0.9]),
     }
     if copy_takes is not None:
         arms[COPY] = Arm(copy_takes, priors=(0.9,), weight=6.0)
@@ -104,16 +104,16 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
     draws, made, seen = random.Random(seed), [], Counter()
     for _ in range(rounds):
         found = [draws.choice([1, 2, 3]) if draws.random() < world.finds else None for _ in range(num_rows)]
-        plan = policy.plan({"lookup": found}, [8] * num_rows)
+        plan = policy.plan({"n-grams": found}, [8] * num_rows)
         sources, matched = [*(plan.lookups or [PLAIN] * num_rows)], [0] * num_rows
         drafted, accepted = [0] * num_rows, [0] * num_rows
         confidences = [[] for _ in range(num_rows)]
-        looked_up = world.chances.get("lookup", 0.0)
+        looked_up = world.chances.get("n-grams", 0.0)
         for row, source in enumerate(sources):
             if found[row] is None:
                 continue
             is_right = draws.random() < looked_up  # the first token of a lookup, drafted or not
-            policy.see("lookup", found[row], is_right)
+            policy.see("n-grams", found[row], is_right)
             if source != PLAIN:
                 matched[row], drafted[row] = found[row], min(plan.looked_up, 8)
                 accepted[row] = int(is_right)
@@ -328,8 +328,8 @@ def test_lookups_are_rounds_among_others():
     def late(chances):
         return play(policy(), World(chances, finds=1.0))[-100:]
 
-    assert sum(any(each.plan.lookups) for each in late({**exits, "lookup": 0.95})) > 80
-    assert sum(any(each.plan.lookups) for each in late({**exits, "exit 2": 0.9, "lookup": 0.0})) < 20
+    assert sum(any(each.plan.lookups) for each in late({**exits, "n-grams": 0.95})) > 80
+    assert sum(any(each.plan.lookups) for each in late({**exits, "exit 2": 0.9, "n-grams": 0.0})) < 20
 
 
 def test_lookups_go_before_a_copy_row_by_row():
@@ -337,11 +337,11 @@ def test_lookups_go_before_a_copy_row_by_row():
     reverse.
     """
     chooser, shared = policy(copy_takes=0.05), {"slope": 0.005, "draft": {**RATIOS, COPY: 0.05}}
-    world, alone = World({COPY: 0.8, "lookup": 0.95}, finds=0.5, **shared), World({COPY: 0.8}, **shared)
+    world, alone = World({COPY: 0.8, "n-grams": 0.95}, finds=0.5, **shared), World({COPY: 0.8}, **shared)
     made = play(chooser, world, 400, num_rows=4)
-    ready = {"lookup": [3, None, None, 3]}
+    ready = {"n-grams": [3, None, None, 3]}
     plan = next(p for p in (chooser.plan(ready, [8, 8, 8, 0]) for _ in range(9)) if not p.is_trial)
-    assert (plan.source, plan.lookups) == (COPY, ["lookup", PLAIN, PLAIN, PLAIN])  # no room in the last
+    assert (plan.source, plan.lookups) == (COPY, ["n-grams", PLAIN, PLAIN, PLAIN])  # no room in the last
     mixed = [each for each in made[200:] if each.plan.source == COPY and any(each.plan.lookups)]
     assert len(mixed) > 100
     made_alone = play(policy(copy_takes=0.05), alone, 400, num_rows=4)
@@ -352,7 +352,7 @@ def test_lookups_beside_a_copy_are_no_longer_than_planned():
     """Guards against lookups as long as a copy may draft, beside a copy that ends after a token or two: all
     rows verify as many tokens as the longest draft has, which cost a sixth of the speed of plain steps.
     """
-    world = World({"exit 4": 0.9, COPY: 0.95, "lookup": 0.9}, slope=0.1, finds=0.6, noise=0.2)
+    world = World({"exit 4": 0.9, COPY: 0.95, "n-grams": 0.9}, slope=0.1, finds=0.6, noise=0.2)
     chooser = policy(stats(0.05), copy_takes=0.5)
     play(chooser, world, 200, num_rows=8)
     made = play(chooser, world, 400, num_rows=8)
@@ -365,7 +365,7 @@ def settled(num_rows=1):
     """A policy that drafts with a copy, by its current plan."""
     chooser = policy(copy_takes=0.3)
     play(chooser, World({COPY: 0.9}, is_confident=True), 300, num_rows)
-    plans = (chooser.plan({"lookup": [None] * num_rows}, [8] * num_rows) for _ in range(9))
+    plans = (chooser.plan({"n-grams": [None] * num_rows}, [8] * num_rows) for _ in range(9))
     assert next(plan for plan in plans if not plan.is_trial).source == COPY
     return chooser
 
@@ -414,7 +414,7 @@ def test_nothing_is_worse_than_plain_steps(worlds):
                 "exit 2": draws.choice([0, 0.3, 0.8]),
                 "exit 4": draws.choice([0, 0.5, 0.9]),
                 COPY: draws.choice([0.3, 0.5, 0.7, 0.9, 0.95]),
-                "lookup": draws.choice([0.1, 0.5, 0.9]),
+                "n-grams": draws.choice([0.1, 0.5, 0.9]),
             },
             slope=estimated * draws.choice([0.5, 1, 2]),
             draft={"exit 2": draws.choice([0.15, 0.25]), "exit 4": draws.choice([0.3, 0.5])}
@@ -448,7 +448,7 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
     for seed in range(5):
         generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
     (learnt,) = registry._LEARNT[model].values()
-    names = {"exit 1", "lookup"}
+    names = {"exit 1", "n-grams"}
     assert {*learnt.trials} <= {PLAIN, *names}
     assert {name for name, _ in learnt.acceptance} <= names
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that a lookup compares
@@ -460,7 +460,7 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
 
 def test_adaptive_states_what_it_decided():
     result = generate(tiny_llama(agreement="always", exit_layer=1), PROMPT, "adaptive", max_steps=80, eos=[])
-    assert set(result.drafts_by_source) <= {"none", "lookup", "exit 1"}
+    assert set(result.drafts_by_source) <= {"none", "n-grams", "exit 1"}
     assert sum(counts[0] for counts in result.drafts_by_source.values()) == result.num_verifications
     with pytest.raises(ValueError, match="exit_layer 2: adaptive chooses it, leave it out"):
         generate(tiny_llama(), PROMPT, "adaptive", exit_layer=2)

@@ -61,7 +61,7 @@ def test_draft_stats_count_the_output():
 
 def test_draft_stats_of_answers_are_added():
     """Guards against means of rates, counts without names, and sums that depend on the order."""
-    first, second = stats(("lookup", 2, 2, 3)), stats(("exit 2", 4, 1, 2), ("lookup", 1, 0, 1))
+    first, second = stats(("n-grams", 2, 2, 3)), stats(("exit 2", 4, 1, 2), ("n-grams", 1, 0, 1))
     records = [{"drafts": json.loads(json.dumps(each.to_rows()))} for each in (first, second)]
     assert metrics.draft_stats(records) == first + second == second + first
     assert metrics.acceptance(metrics.draft_stats(records)) == {
@@ -74,10 +74,10 @@ def test_draft_stats_of_answers_are_added():
         "num_verifications": 3,
         "drafts_by_source": {
             "exit 2": {"rounds": 1, "drafted": 4, "accepted": 1},
-            "lookup": {"rounds": 2, "drafted": 3, "accepted": 2},
+            "n-grams": {"rounds": 2, "drafted": 3, "accepted": 2},
         },
     }
-    assert [*metrics.acceptance(first + second)["drafts_by_source"]] == ["exit 2", "lookup"]
+    assert [*metrics.acceptance(first + second)["drafts_by_source"]] == ["exit 2", "n-grams"]
 
 
 def test_predicted_speedup_of_the_paper():
