@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy
@@ -93,7 +94,7 @@ def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callab
     else:
         kind = "float16" if runner.dtype != runner.model.dtype else "packed"
     costs = [*_GROWTH[kind], 1000 * _GROWTH[kind][-1]]
-    return lambda num_tokens: float(numpy.interp(num_tokens, _TOKENS, costs))
+    return cache(lambda num_tokens: float(numpy.interp(num_tokens, _TOKENS, costs)))
 
 
 class PassTimes:
@@ -116,13 +117,13 @@ class PassTimes:
         self._units: dict[int, DecayedMean] = {}  # seconds of a plain step, by rows
         self._excess: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
         self._drafts: dict[tuple[str, int], DecayedMean] = {}
-        self._estimated: dict[int, numpy.ndarray] = {}  # see `_steps`, by rows
 
-    def verifications(self, num_rows: int, longest: int) -> numpy.ndarray:
-        """[longest + 1] of 0, 1, ... drafted tokens in each row; the first is a plain step."""
-        return self.plain_step(num_rows) * (
-            1.0 + self._slope(num_rows).value * self._steps(num_rows, longest)
-        )
+    def verification(self, num_rows: int, num_drafted: int) -> float:
+        """Of so many drafted tokens in each row."""
+        return self.plain_step(num_rows) * self._in_plain_steps(num_rows, num_drafted)
+
+    def _in_plain_steps(self, num_rows: int, num_drafted: int) -> float:
+        return 1.0 + self._slope(num_rows).value * self._estimated_excess(num_rows, num_drafted)
 
     def plain_step(self, num_rows: int) -> float:
         if not self._units:
@@ -153,17 +154,16 @@ class PassTimes:
 
     def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
         """Learn the time of a verification of so many tokens in each row."""
-        steps = float(self._steps(num_rows, num_drafted)[-1]) if num_drafted else 0.0
-        relative = 1.0 + self._slope(num_rows).value * steps  # expected, in plain steps
+        expected = self._in_plain_steps(num_rows, num_drafted)
         # A first round has no bound and may be slow: it tells of plain steps only.
         if not self._units or (num_rows not in self._units and num_drafted):
             self._units[num_rows] = DecayedMean(0.0, weight=0.0)
-            self._units[num_rows].add(seconds / relative, weight=0.1)
+            self._units[num_rows].add(seconds / expected, weight=0.1)
             return
-        seconds = min(seconds, self._TOO_LONG * self.plain_step(num_rows) * relative)
+        seconds = min(seconds, self._TOO_LONG * self.plain_step(num_rows) * expected)
         if not num_drafted:
             self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
-        elif steps > 0.0:
+        elif (steps := self._estimated_excess(num_rows, num_drafted)) > 0.0:
             more = seconds / self.plain_step(num_rows) - 1.0
             self._slope(num_rows).add(
                 max(0.0, more / steps), weight=min(1.0, (steps / self._PRIOR_EXCESS) ** 2)
@@ -172,9 +172,6 @@ class PassTimes:
     def _slope(self, num_rows: int) -> DecayedMean:
         return self._excess.setdefault(num_rows, DecayedMean(1.0, weight=1.0))
 
-    def _steps(self, num_rows: int, longest: int) -> numpy.ndarray:
-        """[longest + 1] estimated cost of verifications beyond a plain step, in plain steps."""
-        if len(self._estimated.get(num_rows, ())) <= longest:
-            passes = numpy.array([self._growth(num_rows * (1 + n)) for n in range(longest + 1)])
-            self._estimated[num_rows] = passes / passes[0] - 1.0
-        return self._estimated[num_rows][: longest + 1]
+    def _estimated_excess(self, num_rows: int, num_drafted: int) -> float:
+        """Cost of a verification beyond a plain step, in plain steps."""
+        return self._growth(num_rows * (1 + num_drafted)) / self._growth(num_rows) - 1.0

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy
-
 from self_speculation.drafts.costs import PassTimes
 from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
 
@@ -96,8 +94,8 @@ class AdaptivePolicy:
 
     # Expected speed of drafts over that of plain steps, at least: it is an estimate.
     _MARGIN = 1.03
-    # Tokens of a trial; rounds before the first one; the most rounds between plain steps; share of the time.
-    _TRIAL, _WAIT, _WAIT_FOR_PLAIN, _SHARE = 2, 8, 64, 0.01
+    # Rounds before the first trial; the most rounds between plain steps; share of the time.
+    _WAIT, _WAIT_FOR_PLAIN, _SHARE = 8, 64, 0.01
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_OF_LAYERS = 8
     # A trial whose acceptance exceeds the estimate by this is repeated soon.
@@ -107,10 +105,10 @@ class AdaptivePolicy:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = [name for name, arm in arms.items() if arm.draft_ratio > 0.0]
         self.free_sources = [name for name, arm in arms.items() if arm.draft_ratio == 0.0]
+        for i, name in enumerate((PLAIN, *self._layered), 1):
+            stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
         self._plan, self._plain = Plan(), Plan()
-        # Valid until something is learnt of drafts:
-        self._of_layers: dict[tuple[int, int, int], Plan] = {}
-        self._hopes: dict[tuple[str, int, int], Plan | None] = {}
+        self._of_layers: dict[tuple[int, int, int], Plan] = {}  # valid until something is learnt of drafts
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
         """Plan one round.
@@ -126,11 +124,10 @@ class AdaptivePolicy:
             layers = self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_OF_LAYERS))
             plans = [layers]
             lookups, chances = self._looked_up(matched, limits)
-            if any(chances) and layers.drafts:
-                plans.append(self._with_lookups(layers.source, lookups, chances, layers.length))
-            # The most tokens that n-grams can give, with endless drafts. Most plain rounds need no more.
-            if sum(1.0 / max(1.0 - chance, 1e-6) for chance in chances) > self._MARGIN * num_rows:
+            if any(chances):
                 plans.append(self._with_lookups(PLAIN, lookups, chances, longest))
+                if layers.drafts:
+                    plans.append(self._with_lookups(layers.source, lookups, chances, layers.length))
             promising = max(plans, key=lambda plan: plan.rate)
             if promising.rate > self._MARGIN * self._plain.rate:
                 best = promising
@@ -150,8 +147,9 @@ class AdaptivePolicy:
             return width < plan.length
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
-        with_this, with_another = self._stats.times.verifications(num_rows, width + 1)[-2:]
-        more = self._draft_step(plan.source, num_rows) + with_another - with_this
+        times = self._stats.times
+        more = times.verification(num_rows, width + 1) - times.verification(num_rows, width)
+        more += self._draft_step(plan.source, num_rows)
         return accepted * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
     def see(self, source: str, matched: int, is_right: bool) -> None:
@@ -182,7 +180,6 @@ class AdaptivePolicy:
                 stats.trials[plan.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
         if any(drafted) or stats.num_rounds % self._WAIT == 0:
             self._of_layers.clear()
-            self._hopes.clear()
         for row, source in enumerate(sources if any(drafted) else ()):
             # `see` has learnt the first token of an n-gram.
             for i in range(0 if source in self._layered else 1, min(accepted[row] + 1, drafted[row])):
@@ -220,7 +217,8 @@ class AdaptivePolicy:
         if key not in self._of_layers:
             plans = [self._plain]
             for name in self._layered:
-                tokens = num_rows + num_drafting * (self._expected(name, longest) - 1.0)
+                of_row = _expected_tokens([self._acceptance(name, 0).value], longest)
+                tokens = [num_rows + num_drafting * (expected - 1.0) for expected in of_row]
                 plans.append(self._best_length(name, num_rows, tokens))
             self._of_layers[key] = max(plans, key=lambda plan: plan.rate)
         return self._of_layers[key]
@@ -229,33 +227,30 @@ class AdaptivePolicy:
         self, source: str, lookups: Sequence[str], chances: Sequence[float], longest: int
     ) -> Plan:
         """N-grams, and drafts of the source for rows where more of them is expected to be accepted."""
-        looked_up, drafted = _expected_tokens(chances, longest), self._expected(source, longest)
-        plan = self._best_length(source, len(lookups), numpy.maximum(looked_up, drafted).sum(0))
-        keeps = looked_up[:, plan.looked_up] > drafted[plan.looked_up]
-        lookups = [name if keep else PLAIN for name, keep in zip(lookups, keeps, strict=True)]
-        return plan._replace(lookups=lookups)
+        own = 0.0 if source == PLAIN else self._acceptance(source, 0).value
+        tokens = _expected_tokens([max(chance, own) for chance in chances], longest)
+        plan = self._best_length(source, len(lookups), tokens)
+        pairs = zip(lookups, chances, strict=True)
+        return plan._replace(lookups=[name if chance > own else PLAIN for name, chance in pairs])
 
-    def _best_length(self, source: str, num_rows: int, tokens: numpy.ndarray) -> Plan:
+    def _best_length(self, source: str, num_rows: int, tokens: Sequence[float]) -> Plan:
         """The best round with the source, given the expected tokens by draft length."""
-        longest = len(tokens) - 1
-        seconds = self._seconds(source, num_rows, longest)
-        best = int((tokens / seconds).argmax())
-        return Plan(source, longest, (), best, float(tokens[best]), float(seconds[best]))
+        longest, seconds = len(tokens) - 1, self._seconds(source, num_rows)
+        plans = (Plan(source, longest, (), k, tokens[k], seconds(k)) for k in range(longest + 1))
+        return max(plans, key=lambda plan: plan.rate)
 
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
         """A trial of the arm that has been due longest; None: none is due or affordable."""
         stats = self._stats
-        due: list[tuple[int, str]] = []
-        for i, name in enumerate((PLAIN, *self._layered)):
-            first = stats.num_rounds + self._WAIT * (i + 1)
-            trials = stats.trials.setdefault(name, _Trials(self._WAIT, first))
-            if name == best.source and (name != PLAIN or not best.drafts):
-                trials.wait, trials.due = self._WAIT, stats.num_rounds + self._WAIT
-            elif trials.due <= stats.num_rounds:
-                due.append((trials.due, name))
+        if best.source != PLAIN or not best.drafts:  # in use
+            stats.trials[best.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
+        due = [(trials.due, name) for name, trials in stats.trials.items() if trials.due <= stats.num_rounds]
+        # A row tells by a second token what several rows tell by their first ones.
+        length = min(2 if num_rows == 1 else 1, longest)
         for _, name in sorted(due):
-            trial = self._plain if name == PLAIN else self._hoped(name, num_rows, min(self._TRIAL, longest))
+            trial = self._plain if name == PLAIN else self._hoped(name, num_rows, length)
             if trial is None:
+                stats.trials[name].due += self._WAIT
                 continue
             # Priced as if nothing were accepted: the estimate must not pay for the trial.
             price = max(0.0, trial.seconds - num_rows / best.rate) / self._plain.seconds
@@ -271,26 +266,18 @@ class AdaptivePolicy:
 
     def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
         """A trial of an arm; None: it could not pay with the acceptance of its deeper arm, or with 1."""
-        key = (name, num_rows, length)
-        if key not in self._hopes:
-            seconds = self._seconds(name, num_rows, self._longest)
-            deeper = self._arms[name].deeper
-            most = self._acceptance(deeper, 0).value if deeper else 1.0
-            hoped = num_rows * _expected_tokens([most], self._longest)[0]
-            pays = bool(length) and (hoped / seconds).max() > self._MARGIN * self._plain.rate
-            tokens = num_rows * float(self._expected(name, length)[-1])
-            self._hopes[key] = Plan(name, length, (), 0, tokens, float(seconds[length])) if pays else None
-        return self._hopes[key]
+        deeper, seconds = self._arms[name].deeper, self._seconds(name, num_rows)
+        most = self._acceptance(deeper, 0).value if deeper else 1.0
+        hoped = self._best_length(name, num_rows, _expected_tokens([most] * num_rows, self._longest))
+        if not length or hoped.rate <= self._MARGIN * self._plain.rate:
+            return None
+        tokens = _expected_tokens([self._acceptance(name, 0).value] * num_rows, length)
+        return Plan(name, length, (), 0, tokens[-1], seconds(length))
 
-    def _expected(self, name: str, longest: int) -> numpy.ndarray:
-        """[longest + 1] expected tokens of a row, by draft length."""
-        acceptance = 0.0 if name == PLAIN else self._acceptance(name, 0).value
-        return _expected_tokens([acceptance], longest)[0]
-
-    def _seconds(self, name: str, num_rows: int, longest: int) -> numpy.ndarray:
-        """[longest + 1] of a round, by draft length."""
+    def _seconds(self, name: str, num_rows: int) -> Callable[[int], float]:
+        """Draft length -> time of a round."""
         draft_step = 0.0 if name == PLAIN else self._draft_step(name, num_rows)
-        return draft_step * numpy.arange(longest + 1) + self._stats.times.verifications(num_rows, longest)
+        return lambda k: draft_step * k + self._stats.times.verification(num_rows, k)
 
     def _draft_step(self, name: str, num_rows: int) -> float:
         arm = self._arms[name]
@@ -309,6 +296,10 @@ class AdaptivePolicy:
         return means[name, matched]
 
 
-def _expected_tokens(chances: Sequence[float], longest: int) -> numpy.ndarray:
-    """[n] acceptance per token -> [n, longest + 1] expected tokens of a round, by draft length."""
-    return (numpy.array(chances)[:, None] ** numpy.arange(longest + 1)).cumsum(1)
+def _expected_tokens(chances: Sequence[float], longest: int) -> list[float]:
+    """Acceptance per token of each row -> [longest + 1] expected tokens of a round, by draft length."""
+    tokens, accepted = [float(len(chances))], [1.0] * len(chances)  # P(the tokens so far are accepted)
+    for _ in range(longest):
+        accepted = [so_far * chance for so_far, chance in zip(accepted, chances, strict=True)]
+        tokens.append(tokens[-1] + sum(accepted))
+    return tokens

@@ -25,6 +25,8 @@ class PredictionDrafts(TokenDrafts):
         self._cursors = PerSequence(lambda sequence: _Cursor(sequence.prediction))
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
+        if not sequence.prediction:
+            return 0, []
         cursor = self._cursors[sequence]
         cursor.follow(sequence.tokens)
         ids = cursor.next(k)

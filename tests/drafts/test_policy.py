@@ -28,6 +28,11 @@ def line(slope, num_tokens):
     return 1.0 + slope * (num_tokens - 1)
 
 
+def curve(times, num_rows, longest):
+    """What verifications of 0, 1, ... drafted tokens cost."""
+    return [times.verification(num_rows, k) for k in range(longest + 1)]
+
+
 def stats(slope=0.02):
     """Nothing is known but the estimate of what passes cost."""
     return ArmStats(PassTimes(partial(line, slope)))
@@ -253,7 +258,7 @@ def test_what_rounds_take_is_learnt_and_a_bad_moment_is_forgotten():
         times.add_draft("exit 2", 1, 0.3, times.draft_step("exit 2", 1, 0.2, partial(line, 0.05)))
 
     def known():
-        return [*times.verifications(1, 4), times.draft_step("exit 2", 1, 0.2, partial(line, 0.05))]
+        return [*curve(times, 1, 4), times.draft_step("exit 2", 1, 0.2, partial(line, 0.05))]
 
     usual = known()
     assert usual[0] == pytest.approx(1.0, rel=0.01)
@@ -282,7 +287,7 @@ def test_times_begin_as_estimates_in_the_unit_of_what_was_measured():
     times = PassTimes(grows)
 
     def known(num_rows):
-        return [*times.verifications(num_rows, 2), times.draft_step("exit 2", num_rows, 0.2, grows)]
+        return [*curve(times, num_rows, 2), times.draft_step("exit 2", num_rows, 0.2, grows)]
 
     assert known(1) == pytest.approx([1.0, 1.1, 1.2, 0.2])
     times.add_verification(1, 0, 0.01)
@@ -302,13 +307,11 @@ def test_what_one_length_takes_says_something_of_others():
     for _ in range(60):
         times.add_verification(4, 0, 1.0)
         times.add_verification(4, 3, 3.0)
-    found = times.verifications(4, 8)
-    estimated = PassTimes(partial(line, 0.05)).verifications(4, 8)
-    estimated /= estimated[0]
+    found, estimated = curve(times, 4, 8), curve(PassTimes(partial(line, 0.05)), 4, 8)
     assert found[3] == pytest.approx(3.0, rel=0.1)
-    assert found - 1 == pytest.approx((found[3] - 1) / (estimated[3] - 1) * (estimated - 1))
-    assert [*found] == sorted(found)
-    assert times.verifications(1, 8)[8] / times.plain_step(1) == pytest.approx(1.4)
+    slopes = [(a - found[0]) / (b - estimated[0]) for a, b in zip(found[1:], estimated[1:], strict=True)]
+    assert slopes == pytest.approx(slopes[:1] * 8)
+    assert times.verification(1, 8) / times.plain_step(1) == pytest.approx(1.4)
 
 
 def test_a_verification_never_takes_less_than_a_plain_step():
@@ -317,8 +320,8 @@ def test_a_verification_never_takes_less_than_a_plain_step():
     for _ in range(40):
         times.add_verification(1, 0, 1.0)
         times.add_verification(1, 8, 0.5)
-    found = times.verifications(1, 8)
-    assert [*found] == sorted(found)
+    found = curve(times, 1, 8)
+    assert found == sorted(found)
     assert found[0] > 0.0
 
 
