@@ -22,6 +22,8 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import pandas
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.sides import ADAPTIVE, PLAIN, Answers, draft_stats, in_turns, ours, strategies
+from benchmarks.sides import ADAPTIVE, PLAIN, Answers, in_turns, ours, strategies
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from runs.heading import heading
@@ -97,12 +99,6 @@ def typical(values: Sequence[float]) -> float:
     return statistics.geometric_mean(values) if values else 0.0
 
 
-def of_sums(turns: Sequence[Mapping[str, Answers]], side: str) -> float:
-    """All decoded tokens by all time."""
-    own = [each[side] for each in turns]
-    return sum(a.num_decoded for a in own) / sum(a.total_time - a.prefill_time for a in own)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, AdaptiveArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
@@ -148,12 +144,12 @@ def figures(turns: Sequence[Mapping[str, Answers]], side: str, fixed: Sequence[s
     paired: list[float] = []
     if side == ADAPTIVE and fixed:
         paired = ratios(turns, ADAPTIVE, max(fixed, key=lambda name: typical(ratios(turns, name, PLAIN))))
-    sources = draft_stats([turn[side] for turn in turns]).by_source
+    own, plain = (reduce(add, (turn[name] for turn in turns)) for name in (side, PLAIN))
     return {
         "side": side, "x": middle, "low": low, "high": high, "first": each[0] if each else None,
         "of best": statistics.median(paired) if paired else None,
-        "sums": of_sums(turns, side) / of_sums(turns, PLAIN),
-        "sources": {source: counts._asdict() for source, counts in sources.items()},
+        "sums": own.decode_tokens_per_second / plain.decode_tokens_per_second,
+        "sources": {source: counts._asdict() for source, counts in own.draft_stats.by_source.items()},
     }  # fmt: skip
 
 

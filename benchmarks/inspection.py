@@ -1,4 +1,4 @@
-"""Inspect completions: work of a token, the host's time for a pass, and whether greedy ids are right."""
+"""The host's time for a pass, and whether greedy ids are right."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from measures.comparison import exact_logits, near_tie_bound
@@ -20,37 +18,6 @@ from self_speculation.model import captured_runner
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly, make_runner
 from self_speculation.model.devices import synchronize
 from self_speculation.model.model_runner import ModelRunner
-
-
-class Work(NamedTuple):
-    kernels: float  # on a GPU, with those of replayed graphs; on a CPU, operators
-    reads: float  # copies to the host, each of which waits for the device
-
-
-def work_per_token(device: torch.device, first: Callable[[], int], more: Callable[[], int]) -> Work | None:
-    """The work of one decoded token; None where the driver does not allow profiling.
-
-    Args:
-        first, more: each generates an answer to the same prompt, `more` a longer one, and returns its length.
-            Their common prefill cancels out.
-    """
-    num_first, before = _profiled(device, first)
-    num_more, after = _profiled(device, more)
-    if not after.kernels or num_more == num_first:
-        return None
-    return Work(*((b - a) / (num_more - num_first) for a, b in zip(before, after, strict=True)))
-
-
-def _profiled(device: torch.device, call: Callable[[], int]) -> tuple[int, Work]:
-    on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        result = call()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    names = [e.name for e in profiler.events() if e.device_type == kind and not e.is_user_annotation]
-    reads = sum(name.startswith(("Memcpy DtoH", "aten::_local_scalar_dense")) for name in names)
-    return result, Work(sum(not name.startswith(("Memcpy", "Memset")) for name in names), reads)
 
 
 class HostTime(NamedTuple):
