@@ -18,10 +18,6 @@ accepted / drafted tokens; *GiB*: peak memory; *ids*: = and the number of near-t
 model's choice in fp32 or a near-tie, else the number of the others.
 
 By arithmetic Llama-2-7B takes five of the nine minutes on an H100, Llama-3-8B six, Llama-3.2-1B three.
-Seconds for 7B: weights 20; transformers 40 (8 times 128 steps of 30 ms, and 4 answers of its early exit); our
-sides 60 (64 answers of up to 128 steps of 5 ms, and warm-ups); captures 20 (52 and 260 for one sequence after
-128 and 2,081 tokens, 208 and 1,040 for eight, 12 ms each); checks in fp32 120 (100 passes over 2,209 tokens,
-30 TFLOP each).
 
 The run ends after --minutes, or on Ctrl-C, with what it has. A side that fails costs its own row. The last
 line is one JSON object. Exit status 1: an id is wrong or a side failed.
@@ -339,8 +335,8 @@ def show_host_time(model: Any) -> Record | None:
         return None
     replay = "with" if model.device.type == "cuda" else "without"
     print(
-        f"host: {host.layer:.0f} us for an eager layer, {host.python:.0f} of them in Python,\n"
-        f"{host.captured:.0f} us for a captured pass, {replay} its replay",
+        f"host: {host.layer:.0f} us for an eager layer, {host.captured:.0f} for a captured pass "
+        f"{replay} its replay",
         flush=True,
     )
     return host._asdict()

@@ -20,12 +20,11 @@ import subprocess
 import sys
 import tempfile
 import termios
-import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 HANGS = 300.0  # seconds after which a script is ended and its test fails; no verdict on its speed
@@ -46,15 +45,9 @@ class Fork:
     """A running script; the part of `subprocess.Popen` that tests use."""
 
     def __init__(
-        self,
-        script: str | Path,
-        *args: object,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        env: dict[str, str] | None = None,
-        terminal: bool = False,
-    ) -> None:
+        self, script: str | Path, *args: object, stdin: int | None = None, stdout: int | None = None,
+        stderr: int | None = None, env: dict[str, str] | None = None, terminal: bool = False,
+    ) -> None:  # fmt: skip
         """
         Args:
             stdin, stdout, stderr: file descriptors; None: /dev/null.
@@ -159,7 +152,7 @@ def read(stream: IO[bytes]) -> str:
 
 def become(
     args: list[str], cwd: str, environment: dict[str, str], terminal: bool, streams: list[Connection]
-) -> NoReturn:
+) -> None:
     """Run the script in this process, to its end."""
     os.setsid()
     for number, stream in enumerate(streams):
@@ -175,20 +168,7 @@ def become(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = args
     sys.path.insert(0, os.path.dirname(os.path.abspath(args[0])))
-    status: Any = 0
     try:
         runpy.run_path(args[0], run_name="__main__")
-    except SystemExit as end:
-        status = end.code or 0
-        if not isinstance(status, int):
-            print(status, file=sys.stderr)
-            status = 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    # As Python ends, without the half second that freeing all modules takes.
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves these out

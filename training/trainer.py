@@ -39,9 +39,6 @@ from training.flags import RecipeArguments
 # The scores of each exit in an evaluation. Agreement: how often it predicts the token of the last layer.
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
-# Check so many losses and gradient norms together, unless a log row or a checkpoint comes first.
-_CHECK_EVERY = 1000
-
 
 class DivergedError(Exception):
     """A loss or a gradient is not a finite number.
@@ -230,13 +227,11 @@ class EarlyExitTrainer(Trainer):
             step = self.state.global_step + 1
             batches = torch.cat([documents for at, _, _, documents in self._unchecked if at == step])
             self._unchecked.append((step, "the gradient", whole.to(self.args.device), batches))
-        if len(self._unchecked) > _CHECK_EVERY:
-            self._check_losses()
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._check_losses()
         if "loss" in logs:
-            self._check_losses()
             seconds = time.perf_counter() - self._since
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds)
             self._restart_clock()

@@ -3,20 +3,20 @@
 import importlib
 import json
 import signal
-import sys
-import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch
 from conftest import ROOT, generate, tiny_llama
+from helpers import refused
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
 from benchmarks import adaptive, gpu, serving, side_by_side
 from benchmarks.inspection import Judged, judge_greedy
-from benchmarks.peers import fastest, find_llama_cpp, in_each_format
+from benchmarks.peers import fastest, in_each_format
 from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
 from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, fuse
@@ -56,18 +56,6 @@ def test_side_by_side(measured, tmp_path):
     assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
-def test_llama_cpp_is_refused_before_anything_is_loaded(capsys, monkeypatch):
-    """Guards against half a minute of loading before the error message."""
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(SystemExit):
-        find_llama_cpp(Path("model.gguf"))
-    assert "--peers llama.cpp: needs the package llama-cpp-python" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "llama_cpp", types.ModuleType("llama_cpp"))
-    with pytest.raises(SystemExit):
-        find_llama_cpp(Path("facebook/layerskip-llama3.2-1B"))
-    assert "reads .gguf files alone, and --model is layerskip-llama3.2-1B" in capsys.readouterr().err
-
-
 def test_transformers_has_its_best_format():
     """Guards against a peer in a format that is slow for it, or fast in decoding and slow in prefill."""
     given = tiny_llama()
@@ -97,18 +85,18 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
 
 
 def test_adaptive(measured):
-    """Guards against a missing workload, kind of sampling or fixed setting."""
-    record = measured(
-        adaptive, "--max_steps", "6", "--num_prompts", "1", "--searched", "1", "--lengths", "2",
-        "--finalists", "1", "--draft_weights", "int4", "--workloads", "code", "repeat",
-    )  # fmt: skip
-    rows = record["rows"]
+    """Guards against a missing workload, kind of sampling or side."""
+    rows = measured(
+        adaptive, "--max_steps", "6", "--num_prompts", "1", "--exit_layer", "2", "--num_speculations", "2",
+        "--draft_weights", "int4", "--workloads", "code", "repeat",
+    )["rows"]  # fmt: skip
     assert [(row["picking"], row["workload"]) for row in rows if row["side"] == "adaptive"] == [
-        (picking, workload) for picking in ("greedy", "sampled") for workload in ("code", "repeat")
+        (picking, workload)
+        for picking in ("greedy", "sampled")
+        for workload in ("code", "repeat", "all prompts")
     ]
-    assert len(rows) == 8
-    assert all(row["x"] > 0 and row["sums"] > 0 for row in rows)
-    assert all((row["of best"] is not None) == (row["side"] == "adaptive") for row in rows)
+    assert len(rows) == 3 * 6
+    assert all(row["x"] >= row["tenth"] > 0 and row["sums"] > 0 for row in rows)
 
 
 @pytest.mark.slow
@@ -126,20 +114,18 @@ def test_serving(measured):
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
     """Guards against a peer in a format, or without batching, that is slower than another one it has."""
-    args = serving.ServingArguments(servers=["here", "transformers", "http://x"])
+    args = serving.ServingArguments(servers=["transformers"])
     ways = serving.commands(ModelArguments(), GenerationConfig(), args, Path("saved"))
-    transformers = {name: way for name, way in ways.items() if name.startswith("transformers")}
-    assert [*ways] == ["here", *transformers, "http://x"]
-    flags = {(way[way.index("--dtype") + 1], "--continuous-batching" in way) for way in transformers.values()}
+    flags = {(way[way.index("--dtype") + 1], "--continuous-batching" in way) for way in ways.values()}
     assert flags == {(dtype, batching) for dtype in ("float16", "bfloat16") for batching in (False, True)}
 
     def row(server, *speeds):
         load = {"clients": 1, "long prompt": 0}
         return {"server": server, **load, "tokens/s": sum(speeds), "speeds": speeds}
 
-    others = [row(name, 20 + place, 30) for place, name in enumerate(transformers)]
+    others = [row(name, 20 + place, 30) for place, name in enumerate(ways)]
     ahead = serving.who_is_ahead(row("here", 46, 60), *others)
-    assert (ahead["other"], ahead["high"]) == ([*transformers][-1], 2.0)
+    assert (ahead["other"], ahead["high"]) == ([*ways][-1], 2.0)
 
 
 def test_time_without_an_open_request_does_not_count():
@@ -151,11 +137,9 @@ def test_time_without_an_open_request_does_not_count():
 @pytest.mark.parametrize("program", [side_by_side, adaptive])
 def test_one_token_is_no_decoding(program, endless_folder, capsys):
     """Guards against a division by zero seconds, after everything was measured."""
-    drafts = ("--exit_layer", "2", "--num_speculations", "3") if program is side_by_side else ()
-    with pytest.raises(SystemExit) as end:
-        program.main(["--model", str(endless_folder), "--max_steps", "1", *drafts])
-    assert end.value.code == 2
-    assert "--max_steps 1: must be at least 2" in capsys.readouterr().err.splitlines()[-1]
+    drafts = ["--exit_layer", "2", "--num_speculations", "3"]
+    error = refused(program.main, ["--model", str(endless_folder), "--max_steps", "1", *drafts], capsys)
+    assert "--max_steps 1: must be at least 2" in error
 
 
 @pytest.fixture
@@ -234,7 +218,9 @@ def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
     ]
     host = record["host_us"]
     assert min(host["layer"], host["captured"]) > 0
-    assert f"{host['captured']:.0f} us for a captured pass, without its replay" in said
+    assert any(
+        line.endswith(f"{host['captured']:.0f} for a captured pass without its replay") for line in said
+    )
 
 
 def test_gpu_keeps_what_it_has_when_it_is_interrupted(dry, nothing_is_measured):
@@ -263,28 +249,21 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     costs its own rows, and the exit status.
     """
 
-    def fails(error):
-        def call(*_):
-            raise error
-
-        return call
-
-    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
-    sides = gpu.theirs
-    monkeypatch.setattr(
-        gpu, "theirs", lambda name, *rest: fails(out_of_memory) if name == EARLY_EXIT else sides(name, *rest)
-    )
-    warm_up = gpu.run_every_pass
+    out_of_memory = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch"))
+    sides, warm_up = gpu.theirs, gpu.run_every_pass
 
     def warms_up(strategy, model, prompt, config, batch_size):
         if config.draft_weights == "int4":
             raise MemoryError("no room")
         warm_up(strategy, model, prompt, config, batch_size)
 
+    monkeypatch.setattr(
+        gpu, "theirs", lambda name, *rest: out_of_memory if name == EARLY_EXIT else sides(name, *rest)
+    )
     monkeypatch.setattr(gpu, "run_every_pass", warms_up)
     for module in ("sides", "inspection"):
-        error = ValueError("compile True: needs one GPU")
-        monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", fails(error))
+        no_capture = Mock(side_effect=ValueError("compile True: needs one GPU"))
+        monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", no_capture)
     status, _, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}

@@ -15,7 +15,7 @@ import pandas
 import pytest
 import torch
 from conftest import ROOT
-from helpers import only_run
+from helpers import about, only_run, refused
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -25,7 +25,7 @@ from data import DataError
 from runs.records import RecordError, Run
 from self_speculation import load_model_and_tokenizer
 from training.flags import OptimizationArguments
-from training.from_flags import advice_on_dtype, computed_in, trainer_settings
+from training.from_flags import computed_in, trainer_settings
 from training.trainer import EarlyExitTrainer
 
 SMALL = [
@@ -62,6 +62,12 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
 
 
+def assert_learns(frame, by):
+    """The training loss falls by so much."""
+    losses = frame["loss"].dropna()
+    assert losses.iloc[-1] < losses.iloc[0] - by
+
+
 def assert_same(folder, other):
     """Every logged number and every weight, to the last bit."""
     pandas.testing.assert_frame_equal(log(folder), log(other), check_exact=True)
@@ -82,19 +88,6 @@ def assert_similar(folder, other):
 def run(tmp_path, texts, *more):
     assert train.main(arguments(tmp_path, texts, *more)) == 0
     return only_run(tmp_path)
-
-
-def run_in(folder, texts, *more):
-    folder.mkdir()
-    return run(folder, texts, *more)
-
-
-def refused(capsys, arguments):
-    """The message of a refusal."""
-    with pytest.raises(SystemExit) as exit:
-        train.main(arguments)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 def checkpoints(folder):
@@ -127,38 +120,31 @@ def signalled(step, rank=0, by="SIGKILL"):
     )
 
 
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
     """Guards against a training that learns nothing, and against results that no script or transformers
     reads.
     """
     folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
     frame = log(folder)
-    losses = frame["loss"].dropna()
-    assert losses.iloc[-1] < losses.iloc[0] - 0.5
+    assert_learns(frame, 0.5)
     assert {f"eval_loss_exit_{exit}" for exit in (1, 2, 3)} <= set(frame)
     assert list(pandas.read_csv(folder / "exits.csv")["exit_layer"]) == [1, 2, 3]
     assert (folder / "exits.png").stat().st_size > 1000
-    # Guards against a picture without model and data in its title.
-    assert re.search(rf"a new Llama,\s+{re.escape(texts[:40])}", capsys.readouterr().out)
-    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert about(folder)["status"] == "finished"
     model, tokenizer = load_model_and_tokenizer(str(folder / "model"))
-    text = "def add(a, b):\n        return a + 12\n"
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    # Guards against line breaks that merge with the indentation after them: a prompt may end in one.
-    first = tokenizer.encode("def add(a, b):\n")
-    assert ids[: len(first)] == first
+    first, second = "def add(a, b):\n", "        return a + 12\n"
+    ids = tokenizer.encode(first + second)
+    assert tokenizer.decode(ids) == first + second
+    # A prompt may end in a line break, so it must not merge with the indentation after it.
+    assert ids == tokenizer.encode(first) + tokenizer.encode(second)
     assert model.config.max_position_embeddings == 32
-    # Guards against an end of text that is also padding: its embedding would stay zero.
+    # If the end of a text were padding, too, its embedding would stay zero.
     assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
-    with torch.no_grad():
-        assert model(torch.tensor([ids[:16]])).logits.shape == (1, len(ids[:16]), 300)
     result = forks.run(ROOT / "generate.py", "--model", folder / "model", *GENERATE)
     assert result.returncode == 0, result.stderr
 
 
-class Killed(BaseException):
-    """SIGKILL, as far as files show it: no code of the product handles it."""
+KILLED = BaseException("SIGKILL, as far as files show it: no code of the product handles it")
 
 
 def raises(error):
@@ -220,7 +206,7 @@ def whole(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     ("patch", "status", "kept", "message"),
     [
-        (at_step(raises(Killed)), None, {4}, None),
+        (at_step(raises(KILLED)), None, {4}, None),
         (at_step(sends(signal.SIGINT)), 130, {4, 6}, "interrupted; step 6 is kept"),
         (at_step(SIGTERM), 143, {4, 6}, "interrupted; step 6 is kept"),
         (at_step(raises(DataError("a row of a stream"))), 1, {4}, "a row of a stream; step 4 is kept"),
@@ -231,10 +217,6 @@ def whole(tmp_path_factory, texts):
         ),
         (on_full_disk, 1, {4, 8}, "cannot write {folder}/checkpoint-12: [Errno 28] No space; step 8 is kept"),
         (
-            in_last_checkpoint(raises(MemoryError)),
-            1, {4, 8}, "cannot write {folder}/checkpoint-12: MemoryError; step 8 is kept",
-        ),
-        (
             before(Run, "replace", LOG_LOST, lambda _, name, text: name == "log.csv" and "\n6," in text),
             1, {4, 7}, "cannot write log.csv: No space left on device; step 7 is kept",
         ),
@@ -243,8 +225,7 @@ def whole(tmp_path_factory, texts):
             1, {8, 12}, "No space left on device (os error 28); step 12 is kept",
         ),
     ],
-    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "in_checkpoint", "in_evaluation", "disk_full", "memory",
-         "log", "model"],
+    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "checkpoint", "evaluation", "disk_full", "log", "model"],
 )  # fmt: skip
 def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     patch, status, kept, message, tmp_path, texts, whole, capsys, monkeypatch
@@ -255,7 +236,7 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     with monkeypatch.context() as context:
         patch(context)
         if status is None:
-            with pytest.raises(Killed):
+            with pytest.raises(BaseException, match="SIGKILL"):
                 train.main(arguments(tmp_path, texts, *EXACT))
         else:
             assert train.main(arguments(tmp_path, texts, *EXACT)) == status
@@ -266,8 +247,7 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
         (folder / "checkpoint-11" / "trainer_state.json").write_text('{"global_st')
     else:
         assert f"{message.format(folder=folder)}, go on with --resume {folder}\n" in capsys.readouterr().err
-        described = json.loads((folder / "run.json").read_text())
-        assert described["status"] == ("failed" if status == 1 else "interrupted")
+        assert about(folder)["status"] == ("failed" if status == 1 else "interrupted")
     assert train.main(["--resume", str(folder)]) == 0
     assert_same(folder, whole)
 
@@ -281,7 +261,8 @@ def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
         (["--rotation", "3"], "that run had --rotation 8, this one has 3"),
         (["--batch_size", "2"], "a step of that run has 4 samples, this one's 2: ranks, --batch_size and"),
     ):
-        assert message in refused(capsys, [*arguments(tmp_path, texts, *flags), "--resume", str(folder)])
+        again = arguments(tmp_path, texts, *flags, "--resume", str(folder))
+        assert message in refused(train.main, again, capsys)
     shutil.rmtree(folder / "checkpoint-12")
     passes = ["--batch_size", "2", "--gradient_accumulation", "2"]
     assert train.main(["--resume", str(folder), *passes]) == 0
@@ -293,22 +274,19 @@ def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, mon
     number of steps after Ctrl-C.
     """
     folder = run(tmp_path, texts)
-    seen, step = [], EarlyExitTrainer.training_step
+    seen = []
 
-    def interrupted(self, *args, **kwargs):
+    def interrupted(self, *_):
         seen.append(self.state.global_step)
-        if len(seen) == 6:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
+        return len(seen) == 6
 
-    monkeypatch.setattr(EarlyExitTrainer, "training_step", interrupted)
+    before(EarlyExitTrainer, "training_step", raises(KeyboardInterrupt()), interrupted)(monkeypatch)
     assert train.main(["--resume", str(folder), "--num_steps", "20"]) == 130
     assert "step 16 is kept" in capsys.readouterr().err
     assert train.main(["--resume", str(folder)]) == 0
     assert seen == [*range(12, 18), *range(16, 20)]
-    described = json.loads((folder / "run.json").read_text())
-    assert (described["status"], described["arguments"]["num_steps"]) == ("finished", 20)
-    message = refused(capsys, ["--resume", str(folder), "--num_steps", "15"])
+    assert (about(folder)["status"], about(folder)["arguments"]["num_steps"]) == ("finished", 20)
+    message = refused(train.main, ["--resume", str(folder), "--num_steps", "15"], capsys)
     assert "that run had --num_steps 20, this one has 15" in message
 
 
@@ -367,7 +345,7 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
     ranks resume, with activation checkpointing, and match a run of one process.
     """
     more = [*DROPPING, "--model", str(model_folder), "--exit_loss", "distill"]
-    whole = run_in(tmp_path / "one", texts, *more)
+    whole = run(tmp_path / "one", texts, *more)
     shared = [*arguments(tmp_path, texts, *more), "--parallel", "fsdp", "--gradient_checkpointing"]
     killed = program(tmp_path, signalled(10, rank=1))
     assert forks.run_ranks(2, killed, *shared, "--batch_size", "2").returncode != 0
@@ -417,8 +395,7 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     result = with_peft(ranks, ROOT / "train.py", "--resume", ways["parts"])
     assert result.returncode == 0, result.stderr
     pandas.testing.assert_frame_equal(log(ways["parts"]), log(ways["whole"]), check_exact=ranks == 1)
-    losses = log(ways["whole"])["loss"].dropna()
-    assert losses.iloc[-1] < losses.iloc[0] - 0.1
+    assert_learns(log(ways["whole"]), 0.1)
     before, after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), weights(ways["parts"])
     changed = {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
     assert changed == {name for name in before if name.endswith("proj.weight")}
@@ -449,7 +426,7 @@ def test_accumulated_passes_are_one_step(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = []
     for name, more in (("one", ()), ("two", ("--batch_size", "2", "--gradient_accumulation", "2"))):
-        folder = run_in(tmp_path / name, str(path), "--layer_dropout", "0", *more)
+        folder = run(tmp_path / name, str(path), "--layer_dropout", "0", *more)
         curves.append(log(folder)[["step", "loss", "grad_norm"]].dropna())
     pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
 
@@ -460,21 +437,18 @@ def test_continual_pretraining(tmp_path, texts, model_folder):
     """
     curves = []
     for name, more in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
-        folder = run_in(tmp_path / name, texts, "--model", str(model_folder), "--layer_dropout", "0.5", *more)
+        folder = run(tmp_path / name, texts, "--model", str(model_folder), "--layer_dropout", "0.5", *more)
         curves.append(log(folder))
     pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
-    before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
-    after = weights(folder)
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name].bfloat16(), after[name]) for name in before)
+    assert_learns(curves[0], 0)
+    assert weights(folder).keys() == AutoModelForCausalLM.from_pretrained(model_folder).state_dict().keys()
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in (model_folder, folder / "model")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
 
 
 def test_mixed_precision(tmp_path, texts):
     """Guards against bfloat16 in which nothing is learnt."""
-    frame = log(run(tmp_path, texts, "--dtype", "bfloat16", "--curriculum", "gradual"))
-    assert frame["loss"].dropna().iloc[-1] < frame["loss"].dropna().iloc[0]
+    assert_learns(log(run(tmp_path, texts, "--dtype", "bfloat16", "--curriculum", "gradual")), 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
@@ -491,14 +465,9 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
     ("flags", "message"),
     [
         (["--layer_dropout", "1.5"], "--layer_dropout 1.5: must be between 0 and 1"),
-        (["--early_exit_scale", "-1"], "--early_exit_scale -1.0: must be 0 or more"),
-        (["--rotation", "0"], "--rotation 0: must be at least 1"),
         (["--exits", "1", "3"], "--exits [1, 3]: must be between 1 and 2"),
         (["--num_kv_heads", "3"], "--num_kv_heads 3: must divide --num_heads 2"),
         (["--hidden_size", "18"], "--hidden_size 18: must be a multiple of 2 x num_heads"),
-        (["--learning_rate", "0"], "--learning_rate 0.0: must be above 0"),
-        (["--eval_fraction", "1"], "--eval_fraction 1.0: must be between 0 and 1"),
-        (["--num_steps", "0"], "--num_steps 0: must be at least 1"),
         (["--warmup_steps", "12"], "--warmup_steps 12: must be below --num_steps 12"),
         (["--dtype", "float16"], "--dtype float16: mixed precision on a CPU is bfloat16"),
         (["--parallel", "fsdp"], "--parallel fsdp: needs two or more processes; start them by torchrun"),
@@ -520,10 +489,10 @@ def test_bad_values_are_refused_before_data_are_read(
     """Guards against minutes of reading before an error message."""
     monkeypatch.setattr("training.run.load_texts", lambda *_: pytest.fail("data are read"))
     flags = [str(model_folder) if flag == "MODEL" else flag for flag in flags]
-    assert message in refused(capsys, arguments(tmp_path, "no/such/*.txt", *flags))
+    assert message in refused(train.main, arguments(tmp_path, "no/such/*.txt", *flags), capsys)
 
 
-def test_on_a_gpu_auto_is_tf32_and_says_what_is_faster(tmp_path, monkeypatch):
+def test_on_a_gpu_auto_is_tf32(tmp_path, monkeypatch):
     """Guards against products in strict fp32 that nobody asked for, and TF32 where fp32 was asked for."""
     for name in ("training.from_flags", "transformers.training_args"):
         monkeypatch.setattr(f"{name}.is_torch_tf32_available", lambda: True)
@@ -537,9 +506,6 @@ def test_on_a_gpu_auto_is_tf32_and_says_what_is_faster(tmp_path, monkeypatch):
         assert computed_in(dtype, gpu) == computed
     assert computed_in("bfloat16", gpu) == "bfloat16"
     assert computed_in("auto", cpu) == "float32"
-    advice = "products in TF32; --dtype bfloat16 takes less time and memory than float32"
-    assert advice_on_dtype("auto", gpu) == advice
-    assert advice_on_dtype("float32", gpu) is advice_on_dtype("auto", cpu) is None
 
 
 @pytest.fixture
