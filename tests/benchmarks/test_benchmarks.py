@@ -58,11 +58,8 @@ def test_side_by_side(measured, tmp_path):
 
 def test_transformers_has_its_best_format():
     """Guards against a peer in a format that is slow for it, or fast in decoding and slow in prefill."""
-    given = tiny_llama()
-    models = in_each_format(given)
+    models = in_each_format(tiny_llama())
     assert [model.dtype for model in models] == [torch.float32, torch.bfloat16, torch.float16]
-    assert all(weight.dtype == model.dtype for model in models for weight in model.parameters())
-    assert given.dtype == torch.float32  # as it was
     times = {"slow prefill": (3.0, 1.0), "slow decoding": (1.0, 2.0)}  # of prefill and decoding
 
     def make(model):
@@ -97,19 +94,6 @@ def test_adaptive(measured):
     ]
     assert len(rows) == 3 * 6
     assert all(row["x"] >= row["tenth"] > 0 and row["sums"] > 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_serving(measured):
-    """Guards against a server that does not take these flags, and against answers that are lost."""
-    record = measured(
-        serving, "--servers", "here", "--clients", "1", "3", "--questions", "2", "--rounds", "1",
-        "--max_steps", "6", "--wait", "0.01", "--workloads", "code", "--long_prompt", "60",
-        "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3",
-    )  # fmt: skip
-    loads = [(row["clients"], row["long prompt"], row["answers"]) for row in record["rows"]]
-    assert loads == [(1, 0, 2), (1, 60, 2), (3, 0, 6), (3, 60, 6)]
-    assert all(row["tokens/s"] > 0 and row["first p50"] <= row["first p95"] for row in record["rows"])
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
@@ -163,36 +147,6 @@ def nothing_is_measured(monkeypatch):
         monkeypatch.setattr(gpu, "read_bandwidth", lambda device: 1e9)
 
     return replace
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [[1], [1, 2]])
-def test_gpu_runs_dry(dry, sizes):
-    """Guards against a missing side, column or check, and against other drafts of transformers."""
-    status, said, record = dry("--batch_size", *map(str, sizes))
-    assert status == 0
-    assert all(len(line) <= 80 for line in said[:-1])
-    sides = [(row["prompt"], row["batch_size"], row["compiled"], row["side"]) for row in record["rows"]]
-    assert sides == [
-        (8, size, compiled, side)
-        for size in sizes
-        for compiled in (False, True)
-        for side in (
-            OURS if compiled else ["transformers", *(["transformers, exit"] if size == 1 else []), *OURS]
-        )
-    ]
-    assert (record["ended"], record["wrong"], record["failed"]) == ("finished", 0, 0)
-    for row in record["rows"]:
-        assert row["tokens/s"] > 0
-        assert row["x transformers"] > 0
-        assert row["ids"]["equal"] + row["ids"]["near_ties"] == 16 * row["batch_size"]
-        assert (row["limit"] is not None) == (row["side"] in ("transformers", "autoregressive"))
-        if row["side"] != "adaptive":  # whether that drafts, depends on times
-            assert (row["acceptance"] is None) == (row["side"] in ("transformers", "autoregressive"))
-    by_side = {row["side"]: row for row in record["rows"][:6]}
-    assert by_side["self-speculative"]["acceptance"] == pytest.approx(
-        by_side["transformers, exit"]["acceptance"], abs=0.35
-    )
 
 
 def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
@@ -264,7 +218,7 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     for module in ("sides", "inspection"):
         no_capture = Mock(side_effect=ValueError("compile True: needs one GPU"))
         monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", no_capture)
-    status, _, record = dry("--batch_size", "1")
+    status, said, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
     assert failed == {
@@ -272,8 +226,14 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
         (False, "int4 copy"): "MemoryError: no room",
         **{(True, side): "ValueError: compile True: needs one GPU" for side in OURS},
     }
-    assert sum(row["error"] is None for row in record["rows"]) == 4
+    whole = {row["side"]: row for row in record["rows"] if row["error"] is None}
+    assert [*whole] == ["transformers", "autoregressive", "self-speculative", "adaptive"]
+    assert all(row["ids"]["equal"] + row["ids"]["near_ties"] == 16 for row in whole.values())
+    assert all(row["tokens/s"] > 0 and row["x transformers"] > 0 for row in whole.values())
+    assert whole["autoregressive"]["limit"] > 0
+    assert 0 <= whole["self-speculative"]["acceptance"] <= 1
     assert record["host_us"] is None
+    assert all(len(line) <= 80 for line in said[:-1])
 
 
 def test_gpu_without_one(capsys):

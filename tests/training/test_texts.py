@@ -90,14 +90,6 @@ def test_texts_are_tokenised_once_until_a_file_changes(tmp_path):
     assert all(files[0])
 
 
-def test_no_file_of_the_standard_library_is_on_both_sides():
-    """Guards against scores of texts that were learnt, and against a library without its main modules."""
-    training, evaluation = load_texts(TrainingDataArguments())
-    assert not set(training["text"]) & set(evaluation["text"])
-    assert 0.02 < len(evaluation) / (len(evaluation) + len(training)) < 0.1
-    assert any("def dataclass(" in text for text in (*training["text"], *evaluation["text"]))
-
-
 def test_blocks_lose_nothing_but_the_tail(byte_tokenizer):
     """Guards against texts without an end between them, and against a tail lost every 1000 texts."""
     dataset = datasets.Dataset.from_dict({"text": ["abc def", "ghi", "jkl mno"] * 700})
