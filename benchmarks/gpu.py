@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pandas
 import torch
 import transformers
 
@@ -217,12 +218,12 @@ def add_rows(rows: list[Record], task: Task, found: dict[str, Measured], bandwid
     found = {name: seen for name, seen in found.items() if seen.answers or seen.error}
     if not found:
         return
-    print(f"\nprompts of {length}, batch {size}, {'compiled' if task.compiled else 'eager'}\n{_HEADING}")
     for name, seen in found.items():
         row: Record = {"prompt": length, "batch_size": size, "compiled": task.compiled, "side": name}
         row |= {"error": seen.error, "speeds": [each.decode_tokens_per_second for each in seen.answers]}
         rows.append(row)
-    for row, (name, seen) in zip(rows[-len(found) :], found.items(), strict=True):
+    new = rows[-len(found) :]
+    for row, (name, seen) in zip(new, found.items(), strict=True):
         if seen.answers:
             speed = statistics.median(row["speeds"])
             together = reduce(add, seen.answers)
@@ -231,13 +232,19 @@ def add_rows(rows: list[Record], task: Task, found: dict[str, Measured], bandwid
                 "tokens/s": speed,
                 "prefill_ms": 1000 * statistics.median(answers.prefill_time for answers in seen.answers),
                 "x ours": ratio(rows, row, PLAIN),
-                "x transformers": ratio(rows, row, TRANSFORMERS),
+                "x hf": ratio(rows, row, TRANSFORMERS),
                 "limit": speed * bytes_per_token(task) / bandwidth if is_plain else None,
-                "acceptance": together.acceptance_rate(task.config.num_speculations),
-                "peak_gib": seen.peak_mib / 1024,
+                "accept": together.acceptance_rate(task.config.num_speculations),
+                "GiB": seen.peak_mib / 1024,
                 "ids": seen.judged and asdict(seen.judged),
             }
-        print(_shown(row), flush=True)
+    print(f"\nprompts of {length}, batch {size}, {'compiled' if task.compiled else 'eager'}")
+    table = pandas.DataFrame(new).reindex(columns=["side", *_COLUMNS])
+    print(table.to_string(index=False, na_rep="-", formatters=_COLUMNS))
+    for row in new:
+        if row["error"]:
+            print(f"{row['side']}: {row['error']}"[:80])
+    sys.stdout.flush()
 
 
 def ratio(rows: Sequence[Record], row: Record, other: str) -> float | None:
@@ -257,27 +264,15 @@ def bytes_per_token(task: Task) -> float:
     return weights / task.size + cache * context
 
 
-# Field of a row -> heading, width, format; a line has 80 columns.
-_COLUMNS = {
-    "tokens/s": ("tokens/s", 9, ".1f"),
-    "x ours": ("x ours", 7, ".2f"),
-    "x transformers": ("x hf", 6, ".2f"),
-    "limit": ("limit", 6, ".0%"),
-    "acceptance": ("accept", 7, ".0%"),
-    "peak_gib": ("GiB", 5, ".1f"),
-}
-_HEADING = f"{'':<22}" + "".join(f"{name:>{width}}" for name, width, _ in _COLUMNS.values()) + f"{'ids':>4}"
+def shown_ids(ids: Record) -> str:
+    return str(ids["wrong"] or f"={ids['near_ties'] or ''}")
 
 
-def _shown(row: Record) -> str:
-    if row["error"]:
-        return f"{row['side']:<23} {row['error']}"[:80]
-    cells = [
-        f"{'-' if row[key] is None else format(row[key], style):>{width}}"
-        for key, (_, width, style) in _COLUMNS.items()
-    ]
-    ids = "-" if row["ids"] is None else row["ids"]["wrong"] or f"={row['ids']['near_ties'] or ''}"
-    return f"{row['side']:<22}" + "".join(cells) + f"{ids:>4}"
+# Field of a row -> how it is shown.
+_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "tokens/s": "{:.1f}".format, "x ours": "{:.2f}".format, "x hf": "{:.2f}".format, "limit": "{:.0%}".format,
+    "accept": "{:.0%}".format, "GiB": "{:.1f}".format, "ids": shown_ids,
+}  # fmt: skip
 
 
 def described(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """The programs under benchmarks/ compare equal work, and their output parses."""
 
-import importlib
 import json
 import signal
 from pathlib import Path
@@ -9,8 +8,7 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
-from conftest import ROOT, generate, tiny_llama
-from helpers import refused
+from conftest import generate, tiny_llama
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
@@ -52,7 +50,7 @@ def test_side_by_side(measured, tmp_path):
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["side"] == "transformers")
     by_side = {row["side"]: row["tokens_per_verification"] for row in rows[:7]}
-    assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.35)
+    assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.1)
     assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
@@ -116,14 +114,6 @@ def test_time_without_an_open_request_does_not_count():
     """Guards against a speed that depends on how long clients wait, and against time that counts for each."""
     answers = [serving.Answer(began, [], ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
     assert serving.Turn(answers, num_tokens=8).tokens_per_second == 2
-
-
-@pytest.mark.parametrize("program", [side_by_side, adaptive])
-def test_one_token_is_no_decoding(program, endless_folder, capsys):
-    """Guards against a division by zero seconds, after everything was measured."""
-    drafts = ["--exit_layer", "2", "--num_speculations", "3"]
-    error = refused(program.main, ["--model", str(endless_folder), "--max_steps", "1", *drafts], capsys)
-    assert "--max_steps 1: must be at least 2" in error
 
 
 @pytest.fixture
@@ -229,36 +219,11 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     whole = {row["side"]: row for row in record["rows"] if row["error"] is None}
     assert [*whole] == ["transformers", "autoregressive", "self-speculative", "adaptive"]
     assert all(row["ids"]["equal"] + row["ids"]["near_ties"] == 16 for row in whole.values())
-    assert all(row["tokens/s"] > 0 and row["x transformers"] > 0 for row in whole.values())
+    assert all(row["tokens/s"] > 0 and row["x hf"] > 0 for row in whole.values())
     assert whole["autoregressive"]["limit"] > 0
-    assert 0 <= whole["self-speculative"]["acceptance"] <= 1
+    assert 0 <= whole["self-speculative"]["accept"] <= 1
     assert record["host_us"] is None
     assert all(len(line) <= 80 for line in said[:-1])
-
-
-def test_gpu_without_one(capsys):
-    """Guards against a traceback of CUDA."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as end:
-        gpu.main([])
-    assert end.value.code == 1
-    said = capsys.readouterr().err
-    assert "no GPU on this machine; --dry True runs all of it" in said
-    assert said.count("\n") == 1
-
-
-def test_a_recording_lasts_as_long_as_the_program(monkeypatch):
-    """Guards against a film that is longer, by tokens that come faster than frames, and against a minute of
-    waiting for the last line.
-    """
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    recorder = importlib.import_module("record_streamer")
-    pictures, durations = recorder.film([(0.003 * number, "x") for number in range(201)])
-    assert sum(durations) == pytest.approx(600 + 1000 * recorder.LAST, abs=1000 * recorder.FRAME)
-    assert len(pictures) == len(durations) <= 17
-    _, durations = recorder.film([(0.0, "x"), (60.0, "y")])
-    assert durations == [1000 * recorder.PAUSE, 1000 * recorder.LAST]
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
+from unittest.mock import Mock
 
 import forks
 import pandas
@@ -95,29 +97,15 @@ def checkpoints(folder):
 
 
 def program(tmp_path, patch):
-    """train.py after some lines of Python, for processes of their own."""
+    """train.py with a patch by the functions below, for processes of their own."""
     path = tmp_path / "program.py"
     path.write_text(
-        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, train, training.run\n"
-        "from runs.program import run\n"
-        "from training.trainer import EarlyExitTrainer\n"
-        f"{patch}\n"
-        "run(train.main)\n"
+        f"import sys; sys.path[:0] = {[str(ROOT), f'{ROOT}/tests', f'{ROOT}/tests/scripts']}\n"
+        "from test_train import *\n"
+        f"{patch}(pytest.MonkeyPatch())\n"
+        "from runs import program; program.run(train.main)\n"
     )
     return path
-
-
-def signalled(step, rank=0, by="SIGKILL"):
-    """A patch: a rank gets a signal when it begins the step after this one."""
-    return (
-        "step = EarlyExitTrainer.training_step\n"
-        "def signalled(self, *args, **kwargs):\n"
-        f"    if (self.state.global_step, self.args.process_index) == ({step}, {rank}):\n"
-        f"        os.kill(os.getpid(), signal.{by})\n"
-        "    return step(self, *args, **kwargs)\n"
-        "EarlyExitTrainer.training_step = signalled"
-    )
 
 
 def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
@@ -148,10 +136,7 @@ KILLED = BaseException("SIGKILL, as far as files show it: no code of the product
 
 
 def raises(error):
-    def function(*_, **__):
-        raise error
-
-    return function
+    return Mock(side_effect=error)
 
 
 def sends(number):
@@ -159,7 +144,7 @@ def sends(number):
 
 
 def before(owner, name, event, when):
-    """A patch: call `event` before the calls of a method whose arguments meet a condition."""
+    """A patch: call `event` before the calls of a function whose arguments meet a condition."""
 
     def patch(monkeypatch):
         original = getattr(owner, name)
@@ -174,9 +159,18 @@ def before(owner, name, event, when):
     return patch
 
 
-def at_step(event):
-    """A patch: call `event` at the sixth step."""
-    return before(EarlyExitTrainer, "training_step", event, lambda own, *_: own.state.global_step == 5)
+def at_step(step, event, rank=0):
+    """A patch: call `event` when a rank begins the step after this one."""
+    place = step, rank
+    return before(
+        EarlyExitTrainer, "training_step", event,
+        lambda own, *_: (own.state.global_step, own.args.process_index) == place,
+    )  # fmt: skip
+
+
+def at_rank(rank, owner, name, error):
+    """A patch: a function raises an error at one rank."""
+    return before(resolve_name(owner), name, raises(error), lambda *_: os.environ["RANK"] == str(rank))
 
 
 def in_last_checkpoint(event):
@@ -206,10 +200,10 @@ def whole(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     ("patch", "status", "kept", "message"),
     [
-        (at_step(raises(KILLED)), None, {4}, None),
-        (at_step(sends(signal.SIGINT)), 130, {4, 6}, "interrupted; step 6 is kept"),
-        (at_step(SIGTERM), 143, {4, 6}, "interrupted; step 6 is kept"),
-        (at_step(raises(DataError("a row of a stream"))), 1, {4}, "a row of a stream; step 4 is kept"),
+        (at_step(5, raises(KILLED)), None, {4}, None),
+        (at_step(5, sends(signal.SIGINT)), 130, {4, 6}, "interrupted; step 6 is kept"),
+        (at_step(5, SIGTERM), 143, {4, 6}, "interrupted; step 6 is kept"),
+        (at_step(5, raises(DataError("a row of a stream"))), 1, {4}, "a row of a stream; step 4 is kept"),
         (in_last_checkpoint(SIGTERM), 143, {8, 12}, "interrupted; step 12 is kept"),
         (
             before(EarlyExitTrainer, "evaluate", SIGTERM, lambda own, *held_out: held_out),  # the last one
@@ -252,28 +246,18 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     assert_same(folder, whole)
 
 
-def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
-    """Guards against a run that changes in the middle. The number of passes may change if a step keeps its
-    number of samples.
+def test_resume_keeps_the_recipe_and_may_add_steps(tmp_path, texts, capsys, monkeypatch):
+    """Guards against a run that changes in the middle, a second training of the same steps, and a resumption
+    that forgets the new number of steps after Ctrl-C.
     """
     folder = run(tmp_path, texts)
     for flags, message in (
         (["--rotation", "3"], "that run had --rotation 8, this one has 3"),
         (["--batch_size", "2"], "a step of that run has 4 samples, this one's 2: ranks, --batch_size and"),
+        (["--num_steps", "11"], "that run had --num_steps 12, this one has 11"),
     ):
         again = arguments(tmp_path, texts, *flags, "--resume", str(folder))
         assert message in refused(train.main, again, capsys)
-    shutil.rmtree(folder / "checkpoint-12")
-    passes = ["--batch_size", "2", "--gradient_accumulation", "2"]
-    assert train.main(["--resume", str(folder), *passes]) == 0
-    assert log(folder)["step"].max() == 12
-
-
-def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, monkeypatch):
-    """Guards against a second training of the same steps, and against a resumption that forgets the new
-    number of steps after Ctrl-C.
-    """
-    folder = run(tmp_path, texts)
     seen = []
 
     def interrupted(self, *_):
@@ -283,44 +267,26 @@ def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, mon
     before(EarlyExitTrainer, "training_step", raises(KeyboardInterrupt()), interrupted)(monkeypatch)
     assert train.main(["--resume", str(folder), "--num_steps", "20"]) == 130
     assert "step 16 is kept" in capsys.readouterr().err
-    assert train.main(["--resume", str(folder)]) == 0
-    assert seen == [*range(12, 18), *range(16, 20)]
+    more_passes = ["--batch_size", "2", "--gradient_accumulation", "2"]  # as many samples
+    assert train.main(["--resume", str(folder), *more_passes]) == 0
+    assert seen == [*range(12, 18), *(step for step in range(16, 20) for _ in range(2))]
     assert (about(folder)["status"], about(folder)["arguments"]["num_steps"]) == ("finished", 20)
-    message = refused(train.main, ["--resume", str(folder), "--num_steps", "15"], capsys)
-    assert "that run had --num_steps 20, this one has 15" in message
 
 
-FULL_DISK = """
-def full(write):
-    def patched(*args, **kwargs):
-        if os.environ["RANK"] == "{rank}":
-            raise OSError(28, "No space left on device")
-        return write(*args, **kwargs)
-    return patched
-"""
-REFUSAL = """
-load = training.run.load_texts
-def refused(args):
-    if os.environ["RANK"] == "{rank}":
-        raise ValueError("data_path x: no such files")
-    return load(args)
-training.run.load_texts = refused
-"""
+SHARDS = '"torch.distributed.checkpoint:FileSystemWriter"'
+NO_SPACE = 'OSError(28, "No space left on device")'
 NOT_WRITTEN = "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet"
+REFUSED = '"training.run", "load_texts", ValueError("data_path x: no such files")'
 
 
 @pytest.mark.parametrize(
     ("patch", "parallel", "status", "message"),
     [
-        (signalled(5, rank=1, by="SIGTERM"), "data", 143, "interrupted; step 6 is kept"),
-        (FULL_DISK.format(rank=0) + "torch.save = full(torch.save)", "data", 1, NOT_WRITTEN),
-        (
-            FULL_DISK.format(rank=1) + "from torch.distributed.checkpoint import FileSystemWriter as Writer\n"
-            "Writer.write_data = full(Writer.write_data)",
-            "fsdp", 1, NOT_WRITTEN,
-        ),
-        (REFUSAL.format(rank=0), "data", None, "program.py: error: --data_path x: no such files\n"),
-        (REFUSAL.format(rank=1), "data", None, "program.py: error: --data_path x: no such files\n"),
+        ("at_step(5, SIGTERM, rank=1)", "data", 143, "interrupted; step 6 is kept"),
+        (f'at_rank(0, "torch", "save", {NO_SPACE})', "data", 1, NOT_WRITTEN),
+        (f'at_rank(1, {SHARDS}, "write_data", {NO_SPACE})', "fsdp", 1, NOT_WRITTEN),
+        (f"at_rank(0, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
+        (f"at_rank(1, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
     ],
     ids=["signal", "disk_full", "disk_full_of_a_shard", "refused_by_0", "refused_by_1"],
 )  # fmt: skip
@@ -347,7 +313,7 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
     more = [*DROPPING, "--model", str(model_folder), "--exit_loss", "distill"]
     whole = run(tmp_path / "one", texts, *more)
     shared = [*arguments(tmp_path, texts, *more), "--parallel", "fsdp", "--gradient_checkpointing"]
-    killed = program(tmp_path, signalled(10, rank=1))
+    killed = program(tmp_path, "at_step(10, sends(signal.SIGKILL), rank=1)")
     assert forks.run_ranks(2, killed, *shared, "--batch_size", "2").returncode != 0
     folder = only_run(tmp_path)
     assert (folder / "checkpoint-8" / "pytorch_model_fsdp_0").is_dir()
@@ -385,7 +351,7 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     ways = {}
     for name, step in (("whole", 99), ("parts", 10)):
         (tmp_path / name).mkdir()
-        killed = program(tmp_path, signalled(step))
+        killed = program(tmp_path, f"at_step({step}, sends(signal.SIGKILL))")
         result = with_peft(ranks, killed, *arguments(tmp_path / name, texts, *more))
         assert (result.returncode == 0) == (name == "whole"), result.stderr
         ways[name] = only_run(tmp_path / name)
@@ -526,7 +492,7 @@ def test_a_stream_is_read_while_training(tmp_path, stream, monkeypatch):
     stream += ["--batch_size", "2", "--gradient_accumulation", "3"]
     assert train.main([*stream, "--output_dir", str(tmp_path / "whole" / "logs")]) == 0
     with monkeypatch.context() as context:
-        at_step(sends(signal.SIGTERM))(context)
+        at_step(5, sends(signal.SIGTERM))(context)
         assert train.main([*stream, "--output_dir", str(tmp_path / "parts" / "logs")]) == 143
     whole, folder = (only_run(tmp_path / name) for name in ("whole", "parts"))
     assert train.main(["--resume", str(folder)]) == 0
