@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import functools
 import multiprocessing
 import os
 import runpy
@@ -85,13 +86,6 @@ class Fork:
         self.wait()
 
 
-def run(
-    script: str | Path, *args: object, input: str = "", env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with `capture_output` and `text`."""
-    return run_ranks(1, script, *args, input=input, env=env)
-
-
 def run_ranks(
     ranks: int, script: str | Path, *args: object, input: str = "", env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -112,6 +106,9 @@ def run_ranks(
         status = wait_for_all(started)
         said = [read(stream) for stream in (stdout, stderr)]
     return subprocess.CompletedProcess([str(script), *map(str, args)], status, *said)
+
+
+run = functools.partial(run_ranks, 1)
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
