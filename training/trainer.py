@@ -227,7 +227,8 @@ class EarlyExitTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        self._check_losses()
+        if "loss" in logs or "train_loss" in logs:  # the latter at the end of the training
+            self._check_losses()
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds)
