@@ -283,7 +283,7 @@ REFUSED = '"training.run", "load_texts", ValueError("data_path x: no such files"
     ("patch", "parallel", "status", "message"),
     [
         ("at_step(5, SIGTERM, rank=1)", "data", 143, "interrupted; step 6 is kept"),
-        (f'at_rank(0, "torch", "save", {NO_SPACE})', "data", 1, NOT_WRITTEN),
+        (f'at_rank(1, "torch", "save", {NO_SPACE})', "data", 1, NOT_WRITTEN),
         (f'at_rank(1, {SHARDS}, "write_data", {NO_SPACE})', "fsdp", 1, NOT_WRITTEN),
         (f"at_rank(0, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
         (f"at_rank(1, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),

@@ -190,6 +190,7 @@ def test_scores_count_labels_only():
     ids, labels = batch()
     scores = exit_scores(model, ids, labels).sum(0)  # [L, 4]
     assert scores[:, 3].tolist() == [3 * 6 - 2] * 4
+    assert scores[-1, 2] == 3 * 6 - 2  # the last layer agrees with itself
     assert_close(scores[-1, 0] / scores[-1, 3], model(ids, labels=labels).loss)
 
 
