@@ -16,9 +16,10 @@ import forks
 import pandas
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_close
 from helpers import about, only_run, refused
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train
@@ -365,18 +366,12 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     before, after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), weights(ways["parts"])
     changed = {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
     assert changed == {name for name in before if name.endswith("proj.weight")}
+    adapter = load_file(ways["parts"] / "adapter" / "adapter_model.safetensors")
+    for name in changed:
+        a, b = (adapter[f"base_model.model.{name.replace('weight', f'lora_{ab}.weight')}"] for ab in "AB")
+        assert_close(after[name], before[name] + 2 * b @ a, computed_in=torch.bfloat16, roundings=1)
     config = json.loads((ways["parts"] / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model_folder.resolve())
-    check = tmp_path / "check.py"
-    check.write_text(
-        "import sys, torch\n"
-        "from self_speculation import load_model_and_tokenizer as load\n"
-        "ids = torch.tensor([[5, 6, 7, 8]])\n"
-        "merged, adapted, plain = (load(name)[0](ids).logits.float() for name in sys.argv[1:])\n"
-        "assert (merged - adapted).norm() < 0.02 * adapted.norm() < 0.2 * (plain - adapted).norm()\n"
-    )
-    result = with_peft(1, check, ways["parts"] / "model", ways["parts"] / "adapter", model_folder)
-    assert result.returncode == 0, result.stderr
     if ranks == 1:  # Guards against weights that stay frozen after a merge, and an adapter of an adapter.
         again = arguments(tmp_path, texts, "--model", str(ways["parts"] / "adapter"))
         assert with_peft(1, ROOT / "train.py", *again).returncode == 0
