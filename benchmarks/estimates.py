@@ -89,6 +89,7 @@ def llama(
     return LlamaConfig(
         hidden_size=hidden, intermediate_size=inside, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=8192,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,31 +17,24 @@ from self_speculation import GenerationConfig
 
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
 LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3}
-FEWER_BITS = ("Q8_0", "Q4_1")
 
 _TRIES = 2  # of each format; the first one warms up
 
 
-class Peer(NamedTuple):
-    side: Side
-    num_bytes: int  # of its weights
-    model: Any = None  # of transformers
-
-
 def of_transformers(
     model: Any, end_ids: Sequence[int], config: GenerationConfig, prompt: list[int], size: int
-) -> dict[str, Peer]:
-    """`generate` of transformers, each kind of drafts in the format that is fastest for this prompt."""
+) -> tuple[dict[str, Side], dict[str, str]]:
+    """`generate` of transformers by kind of drafts, in the fastest format for this prompt; these formats."""
     names = [TRANSFORMERS]
     if size == 1:  # transformers has no exit after all layers
         early = config.exit_layer < len(model.base_model.layers)
         names += [EARLY_EXIT, LOOKUP] if early else [LOOKUP]
-    models, peers = in_each_format(model), {}
+    models, sides, formats = in_each_format(model), {}, {}
     for name in names:
         make = partial(theirs, name, end_ids=end_ids, config=config, size=size)
         chosen = fastest(models, make, [prompt] * size)
-        peers[name] = Peer(make(chosen), chosen.num_parameters() * chosen.dtype.itemsize, chosen)
-    return peers
+        sides[name], formats[name] = make(chosen), str(chosen.dtype).removeprefix("torch.")
+    return sides, formats
 
 
 def in_each_format(model: Any) -> list[Any]:
@@ -73,22 +66,21 @@ def find_llama_cpp(model: Path) -> Any:
 
 def of_llama_cpp(
     model: Path, end_ids: Sequence[int], config: GenerationConfig, folder: Path
-) -> dict[str, Peer]:
+) -> dict[str, Side]:
     """Greedy decoding by llama-cpp-python in each format of LLAMA_CPP, one prompt at a time.
 
     Args:
         model: the .gguf file of the weights.
         folder: for the files that llama.cpp's own quantiser writes.
     """
-    library, peers = find_llama_cpp(model), {}
+    library, sides = find_llama_cpp(model), {}
     for name, number in LLAMA_CPP.items():
         made, how = folder / f"{name}.gguf", library.llama_model_quantize_default_params()
         how.ftype, how.allow_requantize = number, True
         if library.llama_model_quantize(str(model).encode(), str(made).encode(), how):
             refuse(f"--peers llama.cpp: it cannot write {model.name} as {name}", status=1)
-        side = _llama_cpp(library, made, end_ids, config)
-        peers[f"llama.cpp {name}"] = Peer(side, made.stat().st_size)
-    return peers
+        sides[f"llama.cpp {name}"] = _llama_cpp(library, made, end_ids, config)
+    return sides
 
 
 def _llama_cpp(library: Any, weights: Path, end_ids: Sequence[int], config: GenerationConfig) -> Side:

@@ -10,17 +10,16 @@ distributed, so requests arrive as a Poisson process. Prompts alternate between 
 chat template, and code of HumanEval.
 
 Servers alternate: each one starts, warms up, gets the load of every number of clients, and ends. `here` is
-serve.py with the flags above. `transformers` is `transformers serve` on the same weights, in each of
---formats, without and with --continuous-batching; each of these is a server of its own, since the fastest
+serve.py with the flags above. `transformers` is `transformers serve` on the same weights, in float16 and in
+bfloat16, without and with --continuous-batching; each of these is a server of its own, since the fastest
 depends on the number of clients. They need fastapi, which requirements-dev.txt has. A URL names a running
 server; --model has its tokenizer.
 
-*tokens/s* and *chars/s* are all text by the time in which at least one request was open; the tokenizer of
---model counts the tokens of all servers. *first* is the time to the first text in ms at p50 and p95,
-*between* the time between pieces of text, also at its longest. With --long_prompt, each number of clients is
-measured twice: alone, and beside one more client that sends this prompt. Its own answer does not count. The
-lines below compare the first server with the fastest other
-one for each number of clients: the median over rounds, and their range. serving.csv has the table as well.
+*tokens/s* is all text by the time in which at least one request was open; the tokenizer of --model counts the
+tokens of all servers. *first* is the time to the first text in ms at p50 and p95, *between* the time between
+pieces of text, also at its longest. With --long_prompt, each number of clients is measured twice: alone, and
+beside one more client that sends this prompt. Its own answer does not count. The second table compares the
+first server with the fastest other one for each number of clients: the median over rounds, and their range.
 The last line is one JSON object.
 """
 
@@ -34,6 +33,7 @@ import random
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -52,7 +52,7 @@ from benchmarks.servers import SERVE, started
 from benchmarks.sides import rotated
 from benchmarks.workloads import texts
 from runs.program import run
-from runs.records import Run, describe, describe_model
+from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 
 _PEER = "transformers"
@@ -67,8 +67,6 @@ class ServingArguments:
 
     servers: list[str] = field(default_factory=lambda: ["here", _PEER])
     """here, transformers, or URLs of running servers; the first is compared with the others."""
-    formats: list[str] = field(default_factory=lambda: ["float16", "bfloat16"])
-    """Formats of transformers: float16, bfloat16, float32."""
     clients: list[int] = field(default_factory=lambda: [1, 8])
     """Numbers of clients, measured one after the other."""
     questions: int = 4
@@ -88,9 +86,11 @@ class ServingArguments:
         check(self, "wait", self.wait > 0, "must be above 0")
         known = all(name in ("here", _PEER) or name.startswith("http") for name in self.servers)
         check(self, "servers", known, f"must be here, {_PEER} or URLs")
-        known = bool(self.formats) and {*self.formats} <= {"float16", "bfloat16", "float32"}
-        check(self, "formats", known, "must be among float16, bfloat16, float32")
         check(self, "workloads", {*self.workloads} <= {"chat", "code"}, "must be among chat, code")
+
+    def loads(self) -> list[tuple[int, int]]:
+        """(number of clients, tokens of the prompt beside them) of each measurement."""
+        return [(n, beside) for n in self.clients for beside in sorted({0, self.long_prompt})]
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,6 @@ class Answer:
 class Turn:
     """All answers of one server to one number of clients."""
 
-    server: str
-    clients: int
-    long_prompt: int
     answers: list[Answer]
     num_tokens: int
 
@@ -174,7 +171,7 @@ class Clients:
 async def measure(
     url: str, model: str | None, max_tokens: int, args: ServingArguments, long_prompt: str
 ) -> dict[tuple[int, int], list[Answer]]:
-    """(number of clients, tokens of the prompt beside them) -> answers of a server, after a warm-up.
+    """Load -> answers of a server, after a warm-up.
 
     Args:
         model: its name; None: the first one that the server lists.
@@ -189,14 +186,8 @@ async def measure(
             (n, beside): await clients.load(
                 questions, n, args.questions, args.wait, long_prompt if beside else ""
             )
-            for n in args.clients
-            for beside in loads(args)
+            for n, beside in args.loads()
         }
-
-
-def loads(args: ServingArguments) -> list[int]:
-    """Tokens of the prompt beside the clients, for each measurement of a number of clients."""
-    return [0, args.long_prompt] if args.long_prompt else [0]
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
@@ -225,7 +216,7 @@ def commands(
     peers = {
         f"{_PEER} {dtype}{name}": [program, "serve", str(saved), "--dtype", dtype, *more]
         for name, more in (("", []), (" batching", ["--continuous-batching"]))
-        for dtype in args.formats
+        for dtype in ("float16", "bfloat16")
     }
     ways: dict[str, list[str] | None] = {}
     for server in args.servers:
@@ -233,19 +224,16 @@ def commands(
     return ways
 
 
-def row(turns: Sequence[Turn]) -> dict[str, Any]:
-    """The figures of all turns of one server and number of clients."""
+def row(server: str, load: tuple[int, int], turns: Sequence[Turn]) -> dict[str, Any]:
+    """The figures of all turns of one server and load."""
     answers = [answer for turn in turns for answer in turn.answers]
     came = [[answer.began, *(when for when, _ in answer.pieces)] for answer in answers if answer.pieces]
     gaps = [numpy.diff(times) for times in came]
     first, between = [times[0] for times in gaps], numpy.concatenate([times[1:] for times in gaps])
-    seconds = sum(turn.seconds for turn in turns)
     return {
-        "server": turns[0].server, "clients": turns[0].clients,
-        "long prompt": turns[0].long_prompt,
+        "server": server, "clients": load[0], "long prompt": load[1],
         "answers": len(answers),
-        "tokens/s": sum(turn.num_tokens for turn in turns) / seconds,
-        "chars/s": sum(len(answer.text) for answer in answers) / seconds,
+        "tokens/s": sum(turn.num_tokens for turn in turns) / sum(turn.seconds for turn in turns),
         **{
             f"{name} p{percent}": 1000 * float(numpy.percentile(times, percent))
             for name, times in (("first", first), ("between", between))
@@ -261,10 +249,8 @@ def who_is_ahead(own: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]
     other = max(others, key=lambda row: row["tokens/s"])
     ratios = [here / there for here, there in zip(own["speeds"], other["speeds"], strict=True)]
     return {
-        "clients": own["clients"], "long prompt": own["long prompt"],
-        "server": own["server"], "other": other["server"],
+        "clients": own["clients"], "long prompt": own["long prompt"], "other": other["server"],
         "x": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-        "first p95": own["first p95"], "other's first p95": other["first p95"],
     }  # fmt: skip
 
 
@@ -278,7 +264,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     long_prompt = text_of(tokenizer, args.long_prompt)
     about = describe_model(Path(model_name(model_args)).name, generator.model)
     about |= describe("serving", (model_args, config, args), "")
-    record = Run.create(model_args.output_dir, "serving", about)
     with TemporaryDirectory() as name:
         folder = Path(name)
         if _PEER in args.servers:
@@ -286,8 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer.save_pretrained(folder)
         del generator  # the servers need the memory
         ways = commands(model_args, config, args, folder)
-        cells = itertools.product(args.clients, loads(args), ways)
-        turns: dict[tuple[int, int, str], list[Turn]] = {cell: [] for cell in cells}
+        turns: dict[tuple[tuple[int, int], str], list[Turn]] = defaultdict(list)
         for number, server in ((n, name) for n in range(args.rounds) for name in rotated([*ways], n)):
             way = ways[server]
             start = contextlib.nullcontext(server) if way is None else started(server, way)
@@ -297,28 +281,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                     given = asyncio.run(measure(f"{address}/v1", called, config.max_steps, args, long_prompt))
                 except openai.OpenAIError as error:
                     refuse(f"--servers {server}: {error}", status=1)
-            for (clients, beside), answers in given.items():
+            for load, answers in given.items():
                 lengths = [len(tokenizer.encode(a.text, add_special_tokens=False)) for a in answers]
-                turn = Turn(server, clients, beside, answers, sum(lengths))
-                turns[clients, beside, server].append(turn)
-                told = f"clients {clients}" + (f" and a prompt of {beside} tokens" if beside else "")
+                turns[load, server].append(turn := Turn(answers, sum(lengths)))
+                told = f"clients {load[0]}" + (f" and a prompt of {load[1]} tokens" if load[1] else "")
                 speed = f"{turn.tokens_per_second:.1f} tokens/s"
                 print(f"round {number + 1}, {server}, {told}: {speed}", flush=True)
-    rows = [row(of_cell) for of_cell in turns.values()]
+    rows = [row(server, load, turns[load, server]) for load in args.loads() for server in ways]
     table = pandas.DataFrame(rows).drop(columns=["speeds"])
-    record.replace("serving.csv", table.to_csv(index=False))
     print("\n" + table.to_string(index=False, float_format="{:.1f}".format))
     ahead = []
-    for load in itertools.product(args.clients, loads(args)) if len(ways) > 1 else []:
-        ahead.append(who_is_ahead(*(row for row in rows if (row["clients"], row["long prompt"]) == load)))
-        print(
-            "clients {clients}, long prompt {long prompt}: {server} {x:.2f} ({low:.2f}-{high:.2f}) times "
-            "{other}; first text at p95 {first p95:.0f} ms, there {other's first p95:.0f}".format_map(
-                ahead[-1]
-            )
-        )
-    record.say("finished", ahead=ahead)
-    print(f"{record.folder}/: serving.csv, run.json")
+    if len(ways) > 1:
+        by_load = itertools.groupby(rows, key=lambda row: (row["clients"], row["long prompt"]))
+        ahead = [who_is_ahead(*of_load) for _, of_load in by_load]
+        print(f"\nspeed-up of {rows[0]['server']} over the fastest other server")
+        print(pandas.DataFrame(ahead).to_string(index=False, float_format="{:.2f}".format))
     print(json.dumps({**about, "rows": rows, "ahead": ahead}))
     return 0
 

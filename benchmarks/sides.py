@@ -5,24 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 from unittest.mock import patch
 
-import psutil
 import torch
 from tqdm import tqdm
 
 from measures.comparison import with_end
-from measures.metrics import peak_memory_mib
 from self_speculation import GenerationConfig, GenerationStrategyResult, Request, make_strategy
 from self_speculation.generator_base import single_result
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.traced_runner import trace_at_once
 from self_speculation.results import DraftStats
-
-T = TypeVar("T")
 
 TRANSFORMERS, EARLY_EXIT, LOOKUP = "transformers", "transformers, exit", "transformers, lookup"
 PLAIN, SPECULATIVE, COPY, ADAPTIVE = "autoregressive", "self-speculative", "int4 copy", "adaptive"
@@ -30,13 +25,17 @@ PLAIN, SPECULATIVE, COPY, ADAPTIVE = "autoregressive", "self-speculative", "int4
 
 @dataclass(frozen=True)
 class Answers:
-    """The completions of one side, and its times in seconds."""
+    """The completions of one side, and its times in seconds; `+` joins them."""
 
     ids: list[list[int]]  # of each prompt, the new ones with the end id
     num_first: int  # ids from the passes over prompts
     prefill_time: float  # over all batches
     total_time: float
     results: list[GenerationStrategyResult] = field(default_factory=list)  # of a strategy here
+    num_verifications: int = 0  # of transformers' drafts
+
+    def __add__(self, other: Answers) -> Answers:
+        return Answers(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
     @property
     def num_tokens(self) -> int:
@@ -54,14 +53,27 @@ class Answers:
     def decode_tokens_per_second(self) -> float:
         return self.num_decoded / (self.total_time - self.prefill_time)
 
+    @property
+    def draft_stats(self) -> DraftStats:
+        """Of a strategy here."""
+        return sum((result.draft_stats or DraftStats() for result in self.results), DraftStats())
+
+    @property
+    def tokens_per_verification(self) -> float | None:
+        """None without drafts."""
+        if self.num_verifications:
+            return self.num_tokens / self.num_verifications
+        return self.draft_stats.mean_accepted_length
+
+    def acceptance_rate(self, num_speculations: int) -> float | None:
+        """Accepted / drafted tokens; None without drafts. transformers drafts so many in each round."""
+        if self.num_verifications:
+            return (self.num_tokens / self.num_verifications - 1) / num_speculations
+        return self.draft_stats.acceptance_rate
+
 
 # Prompts as token ids -> their completions.
 Side = Callable[[Sequence[list[int]]], Answers]
-
-
-def draft_stats(answers: Sequence[Answers]) -> DraftStats:
-    found = (result.draft_stats or DraftStats() for each in answers for result in each.results)
-    return sum(found, DraftStats())
 
 
 def strategies(config: GenerationConfig, copied_layers: int) -> dict[str, GenerationConfig]:
@@ -135,7 +147,7 @@ def theirs(name: str, model: Any, end_ids: Sequence[int], config: GenerationConf
     @torch.inference_mode()
     def generate(prompts: Sequence[list[int]]) -> Answers:
         new: list[list[int]] = []
-        num_first, prefill, began = 0, 0.0, time.perf_counter()
+        num_first, verifications, prefill, began = 0, 0, 0.0, time.perf_counter()
         for start in range(0, len(prompts), size):
             batch, streamer = prompts[start : start + size], TimingStreamer()
             started = time.perf_counter()
@@ -153,7 +165,10 @@ def theirs(name: str, model: Any, end_ids: Sequence[int], config: GenerationConf
                 new.append(row[: end + 1])  # padding follows
             first_at, number = streamer.given[1]
             num_first, prefill = num_first + number, prefill + first_at - started
-        return Answers(new, num_first, prefill, time.perf_counter() - began)
+            if name != TRANSFORMERS:
+                verifications += len(streamer.given) - 1  # each of them is followed by one `put`
+        took = time.perf_counter() - began
+        return Answers(new, num_first, prefill, took, num_verifications=verifications)
 
     return generate
 
@@ -178,39 +193,6 @@ def in_turns(
 def rotated(names: list[str], start: int) -> list[str]:
     start %= len(names)
     return names[start:] + names[:start]
-
-
-def tokens_per_pass(model: Any, side: Side, prompts: Sequence[list[int]]) -> float:
-    """Tokens per pass through all layers, of a side of transformers."""
-    passes = 0
-
-    def count(*_: Any) -> None:
-        nonlocal passes
-        passes += 1
-
-    hook = model.base_model.layers[-1].register_forward_hook(count)
-    try:
-        return side(prompts).num_tokens / passes
-    finally:
-        hook.remove()  # a hook keeps layers from being fused
-
-
-def memory_added(device: torch.device, call: Callable[[], T]) -> tuple[T, float | None]:
-    """The result of a call, and the peak MiB above the memory held before it.
-
-    On a CPU: resident pages of this process; None where the system cannot reset the peak.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / 2**20
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return call(), None
-        before = psutil.Process().memory_info().rss / 2**20
-    result = call()
-    return result, max(0.0, peak_memory_mib(device) - before)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     python benchmarks/training_memory.py
 
 Each measurement is a process of its own. The loss: 5 exits over 2,048 positions and the 128,256 tokens of
-Llama 3, with narrow hidden states; once with the logits of all exits together, once by `training.losses`.
+Llama 3, with narrow hidden states; with the logits of all exits together, and by `training.losses`.
 Whole steps of a small Llama: all weights, sharded over two ranks (--parallel fsdp), and an adapter if peft is
 installed.
 """
@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -51,26 +51,15 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / _MIB
 
 
-def plain_losses(head: nn.Linear, states: Tensor, labels: Tensor, distill: bool) -> Tensor:
-    """As `exit_losses`, with all logits at once."""
-    logits = head(states)
-    losses = functional.cross_entropy(
-        logits.transpose(1, 2), labels.expand(len(states), -1), reduction="none"
-    )
-    if not distill:
-        return losses
-    goal = logits[-1].detach().log_softmax(-1).expand(len(states) - 1, -1, -1)
-    apart = functional.kl_div(logits[:-1].log_softmax(-1), goal, reduction="none", log_target=True).sum(-1)
-    return torch.cat([apart, losses[-1:]])
-
-
-def loss(way: str, target: str) -> float:
+def loss(way: str) -> float:
     head = nn.Linear(32, 128256, bias=False)
     states = torch.randn(5, 2048, 32, requires_grad=True)
     labels = torch.randint(128256, (2048,))
     before = resident()
-    function = exit_losses if way == "chunks" else plain_losses
-    function(head, states, labels, target == "distill").sum().backward()
+    if way == "together":
+        functional.cross_entropy(head(states).transpose(1, 2), labels.expand(5, -1)).backward()
+    else:
+        exit_losses(head, states, labels, way == "distill").sum().backward()
     return peak_since(before)
 
 
@@ -115,13 +104,11 @@ def measured(*case: str) -> float:
 
 def main() -> None:
     if case := sys.argv[1:]:
-        print(loss(*case[1:]) if case[0] == "loss" else steps(case[1]), flush=True)
+        print(loss(case[1]) if case[0] == "loss" else steps(case[1]), flush=True)
         return
     print("peak of the loss, MiB: 5 exits, 2048 positions, 128256 tokens")
-    for target in ("label", "distill"):
-        together, chunks = (measured("loss", way, target) for way in ("together", "chunks"))
-        share = f"{chunks / together:.3f}" if together < math.inf else "together, more than this machine has"
-        print(f"{target:8} {together:7.0f} together, {chunks:5.0f} in chunks: {share}", flush=True)
+    for way in ("together", "label", "distill"):  # inf: more than this machine has
+        print(f"{way:14}{measured('loss', way):10.0f}", flush=True)
     print(f"\npeak of a step, MiB: {SHAPE}, {BATCH} x {LENGTH} tokens, 4 exits\n{'':14}  measured  estimated")
     lora = ["lora"] if importlib.util.find_spec("peft") else []
     for way in ["full", "checkpointing", "fsdp", *lora]:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -60,18 +59,10 @@ def tiny_llama(
     """
     torch.manual_seed(0)
     settings = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": EOS,
-        "pad_token_id": 0,
-    }
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": num_layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0,
+    }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
     if agreement != "sometimes":
         for layer in model.model.layers[exit_layer:]:
@@ -147,13 +138,9 @@ def transformers_generate(model, prompt, max_steps, eos=EOS, **kwargs):
     """Greedy token ids by transformers, cut before the first end id."""
     with torch.inference_mode():
         ids = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=max_steps,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=0,
-            **kwargs,
-        )
+            torch.tensor([prompt]), max_new_tokens=max_steps, do_sample=False, eos_token_id=eos,
+            pad_token_id=0, **kwargs,
+        )  # fmt: skip
     new = ids[0, len(prompt) :].tolist()
     ends = [i for i, token in enumerate(new) if token in (eos if isinstance(eos, list) else [eos])]
     return new[: ends[0]] if ends else new
@@ -165,13 +152,8 @@ def assert_close(actual, expected, computed_in=None, roundings=100):
     computed_in: the dtype of the roundings, if a part is computed in fewer bits than the result has.
     """
     eps = torch.finfo(computed_in or expected.dtype).eps
-    torch.testing.assert_close(
-        actual,
-        expected,
-        rtol=0,
-        atol=roundings * eps * float(expected.detach().abs().max()),
-        check_dtype=False,
-    )
+    bound = roundings * eps * float(expected.detach().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound, check_dtype=False)
 
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -264,9 +246,3 @@ def few_files_are_read():
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         patch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)  # it would keep one test's standard error
         yield
-
-
-@pytest.fixture
-def script():
-    """Command line of a script of this repository."""
-    return lambda name, *args: [sys.executable, str(ROOT / name), *map(str, args)]

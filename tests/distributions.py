@@ -82,32 +82,8 @@ def accepts_everything(draft_tokens, *rest):
     return Verification(torch.full_like(honest.num_accepted, draft_tokens.shape[1]), honest.next_token)
 
 
-def drawn_at(index, target_logits, sampler):
-    """[B] tokens sampled from the target's distribution at an index [B] of each row."""
-    rows = sampler.probabilities(target_logits).take_along_dim(index[:, None, None], 1)[:, 0]
-    return torch.multinomial(rows, 1)[:, 0]
-
-
 def resamples_from_the_target(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
     """After a rejection, samples from p instead of max(0, p - q)."""
     honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler, *rest)
-    return Verification(honest.num_accepted, drawn_at(honest.num_accepted, target_logits, sampler))
-
-
-def forgets_what_was_not_drafted(draft_tokens, draft_probabilities, target_logits, sampler, *rest):
-    """After a rejection, samples among the ids that the draft could have."""
-    honest = verify_draft(draft_tokens, draft_probabilities, target_logits, sampler, *rest)
-    k, index = draft_tokens.shape[1], honest.num_accepted
-    if not k:
-        return honest
-    at = index.clamp(max=k - 1)[:, None, None]
-    undraftable = draft_probabilities.take_along_dim(at, 1) == 0
-    narrowed = torch.where(undraftable & (index < k)[:, None, None], -torch.inf, target_logits)
-    return Verification(index, drawn_at(index, narrowed, sampler))
-
-
-def judges_by_the_argmax(draft_tokens, _, target_logits, sampler, *_rest):
-    """The greedy rule on sampled drafts."""
-    agrees = draft_tokens == target_logits[:, :-1].argmax(-1)
-    accepted = agrees.long().cumprod(1).sum(1)
-    return Verification(accepted, drawn_at(accepted, target_logits, sampler))
+    rows = sampler.probabilities(target_logits).take_along_dim(honest.num_accepted[:, None, None], 1)[:, 0]
+    return Verification(honest.num_accepted, torch.multinomial(rows, 1)[:, 0])

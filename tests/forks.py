@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import functools
 import multiprocessing
 import os
 import runpy
@@ -20,12 +21,11 @@ import subprocess
 import sys
 import tempfile
 import termios
-import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 HANGS = 300.0  # seconds after which a script is ended and its test fails; no verdict on its speed
@@ -46,15 +46,9 @@ class Fork:
     """A running script; the part of `subprocess.Popen` that tests use."""
 
     def __init__(
-        self,
-        script: str | Path,
-        *args: object,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        env: dict[str, str] | None = None,
-        terminal: bool = False,
-    ) -> None:
+        self, script: str | Path, *args: object, stdin: int | None = None, stdout: int | None = None,
+        stderr: int | None = None, env: dict[str, str] | None = None, terminal: bool = False,
+    ) -> None:  # fmt: skip
         """
         Args:
             stdin, stdout, stderr: file descriptors; None: /dev/null.
@@ -92,13 +86,6 @@ class Fork:
         self.wait()
 
 
-def run(
-    script: str | Path, *args: object, input: str = "", env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with `capture_output` and `text`."""
-    return run_ranks(1, script, *args, input=input, env=env)
-
-
 def run_ranks(
     ranks: int, script: str | Path, *args: object, input: str = "", env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -119,6 +106,9 @@ def run_ranks(
         status = wait_for_all(started)
         said = [read(stream) for stream in (stdout, stderr)]
     return subprocess.CompletedProcess([str(script), *map(str, args)], status, *said)
+
+
+run = functools.partial(run_ranks, 1)
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
@@ -159,7 +149,7 @@ def read(stream: IO[bytes]) -> str:
 
 def become(
     args: list[str], cwd: str, environment: dict[str, str], terminal: bool, streams: list[Connection]
-) -> NoReturn:
+) -> None:
     """Run the script in this process, to its end."""
     os.setsid()
     for number, stream in enumerate(streams):
@@ -175,20 +165,7 @@ def become(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = args
     sys.path.insert(0, os.path.dirname(os.path.abspath(args[0])))
-    status: Any = 0
     try:
         runpy.run_path(args[0], run_name="__main__")
-    except SystemExit as end:
-        status = end.code or 0
-        if not isinstance(status, int):
-            print(status, file=sys.stderr)
-            status = 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    # As Python ends, without the half second that freeing all modules takes.
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves these out

@@ -69,25 +69,12 @@ def part(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name):
-    """Guards against a library or a folder that needs a script."""
+    """Guards against a library or a folder that needs a script, and against a model that knows of drafts."""
     for other in imports(name):
         assert room(other) not in SCRIPTS, f"{name} imports the script {other}"
         assert LEVEL[room(name)] <= LEVEL[room(other)], f"{name} imports {other}, which is above it"
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in LIBRARY])
-def test_parts_of_the_library_import_parts_below_them(name):
-    """Guards against a model that knows of drafts, and the like."""
-    for other in imports(name):
-        allowed = LIBRARY[part(name)] | {part(name)}
+        allowed = LIBRARY.get(part(name), {part(other)}) | {part(name)}
         assert part(other) in allowed, f"{name} imports {other}; may import: {', '.join(sorted(allowed))}"
-
-
-def test_late_imports_are_seen():
-    """Guards against a circle by an import in a function, for the type checker, or in a table of names."""
-    assert "runs.conversation" in imports("generate")
-    assert "self_speculation.config" in imports("self_speculation.drafts.costs")
-    assert "self_speculation.generator_base" in imports("self_speculation")
 
 
 def test_there_is_no_circle():

@@ -7,20 +7,17 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import requests
 from conftest import ROOT
 
+from benchmarks.servers import started
 from self_speculation.model.loading import default_model
 
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
@@ -115,28 +112,6 @@ def environment(folder):
     return {**os.environ, "PATH": f"{folder.parent}/bin:{os.environ['PATH']}"}
 
 
-@contextmanager
-def serving(command, folder, port):
-    """Run a server on a free port."""
-    words = ["bash", "-c", command.replace("serve.py", f"serve.py --port {port}")]
-    server = subprocess.Popen(words, cwd=folder, env=environment(folder), start_new_session=True)
-    try:
-        while not is_up(port):
-            assert server.poll() is None, command
-            time.sleep(0.1)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
-
-
-def is_up(port):
-    try:
-        return requests.get(f"http://127.0.0.1:{port}/health").ok
-    except requests.ConnectionError:
-        return False
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
@@ -144,17 +119,16 @@ def test_every_command_works_as_printed(page, checkout):
     """Guards against a command that fails. Later commands of a page use files of earlier ones. There is no
     network: the only model of the hub that pages name is a local folder here.
     """
-    with socket.socket() as probe, ExitStack() as server:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    address = "http://127.0.0.1:8000"
+    with ExitStack() as server:
         for command in commands(page):
-            command = INSTEAD.get(command, command).replace(":8000", f":{port}")
+            command = INSTEAD.get(command, command)
             if re.search(r"(python|torchrun.*) serve\.py", command):
                 server.close()  # that of an earlier command
-                server.enter_context(serving(command, checkout, port))
+                here = f'cd {checkout}; exec env PATH={environment(checkout)["PATH"]} {command} "$@"'
+                address = server.enter_context(started("serve.py", ["bash", "-c", here, "bash"]))
                 continue
-            result = run(command, checkout)
+            result = run(command.replace("http://127.0.0.1:8000", address), checkout)
             assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
 
 

@@ -54,14 +54,6 @@ def computed_in(name: DtypeName, device: torch.device) -> str:
     return "TF32" if device.type == "cuda" and is_torch_tf32_available() else "float32"
 
 
-def advice_on_dtype(name: DtypeName, device: torch.device) -> str | None:
-    """With `auto` on a GPU: the format of products, and a faster one."""
-    if device.type != "cuda" or name != "auto":
-        return None
-    now, faster = computed_in(name, device), computed_in("half", device)
-    return f"products in {now}; --dtype {faster} takes less time and memory than float32"
-
-
 def trainer_settings(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainerSettings:

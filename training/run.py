@@ -153,8 +153,6 @@ def _prepare(flags: Flags) -> Start:
             f"{everything:.1f} million parameters, {learning:.1f} million of them trainable; "
             f"{samples} training samples ({epochs}), {len(evaluation)} held out; {run.folder}"
         )
-        if (advice := from_flags.advice_on_dtype(model_args.dtype, device)) is not None:
-            print(advice, file=sys.stderr)
     trainer = EarlyExitTrainer(
         model,
         recipe_args,

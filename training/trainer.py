@@ -39,9 +39,6 @@ from training.flags import RecipeArguments
 # The scores of each exit in an evaluation. Agreement: how often it predicts the token of the last layer.
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
-# Check so many losses and gradient norms together, unless a log row or a checkpoint comes first.
-_CHECK_EVERY = 1000
-
 
 class DivergedError(Exception):
     """A loss or a gradient is not a finite number.
@@ -185,15 +182,14 @@ class EarlyExitTrainer(Trainer):
         documents = inputs.pop("documents", torch.empty(0, 2))
         if isinstance(num_items_in_batch, Tensor):  # FSDP would round a float to the computing dtype
             num_items_in_batch = num_items_in_batch.long()
-        inputs |= self._plan(model.training, len(inputs["input_ids"]))
+        inputs |= self._plan(len(inputs["input_ids"]))
         with self._computing(early_exit_loss, losses.exit_losses):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._tokens += inputs["input_ids"].numel()
-        if model.training:
-            self._unchecked.append((self.state.global_step + 1, "a loss", loss.detach(), documents))
+        self._unchecked.append((self.state.global_step + 1, "a loss", loss.detach(), documents))
         return loss
 
-    def _plan(self, is_training: bool, num_samples: int) -> dict[str, Any]:
+    def _plan(self, num_samples: int) -> dict[str, Any]:
         """The recipe's arguments of `early_exit_loss` for this micro-batch."""
         settings, step, num_steps = self._settings, self.state.global_step, self.state.max_steps
         num_layers = plain(self.model).config.num_hidden_layers
@@ -201,9 +197,6 @@ class EarlyExitTrainer(Trainer):
             self._exits, num_layers, settings.curriculum, settings.rotation, step, num_steps
         )
         weights = recipe.loss_weights(enabled, num_layers, settings.early_exit_scale, settings.exit_weighting)
-        plan: dict[str, Any] = {"weights": weights, "distill": settings.exit_loss == "distill"}
-        if not is_training:
-            return plan
         rates = recipe.dropout_rates(
             num_layers, settings.layer_dropout, settings.dropout_schedule, step, num_steps
         )
@@ -212,7 +205,8 @@ class EarlyExitTrainer(Trainer):
         # The batches of the data go to the ranks in turn.
         first = (self._micro_step * ranks + self.args.process_index) * self._train_batch_size
         self._micro_step += 1
-        return plan | {"kept": kept[:, first : first + num_samples]}
+        kept = kept[:, first : first + num_samples]
+        return {"weights": weights, "distill": settings.exit_loss == "distill", "kept": kept}
 
     @contextmanager
     def _computing(self, whole: Callable, by_head: Callable) -> Iterator[None]:
@@ -230,13 +224,12 @@ class EarlyExitTrainer(Trainer):
             step = self.state.global_step + 1
             batches = torch.cat([documents for at, _, _, documents in self._unchecked if at == step])
             self._unchecked.append((step, "the gradient", whole.to(self.args.device), batches))
-        if len(self._unchecked) > _CHECK_EVERY:
-            self._check_losses()
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # the latter at the end of the training
             self._check_losses()
+        if "loss" in logs:
             seconds = time.perf_counter() - self._since
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds)
             self._restart_clock()

@@ -1,23 +1,20 @@
 """The programs under benchmarks/ compare equal work, and their output parses."""
 
-import importlib
 import json
 import signal
-import sys
-import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, generate, tiny_llama
-from helpers import only_run
+from conftest import generate, tiny_llama
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
 from benchmarks import adaptive, gpu, serving, side_by_side
-from benchmarks.inspection import Judged, judge_greedy, work_per_token
-from benchmarks.peers import fastest, find_llama_cpp, in_each_format
+from benchmarks.inspection import Judged, judge_greedy
+from benchmarks.peers import fastest, in_each_format
 from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
 from benchmarks.synthetic import random_llama
 from self_speculation import GenerationConfig, fuse
@@ -52,33 +49,15 @@ def test_side_by_side(measured, tmp_path):
     assert all(row["same_ids"] == row["answers"] == 3 for row in rows)
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["side"] == "transformers")
-    by_side = {row["side"]: row for row in rows[:7]}
-    assert by_side["transformers, exit"]["tokens_per_pass"] == pytest.approx(
-        by_side["self-speculative"]["tokens_per_pass"], rel=0.35
-    )
-    assert by_side["int4 copy"]["weights_mb"] > by_side["autoregressive"]["weights_mb"]
+    by_side = {row["side"]: row["tokens_per_verification"] for row in rows[:7]}
+    assert by_side["transformers, exit"] == pytest.approx(by_side["self-speculative"], rel=0.1)
     assert (tmp_path / "bars.png").stat().st_size > 10_000
-
-
-def test_llama_cpp_is_refused_before_anything_is_loaded(capsys, monkeypatch):
-    """Guards against half a minute of loading before the error message."""
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(SystemExit):
-        find_llama_cpp(Path("model.gguf"))
-    assert "--peers llama.cpp: needs the package llama-cpp-python" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "llama_cpp", types.ModuleType("llama_cpp"))
-    with pytest.raises(SystemExit):
-        find_llama_cpp(Path("facebook/layerskip-llama3.2-1B"))
-    assert "reads .gguf files alone, and --model is layerskip-llama3.2-1B" in capsys.readouterr().err
 
 
 def test_transformers_has_its_best_format():
     """Guards against a peer in a format that is slow for it, or fast in decoding and slow in prefill."""
-    given = tiny_llama()
-    models = in_each_format(given)
+    models = in_each_format(tiny_llama())
     assert [model.dtype for model in models] == [torch.float32, torch.bfloat16, torch.float16]
-    assert all(weight.dtype == model.dtype for model in models for weight in model.parameters())
-    assert given.dtype == torch.float32  # as it was
     times = {"slow prefill": (3.0, 1.0), "slow decoding": (1.0, 2.0)}  # of prefill and decoding
 
     def make(model):
@@ -101,87 +80,50 @@ def test_what_follows_the_end_of_a_padded_row_does_not_count():
 
 
 def test_adaptive(measured):
-    """Guards against a missing workload, kind of sampling or fixed setting."""
-    record = measured(
-        adaptive, "--max_steps", "6", "--num_prompts", "1", "--searched", "1", "--lengths", "2",
-        "--finalists", "1", "--draft_weights", "int4", "--workloads", "code", "repeat",
-    )  # fmt: skip
-    rows = record["rows"]
+    """Guards against a missing workload, kind of sampling or side."""
+    rows = measured(
+        adaptive, "--max_steps", "6", "--num_prompts", "1", "--exit_layer", "2", "--num_speculations", "2",
+        "--draft_weights", "int4", "--workloads", "code", "repeat",
+    )["rows"]  # fmt: skip
     assert [(row["picking"], row["workload"]) for row in rows if row["side"] == "adaptive"] == [
-        (picking, workload) for picking in ("greedy", "sampled") for workload in ("code", "repeat")
+        (picking, workload)
+        for picking in ("greedy", "sampled")
+        for workload in ("code", "repeat", "all prompts")
     ]
-    assert len(rows) == 8
-    assert all(row["x"] > 0 and row["sums"] > 0 for row in rows)
-    assert all((row["of best"] is not None) == (row["side"] == "adaptive") for row in rows)
-
-
-@pytest.mark.slow
-def test_serving(measured, tmp_path):
-    """Guards against a server that does not take these flags, and against answers that are lost."""
-    record = measured(
-        serving, "--servers", "here", "--clients", "1", "3", "--questions", "2", "--rounds", "1",
-        "--max_steps", "6", "--wait", "0.01", "--workloads", "code", "--output_dir", tmp_path / "logs",
-        "--long_prompt", "60", "--generation_strategy", "self_speculative",
-        "--exit_layer", "2", "--num_speculations", "3",
-    )  # fmt: skip
-    loads = [(row["clients"], row["long prompt"], row["answers"]) for row in record["rows"]]
-    assert loads == [(1, 0, 2), (1, 60, 2), (3, 0, 6), (3, 60, 6)]
-    assert all(row["tokens/s"] > 0 and row["first p50"] <= row["first p95"] for row in record["rows"])
-    assert (only_run(tmp_path) / "serving.csv").read_text().count("\n") == 5
+    assert len(rows) == 3 * 6
+    assert all(row["x"] >= row["tenth"] > 0 and row["sums"] > 0 for row in rows)
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():
     """Guards against a peer in a format, or without batching, that is slower than another one it has."""
-    args = serving.ServingArguments(servers=["here", "transformers", "http://x"])
+    args = serving.ServingArguments(servers=["transformers"])
     ways = serving.commands(ModelArguments(), GenerationConfig(), args, Path("saved"))
-    transformers = {name: way for name, way in ways.items() if name.startswith("transformers")}
-    assert [*ways] == ["here", *transformers, "http://x"]
-    flags = {(way[way.index("--dtype") + 1], "--continuous-batching" in way) for way in transformers.values()}
+    flags = {(way[way.index("--dtype") + 1], "--continuous-batching" in way) for way in ways.values()}
     assert flags == {(dtype, batching) for dtype in ("float16", "bfloat16") for batching in (False, True)}
 
     def row(server, *speeds):
-        return {
-            "server": server,
-            "clients": 1,
-            "long prompt": 0,
-            "first p95": 1.0,
-            "tokens/s": sum(speeds),
-            "speeds": speeds,
-        }
+        load = {"clients": 1, "long prompt": 0}
+        return {"server": server, **load, "tokens/s": sum(speeds), "speeds": speeds}
 
-    others = [row(name, 20 + place, 30) for place, name in enumerate(transformers)]
+    others = [row(name, 20 + place, 30) for place, name in enumerate(ways)]
     ahead = serving.who_is_ahead(row("here", 46, 60), *others)
-    assert (ahead["other"], ahead["high"]) == ([*transformers][-1], 2.0)
+    assert (ahead["other"], ahead["high"]) == ([*ways][-1], 2.0)
 
 
 def test_time_without_an_open_request_does_not_count():
     """Guards against a speed that depends on how long clients wait, and against time that counts for each."""
     answers = [serving.Answer(began, [], ended) for began, ended in ((0, 2), (10, 11), (1, 3), (1.5, 2.5))]
-    assert serving.Turn("here", 2, 0, answers, num_tokens=8).tokens_per_second == 2
-
-
-@pytest.mark.parametrize("program", [side_by_side, adaptive])
-def test_one_token_is_no_decoding(program, endless_folder, capsys):
-    """Guards against a division by zero seconds, after everything was measured."""
-    drafts = ("--exit_layer", "2", "--num_speculations", "3") if program is side_by_side else ()
-    with pytest.raises(SystemExit) as end:
-        program.main(["--model", str(endless_folder), "--max_steps", "1", *drafts])
-    assert end.value.code == 2
-    assert "--max_steps 1: must be at least 2" in capsys.readouterr().err.splitlines()[-1]
+    assert serving.Turn(answers, num_tokens=8).tokens_per_second == 2
 
 
 @pytest.fixture
-def dry(tmp_path, capsys):
+def dry(capsys):
     """Runs gpu.py on the tiny model; its status, its lines and the JSON of the last one."""
 
     def run(*args):
-        few = ("--dry", "True", "--prompts", "128", "--rounds", "1")
-        status = gpu.main([*few, "--output_dir", str(tmp_path / "logs"), *args])
+        status = gpu.main(["--dry", "True", "--prompts", "128", "--rounds", "1", *args])
         said = capsys.readouterr().out.splitlines()
-        record = json.loads(said[-1])
-        rows = (only_run(tmp_path) / "records.jsonl").read_text().splitlines()
-        assert [json.loads(row) for row in rows] == record["rows"]
-        return status, said, record
+        return status, said, json.loads(said[-1])
 
     return run
 
@@ -197,53 +139,32 @@ def nothing_is_measured(monkeypatch):
     return replace
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [[1], [1, 2]])
-def test_gpu_runs_dry(dry, sizes):
-    """Guards against a missing side, column or check, and against other drafts of transformers."""
-    status, said, record = dry("--batch_size", *map(str, sizes))
-    assert status == 0
-    assert all(len(line) <= 80 for line in said[:-1] if "run.json" not in line)
-    sides = [(row["prompt"], row["batch_size"], row["compiled"], row["side"]) for row in record["rows"]]
-    assert sides == [
-        (8, size, compiled, side)
-        for size in sizes
-        for compiled in (False, True)
-        for side in (
-            OURS if compiled else ["transformers", *(["transformers, exit"] if size == 1 else []), *OURS]
-        )
-    ]
-    assert (record["ended"], record["wrong"], record["failed"]) == ("finished", 0, 0)
-    for row in record["rows"]:
-        assert row["tokens/s"] > 0
-        assert row["x transformers"] > 0
-        assert row["ids"]["equal"] + row["ids"]["near_ties"] == 16 * row["batch_size"]
-        assert (row["limit"] is not None) == (row["side"] in ("transformers", "autoregressive"))
-        if row["side"] != "adaptive":  # whether that drafts, depends on times
-            assert (row["acceptance"] is None) == (row["side"] in ("transformers", "autoregressive"))
-    by_side = {row["side"]: row for row in record["rows"][:6]}
-    assert by_side["self-speculative"]["acceptance"] == pytest.approx(
-        by_side["transformers, exit"]["acceptance"], abs=0.35
-    )
-
-
-def test_gpu_takes_a_prompt_length_after_the_other(dry, nothing_is_measured):
-    """Guards against compiled rows after the deadline."""
+def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
+    """Guards against compiled rows after the deadline, figures of the host that nobody sees, and timed plans
+    of cuDNN for new lengths.
+    """
     order = []
-    nothing_is_measured(lambda task, found: order.append((*task.place, task.compiled)))
-    assert dry("--prompts", "128", "160")[0] == 0
+
+    def measure(task, _):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        order.append((*task.place, task.compiled))
+
+    nothing_is_measured(measure)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        status, said, record = dry("--prompts", "128", "160")
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert status == 0
     assert order == [
         (length, size, compiled) for length in (8, 10) for size in (1, 8) for compiled in (False, True)
     ]
-
-
-def test_gpu_tells_the_hosts_time(dry, nothing_is_measured):
-    """Guards against figures that nobody sees or sends back."""
-    nothing_is_measured(lambda task, found: None)
-    _, said, record = dry("--batch_size", "1")
     host = record["host_us"]
     assert min(host["layer"], host["captured"]) > 0
-    assert f"{host['captured']:.0f} us for a captured pass, without its replay" in said
+    assert any(
+        line.endswith(f"{host['captured']:.0f} for a captured pass without its replay") for line in said
+    )
 
 
 def test_gpu_keeps_what_it_has_when_it_is_interrupted(dry, nothing_is_measured):
@@ -272,29 +193,22 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     costs its own rows, and the exit status.
     """
 
-    def fails(error):
-        def call(*_):
-            raise error
-
-        return call
-
-    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
-    sides = gpu.theirs
-    monkeypatch.setattr(
-        gpu, "theirs", lambda name, *rest: fails(out_of_memory) if name == EARLY_EXIT else sides(name, *rest)
-    )
-    warm_up = gpu.run_every_pass
+    out_of_memory = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch"))
+    sides, warm_up = gpu.theirs, gpu.run_every_pass
 
     def warms_up(strategy, model, prompt, config, batch_size):
         if config.draft_weights == "int4":
             raise MemoryError("no room")
         warm_up(strategy, model, prompt, config, batch_size)
 
+    monkeypatch.setattr(
+        gpu, "theirs", lambda name, *rest: out_of_memory if name == EARLY_EXIT else sides(name, *rest)
+    )
     monkeypatch.setattr(gpu, "run_every_pass", warms_up)
     for module in ("sides", "inspection"):
-        error = ValueError("compile True: needs one GPU")
-        monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", fails(error))
-    status, _, record = dry("--batch_size", "1")
+        no_capture = Mock(side_effect=ValueError("compile True: needs one GPU"))
+        monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", no_capture)
+    status, said, record = dry("--batch_size", "1")
     assert status == 1
     failed = {(row["compiled"], row["side"]): row["error"] for row in record["rows"] if row["error"]}
     assert failed == {
@@ -302,61 +216,14 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
         (False, "int4 copy"): "MemoryError: no room",
         **{(True, side): "ValueError: compile True: needs one GPU" for side in OURS},
     }
-    assert sum(row["error"] is None for row in record["rows"]) == 4
+    whole = {row["side"]: row for row in record["rows"] if row["error"] is None}
+    assert [*whole] == ["transformers", "autoregressive", "self-speculative", "adaptive"]
+    assert all(row["ids"]["equal"] + row["ids"]["near_ties"] == 16 for row in whole.values())
+    assert all(row["tokens/s"] > 0 and row["x hf"] > 0 for row in whole.values())
+    assert whole["autoregressive"]["limit"] > 0
+    assert 0 <= whole["self-speculative"]["accept"] <= 1
     assert record["host_us"] is None
-
-
-def test_gpu_measures_without_plans_of_cudnn(dry, nothing_is_measured):
-    """Guards against timed plans of cuDNN for new lengths."""
-    seen = []
-    nothing_is_measured(lambda task, found: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        dry("--batch_size", "1")
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-    assert seen == [False, False]
-
-
-def test_gpu_without_one(tmp_path, capsys):
-    """Guards against a traceback of CUDA."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as end:
-        gpu.main(["--output_dir", str(tmp_path / "logs")])
-    assert end.value.code == 1
-    said = capsys.readouterr().err
-    assert "no GPU on this machine; --dry True runs all of it" in said
-    assert said.count("\n") == 1
-
-
-def test_a_recording_lasts_as_long_as_the_program(monkeypatch):
-    """Guards against a film that is longer, by tokens that come faster than frames, and against a minute of
-    waiting for the last line.
-    """
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    recorder = importlib.import_module("record_streamer")
-    pictures, durations = recorder.film([(0.003 * number, "x") for number in range(201)])
-    assert sum(durations) == pytest.approx(600 + 1000 * recorder.LAST, abs=1000 * recorder.FRAME)
-    assert len(pictures) == len(durations) <= 17
-    _, durations = recorder.film([(0.0, "x"), (60.0, "y")])
-    assert durations == [1000 * recorder.PAUSE, 1000 * recorder.LAST]
-
-
-def test_work_of_a_token_is_what_a_longer_answer_takes_more():
-    """Guards against prefill that counts as work of a token."""
-
-    def answer(num_tokens):
-        torch.ones(3).exp()  # of the prompt
-        for _ in range(num_tokens):
-            torch.ones(3).sum().item()
-        return num_tokens
-
-    one, two, five = (lambda n=n: answer(n) for n in (1, 2, 5))
-    work = work_per_token(torch.device("cpu"), one, five)
-    assert work.reads == 1
-    assert work == work_per_token(torch.device("cpu"), two, five)
+    assert all(len(line) <= 80 for line in said[:-1])
 
 
 @pytest.mark.slow

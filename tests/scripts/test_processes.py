@@ -73,13 +73,13 @@ def test_by_torchrun(name, command):
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written(model_folder, script):
+def test_a_cache_that_cannot_be_written(model_folder):
     """Guards against a local model that needs the hub's cache."""
+    command = [sys.executable, ROOT / "generate.py", "--model", model_folder, "--prompt", "def", *SHORT]
+    nowhere = {"HF_HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
     run = subprocess.run(
-        script("generate.py", "--model", model_folder, "--prompt", "def", "--max_steps", "3"),
-        capture_output=True, text=True, timeout=forks.HANGS,
-        env={**os.environ, "HF_HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"},
-    )  # fmt: skip
+        command, capture_output=True, text=True, timeout=forks.HANGS, env=os.environ | nowhere
+    )
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr
 

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
+from unittest.mock import Mock
 
 import forks
 import pandas
 import pytest
 import torch
-from conftest import ROOT
-from helpers import only_run
+from conftest import ROOT, assert_close
+from helpers import about, only_run, refused
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train
@@ -25,7 +28,7 @@ from data import DataError
 from runs.records import RecordError, Run
 from self_speculation import load_model_and_tokenizer
 from training.flags import OptimizationArguments
-from training.from_flags import advice_on_dtype, computed_in, trainer_settings
+from training.from_flags import computed_in, trainer_settings
 from training.trainer import EarlyExitTrainer
 
 SMALL = [
@@ -62,6 +65,12 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
 
 
+def assert_learns(frame, by):
+    """The training loss falls by so much."""
+    losses = frame["loss"].dropna()
+    assert losses.iloc[-1] < losses.iloc[0] - by
+
+
 def assert_same(folder, other):
     """Every logged number and every weight, to the last bit."""
     pandas.testing.assert_frame_equal(log(folder), log(other), check_exact=True)
@@ -84,88 +93,51 @@ def run(tmp_path, texts, *more):
     return only_run(tmp_path)
 
 
-def run_in(folder, texts, *more):
-    folder.mkdir()
-    return run(folder, texts, *more)
-
-
-def refused(capsys, arguments):
-    """The message of a refusal."""
-    with pytest.raises(SystemExit) as exit:
-        train.main(arguments)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
-
-
 def checkpoints(folder):
     return {int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")}
 
 
 def program(tmp_path, patch):
-    """train.py after some lines of Python, for processes of their own."""
+    """train.py with a patch by the functions below, for processes of their own."""
     path = tmp_path / "program.py"
     path.write_text(
-        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, train, training.run\n"
-        "from runs.program import run\n"
-        "from training.trainer import EarlyExitTrainer\n"
-        f"{patch}\n"
-        "run(train.main)\n"
+        f"import sys; sys.path[:0] = {[str(ROOT), f'{ROOT}/tests', f'{ROOT}/tests/scripts']}\n"
+        "from test_train import *\n"
+        f"{patch}(pytest.MonkeyPatch())\n"
+        "from runs import program; program.run(train.main)\n"
     )
     return path
 
 
-def signalled(step, rank=0, by="SIGKILL"):
-    """A patch: a rank gets a signal when it begins the step after this one."""
-    return (
-        "step = EarlyExitTrainer.training_step\n"
-        "def signalled(self, *args, **kwargs):\n"
-        f"    if (self.state.global_step, self.args.process_index) == ({step}, {rank}):\n"
-        f"        os.kill(os.getpid(), signal.{by})\n"
-        "    return step(self, *args, **kwargs)\n"
-        "EarlyExitTrainer.training_step = signalled"
-    )
-
-
-def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts, capsys):
+def test_from_scratch_to_a_folder_for_every_script(tmp_path, texts):
     """Guards against a training that learns nothing, and against results that no script or transformers
     reads.
     """
     folder = run(tmp_path, texts, "--num_steps", "60", "--log_steps", "20")
     frame = log(folder)
-    losses = frame["loss"].dropna()
-    assert losses.iloc[-1] < losses.iloc[0] - 0.5
+    assert_learns(frame, 0.5)
     assert {f"eval_loss_exit_{exit}" for exit in (1, 2, 3)} <= set(frame)
     assert list(pandas.read_csv(folder / "exits.csv")["exit_layer"]) == [1, 2, 3]
     assert (folder / "exits.png").stat().st_size > 1000
-    # Guards against a picture without model and data in its title.
-    assert re.search(rf"a new Llama,\s+{re.escape(texts[:40])}", capsys.readouterr().out)
-    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert about(folder)["status"] == "finished"
     model, tokenizer = load_model_and_tokenizer(str(folder / "model"))
-    text = "def add(a, b):\n        return a + 12\n"
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    # Guards against line breaks that merge with the indentation after them: a prompt may end in one.
-    first = tokenizer.encode("def add(a, b):\n")
-    assert ids[: len(first)] == first
+    first, second = "def add(a, b):\n", "        return a + 12\n"
+    ids = tokenizer.encode(first + second)
+    assert tokenizer.decode(ids) == first + second
+    # A prompt may end in a line break, so it must not merge with the indentation after it.
+    assert ids == tokenizer.encode(first) + tokenizer.encode(second)
     assert model.config.max_position_embeddings == 32
-    # Guards against an end of text that is also padding: its embedding would stay zero.
+    # If the end of a text were padding, too, its embedding would stay zero.
     assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
-    with torch.no_grad():
-        assert model(torch.tensor([ids[:16]])).logits.shape == (1, len(ids[:16]), 300)
     result = forks.run(ROOT / "generate.py", "--model", folder / "model", *GENERATE)
     assert result.returncode == 0, result.stderr
 
 
-class Killed(BaseException):
-    """SIGKILL, as far as files show it: no code of the product handles it."""
+KILLED = BaseException("SIGKILL, as far as files show it: no code of the product handles it")
 
 
 def raises(error):
-    def function(*_, **__):
-        raise error
-
-    return function
+    return Mock(side_effect=error)
 
 
 def sends(number):
@@ -173,7 +145,7 @@ def sends(number):
 
 
 def before(owner, name, event, when):
-    """A patch: call `event` before the calls of a method whose arguments meet a condition."""
+    """A patch: call `event` before the calls of a function whose arguments meet a condition."""
 
     def patch(monkeypatch):
         original = getattr(owner, name)
@@ -188,9 +160,18 @@ def before(owner, name, event, when):
     return patch
 
 
-def at_step(event):
-    """A patch: call `event` at the sixth step."""
-    return before(EarlyExitTrainer, "training_step", event, lambda own, *_: own.state.global_step == 5)
+def at_step(step, event, rank=0):
+    """A patch: call `event` when a rank begins the step after this one."""
+    place = step, rank
+    return before(
+        EarlyExitTrainer, "training_step", event,
+        lambda own, *_: (own.state.global_step, own.args.process_index) == place,
+    )  # fmt: skip
+
+
+def at_rank(rank, owner, name, error):
+    """A patch: a function raises an error at one rank."""
+    return before(resolve_name(owner), name, raises(error), lambda *_: os.environ["RANK"] == str(rank))
 
 
 def in_last_checkpoint(event):
@@ -220,20 +201,16 @@ def whole(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     ("patch", "status", "kept", "message"),
     [
-        (at_step(raises(Killed)), None, {4}, None),
-        (at_step(sends(signal.SIGINT)), 130, {4, 6}, "interrupted; step 6 is kept"),
-        (at_step(SIGTERM), 143, {4, 6}, "interrupted; step 6 is kept"),
-        (at_step(raises(DataError("a row of a stream"))), 1, {4}, "a row of a stream; step 4 is kept"),
+        (at_step(5, raises(KILLED)), None, {4}, None),
+        (at_step(5, sends(signal.SIGINT)), 130, {4, 6}, "interrupted; step 6 is kept"),
+        (at_step(5, SIGTERM), 143, {4, 6}, "interrupted; step 6 is kept"),
+        (at_step(5, raises(DataError("a row of a stream"))), 1, {4}, "a row of a stream; step 4 is kept"),
         (in_last_checkpoint(SIGTERM), 143, {8, 12}, "interrupted; step 12 is kept"),
         (
             before(EarlyExitTrainer, "evaluate", SIGTERM, lambda own, *held_out: held_out),  # the last one
             143, {8, 12}, "interrupted; step 12 is kept",
         ),
         (on_full_disk, 1, {4, 8}, "cannot write {folder}/checkpoint-12: [Errno 28] No space; step 8 is kept"),
-        (
-            in_last_checkpoint(raises(MemoryError)),
-            1, {4, 8}, "cannot write {folder}/checkpoint-12: MemoryError; step 8 is kept",
-        ),
         (
             before(Run, "replace", LOG_LOST, lambda _, name, text: name == "log.csv" and "\n6," in text),
             1, {4, 7}, "cannot write log.csv: No space left on device; step 7 is kept",
@@ -243,8 +220,7 @@ def whole(tmp_path_factory, texts):
             1, {8, 12}, "No space left on device (os error 28); step 12 is kept",
         ),
     ],
-    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "in_checkpoint", "in_evaluation", "disk_full", "memory",
-         "log", "model"],
+    ids=["SIGKILL", "SIGINT", "SIGTERM", "data", "checkpoint", "evaluation", "disk_full", "log", "model"],
 )  # fmt: skip
 def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     patch, status, kept, message, tmp_path, texts, whole, capsys, monkeypatch
@@ -255,7 +231,7 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
     with monkeypatch.context() as context:
         patch(context)
         if status is None:
-            with pytest.raises(Killed):
+            with pytest.raises(BaseException, match="SIGKILL"):
                 train.main(arguments(tmp_path, texts, *EXACT))
         else:
             assert train.main(arguments(tmp_path, texts, *EXACT)) == status
@@ -266,83 +242,52 @@ def test_an_interrupted_run_keeps_its_checkpoints_and_continues(
         (folder / "checkpoint-11" / "trainer_state.json").write_text('{"global_st')
     else:
         assert f"{message.format(folder=folder)}, go on with --resume {folder}\n" in capsys.readouterr().err
-        described = json.loads((folder / "run.json").read_text())
-        assert described["status"] == ("failed" if status == 1 else "interrupted")
+        assert about(folder)["status"] == ("failed" if status == 1 else "interrupted")
     assert train.main(["--resume", str(folder)]) == 0
     assert_same(folder, whole)
 
 
-def test_resume_refuses_another_recipe(tmp_path, texts, capsys):
-    """Guards against a run that changes in the middle. The number of passes may change if a step keeps its
-    number of samples.
+def test_resume_keeps_the_recipe_and_may_add_steps(tmp_path, texts, capsys, monkeypatch):
+    """Guards against a run that changes in the middle, a second training of the same steps, and a resumption
+    that forgets the new number of steps after Ctrl-C.
     """
     folder = run(tmp_path, texts)
     for flags, message in (
         (["--rotation", "3"], "that run had --rotation 8, this one has 3"),
         (["--batch_size", "2"], "a step of that run has 4 samples, this one's 2: ranks, --batch_size and"),
+        (["--num_steps", "11"], "that run had --num_steps 12, this one has 11"),
     ):
-        assert message in refused(capsys, [*arguments(tmp_path, texts, *flags), "--resume", str(folder)])
-    shutil.rmtree(folder / "checkpoint-12")
-    passes = ["--batch_size", "2", "--gradient_accumulation", "2"]
-    assert train.main(["--resume", str(folder), *passes]) == 0
-    assert log(folder)["step"].max() == 12
+        again = arguments(tmp_path, texts, *flags, "--resume", str(folder))
+        assert message in refused(train.main, again, capsys)
+    seen = []
 
-
-def test_a_finished_training_goes_on_for_more_steps(tmp_path, texts, capsys, monkeypatch):
-    """Guards against a second training of the same steps, and against a resumption that forgets the new
-    number of steps after Ctrl-C.
-    """
-    folder = run(tmp_path, texts)
-    seen, step = [], EarlyExitTrainer.training_step
-
-    def interrupted(self, *args, **kwargs):
+    def interrupted(self, *_):
         seen.append(self.state.global_step)
-        if len(seen) == 6:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
+        return len(seen) == 6
 
-    monkeypatch.setattr(EarlyExitTrainer, "training_step", interrupted)
+    before(EarlyExitTrainer, "training_step", raises(KeyboardInterrupt()), interrupted)(monkeypatch)
     assert train.main(["--resume", str(folder), "--num_steps", "20"]) == 130
     assert "step 16 is kept" in capsys.readouterr().err
-    assert train.main(["--resume", str(folder)]) == 0
-    assert seen == [*range(12, 18), *range(16, 20)]
-    described = json.loads((folder / "run.json").read_text())
-    assert (described["status"], described["arguments"]["num_steps"]) == ("finished", 20)
-    message = refused(capsys, ["--resume", str(folder), "--num_steps", "15"])
-    assert "that run had --num_steps 20, this one has 15" in message
+    more_passes = ["--batch_size", "2", "--gradient_accumulation", "2"]  # as many samples
+    assert train.main(["--resume", str(folder), *more_passes]) == 0
+    assert seen == [*range(12, 18), *(step for step in range(16, 20) for _ in range(2))]
+    assert (about(folder)["status"], about(folder)["arguments"]["num_steps"]) == ("finished", 20)
 
 
-FULL_DISK = """
-def full(write):
-    def patched(*args, **kwargs):
-        if os.environ["RANK"] == "{rank}":
-            raise OSError(28, "No space left on device")
-        return write(*args, **kwargs)
-    return patched
-"""
-REFUSAL = """
-load = training.run.load_texts
-def refused(args):
-    if os.environ["RANK"] == "{rank}":
-        raise ValueError("data_path x: no such files")
-    return load(args)
-training.run.load_texts = refused
-"""
+SHARDS = '"torch.distributed.checkpoint:FileSystemWriter"'
+NO_SPACE = 'OSError(28, "No space left on device")'
 NOT_WRITTEN = "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet"
+REFUSED = '"training.run", "load_texts", ValueError("data_path x: no such files")'
 
 
 @pytest.mark.parametrize(
     ("patch", "parallel", "status", "message"),
     [
-        (signalled(5, rank=1, by="SIGTERM"), "data", 143, "interrupted; step 6 is kept"),
-        (FULL_DISK.format(rank=0) + "torch.save = full(torch.save)", "data", 1, NOT_WRITTEN),
-        (
-            FULL_DISK.format(rank=1) + "from torch.distributed.checkpoint import FileSystemWriter as Writer\n"
-            "Writer.write_data = full(Writer.write_data)",
-            "fsdp", 1, NOT_WRITTEN,
-        ),
-        (REFUSAL.format(rank=0), "data", None, "program.py: error: --data_path x: no such files\n"),
-        (REFUSAL.format(rank=1), "data", None, "program.py: error: --data_path x: no such files\n"),
+        ("at_step(5, SIGTERM, rank=1)", "data", 143, "interrupted; step 6 is kept"),
+        (f'at_rank(1, "torch", "save", {NO_SPACE})', "data", 1, NOT_WRITTEN),
+        (f'at_rank(1, {SHARDS}, "write_data", {NO_SPACE})', "fsdp", 1, NOT_WRITTEN),
+        (f"at_rank(0, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
+        (f"at_rank(1, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
     ],
     ids=["signal", "disk_full", "disk_full_of_a_shard", "refused_by_0", "refused_by_1"],
 )  # fmt: skip
@@ -367,9 +312,9 @@ def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_fold
     ranks resume, with activation checkpointing, and match a run of one process.
     """
     more = [*DROPPING, "--model", str(model_folder), "--exit_loss", "distill"]
-    whole = run_in(tmp_path / "one", texts, *more)
+    whole = run(tmp_path / "one", texts, *more)
     shared = [*arguments(tmp_path, texts, *more), "--parallel", "fsdp", "--gradient_checkpointing"]
-    killed = program(tmp_path, signalled(10, rank=1))
+    killed = program(tmp_path, "at_step(10, sends(signal.SIGKILL), rank=1)")
     assert forks.run_ranks(2, killed, *shared, "--batch_size", "2").returncode != 0
     folder = only_run(tmp_path)
     assert (folder / "checkpoint-8" / "pytorch_model_fsdp_0").is_dir()
@@ -407,7 +352,7 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     ways = {}
     for name, step in (("whole", 99), ("parts", 10)):
         (tmp_path / name).mkdir()
-        killed = program(tmp_path, signalled(step))
+        killed = program(tmp_path, f"at_step({step}, sends(signal.SIGKILL))")
         result = with_peft(ranks, killed, *arguments(tmp_path / name, texts, *more))
         assert (result.returncode == 0) == (name == "whole"), result.stderr
         ways[name] = only_run(tmp_path / name)
@@ -417,23 +362,16 @@ def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
     result = with_peft(ranks, ROOT / "train.py", "--resume", ways["parts"])
     assert result.returncode == 0, result.stderr
     pandas.testing.assert_frame_equal(log(ways["parts"]), log(ways["whole"]), check_exact=ranks == 1)
-    losses = log(ways["whole"])["loss"].dropna()
-    assert losses.iloc[-1] < losses.iloc[0] - 0.1
+    assert_learns(log(ways["whole"]), 0.1)
     before, after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), weights(ways["parts"])
     changed = {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
     assert changed == {name for name in before if name.endswith("proj.weight")}
+    adapter = load_file(ways["parts"] / "adapter" / "adapter_model.safetensors")
+    for name in changed:
+        a, b = (adapter[f"base_model.model.{name.replace('weight', f'lora_{ab}.weight')}"] for ab in "AB")
+        assert_close(after[name], before[name] + 2 * b @ a, computed_in=torch.bfloat16, roundings=1)
     config = json.loads((ways["parts"] / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model_folder.resolve())
-    check = tmp_path / "check.py"
-    check.write_text(
-        "import sys, torch\n"
-        "from self_speculation import load_model_and_tokenizer as load\n"
-        "ids = torch.tensor([[5, 6, 7, 8]])\n"
-        "merged, adapted, plain = (load(name)[0](ids).logits.float() for name in sys.argv[1:])\n"
-        "assert (merged - adapted).norm() < 0.02 * adapted.norm() < 0.2 * (plain - adapted).norm()\n"
-    )
-    result = with_peft(1, check, ways["parts"] / "model", ways["parts"] / "adapter", model_folder)
-    assert result.returncode == 0, result.stderr
     if ranks == 1:  # Guards against weights that stay frozen after a merge, and an adapter of an adapter.
         again = arguments(tmp_path, texts, "--model", str(ways["parts"] / "adapter"))
         assert with_peft(1, ROOT / "train.py", *again).returncode == 0
@@ -449,7 +387,7 @@ def test_accumulated_passes_are_one_step(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = []
     for name, more in (("one", ()), ("two", ("--batch_size", "2", "--gradient_accumulation", "2"))):
-        folder = run_in(tmp_path / name, str(path), "--layer_dropout", "0", *more)
+        folder = run(tmp_path / name, str(path), "--layer_dropout", "0", *more)
         curves.append(log(folder)[["step", "loss", "grad_norm"]].dropna())
     pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
 
@@ -460,21 +398,18 @@ def test_continual_pretraining(tmp_path, texts, model_folder):
     """
     curves = []
     for name, more in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
-        folder = run_in(tmp_path / name, texts, "--model", str(model_folder), "--layer_dropout", "0.5", *more)
+        folder = run(tmp_path / name, texts, "--model", str(model_folder), "--layer_dropout", "0.5", *more)
         curves.append(log(folder))
     pandas.testing.assert_frame_equal(*curves, rtol=1e-4)
-    before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
-    after = weights(folder)
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name].bfloat16(), after[name]) for name in before)
+    assert_learns(curves[0], 0)
+    assert weights(folder).keys() == AutoModelForCausalLM.from_pretrained(model_folder).state_dict().keys()
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in (model_folder, folder / "model")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
 
 
 def test_mixed_precision(tmp_path, texts):
     """Guards against bfloat16 in which nothing is learnt."""
-    frame = log(run(tmp_path, texts, "--dtype", "bfloat16", "--curriculum", "gradual"))
-    assert frame["loss"].dropna().iloc[-1] < frame["loss"].dropna().iloc[0]
+    assert_learns(log(run(tmp_path, texts, "--dtype", "bfloat16", "--curriculum", "gradual")), 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
@@ -482,48 +417,36 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, texts, capsys):
     assert train.main(arguments(tmp_path, texts, "--learning_rate", "1e30", "--warmup_steps", "0")) == 1
     error = capsys.readouterr().err
     assert re.search(r"\n(a loss|the gradient) is (nan|inf) at step [234], of .*texts\d+/\d+\.py", error)
-    assert (
-        "look at them, or begin anew with a lower --learning_rate; no checkpoint was written yet\n" in error
-    )
+    assert "begin anew with a lower --learning_rate; no checkpoint was written yet\n" in error
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--layer_dropout", "1.5"], "--layer_dropout 1.5: must be between 0 and 1"),
-        (["--early_exit_scale", "-1"], "--early_exit_scale -1.0: must be 0 or more"),
-        (["--rotation", "0"], "--rotation 0: must be at least 1"),
         (["--exits", "1", "3"], "--exits [1, 3]: must be between 1 and 2"),
         (["--num_kv_heads", "3"], "--num_kv_heads 3: must divide --num_heads 2"),
         (["--hidden_size", "18"], "--hidden_size 18: must be a multiple of 2 x num_heads"),
-        (["--learning_rate", "0"], "--learning_rate 0.0: must be above 0"),
-        (["--eval_fraction", "1"], "--eval_fraction 1.0: must be between 0 and 1"),
-        (["--num_steps", "0"], "--num_steps 0: must be at least 1"),
         (["--warmup_steps", "12"], "--warmup_steps 12: must be below --num_steps 12"),
         (["--dtype", "float16"], "--dtype float16: mixed precision on a CPU is bfloat16"),
         (["--parallel", "fsdp"], "--parallel fsdp: needs two or more processes; start them by torchrun"),
         (["--quantization", "int8"], "--quantization int8: must be none for training"),
         (["--offload"], "--offload True: is for --parallel fsdp"),
         (["--lora_rank", "2"], "--lora_rank 2: needs a --model to adapt"),
-        (
-            ["--device", "cuda:1"],
-            "--device cuda:1: must be auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES=1 ch",
-        ),
+        (["--device", "cuda:1"], "must be auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES=1 chooses the GPU"),
         (["--streaming"], "--streaming True: is for a dataset of the hub, by --data"),
         (["--output_dir", "/proc"], "--output_dir /proc: cannot be written ("),
         (["--model", "MODEL", "--sequence_length", "257"], "--sequence_length 257: must be at most 256"),
     ],
 )
-def test_bad_values_are_refused_before_data_are_read(
-    flags, message, tmp_path, model_folder, capsys, monkeypatch
-):
+def test_bad_values_are_refused_early(flags, message, tmp_path, model_folder, capsys, monkeypatch):
     """Guards against minutes of reading before an error message."""
     monkeypatch.setattr("training.run.load_texts", lambda *_: pytest.fail("data are read"))
     flags = [str(model_folder) if flag == "MODEL" else flag for flag in flags]
-    assert message in refused(capsys, arguments(tmp_path, "no/such/*.txt", *flags))
+    assert message in refused(train.main, arguments(tmp_path, "no/such/*.txt", *flags), capsys)
 
 
-def test_on_a_gpu_auto_is_tf32_and_says_what_is_faster(tmp_path, monkeypatch):
+def test_on_a_gpu_auto_is_tf32(tmp_path, monkeypatch):
     """Guards against products in strict fp32 that nobody asked for, and TF32 where fp32 was asked for."""
     for name in ("training.from_flags", "transformers.training_args"):
         monkeypatch.setattr(f"{name}.is_torch_tf32_available", lambda: True)
@@ -537,9 +460,6 @@ def test_on_a_gpu_auto_is_tf32_and_says_what_is_faster(tmp_path, monkeypatch):
         assert computed_in(dtype, gpu) == computed
     assert computed_in("bfloat16", gpu) == "bfloat16"
     assert computed_in("auto", cpu) == "float32"
-    advice = "products in TF32; --dtype bfloat16 takes less time and memory than float32"
-    assert advice_on_dtype("auto", gpu) == advice
-    assert advice_on_dtype("float32", gpu) is advice_on_dtype("auto", cpu) is None
 
 
 @pytest.fixture
@@ -560,7 +480,7 @@ def test_a_stream_is_read_while_training(tmp_path, stream, monkeypatch):
     stream += ["--batch_size", "2", "--gradient_accumulation", "3"]
     assert train.main([*stream, "--output_dir", str(tmp_path / "whole" / "logs")]) == 0
     with monkeypatch.context() as context:
-        at_step(sends(signal.SIGTERM))(context)
+        at_step(5, sends(signal.SIGTERM))(context)
         assert train.main([*stream, "--output_dir", str(tmp_path / "parts" / "logs")]) == 143
     whole, folder = (only_run(tmp_path / name) for name in ("whole", "parts"))
     assert train.main(["--resume", str(folder)]) == 0
