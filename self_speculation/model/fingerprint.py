@@ -8,6 +8,7 @@ contents of offloaded weights are not seen.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections import defaultdict
@@ -47,41 +48,32 @@ def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
     """For each group of tensors, a value that changes when they are written to. One read from each device;
     only samples are copied.
     """
-    versions: list[Hashable] = []
-    samples: dict[torch.device, dict[torch.dtype, list[tuple[int, Tensor]]]]
+    samples: dict[torch.device, dict[torch.dtype, list[tuple[list, Tensor]]]]
     samples = defaultdict(lambda: defaultdict(list))
-    found: list[list[Hashable]] = [[] for _ in groups]
+    found: list[list[Hashable]] = []
     files = MappedFiles()
-    for index, group in enumerate(groups):
-        group = list(group)
-        versions.append(tuple(_version(tensor) for tensor in group))
-        for part in itertools.chain.from_iterable(map(_parts, group)):
+    for group in groups:
+        tensors = [*group]
+        found.append([_version(tensor) for tensor in tensors])
+        for part in itertools.chain.from_iterable(map(_parts, tensors)):
             if (address := files.address(part)) is not None:  # sampling would read its file into memory
-                found[index].append(address)
+                found[-1].append(address)
             elif part.device.type != "meta" and part.numel():
-                samples[part.device][part.dtype].append((index, _sample(part)))
+                samples[part.device][part.dtype].append((found[-1], _sample(part)))
     for of_device in samples.values():
         of_dtypes = [torch.cat([part for _, part in pairs]).view(torch.uint8) for pairs in of_device.values()]
-        joined = of_dtypes[0] if len(of_dtypes) == 1 else torch.cat(of_dtypes)
-        bits = joined.cpu().numpy().data  # the read
-        start = 0
-        for index, sample in itertools.chain.from_iterable(of_device.values()):
-            end = start + sample.numel() * sample.itemsize
-            found[index].append(bytes(bits[start:end]))
-            start = end
-    return [(of_group, *bits) for of_group, bits in zip(versions, found, strict=True)]
+        bits = io.BytesIO(torch.cat(of_dtypes).cpu().numpy().data)  # the read
+        for of_group, sample in itertools.chain.from_iterable(of_device.values()):
+            of_group.append(bits.read(sample.nbytes))
+    return [tuple(of_group) for of_group in found]
 
 
 def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """All modules in these, each once."""
-    found: dict[int, nn.Module] = {}
-    waiting = [*roots]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in module._modules.values() if child is not None]
-    return [*found.values()]
+    """All modules in these."""
+    modules = [*roots]
+    for module in modules:  # the list grows
+        modules += [child for child in module._modules.values() if child is not None]
+    return modules
 
 
 def _structure_of(module: nn.Module) -> Hashable:

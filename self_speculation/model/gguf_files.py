@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -56,9 +55,6 @@ class Header(gguf.GGUFReader):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError("not a GGUF file")
         try:
             super().__init__(path)
         except (IndexError, OverflowError, ValueError, struct.error) as error:
@@ -71,7 +67,9 @@ class Header(gguf.GGUFReader):
         start, number = orig_offs + 12, int(count[0])
         number_type = self.gguf_scalar_to_np.get(GGUFValueType(kind[0]))
         if kind[0] == GGUFValueType.STRING:
-            end = self._end_of_strings(start, number)
+            length_of, view, end = struct.Struct("=Q").unpack_from, self.data.data, start
+            for _ in range(number):
+                end += 8 + length_of(view, end)[0]
         elif number_type is not None and number > _LONGEST:
             end = start + number * np.dtype(number_type).itemsize
         else:
@@ -83,14 +81,6 @@ class Header(gguf.GGUFReader):
             number, empty = int(field.parts[-1][0]), np.empty(0, np.uint8)
             field = field._replace(parts=[*field.parts, empty], data=[len(field.parts)] * number)
         return super()._push_field(field, skip_sum)
-
-    def _end_of_strings(self, start: int, number: int) -> int:
-        data: Any = self.data
-        length_of, view = struct.Struct("=Q").unpack_from, memoryview(data)  # slicing a memmap is slow
-        end = start
-        for _ in range(number):
-            end += 8 + length_of(view, end)[0]
-        return end
 
 
 @contextmanager

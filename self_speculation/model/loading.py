@@ -33,7 +33,7 @@ from self_speculation.model.families import check_supported
 from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
 from self_speculation.model.gguf_files import Header, read_once, read_weights
 from self_speculation.model.linear import Float16Linear, works
-from self_speculation.model.sources import LoadingError, LoadingWarning, explained, find_adapter, locate
+from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
 
 
 def default_model() -> str:
@@ -91,12 +91,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
     """The config of a supported model; arguments and errors as `load_model_and_tokenizer`."""
     options = options or LoadingOptions()
-    if (adapter := find_adapter(model, options)) is not None:
-        model = adapter.base
+    model = adapted_model(model, options) or model
     source, kwargs = locate(model, options.trust_remote_code)
-    with explained(model):
-        with read_once(_header(model)):
-            config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
+    with explained(model), read_once(_header(model)):
+        config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
         check_supported(config)
     return config
 
@@ -128,14 +126,15 @@ def load_model_and_tokenizer(
         raise LoadingError("compile True: needs a GPU; on a CPU decoding is faster without")
     dtype = resolve_dtype(options.dtype, device)
     config = config or load_config(model, options)
-    adapter = find_adapter(model, options)
-    base = model if adapter is None else adapter.base
+    adapted = adapted_model(model, options)
+    base = adapted or model
     source, kwargs = locate(base, options.trust_remote_code)
     with explained(model):
         header = _header(base)
         with read_once(header):
-            has_tokenizer = adapter is not None and (adapter.folder / "tokenizer_config.json").is_file()
-            tokenizer = AutoTokenizer.from_pretrained(model if has_tokenizer else source, **kwargs)
+            own = Path(model).expanduser()  # an adapter may have another tokenizer than its model
+            where = str(own) if (own / "tokenizer_config.json").is_file() else source
+            tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
         if tokenizer.vocab_size > config.vocab_size:
@@ -143,11 +142,11 @@ def load_model_and_tokenizer(
                 f"model {model!r}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only "
                 f"{config.vocab_size}: it is that of another model"
             )
-        kwargs |= {"use_safetensors": True}
+        kwargs |= {"dtype": dtype, "use_safetensors": True}
         kwargs |= _placement(options.parallel, device, config)
         kwargs |= _quantized(options.quantization, dtype, config, base)
-        kwargs = {"dtype": dtype, **kwargs, **options.model_args}
-        dtype_of_16_bits = None if adapter else _w16a32_dtype(model, options, config, device)
+        kwargs |= options.model_args
+        dtype_of_16_bits = None if adapted else _w16a32_dtype(model, options, config, device)
         if dtype_of_16_bits is not None:
             loaded = _load(model, source, {**kwargs, "dtype": dtype_of_16_bits}, config, header)
             try:
@@ -156,8 +155,8 @@ def load_model_and_tokenizer(
             except ValueError as error:
                 warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
         loaded = _load(model, source, kwargs, config, header)
-        if adapter is not None:
-            loaded = adapter.merge_into(loaded).eval()
+        if adapted is not None:
+            loaded = _merged(loaded, model)
     if options.fuse:
         fuse(loaded)
     if options.compile:
@@ -184,6 +183,15 @@ def _load(
         missing = f"{len(absent)} tensors are missing, {absent[0]} ..."
         raise LoadingError(f"model {model!r}: config and weights do not fit: {missing}")
     return loaded.eval()
+
+
+def _merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Add a LoRA adapter to the model's weights, which stay plain, as fused layers need them."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():  # peft calls a deprecated name of transformers
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, str(Path(folder).expanduser())).merge_and_unload().eval()
 
 
 def _w16a32_dtype(
@@ -218,8 +226,7 @@ def _placement(parallel: Parallel, device: torch.device, config: PretrainedConfi
         raise LoadingError(
             "parallel tensor: needs several processes, start it by torchrun --nproc_per_node N"
         )
-    if config.num_key_value_heads % ranks:
-        heads = config.num_key_value_heads
+    if (heads := config.num_key_value_heads) % ranks:
         raise LoadingError(f"parallel tensor: {ranks} ranks cannot share {heads} heads of keys and values")
     return {"distributed_config": DistributedConfig(tp_size=ranks)}
 

@@ -71,7 +71,7 @@ for kind in (PromptTuningConfig, PromptEncoderConfig):
     base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
     tuned = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
     assert "as for prompt tuning" in refusal(answer, tuned, **ours, num_speculations=3)
-    assert "adds to the prompt, which is not followed" in refusal(of_strategy, tuned)
+    assert "prompt tuning is not followed" in refusal(of_strategy, tuned)
 """
 
 
