@@ -4,11 +4,10 @@ test_self_speculation_generator.py and decoding/test_sampling_distribution.py ch
 on them.
 """
 
-import copy
-
 import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
+from helpers import refused
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig
 
@@ -26,7 +25,10 @@ from self_speculation.model.quantized_layers import head_format, quantized
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 DRAFTS = {"exit_layer": 4, "num_speculations": 2, "draft_weights": "int4"}
-SPECULATION = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
+SPECULATION = [
+    "--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3",
+    "--draft_weights", "int4",
+]  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -128,7 +130,7 @@ def test_copies_are_made_once_over_the_same_cache():
 @pytest.mark.skipif(not works(Float16Linear, CPU, torch.float32), reason="no kernel here")
 def test_a_head_of_float32_is_copied_in_float16(monkeypatch):
     """Guards against a copy without the bias, and against a missing head where FBGEMM is missing."""
-    model = copy.deepcopy(tiny_llama())
+    model = tiny_llama.__wrapped__()
     model.lm_head.bias = nn.Parameter(torch.randn(50))
     fuse(model)
     runner, hidden = ModelRunner(model, 6, 20), torch.randn(3, 32)
@@ -160,31 +162,24 @@ def test_inputs_are_measured_in_passes_over_many_tokens(monkeypatch):
         "forward_early",
         lambda runner, ids, *args, **kwargs: passes.append(ids.shape[1]) or run(runner, ids, *args, **kwargs),
     )
-    for context, widths in ((256, [64] * 4), (32, [32] * 8)):
-        model = copy.deepcopy(tiny_llama(max_position_embeddings=context))
-        fuse(model)
-        passes.clear()
-        generate(model, [3, 4], **DRAFTS, max_steps=3)
-        assert passes == widths
+    for context in (256, 32):
+        quantized(ModelRunner(tiny_llama.__wrapped__(max_position_embeddings=context, fused=True), 6, 20), 4)
+    assert passes == [64] * 4 + [32] * 8
 
 
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     """Guards against a machine that swaps because copies fill its memory."""
     model = tiny_llama.__wrapped__(num_layers=3, fused=True)
-    of_head = head_format(model.device, model.dtype)
-    *layers, head = (part.linears for part in (*fused_model(model)[0][:2], fused_model(model)[1]))
-    needed = sum(Int4Linear.bytes_of(linear.shape) for linears in layers for linear in linears)
-    needed += 0 if of_head is None else of_head.bytes_of(head[0].shape)
-    runner = ModelRunner(model, 6, 20)
-    packed = bytes_made(model)
-    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: needed - 1)
+    quantized(ModelRunner(model, 6, 20), 2)
+    needed = bytes_made(model) - bytes_made(model, for_drafts=False)
+    fuse(model)
+    runner, free = ModelRunner(model, 6, 20), needed - 1
+    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: free)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
         quantized(runner, 2)
-    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: needed)
+    free = needed
     quantized(runner, 2)
-    assert bytes_made(model) == packed + needed
-    assert bytes_made(model, for_drafts=False) == packed
-    monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
+    free = 0
     quantized(runner, 2)  # the copies are there already
     with pytest.raises(ValueError, match="draft_weights int4: takes"):
         quantized(runner, 3)
@@ -217,36 +212,21 @@ def test_models_without_copies():
         generate(AutoModelForCausalLM.from_config(GEMMA).eval(), PROMPT, **drafts)
 
 
-def refusal(script, folder, output_dir, capsys, *flags):
-    shared = ["--model", str(folder), "--output_dir", str(output_dir), "--draft_weights", "int4"]
-    with pytest.raises(SystemExit) as end:
-        script.main([*shared, *flags])
-    assert end.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
-def test_another_family_is_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
+def test_another_family_is_refused_before_it_is_loaded(common, tmp_path, monkeypatch, capsys):
     """Guards against minutes of loading before an error that the config alone shows."""
     GEMMA.save_pretrained(tmp_path / "model")  # there are no weights
     monkeypatch.setattr("runs.startup.load_model_and_tokenizer", lambda *_: pytest.fail("it was loaded"))
-    error = refusal(benchmark, tmp_path / "model", tmp_path, capsys, "--num_samples", "1", *SPECULATION)
-    assert "--draft_weights int4: there are no copies of a gemma model" in error
+    line = refused(benchmark.main, [*common, *SPECULATION, "--model", str(tmp_path / "model")], capsys)
+    assert "--draft_weights int4: there are no copies of a gemma model" in line
 
 
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [
-        (generate_script, ["--prompt", "Once", *SPECULATION]),
-        (benchmark, ["--num_samples", "1", *SPECULATION]),
-        (correctness, ["--num_samples", "1", *SPECULATION]),
-        (sweep, ["--num_samples", "1", "--exit_layer_last", "2"]),
-    ],
-)
-def test_scripts_refuse_in_one_line(script, flags, model_folder, tmp_path, monkeypatch, capsys):
-    """Guards against a traceback if a loaded model turns out not to be fused, or too large to be copied."""
-    eager = ["--model_args", "attn_implementation=eager"]
-    error = refusal(script, model_folder, tmp_path, capsys, *flags, *eager)
-    assert "error: --draft_weights int4: needs fused layers" in error
+@pytest.mark.parametrize("script", [generate_script, benchmark, correctness, sweep])
+def test_scripts_refuse_in_one_line(script, common, monkeypatch, capsys):
+    """Guards against a traceback if a loaded model turns out to be too large to be copied."""
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: 0)
-    error = refusal(script, model_folder, tmp_path, capsys, *flags)
-    assert "error: --draft_weights int4: takes" in error
+    flags = {
+        generate_script: [*common[:2], "--prompt", "Once", *SPECULATION],
+        sweep: [*common, "--draft_weights", "int4", "--exit_layer_last", "2"],
+    }
+    line = refused(script.main, flags.get(script, [*common, *SPECULATION]), capsys)
+    assert "error: --draft_weights int4: takes" in line
