@@ -7,7 +7,7 @@ model's own. Other groups and roundings are in docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -49,7 +49,9 @@ class Int4Linear:
             torch.ops.aten._weight_int4pack_mm_for_cpu if is_on_cpu else torch.ops.aten._weight_int4pack_mm
         )
         parts, scales = [], []
-        for rows in _some_rows(weight):
+        # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
+        blocks = (_AT_A_TIME_ON_CPU if is_on_cpu else _AT_A_TIME) // weight.shape[1] // 64
+        for rows in weight.split(max(1, blocks) * 64):
             steps, scale = in_four_bits(_padded(rows), pad(squares, (0, self._padding)))
             pack_on_cpu = torch.ops.aten._convert_weight_to_int4pack_for_cpu
             parts.append(pack_on_cpu(steps, 1) if is_on_cpu else _packed(steps))
@@ -81,12 +83,6 @@ class Int4Linear:
         """Size of the copy of a weight [out, in]."""
         elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
         return elements // 2 + elements // _GROUP * 4  # with scales and middles
-
-
-def _some_rows(weight: Tensor) -> Sequence[Tensor]:
-    """A weight part by part. Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart."""
-    at_a_time = _AT_A_TIME_ON_CPU if weight.device.type == "cpu" else _AT_A_TIME
-    return weight.split(max(1, at_a_time // weight.shape[1] // 64) * 64)
 
 
 def in_four_bits(rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

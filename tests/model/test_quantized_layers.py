@@ -152,21 +152,6 @@ def test_at_full_depth_drafts_are_mostly_right():
     assert generate(model, prompt, max_steps=80, eos=[], **how).acceptance_rate > 0.8
 
 
-def test_inputs_are_measured_in_passes_over_many_tokens(monkeypatch):
-    """Guards against passes over single tokens, where attention sees nothing: inputs would be unlike those of
-    a text.
-    """
-    passes, run = [], quantized_layers.forward_early
-    monkeypatch.setattr(
-        quantized_layers,
-        "forward_early",
-        lambda runner, ids, *args, **kwargs: passes.append(ids.shape[1]) or run(runner, ids, *args, **kwargs),
-    )
-    for context in (256, 32):
-        quantized(ModelRunner(tiny_llama.__wrapped__(max_position_embeddings=context, fused=True), 6, 20), 4)
-    assert passes == [64] * 4 + [32] * 8
-
-
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     """Guards against a machine that swaps because copies fill its memory."""
     model = tiny_llama.__wrapped__(num_layers=3, fused=True)
