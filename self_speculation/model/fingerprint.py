@@ -33,7 +33,8 @@ _SHORT, _ROW = 2**16, 1024
 
 def fingerprint(*roots: nn.Module) -> Hashable:
     """Changes with the structure and the contents of these modules. One read from each device."""
-    return structure(*roots), *contents([_tensors(_modules(roots))])
+    tensors = {id(tensor): tensor for module in _modules(roots) for tensor in _own_tensors(module)}
+    return structure(*roots), *contents([tensors.values()])
 
 
 def structure(*roots: nn.Module) -> Hashable:
@@ -105,11 +106,6 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     registered = (*module._parameters.values(), *module._buffers.values())
     others = [value for value in [*vars(module).values()] if type(value) is Tensor]
     return [tensor for tensor in registered if tensor is not None] + others
-
-
-def _tensors(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
-    """All of these modules, each once."""
-    return {id(tensor): tensor for module in modules for tensor in _own_tensors(module)}.values()
 
 
 def _parts(tensor: Any) -> Sequence[Tensor]:

@@ -62,9 +62,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise LoadingError(
-            f"device {name!r}: not on this machine; use auto, cpu, cuda, cuda:N or mps"
-        ) from error
+        allowed = "use auto, cpu, cuda, cuda:N or mps"
+        raise LoadingError(f"device {name!r}: not on this machine; {allowed}") from error
     return device
 
 
@@ -132,8 +131,8 @@ def load_model_and_tokenizer(
     with explained(model):
         header = _header(base)
         with read_once(header):
-            own = Path(model).expanduser()  # an adapter may have another tokenizer than its model
-            where = str(own) if (own / "tokenizer_config.json").is_file() else source
+            folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
+            where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
             tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
@@ -156,7 +155,10 @@ def load_model_and_tokenizer(
                 warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
         loaded = _load(model, source, kwargs, config, header)
         if adapted is not None:
-            loaded = _merged(loaded, model)
+            from peft import PeftModel
+
+            # Merged, weights stay plain: others are not fused.
+            loaded = PeftModel.from_pretrained(loaded, str(folder)).merge_and_unload().eval()
     if options.fuse:
         fuse(loaded)
     if options.compile:
@@ -185,32 +187,22 @@ def _load(
     return loaded.eval()
 
 
-def _merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """Add a LoRA adapter to the model's weights, which stay plain, as fused layers need them."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():  # peft calls a deprecated name of transformers
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(model, str(Path(folder).expanduser())).merge_and_unload().eval()
-
-
 def _w16a32_dtype(
     model: str, options: LoadingOptions, config: PretrainedConfig, device: torch.device
 ) -> torch.dtype | None:
     """The dtype of weights if `auto` is W16A32; None: it is not."""
-    is_plain = (options.parallel, options.quantization, options.fuse) == ("data", "none", True)
-    if (
-        options.dtype != "auto"
-        or not is_plain
-        or "dtype" in options.model_args
-        or config.model_type not in FUSED_MODEL_TYPES
-        or device.type != "cpu"
-        or not works(Float16Linear, device, torch.float32)
-    ):
-        return None
-    if model.endswith(".gguf"):
-        return torch.float16
-    return config.dtype if config.dtype in (torch.bfloat16, torch.float16) else None
+    dtype = torch.float16 if model.endswith(".gguf") else config.dtype
+    settings = (options.dtype, options.parallel, options.quantization, options.fuse)
+    return (
+        dtype
+        if settings == ("auto", "data", "none", True)
+        and "dtype" not in options.model_args
+        and dtype in (torch.bfloat16, torch.float16)
+        and config.model_type in FUSED_MODEL_TYPES
+        and device.type == "cpu"
+        and works(Float16Linear, device, torch.float32)
+        else None
+    )
 
 
 def _header(model: str) -> Header | None:
@@ -239,9 +231,8 @@ def _quantized(
         return {}
     library = {"int8": "torchao", "int4": "bitsandbytes"}[quantization]
     if importlib.util.find_spec(library) is None:
-        raise LoadingError(
-            f"quantization {quantization}: needs {library}, install requirements-quantization.txt"
-        )
+        needs = f"needs {library}, install requirements-quantization.txt"
+        raise LoadingError(f"quantization {quantization}: {needs}")
     if weights.endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
         raise LoadingError(f"quantization {quantization}: the weights of {weights} are quantised already")
     if quantization == "int8":

@@ -61,9 +61,7 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name, **options}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise LoadingError(
-                f"model {model!r}: the folder has no config.json, so it is not a Hugging Face model"
-            )
+            raise LoadingError(f"model {model!r}: the folder has no config.json: it is no Hugging Face model")
         return str(path), options
     if path.is_file():
         raise LoadingError(f"model {model!r}: is a file; must be a hub id, a folder or a .gguf file")
