@@ -1,9 +1,8 @@
 """Values that change when modules or their weights change: they tell whether what was made of them is valid.
 
-The structure of modules is classes, replaced `forward`s, hooks, numbers, and the address of each tensor; it
-needs no read from a device. The contents of tensors are torch's versions, and a sample that meets every row
-and every column. Single elements written through `.data` may change neither: call `fuse(model)` then. The
-contents of offloaded weights are not seen.
+The structure of modules needs no read from a device. The contents of tensors are torch's versions, and a
+sample that meets every row and every column. Single elements written through `.data` may change neither: call
+`fuse(model)` then. The contents of offloaded weights are not seen.
 """
 
 from __future__ import annotations
@@ -46,9 +45,7 @@ def structure(*roots: nn.Module) -> Hashable:
 
 @torch.no_grad()
 def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
-    """For each group of tensors, a value that changes when they are written to. One read from each device;
-    only samples are copied.
-    """
+    """For each group of tensors, a value that changes when they are written to. One read from each device."""
     samples: dict[torch.device, dict[torch.dtype, list[tuple[list, Tensor]]]]
     samples = defaultdict(lambda: defaultdict(list))
     found: list[list[Hashable]] = []

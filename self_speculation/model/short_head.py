@@ -7,7 +7,6 @@ with -inf for all other ids, so processors, sampling and the accept rule stay as
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -39,9 +38,8 @@ def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
 def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
     """So many ids in ascending order: the most frequent ones, then the first ones of the tokenizer."""
     size = model.get_output_embeddings().weight.shape[0]
-    frequent = [id_ for id_ in _FREQUENT.get(model, ()) if 0 <= id_ < size][:number]
-    others = itertools.filterfalse(set(frequent).__contains__, range(size))
-    return sorted([*frequent, *itertools.islice(others, number - len(frequent))])
+    frequent = [id_ for id_ in _FREQUENT.get(model, ()) if 0 <= id_ < size]
+    return sorted([*dict.fromkeys([*frequent, *range(size)[:number]])][:number])
 
 
 def default_vocabulary(

@@ -77,6 +77,7 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("SELF_SPECULATION_CACHE", str(folder))
     monkeypatch.setattr(gguf_files, "_SPARE", 0)
+    monkeypatch.setattr(gguf_files, "_LONGEST", 100)  # shorter than the vocabulary
     return folder
 
 
@@ -191,18 +192,6 @@ def test_weights_are_dequantised_as_by_gguf(kind, dtype, byte_tokenizer, tmp_pat
         if weight.dim() > 1 and ".layers." in name:
             written = torch.from_numpy(gguf.dequantize(gguf.quantize(written.numpy(), kind), kind))
         assert torch.equal(weight, written.to(weight.dtype)), name
-
-
-def test_a_header_equals_that_of_gguf(written):
-    """Guards against fields or tensors at a wrong offset after arrays that are not read."""
-    own, full = Header(written), gguf.GGUFReader(written)
-    assert list(own.fields) == list(full.fields)
-    tokens = full.fields["tokenizer.ggml.tokens"].contents()
-    instead = {"tokenizer.ggml.tokens": [""] * len(tokens), "tokenizer.ggml.merges": []}
-    for name, field in own.fields.items():
-        assert field.contents() == instead.get(name, full.fields[name].contents())
-    for ours, theirs in zip(own.tensors, full.tensors, strict=True):
-        assert ours[:1] + ours[3:6] == theirs[:1] + theirs[3:6]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.5, 0.999])

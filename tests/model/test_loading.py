@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
 from huggingface_hub import errors
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import benchmark
@@ -44,7 +43,7 @@ def refusal(model, **options):
 
 
 def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model):
-    """Guards against random weights, a model in training mode, and a seed that is ignored."""
+    """Guards against random weights, a model in training mode, and options that are ignored."""
     draws = []
     for _ in range(2):
         model, tokenizer = load_model_and_tokenizer(str(model_folder), LoadingOptions(seed=7))
@@ -54,14 +53,9 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert model.dtype == torch.float32
     ids = tokenizer.encode("a man", return_tensors="pt")
     assert_close(model(ids).logits, text_model(ids).logits)
-
-
-def test_dtype_and_model_args_reach_the_model(model_folder):
-    """Guards against flags that loading ignores."""
     options = LoadingOptions({"attn_implementation": "eager"}, dtype="bfloat16")
     model, _ = load_model_and_tokenizer(str(model_folder), options)
-    assert model.dtype == torch.bfloat16
-    assert model.config._attn_implementation == "eager"
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
 
 
 def test_half_is_a_format_that_the_device_computes_in(monkeypatch):
@@ -160,34 +154,22 @@ def test_errors_of_the_hub_become_advice(kind, advice, monkeypatch):
     assert advice in refusal("a/b")
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """The hub's port is closed; waiting before another attempt fails the test."""
+def test_without_a_network(model_folder, tmp_path, monkeypatch, capsys):
+    """Guards against half a minute of attempts, each with its raw error, before the one line, and against a
+    check of the network that refuses models of the local cache.
+    """
     constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-    monkeypatch.setattr(
-        "huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("it waits to try again")
-    )
-
-
-@pytest.mark.usefixtures("no_network")
-def test_loading_fails_at_once_without_a_network(capsys):
-    """Guards against half a minute of attempts, each with its raw error, before the one line."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("it tries again"))
     with pytest.raises(LoadingError, match="not in the local cache, and the hub cannot be reached"):
         load_config("a/b")
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.usefixtures("no_network")
-def test_a_downloaded_model_loads_without_a_network(model_folder, tmp_path, monkeypatch):
-    """Guards against a check of the network that refuses models of the local cache."""
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
-    shutil.copytree(model_folder, snapshot)
+    shutil.copytree(model_folder, tmp_path / "models--a--b" / "snapshots" / "0")
     (tmp_path / "models--a--b" / "refs").mkdir()
     (tmp_path / "models--a--b" / "refs" / "main").write_text("0")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model, tokenizer = load_model_and_tokenizer("a/b")
     assert model.config.num_hidden_layers == 4
     assert tokenizer.encode("def")
@@ -224,8 +206,7 @@ def test_the_bundled_model_is_small_complete_and_in_bf16():
     expected = {"config.json", "generation_config.json", "model.safetensors", "README.md", "exits.png"}
     assert expected | {"tokenizer.json", "tokenizer_config.json"} == set(files)
     assert sum(file.stat().st_size for file in files.values()) < 30e6
-    with safe_open(files["model.safetensors"], "pt") as weights:
-        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    assert {weight.dtype for weight in load_file(files["model.safetensors"]).values()} == {torch.bfloat16}
     model, tokenizer = load_model_and_tokenizer(default_model())
     assert len(tokenizer) == model.config.vocab_size
 

@@ -95,10 +95,6 @@ def test_each_request_checks_the_model():
     assert "has the hook other" in str(results["after"])
 
 
-def hooked_layer(model):
-    model.model.layers[2].register_forward_hook(lambda _module, _inputs, output: -output)
-
-
 def wrapped_layer(model):
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda hidden: 3 * type(mlp).forward(mlp, hidden)
@@ -114,10 +110,6 @@ def two_devices(model):
     dispatch_model(model, dict.fromkeys([*parts, "lm_head"], "cpu"), force_hooks=True)
 
 
-def offloaded_layer(model):
-    cpu_offload(model.model.layers[2], torch.device("cpu"))
-
-
 def removed_hook(model):
     add_hook_to_module(model, AlignDevicesHook("cpu"))
     remove_hook_from_module(model)
@@ -129,22 +121,17 @@ def two_hooks_that_move(model):
         add_hook_to_module(model, AlignDevicesHook("cpu"), append=True)
 
 
-def compiled_forward(model):
-    model.forward = torch.compile(model.forward, backend="eager")
-
-
-class Subclass(LlamaForCausalLM):
-    """With the forward of its family."""
-
-
-def subclass(model):
-    model.__class__ = Subclass
-
-
-FOLLOWED = [
-    hooked_layer, wrapped_layer, hooked_embedding_and_head, two_devices, offloaded_layer, removed_hook,
-    two_hooks_that_move, compiled_forward, subclass,
-]  # fmt: skip
+FOLLOWED = {
+    "hooked layer": lambda m: m.model.layers[2].register_forward_hook(lambda module, inputs, output: -output),
+    "wrapped layer": wrapped_layer,
+    "hooked embedding and head": hooked_embedding_and_head,
+    "two devices": two_devices,
+    "offloaded layer": lambda m: cpu_offload(m.model.layers[2], torch.device("cpu")),
+    "removed hook": removed_hook,
+    "two hooks that move": two_hooks_that_move,
+    "compiled": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
+    "subclass": lambda m: setattr(m, "__class__", type("Subclass", (LlamaForCausalLM,), {})),
+}
 
 
 @pytest.mark.parametrize("change", FOLLOWED)
@@ -152,7 +139,7 @@ FOLLOWED = [
 def test_code_in_layers_is_followed(change, fused):
     """Guards against a layer's hook that is ignored, and against refusing a model that accelerate placed."""
     model = tiny_llama.__wrapped__(fused=fused)
-    change(model)
+    FOLLOWED[change](model)
     with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
         expected = transformers_generate(model, PROMPT, 9)
     for options in ({}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}):
