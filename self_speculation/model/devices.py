@@ -61,7 +61,8 @@ def free_memory(device: torch.device, num_ranks: int = 1) -> int:
         free = torch.cuda.mem_get_info(device)[0] + cached
     else:
         free = psutil.virtual_memory().available
+    if num_ranks == 1:
+        return free
     least = torch.tensor(free)
-    if num_ranks > 1:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least)

@@ -47,10 +47,8 @@ _SPARE = 2**30
 
 
 class Header(gguf.GGUFReader):
-    """Fields and tensors of a file, without long arrays and those of strings. All tokens are empty.
-
-    Raises:
-        ValueError: the file is cut short, or is no GGUF file.
+    """Fields and tensors of a file, without long arrays and those of strings. All tokens are empty. Raises
+    ValueError if the file is cut short, or is no GGUF file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -112,12 +110,9 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
     try:
         _save(weights, file)
     except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"model {str(header.path)!r}: takes twice the memory, since its weights cannot be kept in "
-            f"{file.parent} ({getattr(error, 'strerror', None) or error})",
-            LoadingWarning,
-            stacklevel=2,
-        )
+        why = f"cannot be kept in {file.parent} ({getattr(error, 'strerror', None) or error})"
+        what = f"model {str(header.path)!r}: takes twice the memory, since its weights {why}"
+        warnings.warn(what, LoadingWarning, stacklevel=2)
         return weights
     return load_file(file)
 
@@ -162,10 +157,8 @@ def _dequantized(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
         return torch.from_numpy(np.ascontiguousarray(ordered)).view(weight.dtype).to(dtype)
 
     weights = {}
-    with (
-        progress(f"unpacking {header.path.name}", num_bytes) as advance,
-        ThreadPoolExecutor(torch.get_num_threads()) as threads,
-    ):
+    title, num_threads = f"unpacking {header.path.name}", torch.get_num_threads()
+    with progress(title, num_bytes) as advance, ThreadPoolExecutor(num_threads) as threads:
         for (name, tensor), weight in zip(tensors.items(), threads.map(read, tensors.values()), strict=True):
             weights[name] = weight
             advance(tensor.n_bytes)
@@ -187,7 +180,6 @@ def _read(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor:
 
 
 def _digest(path: Path) -> str:
-    """Digest of the content of a file."""
     state = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while part := file.read(2**22):

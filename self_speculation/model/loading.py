@@ -43,20 +43,16 @@ def default_model() -> str:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU.
-
-    Raises:
-        LoadingError: unknown, or not on this machine.
+    """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU. Raises LoadingError
+    if it is not on this machine.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
         if os.path.exists("/proc/driver/nvidia"):
-            warnings.warn(
-                f"device 'auto': running on the CPU; torch {torch.__version__} does not see this machine's "
-                "NVIDIA GPU (torch for CUDA 13 needs driver 580 or newer)",
-                stacklevel=1,
-            )
+            why = f"torch {torch.__version__} does not see this machine's NVIDIA GPU"
+            advice = "torch for CUDA 13 needs driver 580 or newer"
+            warnings.warn(f"device 'auto': running on the CPU; {why} ({advice})", stacklevel=1)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -69,10 +65,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     """`auto` is the checkpoint's own dtype, or float32 on a CPU; `half` is bfloat16 where the device computes
-    it, else float16.
-
-    Raises:
-        LoadingError: unknown, or not computed on this device.
+    it, else float16. Raises LoadingError if it is unknown, or not computed on this device.
     """
     if name not in get_args(DtypeName):
         raise LoadingError(f"dtype {name!r}: must be one of {', '.join(get_args(DtypeName))}")
@@ -137,10 +130,9 @@ def load_model_and_tokenizer(
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
         if tokenizer.vocab_size > config.vocab_size:
-            raise LoadingError(
-                f"model {model!r}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only "
-                f"{config.vocab_size}: it is that of another model"
-            )
+            has, knows = tokenizer.vocab_size, config.vocab_size
+            why = f"the tokenizer has {has} tokens, but the model knows only {knows}"
+            raise LoadingError(f"model {model!r}: {why}: it is that of another model")
         kwargs |= {"dtype": dtype, "use_safetensors": True}
         kwargs |= _placement(options.parallel, device, config)
         kwargs |= _quantized(options.quantization, dtype, config, base)

@@ -33,9 +33,7 @@ Format = type[Int4Linear] | type[Float16Linear]
 
 def head_format(device: torch.device, dtype: torch.dtype) -> type[Float16Linear] | None:
     """The format of the head beside layers in four bits, for weights of this dtype; None: the model's own.
-
-    Raises:
-        ValueError: there are no kernels for layers in four bits.
+    Raises ValueError if there are no kernels for layers in four bits.
     """
     if not works(Int4Linear, device, dtype):
         raise ValueError(f"draft_weights int4: there are no kernels for it with {dtype} on {device}")
@@ -53,16 +51,10 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
 
 
 def check_family(draft_weights: DraftWeights, model_type: str) -> None:
-    """Refuse copies of a model type that has none, before any weight is read.
-
-    Raises:
-        ValueError: names the type and those that have copies.
-    """
+    """Raises ValueError, before any weight is read, if there are no copies of this type of model."""
     if draft_weights != "exact" and model_type not in FUSED_MODEL_TYPES:
-        known = ", ".join(FUSED_MODEL_TYPES)
-        raise ValueError(
-            f"draft_weights {draft_weights}: there are no copies of a {model_type} model, only of {known}"
-        )
+        why = f"there are no copies of a {model_type} model, only of {', '.join(FUSED_MODEL_TYPES)}"
+        raise ValueError(f"draft_weights {draft_weights}: {why}")
 
 
 def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None = None) -> ModelRunner:
@@ -102,11 +94,8 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
 
     # On a CPU each copy is many short operations, which one thread does faster than several together.
     num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
-    with (
-        progress("copies for drafts, int4", num_bytes) as advance,
-        ThreadPoolExecutor(num_threads) as threads,
-    ):
-        for made in threads.map(copied, missing):
+    with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
+        for made in pool.map(copied, missing):
             advance(made.num_bytes)
     copies = [replace_linears(layer, copied) for layer in layers]
     return runner.over(copies, head if of_head is None else replace_linears(head, copied))

@@ -45,11 +45,8 @@ def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
 def default_vocabulary(
     runner: ModelRunner, num_layers: int, bytes_per_weight: tuple[float, float]
 ) -> int | None:
-    """A quarter of the rows if that makes a draft step clearly cheaper; None: all rows.
-
-    Args:
-        num_layers: of the draft.
-        bytes_per_weight: of its layers and of its head.
+    """A quarter of the rows if that makes a draft step of so many layers clearly cheaper; None: all rows.
+    Weights of layers and of the head have these numbers of bytes.
     """
     if isinstance(runner.head, PlainHead) and plain_linear(runner.head.module) is None:
         return None

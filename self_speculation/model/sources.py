@@ -49,10 +49,8 @@ def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
 
 
 def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """The source of a model and further arguments, for `from_pretrained`.
-
-    Raises:
-        LoadingError: there is no such file or folder.
+    """The source of a model and further arguments, for `from_pretrained`. Raises LoadingError if there is no
+    such file or folder.
     """
     path, options = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":

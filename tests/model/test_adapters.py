@@ -99,12 +99,6 @@ def test_models_of_peft(model_folder, tmp_path):
     assert "4 tokens in" in result.stderr
 
 
-def test_a_missing_peft_is_named(folder, monkeypatch):
-    """Guards against an error about a missing config.json, which does not help."""
-    monkeypatch.setattr("self_speculation.model.sources.importlib.util.find_spec", lambda name: None)
-    assert f"is a LoRA adapter of {folder / 'base'}: pip install peft, which merges it" in refusal(folder)
-
-
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -114,11 +108,18 @@ def test_a_missing_peft_is_named(folder, monkeypatch):
             '{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}',
             "is an adapter of type PROMPT_TUNING; only LORA can be merged",
         ),
+        (
+            '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}',
+            "is a LoRA adapter of a/b: pip install peft, which merges it",
+        ),
         (None, "no adapter_model.safetensors; other formats are not read (pickles can run code)"),
     ],
 )
-def test_other_adapters_are_refused(folder, config, says):
-    """Guards against tracebacks from inside peft, and against pickles, which peft reads."""
+def test_adapters_that_cannot_be_merged_are_refused(folder, config, says, monkeypatch):
+    """Guards against an error about a missing config.json, against tracebacks from inside peft, and against
+    pickles, which peft reads.
+    """
+    monkeypatch.setattr("self_speculation.model.sources.importlib.util.find_spec", lambda name: None)
     if config is None:
         (folder / "adapter_model.safetensors").unlink()
     else:

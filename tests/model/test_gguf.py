@@ -210,6 +210,8 @@ def test_model_args_change_the_config(written):
     model, _ = load_model_and_tokenizer(str(written), LoadingOptions(changed, dtype="float32"))
     assert model.config.rms_norm_eps == model.model.norm.variance_epsilon == 0.5
     assert model.config._attn_implementation == "eager"
+    model, _ = load_model_and_tokenizer(str(written), LoadingOptions({"dtype": "float32"}))
+    assert model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("auto", marks=fp32_activations)])

@@ -90,6 +90,9 @@ def test_columns_of_large_inputs_are_closest():
     assert set(found) == {linear for layer in runner.layers for linear in layer.linears}
     assert all(len(squares) == linear.shape[1] for linear, squares in found.items())
     assert runner.cache.length(0) == 0
+    linear, copied = runner.layers[0].linears[1], quantized(runner, 1).layers[0].linears[1]
+    expected = Int4Linear(linear.weight, squares=found[linear])
+    assert all(map(torch.equal, copied.tensors(), expected.tensors()))
 
 
 def test_the_layout_of_a_gpu(monkeypatch):
