@@ -68,20 +68,17 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     return model, {**options, "local_files_only": not hub_answers(model)}
 
 
-def adapted_model(folder: str, options: LoadingOptions = LoadingOptions()) -> str | None:  # noqa: B008
-    """The folder or hub id of the model that a folder's LoRA adapter changes; None: it has no adapter. Read
-    without peft, which takes seconds to import.
-
-    Raises:
-        LoadingError: the adapter cannot be used, or not with these options.
+def adapted_model(folder: str, options: LoadingOptions | None = None) -> str | None:
+    """The folder or hub id of the model that a folder's LoRA adapter changes; None: it has no adapter. Raises
+    LoadingError if the adapter cannot be used, or not with these options.
     """
     file = Path(folder).expanduser() / "adapter_config.json"
     if not file.is_file():
         return None
     for name, plain in (("quantization", "none"), ("parallel", "data")):
-        if (value := getattr(options, name)) != plain:
+        if (value := getattr(options or LoadingOptions(), name)) != plain:
             raise LoadingError(f"{name} {value}: not with a LoRA adapter; merge it into its model before")
-    try:
+    try:  # without peft, which takes seconds to import
         config = json.loads(file.read_text("utf-8"))
         kind, base = config["peft_type"], config["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
