@@ -172,7 +172,7 @@ class Predicted(Sweep):
         runner = ModelRunner(model, ids.shape[1], ids.shape[1])
         short_head = short_head_of(runner, self.config, self._exit_layers[-1])
         if short_head is not None:
-            short_head.see_text([*prompt, *tokens[:-1]], len(tokens))
+            short_head.seen.read_text([*prompt, *tokens[:-1]], len(tokens))
         drafter = make_drafter(runner, self._exit_layers[-1], self.config.draft_weights, short_head)
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0

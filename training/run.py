@@ -27,7 +27,7 @@ from runs.records import Record, RecordError, Run
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
 from self_speculation.model.loading import load_config, resolve_device
-from self_speculation.model.sources import find_adapter
+from self_speculation.model.sources import adapted_model
 from training import from_flags
 from training.flags import Flags
 from training.progress import Progress, Stop
@@ -212,7 +212,7 @@ def _load_model(flags: Flags, config: PretrainedConfig) -> tuple[PreTrainedModel
     """Load --model on the CPU, in fp32 or, below an adapter, in --dtype."""
     model_args, rank = flags.model, flags.optimization.lora_rank
     assert model_args.model is not None
-    if rank and find_adapter(model_args.model) is not None:
+    if rank and adapted_model(model_args.model) is not None:
         raise ValueError(
             f"lora_rank {rank}: --model {model_args.model} is an adapter, and one on top of it would be of "
             "no use without it; take the model that has it merged"

@@ -105,7 +105,7 @@ class LayerDrafts(DraftSource):
 
     def draft(self, batch: Batch, k: int, wanted: Sequence[bool] | None = None) -> Draft:
         if isinstance(self._drafter.head, ShortHead):
-            self._drafter.head.see(batch.sequences)
+            self._drafter.head.seen.read(batch.sequences)
         limits = batch.draft_limits(k, wanted)
         inputs, num_drafted, reading = batch.last, 0, None
         sampled_tokens: list[SampledTokens] = []

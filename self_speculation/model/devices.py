@@ -18,7 +18,7 @@ def num_ranks(model: PreTrainedModel) -> int:
 
 
 def broadcast_from_rank0(model: PreTrainedModel, value: T) -> T:
-    """Give all ranks that hold this model the first one's value: clocks and input differ between ranks, and a
+    """The first rank's value, on all ranks that hold this model. Clocks and input differ between ranks, and a
     rank that decides otherwise leaves the others waiting.
     """
     if num_ranks(model) == 1:
@@ -53,11 +53,8 @@ def has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int)
 
 
 def free_memory(device: torch.device, num_ranks: int = 1) -> int:
-    """Bytes that torch can still allocate on a device.
-
-    Args:
-        num_ranks: processes that call this together. All get the least: one that refuses for want of memory
-            would leave the others waiting.
+    """Bytes that torch can still allocate on a device; the least of several ranks that call it together: one
+    that refuses for want of memory would leave the others waiting.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

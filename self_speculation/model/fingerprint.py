@@ -1,13 +1,13 @@
 """Values that change when modules or their weights change: they tell whether what was made of them is valid.
 
-The structure of modules is classes, replaced `forward`s, hooks, numbers, and the address of each tensor; it
-needs no read from a device. The contents of tensors are torch's versions, and a sample that meets every row
-and every column. Single elements written through `.data` may change neither: call `fuse(model)` then. The
-contents of offloaded weights are not seen.
+The structure of modules needs no read from a device. The contents of tensors are torch's versions, and a
+sample that meets every row and every column. Single elements written through `.data` may change neither: call
+`fuse(model)` then. The contents of offloaded weights are not seen.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections import defaultdict
@@ -32,7 +32,8 @@ _SHORT, _ROW = 2**16, 1024
 
 def fingerprint(*roots: nn.Module) -> Hashable:
     """Changes with the structure and the contents of these modules. One read from each device."""
-    return structure(*roots), *contents([_tensors(_modules(roots))])
+    tensors = {id(tensor): tensor for module in _modules(roots) for tensor in _own_tensors(module)}
+    return structure(*roots), *contents([tensors.values()])
 
 
 def structure(*roots: nn.Module) -> Hashable:
@@ -44,44 +45,33 @@ def structure(*roots: nn.Module) -> Hashable:
 
 @torch.no_grad()
 def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
-    """For each group of tensors, a value that changes when they are written to. One read from each device;
-    only samples are copied.
-    """
-    versions: list[Hashable] = []
-    samples: dict[torch.device, dict[torch.dtype, list[tuple[int, Tensor]]]]
+    """For each group of tensors, a value that changes when they are written to. One read from each device."""
+    samples: dict[torch.device, dict[torch.dtype, list[tuple[list, Tensor]]]]
     samples = defaultdict(lambda: defaultdict(list))
-    found: list[list[Hashable]] = [[] for _ in groups]
+    found: list[list[Hashable]] = []
     files = MappedFiles()
-    for index, group in enumerate(groups):
-        group = list(group)
-        versions.append(tuple(_version(tensor) for tensor in group))
-        for part in itertools.chain.from_iterable(map(_parts, group)):
+    for group in groups:
+        tensors = [*group]
+        found.append([_version(tensor) for tensor in tensors])
+        for part in itertools.chain.from_iterable(map(_parts, tensors)):
             if (address := files.address(part)) is not None:  # sampling would read its file into memory
-                found[index].append(address)
+                found[-1].append(address)
             elif part.device.type != "meta" and part.numel():
-                samples[part.device][part.dtype].append((index, _sample(part)))
+                samples[part.device][part.dtype].append((found[-1], _sample(part)))
     for of_device in samples.values():
         of_dtypes = [torch.cat([part for _, part in pairs]).view(torch.uint8) for pairs in of_device.values()]
-        joined = of_dtypes[0] if len(of_dtypes) == 1 else torch.cat(of_dtypes)
-        bits = joined.cpu().numpy().data  # the read
-        start = 0
-        for index, sample in itertools.chain.from_iterable(of_device.values()):
-            end = start + sample.numel() * sample.itemsize
-            found[index].append(bytes(bits[start:end]))
-            start = end
-    return [(of_group, *bits) for of_group, bits in zip(versions, found, strict=True)]
+        bits = io.BytesIO(torch.cat(of_dtypes).cpu().numpy().data)  # the read
+        for of_group, sample in itertools.chain.from_iterable(of_device.values()):
+            of_group.append(bits.read(sample.nbytes))
+    return [tuple(of_group) for of_group in found]
 
 
 def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """All modules in these, each once."""
-    found: dict[int, nn.Module] = {}
-    waiting = [*roots]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in module._modules.values() if child is not None]
-    return [*found.values()]
+    """All modules in these."""
+    modules = [*roots]
+    for module in modules:  # the list grows
+        modules += [child for child in module._modules.values() if child is not None]
+    return modules
 
 
 def _structure_of(module: nn.Module) -> Hashable:
@@ -113,11 +103,6 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     registered = (*module._parameters.values(), *module._buffers.values())
     others = [value for value in [*vars(module).values()] if type(value) is Tensor]
     return [tensor for tensor in registered if tensor is not None] + others
-
-
-def _tensors(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
-    """All of these modules, each once."""
-    return {id(tensor): tensor for module in modules for tensor in _own_tensors(module)}.values()
 
 
 def _parts(tensor: Any) -> Sequence[Tensor]:

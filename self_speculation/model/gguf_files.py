@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -48,17 +47,12 @@ _SPARE = 2**30
 
 
 class Header(gguf.GGUFReader):
-    """Fields and tensors of a file, without long arrays and those of strings. All tokens are empty.
-
-    Raises:
-        ValueError: the file is cut short, or is no GGUF file.
+    """Fields and tensors of a file, without long arrays and those of strings. All tokens are empty. Raises
+    ValueError if the file is cut short, or is no GGUF file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError("not a GGUF file")
         try:
             super().__init__(path)
         except (IndexError, OverflowError, ValueError, struct.error) as error:
@@ -71,7 +65,9 @@ class Header(gguf.GGUFReader):
         start, number = orig_offs + 12, int(count[0])
         number_type = self.gguf_scalar_to_np.get(GGUFValueType(kind[0]))
         if kind[0] == GGUFValueType.STRING:
-            end = self._end_of_strings(start, number)
+            length_of, view, end = struct.Struct("=Q").unpack_from, self.data.data, start
+            for _ in range(number):
+                end += 8 + length_of(view, end)[0]
         elif number_type is not None and number > _LONGEST:
             end = start + number * np.dtype(number_type).itemsize
         else:
@@ -83,14 +79,6 @@ class Header(gguf.GGUFReader):
             number, empty = int(field.parts[-1][0]), np.empty(0, np.uint8)
             field = field._replace(parts=[*field.parts, empty], data=[len(field.parts)] * number)
         return super()._push_field(field, skip_sum)
-
-    def _end_of_strings(self, start: int, number: int) -> int:
-        data: Any = self.data
-        length_of, view = struct.Struct("=Q").unpack_from, memoryview(data)  # slicing a memmap is slow
-        end = start
-        for _ in range(number):
-            end += 8 + length_of(view, end)[0]
-        return end
 
 
 @contextmanager
@@ -122,12 +110,9 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
     try:
         _save(weights, file)
     except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"model {str(header.path)!r}: takes twice the memory, since its weights cannot be kept in "
-            f"{file.parent} ({getattr(error, 'strerror', None) or error})",
-            LoadingWarning,
-            stacklevel=2,
-        )
+        why = f"cannot be kept in {file.parent} ({getattr(error, 'strerror', None) or error})"
+        what = f"model {str(header.path)!r}: takes twice the memory, since its weights {why}"
+        warnings.warn(what, LoadingWarning, stacklevel=2)
         return weights
     return load_file(file)
 
@@ -172,10 +157,8 @@ def _dequantized(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
         return torch.from_numpy(np.ascontiguousarray(ordered)).view(weight.dtype).to(dtype)
 
     weights = {}
-    with (
-        progress(f"unpacking {header.path.name}", num_bytes) as advance,
-        ThreadPoolExecutor(torch.get_num_threads()) as threads,
-    ):
+    title, num_threads = f"unpacking {header.path.name}", torch.get_num_threads()
+    with progress(title, num_bytes) as advance, ThreadPoolExecutor(num_threads) as threads:
         for (name, tensor), weight in zip(tensors.items(), threads.map(read, tensors.values()), strict=True):
             weights[name] = weight
             advance(tensor.n_bytes)
@@ -197,7 +180,6 @@ def _read(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor:
 
 
 def _digest(path: Path) -> str:
-    """Digest of the content of a file."""
     state = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while part := file.read(2**22):

@@ -7,7 +7,7 @@ model's own. Other groups and roundings are in docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -44,15 +44,15 @@ class Int4Linear:
         self.num_bytes = self.bytes_of(weight.shape)
         squares = weight.new_ones(weight.shape[1]) if squares is None else squares
         self._num_rows, self._padding = len(weight), -weight.shape[1] % _GROUP
-        is_on_cpu = weight.device.type == "cpu"
-        self._kernel = (
-            torch.ops.aten._weight_int4pack_mm_for_cpu if is_on_cpu else torch.ops.aten._weight_int4pack_mm
-        )
+        ops, is_on_cpu = torch.ops.aten, weight.device.type == "cpu"
+        self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
         parts, scales = [], []
-        for rows in _some_rows(weight):
-            steps, scale = in_four_bits(_padded(rows), pad(squares, (0, self._padding)))
-            pack_on_cpu = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-            parts.append(pack_on_cpu(steps, 1) if is_on_cpu else _packed(steps))
+        # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
+        blocks = (_AT_A_TIME_ON_CPU if is_on_cpu else _AT_A_TIME) // weight.shape[1] // 64
+        for rows in weight.split(max(1, blocks) * 64):
+            padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
+            steps, scale = in_four_bits(padded, pad(squares, (0, self._padding)))
+            parts.append(ops._convert_weight_to_int4pack_for_cpu(steps, 1) if is_on_cpu else _packed(steps))
             scales.append(scale)
         self._weight = torch.cat(parts)
         self._scales = torch.cat(scales, 1)  # [groups of a row, out, 2]
@@ -81,12 +81,6 @@ class Int4Linear:
         """Size of the copy of a weight [out, in]."""
         elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
         return elements // 2 + elements // _GROUP * 4  # with scales and middles
-
-
-def _some_rows(weight: Tensor) -> Sequence[Tensor]:
-    """A weight part by part. Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart."""
-    at_a_time = _AT_A_TIME_ON_CPU if weight.device.type == "cpu" else _AT_A_TIME
-    return weight.split(max(1, at_a_time // weight.shape[1] // 64) * 64)
 
 
 def in_four_bits(rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,12 +127,6 @@ def _roundings(groups: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
             variance = square - mean_step.square()
             scales = (product - mean_step * mean) / variance.clamp(min=1e-12)
             middles = mean - scales * mean_step
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """With zeros, to whole groups and whole blocks of rows."""
-    n, columns = rows.shape
-    return pad(rows, (0, -columns % _GROUP, 0, -n % _BLOCK_OF_ROWS))
 
 
 def _packed(steps: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from self_speculation.model.families import check_supported
 from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
 from self_speculation.model.gguf_files import Header, read_once, read_weights
 from self_speculation.model.linear import Float16Linear, works
-from self_speculation.model.sources import LoadingError, LoadingWarning, explained, find_adapter, locate
+from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
 
 
 def default_model() -> str:
@@ -43,37 +43,29 @@ def default_model() -> str:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU.
-
-    Raises:
-        LoadingError: unknown, or not on this machine.
+    """`cuda` is the GPU of this rank; `auto` is that GPU if there is one, else the CPU. Raises LoadingError
+    if it is not on this machine.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
         if os.path.exists("/proc/driver/nvidia"):
-            warnings.warn(
-                f"device 'auto': running on the CPU; torch {torch.__version__} does not see this machine's "
-                "NVIDIA GPU (torch for CUDA 13 needs driver 580 or newer)",
-                stacklevel=1,
-            )
+            why = f"torch {torch.__version__} does not see this machine's NVIDIA GPU"
+            advice = "torch for CUDA 13 needs driver 580 or newer"
+            warnings.warn(f"device 'auto': running on the CPU; {why} ({advice})", stacklevel=1)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise LoadingError(
-            f"device {name!r}: not on this machine; use auto, cpu, cuda, cuda:N or mps"
-        ) from error
+        allowed = "use auto, cpu, cuda, cuda:N or mps"
+        raise LoadingError(f"device {name!r}: not on this machine; {allowed}") from error
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     """`auto` is the checkpoint's own dtype, or float32 on a CPU; `half` is bfloat16 where the device computes
-    it, else float16.
-
-    Raises:
-        LoadingError: unknown, or not computed on this device.
+    it, else float16. Raises LoadingError if it is unknown, or not computed on this device.
     """
     if name not in get_args(DtypeName):
         raise LoadingError(f"dtype {name!r}: must be one of {', '.join(get_args(DtypeName))}")
@@ -91,12 +83,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
     """The config of a supported model; arguments and errors as `load_model_and_tokenizer`."""
     options = options or LoadingOptions()
-    if (adapter := find_adapter(model, options)) is not None:
-        model = adapter.base
+    model = adapted_model(model, options) or model
     source, kwargs = locate(model, options.trust_remote_code)
-    with explained(model):
-        with read_once(_header(model)):
-            config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
+    with explained(model), read_once(_header(model)):
+        config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
         check_supported(config)
     return config
 
@@ -128,26 +118,26 @@ def load_model_and_tokenizer(
         raise LoadingError("compile True: needs a GPU; on a CPU decoding is faster without")
     dtype = resolve_dtype(options.dtype, device)
     config = config or load_config(model, options)
-    adapter = find_adapter(model, options)
-    base = model if adapter is None else adapter.base
+    adapted = adapted_model(model, options)
+    base = adapted or model
     source, kwargs = locate(base, options.trust_remote_code)
     with explained(model):
         header = _header(base)
         with read_once(header):
-            has_tokenizer = adapter is not None and (adapter.folder / "tokenizer_config.json").is_file()
-            tokenizer = AutoTokenizer.from_pretrained(model if has_tokenizer else source, **kwargs)
+            folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
+            where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
+            tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
         if tokenizer.vocab_size > config.vocab_size:
-            raise LoadingError(
-                f"model {model!r}: the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only "
-                f"{config.vocab_size}: it is that of another model"
-            )
-        kwargs |= {"use_safetensors": True}
+            has, knows = tokenizer.vocab_size, config.vocab_size
+            why = f"the tokenizer has {has} tokens, but the model knows only {knows}"
+            raise LoadingError(f"model {model!r}: {why}: it is that of another model")
+        kwargs |= {"dtype": dtype, "use_safetensors": True}
         kwargs |= _placement(options.parallel, device, config)
         kwargs |= _quantized(options.quantization, dtype, config, base)
-        kwargs = {"dtype": dtype, **kwargs, **options.model_args}
-        dtype_of_16_bits = None if adapter else _w16a32_dtype(model, options, config, device)
+        kwargs |= options.model_args
+        dtype_of_16_bits = None if adapted else _w16a32_dtype(model, options, config, device)
         if dtype_of_16_bits is not None:
             loaded = _load(model, source, {**kwargs, "dtype": dtype_of_16_bits}, config, header)
             try:
@@ -156,8 +146,11 @@ def load_model_and_tokenizer(
             except ValueError as error:
                 warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
         loaded = _load(model, source, kwargs, config, header)
-        if adapter is not None:
-            loaded = adapter.merge_into(loaded).eval()
+        if adapted is not None:
+            from peft import PeftModel
+
+            # Merged, weights stay plain: others are not fused.
+            loaded = PeftModel.from_pretrained(loaded, str(folder)).merge_and_unload().eval()
     if options.fuse:
         fuse(loaded)
     if options.compile:
@@ -190,19 +183,18 @@ def _w16a32_dtype(
     model: str, options: LoadingOptions, config: PretrainedConfig, device: torch.device
 ) -> torch.dtype | None:
     """The dtype of weights if `auto` is W16A32; None: it is not."""
-    is_plain = (options.parallel, options.quantization, options.fuse) == ("data", "none", True)
-    if (
-        options.dtype != "auto"
-        or not is_plain
-        or "dtype" in options.model_args
-        or config.model_type not in FUSED_MODEL_TYPES
-        or device.type != "cpu"
-        or not works(Float16Linear, device, torch.float32)
-    ):
-        return None
-    if model.endswith(".gguf"):
-        return torch.float16
-    return config.dtype if config.dtype in (torch.bfloat16, torch.float16) else None
+    dtype = torch.float16 if model.endswith(".gguf") else config.dtype
+    settings = (options.dtype, options.parallel, options.quantization, options.fuse)
+    return (
+        dtype
+        if settings == ("auto", "data", "none", True)
+        and "dtype" not in options.model_args
+        and dtype in (torch.bfloat16, torch.float16)
+        and config.model_type in FUSED_MODEL_TYPES
+        and device.type == "cpu"
+        and works(Float16Linear, device, torch.float32)
+        else None
+    )
 
 
 def _header(model: str) -> Header | None:
@@ -218,8 +210,7 @@ def _placement(parallel: Parallel, device: torch.device, config: PretrainedConfi
         raise LoadingError(
             "parallel tensor: needs several processes, start it by torchrun --nproc_per_node N"
         )
-    if config.num_key_value_heads % ranks:
-        heads = config.num_key_value_heads
+    if (heads := config.num_key_value_heads) % ranks:
         raise LoadingError(f"parallel tensor: {ranks} ranks cannot share {heads} heads of keys and values")
     return {"distributed_config": DistributedConfig(tp_size=ranks)}
 
@@ -232,9 +223,8 @@ def _quantized(
         return {}
     library = {"int8": "torchao", "int4": "bitsandbytes"}[quantization]
     if importlib.util.find_spec(library) is None:
-        raise LoadingError(
-            f"quantization {quantization}: needs {library}, install requirements-quantization.txt"
-        )
+        needs = f"needs {library}, install requirements-quantization.txt"
+        raise LoadingError(f"quantization {quantization}: {needs}")
     if weights.endswith(".gguf") or getattr(config, "quantization_config", None) is not None:
         raise LoadingError(f"quantization {quantization}: the weights of {weights} are quantised already")
     if quantization == "int8":

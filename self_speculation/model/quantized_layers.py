@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
-from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, FusedHead, FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import KVCache
@@ -25,7 +25,7 @@ from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 
-# Tokens that the size of inputs is learnt from, and the most of them in one pass.
+# Tokens that the size of inputs is learnt from, and those in one pass.
 _TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
 
 Format = type[Int4Linear] | type[Float16Linear]
@@ -33,9 +33,7 @@ Format = type[Int4Linear] | type[Float16Linear]
 
 def head_format(device: torch.device, dtype: torch.dtype) -> type[Float16Linear] | None:
     """The format of the head beside layers in four bits, for weights of this dtype; None: the model's own.
-
-    Raises:
-        ValueError: there are no kernels for layers in four bits.
+    Raises ValueError if there are no kernels for layers in four bits.
     """
     if not works(Int4Linear, device, dtype):
         raise ValueError(f"draft_weights int4: there are no kernels for it with {dtype} on {device}")
@@ -53,16 +51,10 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
 
 
 def check_family(draft_weights: DraftWeights, model_type: str) -> None:
-    """Refuse copies of a model type that has none, before any weight is read.
-
-    Raises:
-        ValueError: names the type and those that have copies.
-    """
+    """Raises ValueError, before any weight is read, if there are no copies of this type of model."""
     if draft_weights != "exact" and model_type not in FUSED_MODEL_TYPES:
-        known = ", ".join(FUSED_MODEL_TYPES)
-        raise ValueError(
-            f"draft_weights {draft_weights}: there are no copies of a {model_type} model, only of {known}"
-        )
+        why = f"there are no copies of a {model_type} model, only of {', '.join(FUSED_MODEL_TYPES)}"
+        raise ValueError(f"draft_weights {draft_weights}: {why}")
 
 
 def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None = None) -> ModelRunner:
@@ -81,12 +73,11 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
             "draft_weights int4: needs fused layers, so fuse(model), attn_implementation sdpa,"
             " and layers and head without hooks, adapters or quantised weights"
         )
-    head, of_head = short_head or runner.head, head_format(runner.rotary.device, runner.model.dtype)
+    of_head: Format | None = head_format(runner.rotary.device, runner.model.dtype)
+    of_head = of_head if short_head is None else Int4Linear  # it misses more ids than four bits confuse
+    head = short_head or runner.head
     formats: dict[Linear, Format] = {linear: Int4Linear for layer in layers for linear in layer.linears}
-    if short_head is not None:  # it misses more ids than four bits of its rows confuse
-        formats |= dict.fromkeys(head.linears, Int4Linear)
-    elif of_head is not None:
-        formats |= dict.fromkeys(head.linears, of_head)
+    formats |= {} if of_head is None else dict.fromkeys(head.linears, of_head)
     missing = [linear for linear, kind in formats.items() if kind not in linear.derived]
     num_bytes = sum(formats[linear].bytes_of(linear.shape) for linear in missing)
     if missing and num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
@@ -97,21 +88,17 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     squares = _squares_of_inputs(runner, layers) if missing else {}
 
     def copied(linear: Linear) -> Int4Linear | Float16Linear:
-        if formats[linear] is Float16Linear:
-            return linear.derive(Float16Linear, lambda: Float16Linear(linear.weight, bias=linear.bias))
-        return linear.derive(Int4Linear, lambda: Int4Linear(linear.weight, linear.bias, squares.get(linear)))
+        kind: Any = formats[linear]
+        learnt = {"squares": squares.get(linear)} if kind is Int4Linear else {}
+        return linear.derive(kind, lambda: kind(linear.weight, bias=linear.bias, **learnt))
 
     # On a CPU each copy is many short operations, which one thread does faster than several together.
     num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
-    with (
-        progress("copies for drafts, int4", num_bytes) as advance,
-        ThreadPoolExecutor(num_threads) as threads,
-    ):
-        for made in threads.map(copied, missing):
+    with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
+        for made in pool.map(copied, missing):
             advance(made.num_bytes)
-    has_own_head = not formats.keys() & {*head.linears}
     copies = [replace_linears(layer, copied) for layer in layers]
-    return runner.over(copies, head if has_own_head else replace_linears(head, copied))
+    return runner.over(copies, head if of_head is None else replace_linears(head, copied))
 
 
 class _SquaresSummed:
@@ -143,11 +130,9 @@ def _squares_of_inputs(runner: ModelRunner, layers: Sequence[FusedLayer]) -> Map
     summing = runner.over(summed, runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
-    width = min(_TOKENS_OF_A_PASS, context_length(runner.config))
-    for start in range(0, _TOKENS_TO_LEARN, width):
-        summing.cache = KVCache(len(layers), width)
-        summing.reserve(width, width)
-        # Far apart in the vocabulary, so that neighbours are not alike.
-        ids = tokens.view(16, -1).T.flatten()[start : start + width]
-        forward_early(summing, ids[None], len(layers), num_logits=0)
+    # Far apart in the vocabulary, so that neighbours are not alike.
+    for ids in tokens.view(16, -1).T.reshape(-1, 1, _TOKENS_OF_A_PASS):
+        summing.cache = KVCache(len(layers), _TOKENS_OF_A_PASS)
+        summing.reserve(_TOKENS_OF_A_PASS, _TOKENS_OF_A_PASS)
+        forward_early(summing, ids, len(layers), num_logits=0)
     return squares

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
@@ -20,14 +19,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from self_speculation.config import LoadingOptions
 from self_speculation.model.devices import is_lost_rank
 
 _HUB_TIMEOUT = 5.0  # seconds
-
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 class LoadingError(Exception):
@@ -53,10 +49,8 @@ def hub_answers(repo: str, kind: Literal["model", "dataset"] = "model") -> bool:
 
 
 def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """The source of a model and further arguments, for `from_pretrained`.
-
-    Raises:
-        LoadingError: there is no such file or folder.
+    """The source of a model and further arguments, for `from_pretrained`. Raises LoadingError if there is no
+    such file or folder.
     """
     path, options = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
@@ -65,9 +59,7 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name, **options}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise LoadingError(
-                f"model {model!r}: the folder has no config.json, so it is not a Hugging Face model"
-            )
+            raise LoadingError(f"model {model!r}: the folder has no config.json: it is no Hugging Face model")
         return str(path), options
     if path.is_file():
         raise LoadingError(f"model {model!r}: is a file; must be a hub id, a folder or a .gguf file")
@@ -76,50 +68,31 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     return model, {**options, "local_files_only": not hub_answers(model)}
 
 
-class Adapter(NamedTuple):
-    """A LoRA adapter in a folder, as peft writes it."""
-
-    folder: Path
-    base: str  # the model that it changes: a folder or a hub id
-
-    def merge_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Add the adapter to the model's weights, which stay plain, as fused layers need them."""
-        from peft import PeftModel
-
-        with warnings.catch_warnings():  # peft calls a deprecated name of transformers
-            warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload()
-
-
-def find_adapter(model: str, options: LoadingOptions | None = None) -> Adapter | None:
-    """The LoRA adapter if `model` is a folder of one. Read without peft, which takes seconds to import.
-
-    Raises:
-        LoadingError: the adapter cannot be used, or not with these options.
+def adapted_model(folder: str, options: LoadingOptions | None = None) -> str | None:
+    """The folder or hub id of the model that a folder's LoRA adapter changes; None: it has no adapter. Raises
+    LoadingError if the adapter cannot be used, or not with these options.
     """
-    folder = Path(model).expanduser()
-    if not (folder / _ADAPTER_CONFIG).is_file():
+    file = Path(folder).expanduser() / "adapter_config.json"
+    if not file.is_file():
         return None
-
-    def refuse(why: str) -> LoadingError:
-        return LoadingError(f"model {model!r}: {why}")
-
-    try:
-        config = json.loads((folder / _ADAPTER_CONFIG).read_text("utf-8"))
-        kind, base = config["peft_type"], config["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise refuse(f"its {_ADAPTER_CONFIG} is damaged: no peft_type or base_model_name_or_path") from error
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise refuse("no adapter_model.safetensors; other formats are not read (pickles can run code)")
-    if kind != "LORA":
-        raise refuse(f"is an adapter of type {kind}; only LORA can be merged into its model")
-    if importlib.util.find_spec("peft") is None:
-        raise refuse(f"is a LoRA adapter of {base}: pip install peft, which merges it, or merge it before")
-    options = options or LoadingOptions()
     for name, plain in (("quantization", "none"), ("parallel", "data")):
-        if (value := getattr(options, name)) != plain:
+        if (value := getattr(options or LoadingOptions(), name)) != plain:
             raise LoadingError(f"{name} {value}: not with a LoRA adapter; merge it into its model before")
-    return Adapter(folder, base)
+    try:  # without peft, which takes seconds to import
+        config = json.loads(file.read_text("utf-8"))
+        kind, base = config["peft_type"], config["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        why = "its adapter_config.json is damaged: no peft_type or base_model_name_or_path"
+        raise LoadingError(f"model {folder!r}: {why}") from error
+    if not file.with_name("adapter_model.safetensors").is_file():
+        why = "no adapter_model.safetensors; other formats are not read (pickles can run code)"
+    elif kind != "LORA":
+        why = f"is an adapter of type {kind}; only LORA can be merged into its model"
+    elif importlib.util.find_spec("peft") is None:
+        why = f"is a LoRA adapter of {base}: pip install peft, which merges it, or merge it before"
+    else:
+        return base
+    raise LoadingError(f"model {folder!r}: {why}")
 
 
 @contextmanager

@@ -39,17 +39,15 @@ CHANGES = {
     "a sign": lambda model: model.lm_head.weight.data.neg_(),
     "an element of a norm, through data": lambda model: norm(model).weight.data[3].mul_(30),
     "an element, by torch": lambda model: nn.init.ones_(weight(model)[3, 5]),
-    "loaded": lambda model: model.load_state_dict(tiny_llama(agreement="always").state_dict()),
     "a new storage": lambda model: setattr(weight(model), "data", weight(model).data.clone()),
     "a new parameter": lambda model: setattr(
         model.model.layers[2].mlp.down_proj, "weight", nn.Parameter(weight(model).data)
     ),
     "a format": lambda model: model.to(torch.bfloat16),
     "a buffer": lambda model: model.model.rotary_emb.inv_freq.mul_(2),
-    "a scaling of rotation": lambda model: setattr(model.model.rotary_emb, "attention_scaling", 1.5),
-    "an epsilon": lambda model: setattr(norm(model), "variance_epsilon", 0.5),
-    "a scaling of scores": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.9),
-    "a layer's index": lambda model: setattr(model.model.layers[0].self_attn, "layer_idx", 3),
+    "a number": lambda model: setattr(norm(model), "variance_epsilon", 0.5),
+    "an element of a list": lambda model: norm(model).active.__setitem__(0, "b"),
+    "an element of a list of a dict": lambda model: norm(model).scales["b"].__setitem__(0, 2.0),
     "a class": lambda model: setattr(norm(model), "__class__", GemmaRMSNorm),
     "a forward": lambda model: setattr(norm(model), "forward", lambda hidden: hidden),
     "a hook of accelerate": lambda model: add_hook_to_module(norm(model), AlignDevicesHook("cpu")),
@@ -60,22 +58,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_changes_it(model, change):
-    """Guards against keys, values and copies that are used after their model has changed."""
+    """Guards against keys, values and copies that are used after their model has changed. Such as peft, which
+    names the adapter in a list of each layer.
+    """
+    norm(model).active, norm(model).scales = ["a"], {"a": 1.0, "b": [1.0]}
     before = fingerprint(model)
     assert fingerprint(model) == before
     CHANGES[change](model)
     assert fingerprint(model) != before
-
-
-def test_it_covers_lists_and_dicts(model):
-    """Guards against a change of the adapter, which peft names in a list of each layer."""
-    norm(model).active, norm(model).scales = ["a"], {"a": 1.0, "b": [1.0]}
-    seen = [fingerprint(model)]
-    norm(model).active[0] = "b"
-    seen.append(fingerprint(model))
-    norm(model).scales["b"][0] = 2.0
-    seen.append(fingerprint(model))
-    assert len({*seen}) == 3
 
 
 def test_hooks_at_one_address_differ(model):
@@ -112,43 +102,36 @@ def test_a_sample_meets_every_row_and_column(rows, columns):
         assert len(places) <= 1.2 * max(rows, columns)
 
 
-@pytest.mark.parametrize("columns", [2048, 2176, 5504])
-def test_a_sample_of_a_packed_weight_is_small(columns):
+def test_a_sample_of_a_packed_weight_is_small():
     """Guards against reading whole weights of bitsandbytes, [n, 1], and against missing rows in them."""
-    packed = torch.arange(columns * 500).view(-1, 1)
+    packed = torch.arange(2176 * 500).view(-1, 1)
     places = fingerprints._sample(packed)
-    assert {*(places // columns).tolist()} == {*range(500)}
+    assert {*(places // 2176).tolist()} == {*range(500)}
     assert len(places) < 0.001 * len(packed) + 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool])
-@pytest.mark.parametrize(
-    "laid_out",
-    [lambda w: w, lambda w: w.t(), lambda w: w[:, 3:20], lambda w: w[5], lambda w: w[2, 3], lambda w: w[:0]],
-    ids=["rows", "columns", "some columns", "a vector", "a number", "nothing"],
-)
-def test_tensors_of_every_kind(dtype, laid_out):
+def test_tensors_of_every_kind(dtype):
     """Guards against formats or strides that cannot be read, and against NaN, which differs from itself."""
     torch.manual_seed(0)
     whole = (torch.randn(24, 32) * 9).to(dtype)
     if dtype.is_floating_point:
         whole[:, 4] = torch.nan
-    tensor = laid_out(whole)
-    before = contents([[tensor]])
-    assert contents([[tensor.clone()]]) == before
-    if tensor.numel():
-        tensor.copy_(tensor.logical_not() if dtype == torch.bool else 1)
-        assert contents([[tensor]]) != before
+    for part in (lambda w: w, torch.t, lambda w: w[:, 3:20], lambda w: w[2, 3], lambda w: w[:0]):
+        tensor = part(whole.clone())
+        before = contents([[tensor]])
+        assert contents([[tensor.clone()]]) == before
+        if tensor.numel():
+            tensor.copy_(tensor.logical_not() if dtype == torch.bool else 1)
+            assert contents([[tensor]]) != before
 
 
 def test_a_change_belongs_to_its_group(model):
     """Guards against a change of one layer that invalidates another, also of another format."""
-    layers = [
-        layer.to(torch.bfloat16 if i % 2 else torch.float32) for i, layer in enumerate(model.model.layers)
-    ]
-    groups = [[*layer.parameters()] for layer in layers]
+    model.model.layers[1].to(torch.bfloat16)
+    groups = [[*layer.parameters()] for layer in model.model.layers]
     before = contents(groups)
-    layers[2].mlp.up_proj.weight.data[3] = 0
+    model.model.layers[2].mlp.up_proj.weight.data[3] = 0
     assert [a == b for a, b in zip(before, contents(groups), strict=True)] == [True, True, False, True]
     assert contents([groups[0]]) == before[:1]
     assert contents([]) == []
@@ -161,8 +144,7 @@ def test_weights_without_versions_or_memory(model):
         before = fingerprint(made)
         made.lm_head.weight[3] = 0
         assert fingerprint(made) != before
-    offloaded = copy.deepcopy(model).to("meta")
-    assert fingerprint(offloaded) == fingerprint(offloaded)
+    assert fingerprint(model.to("meta")) == fingerprint(model)
 
 
 @pytest.fixture
@@ -183,16 +165,14 @@ def test_a_sharded_weight_is_read_locally(model, mesh):
 
 
 class Copies(TorchDispatchMode):
-    """Collects tensors that are no views."""
+    """Counts bytes of tensors that are no views."""
 
-    def __init__(self):
-        super().__init__()
-        self.made = []
+    made = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.clone, torch.ops.aten._to_copy):
-            self.made.append(result)
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.made += result.nbytes
         return result
 
 
@@ -214,8 +194,7 @@ def test_weights_on_a_gpu_are_sampled_in_one_read(monkeypatch):
         with Copies() as copies, pytest.raises(Read):
             contents([weights])
     assert [(tensor.device, tensor.dtype) for tensor in read] == [(torch.device(DEVICE), torch.uint8)]
-    assert sum(tensor.nbytes for tensor in copies.made) < 0.03 * sum(weight.nbytes for weight in weights)
-    assert all(tensor.dtype in (torch.bfloat16, torch.float32, torch.uint8) for tensor in copies.made)
+    assert 0 < copies.made < 0.03 * sum(weight.nbytes for weight in weights)
 
 
 def test_structure_needs_no_read_from_the_device(model, monkeypatch):

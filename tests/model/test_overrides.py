@@ -7,40 +7,27 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import EOS, generate, tiny_llama, transformers_generate
+from conftest import EOS, drained, generate, tiny_llama, transformers_generate
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from self_speculation import GenerationConfig, Request, make_strategy, self_speculative_generate
-from self_speculation.model.fused_layers import fuse
 from self_speculation.scheduler import Scheduler
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 ADAPTIVE = {"custom_generate": self_speculative_generate, "generation_strategy": "adaptive"}
-SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "num_speculations": 3}
-WAYS = [{}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}]
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "fused"])
-def model(request):
-    model = copy.deepcopy(tiny_llama())
-    if request.param:
-        fuse(model)
-    return model
 
 
 def other(*_args, **_kwargs):
-    raise AssertionError("it was called")
+    pytest.fail("it was called")
 
 
 class OtherForward(LlamaForCausalLM):
-    def forward(self, *args, **kwargs):
-        return other(*args, **kwargs)
+    forward = other
 
 
 class OtherInputs(LlamaForCausalLM):
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        return other(*args, **kwargs)
+    prepare_inputs_for_generation = other
 
 
 class OtherHook(ModelHook):
@@ -57,58 +44,45 @@ def two_hooks(model):
     add_hook_to_module(model, OtherHook(), append=True)
 
 
+OTHER = "other of test_overrides"
 REFUSED = [
-    (lambda m: setattr(m, "forward", MethodType(other, m)), "LlamaForCausalLM has other of test_overrides"),
-    (lambda m: setattr(m.model, "forward", MethodType(other, m.model)), "LlamaModel has other of test_"),
-    (replaced_and_hooked, "LlamaForCausalLM has other of test_overrides instead of its forward"),
-    (
-        lambda m: add_hook_to_module(m, OtherHook()),
-        "LlamaForCausalLM has OtherHook of test_overrides instead",
-    ),
+    (lambda m: setattr(m.model, "forward", MethodType(other, m.model)), f"LlamaModel has {OTHER} instead of"),
+    (replaced_and_hooked, f"LlamaForCausalLM has {OTHER} instead of its forward"),
     (two_hooks, "LlamaForCausalLM has OtherHook of test_overrides instead of its forward"),
-    (lambda m: setattr(m, "__class__", OtherForward), "a forward of its own, OtherForward.forward of test_"),
-    (
-        lambda m: setattr(m, "prepare_inputs_for_generation", MethodType(other, m)),
-        "its inputs are made by other of test_overrides, as for prompt tuning",
-    ),
-    (
-        lambda m: setattr(m, "__class__", OtherInputs),
-        "inputs are made by OtherInputs.prepare_inputs_for_generation of test_overrides",
-    ),
-    (lambda m: m.register_forward_hook(other), "LlamaForCausalLM has the hook other of test_overrides"),
+    (lambda m: setattr(m, "__class__", OtherForward), f"OtherForward has a forward of its own, {OTHER}"),
+    (lambda m: setattr(m, "__class__", OtherInputs), f"inputs are made by {OTHER}, as for prompt tuning"),
+    (lambda m: m.model.register_forward_hook(other), f"LlamaModel has the hook {OTHER}"),
     (
         lambda m: m.register_forward_pre_hook(other, with_kwargs=True),
-        "has the hook other of test_overrides, which would be passed over: layers are run one by one",
+        f"the hook {OTHER}, which would be passed over: layers are run one by one",
     ),
-    (lambda m: m.model.register_forward_hook(other), "LlamaModel has the hook other"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_code_around_all_layers_is_refused(model, change, message):
+def test_code_around_all_layers_is_refused(change, message):
     """Guards against an output that silently differs from that of `generate`."""
+    model = copy.deepcopy(tiny_llama())
     change(model)
-    for options in (ADAPTIVE, SPECULATION):
-        with pytest.raises(ValueError, match=message):
-            model.generate(torch.tensor([PROMPT]), max_new_tokens=4, **options)
-    for options in WAYS:
-        with pytest.raises(ValueError, match=message):
-            generate(model, PROMPT, max_steps=4, **options)
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([PROMPT]), max_new_tokens=4, **ADAPTIVE)
+    with pytest.raises(ValueError, match=message):
+        generate(model, PROMPT, max_steps=4)
 
 
-def test_hooks_on_all_modules_are_refused(model):
+def test_hooks_on_all_modules_are_refused():
     """Guards against a hook that runs for layers but not for the model."""
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         with pytest.raises(ValueError, match=r"all modules have the hook .*<lambda> of test_overrides"):
-            generate(model, PROMPT, max_steps=4)
+            generate(tiny_llama(), PROMPT, max_steps=4)
     finally:
         handle.remove()
-    generate(model, PROMPT, max_steps=4)
 
 
-def test_each_request_checks_the_model(model):
+def test_each_request_checks_the_model():
     """Guards against a scheduler that checks its model only at first. Sequences in flight go on."""
+    model = copy.deepcopy(tiny_llama())
     config = GenerationConfig(sample=False, max_steps=4)
     scheduler = Scheduler(make_strategy("autoregressive"), model, config, 2)
     scheduler.add_request("before", Request(PROMPT))
@@ -116,16 +90,9 @@ def test_each_request_checks_the_model(model):
     handle = model.register_forward_hook(other)
     scheduler.add_request("after", Request(PROMPT))
     handle.remove()
-    results = {}
-    while len(results) < 2:
-        scheduler.step()
-        results |= dict(scheduler.pop_finished())
+    results = drained(scheduler)
     assert results["before"].predicted_tokens == generate(model, PROMPT, max_steps=4, eos=[]).predicted_tokens
     assert "has the hook other" in str(results["after"])
-
-
-def hooked_layer(model):
-    model.model.layers[2].register_forward_hook(lambda _module, _inputs, output: -output)
 
 
 def wrapped_layer(model):
@@ -138,17 +105,9 @@ def hooked_embedding_and_head(model):
     model.lm_head.register_forward_hook(lambda module, inputs, output: -output)
 
 
-def one_device(model):
-    dispatch_model(model, {"": "cpu"}, force_hooks=True)
-
-
 def two_devices(model):
     parts = [*(f"model.layers.{i}" for i in range(4)), "model.embed_tokens", "model.norm", "model.rotary_emb"]
     dispatch_model(model, dict.fromkeys([*parts, "lm_head"], "cpu"), force_hooks=True)
-
-
-def offloaded_layer(model):
-    cpu_offload(model.model.layers[2], torch.device("cpu"))
 
 
 def removed_hook(model):
@@ -162,36 +121,33 @@ def two_hooks_that_move(model):
         add_hook_to_module(model, AlignDevicesHook("cpu"), append=True)
 
 
-def compiled_forward(model):
-    model.forward = torch.compile(model.forward, backend="eager")
+FOLLOWED = {
+    "hooked layer": lambda m: m.model.layers[2].register_forward_hook(lambda module, inputs, output: -output),
+    "wrapped layer": wrapped_layer,
+    "hooked embedding and head": hooked_embedding_and_head,
+    "two devices": two_devices,
+    "offloaded layer": lambda m: cpu_offload(m.model.layers[2], torch.device("cpu")),
+    "removed hook": removed_hook,
+    "two hooks that move": two_hooks_that_move,
+    "compiled": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
+    "subclass": lambda m: setattr(m, "__class__", type("Subclass", (LlamaForCausalLM,), {})),
+}
 
 
-class Subclass(LlamaForCausalLM):
-    """With the forward of its family."""
-
-
-def subclass(model):
-    model.__class__ = Subclass
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        hooked_layer, wrapped_layer, hooked_embedding_and_head, one_device, two_devices, offloaded_layer,
-        removed_hook, two_hooks_that_move, compiled_forward, subclass,
-    ],
-)  # fmt: skip
-def test_code_in_layers_is_followed(model, change):
+@pytest.mark.parametrize("change", FOLLOWED)
+@pytest.mark.parametrize("fused", [False, True])
+def test_code_in_layers_is_followed(change, fused):
     """Guards against a layer's hook that is ignored, and against refusing a model that accelerate placed."""
-    change(model)
+    model = tiny_llama.__wrapped__(fused=fused)
+    FOLLOWED[change](model)
     with torch.compiler.set_stance("force_eager"):  # compiling takes seconds
         expected = transformers_generate(model, PROMPT, 9)
-    for options in WAYS:
+    for options in ({}, {"exit_layer": 2, "num_speculations": 3}, {"strategy": "adaptive"}):
         assert generate(model, PROMPT, max_steps=9, eos=[EOS], **options).predicted_tokens == expected
     assert transformers_generate(model, PROMPT, 9, **ADAPTIVE) == expected
 
 
-def test_other_modules_are_refused(model):
+def test_other_modules_are_refused():
     """Guards against an AttributeError. test_adapters.py has models of peft."""
-    with pytest.raises(ValueError, match="must be one of transformers, not Sequential"):
-        generate(nn.Sequential(model), PROMPT, max_steps=4)
+    with pytest.raises(ValueError, match="must be one of transformers, not a Sequential"):
+        generate(nn.Sequential(tiny_llama()), PROMPT, max_steps=4)
