@@ -20,6 +20,7 @@ from self_speculation.speculative_streamer import Cell
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level vocabularies
+_MIN_LOGPROB = -9999.0  # JSON has no infinity
 _CONTEXT = 8  # tokens that are decoded before a token, because its text depends on them
 
 
@@ -83,9 +84,6 @@ class LogprobCollector:
 
     It sees the target's logits after logits processors, before temperature and top-p. It does not see an end
     id or the last token of a stop word: they are not part of the answer.
-
-    Args:
-        num_top: number of the most likely tokens to record.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_top: int) -> None:
@@ -99,7 +97,7 @@ class LogprobCollector:
 
     def __call__(self, history: Tensor, scores: Tensor, **_: object) -> bool:
         *before, id_ = history[0, -_CONTEXT:].tolist()
-        logprobs = scores[0].float().log_softmax(-1)
+        logprobs = scores[0].float().log_softmax(-1).clamp(min=_MIN_LOGPROB)
         highest = logprobs.topk(min(self._num_top, len(logprobs)))
         prefix = decode(self._tokenizer, before)
 

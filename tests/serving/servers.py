@@ -58,9 +58,7 @@ class Served:
     def __init__(self, generator, config=GREEDY, batch_size=4, **args):
         self.generator, self.config = generator, config
         self.args = ServeArguments(**{"port": 0, **args})
-        self.engine = Running(
-            generator.generation_strategy, generator.model, config, batch_size, self.args.max_waiting
-        )
+        self.engine = Running(generator, config, batch_size, self.args.max_waiting)
         app = App(generator, self.engine, config, self.args, "tiny", self.args.host)
         self._server = uvicorn.Server(uvicorn.Config(app, self.args.host, 0, log_config=None))
         self._thread = threading.Thread(target=self._server.run)
@@ -83,7 +81,7 @@ class Served:
 
     @property
     def num_jobs(self):
-        return self.engine.num_in_flight + self.engine.num_waiting
+        return len(self.engine.in_flight) + len(self.engine.waiting)
 
     def expected(self, prompt, **changes):
         """The text of autoregressive decoding, greedy and alone."""

@@ -7,7 +7,7 @@ import pytest
 
 import self_speculation
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
-from serving.tools import ToolCall, call_grammar, find_calls, known_format
+from serving.tools import call_grammar, find_calls, known_format
 
 TAGS, OBJECT = "{% if tools %}<tool_call>{% endif %}", '{% if tools %}{"name": , "parameters": }{% endif %}'
 WEATHER = {
@@ -61,14 +61,16 @@ def test_a_guided_answer_is_a_call(template, name):
     requests = [Request("call = ", grammar=call_grammar(TOOLS, template, name))]
     ((_, result),) = generator.generate_batch(requests, config)
     (call,) = find_calls(result.decoded_prediction, TOOLS)
-    assert name in (None, call.name)
-    schema = next(tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == call.name)
-    jsonschema.validate(json.loads(call.arguments), schema)
+    assert name in (None, call["name"])
+    schema = next(
+        tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == call["name"]
+    )
+    jsonschema.validate(json.loads(call["arguments"]), schema)
 
 
 def test_calls_are_found():
     call = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}'
-    expected = ToolCall("weather", '{"city": "Rome", "days": 2}')
+    expected = {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}
     assert find_calls(f"<tool_call>\n{call}\n</tool_call>", TOOLS) == [expected]
     assert (
         find_calls(f"<tool_call>{call}</tool_call>\n<tool_call>{call}</tool_call>", TOOLS) == [expected] * 2
