@@ -122,9 +122,12 @@ class Engine:
     def run(self) -> bool:
         """Run jobs until `stop` is called; returns whether the engine worked to the end."""
         try:
-            while self._wait_for_jobs():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self.waiting or self.in_flight or self._is_stopped)
+                    if not (self.waiting or self.in_flight):
+                        return True
                 self._step()
-            return True
         except Exception:
             _log.exception("the engine failed")
             return False
@@ -137,12 +140,6 @@ class Engine:
             for job in unfinished:
                 job.on_finish(ServerShutdown("the server failed"))
             broadcast_from_rank0(self._model, None)
-
-    def _wait_for_jobs(self) -> bool:
-        """Return False if there are no jobs left after `stop`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.waiting or self.in_flight or self._is_stopped)
-            return bool(self.waiting or self.in_flight)
 
     def _step(self) -> None:
         """Abort and admit jobs, run one step of the scheduler, finish jobs."""

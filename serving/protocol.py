@@ -77,16 +77,10 @@ def validation_error(error: ValidationError) -> APIError:
     return APIError(message, param=param or None)
 
 
-class _Strict(BaseModel):
+class _Strict(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     """Allows its own fields, and other fields with neutral values."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        json_schema_extra={"additionalProperties": {"type": "null"}},
-    )
+    model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": {"type": "null"}})
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 
+import requests
 import uvicorn
 from openai import OpenAI
 
@@ -84,6 +85,24 @@ class Served:
         config, plain = GenerationConfig(sample=False, max_steps=max_steps), make_strategy("autoregressive")
         alone = HuggingfaceLlamaGenerator(self.generator.tokenizer, self.generator.model, plain)
         return alone.generate(prompt, config).decoded_prediction
+
+
+def post(served, path="completions", **request):
+    return requests.post(f"{served.url}/v1/{path}", json=request, timeout=60)
+
+
+def refused(served, path="completions", **request):
+    """The message of an error 400."""
+    response = post(served, path, **request)
+    assert response.status_code == 400
+    return response.json()["error"]["message"]
+
+
+def chunks(response):
+    """The objects of a stream."""
+    *chunks, last = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert last == "[DONE]", last
+    return [json.loads(chunk) for chunk in chunks]
 
 
 def until(condition):

@@ -8,12 +8,12 @@ from typing import Literal
 import jsonschema
 import pydantic
 import pytest
-import requests
-from servers import Served
+from servers import Served, post, refused
 
 import self_speculation
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 
+CHAT = "chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {
     "type": "object",
@@ -53,20 +53,10 @@ def served():
         yield served
 
 
-def post(served, path="chat/completions", **request):
-    return requests.post(f"{served.url}/v1/{path}", json={"messages": HELLO, **request}, timeout=60)
-
-
 def content(served, **request):
     """The text of a chat's answer."""
-    return post(served, **request).json()["choices"][0]["message"]["content"]
-
-
-def refused(served, **request):
-    """The message of an error 400."""
-    response = post(served, **request)
-    assert response.status_code == 400
-    return response.json()["error"]["message"]
+    answer = post(served, CHAT, **{"messages": HELLO, **request}).json()
+    return answer["choices"][0]["message"]["content"]
 
 
 def test_schemas(served):
@@ -115,7 +105,7 @@ def test_bad_schemas(served, schema, kind):
         "schema": {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
         "tool": {"tools": [{"type": "function", "function": function}], "tool_choice": "required"},
     }[kind]
-    message = refused(served, **request)
+    message = refused(served, CHAT, messages=HELLO, **request)
     assert said in message
     assert (len(message.splitlines()), len(message) < 500) == (1, True)
 
@@ -127,7 +117,7 @@ def test_bad_schemas(served, schema, kind):
 def test_expensive_patterns_are_answered(served, pattern):
     """Guards against expressions for which a backtracking engine takes for ever."""
     given = {"type": "json_object", "schema": {"type": "string", "pattern": pattern}}
-    assert post(served, response_format=given, max_tokens=8).status_code == 200
+    assert post(served, CHAT, messages=HELLO, response_format=given, max_tokens=8).status_code == 200
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
@@ -151,22 +141,22 @@ def test_a_call_and_its_result(served, choice, stream):
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
     result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
     messages = [*HELLO, message.model_dump(), result]
-    answer = post(served, messages=messages, tools=[WEATHER], max_tokens=8).json()["choices"][0]
+    answer = post(served, CHAT, messages=messages, tools=[WEATHER], max_tokens=8).json()["choices"][0]
     assert answer["message"]["content"]
     assert answer["finish_reason"] == "length"
 
 
 def test_tools_that_cannot_be_called(served, monkeypatch):
     other = {"type": "function", "function": {"name": "other"}}
-    assert "names no tool" in refused(served, tools=[WEATHER], tool_choice=other)
+    assert "names no tool" in refused(served, CHAT, messages=HELLO, tools=[WEATHER], tool_choice=other)
     monkeypatch.setattr(served.generator.tokenizer, "chat_template", "{{ messages[0].content }}")
-    assert "knows no tools" in refused(served, tools=[WEATHER])
+    assert "knows no tools" in refused(served, CHAT, messages=HELLO, tools=[WEATHER])
 
 
 def test_a_prediction(served):
     text = content(served, max_tokens=60)
     prediction = {"type": "content", "content": text}
-    answer = post(served, max_tokens=60, prediction=prediction).json()
+    answer = post(served, CHAT, messages=HELLO, max_tokens=60, prediction=prediction).json()
     assert answer["choices"][0]["message"]["content"] == text
     details = answer["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 10 > details["rejected_prediction_tokens"]
@@ -181,7 +171,7 @@ def test_penalties_and_biases(served):
     assert set(content(served, max_tokens=20, logit_bias={str(id_): 100})) == {"x"}
     banned = dict.fromkeys(map(str, tokenizer.encode(plain, add_special_tokens=False)), -100)
     assert content(served, max_tokens=20, logit_bias=banned) != plain
-    assert "must be by token ids below" in refused(served, logit_bias={"999999": 1})
+    assert "must be by token ids below" in refused(served, CHAT, messages=HELLO, logit_bias={"999999": 1})
 
 
 @pytest.fixture

@@ -84,11 +84,6 @@ def F(x):
 
     return "🙂 <i>" + X * x
 ````
-Setext HEADING
----
-1. ONE
-
-2. two
 ~~~
 never CLOSED
     code"""
