@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -123,7 +123,7 @@ class App(Starlette):
         return JSONResponse({"status": "shutting down"}, 503)
 
     async def _exposition(self, _: Request) -> Response:
-        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _openapi(self, _: Request) -> Response:
         return JSONResponse(document(self._args.key is not None))

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from self_speculation import GenerationStrategyResult
 from self_speculation.results import DraftStats, SourceCounts
@@ -38,10 +38,10 @@ class Metrics:
     """Counters of one server, in a registry of its own."""
 
     def __init__(self, engine: Engine, model: str) -> None:
-        self._registry, self._model = CollectorRegistry(), model
-        counter = partial(Counter, namespace="self_speculation", registry=self._registry)
-        gauge = partial(Gauge, namespace="self_speculation", registry=self._registry)
-        times = partial(Histogram, namespace="self_speculation", registry=self._registry, buckets=_SECONDS)
+        self.registry, self._model = CollectorRegistry(), model
+        counter = partial(Counter, namespace="self_speculation", registry=self.registry)
+        gauge = partial(Gauge, namespace="self_speculation", registry=self.registry)
+        times = partial(Histogram, namespace="self_speculation", registry=self.registry, buckets=_SECONDS)
         self._answers = counter("answers", "Answers by stop reason", ["ended_by"])
         self._refused = counter("refused", "Requests without an answer by HTTP status", ["status"])
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
@@ -54,7 +54,7 @@ class Metrics:
         gauge("waiting", "Requests in the queue").set_function(lambda: len(engine.waiting))
         gauge("in_flight", "Requests in the batch").set_function(lambda: len(engine.in_flight))
         # The names that dashboards of vLLM know.
-        vllm = partial(Counter, namespace="vllm:spec_decode", registry=self._registry)
+        vllm = partial(Counter, namespace="vllm:spec_decode", registry=self.registry)
         labels = ["model_name", "engine"]
         self._num_drafts = vllm("num_drafts", "Drafts", labels)
         self._num_draft_tokens = vllm("num_draft_tokens", "Drafted tokens", labels)
@@ -81,10 +81,6 @@ class Metrics:
             self._accepted_per_pos.labels(*labels, str(position)).inc(accepted)
         self._first_token.observe(finished.time_to_first_token)
         self._decoding.observe(result.decode_time)
-
-    def exposition(self) -> bytes:
-        """All figures in Prometheus' text format."""
-        return generate_latest(self._registry)
 
 
 def _num_drafts(drafts: DraftStats) -> int:

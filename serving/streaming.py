@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import io
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -91,7 +90,7 @@ class LogprobCollector:
         self._added_ids = tokenizer.added_tokens_decoder.keys()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel(" in repr(getattr(backend, "decoder", None))
-        self._tokens: deque[TokenLogprob] = deque()
+        self._tokens: list[TokenLogprob] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_chars = 0  # complete ones
 
@@ -122,7 +121,6 @@ class LogprobCollector:
 
     def take(self, num_chars: float) -> list[TokenLogprob]:
         """Remove and return the tokens that begin in the first characters of the answer."""
-        taken = []
-        while self._tokens and self._tokens[0].offset < num_chars:
-            taken.append(self._tokens.popleft())
+        taken = [token for token in self._tokens if token.offset < num_chars]
+        del self._tokens[: len(taken)]
         return taken

@@ -139,12 +139,9 @@ def test_ranks_take_the_same_steps_with_one_broadcast_each(text_model, byte_toke
         num_broadcasts += 1
         return value
 
-    def leaves(ids, _):
-        jobs[1].is_cancelled = ids.shape[1] > len(PROMPTS[1]) + 8
-        return False
-
-    def is_late(ids, _):
-        jobs[2].timeout = 0 if ids.shape[1] > len(PROMPTS[2]) + 20 else 600
+    def ends_two(ids, _):
+        jobs[1].is_cancelled = ids.shape[1] > 10
+        jobs[2].timeout = 0 if ids.shape[1] > 20 else 600
         return False
 
     def recorded_steps(strategy):
@@ -166,7 +163,7 @@ def test_ranks_take_the_same_steps_with_one_broadcast_each(text_model, byte_toke
     follower.start()
     results = [queue.Queue() for _ in range(8)]
     for index, result in enumerate(results):
-        criterion = {1: leaves, 2: is_late}.get(index)
+        criterion = None if index else ends_two
         request = Request(PROMPTS[index % 4], stopping_criteria=criterion, seed=index, config=config)
         jobs.append(Job(generator.prepare(request, config), result.put))
     engine = Running(generator, config, 4, max_waiting=4)

@@ -69,6 +69,8 @@ def test_schemas(served):
     assert content(served, response_format=given, drafts=False) == text
     assert content(served, response_format={"type": "json_object", "schema": SCHEMA}) == text
     assert content(served, response_format={"type": "json_object"}).startswith("{")
+    likely = {"logprobs": True, "top_logprobs": 20, "max_tokens": 3, "response_format": given}
+    assert "Infinity" not in post(served, CHAT, messages=HELLO, **likely).text  # of forbidden tokens
 
     parsed = served.client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Trip)
     assert isinstance(parsed.choices[0].message.parsed, Trip)
