@@ -1,6 +1,7 @@
 """The thread that runs the model: what it accepts and aborts, and that jobs do not disturb each other."""
 
 import copy
+import math
 import pickle
 import queue
 import threading
@@ -109,6 +110,7 @@ def test_a_cancelled_or_late_job_ends_at_the_next_step(engine):
         jobs[1].timeout = jobs[5].timeout = 0
     aborted = [ClientDisconnected, RequestTimeout]
     assert kinds(results) == [*aborted, *[GenerationStrategyResult] * 2, *aborted]
+    assert [math.isnan(job.admission_time) for job in jobs] == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize(("seconds", "kind"), [(0, ServerShutdown), (600, GenerationStrategyResult)])

@@ -12,6 +12,7 @@ from conftest import generate
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from servers import TEMPLATE, Running, Served, chunks, held, post, raw_request, refused, tiny_generator, until
+from tokenizers.processors import TemplateProcessing
 
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 from serving.protocol import CompletionRequest
@@ -24,7 +25,7 @@ PROMPTS = ["def add(a, b):", "Once upon a time", "Human: who", "café"]
 
 @pytest.fixture(scope="module")
 def served(text_model, byte_tokenizer):
-    with Served(tiny_generator(text_model, byte_tokenizer), max_waiting=4) as served:
+    with Served(tiny_generator(text_model, byte_tokenizer), max_waiting=4, max_time=500) as served:
         yield served
 
 
@@ -50,7 +51,7 @@ def chat_text(messages):
 
 
 def test_a_chat_gets_the_generators_answer(served):
-    """Streamed or not. Guards against another template, doubled special tokens, and lost characters."""
+    """Streamed or not. Guards against another template, and lost characters."""
     request = {"messages": HELLO, "max_tokens": 40}
     answer = post(served, CHAT, **request).json()
     ChatCompletion.model_validate(answer)
@@ -308,10 +309,11 @@ def test_a_template_that_refuses_messages(text_model, byte_tokenizer):
 @pytest.mark.parametrize("sanitize", [False, True])
 def test_control_tokens_in_messages_can_be_text(text_model, byte_tokenizer, monkeypatch, sanitize):
     """Guards against a message that ends itself and speaks as the system, against a template whose control
-    tokens are sanitized, too, and against other ids for other text.
+    tokens are sanitized, too, against other ids for other text, and against special tokens before a template.
     """
     generator = tiny_generator(text_model, byte_tokenizer)
-    tokenizer = generator.tokenizer
+    tokenizer, special = generator.tokenizer, [("<s>", byte_tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
     end, end_id = tokenizer.eos_token, tokenizer.eos_token_id
     tokenizer.chat_template = TEMPLATE.replace("\n", end)
     prompts, submit = [], Running.submit
