@@ -75,7 +75,7 @@ class _Choice:
         return request.choice(self.index, delta, logprobs, stop_reason)
 
 
-# The choices of a request and their new text. A choice that finishes has `finished` and no new text.
+# Choices and their new text. A choice that finishes has `finished`, and all its text if it is not streamed.
 Events = AsyncGenerator[tuple[_Choice, Delta]]
 
 

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import requests
 import uvicorn
@@ -40,17 +41,12 @@ class Running(Engine):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self):
-        self._succeeded = self.run()
+        self._has_succeeded = ThreadPoolExecutor(1).submit(self.run)
 
     def stop(self):
         """Return whether the engine worked to the end."""
         super().stop()
-        self.thread.join()
-        return self._succeeded
+        return self._has_succeeded.result()
 
 
 class Served:
@@ -61,10 +57,10 @@ class Served:
         self.engine = Running(generator, config, batch_size, self.args.max_waiting)
         app = App(generator, self.engine, config, self.args, "tiny", self.args.host)
         self._server = uvicorn.Server(uvicorn.Config(app, self.args.host, 0, log_config=None))
-        self.thread = threading.Thread(target=self._server.run)
+        self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):
-        self.thread.start()
+        self._thread.start()
         until(lambda: self._server.started)
         self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self.args.key or "none", max_retries=0)
@@ -73,7 +69,7 @@ class Served:
     def __exit__(self, *_):
         self.client.close()
         self._server.should_exit = True
-        self.thread.join()
+        self._thread.join()
         assert self.engine.stop()
 
     @property
