@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first rank ends this one
         follow(generator, config, batch.batch_size)
         return 0
-    engine = Engine(
-        generator.generation_strategy, generator.model, config, batch.batch_size, args.max_waiting
-    )
+    engine = Engine(generator, config, batch.batch_size, args.max_waiting)
     name = args.served_name or _name(model_name(model_args))
     address, port = listener.getsockname()[:2]
     server = uvicorn.Server(

@@ -20,16 +20,12 @@ from serving.protocol import APIError
 _FILES = ("page.css", "page.js", "markdown-it.umd.min.js")
 PAGE_FILES = {"/": "page.html"} | {f"/{name}": name for name in _FILES}
 _PUBLIC_PATHS = (*PAGE_FILES, "/health")  # need no key
-_MAX_REQUEST_ID = 200  # characters of an id that a client may choose
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a name or an address, and a port
 
 
 class AccessMiddleware:
-    """Checks the Host header and the API key, answers errors, and adds x-request-id to each response.
-
-    Args:
-        is_local: only this machine can reach the server.
-        on_error: makes the response to an error.
+    """Checks the API key and, if only this machine can reach the server, the Host header. Answers errors, and
+    adds x-request-id to each response.
     """
 
     def __init__(
@@ -47,9 +43,7 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id")
-        request_id = given if given and len(given) <= _MAX_REQUEST_ID else uuid.uuid4().hex
-
+        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
         has_begun = False
 
         async def send_with_id(message: Message) -> None:
@@ -89,7 +83,7 @@ class AccessMiddleware:
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether this is a loopback IP address, such as 127.0.0.2 or ::1."""
+    """Whether this is a loopback IP address, such as 127.0.0.2 or ::1."""
     try:
         ip = ip_address(address)
     except ValueError:

@@ -10,15 +10,15 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import TemplateError
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,17 +35,9 @@ from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.stopping import decode
 from self_speculation.model.families import context_length
 from serving.access import PAGE_FILES, AccessMiddleware, is_loopback
-from serving.engine import (
-    ClientDisconnected,
-    Engine,
-    Job,
-    QueueFull,
-    RequestAborted,
-    RequestTimeout,
-    ServerShutdown,
-)
+from serving.engine import Engine, Job, QueueFull, RequestAborted, RequestTimeout, ServerShutdown
 from serving.flags import ServeArguments
-from serving.metrics import FinishedRequest, Metrics, metrics, usage
+from serving.metrics import FinishedRequest, Metrics, figures
 from serving.openapi import document
 from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, validation_error
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
@@ -55,14 +47,9 @@ _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_STATUS = {
-    QueueFull: 429, ClientDisconnect: 499, ClientDisconnected: 499, ServerShutdown: 503, RequestTimeout: 504
-}  # fmt: skip
+_STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _SEEDS = 2**63
-
-T = TypeVar("T")
-R = TypeVar("R", bound=BaseRequest)
 
 
 @dataclass
@@ -72,13 +59,13 @@ class _Choice:
     index: int
     job: Job
     logprobs: LogprobCollector | None
-    echo: str = ""  # the prompt, if the answer repeats it
+    echo: str  # the prompt, if the answer repeats it, or else empty
     num_chars: int = 0  # of the text so far
     finished: FinishedRequest | None = None
 
     def as_json(self, request: BaseRequest, delta: Delta) -> dict[str, Any]:
         """Format new text: that of a chunk, or the whole answer."""
-        stop_reason = self.finished.result.stop_reason if self.finished else None
+        stop_reason = self.finished and self.finished.result.stop_reason
         self.num_chars += len(delta.text)
         logprobs = None
         if self.logprobs:
@@ -88,18 +75,12 @@ class _Choice:
         return request.choice(self.index, delta, logprobs, stop_reason)
 
 
-# The choices of a request and their new text. A choice that finishes has `finished` and no new text.
+# Choices and their new text. A choice that finishes has `finished`, and all its text if it is not streamed.
 Events = AsyncGenerator[tuple[_Choice, Delta]]
 
 
 class App(Starlette):
-    """The server of one model.
-
-    Args:
-        config: defaults for what requests leave out.
-        name: the model's name.
-        address: the IP address of the socket.
-    """
+    """The server of one model; `config` has the defaults for what requests leave out."""
 
     def __init__(
         self,
@@ -117,8 +98,6 @@ class App(Starlette):
         access = Middleware(
             AccessMiddleware, args=args, is_local=is_loopback(address), on_error=self._respond_error
         )
-        chat = partial(self._respond, ChatRequest, self._encode_chat)
-        complete = partial(self._respond, CompletionRequest, self._encode_prompts)
         super().__init__(
             routes=[
                 *(Route(path, self._page) for path in PAGE_FILES),
@@ -127,8 +106,8 @@ class App(Starlette):
                 Route("/openapi.json", self._openapi),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
-                Route("/v1/chat/completions", chat, methods=["POST"]),
-                Route("/v1/completions", complete, methods=["POST"]),
+                Route("/v1/chat/completions", partial(self._respond, ChatRequest), methods=["POST"]),
+                Route("/v1/completions", partial(self._respond, CompletionRequest), methods=["POST"]),
             ],
             middleware=[access],
             exception_handlers={HTTPException: self._respond_error},
@@ -144,7 +123,7 @@ class App(Starlette):
         return JSONResponse({"status": "shutting down"}, 503)
 
     async def _exposition(self, _: Request) -> Response:
-        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _openapi(self, _: Request) -> Response:
         return JSONResponse(document(self._args.key is not None))
@@ -167,16 +146,29 @@ class App(Starlette):
         }
 
     async def _respond_error(self, _: Request, exception: Exception) -> Response:
-        error = _api_error(exception)
-        self._metrics.count_error(error.status)
+        error = self._count_error(exception)
         headers = getattr(exception, "headers", None) or _HEADERS.get(error.status)
         return JSONResponse(error.body, error.status, headers)
 
-    def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        self._check(request, len(request.prompt))
-        return [self._encode(prompt, "prompt") for prompt in request.prompt]
+    def _count_error(self, exception: Exception) -> APIError:
+        error = _api_error(exception)
+        self._metrics.count_error(error.status)
+        return error
 
-    def _encode_chat(self, request: ChatRequest) -> list[list[int]]:
+    def _encode_prompts(self, request: CompletionRequest) -> list[tuple[list[int], str]]:
+        """Token ids of each prompt, and its text if the answer repeats it."""
+        self._check(request, len(request.prompt))
+        if request.echo and request.logprobs is not None:
+            raise APIError("echo: cannot be combined with logprobs", param="echo")
+        encoded = []
+        for prompt in request.prompt:
+            ids, echo = self._encode(prompt, "prompt"), ""
+            if request.echo:
+                echo = prompt if isinstance(prompt, str) else decode(self._generator.tokenizer, ids)
+            encoded.append((ids, echo))
+        return encoded
+
+    def _encode_chat(self, request: ChatRequest) -> list[tuple[list[int], str]]:
         self._check(request, 1)
         tokenizer = self._generator.tokenizer
         if not tokenizer.chat_template:
@@ -190,19 +182,16 @@ class App(Starlette):
                 prompt = apply(sanitize_control_tokens=True, return_dict=False)  # ids
         except (TemplateError, TypeError, ValueError) as error:
             raise APIError(f"messages: {error}", param="messages") from error
-        return [self._encode(prompt, "messages", special_tokens=False)]  # the template adds them
+        return [(self._encode(prompt, "messages", special_tokens=False), "")]  # the template adds them
 
     def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
         generator, length = self._generator, f"{len(prompt)} characters"
+        context = context_length(generator.model.config)
         if isinstance(prompt, list) or not generator.is_far_too_long(prompt):
-            try:
-                ids = generator.encode(prompt, special_tokens)
-            except ValueError as error:
-                raise APIError(f"{param}: {error}", param=param) from error
-            if len(ids) < context_length(generator.model.config):
+            ids = generator.encode(prompt, special_tokens)
+            if len(ids) < context:
                 return ids
             length = f"{len(ids)} tokens"
-        context = context_length(generator.model.config)
         message = f"{param}: this model's maximum context length is {context} tokens, the prompt has {length}"
         raise APIError(message, param=param, code="context_length_exceeded")
 
@@ -221,17 +210,11 @@ class App(Starlette):
             message = f"n {request.n}, for {num_prompts} prompts: must be at most {limit} answers together"
             raise APIError(message, param="n")
         size = self._generator.model.config.vocab_size
-        if any(id_ >= size for id_ in request.logit_bias or ()):
+        if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
-    async def _respond(
-        self, kind: type[R], encode: Callable[[R], list[list[int]]], http: Request
-    ) -> Response:
-        """Generate the choices of a request.
-
-        Args:
-            encode: request -> token ids of its prompts.
-        """
+    async def _respond(self, kind: type[ChatRequest] | type[CompletionRequest], http: Request) -> Response:
+        """Generate the choices of a request."""
         body = await _read_body(http, self._args.max_body)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
 
@@ -239,162 +222,136 @@ class App(Starlette):
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
-        def start() -> tuple[R, list[_Choice]]:
+        def start() -> tuple[ChatRequest | CompletionRequest, list[_Choice]]:
             request = kind.model_validate_json(body)
-            return request, self._submit(request, encode(request), emit)
+            return request, self._submit(request, emit)
 
         # In a thread: a long request takes a while to parse, check and tokenize.
         request, choices = await asyncio.to_thread(start)
-        events = self._events(choices, queue, request.stream and request.is_buffered)
-        if request.stream:
-            chunks = self._chunks(request, choices, events)
-            # An error before the first chunk has an HTTP status of its own.
-            return _EventStream(await _unless_disconnected(http, anext(chunks)), chunks)
-        await _unless_disconnected(http, _drain(events))
-        finished = [choice.finished for choice in choices if choice.finished]
-        return JSONResponse(
-            {
-                **request.head(self._name, self._fingerprint),
-                "choices": [
-                    choice.as_json(request, Delta(choice.echo + answer.text))
-                    for choice, answer in zip(choices, finished, strict=True)
-                ],
-                "usage": usage(finished, request.n),
-                "metrics": metrics(finished),
-            }
-        )
-
-    async def _chunks(
-        self, request: BaseRequest, choices: list[_Choice], events: Events
-    ) -> AsyncGenerator[str]:
-        """Format the choices as server-sent events.
-
-        Raises:
-            APIError: generation failed before the first chunk.
-        """
-        head, begun = request.head(self._name, self._fingerprint), set[int]()
-        has_usage = request.stream_options is not None and request.stream_options.include_usage
-
-        def chunk(choices: list[dict[str, Any]], **figures: Any) -> str:
-            figures = {"usage": None, **figures} if has_usage else {}
-            return _server_sent({**head, "choices": choices, **figures})
-
-        async with aclosing(events):
-            try:
-                async for choice, delta in events:
-                    if choice.index not in begun:
-                        begun.add(choice.index)
-                        for first in request.first_chunks(choice.index, choice.echo):
-                            yield chunk([first])
-                    yield chunk([choice.as_json(request, delta)])
-            except APIError as error:
-                if not begun:
-                    raise
-                self._metrics.count_error(error.status)
-                yield _server_sent(error.body)
-                return
-        if has_usage:
-            finished = [choice.finished for choice in choices if choice.finished]
-            yield chunk([], usage=usage(finished, request.n), metrics=metrics(finished))
-        yield "data: [DONE]\n\n"
+        events = self._events(choices, queue)
+        parts = (self._chunks if request.stream else self._whole)(request, choices, events)
+        media_type = "text/event-stream" if request.stream else "application/json"
+        return _AnswerResponse(parts, media_type, [choice.job for choice in choices])
 
     def _submit(
-        self, request: BaseRequest, prompts: list[list[int]], emit: Callable[[int, Any], None]
+        self, request: ChatRequest | CompletionRequest, emit: Callable[[int, Any], None]
     ) -> list[_Choice]:
-        """Submit a job per choice.
-
-        Args:
-            emit: gets the index of a choice, and each `Delta` and the result of its job.
-
-        Raises:
-            RequestAborted: the engine does not take the jobs.
-        """
-        generator, tokenizer = self._generator, self._generator.tokenizer
-        config = request.generation_config(self._config)
-        shared = self_speculation.Request(
-            [],
-            config=config,
-            prediction=request.predicted_text,
-            grammar=request.grammar(tokenizer.chat_template),
-            logit_bias=request.logit_bias or None,
-        )
+        """Submit a job per choice; `emit` gets its index, and each `Delta` and the result of its job."""
+        tokenizer, config = self._generator.tokenizer, request.generation_config(self._config)
+        if isinstance(request, ChatRequest):
+            prompts = self._encode_chat(request)
+        else:
+            prompts = self._encode_prompts(request)
+        grammar = request.grammar(tokenizer.chat_template)
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         choices = []
-        for index, (ids, nth) in enumerate(itertools.product(prompts, range(request.n))):
+        for index, ((ids, echo), nth) in enumerate(itertools.product(prompts, range(request.n))):
             streamer, logprobs, to_queue = None, None, partial(emit, index)
             if request.stream and not request.is_buffered:
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
                 streamer = kind(tokenizer, config.stop_words, ids, to_queue)
             if request.num_top_logprobs is not None:
                 logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
-            own = {"prompt": ids, "seed": (seed + nth) % _SEEDS, "streamer": streamer}
-            prepared = generator.prepare(replace(shared, **own, stopping_criteria=logprobs), config)
-            job = Job(prepared, to_queue, self._args.max_time)
-            echo = request.prompt_to_echo(index)
-            echo = echo if isinstance(echo, str) else decode(tokenizer, echo)
+            own = self_speculation.Request(
+                ids,
+                stopping_criteria=logprobs,
+                streamer=streamer,
+                seed=(seed + nth) % _SEEDS,
+                config=config,
+                logit_bias=request.logit_bias,
+                prediction=request.prediction and request.prediction.content,
+                grammar=grammar,
+            )
+            job = Job(self._generator.prepare(own, config), to_queue, self._args.max_time)
             choices.append(_Choice(index, job, logprobs, echo))
         self._engine.submit([choice.job for choice in choices])
         return choices
 
-    async def _events(
-        self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]], is_buffered: bool
-    ) -> Events:
-        """Yield what the engine emits until all choices finish. Closing the generator cancels the jobs.
-
-        Raises:
-            APIError: a choice failed.
-        """
+    async def _events(self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]) -> Events:
+        """Yield what the engine emits until all choices finish. Raises the error of a choice."""
         unfinished = len(choices)
+        while unfinished:
+            index, event = await queue.get()
+            choice, job = choices[index], choices[index].job
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, GenerationStrategyResult):
+                unfinished -= 1
+                choice.finished = FinishedRequest(event, job.admission_time - job.arrival_time)
+                self._metrics.count(choice.finished)
+                event = Delta("" if job.request.streamer else job.request.finish(event).decoded_prediction)
+            yield choice, event
+
+    async def _whole(
+        self, request: BaseRequest, choices: list[_Choice], events: Events
+    ) -> AsyncGenerator[str]:
+        """Format the choices as one JSON object."""
+        by_index = {
+            choice.index: choice.as_json(request, Delta(choice.echo + delta.text))
+            async for choice, delta in events
+        }
+        head = request.head(self._name, self._fingerprint)
+        whole = [by_index[choice.index] for choice in choices]
+        yield json.dumps({**head, "choices": whole, **_figures(request, choices)})
+
+    async def _chunks(
+        self, request: BaseRequest, choices: list[_Choice], events: Events
+    ) -> AsyncGenerator[str]:
+        """Format the choices as server-sent events. An error after the first one is the last one."""
+        head, begun = request.head(self._name, self._fingerprint), set[int]()
+        has_usage = request.stream_options.include_usage
+
+        def chunk(choices: list[dict[str, Any]], **figures: Any) -> str:
+            figures = {"usage": None, **figures} if has_usage else {}
+            return _server_sent({**head, "choices": choices, **figures})
+
         try:
-            while unfinished:
-                index, event = await queue.get()
-                choice, delta = choices[index], Delta("")
-                if isinstance(event, Exception):
-                    raise _api_error(event)
-                if isinstance(event, GenerationStrategyResult):
-                    unfinished -= 1
-                    choice.finished = self._finish(choice.job, event)
-                    if is_buffered:
-                        delta = Delta(choice.finished.text)
-                else:
-                    delta = event
-                yield choice, delta
-        finally:
-            for choice in choices:
-                choice.job.is_cancelled = True
-
-    def _finish(self, job: Job, result: GenerationStrategyResult) -> FinishedRequest:
-        text = job.request.finish(result).decoded_prediction
-        finished = FinishedRequest(result, text, job.admission_time - job.arrival_time)
-        self._metrics.count(finished)
-        return finished
+            async for choice, delta in events:
+                if choice.index not in begun:
+                    begun.add(choice.index)
+                    if first := request.first_choice(choice.index, choice.echo):
+                        yield chunk([first])
+                yield chunk([choice.as_json(request, delta)])
+        except Exception as exception:
+            if not begun:
+                raise
+            error = self._count_error(exception)
+            yield _server_sent(error.body)
+            return
+        if has_usage:
+            yield chunk([], **_figures(request, choices))
+        yield "data: [DONE]\n\n"
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events; closes their generator when the client disconnects."""
+class _AnswerResponse(StreamingResponse):
+    """Begins with its first part, so that an error before has a status of its own. Its end cancels the jobs,
+    also when the client disconnects.
+    """
 
-    def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
-        async def chunks() -> AsyncGenerator[str]:
-            yield first
-            async for chunk in rest:
-                yield chunk
-
-        super().__init__(chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._rest = rest
+    def __init__(self, parts: AsyncGenerator[str], media_type: str, jobs: Sequence[Job]) -> None:
+        super().__init__(parts, headers={"Cache-Control": "no-cache"}, media_type=media_type)
+        self._parts, self._jobs = parts, jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._rest):
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            for job in self._jobs:
+                job.is_cancelled = True
+
+    async def stream_response(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        has_begun = False
+        async for part in self._parts:
+            if not has_begun:
+                await send(start)
+            has_begun = True
+            await send({"type": "http.response.body", "body": part.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _read_body(http: Request, max_bytes: int) -> bytes:
-    """Read a JSON body.
-
-    Raises:
-        APIError: the body is too large, or has another content type. Pages of other sites cannot send this
-            one.
-        ClientDisconnect: the client has disconnected.
-    """
+    """Read a body of JSON. Pages of other sites cannot send this content type."""
     content_type = http.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
@@ -410,23 +367,8 @@ def _server_sent(content: Any) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-async def _drain(events: Events) -> None:
-    async with aclosing(events):
-        async for _ in events:
-            pass
-
-
-async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await the work, but cancel it and raise ClientDisconnect when the client disconnects."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(http.receive())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
+def _figures(request: BaseRequest, choices: Sequence[_Choice]) -> dict[str, Any]:
+    return figures([choice.finished for choice in choices if choice.finished], request.n)
 
 
 def _api_error(error: Exception) -> APIError:

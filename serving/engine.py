@@ -18,8 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition
 
-from transformers import PreTrainedModel
-
 from self_speculation import (
     GenerationConfig,
     GenerationStrategyResult,
@@ -31,9 +29,7 @@ from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
-# Tokens of a usual prompt.
-_PROMPT = 1024
-
+_PROMPT = 1024  # tokens of a usual one
 _log = logging.getLogger(__name__)
 # The fields of a request that the other ranks need.
 _SHARED = ("prompt", "seed", "config", "logit_bias", "prediction", "grammar")
@@ -61,46 +57,32 @@ class ServerShutdown(RequestAborted):
 
 @dataclass(eq=False)
 class Job:
-    """A request in the engine.
-
-    Args:
-        on_finish: called by the engine's thread, once.
-        timeout: seconds from the job's arrival to its end.
-    """
+    """A request in the engine."""
 
     request: PreparedRequest
-    on_finish: Callable[[GenerationStrategyResult | Exception], None]
-    timeout: float = math.inf
+    on_finish: Callable[[GenerationStrategyResult | Exception], None]  # called by the engine's thread, once
+    timeout: float = math.inf  # seconds from arrival to end
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float = math.nan
     is_cancelled: bool = False  # set by any thread
 
 
 class Engine:
-    """See the module. If several ranks hold one model, the first has the engine and the others `follow` it.
-
-    Args:
-        max_waiting: the most jobs besides the `batch_size` in flight.
-
-    Raises:
-        ValueError: an unsupported model or config.
-    """
+    """See the module. If several ranks hold one model, the first has the engine, and the others `follow`."""
 
     def __init__(
         self,
-        strategy: DecodingStrategy,
-        model: PreTrainedModel,
+        generator: HuggingfaceLlamaGenerator,
         config: GenerationConfig,
         batch_size: int,
         max_waiting: int,
     ) -> None:
-        self._scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size, token_budget(model))
+        self._model, self._scheduler = generator.model, _make_scheduler(generator, config, batch_size)
         # A request that reaches further has its passes captured while others stream.
-        self._scheduler.run_every_pass(min(context_length(model.config), _PROMPT + config.max_steps))
-        self._model = model
+        self._scheduler.run_every_pass(min(context_length(self._model.config), _PROMPT + config.max_steps))
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
-        self._waiting: deque[Job] = deque()
-        self._in_flight: dict[int, Job] = {}  # by the scheduler's key
+        self.waiting: deque[Job] = deque()
+        self.in_flight: dict[int, Job] = {}  # by the scheduler's key
         self._keys = itertools.count()
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
@@ -109,14 +91,6 @@ class Engine:
     @property
     def accepts_jobs(self) -> bool:
         return self._deadline == math.inf
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._in_flight)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of the jobs or none.
@@ -127,9 +101,9 @@ class Engine:
         with self._changed:
             if not self.accepts_jobs:
                 raise ServerShutdown("the server shuts down")
-            if self.num_waiting + self.num_in_flight + len(jobs) > self.max_jobs:
-                raise QueueFull(f"{self.num_waiting} requests wait already: try again later")
-            self._waiting.extend(jobs)
+            if len(self.waiting) + len(self.in_flight) + len(jobs) > self.max_jobs:
+                raise QueueFull(f"{len(self.waiting)} requests wait already: try again later")
+            self.waiting.extend(jobs)
             self._changed.notify()
 
     def shut_down(self, seconds: float) -> None:
@@ -148,40 +122,37 @@ class Engine:
     def run(self) -> bool:
         """Run jobs until `stop` is called; returns whether the engine worked to the end."""
         try:
-            while self._wait_for_jobs():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self.waiting or self.in_flight or self._is_stopped)
+                    if not (self.waiting or self.in_flight):
+                        return True
                 self._step()
-            return True
         except Exception:
             _log.exception("the engine failed")
             return False
         finally:
             with self._changed:
                 self.shut_down(0)
-                unfinished = [*self._in_flight.values(), *self._waiting]
-                self._in_flight.clear()
-                self._waiting.clear()
+                unfinished = [*self.in_flight.values(), *self.waiting]
+                self.in_flight.clear()
+                self.waiting.clear()
             for job in unfinished:
-                _finish(job, ServerShutdown("the server failed"))
+                job.on_finish(ServerShutdown("the server failed"))
             broadcast_from_rank0(self._model, None)
-
-    def _wait_for_jobs(self) -> bool:
-        """Return False if there are no jobs left after `stop`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._in_flight or self._is_stopped)
-            return bool(self._waiting or self._in_flight)
 
     def _step(self) -> None:
         """Abort and admit jobs, run one step of the scheduler, finish jobs."""
-        aborted = {key: error for key, job in self._in_flight.items() if (error := self._abort_error(job))}
+        aborted = {key: error for key, job in self.in_flight.items() if (error := self._abort_error(job))}
         with self._changed:
-            dropped = [(job, error) for job in self._waiting if (error := self._abort_error(job))]
+            dropped = [(job, error) for job in self.waiting if (error := self._abort_error(job))]
             for job, _ in dropped:
-                self._waiting.remove(job)
-            room = min(self._batch_size - self.num_in_flight, self.num_waiting)
-            admitted = {next(self._keys): self._waiting.popleft() for _ in range(room)}
-            self._in_flight |= admitted
+                self.waiting.remove(job)
+            room = min(self._batch_size - len(self.in_flight), len(self.waiting))
+            admitted = {next(self._keys): self.waiting.popleft() for _ in range(room)}
+            self.in_flight |= admitted
         for job, error in dropped:
-            _finish(job, error)
+            job.on_finish(error)
         # One broadcast per step has all that depends on a clock or a client: ranks wait at each broadcast.
         requests = [{name: getattr(job.request, name) for name in _SHARED} for job in admitted.values()]
         broadcast_from_rank0(self._model, ([*aborted], requests))
@@ -194,7 +165,7 @@ class Engine:
         except Exception:  # it is also the result of each sequence in the batch
             _log.exception("a step of %d sequences failed", len(self._scheduler.batch))
         for key, result in self._scheduler.pop_finished():
-            _finish(self._in_flight.pop(key), aborted.get(key, result))
+            self.in_flight.pop(key).on_finish(aborted.get(key, result))
 
     def _abort_error(self, job: Job) -> RequestAborted | None:
         now = time.perf_counter()
@@ -205,25 +176,10 @@ class Engine:
         return ServerShutdown("the server shuts down") if now > self._deadline else None
 
 
-def token_budget(model: PreTrainedModel) -> int:
-    """Tokens of a step: a chunk of a prompt must not hold up streams for much longer than a round."""
-    return 64 if model.device.type == "cpu" else 512
-
-
-def _finish(job: Job, result: GenerationStrategyResult | Exception) -> None:
-    try:
-        job.on_finish(result)
-    except Exception:
-        _log.exception("a result could not be delivered")
-
-
 def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch_size: int) -> None:
     """Repeat the steps of the first rank's engine until it stops."""
-    model, strategy = generator.model, generator.generation_strategy
-    assert isinstance(strategy, DecodingStrategy)
-    scheduler: Scheduler[int] = Scheduler(strategy, model, config, batch_size, token_budget(model))
-    keys = itertools.count()
-    while (message := broadcast_from_rank0(model, None)) is not None:
+    scheduler, keys = _make_scheduler(generator, config, batch_size), itertools.count()
+    while (message := broadcast_from_rank0(generator.model, None)) is not None:
         aborted, requests = message
         scheduler.cancel(aborted)
         for fields in requests:
@@ -231,3 +187,13 @@ def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch
         with suppress(Exception):  # the first rank reports it
             scheduler.step()
         scheduler.pop_finished()
+
+
+def _make_scheduler(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch_size: int
+) -> Scheduler[int]:
+    strategy, model = generator.generation_strategy, generator.model
+    assert isinstance(strategy, DecodingStrategy)
+    # A chunk of a prompt must not hold up streams for much longer than a round.
+    token_budget = 64 if model.device.type == "cpu" else 512
+    return Scheduler(strategy, model, config, batch_size, token_budget)

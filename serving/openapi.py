@@ -11,11 +11,7 @@ from serving.protocol import ChatRequest, CompletionRequest
 
 
 def document(has_key: bool) -> dict[str, Any]:
-    """OpenAPI 3.1.
-
-    Args:
-        has_key: clients must send the API key.
-    """
+    """OpenAPI 3.1; with `has_key`, clients must send the API key."""
     kinds = (ChatRequest, CompletionRequest)
     template = "#/components/schemas/{model}"
     _, models = models_json_schema([(kind, "validation") for kind in kinds], ref_template=template)

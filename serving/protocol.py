@@ -5,12 +5,11 @@ A field that the server cannot honour is an error that names it. Knows nothing o
 
 from __future__ import annotations
 
-import json
 import reprlib
 import time
 import uuid
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -18,6 +17,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Json,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -29,7 +30,7 @@ from pydantic import (
 from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from serving.streaming import Delta, Token, TokenLogprob
-from serving.tools import ToolCall, call_grammar, find_calls, known_format
+from serving.tools import call_grammar, find_calls, known_format
 
 # Fields that the server cannot honour -> values that ask for nothing. Null always asks for nothing.
 _NEUTRAL: dict[str, list[Any]] = {
@@ -41,27 +42,19 @@ _NEUTRAL: dict[str, list[Any]] = {
 # Fields that do not change the text of an answer.
 _IGNORED = {
     "cache_control", "index", "metadata", "name", "prompt_cache_key", "reasoning_effort", "safety_identifier",
-    "service_tier", "store", "user", "verbosity",
-}  # fmt: skip
-_SAME_IN_CONFIG = {
-    "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
+    "service_tier", "store", "strict", "user", "verbosity",
 }  # fmt: skip
 _FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "context": "length"}
-_MIN_LOGPROB = -9999.0  # JSON has no infinity
+# Fields that have no effect unless another one is true.
+_NEEDED = {"stream_options": "stream", "stream_drafts": "stream", "top_logprobs": "logprobs"}
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
 # first fault.
 _MAX_ITEMS = 2048  # messages of a chat, parts of a message, prompts
 _MAX_FIELDS = 100  # of an object
-_short = reprlib.Repr()  # of values in error messages
-_short.maxstring = 60
 
 
 class APIError(Exception):
-    """An error as a client sees it.
-
-    Args:
-        param: the request's field that is at fault.
-    """
+    """An error as a client sees it; `param` is the field at fault."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -77,21 +70,17 @@ def validation_error(error: ValidationError) -> APIError:
     """Turn pydantic's first error into an API error."""
     first = error.errors(include_url=False)[0]
     param = ".".join(map(str, first["loc"]))[:100]
-    if first["type"] == "model_type" and not param:
-        return APIError("the body must be a JSON object")
+    value = "" if first["type"] in ("missing", "json_invalid") else f" {reprlib.repr(first['input']):.60}"
+    message = f"{param or 'the body'}{value}: {first['msg'].removeprefix('Value error, ')}"
     if first["type"] == "extra_forbidden":
-        is_known = first["loc"][-1] in _NEUTRAL
-        message = f"{param}: {'this server cannot honour it' if is_known else 'no such field'}, leave it out"
-    else:
-        value = "" if first["type"] in ("missing", "json_invalid") else f" {_short.repr(first['input']):.60}"
-        message = f"{param or 'the body'}{value}: {first['msg'].removeprefix('Value error, ')}"
+        message = f"{param}: this server cannot honour this field, leave it out"
     return APIError(message, param=param or None)
 
 
-class _Strict(BaseModel):
+class _Strict(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     """Allows its own fields, and other fields with neutral values."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": {"type": "null"}})
 
     @model_validator(mode="before")
     @classmethod
@@ -116,20 +105,19 @@ class _TextPart(_Strict):
     text: str
 
 
-def _as_parts(given: Any) -> Any:
-    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+_parts = TypeAdapter(Annotated[list[_TextPart], Field(max_length=_MAX_ITEMS, fail_fast=True)])
 
 
-_Parts = Annotated[
-    list[_TextPart],
-    Field(max_length=_MAX_ITEMS, fail_fast=True),
-    BeforeValidator(_as_parts, json_schema_input_type=str | list[_TextPart]),
-]
+def _joined(given: Any) -> str:
+    return given if isinstance(given, str) else "\n".join(part.text for part in _parts.validate_python(given))
+
+
+_Text = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[_TextPart])]
 
 
 class _Called(_Strict):
     name: str
-    arguments: str  # JSON
+    arguments: Json[Any]
 
 
 class _ToolCall(_Strict):
@@ -137,20 +125,11 @@ class _ToolCall(_Strict):
     type: Literal["function"] = "function"
     function: _Called
 
-    @property
-    def for_template(self) -> dict[str, Any]:
-        try:
-            arguments = json.loads(self.function.arguments)
-        except (ValueError, RecursionError):
-            arguments = self.function.arguments
-        return {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
-
 
 class _Function(_Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
 class _Tool(_Strict):
@@ -160,15 +139,14 @@ class _Tool(_Strict):
 
 class _JSONSchema(_Strict):
     json_schema: dict[str, Any] = Field(alias="schema")
-    name: str | None = None
     description: str | None = None
-    strict: bool | None = None
 
 
 class _ResponseFormat(_Strict):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: _JSONSchema | None = None
-    object_schema: dict[str, Any] | None = Field(None, alias="schema")  # of json_object, as in llama.cpp
+    # Of json_object, as in llama.cpp.
+    object_schema: dict[str, Any] | None = Field(default=None, alias="schema")
 
     @model_validator(mode="after")
     def _check_schema(self) -> _ResponseFormat:
@@ -188,12 +166,12 @@ class _ResponseFormat(_Strict):
 
 class _Prediction(_Strict):
     type: Literal["content"]
-    content: _Parts
+    content: _Text
 
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Parts
+    content: _Text
     tool_calls: list[_ToolCall] = Field([], max_length=_MAX_ITEMS)
     tool_call_id: str | None = None
 
@@ -201,16 +179,13 @@ class _Message(_Strict):
     @classmethod
     def _allow_no_content(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("role") == "assistant" and given.get("content") is None:
-            return {**given, "content": []}
+            return {**given, "content": ""}
         return given
 
     @property
     def for_template(self) -> dict[str, Any]:
         role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": "\n".join(part.text for part in self.content)}
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template for call in self.tool_calls]
-        return message
+        return {**self.model_dump(exclude_defaults=True), "role": role}
 
 
 def _as_list(given: Any) -> Any:
@@ -241,22 +216,23 @@ class BaseRequest(_Strict, ABC):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[_Id, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    response_format: _ResponseFormat | None = None
+    logit_bias: dict[_Id, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    response_format: _ResponseFormat = _ResponseFormat()
     prediction: _Prediction | None = None
     stop: _Words | None = None
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
-    stream_options: _StreamOptions | None = None
+    stream_options: _StreamOptions = _StreamOptions()
     drafts: bool = True
     stream_drafts: bool = False
 
-    @field_validator("stream_options", "stream_drafts")
+    @field_validator(*_NEEDED, check_fields=False)
     @classmethod
-    def _check_stream(cls, given: Any, info: ValidationInfo) -> Any:
-        if given not in (False, _StreamOptions()) and not info.data.get("stream"):
-            raise ValueError("is for stream true")
+    def _check_needed(cls, given: Any, info: ValidationInfo) -> Any:
+        needed = _NEEDED[str(info.field_name)]
+        if given not in (0, _StreamOptions()) and not info.data.get(needed):
+            raise ValueError(f"is for {needed} true")
         return given
 
     @property
@@ -265,28 +241,19 @@ class BaseRequest(_Strict, ABC):
 
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
         """Replace what the request sets."""
-        fields = {
-            **self.model_dump(include=_SAME_IN_CONFIG),
+        given = {
+            **self.model_dump(include={field.name for field in fields(default)}),
             "max_steps": self.max_new_tokens,
             "sample": None if self.temperature is None else self.temperature > 0,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "stop_words": self.stop,
         }
-        config = replace(default, **{name: value for name, value in fields.items() if value is not None})
+        config = replace(default, **{name: value for name, value in given.items() if value is not None})
         return config if self.drafts else replace(config, generation_strategy="autoregressive", exit_layer=-1)
 
-    @property
-    def predicted_text(self) -> str | None:
-        return None if self.prediction is None else "".join(part.text for part in self.prediction.content)
-
     def grammar(self, chat_template: str | None) -> Grammar | None:  # noqa: ARG002
-        """The language of the answer.
-
-        Raises:
-            APIError: the model cannot be asked for it.
-            GrammarError: a schema is invalid.
-        """
-        return None if self.response_format is None else self.response_format.grammar
+        """The language of the answer. Raises GrammarError for an invalid schema."""
+        return self.response_format.grammar
 
     @property
     def is_buffered(self) -> bool:
@@ -309,42 +276,34 @@ class BaseRequest(_Strict, ABC):
             "system_fingerprint": fingerprint,
         }
 
-    def prompt_to_echo(self, index: int) -> str | list[int]:  # noqa: ARG002
-        """The prompt that a choice repeats before its answer."""
-        return ""
-
-    def first_chunks(self, index: int, echo: str) -> list[dict[str, Any]]:
-        """The chunks of a choice before those with its text.
-
-        Args:
-            echo: the text that precedes the answer, if any.
-        """
-        return [self.choice(index, Delta(echo), None, None)] if echo else []
+    def first_choice(self, index: int, echo: str) -> dict[str, Any] | None:
+        """The choice before those with new text, if any; `echo` is the text that precedes the answer."""
+        return self.choice(index, Delta(echo)) if echo else None
 
     def choice(
-        self, index: int, delta: Delta, logprobs: list[TokenLogprob] | None, stop_reason: str | None
+        self,
+        index: int,
+        delta: Delta,
+        logprobs: list[TokenLogprob] | None = None,
+        stop_reason: str | None = None,
     ) -> dict[str, Any]:
         """A choice of a chunk if the request streams, or else a whole choice."""
+        finish_reason = stop_reason and _FINISH_REASONS[stop_reason]
         choice = {
             "index": index,
-            **self._content(delta.text),
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
-            "finish_reason": self._finish_reason(delta.text, stop_reason),
+            "finish_reason": finish_reason,
+            **self._content(delta.text, finish_reason),
         }
         if self.stream_drafts:
             choice["draft"] = {"accepted": delta.accepted, "pending": delta.pending}
         return choice
 
-    def _finish_reason(self, text: str, stop_reason: str | None) -> str | None:  # noqa: ARG002
-        return _FINISH_REASONS[stop_reason] if stop_reason else None
+    @abstractmethod
+    def _content(self, text: str, finish_reason: str | None) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _content(self, text: str) -> dict[str, Any]:
-        pass
-
-    @abstractmethod
-    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
-        pass
+    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]: ...
 
 
 class ChatRequest(BaseRequest):
@@ -355,24 +314,13 @@ class ChatRequest(BaseRequest):
 
     messages: list[_Message] = Field(min_length=1, max_length=_MAX_ITEMS, fail_fast=True)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[_Tool] = Field([], max_length=128)
     tool_choice: Literal["none", "auto", "required"] | _Tool = "auto"
 
-    @field_validator("top_logprobs")
-    @classmethod
-    def _check_logprobs(cls, given: int | None, info: ValidationInfo) -> int | None:
-        if given and not info.data.get("logprobs"):
-            raise ValueError("is for logprobs true")
-        return given
-
     @property
     def num_top_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def first_chunks(self, index: int, echo: str) -> list[dict[str, Any]]:  # noqa: ARG002
-        chunk = self.choice(index, Delta(""), None, None)
-        return [{**chunk, "delta": {"role": "assistant", "content": ""}}]
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def is_buffered(self) -> bool:
@@ -396,36 +344,32 @@ class ChatRequest(BaseRequest):
         assert chat_template is not None
         return call_grammar(tools, chat_template, name)
 
-    def _finish_reason(self, text: str, stop_reason: str | None) -> str | None:
-        reason = super()._finish_reason(text, stop_reason)
-        return "tool_calls" if reason == "stop" and self._calls(text) else reason
+    def first_choice(self, index: int, echo: str) -> dict[str, Any]:  # noqa: ARG002
+        return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
-    def _calls(self, text: str) -> list[ToolCall]:
-        return find_calls(text, self.tools_for_template) if self.is_buffered and text else []
-
-    def _content(self, text: str) -> dict[str, Any]:
-        content: dict[str, Any] = {"content": text}
-        if calls := self._calls(text):
-            content = {"content": None, "tool_calls": [_call(call) for call in calls]}
+    def _content(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        message, tools = dict[str, Any](content=text), self.tools_for_template
+        if functions := find_calls(text, tools) if tools else []:
+            calls = [
+                {"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+                for i, function in enumerate(functions)
+            ]
+            message = {"content": None, "tool_calls": calls}
+            finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
         if self.stream:
-            for index, call in enumerate(content.get("tool_calls", [])):
-                call["index"] = index
-            return {"delta": content}
-        return {"message": {"role": "assistant", **content, "refusal": None}}
+            return {"delta": message, "finish_reason": finish_reason}
+        message = {"role": "assistant", **message, "refusal": None}
+        return {"message": message, "finish_reason": finish_reason}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         def entry(token: Token, logprob: float) -> dict[str, Any]:
-            return {"token": token.text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(token.bytes)}
+            return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
 
         content = [
             {**entry(token.token, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call._asdict()}
 
 
 def _as_prompts(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -456,31 +400,20 @@ class CompletionRequest(BaseRequest):
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
 
-    @field_validator("echo")
-    @classmethod
-    def _check_echo(cls, given: bool, info: ValidationInfo) -> bool:
-        if given and info.data.get("logprobs") is not None:
-            raise ValueError("cannot be combined with logprobs")
-        return given
-
     @property
     def num_top_logprobs(self) -> int | None:
         return self.logprobs
 
-    def prompt_to_echo(self, index: int) -> str | list[int]:
-        return self.prompt[index // self.n] if self.echo else ""
-
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, text: str, finish_reason: str | None) -> dict[str, Any]:  # noqa: ARG002
         return {"text": text}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         return {
             "tokens": [token.token.text for token in tokens],
-            "token_logprobs": [max(token.logprob, _MIN_LOGPROB) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
             # If tokens have the same text, such as parts of characters, the most likely one stays.
             "top_logprobs": [
-                {other.text: max(value, _MIN_LOGPROB) for other, value in reversed(token.top)}
-                for token in tokens
+                {other.text: logprob for other, logprob in reversed(token.top)} for token in tokens
             ],
             "text_offset": [token.offset for token in tokens],
         }

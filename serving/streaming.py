@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import io
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from self_speculation.speculative_streamer import Cell
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # of byte-level vocabularies
+_MIN_LOGPROB = -9999.0  # JSON has no infinity
 _CONTEXT = 8  # tokens that are decoded before a token, because its text depends on them
 
 
@@ -83,9 +83,6 @@ class LogprobCollector:
 
     It sees the target's logits after logits processors, before temperature and top-p. It does not see an end
     id or the last token of a stop word: they are not part of the answer.
-
-    Args:
-        num_top: number of the most likely tokens to record.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_top: int) -> None:
@@ -93,13 +90,13 @@ class LogprobCollector:
         self._added_ids = tokenizer.added_tokens_decoder.keys()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel(" in repr(getattr(backend, "decoder", None))
-        self._tokens: deque[TokenLogprob] = deque()
+        self._tokens: list[TokenLogprob] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_chars = 0  # complete ones
 
     def __call__(self, history: Tensor, scores: Tensor, **_: object) -> bool:
         *before, id_ = history[0, -_CONTEXT:].tolist()
-        logprobs = scores[0].float().log_softmax(-1)
+        logprobs = scores[0].float().log_softmax(-1).clamp(min=_MIN_LOGPROB)
         highest = logprobs.topk(min(self._num_top, len(logprobs)))
         prefix = decode(self._tokenizer, before)
 
@@ -124,7 +121,6 @@ class LogprobCollector:
 
     def take(self, num_chars: float) -> list[TokenLogprob]:
         """Remove and return the tokens that begin in the first characters of the answer."""
-        taken = []
-        while self._tokens and self._tokens[0].offset < num_chars:
-            taken.append(self._tokens.popleft())
+        taken = [token for token in self._tokens if token.offset < num_chars]
+        del self._tokens[: len(taken)]
         return taken

@@ -9,18 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from self_speculation.decoding.grammar import Grammar, schema_text
 
 Format = Literal["tags", "object"]
 
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-
-
-class ToolCall(NamedTuple):
-    name: str
-    arguments: str  # JSON
 
 
 def known_format(chat_template: str | None) -> Format | None:
@@ -31,11 +26,10 @@ def known_format(chat_template: str | None) -> Format | None:
 
 
 def call_grammar(tools: Sequence[Mapping[str, Any]], chat_template: str, name: str | None = None) -> Grammar:
-    """The language of one call of one of these functions.
+    """The language of one call of the function of this name; None: of any of them.
 
     Args:
         tools: each with `function`: its `name`, and `parameters`, a JSON schema.
-        name: the function to call; None: any.
     """
     functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
     is_tagged = known_format(chat_template) == "tags"
@@ -59,8 +53,10 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], chat_template: str, name: s
     return Grammar.lark(f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema_text(schema)}')
 
 
-def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
-    """The calls of these functions in an answer; empty if it has none, or something that is no call."""
+def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The calls of these functions in an answer: `name`, and `arguments` as JSON. Empty if it has none, or
+    something that is no call.
+    """
     names = [tool["function"]["name"] for tool in tools]
     calls = []
     for part in _TAGGED.findall(text) or [text]:
@@ -70,5 +66,6 @@ def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
             return []
         if not isinstance(call, dict) or call.get("name") not in names:
             return []
-        calls.append(ToolCall(call["name"], json.dumps(call.get("arguments", call.get("parameters", {})))))
+        arguments = call.get("arguments", call.get("parameters", {}))
+        calls.append({"name": call["name"], "arguments": json.dumps(arguments)})
     return calls

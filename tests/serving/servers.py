@@ -8,7 +8,9 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import requests
 import uvicorn
 from openai import OpenAI
 
@@ -39,39 +41,28 @@ class Running(Engine):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self):
-        self._succeeded = self.run()
+        self._has_succeeded = ThreadPoolExecutor(1).submit(self.run)
 
     def stop(self):
         """Return whether the engine worked to the end."""
         super().stop()
-        self._thread.join()
-        return self._succeeded
+        return self._has_succeeded.result()
 
 
 class Served:
     """A server with its engine and client."""
 
     def __init__(self, generator, config=GREEDY, batch_size=4, **args):
-        self.generator, self.config = generator, config
-        self.args = ServeArguments(**{"port": 0, **args})
-        self.engine = Running(
-            generator.generation_strategy, generator.model, config, batch_size, self.args.max_waiting
-        )
+        self.generator, self.config, self.args = generator, config, ServeArguments(**args)
+        self.engine = Running(generator, config, batch_size, self.args.max_waiting)
         app = App(generator, self.engine, config, self.args, "tiny", self.args.host)
         self._server = uvicorn.Server(uvicorn.Config(app, self.args.host, 0, log_config=None))
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):
         self._thread.start()
-        while not self._server.started:
-            self._thread.join(0.01)
-        host = f"[{self.args.host}]" if ":" in self.args.host else self.args.host
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://{host}:{self.port}"
+        until(lambda: self._server.started)
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self.args.key or "none", max_retries=0)
         return self
 
@@ -83,15 +74,31 @@ class Served:
 
     @property
     def num_jobs(self):
-        return self.engine.num_in_flight + self.engine.num_waiting
+        return len(self.engine.in_flight) + len(self.engine.waiting)
 
-    def expected(self, prompt, **changes):
+    def expected(self, prompt, max_steps):
         """The text of autoregressive decoding, greedy and alone."""
-        config = GenerationConfig(**{"sample": False, "max_steps": self.config.max_steps, **changes})
-        alone = HuggingfaceLlamaGenerator(
-            self.generator.tokenizer, self.generator.model, make_strategy("autoregressive")
-        )
+        config, plain = GenerationConfig(sample=False, max_steps=max_steps), make_strategy("autoregressive")
+        alone = HuggingfaceLlamaGenerator(self.generator.tokenizer, self.generator.model, plain)
         return alone.generate(prompt, config).decoded_prediction
+
+
+def post(served, path="completions", **request):
+    return requests.post(f"{served.url}/v1/{path}", json=request, timeout=60)
+
+
+def refused(served, path="completions", **request):
+    """The message of an error 400."""
+    response = post(served, path, **request)
+    assert response.status_code == 400
+    return response.json()["error"]["message"]
+
+
+def chunks(response):
+    """The objects of a stream."""
+    *chunks, last = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert last == "[DONE]", last
+    return [json.loads(chunk) for chunk in chunks]
 
 
 def until(condition):
@@ -120,11 +127,9 @@ def held(engine, num_steps=0):
     left = iter(range(num_steps))
 
     def wait():
-        if next(left, None) is not None:
-            step()
-            return
-        at_rest.set()
-        go_on.wait()
+        if next(left, None) is None:
+            at_rest.set()
+            go_on.wait()
         step()
 
     engine._scheduler.step = wait

@@ -23,25 +23,21 @@ def test_a_loopback_address_rejects_other_names(address):
     """Another site can point its name here. Guards against a check at 127.0.0.1 alone, and against a check
     that rejects the server's own address.
     """
-    own = ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.9.9.9", "[::1]", "[::1]:8000", address]
+    own = ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.9.9.9", "[::1]", "[::1]:8000"]
     others = ["elsewhere:8000", "10.0.0.1", "localhost.elsewhere", "127.0.0.1.elsewhere", "", "[::2]"]
     others += ["127.0.0.1:8000/health?", "localhost:x", "localhost/", "a@localhost"]
-    for name in own:
-        assert status(address, host=f"[{name}]".encode() if name == "::1" else name.encode()) is None, name
-    for name in others:
-        assert status(address, host=name.encode()) == 400, name
-        assert status("0.0.0.0", host=name.encode()) is None, name
+    assert {status(address, host=name.encode()) for name in own} == {None}
+    assert {status(address, host=name.encode()) for name in others} == {400}
+    assert {status("0.0.0.0", host=name.encode()) for name in others} == {None}
 
 
-def test_no_host_header_bypasses_the_key():
-    """Guards against a check of the URL's path, which Starlette before 1.0.1 makes from the Host header."""
+def test_only_the_key_opens_a_server():
+    """Guards against a check of the URL's path, which Starlette before 1.0.1 makes from the Host header, and
+    against non-ASCII characters, which HTTP decodes otherwise.
+    """
     for host in (b"127.0.0.1:8000/health?", b"localhost/health#", b"127.0.0.1/?", b"x/health?"):
         assert status("0.0.0.0", "sesame", host=host) == 401
     assert status("0.0.0.0", "sesame", "/health", host=b"x") is None
-
-
-def test_a_key_is_compared_byte_for_byte():
-    """Guards against non-ASCII characters, which HTTP decodes otherwise."""
     for key, expected in ((b"s\xc3\xa9same\xff", None), (b"s\xe9same\xff", 401), (b"", 401)):
         for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
             assert status("0.0.0.0", "sésame\udcff", authorization=scheme + key) == expected

@@ -18,22 +18,24 @@ from servers import raw_request
 import serve
 from self_speculation.model.loading import default_model
 
-DRAFTS = ["--generation_strategy", "self_speculative", "--exit_layer", "3", "--num_speculations", "3"]
+FLAGS = [
+    "--generation_strategy", "self_speculative", "--exit_layer", "3", "--num_speculations", "3",
+    "--batch_size", "4",
+]  # fmt: skip
 
 
 @contextlib.contextmanager
 def serving(*args, port=0, env=None):
     """Run the script; yields its process, the model's name and the URL."""
     with tempfile.TemporaryFile() as stderr:
-        flags = [*DRAFTS, "--batch_size", 4, "--port", port, *args]
+        flags = [*FLAGS, "--port", port, *args]
         script = forks.Fork(ROOT / "serve.py", *flags, stderr=stderr.fileno(), env=env)
         try:
             while not (found := re.search(r"serving (\S+) at (http://\S+)\n", forks.read(stderr))):
                 assert script.poll() is None, forks.read(stderr)
                 time.sleep(0.01)
             yield script, found[1], found[2]
-            errors = forks.read(stderr)
-            assert "Traceback" not in errors, errors
+            assert "Traceback" not in forks.read(stderr), forks.read(stderr)
         finally:
             script.end()
 
@@ -48,8 +50,7 @@ def test_a_server_from_its_start_to_its_end():
         request = {"model": name, "prompt": "def parse_header(line):", "temperature": 0, "max_tokens": 100}
         whole = client.completions.create(**request).choices[0]
         with raw_request(url, {"prompt": "def", "max_tokens": 9}) as connection:
-            answer = b"".join(iter(lambda: connection.recv(4096), b""))
-        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
         assert requests.get(f"{url}/health").json() == {"status": "ok"}
         stream = client.completions.create(**request, stream=True)
         text = next(stream).choices[0].text
@@ -81,21 +82,19 @@ def test_one_model_on_two_ranks(model_folder):
     with serving(*flags) as (_, _, url):
         alone = requests.post(f"{url}/v1/completions", json=request).json()
     first, second = forks.environments(2)
-    other = forks.Fork(
-        ROOT / "serve.py", *DRAFTS, "--batch_size", 4, *flags, "--parallel", "tensor", env=second
-    )
-    try:
-        with serving(*flags, "--parallel", "tensor", env=first) as (script, _, url):
-            endless = {**request, "max_tokens": 200, "stream": True}
-            with requests.post(f"{url}/v1/completions", json=endless, stream=True) as left:
-                next(left.iter_lines())
-            together = requests.post(f"{url}/v1/completions", json=request).json()
-            assert together["choices"] == alone["choices"]
-            other.send_signal(signal.SIGTERM)
-            script.send_signal(signal.SIGTERM)
-            assert (script.wait(), other.wait()) == (0, 0)
-    finally:
-        other.end()
+    flags += ["--parallel", "tensor"]
+    other = forks.Fork(ROOT / "serve.py", *FLAGS, *flags, env=second)
+    with contextlib.ExitStack() as stack:
+        stack.callback(other.end)
+        script, _, url = stack.enter_context(serving(*flags, env=first))
+        endless = {**request, "max_tokens": 200, "stream": True}
+        with requests.post(f"{url}/v1/completions", json=endless, stream=True) as left:
+            next(left.iter_lines())
+        together = requests.post(f"{url}/v1/completions", json=request).json()
+        assert together["choices"] == alone["choices"]
+        other.send_signal(signal.SIGTERM)
+        script.send_signal(signal.SIGTERM)
+        assert (script.wait(), other.wait()) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -106,26 +105,21 @@ def test_one_model_on_two_ranks(model_folder):
         (["--max_waiting", "-1"], "--max_waiting -1: must be at least 0"),
         (["--shutdown_time", "inf"], "--shutdown_time inf: must be 0 or more"),
         (["--api_key", ""], "--api_key '': must not be empty"),
-        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--num_speculations", "3"], "--num_speculations 3: autoregressive decoding drafts nothing"),
+        (["--port", "TAKEN"], "--host 127.0.0.1 --port TAKEN: Address already in use"),
     ],
 )
 def test_bad_usage(flags, says, capsys, monkeypatch):
     """Guards against a model that is loaded before flags are checked."""
     monkeypatch.setattr("runs.startup.load_generator", None)
-    with pytest.raises(SystemExit) as end:
-        serve.main(flags)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = str(server.getsockname()[1])
+        with pytest.raises(SystemExit) as end:
+            serve.main([flag.replace("TAKEN", taken) for flag in flags])
     errors = capsys.readouterr().err
     assert end.value.code == 2
     assert errors.count("\n") == 1
-    assert f"error: {says}" in errors
-
-
-def test_a_taken_port_is_an_error_before_a_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("runs.startup.load_generator", None)
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit, match="2"):
-        serve.main(["--port", str(taken.getsockname()[1])])
-    assert "Address already in use" in capsys.readouterr().err
+    assert f"error: {says.replace('TAKEN', taken)}" in errors
 
 
 @pytest.mark.slow
@@ -136,14 +130,10 @@ def test_lm_eval_is_a_client():
     from lm_eval.tasks import TaskManager
 
     with serving() as (_, name, url):
+        server = {"model": name, "base_url": f"{url}/v1/completions", "tokenizer": default_model()}
         scored = lm_eval.simple_evaluate(
             model="local-completions",
-            model_args={
-                "model": name,
-                "base_url": f"{url}/v1/completions",
-                "tokenizer": default_model(),
-                "num_concurrent": 4,
-            },
+            model_args={**server, "num_concurrent": 4},
             tasks=["python_functions"],
             limit=6,
             task_manager=TaskManager(include_path=str(ROOT / "eval_tasks"), include_defaults=False),

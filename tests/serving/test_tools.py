@@ -7,40 +7,23 @@ import pytest
 
 import self_speculation
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
-from serving.tools import ToolCall, call_grammar, find_calls, known_format
+from serving.tools import call_grammar, find_calls, known_format
 
 TAGS, OBJECT = "{% if tools %}<tool_call>{% endif %}", '{% if tools %}{"name": , "parameters": }{% endif %}'
-WEATHER = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string", "maxLength": 6},
-        "days": {"type": "integer", "maximum": 9, "minimum": 0},
-    },
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
+
+
+def tool(name, defs=None, **properties):
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    schema |= {"additionalProperties": False, "$defs": defs or {}}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+PLACE = {"$ref": "#/$defs/Place"}
 TOOLS = [
-    {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
-    {
-        "type": "function",
-        "function": {"name": "stop", "parameters": {"type": "object", "additionalProperties": False}},
-    },
-    *(
-        {
-            "type": "function",
-            "function": {
-                "name": name,
-                "parameters": {
-                    "type": "object",
-                    "properties": {"place": {"$ref": "#/$defs/Place"}},
-                    "required": ["place"],
-                    "additionalProperties": False,
-                    "$defs": {"Place": {"enum": [f"{name}1", f"{name}2", None]}},
-                },
-            },
-        }
-        for name in ("north", "south")
-    ),
+    tool("weather", city={"type": "string", "maxLength": 6}, days={"type": "integer", "maximum": 9}),
+    tool("stop"),
+    tool("north", {"Place": {"enum": ["north1", "north2", None]}}, place=PLACE),
+    tool("south", {"Place": {"enum": ["south1", "south2", None]}}, place=PLACE),
 ]
 
 
@@ -55,24 +38,20 @@ def test_the_template_tells_the_format():
 def test_a_guided_answer_is_a_call(template, name):
     """Guards against references in the parameters of one function that lead to those of another."""
     model, tokenizer = self_speculation.load_model_and_tokenizer(self_speculation.default_model())
-    strategy = make_strategy("self_speculative")
-    generator = HuggingfaceLlamaGenerator(tokenizer, model, strategy)
+    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("self_speculative"))
     config = GenerationConfig(sample=False, max_steps=200, exit_layer=3, num_speculations=4)
-    requests = [Request("call = ", grammar=call_grammar(TOOLS, template, name))]
-    ((_, result),) = generator.generate_batch(requests, config)
+    result = generator.generate(Request("call = ", grammar=call_grammar(TOOLS, template, name)), config)
     (call,) = find_calls(result.decoded_prediction, TOOLS)
-    assert name in (None, call.name)
-    schema = next(tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == call.name)
-    jsonschema.validate(json.loads(call.arguments), schema)
+    assert name in (None, call["name"])
+    [schema] = [t["function"]["parameters"] for t in TOOLS if t["function"]["name"] == call["name"]]
+    jsonschema.validate(json.loads(call["arguments"]), schema)
 
 
 def test_calls_are_found():
     call = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}'
-    expected = ToolCall("weather", '{"city": "Rome", "days": 2}')
+    expected = {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}
     assert find_calls(f"<tool_call>\n{call}\n</tool_call>", TOOLS) == [expected]
-    assert (
-        find_calls(f"<tool_call>{call}</tool_call>\n<tool_call>{call}</tool_call>", TOOLS) == [expected] * 2
-    )
+    assert find_calls(f"<tool_call>{call}</tool_call>" * 2, TOOLS) == [expected] * 2
     assert find_calls(call.replace("arguments", "parameters"), TOOLS) == [expected]
     others = ["It is sunny.", "{}", "[1]", "[" * 9999, '{"name": "unknown"}', '{"name": []}']
     for text in (*others, "<tool_call>{</tool_call>"):
