@@ -67,9 +67,10 @@ def make_runner(
     model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1, num_rows: int = 1
 ) -> ModelRunner:
     """The runner of one batch, see `ModelRunner`; its decoding passes have up to `max_width` tokens a row."""
-    if not is_captured(model):
-        return TracedRunner(model, prompt_length, num_positions, num_rows)
-    return CapturedRunner(model, prompt_length, num_positions, max_width, num_rows)
+    if is_captured(model):
+        return CapturedRunner(model, prompt_length, num_positions, max_width, num_rows)
+    runner = TracedRunner if model.device.type == "cpu" else ModelRunner
+    return runner(model, prompt_length, num_positions, num_rows)
 
 
 class CapturedRunner(ModelRunner):
@@ -90,7 +91,7 @@ class CapturedRunner(ModelRunner):
         self.passes, self.cache, self._rotary = passes, passes.cache, passes.rotary
         self._max_width, self._generation = max_width, object()
         passes.generation = self._generation
-        self.cache.clear()
+        self.cache.set_rows([0])
         self.reserve(prompt_length, num_positions)
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:

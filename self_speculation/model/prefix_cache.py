@@ -34,7 +34,7 @@ class PrefixCache:
 
     def __init__(self, runner: ModelRunner, num_slots: int, fingerprint: Hashable = None) -> None:
         self.runner, self.fingerprint = runner, fingerprint
-        runner.cache.clear(num_rows=0)
+        runner.cache.set_rows([])
         self._prefixes = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
 

@@ -322,7 +322,7 @@ def test_rows_and_widths_of_a_pass(graphs):
         runner = make_runner(model, 1, 40, max_width=8, num_rows=8)
         assert isinstance(runner, CapturedRunner)
         for rows, width in ((1, 1), (3, 1), (5, 7), (8, 8)):
-            runner.cache.clear(rows)
+            runner.cache.set_rows([0] * rows)
             forward(runner, torch.zeros(rows, width, dtype=torch.long), width)
             forward_early(runner, torch.zeros(rows, width, dtype=torch.long), 2, 0)
     assert [shape[:3] for shape in graphs.replayed] == [
@@ -337,7 +337,7 @@ def test_padding_rows_write_to_no_free_slot():
     capture_decoding(model)
     with torch.inference_mode():
         runner = make_runner(model, 1, 40, num_rows=4)
-        runner.cache.clear(3)
+        runner.cache.set_rows([0] * 3)
         kept = [part[3, :, :-1] for pair in runner.cache.buffers.of_layers for part in pair]
         for part in kept:
             part.fill_(7)

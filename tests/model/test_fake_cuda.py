@@ -327,9 +327,9 @@ def test_masks_of_every_position(groups):
         for width in range(2, 10):
             span = AttentionContext.uniform(runner, 1, start, width)
             visible = torch.ones(width, start + width).tril(start) == 1
-            assert torch.equal(span.mask == 0, visible)
-            assert torch.equal(span.grouped_mask == 0, visible.repeat(groups, 1))
-            for mask in (span.mask, span.grouped_mask):
+            for copies in (1, groups):
+                mask = span.mask(copies)
+                assert torch.equal(mask == 0, visible.repeat(copies, 1))
                 assert mask.stride(0) % 8 == 0
                 assert mask.data_ptr() % 16 == 0
 
@@ -338,13 +338,13 @@ def of_a_layer(model, lengths, width, device=DEVICE):
     """Kernels and calls of one more layer, in a pass over rows of such lengths."""
     runner, ran = ModelRunner(model, 30, 100, num_rows=len(lengths)), []
     with torch.inference_mode():
-        runner.cache.clear(num_rows=0)
+        runner.cache.set_rows([])
         for row, length in enumerate(lengths):
             ids = torch.zeros(1, length, dtype=torch.long, device=device)
             forward_early(runner.for_row(row), ids, 4)
             runner.cache.add_row(length)
         for depth in (1, 2):
-            runner.cache.pretend(lengths)
+            runner.cache.set_rows(lengths)
             with Kernels() as counts:
                 ids = torch.zeros(len(lengths), width, dtype=torch.long, device=device)
                 forward_early(runner, ids, depth)

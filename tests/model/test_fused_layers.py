@@ -42,8 +42,8 @@ def tokens(model, num_tokens=20, **config):
 
 def fused(model):
     """[layers + 1] whether each layer and the head is fused."""
-    layers, head, _ = fused_model(model)
-    return [part is not None for part in (*layers, head)]
+    parts, _ = fused_model(model)
+    return [part in parts for part in (*model.model.layers, model.lm_head)]
 
 
 def fuse_and_pack(model, packed, monkeypatch):
@@ -75,7 +75,7 @@ def test_weights_are_in_memory_once(model):
     assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in after.values())
     attention = model.model.layers[0].self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    joint = fused_model(model).layers[0].linears[0].weight
+    joint = fused_model(model)[0][model.model.layers[0]].linears[0].weight
     assert joint.data_ptr() == attention.q_proj.weight.data_ptr()
     assert joint.shape[0] == sum(len(projection.weight) for projection in projections)
 
@@ -152,7 +152,7 @@ def test_fuse_remakes_everything(model, packed, monkeypatch):
     """Guards against a copy that survives a change of one element, which no fingerprint sees."""
     fuse_and_pack(model, packed, monkeypatch)
     tokens(model, **INT4_DRAFTS)
-    before = [weakref.ref(part) for layer in fused_model(model).layers for part in layer.linears]
+    before = [weakref.ref(part) for fused in fused_model(model)[0].values() for part in fused.linears]
     model.model.layers[2].mlp.down_proj.weight.data[3, 5].add_(30)
     fuse(model)
     gc.collect()

@@ -84,7 +84,7 @@ class Copied(TorchDispatchMode):
 def test_what_must_move_moves_once(dropped, keep, moved):
     """Guards against slots that are swapped although the dropped row is not kept."""
     cache = KVCache(1, 8, num_rows=2)
-    cache.clear(0)
+    cache.set_rows([])
     for first, length in ((0, 5), (10, 3)):
         cache.row(cache.num_rows).update(block(first, length), block(first, length), 0)
         cache.add_row(length)

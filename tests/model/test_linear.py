@@ -73,22 +73,3 @@ def test_copies_are_dropped_when_a_bias_changes():
     some.derive("another copy", object)
     follow_weights([some])
     assert "a copy" not in some.derived
-
-
-def test_a_missing_kernel_is_told_from_missing_memory():
-    """Guards against drafts that are refused for ever because a GPU's memory was full once."""
-    errors = [torch.OutOfMemoryError("CUDA out of memory")]
-
-    class ShortOfMemory(nn.Identity):
-        def forward(self, x):
-            if errors:
-                raise errors.pop()
-            return x
-
-    class Missing(nn.Identity):
-        def forward(self, x):
-            raise NotImplementedError("no such kernel")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        works(lambda weight: ShortOfMemory(), torch.device("cpu"), torch.float32)
-    assert not works(lambda weight: Missing(), torch.device("cpu"), torch.float32)

@@ -117,7 +117,7 @@ def test_copies_are_made_once_over_the_same_cache():
     again = quantized(ModelRunner(model, 6, 20), 4)
     for part, other in ((again.layers[0], twin.layers[0]), (again.head, twin.head)):
         assert all(mine is theirs for mine, theirs in zip(part.linears, other.linears, strict=True))
-    assert fused_model(model)[0][0] is runner.layers[0]
+    assert fused_model(model)[0][model.model.layers[0]] is runner.layers[0]
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
         wanted = forward(ModelRunner(model, 6, 6), ids, 6).logits
@@ -172,7 +172,8 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
     """Guards against a machine that swaps because copies fill its memory."""
     model = tiny_llama.__wrapped__(num_layers=3, fused=True)
     of_head = head_format(model.device, model.dtype)
-    *layers, head = (part.linears for part in (*fused_model(model)[0][:2], fused_model(model)[1]))
+    parts = fused_model(model)[0]
+    *layers, head = (parts[key].linears for key in (*model.model.layers[:2], model.lm_head))
     needed = sum(Int4Linear.bytes_of(linear.shape) for linears in layers for linear in linears)
     needed += 0 if of_head is None else of_head.bytes_of(head[0].shape)
     runner = ModelRunner(model, 6, 20)

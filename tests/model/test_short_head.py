@@ -60,7 +60,7 @@ def test_a_short_head_in_four_bits_has_these_rows_alone():
     model = fresh()
     fuse(model)
     generate(model, PROMPT, draft_vocabulary=12, draft_weights="int4", **DRAFTS)
-    head = fused_model(model)[1].linears[0]
+    head = fused_model(model)[0][model.lm_head].linears[0]
     assert Int4Linear not in head.derived
     (rows,) = [rows for rows in head.derived.values() if isinstance(rows, Linear)]
     assert Int4Linear in rows.derived
