@@ -43,7 +43,7 @@ class AttentionContext:
 
         def make_mask(copies: int) -> Tensor | None:
             # One position sees all keys, and sdpa masks the first pass of a prompt itself.
-            if width == 1 or (start == 0 and not runner.is_eager):
+            if width == 1 or (start == 0 and runner.config._attn_implementation == "sdpa"):
                 return None
             end = start + width
             # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.

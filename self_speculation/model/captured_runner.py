@@ -88,10 +88,8 @@ class CapturedRunner(ModelRunner):
         if passes is None or passes.valid_for != self.fingerprint or passes.num_rows < num_rows:
             _PASSES[model] = passes = None  # free the old cache first
             _PASSES[model] = passes = _Passes(self)
-        self.passes, self.cache, self._rotary = passes, passes.cache, passes.rotary
-        self._max_width, self._generation = max_width, object()
-        passes.generation = self._generation
-        self.cache.set_rows([0])
+        self.passes, self._rotary, self._max_width = passes, passes.rotary, max_width
+        self.cache = self._own_cache = passes.cache = passes.cache.row(0)  # earlier generations lose theirs
         self.reserve(prompt_length, num_positions)
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
@@ -103,7 +101,7 @@ class CapturedRunner(ModelRunner):
 
     @property
     def has_its_cache(self) -> bool:
-        return self.passes.generation is self._generation
+        return self.passes.cache is self._own_cache
 
     def _check_cache(self) -> None:
         if not self.has_its_cache:
@@ -161,14 +159,15 @@ def _powers(least: int, most: int) -> Iterable[int]:
 
 
 class _Passes:
-    """The captured passes of a model, and their cache. The first runner leaves its own to them."""
+    """The captured passes of a model, and the cache of the latest generation over their buffers. The first
+    runner leaves its own to them.
+    """
 
     def __init__(self, runner: CapturedRunner) -> None:
         self._runner = copy.copy(runner)
         del self._runner.model  # the key of these passes: it would never be freed
         self.cache, self.rotary, self.num_rows = runner.cache, runner._rotary, runner._num_rows
         self.valid_for = runner.fingerprint
-        self.generation: object = None  # that the cache belongs to
         self.num_captured = 0
         self._record = GraphRecorder(runner.rotary.device)
         self._replays: dict[Any, Callable[[], None]] = {}

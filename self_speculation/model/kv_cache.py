@@ -56,9 +56,9 @@ class _Buffers:
     """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs."""
 
     def __init__(
-        self, num_layers: int, num_rows: int, capacity: int, devices: Sequence[torch.device], num_ranks: int
+        self, num_layers: int, num_rows: int, devices: Sequence[torch.device], num_ranks: int
     ) -> None:
-        self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, capacity, devices, num_ranks
+        self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, ALIGNMENT, devices, num_ranks
         self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._fitting = 0  # a capacity that fits in memory
@@ -124,14 +124,9 @@ class KVCache(Appendable):
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        capacity: int,
-        num_rows: int = 1,
-        devices: Sequence[torch.device] = (),
-        num_ranks: int = 1,
+        self, num_layers: int, num_rows: int = 1, devices: Sequence[torch.device] = (), num_ranks: int = 1
     ) -> None:
-        self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices, num_ranks)
+        self.buffers = _Buffers(num_layers, num_rows, devices, num_ranks)
         self._first_row = 0
         self.set_rows([0])
 
@@ -259,16 +254,9 @@ class KVCache(Appendable):
         """Add a row whose `length` positions are already in its slot."""
         self.set_rows([*self._lengths(), length])
 
-    def remove_row(self, row: int, damaged: bool = False, keep: bool = False) -> None:
-        """Move the last row to the slot of this one, then shrink.
-
-        Args:
-            damaged: clear its slot.
-            keep: swap the two slots instead of overwriting this one.
-        """
+    def remove_row(self, row: int, keep: bool = False) -> None:
+        """Move the last row to the slot of this one, then shrink; `keep`: the two swap slots."""
         lengths, last = self._lengths(), self.num_rows - 1
-        if damaged:
-            self.clear_slot(row)
         if keep:
             self.swap(row, last, max(lengths[row], lengths[last]))
         elif row != last:

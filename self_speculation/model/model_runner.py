@@ -108,10 +108,9 @@ class ModelRunner:
         self.layers: list[Any] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
         self._num_rows = num_rows
         devices = [next(layer.parameters()).device for layer in base.layers]
-        self.cache = KVCache(len(self.layers), 1, num_rows, devices, num_ranks(model))  # see `reserve`
+        self.cache = KVCache(len(self.layers), num_rows, devices, num_ranks(model))
         self._embed = base.embed_tokens
         self.head: Any = fused.get(head) or PlainHead(base.norm, head)
-        self.is_eager = model.config._attn_implementation == "eager"
 
         like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
         self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))

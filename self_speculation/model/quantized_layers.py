@@ -145,7 +145,7 @@ def _squares_of_inputs(runner: ModelRunner, layers: Sequence[FusedLayer]) -> Map
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
     width = min(_TOKENS_OF_A_PASS, context_length(runner.config))
     for start in range(0, _TOKENS_TO_LEARN, width):
-        summing.cache = KVCache(len(layers), width)
+        summing.cache = KVCache(len(layers))
         summing.reserve(width, width)
         # Far apart in the vocabulary, so that neighbours are not alike.
         ids = tokens.view(16, -1).T.flatten()[start : start + width]

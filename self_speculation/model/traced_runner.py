@@ -8,7 +8,6 @@ graph is valid for all weights of these shapes. TorchScript is in maintenance mo
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -64,7 +63,7 @@ class _Traces:
         num_passes: that ran without a trace.
     """
 
-    passes_before: int = _PASSES_BEFORE
+    passes_before: float = _PASSES_BEFORE
     num_made: int = 0
     made: dict[Hashable, _Trace] = field(default_factory=dict)
     num_passes: Counter[Hashable] = field(default_factory=Counter)
@@ -73,14 +72,11 @@ class _Traces:
 _TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()
 
 
-def trace_at_once(model: PreTrainedModel) -> None:
-    """Trace each range when it first runs: for measurements, which warm up."""
-    _TRACES.setdefault(model, _Traces()).passes_before = 0
-
-
-def never_trace(model: PreTrainedModel) -> None:
-    """Trace nothing: for comparisons of more ranges than are traced."""
-    _TRACES.setdefault(model, _Traces()).passes_before = sys.maxsize
+def trace_after(model: PreTrainedModel, num_passes: float) -> None:
+    """Trace a range after so many passes: 0 for measurements, which warm up; infinity for comparisons of more
+    ranges than are traced.
+    """
+    _TRACES.setdefault(model, _Traces()).passes_before = num_passes
 
 
 def num_traces(model: PreTrainedModel) -> int:

@@ -6,6 +6,7 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 
 import contextlib
 import copy
+import math
 import random
 import sys
 from dataclasses import replace
@@ -34,7 +35,7 @@ from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
-from self_speculation.model.traced_runner import never_trace
+from self_speculation.model.traced_runner import trace_after
 from self_speculation.scheduler import Scheduler
 from self_speculation.self_speculation_generator import HostVerification
 from self_speculation.transfers import Reading, Stopwatch, on_device
@@ -303,7 +304,7 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12, "eos": []}
     prompts = [[5, 9, 4, 7, 7, 3], [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
     fuse(model)
-    never_trace(model)
+    trace_after(model, math.inf)
     expected = [generate(model, prompt, **drafts).predicted_tokens for prompt in prompts]
     lengths = []
 

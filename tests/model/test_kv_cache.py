@@ -17,7 +17,7 @@ def contents(view):
 
 
 def test_append_and_roll_back():
-    cache = KVCache(num_layers=1, capacity=8)
+    cache = KVCache(1)
     first, _ = cache.update(block(0, 3), block(0, 3), 0)
     cache.update(block(3, 2), block(3, 2), 0)
     cache.rollback(2)
@@ -28,7 +28,7 @@ def test_append_and_roll_back():
 
 
 def test_growing_keeps_what_was_there():
-    cache = KVCache(num_layers=2, capacity=2)
+    cache = KVCache(2)
     cache.update(block(0, 2), block(0, 2), 0)
     keys, _ = cache.update(block(2, 5), block(2, 5), 0)
     assert contents(keys) == [0, 1, 2, 3, 4, 5, 6]
@@ -38,7 +38,7 @@ def test_growing_keeps_what_was_there():
 
 
 def test_rolling_back_more_than_there_is_fails_early():
-    cache = KVCache(num_layers=2, capacity=4)
+    cache = KVCache(2)
     cache.update(block(0, 2), block(0, 2), 0)
     with pytest.raises(ValueError, match="cannot roll back 1"):
         cache.rollback(1)  # layer 1 is empty
@@ -57,7 +57,7 @@ def test_each_device_is_asked_for_what_its_layers_need(monkeypatch):
     layer = 2 * 2 * 8 * 3 * 4  # bytes: keys and values of 2 heads, 8 positions, 3 numbers
 
     def append(*devices):
-        KVCache(len(devices), 8, devices=devices).update(block(0, 1), block(0, 1), 0)
+        KVCache(len(devices), devices=devices).update(block(0, 1), block(0, 1), 0)
 
     free.update({cpu: 2 * layer, other: layer})
     append(cpu, other, absent)  # the last one's weights are loaded when it runs, where the first one does
@@ -83,7 +83,7 @@ class Copied(TorchDispatchMode):
 @pytest.mark.parametrize(("dropped", "keep", "moved"), [(1, False, 0), (0, False, 3), (0, True, 3 * 5)])
 def test_what_must_move_moves_once(dropped, keep, moved):
     """Guards against slots that are swapped although the dropped row is not kept."""
-    cache = KVCache(1, 8, num_rows=2)
+    cache = KVCache(1, num_rows=2)
     cache.set_rows([])
     for first, length in ((0, 5), (10, 3)):
         cache.row(cache.num_rows).update(block(first, length), block(first, length), 0)
@@ -99,7 +99,7 @@ def test_what_must_move_moves_once(dropped, keep, moved):
 
 def test_it_grows_no_larger_than_rows_can_reach():
     """Guards against a cache of twice the size where the last positions are what is missing."""
-    cache = KVCache(1, 8)
+    cache = KVCache(1)
     cache.reserve(16, limit=41)
     for first, number, capacity in ((0, 10, 16), (10, 7, 32), (17, 16, 48)):
         cache.update(block(first, number), block(first, number), 0)

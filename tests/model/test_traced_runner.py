@@ -17,7 +17,7 @@ from self_speculation.model import linear, traced_runner
 from self_speculation.model.fused_layers import activation_dtype, fuse, fused_model
 from self_speculation.model.linear import NARROW
 from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder
-from self_speculation.model.traced_runner import TracedRunner, trace_at_once
+from self_speculation.model.traced_runner import TracedRunner, trace_after
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 DRAFTS = {"exit_layer": 2, "num_speculations": 3}
@@ -47,7 +47,7 @@ def fused(dtype=torch.float32, fp32_activations=False, at_once=True):
     model = copy.deepcopy(tiny_llama()).to(dtype)
     fuse(model, fp32_activations=fp32_activations)
     if at_once:
-        trace_at_once(model)
+        trace_after(model, 0)
     return model
 
 
@@ -221,7 +221,7 @@ def test_changed_numbers_need_a_new_graph(model):
 def test_another_dtype_of_states_needs_a_new_graph():
     """Guards against a graph over copies in four bits for float32 states that gets bfloat16 states."""
     model, how = copy.deepcopy(tiny_llama()).to(torch.bfloat16), STRATEGIES[4]
-    trace_at_once(model)
+    trace_after(model, 0)
     for fp32_activations in (True, False):
         fuse(model, fp32_activations=fp32_activations)
         expected = generate(untraced(model), PROMPT, max_steps=20, eos=[], **how)
