@@ -276,21 +276,6 @@ def test_rows_and_widths_of_a_pass(graphs):
     ]
 
 
-@pytest.mark.usefixtures("graphs")
-def test_padding_rows_write_to_no_free_slot():
-    """Guards against a kept prefix that is lost when three rows are padded to four."""
-    model = own_llama()
-    capture_decoding(model)
-    with torch.inference_mode():
-        runner = make_runner(model, 1, 40, num_rows=4)
-        runner.cache.set_rows([0] * 3)
-        kept = [part[3, :, :-1] for pair in runner.cache.buffers.of_layers for part in pair]
-        for part in kept:
-            part.fill_(7)
-        forward(runner, torch.zeros(3, 1, dtype=torch.long))
-    assert all(bool((part == 7).all()) for part in kept)
-
-
 def test_nothing_is_captured_where_passes_are_eager(graphs):
     """Guards against a warm-up that captures for a model that does not want it."""
     config = GenerationConfig(max_steps=4, sample=False)

@@ -4,16 +4,13 @@ current weights. test_llama_model_utils.py compares every family with transforme
 
 import copy
 import gc
-import pickle
 import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_close, generate, tiny_llama, transformers_generate
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -80,7 +77,10 @@ def test_weights_are_in_memory_once(model):
     assert joint.shape[0] == sum(len(projection.weight) for projection in projections)
 
 
-def trained(model):
+def assigned_and_trained(model):
+    """The parameters are made while the model decodes."""
+    model.load_state_dict(tiny_llama().state_dict(), assign=True)
+    tokens(model, 3)
     ids = torch.tensor([PROMPT])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.requires_grad_()(ids, labels=ids).loss.backward()
@@ -88,23 +88,21 @@ def trained(model):
     optimizer.step()
 
 
-def assigned_and_trained(model):
-    """The parameters are made while the model decodes."""
-    model.load_state_dict(tiny_llama().state_dict(), assign=True)
-    tokens(model, 3)
-    trained(model)
-
-
-def replaced_parameter(model):
-    model.model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.randn(32, 48))
-
-
 def replaced_data(model):
     model.model.layers[1].self_attn.q_proj.weight.data = torch.randn(32, 32)
 
 
 def heads_ablated(model):
+    """torch counts no version for this, nor for the next two."""
     model.model.layers[1].self_attn.o_proj.weight.data[:, 16:].zero_()
+
+
+def other_rows_of_the_head(model):
+    model.lm_head.weight.data.copy_(model.lm_head.weight.data.flip(0).clone())
+
+
+def another_norm(model):
+    model.model.norm.weight.data[3].mul_(30)
 
 
 def replaced_activations(model):
@@ -112,30 +110,11 @@ def replaced_activations(model):
         layer.mlp.act_fn = nn.GELU()
 
 
-OF_WEIGHTS = {
-    "trained": trained,
-    "assigned and trained": assigned_and_trained,
-    "dtype": lambda model: model.to(torch.bfloat16),
-    "replaced parameter": replaced_parameter,
-    "replaced data": replaced_data,
-    # torch counts no version for these.
-    "heads ablated": heads_ablated,
-    "rows of the head": lambda model: model.lm_head.weight.data.copy_(
-        model.lm_head.weight.data.flip(0).clone()
-    ),
-    "a norm": lambda model: model.model.norm.weight.data[3].mul_(30),
-}
-OF_NUMBERS = {
-    "epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 0.5),
-    "scaling": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.9),
-    "activations": replaced_activations,
-}
+OF_WEIGHTS = [assigned_and_trained, replaced_data, heads_ablated, other_rows_of_the_head, another_norm]
 
 
 @packed_or_not
-@pytest.mark.parametrize(
-    "change", [*OF_WEIGHTS.values(), *OF_NUMBERS.values()], ids=[*OF_WEIGHTS, *OF_NUMBERS]
-)
+@pytest.mark.parametrize("change", [*OF_WEIGHTS, replaced_activations])
 def test_current_weights_decode(model, change, packed, monkeypatch):
     """Guards against a model that decodes with the weights or numbers it had when it was fused."""
     fuse_and_pack(model, packed, monkeypatch)
@@ -143,8 +122,7 @@ def test_current_weights_decode(model, change, packed, monkeypatch):
     change(model)
     assert all(fused(model))
     assert_logits(model)
-    if model.dtype == torch.float32:
-        assert tokens(model) == transformers_generate(model, PROMPT, 20, -1) != before
+    assert tokens(model) == transformers_generate(model, PROMPT, 20, -1) != before
 
 
 @packed_or_not
@@ -161,18 +139,17 @@ def test_fuse_remakes_everything(model, packed, monkeypatch):
     assert tokens(model, **INT4_DRAFTS) == transformers_generate(model, PROMPT, 20, -1)
 
 
-@pytest.mark.parametrize("change", [replaced_data, heads_ablated])
-def test_each_request_of_a_batch_uses_current_weights(model, change):
+def test_each_request_of_a_batch_uses_current_weights(model):
     """Guards against a scheduler that keeps its first weights after its batch was empty."""
     fuse(model)
     strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=12)
     answers = strategy.generate_batch(model, [Request(PROMPT)] * 2, config, batch_size=1)
-    assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
-    change(model)
-    assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
+    for change in (heads_ablated, replaced_data):
+        assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
+        change(model)
 
 
-@pytest.mark.parametrize("change", OF_WEIGHTS.values(), ids=OF_WEIGHTS)
+@pytest.mark.parametrize("change", OF_WEIGHTS)
 def test_drafts_use_copies_of_current_weights(model, change):
     """Guards against drafts by the weights that a model had before: the output stays right but gets slow."""
 
@@ -226,17 +203,6 @@ def test_inference_mode_and_autocast(model):
                 assert tokens(each, 12, **drafts) == plain
 
 
-def test_a_deep_copy_has_its_own_weights(model):
-    """Guards against a copy of a fused model that decodes with the weights of the original."""
-    fuse(model)
-    tokens(model, 3)
-    twin = copy.deepcopy(model)
-    nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
-    fuse(twin)
-    assert_logits(twin)
-    assert_logits(model)
-
-
 class Adapter(nn.Linear):
     """Another class in the place of a Linear, such as an adapter or a quantised layer."""
 
@@ -259,10 +225,6 @@ def adapted(layer):
     adapter.weight = projection.weight
 
 
-def hooked(layer):
-    layer.self_attn.register_forward_hook(lambda module, inputs, output: (-output[0], None))
-
-
 def with_another_forward(layer):
     norm = layer.input_layernorm
     original = norm.forward
@@ -273,10 +235,10 @@ def with_another_norm(layer):
     layer.input_layernorm.__class__ = DoublingNorm
 
 
-@pytest.mark.parametrize("change", [adapted, hooked, with_another_forward, with_another_norm])
+@pytest.mark.parametrize("change", [adapted, with_another_forward, with_another_norm])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_changed_layers_are_not_fused(model, change, when):
-    """Guards against an adapter, a quantised layer or a hook that fused layers ignore."""
+    """Guards against an adapter, a quantised layer or another class that fused layers ignore."""
     if when == "before":
         change(model.model.layers[1])
     fuse(model)
@@ -288,23 +250,19 @@ def test_changed_layers_are_not_fused(model, change, when):
 
 @pytest.mark.parametrize("by_accelerate", [False, True])
 def test_a_layer_is_fused_again_without_its_hook(model, by_accelerate):
-    """Guards against a model that stays slow without its hook: accelerate leaves a `forward` behind."""
+    """Guards against a hook that fused layers ignore, and against a model that stays slow without it:
+    accelerate leaves a `forward` behind.
+    """
     fuse(model)
     mlp = model.model.layers[1].mlp
     if by_accelerate:
         add_hook_to_module(mlp, AlignDevicesHook("cpu"))
     else:
-        handle = mlp.register_forward_hook(lambda *_: None)
+        handle = mlp.register_forward_hook(lambda module, inputs, output: -output)
     assert fused(model) == [True, False, True, True, True]
+    assert_logits(model)
     remove_hook_from_module(mlp) if by_accelerate else handle.remove()
     assert all(fused(model))
-
-
-def test_eager_attention_is_not_fused(model):
-    """Guards against sdpa in a model that asks for eager attention."""
-    model.set_attn_implementation("eager")
-    assert fuse(model) == 0
-    assert not any(fused(model))
 
 
 @needs_onednn
@@ -324,45 +282,20 @@ def test_weights_are_packed_if_memory_has_room(model, monkeypatch):
     assert bytes_made(model) == size
 
 
-@pytest.fixture
-def accelerator():
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    yield Accelerator(cpu=True)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-def saved_by_accelerate(model, folder, accelerator):
-    accelerator.save_model(model, folder)
-    return load_file(folder / "model.safetensors")
-
-
-def saved_by_safetensors(model, folder, _):
-    save_model(model, str(folder / "model.safetensors"))
-    other = copy.deepcopy(tiny_llama(agreement="always"))
-    load_model(other, str(folder / "model.safetensors"))
-    return other.state_dict()
-
-
-def saved_by_transformers(model, folder, _):
-    model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def pickled(model, *_):
-    return pickle.loads(pickle.dumps(model)).state_dict()
-
-
-@pytest.mark.parametrize("save", [saved_by_accelerate, saved_by_safetensors, saved_by_transformers, pickled])
-def test_all_weights_are_saved(model, save, tmp_path, accelerator):
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_all_weights_are_saved(model, by_transformers, tmp_path):
     """Guards against projections that share a storage: code that saves a model keeps only one of those."""
     fuse(model)
     tokens(model, 4)
-    state = save(model, tmp_path, accelerator)
+    other = copy.deepcopy(tiny_llama(agreement="always"))
+    if by_transformers:
+        model.save_pretrained(tmp_path)
+        other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    else:
+        save_model(model, str(tmp_path / "model.safetensors"))
+        load_model(other, str(tmp_path / "model.safetensors"))
     expected = tiny_llama().state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], weight) for name, weight in expected.items())
+    assert all(torch.equal(other.state_dict()[name], weight) for name, weight in expected.items())
 
 
 @pytest.fixture
@@ -385,7 +318,7 @@ def by_fully_shard(model):
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, by_fsdp, by_fully_shard])
+@pytest.mark.parametrize("wrap", [by_fsdp, by_fully_shard])
 def test_all_weights_are_trained(model, wrap):
     """Guards against weights that miss an update because a wrapper flattens or shards joint projections."""
     fuse(model)
