@@ -77,8 +77,7 @@ class CapturedRunner(ModelRunner):
     """Replays passes over at most `max_width` tokens of each row, and runs wider ones eagerly."""
 
     passes: Any = None  # `_Passes`; None until the runner is made
-    # What the layers of `over` read. The weak references are equal only while it exists.
-    reads: tuple[weakref.ref, ...] = ()
+    reads: tuple[weakref.ref, ...] = ()  # what the layers of `over` read; equal only while it exists
 
     def __init__(
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
@@ -116,10 +115,22 @@ class CapturedRunner(ModelRunner):
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
         self._check_cache()
+        num_rows, width, _ = hidden.shape
         # A prompt is in a view of one row.
-        if self.cache is not self.passes.cache or hidden.shape[1] > self._max_width:
+        if self.cache is not self.passes.cache or width > self._max_width:
             return super().run_layers(hidden, first, last)
-        return self.passes(self, hidden, first, last)
+        longest = self.cache.longest(first) + width
+        shape = (padded(num_rows), padded(width), padded(max(longest, _LEAST_KEYS)))
+        replay = self.passes.capture(self, first, last, *shape)
+        states, positions = self.passes.inputs[shape[:2]]
+        if states.shape[:2] != (num_rows, width):
+            states.zero_()  # padding must be numbers: no mask keeps NaN out
+            positions.fill_(self.cache.capacity - 1)
+        states[:num_rows, :width] = hidden
+        positions[:num_rows] = self.cache.positions(first, positions.shape[1], positions.device)
+        replay()
+        self.cache.advance(first, last, width)
+        return states[:num_rows, :width].clone()
 
 
 class PassRange(NamedTuple):
@@ -171,7 +182,7 @@ class _Passes:
         self.num_captured = 0
         self._record = GraphRecorder(runner.rotary.device)
         self._replays: dict[Any, Callable[[], None]] = {}
-        self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [B, T, H] states, [B, T] positions
 
     def reserve(self, num_positions: int, padding: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
@@ -187,32 +198,16 @@ class _Passes:
         for layer in range(len(self._runner.layers)):
             cache.buffers.with_room(layer, cache.capacity, like)
 
-    def __call__(self, runner: CapturedRunner, hidden: Tensor, first: int, last: int) -> Tensor:
-        """See `ModelRunner.run_layers`."""
-        num_rows, width, _ = hidden.shape
-        longest = self.cache.longest(first) + width
-        shape = (padded(num_rows), padded(width), padded(max(longest, _LEAST_KEYS)))
-        replay = self.capture(runner, first, last, *shape)
-        states, positions = self._inputs[shape[:2]]
-        if states.shape[:2] != (num_rows, width):
-            states.zero_()  # padding must be numbers: no mask keeps NaN out
-            positions.fill_(self.cache.capacity - 1)
-        states[:num_rows, :width] = hidden
-        positions[:num_rows] = self.cache.positions(first, positions.shape[1], positions.device)
-        replay()
-        self.cache.advance(first, last, width)
-        return states[:num_rows, :width].clone()
-
     def capture(
         self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int
     ) -> Callable[[], None]:
-        """The replay of a pass over `_inputs[rows, width]`. To capture it writes to padding alone."""
+        """The replay of a pass over `inputs[rows, width]`. To capture it writes to padding alone."""
         key = (runner.reads, first, last, rows, width, num_keys)
         if key not in self._replays:
-            if (rows, width) not in self._inputs:
+            if (rows, width) not in self.inputs:
                 states = runner.unit.new_empty(min(rows, self.num_rows), width, runner.config.hidden_size)
-                self._inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
-            states, positions = self._inputs[rows, width]
+                self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
+            states, positions = self.inputs[rows, width]
             states.zero_()
             positions.fill_(self.cache.capacity - 1)
             layers, num_keys = runner.layers[first:last], min(num_keys, self.cache.capacity)
@@ -221,7 +216,7 @@ class _Passes:
         return self._replays[key]
 
     def _run(self, layers: Sequence[Any], states: Tensor, positions: Tensor, num_keys: int) -> None:
-        """The pass that is captured: [B, T, H] states and [B, T] positions -> states."""
+        """The pass that is captured."""
         context = AttentionContext.ragged(self._runner, positions, num_keys)
         cache = WrittenAt(self.cache.buffers.of_layers, positions, num_keys)
         hidden = states.flatten(0, 1)

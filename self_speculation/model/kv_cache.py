@@ -63,11 +63,11 @@ class _Buffers:
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._fitting = 0  # a capacity that fits in memory
 
-    def with_room(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def with_room(self, layer: int, end: int, new_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The buffers of a layer, grown to at least `end` positions.
 
         Args:
-            like: new keys or these buffers, [.., kv_heads, .., head_dim].
+            new_keys: [any, kv_heads, head_dim], of a layer that may run for the first time.
 
         Raises:
             MemoryError: the buffers of all layers do not fit.
@@ -75,6 +75,7 @@ class _Buffers:
         old = self.of_layers[layer]
         if old is not None and end <= old[0].shape[2]:
             return old
+        like: Any = new_keys if old is None else old[0]  # [.., kv_heads, .., head_dim]
         if self.capacity < end:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         if self._fitting < self.capacity:
@@ -194,11 +195,8 @@ class KVCache(Appendable):
         """The buffers of layers first..last-1, from the first row on, with room for T more positions of each
         row. The layers have run before. The caller writes the positions and calls `advance`.
         """
-        end, row = self.longest(first) + width, self._first_row
-        for layer, pair in enumerate(self.buffers.of_layers[first:last], first):
-            assert pair is not None
-            self.buffers.with_room(layer, end, pair[0])
-        pairs: Any = self.buffers.of_layers[first:last]
+        end, row, buffers = self.longest(first) + width, self._first_row, self.buffers
+        pairs = [buffers.with_room(layer, end) for layer in range(first, last)]
         return [(keys[row:], values[row:]) for keys, values in pairs] if row else pairs
 
     def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
@@ -292,16 +290,13 @@ class WrittenAt(Appendable):
         length: S, positions that attention reads.
     """
 
-    def __init__(
-        self, buffers: Sequence[tuple[Tensor, Tensor] | None], positions: Tensor, length: int
-    ) -> None:
+    def __init__(self, buffers: Sequence[Any], positions: Tensor, length: int) -> None:
         self._buffers, self._positions, self.length = buffers, positions, length
         # Of row, head and position: [B, 1, 1], [kv_heads], [B, T, 1].
         self._index: tuple[Tensor, ...] = ()
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         pair = self._buffers[layer]
-        assert pair is not None
         (rows, width), (_, heads, _, size) = self._positions.shape, pair[0].shape
         if not self._index:
             all_rows, all_heads = (torch.arange(n, device=self._positions.device) for n in (rows, heads))

@@ -205,16 +205,13 @@ class _Range(nn.Module):
     def forward(
         self, hidden: Tensor, rotations: Tensor, past: Tensor, mask: Tensor, *buffers: Tensor
     ) -> Tensor:
-        """
+        """[T, H] -> [T, H]; keys and values are in the buffers.
+
         Args:
-            hidden: [T, H]
             rotations: [T, head_dim, head_dim], see `AttentionContext`.
             past: [start, 0]: its size is the number of positions before these.
             mask: [G * T, S]; not read if T is 1.
             buffers: keys and values of each layer, [1 or more, kv_heads, capacity, head_dim].
-
-        Returns:
-            [T, H]; keys and values are in the buffers.
         """
         width = 1 if len(rotations) == 1 else rotations.shape[0]  # the latter is traced
         of_width = None if width == 1 else mask

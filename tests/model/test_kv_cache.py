@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from self_speculation.model.kv_cache import KVCache
 
@@ -59,40 +58,3 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
         KVCache(3, devices=devices).update(block(0, 1), block(0, 1), 0)
-
-
-class Copied(TorchDispatchMode):
-    """Adds up the numbers that are cloned or copied."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
-            self.count += args[0].numel()
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("dropped", "keep", "moved"), [(1, False, 0), (0, False, 3), (0, True, 3 * 5)])
-def test_what_must_move_moves_once(dropped, keep, moved):
-    """Guards against slots that are swapped although the dropped row is not kept."""
-    cache = KVCache(1, num_rows=2)
-    cache.set_rows([])
-    for first, length in ((0, 5), (10, 3)):
-        cache.row(cache.num_rows).update(block(first, length), block(first, length), 0)
-        cache.add_row(length)
-    with Copied() as copied:
-        cache.remove_row(dropped, keep=keep)
-    assert copied.count == moved * 2 * 2 * 3  # of keys and values, of 2 heads, 3 numbers each
-    keys, _ = cache.update(block(20, 1), block(20, 1), 0)
-    assert contents(keys) == ([0, 1, 2, 3, 4, 20] if dropped else [10, 11, 12, 20])
-    if keep:
-        assert cache.buffers.of_layers[0][0][1, 0, :5, 0].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_it_grows_no_larger_than_rows_can_reach():
-    """Guards against a cache of twice the size where the last positions are what is missing."""
-    cache = KVCache(1)
-    cache.reserve(16, limit=41)
-    for first, number, capacity in ((0, 10, 16), (10, 7, 32), (17, 16, 48)):
-        cache.update(block(first, number), block(first, number), 0)
-        assert cache.capacity == capacity

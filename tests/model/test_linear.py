@@ -34,17 +34,6 @@ def test_every_kernel_computes_the_product(width, rows, bias, packed, monkeypatc
         assert_close(joint.add_to(torch.ones_like(expected), x), expected + 1)
 
 
-@needs_onednn
-def test_format_and_number_of_tokens_decide_on_the_kernel(monkeypatch):
-    """Guards against a choice by measured time, which took the slower kernel on a shared machine."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    for dtype, packed in ((torch.float32, range(5, NARROW + 1)), (torch.bfloat16, range(1, NARROW + 1))):
-        some = Linear(nn.Linear(32, 32, dtype=dtype))
-        assert some.can_be_packed
-        some.may_be_packed = True
-        assert [width for width in range(1, 20) if some.is_packed(width)] == [*packed]
-
-
 @pytest.mark.parametrize("size", [1, 100, 2**24])
 @needs_fbgemm
 def test_a_weight_is_packed_in_pieces(size, monkeypatch):

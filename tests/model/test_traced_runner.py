@@ -163,34 +163,37 @@ def test_a_range_is_traced_after_some_passes():
     assert num_usable(model) == 1
 
 
-@pytest.mark.parametrize("how", [DRAFTS, {**DRAFTS, "draft_weights": "int4"}])
-def test_traces_are_freed_with_their_model(how):
-    """Guards against weights that stay in memory: TorchScript never frees the constants of a graph."""
-    model = fused()
-    tokens(model, 5, **how)
-    layers = [part for key, part in fused_model(model)[0].items() if key is not model.lm_head]
-    copies = [made for layer in layers for linear in layer.linears for made in linear.derived.values()]
-    parts = [tensor for part in (*layers, *copies) for tensor in part.tensors() if tensor.dim()]
-    weights = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*parts, *model.parameters())]
-    assert num_usable(model)
-    del model, layers, copies, parts
-    gc.collect()
-    assert all(weight.expired() for weight in weights)
+def weights(model):
+    """Weak references to all weights and copies."""
+    linears = [each for layer in model.model.layers for each in fused_model(model)[0][layer].linears]
+    parts = [part for each in linears for part in (each, *each.derived.values())]
+    read = [tensor for part in parts if hasattr(part, "tensors") for tensor in part.tensors()]
+    return [weakref.ref(part) for part in parts], [StorageWeakRef(t.untyped_storage()) for t in read]
 
 
 @pytest.mark.parametrize("how", [DRAFTS, STRATEGIES[4]])
-def test_outdated_traces_are_freed(model, how):
-    """Guards against traces that keep earlier weights in memory."""
+@pytest.mark.parametrize("fp32_activations", [False, True])
+def test_weights_are_freed(how, fp32_activations):
+    """Guards against traces that keep the weights of before, or of a model that is gone, in memory:
+    TorchScript never frees the constants of a graph.
+    """
+    model = fused(torch.bfloat16 if fp32_activations else torch.float32, fp32_activations)
     tokens(model, 8, **how)
-    linears = fused_model(model)[0][model.model.layers[0]].linears
-    parts = [weakref.ref(part) for linear in linears for part in (linear, *linear.derived.values())]
     assert num_usable(model) > 1
+    before = weights(model)
     model.to(torch.float64).to(torch.float32)
-    del linears
     tokens(model, 8)
-    gc.collect()
-    assert not any(part() for part in parts)
     assert num_usable(model) == 1
+    now = weights(model)
+    gc.collect()
+    assert are_freed(*before)
+    del model
+    gc.collect()
+    assert are_freed(*now)
+
+
+def are_freed(parts, storages):
+    return not any(part() for part in parts) and all(storage.expired() for storage in storages)
 
 
 def test_the_number_of_traces_is_limited(monkeypatch):
