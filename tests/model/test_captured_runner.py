@@ -122,22 +122,18 @@ def test_all_passes_are_captured_beforehand(name, token_budget, graphs):
 @pytest.mark.usefixtures("graphs")
 def test_a_lost_cache_is_not_written_to():
     """Guards against a chunk of a prompt in the cache of a generation that began later."""
-    model = own_llama()
-    long, config = [5 + i % 40 for i in range(30)], GenerationConfig(max_steps=20, sample=False)
+    model, config = own_llama(), GenerationConfig(max_steps=20, sample=False)
     expected = generate(model, PROMPT, eos=[], max_steps=20).predicted_tokens
     capture_decoding(model)
 
-    def scheduler():
-        return Scheduler(make_strategy("autoregressive"), model, config, batch_size=2, token_budget=4)
+    def begun(prompts):
+        scheduler = Scheduler(make_strategy("autoregressive"), model, config, batch_size=2, token_budget=4)
+        for key, prompt in enumerate(prompts):
+            scheduler.add_request(key, Request(prompt))
+            scheduler.step()
+        return scheduler
 
-    first = scheduler()
-    for key, prompt in enumerate((PROMPT, long)):
-        first.add_request(key, Request(prompt))
-        first.step()
-    second = scheduler()
-    for key in range(2):
-        second.add_request(key, Request(PROMPT))
-        second.step()
+    first, second = begun([PROMPT, PROMPT * 5]), begun([PROMPT] * 2)
     first.step()
     assert [str(error)[:32] for _, error in first.pop_finished()] == ["compile True: another generation"] * 2
     assert [result.predicted_tokens for result in drained(second).values()] == [expected] * 2
@@ -217,18 +213,6 @@ def test_a_changed_model_is_captured_anew(change, fused):
     assert change in ("fused again", "dtype") or captured != before
 
 
-def reads_on_the_host(x):
-    return x * x.sum().item()
-
-
-def makes_from_host_data(x):
-    return x + torch.tensor([1.0])
-
-
-def shape_by_value(x):
-    return x[x > 0]
-
-
 def captured(run):
     """A graph, without the comparison of `cuda_graphs.stand_in`."""
     graph = torch.cuda.CUDAGraph()
@@ -244,9 +228,10 @@ def test_the_stand_in_does_as_cuda_does():
     """
     x, kept = torch.ones(3), []
     with torch.inference_mode():
-        for fault in (reads_on_the_host, makes_from_host_data, shape_by_value):
+        # A read on the host, host data, a shape by value.
+        for fault in (lambda: x.sum().item(), lambda: torch.tensor([1.0]), lambda: x[x > 0]):
             with pytest.raises(CaptureError):
-                captured(lambda fault=fault: fault(x))
+                captured(fault)
         graph = captured(lambda: kept.append(x.mul_(2) + 1))
         assert x.tolist() == [1, 1, 1]
         graph.replay()

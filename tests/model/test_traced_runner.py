@@ -38,16 +38,11 @@ def nothing_is_packed(monkeypatch):
     monkeypatch.setattr(linear.Linear, "can_be_packed", False)
 
 
-def fused(dtype=torch.float32, fp32_activations=False, at_once=True):
-    """A fused model.
-
-    Args:
-        at_once: trace its passes when they first run.
-    """
+def fused(dtype=torch.float32, fp32_activations=False):
+    """A fused model whose passes are traced when they first run."""
     model = copy.deepcopy(tiny_llama()).to(dtype)
     fuse(model, fp32_activations=fp32_activations)
-    if at_once:
-        trace_after(model, 0)
+    trace_after(model, 0)
     return model
 
 
@@ -59,8 +54,7 @@ def model(request):
 
 def num_usable(model):
     """Traces with weights."""
-    traces = traced_runner._TRACES.get(model, traced_runner._Traces())
-    return sum(bool(trace.reads) for trace in traces.made.values())
+    return sum(bool(trace.reads) for trace in traced_runner._TRACES[model].made.values())
 
 
 def tokens(model, num_tokens=20, **how):
@@ -156,7 +150,8 @@ def test_current_weights_decode(model, change, how, monkeypatch):
 
 def test_a_range_is_traced_after_some_passes():
     """Guards against a short first answer that waits for a trace and gains nothing."""
-    model = fused(at_once=False)
+    model = fused()
+    trace_after(model, traced_runner._PASSES_BEFORE)
     tokens(model, traced_runner._PASSES_BEFORE)
     assert num_usable(model) == 0
     tokens(model, 5)
@@ -164,11 +159,15 @@ def test_a_range_is_traced_after_some_passes():
 
 
 def weights(model):
-    """Weak references to all weights and copies."""
+    """Weak references to all weights and copies; their storages."""
     linears = [each for layer in model.model.layers for each in fused_model(model)[0][layer].linears]
     parts = [part for each in linears for part in (each, *each.derived.values())]
     read = [tensor for part in parts if hasattr(part, "tensors") for tensor in part.tensors()]
     return [weakref.ref(part) for part in parts], [StorageWeakRef(t.untyped_storage()) for t in read]
+
+
+def are_freed(parts, storages):
+    return not any(part() for part in parts) and all(storage.expired() for storage in storages)
 
 
 @pytest.mark.parametrize("how", [DRAFTS, STRATEGIES[4]])
@@ -190,10 +189,6 @@ def test_weights_are_freed(how, fp32_activations):
     del model
     gc.collect()
     assert are_freed(*now)
-
-
-def are_freed(parts, storages):
-    return not any(part() for part in parts) and all(storage.expired() for storage in storages)
 
 
 def test_the_number_of_traces_is_limited(monkeypatch):

@@ -1,10 +1,11 @@
 """W16A32: a CPU multiplies weights in 16 bits by float32 activations. The output is that of float32."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama
+from conftest import assert_close, generate, in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +18,6 @@ from self_speculation import (
     LoadingOptions,
     Request,
     load_model_and_tokenizer,
-    make_strategy,
 )
 from self_speculation.model import linear
 from self_speculation.model.fused_layers import activation_dtype, bytes_made, fuse
@@ -34,8 +34,9 @@ DRAFTS = [
     INT4_DRAFTS,
     {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
 ]
-HAS_FBGEMM = works(Float16Linear, torch.device("cpu"), torch.float32)
-pytestmark = pytest.mark.skipif(not HAS_FBGEMM, reason="torch without FBGEMM")
+pytestmark = pytest.mark.skipif(
+    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+)
 
 
 def pair(dtype):
@@ -71,28 +72,26 @@ def test_logits_are_those_of_current_weights_in_float32(models, monkeypatch):
     assert_logits(model, copy.deepcopy(model).float())
 
 
-PAIRS = [pair(torch.bfloat16), pair(torch.float16)] if HAS_FBGEMM else []
+shared_pair = functools.cache(pair)
 
 
 @settings(max_examples=20)
 @given(
-    which=st.sampled_from(range(2)),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     drafts=st.sampled_from(DRAFTS),
     prompt=st.sampled_from(PROMPTS),
     max_steps=st.integers(1, 24),
     batch_size=st.sampled_from([1, 3]),
 )
-def test_the_output_is_that_of_float32_with_any_drafts(which, drafts, prompt, max_steps, batch_size):
+def test_the_output_is_that_of_float32_with_any_drafts(dtype, drafts, prompt, max_steps, batch_size):
     """Guards against near-ties as wide as those of 16 bits: drafts would change greedy outputs."""
-    model, exact = PAIRS[which]
-    strategy = "self_speculative" if "num_speculations" in drafts else "autoregressive"
-    config = GenerationConfig(sample=False, max_steps=max_steps, generation_strategy=strategy, **drafts)
+    model, exact = shared_pair(dtype)
     requests = [Request(each) for each in (prompt, *PROMPTS[: batch_size - 1])]
-    results = dict(make_strategy(strategy).generate_batch(model, requests, config, batch_size))
     depth = {"exit_layer": 2} if drafts == {"exit_layer": 2} else {}
-    for index, request in enumerate(requests):
-        expected = generate(exact, request.ids, max_steps=max_steps, eos=[], **depth)
-        assert results[index].predicted_tokens == expected.predicted_tokens
+    found = in_batch(model, requests, batch_size, max_steps=max_steps, **drafts)
+    expected = in_batch(exact, requests, 1, max_steps=max_steps, **depth)
+    for index in range(batch_size):
+        assert found[index].predicted_tokens == expected[index].predicted_tokens
 
 
 def test_a_hooked_model_computes_in_16_bits(models):
