@@ -17,23 +17,14 @@ _FEW_ROTATIONS = 64
 
 @dataclass(eq=False)
 class AttentionContext:
-    """A pass over T new positions of each of B rows; made by `uniform` or `ragged`.
+    """A pass over T new positions of each of B rows; made by `uniform` or `ragged`."""
 
-    Args:
-        rows: B.
-        width: T.
-        make_mask: see `mask`.
-        rotations: [B * T, head_dim, head_dim] matrices of heads; None: `rotary` rotates them.
-        rotary: cos and sin, [1 or B, T, head_dim] each.
-        by_flash: flash attention masks the keys after each token itself.
-    """
-
-    rows: int
-    width: int
-    make_mask: Callable[[int], Tensor | None]
-    rotations: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    by_flash: bool = False
+    rows: int  # B
+    width: int  # T
+    make_mask: Callable[[int], Tensor | None]  # see `mask`
+    rotations: Tensor | None = None  # [B * T, head_dim, head_dim] of heads; None: `rotary` rotates them
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [1 or B, T, head_dim] each
+    by_flash: bool = False  # flash attention masks the keys after each token itself
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod

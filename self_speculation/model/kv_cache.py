@@ -282,12 +282,8 @@ class KVCache(Appendable):
 
 
 class WrittenAt(Appendable):
-    """Writes keys and values at positions given as a tensor, for a pass that masks row by row.
-
-    Args:
-        buffers: by layer.
-        positions: [B, T]
-        length: S, positions that attention reads.
+    """Writes keys and values at positions [B, T] to the buffers of layers, for a pass that masks row by row.
+    Attention reads `length` positions, S.
     """
 
     def __init__(self, buffers: Sequence[Any], positions: Tensor, length: int) -> None:

@@ -35,18 +35,12 @@ _TRACES_AT_MOST = 32
 
 @dataclass
 class _Trace:
-    """A range of fused layers as one call.
-
-    Args:
-        constants: its graph is valid for.
-        no_parts: empty ones, by name, in the place of weights.
-        reads: what its weights belong to; empty: it has none.
-    """
+    """A range of fused layers as one call."""
 
     module: torch.jit.ScriptModule
-    constants: Hashable
-    no_parts: Mapping[str, Any]
-    reads: list[Any] = field(default_factory=list)
+    constants: Hashable  # that its graph is valid for
+    no_parts: Mapping[str, Any]  # empty ones, by name, in the place of weights
+    reads: list[Any] = field(default_factory=list)  # what its weights belong to; empty: it has none
 
     def set_parts(self, parts: Mapping[str, Any], reads: list[Any]) -> None:
         for name, part in parts.items():
@@ -56,17 +50,12 @@ class _Trace:
 
 @dataclass
 class _Traces:
-    """Of one model; by range, width and format.
-
-    Args:
-        num_made: including those that were replaced.
-        num_passes: that ran without a trace.
-    """
+    """Of one model; by range, width and format."""
 
     passes_before: float = _PASSES_BEFORE
-    num_made: int = 0
+    num_made: int = 0  # including those that were replaced
     made: dict[Hashable, _Trace] = field(default_factory=dict)
-    num_passes: Counter[Hashable] = field(default_factory=Counter)
+    num_passes: Counter[Hashable] = field(default_factory=Counter)  # that ran without a trace
 
 
 _TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()

@@ -18,7 +18,7 @@ from self_speculation.model.captured_runner import (
     make_runner,
 )
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.model_runner import PREFILL_CHUNK
+from self_speculation.model.model_runner import PREFILL_CHUNK, forward
 from self_speculation.scheduler import Scheduler
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -240,6 +240,21 @@ def test_the_stand_in_does_as_cuda_does():
         graph.replay()
     assert x.tolist() == [10, 10, 10]
     assert kept[0].isnan().all()
+
+
+@pytest.mark.usefixtures("graphs")
+def test_padding_rows_write_to_no_free_slot():
+    """Guards against a kept prefix that is lost when three rows are padded to four."""
+    model = own_llama()
+    capture_decoding(model)
+    with torch.inference_mode():
+        runner = make_runner(model, 1, 40, num_rows=4)
+        runner.cache.set_rows([0] * 3)
+        kept = [part[3, :, :-1] for pair in runner.cache.buffers.of_layers for part in pair]
+        for part in kept:
+            part.fill_(7)
+        forward(runner, torch.zeros(3, 1, dtype=torch.long))
+    assert all(bool((part == 7).all()) for part in kept)
 
 
 def test_nothing_is_captured_where_passes_are_eager(graphs):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from self_speculation import (
     LoadingOptions,
     Request,
     load_model_and_tokenizer,
+    make_strategy,
 )
-from self_speculation.model import linear
+from self_speculation.model import linear, progress
 from self_speculation.model.fused_layers import activation_dtype, bytes_made, fuse
 from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.model_runner import ModelRunner, forward
@@ -116,6 +118,23 @@ def test_parameters_stay_in_their_file(tmp_path):
         assert weight.data_ptr() == before[name][0]
         assert torch.equal(weight, before[name][1])
     assert bytes_made(model) == sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def test_progress_is_shown(models):
+    """Guards against minutes of silence while a large model is packed and copied."""
+    shown = []
+
+    @contextmanager
+    def bar(title, num_bytes, _):
+        shown.append((title, num_bytes, done := []))
+        yield done.append
+
+    with progress.shown_by(bar):
+        fuse(models[0])
+        config = GenerationConfig(generation_strategy="self_speculative", **INT4_DRAFTS)
+        make_strategy("self_speculative").prepare(models[0], config)
+    assert [title for title, *_ in shown] == ["packing weights", "copies for drafts, int4"]
+    assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in shown)
 
 
 @pytest.mark.parametrize("value", [7e4, float("nan")])
