@@ -33,7 +33,7 @@ def host_time(model: PreTrainedModel) -> HostTime:
 
     def passes(runner: ModelRunner) -> Callable[[int], None]:
         def run(depth: int) -> None:
-            runner.cache.pretend([32])
+            runner.cache.set_rows([32])
             runner.run_layers(hidden[:, :1], 0, depth)
 
         runner.run_layers(hidden, 0, len(runner.layers))

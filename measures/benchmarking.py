@@ -21,7 +21,7 @@ from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import busy_processor, says_if_slow
 from self_speculation.drafts.costs import Costs
-from self_speculation.model.traced_runner import trace_at_once
+from self_speculation.model.traced_runner import trace_after
 
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
 
@@ -40,7 +40,7 @@ class Benchmark(Job):
             self._sides.append((BASELINE, *autoregressive(self.generator, self.config)))
 
     def warm_up(self) -> None:
-        trace_at_once(self.generator.model)
+        trace_after(self.generator.model, 0)
         with says_if_slow("warming up"):
             warm_up(self._sides, longest_prompt(self.examples), self.batch_size)
 

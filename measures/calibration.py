@@ -59,14 +59,14 @@ def calibrate(
         return time.perf_counter()
 
     def plain_step() -> float:
-        runner.cache.pretend([context])
+        runner.cache.set_rows([context])
         started = now()
         for _ in range(_STEPS):
             sampler(forward(runner, ids[:, :1]).logits[:, 0]).tokens.item()
         return (now() - started) / _STEPS
 
     def draft_step(exit_layer: int) -> float:
-        runner.cache.pretend([context])
+        runner.cache.set_rows([context])
         tokens = ids[:, :1]
         forward(runner, tokens)  # as before a real draft
         started = now()
@@ -75,7 +75,7 @@ def calibrate(
         return (now() - started) / _STEPS
 
     def verification(exit_layer: int, k: int) -> float:
-        runner.cache.pretend([context])
+        runner.cache.set_rows([context])
         inputs, states = ids[:, : k + 1], list[Tensor]()
         if exit_layer and k:  # the exit states of a draft, in one pass
             states.append(forward_early(runner, ids[:, :k], exit_layer, num_logits=0).hidden)

@@ -123,7 +123,7 @@ class HarnessModel(HFLM):
         self.has_begun = True
         if self._has_fp32_activations:  # transformers' layers would round to 16 bits
             runner = ModelRunner(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
-            runner.cache.clear(len(inps))
+            runner.cache.set_rows([0] * len(inps))
             with torch.inference_mode():
                 last = self._exit_layer or len(runner.layers)
                 return forward_early(runner, inps, last, inps.shape[1]).logits

@@ -6,6 +6,7 @@ A cell is an exit layer and a draft length.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from self_speculation.decoding.processors import config_processors
 from self_speculation.drafts.registry import make_drafter, short_head_of
 from self_speculation.model.families import context_length
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.traced_runner import never_trace
+from self_speculation.model.traced_runner import trace_after
 
 COLUMNS = [
     "mode", "exit_layer", "num_speculations", "draft_weights", "speedup", "speedup_low", "speedup_high",
@@ -65,7 +66,7 @@ class Sweep(OneByOne):
 
     def warm_up(self) -> None:
         """Warm up plain decoding; `measure_cell` warms up its cell. No cell is traced, so all run alike."""
-        never_trace(self.generator.model)
+        trace_after(self.generator.model, math.inf)
         with says_if_slow("warming up"):
             warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
 

@@ -212,7 +212,7 @@ class Scheduler(Generic[Key]):
             self._finish(sequence)
         if self.batch or self._waiting:
             if rows:
-                cache.runner.cache.limit_growth(self._longest_possible())
+                cache.runner.cache.buffers.limit = self._longest_possible()
         elif self._prepared is not None:  # leave the cache to the next scheduler; the weights may change
             cache, _ = self._prepared
             if cache.fingerprint is not None:

@@ -17,25 +17,14 @@ _FEW_ROTATIONS = 64
 
 @dataclass(eq=False)
 class AttentionContext:
-    """A pass over T new positions of each of B rows; made by `uniform` or `ragged`.
+    """A pass over T new positions of each of B rows; made by `uniform` or `ragged`."""
 
-    Args:
-        rows: B.
-        width: T.
-        groups: G query heads share the keys of one head.
-        make_mask: number of copies -> mask, repeated so often below itself.
-        rotations: [B * T, head_dim, head_dim] matrices of heads; None: `rotary` rotates them.
-        rotary: cos and sin, [1 or B, T, head_dim] each.
-        by_flash: flash attention masks the keys after each token itself.
-    """
-
-    rows: int
-    width: int
-    groups: int
-    make_mask: Callable[[int], Tensor | None]
-    rotations: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    by_flash: bool = False
+    rows: int  # B
+    width: int  # T
+    make_mask: Callable[[int], Tensor | None]  # see `mask`
+    rotations: Tensor | None = None  # [B * T, head_dim, head_dim] of heads; None: `rotary` rotates them
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [1 or B, T, head_dim] each
+    by_flash: bool = False  # flash attention masks the keys after each token itself
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -44,18 +33,16 @@ class AttentionContext:
         cos, sin = runner.rotary.narrow(1, start, width).split(1)
 
         def make_mask(copies: int) -> Tensor | None:
-            """[copies * T, S]"""
             # One position sees all keys, and sdpa masks the first pass of a prompt itself.
-            if width == 1 or (start == 0 and not runner.is_eager):
+            if width == 1 or (start == 0 and runner.config._attn_implementation == "sdpa"):
                 return None
             end = start + width
             # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
             mask = runner.lowest.expand(width, round_up(end, ALIGNMENT)).triu(start + 1)
             return (mask if copies == 1 else mask.repeat(copies, 1))[:, :end]
 
-        rotations = _rotations(runner, cos, sin, rows) if rows * width <= _FEW_ROTATIONS else None
-        by_flash = runner.has_flash and width > 1
-        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin), by_flash)
+        rotations = _rotations(runner, cos, sin, rows)
+        return cls(rows, width, make_mask, rotations, (cos, sin), runner.has_flash and width > 1)
 
     @classmethod
     def ragged(cls, runner: Any, positions: Tensor, length: int) -> AttentionContext:
@@ -69,12 +56,10 @@ class AttentionContext:
         cos, sin = runner.rotary.index_select(1, positions.flatten()).view(2, rows, width, -1).unbind()
 
         def make_mask(copies: int) -> Tensor:
-            """[B, 1, copies * T, S]: 0 where a position sees a key, else a huge negative number."""
             later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
             return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
 
-        rotations = _rotations(runner, cos, sin, rows) if rows * width <= _FEW_ROTATIONS else None
-        return cls(rows, width, runner.groups, make_mask, rotations, (cos, sin))
+        return cls(rows, width, make_mask, _rotations(runner, cos, sin, rows), (cos, sin))
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
@@ -84,17 +69,10 @@ class AttentionContext:
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat((-second, first), -1) * sin
 
-    @property
-    def mask(self) -> Tensor | None:
-        """[T, S] or [B, 1, T, S], added to the scores; None: no mask is needed."""
-        return self._mask(1)
-
-    @property
-    def grouped_mask(self) -> Tensor | None:
-        """The mask with G * T rows: the queries of a group of heads lie one after the other."""
-        return self._mask(self.groups)
-
-    def _mask(self, copies: int) -> Tensor | None:
+    def mask(self, copies: int = 1) -> Tensor | None:
+        """[copies * T, S] or [B, 1, copies * T, S], added to the scores: 0 where a position sees a key, else
+        a huge negative number; None: no mask is needed. Queries of several heads need a copy for each.
+        """
         if copies not in self._masks:
             self._masks[copies] = self.make_mask(copies)
         return self._masks[copies]
@@ -105,6 +83,8 @@ def _by_token(table: Tensor, rows: int) -> Tensor:
     return table.expand(rows, -1, -1).flatten(0, 1)[:, None]
 
 
-def _rotations(runner: Any, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
+def _rotations(runner: Any, cos: Tensor, sin: Tensor, rows: int) -> Tensor | None:
     """A product with these is one kernel; rotating by cos and sin takes half a dozen."""
+    if rows * cos.shape[1] > _FEW_ROTATIONS:
+        return None
     return torch.addcmul(runner.unit * _by_token(cos, rows), runner.rotate_half, _by_token(sin, rows))

@@ -67,17 +67,17 @@ def make_runner(
     model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1, num_rows: int = 1
 ) -> ModelRunner:
     """The runner of one batch, see `ModelRunner`; its decoding passes have up to `max_width` tokens a row."""
-    if not is_captured(model):
-        return TracedRunner(model, prompt_length, num_positions, num_rows)
-    return CapturedRunner(model, prompt_length, num_positions, max_width, num_rows)
+    if is_captured(model):
+        return CapturedRunner(model, prompt_length, num_positions, max_width, num_rows)
+    runner = TracedRunner if model.device.type == "cpu" else ModelRunner
+    return runner(model, prompt_length, num_positions, num_rows)
 
 
 class CapturedRunner(ModelRunner):
     """Replays passes over at most `max_width` tokens of each row, and runs wider ones eagerly."""
 
     passes: Any = None  # `_Passes`; None until the runner is made
-    # What the layers of `over` read. The weak references are equal only while it exists.
-    reads: tuple[weakref.ref, ...] = ()
+    reads: tuple[weakref.ref, ...] = ()  # what the layers of `over` read; equal only while it exists
 
     def __init__(
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
@@ -87,10 +87,8 @@ class CapturedRunner(ModelRunner):
         if passes is None or passes.valid_for != self.fingerprint or passes.num_rows < num_rows:
             _PASSES[model] = passes = None  # free the old cache first
             _PASSES[model] = passes = _Passes(self)
-        self.passes, self.cache, self._rotary = passes, passes.cache, passes.rotary
-        self._max_width, self._generation = max_width, object()
-        passes.generation = self._generation
-        self.cache.clear()
+        self.passes, self._rotary, self._max_width = passes, passes.rotary, max_width
+        self.cache = self._own_cache = passes.cache = passes.cache.row(0)  # earlier generations lose theirs
         self.reserve(prompt_length, num_positions)
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
@@ -102,7 +100,7 @@ class CapturedRunner(ModelRunner):
 
     @property
     def has_its_cache(self) -> bool:
-        return self.passes.generation is self._generation
+        return self.passes.cache is self._own_cache
 
     def _check_cache(self) -> None:
         if not self.has_its_cache:
@@ -117,10 +115,22 @@ class CapturedRunner(ModelRunner):
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
         self._check_cache()
+        num_rows, width, _ = hidden.shape
         # A prompt is in a view of one row.
-        if self.cache is not self.passes.cache or hidden.shape[1] > self._max_width:
+        if self.cache is not self.passes.cache or width > self._max_width:
             return super().run_layers(hidden, first, last)
-        return self.passes(self, hidden, first, last)
+        longest = self.cache.longest(first) + width
+        shape = (padded(num_rows), padded(width), padded(max(longest, _LEAST_KEYS)))
+        replay = self.passes.capture(self, first, last, *shape)
+        states, positions = self.passes.inputs[shape[:2]]
+        if states.shape[:2] != (num_rows, width):
+            states.zero_()  # padding must be numbers: no mask keeps NaN out
+            positions.fill_(self.cache.capacity - 1)
+        states[:num_rows, :width] = hidden
+        positions[:num_rows] = self.cache.positions(first, positions.shape[1], positions.device)
+        replay()
+        self.cache.advance(first, last, width)
+        return states[:num_rows, :width].clone()
 
 
 class PassRange(NamedTuple):
@@ -160,18 +170,19 @@ def _powers(least: int, most: int) -> Iterable[int]:
 
 
 class _Passes:
-    """The captured passes of a model, and their cache. The first runner leaves its own to them."""
+    """The captured passes of a model, and the cache of the latest generation over their buffers. The first
+    runner leaves its own to them.
+    """
 
     def __init__(self, runner: CapturedRunner) -> None:
         self._runner = copy.copy(runner)
         del self._runner.model  # the key of these passes: it would never be freed
         self.cache, self.rotary, self.num_rows = runner.cache, runner._rotary, runner._num_rows
         self.valid_for = runner.fingerprint
-        self.generation: object = None  # that the cache belongs to
         self.num_captured = 0
         self._record = GraphRecorder(runner.rotary.device)
         self._replays: dict[Any, Callable[[], None]] = {}
-        self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [B, T, H] states, [B, T] positions
 
     def reserve(self, num_positions: int, padding: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
@@ -187,32 +198,16 @@ class _Passes:
         for layer in range(len(self._runner.layers)):
             cache.buffers.with_room(layer, cache.capacity, like)
 
-    def __call__(self, runner: CapturedRunner, hidden: Tensor, first: int, last: int) -> Tensor:
-        """See `ModelRunner.run_layers`."""
-        num_rows, width, _ = hidden.shape
-        longest = self.cache.longest(first) + width
-        shape = (padded(num_rows), padded(width), padded(max(longest, _LEAST_KEYS)))
-        replay = self.capture(runner, first, last, *shape)
-        states, positions = self._inputs[shape[:2]]
-        if states.shape[:2] != (num_rows, width):
-            states.zero_()  # padding must be numbers: no mask keeps NaN out
-            positions.fill_(self.cache.capacity - 1)
-        states[:num_rows, :width] = hidden
-        positions[:num_rows] = self.cache.positions(first, positions.shape[1], positions.device)
-        replay()
-        self.cache.advance(first, last, width)
-        return states[:num_rows, :width].clone()
-
     def capture(
         self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int
     ) -> Callable[[], None]:
-        """The replay of a pass over `_inputs[rows, width]`. To capture it writes to padding alone."""
+        """The replay of a pass over `inputs[rows, width]`. To capture it writes to padding alone."""
         key = (runner.reads, first, last, rows, width, num_keys)
         if key not in self._replays:
-            if (rows, width) not in self._inputs:
+            if (rows, width) not in self.inputs:
                 states = runner.unit.new_empty(min(rows, self.num_rows), width, runner.config.hidden_size)
-                self._inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
-            states, positions = self._inputs[rows, width]
+                self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
+            states, positions = self.inputs[rows, width]
             states.zero_()
             positions.fill_(self.cache.capacity - 1)
             layers, num_keys = runner.layers[first:last], min(num_keys, self.cache.capacity)
@@ -221,7 +216,7 @@ class _Passes:
         return self._replays[key]
 
     def _run(self, layers: Sequence[Any], states: Tensor, positions: Tensor, num_keys: int) -> None:
-        """The pass that is captured: [B, T, H] states and [B, T] positions -> states."""
+        """The pass that is captured."""
         context = AttentionContext.ragged(self._runner, positions, num_keys)
         cache = WrittenAt(self.cache.buffers.of_layers, positions, num_keys)
         hidden = states.flatten(0, 1)

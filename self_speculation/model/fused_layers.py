@@ -7,10 +7,10 @@ work as before. When a generation begins, layers that have changed are fused aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -70,32 +70,28 @@ def fuse(model: Any, fp32_activations: bool | None = None) -> int:
     state = _STATES.setdefault(model, _State())
     state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
     state.num_calls += 1
-    state.made.clear()
+    state.made = {}
     try:
-        fused = fused_model(model)
-        if fp32_activations and fused.dtype != torch.float32:
+        parts, dtype = fused_model(model)
+        if fp32_activations and dtype != torch.float32:
             raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
     except ValueError:
         state.fp32_activations = False
         raise
-    return sum(layer is not None for layer in fused.layers)
+    return sum(layer in parts for layer in model.base_model.layers)
 
 
 def activation_dtype(model: Any) -> torch.dtype:
     """The dtype of activations, keys, values and logits. Raises what `fused_model` does."""
-    return fused_model(model).dtype
+    return fused_model(model)[1]
 
 
-class FusedModel(NamedTuple):
-    """None: that part is not fused."""
-
-    layers: Sequence[FusedLayer | None]
-    head: FusedHead | None  # with the final norm
-    dtype: torch.dtype  # of activations, keys, values and logits
-
-
-def fused_model(model: Any) -> FusedModel:
+def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     """Fuse what has changed since the last generation.
+
+    Returns:
+        The fused parts, by decoder layer; of the final norm and head by `lm_head`. The dtype of activations,
+        keys, values and logits.
 
     Raises:
         ValueError: float16 cannot hold a weight of a W16A32 model any more.
@@ -105,30 +101,27 @@ def fused_model(model: Any) -> FusedModel:
     if state is None or not (
         model.config.model_type in FUSED_MODEL_TYPES and model.config._attn_implementation == "sdpa"
     ):
-        return FusedModel([None] * len(base.layers), None, model.dtype)
+        return {}, model.dtype
     modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
     family = f"transformers.models.{model.config.model_type}."
     structures = {key: structure(*of_key) for key, of_key in modules.items()}
-    same = {key for key, fused in state.made.items() if fused.structure == structures.get(key)}
-    plain = {key for key, of_key in modules.items() if key in same or _is_plain(family, *of_key)}
+    made = {key: fused for key, fused in state.made.items() if fused.structure == structures.get(key)}
+    plain = [key for key, of_key in modules.items() if key in made or _is_plain(family, *of_key)]
     fp32 = state.fp32_activations and len(plain) == len(modules) and _fits_float16(model)
     # Free outdated parts before new ones are made.
-    state.made = {
-        key: fused for key, fused in state.made.items() if key in same and fused.fp32_activations == fp32
-    }
-    new = [key for key in modules if key in plain and key not in state.made]
+    state.made = made = {key: fused for key, fused in made.items() if fused.fp32_activations == fp32}
+    new = [key for key in plain if key not in made]
     for key in new:
         # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
         with torch.inference_mode(False), torch.no_grad():
             kind: Any = FusedHead if key is head else FusedLayer
-            state.made[key] = kind(*modules[key], fp32)
-    packable = [linear for key in new for linear in state.made[key].linears if linear.can_be_packed]
+            made[key] = kind(*modules[key], fp32)
+    packable = [linear for key in new for linear in made[key].linears if linear.can_be_packed]
     if sum(linear.num_bytes for linear in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
         for linear in packable:
             linear.may_be_packed = True
-    follow_weights([linear for fused in state.made.values() for linear in fused.linears])
-    parts: Any = [state.made.get(key) for key in modules]
-    return FusedModel(parts[:-1], parts[-1], torch.float32 if fp32 else model.dtype)
+    follow_weights([linear for fused in made.values() for linear in fused.linears])
+    return made, torch.float32 if fp32 else model.dtype
 
 
 def _fits_float16(model: Any) -> bool:
@@ -190,7 +183,7 @@ class FusedLayer:
     def __init__(self, layer: Any, fp32_activations: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self._head_dim = attention.layer_idx, attention.head_dim
-        self._groups, self._scaling = attention.num_key_value_groups, attention.scaling
+        self.groups, self._scaling = attention.num_key_value_groups, attention.scaling
         self._num_heads, self._kv_heads = (
             projection.out_features // self._head_dim for projection in (attention.q_proj, attention.k_proj)
         )
@@ -210,10 +203,6 @@ class FusedLayer:
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
         self.fp32_activations, self.structure = fp32_activations, structure(layer)
-
-    @property
-    def device(self) -> torch.device:
-        return self._input_norm.weight.device
 
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
@@ -240,20 +229,21 @@ class FusedLayer:
         """
         rows, width, attention = context.rows, context.width, scaled_dot_product_attention
         if width == 1:
-            heads = queries.reshape(*keys.shape[:2], self._groups, self._head_dim)
-            return attention(heads, keys, values, context.grouped_mask, scale=self._scaling).reshape(rows, -1)
+            heads = queries.reshape(*keys.shape[:2], self.groups, self._head_dim)
+            attended = attention(heads, keys, values, context.mask(self.groups), scale=self._scaling)
+            return attended.reshape(rows, -1)
         if context.by_flash:  # it takes grouped heads
             heads = queries.view(rows, width, self._num_heads, -1).transpose(1, 2)
             shared = (part.view(rows, self._kv_heads, -1, self._head_dim) for part in (keys, values))
             attended = flash_attention(heads, *shared, 0.0, True, scale=self._scaling)[0]
             return attended.transpose(1, 2).reshape(rows * width, -1)
         # [B, kv_heads, groups, T, head_dim]
-        grouped = queries.view(rows, width, self._kv_heads, self._groups, -1).permute(0, 2, 3, 1, 4)
+        grouped = queries.view(rows, width, self._kv_heads, self.groups, -1).permute(0, 2, 3, 1, 4)
         is_wide = width > NARROW and keys.shape[1] == 1
-        mask = context.mask if is_wide else context.grouped_mask
+        mask = context.mask(1 if is_wide else self.groups)
         if is_wide or mask is None:
-            heads = grouped.reshape(keys.shape[0], self._groups, width, -1)
-            keys, values = (shared.expand(-1, self._groups, -1, -1) for shared in (keys, values))
+            heads = grouped.reshape(keys.shape[0], self.groups, width, -1)
+            keys, values = (shared.expand(-1, self.groups, -1, -1) for shared in (keys, values))
             attended = attention(heads, keys, values, mask, is_causal=mask is None, scale=self._scaling)
         else:
             heads = grouped.reshape(*keys.shape[:2], -1, self._head_dim)
@@ -277,10 +267,6 @@ class FusedHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.linears[0](self.norm(hidden))
-
-    def tensors(self) -> list[Tensor]:
-        """See `FusedLayer.tensors`."""
-        return [*self.linears[0].tensors(), *self.norm.tensors()]
 
 
 Fused = FusedLayer | FusedHead

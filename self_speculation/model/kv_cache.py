@@ -10,6 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,18 +56,18 @@ class _Buffers:
     """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs."""
 
     def __init__(
-        self, num_layers: int, num_rows: int, capacity: int, devices: Sequence[torch.device], num_ranks: int
+        self, num_layers: int, num_rows: int, devices: Sequence[torch.device], num_ranks: int
     ) -> None:
-        self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, capacity, devices, num_ranks
+        self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, ALIGNMENT, devices, num_ranks
         self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._fitting = 0  # a capacity that fits in memory
 
-    def with_room(self, layer: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def with_room(self, layer: int, end: int, new_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The buffers of a layer, grown to at least `end` positions.
 
         Args:
-            like: keys [any, kv_heads, head_dim].
+            new_keys: [any, kv_heads, head_dim], of a layer that may run for the first time.
 
         Raises:
             MemoryError: the buffers of all layers do not fit.
@@ -74,6 +75,7 @@ class _Buffers:
         old = self.of_layers[layer]
         if old is not None and end <= old[0].shape[2]:
             return old
+        like: Any = new_keys if old is None else old[0]  # [.., kv_heads, .., head_dim]
         if self.capacity < end:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
         if self._fitting < self.capacity:
@@ -82,7 +84,7 @@ class _Buffers:
             self._check_room(like, wanted)
             self._fitting = self.capacity = wanted
         # Zeros: a mask does not keep NaN out of positions after a row's last one.
-        shape = (self.num_rows, like.shape[1], self.capacity, like.shape[2])
+        shape = (self.num_rows, like.shape[1], self.capacity, like.shape[-1])
         larger = (like.new_zeros(shape), like.new_zeros(shape))
         for new, part in zip(larger, old or (), strict=False):
             new[:, :, : part.shape[2]] = part
@@ -95,7 +97,7 @@ class _Buffers:
         devices = [like.device if device.type == "meta" else device for device in self._devices]
         devices = devices or [like.device] * len(self.of_layers)
         for device, num_layers in Counter(devices).items():
-            row = 2 * num_layers * like.shape[1:].numel() * capacity * like.itemsize
+            row = 2 * num_layers * like.shape[1] * capacity * like.shape[-1] * like.itemsize
             pairs = (pair for at, pair in zip(devices, self.of_layers, strict=True) if at == device)
             taken = sum(part.nbytes for pair in pairs for part in pair or ())
             if (free := taken + free_memory(device, self._num_ranks)) < self.num_rows * row:
@@ -123,24 +125,18 @@ class KVCache(Appendable):
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        capacity: int,
-        num_rows: int = 1,
-        devices: Sequence[torch.device] = (),
-        num_ranks: int = 1,
+        self, num_layers: int, num_rows: int = 1, devices: Sequence[torch.device] = (), num_ranks: int = 1
     ) -> None:
-        self.buffers = _Buffers(num_layers, num_rows, round_up(capacity, ALIGNMENT), devices, num_ranks)
+        self.buffers = _Buffers(num_layers, num_rows, devices, num_ranks)
         self._first_row = 0
-        self._appended = [0] * num_layers  # by layer
-        self._committed = 0  # appended to every layer when the last round began
-        self._missing = [0]  # by row, of the appended positions
-        self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
+        self.set_rows([0])
 
-    def clear(self, num_rows: int = 1) -> None:
-        """Empty the cache and give it so many rows."""
-        self._appended, self._committed = [0] * len(self._appended), 0
-        self._missing, self._missing_on_device = [0] * num_rows, None
+    def set_rows(self, lengths: Sequence[int]) -> None:
+        """Have these rows, whose positions, so many in every layer, are in their slots already."""
+        self._committed = max(lengths, default=0)  # appended to every layer when the last round began
+        self._appended = [self._committed] * len(self.buffers.of_layers)  # by layer
+        self._missing = [self._committed - length for length in lengths]  # by row, of the appended positions
+        self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
 
     @property
     def num_rows(self) -> int:
@@ -155,11 +151,7 @@ class KVCache(Appendable):
     def reserve(self, num_positions: int, limit: int) -> None:
         """Allocate later buffers for so many positions, and let them grow to `limit`."""
         self.buffers.capacity = max(self.capacity, round_up(num_positions, ALIGNMENT))
-        self.limit_growth(limit)
-
-    def limit_growth(self, num_positions: int) -> None:
-        """Let buffers grow to so many positions: the most that a row can reach."""
-        self.buffers.limit = num_positions
+        self.buffers.limit = limit
 
     @property
     def is_uniform(self) -> bool:
@@ -199,27 +191,22 @@ class KVCache(Appendable):
         shape, strides = (rows * heads, 1, end, size), (of_head, of_head, size, 1)
         return all_keys.as_strided(shape, strides, first), all_values.as_strided(shape, strides, first)
 
-    def room_for(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
-        """The buffers of a layer, with room for T more positions of the only row, which comes first. The
-        caller writes them, then calls `advance`.
+    def with_room(self, first: int, last: int, width: int) -> list[tuple[Tensor, Tensor]]:
+        """The buffers of layers first..last-1, from the first row on, with room for T more positions of each
+        row. The layers have run before. The caller writes the positions and calls `advance`.
         """
-        pair, end = self.buffers.of_layers[layer], self.length(layer) + width
-        assert pair is not None
-        if end > pair[0].shape[2]:
-            pair = self.buffers.with_room(layer, end, pair[0][:, :, 0])
-        return pair if self._first_row == 0 else (pair[0][self._first_row :], pair[1][self._first_row :])
+        end, row, buffers = self.longest(first) + width, self._first_row, self.buffers
+        pairs = [buffers.with_room(layer, end) for layer in range(first, last)]
+        return [(keys[row:], values[row:]) for keys, values in pairs] if row else pairs
 
     def scattered(self, positions: Tensor, first: int, last: int) -> WrittenAt:
         """Takes keys and values of layers first..last-1 at positions [B, T], for rows that differ in
         length.
         """
         width = positions.shape[1]
-        end = round_up(self.longest(first) + width, ALIGNMENT)
-        for layer in range(first, last):
-            if (pair := self.buffers.of_layers[layer]) is not None:
-                self.buffers.with_room(layer, end, pair[0][:, :, 0])
+        self.with_room(first, last, width)
         self.advance(first, last, width)
-        return WrittenAt(self.buffers.of_layers, positions, end)
+        return WrittenAt(self.buffers.of_layers, positions, round_up(self.longest(first), ALIGNMENT))
 
     def advance(self, first: int, last: int, width: int) -> None:
         """Count T positions as appended to layers first..last-1."""
@@ -253,39 +240,28 @@ class KVCache(Appendable):
     def row(self, row: int, length: int = 0) -> KVCache:
         """A one-row view of slot `row`, with its first `length` positions."""
         alone = copy.copy(self)
-        alone.clear()
-        alone._first_row, alone._committed = row, length
-        alone._appended = [length] * len(self._appended)
+        alone._first_row = row
+        alone.set_rows([length])
         return alone
+
+    def _lengths(self) -> list[int]:
+        """[B] of the first layer; layers beyond an early exit never run."""
+        return [self.length(0, row) for row in range(self.num_rows)]
 
     def add_row(self, length: int) -> None:
         """Add a row whose `length` positions are already in its slot."""
-        self._settle()
-        if not self._missing:
-            self._appended = [length] * len(self._appended)
-        self._missing.append(self._appended[0] - length)
-        self._committed, self._missing_on_device = self._appended[0], None
+        self.set_rows([*self._lengths(), length])
 
-    def remove_row(self, row: int, damaged: bool = False, keep: bool = False) -> None:
-        """Move the last row to the slot of this one, then shrink.
-
-        Args:
-            damaged: clear its slot.
-            keep: swap the two slots instead of overwriting this one.
-        """
-        self._settle()
-        last = self.num_rows - 1
-        if damaged:
-            self.clear_slot(row)
+    def remove_row(self, row: int, keep: bool = False) -> None:
+        """Move the last row to the slot of this one, then shrink; `keep`: the two swap slots."""
+        lengths, last = self._lengths(), self.num_rows - 1
         if keep:
-            self.swap(row, last, max(self.length(0, row), self.length(0, last)))
+            self.swap(row, last, max(lengths[row], lengths[last]))
         elif row != last:
-            length = self.length(0, last)
             for buffer in self._all_buffers():
-                buffer[row, :, :length] = buffer[last, :, :length]
-        self._missing[row] = self._missing[last]
-        self._missing.pop()
-        self._missing_on_device = None
+                buffer[row, :, : lengths[last]] = buffer[last, :, : lengths[last]]
+        lengths[row] = lengths[last]
+        self.set_rows(lengths[:-1])
 
     def clear_slot(self, slot: int) -> None:
         """Fill it with zeros: it may hold NaN, and a mask does not keep NaN out."""
@@ -304,36 +280,19 @@ class KVCache(Appendable):
     def _all_buffers(self) -> Iterator[Tensor]:
         return (part for pair in self.buffers.of_layers for part in pair or ())
 
-    def pretend(self, lengths: Sequence[int]) -> None:
-        """Give each row so many positions in every layer, to time passes. Every layer must have run."""
-        self._appended = [max(lengths)] * len(self._appended)
-        self._missing = [max(lengths) - length for length in lengths]
-        self._committed, self._missing_on_device = max(lengths), None
-
-    def _settle(self) -> None:
-        """Give all layers the count of the first: those beyond an early exit never run."""
-        self._appended = [self._appended[0]] * len(self._appended)
-
 
 class WrittenAt(Appendable):
-    """Writes keys and values at positions given as a tensor, for a pass that masks row by row.
-
-    Args:
-        buffers: by layer.
-        positions: [B, T]
-        length: S, positions that attention reads.
+    """Writes keys and values at positions [B, T] to the buffers of layers, for a pass that masks row by row.
+    Attention reads `length` positions, S.
     """
 
-    def __init__(
-        self, buffers: Sequence[tuple[Tensor, Tensor] | None], positions: Tensor, length: int
-    ) -> None:
+    def __init__(self, buffers: Sequence[Any], positions: Tensor, length: int) -> None:
         self._buffers, self._positions, self.length = buffers, positions, length
         # Of row, head and position: [B, 1, 1], [kv_heads], [B, T, 1].
         self._index: tuple[Tensor, ...] = ()
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         pair = self._buffers[layer]
-        assert pair is not None
         (rows, width), (_, heads, _, size) = self._positions.shape, pair[0].shape
         if not self._index:
             all_rows, all_heads = (torch.arange(n, device=self._positions.device) for n in (rows, heads))

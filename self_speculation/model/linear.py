@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from self_speculation.model.fingerprint import contents
 from self_speculation.model.mapped import release
@@ -41,49 +42,48 @@ class Linear:
             that they are mapped from.
     """
 
-    def __init__(self, *projections: nn.Linear, fp32_activations: bool = False) -> None:
+    def __init__(self, *projections: Any, fp32_activations: bool = False) -> None:
         self._weights = [projection.weight for projection in projections]
         biases = [projection.bias for projection in projections if projection.bias is not None]
         self.bias = _side_by_side(biases) if biases else None
         self._parameters = [*self._weights, *biases]
         self.fp32_activations = fp32_activations
-        self._joint = None if fp32_activations else _side_by_side(self._weights)
-        self._weight_t: Any = None if self._joint is None else self._joint.t()
-        self._left = None if self._joint is None else _blocks(self._joint)
+        joint = None if fp32_activations else _side_by_side(self._weights)
+        self._weight_t: Any = None if joint is None else joint.t()
+        self._left: Any = None if joint is None else _blocks(joint)
         self.may_be_packed = False  # whether memory has room for a packed copy
         self.derived: dict[Hashable, Any] = {}  # what was made of the weight
         self._contents_when_made: Hashable = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = torch.mm(x, self._weight_t) if self._by_mm(x) else self._multiply(x).contiguous()
+        kernel = self._kernel(x.shape[0])
+        product = torch.mm(x, self._weight_t) if kernel is None else kernel(x).contiguous()
         return product if self.bias is None else product.add_(self.bias)
 
     unconverted = __call__  # copies in four bits have another dtype here
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden += x W^T + b, in one kernel."""
-        hidden = hidden.addmm_(x, self._weight_t) if self._by_mm(x) else hidden.add_(self._multiply(x))
+        kernel = self._kernel(x.shape[0])
+        hidden = hidden.addmm_(x, self._weight_t) if kernel is None else hidden.add_(kernel(x))
         return hidden if self.bias is None else hidden.add_(self.bias)
 
-    def _by_mm(self, x: Tensor) -> bool:
-        """Whether `torch.mm` over the weight is fastest."""
-        width = x.shape[0]
-        return (
-            not self.fp32_activations and not self.is_packed(width) and (self._left is None or width > NARROW)
-        )
+    def _kernel(self, width: int) -> Callable[[Tensor], Tensor] | None:
+        """The fastest for so many tokens, [T, in] -> x W^T [T, out] of any strides; None: `torch.mm`."""
+        if self.fp32_activations or self.is_packed(width):
+            return self._copy()
+        return None if self._left is None or width > NARROW else self._by_blocks
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        """[T, in] -> x W^T [T, out], of any strides, by another kernel."""
-        if self.fp32_activations or self.is_packed(x.shape[0]):
-            return self._copy()(x)
-        assert self._left is not None
+    def _by_blocks(self, x: Tensor) -> Tensor:
         columns = x.t().expand(self._left.shape[0], -1, -1)  # [blocks, in, T]
         return torch.bmm(self._left, columns).flatten(0, 1).t()
 
     @property
     def weight(self) -> Tensor:
         """[out, in] of all projections; a copy with `fp32_activations`."""
-        return torch.cat([w.data for w in self._weights]) if self._joint is None else self._joint
+        if self.fp32_activations:
+            return torch.cat([weight.data for weight in self._weights])
+        return self._weight_t.t()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,8 +101,7 @@ class Linear:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a pass reads."""
-        parts = (self._joint, self._weight_t, self._left, self.bias)
-        return [part for part in parts if part is not None]
+        return [part for part in (self._weight_t, self._left, self.bias) if part is not None]
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n, in] some rows of the weight of a single projection."""
@@ -111,10 +110,10 @@ class Linear:
 
     def of_rows(self, ids: Tensor) -> Linear:
         """A `Linear` over a copy of some rows [n] of the weight."""
-        rows, weight = copy.copy(self), self.rows(ids)
-        rows._joint, rows.bias = weight, None if self.bias is None else self.bias[ids]
-        rows._left, rows._weight_t = _blocks(weight), weight.t()
-        rows._weights, rows._parameters, rows.derived = [weight], [weight], {}
+        bias = None if self.bias is None else self.bias[ids]
+        projection = SimpleNamespace(weight=self.rows(ids), bias=bias)
+        rows = Linear(projection, fp32_activations=self.fp32_activations)
+        rows.may_be_packed = self.may_be_packed
         return rows
 
     def derive(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -204,16 +203,10 @@ def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
 def works(
     kind: Callable[[Tensor], Callable[[Tensor], Tensor]], device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether there is a kernel for copies of this kind, of weights of this dtype on this device.
-
-    Raises:
-        torch.OutOfMemoryError: the next call tries again.
-    """
+    """Whether there is a kernel for copies of this kind, of weights of this dtype on this device."""
     weight = torch.zeros(16, 32, device=device, dtype=dtype)
     try:
         kind(weight)(weight[:1])
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, RuntimeError):
         return False
     return True

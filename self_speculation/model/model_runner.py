@@ -46,7 +46,7 @@ class PlainLayer:
         return structure(self._layer)
 
     def __call__(self, hidden: Tensor, context: AttentionContext, cache: Appendable) -> Tensor:
-        mask = context.mask
+        mask = context.mask()
         return self._layer(
             hidden.view(context.rows, context.width, -1),
             attention_mask=mask[None, None] if mask is not None and mask.dim() == 2 else mask,
@@ -104,17 +104,13 @@ class ModelRunner:
         check_supported(model.config)
         self.model, self.config = model, model.config
         base, head = model.base_model, model.get_output_embeddings()
-        fused = fused_model(model)
-        pairs = zip(fused.layers, base.layers, strict=True)
-        self.layers = [fused_layer or PlainLayer(layer) for fused_layer, layer in pairs]
-        self.dtype = fused.dtype  # of activations, keys, values and logits
+        fused, self.dtype = fused_model(model)
+        self.layers: list[Any] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
         self._num_rows = num_rows
         devices = [next(layer.parameters()).device for layer in base.layers]
-        self.cache = KVCache(len(self.layers), 1, num_rows, devices, num_ranks(model))  # see `reserve`
+        self.cache = KVCache(len(self.layers), num_rows, devices, num_ranks(model))
         self._embed = base.embed_tokens
-        self.head: Any = fused.head or PlainHead(base.norm, head)
-        self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
-        self.is_eager = model.config._attn_implementation == "eager"
+        self.head: Any = fused.get(head) or PlainHead(base.norm, head)
 
         like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
         self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))

@@ -34,7 +34,7 @@ class PrefixCache:
 
     def __init__(self, runner: ModelRunner, num_slots: int, fingerprint: Hashable = None) -> None:
         self.runner, self.fingerprint = runner, fingerprint
-        runner.cache.clear(num_rows=0)
+        runner.cache.set_rows([])
         self._prefixes = [_Prefix()] * num_slots
         self._answers = itertools.count(1)
 
@@ -64,7 +64,9 @@ class PrefixCache:
             keep = bool(ids) and not damaged and self.fingerprint is not None
             if keep:
                 self._prefixes[cache.num_rows - 1] = _Prefix(ids[: cache.length(0, row)], next(self._answers))
-            cache.remove_row(row, damaged, keep)
+            if damaged:
+                cache.clear_slot(row)
+            cache.remove_row(row, keep)
 
     def swap(self, slot: int, other: int, length: int = 0) -> None:
         """Exchange two slots without rows: their prefixes, and at least their first `length` positions."""

@@ -132,7 +132,7 @@ def _squares_of_inputs(runner: ModelRunner, layers: Sequence[FusedLayer]) -> Map
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
     # Far apart in the vocabulary, so that neighbours are not alike.
     for ids in tokens.view(16, -1).T.reshape(-1, 1, _TOKENS_OF_A_PASS):
-        summing.cache = KVCache(len(layers), _TOKENS_OF_A_PASS)
+        summing.cache = KVCache(len(layers))
         summing.reserve(_TOKENS_OF_A_PASS, _TOKENS_OF_A_PASS)
         forward_early(summing, ids, len(layers), num_logits=0)
     return squares

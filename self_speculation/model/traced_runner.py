@@ -2,18 +2,15 @@
 
 The products of a narrow pass are surrounded by hundreds of small operations, which cost Python more time than
 the processor. A range of fused layers is traced with widths and lengths as sizes of its inputs, so one trace
-serves every step. Weights, or copies of them, are its attributes. When they change, a copy of the trace gets
-the new ones: the graph is valid for all weights of these shapes. TorchScript is in maintenance mode: only
-this module uses it.
+serves every step. Weights, or copies of them, are its attributes. When they change, it gets the new ones: the
+graph is valid for all weights of these shapes. TorchScript is in maintenance mode: only this module uses it.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -37,38 +34,42 @@ _TRACES_AT_MOST = 32
 
 
 @dataclass
+class _Trace:
+    """A range of fused layers as one call."""
+
+    module: torch.jit.ScriptModule
+    constants: Hashable  # that its graph is valid for
+    no_parts: Mapping[str, Any]  # empty ones, by name, in the place of weights
+    reads: list[Any] = field(default_factory=list)  # what its weights belong to; empty: it has none
+
+    def set_parts(self, parts: Mapping[str, Any], reads: list[Any]) -> None:
+        for name, part in parts.items():
+            setattr(self.module, name, part)
+        self.reads = reads
+
+
+@dataclass
 class _Traces:
-    """Of one model; by range, width and format.
+    """Of one model; by range, width and format."""
 
-    Args:
-        graphs: traces without weights, each with its constants.
-        made: traces with weights, each with the parts that it is valid for.
-        num_made: graphs, including those that were replaced.
-        num_passes: that ran without a trace.
-    """
-
-    passes_before: int = _PASSES_BEFORE
-    num_made: int = 0
-    graphs: dict[Hashable, tuple[Hashable, torch.jit.ScriptModule]] = field(default_factory=dict)
-    made: dict[Hashable, tuple[Sequence[Any], Callable[..., Tensor]]] = field(default_factory=dict)
-    num_passes: Counter[Hashable] = field(default_factory=Counter)
+    passes_before: float = _PASSES_BEFORE
+    num_made: int = 0  # including those that were replaced
+    made: dict[Hashable, _Trace] = field(default_factory=dict)
+    num_passes: Counter[Hashable] = field(default_factory=Counter)  # that ran without a trace
 
 
 _TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()
 
 
-def trace_at_once(model: PreTrainedModel) -> None:
-    """Trace each range when it first runs: for measurements, which warm up."""
-    _TRACES.setdefault(model, _Traces()).passes_before = 0
-
-
-def never_trace(model: PreTrainedModel) -> None:
-    """Trace nothing: for comparisons of more ranges than are traced."""
-    _TRACES.setdefault(model, _Traces()).passes_before = sys.maxsize
+def trace_after(model: PreTrainedModel, num_passes: float) -> None:
+    """Trace a range after so many passes: 0 for measurements, which warm up; infinity for comparisons of more
+    ranges than are traced.
+    """
+    _TRACES.setdefault(model, _Traces()).passes_before = num_passes
 
 
 def num_traces(model: PreTrainedModel) -> int:
-    """Graphs made so far. A pass that makes one takes ten times as long."""
+    """Traces made so far. A pass that makes one takes ten times as long."""
     return _TRACES[model].num_made if model in _TRACES else 0
 
 
@@ -78,27 +79,20 @@ class TracedRunner(ModelRunner):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._found: dict[Hashable, Callable[..., Tensor]] = {}  # traces of this generation
-        if (traces := _TRACES.get(self.model)) is not None:
-            self._free_outdated(traces)
-
-    def _free_outdated(self, traces: _Traces) -> None:
-        """Free traces of weights that have changed."""
         linears = _linears([layer for layer in self.layers if isinstance(layer, FusedLayer)])
-        current = {id(part) for linear in linears for part in (None, linear, *linear.derived.values())}
-        for kind, (valid_for, _) in [*traces.made.items()]:
-            if not all(id(part) in current for part in valid_for):
-                traces.made.pop(kind, None)  # another thread may have been faster
+        current = {id(part) for linear in linears for part in (linear, *linear.derived.values())}
+        for trace in [*_TRACES.get(self.model, _Traces()).made.values()]:
+            if not all(id(part) in current for part in trace.reads):  # free weights that have changed
+                trace.set_parts(trace.no_parts, [])
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
-        other = super().over(layers, head)
-        assert isinstance(other, TracedRunner)
+        other: Any = super().over(layers, head)
         other._found = {}
         return other
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
         rows, width, _ = hidden.shape
-        start = self.cache.length(first)
-        if rows > 1 or width > NARROW or start == 0:
+        if rows > 1 or width > NARROW or self.cache.length(first) == 0:
             return super().run_layers(hidden, first, last)
         key = (first, last, width)
         if key not in self._found and not self._find(key, hidden):
@@ -117,46 +111,38 @@ class TracedRunner(ModelRunner):
         if not all(_can_be_traced(layer, index, width) for index, layer in enumerate(layers, first)):
             return False
         linears = _linears(layers)
-        valid_for = [part for linear in linears for part in (linear, linear.packed_copy)]
+        reads = [part for linear in linears for part in (linear, linear.packed_copy) if part is not None]
         traces, kind = _TRACES.setdefault(self.model, _Traces()), (first, last, width == 1, type(linears[0]))
-        made = traces.made.pop(kind, None)  # an outdated one must not stay alive
-        if made is None or any(a is not b for a, b in zip(made[0], valid_for, strict=True)):
-            graph = traces.graphs.get(kind)
-            if graph is None or graph[0] != _constants(layers, self.dtype):
+        trace = traces.made.get(kind)
+        if trace is None or trace.reads != reads:
+            if trace is None or trace.constants != _constants(layers, self.dtype):
+                traces.made.pop(kind, None)
                 traces.num_passes[kind] += 1
                 if traces.num_passes[kind] <= traces.passes_before or traces.num_made >= _TRACES_AT_MOST:
-                    traces.graphs.pop(kind, None)
                     return False
                 traces.num_made += 1
-                graph = traces.graphs[kind] = self._graph(layers, hidden, first)
-            trace = copy.deepcopy(graph[1])  # shares the code
-            for name, part in _parts(layers).items():
-                setattr(trace, name, part)
-            made = valid_for, trace
-        traces.made[kind], self._found[key] = made, made[1]
+                trace = traces.made[kind] = self._trace(layers, hidden, first)
+            trace.set_parts(_parts(layers), reads)
+        self._found[key] = trace.module
         return True
 
-    def _graph(
-        self, layers: list[Any], hidden: Tensor, first: int
-    ) -> tuple[Hashable, torch.jit.ScriptModule]:
-        """See `_Traces.graphs`. Empty tensors replace the weights."""
+    def _trace(self, layers: list[Any], hidden: Tensor, first: int) -> _Trace:
         inputs = self._inputs(first, first + len(layers), hidden.shape[1])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes that become constants: those of the model
-            graph = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
-        for name, part in _parts(layers).items():
-            empty = torch.empty(0) if isinstance(part, Tensor) else Float16Linear(torch.zeros(1, 1)).packed[0]
-            setattr(graph, name, empty)
-        return _constants(layers, self.dtype), graph
+            module = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
+        no_weight, not_packed = torch.empty(0), Float16Linear(torch.zeros(1, 1)).packed[0]
+        parts = _parts(layers).items()
+        no_parts = {name: no_weight if isinstance(part, Tensor) else not_packed for name, part in parts}
+        return _Trace(module, _constants(layers, self.dtype), no_parts)
 
-    def _inputs(self, first: int, last: int, width: int) -> list[Tensor]:
+    def _inputs(self, first: int, last: int, width: int) -> list[Any]:
         """Inputs of `_Range` after the hidden states."""
         past = self.rotary.new_empty(self.cache.length(first), 0)
         context = AttentionContext.uniform(self, 1, len(past), width)
-        mask = past if context.grouped_mask is None else context.grouped_mask
-        buffers = (part for layer in range(first, last) for part in self.cache.room_for(layer, width))
-        assert context.rotations is not None  # of so few tokens
-        return [context.rotations, past, mask, *buffers]
+        mask = context.mask(self.layers[first].groups)
+        buffers = (part for pair in self.cache.with_room(first, last, width) for part in pair)
+        return [context.rotations, past, past if mask is None else mask, *buffers]
 
 
 def _linears(layers: Sequence[FusedLayer]) -> list[Any]:
@@ -164,11 +150,10 @@ def _linears(layers: Sequence[FusedLayer]) -> list[Any]:
 
 
 def _can_be_traced(layer: Any, index: int, width: int) -> bool:
-    """Whether it is a fused layer on a CPU, at its own index, over copies that TorchScript takes."""
+    """Whether it is a fused layer, at its own index, over copies that TorchScript takes."""
     return (
         isinstance(layer, FusedLayer)
         and layer.index == index
-        and layer.device.type == "cpu"
         and all(isinstance(linear, Linear | Int4Linear) for linear in layer.linears)
         and not any(linear.is_packed(width) for linear in layer.linears if isinstance(linear, Linear))
     )
@@ -187,11 +172,10 @@ def _constants(layers: Sequence[FusedLayer], dtype: torch.dtype) -> Hashable:
     parts = _parts(layers).values()
     values = [value for layer in layers for value in vars(layer).values()]
     numbers = [value for value in values if isinstance(value, int | float | MethodType)]
-    kinds = [(type(linear), type(linear.packed_copy)) for linear in _linears(layers)]
     shapes = [(t.shape, t.stride(), t.dtype) for t in parts if isinstance(t, Tensor)]
     first: dict[int, int] = {}  # one part of several layers is one attribute in the graph
     which = [first.setdefault(id(part), index) for index, part in enumerate(parts)]
-    return dtype, tuple(numbers), tuple(kinds), tuple(shapes), tuple(which)
+    return dtype, tuple(numbers), tuple(shapes), tuple(which)
 
 
 class _Range(nn.Module):
@@ -210,20 +194,17 @@ class _Range(nn.Module):
     def forward(
         self, hidden: Tensor, rotations: Tensor, past: Tensor, mask: Tensor, *buffers: Tensor
     ) -> Tensor:
-        """
+        """[T, H] -> [T, H]; keys and values are in the buffers.
+
         Args:
-            hidden: [T, H]
             rotations: [T, head_dim, head_dim], see `AttentionContext`.
             past: [start, 0]: its size is the number of positions before these.
             mask: [G * T, S]; not read if T is 1.
             buffers: keys and values of each layer, [1 or more, kv_heads, capacity, head_dim].
-
-        Returns:
-            [T, H]; keys and values are in the buffers.
         """
         width = 1 if len(rotations) == 1 else rotations.shape[0]  # the latter is traced
         of_width = None if width == 1 else mask
-        context = AttentionContext(1, width, 1, lambda copies: of_width, rotations)
+        context = AttentionContext(1, width, lambda copies: of_width, rotations)
         for index, layer in enumerate(self._layers):
             keys, values = buffers[2 * index : 2 * index + 2]
             hidden = layer(hidden, context, _Cache(keys, values, past))

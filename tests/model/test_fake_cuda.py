@@ -6,13 +6,16 @@ kernels reject or copy, attention that falls back to scores in memory, and kerne
 
 import contextlib
 import copy
+import math
 import random
 import sys
 from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import generate, strategy_name, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -27,17 +30,15 @@ from self_speculation import (
     Sampler,
     load_model_and_tokenizer,
     make_strategy,
-    self_speculation_generator,
 )
-from self_speculation.model import captured_runner, linear
-from self_speculation.model.attention_context import AttentionContext
+from self_speculation import self_speculation_generator as generator
+from self_speculation.model import captured_runner
 from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
-from self_speculation.model.traced_runner import never_trace
+from self_speculation.model.traced_runner import trace_after
 from self_speculation.scheduler import Scheduler
-from self_speculation.self_speculation_generator import HostVerification
-from self_speculation.transfers import Reading, Stopwatch, on_device
+from self_speculation.transfers import Reading, on_device
 
 DEVICE = "cuda:0"
 
@@ -132,19 +133,7 @@ def shares(one, other):
 @pytest.fixture
 def cuda(monkeypatch):
     """Makes models of fake tensors; whatever is read from the device is drawn."""
-    draws = random.Random(0)
-    monkeypatch.setattr("self_speculation.model.fused_layers.scaled_dot_product_attention", attention)
-    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
-    monkeypatch.setattr("self_speculation.model.fused_layers.flash_attention", flash_attention)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**36, 2**36))
-    monkeypatch.setattr(Stopwatch, "_event", lambda stopwatch: None)
-    # A parameter of no memory is no `Parameter`, and nowhere.
-    monkeypatch.setattr("self_speculation.model.fused_layers._is_plain", lambda *modules: True)
-    monkeypatch.setattr("self_speculation.model.fused_layers.structure", lambda *modules: ())
-    for module in ("linear", "fingerprint"):
-        monkeypatch.setattr(f"self_speculation.model.{module}.contents", lambda groups: [()] * len(groups))
-    monkeypatch.setattr("torch.from_dlpack", lambda part: part)
+    draws, honest, tensor, zeros = random.Random(0), generator.read_verification, torch.tensor, torch.zeros
 
     def drawn(part):
         """Ids, or numbers between 0 and 1; nothing is damaged."""
@@ -160,42 +149,53 @@ def cuda(monkeypatch):
         """As it is read, with as many accepted as there can be."""
         honest(rows, draft, target, verdict)
         accepted = [draws.randint(0, length) for length in draft.lengths]
-        return HostVerification(accepted, [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted])
-
-    monkeypatch.setattr("self_speculation.decoding.batch.read", read)
-    monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))
-    monkeypatch.setattr(Reading, "wait", lambda reading: [n for part in read(reading.numbers) for n in part])
-    honest = self_speculation_generator.read_verification
-    monkeypatch.setattr(self_speculation_generator, "read_verification", few_accepted)
-
-    with torch.device("cpu"):  # torch caches its constructors at the first context, here before the patches
-        torch.empty(0)
-    # Fake mode holds on one thread.
-    on_this_thread = contextlib.nullcontext(type("Threads", (), {"map": staticmethod(map)}))
-    monkeypatch.setattr(
-        "self_speculation.model.quantized_layers.ThreadPoolExecutor", lambda number: on_this_thread
-    )
-    for name in ("normal_", "uniform_"):  # they draw by a generator of CUDA's
-        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor)
-
-    # What makes real memory even so.
-    tensor, zeros = torch.tensor, torch.zeros
+        tokens = [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted]
+        return generator.HostVerification(accepted, tokens)
 
     def without_memory(numbers, device, dtype=torch.long):
         return torch.empty(len(numbers), dtype=dtype, device=device)
 
+    def new_zeros(like, *size, **kind):
+        return zeros(*size, **{"dtype": like.dtype, "device": like.device, **kind})
+
+    with torch.device("cpu"):  # torch caches its constructors at the first context, here before the patches
+        torch.empty(0)
+    package = "self_speculation"
+    for name, value in {
+        f"{package}.model.fused_layers.scaled_dot_product_attention": attention,
+        "torch.nn.functional.scaled_dot_product_attention": attention,
+        f"{package}.model.fused_layers.flash_attention": flash_attention,
+        "torch.cuda.get_device_capability": lambda device: (9, 0),
+        "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
+        # A parameter of no memory is no `Parameter`, and nowhere.
+        f"{package}.model.fused_layers._is_plain": lambda *modules: True,
+        f"{package}.model.fused_layers.structure": lambda *modules: (),
+        f"{package}.model.linear.contents": lambda groups: [()] * len(groups),
+        f"{package}.model.fingerprint.contents": lambda groups: [()] * len(groups),
+        "torch.from_dlpack": lambda part: part,
+        # Reads, and events for them.
+        f"{package}.decoding.batch.read": read,
+        f"{package}.self_speculation_generator.read_verification": few_accepted,
+        f"{package}.transfers.Reading.__init__": lambda self, numbers: setattr(self, "numbers", numbers),
+        f"{package}.transfers.Reading.wait": lambda reading: [*chain(*read(reading.numbers))],
+        f"{package}.transfers.Stopwatch._event": lambda stopwatch: None,
+        # Fake mode holds on one thread.
+        f"{package}.model.quantized_layers.ThreadPoolExecutor": lambda number: contextlib.nullcontext(
+            SimpleNamespace(map=map)
+        ),
+        # These draw by a generator of CUDA's.
+        "torch.Tensor.normal_": lambda tensor, *_, **__: tensor,
+        "torch.Tensor.uniform_": lambda tensor, *_, **__: tensor,
+        # These make real memory even so.
+        "torch.tensor": lambda data, dtype=None, device=None: torch.empty_like(
+            tensor(data, dtype=dtype), device=device
+        ),
+        "torch.Tensor.new_zeros": new_zeros,
+    }.items():
+        monkeypatch.setattr(name, value)
     for module in [*sys.modules.values()]:
         if vars(module).get("on_device") is on_device:
             monkeypatch.setattr(module, "on_device", without_memory)
-    monkeypatch.setattr(
-        "torch.tensor",
-        lambda data, dtype=None, device=None: torch.empty_like(tensor(data, dtype=dtype), device=device),
-    )
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_zeros",
-        lambda like, *size, **kind: zeros(*size, **{"dtype": like.dtype, "device": like.device, **kind}),
-    )
 
     def make(heads=(6, 2), fused=True, num_layers=4):
         settings = LlamaConfig(
@@ -208,9 +208,7 @@ def cuda(monkeypatch):
             assert fuse(model) == num_layers
         return model
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(OnMeta())
+    with FakeTensorMode(), OnMeta():
         yield make
 
 
@@ -225,7 +223,6 @@ PATHS = {
     "adaptive": {"strategy": "adaptive"},
     "int4": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
 }
-SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -236,42 +233,24 @@ SAMPLED = {"sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
         *((path, heads, True) for path in ("self-speculative", "wide") for heads in (HEADS[0], HEADS[2])),
     ],
 )
-def test_every_path(cuda, path, heads, fused):
-    """Guards against a tensor made on the CPU, and against attention that only a CPU is good at."""
-    model = cuda(heads, fused)
-    for extra in ({}, {**SAMPLED, "logits_processors": [RepetitionPenaltyLogitsProcessor(1.2)]}):
-        generate(model, [5, 6, 7, 8, 9], max_steps=12, eos=[], **PATHS[path], **extra)
-
-
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=[pytest.mark.slow] if path == "int4" else []) for path in PATHS]
-)
-def test_every_path_of_a_batch(cuda, path):
-    """Guards against the same where rows differ in length, end, and make room for others."""
-    how = dict(PATHS[path])
-    name = how.pop("strategy", "self_speculative" if "num_speculations" in how else "autoregressive")
-    for extra in ({"sample": False}, SAMPLED):
-        config = GenerationConfig(max_steps=7, generation_strategy=name, **how, **extra)
-        requests = [Request([5 + i for i in range(n)]) for n in (3, 7, 1, 4)]
-        assert len(dict(make_strategy(name).generate_batch(cuda(), requests, config, batch_size=3))) == 4
-
-
-def test_rows_of_their_own_settings_over_a_kept_cache(cuda, monkeypatch):
-    """Guards against the same where rows sample each in its own way, and take what others have left."""
+def test_every_path(cuda, path, heads, fused, monkeypatch):
+    """Guards against a tensor made on the CPU, and against attention that only a CPU is good at: of one row,
+    and where rows differ in length and settings, end, make room for others, and take what others have left.
+    """
     monkeypatch.setattr("self_speculation.scheduler.cache_fingerprint", lambda model: "of bits that are none")
-    config = GenerationConfig(
-        max_steps=7,
-        generation_strategy="self_speculative",
-        exit_layer=2,
-        num_speculations=3,
-        reuse_cache=True,
-    )
-    own = [{"sample": False}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.5}, {"max_steps": 3}]
-    requests = [Request([5, 6, 7, 8 + i], config=replace(config, **each)) for i, each in enumerate(own)]
-    strategy = make_strategy("self_speculative")
-    for _ in range(2):
-        results = dict(strategy.generate_batch(cuda(), requests, config, batch_size=3))
-    assert all(result.num_cached_tokens == 3 for result in results.values())
+    name = strategy_name(PATHS[path])
+    how = {key: value for key, value in PATHS[path].items() if key != "strategy"}
+    config = GenerationConfig(max_steps=7, generation_strategy=name, reuse_cache=True, **how)
+    own = [{"sample": False}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"max_steps": 3}]
+    processors = [RepetitionPenaltyLogitsProcessor(1.2)]
+    requests = [
+        Request([5, 6, 7, *[8] * i, 9], processors * i, config=replace(config, **each))
+        for i, each in enumerate(own)
+    ]
+    model, strategy = cuda(heads, fused), make_strategy(name)
+    for batch_size in (1, 2, 2):
+        results = dict(strategy.generate_batch(model, requests, config, batch_size))
+    assert all(result.num_cached_tokens >= 3 for result in results.values())
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -281,35 +260,25 @@ def test_long_prompts(cuda, fused):
         generate(cuda(fused=fused), [5] * length, max_steps=3, eos=[])
 
 
-def causal_attention(query, key, value, _, is_causal, scale):
-    """What the kernel computes: the last token sees all keys."""
-    assert is_causal
-    width, length = query.shape[2], key.shape[2]
-    mask = torch.ones(width, length, dtype=torch.bool).tril(length - width)
-    return (scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True),)
-
-
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     """Guards against heads in another order, and against a mask that is missing or aligned otherwise."""
     model = copy.deepcopy(
-        tiny_llama(
-            num_attention_heads=2 * groups,
-            num_key_value_heads=2,
-            hidden_size=48,
-            max_position_embeddings=2048,
-        )
+        tiny_llama(num_attention_heads=2 * groups, hidden_size=48, max_position_embeddings=2048)
     )
     drafts = {"exit_layer": 2, "num_speculations": 5, "max_steps": 12, "eos": []}
     prompts = [[5, 9, 4, 7, 7, 3], [5 + i % 40 for i in range(PREFILL_CHUNK + 37)]]
     fuse(model)
-    never_trace(model)
+    trace_after(model, math.inf)
     expected = [generate(model, prompt, **drafts).predicted_tokens for prompt in prompts]
     lengths = []
 
-    def attention(query, key, *others, scale):
+    def attention(query, key, value, _, is_causal, scale):
+        """What the kernel computes: the last token sees all keys."""
+        assert is_causal
         lengths.append((query.shape[2], key.shape[2]))
-        return causal_attention(query, key, *others, scale=scale)
+        mask = torch.ones(lengths[-1], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return (scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True),)
 
     monkeypatch.setattr("self_speculation.model.model_runner.has_flash_attention", lambda *_: True)
     monkeypatch.setattr("self_speculation.model.fused_layers.flash_attention", attention)
@@ -318,58 +287,38 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_masks_of_every_position(groups):
-    """Guards against masks that are aligned for one length in eight only, or tell of the future."""
-    model = tiny_llama(num_attention_heads=2 * groups, num_key_value_heads=2, hidden_size=48)
-    runner = ModelRunner(model, 1, 40)
-    for start in range(1, 18):
-        for width in range(2, 10):
-            span = AttentionContext.uniform(runner, 1, start, width)
-            visible = torch.ones(width, start + width).tril(start) == 1
-            assert torch.equal(span.mask == 0, visible)
-            assert torch.equal(span.grouped_mask == 0, visible.repeat(groups, 1))
-            for mask in (span.mask, span.grouped_mask):
-                assert mask.stride(0) % 8 == 0
-                assert mask.data_ptr() % 16 == 0
-
-
-def of_a_layer(model, lengths, width, device=DEVICE):
-    """Kernels and calls of one more layer, in a pass over rows of such lengths."""
-    runner, ran = ModelRunner(model, 30, 100, num_rows=len(lengths)), []
-    with torch.inference_mode():
-        runner.cache.clear(num_rows=0)
-        for row, length in enumerate(lengths):
-            ids = torch.zeros(1, length, dtype=torch.long, device=device)
-            forward_early(runner.for_row(row), ids, 4)
-            runner.cache.add_row(length)
-        for depth in (1, 2):
-            runner.cache.pretend(lengths)
-            with Kernels() as counts:
-                ids = torch.zeros(len(lengths), width, dtype=torch.long, device=device)
-                forward_early(runner, ids, depth)
-            ran.append(counts)
-    return len(ran[1].kernels) - len(ran[0].kernels), len(ran[1].calls) - len(ran[0].calls)
-
-
 # Norm, qkv, rotation, keys, values, attention, output, norm, gate and up, activation, product, down.
 @pytest.mark.parametrize(
     ("heads", "lengths", "width", "expected"),
     [
-        ((6, 2), [30], 1, 12),
-        ((4, 4), [30], 1, 12),
-        ((6, 2), [30], 5, 12),
-        ((6, 2), [30, 30], 5, 12),
-        ((6, 2), [30], NARROW + 1, 12),
-        ((6, 2), [30, 20, 7], 1, 13),
-        ((6, 2), [30, 20, 7], 5, 14),
+        ((6, 2), [30], 1, (12, 24)),
+        ((4, 4), [30], 1, (12, 24)),
+        ((6, 2), [30], 5, (12, 26)),
+        ((6, 2), [30, 30], 5, (12, 28)),
+        ((6, 2), [30], NARROW + 1, (12, 26)),
+        ((6, 2), [30, 20, 7], 1, (13, 28)),
+        ((6, 2), [30, 20, 7], 5, (14, 32)),
     ],
 )
-def test_kernels_of_a_fused_layer(cuda, heads, lengths, width, expected):
-    """Guards against another kernel in each layer, such as for masks and positions, and copies of keys: the
-    host has no time for it.
+def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
+    """Guards against another kernel or view in each layer, such as for masks and positions, and copies of
+    keys: the host has no time for it. Counts one more layer in a pass over rows of such lengths.
     """
-    assert of_a_layer(cuda(heads), lengths, width)[0] == expected
+    runner, ran = ModelRunner(cuda(heads), 30, 100, num_rows=len(lengths)), []
+    with torch.inference_mode():
+        runner.cache.set_rows([])
+        for row, length in enumerate(lengths):
+            forward_early(runner.for_row(row), torch.zeros(1, length, dtype=torch.long, device=DEVICE), 4)
+            runner.cache.add_row(length)
+        for depth in (1, 2):
+            runner.cache.set_rows(lengths)
+            with Kernels() as counts:
+                ids = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
+                forward_early(runner, ids, depth)
+            ran.append(counts)
+    one, two = ran
+    found = len(two.kernels) - len(one.kernels), len(two.calls) - len(one.calls)
+    assert found == expected
 
 
 @pytest.mark.parametrize(("captured", "expected"), [(False, (1055, 2191)), (True, (98, 180))])
@@ -395,32 +344,6 @@ def test_work_of_a_round(cuda, captured, expected, monkeypatch):
     assert not {"item", "_local_scalar_dense", "equal", "nonzero"} & {*ran.calls}
     assert ran.copied < model.model.layers[0].self_attn.o_proj.weight.numel()
     assert len(replays) == 8 * captured
-
-
-@pytest.mark.parametrize(("width", "expected"), [(1, 28), (5, 32)])
-def test_calls_of_a_fused_layer(width, expected, monkeypatch):
-    """Guards against another view in each layer: to make one takes the host as long as to start a kernel.
-    On a CPU, where a norm is four calls, with the products of a GPU.
-    """
-    monkeypatch.setattr(linear, "_blocks", lambda weight: None)
-    monkeypatch.setattr(linear.Linear, "can_be_packed", False)
-    model = copy.deepcopy(tiny_llama())
-    fuse(model)
-    assert of_a_layer(model, [30], width, "cpu")[1] == expected
-
-
-@pytest.mark.parametrize("num_layers", [2, 4])
-def test_calls_of_a_captured_pass(num_layers, monkeypatch):
-    """Guards against calls of the host for each layer, beside the replay."""
-    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda _: bool)
-    model = copy.deepcopy(tiny_llama(num_layers))
-    captured_runner.capture_decoding(model)
-    runner, states = captured_runner.make_runner(model, 1, 40), torch.zeros(1, 1, 32)
-    with torch.inference_mode():
-        runner.run_layers(states, 0, num_layers)
-        with Kernels() as ran:
-            runner.run_layers(states, 0, num_layers)
-    assert len(ran.calls) == 6, ran.calls
 
 
 def test_a_read_waits_for_the_gpu_that_copies(monkeypatch):

@@ -4,16 +4,13 @@ current weights. test_llama_model_utils.py compares every family with transforme
 
 import copy
 import gc
-import pickle
 import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import assert_close, generate, tiny_llama, transformers_generate
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -42,8 +39,8 @@ def tokens(model, num_tokens=20, **config):
 
 def fused(model):
     """[layers + 1] whether each layer and the head is fused."""
-    layers, head, _ = fused_model(model)
-    return [part is not None for part in (*layers, head)]
+    parts, _ = fused_model(model)
+    return [part in parts for part in (*model.model.layers, model.lm_head)]
 
 
 def fuse_and_pack(model, packed, monkeypatch):
@@ -75,12 +72,15 @@ def test_weights_are_in_memory_once(model):
     assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in after.values())
     attention = model.model.layers[0].self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    joint = fused_model(model).layers[0].linears[0].weight
+    joint = fused_model(model)[0][model.model.layers[0]].linears[0].weight
     assert joint.data_ptr() == attention.q_proj.weight.data_ptr()
     assert joint.shape[0] == sum(len(projection.weight) for projection in projections)
 
 
-def trained(model):
+def assigned_and_trained(model):
+    """The parameters are made while the model decodes."""
+    model.load_state_dict(tiny_llama().state_dict(), assign=True)
+    tokens(model, 3)
     ids = torch.tensor([PROMPT])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.requires_grad_()(ids, labels=ids).loss.backward()
@@ -88,23 +88,21 @@ def trained(model):
     optimizer.step()
 
 
-def assigned_and_trained(model):
-    """The parameters are made while the model decodes."""
-    model.load_state_dict(tiny_llama().state_dict(), assign=True)
-    tokens(model, 3)
-    trained(model)
-
-
-def replaced_parameter(model):
-    model.model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.randn(32, 48))
-
-
 def replaced_data(model):
     model.model.layers[1].self_attn.q_proj.weight.data = torch.randn(32, 32)
 
 
 def heads_ablated(model):
+    """torch counts no version for this, nor for the next two."""
     model.model.layers[1].self_attn.o_proj.weight.data[:, 16:].zero_()
+
+
+def other_rows_of_the_head(model):
+    model.lm_head.weight.data.copy_(model.lm_head.weight.data.flip(0).clone())
+
+
+def another_norm(model):
+    model.model.norm.weight.data[3].mul_(30)
 
 
 def replaced_activations(model):
@@ -112,30 +110,11 @@ def replaced_activations(model):
         layer.mlp.act_fn = nn.GELU()
 
 
-OF_WEIGHTS = {
-    "trained": trained,
-    "assigned and trained": assigned_and_trained,
-    "dtype": lambda model: model.to(torch.bfloat16),
-    "replaced parameter": replaced_parameter,
-    "replaced data": replaced_data,
-    # torch counts no version for these.
-    "heads ablated": heads_ablated,
-    "rows of the head": lambda model: model.lm_head.weight.data.copy_(
-        model.lm_head.weight.data.flip(0).clone()
-    ),
-    "a norm": lambda model: model.model.norm.weight.data[3].mul_(30),
-}
-OF_NUMBERS = {
-    "epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 0.5),
-    "scaling": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.9),
-    "activations": replaced_activations,
-}
+OF_WEIGHTS = [assigned_and_trained, replaced_data, heads_ablated, other_rows_of_the_head, another_norm]
 
 
 @packed_or_not
-@pytest.mark.parametrize(
-    "change", [*OF_WEIGHTS.values(), *OF_NUMBERS.values()], ids=[*OF_WEIGHTS, *OF_NUMBERS]
-)
+@pytest.mark.parametrize("change", [*OF_WEIGHTS, replaced_activations])
 def test_current_weights_decode(model, change, packed, monkeypatch):
     """Guards against a model that decodes with the weights or numbers it had when it was fused."""
     fuse_and_pack(model, packed, monkeypatch)
@@ -143,8 +122,7 @@ def test_current_weights_decode(model, change, packed, monkeypatch):
     change(model)
     assert all(fused(model))
     assert_logits(model)
-    if model.dtype == torch.float32:
-        assert tokens(model) == transformers_generate(model, PROMPT, 20, -1) != before
+    assert tokens(model) == transformers_generate(model, PROMPT, 20, -1) != before
 
 
 @packed_or_not
@@ -152,7 +130,7 @@ def test_fuse_remakes_everything(model, packed, monkeypatch):
     """Guards against a copy that survives a change of one element, which no fingerprint sees."""
     fuse_and_pack(model, packed, monkeypatch)
     tokens(model, **INT4_DRAFTS)
-    before = [weakref.ref(part) for layer in fused_model(model).layers for part in layer.linears]
+    before = [weakref.ref(part) for fused in fused_model(model)[0].values() for part in fused.linears]
     model.model.layers[2].mlp.down_proj.weight.data[3, 5].add_(30)
     fuse(model)
     gc.collect()
@@ -161,18 +139,17 @@ def test_fuse_remakes_everything(model, packed, monkeypatch):
     assert tokens(model, **INT4_DRAFTS) == transformers_generate(model, PROMPT, 20, -1)
 
 
-@pytest.mark.parametrize("change", [replaced_data, heads_ablated])
-def test_each_request_of_a_batch_uses_current_weights(model, change):
+def test_each_request_of_a_batch_uses_current_weights(model):
     """Guards against a scheduler that keeps its first weights after its batch was empty."""
     fuse(model)
     strategy, config = make_strategy("autoregressive"), GenerationConfig(sample=False, max_steps=12)
     answers = strategy.generate_batch(model, [Request(PROMPT)] * 2, config, batch_size=1)
-    assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
-    change(model)
-    assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
+    for change in (heads_ablated, replaced_data):
+        assert next(answers)[1].predicted_tokens == transformers_generate(model, PROMPT, 12, -1)
+        change(model)
 
 
-@pytest.mark.parametrize("change", OF_WEIGHTS.values(), ids=OF_WEIGHTS)
+@pytest.mark.parametrize("change", OF_WEIGHTS)
 def test_drafts_use_copies_of_current_weights(model, change):
     """Guards against drafts by the weights that a model had before: the output stays right but gets slow."""
 
@@ -226,17 +203,6 @@ def test_inference_mode_and_autocast(model):
                 assert tokens(each, 12, **drafts) == plain
 
 
-def test_a_deep_copy_has_its_own_weights(model):
-    """Guards against a copy of a fused model that decodes with the weights of the original."""
-    fuse(model)
-    tokens(model, 3)
-    twin = copy.deepcopy(model)
-    nn.init.zeros_(twin.model.layers[0].mlp.down_proj.weight)
-    fuse(twin)
-    assert_logits(twin)
-    assert_logits(model)
-
-
 class Adapter(nn.Linear):
     """Another class in the place of a Linear, such as an adapter or a quantised layer."""
 
@@ -253,58 +219,32 @@ class DoublingNorm(LlamaRMSNorm):
         return 2 * super().forward(hidden)
 
 
-def adapted(layer):
-    projection = layer.mlp.down_proj
-    layer.mlp.down_proj = adapter = Adapter(48, 32, bias=False)
-    adapter.weight = projection.weight
-
-
-def hooked(layer):
-    layer.self_attn.register_forward_hook(lambda module, inputs, output: (-output[0], None))
-
-
-def with_another_forward(layer):
-    norm = layer.input_layernorm
-    original = norm.forward
-    norm.forward = lambda hidden: 2 * original(hidden)
-
-
-def with_another_norm(layer):
-    layer.input_layernorm.__class__ = DoublingNorm
-
-
-@pytest.mark.parametrize("change", [adapted, hooked, with_another_forward, with_another_norm])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_changed_layers_are_not_fused(model, change, when):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.mlp.down_proj, "__class__", Adapter),
+        lambda layer: setattr(layer.input_layernorm, "__class__", DoublingNorm),
+        lambda layer: setattr(layer.mlp, "forward", torch.neg),
+        lambda layer: layer.mlp.register_forward_hook(lambda module, inputs, output: -output),
+    ],
+    ids=["an adapter", "another norm", "another forward", "a hook"],
+)
+def test_changed_layers_are_not_fused(model, change):
     """Guards against an adapter, a quantised layer or a hook that fused layers ignore."""
-    if when == "before":
-        change(model.model.layers[1])
     fuse(model)
-    if when == "after":
-        change(model.model.layers[1])
+    change(model.model.layers[1])
     assert fused(model) == [True, False, True, True, True]
     assert_logits(model)
 
 
-@pytest.mark.parametrize("by_accelerate", [False, True])
-def test_a_layer_is_fused_again_without_its_hook(model, by_accelerate):
+def test_a_layer_is_fused_again_without_its_hook(model):
     """Guards against a model that stays slow without its hook: accelerate leaves a `forward` behind."""
     fuse(model)
     mlp = model.model.layers[1].mlp
-    if by_accelerate:
-        add_hook_to_module(mlp, AlignDevicesHook("cpu"))
-    else:
-        handle = mlp.register_forward_hook(lambda *_: None)
-    assert fused(model) == [True, False, True, True, True]
-    remove_hook_from_module(mlp) if by_accelerate else handle.remove()
+    add_hook_to_module(mlp, AlignDevicesHook("cpu"))
+    assert not all(fused(model))
+    remove_hook_from_module(mlp)
     assert all(fused(model))
-
-
-def test_eager_attention_is_not_fused(model):
-    """Guards against sdpa in a model that asks for eager attention."""
-    model.set_attn_implementation("eager")
-    assert fuse(model) == 0
-    assert not any(fused(model))
 
 
 @needs_onednn
@@ -324,45 +264,20 @@ def test_weights_are_packed_if_memory_has_room(model, monkeypatch):
     assert bytes_made(model) == size
 
 
-@pytest.fixture
-def accelerator():
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    yield Accelerator(cpu=True)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-def saved_by_accelerate(model, folder, accelerator):
-    accelerator.save_model(model, folder)
-    return load_file(folder / "model.safetensors")
-
-
-def saved_by_safetensors(model, folder, _):
-    save_model(model, str(folder / "model.safetensors"))
-    other = copy.deepcopy(tiny_llama(agreement="always"))
-    load_model(other, str(folder / "model.safetensors"))
-    return other.state_dict()
-
-
-def saved_by_transformers(model, folder, _):
-    model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def pickled(model, *_):
-    return pickle.loads(pickle.dumps(model)).state_dict()
-
-
-@pytest.mark.parametrize("save", [saved_by_accelerate, saved_by_safetensors, saved_by_transformers, pickled])
-def test_all_weights_are_saved(model, save, tmp_path, accelerator):
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_all_weights_are_saved(model, by_transformers, tmp_path):
     """Guards against projections that share a storage: code that saves a model keeps only one of those."""
     fuse(model)
     tokens(model, 4)
-    state = save(model, tmp_path, accelerator)
+    other = copy.deepcopy(tiny_llama(agreement="always"))
+    if by_transformers:
+        model.save_pretrained(tmp_path)
+        other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    else:
+        save_model(model, str(tmp_path / "model.safetensors"))
+        load_model(other, str(tmp_path / "model.safetensors"))
     expected = tiny_llama().state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], weight) for name, weight in expected.items())
+    assert all(torch.equal(other.state_dict()[name], weight) for name, weight in expected.items())
 
 
 @pytest.fixture
@@ -372,29 +287,18 @@ def one_rank(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def by_fsdp(model):
-    return torch.distributed.fsdp.FullyShardedDataParallel(
-        model, device_id=torch.device("cpu"), use_orig_params=True
-    )
-
-
-def by_fully_shard(model):
-    for layer in model.model.layers:
-        torch.distributed.fsdp.fully_shard(layer)
-    return torch.distributed.fsdp.fully_shard(model)
-
-
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, by_fsdp, by_fully_shard])
-def test_all_weights_are_trained(model, wrap):
-    """Guards against weights that miss an update because a wrapper flattens or shards joint projections."""
+def test_all_weights_are_trained(model):
+    """Guards against weights that miss an update because a wrapper shards joint projections."""
     fuse(model)
     tokens(model, 4)
     reference, ids = copy.deepcopy(tiny_llama()), torch.tensor([PROMPT])
-    wrapped = wrap(model)
-    for each in (wrapped, reference):
+    for layer in model.model.layers:
+        torch.distributed.fsdp.fully_shard(layer)
+    torch.distributed.fsdp.fully_shard(model)
+    for each in (model, reference):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
         each(ids, labels=ids).loss.backward()
         optimizer.step()
     with torch.no_grad():
-        assert_close(wrapped(ids).logits, reference(ids).logits)
+        assert_close(model(ids).logits, reference(ids).logits)

@@ -34,17 +34,6 @@ def test_every_kernel_computes_the_product(width, rows, bias, packed, monkeypatc
         assert_close(joint.add_to(torch.ones_like(expected), x), expected + 1)
 
 
-@needs_onednn
-def test_format_and_number_of_tokens_decide_on_the_kernel(monkeypatch):
-    """Guards against a choice by measured time, which took the slower kernel on a shared machine."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    for dtype, packed in ((torch.float32, range(5, NARROW + 1)), (torch.bfloat16, range(1, NARROW + 1))):
-        some = Linear(nn.Linear(32, 32, dtype=dtype))
-        assert some.can_be_packed
-        some.may_be_packed = True
-        assert [width for width in range(1, 20) if some.is_packed(width)] == [*packed]
-
-
 @pytest.mark.parametrize("size", [1, 100, 2**24])
 @needs_fbgemm
 def test_a_weight_is_packed_in_pieces(size, monkeypatch):
@@ -73,22 +62,3 @@ def test_copies_are_dropped_when_a_bias_changes():
     some.derive("another copy", object)
     follow_weights([some])
     assert "a copy" not in some.derived
-
-
-def test_a_missing_kernel_is_told_from_missing_memory():
-    """Guards against drafts that are refused for ever because a GPU's memory was full once."""
-    errors = [torch.OutOfMemoryError("CUDA out of memory")]
-
-    class ShortOfMemory(nn.Identity):
-        def forward(self, x):
-            if errors:
-                raise errors.pop()
-            return x
-
-    class Missing(nn.Identity):
-        def forward(self, x):
-            raise NotImplementedError("no such kernel")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        works(lambda weight: ShortOfMemory(), torch.device("cpu"), torch.float32)
-    assert not works(lambda weight: Missing(), torch.device("cpu"), torch.float32)

@@ -122,7 +122,7 @@ def test_copies_are_made_once_over_the_same_cache():
     again = quantized(ModelRunner(model, 6, 20), 4)
     for part, other in ((again.layers[0], twin.layers[0]), (again.head, twin.head)):
         assert all(mine is theirs for mine, theirs in zip(part.linears, other.linears, strict=True))
-    assert fused_model(model)[0][0] is runner.layers[0]
+    assert fused_model(model)[0][model.model.layers[0]] is runner.layers[0]
 
 
 @pytest.mark.skipif(not works(Float16Linear, CPU, torch.float32), reason="no kernel here")

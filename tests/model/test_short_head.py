@@ -42,7 +42,7 @@ def test_rows_are_copied_once(monkeypatch):
     for weights in ("exact", "int4", "int4"):
         generate(model, PROMPT, draft_vocabulary=12, draft_weights=weights, **DRAFTS)
     assert len(copied) == 1
-    derived = fused_model(model).head.linears[0].derived
+    derived = fused_model(model)[0][model.lm_head].linears[0].derived
     (rows,) = [rows for rows in derived.values() if isinstance(rows, Linear)]
     assert Int4Linear in rows.derived
     assert Int4Linear not in derived

@@ -17,7 +17,7 @@ from self_speculation.model import linear, traced_runner
 from self_speculation.model.fused_layers import activation_dtype, fuse, fused_model
 from self_speculation.model.linear import NARROW
 from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder
-from self_speculation.model.traced_runner import TracedRunner, trace_at_once
+from self_speculation.model.traced_runner import TracedRunner, trace_after
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 DRAFTS = {"exit_layer": 2, "num_speculations": 3}
@@ -38,16 +38,11 @@ def nothing_is_packed(monkeypatch):
     monkeypatch.setattr(linear.Linear, "can_be_packed", False)
 
 
-def fused(dtype=torch.float32, fp32_activations=False, at_once=True):
-    """A fused model.
-
-    Args:
-        at_once: trace its passes when they first run.
-    """
+def fused(dtype=torch.float32, fp32_activations=False):
+    """A fused model whose passes are traced when they first run."""
     model = copy.deepcopy(tiny_llama()).to(dtype)
     fuse(model, fp32_activations=fp32_activations)
-    if at_once:
-        trace_at_once(model)
+    trace_after(model, 0)
     return model
 
 
@@ -59,7 +54,7 @@ def model(request):
 
 def num_usable(model):
     """Traces with weights."""
-    return len(traced_runner._TRACES[model].made) if model in traced_runner._TRACES else 0
+    return sum(bool(trace.reads) for trace in traced_runner._TRACES[model].made.values())
 
 
 def tokens(model, num_tokens=20, **how):
@@ -106,11 +101,15 @@ def test_traced_passes_give_the_same_ids(model, how):
 
 
 def written_through_data(model):
-    model.model.layers[3].self_attn.v_proj.weight.data[1] = 2.0
+    model.model.layers[3].self_attn.v_proj.weight.data[1] += 2.0
 
 
 def pointed_elsewhere(model):
-    model.model.layers[0].mlp.gate_proj.weight.data = torch.ones(48, 32, dtype=model.dtype)
+    model.model.layers[0].mlp.gate_proj.weight.data = torch.randn(48, 32, dtype=model.dtype)
+
+
+def reassigned(model):
+    model.load_state_dict({name: w.flip(-1) for name, w in model.state_dict().items()}, assign=True)
 
 
 def hooked(model):
@@ -123,11 +122,7 @@ def reordered(model):
     layers[0], layers[1] = layers[1], layers[0]
 
 
-def reassigned(model):
-    model.load_state_dict({name: w.flip(-1) for name, w in model.state_dict().items()}, assign=True)
-
-
-CHANGES = [written_through_data, pointed_elsewhere]
+CHANGES = [written_through_data, pointed_elsewhere, reassigned]
 
 
 @pytest.mark.parametrize(
@@ -138,50 +133,62 @@ CHANGES = [written_through_data, pointed_elsewhere]
         (reordered, STRATEGIES[0]),
     ],
 )
-def test_current_weights_decode(model, change, how):
-    """Guards against weights that become constants of a trace."""
+def test_current_weights_decode(model, change, how, monkeypatch):
+    """Guards against weights that become constants of a trace, and against a model that is no longer traced
+    after many changes of its weights.
+    """
     tokens(model, 8, **how)
-    change(model)
-    assert tokens(model, **how) == tokens(untraced(model), **how)
+    made, graphs = num_usable(model), traced_runner.num_traces(model)
+    monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", graphs)
+    trace_after(model, 32)
+    for turn in range(3):
+        change(model)
+        assert tokens(model, **how) == tokens(untraced(model), **how), turn
+        assert change not in CHANGES or 0 < num_usable(model) <= made
+        assert traced_runner.num_traces(model) == graphs
 
 
 def test_a_range_is_traced_after_some_passes():
     """Guards against a short first answer that waits for a trace and gains nothing."""
-    model = fused(at_once=False)
+    model = fused()
+    trace_after(model, traced_runner._PASSES_BEFORE)
     tokens(model, traced_runner._PASSES_BEFORE)
     assert num_usable(model) == 0
     tokens(model, 5)
     assert num_usable(model) == 1
 
 
-@pytest.mark.parametrize("how", [DRAFTS, {**DRAFTS, "draft_weights": "int4"}])
-def test_traces_are_freed_with_their_model(how):
-    """Guards against weights that stay in memory: TorchScript never frees the constants of a graph."""
-    model = fused()
-    tokens(model, 5, **how)
-    layers = fused_model(model).layers
-    copies = [made for layer in layers for linear in layer.linears for made in linear.derived.values()]
-    parts = [tensor for part in (*layers, *copies) for tensor in part.tensors() if tensor.dim()]
-    weights = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*parts, *model.parameters())]
-    assert num_usable(model)
-    del model, layers, copies, parts
-    gc.collect()
-    assert all(weight.expired() for weight in weights)
+def weights(model):
+    """Weak references to all weights and copies; their storages."""
+    linears = [each for layer in model.model.layers for each in fused_model(model)[0][layer].linears]
+    parts = [part for each in linears for part in (each, *each.derived.values())]
+    read = [tensor for part in parts if hasattr(part, "tensors") for tensor in part.tensors()]
+    return [weakref.ref(part) for part in parts], [StorageWeakRef(t.untyped_storage()) for t in read]
+
+
+def are_freed(parts, storages):
+    return not any(part() for part in parts) and all(storage.expired() for storage in storages)
 
 
 @pytest.mark.parametrize("how", [DRAFTS, STRATEGIES[4]])
-def test_outdated_traces_are_freed(model, how):
-    """Guards against traces that keep earlier weights in memory."""
+@pytest.mark.parametrize("fp32_activations", [False, True])
+def test_weights_are_freed(how, fp32_activations):
+    """Guards against traces that keep the weights of before, or of a model that is gone, in memory:
+    TorchScript never frees the constants of a graph.
+    """
+    model = fused(torch.bfloat16 if fp32_activations else torch.float32, fp32_activations)
     tokens(model, 8, **how)
-    linears = fused_model(model).layers[0].linears
-    parts = [weakref.ref(part) for linear in linears for part in (linear, *linear.derived.values())]
     assert num_usable(model) > 1
+    before = weights(model)
     model.to(torch.float64).to(torch.float32)
-    del linears
     tokens(model, 8)
-    gc.collect()
-    assert not any(part() for part in parts)
     assert num_usable(model) == 1
+    now = weights(model)
+    gc.collect()
+    assert are_freed(*before)
+    del model
+    gc.collect()
+    assert are_freed(*now)
 
 
 def test_the_number_of_traces_is_limited(monkeypatch):
@@ -191,21 +198,6 @@ def test_the_number_of_traces_is_limited(monkeypatch):
     for exit_layer in (1, 2, 3):
         tokens(model, 12, exit_layer=exit_layer, num_speculations=3)
     assert num_usable(model) == 3
-
-
-@pytest.mark.parametrize("how", [STRATEGIES[0], STRATEGIES[4]])
-def test_changed_weights_reuse_graphs(model, how, monkeypatch):
-    """Guards against a model that is no longer traced after many changes of its weights."""
-    tokens(model, 8, **how)
-    made, graphs = num_usable(model), traced_runner.num_traces(model)
-    monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", graphs)
-    traced_runner._TRACES[model].passes_before = 32
-    for turn in range(3):
-        for change in (*CHANGES, reassigned):
-            change(model)
-        assert tokens(model, 8, **how) == tokens(untraced(model), 8, **how), turn
-        assert 0 < num_usable(model) <= made
-        assert traced_runner.num_traces(model) == graphs
 
 
 def test_changed_numbers_need_a_new_graph(model):
@@ -219,12 +211,12 @@ def test_changed_numbers_need_a_new_graph(model):
 
 def test_another_dtype_of_states_needs_a_new_graph():
     """Guards against a graph over copies in four bits for float32 states that gets bfloat16 states."""
-    model, how = copy.deepcopy(tiny_llama()).to(torch.bfloat16), STRATEGIES[4]
-    trace_at_once(model)
+    model = fused(torch.bfloat16, fp32_activations=True)
     for fp32_activations in (True, False):
         fuse(model, fp32_activations=fp32_activations)
-        expected = generate(untraced(model), PROMPT, max_steps=20, eos=[], **how)
-        found = generate(model, PROMPT, max_steps=20, eos=[], **how)
+        found, expected = (
+            generate(each, PROMPT, max_steps=20, eos=[], **STRATEGIES[4]) for each in (model, untraced(model))
+        )
         assert found.predicted_tokens == expected.predicted_tokens
         assert found.acceptance_rate == expected.acceptance_rate
 

@@ -1,11 +1,12 @@
 """W16A32: a CPU multiplies weights in 16 bits by float32 activations. The output is that of float32."""
 
 import copy
+import functools
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama
+from conftest import assert_close, generate, in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -35,8 +36,9 @@ DRAFTS = [
     INT4_DRAFTS,
     {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
 ]
-HAS_FBGEMM = works(Float16Linear, torch.device("cpu"), torch.float32)
-pytestmark = pytest.mark.skipif(not HAS_FBGEMM, reason="torch without FBGEMM")
+pytestmark = pytest.mark.skipif(
+    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+)
 
 
 def pair(dtype):
@@ -72,28 +74,26 @@ def test_logits_are_those_of_current_weights_in_float32(models, monkeypatch):
     assert_logits(model, copy.deepcopy(model).float())
 
 
-PAIRS = [pair(torch.bfloat16), pair(torch.float16)] if HAS_FBGEMM else []
+shared_pair = functools.cache(pair)
 
 
 @settings(max_examples=20)
 @given(
-    which=st.sampled_from(range(2)),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     drafts=st.sampled_from(DRAFTS),
     prompt=st.sampled_from(PROMPTS),
     max_steps=st.integers(1, 24),
     batch_size=st.sampled_from([1, 3]),
 )
-def test_the_output_is_that_of_float32_with_any_drafts(which, drafts, prompt, max_steps, batch_size):
+def test_the_output_is_that_of_float32_with_any_drafts(dtype, drafts, prompt, max_steps, batch_size):
     """Guards against near-ties as wide as those of 16 bits: drafts would change greedy outputs."""
-    model, exact = PAIRS[which]
-    strategy = "self_speculative" if "num_speculations" in drafts else "autoregressive"
-    config = GenerationConfig(sample=False, max_steps=max_steps, generation_strategy=strategy, **drafts)
+    model, exact = shared_pair(dtype)
     requests = [Request(each) for each in (prompt, *PROMPTS[: batch_size - 1])]
-    results = dict(make_strategy(strategy).generate_batch(model, requests, config, batch_size))
     depth = {"exit_layer": 2} if drafts == {"exit_layer": 2} else {}
-    for index, request in enumerate(requests):
-        expected = generate(exact, request.ids, max_steps=max_steps, eos=[], **depth)
-        assert results[index].predicted_tokens == expected.predicted_tokens
+    found = in_batch(model, requests, batch_size, max_steps=max_steps, **drafts)
+    expected = in_batch(exact, requests, 1, max_steps=max_steps, **depth)
+    for index in range(batch_size):
+        assert found[index].predicted_tokens == expected[index].predicted_tokens
 
 
 def test_a_hooked_model_computes_in_16_bits(models):
@@ -121,7 +121,7 @@ def test_parameters_stay_in_their_file(tmp_path):
 
 
 def test_progress_is_shown(models):
-    """Guards against minutes of silence while a large model is packed."""
+    """Guards against minutes of silence while a large model is packed and copied."""
     shown = []
 
     @contextmanager
@@ -129,11 +129,10 @@ def test_progress_is_shown(models):
         shown.append((title, num_bytes, done := []))
         yield done.append
 
-    model = copy.deepcopy(models[0])
     with progress.shown_by(bar):
-        fuse(model, fp32_activations=True)
+        fuse(models[0])
         config = GenerationConfig(generation_strategy="self_speculative", **INT4_DRAFTS)
-        make_strategy("self_speculative").prepare(model, config)
+        make_strategy("self_speculative").prepare(models[0], config)
     assert [title for title, *_ in shown] == ["packing weights", "copies for drafts, int4"]
     assert all(sum(done) == num_bytes > 0 for _, num_bytes, done in shown)
 
@@ -190,22 +189,17 @@ def test_auto_keeps_16_bits_of_the_checkpoint(folder, saved, options, weights, a
     assert (model.dtype, activation_dtype(model)) == (weights, activations)
 
 
-@pytest.mark.parametrize(
-    ("largest", "options", "reason"),
-    [
-        (1e5, {}, "weights beyond 65504"),
-        (1.0, {"model_args": {"attn_implementation": "eager"}}, "weights in 16 bits: those of this model"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_w16a32_is_loaded_in_float32(folder, largest, options, reason):
+def test_a_checkpoint_that_cannot_be_w16a32_is_loaded_in_float32(folder):
     """Guards against the output of another model, and against a change of format without a warning."""
-    with pytest.warns(UserWarning, match=f"in float32, since {reason}"):
-        model, _ = load_model_and_tokenizer(folder(largest=largest), LoadingOptions(device="cpu", **options))
+    options = LoadingOptions(device="cpu", model_args={"attn_implementation": "eager"})
+    with pytest.warns(UserWarning, match="in float32, since weights in 16 bits: those of this model"):
+        model, _ = load_model_and_tokenizer(folder(), options)
     assert model.dtype == activation_dtype(model) == torch.float32
 
 
 def test_scripts_print_the_warning(folder, capsys):
     """Guards against a warning that vanishes together with the progress of loading."""
-    load_generator(ModelArguments(model=folder(largest=1e5), device="cpu"), GenerationConfig())
+    generator = load_generator(ModelArguments(model=folder(largest=1e5), device="cpu"), GenerationConfig())
+    assert generator.model.dtype == torch.float32
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "65504" in line]
     assert line.startswith("warning: model ")
