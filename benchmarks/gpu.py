@@ -76,7 +76,7 @@ from data import one_line
 from measures.metrics import peak_memory_mib
 from measures.timed_runs import run_every_pass
 from runs.program import run
-from runs.records import Record, Run, Writer, describe
+from runs.records import Record, Run, describe
 from self_speculation import fuse, make_strategy
 from self_speculation.model import captured_runner
 
@@ -262,9 +262,9 @@ def measure(task: Task, found: dict[str, Measured]) -> None:
 class Table:
     """Prints rows as they come, and writes them to the run's folder."""
 
-    def __init__(self, writer: Writer, bandwidth: float) -> None:
+    def __init__(self, run: Run, bandwidth: float) -> None:
         self.rows: list[Record] = []
-        self._writer, self._bandwidth = writer, bandwidth
+        self._run, self._bandwidth = run, bandwidth
         self._speeds: dict[tuple[Any, ...], list[float]] = {}  # by place, compiled and side
 
     def add(self, task: Task, found: dict[str, Measured]) -> None:
@@ -283,7 +283,7 @@ class Table:
             figures = self._figures(task, name, seen) if seen.answers else {}
             row = {"index": len(self.rows), **place, "side": name, "error": seen.error, **figures}
             self.rows.append(row)
-            self._writer.append(row)
+            self._run.append(row)
             print(_shown(row), flush=True)
 
     def _figures(self, task: Task, name: str, seen: Measured) -> Record:
@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             alarm.start()
             about["read_gb_per_s"] = read_bandwidth(device) / 1e9
-            table = Table(folder.writer(0), 1e9 * about["read_gb_per_s"])
+            table = Table(folder, 1e9 * about["read_gb_per_s"])
             print(f"{about['device']}, a product reads {about['read_gb_per_s']:.0f} GB/s", flush=True)
             parts = tasks(args, device)
             about["host_us"] = show_host_time(parts[0].model, device)

@@ -8,7 +8,7 @@ import json
 import pandas
 import pytest
 import torch
-from helpers import about, only_run, refused, small_run, untimed
+from helpers import about, only_run, small_run
 
 import benchmark
 import correctness
@@ -20,7 +20,6 @@ from self_speculation.decoding.sampling import verify_draft
 from self_speculation.model.model_runner import ModelRunner
 
 DRAFTS = ["--exit_layer", "2", "--num_speculations", "3"]
-SPECULATION = ["--generation_strategy", "self_speculative", *DRAFTS]
 THREE = ["--batch_size", "3"]
 
 
@@ -29,26 +28,15 @@ def common(model_folder, tmp_path):
     return small_run(model_folder, tmp_path, 8, 16)
 
 
-def by_index(folder):
-    """Records without times. Order and columns of a file depend on nothing else."""
-    return sorted(untimed(folder), key=lambda record: record["index"])
-
-
-def elsewhere(tmp_path, name):
-    return ["--output_dir", str(tmp_path / name / "logs")]
-
-
 def test_sides_take_turns_by_windows(common, tmp_path, monkeypatch, capsys):
     """Guards against a side that always goes first, and a ratio of examples whose times overlap."""
     turns, measured = [], timed_runs._measured
     monkeypatch.setattr(timed_runs, "_measured", lambda *args: turns.append(args[0][0]) or measured(*args))
     monkeypatch.setattr(timed_runs, "_BATCHES_IN_TURN", 1)
-    args = [*common, "--compare", "True", "--sample", "False", *DRAFTS]
-    assert benchmark.main([*args, *elsewhere(tmp_path, "one")]) == 0
-    assert benchmark.main([*args, "--batch_size", "2"]) == 0
-    assert turns == ["autoregressive_", "", "", "autoregressive_"] * 6  # 8 windows of one, 4 of two
+    args = [*common, "--compare", "True", "--sample", "False", *DRAFTS, "--batch_size", "2"]
+    assert benchmark.main(args) == 0
+    assert turns == ["autoregressive_", "", "", "autoregressive_"] * 2  # 4 windows of two
     folder = only_run(tmp_path)
-    assert by_index(folder) == by_index(only_run(tmp_path / "one"))
     metrics, records = about(folder)["metrics"], pandas.read_json(folder / "records.jsonl", lines=True)
     compared = metrics["comparison"]
     assert metrics["speed"]["total_time"] == pytest.approx(records["wall_time"].sum())
@@ -59,21 +47,6 @@ def test_sides_take_turns_by_windows(common, tmp_path, monkeypatch, capsys):
     assert set(records["batch_size"]) == {2}
     table = capsys.readouterr().out
     assert all(f in table for f in ("middle half of windows", "decode, beside other rows", "batch size 2\n"))
-
-
-def test_a_sampled_run_with_copies_keeps_its_batch_size(common, tmp_path, capsys):
-    """Guards against answers of one run by two batch sizes: a copy's rounding changes what is drawn."""
-    flags = [*SPECULATION, "--draft_weights", "int4", "--temperature"]
-    small = [*common, "--num_samples", "2", "--max_steps", "8", *flags]
-    for temperature in ("1", "0"):
-        args = [*small, temperature, *elsewhere(tmp_path, temperature)]
-        assert benchmark.main(args) == 0
-        again = [*args, "--batch_size", "2", "--resume", str(only_run(tmp_path / temperature))]
-        if temperature == "0":  # greedy
-            assert benchmark.main(again) == 0
-        else:
-            said = "--batch_size 1, this one has 2; with int4 drafts, sampled tokens depend on the batch"
-            assert said in refused(benchmark.main, again, capsys)
 
 
 def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(

@@ -9,6 +9,7 @@ import tempfile
 import termios
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import forks
 import pexpect
@@ -17,8 +18,7 @@ import pytest
 from conftest import ROOT
 
 import generate
-from runs.conversation import Conversation
-from self_speculation import GenerationConfig
+from self_speculation import HuggingfaceLlamaGenerator
 
 SPECULATIVE = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
 GREEDY = ["--sample", "False", "--max_steps", "20"]
@@ -47,7 +47,7 @@ def said(model_folder, capsys, monkeypatch):
 
 
 class Terminal(pexpect.fdpexpect.fdspawn):
-    """A terminal of 24 lines and 80 columns, and the script in it."""
+    """A terminal, and the script in it."""
 
     def __init__(self, *args):
         mine, its = pty.openpty()
@@ -117,39 +117,30 @@ def test_compare_ends_with_both_speeds(flags, last, said):
 
 
 @pytest.mark.parametrize(
-    ("ours", "said"),
+    ("ours", "verdict"),
     [
-        ([99.0, 19.0, 21.0, 22.0], "21.0 tokens/s, autoregressive 10.0: 2.10 times as fast (1.90-2.20)"),
-        ([99.0, 1.9, 2.2, 36.0], "2.2 tokens/s, autoregressive 10.0: neither is faster (0.19-3.60)"),
-        ([99.0, 9.0, 10.0, 11.0], "10.0 tokens/s, autoregressive 10.0: neither is faster (0.90-1.10)"),
+        ([99, 19, 21, 22], "21.0 tokens/s, autoregressive 10.0: 2.10 times as fast (1.90-2.20)"),
+        ([99, 1.9, 2.2, 36], "2.2 tokens/s, autoregressive 10.0: neither is faster (0.19-3.60)"),
+        (KeyboardInterrupt, "interrupted"),
     ],
 )
-def test_a_comparison_needs_turns_that_agree(ours, said, monkeypatch):
-    """Guards against the verdict of a single turn or of the first one, which warms up."""
+def test_a_comparison_needs_turns_that_agree(ours, verdict, said, monkeypatch):
+    """Guards against the verdict of a single turn or of the first one, which warms up, and against a Ctrl-C
+    there that ends the conversation.
+    """
+    speeds = {"self_speculative": Mock(side_effect=ours), "autoregressive": Mock(return_value=10)}
+    answer = HuggingfaceLlamaGenerator.generate
 
-    class Side:
-        def __init__(self, speeds):
-            self.speeds = iter(speeds)
+    def timed(self, request, config):
+        if request.streamer is not None:  # the answer itself
+            return answer(self, request, config)
+        speed = speeds[config.generation_strategy]()
+        return SimpleNamespace(generation_strategy_result=SimpleNamespace(decode_tokens_per_second=speed))
 
-        def generate(self, *_):
-            took = SimpleNamespace(decode_tokens_per_second=next(self.speeds))
-            return SimpleNamespace(generation_strategy_result=took)
-
-    monkeypatch.setattr("runs.conversation.autoregressive", lambda *_: (Side([10.0] * 4), None))
-    comparison = Conversation(Side(ours), GenerationConfig())._comparison([])
-    assert comparison == f"without streaming: {said}"
-
-
-def test_ctrl_c_ends_a_comparison_and_not_the_conversation(said, monkeypatch):
-    """Guards against a conversation that ends with its comparison."""
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Conversation, "_comparison", interrupted)
+    monkeypatch.setattr(HuggingfaceLlamaGenerator, "generate", timed)
     result = said("--prompt", "def add", *GREEDY, *SPECULATIVE, "--compare", "True")
-    assert result.returncode == 130
-    assert result.stderr.splitlines()[-1] == "  without streaming: interrupted"
+    assert result.returncode == (130 if verdict == "interrupted" else 0)
+    assert result.stderr.splitlines()[-1] == f"  without streaming: {verdict}"
 
 
 @pytest.mark.parametrize(
@@ -208,12 +199,12 @@ def test_a_refusal_shows_model_args(said):
 
 
 def test_slow_work_before_the_first_token_is_named(said, monkeypatch):
-    """Guards against seconds in which nothing seems to happen."""
-    monkeypatch.setattr("runs.status._SILENCE", 0.0)
-    copies = [*GREEDY, *SPECULATIVE, "--draft_weights", "int4"]
-    stderr = said("--prompt", "def", *copies).stderr
-    assert "preparing the layers that draft" in stderr
-    assert re.search(r"^copies for drafts take \d\.\d\d GiB$", stderr, re.MULTILINE)
+    """Guards against seconds in which nothing seems to happen, and a line about work that takes no time."""
+    for silence, is_named in ((0.0, True), (forks.HANGS, False)):
+        monkeypatch.setattr("runs.status._SILENCE", silence)
+        stderr = said("--prompt", "def", *GREEDY, *SPECULATIVE, "--draft_weights", "int4").stderr
+        assert ("preparing the layers that draft" in stderr) == is_named
+        assert re.search(r"^copies for drafts take \d\.\d\d GiB$", stderr, re.MULTILINE)
 
 
 def test_a_reader_that_leaves_is_not_an_error(model_folder):
@@ -230,48 +221,30 @@ def test_a_reader_that_leaves_is_not_an_error(model_folder):
     assert "BrokenPipe" not in said
 
 
-def test_of_several_ranks_one_answers(model_folder, said):
-    """Guards against an answer from each rank."""
-    args = ["--prompt", "def add", *GREEDY]
-    result = forks.run_ranks(2, ROOT / "generate.py", "--model", model_folder, *args)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("20 tokens in") == 1
-    assert result.stdout == said(*args).stdout
-
-
-def test_a_conversation_goes_on_until_ctrl_d(talk, byte_tokenizer):
-    """Guards against a conversation that ends with an error or at a Ctrl-C without an answer to stop, against
-    keys that are read before they are asked for, and a slash that is always or never a command.
+def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
+    """Guards against a conversation that ends with an error or at a Ctrl-C without an answer to stop, a slash
+    that is always or never a command, and lost keys.
     """
     child = talk("--chat", "True", *GREEDY, *SPECULATIVE, "--streamer", "speculative")
-    child.send("while it loads\r")
     child.expect("Enter sends it")
     sizes = []
+    child.sends("hi\rhi\r")
     for _ in range(2):
-        child.sends("hi\rsame breath\r")
         child.expect(r"for (\d+) tokens")
         sizes.append(int(child.match[1]))
         child.expect("acceptance rate")
     assert sizes[0] == len(byte_tokenizer.encode("user: hi\nassistant:", add_special_tokens=False))
     assert sizes[1] > 2 * sizes[0]  # the first answer is in the second prompt
-    child.sends("\x03")
-    child.expect("/exit or Ctrl-D leaves")
-    child.sends("x " * 300 + "\r")
-    child.expect("error: the prompt has .* leaves no room")
-    child.sends("/help\r")
-    child.expect("/exit +leaves")
-    child.expect("Enter +sends the prompt")
-    child.sends("/leave\r")
-    child.expect("/leave: no such command, there are /help, /exit")
-    child.sends("/exit of this function:\r")
-    child.expect("20 tokens in")
-    assert child.ends_well()
-
-
-def test_exit_ends_a_conversation_even_after_other_lines(talk):
-    """Guards against /exit that is sent as a prompt."""
-    child = talk(*GREEDY)
-    assert child.ends_well("def\\\r/exit\r")
+    for keys, answer in (
+        ("\x03", "/exit or Ctrl-D leaves"),
+        ("x " * 300 + "\r", "error: the prompt has .* leaves no room"),
+        ("/help\r", "/exit +leaves"),
+        ("/leave\r", "/leave: no such command, there are /help, /exit"),
+        ("/exit of this function:\r", "20 tokens in"),
+    ):
+        child.sends(keys)
+        child.expect(answer)
+    assert child.ends_well("def\\\r/exit\r")  # even after other lines
     assert "tokens in" not in child.before
 
 
