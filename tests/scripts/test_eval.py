@@ -114,10 +114,7 @@ def evaluated(arguments, tmp_path):
 @pytest.fixture(scope="module")
 def reference(model_folder, task_folder, few_files_are_read):  # noqa: ARG001
     """What `lm_eval --model hf` makes of the tasks."""
-    model = HFLM(
-        AutoModelForCausalLM.from_pretrained(model_folder),
-        tokenizer=AutoTokenizer.from_pretrained(model_folder),
-    )
+    model = HFLM(str(model_folder), device="cpu")
     common = {"task_manager": TaskManager(include_path=str(task_folder), include_defaults=False)}
     common["bootstrap_iters"] = 0
     # It cannot answer an empty prompt, the second one, where the tokenizer adds nothing to it.
@@ -136,11 +133,9 @@ def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, 
     assert [ours.answers["functions"][i] for i in ANSWERED] == [sample["resps"] for sample in functions]
     for task, metric in (("lines", "acc,none"), ("text", "byte_perplexity,none")):
         assert ours.results[task][metric] == pytest.approx(rest["results"][task][metric], rel=1e-5)
-    assert ours.results["functions"]["exact_match,none"] == 0
     captured = capsys.readouterr()
     table, said = captured.out.split("\n\n", 1)
-    assert "|functions|" in table
-    assert re.match(r"float32, .*, 1 thread, 1 rank\n", table)
+    assert re.match(r"float32, .*, 1 thread, 1 rank\n(.|\n)*\|functions\|", table)
     assert captured.err.count("windows of texts: 0it") == 1
     assert captured.err.count("Running loglikelihood requests:   0%") == 1  # of lines, not of each text
     (line,) = [line for line in said.splitlines() if "tokens/s" in line]
@@ -158,9 +153,7 @@ def test_the_harness_finds_a_batch_size(evaluated, reference):
 
 def test_an_early_exit_scores_as_the_first_layers_alone(model_folder, evaluated, tmp_path):
     """Guards against log-likelihoods or answers of the full model."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
+    model = AutoModelForCausalLM.from_pretrained(model_folder, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "cut")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "cut")
     cut, early = evaluated(ALL, model=tmp_path / "cut", to="first"), evaluated(ALL, "--exit_layer", "2")

@@ -144,7 +144,7 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
 
 
 RANKS = [(name, 2, []) for name in CASES] + [(name, 4, []) for name in CASES]
-RANKS.append(("benchmark", 2, ["--parallel", "tensor"]))
+RANKS.append(("batches", 2, ["--parallel", "tensor"]))
 SLOW_RANKS = [pytest.param(*case, marks=pytest.mark.slow) for case in RANKS[1:]]
 
 

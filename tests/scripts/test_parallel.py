@@ -1,14 +1,12 @@
 """One model over several processes or devices: the ids of one, and an end when a rank is lost."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import tempfile
 import time
 
 import forks
+import psutil
 import pytest
 from conftest import ROOT, tiny_llama
 from helpers import TORCHRUN, run_program, small_run
@@ -170,8 +168,9 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, pa
             while not list(tmp_path.glob("logs/*/records.rank0.jsonl")):
                 time.sleep(0.1)
                 assert run.poll() is None, forks.read(said)
-            (victim,) = children_of_rank(run.pid, 1)
-            os.kill(victim, signal.SIGKILL)
+            ranks = psutil.Process(run.pid).children()
+            (victim,) = (process for process in ranks if process.environ().get("RANK") == "1")
+            victim.kill()
             assert run.wait() == 1
         finally:
             run.end()
@@ -180,15 +179,6 @@ def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, pa
     assert re.search(rf"{ended}; {kept}, go on with --resume \S+", errors), errors
     (path,) = tmp_path.glob("logs/*/records.rank0.jsonl")
     assert path.read_text()
-
-
-def children_of_rank(parent, rank):
-    """Process ids of torchrun's children with that rank."""
-    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
-    return [
-        int(pid) for pid in found
-        if f"\0RANK={rank}\0" in "\0" + open(f"/proc/{pid}/environ", errors="replace").read()
-    ]  # fmt: skip
 
 
 def test_tensor_and_pipeline_refuse_what_they_cannot_do(folder):
