@@ -207,11 +207,7 @@ def _value(place: str, row: Row, column: str) -> Any:
 def _rows(
     source: tuple[str, ...] | Path, split: str, chosen: Callable[[int], Iterable[int]] = range
 ) -> list[tuple[str, Row]]:
-    """Rows of a split, or of a file, each with its place for messages.
-
-    Args:
-        chosen: number of rows -> indices of the rows to return, in order.
-    """
+    """Rows of a split or a file, each with its place; `chosen`: number of rows -> indices of those needed."""
     if isinstance(source, tuple):
         try:
             found = load_from_hub(*source, split=split)  # rows stay on the disk until they are used

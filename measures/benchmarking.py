@@ -55,7 +55,7 @@ class Benchmark(Job):
 
     def progress(self, records: Sequence[Record]) -> str:
         own = [record for record in records if record["rank"] == ranks.rank()]
-        text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s{ranks.alone()}"
+        text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s"
         if "drafts" in records[-1]:
             text += f", acceptance {_number(metrics.draft_stats(own).acceptance_rate, '.1%')}"
         return text

@@ -98,9 +98,7 @@ def prepare(
 ) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
     """Load the model and the examples that fit it; also return a function that opens the run.
 
-    Args:
-        args: the script's own arguments, with `resume`.
-        model_config, counted: see `load_generator`.
+    `args` are the script's own arguments, with `resume`; for the last two see `load_generator`.
     """
     meet(model_args)
     try:

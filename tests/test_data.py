@@ -73,9 +73,7 @@ FILES = [(dataset, kind) for dataset in ROWS for kind in (KINDS[:4] if dataset =
 
 @pytest.mark.parametrize(("dataset", "kind"), FILES)
 def test_local_files_of_every_kind(dataset, kind, tmp_path):
-    """Guards against a dataset or a file format that is read otherwise than the others, and turns that are
-    left out of a prompt.
-    """
+    """Guards against a file format that is read otherwise than the others, and turns that a prompt lacks."""
     assert set(ROWS) == set(DATASETS)
     examples = in_order(dataset, write(tmp_path / f"data.{kind}", ROWS[dataset]))
     assert (examples[0].prompt, examples[0].reference) == FIRST[dataset]

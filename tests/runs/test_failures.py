@@ -1,5 +1,6 @@
 """Too little memory and NaN logits end the work in one line of error, and nothing is lost."""
 
+import json
 import signal
 from contextlib import nullcontext
 from unittest.mock import Mock
@@ -17,6 +18,7 @@ from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
+from self_speculation.decoding.batch import Batch
 from self_speculation.model.model_runner import ModelRunner
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -157,6 +159,46 @@ def test_out_of_memory_is_told_from_other_errors():
         assert reason(error).startswith(OUT_OF_MEMORY)
     assert reason(MemoryError("cache of 9 GiB")).startswith("out of memory: cache of 9 GiB; less")
     assert reason(RuntimeError("size mismatch")) is None
+
+
+def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    """Guards against a NaN that ends the batch, or that is blamed on the example at its place in there."""
+    run, prompts = ModelRunner.run, []
+
+    def damaged(self, inputs, first, last, num_logits):
+        result = run(self, inputs, first, last, num_logits)
+        if inputs.shape[1] > 4 and first == 0 and num_logits:  # a prompt's pass
+            prompts.append(1)
+            if len(prompts) == 2 + 3:  # two warm up
+                result.logits.fill_(torch.nan)
+        return result
+
+    monkeypatch.setattr(ModelRunner, "run", damaged)
+    assert benchmark.main([*dataset, "--batch_size", "2"]) == 1
+    line = last_line(capsys)
+    assert line.startswith("example 2: the model's logits are not numbers")
+    assert "; 3 of 4 examples are kept, go on with --resume" in line
+    records = (only_run(tmp_path) / "records.rank0.jsonl").read_text().splitlines()
+    assert {json.loads(record)["index"] for record in records} == {0, 1, 3}
+
+
+def test_out_of_memory_in_a_batch_asks_for_a_smaller_one(dataset, monkeypatch, capsys):
+    """Guards against a traceback, and advice that leaves out the flag that helps."""
+    emit, rounds = Batch.emit, []
+
+    def fails(self, logits):
+        rounds.append(len(self))
+        if rounds.count(2) > 12:
+            raise CUDA
+        return emit(self, logits)
+
+    monkeypatch.setattr(Batch, "emit", fails)
+    assert benchmark.main([*dataset, "--batch_size", "2"]) == 1
+    line = last_line(capsys)
+    assert line.startswith("out of memory; less takes a --batch_size below 2, a shorter prompt")
+    assert "of 4 examples are kept, go on with --resume" in line
 
 
 def test_a_measured_sweep_of_empty_answers(dataset, tmp_path, capsys):

@@ -23,6 +23,20 @@ NOT_FUSED = "--draft_weights int4: not with --fuse False"
 
 MISTAKES = {
     benchmark: {
+        "--max_steps 0": "--max_steps 0: must be at least 1",
+        "--max_steps x": "--max_steps: invalid int value: 'x'",
+        "--max_step 3": "unknown argument '--max_step'; did you mean --max_steps?",
+        "stray": "unknown argument 'stray'",
+        "--stop_words ''": "--stop_words ['']: must not be empty texts",
+        "--stop_words return,if": "'return,if': several stand one after the other, as in return",
+        "--stop_words \"['return','if']\"": "several stand one after the other, as in return if",
+        "--sample perhaps": "Boolean value expected",
+        "--seed -1": "--seed -1: must be between 0 and 4294967295",
+        "--model_args x": "--model_args 'x': must be k=v,k=v",
+        "--model_args trust_remote_code=True": "--trust_remote_code is a flag of its own",
+        "--n_shot -1": "--n_shot -1: must be at least 0",
+        "--dataset x": "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'",
+        "--template x": "--template 'x': must contain {message}",
         f"--exit_layer {HUGE}": f"--exit_layer {HUGE}: must be between 1 and 3",
         "--num_speculations 3": "--num_speculations 3: autoregressive decoding drafts nothing, add",
         "--compare True": "--exit_layer: self_speculative needs one between 1 and 3",

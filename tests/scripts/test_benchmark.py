@@ -13,9 +13,10 @@ from helpers import about, only_run, refused, small_run, untimed
 import benchmark
 import correctness
 import self_speculation.self_speculation_generator as self_speculation_generator
+from measures import timed_runs
 from measures.comparison import find_difference, same_distribution
 from runs.heading import heading
-from self_speculation import HuggingfaceLlamaGenerator, Verification
+from self_speculation import Verification
 from self_speculation.decoding.sampling import verify_draft
 
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
@@ -93,21 +94,13 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
     assert "running the programs that the model wrote" in captured.err
 
 
-def test_prompts_go_through_the_chat_template(common, byte_tokenizer, monkeypatch):
+def test_prompts_go_through_the_chat_template(common, tmp_path, byte_tokenizer):
     """Guards against special tokens that the template has already."""
-    asked, encode = set(), HuggingfaceLlamaGenerator.encode
-
-    def watch(self, prompt, *args, **kwargs):
-        ids = encode(self, prompt, *args, **kwargs)
-        asked.add(tuple(ids))
-        return ids
-
-    monkeypatch.setattr(HuggingfaceLlamaGenerator, "encode", watch)
     assert benchmark.main([*common, "--chat", "True"]) == 0
-    texts = [f"user: def add{i}(a, b):\nassistant:" for i in range(12)]
-    expected = {tuple(byte_tokenizer.encode(text, add_special_tokens=False)) for text in texts}
-    assert len(asked) == 5
-    assert asked <= expected
+    records = records_of(only_run(tmp_path))
+    texts = [f"user: {prompt}\nassistant:" for prompt in records["prompt"]]
+    lengths = [len(byte_tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    assert records["num_prompt_tokens"].tolist() == lengths
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(common, model_folder, tmp_path, monkeypatch, capsys):
@@ -193,13 +186,47 @@ def accepts_one_too_many(draft_tokens, *rest):
     return Verification((honest.num_accepted + 1).clamp(max=draft_tokens.shape[1]), honest.next_token)
 
 
-def test_correctness_catches_a_wrong_accept_rule_by_ids(common, monkeypatch, capsys):
-    """Guards against a comparison that always passes."""
-    monkeypatch.setattr(self_speculation_generator, "verify_draft", accepts_one_too_many)
-    assert correctness.main([*common, *SPECULATION, "--sample", "False"]) == 1
+def mixes_rows_up(draft_tokens, *rest):
+    honest = verify_draft(draft_tokens, *rest)
+    return Verification(honest.num_accepted, honest.next_token.roll(1))
+
+
+@pytest.mark.parametrize(("rule", "batch_size"), [(accepts_one_too_many, "1"), (mixes_rows_up, "3")])
+def test_correctness_catches_a_wrong_accept_rule_by_ids(common, rule, batch_size, monkeypatch, capsys):
+    """Guards against a comparison that always passes, or that decodes both sides alone or both in a batch."""
+    monkeypatch.setattr(self_speculation_generator, "verify_draft", rule)
+    args = [*common, *SPECULATION, "--sample", "False", "--batch_size", batch_size]
+    assert correctness.main(args) == 1
     output = capsys.readouterr().out
     assert "DIFFERENCE" in output
     assert output.splitlines()[-1].startswith("FAILED: ")
+
+
+@pytest.mark.parametrize("flags", [[], SPECULATION, ["--generation_strategy", "adaptive"]])
+def test_correctness_compares_batches_with_single_sequences(flags, common, capsys):
+    """Guards against --batch_size that correctness.py ignores or that needs drafts."""
+    assert correctness.main([*common, "--batch_size", "3", "--sample", "False", *flags]) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1].startswith("passed: 5 of 5 examples identical")
+    assert "batch size 3\n" in output
+
+
+def test_sides_take_turns_by_windows(model_folder, tmp_path, monkeypatch, capsys):
+    """Guards against a side that always goes first, and a ratio of examples whose times overlap."""
+    turns, measured = [], timed_runs._measured
+    monkeypatch.setattr(timed_runs, "_measured", lambda *args: turns.append(args[0][0]) or measured(*args))
+    monkeypatch.setattr(timed_runs, "_BATCHES_IN_TURN", 1)
+    args = [*small_run(model_folder, tmp_path, 8, 16), "--compare", "True", "--sample", "False", *SPECULATION]
+    assert benchmark.main([*args, "--batch_size", "2"]) == 0
+    assert turns == ["autoregressive_", "", "", "autoregressive_"] * 2  # 4 windows of two
+    metrics, records = about(only_run(tmp_path))["metrics"], records_of(only_run(tmp_path))
+    compared = metrics["comparison"]
+    assert metrics["speed"]["total_time"] == pytest.approx(records["wall_time"].sum())
+    assert (compared["speedup_windows"], compared["identical_outputs"]) == (4, 8)
+    assert compared["decode_speedup"] is compared["predicted_decode_speedup"] is None  # times overlap
+    assert set(records["window"]) == {0, 2, 4, 6}
+    table = capsys.readouterr().out
+    assert all(f in table for f in ("middle half of windows", "decode, beside other rows", "batch size 2\n"))
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,7 @@ def reference(model_folder, task_folder, few_files_are_read):  # noqa: ARG001
     "flags", [[], [*SPECULATION, "--batch_size", "2"]], ids=["autoregressive", "self_speculative"]
 )
 def test_scores_are_those_of_the_harness(flags, evaluated, reference, tmp_path, capsys):
-    """Guards against answers or prompts cut in another place, log-likelihoods of a draft, and answers of a
-    batch that are given to another document.
-    """
+    """Guards against answers or prompts cut elsewhere or mixed up, and log-likelihoods of a draft."""
     ours, (functions, rest) = evaluated(ALL, *flags), reference
     assert [ours.answers["functions"][i] for i in ANSWERED] == [sample["resps"] for sample in functions]
     for task, metric in (("lines", "acc,none"), ("text", "byte_perplexity,none")):
@@ -181,9 +179,7 @@ def test_two_ranks_score_as_one(arguments, evaluated, tmp_path):
 
 
 def test_flags_override_the_settings_of_tasks(evaluated, monkeypatch):
-    """Guards against one task's settings in another task of its group, flags that change nothing, a stop word
-    `5`, which the harness reads as a number, and the harness's temperature of 0, which makes sampling greedy.
-    """
+    """Guards against one task's settings in another one, and flags that are ignored or overridden."""
     records = []
     monkeypatch.setattr("measures.evaluation._show", records.extend)
 
@@ -242,9 +238,7 @@ def test_flags_about_prompts_and_metrics_reach_the_harness(evaluated):
 
 
 def test_the_command_line_overrides_a_config_file(arguments, tmp_path, capsys):
-    """Guards against flags in place of all generation settings of the file, and a file that chooses a model
-    which is then not used.
-    """
+    """Guards against flags that replace all settings of the file, and a file's model that is not used."""
     file = tmp_path / "flags.yaml"
     file.write_text(yaml.safe_dump({"limit": 3, "gen_kwargs": "temperature=0.7,max_gen_toks=4"}))
     args = arguments("functions", "--config", str(file), "--max_steps", "3", "--sample", "True")

@@ -125,9 +125,7 @@ def test_compare_ends_with_both_speeds(flags, last, said):
     ],
 )
 def test_a_comparison_needs_turns_that_agree(ours, verdict, said, monkeypatch):
-    """Guards against the verdict of a single turn or of the first one, which warms up, and against a Ctrl-C
-    there that ends the conversation.
-    """
+    """Guards against the verdict of one turn or of the warm-up, and a Ctrl-C that ends the conversation."""
     speeds = {"self_speculative": Mock(side_effect=ours), "autoregressive": Mock(return_value=10)}
     answer = HuggingfaceLlamaGenerator.generate
 
@@ -154,9 +152,7 @@ def test_a_comparison_needs_turns_that_agree(ours, verdict, said, monkeypatch):
     ],
 )
 def test_prompts_that_mean_the_same(flags, piped, prompt, said):
-    """Guards against a prompt for each line of a pipe, a command outside of conversations, an empty --prompt
-    that is not the BOS token, carriage returns, and --chat without the template.
-    """
+    """Guards against a prompt for each line of a pipe, and a command outside of conversations."""
     expected, found = said("--prompt", prompt, *GREEDY), said(*flags, *GREEDY, piped=piped)
     assert expected.stdout.strip()
     assert (found.returncode, found.stdout) == (0, expected.stdout)
@@ -218,9 +214,7 @@ def test_a_reader_that_leaves_is_not_an_error(model_folder):
 
 
 def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
-    """Guards against a conversation that ends with an error or at a Ctrl-C without an answer to stop, a slash
-    that is always or never a command, and lost keys.
-    """
+    """Guards against errors that end a conversation, a slash that is always a command, and lost keys."""
     child = talk("--chat", "True", *GREEDY, *SPECULATIVE, "--streamer", "speculative")
     child.expect("Enter sends it")
     sizes = []
@@ -278,9 +272,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_statistics(talk, endless_folder):
 
 
 def test_make_chat_outlives_a_ctrl_c_that_stops_an_answer(tmp_path):
-    """The terminal sends Ctrl-C to make as well. Guards against an error of make after a conversation that
-    ended well, and a terminal that make does not give back.
-    """
+    """Guards against an error of make, which gets the Ctrl-C too, and a terminal that it keeps."""
     answers = tmp_path / "answers"
     answers.write_text("#!/bin/sh\ntrap 'echo stopped' INT\necho answering\nread line\necho left\n")
     answers.chmod(0o755)

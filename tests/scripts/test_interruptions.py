@@ -119,9 +119,7 @@ SLOW = {(name, "kill") for name in CASES if name != "benchmark"}
     ],
 )
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
-    """Guards against records that are lost, made twice, not on the disk yet or read by half, and a --resume
-    that needs all flags.
-    """
+    """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""
     monkeypatch.setattr(records, "_write", write_record)
     case, (exit_status, status, _) = CASES[name], ENDINGS[ending]
     expected = unbroken(name)
@@ -191,14 +189,22 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
     ],
 )
 def test_a_resumed_run_keeps_its_arguments(script, flags, changes, common, tmp_path, capsys):
-    """Guards against a run continued with other settings or by another script, answers by two batch
-    sizes where a copy's rounding changes what is drawn, and speed-ups of two batch sizes in one table.
-    """
+    """Guards against a run continued with other settings or by another script."""
     assert script.main([*common, *flags]) == 0
-    resume = f"--resume={only_run(tmp_path)}"
+    folder = only_run(tmp_path)
+    resume, run = f"--resume={folder}", about(folder)
     for change, said in changes.items():
         assert said in refused(script.main, [resume, *change.split()], capsys)
     assert f"is of {script.__name__}.py, go on with that" in refused(correctness.main, [resume], capsys)
+    for fact in ("dataset_fingerprint", "device", "model", "dtype"):
+        (folder / "run.json").write_text(json.dumps({**run, fact: "other"}))
+        assert f"that run had {fact} 'other', this one has" in refused(script.main, [resume], capsys)
+    for content in ("{}", "[]", "{"):
+        (folder / "run.json").write_text(content)
+        assert "no run.json of a run in there" in refused(script.main, [resume], capsys)
+    del run["arguments"]["n_shot"]  # of a version without this flag
+    (folder / "run.json").write_text(json.dumps(run))
+    assert script.main([*common, *flags, resume, "--output_dir", str(tmp_path)]) == 0
 
 
 def test_tuned_refuses_an_interrupted_sweep(common, tmp_path, monkeypatch, capsys):

@@ -158,9 +158,7 @@ def test_one_rank_of_generate_reads_and_answers(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["data", "tensor"])
 def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, parallel, tmp_path):
-    """By the real torchrun, whose signal ends the other rank. Guards against a rank 0 that waits for ever, or
-    that ends without a word on how to continue.
-    """
+    """By the real torchrun. Guards against a rank 0 that waits for ever, or that does not name --resume."""
     args = [ROOT / "benchmark.py", *small_run(endless_folder, tmp_path, 10, 400), "--parallel", parallel]
     with tempfile.TemporaryFile() as said:
         run = forks.Fork(TORCHRUN, "--nproc_per_node", 2, *args, stderr=said.fileno())
