@@ -57,7 +57,7 @@ class Benchmark(Job):
         own = [record for record in records if record["rank"] == ranks.rank()]
         text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s"
         if "drafts" in records[-1]:
-            text += f", acceptance {_number(metrics.draft_stats(own).acceptance_rate, '.1%')}"
+            text += f", acceptance {metrics.draft_stats(own).acceptance_rate or 0:.1%}"
         return text
 
     def conclude(self, run: Run, records: list[Record]) -> int:
@@ -132,14 +132,13 @@ def _table(summary: Record) -> list[str]:
     """The summary in lines of 68 columns, with one column of figures for each strategy."""
 
     def row(name: str, *values: Any, style: str = ".2f") -> str:
-        return f"{name:<36}" + "".join(f"{_number(value, style):>16}" for value in values)
+        shown = ("-" if v is None else v if isinstance(v, str) else format(v, style) for v in values)
+        return f"{name:<36}" + "".join(f"{value:>16}" for value in shown)
 
     unit, several = _unit(summary), summary["num_ranks"] > 1
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
-    title, batches = f"{summary['num_examples']} examples", ", ".join(map(str, summary["batch_sizes"]))
-    if "," in batches:  # a resumed run; the heading has its last batch size
-        title += f", batches of {batches}"
-    rows = [row(title, *["this strategy", "autoregressive"][: len(sides)])]
+    names = ["this strategy", "autoregressive"][: len(sides)]
+    rows = [row(f"{summary['num_examples']} examples", *names)]
     if compared := summary.get("comparison"):
         middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
         rows += [
@@ -177,9 +176,3 @@ def _table(summary: Record) -> list[str]:
     memory = "peak memory, MiB" + (", of rank 0" if several else "")
     rows.append(row(memory, summary["peak_memory_mib"], style=".0f"))
     return rows
-
-
-def _number(value: Any, style: str) -> str:
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else format(value, style)

@@ -35,7 +35,6 @@ from self_speculation.model.whole_texts import exit_logits, hidden_after_each_la
 # Supported generation arguments; the harness has four names for the number of tokens.
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
 _SUPPORTED = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
-_CHANGES_NOTHING = {"num_beams": 1}
 
 
 class UnsupportedError(ValueError):
@@ -49,8 +48,7 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_mode
     UnsupportedError, which names unsupported arguments, or a value that is out of range.
     """
     known = _SUPPORTED | _NUMBER_OF_TOKENS
-    wrong = {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) not in _CHANGES_NOTHING.items()}
-    if wrong:
+    if wrong := {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) != ("num_beams", 1)}:
         given = ", ".join(f"{name}={value}" for name, value in wrong.items())
         raise UnsupportedError(f"{given}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
     top_k, top_p = getattr(of_model, "top_k", None), getattr(of_model, "top_p", None)
