@@ -16,7 +16,7 @@ import self_speculation.self_speculation_generator as self_speculation_generator
 from measures import timed_runs
 from measures.comparison import find_difference, same_distribution
 from runs.heading import heading
-from self_speculation import Verification
+from self_speculation import HuggingfaceLlamaGenerator, Verification
 from self_speculation.decoding.sampling import verify_draft
 
 SPECULATION = ["--exit_layer", "2", "--num_speculations", "3"]
@@ -94,13 +94,18 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
     assert "running the programs that the model wrote" in captured.err
 
 
-def test_prompts_go_through_the_chat_template(common, tmp_path, byte_tokenizer):
-    """Guards against special tokens that the template has already."""
-    assert benchmark.main([*common, "--chat", "True"]) == 0
-    records = records_of(only_run(tmp_path))
-    texts = [f"user: {prompt}\nassistant:" for prompt in records["prompt"]]
-    lengths = [len(byte_tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    assert records["num_prompt_tokens"].tolist() == lengths
+def test_prompts_go_through_the_chat_template(common, monkeypatch):
+    """Guards against a prompt without the template, and special tokens that the template has already."""
+    asked, encode = set(), HuggingfaceLlamaGenerator.encode
+
+    def watch(self, prompt, special_tokens=True):
+        if isinstance(prompt, str):
+            asked.add((prompt, special_tokens))
+        return encode(self, prompt, special_tokens)
+
+    monkeypatch.setattr(HuggingfaceLlamaGenerator, "encode", watch)
+    assert benchmark.main([*common, "--num_samples", "12", "--chat", "True"]) == 0
+    assert asked == {(f"user: def add{i}(a, b):\nassistant:", False) for i in range(12)}
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(common, model_folder, tmp_path, monkeypatch, capsys):

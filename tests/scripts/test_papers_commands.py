@@ -12,53 +12,21 @@ from conftest import tiny_llama
 from helpers import no_calibration, no_pictures
 from lm_eval.tasks import TaskManager
 
-# As printed in the paper's README.
-COMMANDS = r"""
-torchrun generate.py --model facebook/layerskip-llama2-7B \
-    --sample True \
-    --max_steps 512
-
-torchrun generate.py --model facebook/layerskip-llama2-7B \
-    --sample True \
-    --max_steps 512 \
-    --generation_strategy self_speculative \
-    --exit_layer 8 \
-    --num_speculations 6
-
-torchrun benchmark.py --model facebook/layerskip-llama2-7B \
-    --dataset cnn_dm_summarization \
-    --num_samples 100 \
-    --generation_strategy self_speculative \
-    --exit_layer 8 \
-    --num_speculations 6 \
-    --output_dir ./logs
-
-torchrun eval.py --model facebook/layerskip-llama2-7B \
-    --tasks gsm8k \
-    --limit 10 \
-    --generation_strategy self_speculative \
-    --exit_layer 8 \
-    --num_speculations 6 \
-    --output_dir ./logs
-
-torchrun sweep.py --model facebook/layerskip-llama2-7B \
-    --dataset human_eval \
-    --generation_strategy self_speculative \
-    --num_samples 150 \
-    --max_steps 256 \
-    --output_dir ./logs/ \
-    --sample False
-
-torchrun correctness.py --model facebook/layerskip-llama2-7B \
-    --dataset human_eval \
-    --generation_strategy self_speculative \
-    --num_speculations 6 \
-    --exit_layer 4 \
-    --num_samples 10 \
-    --sample False \
-    --output_dir ./logs
+COMMANDS = """
+torchrun generate.py --model facebook/layerskip-llama2-7B --sample True --max_steps 512
+torchrun generate.py --model facebook/layerskip-llama2-7B --sample True --max_steps 512 \
+    --generation_strategy self_speculative --exit_layer 8 --num_speculations 6
+torchrun benchmark.py --model facebook/layerskip-llama2-7B --dataset cnn_dm_summarization --num_samples 100 \
+    --generation_strategy self_speculative --exit_layer 8 --num_speculations 6 --output_dir ./logs
+torchrun eval.py --model facebook/layerskip-llama2-7B --tasks gsm8k --limit 10 \
+    --generation_strategy self_speculative --exit_layer 8 --num_speculations 6 --output_dir ./logs
+torchrun sweep.py --model facebook/layerskip-llama2-7B --dataset human_eval --generation_strategy \
+    self_speculative --num_samples 150 --max_steps 256 --output_dir ./logs/ --sample False
+torchrun correctness.py --model facebook/layerskip-llama2-7B --dataset human_eval \
+    --generation_strategy self_speculative --num_speculations 6 --exit_layer 4 --num_samples 10 \
+    --sample False --output_dir ./logs
 """
-COMMAND_LINES = [shlex.split(command.replace("\\\n", "")) for command in COMMANDS.strip().split("\n\n")]
+COMMAND_LINES = [shlex.split(command) for command in COMMANDS.strip().splitlines()]
 # What each writes to standard output.
 SHOWN = {
     "generate.py": "\n",
