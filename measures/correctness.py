@@ -68,10 +68,9 @@ class Ids(Job):
     def conclude(self, run: Run, records: list[Record]) -> int:
         found = [(record["index"], d) for record in records for d in record["differences"]]
         near_ties = sum(d["near_tie"] for _, d in found)
-        real = len(found) - near_ties
-        identical = sum(not record["differences"] for record in records)
-        counts = {"examples": len(records), "identical": identical}
-        run.finish(records, counts | {"near_ties": near_ties, "differences": real})
+        real, identical = len(found) - near_ties, sum(not record["differences"] for record in records)
+        counts = {"examples": len(records), "identical": identical, "near_ties": near_ties}
+        run.finish(records, {**counts, "differences": real})
         print(heading(run.description))
         name = self.config.generation_strategy.replace("_", "-")
         name += f", batches of {self.batch_size}" if self.batch_size > 1 else ""
