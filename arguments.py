@@ -170,13 +170,10 @@ def parse(
     args: Sequence[str] | None = None,
     rest: argparse.ArgumentParser | None = None,
 ) -> tuple[Any, ...]:
-    """Parse one instance of each dataclass in `groups` from the command line.
+    """Parse one instance of each dataclass in `groups` from the command line; `rest` parses all other flags.
 
     With --resume FOLDER, the arguments of that run are the defaults. Bad usage ends the program with status 2
     and one line that names the flag, the value and what is allowed.
-
-    Args:
-        rest: parses all other flags. Its result comes last, and its help too.
     """
     parser = _Parser(
         description=description.strip(),
@@ -196,9 +193,8 @@ def parse(
     except ValueError as error:  # a dataclass refuses its own value; the message starts with the field
         refuse(f"--{error}")
     found = [getattr(values, group.__name__) for group in groups]
-    by_group = dict(zip(groups, found, strict=True))
-    if config := by_group.get(GenerationConfig):
-        _check_config(config, by_group.get(ModelArguments))
+    if config := getattr(values, "GenerationConfig", None):
+        _check_config(config, getattr(values, "ModelArguments", None))
     actions = list(parser._actions)
     if rest is not None:
         others, unknown = rest.parse_known_args(unknown)

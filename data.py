@@ -207,11 +207,7 @@ def _value(place: str, row: Row, column: str) -> Any:
 def _rows(
     source: tuple[str, ...] | Path, split: str, chosen: Callable[[int], Iterable[int]] = range
 ) -> list[tuple[str, Row]]:
-    """Rows of a split, or of a file, each with its place for messages.
-
-    Args:
-        chosen: number of rows -> indices of the rows to return, in order.
-    """
+    """Rows of a split or a file, each with its place; `chosen`: number of rows -> indices of those needed."""
     if isinstance(source, tuple):
         try:
             found = load_from_hub(*source, split=split)  # rows stay on the disk until they are used
@@ -293,8 +289,6 @@ def _read_jsonl(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-        except RecursionError as error:
-            raise DataError(f"{place}: lists and objects within each other, too deep to read") from error
         if not isinstance(row, dict):
             raise DataError(f"{place}: must be an object, not {type(row).__name__}")
         yield place, row

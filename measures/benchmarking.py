@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -45,27 +44,30 @@ class Benchmark(Job):
             warm_up(self._sides, longest_prompt(self.examples), self.batch_size)
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        for index, measured in measure_examples(self._sides, self.requests(indices), self.batch_size):
-            yield index, measured if isinstance(measured, Exception) else self._record(index, measured)
-
-    def _record(self, index: int, measured: Record) -> Record:
-        example = self.examples[index]
-        if self.verbose:
-            tqdm.write(f"--- {index}\n{example.prompt}\n--> {measured['prediction']}\n", file=sys.stdout)
-        return {"prompt": example.prompt, "reference": example.reference, **measured}
+        for index, record in measure_examples(self._sides, self.requests(indices), self.batch_size):
+            example = self.examples[index]
+            if not isinstance(record, Exception):
+                record = {"prompt": example.prompt, "reference": example.reference, **record}
+                if self.verbose:
+                    shown = f"--- {index}\n{example.prompt}\n--> {record['prediction']}\n"
+                    tqdm.write(shown, file=sys.stdout)
+            yield index, record
 
     def progress(self, records: Sequence[Record]) -> str:
         own = [record for record in records if record["rank"] == ranks.rank()]
-        text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s{ranks.alone()}"
+        text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s"
         if "drafts" in records[-1]:
-            text += f", acceptance {_number(metrics.draft_stats(own).acceptance_rate, '.1%')}"
+            text += f", acceptance {metrics.draft_stats(own).acceptance_rate or 0:.1%}"
         return text
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         model = self.generator.model
-        sizes = sorted({record["batch_size"] for record in records})
-        summary: Record = {"num_examples": len(records), "batch_sizes": sizes, "remarks": []}
-        summary["num_ranks"] = len({record["rank"] for record in records})
+        summary: Record = {
+            "num_examples": len(records),
+            "batch_sizes": sorted({record["batch_size"] for record in records}),
+            "num_ranks": len({record["rank"] for record in records}),
+            "remarks": [],
+        }
         for prefix, *_ in self._sides:
             summary[f"{prefix}speed"] = metrics.speed(records, prefix)
         if "drafts" in records[0]:
@@ -76,16 +78,13 @@ class Benchmark(Job):
                 summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks(summary["comparison"], _unit(summary))
         processor, wall = (
-            sum(record.get(f"{prefix}{name}", math.inf) for record in records for prefix, *_ in self._sides)
+            sum(record[f"{prefix}{name}"] for record in records for prefix, *_ in self._sides)
             for name in ("processor_time", "wall_time")
         )
         if (busy := busy_processor(model, processor, wall)) is not None:
             summary["remarks"].append(busy)
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
-            summary["remarks"].append(
-                "adaptive decoding made no drafts: none promised a gain at batch size "
-                + " and ".join(map(str, sizes))
-            )
+            summary["remarks"].append("adaptive decoding made no drafts: none promised a gain")
         predictions = [record["prediction"] for record in records]
         summary["text"] = text_quality(predictions, [record["reference"] for record in records])
         if self.execute_code:
@@ -102,16 +101,13 @@ class Benchmark(Job):
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         """By the formula, which holds for one sequence, one exit layer and one draft length."""
         alpha, config = metrics.draft_stats(records).token_acceptance, self.config
-        if self.batch_size > 1 or config.is_adaptive:
-            return {"token_acceptance": alpha, "predicted_decode_speedup": None}
-        drafts = (config.exit_layer, config.draft_weights, config.draft_vocabulary)
-        costs = Costs.estimated(self.generator.model, *drafts)
-        return {
-            "token_acceptance": alpha,
-            "draft_cost_ratio": costs.draft_ratio(config.exit_layer),
-            "predicted_decode_speedup": alpha
-            and metrics.predicted_speedup(alpha, config.num_speculations, config.exit_layer, costs),
-        }
+        predicted = None
+        if alpha is not None and self.batch_size == 1 and not config.is_adaptive:
+            depth, length = config.exit_layer, config.num_speculations
+            weights, vocabulary = config.draft_weights, config.draft_vocabulary
+            costs = Costs.estimated(self.generator.model, depth, weights, vocabulary)
+            predicted = metrics.predicted_speedup(alpha, length, depth, costs)
+        return {"token_acceptance": alpha, "predicted_decode_speedup": predicted}
 
 
 def remarks(compared: Record, unit: str) -> list[str]:
@@ -136,14 +132,13 @@ def _table(summary: Record) -> list[str]:
     """The summary in lines of 68 columns, with one column of figures for each strategy."""
 
     def row(name: str, *values: Any, style: str = ".2f") -> str:
-        return f"{name:<36}" + "".join(f"{_number(value, style):>16}" for value in values)
+        shown = ("-" if v is None else v if isinstance(v, str) else format(v, style) for v in values)
+        return f"{name:<36}" + "".join(f"{value:>16}" for value in shown)
 
     unit, several = _unit(summary), summary["num_ranks"] > 1
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
-    title, batches = f"{summary['num_examples']} examples", ", ".join(map(str, summary["batch_sizes"]))
-    if "," in batches:  # a resumed run; the heading has its last batch size
-        title += f", batches of {batches}"
-    rows = [row(title, *["this strategy", "autoregressive"][: len(sides)])]
+    names = ["this strategy", "autoregressive"][: len(sides)]
+    rows = [row(f"{summary['num_examples']} examples", *names)]
     if compared := summary.get("comparison"):
         middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
         rows += [
@@ -181,9 +176,3 @@ def _table(summary: Record) -> list[str]:
     memory = "peak memory, MiB" + (", of rank 0" if several else "")
     rows.append(row(memory, summary["peak_memory_mib"], style=".0f"))
     return rows
-
-
-def _number(value: Any, style: str) -> str:
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else format(value, style)

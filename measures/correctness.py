@@ -17,7 +17,6 @@ from transformers import LogitsProcessorList
 
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
-from measures.timed_runs import answers
 from runs.examples import Job, OneByOne
 from runs.heading import heading
 from runs.records import Record, Run
@@ -42,19 +41,19 @@ class Ids(Job):
         self._plain, self._plain_config = autoregressive(self.generator, self.config)
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        requests = {index: Request(self.examples[index].ids) for index in indices}
-        found = answers(self.generator, self.config, requests, self.batch_size)
+        requests = self.requests(indices).values()
+        found = self.generator.generate_batch(requests, self.config, self.batch_size)
         if is_captured(self.generator.model):  # the reference takes the cache of captured passes
             found = iter([*found])
-        for index, result in found:
+        for i, result in found:
             try:
-                yield index, self._compared(self.examples[index].ids, result)
+                if isinstance(result, Exception):
+                    raise result
+                yield indices[i], self._compared(self.examples[indices[i]].ids, result)
             except Exception as error:
-                yield index, error
+                yield indices[i], error
 
-    def _compared(self, prompt: list[int], result: GenerationResult | Exception) -> Record:
-        if isinstance(result, Exception):
-            raise result
+    def _compared(self, prompt: list[int], result: GenerationResult) -> Record:
         tokens = with_end(result.generation_strategy_result)
         plain = self._plain.generate(prompt, self._plain_config).generation_strategy_result
         references = {"autoregressive": with_end(plain)}
@@ -69,10 +68,9 @@ class Ids(Job):
     def conclude(self, run: Run, records: list[Record]) -> int:
         found = [(record["index"], d) for record in records for d in record["differences"]]
         near_ties = sum(d["near_tie"] for _, d in found)
-        real = len(found) - near_ties
-        identical = sum(not record["differences"] for record in records)
-        counts = {"examples": len(records), "identical": identical}
-        run.finish(records, counts | {"near_ties": near_ties, "differences": real})
+        real, identical = len(found) - near_ties, sum(not record["differences"] for record in records)
+        counts = {"examples": len(records), "identical": identical, "near_ties": near_ties}
+        run.finish(records, {**counts, "differences": real})
         print(heading(run.description))
         name = self.config.generation_strategy.replace("_", "-")
         name += f", batches of {self.batch_size}" if self.batch_size > 1 else ""

@@ -21,8 +21,7 @@ from runs import ranks
 from runs.failures import Failed, reason
 from runs.heading import machine
 from runs.records import Record, describe, describe_model
-from runs.startup import load_generator, meet, model_name, read_config
-from self_speculation.model.quantized_layers import check_family
+from runs.startup import load_generator, meet, model_name
 
 _NAME = "self_speculation"  # what lm_eval calls our model
 _LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
@@ -39,19 +38,13 @@ def evaluate(
     `config` has the settings that tasks do not have, such as the exit layer; `args` has lm_eval's flags.
     """
     meet(model_args)
-    model_config = read_config(model_args)
-    try:
-        config.check_depth(model_config.num_hidden_layers)
-        check_family(config.draft_weights, model_config.model_type)
-    except ValueError as error:
-        refuse(f"--{error}")
     try:
         request_config(args.gen_kwargs, config, None)
     except UnsupportedError as error:
         refuse(f"--gen_kwargs {error}")
 
     def load(batch_size: int | str, max_batch_size: int | None) -> HarnessModel:
-        generator = load_generator(model_args, config, model_config, counted=counted)
+        generator = load_generator(model_args, config, counted=counted)
         if ranks.is_first():  # above lm_eval's table
             print(machine(describe("eval", (), "") | describe_model(model_name(model_args), generator.model)))
         accelerator = None

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from measures.timed_runs import TimedSide, measure_examples, warm_up
-from runs import ranks
 from runs.failures import failed
 from runs.records import Record
 from runs.status import says_if_slow
@@ -36,7 +35,6 @@ from self_speculation.model.whole_texts import exit_logits, hidden_after_each_la
 # Supported generation arguments; the harness has four names for the number of tokens.
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
 _SUPPORTED = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
-_CHANGES_NOTHING = {"num_beams": 1}
 
 
 class UnsupportedError(ValueError):
@@ -46,15 +44,11 @@ class UnsupportedError(ValueError):
 def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_model: Any) -> GenerationConfig:
     """`config` with the generation arguments of a request.
 
-    Args:
-        of_model: its top_k and top_p are the defaults, as in transformers' `generate`.
-
-    Raises:
-        UnsupportedError: names unsupported arguments, or a value that is out of range.
+    Defaults of top_k and top_p are those of the model's settings, as in transformers' `generate`. Raises
+    UnsupportedError, which names unsupported arguments, or a value that is out of range.
     """
     known = _SUPPORTED | _NUMBER_OF_TOKENS
-    wrong = {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) not in _CHANGES_NOTHING.items()}
-    if wrong:
+    if wrong := {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) != ("num_beams", 1)}:
         given = ", ".join(f"{name}={value}" for name, value in wrong.items())
         raise UnsupportedError(f"{given}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
     top_k, top_p = getattr(of_model, "top_k", None), getattr(of_model, "top_p", None)
@@ -77,23 +71,18 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_mode
 class HarnessModel(HFLM):
     """Computes log-likelihoods and completions for the harness.
 
-    `has_begun` is True from the first pass on. `records` has a record of each completion.
-
-    Args:
-        config: settings that requests do not have, such as the exit layer.
-        seed: a sampled completion depends on this, its document and its number alone.
-        batch_size, max_batch_size: as in the harness.
-        accelerator: for several ranks.
+    `has_begun` is True from the first pass on. `records` has a record of each completion. A sampled one
+    depends on the seed, its document and its number alone.
     """
 
     def __init__(
         self,
         generator: HuggingfaceLlamaGenerator,
-        config: GenerationConfig,
+        config: GenerationConfig,  # settings that requests do not have, such as the exit layer
         seed: int,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
-        accelerator: Accelerator | None = None,
+        accelerator: Accelerator | None = None,  # for several ranks
     ) -> None:
         self._generator, self._settings, self._seed = generator, config, seed
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
@@ -165,7 +154,7 @@ class HarnessModel(HFLM):
             for index, record in self._measured(tasks):
                 answers[index] = self._answer(tasks[index], record)
                 tokens, seconds = tokens + record["num_tokens"], seconds + record["wall_time"]
-                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s{ranks.alone()}", refresh=False)
+                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
                 bar.update()
         return answers
 

@@ -16,16 +16,11 @@ from self_speculation.results import DraftStats
 
 
 def speed(records: Sequence[Record], prefix: str = "") -> Record:
-    """Speed of one strategy.
+    """Speed of the strategy whose fields have the prefix, by records of `timed_runs.measure_examples`.
 
-    Args:
-        records: of `timed_runs.measure_examples`, at least one.
-        prefix: of the strategy's fields.
-
-    Returns:
-        `total_time` [s] is that of the slowest rank, so `tokens_per_second` is the speed of all ranks
-        together. `tokens_per_second_median` is over windows; a stall does not move it.
-        `decode_tokens_per_second_median` is over completions: in a batch, of one row.
+    `total_time` [s] is that of the slowest rank, so `tokens_per_second` is the speed of all ranks together.
+    `tokens_per_second_median` is over windows; a stall does not move it. `decode_tokens_per_second_median` is
+    over completions: in a batch, of one row.
     """
     num_tokens = [record[f"{prefix}num_tokens"] for record in records]
     decode = [
@@ -49,15 +44,9 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
     """Speed-up of one strategy over another: the median over windows of the ratio of tokens per second.
 
     Both answer a window one right after the other, so a busy machine slows down both. Sampled outputs differ
-    in length, so times alone do not compare. Windows without tokens are left out.
-
-    Args:
-        records: of `timed_runs.measure_examples`, at least one.
-        baseline: prefix of the other strategy's fields.
-
-    Returns:
-        `speedup_interval` is the 90 % confidence interval of the median. `decode_speedup` leaves out the
-        first token of each completion; it is None for batches, whose decode times overlap.
+    in length, so times alone do not compare. Windows without tokens are left out. `speedup_interval` is the
+    90 % confidence interval of the median. `decode_speedup` leaves out the first token of each completion; it
+    is None for batches, whose decode times overlap. `baseline` is the prefix of the other strategy's fields.
     """
     ratios, totals = _ratios(records, baseline, "num_tokens", "wall_time")
     decode: list[float] = []
@@ -132,11 +121,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def predicted_speedup(alpha: float, k: int, exit_layer: int, costs: Costs) -> float:
     """E[tokens] of a round over its cost in plain steps, E[tokens] = (1 - alpha^(k+1)) / (1 - alpha).
 
-    With estimated costs that is E[tokens] / (k c + 1) (Leviathan et al., theorem 3.8).
-
-    Args:
-        alpha: `DraftStats.token_acceptance`.
-        k: tokens drafted per round.
+    With estimated costs that is E[tokens] / (k c + 1) (Leviathan et al., theorem 3.8). `alpha` is
+    `DraftStats.token_acceptance`.
     """
     tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
     return tokens * costs.plain_step / costs.round(exit_layer, k)

@@ -56,14 +56,10 @@ def _heat_map(
     axes.set_ylabel("exit layer")
     best = table.loc[table["speedup"].idxmax()]
     for (row, column), number in numpy.ndenumerate(grid.to_numpy(dtype=float)):
-        is_best = (grid.index[row], grid.columns[column]) == (best["exit_layer"], best["num_speculations"])
         red, green, blue, _ = image.cmap(image.norm(number))
-        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-        axes.text(
-            column, row, form.format(number), ha="center", va="center", fontsize=9,
-            color="white" if dark else "black", weight="bold" if is_best else "normal",
-        )  # fmt: skip
-        if is_best:
+        color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+        axes.text(column, row, form.format(number), ha="center", va="center", fontsize=9, color=color)
+        if (grid.index[row], grid.columns[column]) == (best["exit_layer"], best["num_speculations"]):
             corner = (column - 0.48, row - 0.46)
             axes.add_patch(pyplot.Rectangle(corner, 0.96, 0.92, fill=False, color="gold", linewidth=3))
 

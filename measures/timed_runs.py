@@ -13,7 +13,6 @@ from runs import ranks
 from runs.records import Record
 from self_speculation import (
     GenerationConfig,
-    GenerationResult,
     GenerationStrategy,
     HuggingfaceLlamaGenerator,
     Request,
@@ -101,27 +100,16 @@ def measure_examples(
                     yield index, measured[index]
 
 
-def answers(
-    generator: HuggingfaceLlamaGenerator,
-    config: GenerationConfig,
-    requests: Mapping[int, Request],
-    batch_size: int,
-) -> Iterator[tuple[int, GenerationResult | Exception]]:
-    """Index and result, or error, of each request as it ends."""
-    indices = list(requests)
-    for i, result in generator.generate_batch(list(requests.values()), config, batch_size):
-        yield indices[i], result
-
-
 def _measured(
     side: TimedSide, window: Mapping[int, Request], batch_size: int
 ) -> Iterator[tuple[int, Record | Exception]]:
     """Index and prefixed fields of each completion of one side."""
     prefix, generator, config = side
+    indices = list(window)
     started, processor_started = time.perf_counter(), time.process_time()
-    for index, result in answers(generator, config, window, batch_size):
+    for i, result in generator.generate_batch(window.values(), config, batch_size):
         if isinstance(result, Exception):
-            yield index, result
+            yield indices[i], result
             continue
         took = result.generation_strategy_result
         fields = {
@@ -133,6 +121,6 @@ def _measured(
             "wall_time": time.perf_counter() - started,
             "processor_time": time.process_time() - processor_started,
         }
-        yield index, {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
+        yield indices[i], {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
         # The caller's work on a completion is not part of the next one's time.
         started, processor_started = time.perf_counter(), time.process_time()

@@ -86,18 +86,16 @@ class Conversation:
         """
         prompt = prompt.replace("\r\n", "\n")  # line breaks of Windows
         ids = self._ids(prompt)
-        streamer = self._streamer(ids)
+        streamer: Any = None
+        if self.streamer != "none":
+            kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
+            streamer = kind(self.generator.tokenizer, stop_words=self.config.stop_words, prompt=ids)
         # The cache holds the history already.
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         model, processor_began = self.generator.model, time.process_time()
         with Interrupt(model) as interrupt:
-            request = Request(
-                ids,
-                stopping_criteria=[interrupt],
-                streamer=streamer,
-                grammar=self.grammar,
-                prediction=self.prediction,
-            )
+            own = {"grammar": self.grammar, "prediction": self.prediction}
+            request = Request(ids, stopping_criteria=[interrupt], streamer=streamer, **own)
             result = self.generator.generate(request, config)
         busy = busy_processor(model, time.process_time() - processor_began, result.total_time)
         if streamer is None:
@@ -135,12 +133,6 @@ class Conversation:
                 before, new = self._history_ids, rest
         self._history = text
         return [*before, *self.generator.encode(new, special_tokens=False)]  # the template adds them
-
-    def _streamer(self, prompt: list[int]) -> Any:
-        if self.streamer == "none":
-            return None
-        kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
-        return kind(self.generator.tokenizer, stop_words=self.config.stop_words, prompt=prompt)
 
     def _comparison(self, ids: list[int]) -> str:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
@@ -223,11 +215,11 @@ def converse(talk: Conversation) -> int:
     while True:
         try:
             prompt = _ask(session)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # Ctrl-C
             if not session.default_buffer.text:
                 print("/exit or Ctrl-D leaves", file=sys.stderr)
             continue
-        except EOFError:
+        except EOFError:  # Ctrl-D without text
             return 0
         last_line = prompt.strip().rpartition("\n")[2].strip()
         if last_line == "/exit":  # even after other lines
@@ -272,12 +264,7 @@ def _session() -> PromptSession[str]:
 
 
 def _ask(session: PromptSession[str]) -> str:
-    """Read the next prompt; drop keys typed before.
-
-    Raises:
-        EOFError: Ctrl-D without text.
-        KeyboardInterrupt: Ctrl-C.
-    """
+    """Read the next prompt; drop keys typed before."""
     from prompt_toolkit.input.typeahead import clear_typeahead
 
     clear_typeahead(session.input)  # keys that came together with the last prompt

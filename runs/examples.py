@@ -98,9 +98,7 @@ def prepare(
 ) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
     """Load the model and the examples that fit it; also return a function that opens the run.
 
-    Args:
-        args: the script's own arguments, with `resume`.
-        model_config, counted: see `load_generator`.
+    `args` are the script's own arguments, with `resume`; for the last two see `load_generator`.
     """
     meet(model_args)
     try:
@@ -169,7 +167,7 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
     Raises:
         Failed: the first error, after all other records are written.
     """
-    writer, wrong = run.writer(ranks.rank()), []
+    wrong = []
     hidden = None if ranks.rank() == 0 else True  # None: unless at a terminal
     with tqdm(total=len(indices), desc=job.unit, disable=hidden) as bar:
         for index, record in job.records(indices):
@@ -177,7 +175,7 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
                 wrong.append(failed(job.name(index), record, job.batch_size))
                 continue
             records.append({"index": index, **record})
-            writer.append(records[-1])
+            run.append(records[-1], ranks.rank())
             bar.set_postfix_str(job.progress(records), refresh=False)
             bar.update()
     if wrong:
@@ -193,14 +191,10 @@ def _examples_that_fit(
     generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int, chat: bool
 ) -> list[Encoded]:
     """Keep the examples whose prompts leave room for an answer in the context; print how many do not."""
-    room = context_length(generator.model.config) - 1
-    if (window := sliding_window(generator.model.config)) is not None:
-        room = min(room, window - max_steps)
-        if room < 1:
-            refuse(
-                f"--max_steps {max_steps}: leaves no room for a prompt in the model's sliding window of "
-                f"{window} positions, which prompt and answer share"
-            )
+    room, beside = context_length(generator.model.config) - 1, ""
+    window = sliding_window(generator.model.config)  # prompt and answer share it
+    if window is not None and window - max_steps < room:
+        room, beside = max(0, window - max_steps), f" beside --max_steps {max_steps}"
 
     def encoded(prompt: str) -> list[int]:
         if not chat:
@@ -218,8 +212,8 @@ def _examples_that_fit(
     except ValueError as error:
         refuse(str(error))
     if not fitting:
-        refuse(f"every prompt has more than the {room} tokens that the model's context has room for")
+        refuse(f"every prompt has more than the {room} tokens that the model has room for{beside}")
     if (left_out := len(examples) - len(fitting)) and ranks.rank() == 0:
-        what = f"{left_out} of {len(examples)} examples: prompts of more than {room} tokens"
-        print(f"left out {what}", file=sys.stderr)
+        limit = f"prompts of more than {room} tokens"
+        print(f"left out {left_out} of {len(examples)} examples: {limit}", file=sys.stderr)
     return fitting

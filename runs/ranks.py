@@ -54,11 +54,6 @@ def world_size() -> int:
     return 1 if _one_model_together else num_processes()
 
 
-def alone() -> str:
-    """The words after a figure of this rank alone."""
-    return f" by rank {rank()} alone" if world_size() > 1 else ""
-
-
 def join_as_one() -> None:
     """Join the other processes to hold one model together, and silence all but the first."""
     import torch

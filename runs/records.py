@@ -9,13 +9,11 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +37,25 @@ class RecordError(Exception):
     """A record cannot be written or read; the message is one line with advice."""
 
 
+@dataclass
 class Run:
     """A folder with `run.json` and `records.jsonl`.
 
     Each rank appends to its own `records.rank<N>.jsonl`; `finish` merges them.
     """
 
-    def __init__(self, folder: Path, description: Record) -> None:
-        self.folder, self.description = folder, description
+    folder: Path
+    description: Record
 
     @classmethod
     def create(cls, output_dir: str, name: str, description: Record) -> Run:
         """Make a new folder `name_<time>` in `output_dir`; raises RecordError."""
-        first = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        for number in count():  # other runs may begin in the same second
-            folder = Path(output_dir).expanduser() / (f"{first}_{number}" if number else first)
-            try:
-                folder.mkdir(parents=True)
-                break
-            except OSError as error:
-                if not folder.is_dir():
-                    raise _not_created(output_dir, error) from error
-        run = cls(folder, description)
+        began = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # other runs may begin in the same second
+        run = cls(Path(output_dir).expanduser() / f"{name}_{began}", description)
+        try:
+            run.folder.mkdir(parents=True)
+        except OSError as error:
+            raise RecordError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
         run.say("running")
         return run
 
@@ -69,7 +64,10 @@ class Run:
         """Open the folder of an interrupted run; raises RecordError as `check_same_run` does."""
         earlier = check_same_run(path, description)
         began = {"began": earlier["began"]} if "began" in earlier else {}
-        return cls(Path(path).expanduser(), description | began)
+        run = cls(Path(path).expanduser(), description | began)
+        for part in run.folder.glob("records.rank*.jsonl"):  # the last line may be cut
+            os.truncate(part, len(_complete(part.read_bytes())))
+        return run
 
     def records(self) -> dict[int, Record]:
         """Every complete record by its index."""
@@ -77,8 +75,13 @@ class Run:
         lines = (line for path in paths for line in _complete(path.read_bytes()).splitlines())
         return {record["index"]: record for record in map(json.loads, lines)}
 
-    def writer(self, rank: int) -> Writer:
-        return Writer(self.folder / f"records.rank{rank}.jsonl")
+    def append(self, record: Record, rank: int = 0) -> None:
+        """Write a record of a rank; it is on the disk before this returns."""
+        path = self.folder / f"records.rank{rank}.jsonl"
+        try:
+            _write(path, "a", _line(record))
+        except OSError as error:
+            raise RecordError(f"cannot write {path}: {error.strerror}") from error
 
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write all records in order into one file, and the metrics into run.json."""
@@ -105,21 +108,6 @@ class Run:
             raise RecordError(f"cannot write {path}: {error.strerror}") from error
 
 
-class Writer:
-    """Appends records to a file; each is on the disk before `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        if path.exists():  # a kill or a full disk may have cut the last line
-            os.truncate(path, len(_complete(path.read_bytes())))
-
-    def append(self, record: Record) -> None:
-        try:
-            _write(self._path, "a", _line(record))
-        except OSError as error:
-            raise RecordError(f"cannot write {self._path}: {error.strerror}") from error
-
-
 def check_writable(resume: str | None, output_dir: str) -> None:
     """Refuse a folder that cannot be written, before anything is loaded; raises RecordError."""
     flag, folder = ("output_dir", output_dir) if resume is None else ("resume", resume)
@@ -127,9 +115,6 @@ def check_writable(resume: str | None, output_dir: str) -> None:
     try:
         if resume is None:
             path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_created(output_dir, error) from error
-    try:
         try_to_write(path)
     except OSError as error:
         raise RecordError(f"--{flag} {folder}: cannot be written ({error.strerror})") from error
@@ -144,25 +129,23 @@ def check_same_run(resume: str, description: Record, arguments: Sequence[Any] = 
         RecordError: there is no such run, or it differs; names the difference.
     """
 
-    def different(what: str, was: Any, now: Any, why: str = "") -> RecordError:
-        because = f"; {why}" if why else ""
-        return RecordError(f"--resume {resume}: that run had {what} {was!r}, this one has {now!r}{because}")
-
     try:
         earlier = read_run(resume)
     except ValueError as error:
         raise RecordError(f"--{error}") from error
     if (script := earlier.get("script")) != description["script"]:
         raise RecordError(f"--resume {resume}: is of {script}.py, go on with that")
+    compared = []
     for flag in [flag for group in arguments for flag in fields(group) if flag.name != "resume"]:
         # Runs of earlier versions lack newer flags, which had their defaults then.
         was, now = earlier["arguments"].get(flag.name, flag.default), description["arguments"][flag.name]
-        why_same = flag.metadata.get("resume", lambda *_: "")
-        if was != now and (why := why_same(description, was, now)) is not None:
-            raise different(f"--{flag.name}", was, now, why)
-    for key in [key for key in _FACTS if key in description]:
-        if earlier.get(key) != description[key]:
-            raise different(key, earlier.get(key), description[key])
+        why = flag.metadata.get("resume", lambda *_: "")(description, was, now)
+        if why is not None:
+            compared.append((f"--{flag.name}", was, now, why and f"; {why}"))
+    compared += [(key, earlier.get(key), description[key], "") for key in _FACTS if key in description]
+    for what, was, now, why in compared:
+        if was != now:
+            raise RecordError(f"--resume {resume}: that run had {what} {was!r}, this one has {now!r}{why}")
     return earlier
 
 
@@ -204,10 +187,8 @@ def _now() -> str:
 def _commit() -> str | None:
     """The commit of the running checkout, with -dirty if files differ from it; None outside of a checkout."""
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
-    command = ["git", "--no-optional-locks", "-C", str(root), *describe]
+    git = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    command = [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
     with suppress(FileNotFoundError):  # no git
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return None
@@ -220,11 +201,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _not_created(output_dir: str, error: OSError) -> RecordError:
-    # In /proc the system's words are "No such file or directory", which nobody would understand alone.
-    return RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})")
 
 
 def _write(path: Path, mode: str, text: str) -> None:

@@ -68,13 +68,9 @@ def load_generator(
 ) -> HuggingfaceLlamaGenerator:
     """Load --model and make the strategy of --generation_strategy.
 
-    An error ends the program in one line, with status 1 if memory is short, else with status 2.
-
-    Args:
-        model_config: the model's config, if it is read already.
-        chat: refuse a tokenizer without a chat template.
-        counted: counts of token ids, see `runs.tuning.counts`; a short draft vocabulary takes the most
-            frequent ones.
+    An error ends the program in one line, with status 1 if memory is short, else with status 2; with `chat`
+    also a tokenizer without a chat template. A short draft vocabulary takes the most frequent ids of
+    `counted`, see `runs.tuning.counts`.
     """
     logging.set_verbosity_error()
     model_config = model_config or read_config(model_args)

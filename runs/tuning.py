@@ -48,8 +48,7 @@ def tuned(
         compared = [cell for cell in cells if cell["speedup"]]
         if not compared:
             raise ValueError("no answers to compare in there" if cells else "no cells in there")
-        measured = [cell for cell in compared if cell["mode"] == "measured"]
-        best = max(measured or compared, key=lambda cell: float(cell["speedup"]))
+        best = max(compared, key=lambda cell: (cell["mode"] == "measured", float(cell["speedup"])))
         found: dict[str, Any] = {name: int(best[name]) for name in ("exit_layer", "num_speculations")}
         if "draft_weights" not in given:
             found["draft_weights"] = best["draft_weights"]

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).parent.parent
+PATHS = [ROOT, ROOT / "tests", ROOT / "tests/scripts"]
 HANGS = 300.0  # seconds after which a script is ended and its test fails; no verdict on its speed
 
 # Scripts import these before and after they parse their flags.

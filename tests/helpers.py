@@ -46,6 +46,13 @@ def torchrun(ranks, script, *args):
     return forks.run(TORCHRUN, "--nproc_per_node", ranks, script, *args)
 
 
+def run_program(ranks, folder, code, *args):
+    """Run code that may import this repository and its tests, as a program of so many ranks."""
+    program = folder / "program.py"
+    program.write_text(f"import sys; sys.path[:0] = {[*map(str, forks.PATHS)]}\n{code}")
+    return forks.run_ranks(ranks, program, *args)
+
+
 def no_calibration(monkeypatch):
     """For a test that is not about times: sweep.py is told what passes cost."""
     monkeypatch.setattr(

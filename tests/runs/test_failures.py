@@ -1,5 +1,6 @@
 """Too little memory and NaN logits end the work in one line of error, and nothing is lost."""
 
+import json
 import signal
 from contextlib import nullcontext
 from unittest.mock import Mock
@@ -17,20 +18,16 @@ from runs import program
 from runs.conversation import Conversation
 from runs.failures import reason
 from self_speculation.autoregressive_generator import AutoRegressiveGenerationStrategy
+from self_speculation.decoding.batch import Batch
 from self_speculation.model.model_runner import ModelRunner
 
-ERRORS = {
-    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
-    "cpu": RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you"
-    ),
-    "python": MemoryError(),
-    "nan": FloatingPointError("the model's logits are not numbers (NaN)"),
-}
-SAID = {"nan": "the model's logits are not numbers"}
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you")
+NAN = FloatingPointError("the model's logits are not numbers (NaN)")
 OUT_OF_MEMORY = (
     "out of memory; less takes a shorter prompt, a lower --max_steps, --dtype half, --quantization"
 )
+SAID = [(CUDA, OUT_OF_MEMORY), (NAN, str(NAN))]
 
 
 @pytest.fixture
@@ -78,30 +75,25 @@ def by_sweep(common):
     return sweep.main([*common, "--mode", "measured", "--exit_layer_last", "2"])
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(("error", "says"), SAID)
 @pytest.mark.parametrize(
     ("main", "first", "what", "kept"),
     [
         (benchmark.main, 1 + 2, "example 2", "; 2 of 4 examples are kept, go on with --resume"),
-        (
-            by_sweep,
-            1 + (1 + 4) + 1,
-            "exit layer 1, 2 drafted",
-            "; 1 of 12 cells are kept, go on with --resume",
-        ),
+        (by_sweep, 1 + 5 + 1, "exit layer 1, 2 drafted", "; 1 of 12 cells are kept, go on with --resume"),
         (by_eval, 1 + 1, "python_functions, document 1", "--use_cache PATH would have kept answers to go on"),
     ],
     ids=["benchmark", "sweep", "eval"],
 )
 @pytest.mark.usefixtures("few_files_are_read")
 def test_a_run_names_the_example_and_keeps_the_others(
-    kind, main, first, what, kept, dataset, fails_at, capsys
+    error, says, main, first, what, kept, dataset, fails_at, capsys
 ):
     """Guards against a traceback, and examples that are lost with the one that failed."""
-    fails_at(ERRORS[kind], first)
+    fails_at(error, first)
     assert main(dataset) == 1
     line = last_line(capsys)
-    assert line.startswith(f"{what}: {SAID.get(kind, OUT_OF_MEMORY)}")
+    assert line.startswith(f"{what}: {says}")
     assert kept in line
 
 
@@ -114,16 +106,19 @@ def test_a_verified_cell_is_named(dataset, monkeypatch, capsys):
     assert last_line(capsys).startswith(f"exit layer 1, 1 drafted: {OUT_OF_MEMORY}")
 
 
-@pytest.mark.parametrize("kind", ERRORS)
-def test_one_prompt_ends_in_one_line(kind, common, fails_at, monkeypatch, capsys):
-    """Guards against a traceback for somebody whose prompt is too long."""
-    fails_at(ERRORS[kind], 0)
+@pytest.mark.parametrize("loading", [True, False])
+def test_one_prompt_ends_in_one_line(loading, common, fails_at, monkeypatch, capsys):
+    """Guards against a traceback, and status 2, which says that flags are wrong."""
+    if loading:
+        load = "self_speculation.model.loading.AutoModelForCausalLM.from_pretrained"
+        monkeypatch.setattr(load, Mock(side_effect=CUDA))
+    fails_at(CUDA, 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
         program.run(lambda: generate.main([*common, "--prompt", "Once"]))
     assert end.value.code == 1
     said = capsys.readouterr().err
-    assert f"error: {SAID.get(kind, OUT_OF_MEMORY)}" in said
+    assert OUT_OF_MEMORY in said
     assert said.count("\n") == 1
 
 
@@ -134,22 +129,8 @@ def test_other_errors_are_not_explained_away(common, fails_at):
         program.run(lambda: generate.main([*common, "--prompt", "Once"]))
 
 
-def test_memory_that_is_short_while_loading(common, monkeypatch, capsys):
-    """Guards against a traceback, and status 2, which says that flags are wrong."""
-    monkeypatch.setattr(
-        "self_speculation.model.loading.AutoModelForCausalLM.from_pretrained",
-        Mock(side_effect=ERRORS["cuda"]),
-    )
-    with pytest.raises(SystemExit) as end:
-        generate.main([*common, "--prompt", "Once"])
-    assert end.value.code == 1
-    said = capsys.readouterr().err
-    assert OUT_OF_MEMORY in said
-    assert said.count("\n") == 1
-
-
-@pytest.mark.parametrize("kind", ERRORS)
-def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
+@pytest.mark.parametrize(("error", "says"), SAID)
+def test_a_conversation_goes_on(error, says, common, fails_at, monkeypatch, capsys):
     """Guards against a conversation that ends, or that has the failed prompt in its history."""
     monkeypatch.setattr("runs.conversation._session", lambda: None)
     monkeypatch.setattr("runs.conversation._ask", Mock(side_effect=["one", "two", "three", EOFError]))
@@ -162,24 +143,62 @@ def test_a_conversation_goes_on(kind, common, fails_at, monkeypatch, capsys):
         return answer(self, prompt)
 
     monkeypatch.setattr(Conversation, "_ids", ids)
-    fails_at(ERRORS[kind], 1, 1)
+    fails_at(error, 1, 1)
     assert generate.main([*common, "--chat", "True"]) == 0
     assert asked == [[], ["one"], ["one"]]
     said = capsys.readouterr().err
-    assert said.count(f"error: {SAID.get(kind, OUT_OF_MEMORY)}") == 1
+    assert said.count(f"error: {says}") == 1
     assert said.count("tokens in") == 2
 
 
 def test_out_of_memory_is_told_from_other_errors():
     """Guards against a mistake that is explained away, and a traceback where the error comes wrapped."""
-    assert all(reason(error).startswith("out of memory") == (kind != "nan") for kind, error in ERRORS.items())
-    assert reason(MemoryError("the cache takes 9 GiB")).startswith(
-        "out of memory: the cache takes 9 GiB; less"
-    )
     wrapped = ValueError("cannot load")
-    wrapped.__cause__ = ERRORS["cpu"]
-    assert reason(wrapped).startswith("out of memory")
+    wrapped.__cause__ = CPU
+    for error in (CUDA, CPU, MemoryError(), wrapped):
+        assert reason(error).startswith(OUT_OF_MEMORY)
+    assert reason(MemoryError("cache of 9 GiB")).startswith("out of memory: cache of 9 GiB; less")
     assert reason(RuntimeError("size mismatch")) is None
+
+
+def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    """Guards against a NaN that ends the batch, or that is blamed on the example at its place in there."""
+    run, prompts = ModelRunner.run, []
+
+    def damaged(self, inputs, first, last, num_logits):
+        result = run(self, inputs, first, last, num_logits)
+        if inputs.shape[1] > 4 and first == 0 and num_logits:  # a prompt's pass
+            prompts.append(1)
+            if len(prompts) == 2 + 3:  # two warm up
+                result.logits.fill_(torch.nan)
+        return result
+
+    monkeypatch.setattr(ModelRunner, "run", damaged)
+    assert benchmark.main([*dataset, "--batch_size", "2"]) == 1
+    line = last_line(capsys)
+    assert line.startswith("example 2: the model's logits are not numbers")
+    assert "; 3 of 4 examples are kept, go on with --resume" in line
+    records = (only_run(tmp_path) / "records.rank0.jsonl").read_text().splitlines()
+    assert {json.loads(record)["index"] for record in records} == {0, 1, 3}
+
+
+def test_out_of_memory_in_a_batch_asks_for_a_smaller_one(dataset, monkeypatch, capsys):
+    """Guards against a traceback, and advice that leaves out the flag that helps."""
+    emit, rounds = Batch.emit, []
+
+    def fails(self, logits):
+        rounds.append(len(self))
+        if rounds.count(2) > 12:
+            raise CUDA
+        return emit(self, logits)
+
+    monkeypatch.setattr(Batch, "emit", fails)
+    assert benchmark.main([*dataset, "--batch_size", "2"]) == 1
+    line = last_line(capsys)
+    assert line.startswith("out of memory; less takes a --batch_size below 2, a shorter prompt")
+    assert "of 4 examples are kept, go on with --resume" in line
 
 
 def test_a_measured_sweep_of_empty_answers(dataset, tmp_path, capsys):

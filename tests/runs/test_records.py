@@ -1,8 +1,6 @@
 """The folder of a run: records survive, and a resumed run is the same run."""
 
-import dataclasses
 import errno
-import os
 import subprocess
 from unittest.mock import Mock
 
@@ -11,9 +9,7 @@ from conftest import ROOT
 from helpers import about, only_run, refused
 
 import benchmark
-from arguments import MAY_DIFFER
-from runs.records import RecordError, Run, check_same_run, describe
-from training.flags import MAY_GROW
+from runs.records import RecordError, Run, describe
 
 DESCRIPTION = {"script": "test", "arguments": {"seed": 1}, "dataset_fingerprint": "x"}
 
@@ -30,67 +26,16 @@ def test_two_runs_that_begin_together_have_folders_of_their_own(tmp_path):
 
 
 def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
-    """Guards against a run.json that is cut short, and partial files that stay."""
-    writer = run.writer(0)
-    writer.append({"index": 0})
-    monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    """Guards against records that a power cut loses, a run.json that is cut short, and partial files."""
+    run.append({"index": 0})
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr("runs.records.os.fsync", full)
     with pytest.raises(RecordError, match=r"records.rank0.jsonl: No space left on device"):
-        writer.append({"index": 1})
+        run.append({"index": 1})
     with pytest.raises(RecordError, match="No space left"):
         run.say("finished")
-    monkeypatch.undo()
-    assert set(run.records()) == {0}
     assert about(run.folder)["status"] == "running"
     assert sorted(path.name for path in run.folder.iterdir()) == ["records.rank0.jsonl", "run.json"]
-
-
-def test_a_record_is_on_the_disk_before_the_next_is_made(run, monkeypatch):
-    """Guards against records that a power cut loses."""
-    synced, fsync = [], os.fsync
-
-    def noted(descriptor):
-        fsync(descriptor)
-        synced.append(os.fstat(descriptor).st_size)
-
-    monkeypatch.setattr("runs.records.os.fsync", noted)
-    writer, sizes = run.writer(0), []
-    for index in range(3):
-        writer.append({"index": index})
-        sizes.append((run.folder / "records.rank0.jsonl").stat().st_size)
-    assert synced == sizes
-
-
-def test_resuming_with_other_arguments_names_the_difference(tmp_path):
-    """Guards against records of two runs in one file, and a --resume that refuses harmless changes."""
-
-    @dataclasses.dataclass
-    class Flags:
-        seed: int = 1
-        steps: int = dataclasses.field(default=5, metadata=MAY_GROW)
-        verbose: bool = dataclasses.field(default=False, metadata=MAY_DIFFER)
-        resume: str | None = None
-
-    def described(flags):
-        return {**describe("test", [flags], "x"), "model": "m", "device": "d", "dtype": "t"}
-
-    def resumed(flags, **facts):
-        check_same_run(folder, {**described(flags), **facts}, [flags])
-
-    older = described(Flags())
-    del older["arguments"]["verbose"], older["arguments"]["steps"]  # of a version without these flags
-    folder = str(Run.create(str(tmp_path), "test", older).folder)
-    resumed(Flags(resume=folder))
-    folder = str(Run.create(str(tmp_path / "now"), "test", described(Flags())).folder)
-    resumed(Flags(verbose=True, resume=folder))
-    resumed(Flags(steps=6))
-    with pytest.raises(RecordError, match="that run had --seed 1, this one has 2"):
-        resumed(Flags(seed=2))
-    with pytest.raises(RecordError, match="that run had --steps 5, this one has 4"):
-        resumed(Flags(steps=4))
-    resumed(Flags(), num_ranks=2)
-    for key in ("dataset_fingerprint", "device", "model", "dtype"):
-        with pytest.raises(RecordError, match=f"that run had {key} .*, this one has 'y'"):
-            resumed(Flags(), **{key: "y"})
 
 
 def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
@@ -103,29 +48,13 @@ def test_a_run_names_its_commit_where_there_is_one(tmp_path, monkeypatch):
     assert describe("test", [], "x")["commit"] is None
 
 
-def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
-    """Guards against a traceback of json."""
-    with pytest.raises(RecordError, match=r"no run.json"):
-        Run.resume(str(tmp_path), DESCRIPTION)
-    for content in ("{}", "[]", "{"):
-        (tmp_path / "run.json").write_text(content)
-        with pytest.raises(RecordError, match=r"no run.json"):
-            Run.resume(str(tmp_path), DESCRIPTION)
-
-
-@pytest.mark.parametrize("flag", ["--output_dir", "--resume"])
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
-    flag, common, tmp_path, capsys, monkeypatch
-):
+def test_a_full_disk_is_refused_before_anything_is_loaded(common, tmp_path, capsys, monkeypatch):
     """Guards against minutes of loading before the error."""
-    folder = tmp_path / "logs"
-    if flag == "--resume":
-        assert benchmark.main(common) == 0
-        folder = only_run(tmp_path)
-        common += ["--resume", str(folder)]
-
+    assert benchmark.main(common) == 0
+    folder = only_run(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("runs.failures.os.fsync", Mock(side_effect=full))
     monkeypatch.setattr("runs.examples.load_examples", lambda *_: pytest.fail("data are read"))
-    line = refused(benchmark.main, common, capsys)
-    assert line.endswith(f"{flag} {folder}: cannot be written (No space left on device)")
+    for flag, path in (("--output_dir", folder.parent), ("--resume", folder)):
+        line = refused(benchmark.main, [*common, flag, str(path)], capsys)
+        assert line.endswith(f"{flag} {path}: cannot be written (No space left on device)")

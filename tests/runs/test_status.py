@@ -1,26 +1,10 @@
-"""Progress bars and lines about slow work."""
+"""Progress bars."""
 
 import sys
-import threading
 
 import forks
 
 from runs import status
-
-
-def test_slow_work_is_named_and_quick_work_is_not(capsys, monkeypatch):
-    """Guards against silence during slow work, and a line about work that takes no time."""
-    monkeypatch.setattr(status, "_SILENCE", 0.0)
-    said = threading.Event()
-    write = sys.stderr.write
-    monkeypatch.setattr(sys.stderr, "write", lambda text: (write(text), said.set()))
-    with status.says_if_slow("thinking"):
-        assert said.wait(forks.HANGS)
-    assert capsys.readouterr().err == "thinking ...\n"
-    monkeypatch.setattr(status, "_SILENCE", forks.HANGS)
-    with status.says_if_slow("thinking"):
-        pass
-    assert capsys.readouterr().err == ""
 
 
 def test_bars_are_for_terminals_and_long_work(capsys, monkeypatch):

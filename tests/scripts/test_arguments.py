@@ -8,7 +8,6 @@ from typing import get_type_hints
 
 import pytest
 from conftest import EOS, generate, tiny_llama
-from helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,27 +56,17 @@ def test_defaults_are_the_documented_ones():
         ("--sample False", "sample", False),
         ("--sample", "sample", True),
         ("--nosample", "sample", False),
-        ("--no_sample", "sample", False),
         ("--no-sample", "sample", False),
-        ("--sample false", "sample", False),
         ("--max-steps 3", "max_steps", 3),
-        ("--max-steps=3", "max_steps", 3),
         ("--no-repeat-ngram-size 2", "no_repeat_ngram_size", 2),
-        ("--no_repeat_ngram_size 2", "no_repeat_ngram_size", 2),
         ("--prompt=--no-sample", "prompt", "--no-sample"),
         ("--streamer speculative", "streamer", "speculative"),
         ("--stop_token_ids 1 2", "stop_token_ids", [1, 2]),
-        (
-            "--stop_words 'yes, sir' 1,000 , [ '[1 in y]'",
-            "stop_words",
-            ["yes, sir", "1,000", ",", "[", "[1 in y]"],
-        ),
+        ("--stop_words 'yes, sir' 1,000 , [", "stop_words", ["yes, sir", "1,000", ",", "["]),
     ],
 )
 def test_spellings_of_flags(args, field, value):
-    """Guards against a script of the paper's code that is refused for its dashes, and a flag whose own name
-    begins with `no_`.
-    """
+    """Guards against flags of the paper's scripts that are refused, and a flag that begins with `no_`."""
     words = shlex.split(args)
     assert values(*words)[field] == value
     group = GenerateArguments if field in ("prompt", "streamer") else GenerationConfig
@@ -86,61 +75,9 @@ def test_spellings_of_flags(args, field, value):
 
 def test_model_args_become_python_values():
     """Guards against `False` as a text, which is true."""
-    (model,) = parse("test", ModelArguments, args=["--model_args", "a=1,b=x,c=True,d=0.5,e=None"])
-    assert model.from_pretrained_args() == {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None}
-    in_any_case = ModelArguments(model_args="a=true, b=FALSE,c=none,d=nOne").from_pretrained_args()
-    assert in_any_case == {"a": True, "b": False, "c": None, "d": None}
-    assert ModelArguments().from_pretrained_args() == {}
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("--max_steps 0", "--max_steps 0: must be at least 1"),
-        ("--max_steps x", "--max_steps: invalid int value: 'x'"),
-        ("--exit_layer 0", "--exit_layer 0: must be -1 (full depth) or at least 1"),
-        ("--num_speculations 0", "--num_speculations 0: must be -1 or at least 1"),
-        ("--temperature -1", "--temperature -1.0: must be 0 (greedy) or more"),
-        ("--temperature inf", "--temperature inf: must be"),
-        ("--top_k -1", "--top_k -1: must be 0 (off) or more"),
-        ("--top_p 1.5", "--top_p 1.5: must be between 0 and 1"),
-        ("--no_repeat_ngram_size 0", "--no_repeat_ngram_size 0: must be at least 1"),
-        ("--draft_weights int2", "choose from 'exact', 'int4'"),
-        ("--draft_weights int4 --fuse False", "--draft_weights int4: not with --fuse False"),
-        ("--draft_weights int4 --parallel tensor", "--draft_weights int4: not with --parallel tensor"),
-        ("--draft_weights int4 --quantization int8", "--draft_weights int4: not with --quantization int8"),
-        ("--stop_token_ids -1", "--stop_token_ids [-1]: must be 0 or more"),
-        ("--stop_words=", "--stop_words ['']: must not be empty texts"),
-        (
-            "--stop_words return,if",
-            "--stop_words 'return,if': several stand one after the other, as in return",
-        ),
-        ("--stop_words ['return','if']", "several stand one after the other, as in return if"),
-        ("--generation_strategy x", "'x' (choose from 'autoregressive', 'self_speculative', 'adaptive')"),
-        ("--sample perhaps", "Boolean value expected"),
-        ("--dtype int3", "choose from 'auto', 'half', 'float32', 'bfloat16', 'float16'"),
-        ("--seed -1", "--seed -1: must be between 0 and 4294967295"),
-        ("--model_args x", "--model_args 'x': must be k=v,k=v"),
-        ("--model_args trust_remote_code=True", "--trust_remote_code is a flag of its own"),
-        ("--max_step 3", "unknown argument '--max_step'; did you mean --max_steps?"),
-        ("--no_max_steps", "unknown argument '--nomax_steps'; did you mean --max_steps?"),
-        ("--model_argz x=1", "unknown argument '--model_argz'; did you mean --model_args?"),
-        ("--num_samples 0", "--num_samples 0: must be at least 1"),
-        ("--n_shot -1", "--n_shot -1: must be at least 0"),
-        ("--dataset x", "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'"),
-        ("--template x", "--template 'x': must contain {message}"),
-        ("--draft_vocabulary 0", "--draft_vocabulary 0: must be at least 1"),
-        ("--draft_confidence 2", "--draft_confidence '2': must be auto or between 0 and 1"),
-        ("--prompt_lookup 33", "--prompt_lookup 33: must be between 0 (off) and 32"),
-        ("--parallel sideways", "--parallel: invalid choice: 'sideways'"),
-        ("--zzz", "unknown argument '--zzz'; --help lists the flags"),
-        ("stray", "unknown argument 'stray'"),
-    ],
-)
-def test_a_mistake_is_refused_in_one_line(args, message, capsys):
-    """Guards against a message that does not name flag, value and what is allowed."""
-    groups = (ModelArguments, GenerationConfig, DataArguments)
-    assert message in refused(lambda words: parse("test", *groups, args=words), args.split(), capsys)
+    (model,) = parse("test", ModelArguments, args=["--model_args", "a=1,b=x, c=True,d=0.5,e=nOne,f=FALSE"])
+    found = {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None, "f": False}
+    assert model.from_pretrained_args() == found
 
 
 def test_help_has_every_flag_with_its_default(capsys):
@@ -166,17 +103,10 @@ GROUPS_OF_SCRIPTS = [
     (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments),
     tuple(get_type_hints(Flags).values()),
 ]
-NUMBERS = st.one_of(
-    st.integers(),
-    st.integers(-3, 3),
-    st.floats(),
-    st.sampled_from([10**30, -(10**30), "1e400", "0x10", "\u0661"]),
-).map(str)
-VALUES = st.one_of(
-    NUMBERS,
-    st.text(max_size=12),
-    st.sampled_from(["True", "False", "none", "auto", "half", "int8", "-", "--", "="]),
-)
+ODD_NUMBERS = st.sampled_from([10**30, -(10**30), "1e400", "0x10", "\u0661"])
+NUMBERS = st.one_of(st.integers(), st.integers(-3, 3), st.floats(), ODD_NUMBERS).map(str)
+WORDS = st.sampled_from(["True", "False", "none", "auto", "half", "int8", "-", "--", "="])
+VALUES = st.one_of(NUMBERS, st.text(max_size=12), WORDS)
 
 
 @st.composite

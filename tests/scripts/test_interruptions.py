@@ -3,6 +3,7 @@ batches. All scripts that work through examples keep this contract.
 """
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from unittest.mock import Mock
 import forks
 import pytest
 from conftest import ROOT
-from helpers import about, no_calibration, no_pictures, only_run, refused, small_run, untimed
+from helpers import about, no_calibration, no_pictures, only_run, refused, run_program, small_run, untimed
 
 import benchmark
 import correctness
@@ -30,10 +31,6 @@ class Case(NamedTuple):
     flags: list[str]
     unit: str = "examples"
     resumed: tuple[str, ...] = ()  # flags that --resume may change
-
-    @property
-    def path(self):
-        return ROOT / f"{self.script.__name__}.py"
 
 
 SAMPLES = ["--samples_per_prompt", "30", "--sampled_prompts", "6", "--top_k", "8"]
@@ -80,10 +77,10 @@ def outcome(folder):
     return [{k: v for k, v in row.items() if not any(word in k for word in TIMED)} for row in rows]
 
 
-ENDINGS = {  # exit status, status in run.json
-    "Ctrl-C": (130, "interrupted"),
-    "full disk": (1, "running"),
-    "kill": (-signal.SIGKILL, "running"),
+ENDINGS = {  # exit status, status in run.json, error
+    "Ctrl-C": (130, "interrupted", KeyboardInterrupt()),
+    "full disk": (1, "running", OSError(errno.ENOSPC, "No space left on device")),
+    "kill": (-signal.SIGKILL, "running", None),
 }
 
 
@@ -95,9 +92,7 @@ def end_early(ending):
             write_record(path, mode, text[:9])
             if ending == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise (
-                KeyboardInterrupt if ending == "Ctrl-C" else OSError(errno.ENOSPC, "No space left on device")
-            )
+            raise ENDINGS[ending][2]
         write_record(path, mode, text)
 
     records._write = patched
@@ -108,31 +103,25 @@ def start(case, ending, flags, tmp_path):
     if ending != "kill":
         end_early(ending)
         return case.script.main(flags)
-    program = tmp_path / case.path.name
-    program.write_text(
-        f"import sys; sys.path[:0] = {[str(ROOT), f'{ROOT}/tests', f'{ROOT}/tests/scripts']}\n"
-        f"import {case.script.__name__} as script; from runs.program import run\n"
-        f"from test_interruptions import end_early; end_early('kill'); run(script.main)\n"
-    )
-    return forks.run(program, *flags).returncode
+    script = case.script.__name__
+    code = f"from test_interruptions import {script}, end_early; end_early('kill'); {script}.main()"
+    return run_program(1, tmp_path, code, *flags).returncode
+
+
+SLOW = {(name, "kill") for name in CASES if name != "benchmark"}
 
 
 @pytest.mark.parametrize(
     ("name", "ending"),
     [
-        pytest.param(
-            name, ending, marks=[pytest.mark.slow] if (ending, name != "benchmark") == ("kill", True) else []
-        )
-        for name in CASES
-        for ending in ENDINGS
+        pytest.param(*case, marks=[pytest.mark.slow] if case in SLOW else [])
+        for case in itertools.product(CASES, ENDINGS)
     ],
 )
 def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path, monkeypatch, capsys):
-    """Guards against records that are lost, made twice, not on the disk yet or read by half, and a --resume
-    that needs all flags.
-    """
+    """Guards against records that are lost, made twice or read by half, and a --resume that needs flags."""
     monkeypatch.setattr(records, "_write", write_record)
-    case, (exit_status, status) = CASES[name], ENDINGS[ending]
+    case, (exit_status, status, _) = CASES[name], ENDINGS[ending]
     expected = unbroken(name)
     capsys.readouterr()
     assert start(case, ending, [*common, *case.flags], tmp_path) == exit_status
@@ -152,63 +141,70 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     assert (about(folder)["status"], about(folder)["began"]) == ("finished", began)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", ["benchmark", *(pytest.param(n, marks=pytest.mark.slow) for n in [*CASES][1:])]
-)
-def test_ranks_give_the_records_of_one(name, ranks, common, unbroken, tmp_path):
+RANKS = [(name, 2, []) for name in CASES] + [(name, 4, []) for name in CASES]
+RANKS.append(("batches", 2, ["--parallel", "tensor"]))
+SLOW_RANKS = [pytest.param(*case, marks=pytest.mark.slow) for case in RANKS[1:]]
+
+
+@pytest.mark.parametrize(("name", "ranks", "parallel"), [RANKS[0], *SLOW_RANKS])
+def test_ranks_give_the_records_of_one(name, ranks, parallel, common, unbroken, tmp_path):
     """Guards against draws that depend on the rank, and examples that are done twice or not at all."""
-    case = CASES[name]
+    script, flags, *_ = CASES[name]
     expected = unbroken(name)
-    result = forks.run_ranks(ranks, case.path, *common, *case.flags)
+    result = forks.run_ranks(ranks, ROOT / f"{script.__name__}.py", *common, *flags, *parallel)
     assert result.returncode == 0, result.stderr
     assert outcome(only_run(tmp_path)) == expected
     assert result.stdout.count(f", {ranks} ranks, batch size") == 1  # one rank prints
-    if case.script is benchmark:  # the pace of all ranks, and not of the first one
+    if script is benchmark and not parallel:  # the pace of all ranks, and not of the first one
         speed = about(only_run(tmp_path))["metrics"]["speed"]["tokens_per_second"]
         assert f"tokens/s, {ranks} ranks together{speed:>26.2f}" in result.stdout
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_message(common, tmp_path):
     """Guards against ranks that wait for it, and a rank that waits for the others before it says why."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import benchmark\n"
-        "from measures.benchmarking import Benchmark\n"
-        "from runs.program import run\n"
+    code = (
+        "import os, benchmark; from measures.benchmarking import Benchmark; from runs.program import run\n"
         "def records(self, indices): raise TypeError('rank 1 broke')\n"
         "if os.environ['RANK'] == '1': Benchmark.records = records\n"
         "run(benchmark.main)\n"
     )
-    result = forks.run_ranks(2, program, *common)
+    result = run_program(2, tmp_path, code, *common)
     assert result.returncode != 0
     assert "rank 1 broke" in result.stderr
 
 
-def test_a_resumed_run_keeps_its_arguments(common, tmp_path, capsys):
-    """Guards against a run continued with other settings or by another script, and against speed-ups of two
-    batch sizes in one table.
-    """
-    for name, changes in {
-        "benchmark": {
-            "--exit_layer 1": "that run had --exit_layer 2, this one has 1",
-            "--max_steps=7": "that run had --max_steps 12, this one has 7",
-            "--chat": "that run had --chat False, this one has True",
-        },
-        "measured sweep": {
-            "--batch_size 2": "that run had --batch_size 3, this one has 2; cells are compared"
-        },
-    }.items():
-        output = tmp_path / name
-        assert CASES[name].script.main([*common, *CASES[name].flags, "--output_dir", str(output)]) == 0
-        (folder,) = output.iterdir()
-        for change, said in changes.items():
-            args = [f"--resume={folder}", *change.split()]
-            assert said in refused(CASES[name].script.main, args, capsys)
-        assert f"is of {CASES[name].script.__name__}.py, go on with that" in refused(
-            correctness.main, [f"--resume={folder}"], capsys
-        )
+@pytest.mark.parametrize(
+    ("script", "flags", "changes"),
+    [
+        (
+            benchmark,
+            [*SPECULATION, "--draft_weights", "int4"],
+            {
+                "--exit_layer 1": "that run had --exit_layer 2, this one has 1",
+                "--chat": "that run had --chat False, this one has True",
+                "--batch_size 2": "this one has 2; with int4 drafts, sampled tokens depend on the batch",
+            },
+        ),
+        (sweep, [*GRID, "--mode", "measured"], {"--batch_size 2": "this one has 2; cells are compared by"}),
+    ],
+)
+def test_a_resumed_run_keeps_its_arguments(script, flags, changes, common, tmp_path, capsys):
+    """Guards against a run continued with other settings or by another script."""
+    assert script.main([*common, *flags]) == 0
+    folder = only_run(tmp_path)
+    resume, run = f"--resume={folder}", about(folder)
+    for change, said in changes.items():
+        assert said in refused(script.main, [resume, *change.split()], capsys)
+    assert f"is of {script.__name__}.py, go on with that" in refused(correctness.main, [resume], capsys)
+    for fact in ("dataset_fingerprint", "device", "model", "dtype"):
+        (folder / "run.json").write_text(json.dumps({**run, fact: "other"}))
+        assert f"that run had {fact} 'other', this one has" in refused(script.main, [resume], capsys)
+    for content in ("{}", "[]", "{"):
+        (folder / "run.json").write_text(content)
+        assert "no run.json of a run in there" in refused(script.main, [resume], capsys)
+    del run["arguments"]["n_shot"]  # of a version without this flag
+    (folder / "run.json").write_text(json.dumps(run))
+    assert script.main([*common, *flags, resume, "--output_dir", str(tmp_path)]) == 0
 
 
 def test_tuned_refuses_an_interrupted_sweep(common, tmp_path, monkeypatch, capsys):

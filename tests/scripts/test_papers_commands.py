@@ -1,6 +1,5 @@
 """The command lines of the paper's README, word by word."""
 
-import copy
 import importlib
 import io
 import json
@@ -9,58 +8,25 @@ from pathlib import Path
 
 import lm_eval.tasks
 import pytest
-import torch
-from conftest import EOS, tiny_llama
+from conftest import tiny_llama
 from helpers import no_calibration, no_pictures
 from lm_eval.tasks import TaskManager
 
-# As printed in the paper's README.
-COMMANDS = r"""
-torchrun generate.py --model facebook/layerskip-llama2-7B \
-    --sample True \
-    --max_steps 512
-
-torchrun generate.py --model facebook/layerskip-llama2-7B \
-    --sample True \
-    --max_steps 512 \
-    --generation_strategy self_speculative \
-    --exit_layer 8 \
-    --num_speculations 6
-
-torchrun benchmark.py --model facebook/layerskip-llama2-7B \
-    --dataset cnn_dm_summarization \
-    --num_samples 100 \
-    --generation_strategy self_speculative \
-    --exit_layer 8 \
-    --num_speculations 6 \
-    --output_dir ./logs
-
-torchrun eval.py --model facebook/layerskip-llama2-7B \
-    --tasks gsm8k \
-    --limit 10 \
-    --generation_strategy self_speculative \
-    --exit_layer 8 \
-    --num_speculations 6 \
-    --output_dir ./logs
-
-torchrun sweep.py --model facebook/layerskip-llama2-7B \
-    --dataset human_eval \
-    --generation_strategy self_speculative \
-    --num_samples 150 \
-    --max_steps 256 \
-    --output_dir ./logs/ \
-    --sample False
-
-torchrun correctness.py --model facebook/layerskip-llama2-7B \
-    --dataset human_eval \
-    --generation_strategy self_speculative \
-    --num_speculations 6 \
-    --exit_layer 4 \
-    --num_samples 10 \
-    --sample False \
-    --output_dir ./logs
+COMMANDS = """
+torchrun generate.py --model facebook/layerskip-llama2-7B --sample True --max_steps 512
+torchrun generate.py --model facebook/layerskip-llama2-7B --sample True --max_steps 512 \
+    --generation_strategy self_speculative --exit_layer 8 --num_speculations 6
+torchrun benchmark.py --model facebook/layerskip-llama2-7B --dataset cnn_dm_summarization --num_samples 100 \
+    --generation_strategy self_speculative --exit_layer 8 --num_speculations 6 --output_dir ./logs
+torchrun eval.py --model facebook/layerskip-llama2-7B --tasks gsm8k --limit 10 \
+    --generation_strategy self_speculative --exit_layer 8 --num_speculations 6 --output_dir ./logs
+torchrun sweep.py --model facebook/layerskip-llama2-7B --dataset human_eval --generation_strategy \
+    self_speculative --num_samples 150 --max_steps 256 --output_dir ./logs/ --sample False
+torchrun correctness.py --model facebook/layerskip-llama2-7B --dataset human_eval \
+    --generation_strategy self_speculative --num_speculations 6 --exit_layer 4 --num_samples 10 \
+    --sample False --output_dir ./logs
 """
-COMMAND_LINES = [shlex.split(command.replace("\\\n", "")) for command in COMMANDS.strip().split("\n\n")]
+COMMAND_LINES = [shlex.split(command) for command in COMMANDS.strip().splitlines()]
 # What each writes to standard output.
 SHOWN = {
     "generate.py": "\n",
@@ -69,20 +35,6 @@ SHOWN = {
     "sweep.py": "--generation_strategy self_speculative",
     "correctness.py": "passed: ",
 }
-
-
-def short_answers(vocab_size):
-    """A model deep enough for the flags, with short answers: its head reads the end id off a constant."""
-    model = copy.deepcopy(tiny_llama(num_layers=12, vocab_size=vocab_size, max_position_embeddings=512))
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 1.0
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0] = 0.0
-            layer.mlp.down_proj.weight[0] = 0.0
-        model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[EOS] = 0.0
-        model.lm_head.weight[EOS, 0] = 60.0
-    return model
 
 
 def hub_dataset(folder, config, rows):
@@ -99,9 +51,10 @@ def hub_dataset(folder, config, rows):
 def hub(byte_tokenizer, tmp_path_factory):
     """A working directory with folders in place of the hub's names."""
     folder = tmp_path_factory.mktemp("hub")
-    model = folder / "facebook" / "layerskip-llama2-7B"
-    short_answers(len(byte_tokenizer)).save_pretrained(model)
-    byte_tokenizer.save_pretrained(model)
+    model = tiny_llama(num_layers=12, vocab_size=len(byte_tokenizer), max_position_embeddings=512)
+    model.generation_config.eos_token_id = [*range(0, len(byte_tokenizer), 2)]  # short answers
+    for part in (model, byte_tokenizer):
+        part.save_pretrained(folder / "facebook" / "layerskip-llama2-7B")
     articles = [{"article": "There was a man. " * n, "highlights": "A man."} for n in (3, 5)]
     hub_dataset(folder / "abisee" / "cnn_dailymail", "3.0.0", articles)
     questions = [{"question": f"What is 1 + {n}?", "answer": f"Count. #### {1 + n}"} for n in range(12)]

@@ -1,20 +1,16 @@
 """One model over several processes or devices: the ids of one, and an end when a rank is lost."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import tempfile
 import time
 
 import forks
+import psutil
 import pytest
-import torch
 from conftest import ROOT, tiny_llama
-from helpers import TORCHRUN, only_run, small_run, untimed
+from helpers import TORCHRUN, run_program, small_run
 
-import benchmark
 from arguments import ModelArguments
 from self_speculation import (
     GenerationConfig,
@@ -41,24 +37,29 @@ CASES = {
 PROMPTS = ["def add(a, b):", "Once upon a time there was a man."]
 
 
+TENSOR = """
+from runs import ranks; ranks.join_as_one()
+from self_speculation import *
+model, tokenizer = load_model_and_tokenizer({!r}, LoadingOptions(parallel="tensor"))
+{}
+ranks.leave()
+"""
+
+
 def ids_of(model, tokenizer):
     """The output ids of every case and prompt, from the same seed, alone and in a batch."""
     ids = {}
     for name, case in CASES.items():
-        speculative = "self_speculative" if "num_speculations" in case else "autoregressive"
+        strategy = "self_speculative" if "num_speculations" in case else "autoregressive"
         config = GenerationConfig(
-            **{"sample": False, "max_steps": 16, "generation_strategy": speculative, **case}
+            **{"sample": False, "max_steps": 16, "generation_strategy": strategy, **case}
         )
         generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
-        for prompt in PROMPTS:
-            torch.manual_seed(1)
-            ids[f"{name}: {prompt}"] = generator.generate(
-                prompt, config
-            ).generation_strategy_result.predicted_tokens
-        together = generator.generate_batch([Request(p, seed=1) for p in PROMPTS], config, batch_size=2)
-        for index, result in together:
-            tokens = result.generation_strategy_result.predicted_tokens
-            assert tokens == ids[f"{name}: {PROMPTS[index]}"]
+        for size in (1, 2):
+            requests = [Request(prompt, seed=1) for prompt in PROMPTS]
+            for index, result in generator.generate_batch(requests, config, batch_size=size):
+                tokens = result.generation_strategy_result.predicted_tokens
+                assert ids.setdefault(f"{name}: {PROMPTS[index]}", tokens) == tokens
     return ids
 
 
@@ -77,47 +78,44 @@ def expected_ids(folder):
     return ids_of(*load_model_and_tokenizer(str(folder), LoadingOptions(fuse=False)))
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_tensor_parallel_ids_are_those_of_one_process(folder, expected_ids, ranks, tmp_path):
+@pytest.fixture
+def tensor(folder, tmp_path):
+    """Run code over the model on several ranks; the words that the first one prints."""
+
+    def run(num_ranks, code):
+        result = run_program(num_ranks, tmp_path, TENSOR.format(str(folder), code))
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()  # one voice
+
+    return run
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tensor_parallel_ids_are_those_of_one_process(num_ranks, tensor, expected_ids):
     """Guards against ranks that differ by their draws or clocks, and a cache of all heads on each."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import json, sys; sys.path[:0] = {[str(ROOT), f'{ROOT}/tests', f'{ROOT}/tests/scripts']}\n"
-        "from runs import ranks; ranks.join_as_one()\n"
-        "from test_parallel import LoadingOptions, ids_of, load_model_and_tokenizer\n"
-        f"loaded = load_model_and_tokenizer({str(folder)!r}, LoadingOptions(parallel='tensor'))\n"
-        "print(json.dumps(ids_of(*loaded)))\n"
-        "heads = loaded[0].model.layers[0].self_attn.k_proj.weight.to_local().shape[0] // 8\n"
-        "print(heads); ranks.leave()\n"
+    ids, heads = tensor(
+        num_ranks,
+        "import json; from test_parallel import ids_of; print(json.dumps(ids_of(model, tokenizer)))\n"
+        "print(model.model.layers[0].self_attn.k_proj.weight.to_local().shape[0] // 8)",
     )
-    result = forks.run_ranks(ranks, program)
-    assert result.returncode == 0, result.stderr
-    ids, heads = result.stdout.splitlines()  # one voice
     assert json.loads(ids) == expected_ids
-    assert int(heads) == 4 // ranks
+    assert int(heads) == 4 // num_ranks
 
 
-def test_a_prompt_that_one_rank_has_no_room_for_fails_on_all(folder, tmp_path):
+def test_a_prompt_that_one_rank_has_no_room_for_fails_on_all(tensor):
     """Guards against a rank that refuses by its own memory while the others wait in the first pass."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from datetime import timedelta; from runs import ranks\n"
-        "ranks.PATIENCE = timedelta(seconds=5); ranks.join_as_one()\n"
+    (types,) = tensor(
+        2,
         "import psutil; from types import SimpleNamespace; available = psutil.virtual_memory().available\n"
-        "from self_speculation import *\n"
-        f"model, _ = load_model_and_tokenizer({str(folder)!r}, LoadingOptions(parallel='tensor'))\n"
         "def answers(free):\n"
         "    psutil.virtual_memory = lambda: SimpleNamespace(available=free)\n"
         "    requests = [Request([5, 6, 7])] * 2\n"
         "    config = GenerationConfig(sample=False, max_steps=4)\n"
         "    batch = make_strategy('autoregressive').generate_batch(model, requests, config, 2)\n"
         "    return [type(result).__name__ for _, result in batch]\n"
-        "print(*answers(available if ranks.is_first() else 0), *answers(available)); ranks.leave()\n"
+        "print(*answers(available if ranks.is_first() else 0), *answers(available))",
     )
-    result = forks.run_ranks(2, program)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["MemoryError"] * 2 + ["GenerationStrategyResult"] * 2
+    assert types.split() == ["MemoryError"] * 2 + ["GenerationStrategyResult"] * 2
 
 
 @pytest.mark.parametrize(
@@ -128,15 +126,12 @@ def test_a_prompt_that_one_rank_has_no_room_for_fails_on_all(folder, tmp_path):
         ("adaptive", {}, None, 1),  # it drafts by time
     ],
 )
-def test_exchanges_of_a_round(folder, tmp_path, strategy, drafts, sums, broadcasts):
+def test_exchanges_of_a_round(tensor, strategy, drafts, sums, broadcasts):
     """Of two rows. Guards against a broadcast for each token or row, and layers that sum more than twice."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from runs import ranks; ranks.join_as_one()\n"
+    (counts,) = tensor(
+        2,
         "import torch.distributed as dist; from torch.profiler import profile\n"
-        "from self_speculation import *; from self_speculation.scheduler import Scheduler\n"
-        f"model, _ = load_model_and_tokenizer({str(folder)!r}, LoadingOptions(parallel='tensor'))\n"
+        "from self_speculation.scheduler import Scheduler\n"
         f"config = GenerationConfig(sample=False, max_steps=30, **{drafts!r})\n"
         f"scheduler = Scheduler(make_strategy({strategy!r}), model, config, 2)\n"
         "for key in range(2):\n"
@@ -145,32 +140,10 @@ def test_exchanges_of_a_round(folder, tmp_path, strategy, drafts, sums, broadcas
         "dist.broadcast_object_list = lambda *args, **kw: (seen.append(1), broadcast(*args, **kw))\n"
         "with profile() as profiler:\n"
         "    scheduler.step()\n"
-        "names = [event.name for event in profiler.events()]\n"
-        "print(names.count('c10d::allreduce_'), len(seen)); ranks.leave()\n"
+        "print([event.name for event in profiler.events()].count('c10d::allreduce_'), len(seen))",
     )
-    result = forks.run_ranks(2, program)
-    assert result.returncode == 0, result.stderr
-    found = [*map(int, result.stdout.split())]
+    found = [*map(int, counts.split())]
     assert found == [sums or found[0], broadcasts]
-
-
-@pytest.fixture
-def common(folder, tmp_path):
-    drafts = ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
-    return [*small_run(folder, tmp_path, 5, 12), *drafts]
-
-
-@pytest.mark.slow
-def test_benchmark_over_one_model_on_two_ranks(common, tmp_path):
-    """Guards against other tokens than one process gives, and a table from each rank."""
-    assert benchmark.main([*common, "--output_dir", str(tmp_path / "one")]) == 0
-    (one,) = (tmp_path / "one").iterdir()
-    args = [*common, "--parallel", "tensor", "--compare", "True"]
-    result = forks.run_ranks(2, ROOT / "benchmark.py", *args)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("tokens/s, decode") == 1
-    tokens = [[record["tokens"] for record in untimed(run)] for run in (one, only_run(tmp_path))]
-    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.slow
@@ -184,59 +157,42 @@ def test_one_rank_of_generate_reads_and_answers(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["data", "tensor"])
-def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, common, parallel, tmp_path):
-    """By the real torchrun, whose signal ends the other rank. Guards against a rank 0 that waits for ever, or
-    that ends without a word on how to continue.
-    """
-    args = [*common, "--model", str(endless_folder), "--max_steps", "400", "--sample", "False"]
-    args += ["--num_samples", "10", "--parallel", parallel]
+def test_a_killed_rank_ends_the_run_and_what_was_done_is_kept(endless_folder, parallel, tmp_path):
+    """By the real torchrun. Guards against a rank 0 that waits for ever, or that does not name --resume."""
+    args = [ROOT / "benchmark.py", *small_run(endless_folder, tmp_path, 10, 400), "--parallel", parallel]
     with tempfile.TemporaryFile() as said:
-        run = forks.Fork(TORCHRUN, "--nproc_per_node", 2, ROOT / "benchmark.py", *args, stderr=said.fileno())
+        run = forks.Fork(TORCHRUN, "--nproc_per_node", 2, *args, stderr=said.fileno())
         try:
             while not list(tmp_path.glob("logs/*/records.rank0.jsonl")):
                 time.sleep(0.1)
                 assert run.poll() is None, forks.read(said)
-            (victim,) = children_of_rank(run.pid, 1)
-            os.kill(victim, signal.SIGKILL)
+            ranks = psutil.Process(run.pid).children()
+            (victim,) = (process for process in ranks if process.environ().get("RANK") == "1")
+            victim.kill()
             assert run.wait() == 1
         finally:
             run.end()
         errors = forks.read(said)
-    found = re.search(
-        r"(?:another rank is gone|interrupted); (\d+) of 10 examples are kept, go on with --resume (\S+)",
-        errors,
-    )
-    assert found, errors
-    assert int(found[1]) >= 1
+    ended, kept = "(another rank is gone|interrupted)", r"[1-9]\d* of 10 examples are kept"
+    assert re.search(rf"{ended}; {kept}, go on with --resume \S+", errors), errors
     (path,) = tmp_path.glob("logs/*/records.rank0.jsonl")
     assert path.read_text()
 
 
-def children_of_rank(parent, rank):
-    """Process ids of torchrun's children with that rank."""
-    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
-    return [
-        int(pid) for pid in found
-        if f"\0RANK={rank}\0" in "\0" + open(f"/proc/{pid}/environ", errors="replace").read()
-    ]  # fmt: skip
-
-
-def test_tensor_and_pipeline_refuse_what_they_cannot_do(folder):
+def test_tensor_and_pipeline_refuse_what_they_cannot_do(model_folder, monkeypatch):
     """Guards against flags that are ignored, and a process that waits for ranks that nobody starts."""
-    with pytest.raises(LoadingError, match="parallel tensor: needs several processes, start it by torchrun"):
-        load_model_and_tokenizer(str(folder), LoadingOptions(parallel="tensor"))
-    with pytest.raises(ValueError, match="device cpu: must be auto with --parallel tensor"):
-        ModelArguments(parallel="tensor", device="cpu")
-    with pytest.raises(ValueError, match="compile True: not with --parallel pipeline"):
-        ModelArguments(parallel="pipeline", compile=True)
 
+    def said(**options):
+        with pytest.raises((ValueError, LoadingError)) as caught:
+            load_model_and_tokenizer(str(model_folder), ModelArguments(**options).loading_options())
+        return str(caught.value)
 
-def test_heads_that_ranks_cannot_share_are_refused(model_folder, monkeypatch):
-    """Guards against an error in the middle of loading."""
+    assert said(parallel="tensor", device="cpu").startswith("device cpu: must be auto with --parallel tensor")
+    assert said(parallel="pipeline", compile=True).startswith("compile True: not with --parallel pipeline")
+    assert "parallel tensor: needs several processes, start it by torchrun" in said(parallel="tensor")
     monkeypatch.setattr("self_speculation.model.loading.dist.is_initialized", lambda: True)
     monkeypatch.setattr("self_speculation.model.loading.dist.get_world_size", lambda: 4)
-    with pytest.raises(LoadingError, match="parallel tensor: 4 ranks cannot share 2 heads"):
-        load_model_and_tokenizer(str(model_folder), LoadingOptions(parallel="tensor"))
+    assert "parallel tensor: 4 ranks cannot share 2 heads" in said(parallel="tensor")
 
 
 def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, tmp_path):

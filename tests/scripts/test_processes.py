@@ -14,10 +14,9 @@ from pathlib import Path
 import forks
 import pytest
 from conftest import ROOT
-from helpers import small_run, torchrun
+from helpers import torchrun
 
 SHORT = ["--max_steps", "4", "--sample", "False"]
-DRAFTS = ["--exit_layer", "2", "--num_speculations", "2"]
 TRAINING = [
     "--vocabulary_size", "300", "--num_layers", "2", "--hidden_size", "16", "--intermediate_size", "24",
     "--num_heads", "2", "--num_kv_heads", "1", "--sequence_length", "32", "--batch_size", "2",
@@ -28,20 +27,13 @@ TRAINING = [
 @pytest.fixture
 def command(model_folder, tmp_path):
     """Script and flags for little work; what its standard output holds once."""
-    data = small_run(model_folder, tmp_path)
-    model = data[:4]
-    grid = ["--exit_layer_last", "1", "--num_speculations_last", "1"]
+    model, output = ["--model", model_folder], ["--output_dir", tmp_path / "logs"]
     tasks = ["--tasks", "python_functions", "--include_path", ROOT / "eval_tasks", "--limit", "2"]
+    data = ["--data_path", ROOT / "runs/*.py", "--eval_fraction", "0.4"]
     flags = {
         "generate": ([*model, *SHORT, "--prompt", "def"], "\n"),
-        "benchmark": ([*data, *SHORT], "tokens/s, decode"),
-        "correctness": ([*data, *SHORT, *DRAFTS], "passed: "),
-        "sweep": ([*data, *SHORT, *grid], "--generation_strategy self_speculative"),
-        "eval": ([*model, *SHORT, *tasks], "python_functions: 2 answers"),
-        "train": (
-            [*model[2:], *TRAINING, "--data_path", ROOT / "runs/*.py", "--eval_fraction", "0.4"],
-            "exits.csv",
-        ),
+        "eval": ([*model, *output, *SHORT, *tasks], "python_functions: 2 answers"),
+        "train": ([*output, *TRAINING, *data], "exits.csv"),
     }
 
     def of(name):
@@ -51,19 +43,10 @@ def command(model_folder, tmp_path):
     return of
 
 
-def test_eval_is_imported_from_scratch():
-    """Guards against a circle of imports, in the default run."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import eval, measures.evaluation"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "train")]
 
 
-# The default run starts every script over two ranks by forks, and generate.py by torchrun.
-SLOW = ["benchmark", "correctness", "sweep", "eval", "train"]
-
-
-@pytest.mark.parametrize("name", ["generate", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.parametrize("name", ["generate", *SLOW])
 def test_by_torchrun(name, command):
     """Guards against ranks that differ from forks in torchrun's variables."""
     words, once = command(name)
