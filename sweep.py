@@ -109,8 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.is_first():
             print(text, file=sys.stderr)
 
-    if args.mode == "predicted" and not is_replayable(config):
-        refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
     if args.mode == "predicted" and not config.greedy:
         notice("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
@@ -126,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_layer=args.exit_layer_first,
         num_speculations=args.num_speculations_first,
     )
+    if args.mode == "predicted" and not is_replayable(config):
+        refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
     model_config = read_config(model_args)
     num_layers, is_copy = model_config.num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.costs import Costs
-from self_speculation.drafts.registry import make_drafter, short_head_of
+from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.devices import broadcast_from_rank0, synchronize
 from self_speculation.model.model_runner import forward, forward_early
@@ -49,8 +49,7 @@ def calibrate(
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
     runner = make_runner(model, context, context + longest + _STEPS, longest + 1, 1)
-    short_head = short_head_of(runner, config, exit_layers[-1])
-    drafter = make_drafter(runner, exit_layers[-1], config.draft_weights, short_head)
+    drafter = make_drafter(runner, config, exit_layers[-1])
     ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)
     forward(runner, ids[:, :1])  # allocates the cache
 

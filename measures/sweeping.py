@@ -29,9 +29,10 @@ from runs.startup import autoregressive
 from runs.status import says_if_slow
 from runs.tuning import COUNTS
 from self_speculation.decoding.processors import config_processors
-from self_speculation.drafts.registry import make_drafter, short_head_of
+from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.families import context_length
 from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.short_head import ShortHead
 from self_speculation.model.traced_runner import never_trace
 
 COLUMNS = [
@@ -170,10 +171,9 @@ class Predicted(Sweep):
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
         runner = ModelRunner(model, ids.shape[1], ids.shape[1])
-        short_head = short_head_of(runner, self.config, self._exit_layers[-1])
-        if short_head is not None:
-            short_head.see_text([*prompt, *tokens[:-1]], len(tokens))
-        drafter = make_drafter(runner, self._exit_layers[-1], self.config.draft_weights, short_head)
+        drafter = make_drafter(runner, self.config, self._exit_layers[-1])
+        if isinstance(drafter.head, ShortHead):
+            drafter.head.see_text([*prompt, *tokens[:-1]], len(tokens))
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
         for layer in self._exit_layers:

@@ -106,7 +106,6 @@ class AdaptivePolicy:
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = [name for name, arm in arms.items() if arm.draft_ratio > 0.0]
-        self.free_sources = [name for name, arm in arms.items() if arm.draft_ratio == 0.0]
         self._plan, self._plain = Plan(), Plan()
         # Valid until something is learnt of drafts:
         self._of_layers: dict[tuple[int, int, int], Plan] = {}

@@ -65,8 +65,7 @@ class SharedDrafts(TokenDrafts):
     priors = tuple(0.2 + 0.1 * matched for matched in range(_LONG + 1))
     least_match = _LONG
 
-    def __init__(self, answers: FinishedAnswers, vocab_size: int) -> None:
-        super().__init__(vocab_size)
+    def __init__(self, answers: FinishedAnswers) -> None:
         self._answers = answers
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:

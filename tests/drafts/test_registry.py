@@ -35,16 +35,16 @@ class Always(DraftSource):
 
     made = 0
 
-    def __init__(self, parts):
-        self._token, self._vocab_size = parts.config.always or 7, parts.model.config.vocab_size
+    def __init__(self, context):
+        self._token, self._vocab_size = context.config.always or 7, context.model.config.vocab_size
 
-    def draft(self, rows, k, wanted=None):
+    def draft(self, batch, limits):
         Always.made += 1
-        lengths = rows.draft_limits(k, wanted)
-        tokens = torch.full((len(rows), max(lengths)), self._token)
-        for i in range(max(lengths)):
-            rows.record_draft(tokens[:, i], i, [i < length for length in lengths])
-        return Draft(rows.sampler, ["always"] * len(rows), tokens, one_hot(tokens, self._vocab_size), lengths)
+        tokens = torch.full((len(batch), max(limits)), self._token)
+        for i in range(max(limits)):
+            batch.record_draft(tokens[:, i], i, [i < limit for limit in limits])
+        q = one_hot(tokens, self._vocab_size)
+        return Draft(batch.sampler, ["always"] * len(batch), tokens, q, limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ def known(monkeypatch):
     kind = registry.SourceEntry(
         flags=("always",),
         asked_for=lambda config: getattr(config, "always", None) is not None,
-        make=lambda parts, otherwise: Always(parts),
-        arms=lambda parts: {"always": (Always(parts), Arm())},
+        make=Always,
+        arms=lambda context: {"always": (Always(context), Arm(draft_ratio=0.1))},
     )
     monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
     monkeypatch.setattr(registry, "GenerationConfig", WithAlways)
