@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
 
+from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
 from self_speculation.drafts.draft import Confidences, Draft, DraftSource, GoesOn, PerSequence
@@ -73,21 +74,21 @@ class LayerDrafts(DraftSource):
     Args:
         drafter: runs the model's layers, or a copy of them.
         exit_layer: number of layers that draft.
-        copied_in: format of the copy; empty: the model's own layers draft, and verification starts from their
-            cache and exit states. Those of a copy are less exact, and dropped.
-        make_threshold: makes the rule that ends the drafts of a sequence before k tokens; None: no rule.
+        draft_weights: exact: the model's own layers draft, and verification starts from their cache and exit
+            states. Those of a copy are less exact, and dropped.
+        thresholds: end the drafts of a sequence early; None: drafts are as long as their limits.
     """
 
     def __init__(
         self,
         drafter: ModelRunner,
         exit_layer: int,
-        copied_in: str = "",
-        make_threshold: Callable[[], Threshold] | None = None,
+        draft_weights: DraftWeights = "exact",
+        thresholds: PerSequence[Threshold] | None = None,
     ) -> None:
-        self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, not copied_in
-        self.name = f"exit {exit_layer}, {copied_in}" if copied_in else f"exit {exit_layer}"
-        self._thresholds = make_threshold and PerSequence(lambda _: make_threshold())
+        self._drafter, self._exit_layer, self._thresholds = drafter, exit_layer, thresholds
+        self._keeps_cache = draft_weights == "exact"
+        self.name = f"exit {exit_layer}" if self._keeps_cache else f"exit {exit_layer}, {draft_weights}"
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:

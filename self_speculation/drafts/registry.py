@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptiveDrafts
 from self_speculation.drafts.costs import Costs, PassTimes, growth
-from self_speculation.drafts.draft import DraftSource
+from self_speculation.drafts.draft import DraftSource, PerSequence
 from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold, Threshold
 from self_speculation.drafts.ngram import CopiedFirst, NgramDrafts, TokenDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
@@ -132,14 +132,14 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
 
 
 def _layers(context: DraftContext, exit_layer: int) -> LayerDrafts:
-    config = context.config
-    make_threshold: Callable[[], Threshold] | None = None
-    if config.draft_confidence == "auto":
-        make_threshold = partial(LearnedThreshold, context.draft_ratio(exit_layer))
-    elif config.draft_confidence is not None:
-        make_threshold = partial(FixedThreshold, float(config.draft_confidence))
-    copied_in = "" if config.draft_weights == "exact" else config.draft_weights
-    return LayerDrafts(context.drafter(exit_layer), exit_layer, copied_in, make_threshold)
+    weights, confidence = context.config.draft_weights, context.config.draft_confidence
+    thresholds: PerSequence[Threshold] | None = None
+    if confidence == "auto":
+        ratio = context.draft_ratio(exit_layer)
+        thresholds = PerSequence(lambda _: LearnedThreshold(ratio))
+    elif confidence is not None:
+        thresholds = PerSequence(lambda _: FixedThreshold(float(confidence)))
+    return LayerDrafts(context.drafter(exit_layer), exit_layer, weights, thresholds)
 
 
 def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:

@@ -16,7 +16,6 @@ _LONG, _SHORT = 6, 3
 
 # Of each model, since ids are those of its tokenizer. A change of weights does not matter: these are guesses.
 _FINISHED: WeakKeyDictionary[nn.Module, FinishedAnswers] = WeakKeyDictionary()
-_LOCK = Lock()
 
 
 class FinishedAnswers:
@@ -47,11 +46,10 @@ class FinishedAnswers:
 
 def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
     """Those of a model; empty if the number of tokens is another one than before."""
-    with _LOCK:
-        answers = _FINISHED.get(model)
-        if answers is None or answers.num_tokens != num_tokens:
-            answers = _FINISHED[model] = FinishedAnswers(num_tokens)
-        return answers
+    answers = _FINISHED.get(model)
+    if answers is None or answers.num_tokens != num_tokens:
+        answers = _FINISHED[model] = FinishedAnswers(num_tokens)
+    return answers
 
 
 def forget_answers(model: nn.Module) -> None:
