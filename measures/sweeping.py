@@ -83,12 +83,11 @@ class Sweep(OneByOne):
             records.append(record)
         compared = metrics.speedup(records, BASELINE)
         low, high = compared["speedup_interval"] or (None, None)
-        row = {
+        return {
             "mode": "measured", "exit_layer": cell[0], "num_speculations": cell[1],
             **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
             "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
         }  # fmt: skip
-        return {name: row[name] for name in COLUMNS if name in row}
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures; print the table, the best cell and its flags."""
@@ -141,11 +140,8 @@ class Measured(Sweep):
         return self.measure_cell(self.grid[index])
 
     def progress(self, records: Sequence[Record]) -> str:
-        compared = [record for record in records if record["speedup"] is not None]
-        if not compared:
-            return "no answers to compare"
-        best = max(compared, key=lambda record: record["speedup"])
-        return f"best {best['speedup']:.2f}x at {best['exit_layer']}/{best['num_speculations']}"
+        best = max(records, key=lambda record: record["speedup"] or 0.0)
+        return f"best {best['speedup'] or 0.0:.2f}x at {best['exit_layer']}/{best['num_speculations']}"
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         return self.show(run, records, records, {})

@@ -92,12 +92,12 @@ class StandardTextStreamer:
         """Show committed tokens. A prompt, [1, P], is not shown: `generate` of transformers puts it first."""
         if not self._is_prompt(ids):
             self._decide(ids, "target")
-            self._show(self._take())
+            self._flush()
 
     def end(self) -> None:
         """Show the text that is held back, end the line, and get ready for the next answer."""
         self._held += [(char, "target") for char in self._text.rest()]
-        self._show(self._take(finished=True))
+        self._flush(finished=True)
         self._file.write(self._end_with)
         self._file.flush()
         self._begin()
@@ -119,11 +119,11 @@ class StandardTextStreamer:
         for id_ in map(int, ids):
             self._held += [(char, style) for char in self._text.add(id_)]
 
-    def _take(self, finished: bool = False) -> list[Cell]:
-        """The held cells that can be shown; they are no longer held."""
+    def _flush(self, finished: bool = False) -> None:
+        """Show what cannot become a stop word."""
         shown = self._visible(self._held, finished)
         self._held = self._held[len(shown) :]
-        return shown
+        self._show(shown)
 
     def _visible(self, cells: list[Cell], finished: bool) -> list[Cell]:
         """Leave out stop words, the text after them and, unless finished, what may become one."""
@@ -178,7 +178,7 @@ class SpeculativeTextStreamer(StandardTextStreamer):
             self._decide(ids[:num_accepted], "accepted")
             self._decide(ids[num_accepted:], "target")
             self._drafts, self._verified = [], []
-        self._show(self._take())
+        self._flush()
 
     def delete(self, num_tokens: int, is_draft: bool = False) -> None:
         """Delete the last drafted tokens. The next `put` erases them, so accepted ones do not flicker.
@@ -189,10 +189,8 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         number = len(self._drafts)
         if not is_draft or not 0 <= num_tokens <= number:
             raise ValueError(f"cannot delete {num_tokens} tokens: only drafted ones, and there are {number}")
-        self._drafts, self._verified = (
-            self._drafts[: number - num_tokens],
-            self._drafts[number - num_tokens :],
-        )
+        self._verified = self._drafts[number - num_tokens :]
+        del self._drafts[number - num_tokens :]
 
     def end(self) -> None:
         self._drafts = []

@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sampling import Sampler, SamplerOfRows
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.model_runner import ModelRunner
@@ -28,13 +27,8 @@ GoesOn = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft ano
 
 @dataclass(frozen=True)
 class Draft:
-    """At most k >= 0 tokens for each row, and the hidden states that verification starts from.
+    """At most k >= 0 tokens for each row, and the hidden states that verification starts from."""
 
-    Raises:
-        ValueError: sampled tokens without their distribution.
-    """
-
-    sampler: Sampler | SamplerOfRows
     sources: abc.Sequence[str]  # [B] names
     tokens: Tensor  # [B, k]
     probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy
@@ -44,11 +38,6 @@ class Draft:
     exit_hidden: list[Tensor] = field(default_factory=list)
     confidences: Confidences = ()  # empty unless drafts end by them
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched
-
-    def __post_init__(self) -> None:
-        q = self.probabilities
-        if not self.sampler.greedy and (q is None or q.shape[:2] != self.tokens.shape):
-            raise ValueError("a sampled draft needs the distribution of each of its tokens")
 
 
 class DraftSource(ABC):
@@ -91,4 +80,4 @@ class PerSequence(Generic[T]):
 def no_draft(batch: Batch, vocab_size: int) -> Draft:
     """A draft of no tokens."""
     tokens, q = batch.stack([], vocab_size)
-    return Draft(batch.sampler, ["none"] * len(batch), tokens, q, [0] * len(batch))
+    return Draft(["none"] * len(batch), tokens, q, [0] * len(batch))

@@ -120,7 +120,6 @@ class LayerDrafts(DraftSource):
                 limits = _shortened(goes_on, limits, num_drafted, reading, confidences)
         tokens, probabilities = batch.stack(sampled_tokens, self._drafter.config.vocab_size)
         return Draft(
-            batch.sampler,
             [self.name] * len(limits),
             tokens,
             probabilities,
