@@ -244,7 +244,7 @@ class _Screen:
             cells.pop()
         unchanged = len(self._cells)
         if cells[:unchanged] != self._cells:
-            unchanged, row = 0, min(self._positions(self._cells, width)[-1][0], height - 1)
+            unchanged, row = 0, self._positions(self._cells, width)[-1][0]
             back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
             self._file.write(f"\r{back}\x1b[J")
         for style, run in groupby(cells[unchanged:], key=itemgetter(1)):

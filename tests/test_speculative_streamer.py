@@ -159,11 +159,14 @@ def test_without_a_terminal_the_text_is_exact(kind, name, text, request):
     assert file.getvalue() == decode(tokenizer, ids) + "\n"
 
 
-def test_no_part_of_a_drafted_stop_word_is_shown(byte_tokenizer):
+def test_no_part_of_a_drafted_stop_word_or_character_is_shown(byte_tokenizer):
     """Guards against a shown beginning of a stop word, and against drafts after one."""
     terminal = Terminal()
     streamer = SpeculativeTextStreamer(byte_tokenizer, stop_words=["Human:"], file=terminal)
     streamer.put(byte_tokenizer.encode("A man"))
+    streamer.put(byte_tokenizer.encode("🙂")[:1], is_draft=True)
+    assert terminal.shown() == "A man"
+    streamer.delete(1, is_draft=True)
     streamer.put(byte_tokenizer.encode(". Hum"), is_draft=True)
     assert terminal.shown() == "A man."
     streamer.put(byte_tokenizer.encode("an: secret"), is_draft=True)
