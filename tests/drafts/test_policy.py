@@ -151,19 +151,6 @@ def test_decayed_mean():
     assert mean.value == pytest.approx((2 + decayed * 4) / (2 + decayed + 0.5))
 
 
-@pytest.mark.parametrize(
-    ("chances", "best"),
-    [
-        ({"exit 2": 0.9, "exit 4": 0.92}, "exit 2"),
-        ({"exit 2": 0.2, "exit 4": 0.95}, "exit 4"),
-        ({"exit 2": 0.05, "exit 4": 0.1}, PLAIN),
-    ],
-)
-def test_the_policy_finds_the_best_exit_or_none(chances, best):
-    late = play(policy(), World(chances), 600)[300:]
-    assert sum(each.source == best for each in late) > 0.8 * len(late)
-
-
 def test_drafts_are_longer_where_more_is_accepted():
     """Guards against one length for all, of layers that draft and of n-grams."""
 
@@ -320,26 +307,11 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
     more, estimated = found / found[0] - 1, estimated / estimated[0] - 1
     assert more == pytest.approx(more[3] / estimated[3] * estimated)
     assert known(1) == pytest.approx([0.01, 0.011, 0.012, 0.002])  # of one row
-
-
-def test_a_verification_never_takes_less_than_a_plain_step():
-    """Guards against a slope below zero, by noise: the longest draft would look the cheapest."""
-    times = PassTimes(partial(line, 0.05))
     for _ in range(40):
-        times.add_verification(1, 0, 1.0)
-        times.add_verification(1, 8, 0.5)
-    found = times.verifications(1, 8)
+        times.add_verification(2, 0, 1.0)
+        times.add_verification(2, 8, 0.5)  # by noise; the longest draft must not look the cheapest
+    found = times.verifications(2, 8)
     assert 0.0 < found[0] <= found[1:].min()
-
-
-def test_ngrams_are_drafted_where_they_are_right():
-    """Guards against n-grams that are taken, or left, whatever became of them."""
-
-    def share(chances):
-        return sum(any(each.plan.lookups) for each in play(policy(), World(chances, finds=1.0))[-100:])
-
-    assert share({"exit 2": 0.5, "exit 4": 0.5, "n-grams": 0.95}) > 80
-    assert share({"exit 2": 0.9, "exit 4": 0.9, "n-grams": 0.0}) < 20
 
 
 def test_ngrams_go_before_a_copy_row_by_row():
