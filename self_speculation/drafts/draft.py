@@ -43,7 +43,7 @@ class Draft:
 class DraftSource(ABC):
     """Makes the drafts of one batch."""
 
-    goes_on: GoesOn | None = None  # set by who ends the drafts instead of the source itself
+    goes_on: GoesOn | None = None  # ends drafts; None: the source's own rule does, if it has one
 
     @abstractmethod
     def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:
