@@ -184,7 +184,6 @@ class Predicted(Sweep):
             "max_tokens": min(self.config.max_steps, context_length(model.config) - len(prompt)),
             "matches": matches,
             "prefill_time": result.prefill_time,
-            "decode_time": result.decode_time,
         }
 
     def progress(self, records: Sequence[Record]) -> str:
@@ -204,9 +203,8 @@ class Predicted(Sweep):
                 verified.append(self.measure_cell(cell))
             except Exception as error:
                 raise failed(_name(cell), error, self.batch_size) from error
-            measured = verified[-1]["speedup"]
-            shown = "-" if measured is None else f"{measured:.2f}"
-            print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {shown} measured")
+            measured = verified[-1]["speedup"] or 0.0
+            print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {measured:.2f} measured")
         return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:

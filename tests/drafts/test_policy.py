@@ -13,7 +13,6 @@ from conftest import generate, tiny_llama
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import registry
 from self_speculation.drafts.costs import Costs, PassTimes
-from self_speculation.drafts.estimates import DecayedMean
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Arm, ArmStats
 from self_speculation.model.quantized_layers import head_format
 
@@ -137,18 +136,6 @@ def speed(made, world, num_rows=1):
 def mostly(made):
     """The source of most rounds: some are trials."""
     return Counter(each.source for each in made).most_common(1)[0][0]
-
-
-def test_decayed_mean():
-    """Guards against a prior that is evaluated once, and weights that are not those of observations."""
-    prior = [0.0]
-    mean = DecayedMean(lambda: prior[0], weight=2.0)
-    prior[0] = 1.0
-    assert mean.value == 1.0
-    mean.add(4.0)
-    mean.add(0.0, weight=0.5)
-    decayed = 0.95**0.5
-    assert mean.value == pytest.approx((2 + decayed * 4) / (2 + decayed + 0.5))
 
 
 def test_drafts_are_longer_where_more_is_accepted():
