@@ -76,9 +76,6 @@ class SweepArguments:
             layers.append(last)
         return layers
 
-    def draft_lengths(self) -> range:
-        return range(self.num_speculations_first, self.num_speculations_last + 1, self.num_speculations_step)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, DataArguments, SweepArguments, BatchArguments)
@@ -109,23 +106,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.is_first():
             print(text, file=sys.stderr)
 
-    if args.mode == "predicted" and not is_replayable(config):
-        refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
     if args.mode == "predicted" and not config.greedy:
         notice("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
-    given = given_flags(argv, GenerationConfig)
-    for axis in ("exit_layer", "num_speculations"):
-        if axis in given:
-            notice(f"--{axis} {getattr(config, axis)}: not used; the grid is --{axis}_first to --{axis}_last")
-    if "generation_strategy" in given and config.generation_strategy != "self_speculative":
-        notice(f"--generation_strategy {config.generation_strategy}: not used; cells are self_speculative")
+    unused = given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations", "generation_strategy"}
+    for name in sorted(unused):
+        if (value := getattr(config, name)) != "self_speculative":
+            notice(
+                f"--{name} {value}: not used; cells are self_speculative, on the grid of the flags of sweeps"
+            )
     config = dataclasses.replace(
         config,
         generation_strategy="self_speculative",
         exit_layer=args.exit_layer_first,
         num_speculations=args.num_speculations_first,
     )
+    if args.mode == "predicted" and not is_replayable(config):
+        refuse("--mode predicted: needs drafts of layers and of one length; use --mode measured")
     model_config = read_config(model_args)
     num_layers, is_copy = model_config.num_hidden_layers, config.draft_weights != "exact"
     last = num_layers if is_copy else num_layers - 1
@@ -137,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator, examples, open_run = prepare(
         "sweep", model_args, config, data_args, args, batch, model_config, counted
     )
-    grid = [(layer, k) for layer in exit_layers for k in args.draft_lengths()]
+    lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
+    grid = [(layer, k) for layer in exit_layers for k in lengths]
     kind = Measured if args.mode == "measured" else Predicted
     sweep = kind(generator, config, examples, model_args.seed, batch.batch_size, grid, args.verify_top)
     sweep.warm_up()

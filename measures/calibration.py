@@ -5,6 +5,7 @@ It times passes after a context of some length, in turns; it knows nothing of ac
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.costs import Costs
-from self_speculation.drafts.registry import make_drafter, short_head_of
+from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.devices import broadcast_from_rank0, synchronize
 from self_speculation.model.model_runner import forward, forward_early
@@ -49,8 +50,7 @@ def calibrate(
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
     runner = make_runner(model, context, context + longest + _STEPS, longest + 1, 1)
-    short_head = short_head_of(runner, config, exit_layers[-1])
-    drafter = make_drafter(runner, exit_layers[-1], config.draft_weights, short_head)
+    drafter = make_drafter(runner, config, exit_layers[-1])
     ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)
     forward(runner, ids[:, :1])  # allocates the cache
 
@@ -101,23 +101,16 @@ def calibrate(
             late = time.perf_counter() - started > _PATIENCE
             if len(turns) > 1 and broadcast_from_rank0(model, late):
                 break
-            steps = [plain_step(), *map(draft_step, drafted)]
-            turns.append(steps + [verification(layer, k) for layer in verified for k in lengths])
+            passes = itertools.starmap(verification, itertools.product(verified, lengths))
+            turns.append([plain_step(), *map(draft_step, drafted), *passes])
             bar.update()
         bar.total = bar.n
     plain, *parts = medians(broadcast_from_rank0(model, turns[1:]))
-    passes = numpy.reshape(parts[len(drafted) :], (len(verified), len(lengths)))
-    return Costs(
-        plain_step=plain,
-        draft_step={
-            layer: float(numpy.interp(layer, drafted, parts[: len(drafted)])) for layer in exit_layers
-        },
-        verifications={
-            layer: [float(numpy.interp(layer, verified, costs)) for costs in passes.T]
-            for layer in exit_layers
-        },
-        lengths=lengths,
-    )
+    steps = numpy.interp(exit_layers, drafted, parts[: len(drafted)])
+    table = numpy.reshape(parts[len(drafted) :], (len(verified), len(lengths)))
+    by_length = [numpy.interp(exit_layers, verified, costs) for costs in table.T]
+    verifications = zip(exit_layers, numpy.transpose(by_length).tolist(), strict=True)
+    return Costs(plain, dict(zip(exit_layers, steps.tolist(), strict=True)), dict(verifications), lengths)
 
 
 def medians(turns: Sequence[Sequence[float]]) -> list[float]:

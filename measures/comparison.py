@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from scipy.stats import chi2_contingency
@@ -88,15 +88,10 @@ def find_difference(
     )
 
 
-class SameDistribution(NamedTuple):
-    """A chi-square test of two samples of tokens."""
-
-    p_value: float
-    num_kinds: int  # distinct tokens; rare ones count as one
-
-
-def same_distribution(first: Sequence[int | None], second: Sequence[int | None]) -> SameDistribution:
-    """Test whether two samples come from one distribution; None stands for an output that has ended."""
+def same_distribution(first: Sequence[int | None], second: Sequence[int | None]) -> tuple[float, int]:
+    """The p-value of a chi-square test whether two samples of tokens have one distribution, and the number of
+    distinct tokens, where rare ones count as one. None stands for an output that has ended.
+    """
     a, b = Counter(first), Counter(second)
     share = min(len(first), len(second)) / (len(first) + len(second))
     common = [token for token in a.keys() | b.keys() if (a[token] + b[token]) * share >= _RARE]
@@ -105,7 +100,7 @@ def same_distribution(first: Sequence[int | None], second: Sequence[int | None])
     if any(rest):
         table = [[*row, other] for row, other in zip(table, rest, strict=True)]
     num_kinds = len(table[0])
-    return SameDistribution(float(chi2_contingency(table).pvalue) if num_kinds > 1 else 1.0, num_kinds)
+    return float(chi2_contingency(table).pvalue) if num_kinds > 1 else 1.0, num_kinds
 
 
 @torch.inference_mode()

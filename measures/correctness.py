@@ -142,7 +142,8 @@ class Distributions(OneByOne):
         prompt = self.examples[index].ids
         drafted = self._draw(self.generator, self.config, prompt, f"{index}")
         plain = self._draw(*autoregressive(self.generator, self.config), prompt, f"{index}, reference")
-        return same_distribution(drafted, plain)._asdict()
+        p_value, num_kinds = same_distribution(drafted, plain)
+        return {"p_value": p_value, "num_kinds": num_kinds}
 
     def _draw(
         self, side: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int], name: str

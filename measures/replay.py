@@ -21,8 +21,7 @@ def replay(matches: Sequence[bool], max_tokens: int, draft_length: int) -> Draft
     """The rounds of one output.
 
     Args:
-        matches: for each output token, with the end id, whether the exit guesses it. The prompt's pass gives
-            the first one, so nothing drafts it.
+        matches: whether the exit guesses each output token and the end id. Nothing drafts the first one.
         max_tokens: the longest output that the context and max_steps allow.
         draft_length: tokens per draft, where there is room for them.
     """

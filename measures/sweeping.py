@@ -30,9 +30,10 @@ from runs.startup import autoregressive
 from runs.status import says_if_slow
 from runs.tuning import COUNTS
 from self_speculation.decoding.processors import config_processors
-from self_speculation.drafts.registry import make_drafter, short_head_of
+from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.families import context_length
 from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.short_head import ShortHead
 from self_speculation.model.traced_runner import trace_after
 
 COLUMNS = [
@@ -83,12 +84,11 @@ class Sweep(OneByOne):
             records.append(record)
         compared = metrics.speedup(records, BASELINE)
         low, high = compared["speedup_interval"] or (None, None)
-        row = {
+        return {
             "mode": "measured", "exit_layer": cell[0], "num_speculations": cell[1],
             **metrics.acceptance(metrics.draft_stats(records)), **metrics.speed(records),
             "speedup": compared["speedup"], "speedup_low": low, "speedup_high": high,
         }  # fmt: skip
-        return {name: row[name] for name in COLUMNS if name in row}
 
     def show(self, run: Run, records: list[Record], rows: list[Record], extra: Record) -> int:
         """Write table and pictures; print the table, the best cell and its flags."""
@@ -141,11 +141,8 @@ class Measured(Sweep):
         return self.measure_cell(self.grid[index])
 
     def progress(self, records: Sequence[Record]) -> str:
-        compared = [record for record in records if record["speedup"] is not None]
-        if not compared:
-            return "no answers to compare"
-        best = max(compared, key=lambda record: record["speedup"])
-        return f"best {best['speedup']:.2f}x at {best['exit_layer']}/{best['num_speculations']}"
+        best = max(records, key=lambda record: record["speedup"] or 0.0)
+        return f"best {best['speedup'] or 0.0:.2f}x at {best['exit_layer']}/{best['num_speculations']}"
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         return self.show(run, records, records, {})
@@ -171,10 +168,9 @@ class Predicted(Sweep):
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
         runner = ModelRunner(model, ids.shape[1], ids.shape[1])
-        short_head = short_head_of(runner, self.config, self._exit_layers[-1])
-        if short_head is not None:
-            short_head.seen.read_text([*prompt, *tokens[:-1]], len(tokens))
-        drafter = make_drafter(runner, self._exit_layers[-1], self.config.draft_weights, short_head)
+        drafter = make_drafter(runner, self.config, self._exit_layers[-1])
+        if isinstance(drafter.head, ShortHead):
+            drafter.head.seen.read_text([*prompt, *tokens[:-1]], len(tokens))
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
         for layer in self._exit_layers:
@@ -189,7 +185,6 @@ class Predicted(Sweep):
             "max_tokens": min(self.config.max_steps, context_length(model.config) - len(prompt)),
             "matches": matches,
             "prefill_time": result.prefill_time,
-            "decode_time": result.decode_time,
         }
 
     def progress(self, records: Sequence[Record]) -> str:
@@ -209,9 +204,8 @@ class Predicted(Sweep):
                 verified.append(self.measure_cell(cell))
             except Exception as error:
                 raise failed(_name(cell), error, self.batch_size) from error
-            measured = verified[-1]["speedup"]
-            shown = "-" if measured is None else f"{measured:.2f}"
-            print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {shown} measured")
+            measured = verified[-1]["speedup"] or 0.0
+            print(f"{_name(cell)}: {row['speedup']:.2f} predicted, {measured:.2f} measured")
         return self.show(run, records, [*predicted, *verified], {"calibration": asdict(costs)})
 
     def _processed(self, ids: torch.Tensor, prompt_length: int, logits: torch.Tensor) -> torch.Tensor:

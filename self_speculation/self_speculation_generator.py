@@ -66,7 +66,7 @@ def speculate(runner: ModelRunner, batch: Batch, source: DraftSource, longest: i
     Between two rounds the cache holds all tokens of a row but the last. One read from the device, and those
     of the source.
     """
-    draft = source.draft(batch, longest)  # k tokens, k <= longest
+    draft = source.draft(batch, batch.draft_limits(longest))  # k tokens, k <= longest
     logits = target_logits(runner, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits)  # [B] accepted, [B] next token
     outcome = read_verification(batch, draft, logits, verification)

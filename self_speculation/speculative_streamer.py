@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import eq, itemgetter
 from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
@@ -20,9 +21,13 @@ from self_speculation.decoding.stopping import StopWords, continuation
 
 Cell = tuple[str, str]  # one character and its style
 
-_COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": "", "": ""}
+_COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": ""}
 _RESET = "\x1b[0m"
 _CONTEXT = 8  # runs of ids that are decoded before a new token, since its text depends on them
+
+# Characters that do more to a terminal than to move the cursor right or to the next line -> what is printed.
+_PRINTED = {code: chr(0x2400 + code) for code in range(0x20)}  # pictures of control characters
+_PRINTED |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {9: "    ", 10: "\n", 13: ""}
 
 
 class _Detokenizer:
@@ -32,15 +37,10 @@ class _Detokenizer:
     all bytes of a run if one character in it is incomplete.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, pieces: list[list[int]], waiting: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._pieces = pieces  # runs of ids with complete text
-        self._waiting = [*waiting]
-
-    def copy(self) -> _Detokenizer:
-        return _Detokenizer(self._tokenizer, self._pieces, self._waiting)
+        self._pieces = [[*prompt]]  # runs of ids with complete text
+        self._waiting: list[int] = []
 
     def add(self, id_: int) -> str:
         """The characters that this token completes."""
@@ -52,10 +52,10 @@ class _Detokenizer:
         self._waiting = []
         return text
 
-    def rest(self) -> str:
-        """The text of the ids that wait."""
+    def rest(self, drafts: Sequence[int] = ()) -> str:
+        """The text of the ids that wait, and of drafts after them."""
         known = [id_ for piece in self._pieces for id_ in piece]
-        return continuation(self._tokenizer, known, self._waiting)
+        return continuation(self._tokenizer, known, [*self._waiting, *drafts])
 
 
 class StandardTextStreamer:
@@ -85,20 +85,19 @@ class StandardTextStreamer:
         self._begin(prompt)
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
-        self._text = _Detokenizer(self._tokenizer, [list(prompt)])
-        self._held: list[Cell] = []  # committed, but may become a stop word
-        self._has_stopped = False
+        self._text = _Detokenizer(self._tokenizer, prompt)
+        self._held: list[Cell] = []  # committed, but is a stop word or may become one
 
     def put(self, ids: Iterable[int]) -> None:
         """Show committed tokens. A prompt, [1, P], is not shown: `generate` of transformers puts it first."""
         if not self._is_prompt(ids):
             self._decide(ids, "target")
-            self._show(self._take())
+            self._flush()
 
     def end(self) -> None:
         """Show the text that is held back, end the line, and get ready for the next answer."""
         self._held += [(char, "target") for char in self._text.rest()]
-        self._show(self._take(finished=True))
+        self._flush(finished=True)
         self._file.write(self._end_with)
         self._file.flush()
         self._begin()
@@ -120,26 +119,21 @@ class StandardTextStreamer:
         for id_ in map(int, ids):
             self._held += [(char, style) for char in self._text.add(id_)]
 
-    def _take(self, finished: bool = False) -> list[Cell]:
-        """The held cells that can be shown; they are no longer held."""
+    def _flush(self, finished: bool = False) -> None:
+        """Show what cannot become a stop word."""
         shown = self._visible(self._held, finished)
-        if len(self._visible(self._held, finished=True)) < len(self._held):
-            self._has_stopped = True
         self._held = self._held[len(shown) :]
-        return shown
+        self._show(shown)
 
     def _visible(self, cells: list[Cell], finished: bool) -> list[Cell]:
         """Leave out stop words, the text after them and, unless finished, what may become one."""
-        text = "".join(char for char, _ in cells)
-        shown = "" if self._has_stopped else self._stop_words.cut(text)
-        if shown == text and not finished:
-            shown = self._stop_words.settled(text)
-        return cells[: len(shown)]
+        shown = self._stop_words.cut("".join(char for char, _ in cells))
+        return cells[: len(shown if finished else self._stop_words.settled(shown))]
 
     def _show(self, cells: list[Cell]) -> None:
         """Print decided cells."""
         text = "".join(char for char, _ in cells)
-        self._file.write("".join(map(_printable, text)) if self._on_terminal else text)
+        self._file.write(text.translate(_PRINTED) if self._on_terminal else text)
         self._file.flush()
 
 
@@ -168,17 +162,9 @@ class SpeculativeTextStreamer(StandardTextStreamer):
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
         super()._begin(prompt)
-        self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
         self._screen = _Screen(self._file)
-        self._drop_drafts()
-
-    def _drop_drafts(self) -> None:
         self._drafts: list[int] = []
-        self._draft_text, self._draft_cells = self._text.copy(), list[Cell]()
-
-    def _draft(self, ids: list[int]) -> None:
-        self._drafts += ids
-        self._draft_cells += [(char, "draft") for id_ in ids for char in self._draft_text.add(id_)]
+        self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
 
     def put(self, ids: Iterable[int], is_draft: bool = False) -> None:
         """Show decided tokens, or drafted ones after them."""
@@ -186,15 +172,13 @@ class SpeculativeTextStreamer(StandardTextStreamer):
             return
         ids = list(map(int, ids))
         if is_draft:
-            self._draft(ids)
+            self._drafts += ids
         else:
-            agree = (id_ == guess for id_, guess in zip(ids, self._verified, strict=False))
-            num_accepted = sum(takewhile(bool, agree))
+            num_accepted = sum(takewhile(bool, map(eq, ids, self._verified)))
             self._decide(ids[:num_accepted], "accepted")
             self._decide(ids[num_accepted:], "target")
-            self._verified = []
-            self._drop_drafts()
-        self._show(self._take())
+            self._drafts, self._verified = [], []
+        self._flush()
 
     def delete(self, num_tokens: int, is_draft: bool = False) -> None:
         """Delete the last drafted tokens. The next `put` erases them, so accepted ones do not flicker.
@@ -205,12 +189,11 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         number = len(self._drafts)
         if not is_draft or not 0 <= num_tokens <= number:
             raise ValueError(f"cannot delete {num_tokens} tokens: only drafted ones, and there are {number}")
-        kept, self._verified = self._drafts[: number - num_tokens], self._drafts[number - num_tokens :]
-        self._drop_drafts()
-        self._draft(kept)
+        self._verified = self._drafts[number - num_tokens :]
+        del self._drafts[number - num_tokens :]
 
     def end(self) -> None:
-        self._drop_drafts()
+        self._drafts = []
         super().end()
 
     @property
@@ -219,30 +202,23 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         if not self._on_terminal:
             return ""
         names = {"draft": "drafted", "accepted": "accepted", "target": "the full model's own"}
-        cells = [(char, style) for style, name in names.items() for char in [*name, " "]]
-        return "".join(self._screen.drawn(cells, [(0, 0)] * len(cells))).rstrip()
+        return " ".join(self._screen.colored(name, style) for style, name in names.items())
 
     def _pending(self) -> list[Cell]:
         """The drafts, after decided text that is held back."""
-        return self._visible([*self._held, *self._draft_cells], finished=False) if self._drafts else []
+        if not self._drafts:
+            return []
+        text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
+        return self._visible([*self._held, *((char, "draft") for char in text)], finished=False)
 
     def _show(self, cells: list[Cell]) -> None:
         if not self._on_terminal:
             return super()._show(cells)
-        self._screen.show(_printable_cells(cells), _printable_cells(self._pending()))
+        self._screen.show(_printed(cells), _printed(self._pending()))
 
 
-def _printable(char: str) -> str:
-    """A character that moves the cursor right or to the next line, and does nothing else to a terminal."""
-    if char in "\n\t" or not ("\x00" <= char < "\x20" or "\x7f" <= char < "\xa0"):
-        return char
-    if char == "\r":
-        return ""
-    return chr(0x2400 + ord(char)) if char < "\x20" else "\ufffd"  # a picture of the control character
-
-
-def _printable_cells(cells: list[Cell]) -> list[Cell]:
-    return [(shown, style) for char, style in cells if (shown := _printable(char))]
+def _printed(cells: list[Cell]) -> list[Cell]:
+    return [(printed, style) for char, style in cells for printed in char.translate(_PRINTED)]
 
 
 class _Screen:
@@ -268,41 +244,28 @@ class _Screen:
             cells.pop()
         unchanged = len(self._cells)
         if cells[:unchanged] != self._cells:
-            unchanged, row = 0, min(self._positions(self._cells, width)[-1][0], height - 1)
+            unchanged, row = 0, self._positions(self._cells, width)[-1][0]
             back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
             self._file.write(f"\r{back}\x1b[J")
-        self._file.write("".join(self.drawn(cells[unchanged:], positions[unchanged:])))
+        for style, run in groupby(cells[unchanged:], key=itemgetter(1)):
+            self._file.write(self.colored("".join(char for char, _ in run), style))
         self._file.flush()
-        drawn = (i for i, (char, _) in enumerate(cells[:end]) if char == "\t" or wcwidth(char) > 0)
+        drawn = (i for i, (char, _) in enumerate(cells[:end]) if wcwidth(char) > 0)
         first = max(drawn, default=0)
         self._kept, self._cells, self._column = cells[first:end], cells[first:], positions[first][1]
 
-    def drawn(self, cells: list[Cell], positions: Sequence[tuple[int, int]]) -> Iterable[str]:
-        """The text to write for cells at (row, column)."""
-        width = shutil.get_terminal_size().columns
-        shown_style = ""
-        for (char, style), (_, column) in zip(cells, positions, strict=False):
-            if self._colored and _COLORS[style] != _COLORS[shown_style]:
-                yield _RESET + _COLORS[style]
-                shown_style = style
-            yield " " * _tab_width(column, width) if char == "\t" else char
-        if _COLORS[shown_style]:
-            yield _RESET
+    def colored(self, text: str, style: str) -> str:
+        color = _COLORS[style] if self._colored else ""
+        return f"{color}{text}{_RESET}" if color else text
 
     def _positions(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
         """(row, column) of each cell, and of the cursor after the last; column `width` after a full line."""
         row, column = 0, self._column
         positions = []
         for char, _ in cells:
-            advance = _tab_width(column, width) if char == "\t" else max(0, wcwidth(char))
+            advance = max(0, wcwidth(char))
             if column + advance > width:
                 row, column = row + 1, 0
             positions.append((row, column))
             row, column = (row + 1, 0) if char == "\n" else (row, column + advance)
         return [*positions, (row, column)]
-
-
-def _tab_width(column: int, width: int) -> int:
-    """Spaces to the next multiple of 8, at most to the margin; from the margin, those of a new line."""
-    column %= width
-    return min(8 - column % 8, width - column)

@@ -126,7 +126,7 @@ def drawn_plan(matched, limits, choice, integer):
         return Plan()
     found = zip(matched["n-grams"], limits, strict=True)
     lookups = [choice([PLAIN, "n-grams"]) if number and limit else PLAIN for number, limit in found]
-    source = choice([PLAIN, *sorted(matched.keys() - {"n-grams"})])
+    source = choice([PLAIN, *sorted(name for name, found in matched.items() if found is None)])
     if source == PLAIN and not any(lookups):
         return Plan()
     length, looked_up = (integer(1, max(limits)) for _ in range(2))

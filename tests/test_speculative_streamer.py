@@ -1,6 +1,9 @@
 """Streamers: what a terminal emulator shows, and what strategies stream."""
 
 import io
+import os
+from collections import defaultdict
+from functools import partial
 
 import pyte
 import pytest
@@ -12,7 +15,7 @@ from transformers import TextStreamer
 from wcwidth import wcwidth
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.stopping import continuation, decode
+from self_speculation.decoding.stopping import StopWords, decode
 
 
 class Screen(pyte.Screen):
@@ -30,11 +33,20 @@ class Screen(pyte.Screen):
             super().draw(char)
 
 
-class Terminal(io.StringIO):
-    """A file that is a terminal of the given size."""
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Undoes what `Terminal` sets."""
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
-    def __init__(self, columns=24, lines=60):
+
+class Terminal(io.StringIO):
+    """A file that is the terminal, of the given size."""
+
+    def __init__(self, columns=40, lines=60):
         super().__init__()
+        os.environ.update(COLUMNS=str(columns), LINES=str(lines))
         self.screen = Screen(columns, lines)
         self.screen.set_mode(pyte.modes.LNM)  # as a tty turns \n into \r\n
         self._stream = pyte.Stream(self.screen)
@@ -50,65 +62,25 @@ class Terminal(io.StringIO):
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
     def colors(self):
-        """Colour -> its text."""
-        found = {}
-        for row in range(self.screen.lines):
-            for column in range(self.screen.columns):
-                cell = self.screen.buffer[row][column]
-                if cell.data.strip():
-                    found[cell.fg] = found.get(cell.fg, "") + cell.data
+        """Colour -> the text of the first line in it."""
+        found = defaultdict(str)
+        for column in range(self.screen.columns):
+            cell = self.screen.buffer[0][column]
+            found[cell.fg] += cell.data.strip()
         return found
-
-
-def reference(text, columns, lines=60):
-    """What a terminal shows of printed text."""
-    terminal = Terminal(columns, lines)
-    terminal.write(text)
-    return terminal.shown()
-
-
-@pytest.fixture
-def size(monkeypatch):
-    def set_size(columns, lines=60):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.setenv("LINES", str(lines))
-        return Terminal(columns, lines)
-
-    return set_size
 
 
 def play(streamer, rounds, ids):
     """Stream ids as a strategy does, in rounds of (wrong draft ids, number of right ones before them)."""
-    position = 0
     for wrong, num_right in rounds:
-        if position >= len(ids):
-            break
-        right = ids[position : position + num_right]
-        drafts = [*right, *wrong]
+        drafts = [*ids[:num_right], *wrong]
         for draft in drafts:
             streamer.put([draft], is_draft=True)
-        if drafts:
-            streamer.delete(len(drafts), is_draft=True)
-        decided = ids[position : position + len(right) + 1]
-        streamer.put(torch.tensor(decided))
-        position += len(decided)
-    if position < len(ids):
-        streamer.put(ids[position:])
+        streamer.delete(len(drafts), is_draft=True)
+        streamer.put(torch.tensor(ids[: num_right + 1]))
+        ids = ids[num_right + 1 :]
+    streamer.put(ids)
     streamer.end()
-
-
-def test_the_first_space_of_an_answer_is_kept(sentencepiece_tokenizer):
-    """Guards against an indentation of three instead of four: ids that are decoded alone lose a space."""
-    prompt = sentencepiece_tokenizer.encode("def a:", add_special_tokens=False)
-    whole = sentencepiece_tokenizer.encode("def a:    return", add_special_tokens=False)
-    assert whole[: len(prompt)] == prompt
-    file = io.StringIO()
-    streamer = StandardTextStreamer(sentencepiece_tokenizer, file=file, prompt=prompt)
-    for id in whole[len(prompt) :]:
-        streamer.put([id])
-    streamer.end()
-    assert file.getvalue() == "    return\n"
-    assert continuation(sentencepiece_tokenizer, prompt, whole[len(prompt) :]) == "    return"
 
 
 @settings(max_examples=300)
@@ -118,28 +90,27 @@ def test_the_first_space_of_an_answer_is_kept(sentencepiece_tokenizer):
     rounds=st.lists(
         st.tuples(st.lists(st.integers(3, 320), max_size=5), st.integers(0, 5)), min_size=1, max_size=20
     ),
-    columns=st.integers(3, 30),
+    size=st.tuples(st.integers(3, 30), st.integers(2, 60)),
+    stop_words=st.sampled_from([[], ["xy", "a\nb"], ["y日"]]),
 )
-def test_a_terminal_shows_the_answer_alone_in_the_end(request, name, text, rounds, columns):
-    """Guards against parts of drafts that remain, after wrapped lines, wide and combining characters or
-    newlines.
+def test_a_terminal_shows_the_answer_alone_in_the_end(request, name, text, rounds, size, stop_words):
+    """Guards against parts of drafts that remain, after wrapped lines, wide and combining characters,
+    newlines or the end of the screen, and against text after a stop word.
     """
     tokenizer = request.getfixturevalue(name)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", str(columns))
-        patch.setenv("LINES", "60")
-        terminal = Terminal(columns, 60)
-        play(SpeculativeTextStreamer(tokenizer, file=terminal), rounds, ids)
-    assert terminal.shown() == reference(decode(tokenizer, ids), columns)
+    terminal, printed = Terminal(*size), Terminal(*size)
+    play(SpeculativeTextStreamer(tokenizer, stop_words, file=terminal), rounds, ids)
+    printed.write(StopWords(tokenizer, stop_words).cut(decode(tokenizer, ids)) + "\n")
+    assert terminal.shown() == printed.shown()
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_colors_of_drafted_accepted_and_own_tokens(byte_tokenizer, size, monkeypatch, no_color):
+def test_colors_of_drafted_accepted_and_own_tokens(byte_tokenizer, monkeypatch, no_color):
     """Guards against drafts that stay, against wrong colours, and against colours where NO_COLOR is set."""
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
-    terminal, encode = size(40), byte_tokenizer.encode
+    terminal, encode = Terminal(), byte_tokenizer.encode
     streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
     streamer.put(encode("A"))
     for id in [*encode("b"), *encode("c"), *encode("d")]:
@@ -148,18 +119,16 @@ def test_colors_of_drafted_accepted_and_own_tokens(byte_tokenizer, size, monkeyp
     streamer.delete(3, is_draft=True)
     streamer.put([*encode("b"), *encode("X")])
     assert terminal.colors() == ({"default": "AbX"} if no_color else {"default": "AX", "green": "b"})
-    streamer.end()
-    assert terminal.shown() == "AbX"
 
 
+KINDS = pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
 CUT = "ends inside 🙂"
 
 
-@pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
+@KINDS
 @pytest.mark.parametrize("name", ["byte_tokenizer", "sentencepiece_tokenizer"])
 @pytest.mark.parametrize(
-    "text",
-    [*TEXTS, "".join(TEXTS) * 20, "日本語日本語です日本語です", "🙂🙃🙂🙃 ok", "  x", "é", CUT],
+    "text", ["".join(TEXTS) * 20, "日本語日本語です日本語です", "🙂🙃🙂🙃 ok", "  x", CUT]
 )
 def test_without_a_terminal_the_text_is_exact(kind, name, text, request):
     """Guards against escape codes, parts of characters before the end, and errors in long answers. A
@@ -180,72 +149,55 @@ def test_without_a_terminal_the_text_is_exact(kind, name, text, request):
     assert file.getvalue() == decode(tokenizer, ids) + "\n"
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-@pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
-def test_no_part_of_a_stop_word_is_shown(byte_tokenizer, size, kind, terminal):
+def test_no_part_of_a_drafted_stop_word_or_character_is_shown(byte_tokenizer):
     """Guards against a shown beginning of a stop word, and against drafts after one."""
-    file = size(80) if terminal else io.StringIO()
-    streamer = kind(byte_tokenizer, stop_words=["Human:"], file=file)
-    for id in byte_tokenizer.encode("A man. Hum"):
-        streamer.put([id])
-        assert "H" not in file.getvalue()
-    if kind is SpeculativeTextStreamer:
-        drafts = byte_tokenizer.encode("an: secret")
-        streamer.put(drafts, is_draft=True)
-        assert "H" not in file.getvalue()
-        streamer.delete(len(drafts), is_draft=True)
-    streamer.put(byte_tokenizer.encode("an:"))
-    streamer.end()
-    assert "A man. " in (file.shown() + " " if terminal else file.getvalue())
-    assert "H" not in file.getvalue()
+    terminal = Terminal()
+    streamer = SpeculativeTextStreamer(byte_tokenizer, stop_words=["Human:"], file=terminal)
+    streamer.put(byte_tokenizer.encode("A man"))
+    streamer.put(byte_tokenizer.encode("🙂")[:1], is_draft=True)
+    assert terminal.shown() == "A man"
+    streamer.delete(1, is_draft=True)
+    streamer.put(byte_tokenizer.encode(". Hu"))
+    streamer.put(byte_tokenizer.encode("m"), is_draft=True)
+    assert terminal.shown() == "A man."
+    streamer.put(byte_tokenizer.encode("an: secret"), is_draft=True)
+    assert terminal.shown() == "A man."
+    assert "H" not in terminal.getvalue()
 
 
-def test_text_that_begins_like_a_stop_word_is_shown_later(byte_tokenizer):
-    """Guards against text that is held back for ever."""
+@KINDS
+def test_text_that_begins_like_a_stop_word_is_shown_later(byte_tokenizer, kind):
+    """Guards against text that is held back for ever, and text after a stop word."""
     file = io.StringIO()
-    streamer = StandardTextStreamer(byte_tokenizer, stop_words=["Human:"], file=file)
-    streamer.put(byte_tokenizer.encode("A Hum"))
-    assert file.getvalue() == "A "
-    streamer.put(byte_tokenizer.encode("id Hu"))
-    assert file.getvalue() == "A Humid "
+    streamer = kind(byte_tokenizer, stop_words=["Human:"], file=file)
+    for text, shown in (("A Hum", "A "), ("id Hu", "A Humid "), ("man: x", "A Humid "), ("y", "A Humid ")):
+        streamer.put(byte_tokenizer.encode(text))
+        assert file.getvalue() == shown
     streamer.end()
-    assert file.getvalue() == "A Humid Hu\n"
+    streamer.put(byte_tokenizer.encode("B Hu"))  # another answer
+    streamer.end()
+    assert file.getvalue() == "A Humid \nB Hu\n"
 
 
-def test_control_characters_do_not_reach_a_terminal(byte_tokenizer, size):
+@KINDS
+def test_control_characters_do_not_reach_a_terminal(byte_tokenizer, kind):
     """Guards against a model that rings, moves the cursor or changes colours."""
-    for kind in (StandardTextStreamer, SpeculativeTextStreamer):
-        terminal = size(40)
-        streamer = kind(byte_tokenizer, file=terminal)
-        streamer.put(byte_tokenizer.encode("a\x1b[31mb\x07\x9bc\r\nd\te"))
-        streamer.end()
-        assert "\x07" not in terminal.getvalue()
-        assert "\x1b[31m" not in terminal.getvalue()
-        assert terminal.shown().split() == ["a\u241b[31mb\u2407\ufffdc", "d", "e"]
+    terminal = Terminal()
+    streamer = kind(byte_tokenizer, file=terminal)
+    streamer.put(byte_tokenizer.encode("a\x1b[31mb\x07\x9bc\r\nd\te"))
+    streamer.end()
+    assert terminal.shown() == "a\u241b[31mb\u2407\ufffdc\nd    e"
 
 
-def test_a_draft_higher_than_the_terminal_is_cut(byte_tokenizer, size):
-    """Guards against lines that scroll off and cannot be erased."""
-    terminal = size(20, 5)
-    streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
-    streamer.put(byte_tokenizer.encode("start\n"))
-    drafts = byte_tokenizer.encode("\n".join("abcdefgh"))
-    streamer.put(drafts, is_draft=True)
-    streamer.delete(len(drafts), is_draft=True)
-    streamer.put(byte_tokenizer.encode("end"))
-    assert terminal.shown() == "start\nend"
-
-
-def test_only_drafts_can_be_deleted(byte_tokenizer, size):
+def test_only_drafts_can_be_deleted(byte_tokenizer):
     """Guards against decided text that disappears."""
-    terminal = size(20)
+    terminal = Terminal()
     streamer = SpeculativeTextStreamer(byte_tokenizer, file=terminal)
     streamer.put(byte_tokenizer.encode("ab"))
-    with pytest.raises(ValueError, match="cannot delete 1 tokens: only drafted ones, and there are 0"):
-        streamer.delete(1, is_draft=True)
     streamer.put(drafts := byte_tokenizer.encode("xyz"), is_draft=True)
-    with pytest.raises(ValueError, match="cannot delete 1 tokens: only drafted ones"):
-        streamer.delete(1)
+    for number, is_draft in ((1, False), (len(drafts) + 1, True)):
+        with pytest.raises(ValueError, match=f"cannot delete {number} tokens: only drafted ones"):
+            streamer.delete(number, is_draft)
     streamer.delete(1, is_draft=True)
     streamer.put([], is_draft=True)
     assert terminal.shown() == "ab" + byte_tokenizer.decode(drafts[:-1])
@@ -262,8 +214,7 @@ class Recorder:
         self.num_drafted += is_draft
 
     def delete(self, num_tokens, is_draft=False):
-        assert is_draft
-        assert num_tokens == len(self.drafts)
+        assert (num_tokens, is_draft) == (len(self.drafts), True)
         self.drafts = []
 
     def end(self):
@@ -297,13 +248,16 @@ def test_a_streamer_of_transformers_works(byte_tokenizer, text_model, capsys):
         assert capsys.readouterr().out == decode(byte_tokenizer, result.predicted_tokens) + "\n"
 
 
-def test_arguments_of_the_papers_code_base_and_a_prompt(byte_tokenizer, capsys):
-    """Guards against arguments that are refused, and against a prompt [1, P] that is shown."""
-    streamer = SpeculativeTextStreamer(byte_tokenizer, non_blocking=True, skip_prompt=True)
-    ids = torch.tensor([byte_tokenizer.encode("def add(a")])
-    streamer.put(ids)
-    streamer.put(ids[0, :2])
+def test_arguments_of_the_papers_code_base_and_a_prompt(sentencepiece_tokenizer, capsys):
+    """Guards against arguments that are refused, a prompt [1, P] that is shown, and an indentation of three
+    instead of four: ids that are decoded alone lose a space.
+    """
+    streamer = SpeculativeTextStreamer(sentencepiece_tokenizer, non_blocking=True, skip_prompt=True)
+    encode = partial(sentencepiece_tokenizer.encode, add_special_tokens=False, return_tensors="pt")
+    prompt = encode("def a:")
+    streamer.put(prompt)
+    streamer.put(encode("def a:    return")[0, prompt.shape[1] :])
     streamer.end()
-    assert capsys.readouterr().out == byte_tokenizer.decode(ids[0, :2]) + "\n"
+    assert capsys.readouterr().out == "    return\n"
     with pytest.raises(ValueError, match="one answer, not 2"):
-        streamer.put(ids.repeat(2, 1))
+        streamer.put(prompt.repeat(2, 1))

@@ -108,7 +108,7 @@ def test_adaptive_rounds_read_no_more(config, reads, monkeypatch):
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     with reads:
         result = generate(model, PROMPT, "adaptive", max_steps=60, eos=[], **config)
-    assert set(result.drafts_by_source) == {"none", "exit 1", "exit 2", "exit 3", "n-grams", "prediction"}
+    assert set(result.drafts_by_source) == {"none", "exit 1", "exit 2", "exit 3", "n-grams"}
     of_layers = sum(
         counts.drafted for name, counts in result.drafts_by_source.items() if name.startswith("exit")
     )

@@ -53,16 +53,11 @@ class Batch:
         """Whether no sequence has finished."""
         return all(sequence.remaining for sequence in self.sequences)
 
-    def draft_limits(self, k: int, wanted: abc.Sequence[bool] | None = None) -> list[int]:
-        """[B] the most tokens to draft for each row, at most k. A round outputs up to one token more.
-
-        Args:
-            wanted: [B] rows to draft for; None: all.
-        """
-        pairs = zip(self.sequences, wanted or [True] * len(self), strict=True)
+    def draft_limits(self, k: int) -> list[int]:
+        """[B] the most tokens to draft for each row, at most k. A round outputs up to one token more."""
         return [
-            max(0, min(k, sequence.remaining - 1)) if wants and sequence.wants_drafts else 0
-            for sequence, wants in pairs
+            max(0, min(k, sequence.remaining - 1)) if sequence.wants_drafts else 0
+            for sequence in self.sequences
         ]
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:

@@ -254,6 +254,9 @@ def verify_draft(
         sampler: draft and target share it.
         lengths: [B] draft lengths, the other tokens are padding; None: k.
         numbers: [B, k + 1] random numbers for the k acceptances and the next token; None: new ones.
+
+    Raises:
+        ValueError: sampled tokens without their distribution.
     """
     k = draft_tokens.shape[-1]
     if sampler.greedy:
@@ -267,7 +270,9 @@ def verify_draft(
     p = sampler.probabilities(target_logits)  # [B, k+1, V]
     # q is 0 after the last draft token, so the residual there is p itself.
     q = torch.zeros_like(p)  # [B, k+1, V]
-    if draft_probabilities is not None:
+    if k:
+        if draft_probabilities is None or draft_probabilities.shape[-2] != k:
+            raise ValueError("a sampled draft needs the distribution of each of its tokens")
         q[..., :k, :] = draft_probabilities
     if lengths is not None:
         padding = torch.arange(k + 1, device=q.device) >= lengths[..., None]

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, Guess, draft_by_rows, no_draft
+from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.drafts.ngram import Copied, TokenDrafts, with_copied
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy
 from self_speculation.model.captured_runner import PassRange, num_prepared
 from self_speculation.model.devices import broadcast_from_rank0
@@ -25,42 +26,50 @@ class AdaptiveDrafts(DraftSource):
     Args:
         model: all its ranks make the same plans.
         sources: by name.
+        ngrams: sources that cost nothing, by name.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sources: Mapping[str, DraftSource], policy: AdaptivePolicy
+        self,
+        model: PreTrainedModel,
+        sources: Mapping[str, DraftSource],
+        ngrams: Mapping[str, TokenDrafts],
+        policy: AdaptivePolicy,
     ) -> None:
-        self._model, self._sources, self._policy, self._device = model, sources, policy, model.device
+        self._model, self._device, self._policy = model, model.device, policy
+        self._sources, self._ngrams = sources, ngrams
+        for source in sources.values():
+            source.goes_on = lambda confidences: [policy.goes_on(confidences)] * len(confidences)
         self._stopwatch, self._num_prepared = Stopwatch(self._device), 0
-        self._guesses: list[tuple[str, Guess, Sequence, int]] = []  # of the last round, with their positions
+        self._guesses: list[tuple[Copied, Sequence, int]] = []  # of the last round, with their positions
 
-    def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
+    def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:
         self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
         self._check_guesses()
         matched: dict[str, list[int | None]] = {}
-        for name in self._policy.free_sources:
-            guesses = self._sources[name].guesses(batch)
-            matched[name] = [None if guess is None else guess.matched for guess in guesses]
-            for sequence, guess in zip(batch.sequences, guesses, strict=True):
-                if guess is not None and guess.next_id is not None:
-                    self._guesses.append((name, guess, sequence, sequence.length))
-        plan = self._policy.plan(matched, batch.draft_limits(k, wanted))
-        draft = None
-        if plan.length:
-            lookups = plan.lookups or [PLAIN] * len(batch)
-            parts = [
-                (self._sources[name], min(k, plan.looked_up), [name == lookup for lookup in lookups])
-                for name in sorted({*lookups} - {PLAIN})
-            ]
-            if plan.source != PLAIN:
-                rows = zip(lookups, wanted or [True] * len(batch), strict=True)
-                rest = [is_wanted and lookup == PLAIN for lookup, is_wanted in rows]
-                parts.append((self._sources[plan.source], min(k, plan.length), rest))
-            draft = draft_by_rows(batch, parts)
+        for name, source in self._ngrams.items():
+            guesses = [source.copied(sequence, 1) for sequence in batch.sequences]
+            matched[name] = [guess.matched if guess.ids else None for guess in guesses]
+            pairs = zip(guesses, batch.sequences, strict=True)
+            self._guesses += [(guess, sequence, sequence.length) for guess, sequence in pairs if guess.ids]
+        plan = self._policy.plan(matched, limits)
+        copied, draft = [Copied()] * len(batch), None
+        for row, name in enumerate(plan.lookups):
+            if name != PLAIN:
+                limit = min(limits[row], plan.looked_up)
+                copied[row] = self._ngrams[name].copied(batch.sequences[row], limit)
+        if plan.source != PLAIN:
+            looked_up = plan.lookups or [PLAIN] * len(batch)
+            rows = zip(looked_up, limits, strict=True)
+            rest = [min(limit, plan.length) if name == PLAIN else 0 for name, limit in rows]
+            if any(rest):
+                draft = self._sources[plan.source].draft(batch, rest)
+        draft = with_copied(batch, copied, draft, self._model.config.vocab_size)
         self._stopwatch.split()
-        return draft or no_draft(batch, self._model.config.vocab_size)
+        return draft
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
+        yield from super().passes(runner, longest)
         for source in self._sources.values():
             yield from source.passes(runner, longest)
 
@@ -78,7 +87,7 @@ class AdaptiveDrafts(DraftSource):
 
     def _check_guesses(self) -> None:
         """Compare the guesses of the last round with the committed tokens."""
-        for name, guess, sequence, position in self._guesses:
+        for guess, sequence, position in self._guesses:
             if sequence.length > position:
-                self._policy.see(name, guess.matched, sequence.ids_from(position)[0] == guess.next_id)
+                self._policy.see(guess.source, guess.matched, sequence.ids_from(position)[0] == guess.ids[0])
         self._guesses = []

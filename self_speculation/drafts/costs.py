@@ -128,8 +128,6 @@ class PassTimes:
     def plain_step(self, num_rows: int) -> float:
         if not self._units:
             return self._growth(num_rows)
-        if num_rows in self._units:
-            return self._units[num_rows].value
         known = min(self._units, key=lambda rows: abs(rows - num_rows))
         return self._units[known].value * self._growth(num_rows) / self._growth(known)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
+from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
-from self_speculation.drafts.draft import Confidences, Draft, DraftSource, PerSequence
+from self_speculation.drafts.draft import Confidences, Draft, DraftSource, GoesOn, PerSequence
 from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
 from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.model_runner import ModelRunner, forward_early
@@ -72,41 +74,29 @@ class LayerDrafts(DraftSource):
     Args:
         drafter: runs the model's layers, or a copy of them.
         exit_layer: number of layers that draft.
-        copied_in: format of the copy; empty: the model's own layers draft, and verification starts from their
-            cache and exit states. Those of a copy are less exact, and dropped.
-        make_threshold: makes the rule that ends the drafts of a sequence before k tokens; None: no rule.
+        draft_weights: exact: the model's own layers draft, and verification starts from their cache and exit
+            states. Those of a copy are less exact, and dropped.
+        thresholds: end the drafts of a sequence early; None: drafts are as long as their limits.
     """
 
     def __init__(
         self,
         drafter: ModelRunner,
         exit_layer: int,
-        copied_in: str = "",
-        make_threshold: Callable[[], Threshold] | None = None,
+        draft_weights: DraftWeights = "exact",
+        thresholds: PerSequence[Threshold] | None = None,
     ) -> None:
-        self._drafter, self._exit_layer, self._keeps_cache = drafter, exit_layer, not copied_in
-        self.name = f"exit {exit_layer}, {copied_in}" if copied_in else f"exit {exit_layer}"
-        self._thresholds = None
-        if make_threshold is not None:
-            self._thresholds = PerSequence(lambda sequence: make_threshold())
-        self._goes_on: Callable[[Batch, Confidences], Sequence[bool]] | None = None
-        if self._thresholds is not None:
-            self._goes_on = self._by_thresholds
+        self._drafter, self._exit_layer, self._thresholds = drafter, exit_layer, thresholds
+        self._keeps_cache = draft_weights == "exact"
+        self.name = f"exit {exit_layer}" if self._keeps_cache else f"exit {exit_layer}, {draft_weights}"
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
-    def end_drafts_by(self, goes_on: Callable[[Confidences], bool]) -> None:
-        """End the drafts of all rows together by one rule, instead of row by row."""
-        self._goes_on = lambda batch, confidences: [goes_on(confidences)] * len(batch)
-
-    def _by_thresholds(self, batch: Batch, confidences: Confidences) -> list[bool]:
-        assert self._thresholds is not None
-        pairs = zip(batch.sequences, confidences, strict=True)
-        return [bool(own) and self._thresholds[sequence].goes_on(own) for sequence, own in pairs]
-
-    def draft(self, batch: Batch, k: int, wanted: Sequence[bool] | None = None) -> Draft:
+    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         if isinstance(self._drafter.head, ShortHead):
             self._drafter.head.seen.read(batch.sequences)
-        limits = batch.draft_limits(k, wanted)
+        goes_on = self.goes_on
+        if goes_on is None and self._thresholds is not None:
+            goes_on = partial(_by_thresholds, [self._thresholds[sequence] for sequence in batch.sequences])
         inputs, num_drafted, reading = batch.last, 0, None
         sampled_tokens: list[SampledTokens] = []
         exit_hidden: list[Tensor] = []
@@ -116,21 +106,20 @@ class LayerDrafts(DraftSource):
             early = forward_early(self._drafter, inputs, self._exit_layer)
             exit_hidden.append(early.hidden)
             if self._runs_ahead:  # by the last token: this pass is queued already
-                limits = self._shortened(batch, limits, num_drafted, reading, confidences)
+                limits = _shortened(goes_on, limits, num_drafted, reading, confidences)
                 if num_drafted >= max(limits):
                     break
             is_drafting = [num_drafted < limit for limit in limits]
             sampled, logits = batch.sample_draft(early.logits[:, 0], num_drafted, is_drafting)
             sampled_tokens.append(sampled)
             inputs = sampled.tokens[:, None]
-            confidence = None if self._goes_on is None else batch.sampler.confidence(sampled, logits)
+            confidence = None if goes_on is None else batch.sampler.confidence(sampled, logits)
             reading = batch.record_draft(sampled.tokens, num_drafted, is_drafting, confidence)
             num_drafted += 1
             if not self._runs_ahead or num_drafted == max(limits):
-                limits = self._shortened(batch, limits, num_drafted, reading, confidences)
+                limits = _shortened(goes_on, limits, num_drafted, reading, confidences)
         tokens, probabilities = batch.stack(sampled_tokens, self._drafter.config.vocab_size)
         return Draft(
-            batch.sampler,
             [self.name] * len(limits),
             tokens,
             probabilities,
@@ -151,22 +140,26 @@ class LayerDrafts(DraftSource):
             if draft.sources[row] == self.name and draft.lengths[row]:
                 self._thresholds[sequence].learn(draft.confidences[row], num_accepted[row])
 
-    def _shortened(
-        self,
-        batch: Batch,
-        limits: list[int],
-        num_drafted: int,
-        reading: Reading | None,
-        confidences: list[list[float]],
-    ) -> list[int]:
-        """Read the confidences of the last tokens, and limit the drafts that end with them."""
-        if self._goes_on is None or reading is None:
-            return limits
-        latest = reading.wait()[len(batch) :]  # behind the tokens
-        for row, limit in enumerate(limits):
-            if len(confidences[row]) < min(limit, num_drafted):  # this row drafted the last token
-                confidences[row].append(latest[row])
-        if num_drafted >= max(limits):
-            return limits
-        pairs = zip(limits, self._goes_on(batch, confidences), strict=True)
-        return [limit if goes_on else min(limit, num_drafted) for limit, goes_on in pairs]
+
+def _by_thresholds(thresholds: Sequence[Threshold], confidences: Confidences) -> list[bool]:
+    return [bool(own) and rule.goes_on(own) for rule, own in zip(thresholds, confidences, strict=True)]
+
+
+def _shortened(
+    goes_on: GoesOn | None,
+    limits: Sequence[int],
+    num_drafted: int,
+    reading: Reading | None,
+    confidences: list[list[float]],
+) -> Sequence[int]:
+    """Read the confidences of the last tokens, and limit the drafts that end with them."""
+    if goes_on is None or reading is None:
+        return limits
+    latest = reading.wait()[len(limits) :]  # behind the tokens
+    for row, limit in enumerate(limits):
+        if len(confidences[row]) < min(limit, num_drafted):  # this row drafted the last token
+            confidences[row].append(latest[row])
+    if num_drafted >= max(limits):
+        return limits
+    pairs = zip(limits, goes_on(confidences), strict=True)
+    return [limit if more else min(limit, num_drafted) for limit, more in pairs]

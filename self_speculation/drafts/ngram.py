@@ -4,15 +4,18 @@ tokens that followed them there are the draft.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import abc
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, Guess, PerSequence, draft_by_rows
+from self_speculation.drafts.draft import Draft, DraftSource, PerSequence, no_draft
 from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
@@ -65,50 +68,30 @@ class NgramIndex:
         return 0, []
 
 
-class TokenDrafts(DraftSource):
-    """Drafts that are copied from somewhere: no layer runs, and the device is read only to show drafts.
+class Copied(NamedTuple):
+    """Tokens of one row that are copied from somewhere."""
 
-    Args:
-        vocab_size: width of the logits.
-    """
+    source: str = "none"
+    matched: int = 0  # tokens before them that occurred before these tokens, too
+    ids: abc.Sequence[int] = ()
+
+
+class TokenDrafts(ABC):
+    """Finds tokens to copy. They cost nothing: no layer runs."""
 
     name: str
     priors: abc.Sequence[float]  # [i] prior acceptance of a token after i matched ones
     least_match = 1  # tokens that must match to draft instead of another source
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def copied(self, sequence: Sequence, limit: int) -> Copied:
+        """At most `limit` tokens, without what a grammar forbids: verification would reject it."""
+        matched, ids = self._find(sequence, limit) if limit else (0, [])
+        ids = sequence.allowed(ids)
+        return Copied(self.name, matched, ids) if ids else Copied()
 
     @abstractmethod
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
         """How many tokens match, and at most k tokens that follow; 0 and none if nothing matches."""
-
-    def guesses(self, batch: Batch) -> list[Guess | None]:
-        found = [self._allowed(sequence, 1) for sequence in batch.sequences]
-        return [Guess(matched, ids[0]) if ids else None for matched, ids in found]
-
-    def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
-        limits = batch.draft_limits(k, wanted)
-        pairs = zip(batch.sequences, limits, strict=True)
-        found = [self._allowed(sequence, limit) for sequence, limit in pairs]
-        lengths = [len(ids) for _, ids in found]
-        width = max(lengths)
-        # Padded with each row's last token, as in `Batch.sample_draft`.
-        last = [(sequence.tokens or sequence.prompt)[-1] for sequence in batch.sequences]
-        padded = [[*ids, *[id_] * (width - len(ids))] for (_, ids), id_ in zip(found, last, strict=True)]
-        flat = [id_ for ids in padded for id_ in ids]
-        tokens = on_device(flat, batch.last.device).view(len(batch), width)
-        for i in range(width):
-            batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
-        probabilities = None if batch.sampler.greedy else one_hot(tokens, self._vocab_size)
-        matched = [number if length else 0 for (number, _), length in zip(found, lengths, strict=True)]
-        sources = [self.name] * len(batch)
-        return Draft(batch.sampler, sources, tokens, probabilities, lengths, matched=matched)
-
-    def _allowed(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        """Without what a grammar forbids: verification would reject it."""
-        matched, ids = self._find(sequence, k) if k else (0, [])
-        return matched, sequence.allowed(ids)
 
 
 class NgramDrafts(TokenDrafts):
@@ -116,13 +99,11 @@ class NgramDrafts(TokenDrafts):
 
     Args:
         longest: tokens to match at most.
-        vocab_size: width of the logits.
     """
 
     name = "n-grams"
 
-    def __init__(self, longest: int, vocab_size: int) -> None:
-        super().__init__(vocab_size)
+    def __init__(self, longest: int) -> None:
         self._longest, self._indices = longest, PerSequence(self._index)
         self.priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
         self.least_match = min(2, longest)  # what followed a single token is mostly chance
@@ -138,32 +119,77 @@ class NgramDrafts(TokenDrafts):
         return index.lookup(k)
 
 
-def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
-    """[...] tokens -> [..., V] the distribution of a draft that was not sampled."""
-    q = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
-    return q.scatter_(-1, tokens[..., None], 1.0)
+class CopiedFirst(DraftSource):
+    """Copies tokens where enough of them match; another source drafts for the other rows.
 
+    Args:
+        sources: the first one that matches is taken.
+    """
 
-class NgramFirst(DraftSource):
-    """Copied tokens are drafts where enough tokens match; another source drafts for the other rows."""
+    def __init__(self, sources: abc.Sequence[TokenDrafts], otherwise: DraftSource, vocab_size: int) -> None:
+        self._sources, self._otherwise, self._vocab_size = sources, otherwise, vocab_size
 
-    def __init__(self, ngrams: TokenDrafts, otherwise: DraftSource) -> None:
-        self._ngrams, self._otherwise = ngrams, otherwise
+    def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:
+        copied = [self._copied(*row) for row in zip(batch.sequences, limits, strict=True)]
+        rest = [0 if row.ids else limit for row, limit in zip(copied, limits, strict=True)]
+        draft = self._otherwise.draft(batch, rest) if any(rest) else None
+        return with_copied(batch, copied, draft, self._vocab_size)
 
-    def draft(self, batch: Batch, k: int, wanted: abc.Sequence[bool] | None = None) -> Draft:
-        pairs = zip(self._ngrams.guesses(batch), batch.draft_limits(k, wanted), strict=True)
-        least = self._ngrams.least_match
-        found = [bool(limit and guess and guess.matched >= least) for guess, limit in pairs]
-        rest = [
-            is_wanted and not is_found
-            for is_wanted, is_found in zip(wanted or [True] * len(batch), found, strict=True)
-        ]
-        draft = draft_by_rows(batch, [(self._ngrams, k, found), (self._otherwise, k, rest)])
-        return draft or self._otherwise.draft(batch, k, wanted)
+    def _copied(self, sequence: Sequence, limit: int) -> Copied:
+        found = ((source, source.copied(sequence, limit)) for source in self._sources)
+        return next((copied for source, copied in found if copied.matched >= source.least_match), Copied())
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
-        yield from self._ngrams.passes(runner, longest)
+        yield from super().passes(runner, longest)
         yield from self._otherwise.passes(runner, longest)
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         self._otherwise.learn(batch, draft, num_accepted)
+
+
+def with_copied(batch: Batch, copied: abc.Sequence[Copied], draft: Draft | None, vocab_size: int) -> Draft:
+    """The copied tokens of the rows that have some, and the drafted ones of the others.
+
+    All layers verify the result, since none has processed all rows. The device is read only to show drafts.
+
+    Args:
+        copied: [B]
+        draft: of the other rows; None: of no row.
+        vocab_size: width of the logits.
+    """
+    draft = draft or no_draft(batch, vocab_size)
+    numbers = [len(row.ids) for row in copied]
+    if not any(numbers):
+        return draft
+    k = draft.tokens.shape[1]
+    width = max(k, *numbers)
+    # Padded with each row's last token, as in `Batch.sample_draft`.
+    last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
+    padded = [[*row.ids, *end * (width - len(row.ids))] for row, end in zip(copied, last, strict=True)]
+    tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), width)
+    for i in range(max(numbers)):
+        batch.record_draft(tokens[:, i], i, [i < number for number in numbers])
+    q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
+    if k:
+        is_copied = on_device(numbers, tokens.device).bool()[:, None]  # [B, 1]
+        tokens = torch.where(is_copied, tokens, torch.cat((draft.tokens, tokens[:, k:]), 1))
+        if q is not None and draft.probabilities is not None:
+            q = torch.where(is_copied[..., None], q, pad(draft.probabilities, (0, 0, 0, width - k)))
+    return replace(
+        draft,
+        sources=[
+            row.source if row.ids else source for row, source in zip(copied, draft.sources, strict=True)
+        ],
+        tokens=tokens,
+        probabilities=q,
+        lengths=[number or length for number, length in zip(numbers, draft.lengths, strict=True)],
+        exit_layer=0,
+        exit_hidden=[],
+        matched=[row.matched for row in copied],
+    )
+
+
+def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
+    """[...] tokens -> [..., V] the distribution of a draft that was not sampled."""
+    q = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return q.scatter_(-1, tokens[..., None], 1.0)

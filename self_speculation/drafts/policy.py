@@ -104,7 +104,6 @@ class AdaptivePolicy:
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = [name for name, arm in arms.items() if arm.draft_ratio > 0.0]
-        self.free_sources = [name for name, arm in arms.items() if arm.draft_ratio == 0.0]
         for i, name in enumerate((PLAIN, *self._layered), 1):
             stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
         self._plan, self._plain = Plan(), Plan()

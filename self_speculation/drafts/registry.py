@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptiveDrafts
 from self_speculation.drafts.costs import Costs, PassTimes, growth
-from self_speculation.drafts.draft import DraftSource
+from self_speculation.drafts.draft import DraftSource, PerSequence
 from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold, Threshold
-from self_speculation.drafts.ngram import NgramDrafts, NgramFirst, TokenDrafts
+from self_speculation.drafts.ngram import CopiedFirst, NgramDrafts, TokenDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
 from self_speculation.drafts.prediction import PredictionDrafts
 from self_speculation.drafts.shared import SharedDrafts, finished_answers, forget_answers
@@ -75,59 +75,54 @@ class DraftContext:
             return None
         return ShortHead(self.runner, number)
 
+    def drafter(self, num_layers: int) -> ModelRunner:
+        """Runs so many layers that draft and their head. Raises what `quantized` and `ShortHead` do."""
+        if self.config.draft_weights != "exact":
+            return quantized(self.runner, num_layers, self.short_head)
+        return (
+            self.runner if self.short_head is None else self.runner.over(self.runner.layers, self.short_head)
+        )
 
-@dataclass(frozen=True)
-class SourceEntry:
-    """A kind of drafts.
 
-    Args:
-        flags: its fields of `GenerationConfig`.
-        asked_for: whether a config asks for it.
-        make: makes the source, given the source of the entries before.
-        arms: by name, the sources that adaptive decoding picks from.
-    """
+def make_drafter(runner: ModelRunner, config: GenerationConfig, num_layers: int) -> ModelRunner:
+    """See `DraftContext.drafter`."""
+    return DraftContext(runner, replace(config, exit_layer=num_layers)).drafter(num_layers)
 
-    flags: tuple[str, ...]
+
+class SourceEntry(NamedTuple):
+    """A kind of drafts."""
+
+    flags: tuple[str, ...]  # its fields of `GenerationConfig`
     asked_for: Callable[[GenerationConfig], bool]
-    make: Callable[[DraftContext, Any], DraftSource]
-    arms: Callable[[DraftContext], Mapping[str, tuple[DraftSource, Arm]]]
-
-
-def short_head_of(runner: ModelRunner, config: GenerationConfig, num_layers: int) -> ShortHead | None:
-    """The short head of drafts from so many layers. Raises what `ShortHead` does."""
-    return DraftContext(runner, replace(config, exit_layer=num_layers)).short_head
-
-
-def make_drafter(
-    runner: ModelRunner, num_layers: int, draft_weights: DraftWeights, short_head: ShortHead | None = None
-) -> ModelRunner:
-    """Runs the layers that draft and their head. Raises what `quantized` does."""
-    if draft_weights != "exact":
-        return quantized(runner, num_layers, short_head)
-    return runner if short_head is None else runner.over(runner.layers, short_head)
+    make: Callable[[DraftContext], DraftSource | TokenDrafts]
+    # By name, what adaptive decoding picks from; None: the source itself, which copies tokens.
+    arms: Callable[[DraftContext], Mapping[str, tuple[DraftSource, Arm]]] | None = None
 
 
 def make_source(context: DraftContext) -> DraftSource:
-    """The source that the config asks for. Raises what `make_drafter` does."""
-    source: DraftSource | None = None
-    for kind in SOURCES:
-        if kind.asked_for(context.config):
-            source = kind.make(context, source)
-    assert source is not None
-    return source
+    """The source that the config asks for. Raises what `DraftContext.drafter` does."""
+    made = [kind.make(context) for kind in SOURCES if kind.asked_for(context.config)]
+    copying = [source for source in made if isinstance(source, TokenDrafts)]
+    *_, drafting = (source for source in made if isinstance(source, DraftSource))
+    return CopiedFirst(copying, drafting, context.model.config.vocab_size) if copying else drafting
 
 
 def make_adaptive(context: DraftContext) -> DraftSource:
     """Picks among all entries in each round, by the statistics of earlier answers.
 
-    Raises what `make_drafter` does.
+    Raises what `DraftContext.drafter` does.
     """
-    made = {name: arm for kind in SOURCES for name, arm in kind.arms(context).items()}
-    sources = {name: source for name, (source, _) in made.items()}
-    policy = AdaptivePolicy({name: arm for name, (_, arm) in made.items()}, LONGEST_DRAFT, _stats(context))
-    for source in sources.values():
-        source.end_drafts_by(policy.goes_on)
-    return AdaptiveDrafts(context.model, sources, policy)
+    sources: dict[str, DraftSource] = {}
+    ngrams: dict[str, TokenDrafts] = {}
+    arms: dict[str, Arm] = {}
+    for kind in SOURCES:
+        if kind.arms is not None:
+            for name, (drafting, arm) in kind.arms(context).items():
+                sources[name], arms[name] = drafting, arm
+        elif kind.asked_for(context.config) and isinstance(source := kind.make(context), TokenDrafts):
+            ngrams[source.name], arms[source.name] = source, Arm(priors=source.priors)
+    policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
+    return AdaptiveDrafts(context.model, sources, ngrams, policy)
 
 
 def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
@@ -136,22 +131,15 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
     return sorted(early) if draft_weights == "exact" else [*sorted(early), num_layers]
 
 
-def _layers(
-    context: DraftContext, exit_layer: int, make_threshold: Callable[[], Threshold] | None = None
-) -> LayerDrafts:
-    weights = context.config.draft_weights
-    drafter = make_drafter(context.runner, exit_layer, weights, context.short_head)
-    return LayerDrafts(drafter, exit_layer, "" if weights == "exact" else weights, make_threshold)
-
-
-def _layers_asked_for(context: DraftContext, _: None) -> DraftSource:
-    config = context.config
-    make_threshold: Callable[[], Threshold] | None = None
-    if config.draft_confidence == "auto":
-        make_threshold = partial(LearnedThreshold, context.draft_ratio(config.exit_layer))
-    elif config.draft_confidence is not None:
-        make_threshold = partial(FixedThreshold, float(config.draft_confidence))
-    return _layers(context, config.exit_layer, make_threshold)
+def _layers(context: DraftContext, exit_layer: int) -> LayerDrafts:
+    weights, confidence = context.config.draft_weights, context.config.draft_confidence
+    thresholds: PerSequence[Threshold] | None = None
+    if confidence == "auto":
+        ratio = context.draft_ratio(exit_layer)
+        thresholds = PerSequence(lambda _: LearnedThreshold(ratio))
+    elif confidence is not None:
+        thresholds = PerSequence(lambda _: FixedThreshold(float(confidence)))
+    return LayerDrafts(context.drafter(exit_layer), exit_layer, weights, thresholds)
 
 
 def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
@@ -169,50 +157,28 @@ def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
     return arms
 
 
-def _ngrams(context: DraftContext) -> TokenDrafts:
-    longest = context.config.prompt_lookup or _LONGEST_MATCH
-    return NgramDrafts(longest, context.model.config.vocab_size)
+def _looks_up(config: GenerationConfig) -> bool:
+    return config.prompt_lookup > 0 or config.is_adaptive
 
 
-def _shared(context: DraftContext) -> TokenDrafts:
-    answers = finished_answers(context.model, context.config.shared_lookup)
-    return SharedDrafts(answers, context.model.config.vocab_size)
-
-
-def _copied_tokens(
-    flags: tuple[str, ...],
-    asked_for: Callable[[GenerationConfig], bool],
-    make: Callable[[DraftContext], TokenDrafts],
-    always: bool = True,
-) -> SourceEntry:
-    """Drafts that cost nothing: where they match, they come before the source of the entries before.
-
-    Args:
-        always: adaptive decoding picks from them, asked for or not.
-    """
-
-    def arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
-        if not (always or asked_for(context.config)):
-            return {}
-        source = make(context)
-        return {source.name: (source, Arm(priors=source.priors))}
-
-    return SourceEntry(flags, asked_for, lambda context, rest: NgramFirst(make(context), rest), arms)
-
-
+# In order of precedence for rows where several match.
 SOURCES: list[SourceEntry] = [
     SourceEntry(
         ("exit_layer", "num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary"),
-        lambda config: True,
-        _layers_asked_for,
-        _layer_arms,
+        asked_for=lambda config: True,
+        make=lambda context: _layers(context, context.config.exit_layer),
+        arms=_layer_arms,
     ),
-    _copied_tokens(("shared_lookup",), lambda config: config.shared_lookup > 0, _shared, always=False),
-    _copied_tokens(("prompt_lookup",), lambda config: config.prompt_lookup > 0, _ngrams),
-    _copied_tokens(
-        (),
-        lambda config: config.prompt_lookup > 0,
-        lambda context: PredictionDrafts(context.model.config.vocab_size),
+    SourceEntry((), _looks_up, lambda context: PredictionDrafts()),
+    SourceEntry(
+        ("prompt_lookup",),
+        _looks_up,
+        lambda context: NgramDrafts(context.config.prompt_lookup or _LONGEST_MATCH),
+    ),
+    SourceEntry(
+        ("shared_lookup",),
+        asked_for=lambda config: config.shared_lookup > 0,
+        make=lambda context: SharedDrafts(finished_answers(context.model, context.config.shared_lookup)),
     ),
 ]
 

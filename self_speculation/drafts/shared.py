@@ -16,7 +16,6 @@ _LONG, _SHORT = 6, 3
 
 # Of each model, since ids are those of its tokenizer. A change of weights does not matter: these are guesses.
 _FINISHED: WeakKeyDictionary[nn.Module, FinishedAnswers] = WeakKeyDictionary()
-_LOCK = Lock()
 
 
 class FinishedAnswers:
@@ -47,11 +46,10 @@ class FinishedAnswers:
 
 def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
     """Those of a model; empty if the number of tokens is another one than before."""
-    with _LOCK:
-        answers = _FINISHED.get(model)
-        if answers is None or answers.num_tokens != num_tokens:
-            answers = _FINISHED[model] = FinishedAnswers(num_tokens)
-        return answers
+    answers = _FINISHED.get(model)
+    if answers is None or answers.num_tokens != num_tokens:
+        answers = _FINISHED[model] = FinishedAnswers(num_tokens)
+    return answers
 
 
 def forget_answers(model: nn.Module) -> None:
@@ -65,8 +63,7 @@ class SharedDrafts(TokenDrafts):
     priors = tuple(0.2 + 0.1 * matched for matched in range(_LONG + 1))
     least_match = _LONG
 
-    def __init__(self, answers: FinishedAnswers, vocab_size: int) -> None:
-        super().__init__(vocab_size)
+    def __init__(self, answers: FinishedAnswers) -> None:
         self._answers = answers
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:

@@ -158,8 +158,8 @@ def test_drafts_are_padded_with_a_token_that_the_row_has(lookup, sample, monkeyp
             seen.append((draft.sources[row], int(batch.last[row]), draft.tokens[row, length:].tolist()))
         return of_target(runner, batch, draft)
 
-    def shorter_by_row(batch, k, wanted=None):
-        return [min(room, 5 - 2 * row) for row, room in enumerate(rooms(batch, k, wanted))]
+    def shorter_by_row(batch, k):
+        return [min(room, 5 - 2 * row) for row, room in enumerate(rooms(batch, k))]
 
     monkeypatch.setattr(Batch, "draft_limits", shorter_by_row)
     monkeypatch.setattr(self_speculation_generator, "target_logits", target_logits)

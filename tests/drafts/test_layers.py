@@ -8,26 +8,18 @@ import torch
 from conftest import generate, tiny_llama
 
 from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.decoding.sampling import Sampler
-from self_speculation.drafts.draft import Draft
-from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold
+from self_speculation.decoding.sampling import Sampler, verify_draft
+from self_speculation.drafts.layers import LayerDrafts, LearnedThreshold
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
 
-def test_lookups_are_drafted_and_cost_no_layers():
+def test_ngrams_are_drafted():
     """Without layers a token decides the next one, so the output soon goes round in a circle."""
     model = tiny_llama(agreement="always", exit_layer=0)
-    shared = {"max_steps": 60, "eos": []}
-    plain = generate(model, PROMPT, **shared)
-    result = generate(model, PROMPT, exit_layer=2, num_speculations=4, prompt_lookup=3, **shared)
-    assert result.predicted_tokens == plain.predicted_tokens
+    result = generate(model, PROMPT, max_steps=60, eos=[], exit_layer=2, num_speculations=4, prompt_lookup=3)
     rounds, drafted, accepted = result.drafts_by_source["n-grams"]
-    assert rounds > 3
-    assert drafted <= 4 * rounds
-    assert accepted > rounds
-    assert sum(counts[0] for counts in result.drafts_by_source.values()) == result.num_verifications
-    assert sum(counts[2] for counts in result.drafts_by_source.values()) == result.num_accepted
+    assert 3 < rounds < accepted <= drafted <= 4 * rounds
 
 
 def test_confidence_ends_drafts():
@@ -81,26 +73,25 @@ def test_a_threshold_learns_from_what_was_accepted():
 @pytest.mark.parametrize("weights", ["exact", "int4"])
 @pytest.mark.parametrize("confidence", ["0.2", "0.5", "auto"])
 def test_running_ahead_of_a_threshold_changes_nothing(confidence, weights, monkeypatch):
-    """As on a GPU: a pass is begun before the threshold is asked. Guards against a pass too many in the
-    cache, or in the states that verification goes on from.
+    """As on a GPU, a pass begins before the threshold is asked. Guards against a pass too many in the cache,
+    or in the states that verification starts from.
     """
-    config = {"exit_layer": 2, "num_speculations": 5, "draft_confidence": confidence}
-    shared = {"max_steps": 50, "eos": [], "draft_weights": weights, **config}
+    shared = {
+        "max_steps": 50, "eos": [], "draft_weights": weights, "exit_layer": 2, "num_speculations": 5,
+        "draft_confidence": confidence,
+    }  # fmt: skip
     model = tiny_llama(fused=True)
     waiting = generate(model, PROMPT, **shared)
     always = property(lambda source: True, lambda source, value: None)
     monkeypatch.setattr(LayerDrafts, "_runs_ahead", always, raising=False)
     ahead = generate(model, PROMPT, **shared)
-    assert ahead.predicted_tokens == waiting.predicted_tokens
-    assert ahead.drafts_by_source == waiting.drafts_by_source
-    assert ahead.drafted_by_position == waiting.drafted_by_position
+    assert (ahead.predicted_tokens, ahead.draft_stats) == (waiting.predicted_tokens, waiting.draft_stats)
     # Besides the last rounds, which have no room for more, some ended early.
     assert ahead.num_drafted < 5 * ahead.num_verifications - sum(range(5))
 
 
-def test_thresholds():
-    assert FixedThreshold(0.5).goes_on([0.1, 0.5])
-    assert not FixedThreshold(0.5).goes_on([0.9, 0.4])
+def test_a_threshold_learns_which_tokens_are_accepted():
+    """Guards against a rule that knows the mean acceptance alone, or not the cost of a drafted token."""
     cheap, dear = LearnedThreshold(0.05), LearnedThreshold(0.9)
     assert cheap.goes_on([0.5])
     assert not dear.goes_on([0.5])
@@ -110,20 +101,13 @@ def test_thresholds():
     assert not cheap.goes_on([0.95, 0.15])
 
 
-def test_what_cannot_be_drafted_is_refused():
+def test_a_copy_has_no_more_layers_than_the_model():
     with pytest.raises(ValueError, match="exit_layer 5: must be between 1 and 4"):
         generate(tiny_llama(fused=True), PROMPT, exit_layer=5, num_speculations=2, draft_weights="int4")
-    with pytest.raises(ValueError, match="draft_confidence 'often': must be auto or between 0 and 1"):
-        generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, draft_confidence="often")
-    with pytest.raises(ValueError, match="prompt_lookup -1: must be between 0"):
-        generate(tiny_llama(), PROMPT, exit_layer=2, num_speculations=2, prompt_lookup=-1)
 
 
-def test_a_sampled_draft_without_its_distribution_cannot_be_made():
-    """Guards against drafted tokens that are accepted whatever they are: without q nothing can be judged."""
-    tokens = torch.zeros(2, 3, dtype=torch.long)
-    shared = {"sources": ["x", "x"], "tokens": tokens, "lengths": [3, 3]}
-    assert Draft(Sampler(sample=False), probabilities=None, **shared)
-    for q in (None, torch.ones(2, 2, 9)):
-        with pytest.raises(ValueError, match="needs the distribution of each of its tokens"):
-            Draft(Sampler(), probabilities=q, **shared)
+@pytest.mark.parametrize("q", [None, torch.ones(2, 1, 9)])
+def test_a_sampled_draft_needs_its_distribution(q):
+    """Guards against drafted tokens that are accepted whatever they are."""
+    with pytest.raises(ValueError, match="needs the distribution of each of its tokens"):
+        verify_draft(torch.zeros(2, 3, dtype=torch.long), q, torch.ones(2, 4, 9), Sampler())

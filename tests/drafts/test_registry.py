@@ -1,11 +1,11 @@
 """A new source of drafts: its class, an entry in the table and its flag are all that it takes."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
 from conftest import EOS, planned, tiny_llama
+from helpers import custom_data, refused
 
 import benchmark
 import correctness
@@ -35,16 +35,16 @@ class Always(DraftSource):
 
     made = 0
 
-    def __init__(self, parts):
-        self._token, self._vocab_size = parts.config.always or 7, parts.model.config.vocab_size
+    def __init__(self, context):
+        self._token, self._vocab_size = context.config.always or 7, context.model.config.vocab_size
 
-    def draft(self, rows, k, wanted=None):
+    def draft(self, batch, limits):
         Always.made += 1
-        lengths = rows.draft_limits(k, wanted)
-        tokens = torch.full((len(rows), max(lengths)), self._token)
-        for i in range(max(lengths)):
-            rows.record_draft(tokens[:, i], i, [i < length for length in lengths])
-        return Draft(rows.sampler, ["always"] * len(rows), tokens, one_hot(tokens, self._vocab_size), lengths)
+        tokens = torch.full((len(batch), max(limits)), self._token)
+        for i in range(max(limits)):
+            batch.record_draft(tokens[:, i], i, [i < limit for limit in limits])
+        q = one_hot(tokens, self._vocab_size)
+        return Draft(["always"] * len(batch), tokens, q, limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ def known(monkeypatch):
     kind = registry.SourceEntry(
         flags=("always",),
         asked_for=lambda config: getattr(config, "always", None) is not None,
-        make=lambda parts, otherwise: Always(parts),
-        arms=lambda parts: {"always": (Always(parts), Arm())},
+        make=Always,
+        arms=lambda context: {"always": (Always(context), Arm(draft_ratio=0.1))},
     )
     monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
     monkeypatch.setattr(registry, "GenerationConfig", WithAlways)
@@ -72,23 +72,19 @@ def known(monkeypatch):
 @pytest.mark.parametrize("script", [pytest.param(script, id=script.__name__) for script in SCRIPTS])
 def test_every_script_drafts_with_it(script, model_folder, tmp_path):
     """Guards against a list of sources, or of their flags, outside the registry."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": p, "response": "x"}) + "\n" for p in ("Once", "def add")))
     flags = ["--model", model_folder, "--output_dir", tmp_path / "logs", *HOW, "--max_steps", "8",
              "--sample", "False", "--always", "9", *SCRIPTS[script]]  # fmt: skip
     if script is generate:
         flags += ["--prompt", "Once upon"]
     elif script is not eval:
-        flags += ["--dataset", "custom_jsonl", "--data_path", data]
+        flags += ["--dataset", "custom_jsonl", "--data_path", custom_data(tmp_path)]
     assert script.main([str(flag) for flag in flags]) == 0
     assert Always.made
 
 
 def test_a_sweep_does_not_predict_what_it_cannot_replay(model_folder, capsys):
     flags = ["--model", str(model_folder), *HOW, "--always", "9", "--sample", "False"]
-    with pytest.raises(SystemExit):
-        sweep.main(flags)
-    assert "--mode predicted: needs drafts of layers" in capsys.readouterr().err
+    assert "--mode predicted: needs drafts of layers" in refused(sweep.main, flags, capsys)
 
 
 def test_generate_of_transformers_hands_its_flag_on(monkeypatch):
@@ -108,15 +104,11 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
     """The plans are given: whether it pays is the policy's to learn."""
     from conftest import generate as ids_of
 
-    offered = []
-
     def plan(matched, limits):
-        offered.append(set(matched))
-        length = min(2, max(limits))
-        return Plan("always", length) if length else Plan()
+        assert {"always", "exit 1"} <= {*matched}
+        return Plan("always", 2) if max(limits) else Plan()
 
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     monkeypatch.setattr("conftest.GenerationConfig", WithAlways)
     result = ids_of(tiny_llama(), [5, 9, 4, 7], "adaptive", max_steps=9, eos=[])
     assert "always" in result.drafts_by_source
-    assert {"always", "exit 1"} <= offered[0]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import generate, tiny_llama
+from conftest import generate, in_batch, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,11 +16,7 @@ from self_speculation.drafts.registry import forget_what_was_learnt
 from self_speculation.drafts.shared import _LONG, FinishedAnswers
 
 PROMPT = [5, 9, 4, 7, 7, 3]
-STRATEGIES = {
-    "adaptive": {"strategy": "adaptive"},
-    "before an exit": {"exit_layer": 2, "num_speculations": 4},
-    "after n-grams": {"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 2},
-}
+BEFORE_AN_EXIT = {"exit_layer": 2, "num_speculations": 4}
 
 
 def answer(*ids):
@@ -57,12 +53,14 @@ def test_threads_share_it():
         sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("how", STRATEGIES)
+@pytest.mark.parametrize(
+    "how", [{"strategy": "adaptive"}, BEFORE_AN_EXIT, {**BEFORE_AN_EXIT, "prompt_lookup": 2}]
+)
 def test_a_repeated_question_needs_fewer_rounds(how):
     """Guards against another output, and against an index that is lost between two schedulers."""
     model = copy.deepcopy(tiny_llama())
     plain = generate(model, PROMPT, strategy="autoregressive", max_steps=40, eos=[]).predicted_tokens
-    settings = {"max_steps": 40, "eos": [], "shared_lookup": 200, **STRATEGIES[how]}
+    settings = {"max_steps": 40, "eos": [], "shared_lookup": 200, **how}
     first, second = (generate(model, PROMPT, **settings) for _ in range(2))
     assert first.predicted_tokens == second.predicted_tokens == plain
     assert second.drafts_by_source["shared"].accepted > 20
@@ -74,7 +72,7 @@ def test_a_repeated_question_needs_fewer_rounds(how):
 def test_a_warm_up_teaches_nothing():
     """Guards against a measured answer that is drafted from the warm-up's or from a forgotten one."""
     model = copy.deepcopy(tiny_llama())
-    config = {"exit_layer": 2, "num_speculations": 4, "shared_lookup": 200}
+    config = {**BEFORE_AN_EXIT, "shared_lookup": 200}
     of_run = GenerationConfig(sample=False, generation_strategy="self_speculative", **config)
     run_every_pass(make_strategy("self_speculative"), model, PROMPT, of_run)
     for _ in range(2):
@@ -84,13 +82,9 @@ def test_a_warm_up_teaches_nothing():
 
 def test_rows_learn_from_rows_that_have_finished():
     """Guards against answers that are added only after the whole batch."""
-    model = copy.deepcopy(tiny_llama())
-    config = GenerationConfig(
-        sample=False, max_steps=30, exit_layer=2, num_speculations=4, shared_lookup=200,
-        generation_strategy="self_speculative",
-    )  # fmt: skip
     requests = [Request(PROMPT, eos_token_ids=[]) for _ in range(3)]
-    made = dict(make_strategy("self_speculative").generate_batch(model, requests, config, batch_size=2))
+    settings = {"max_steps": 30, "shared_lookup": 200, **BEFORE_AN_EXIT}
+    made = in_batch(copy.deepcopy(tiny_llama()), requests, 2, **settings)
     assert made[0].predicted_tokens == made[1].predicted_tokens == made[2].predicted_tokens
     assert "shared" not in made[0].drafts_by_source
     assert made[2].drafts_by_source["shared"].accepted > 15

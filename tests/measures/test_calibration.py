@@ -1,6 +1,5 @@
 """A predicted sweep times the passes of real rounds, alternating with plain steps."""
 
-from collections import Counter
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -21,16 +20,18 @@ def costs_of(model, config=GREEDY, exit_layers=(1, 2, 3), longest=10, patience=0
 
 
 @pytest.mark.parametrize("flags", [{}, {"draft_weights": "int4"}, {"draft_vocabulary": 9}], ids=str)
-def test_every_exit_and_length_has_a_cost(flags):
-    """Guards against parts that are not timed."""
-    costs = costs_of(tiny_llama(num_layers=12, fused=True), replace(GREEDY, **flags), [1, 2, 4, 7, 8, 11])
+def test_every_exit_and_length_has_a_cost(flags, monkeypatch):
+    """Guards against parts that are not timed, and exits that are given another exit's cost."""
+    monkeypatch.setattr(calibration, "_EXITS", 2)
+    costs = costs_of(tiny_llama(num_layers=6, fused=True), replace(GREEDY, **flags), [1, 3, 5])
     assert list(costs.lengths) == [0, 1, 2, 3, 4, 7, 8, 10]
-    for layer in (1, 2, 4, 7, 8, 11):
-        assert costs.draft_step[layer] > 0
-        assert len(costs.verifications[layer]) == 8
-        assert min(costs.verifications[layer]) > 0
-        between = 5 * costs.draft_step[layer] + costs.verification(layer, 5)
-        assert costs.round(layer, 5) == pytest.approx(between)
+    parts = [
+        costs.draft_step,
+        *({layer: costs.verification(layer, k) for layer in (1, 3, 5)} for k in range(11)),
+    ]
+    for part in parts:
+        assert min(part.values()) > 0
+        assert part[3] == pytest.approx((part[1] + part[5]) / 2)  # between two exits costs lie on a line
 
 
 @pytest.mark.parametrize("weights", ["exact", "int4"])
@@ -39,34 +40,21 @@ def test_passes_are_those_of_rounds(weights, monkeypatch):
     flags = {"config": replace(GREEDY, draft_weights=weights), "exit_layers": [1, 3], "longest": 2, "most": 2}
     model = tiny_llama(num_layers=4, fused=True)
     costs_of(model, **flags)  # copies are made by passes of their own
-    passes, run = Counter(), ModelRunner.run
+    passes, run = set(), ModelRunner.run
 
-    def counted(self, inputs, first, last, num_logits):
-        passes[first, last, inputs.shape[1], num_logits] += 1
+    def seen(self, inputs, first, last, num_logits):
+        passes.add((first, last, inputs.shape[1], num_logits))
         return run(self, inputs, first, last, num_logits)
 
-    monkeypatch.setattr(ModelRunner, "run", counted)
+    monkeypatch.setattr(ModelRunner, "run", seen)
     costs_of(model, **flags)
-    turns = 2  # the first one warms up
-    drafts = {(0, layer, 1, 1): 4 * turns for layer in (1, 3)}
-    plain = {(0, 4, 1, 1): 1 + (4 + 2) * turns}  # in each: four plain steps, and one before each draft
+    drafts = {(0, last, 1, 1) for last in (1, 3, 4)}  # and plain steps
+    verifications = {(0, 4, width, width) for width in (1, 2, 3)}
     if weights == "exact":
-        verifications = {(layer, 4, k + 1, k + 1): turns for layer in (1, 3) for k in (0, 1, 2)}
-        # The last token of each draft; what drafts of one or two tokens leave behind.
-        verifications |= {(0, layer, 1, 0): 4 * turns for layer in (1, 3)}
-        verifications |= {(0, layer, 2, 0): turns for layer in (1, 3)}
-    else:
-        plain[0, 4, 1, 1] += turns
-        verifications = {(0, 4, k + 1, k + 1): turns for k in (1, 2)}
-    assert passes == Counter(drafts) + Counter(plain) + Counter(verifications)
-
-
-def test_between_two_exits_costs_lie_on_a_line(monkeypatch):
-    """Guards against exits that are given another exit's cost."""
-    monkeypatch.setattr(calibration, "_EXITS", 2)
-    costs = costs_of(tiny_llama(num_layers=6, fused=True), exit_layers=[1, 3, 5], longest=4)
-    for of in (costs.draft_step, {layer: of[4] for layer, of in costs.verifications.items()}):
-        assert of[3] == pytest.approx((of[1] + of[5]) / 2)
+        verifications = {(first, 4, width, width) for first in (1, 3) for width in (1, 2, 3)}
+        # What drafts of one or two tokens leave behind, and their last token.
+        verifications |= {(0, last, width, 0) for last in (1, 3) for width in (1, 2)}
+    assert passes == drafts | verifications
 
 
 def test_turns_end_with_patience_on_all_ranks(monkeypatch):

@@ -22,10 +22,8 @@ def test_curves_over_exits_have_title_and_units(drawn, tmp_path):
     figure.canvas.draw()
     assert figure.get_suptitle() == "a model\na machine"
     assert [axes.get_xlabel() for axes in figure.axes] == ["exit layer"] * 2
-    assert [axes.get_ylabel() for axes in figure.axes] == [
-        "loss [nats per token]",
-        "accuracy [share of tokens]",
-    ]
+    units = ["loss [nats per token]", "accuracy [share of tokens]"]
+    assert [axes.get_ylabel() for axes in figure.axes] == units
     assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())
 
 

@@ -14,13 +14,7 @@ from self_speculation.model.model_runner import ModelRunner
 SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 5}
 
 
-@pytest.mark.parametrize(
-    ("config", "widths"),
-    [
-        ({}, {1: 3}),
-        (SPECULATION, {6: 3}),
-    ],
-)
+@pytest.mark.parametrize(("config", "widths"), [({}, {1: 3}), (SPECULATION, {6: 3})])
 def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     """Guards against a draft length that is not drafted in full, and a warm-up that is longer than needed."""
     seen, run = [], ModelRunner.run
@@ -64,13 +58,7 @@ def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, 
         assert all(r["prefill_time"] + r["decode_time"] == r["wall_time"] for r in records)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param({}, id="autoregressive"),
-        pytest.param(SPECULATION, id="self_speculative"),
-    ],
-)
+@pytest.mark.parametrize("config", [{}, SPECULATION], ids=["autoregressive", "self_speculative"])
 def test_after_a_warm_up_nothing_is_captured(config, graphs):
     """Guards against a capture inside a timed example, for a shorter draft or a larger cache."""
     model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
@@ -79,8 +67,7 @@ def test_after_a_warm_up_nothing_is_captured(config, graphs):
     run_every_pass(make_strategy(settings.generation_strategy), model, list(range(3, 43)), settings)
     config = {key: value for key, value in config.items() if key != "generation_strategy"}
     num_captured = len(graphs.captured)
+    shared = {"eos": [], "ends_text": lambda ids: len(ids) > 40, **config}
     for max_steps in (1200, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20):
-        generate(
-            model, [5, 9, 4, 7], eos=[], max_steps=max_steps, ends_text=lambda ids: len(ids) > 40, **config
-        )
+        generate(model, [5, 9, 4, 7], max_steps=max_steps, **shared)
     assert len(graphs.captured) == num_captured > 0

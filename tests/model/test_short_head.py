@@ -63,8 +63,7 @@ def test_the_whole_vocabulary_is_the_whole_head():
     """Guards against a copy of all rows."""
     runner = ModelRunner(tiny_llama(), 1, 8)
     for number in (50, 10**9, None):
-        assert DraftContext(runner, GenerationConfig(draft_vocabulary=number)).short_head is None
-    assert make_drafter(runner, 2, "exact", None) is runner
+        assert make_drafter(runner, GenerationConfig(draft_vocabulary=number), 2) is runner
 
 
 def sequence(*ids):
@@ -94,7 +93,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
     prefer_ids(model, {31: 2, 17: 1})
     runner, seen = ModelRunner(model, 1, 8), sequence(40, 8, 31, 40)
     with torch.inference_mode():
-        head = make_drafter(runner, 4, weights, ShortHead(runner, 5)).head
+        head = make_drafter(runner, GenerationConfig(draft_weights=weights, draft_vocabulary=5), 4).head
         assert known(head) == [[0, 1, 2, 17, 31]]
         head.seen.read([seen])
         assert known(head) == [[0, 1, 2, 8, 17, 31, 40]]
@@ -102,7 +101,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
         head.seen.read([seen])
         listed = [0, 1, 2, 8, 17, 31, 40, 44]
         assert known(head) == [listed]
-        whole = logits_of(make_drafter(runner, 4, weights).head)
+        whole = logits_of(make_drafter(runner, GenerationConfig(draft_weights=weights), 4).head)
         assert whole.shape == logits_of(head).shape == (1, 50)
         # The rows have four bits, the whole head has 16.
         error = (logits_of(head) - whole)[:, listed].norm() / whole[:, listed].norm()
