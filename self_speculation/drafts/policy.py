@@ -104,7 +104,8 @@ class AdaptivePolicy:
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = [name for name, arm in arms.items() if arm.draft_ratio > 0.0]
-        for i, name in enumerate((PLAIN, *self._layered), 1):
+        self._tried = (PLAIN, *self._layered)
+        for i, name in enumerate(self._tried, 1):
             stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
         self._plan, self._plain = Plan(), Plan()
         self._of_layers: dict[tuple[int, int, int], Plan] = {}  # valid until something is learnt of drafts
@@ -243,10 +244,11 @@ class AdaptivePolicy:
         stats = self._stats
         if best.source != PLAIN or not best.drafts:  # in use
             stats.trials[best.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
-        due = [(trials.due, name) for name, trials in stats.trials.items() if trials.due <= stats.num_rounds]
+        dates = [(stats.trials[name].due, name) for name in self._tried]
+        due = sorted(date for date in dates if date[0] <= stats.num_rounds)
         # A row tells by a second token what several rows tell by their first ones.
         length = min(2 if num_rows == 1 else 1, longest)
-        for _, name in sorted(due):
+        for _, name in due:
             trial = self._plain if name == PLAIN else self._hoped(name, num_rows, length)
             if trial is None:
                 stats.trials[name].due += self._WAIT
