@@ -30,11 +30,9 @@ class Sequence:
     """Prompt, output and draft, in this order in one buffer on the device.
 
     Args:
-        request: in token ids.
-        config: of the batch; the request's own counts if it has one.
+        request: in token ids. Its own config overrides `config`, that of the batch.
         context: the most tokens of prompt and output.
         device: of the model's input ids.
-        key: of the request.
         has_drafts: whether to count drafts.
         started: `time.perf_counter` at its start; None: now.
 
@@ -63,7 +61,7 @@ class Sequence:
                 f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}"
             )
         self._stop = StopConditions(
-            end_ids=[*as_list(request.eos_token_ids), *(config.stop_token_ids or [])],
+            end_ids=frozenset([*as_list(request.eos_token_ids), *(config.stop_token_ids or [])]),
             max_tokens=min(config.max_steps, room),
             at_limit="max_steps" if config.max_steps <= room else "context",
             ends_text=as_list(request.ends_text),
@@ -75,10 +73,9 @@ class Sequence:
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self.is_damaged = False  # its logits, keys and values may be NaN
-        # Errors of this round by position after the output: of processors, and of invalid logits. They count
-        # if the output gets there; most positions are rejected drafts.
+        # Errors of this round by position after the output. They count if the output gets there; most
+        # positions are rejected drafts.
         self._errors: dict[int, Exception] = {}
-        self._no_token: dict[int, Exception] = {}
         self.sampler = Sampler.of(config)
         self.generator: torch.Generator | None = None  # of random numbers; None: torch's own
         if request.seed is not None:
@@ -90,7 +87,7 @@ class Sequence:
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
         self._processors = LogitsProcessorList(request.processors(config))
-        self._ids_are_read = bool(self._processors) or self._stop.has_criteria
+        self._ids_are_read = bool(self._processors or self._stop.criteria)
         self._streamer = request.streamer
         self._shows_drafts = hasattr(self._streamer, "delete")
         self._drafts_shown = 0
@@ -103,10 +100,11 @@ class Sequence:
 
     def check(self, largest: abc.Sequence[float]) -> None:
         """Note the positions of this round whose largest logit is invalid."""
+        self.is_damaged = any(map(math.isnan, largest))
         for position, number in enumerate(largest):
             if math.isnan(number) or (math.isinf(number) and not self.sampler.greedy):
                 why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
-                self._no_token[position] = FloatingPointError(why)
+                self._errors.setdefault(position, FloatingPointError(why))
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
@@ -196,31 +194,25 @@ class Sequence:
             scores: [n or more, V] their processed logits.
             num_drafted: tokens that `source` drafted in this round.
         """
-        self.is_damaged = any(position < len(tokens) for position in self._no_token)
-        self._errors = {**self._no_token, **self._errors}
-        if self.error is None:  # else its streamer failed at a draft
-            with self._own_errors():
-                self._commit(tokens, scores, num_drafted, source)
-        self._errors, self._no_token = {}, {}
-
-    def _commit(self, tokens: abc.Sequence[int], scores: Tensor, num_drafted: int, source: str) -> None:
-        taken = 0
-        while taken < len(tokens) and not self.stop_reason:
-            self.error = self._errors.get(taken)
-            if self.error is not None:
-                break
-            # Accepted tokens are there already if processors have read them.
-            if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
-                self._ids[0, self.length] = tokens[taken]
-            self.tokens.append(tokens[taken])
-            self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
-            taken += 1
-        if self.draft_stats is not None and source:
-            self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=taken)
-        if self._first_token_at is None:
-            self._first_token_at = time.perf_counter()
-        if self._streamer is not None:
-            self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
+        errors, self._errors, taken = self._errors, {}, 0
+        if self.error is not None:  # its streamer failed at a draft
+            return
+        with self._own_errors():
+            while taken < len(tokens) and not self.stop_reason:
+                if taken in errors:
+                    self.error = errors[taken]
+                    break
+                # Accepted tokens are there already if processors have read them.
+                if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
+                    self._ids[0, self.length] = tokens[taken]
+                self.tokens.append(tokens[taken])
+                self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
+                taken += 1
+            if self.draft_stats is not None and source:
+                self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=taken)
+            self._first_token_at = self._first_token_at or time.perf_counter()
+            if self._streamer is not None:
+                self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of its processors, criteria, streamer or logits."""
