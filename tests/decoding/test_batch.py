@@ -344,7 +344,7 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
     scheduler.add_request("ends early", Request([3], ends_text=lambda tokens: len(tokens) == 9))
     scheduler.add_request("is long", Request([7], config=replace(config, max_steps=60)))
-    cache, capacities, ended = scheduler._begin()[0].runner.cache, set(), {}
+    cache, capacities, ended = scheduler._begin().runner.cache, set(), {}
     while scheduler.batch:
         scheduler.step()
         capacities.add(cache.capacity)

@@ -36,7 +36,6 @@ from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.traced_runner import never_trace
 from self_speculation.scheduler import Scheduler
-from self_speculation.self_speculation_generator import HostVerification
 from self_speculation.transfers import Reading, Stopwatch, on_device
 
 DEVICE = "cuda:0"
@@ -160,7 +159,7 @@ def cuda(monkeypatch):
         """As it is read, with as many accepted as there can be."""
         honest(rows, draft, target, verdict)
         accepted = [draws.randint(0, length) for length in draft.lengths]
-        return HostVerification(accepted, [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted])
+        return accepted, [[draws.randrange(5, 60) for _ in range(m + 1)] for m in accepted]
 
     monkeypatch.setattr("self_speculation.decoding.batch.read", read)
     monkeypatch.setattr(Reading, "__init__", lambda reading, numbers: setattr(reading, "numbers", numbers))
