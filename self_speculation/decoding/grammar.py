@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import llguidance
 import llguidance.hf
@@ -30,10 +29,6 @@ _MAX_REPEATS = 10_000  # of a pattern, whose counts multiply
 _LIMITS = llguidance.LLParserLimits(max_grammar_size=10_000, max_lexer_states=50_000)
 # [256, 8]: what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer.
 _OF_BYTES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8)] for byte in range(256)])
-# Of each tokenizer, by vocabulary size and end ids: making one takes a tenth of a second and more.
-_TOKENIZERS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, llguidance.LLTokenizer]] = (
-    WeakKeyDictionary()
-)
 
 
 class GrammarError(ValueError):
@@ -134,7 +129,7 @@ class GrammarProcessor(LogitsProcessor):
         eos_token_ids: Sequence[int],
     ) -> None:
         self._prompt_length, self._vocab_size = prompt_length, vocab_size
-        self._unused = _matcher(_tokenizer(tokenizer, vocab_size, eos_token_ids), grammar)
+        self._unused = _matcher(_tokenizer(tokenizer, vocab_size, tuple(eos_token_ids)), grammar)
         self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
         self._of_bytes = _OF_BYTES
 
@@ -178,16 +173,14 @@ class GrammarProcessor(LogitsProcessor):
         return accepted == len(rest)
 
 
+@lru_cache(maxsize=8)
 def _tokenizer(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...]
 ) -> llguidance.LLTokenizer:
+    """Making one takes a tenth of a second and more."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("a grammar needs a fast tokenizer, of the library tokenizers")
-    known = _TOKENIZERS.setdefault(tokenizer, {})
-    key = (vocab_size, tuple(eos_token_ids))
-    if key not in known:
-        known[key] = llguidance.hf.from_tokenizer(tokenizer, vocab_size, list(eos_token_ids))
-    return known[key]
+    return llguidance.hf.from_tokenizer(tokenizer, vocab_size, list(eos_token_ids))
 
 
 @lru_cache(maxsize=8)

@@ -100,7 +100,7 @@ def test_model_args_become_python_values():
         ("--max_steps x", "--max_steps: invalid int value: 'x'"),
         ("--exit_layer 0", "--exit_layer 0: must be -1 (full depth) or at least 1"),
         ("--num_speculations 0", "--num_speculations 0: must be -1 or at least 1"),
-        ("--temperature -1", "--temperature -1.0: must be 0 (greedy) or more"),
+        ("--temperature -1", "--temperature -1.0: must be between 0 (greedy) and 1000"),
         ("--temperature inf", "--temperature inf: must be"),
         ("--top_k -1", "--top_k -1: must be 0 (off) or more"),
         ("--top_p 1.5", "--top_p 1.5: must be between 0 and 1"),
