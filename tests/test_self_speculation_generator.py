@@ -159,7 +159,7 @@ def test_autoregressive_results_have_no_counts_of_drafts():
     """Guards against zeros that read as rejected drafts."""
     result = generate(tiny_llama(), PROMPT, max_steps=5)
     assert result.acceptance_rate is result.num_drafted is result.num_accepted is None
-    assert result.num_verifications is result.mean_accepted_length is result.acceptance_by_position is None
+    assert result.num_verifications is result.mean_accepted_length is result.drafted_by_position is None
 
 
 def test_a_huge_draft_length():
