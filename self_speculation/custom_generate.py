@@ -150,13 +150,10 @@ def _calls_for_row(
     processors: Iterable[Callable],
     criteria: Iterable[Callable],
 ) -> tuple[Callable | None, Callable | None]:
-    """A processor and a criterion for one row, which call those of the batch.
+    """A processor and a criterion for one row of [B, P] prompts, which call those of the batch.
 
     A callable that may treat rows differently gets this row B times; its result for this index counts.
-
-    Args:
-        input_ids: [B, P] prompts with padding.
-        prompt_length: of the row, without padding.
+    `prompt_length` is without padding.
     """
     batch_size, padded = len(input_ids), input_ids[row, None]
     processors, criteria = [_of_row(row, processor) for processor in processors], [*criteria]
@@ -199,10 +196,8 @@ def _refusals(
     streamer: Any,
     kwargs: dict,
 ) -> Iterator[tuple[Any, str]]:
-    """For each argument that would change the text: whether it is given, and the message.
-
-    Args:
-        seen: [B, P] booleans: ids that the model sees.
+    """For each argument that would change the text: whether it is given, and the message. The model sees
+    `seen`, [B, P] booleans.
     """
     yield config.num_beams > 1, "num_beams: beam search has no drafts to verify"
     for name in _METHODS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,10 +53,11 @@ class PreparedRequest(Request):
         )
 
 
-class GenerationStrategy(ABC):
-    """A way to generate token ids. One of your own needs `generate_token_ids` only."""
+class GenerationStrategy:
+    """A way to generate token ids. One of your own needs `generate_token_ids` or `generate_batch`: each has
+    a default that calls the other.
+    """
 
-    @abstractmethod
     def generate_token_ids(
         self,
         model: PreTrainedModel,
@@ -79,6 +79,9 @@ class GenerationStrategy(ABC):
                 does not have.
             FloatingPointError: the model's logits are NaN.
         """
+        calls = (logits_processors, stopping_criteria, streamer)
+        request = Request(input_ids, *calls, eos_token_ids=eos_token_ids)
+        return single_result(self.generate_batch(model, [request], generation_config, batch_size=1))
 
     def generate_batch(
         self,
@@ -97,8 +100,7 @@ class GenerationStrategy(ABC):
             result: GenerationStrategyResult | Exception
             try:
                 processors, criteria = request.processors(config), as_list(request.stopping_criteria)
-                num_prompt = len(request.ids)
-                criteria += [_as_criterion(ends, num_prompt) for ends in as_list(request.ends_text)]
+                criteria += [_as_criterion(ends, len(request.ids)) for ends in as_list(request.ends_text)]
                 result = self.generate_token_ids(
                     model,
                     request.ids,
@@ -132,9 +134,7 @@ class HuggingfaceLlamaGenerator:
         model: PreTrainedModel,
         generation_strategy: GenerationStrategy,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.model = model
-        self.generation_strategy = generation_strategy
+        self.tokenizer, self.model, self.generation_strategy = tokenizer, model, generation_strategy
 
     def generate(
         self,
@@ -201,13 +201,10 @@ class HuggingfaceLlamaGenerator:
         generation_config: GenerationConfig,
         started: float | None = None,
     ) -> PreparedRequest:
-        """Tokenize a prompt and add what ends its answer.
+        """Tokenize a prompt and add what ends its answer. Raises what `encode` does.
 
         Args:
             started: when the request's time began, by `time.perf_counter`; None: now.
-
-        Raises:
-            ValueError: what `encode` raises.
         """
         started = time.perf_counter() if started is None else started
         request = given if isinstance(given, Request) else Request(given)
@@ -251,9 +248,8 @@ class HuggingfaceLlamaGenerator:
             )
         else:
             ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
-        if not ids:
-            starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-            ids = [token for token in starts if token is not None][:1]
+        starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        ids = ids or [token for token in starts if token is not None][:1]
         known = self.model.config.vocab_size
         if unknown := [id_ for id_ in ids if not 0 <= id_ < known]:
             raise ValueError(

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.request import Callables, Request
+from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
-from self_speculation.generator_base import GenerationStrategy, single_result
+from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
@@ -71,20 +71,6 @@ class DecodingStrategy(GenerationStrategy):
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         """Make what is made once for a model, so that no answer's time includes it."""
-
-    def generate_token_ids(
-        self,
-        model: PreTrainedModel,
-        input_ids: list[int],
-        eos_token_ids: int | list[int] | None,
-        generation_config: GenerationConfig,
-        logits_processors: Callables = None,
-        stopping_criteria: Callables = None,
-        streamer: Any = None,
-    ) -> GenerationStrategyResult:
-        calls = (logits_processors, stopping_criteria, streamer)
-        request = Request(input_ids, *calls, eos_token_ids=eos_token_ids)
-        return single_result(self.generate_batch(model, [request], generation_config, batch_size=1))
 
     def generate_batch(
         self,

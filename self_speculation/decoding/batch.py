@@ -54,10 +54,8 @@ class Batch:
         return all(sequence.remaining for sequence in self.sequences)
 
     def draft_limits(self, k: int, wanted: abc.Sequence[bool] | None = None) -> list[int]:
-        """[B] the most tokens to draft for each row, at most k. A round outputs up to one token more.
-
-        Args:
-            wanted: [B] rows to draft for; None: all.
+        """[B] the most tokens to draft for each row, at most k; 0 for rows that are not `wanted` (None: all
+        are). A round outputs up to one token more.
         """
         pairs = zip(self.sequences, wanted or [True] * len(self), strict=True)
         return [
@@ -88,15 +86,10 @@ class Batch:
     def sample_draft(
         self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool]
     ) -> tuple[SampledTokens, Tensor]:
-        """Sample the draft token at position 0, 1, ...
+        """Sample the draft token at position 0, 1, ... from logits [B, V]; returns the processed ones, too.
 
-        Args:
-            logits: [B, V]
-            is_drafting: [B] rows that draft at this position. The others get `last`: padding is cached, and
-                must be finite, since masks do not stop NaN.
-
-        Returns:
-            The tokens, and the processed logits [B, V] that they were sampled from.
+        Rows that are not drafting [B] get `last`: padding is cached, and must be finite, since masks do not
+        stop NaN.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
         numbers = self._round_numbers()
@@ -111,13 +104,8 @@ class Batch:
     ) -> Reading | None:
         """Write drafted tokens [B] into the histories, and stream them where drafts are shown.
 
-        Reads from the device: one if drafts are shown or a confidence is given; else none.
-
-        Args:
-            confidence: [B] probabilities of the tokens in fp32, if drafts end by them.
-
-        Returns:
-            The read, if any: one list, tokens then confidences.
+        Reads from the device: one if drafts are shown or a confidence [B] is given, by which drafts end; else
+        none. Returns that read: tokens, then confidences.
         """
         drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
         for row in drafting:
@@ -198,10 +186,8 @@ class Batch:
         """Append the tokens of a round to the outputs, up to the token that ends an output.
 
         Args:
-            tokens: [B] lists.
             last: [B, 1] the last token of each row, on the device.
             scores: [B, n, V] processed logits, n >= tokens.
-            num_drafted: [B]
             sources: [B] names of the draft sources; "": no verification.
         """
         for row, sequence in enumerate(self.sequences):

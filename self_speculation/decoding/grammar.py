@@ -37,20 +37,15 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """A language that an output must belong to.
+    """A language that an output must belong to."""
 
-    Args:
-        definition: in llguidance's format; `json_schema`, `regex` and `lark` make it.
-    """
-
-    definition: str
+    definition: str  # in llguidance's format; `json_schema`, `regex` and `lark` make it
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
         """JSON that conforms to a schema. {"type": "object"} allows any object.
 
-        Raises:
-            ValueError: the schema is no JSON object, or too large.
+        Raises ValueError if the schema is no JSON object, or too large.
         """
         schema = json.loads(schema) if isinstance(schema, str) else schema
         return cls(llguidance.LLMatcher.grammar_from_json_schema(schema_text(schema)))
@@ -72,11 +67,7 @@ class Grammar:
 
 
 def schema_text(schema: Any) -> str:
-    """A JSON schema with our options, as JSON.
-
-    Raises:
-        GrammarError: the schema is no object, or too large.
-    """
+    """A JSON schema with our options, as JSON. Raises GrammarError if it is no object, or too large."""
     if not isinstance(schema, Mapping):
         raise GrammarError("a JSON schema must be an object")
     try:
@@ -134,13 +125,9 @@ class GrammarProcessor(LogitsProcessor):
         self._of_bytes = _OF_BYTES
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """
-        Args:
-            input_ids: [1, n] prompt, output and draft.
-            scores: [1, V]
+        """input_ids: [1, n] prompt, output and draft; scores: [1, V].
 
-        Raises:
-            GrammarError: nothing can follow, or what can is beyond the limits of llguidance.
+        Raises GrammarError if nothing can follow, or what can is beyond the limits of llguidance.
         """
         if not self._move_to(input_ids[0, self._prompt_length :].tolist()):
             if self._matcher.is_error():

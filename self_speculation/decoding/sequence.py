@@ -138,15 +138,10 @@ class Sequence:
         return bool(self._processors)
 
     def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
-        """Apply the logits processors.
+        """[n, V] logits in fp32, the first `count` of them processed, one row [1, V] at a time.
 
-        Args:
-            logits: [n, V]; row i follows the history with `num_drafted + i` drafted tokens.
-            count: rows to process; the others are padding.
-
-        Returns:
-            [n, V], in fp32. Processors get one row at a time, [1, V]. A row whose processors raise stays
-            unprocessed; `commit` raises the error if the output gets there.
+        Row i follows the history with `num_drafted + i` drafted tokens. Where processors raise, it stays
+        unprocessed; `commit` raises the error if the output gets there.
         """
         logits = logits.float()
         if not self._processors or not count:

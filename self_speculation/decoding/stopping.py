@@ -23,12 +23,9 @@ class StopConditions:
     criteria: Sequence[Callable]  # of transformers, called with the history and the processed logits
 
     def reason(self, output: Sequence[int], history: Tensor, scores: Tensor) -> StopReason | None:
-        """Why the output ends after its last token; None: it goes on.
+        """Why the output, with an end id, ends after its last token; None: it goes on.
 
-        Args:
-            output: with an end id.
-            history: [1, prompt + output]
-            scores: [1, V] the processed logits of the last token.
+        history: [1, prompt + output]; scores: [1, V] the processed logits of the last token.
         """
         if output[-1] in self.end_ids:
             return "eos"
