@@ -111,9 +111,7 @@ def test_a_grammar_that_matches_nothing(bundled, text, drafts):
 
 
 def test_a_processor_counts_the_allowed_tokens_of_a_draft(bundled):
-    """Guards against verifying what the grammar rejects, and against a matcher that a draft led nowhere.
-    """
-    """
+    """Guards against verifying what the grammar rejects, and against a matcher that a draft led nowhere."""
     model, tokenizer = bundled
     grammar = Grammar.lark('start: "ab" x | "left" | "right"\nx: x')
     processor = GrammarProcessor(grammar, tokenizer, 0, model.config.vocab_size, [tokenizer.eos_token_id])
