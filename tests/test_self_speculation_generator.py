@@ -58,6 +58,7 @@ SHARED = st.fixed_dictionaries(
         "max_steps": st.integers(1, 20),
         "eos": st.lists(st.integers(0, 49), max_size=6, unique=True),
         "no_repeat_ngram_size": st.sampled_from([None, 1, 2]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
     }
 )
 
@@ -96,6 +97,7 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
         logits_processor=PROCESSORS[processors](),
         stopping_criteria=criterion,
         no_repeat_ngram_size=shared["no_repeat_ngram_size"],
+        repetition_penalty=shared["repetition_penalty"],
     )
     assert speculative.num_accepted <= speculative.num_drafted
     assert speculative.num_decode_tokens <= speculative.num_verifications * (drafts["num_speculations"] + 1)

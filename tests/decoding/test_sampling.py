@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 from scipy.stats import chisquare
+from transformers import MinPLogitsWarper
 
 from self_speculation.decoding import sampling
 from self_speculation.decoding.sampling import (
@@ -41,8 +42,9 @@ def test_filters(settings, filtered):
 @pytest.mark.parametrize("vocab_size", [7, 300])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("top_k", [0, 2, 50])
+@pytest.mark.parametrize("min_p", [0.0, 0.3])
 @pytest.mark.parametrize("may_look", [True, False])
-def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, may_look, monkeypatch):
+def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p, may_look, monkeypatch):
     """Guards against a nucleus among too few tokens (flat rows need more than steep ones), and against one
     token more or less. Logits are eighths, so that there are ties, except where a GPU would cut them off. No
     sum of probabilities is within 2e-5 of a threshold, so rounding decides nothing.
@@ -53,8 +55,9 @@ def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, may_l
         logits = torch.randn(3, vocab_size) * scale
         if may_look or not top_k:
             logits = logits.mul(8).round().div(8)
-        wanted = top_k_top_p_filtering(logits / 0.5, top_k, top_p).softmax(-1)
-        got = Sampler(True, 0.5, top_k, top_p).probabilities(logits)
+        kept = top_k_top_p_filtering(logits / 0.5, top_k, top_p)
+        wanted = (MinPLogitsWarper(min_p)(None, kept) if min_p else kept).softmax(-1)
+        got = Sampler(True, 0.5, top_k, top_p, min_p).probabilities(logits)
         # Sorted: any of several equal tokens may be left out.
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
 
