@@ -92,9 +92,7 @@ def verify(batch: Batch, draft: Draft, logits: Tensor) -> Verification:
     """Apply the accept rule to all rows, with the random numbers of each."""
     k = draft.tokens.shape[1]
     if not k:  # a shortcut with the same result
-        numbers = batch.verify_numbers(0)
-        sampled = batch.sampler(logits[:, 0], None if numbers is None else numbers[:, 0])
-        return Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
+        return Verification(batch.last.new_zeros(len(batch)), batch.sample(logits[:, 0]).tokens)
     lengths = None  # all drafts have k tokens
     if min(draft.lengths) < k:
         lengths = on_device(draft.lengths, draft.tokens.device)

@@ -83,6 +83,11 @@ class Batch:
         vars(self).pop("sampler", None)
         return removed
 
+    def sample(self, logits: Tensor, number: int = -1) -> SampledTokens:
+        """Sample a token of each row from processed logits [B, V], with one of the round's random numbers."""
+        numbers = self._round_numbers()
+        return self.sampler(logits, None if numbers is None else numbers[:, number])
+
     def sample_draft(
         self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool]
     ) -> tuple[SampledTokens, Tensor]:
@@ -92,8 +97,7 @@ class Batch:
         stop NaN.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
-        numbers = self._round_numbers()
-        sampled = self.sampler(logits, None if numbers is None else numbers[:, position])
+        sampled = self.sample(logits, position)
         if not all(is_drafting):
             mask = on_device(is_drafting, logits.device).bool()
             sampled = replace(sampled, tokens=sampled.tokens.where(mask, self.last[:, 0]))
@@ -169,11 +173,9 @@ class Batch:
     def emit(self, logits: Tensor) -> None:
         """Sample one token of each row from logits [B, V] and commit it. Reads from the device: one."""
         logits = self.process(logits[:, None])  # [B, 1, V]
-        numbers = self._round_numbers()
-        tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
+        tokens = self.sample(logits[:, 0]).tokens  # [B]
         (ids,) = self.read([tokens], logits)
-        no_draft = ([0] * len(self), [""] * len(self))
-        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits, *no_draft)
+        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits, [0] * len(self), [""] * len(self))
 
     def commit(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -74,28 +74,21 @@ def schema_text(schema: Any) -> str:
         text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
         if len(text) > _MAX_SCHEMA:
             raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
-        patterns = [*_patterns(schema)]
+        json.loads(text, object_hook=_check_patterns)
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
-    for pattern in patterns:
-        if math.prod(int(n) or 1 for n in re.findall(r"\{(\d{1,9})", pattern)) > _MAX_REPEATS:
-            message = f"the counts of a pattern multiply to more than {_MAX_REPEATS}"
-            raise GrammarError(f"pattern {pattern[:40]!r}: {message}")
     return text
 
 
-def _patterns(schema: Any) -> Iterator[str]:
-    """The regular expressions in a schema."""
-    if isinstance(schema, list):
-        for part in schema:
-            yield from _patterns(part)
-    elif isinstance(schema, Mapping):
-        for key, value in schema.items():
-            if key == "pattern" and isinstance(value, str):
-                yield value
-            elif key == "patternProperties" and isinstance(value, Mapping):
-                yield from value
-            yield from _patterns(value)
+def _check_patterns(schema: dict[str, Any]) -> dict[str, Any]:
+    """Check the regular expressions of one object in a schema."""
+    of_names = schema.get("patternProperties")
+    for pattern in [schema.get("pattern"), *(of_names if isinstance(of_names, dict) else ())]:
+        counts = re.findall(r"\{(\d{1,9})", pattern) if isinstance(pattern, str) else ()
+        if math.prod(int(n) or 1 for n in counts) > _MAX_REPEATS:
+            message = f"the counts of a pattern multiply to more than {_MAX_REPEATS}"
+            raise GrammarError(f"pattern {pattern[:40]!r}: {message}")
+    return schema
 
 
 class GrammarProcessor(LogitsProcessor):

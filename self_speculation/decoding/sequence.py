@@ -89,7 +89,6 @@ class Sequence:
         self._processors = LogitsProcessorList(request.processors(config))
         self._ids_are_read = bool(self._processors or self._stop.criteria)
         self._streamer = request.streamer
-        self._shows_drafts = hasattr(self._streamer, "delete")
         self._drafts_shown = 0
         self._draft_ended = False
 
@@ -170,7 +169,7 @@ class Sequence:
     @property
     def shows_draft(self) -> bool:
         """Whether to stream the next drafted token."""
-        return self._shows_drafts and not self._draft_ended
+        return hasattr(self._streamer, "delete") and not self._draft_ended
 
     def show_drafted(self, id_: int) -> None:
         self._draft_ended = id_ in self._stop.end_ids

@@ -11,8 +11,8 @@ PROMPT = [5, 9, 4, 7, 7, 3]
 
 
 def test_the_penalties_of_openai():
-    """Guards against another formula than logit - count * frequency - (count > 0) * presence, and against counts
-    of the prompt.
+    """Guards against another formula than logit - count * frequency - (count > 0) * presence, and against
+    counts of the prompt.
     """
     processor = FrequencyPenaltyLogitsProcessor(2, frequency=0.5, presence=0.25)
     scores = processor(torch.tensor([[3, 3, 1, 0, 1]]), torch.zeros(1, 5))

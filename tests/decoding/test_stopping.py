@@ -54,9 +54,9 @@ def test_cut_and_settled_text():
 
 @pytest.fixture
 def answer(byte_tokenizer, text_model):
-    def generate_text(prompt, **config):
+    def generate_text(prompt, tokenizer=byte_tokenizer, **config):
         strategy = config.get("generation_strategy", "autoregressive")
-        generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy(strategy))
+        generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy(strategy))
         return generator.generate(prompt, GenerationConfig(sample=False, max_steps=30, **config))
 
     return generate_text
@@ -67,8 +67,11 @@ SPECULATIVE = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_
 
 @pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
 def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra):
-    """Guards against text with a stop word, and against more ids than those whose text has it."""
+    """Guards against text with a stop word, against more ids than those whose text has it, and against a
+    search in the prompt.
+    """
     free = answer("def", **extra)
+    assert answer("def", stop_words=["def", "ef"], **extra).decoded_prediction == free.decoded_prediction
     text = free.decoded_prediction
     assert free.num_tokens_generated == 30
     for start in range(0, len(text) - 3, 5):
@@ -84,36 +87,6 @@ def test_stop_words_end_text_before_and_ids_after(answer, byte_tokenizer, extra)
 
 
 @pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
-def test_a_stop_word_in_the_prompt_stops_nothing(answer, extra):
-    """Guards against a search in the prompt."""
-    free = answer("Human:", **extra)
-    held = answer("Human:", stop_words=["Human:", "uman"], **extra)
-    assert held.decoded_prediction == free.decoded_prediction
-    assert held.num_tokens_generated == 30
-
-
-@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
-def test_an_empty_prompt_stands_for_bos(answer, byte_tokenizer, text_model, extra):
-    """Guards against an error, or a pass over no tokens."""
-    result = answer("", **extra)
-    reference = transformers_generate(text_model, [byte_tokenizer.bos_token_id], 30)
-    assert result.generation_strategy_result.predicted_tokens == reference
-    assert result.generation_strategy_result.num_prompt_tokens == 1
-
-
-def test_an_empty_prompt_without_bos_stands_for_eos_or_is_refused(text_model, byte_tokenizer):
-    """Guards against the id None."""
-    tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.bos_token = None
-    generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
-    assert generator.encode("") == [tokenizer.eos_token_id]
-    tokenizer.eos_token = None
-    generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
-    with pytest.raises(ValueError, match="the prompt has no tokens"):
-        generator.generate("", GenerationConfig())
-
-
-@pytest.mark.parametrize("extra", [{}, SPECULATIVE], ids=["plain", "speculative"])
 def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extra, monkeypatch):
     """Guards against ignored end ids of the config, the tokenizer or the model; the earliest one counts."""
     ids = answer("def", **extra).generation_strategy_result.predicted_tokens
@@ -126,41 +99,48 @@ def test_every_source_of_end_ids_counts(answer, text_model, byte_tokenizer, extr
     assert result.generation_strategy_result.stop_reason == "eos"
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[early])
-    generator = HuggingfaceLlamaGenerator(
-        tokenizer, text_model, make_strategy(extra.get("generation_strategy", "autoregressive"))
-    )
-    result = generator.generate("def", GenerationConfig(sample=False, **extra))
-    assert result.generation_strategy_result.predicted_tokens == ids[:early]
+    assert answer("def", tokenizer, **extra).generation_strategy_result.predicted_tokens == ids[:early]
 
 
-def test_rates_of_a_result(answer):
-    """Guards against rates by other times or numbers than those of the result."""
-    result = answer("def")
-    assert result.num_tokens_generated == len(result.generation_strategy_result.predicted_tokens)
-    assert result.time_per_token == pytest.approx(result.total_time / 30)
-    assert result.tokens_per_second == pytest.approx(30 / result.total_time)
+def test_empty_prompts_and_rates(answer, text_model, byte_tokenizer):
+    """Guards against a pass over no tokens or the id None, and against rates by other times or numbers than
+    those of the result.
+    """
+    result = answer("")
+    ids = transformers_generate(text_model, [byte_tokenizer.bos_token_id], 30)
+    assert result.generation_strategy_result.predicted_tokens == ids
+    assert result.num_tokens_generated == len(ids)
+    assert result.time_per_token == pytest.approx(result.total_time / len(ids))
+    assert result.tokens_per_second == pytest.approx(len(ids) / result.total_time)
+    generation = result.generation_strategy_result
+    assert generation.prefill_time + generation.decode_time <= result.total_time
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
+    tokenizer.bos_token = None
+    assert generator.encode("") == [tokenizer.eos_token_id]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        generator.generate("", GenerationConfig())
 
 
 @pytest.mark.parametrize("drafts", [{}, {"exit_layer": 2, "num_speculations": 3}])
 def test_one_callable_or_a_list(drafts):
     """Guards against `'function' object is not iterable`, and against a call of transformers' lists."""
     processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
-    one = {"logits_processors": processor, "stopping_criteria": criterion}
-    lists = {"logits_processors": [processor], "stopping_criteria": [criterion]}
-    of_transformers = {
-        "logits_processors": LogitsProcessorList([processor]),
-        "stopping_criteria": StoppingCriteriaList([criterion]),
-    }
-    sequences = [
-        generate(tiny_llama(), [5, 6, 7], eos=[], max_steps=20, **drafts, **given).predicted_tokens
-        for given in (one, lists, of_transformers, {})
+    settings = {"eos": [], "max_steps": 20, **drafts}
+    found = [
+        generate(tiny_llama(), [5, 6, 7], **settings, logits_processors=of, stopping_criteria=ends)
+        for of, ends in (
+            (processor, criterion),
+            ([processor], [criterion]),
+            (LogitsProcessorList([processor]), StoppingCriteriaList([criterion])),
+        )
     ]
-    assert sequences[0] == sequences[1] == sequences[2]
-    assert len(sequences[0]) == 6
-    assert len(sequences[3]) == 20
-    end = sequences[3][4]
-    by_id = [generate(tiny_llama(), [5, 6, 7], eos=ids, **drafts).predicted_tokens for ids in (end, [end])]
-    assert by_id[0] == by_id[1] == sequences[3][: sequences[3].index(end)]
+    assert [result.predicted_tokens for result in found] == [found[0].predicted_tokens] * 3
+    assert len(found[0].predicted_tokens) == 6
+    free = generate(tiny_llama(), [5, 6, 7], **settings).predicted_tokens
+    by_id = generate(tiny_llama(), [5, 6, 7], **{**settings, "eos": free[4]}).predicted_tokens
+    assert by_id == free[: free.index(free[4])]
 
 
 @pytest.mark.parametrize("reads_drafts", [False, True])
