@@ -2,16 +2,16 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from itertools import count
 from operator import length_hint
 
 import pytest
 import torch
-from conftest import drained, generate, in_batch, tiny_llama
+from conftest import drained, generate, in_batch, strategy_name, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor
+from transformers import MaxLengthCriteria
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.model import model_runner
@@ -23,34 +23,23 @@ PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 
 DRAFTED = {"exit_layer": 2, "num_speculations": 3}
 
 
-def alone(model, request, **config):
-    """The result of a request without neighbours, with random numbers from its seed."""
-    if request.seed is not None:
-        torch.manual_seed(request.seed)
-    return generate(
-        model,
-        request.prompt,
-        eos=request.eos_token_ids or [],
-        logits_processors=request.logits_processors,
-        stopping_criteria=request.stopping_criteria,
-        **config,
-    )
+def scheduler_of(model, batch_size, budget=None, **config):
+    strategy = strategy_name(config)
+    config.pop("strategy", None)
+    config = GenerationConfig(**{"sample": False, "max_steps": 12, **config})
+    return Scheduler(make_strategy(strategy), model, config, batch_size, budget)
+
+
+def chunked(model, requests, batch_size, budget, **config):
+    """Results by index. All requests are added before the first step."""
+    scheduler = scheduler_of(model, batch_size, budget, **config)
+    for key, request in enumerate(requests):
+        scheduler.add_request(key, request)
+    return drained(scheduler)
 
 
 def tokens_alone(model, prompts, **config):
     return [generate(model, prompt, eos=[], **config).predicted_tokens for prompt in prompts]
-
-
-def assert_as_if_alone(model, requests, batch_size, **config):
-    results = in_batch(model, requests, batch_size, **config)
-    assert sorted(results) == list(range(len(requests)))
-    for index, request in enumerate(requests):
-        solo, mine = alone(model, request, **config), results[index]
-        assert mine.predicted_tokens == solo.predicted_tokens
-        assert (mine.stop_reason, mine.end_token_id) == (solo.stop_reason, solo.end_token_id)
-        if config.get("strategy") != "adaptive":  # whose drafts depend on time
-            assert mine.drafts_by_source == solo.drafts_by_source
-            assert mine.accepted_by_position == solo.accepted_by_position
 
 
 DRAFTS = st.one_of(
@@ -69,40 +58,71 @@ DRAFTS = st.one_of(
 )
 
 
+OWN = st.fixed_dictionaries(
+    {"generation_strategy": st.sampled_from(["self_speculative", "autoregressive"])},
+    optional={
+        "max_steps": st.integers(1, 24),
+        "sample": st.booleans(),
+        "temperature": st.sampled_from([0.5, 1.3]),
+        "top_k": st.sampled_from([1, 5]),
+        "top_p": st.sampled_from([0.5, 1.0]),
+        "repetition_penalty": st.sampled_from([0.7, 1.5]),
+        "no_repeat_ngram_size": st.just(1),
+        "stop_token_ids": st.lists(st.integers(2, 49), max_size=6),
+    },
+)
+TEXT = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
+ROW = st.tuples(
+    st.lists(st.integers(3, 40), min_size=1, max_size=12) | st.integers(1, 12).map(lambda n: TEXT[:n]),
+    st.none() | OWN,
+    st.none() | st.integers(1, 9),
+)
+
+
 @given(
-    prompts=st.lists(st.lists(st.integers(3, 40), min_size=1, max_size=12), min_size=1, max_size=7),
+    rows=st.lists(ROW, min_size=1, max_size=7),
     batch_size=st.integers(1, 5),
+    budget=st.sampled_from([None, None, 1, 4, 9]),
+    reuse_cache=st.booleans(),
     drafts=DRAFTS,
     max_steps=st.integers(1, 24),
     ends=st.lists(st.integers(2, 49), max_size=6),
-    penalties=st.lists(st.none() | st.floats(0.5, 2.0), min_size=7, max_size=7),
-    stops_at=st.lists(st.none() | st.integers(1, 9), min_size=7, max_size=7),
     sample=st.booleans(),
     agreement=st.sampled_from(["sometimes", "always", "never"]),
     fused=st.booleans(),
     context=st.sampled_from([20, 256]),
 )
-@settings(max_examples=50)
+@settings(max_examples=120)
 def test_every_row_is_as_if_alone(
-    prompts, batch_size, drafts, max_steps, ends, penalties, stops_at, sample, agreement, fused, context
+    rows, batch_size, budget, reuse_cache, drafts, max_steps, ends, sample, agreement, fused, context
 ):
-    """Guards against slots, masks, lengths, random numbers, processors or stop conditions of other rows, and
-    against a row at the end of its context that shortens others. Rows are replaced in every order.
+    """Guards against slots, masks, lengths, random numbers, settings, processors or stop conditions of other
+    rows, against a row at the end of its context that shortens others, against a chunk of a prompt at a wrong
+    position, and against a cached prefix that another row overwrites. Rows are replaced in every order.
     """
     fused = fused or drafts.get("draft_weights") == "int4"
-    sample = sample and "strategy" not in drafts  # adaptive draws depend on time
+    is_adaptive = "strategy" in drafts  # whose drafts and draws depend on time
     requests = [
         Request(
             prompt,
             eos_token_ids=ends,
-            logits_processors=[RepetitionPenaltyLogitsProcessor(penalty)] if penalty else None,
             stopping_criteria=[MaxLengthCriteria(len(prompt) + at)] if at else None,
             seed=index,
+            config=own and GenerationConfig(**(own | ({"sample": False} if is_adaptive else {}))),
         )
-        for index, (prompt, penalty, at) in enumerate(zip(prompts, penalties, stops_at, strict=False))
+        for index, (prompt, own, at) in enumerate(rows)
     ]
     model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
-    assert_as_if_alone(model, requests, batch_size, max_steps=max_steps, sample=sample, **drafts)
+    config = {"max_steps": max_steps, "sample": sample and not is_adaptive, **drafts}
+    together = in_batch if budget is None else partial(chunked, budget=budget)
+    results = together(model, requests, batch_size, reuse_cache=reuse_cache, **config)
+    assert sorted(results) == list(range(len(requests)))
+    for index, request in enumerate(requests):
+        alone, mine = in_batch(model, [request], 1, **config)[0], results[index]
+        assert mine.predicted_tokens == alone.predicted_tokens
+        assert (mine.stop_reason, mine.end_token_id) == (alone.stop_reason, alone.end_token_id)
+        if not is_adaptive:
+            assert mine.draft_stats == alone.draft_stats
 
 
 def raises_from(length):
@@ -266,7 +286,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
 
     drafts = {**DRAFTED, "sample": True, "temperature": 1.0, "max_steps": 8}
     model, requests = tiny_llama(), [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
-    scheduler = Scheduler(make_strategy("self_speculative"), model, GenerationConfig(**drafts), batch_size=2)
+    scheduler = scheduler_of(model, 2, **drafts)
     for key in range(num_rows):
         scheduler.add_request(key, requests[key])
     with monkeypatch.context() as patches:
@@ -277,7 +297,8 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
     for key in (3, 4):
         scheduler.add_request(key, requests[key])
     for key, result in drained(scheduler).items():
-        assert result.predicted_tokens == alone(model, requests[key], **drafts).predicted_tokens
+        alone = in_batch(model, [requests[key]], 1, **drafts)[0]
+        assert result.predicted_tokens == alone.predicted_tokens
 
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
@@ -295,10 +316,10 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     row.
     """
     monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 32)
-    config = GenerationConfig(sample=False, max_steps=200)
-    scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
+    scheduler = scheduler_of(tiny_llama(), 2, max_steps=200)
     scheduler.add_request("ends early", Request([3], ends_text=ends_at(9)))
-    scheduler.add_request("is long", Request([7], config=replace(config, max_steps=60)))
+    is_long = GenerationConfig(sample=False, max_steps=60)
+    scheduler.add_request("is long", Request([7], config=is_long))
     cache, capacities, ended = scheduler._begin().runner.cache, set(), {}
     while scheduler.batch:
         scheduler.step()
@@ -311,24 +332,16 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
 def test_slots_are_not_swapped_without_reuse_cache(monkeypatch):
     """Guards against copies of a removed row that nothing reads."""
     monkeypatch.setattr(KVCache, "swap", lambda *_: pytest.fail("swapped"))
-    assert_as_if_alone(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
+    in_batch(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
 
 
 def test_a_scheduler_that_was_idle(monkeypatch):
-    """Guards against idle time in a prefill time, and against a request that is lost or overwrites another
-    when there are more requests than slots.
-    """
-    config = GenerationConfig(sample=False, max_steps=2)
-    seconds, idle = count(), [0]  # this clock advances by a second at each call
-    monkeypatch.setattr("time.perf_counter", lambda: next(seconds) + idle[0])
-    scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=1)
-    idle[0] = 10**6
-    for key, prompt in enumerate(PROMPTS[:3]):
-        scheduler.add_request(key, Request(prompt))
-    results = drained(scheduler)
-    assert 0 < results[0].prefill_time < 10**6
-    found = [results[key].predicted_tokens for key in range(3)]
-    assert found == tokens_alone(tiny_llama(), PROMPTS[:3], max_steps=2)
+    """Guards against idle time in a prefill time."""
+    scheduler = scheduler_of(tiny_llama(), batch_size=1)
+    seconds = count(10**6)  # this clock advances by a second at each call
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    scheduler.add_request(0, Request(PROMPTS[0]))
+    assert 0 < drained(scheduler)[0].prefill_time < 100
 
 
 @pytest.mark.parametrize("drafts", [{}, DRAFTED, {"strategy": "adaptive"}])

@@ -4,22 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import drained, generate, strategy_name, tiny_llama
+from conftest import drained, generate, tiny_llama
+from test_batch import chunked, scheduler_of
 
-from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.scheduler import Scheduler
+from self_speculation import GenerationConfig, Request
 
 LONG = [3 + i * 7 % 40 for i in range(45)]
 PROMPTS = [[5, 9, 4, 7, 7, 3], LONG, [8, 2], [*LONG[:30], 11, 12], [6] * 9]
-DRAFTED = {"exit_layer": 2, "num_speculations": 3}
-DRAFTS = [{}, {"exit_layer": 2}, DRAFTED, {**DRAFTED, "prompt_lookup": 2}, {"strategy": "adaptive"}]
-
-
-def scheduler_of(model, batch_size, budget, **config):
-    strategy = strategy_name(config)
-    config.pop("strategy", None)
-    config = GenerationConfig(**{"sample": False, "max_steps": 12, **config})
-    return Scheduler(make_strategy(strategy), model, config, batch_size, budget)
 
 
 def add(scheduler, prompts):
@@ -28,41 +19,11 @@ def add(scheduler, prompts):
         scheduler.add_request(key, Request(prompt, seed=0))
 
 
-def chunked(model, prompts, batch_size, budget, **config):
-    """Results by index. All requests are added before the first step."""
-    scheduler = scheduler_of(model, batch_size, budget, **config)
-    add(scheduler, dict(enumerate(prompts)))
-    return drained(scheduler)
-
-
 def assert_as_alone(model, results, prompts, **config):
     """The prompts by key have the outputs that they have alone."""
     for key, prompt in prompts.items():
         alone = generate(model, prompt, eos=[], **{"max_steps": 12, **config})
         assert results[key].predicted_tokens == alone.predicted_tokens
-
-
-@pytest.mark.parametrize("budget", [1, 7, 16])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-@pytest.mark.parametrize("drafts", DRAFTS)
-def test_every_output_is_the_one_alone(drafts, batch_size, budget):
-    """Guards against a chunk at a wrong position, a slot that another row overwrites or moves to, and a
-    request that is lost when there are more requests than slots.
-    """
-    model = tiny_llama()
-    found = chunked(model, PROMPTS, batch_size, budget, **drafts)
-    assert_as_alone(model, found, dict(enumerate(PROMPTS)), **drafts)
-
-
-@pytest.mark.parametrize("sample", [False, True])
-def test_cached_prefixes(sample):
-    """Guards against a prefix that is searched for in the slot that a chunk is written to."""
-    shared = {"exit_layer": 2, "num_speculations": 2, "sample": sample}
-    prompts = [*PROMPTS, *PROMPTS, [*LONG, 1, 2]]
-    without, found = (chunked(tiny_llama(), prompts, 3, 8, reuse_cache=reuse, **shared) for reuse in (0, 1))
-    for key, result in found.items():
-        assert result.predicted_tokens == without[key].predicted_tokens
-    assert sum(result.num_cached_tokens for result in found.values()) >= 30
 
 
 def test_a_long_prompt_does_not_hold_up_others():
@@ -151,6 +112,7 @@ def test_an_error_in_a_chunk_belongs_to_its_request():
             raise MemoryError
 
     model.model.embed_tokens.register_forward_hook(fails_in_a_prompt)
-    found = chunked(model, [PROMPTS[0], LONG, PROMPTS[2]], 2, 8, max_steps=6)
+    requests = [Request(prompt) for prompt in (PROMPTS[0], LONG, PROMPTS[2])]
+    found = chunked(model, requests, 2, 8, max_steps=6)
     assert isinstance(found[1], MemoryError)
     assert_as_alone(model, found, {0: PROMPTS[0], 2: PROMPTS[2]}, max_steps=6)

@@ -1,11 +1,10 @@
 """Requests of one batch that differ in length, sampling and stop conditions."""
 
-import pytest
 import torch
 from conftest import in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import DRAFTED, PROMPTS, Shown
+from test_batch import Shown
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from self_speculation import GenerationConfig, Request, Sampler
@@ -29,33 +28,6 @@ def test_each_row_has_the_distribution_of_its_own_sampler(samplers, width):
     rows = [sampler.probabilities(row) for sampler, row in zip(samplers, logits, strict=True)]
     torch.testing.assert_close(joint.probabilities(logits), torch.stack(rows))
     assert joint.greedy == all(sampler.greedy for sampler in samplers)
-
-
-@pytest.mark.parametrize("drafts", [{}, {**DRAFTED, "prompt_lookup": 2}])
-def test_each_row_has_its_own_settings(drafts):
-    """Guards against settings, limits, random numbers or stop conditions of another row."""
-    settings = [
-        {"sample": False},
-        {"temperature": 1.3, "top_p": 1.0},
-        {"temperature": 0.7, "top_p": 0.8, "max_steps": 9},
-        {"top_k": 5, "stop_token_ids": [7, 9, 11]},
-        {"sample": False, "no_repeat_ngram_size": 1, "max_steps": 30},
-        {"generation_strategy": "autoregressive", "sample": False, "repetition_penalty": 1.3},
-    ]
-    name = "self_speculative" if drafts else "autoregressive"
-    requests = [
-        Request(prompt, seed=seed, config=GenerationConfig(**{"generation_strategy": name, **own}))
-        for seed, (prompt, own) in enumerate(zip(PROMPTS, settings, strict=True))
-    ]
-    beside = in_batch(tiny_llama(), requests, 4, max_steps=20, sample=True, **drafts)
-    for index, request in enumerate(requests):
-        alone = in_batch(tiny_llama(), [request], 1, max_steps=20, sample=True, **drafts)[0]
-        assert beside[index].predicted_tokens == alone.predicted_tokens
-        assert beside[index].stop_reason == alone.stop_reason
-    assert len(beside[4].predicted_tokens) > 20  # its own limit, beyond the batch's
-    assert not beside[5].num_drafted  # it turns drafts off
-    if drafts:
-        assert beside[0].num_drafted
 
 
 def plainly(decoded, request, ends):

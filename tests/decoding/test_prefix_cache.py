@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import EOS, drained, in_batch, strategy_name, tiny_llama, transformers_generate
+from conftest import EOS, drained, strategy_name, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import DRAFTS, ends_at, nan_from, raises_from
@@ -58,29 +58,6 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
         assert (kept.predicted_tokens, kept.stop_reason) == (read.predicted_tokens, read.stop_reason)
         assert (read.num_cached_tokens, kept.num_prompt_tokens) == (0, len(history))
         history += kept.predicted_tokens
-
-
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12)), min_size=3, max_size=14),
-    batch_size=st.integers(1, 4),
-    drafts=DRAFTS,
-    max_steps=st.lists(st.integers(1, 9), min_size=14, max_size=14),
-)
-@settings(max_examples=15)
-def test_rows_take_the_slots_of_those_that_ended(lengths, batch_size, drafts, max_steps):
-    """Guards against slots that are mixed up when rows move, and against a row that writes into the slot of a
-    cached prefix. Prompts are prefixes of three texts.
-    """
-    model = tiny_llama(fused=drafts.get("draft_weights") == "int4")
-    texts = [STORY, STORY[:6] + STORY[::-1], [40, *STORY]]
-    requests = [
-        Request(texts[text][:length], ends_text=ends_at(most))
-        for (text, length), most in zip(lengths, max_steps, strict=False)
-    ]
-    results = in_batch(model, requests, batch_size, max_steps=9, reuse_cache=True, **drafts)
-    for index, request in enumerate(requests):
-        alone = fresh(model, request, max_steps=9, **drafts)
-        assert results[index].predicted_tokens == alone.predicted_tokens
 
 
 def test_only_new_tokens_are_prefilled():
