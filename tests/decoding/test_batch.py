@@ -73,7 +73,7 @@ OWN = st.fixed_dictionaries(
 )
 TEXT = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 ROW = st.tuples(
-    st.lists(st.integers(3, 40), min_size=1, max_size=12) | st.integers(1, 12).map(lambda n: TEXT[:n]),
+    st.lists(st.integers(3, 40), min_size=1, max_size=12) | st.integers(4, 12).map(lambda n: TEXT[:n]),
     st.none() | OWN,
     st.none() | st.integers(1, 9),
 )
