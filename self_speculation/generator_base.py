@@ -18,15 +18,6 @@ from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
-__all__ = [
-    "GenerationConfig",
-    "GenerationResult",
-    "GenerationStrategy",
-    "GenerationStrategyResult",
-    "HuggingfaceLlamaGenerator",
-    "Request",
-]
-
 T = TypeVar("T")
 
 

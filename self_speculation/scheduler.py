@@ -259,10 +259,8 @@ class Scheduler(Generic[Key]):
         return tokens.shape[1]
 
     def _join(self, sequence: Sequence, logits: Tensor) -> None:
-        """Add a sequence to the batch: it swaps slots with whatever is where the next row belongs.
-
-        Args:
-            logits: [1, V] of its first token.
+        """Add a sequence to the batch, with the logits [1, V] of its first token. It swaps slots with what is
+        where the next row belongs.
         """
         cache = self._begin().cache
         slot, row, longest = self._slots.pop(sequence), len(self.batch), sequence.num_computed

@@ -120,19 +120,26 @@ def test_longrope_ends_at_its_original_context():
     pieces_match_the_whole(model)
 
 
-def test_passes_of_a_prefill():
-    """Guards against memory for a pass or a mask as long as the prompt, and against logits of all of it."""
-    model = tiny_llama(max_position_embeddings=3 * PREFILL_CHUNK)
-    modules = {"layer": model.model.layers[0], "head": model.lm_head}
-    widths = {name: [] for name in modules}
+def test_no_layer_sees_a_token_twice_at_the_same_position():
+    """Guards against a verification that runs the draft's layers again, a prompt that is read twice, a pass
+    as long as the prompt, and logits of all of it.
+    """
+    model = tiny_llama(agreement="always", max_position_embeddings=3 * PREFILL_CHUNK)
+    modules, widths = [*model.model.layers, model.lm_head], {}
     hooks = [
-        module.register_forward_hook(lambda m, i, output, name=name: widths[name].append(output.shape[1]))
-        for name, module in modules.items()
+        module.register_forward_hook(
+            lambda _, inputs, output, n=n: widths.setdefault(n, []).append(output.shape[1])
+        )
+        for n, module in enumerate(modules)
     ]
-    generate(model, [5] * (2 * PREFILL_CHUNK + 3), max_steps=2, eos=[])
+    prompt = [5] * (2 * PREFILL_CHUNK + 3)
+    result = generate(model, prompt, max_steps=13, eos=[], exit_layer=2, num_speculations=3)
     for hook in hooks:
         hook.remove()
-    assert widths == {"layer": [PREFILL_CHUNK, PREFILL_CHUNK, 3, 1], "head": [1, 1]}
+    assert result.acceptance_rate == 1
+    assert [sum(widths[n]) for n in range(4)] == [len(prompt) + 12] * 4  # every token but the last
+    assert widths[0][:3] == [PREFILL_CHUNK, PREFILL_CHUNK, 3]
+    assert max(widths[4]) == 4  # of the head
 
 
 def test_other_architectures_and_attention_are_refused_by_name():
@@ -157,21 +164,6 @@ def test_more_positions_than_a_sliding_window_are_refused():
         generate(model, prompt, max_steps=13)
     full = family("qwen2", sliding_window=16, use_sliding_window=False).float()
     assert len(generate(full, prompt, max_steps=20, eos=[]).predicted_tokens) == 20
-
-
-def test_no_layer_sees_a_token_twice_at_the_same_position():
-    """Guards against a verification that runs the draft's layers again, and a prompt that is read twice."""
-    model = tiny_llama(agreement="always")
-    seen = [0] * 4
-    hooks = [
-        layer.register_forward_hook(lambda m, i, output, n=n: seen.__setitem__(n, seen[n] + output.shape[1]))
-        for n, layer in enumerate(model.model.layers)
-    ]
-    result = generate(model, [3, 4, 5], max_steps=13, eos=[], exit_layer=2, num_speculations=3)
-    for hook in hooks:
-        hook.remove()
-    assert result.acceptance_rate == 1
-    assert seen == [3 + 12] * 4  # the prompt, and every output token but the last
 
 
 @pytest.mark.parametrize("length", [3, 6, 9])

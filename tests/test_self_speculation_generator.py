@@ -172,26 +172,6 @@ def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     assert result.num_decode_tokens == end
 
 
-@pytest.mark.parametrize(
-    "extra", [{}, {"exit_layer": 2, "num_speculations": 5}], ids=["plain", "speculative"]
-)
-def test_stopping_criteria_see_every_token_in_turn(extra):
-    """Guards against criteria that are called once per round."""
-    seen = []
-
-    def criterion(input_ids, scores, **_):
-        assert scores.shape == (1, 50)
-        seen.append(input_ids[0].tolist())
-        return torch.tensor([len(seen) == 7])
-
-    model = tiny_llama(agreement="always")
-    result = generate(model, PROMPT, stopping_criteria=[criterion], eos=[], max_steps=20, **extra)
-    reference = transformers_generate(model, PROMPT, 7, -1)
-    assert result.predicted_tokens == reference
-    assert result.stop_reason == "stopping_criteria"
-    assert seen == [PROMPT + reference[: i + 1] for i in range(7)]
-
-
 def test_a_processor_runs_once_per_row_of_logits():
     """Guards against processors that run again for tokens that they have seen."""
     processor, model = Mock(spec=[], side_effect=history_bias), tiny_llama(agreement="always")
@@ -207,19 +187,6 @@ def test_early_exit_is_the_truncated_model():
     truncated.load_state_dict(state)
     result = generate(model, PROMPT, exit_layer=3, max_steps=20, eos=[])
     assert result.predicted_tokens == transformers_generate(truncated, PROMPT, 20, -1)
-
-
-@pytest.mark.parametrize(
-    "extra", [{}, {"exit_layer": 2, "num_speculations": 4}], ids=["plain", "speculative"]
-)
-def test_context_is_never_exceeded(extra):
-    """Guards against positions beyond the context, and against a prompt that fills it."""
-    model = tiny_llama(max_position_embeddings=16)
-    result = generate(model, PROMPT, eos=[], **extra)
-    assert (len(result.predicted_tokens), result.stop_reason) == (16 - len(PROMPT), "context")
-    for prompt, why in (([3] * 16, "has 16 tokens and leaves no room"), ([], "has no tokens")):
-        with pytest.raises(ValueError, match=f"the prompt {why}"):
-            generate(model, prompt, **extra)
 
 
 @pytest.mark.parametrize(

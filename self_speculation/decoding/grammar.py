@@ -140,10 +140,8 @@ class GrammarProcessor(LogitsProcessor):
         if self._matcher.is_error():  # for good, by a draft that led nowhere
             self._matcher, self._consumed = self._unused.deep_copy(), []
         consumed = self._consumed
-        common = next(
-            (i for i, (old, new) in enumerate(zip(consumed, output, strict=False)) if old != new),
-            min(len(consumed), len(output)),
-        )
+        pairs = enumerate(zip(consumed, output, strict=False))
+        common = next((i for i, (old, new) in pairs if old != new), min(len(consumed), len(output)))
         if common < len(consumed):
             self._matcher.rollback(len(consumed) - common)
             del consumed[common:]

@@ -91,13 +91,10 @@ def random_numbers(n: int, device: torch.device, generator: torch.Generator | No
 
 
 def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """[n, V] weights -> [n] tokens, drawn in proportion to their weights.
+    """[n, V] weights -> [n] tokens, drawn in proportion to their weights by `random_numbers`; None: new ones.
 
     Inverts the cumulative sum: one random number for a token, where `multinomial` takes one for every entry
     of the vocabulary.
-
-    Args:
-        numbers: [n] from `random_numbers`; None: new ones.
     """
     if numbers is None:
         numbers = random_numbers(len(weights), weights.device)

@@ -16,7 +16,6 @@ from transformers import LogitsProcessorList
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request, as_list
 from self_speculation.decoding.sampling import Sampler
-from self_speculation.decoding.stopping import StopConditions
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
@@ -32,12 +31,10 @@ class Sequence:
     Args:
         request: in token ids. Its own config overrides `config`, that of the batch.
         context: the most tokens of prompt and output.
-        device: of the model's input ids.
         has_drafts: whether to count drafts.
         started: `time.perf_counter` at its start; None: now.
 
-    Raises:
-        ValueError: a prompt without tokens, or without room for an output in the context.
+    Raises ValueError for a prompt without tokens, or without room for an output in the context.
     """
 
     def __init__(
@@ -60,15 +57,11 @@ class Sequence:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}"
             )
-        self._stop = StopConditions(
-            end_ids=frozenset([*as_list(request.eos_token_ids), *(config.stop_token_ids or [])]),
-            max_tokens=min(config.max_steps, room),
-            at_limit="max_steps" if config.max_steps <= room else "context",
-            ends_text=as_list(request.ends_text),
-            criteria=as_list(request.stopping_criteria),
-        )
         self.key, self.prompt, self.prediction = key, [*prompt], request.predicted_ids
-        self.max_length = len(prompt) + self._stop.max_tokens
+        self.max_length = len(prompt) + min(config.max_steps, room)
+        self._at_limit: StopReason = "max_steps" if config.max_steps <= room else "context"
+        self._end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
+        self._ends_text, self._criteria = as_list(request.ends_text), as_list(request.stopping_criteria)
         self.tokens: list[int] = []  # of the output, with an end id
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
@@ -87,7 +80,7 @@ class Sequence:
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
         self._processors = LogitsProcessorList(request.processors(config))
-        self._ids_are_read = bool(self._processors or self._stop.criteria)
+        self._ids_are_read = bool(self._processors or self._criteria)
         self._streamer = request.streamer
         self._drafts_shown = 0
         self._draft_ended = False
@@ -95,7 +88,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0: finished."""
-        return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
+        return 0 if self.stop_reason or self.error else self.max_length - self.length
 
     def check(self, largest: abc.Sequence[float]) -> None:
         """Note the positions of this round whose largest logit is invalid."""
@@ -172,7 +165,7 @@ class Sequence:
         return hasattr(self._streamer, "delete") and not self._draft_ended
 
     def show_drafted(self, id_: int) -> None:
-        self._draft_ended = id_ in self._stop.end_ids
+        self._draft_ended = id_ in self._end_ids
         if not self._draft_ended:
             self._drafts_shown += 1
             with self._own_errors():
@@ -200,13 +193,24 @@ class Sequence:
                 if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
                     self._ids[0, self.length] = tokens[taken]
                 self.tokens.append(tokens[taken])
-                self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
+                self.stop_reason = self._stops(scores[taken : taken + 1])
                 taken += 1
             if self.draft_stats is not None and source:
                 self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=taken)
             self._first_token_at = self._first_token_at or time.perf_counter()
             if self._streamer is not None:
                 self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
+
+    def _stops(self, scores: Tensor) -> StopReason | None:
+        """Why the output ends after its last token, of these processed logits [1, V]; None: it goes on."""
+        if self.tokens[-1] in self._end_ids:
+            return "eos"
+        if any(ends(self.tokens) for ends in self._ends_text):
+            return "stop_word"
+        # One by one: only a result on a GPU has to be waited for.
+        if any(bool(torch.as_tensor(met(self.history(), scores)).any()) for met in self._criteria):
+            return "stopping_criteria"
+        return self._at_limit if self.length >= self.max_length else None
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of its processors, criteria, streamer or logits."""

@@ -60,19 +60,10 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
         history += kept.predicted_tokens
 
 
-def test_only_new_tokens_are_prefilled():
-    """Guards against a cache that is not used: it has all but the last token of the history."""
-    model, strategy = tiny_llama(), make_strategy("autoregressive")
-    first = answer(strategy, model, STORY, reuse_cache=True)
-    history = [*STORY, *first.predicted_tokens, 9, 9]
-    second = answer(strategy, model, history, reuse_cache=True)
-    assert second.num_cached_tokens == len(STORY) + len(first.predicted_tokens) - 1
-    again = answer(strategy, model, history, reuse_cache=True)
-    assert again.num_cached_tokens == len(history) - 1  # its logits are needed
-
-
 def test_the_slot_with_the_longest_prefix_is_taken():
-    """Guards against a prefix that is overwritten while another slot is free."""
+    """Guards against a cache that is not used, and against a prefix that is overwritten although another slot
+    is free.
+    """
     config = GenerationConfig(sample=False, max_steps=3, reuse_cache=True)
     scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=3)
 
@@ -86,6 +77,7 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     assert cached(STORY, other, third) == [0, 0, 0]
     assert cached([*third, 9], [*STORY, 9]) == [6, 12]
     assert cached([*other, 9]) == [12]
+    assert cached([*other, 9]) == [12]  # the last token's logits are needed
     assert cached([41, 42]) == [0]  # takes the least recently used slot: the story's
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
 
