@@ -250,8 +250,8 @@ class HuggingfaceLlamaGenerator:
         return ids
 
     def is_far_too_long(self, prompt: str) -> bool:
-        """Whether a text has more characters than any tokens of the context spell: tokenizing takes seconds
-        for a million.
+        """Whether a text has more characters than the tokens of a context can spell. Tokenizing takes seconds
+        for a million of them.
         """
         return len(prompt) > context_length(self.model.config) * self._longest_token
 
@@ -263,8 +263,7 @@ class HuggingfaceLlamaGenerator:
     def eos_token_ids(self) -> list[int]:
         """Of the tokenizer and the model's generation config."""
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = [self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
-        return sorted({i for i in ids if i is not None})
+        return sorted({self.tokenizer.eos_token_id, *as_list(of_model)} - {None})
 
 
 def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:

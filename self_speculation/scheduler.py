@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import abc, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
@@ -50,7 +50,7 @@ class Decoding(NamedTuple):
         return self.cache.runner
 
 
-class DecodingStrategy(GenerationStrategy):
+class DecodingStrategy(GenerationStrategy, ABC):
     """A strategy that decodes round by round."""
 
     name: GenerationStrategyName
@@ -184,7 +184,7 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def step(self) -> None:
         """Do one round for all sequences, unless one has finished and waits to be popped; then prefill."""
-        if self.batch and self.batch.all_go_on:
+        if self.batch and all(sequence.remaining for sequence in self.batch.sequences):
             self._decode()
         self._prefill_waiting()
 

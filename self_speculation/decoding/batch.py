@@ -48,11 +48,6 @@ class Batch:
         """Of all rows; valid until a row is added or removed."""
         return joint_sampler([sequence.sampler for sequence in self.sequences], self.last.device)
 
-    @property
-    def all_go_on(self) -> bool:
-        """Whether no sequence has finished."""
-        return all(sequence.remaining for sequence in self.sequences)
-
     def draft_limits(self, k: int, wanted: abc.Sequence[bool] | None = None) -> list[int]:
         """[B] the most tokens to draft for each row, at most k; 0 for rows that are not `wanted` (None: all
         are). A round outputs up to one token more.

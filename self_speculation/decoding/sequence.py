@@ -65,7 +65,7 @@ class Sequence:
         self.tokens: list[int] = []  # of the output, with an end id
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
-        self.is_damaged = False  # its logits, keys and values may be NaN
+        self.is_damaged = False  # its keys and values may be NaN, beyond its end, too
         # Errors of this round by position after the output. They count if the output gets there; most
         # positions are rejected drafts.
         self._errors: dict[int, Exception] = {}
@@ -92,7 +92,7 @@ class Sequence:
 
     def check(self, largest: abc.Sequence[float]) -> None:
         """Note the positions of this round whose largest logit is invalid."""
-        self.is_damaged = any(map(math.isnan, largest))
+        self.is_damaged = self.is_damaged or any(map(math.isnan, largest))
         for position, number in enumerate(largest):
             if math.isnan(number) or (math.isinf(number) and not self.sampler.greedy):
                 why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
