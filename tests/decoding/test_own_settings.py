@@ -55,7 +55,7 @@ def meddles(how, part):
 
     def process(ids, logits):
         chance = int(ids.sum())
-        if chance % 11 != part:
+        if chance % 7 != part:
             return logits
         if how == "raises":
             raise KeyError(how)
@@ -66,15 +66,15 @@ def meddles(how, part):
     return process
 
 
-MEDDLES = st.builds(meddles, st.sampled_from(["raises", "NaN", "one"]), st.integers(0, 10))
+MEDDLES = st.builds(meddles, st.sampled_from(["raises", "NaN", "one"]), st.integers(0, 6))
 PENALTY = st.builds(RepetitionPenaltyLogitsProcessor, st.sampled_from([0.7, 1.5]))
 ROW = st.fixed_dictionaries(
     {
         "prompt": st.lists(st.integers(3, 40), min_size=1, max_size=9),
-        "processors": st.lists(MEDDLES | PENALTY, max_size=3),
+        "processors": st.lists(MEDDLES | PENALTY, min_size=1, max_size=2),
         "own": st.fixed_dictionaries(
             {
-                "max_steps": st.integers(1, 16),
+                "max_steps": st.sampled_from([16, 8, 3, 1]),
                 "sample": st.booleans(),
                 "top_k": st.sampled_from([0, 1, 5]),
                 "top_p": st.sampled_from([0.5, 1.0]),
@@ -87,12 +87,12 @@ ROW = st.fixed_dictionaries(
 @given(
     rows=st.lists(ROW, min_size=1, max_size=6),
     batch_size=st.integers(1, 4),
-    ends=st.lists(st.integers(2, 49), max_size=4),
+    ends=st.lists(st.integers(2, 49), max_size=2),
     length=st.integers(1, 7),
     lookup=st.sampled_from([0, 2]),
-    agreement=st.sampled_from(["sometimes", "always", "never"]),
+    agreement=st.sampled_from(["always", "sometimes", "never"]),
 )
-@settings(max_examples=40)
+@settings(max_examples=80)
 def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, length, lookup, agreement):
     """Guards against a drafted token that ends or changes an output of any row because processors raise or
     change logits there, against an output that goes on where draft and target are both NaN, and against a
