@@ -1,5 +1,6 @@
 """The prefix cache: answers are those of prefilling every prompt as a whole."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -137,6 +138,16 @@ def test_a_failed_request_leaves_no_prefix(breaks, length):
         answer(strategy, model, request, **drafts)
     after = answer(strategy, model, STORY, **drafts)
     assert (after.num_cached_tokens, after.predicted_tokens) == (0, fresh(model, STORY).predicted_tokens)
+
+
+def test_two_threads_do_not_share_a_cache():
+    """Guards against two requests at once in the kept cache of one strategy."""
+    model, strategy = tiny_llama(), make_strategy("autoregressive")
+    answer(strategy, model, STORY, reuse_cache=True)
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda _: answer(strategy, model, STORY, reuse_cache=True), range(6)))
+    expected = fresh(model, STORY).predicted_tokens
+    assert [result.predicted_tokens for result in found] == [expected] * 6
 
 
 @pytest.mark.usefixtures("graphs")
