@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from self_speculation.config import GenerationConfig, GenerationStrategyName
-from self_speculation.decoding.batch import Batch
+from self_speculation.config import GenerationStrategyName
 from self_speculation.model.captured_runner import PassRange
-from self_speculation.model.model_runner import ModelRunner, forward_early
+from self_speculation.model.model_runner import forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
 
 
@@ -16,10 +15,6 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
 
     name: GenerationStrategyName = "autoregressive"
     has_drafts = False
-
-    def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
-        depth = len(runner.layers) if config.exit_layer == -1 else config.exit_layer
-        return Decoding(batch, runner, depth)
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         yield PassRange(decoding.runner, 0, decoding.depth)

@@ -19,6 +19,9 @@ _LONGEST_NGRAM = 32
 # The longest draft of adaptive decoding.
 LONGEST_DRAFT = 16
 
+# Below this, as at 0, decoding is greedy: logits divided by it might overflow fp32.
+LEAST_TEMPERATURE = 1e-5
+
 
 def check(options: Any, field: str, ok: bool, allowed: str) -> None:
     """Raise ValueError unless `ok`; the message has the field's name and value, and what is allowed."""
@@ -45,7 +48,7 @@ class GenerationConfig:
     sample: bool = True
     """Sample tokens; False: greedy, always the most likely token."""
     temperature: float = 0.6
-    """Divides the logits before sampling; 0: greedy."""
+    """Divides the logits before sampling; 0 (below 1e-5): greedy."""
     top_k: int = 0
     """Sample among the k most likely tokens; 0: off."""
     top_p: float = 0.9
@@ -91,25 +94,22 @@ class GenerationConfig:
         }
         for name, allowed in choices.items():
             check(self, name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
-        check(self, "max_steps", self.max_steps >= 1, "must be at least 1")
-        exit_layer, length = self.exit_layer, self.num_speculations
-        check(
-            self, "exit_layer", exit_layer == -1 or exit_layer >= 1, "must be -1 (full depth) or at least 1"
-        )
+        layer, length = self.exit_layer, self.num_speculations
+        check(self, "exit_layer", layer == -1 or layer >= 1, "must be -1 (full depth) or at least 1")
         check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
         is_confidence = _is_confidence(self.draft_confidence)
         check(self, "draft_confidence", is_confidence, "must be auto or between 0 and 1")
         compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
         check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
         check(self, "shared_lookup", self.shared_lookup >= 0, "must be 0 (off) or more")
-        check(self, "temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more")
+        check(self, "temperature", 0 <= self.temperature <= 1000, "must be between 0 (greedy) and 1000")
         check(self, "top_k", self.top_k >= 0, "must be 0 (off) or more")
         for name in ("top_p", "min_p"):
             check(self, name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
         check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0")
         for name in ("frequency_penalty", "presence_penalty"):
             check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")
-        for name in ("draft_vocabulary", "no_repeat_ngram_size"):
+        for name in ("max_steps", "draft_vocabulary", "no_repeat_ngram_size"):
             check(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
         check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")
@@ -127,17 +127,15 @@ class GenerationConfig:
         if speculative and self.draft_weights == "exact" and self.exit_layer == num_layers:
             between += f"; with draft_weights int4 it may be {num_layers}"
         if self.is_adaptive:
-            for field, default in (("exit_layer", -1), ("num_speculations", -1), ("draft_confidence", None)):
-                if (value := getattr(self, field)) != default:
-                    raise ValueError(f"{field} {value}: adaptive chooses it, leave it out")
+            for name in ("exit_layer", "num_speculations", "draft_confidence"):
+                if (value := getattr(self, name)) != getattr(GenerationConfig, name):
+                    raise ValueError(f"{name} {value}: adaptive chooses it, leave it out")
             return
         if speculative and self.exit_layer == -1:
             raise ValueError(f"exit_layer: self_speculative needs one {between}")
         if self.exit_layer > most:
-            raise ValueError(
-                f"exit_layer {self.exit_layer}: must be {between}"
-                + ("" if speculative else "; -1 is full depth")
-            )
+            full = "" if speculative else "; -1 is full depth"
+            raise ValueError(f"exit_layer {self.exit_layer}: must be {between}{full}")
         if speculative and self.num_speculations < 1:
             raise ValueError("num_speculations: self_speculative needs at least 1")
 
@@ -151,7 +149,7 @@ class GenerationConfig:
 
     @property
     def greedy(self) -> bool:
-        return not self.sample or self.temperature == 0
+        return not self.sample or self.temperature < LEAST_TEMPERATURE
 
 
 def _is_confidence(text: str | None) -> bool:

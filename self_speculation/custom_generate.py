@@ -18,23 +18,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
-    GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
-    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers import GenerationConfig as TransformersConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from self_speculation.config import GenerationConfig
@@ -47,28 +39,22 @@ from self_speculation.strategies import make_strategy
 _NOT_RETURNED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 # Other decoding methods of `generate`.
-_OTHER_METHODS = (
-    "penalty_alpha",
-    "dola_layers",
-    "constraints",
-    "force_words_ids",
-    "assistant_ensemble_weight",
-)
+_METHODS = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "assistant_ensemble_weight")
 
 # Arguments of the model that are used here, or do not change the text.
 _ACCEPTED = {"attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", *_NOT_RETURNED}
 
 # Processors with a state, which rejected drafts would change.
 _STATEFUL = {
-    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
-    SynthIDTextWatermarkLogitsProcessor: "watermarking_config (SynthID)",
+    transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    transformers.SynthIDTextWatermarkLogitsProcessor: "watermarking_config (SynthID)",
 }
 
 # Processors of transformers with data for each row.
 _BY_ROW = (
-    RepetitionPenaltyLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    EncoderNoRepeatNGramLogitsProcessor,
+    transformers.RepetitionPenaltyLogitsProcessor,
+    transformers.EncoderRepetitionPenaltyLogitsProcessor,
+    transformers.EncoderNoRepeatNGramLogitsProcessor,
 )
 
 
@@ -77,7 +63,7 @@ def self_speculative_generate(
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
-    generation_config: TransformersConfig,
+    generation_config: transformers.GenerationConfig,
     streamer: Any = None,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -110,11 +96,10 @@ def self_speculative_generate(
         streamer = _streamer_of_generate()
     batch_size, mask = len(input_ids), kwargs.get("attention_mask")
     seen = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    refusals = _refusals(generation_config, logits_processor, stopping_criteria, seen, streamer, kwargs)
-    for is_given, refusal in refusals:
+    given = (generation_config, logits_processor, stopping_criteria, seen, streamer, kwargs)
+    for is_given, refusal in _refusals(*given):
         if is_given:
             raise ValueError(f"self_speculative_generate: {refusal}")
-
     limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
     max_length = min(limits, default=generation_config.max_length)
     drafting = {name: kwargs[name] for name in driving_flags() if name in kwargs}
@@ -152,9 +137,8 @@ def self_speculative_generate(
             warnings.warn(f"row {row} ends with the model's context, before its max_length", stacklevel=2)
         ended = [] if result.end_token_id is None else [result.end_token_id]
         outputs[row] = torch.tensor([*result.predicted_tokens, *ended])
-    new = torch.nn.utils.rnn.pad_sequence(
-        outputs, batch_first=True, padding_value=_padding(generation_config)
-    )
+    padding = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+    new = torch.nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=padding)
     sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
     return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
 
@@ -166,13 +150,10 @@ def _calls_for_row(
     processors: Iterable[Callable],
     criteria: Iterable[Callable],
 ) -> tuple[Callable | None, Callable | None]:
-    """A processor and a criterion for one row, which call those of the batch.
+    """A processor and a criterion for one row of [B, P] prompts, which call those of the batch.
 
     A callable that may treat rows differently gets this row B times; its result for this index counts.
-
-    Args:
-        input_ids: [B, P] prompts with padding.
-        prompt_length: of the row, without padding.
+    `prompt_length` is without padding.
     """
     batch_size, padded = len(input_ids), input_ids[row, None]
     processors, criteria = [_of_row(row, processor) for processor in processors], [*criteria]
@@ -183,7 +164,7 @@ def _calls_for_row(
     def process(ids: Tensor, scores: Tensor) -> Tensor:  # [1, n], [1, V] -> [1, V]
         ids = with_padding(ids)
         for processor in processors:
-            is_own = type(processor).__module__ != LogitsProcessor.__module__
+            is_own = type(processor).__module__ != transformers.LogitsProcessor.__module__
             if batch_size > 1 and (is_own or isinstance(processor, _BY_ROW)):
                 scores = processor(ids, scores.repeat(batch_size, 1))[row, None]
             else:
@@ -201,27 +182,25 @@ def _calls_for_row(
 
 def _of_row(row: int, processor: Any) -> Callable:
     """A processor that calls `prefix_allowed_tokens_fn` with the index of this row's prompt only."""
-    if type(processor) is not PrefixConstrainedLogitsProcessor:
+    if type(processor) is not transformers.PrefixConstrainedLogitsProcessor:
         return processor
     allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
-    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), num_beams=1)
+    return transformers.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), num_beams=1)
 
 
 def _refusals(
-    config: TransformersConfig,
+    config: transformers.GenerationConfig,
     processors: Iterable[Callable],
     criteria: Iterable[Callable],
     seen: Tensor,
     streamer: Any,
     kwargs: dict,
 ) -> Iterator[tuple[Any, str]]:
-    """For each argument that would change the text: whether it is given, and the message.
-
-    Args:
-        seen: [B, P] booleans: ids that the model sees.
+    """For each argument that would change the text: whether it is given, and the message. The model sees
+    `seen`, [B, P] booleans.
     """
     yield config.num_beams > 1, "num_beams: beam search has no drafts to verify"
-    for name in _OTHER_METHODS:
+    for name in _METHODS:
         yield getattr(config, name, None), f"{name}: is another decoding method"
     yield config.cache_implementation == "quantized", "cache_implementation quantized: would change the text"
     for kind, name in _STATEFUL.items():
@@ -235,10 +214,8 @@ def _refusals(
     yield len(seen) > 1 and ends_together and end_alone, together
     yield streamer is not None and len(seen) > 1, f"streamer: takes one row, not {len(seen)}"
     yield kwargs.get("inputs_embeds") is not None, "inputs_embeds: prompts must be token ids"
-    if (cache := kwargs.get("cache")) is not None:
-        # transformers sets the attribute on a cache that the caller passed.
-        is_passed = getattr(cache, "_is_user_defined", False) or cache.get_seq_length()
-        yield is_passed, "cache: is neither read nor filled"
+    # transformers sets the attribute on a cache that the caller passed.
+    yield getattr(kwargs.get("cache"), "_is_user_defined", False), "cache: is neither read nor filled"
     yield not seen[:, -1].all(), "attention_mask: padding must be on the left, prompts must have a token"
     if (positions := kwargs.get("position_ids")) is not None:
         differ = (positions != seen.long().cumsum(-1) - 1)[seen].any()
@@ -247,16 +224,10 @@ def _refusals(
         yield kwargs[name] is not None, f"{name}: does not reach the model"
 
 
-def _padding(config: TransformersConfig) -> int:
-    """The pad token, or else the first end id."""
-    given = [ids for ids in (config.pad_token_id, config.eos_token_id) if ids is not None]
-    return int(torch.as_tensor(given[0]).flatten()[0]) if given else 0
-
-
 def _streamer_of_generate() -> Any:
     """The `streamer` argument of the calling `generate`: transformers 5.24 does not pass it to a callable."""
     caller = sys._getframe(2)
-    is_generate = caller.f_globals.get("__name__") == GenerationMixin.__module__
+    is_generate = caller.f_globals.get("__name__") == transformers.GenerationMixin.__module__
     return caller.f_locals.get("streamer") if is_generate else None
 
 

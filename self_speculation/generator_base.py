@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import string
 import time
-from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,18 +17,6 @@ from self_speculation.decoding.request import Callables, Request, as_list
 from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
-
-__all__ = [
-    "GenerationConfig",
-    "GenerationResult",
-    "GenerationStrategy",
-    "GenerationStrategyResult",
-    "HuggingfaceLlamaGenerator",
-    "Request",
-]
-
-# Characters that every vocabulary spells as they are.
-_SPELLED_ALIKE = frozenset(string.ascii_letters + string.digits + string.punctuation)
 
 T = TypeVar("T")
 
@@ -59,10 +44,11 @@ class PreparedRequest(Request):
         )
 
 
-class GenerationStrategy(ABC):
-    """A way to generate token ids. One of your own needs `generate_token_ids` only."""
+class GenerationStrategy:
+    """A way to generate token ids. One of your own needs `generate_token_ids` or `generate_batch`: each has
+    a default that calls the other.
+    """
 
-    @abstractmethod
     def generate_token_ids(
         self,
         model: PreTrainedModel,
@@ -84,6 +70,9 @@ class GenerationStrategy(ABC):
                 does not have.
             FloatingPointError: the model's logits are NaN.
         """
+        calls = (logits_processors, stopping_criteria, streamer)
+        request = Request(input_ids, *calls, eos_token_ids=eos_token_ids)
+        return single_result(self.generate_batch(model, [request], generation_config, batch_size=1))
 
     def generate_batch(
         self,
@@ -102,8 +91,7 @@ class GenerationStrategy(ABC):
             result: GenerationStrategyResult | Exception
             try:
                 processors, criteria = request.processors(config), as_list(request.stopping_criteria)
-                num_prompt = len(request.ids)
-                criteria += [_as_criterion(ends, num_prompt) for ends in as_list(request.ends_text)]
+                criteria += [_as_criterion(ends, len(request.ids)) for ends in as_list(request.ends_text)]
                 result = self.generate_token_ids(
                     model,
                     request.ids,
@@ -137,9 +125,7 @@ class HuggingfaceLlamaGenerator:
         model: PreTrainedModel,
         generation_strategy: GenerationStrategy,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.model = model
-        self.generation_strategy = generation_strategy
+        self.tokenizer, self.model, self.generation_strategy = tokenizer, model, generation_strategy
 
     def generate(
         self,
@@ -180,8 +166,6 @@ class HuggingfaceLlamaGenerator:
         Raises:
             ValueError: batch_size below 1, or an exit layer that the model does not have.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size}: must be at least 1")
         began = time.perf_counter()  # the first answer's time includes the setup
         begun: list[tuple[int, PreparedRequest]] = []  # in the order of the strategy
         failed: list[tuple[int, Exception]] = []
@@ -208,13 +192,10 @@ class HuggingfaceLlamaGenerator:
         generation_config: GenerationConfig,
         started: float | None = None,
     ) -> PreparedRequest:
-        """Tokenize a prompt and add what ends its answer.
+        """Tokenize a prompt and add what ends its answer. Raises what `encode` does.
 
         Args:
             started: when the request's time began, by `time.perf_counter`; None: now.
-
-        Raises:
-            ValueError: what `encode` raises.
         """
         started = time.perf_counter() if started is None else started
         request = given if isinstance(given, Request) else Request(given)
@@ -258,9 +239,8 @@ class HuggingfaceLlamaGenerator:
             )
         else:
             ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)
-        if not ids:
-            starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-            ids = [token for token in starts if token is not None][:1]
+        starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        ids = ids or [token for token in starts if token is not None][:1]
         known = self.model.config.vocab_size
         if unknown := [id_ for id_ in ids if not 0 <= id_ < known]:
             raise ValueError(
@@ -270,32 +250,20 @@ class HuggingfaceLlamaGenerator:
         return ids
 
     def is_far_too_long(self, prompt: str) -> bool:
-        """Whether a text certainly has more tokens than the context, without tokenizing it.
-
-        Tokenizing takes seconds for a million characters. For each character let m be the length of the
-        longest token that contains it. A token of n characters has m >= n for each of them, so its sum of 1/m
-        is at most 1. The sum over a text is therefore at most its number of tokens.
+        """Whether a text has more characters than the tokens of a context can spell. Tokenizing takes seconds
+        for a million of them.
         """
-        room, longest = context_length(self.model.config), self._longest_token_with
-        counts = Counter(prompt[: room * longest["any"] + 1])  # so many characters are too many anyway
-        return sum(n / longest.get(char, longest["any"]) for char, n in counts.items()) > room
+        return len(prompt) > context_length(self.model.config) * self._longest_token
 
     @cached_property
-    def _longest_token_with(self) -> dict[str, int]:
-        """Character -> length of the longest token that contains it; "any": length of the longest token."""
-        of_each: dict[str, int] = {}
-        vocabulary = sorted(self.tokenizer.get_vocab(), key=len)
-        for token in vocabulary:
-            of_each.update(dict.fromkeys(token, len(token)))
-        of_each = {char: length for char, length in of_each.items() if char in _SPELLED_ALIKE}
-        return {**of_each, "any": len(vocabulary[-1])}
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def eos_token_ids(self) -> list[int]:
         """Of the tokenizer and the model's generation config."""
         of_model = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = [self.tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
-        return sorted({i for i in ids if i is not None})
+        return sorted({self.tokenizer.eos_token_id, *as_list(of_model)} - {None})
 
 
 def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:

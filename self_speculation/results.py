@@ -74,7 +74,8 @@ class DraftStats:
     @property
     def token_acceptance(self) -> float | None:
         """alpha: accepted / judged tokens. A token after a rejected one is not judged."""
-        judged = sum(self.judged_by_position)
+        kinds = self.rounds.items()
+        judged = sum(n * min(kind.drafted, kind.accepted + 1, kind.emitted) for kind, n in kinds)
         return self.num_accepted / judged if judged else None
 
     @property
@@ -86,11 +87,6 @@ class DraftStats:
     def drafted_by_position(self) -> tuple[int, ...]:
         """[i]: rounds that drafted an i-th token."""
         return self._by_position(lambda kind: kind.drafted)
-
-    @property
-    def judged_by_position(self) -> tuple[int, ...]:
-        """[i]: rounds that accepted or rejected an i-th token."""
-        return self._by_position(lambda kind: min(kind.drafted, kind.accepted + 1, kind.emitted))
 
     @property
     def accepted_by_position(self) -> tuple[int, ...]:
@@ -155,7 +151,6 @@ class GenerationStrategyResult:
     mean_accepted_length = _of_drafts("mean_accepted_length")
     drafted_by_position = _of_drafts("drafted_by_position")
     accepted_by_position = _of_drafts("accepted_by_position")
-    acceptance_by_position = _of_drafts("acceptance_by_position")
     drafts_by_source = _of_drafts("by_source")
 
     @property

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import abc, deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.request import Callables, Request
+from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.drafts.draft import DraftSource
+from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
-from self_speculation.generator_base import GenerationStrategy, single_result
+from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
@@ -36,27 +38,28 @@ Key = TypeVar("Key")
 
 
 class Decoding(NamedTuple):
-    """What the rounds of a strategy use."""
+    """What the steps of a strategy use."""
 
     batch: Batch
-    runner: ModelRunner
+    cache: PrefixCache
     depth: int  # number of layers that run for prompts
-    source: Any = None  # of drafts; None: no drafts
+    source: Any  # of drafts; None: no drafts
+
+    @property
+    def runner(self) -> ModelRunner:
+        return self.cache.runner
 
 
-class DecodingStrategy(GenerationStrategy):
+class DecodingStrategy(GenerationStrategy, ABC):
     """A strategy that decodes round by round."""
 
     name: GenerationStrategyName
     has_drafts = True
+    make_source: Callable[[DraftContext], DraftSource | None] = staticmethod(lambda context: None)
 
     def __init__(self) -> None:
         # The cache of the last scheduler with reuse_cache. A deque, so that only one thread gets it.
         self.kept_caches: deque[PrefixCache] = deque(maxlen=1)
-
-    @abstractmethod
-    def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
-        """Get ready for an empty batch."""
 
     @abstractmethod
     def passes(self, decoding: Decoding) -> abc.Iterator[PassRange]:
@@ -68,21 +71,6 @@ class DecodingStrategy(GenerationStrategy):
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         """Make what is made once for a model, so that no answer's time includes it."""
-
-    def generate_token_ids(
-        self,
-        model: PreTrainedModel,
-        input_ids: list[int],
-        eos_token_ids: int | list[int] | None,
-        generation_config: GenerationConfig,
-        logits_processors: Callables = None,
-        stopping_criteria: Callables = None,
-        streamer: Any = None,
-    ) -> GenerationStrategyResult:
-        request = Request(
-            input_ids, logits_processors, stopping_criteria, streamer, eos_token_ids=eos_token_ids
-        )
-        return single_result(self.generate_batch(model, [request], generation_config, batch_size=1))
 
     def generate_batch(
         self,
@@ -138,14 +126,16 @@ class Scheduler(Generic[Key]):
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
-        longest = 0
+        longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
+        elif config.exit_layer != -1:
+            self._depth = config.exit_layer
         self.batch = Batch(self._device, longest)
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
         self._slots: dict[Sequence, int] = {}  # of those whose prefill has begun
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
-        self._prepared: tuple[PrefixCache, Decoding] | None = None  # None: idle, the weights may change
+        self._prepared: Decoding | None = None  # None: idle, the weights may change
         self._begin()
         self._setup_time = time.perf_counter() - began  # counts as the first request's
 
@@ -161,8 +151,7 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def run_every_pass(self, num_positions: int) -> None:
         """With --compile True, capture all passes over up to so many positions before the first request."""
-        _, decoding = self._begin()
-        passes = self._strategy.passes(decoding)
+        passes = self._strategy.passes(self._begin())
         with self._without_autocast():
             run_every_pass(passes, self._batch_size, num_positions + self.batch.longest_draft)
 
@@ -195,7 +184,7 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def step(self) -> None:
         """Do one round for all sequences, unless one has finished and waits to be popped; then prefill."""
-        if self.batch and self.batch.all_go_on:
+        if self.batch and all(sequence.remaining for sequence in self.batch.sequences):
             self._decode()
         self._prefill_waiting()
 
@@ -204,30 +193,28 @@ class Scheduler(Generic[Key]):
         """Remove the finished sequences from the batch; returns their keys and results."""
         rows = [row for row, sequence in enumerate(self.batch.sequences) if not sequence.remaining]
         for row in reversed(rows):
-            cache, _ = self._begin()
             sequence = self.batch.remove(row)
-            cache.remove_row(row, () if sequence.error else sequence.ids, sequence.is_damaged)
+            self._begin().cache.remove_row(row, () if sequence.error else sequence.ids, sequence.is_damaged)
             if self._config.shared_lookup and self._strategy.has_drafts and sequence.error is None:
                 finished_answers(self._model, self._config.shared_lookup).add(sequence)
-            self._finish(sequence)
+            self._finished.append((sequence.key, sequence.result()))
         if self.batch or self._waiting:
             if rows:
-                cache.runner.cache.buffers.limit = self._longest_possible()
+                self._begin().runner.cache.buffers.limit = self._longest_possible()
         elif self._prepared is not None:  # leave the cache to the next scheduler; the weights may change
-            cache, _ = self._prepared
-            if cache.fingerprint is not None:
-                self._strategy.kept_caches.append(cache)
+            if self._prepared.cache.fingerprint is not None:
+                self._strategy.kept_caches.append(self._prepared.cache)
             self._prepared = None
         finished, self._finished = self._finished, []
         return finished
 
     def _decode(self) -> None:
-        cache, decoding = self._begin()
+        decoding = self._begin()
         try:
             with self._without_autocast():
                 self._strategy.step(decoding)
         except Exception as error:
-            cache.fingerprint = None  # it may hold half a round
+            decoding.cache.fingerprint = None  # it may hold half a round
             for sequence in self.batch.sequences:
                 sequence.error = sequence.error or error
             if len(self.batch) > 1:
@@ -252,14 +239,14 @@ class Scheduler(Generic[Key]):
         """Prefill up to so many tokens of a waiting sequence; returns their number. The last ones add it to
         the batch.
         """
-        cache, decoding = self._begin()
+        decoding = self._begin()
         if sequence not in self._slots:
-            cache.runner.reserve(len(sequence.prompt), self._longest_possible())
+            decoding.runner.reserve(len(sequence.prompt), self._longest_possible())
             slots = range(len(self.batch), self._batch_size)
             free = [slot for slot in slots if slot not in self._slots.values()]
-            sequence.num_computed = sequence.num_cached = cache.take_prefix(sequence.prompt, free)
+            sequence.num_computed = sequence.num_cached = decoding.cache.take_prefix(sequence.prompt, free)
             self._slots[sequence] = free[0]
-        runner = cache.runner.for_row(self._slots[sequence], sequence.num_computed)
+        runner = decoding.runner.for_row(self._slots[sequence], sequence.num_computed)
         tokens = sequence.history()[:, sequence.num_computed :][:, :num_tokens]
         is_last = sequence.num_computed + tokens.shape[1] == len(sequence.prompt)
         logits = forward_early(runner, tokens, decoding.depth, num_logits=int(is_last)).logits
@@ -272,12 +259,10 @@ class Scheduler(Generic[Key]):
         return tokens.shape[1]
 
     def _join(self, sequence: Sequence, logits: Tensor) -> None:
-        """Add a sequence to the batch: it swaps slots with whatever is where the next row belongs.
-
-        Args:
-            logits: [1, V] of its first token.
+        """Add a sequence to the batch, with the logits [1, V] of its first token. It swaps slots with what is
+        where the next row belongs.
         """
-        cache, _ = self._begin()
+        cache = self._begin().cache
         slot, row, longest = self._slots.pop(sequence), len(self.batch), sequence.num_computed
         for other, its_slot in self._slots.items():
             if its_slot == row:
@@ -288,29 +273,27 @@ class Scheduler(Generic[Key]):
 
     def _drop_waiting(self, sequence: Sequence) -> None:
         if (slot := self._slots.pop(sequence, None)) is not None:
-            cache, _ = self._begin()
-            if cache.runner.has_its_cache:
-                cache.runner.cache.clear_slot(slot)
+            runner = self._begin().runner
+            if runner.has_its_cache:
+                runner.cache.clear_slot(slot)
         self._waiting.remove(sequence)
-        self._finish(sequence)
-
-    def _finish(self, sequence: Sequence) -> None:
         self._finished.append((sequence.key, sequence.result()))
 
-    def _begin(self) -> tuple[PrefixCache, Decoding]:
+    def _begin(self) -> Decoding:
         """Prepare for the model's current weights, unless that is done."""
         if self._prepared is None:
             with self._without_autocast():
                 cache = self._make_cache()
-                self._prepared = cache, self._strategy.begin(cache.runner, self.batch, self._config)
+                source = self._strategy.make_source(DraftContext(cache.runner, self._config))
+                self._prepared = Decoding(self.batch, cache, self._depth, source)
         return self._prepared
 
     def _make_cache(self) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
         valid_for = None
         if self._config.reuse_cache:
-            depth = -1 if self._strategy.has_drafts else self._config.exit_layer
-            valid_for = (self._batch_size, self.batch.longest_draft, depth, cache_fingerprint(self._model))
+            sizes = (self._batch_size, self.batch.longest_draft, self._depth)
+            valid_for = (*sizes, cache_fingerprint(self._model))
             with suppress(IndexError):
                 kept = self._strategy.kept_caches.pop()
                 if kept.fingerprint == valid_for and kept.runner.has_its_cache:

@@ -9,7 +9,6 @@ of a copy of the layers are verified by all layers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,10 +37,6 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
         """Make the copies of layers that draft; the model keeps them. Raises what `make_source` does."""
         self.make_source(DraftContext(make_runner(model, prompt_length=1, num_positions=1), config))
 
-    def begin(self, runner: ModelRunner, batch: Batch, config: GenerationConfig) -> Decoding:
-        source = self.make_source(DraftContext(runner, config))
-        return Decoding(batch, runner, depth=len(runner.layers), source=source)
-
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         return decoding.source.passes(decoding.runner, decoding.batch.longest_draft)
 
@@ -69,11 +64,11 @@ def speculate(runner: ModelRunner, batch: Batch, source: DraftSource, longest: i
     draft = source.draft(batch, batch.draft_limits(longest))  # k tokens, k <= longest
     logits = target_logits(runner, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits)  # [B] accepted, [B] next token
-    outcome = read_verification(batch, draft, logits, verification)
-    source.learn(batch, draft, outcome.num_accepted)
+    num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
+    source.learn(batch, draft, num_accepted)
     k = draft.tokens.shape[1]
-    runner.cache.rollback([k - accepted for accepted in outcome.num_accepted])
-    batch.commit(outcome.tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
+    runner.cache.rollback([k - accepted for accepted in num_accepted])
+    batch.commit(tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
 
 
 def target_logits(runner: ModelRunner, batch: Batch, draft: Draft) -> Tensor:
@@ -97,9 +92,7 @@ def verify(batch: Batch, draft: Draft, logits: Tensor) -> Verification:
     """Apply the accept rule to all rows, with the random numbers of each."""
     k = draft.tokens.shape[1]
     if not k:  # a shortcut with the same result
-        numbers = batch.verify_numbers(0)
-        sampled = batch.sampler(logits[:, 0], None if numbers is None else numbers[:, 0])
-        return Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
+        return Verification(batch.last.new_zeros(len(batch)), batch.sample(logits[:, 0]).tokens)
     lengths = None  # all drafts have k tokens
     if min(draft.lengths) < k:
         lengths = on_device(draft.lengths, draft.tokens.device)
@@ -108,20 +101,14 @@ def verify(batch: Batch, draft: Draft, logits: Tensor) -> Verification:
     )
 
 
-class HostVerification(NamedTuple):
-    """A verification on the host."""
-
-    num_accepted: list[int]  # [B]
-    tokens: list[list[int]]  # [B] the accepted tokens of each row, then its next token
-
-
 def read_verification(
     batch: Batch, draft: Draft, logits: Tensor, verification: Verification
-) -> HostVerification:
-    """Copy the verification to the host, in one read, which also checks the logits for NaN."""
+) -> tuple[list[int], list[list[int]]]:
+    """[B] accepted, and [B] lists of accepted tokens and the next one. One read, which also checks the logits
+    for NaN.
+    """
     k = draft.tokens.shape[1]
     on_host = batch.read([verification.num_accepted, verification.next_token, draft.tokens], logits)
-    counts, next_tokens, drafted = on_host
-    accepted = [int(m) for m in counts]
-    tokens = [[*map(int, drafted[row * k :][:m]), int(next_tokens[row])] for row, m in enumerate(accepted)]
-    return HostVerification(accepted, tokens)
+    num_accepted, next_tokens, drafted = (list(map(int, numbers)) for numbers in on_host)
+    tokens = [[*drafted[row * k :][:m], next_tokens[row]] for row, m in enumerate(num_accepted)]
+    return num_accepted, tokens

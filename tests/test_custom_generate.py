@@ -1,8 +1,8 @@
 """`self_speculative_generate` returns the ids that `generate` of transformers returns."""
 
-import copy
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +25,6 @@ from transformers import GenerationConfig as TransformersConfig
 
 import self_speculation.self_speculation_generator as self_speculation_generator
 from self_speculation import SpeculativeTextStreamer, self_speculative_generate
-from self_speculation.model.model_runner import ModelRunner
 
 PROMPT = torch.tensor([[5, 9, 4, 7, 7, 3]])
 SPECULATION = {"custom_generate": self_speculative_generate, "exit_layer": 2, "num_speculations": 3}
@@ -125,37 +124,6 @@ def test_ids_are_those_of_generate(batch, options, rounds):
     assert rounds or theirs.shape[1] == batch.shape[1] + 1
 
 
-def names(*of_rows):
-    """A `prefix_allowed_tokens_fn`: each row spells one of its names. It raises after the end of a name."""
-
-    def allowed(row, ids):
-        spelled = ids.tolist()[6:]
-        names = [name for name in of_rows[row % len(of_rows)] if name[: len(spelled)] == spelled]
-        return [name[len(spelled)] for name in names]
-
-    return allowed
-
-
-@pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
-@pytest.mark.parametrize("sampling", [{}, ONE], ids=["greedy", "sampled"])
-def test_prefix_allowed_tokens_fn_is_called_for_the_output_of_its_row(sampling, batch, rounds):
-    """Guards against an output that fails because the function raises for a draft after the end id, and
-    against a call with the index of another row.
-    """
-    of_rows = [[11, 12, 2], [13, 14, 15, 2]], [[21, 2, 7]], [[31, 32, 33, 34]]
-    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, **sampling}
-    masks = batch.ne(0).long()
-    ours = {**options, **SPECULATION, "attention_mask": masks, "prefix_allowed_tokens_fn": names(*of_rows)}
-    found = tiny_llama().generate(batch, **ours)
-    for row, prompt in enumerate(batch):  # alone: `generate` calls it for padding after an end id, too
-        options |= {"attention_mask": masks[row, None], "prefix_allowed_tokens_fn": names(of_rows[row])}
-        (expected,) = tiny_llama().generate(prompt[None], **options).tolist()
-        assert found[row, : len(expected)].tolist() == expected
-    assert rounds
-    with pytest.raises((IndexError, ValueError)):  # without an end id, outputs are longer than the names
-        tiny_llama().generate(batch, **{**ours, "eos_token_id": 40, "max_new_tokens": 6})
-
-
 SYNTH_ID = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])
 REFUSED = [
     ({"num_beams": 2}, "num_beams: beam search"),
@@ -171,6 +139,7 @@ REFUSED = [
     ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "attention_mask: padding must be on the left"),
     ({"position_ids": torch.arange(6)[None] + 2}, "position_ids: must be those that follow"),
     ({"labels": PROMPT}, "labels: does not reach the model"),
+    ({"cache": DynamicCache()}, "cache: is neither read nor filled"),
     ({"exit_layer": 4}, "exit_layer 4: must be between 1 and 3"),
     ({"num_speculations": -1}, "num_speculations: self_speculative needs at least 1"),
     ({"inputs": None, "inputs_embeds": torch.zeros(1, 6, 32)}, "inputs_embeds: prompts must be token ids"),
@@ -245,37 +214,22 @@ def test_text_of_a_streamer(byte_tokenizer, text_model, capsys):
 
 
 def test_the_streamer_is_read_from_the_frame_of_generate():
-    """Guards against a variable `streamer` of another caller. If the last line fails, transformers passes the
-    streamer on, and `_streamer_of_generate` can go.
-    """
-    streamer, caught = Listener(), {}
-
-    def keep(model, input_ids, **kwargs):
-        caught.update(kwargs, model=model, input_ids=input_ids)
-        return input_ids
-
-    tiny_llama().generate(
-        PROMPT, custom_generate=keep, max_new_tokens=4, do_sample=False, streamer=Listener()
-    )
-    self_speculative_generate(**caught, exit_layer=2, num_speculations=3)
-    assert streamer.calls == []
-    assert caught.get("streamer") is None
+    """If this fails, transformers passes the streamer on, and `_streamer_of_generate` can go."""
+    caught = Mock(return_value=PROMPT)
+    tiny_llama().generate(PROMPT, custom_generate=caught, max_new_tokens=4, streamer=Listener())
+    assert caught.call_args.kwargs.get("streamer") is None
 
 
 def test_a_stop_string_ends_its_own_row_only(byte_tokenizer, text_model):
-    """Guards against a row that ends where another row ends, and against a string in a prompt."""
-    tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.pad_token, tokenizer.padding_side = "<unk>", "left"
-    inputs = tokenizer(["Once upon a time", "def add(", "a"], return_tensors="pt", padding=True)
-    inputs.pop("token_type_ids", None)
+    """Guards against a row that ends where another row ends."""
+    ids = torch.tensor([byte_tokenizer.encode(text)[:4] for text in ("Once upon a time", "def add(a, b)")])
     options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
-    plain = text_model.generate(**inputs, **options)
-    new = plain[:, inputs.input_ids.shape[1] :]
-    strings = [tokenizer.decode(new[0, 3:5]), tokenizer.decode(new[1, 6:8])]
-    options["stopping_criteria"] = [StopStringCriteria(tokenizer, strings)]
-    theirs = text_model.generate(**inputs, **options)
-    assert theirs.tolist() != plain.tolist()
-    assert text_model.generate(**inputs, **options, **SPECULATION).tolist() == theirs.tolist()
+    plain = text_model.generate(ids, **options)
+    strings = [byte_tokenizer.decode(plain[0, 7:9]), byte_tokenizer.decode(plain[1, 10:12])]
+    options["stopping_criteria"] = [StopStringCriteria(byte_tokenizer, strings)]
+    theirs = text_model.generate(ids, **options).tolist()
+    assert theirs != plain.tolist()
+    assert text_model.generate(ids, **options, **SPECULATION).tolist() == theirs
 
 
 def test_each_row_ends_with_its_own_context():
@@ -291,9 +245,7 @@ def test_each_row_ends_with_its_own_context():
 
 
 def test_sampled_ids_have_the_distribution_of_generate():
-    """Guards against a temperature or a top-k that is applied twice or never. False alarms: 1e-4, fixed seed.
-    The last line shows that 500 samples tell a temperature of 0.7 from one of 1.
-    """
+    """Guards against settings that are applied twice or never. False alarms: 1e-4, fixed seed."""
     settings = {"temperature": 0.7, "top_k": 3}
     torch.manual_seed(0)
     prompts = torch.tensor([SAMPLED_PROMPT]).expand(500, -1)
@@ -302,9 +254,6 @@ def test_sampled_ids_have_the_distribution_of_generate():
     )
     counts = Counter(map(tuple, outputs[:, len(SAMPLED_PROMPT) :].tolist()))
     assert p_value(counts, expected(config(**settings), [])) > 1e-4
-    hotter = expected(config(temperature=1.0, top_k=3), [])
-    possible = Counter({key: number for key, number in counts.items() if hotter[key]})
-    assert p_value(possible, hotter) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -323,30 +272,22 @@ def test_other_drafts(drafts):
 
 
 @pytest.mark.parametrize("batch", [PROMPT, PADDED], ids=["one", "padded"])
-def test_assistant_early_exit_and_num_assistant_tokens(batch, monkeypatch, rounds):
+def test_assistant_early_exit_and_num_assistant_tokens(batch, rounds):
     """Guards against transformers' own names for exit layer and draft length that are refused, have no effect
     or override ours.
     """
-    exits, run = [], ModelRunner.run
-
-    def watch(self, inputs, first, last, num_logits):
-        exits.append(last)
-        return run(self, inputs, first, last, num_logits)
-
-    monkeypatch.setattr(ModelRunner, "run", watch)
     model, options = tiny_llama(), {"attention_mask": batch.ne(0).long(), "pad_token_id": 0}
     options |= {"do_sample": False, "max_new_tokens": 12}
     plain = model.generate(batch, **options).tolist()
-    theirs = {"assistant_early_exit": 1, "num_assistant_tokens": 3}
-    ours = {"custom_generate": self_speculative_generate}
-    for own, exit_layer, longest in (({}, 1, 3), ({"exit_layer": 2, "num_speculations": 2}, 2, 2)):
-        rounds.clear(), exits.clear()
-        assert model.generate(batch, **options, **theirs, **ours, **own).tolist() == plain
-        assert (set(exits), max(rounds)) == ({exit_layer, 4}, longest)
-    adaptive = {"generation_strategy": "adaptive"}
-    assert model.generate(batch, **options, **theirs, **ours, **adaptive).tolist() == plain
+    options |= {"custom_generate": self_speculative_generate, "num_assistant_tokens": 3}
+    options["assistant_early_exit"] = 9
     with pytest.raises(ValueError, match="exit_layer 9: must be between 1 and 3"):
-        model.generate(batch, **{**options, **theirs, **ours, "assistant_early_exit": 9})
+        model.generate(batch, **options)
+    for own, longest in (({"assistant_early_exit": 1}, 3), ({"exit_layer": 2, "num_speculations": 2}, 2)):
+        rounds.clear()
+        assert model.generate(batch, **{**options, **own}).tolist() == plain
+        assert max(rounds) == longest
+    assert model.generate(batch, **options, generation_strategy="adaptive").tolist() == plain
 
 
 def test_in_a_pipeline(model_folder, rounds):
@@ -355,14 +296,3 @@ def test_in_a_pipeline(model_folder, rounds):
     options = {"do_sample": False, "max_new_tokens": 10}
     assert generate("def add", **options, **SPECULATION) == generate("def add", **options)
     assert rounds
-
-
-@pytest.mark.parametrize("tokens_in_it", [0, 6])
-def test_a_cache_of_the_caller_is_refused(tokens_in_it):
-    """Guards against a cache whose content is ignored, or that stays empty although the caller reads it."""
-    model, cache = tiny_llama(), DynamicCache()
-    if tokens_in_it:
-        model(PROMPT, cache=cache)
-    longer = torch.cat([PROMPT, PROMPT], 1)
-    with pytest.raises(ValueError, match="cache: is neither read nor filled"):
-        model.generate(longer, cache=cache, max_new_tokens=4, **SPECULATION)

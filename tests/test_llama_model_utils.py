@@ -38,8 +38,8 @@ def family(model_type, attention="sdpa", **config):
 
 
 def pieces_match_the_whole(model):
-    """Prompt, draft, verification and rollback give the logits of one pass of transformers; by transformers'
-    layers and by fused ones.
+    """Prompt in chunks, draft, verification and rollback give the logits of one pass of transformers; by
+    transformers' layers and by fused ones.
     """
     ids = torch.randint(3, SHAPE["vocab_size"], (1, 12))
     with torch.inference_mode():
@@ -54,7 +54,7 @@ def compare_pieces(model, ids, expected):
     with torch.inference_mode():
         again_by_transformers = model(ids).logits
         runner = ModelRunner(model, prompt_length=6, num_positions=12)
-        prompt = forward(runner, ids[:, :6], num_logits=6).logits
+        prompt = torch.cat([forward(runner, part, 3).logits for part in ids[:, :6].split(3, 1)], 1)  # chunks
         hidden = [forward_early(runner, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
         last = forward_early(runner, ids[:, 9:10], 2, num_logits=0)
         assert last.logits.numel() == 0
@@ -120,35 +120,26 @@ def test_longrope_ends_at_its_original_context():
     pieces_match_the_whole(model)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_prompt_in_chunks_gives_what_the_whole_gives(attention):
-    """Guards against a mask by which a chunk misses earlier keys or sees later ones."""
-    model = family("llama", attention)
-    ids = torch.randint(3, SHAPE["vocab_size"], (1, 70))
-    for _ in ("plain", "fused"):
-        with torch.inference_mode():
-            runner = ModelRunner(model, prompt_length=70, num_positions=75)
-            *chunks, rest = ids.split(20, dim=1)
-            for chunk in chunks:
-                forward_early(runner, chunk, 4, num_logits=0)
-            last = forward_early(runner, rest, 4).logits[:, 0]
-            assert_close(last, model(ids).logits[:, -1], computed_in=torch.float32)
-        fuse(model)
-
-
-def test_passes_of_a_prefill():
-    """Guards against memory for a pass or a mask as long as the prompt, and against logits of all of it."""
-    model = tiny_llama(max_position_embeddings=3 * PREFILL_CHUNK)
-    modules = {"layer": model.model.layers[0], "head": model.lm_head}
-    widths = {name: [] for name in modules}
+def test_no_layer_sees_a_token_twice_at_the_same_position():
+    """Guards against a verification that runs the draft's layers again, a prompt that is read twice, a pass
+    as long as the prompt, and logits of all of it.
+    """
+    model = tiny_llama(agreement="always", max_position_embeddings=3 * PREFILL_CHUNK)
+    modules, widths = [*model.model.layers, model.lm_head], {}
     hooks = [
-        module.register_forward_hook(lambda m, i, output, name=name: widths[name].append(output.shape[1]))
-        for name, module in modules.items()
+        module.register_forward_hook(
+            lambda _, inputs, output, n=n: widths.setdefault(n, []).append(output.shape[1])
+        )
+        for n, module in enumerate(modules)
     ]
-    generate(model, [5] * (2 * PREFILL_CHUNK + 3), max_steps=2, eos=[])
+    prompt = [5] * (2 * PREFILL_CHUNK + 3)
+    result = generate(model, prompt, max_steps=13, eos=[], exit_layer=2, num_speculations=3)
     for hook in hooks:
         hook.remove()
-    assert widths == {"layer": [PREFILL_CHUNK, PREFILL_CHUNK, 3, 1], "head": [1, 1]}
+    assert result.acceptance_rate == 1
+    assert [sum(widths[n]) for n in range(4)] == [len(prompt) + 12] * 4  # every token but the last
+    assert widths[0][:3] == [PREFILL_CHUNK, PREFILL_CHUNK, 3]
+    assert max(widths[4]) == 4  # of the head
 
 
 def test_other_architectures_and_attention_are_refused_by_name():
@@ -173,21 +164,6 @@ def test_more_positions_than_a_sliding_window_are_refused():
         generate(model, prompt, max_steps=13)
     full = family("qwen2", sliding_window=16, use_sliding_window=False).float()
     assert len(generate(full, prompt, max_steps=20, eos=[]).predicted_tokens) == 20
-
-
-def test_no_layer_sees_a_token_twice_at_the_same_position():
-    """Guards against a verification that runs the draft's layers again, and a prompt that is read twice."""
-    model = tiny_llama(agreement="always")
-    seen = [0] * 4
-    hooks = [
-        layer.register_forward_hook(lambda m, i, output, n=n: seen.__setitem__(n, seen[n] + output.shape[1]))
-        for n, layer in enumerate(model.model.layers)
-    ]
-    result = generate(model, [3, 4, 5], max_steps=13, eos=[], exit_layer=2, num_speculations=3)
-    for hook in hooks:
-        hook.remove()
-    assert result.acceptance_rate == 1
-    assert seen == [3 + 12] * 4  # the prompt, and every output token but the last
 
 
 @pytest.mark.parametrize("length", [3, 6, 9])

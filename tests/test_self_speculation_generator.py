@@ -1,17 +1,13 @@
 """Greedy ids of self-speculative decoding are those of autoregressive decoding and of transformers."""
 
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from conftest import EOS, drawn_plan, generate, planned, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    MaxLengthCriteria,
-    MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import MinNewTokensLengthLogitsProcessor, SequenceBiasLogitsProcessor
 
 from self_speculation import GenerationConfig, make_strategy
 from self_speculation.drafts.policy import AdaptivePolicy
@@ -19,26 +15,18 @@ from self_speculation.drafts.policy import AdaptivePolicy
 PROMPT = [5, 9, 4, 7, 7, 3]
 
 
-class HistoryBias:
+def history_bias(input_ids, scores):
     """A processor that checks its arguments, and whose result depends on every id of the history."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, input_ids, scores):
-        assert input_ids.shape[0] == 1
-        assert scores.ndim == 2
-        assert scores.shape[0] == 1
-        self.calls += 1
-        weights = torch.arange(1, input_ids.shape[1] + 1)
-        return scores.roll(int((input_ids[0] * weights).sum()) % 7, dims=-1)
+    assert (len(input_ids), scores.shape) == (1, (1, 50))
+    weights = torch.arange(1, input_ids.shape[1] + 1)
+    return scores.roll(int((input_ids[0] * weights).sum()) % 7, dims=-1)
 
 
 PROCESSORS = {
-    "none": list,
-    "history": lambda: [HistoryBias()],
-    "transformers": lambda: [
-        RepetitionPenaltyLogitsProcessor(1.5),
+    "none": [],
+    "history": [history_bias],
+    "transformers": [
+        SequenceBiasLogitsProcessor({(7,): 3.0, (5, 9): -4.0}),
         MinNewTokensLengthLogitsProcessor(len(PROMPT), 4, EOS, device="cpu"),
     ],
 }
@@ -58,6 +46,7 @@ SHARED = st.fixed_dictionaries(
         "max_steps": st.integers(1, 20),
         "eos": st.lists(st.integers(0, 49), max_size=6, unique=True),
         "no_repeat_ngram_size": st.sampled_from([None, 1, 2]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
     }
 )
 
@@ -81,10 +70,11 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     def ends(output):
         return stops_at is not None and sum(output[-2:]) % stops_at == 0
 
-    plain, speculative = (
-        generate(model, prompt, logits_processors=PROCESSORS[processors](), ends_text=ends, **shared, **own)
-        for own in ({}, drafts)
-    )
+    with patch("self_speculation.model.model_runner._FIRST_ALLOCATION", 3):  # so that the cache grows
+        plain, speculative = (
+            generate(model, prompt, logits_processors=PROCESSORS[processors], ends_text=ends, **shared, **own)
+            for own in ({}, drafts)
+        )
     assert speculative.predicted_tokens == plain.predicted_tokens
     assert speculative.stop_reason == plain.stop_reason
     criterion = [lambda ids, *_, **__: torch.tensor([ends(ids[0, len(prompt) :].tolist())])]
@@ -93,9 +83,10 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
         prompt,
         shared["max_steps"],
         shared["eos"] or -1,
-        logits_processor=PROCESSORS[processors](),
+        logits_processor=PROCESSORS[processors],
         stopping_criteria=criterion,
         no_repeat_ngram_size=shared["no_repeat_ngram_size"],
+        repetition_penalty=shared["repetition_penalty"],
     )
     assert speculative.num_accepted <= speculative.num_drafted
     assert speculative.num_decode_tokens <= speculative.num_verifications * (drafts["num_speculations"] + 1)
@@ -129,12 +120,11 @@ def test_ids_equal_for_every_sequence_of_plans(
         )
         return drawn_plan(matched, limits, one_of, between)
 
-    plain = generate(model, prompt, logits_processors=PROCESSORS[processors](), **shared)
+    shared["logits_processors"] = PROCESSORS[processors]
+    plain = generate(model, prompt, **shared)
     drafts = {"draft_vocabulary": draft_vocabulary, "draft_weights": weights}
     with patch.object(AdaptivePolicy, "plan", planned(plan)):
-        found = generate(
-            model, prompt, "adaptive", logits_processors=PROCESSORS[processors](), **shared, **drafts
-        )
+        found = generate(model, prompt, "adaptive", **shared, **drafts)
     assert found.predicted_tokens == plain.predicted_tokens
     assert found.stop_reason == plain.stop_reason
 
@@ -155,11 +145,14 @@ def test_counts_of_drafts(agreement, rounds, drafted, accepted):
     assert result.acceptance_rate == sum(accepted) / sum(drafted)
 
 
-def test_autoregressive_results_have_no_counts_of_drafts():
-    """Guards against zeros that read as rejected drafts."""
-    result = generate(tiny_llama(), PROMPT, max_steps=5)
+def test_autoregressive_results():
+    """Guards against zeros that read as rejected drafts, and against a rate that counts the first token."""
+    result = generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
     assert result.acceptance_rate is result.num_drafted is result.num_accepted is None
-    assert result.num_verifications is result.mean_accepted_length is result.acceptance_by_position is None
+    assert result.num_verifications is result.mean_accepted_length is result.drafted_by_position is None
+    assert result.prefill_time > 0
+    assert result.num_decode_tokens == 29
+    assert result.decode_tokens_per_second == pytest.approx(29 / result.decode_time)
 
 
 def test_a_huge_draft_length():
@@ -179,37 +172,12 @@ def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     assert result.num_decode_tokens == end
 
 
-@pytest.mark.parametrize(
-    "extra", [{}, {"exit_layer": 2, "num_speculations": 5}], ids=["plain", "speculative"]
-)
-def test_stopping_criteria_see_every_token_in_turn(extra):
-    """Guards against criteria that are called once per round."""
-    seen = []
-
-    def criterion(input_ids, scores, **_):
-        assert scores.shape == (1, 50)
-        seen.append(input_ids[0].tolist())
-        return torch.tensor([len(seen) == 7])
-
-    model = tiny_llama(agreement="always")
-    result = generate(model, PROMPT, stopping_criteria=[criterion], eos=[], max_steps=20, **extra)
-    reference = transformers_generate(model, PROMPT, 7, -1)
-    assert result.predicted_tokens == reference
-    assert result.stop_reason == "stopping_criteria"
-    assert seen == [PROMPT + reference[: i + 1] for i in range(7)]
-    limited = generate(model, PROMPT, stopping_criteria=[MaxLengthCriteria(10)], eos=[], **extra)
-    assert len(limited.predicted_tokens) == 10 - len(PROMPT)
-
-
 def test_a_processor_runs_once_per_row_of_logits():
     """Guards against processors that run again for tokens that they have seen."""
-    processor = HistoryBias()
-    model = tiny_llama(agreement="always")
-    result = generate(
-        model, PROMPT, logits_processors=[processor], exit_layer=2, num_speculations=3, max_steps=9, eos=[]
-    )
-    verified = result.num_drafted + result.num_verifications
-    assert processor.calls == 1 + result.num_drafted + verified
+    processor, model = Mock(spec=[], side_effect=history_bias), tiny_llama(agreement="always")
+    drafts = {"exit_layer": 2, "num_speculations": 3, "max_steps": 9, "eos": []}
+    result = generate(model, PROMPT, logits_processors=[processor], **drafts)
+    assert processor.call_count == 1 + 2 * result.num_drafted + result.num_verifications
 
 
 def test_early_exit_is_the_truncated_model():
@@ -221,65 +189,19 @@ def test_early_exit_is_the_truncated_model():
     assert result.predicted_tokens == transformers_generate(truncated, PROMPT, 20, -1)
 
 
-def test_a_cache_that_grows_changes_nothing(monkeypatch):
-    """Guards against keys and values that are lost when buffers grow during a draft."""
-    monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 3)
-    reference = transformers_generate(tiny_llama(), PROMPT, 40, -1)
-    for extra in ({}, {"exit_layer": 2, "num_speculations": 6}):
-        assert generate(tiny_llama(), PROMPT, max_steps=40, eos=[], **extra).predicted_tokens == reference
-
-
 @pytest.mark.parametrize(
-    "extra", [{}, {"exit_layer": 2, "num_speculations": 4}], ids=["plain", "speculative"]
-)
-def test_context_is_never_exceeded(extra):
-    """Guards against positions beyond the context, and against a prompt that fills it."""
-    model = tiny_llama(max_position_embeddings=16)
-    result = generate(model, PROMPT, eos=[], **extra)
-    assert (len(result.predicted_tokens), result.stop_reason) == (16 - len(PROMPT), "context")
-    with pytest.raises(
-        ValueError, match="prompt has 16 tokens and leaves no room in the model's context of 16"
-    ):
-        generate(model, [3] * 16, **extra)
-    with pytest.raises(ValueError, match="prompt has no tokens"):
-        generate(model, [], **extra)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
+    ("strategy", "settings", "message"),
     [
-        (
-            {"exit_layer": 4, "num_speculations": 2},
-            "exit_layer 4: must be between 1 and 3, the model has 4 layers",
-        ),
-        ({"exit_layer": 4}, r"exit_layer 4: .*-1 is full depth"),
-        ({"strategy": "self_speculative"}, "exit_layer: self_speculative needs one between 1 and 3"),
-        (
-            {"strategy": "self_speculative", "exit_layer": 2},
-            "num_speculations: self_speculative needs at least 1",
-        ),
+        ("self_speculative", (4, 2), "exit_layer 4: must be between 1 and 3, the model has 4 layers"),
+        ("autoregressive", (4, -1), r"exit_layer 4: .*-1 is full depth"),
+        ("self_speculative", (-1, -1), "exit_layer: self_speculative needs one between 1 and 3"),
+        ("self_speculative", (2, -1), "num_speculations: self_speculative needs at least 1"),
     ],
 )
-def test_invalid_exit_layers_and_draft_lengths(settings, message):
-    """Guards against settings that run another number of layers without a word."""
+def test_invalid_exit_layers_and_draft_lengths(strategy, settings, message):
+    """Guards against settings that run another number of layers without a word. The strategy object overrides
+    the name in the config.
+    """
+    config = GenerationConfig(exit_layer=settings[0], num_speculations=settings[1])
     with pytest.raises(ValueError, match=message):
-        generate(tiny_llama(), PROMPT, **settings)
-
-
-def test_the_strategy_object_overrides_the_name_in_the_config():
-    """Guards against a config with the default name, by which -1 layers would draft."""
-    strategy = make_strategy("self_speculative")
-    with pytest.raises(ValueError, match="exit_layer: self_speculative needs one between 1 and 3"):
-        strategy.generate_token_ids(tiny_llama(), PROMPT, [], GenerationConfig())
-    config = GenerationConfig(exit_layer=2, num_speculations=2, max_steps=5, sample=False)
-    result = strategy.generate_token_ids(tiny_llama(), PROMPT, [], config)
-    assert result.predicted_tokens == transformers_generate(tiny_llama(), PROMPT, 5, -1)
-    assert result.num_drafted
-
-
-def test_times_and_rates():
-    """Guards against a decode rate that counts the first token."""
-    result = generate(tiny_llama(), PROMPT, max_steps=30, eos=[])
-    assert result.prefill_time > 0
-    assert result.num_decode_tokens == 29
-    assert result.decode_tokens_per_second == pytest.approx(29 / result.decode_time)
+        make_strategy(strategy).generate_token_ids(tiny_llama(), PROMPT, [], config)

@@ -48,11 +48,6 @@ class Batch:
         """Of all rows; valid until a row is added or removed."""
         return joint_sampler([sequence.sampler for sequence in self.sequences], self.last.device)
 
-    @property
-    def all_go_on(self) -> bool:
-        """Whether no sequence has finished."""
-        return all(sequence.remaining for sequence in self.sequences)
-
     def draft_limits(self, k: int) -> list[int]:
         """[B] the most tokens to draft for each row, at most k. A round outputs up to one token more."""
         return [
@@ -80,22 +75,21 @@ class Batch:
         vars(self).pop("sampler", None)
         return removed
 
+    def sample(self, logits: Tensor, number: int = -1) -> SampledTokens:
+        """Sample a token of each row from processed logits [B, V], with one of the round's random numbers."""
+        numbers = self._round_numbers()
+        return self.sampler(logits, None if numbers is None else numbers[:, number])
+
     def sample_draft(
         self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool]
     ) -> tuple[SampledTokens, Tensor]:
-        """Sample the draft token at position 0, 1, ...
+        """Sample the draft token at position 0, 1, ... from logits [B, V]; returns the processed ones, too.
 
-        Args:
-            logits: [B, V]
-            is_drafting: [B] rows that draft at this position. The others get `last`: padding is cached, and
-                must be finite, since masks do not stop NaN.
-
-        Returns:
-            The tokens, and the processed logits [B, V] that they were sampled from.
+        Rows that are not drafting [B] get `last`: padding is cached, and must be finite, since masks do not
+        stop NaN.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
-        numbers = self._round_numbers()
-        sampled = self.sampler(logits, None if numbers is None else numbers[:, position])
+        sampled = self.sample(logits, position)
         if not all(is_drafting):
             mask = on_device(is_drafting, logits.device).bool()
             sampled = replace(sampled, tokens=sampled.tokens.where(mask, self.last[:, 0]))
@@ -106,13 +100,8 @@ class Batch:
     ) -> Reading | None:
         """Write drafted tokens [B] into the histories, and stream them where drafts are shown.
 
-        Reads from the device: one if drafts are shown or a confidence is given; else none.
-
-        Args:
-            confidence: [B] probabilities of the tokens in fp32, if drafts end by them.
-
-        Returns:
-            The read, if any: one list, tokens then confidences.
+        Reads from the device: one if drafts are shown or a confidence [B] is given, by which drafts end; else
+        none. Returns that read: tokens, then confidences.
         """
         drafting = [row for row, drafts in enumerate(is_drafting) if drafts]
         for row in drafting:
@@ -176,11 +165,9 @@ class Batch:
     def emit(self, logits: Tensor) -> None:
         """Sample one token of each row from logits [B, V] and commit it. Reads from the device: one."""
         logits = self.process(logits[:, None])  # [B, 1, V]
-        numbers = self._round_numbers()
-        tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
+        tokens = self.sample(logits[:, 0]).tokens  # [B]
         (ids,) = self.read([tokens], logits)
-        no_draft = ([0] * len(self), [""] * len(self))
-        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits, *no_draft)
+        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits, [0] * len(self), [""] * len(self))
 
     def commit(
         self,
@@ -193,10 +180,8 @@ class Batch:
         """Append the tokens of a round to the outputs, up to the token that ends an output.
 
         Args:
-            tokens: [B] lists.
             last: [B, 1] the last token of each row, on the device.
             scores: [B, n, V] processed logits, n >= tokens.
-            num_drafted: [B]
             sources: [B] names of the draft sources; "": no verification.
         """
         for row, sequence in enumerate(self.sequences):

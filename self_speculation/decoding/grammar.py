@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import llguidance
 import llguidance.hf
@@ -30,10 +29,6 @@ _MAX_REPEATS = 10_000  # of a pattern, whose counts multiply
 _LIMITS = llguidance.LLParserLimits(max_grammar_size=10_000, max_lexer_states=50_000)
 # [256, 8]: what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer.
 _OF_BYTES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8)] for byte in range(256)])
-# Of each tokenizer, by vocabulary size and end ids: making one takes a tenth of a second and more.
-_TOKENIZERS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, llguidance.LLTokenizer]] = (
-    WeakKeyDictionary()
-)
 
 
 class GrammarError(ValueError):
@@ -42,20 +37,15 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """A language that an output must belong to.
+    """A language that an output must belong to."""
 
-    Args:
-        definition: in llguidance's format; `json_schema`, `regex` and `lark` make it.
-    """
-
-    definition: str
+    definition: str  # in llguidance's format; `json_schema`, `regex` and `lark` make it
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
         """JSON that conforms to a schema. {"type": "object"} allows any object.
 
-        Raises:
-            ValueError: the schema is no JSON object, or too large.
+        Raises ValueError if the schema is no JSON object, or too large.
         """
         schema = json.loads(schema) if isinstance(schema, str) else schema
         return cls(llguidance.LLMatcher.grammar_from_json_schema(schema_text(schema)))
@@ -77,39 +67,28 @@ class Grammar:
 
 
 def schema_text(schema: Any) -> str:
-    """A JSON schema with our options, as JSON.
-
-    Raises:
-        GrammarError: the schema is no object, or too large.
-    """
+    """A JSON schema with our options, as JSON. Raises GrammarError if it is no object, or too large."""
     if not isinstance(schema, Mapping):
         raise GrammarError("a JSON schema must be an object")
     try:
         text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
         if len(text) > _MAX_SCHEMA:
             raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
-        patterns = [*_patterns(schema)]
+        json.loads(text, object_hook=_check_patterns)
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
-    for pattern in patterns:
-        if math.prod(int(n) or 1 for n in re.findall(r"\{(\d{1,9})", pattern)) > _MAX_REPEATS:
-            message = f"the counts of a pattern multiply to more than {_MAX_REPEATS}"
-            raise GrammarError(f"pattern {pattern[:40]!r}: {message}")
     return text
 
 
-def _patterns(schema: Any) -> Iterator[str]:
-    """The regular expressions in a schema."""
-    if isinstance(schema, list):
-        for part in schema:
-            yield from _patterns(part)
-    elif isinstance(schema, Mapping):
-        for key, value in schema.items():
-            if key == "pattern" and isinstance(value, str):
-                yield value
-            elif key == "patternProperties" and isinstance(value, Mapping):
-                yield from value
-            yield from _patterns(value)
+def _check_patterns(schema: dict[str, Any]) -> dict[str, Any]:
+    """Check the regular expressions of one object in a schema."""
+    of_names = schema.get("patternProperties")
+    for pattern in [schema.get("pattern"), *(of_names if isinstance(of_names, dict) else ())]:
+        counts = re.findall(r"\{(\d{1,9})", pattern) if isinstance(pattern, str) else ()
+        if math.prod(int(n) or 1 for n in counts) > _MAX_REPEATS:
+            message = f"the counts of a pattern multiply to more than {_MAX_REPEATS}"
+            raise GrammarError(f"pattern {pattern[:40]!r}: {message}")
+    return schema
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -134,18 +113,14 @@ class GrammarProcessor(LogitsProcessor):
         eos_token_ids: Sequence[int],
     ) -> None:
         self._prompt_length, self._vocab_size = prompt_length, vocab_size
-        self._unused = _matcher(_tokenizer(tokenizer, vocab_size, eos_token_ids), grammar)
+        self._unused = _matcher(_tokenizer(tokenizer, vocab_size, tuple(eos_token_ids)), grammar)
         self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
         self._of_bytes = _OF_BYTES
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """
-        Args:
-            input_ids: [1, n] prompt, output and draft.
-            scores: [1, V]
+        """input_ids: [1, n] prompt, output and draft; scores: [1, V].
 
-        Raises:
-            GrammarError: nothing can follow, or what can is beyond the limits of llguidance.
+        Raises GrammarError if nothing can follow, or what can is beyond the limits of llguidance.
         """
         if not self._move_to(input_ids[0, self._prompt_length :].tolist()):
             if self._matcher.is_error():
@@ -165,10 +140,8 @@ class GrammarProcessor(LogitsProcessor):
         if self._matcher.is_error():  # for good, by a draft that led nowhere
             self._matcher, self._consumed = self._unused.deep_copy(), []
         consumed = self._consumed
-        common = next(
-            (i for i, (old, new) in enumerate(zip(consumed, output, strict=False)) if old != new),
-            min(len(consumed), len(output)),
-        )
+        pairs = enumerate(zip(consumed, output, strict=False))
+        common = next((i for i, (old, new) in pairs if old != new), min(len(consumed), len(output)))
         if common < len(consumed):
             self._matcher.rollback(len(consumed) - common)
             del consumed[common:]
@@ -178,16 +151,14 @@ class GrammarProcessor(LogitsProcessor):
         return accepted == len(rest)
 
 
+@lru_cache(maxsize=8)
 def _tokenizer(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...]
 ) -> llguidance.LLTokenizer:
+    """Making one takes a tenth of a second and more."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("a grammar needs a fast tokenizer, of the library tokenizers")
-    known = _TOKENIZERS.setdefault(tokenizer, {})
-    key = (vocab_size, tuple(eos_token_ids))
-    if key not in known:
-        known[key] = llguidance.hf.from_tokenizer(tokenizer, vocab_size, list(eos_token_ids))
-    return known[key]
+    return llguidance.hf.from_tokenizer(tokenizer, vocab_size, list(eos_token_ids))
 
 
 @lru_cache(maxsize=8)

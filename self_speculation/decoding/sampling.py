@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from self_speculation.config import GenerationConfig
+from self_speculation.config import LEAST_TEMPERATURE, GenerationConfig
 from self_speculation.transfers import on_device
-
-# Below this temperature, logits may overflow fp32.
-_SMALL = 1e-20
-_FP32 = torch.finfo(torch.float32)
 
 # On a CPU, top-p first sorts this many of the most likely tokens: it hardly ever keeps more.
 _LIKELY = 128
@@ -84,7 +80,7 @@ def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0, may_look: bool 
     if number < vocab_size and may_look and bool((largest.sum(-1) < top_p).any()):
         largest, ids = probabilities.sort(descending=True)
     before = largest.cumsum(-1) - largest  # the mass of more likely tokens
-    largest = largest.masked_fill(before >= max(top_p, _FP32.tiny), 0.0)
+    largest = largest.masked_fill(before >= max(top_p, torch.finfo(torch.float32).tiny), 0.0)
     return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
 
 
@@ -95,13 +91,10 @@ def random_numbers(n: int, device: torch.device, generator: torch.Generator | No
 
 
 def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """[n, V] weights -> [n] tokens, drawn in proportion to their weights.
+    """[n, V] weights -> [n] tokens, drawn in proportion to their weights by `random_numbers`; None: new ones.
 
     Inverts the cumulative sum: one random number for a token, where `multinomial` takes one for every entry
     of the vocabulary.
-
-    Args:
-        numbers: [n] from `random_numbers`; None: new ones.
     """
     if numbers is None:
         numbers = random_numbers(len(weights), weights.device)
@@ -126,7 +119,7 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        return not self.sample or self.temperature == 0
+        return not self.sample or self.temperature < LEAST_TEMPERATURE
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., V] logits -> [..., V] probabilities in fp32; one-hot when greedy."""
@@ -134,10 +127,7 @@ class Sampler:
         if self.greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         if self.temperature != 1:
-            if self.temperature < _SMALL:  # else the largest could become inf, and its softmax NaN
-                logits = logits - logits.amax(-1, keepdim=True)
-            # In fp32 the temperature must not become 0 or inf.
-            logits = logits / min(max(self.temperature, _FP32.tiny), _FP32.max)
+            logits = logits / self.temperature
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
         if self.top_p < 1:
             probabilities = nucleus(probabilities, self.top_p, self.top_k)

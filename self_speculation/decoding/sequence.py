@@ -16,7 +16,6 @@ from transformers import LogitsProcessorList
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.request import Request, as_list
 from self_speculation.decoding.sampling import Sampler
-from self_speculation.decoding.stopping import StopConditions
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
@@ -30,16 +29,12 @@ class Sequence:
     """Prompt, output and draft, in this order in one buffer on the device.
 
     Args:
-        request: in token ids.
-        config: of the batch; the request's own counts if it has one.
+        request: in token ids. Its own config overrides `config`, that of the batch.
         context: the most tokens of prompt and output.
-        device: of the model's input ids.
-        key: of the request.
         has_drafts: whether to count drafts.
         started: `time.perf_counter` at its start; None: now.
 
-    Raises:
-        ValueError: a prompt without tokens, or without room for an output in the context.
+    Raises ValueError for a prompt without tokens, or without room for an output in the context.
     """
 
     def __init__(
@@ -62,23 +57,18 @@ class Sequence:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}"
             )
-        self._stop = StopConditions(
-            end_ids=[*as_list(request.eos_token_ids), *(config.stop_token_ids or [])],
-            max_tokens=min(config.max_steps, room),
-            at_limit="max_steps" if config.max_steps <= room else "context",
-            ends_text=as_list(request.ends_text),
-            criteria=as_list(request.stopping_criteria),
-        )
         self.key, self.prompt, self.prediction = key, [*prompt], request.predicted_ids
-        self.max_length = len(prompt) + self._stop.max_tokens
+        self.max_length = len(prompt) + min(config.max_steps, room)
+        self._at_limit: StopReason = "max_steps" if config.max_steps <= room else "context"
+        self._end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
+        self._ends_text, self._criteria = as_list(request.ends_text), as_list(request.stopping_criteria)
         self.tokens: list[int] = []  # of the output, with an end id
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
-        self.is_damaged = False  # its logits, keys and values may be NaN
-        # Errors of this round by position after the output: of processors, and of invalid logits. They count
-        # if the output gets there; most positions are rejected drafts.
+        self.is_damaged = False  # its keys and values may be NaN, beyond its end, too
+        # Errors of this round by position after the output. They count if the output gets there; most
+        # positions are rejected drafts.
         self._errors: dict[int, Exception] = {}
-        self._no_token: dict[int, Exception] = {}
         self.sampler = Sampler.of(config)
         self.generator: torch.Generator | None = None  # of random numbers; None: torch's own
         if request.seed is not None:
@@ -90,23 +80,23 @@ class Sequence:
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
         self._processors = LogitsProcessorList(request.processors(config))
-        self._ids_are_read = bool(self._processors) or self._stop.has_criteria
+        self._ids_are_read = bool(self._processors or self._criteria)
         self._streamer = request.streamer
-        self._shows_drafts = hasattr(self._streamer, "delete")
         self._drafts_shown = 0
         self._draft_ended = False
 
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0: finished."""
-        return 0 if self.stop_reason or self.error else self._stop.max_tokens - len(self.tokens)
+        return 0 if self.stop_reason or self.error else self.max_length - self.length
 
     def check(self, largest: abc.Sequence[float]) -> None:
         """Note the positions of this round whose largest logit is invalid."""
+        self.is_damaged = self.is_damaged or any(map(math.isnan, largest))
         for position, number in enumerate(largest):
             if math.isnan(number) or (math.isinf(number) and not self.sampler.greedy):
                 why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
-                self._no_token[position] = FloatingPointError(why)
+                self._errors.setdefault(position, FloatingPointError(why))
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
@@ -140,15 +130,10 @@ class Sequence:
         return bool(self._processors)
 
     def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
-        """Apply the logits processors.
+        """[n, V] logits in fp32, the first `count` of them processed, one row [1, V] at a time.
 
-        Args:
-            logits: [n, V]; row i follows the history with `num_drafted + i` drafted tokens.
-            count: rows to process; the others are padding.
-
-        Returns:
-            [n, V], in fp32. Processors get one row at a time, [1, V]. A row whose processors raise stays
-            unprocessed; `commit` raises the error if the output gets there.
+        Row i follows the history with `num_drafted + i` drafted tokens. Where processors raise, it stays
+        unprocessed; `commit` raises the error if the output gets there.
         """
         logits = logits.float()
         if not self._processors or not count:
@@ -177,10 +162,10 @@ class Sequence:
     @property
     def shows_draft(self) -> bool:
         """Whether to stream the next drafted token."""
-        return self._shows_drafts and not self._draft_ended
+        return hasattr(self._streamer, "delete") and not self._draft_ended
 
     def show_drafted(self, id_: int) -> None:
-        self._draft_ended = id_ in self._stop.end_ids
+        self._draft_ended = id_ in self._end_ids
         if not self._draft_ended:
             self._drafts_shown += 1
             with self._own_errors():
@@ -196,31 +181,36 @@ class Sequence:
             scores: [n or more, V] their processed logits.
             num_drafted: tokens that `source` drafted in this round.
         """
-        self.is_damaged = any(position < len(tokens) for position in self._no_token)
-        self._errors = {**self._no_token, **self._errors}
-        if self.error is None:  # else its streamer failed at a draft
-            with self._own_errors():
-                self._commit(tokens, scores, num_drafted, source)
-        self._errors, self._no_token = {}, {}
+        errors, self._errors, taken = self._errors, {}, 0
+        if self.error is not None:  # its streamer failed at a draft
+            return
+        with self._own_errors():
+            while taken < len(tokens) and not self.stop_reason:
+                if taken in errors:
+                    self.error = errors[taken]
+                    break
+                # Accepted tokens are there already if processors have read them.
+                if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
+                    self._ids[0, self.length] = tokens[taken]
+                self.tokens.append(tokens[taken])
+                self.stop_reason = self._stops(scores[taken : taken + 1])
+                taken += 1
+            if self.draft_stats is not None and source:
+                self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=taken)
+            self._first_token_at = self._first_token_at or time.perf_counter()
+            if self._streamer is not None:
+                self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
 
-    def _commit(self, tokens: abc.Sequence[int], scores: Tensor, num_drafted: int, source: str) -> None:
-        taken = 0
-        while taken < len(tokens) and not self.stop_reason:
-            self.error = self._errors.get(taken)
-            if self.error is not None:
-                break
-            # Accepted tokens are there already if processors have read them.
-            if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
-                self._ids[0, self.length] = tokens[taken]
-            self.tokens.append(tokens[taken])
-            self.stop_reason = self._stop.reason(self.tokens, self.history(), scores[taken : taken + 1])
-            taken += 1
-        if self.draft_stats is not None and source:
-            self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=taken)
-        if self._first_token_at is None:
-            self._first_token_at = time.perf_counter()
-        if self._streamer is not None:
-            self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
+    def _stops(self, scores: Tensor) -> StopReason | None:
+        """Why the output ends after its last token, of these processed logits [1, V]; None: it goes on."""
+        if self.tokens[-1] in self._end_ids:
+            return "eos"
+        if any(ends(self.tokens) for ends in self._ends_text):
+            return "stop_word"
+        # One by one: only a result on a GPU has to be waited for.
+        if any(bool(torch.as_tensor(met(self.history(), scores)).any()) for met in self._criteria):
+            return "stopping_criteria"
+        return self._at_limit if self.length >= self.max_length else None
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of its processors, criteria, streamer or logits."""

@@ -1,67 +1,15 @@
-"""Stop conditions, checked after each token of the output, whether it was drafted or not."""
+"""Stop words, and texts of ids."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-from self_speculation.results import StopReason
-
-
-class StopConditions:
-    """The stop conditions of one request.
-
-    Args:
-        end_ids: end the output, and are not part of it.
-        max_tokens: the most new tokens.
-        at_limit: the stop reason at `max_tokens`.
-        ends_text: called with the output ids; True ends the output.
-        criteria: stopping criteria of transformers, called with the history and the processed logits.
-    """
-
-    def __init__(
-        self,
-        end_ids: Iterable[int],
-        max_tokens: int,
-        at_limit: StopReason = "max_steps",
-        ends_text: Iterable[Callable[[Sequence[int]], bool]] = (),
-        criteria: Iterable[Callable] = (),
-    ) -> None:
-        self.end_ids = frozenset(end_ids)
-        self.max_tokens = max_tokens
-        self._at_limit: StopReason = at_limit
-        self._ends_text, self._criteria = tuple(ends_text), tuple(criteria)
-
-    @property
-    def has_criteria(self) -> bool:
-        return bool(self._criteria)
-
-    def reason(self, output: Sequence[int], history: Tensor, scores: Tensor) -> StopReason | None:
-        """Why the output ends after its last token; None: it goes on.
-
-        Args:
-            output: with an end id.
-            history: [1, prompt + output]
-            scores: [1, V] the processed logits of the last token.
-        """
-        if output[-1] in self.end_ids:
-            return "eos"
-        if any(ends(output) for ends in self._ends_text):
-            return "stop_word"
-        # One by one: only a result on a GPU has to be waited for.
-        if any(bool(torch.as_tensor(met(history, scores)).any()) for met in self._criteria):
-            return "stopping_criteria"
-        return self._at_limit if len(output) >= self.max_tokens else None
 
 
 class StopWords:
-    """Finds stop words in the output, at any token boundary.
-
-    Args:
-        prompt: not searched; tells how the output's first token reads.
+    """Finds stop words in the output, at any token boundary. The prompt, which is not searched, tells how the
+    output's first token reads.
     """
 
     # After each token, this many tokens beyond the longest word are decoded instead of the whole output.

@@ -2,26 +2,19 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from itertools import count
+from operator import length_hint
 
 import pytest
 import torch
-from conftest import drained, generate, in_batch, tiny_llama
+from conftest import drained, generate, in_batch, strategy_name, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor
+from transformers import MaxLengthCriteria
 
-from self_speculation import (
-    GenerationConfig,
-    HuggingfaceLlamaGenerator,
-    Request,
-    make_strategy,
-    self_speculation_generator,
-)
-from self_speculation.decoding.batch import Batch
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
 from self_speculation.model import model_runner
-from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.scheduler import Scheduler
@@ -30,34 +23,23 @@ PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 
 DRAFTED = {"exit_layer": 2, "num_speculations": 3}
 
 
-def alone(model, request, **config):
-    """The result of a request without neighbours, with random numbers from its seed."""
-    if request.seed is not None:
-        torch.manual_seed(request.seed)
-    return generate(
-        model,
-        request.prompt,
-        eos=request.eos_token_ids or [],
-        logits_processors=request.logits_processors,
-        stopping_criteria=request.stopping_criteria,
-        **config,
-    )
+def scheduler_of(model, batch_size, budget=None, **config):
+    strategy = strategy_name(config)
+    config.pop("strategy", None)
+    config = GenerationConfig(**{"sample": False, "max_steps": 12, **config})
+    return Scheduler(make_strategy(strategy), model, config, batch_size, budget)
+
+
+def chunked(model, requests, batch_size, budget, **config):
+    """Results by index. All requests are added before the first step."""
+    scheduler = scheduler_of(model, batch_size, budget, **config)
+    for key, request in enumerate(requests):
+        scheduler.add_request(key, request)
+    return drained(scheduler)
 
 
 def tokens_alone(model, prompts, **config):
-    return [alone(model, Request(prompt), **config).predicted_tokens for prompt in prompts]
-
-
-def assert_as_if_alone(model, requests, batch_size, **config):
-    results = in_batch(model, requests, batch_size, **config)
-    assert sorted(results) == list(range(len(requests)))
-    for index, request in enumerate(requests):
-        solo, mine = alone(model, request, **config), results[index]
-        assert mine.predicted_tokens == solo.predicted_tokens
-        assert (mine.stop_reason, mine.end_token_id) == (solo.stop_reason, solo.end_token_id)
-        if config.get("strategy") != "adaptive":  # whose drafts depend on time
-            assert mine.drafts_by_source == solo.drafts_by_source
-            assert mine.accepted_by_position == solo.accepted_by_position
+    return [generate(model, prompt, eos=[], **config).predicted_tokens for prompt in prompts]
 
 
 DRAFTS = st.one_of(
@@ -76,40 +58,71 @@ DRAFTS = st.one_of(
 )
 
 
+OWN = st.fixed_dictionaries(
+    {"generation_strategy": st.sampled_from(["self_speculative", "autoregressive"])},
+    optional={
+        "max_steps": st.integers(1, 24),
+        "sample": st.booleans(),
+        "temperature": st.sampled_from([0.5, 1.3]),
+        "top_k": st.sampled_from([1, 5]),
+        "top_p": st.sampled_from([0.5, 1.0]),
+        "repetition_penalty": st.sampled_from([0.7, 1.5]),
+        "no_repeat_ngram_size": st.just(1),
+        "stop_token_ids": st.lists(st.integers(2, 49), max_size=6),
+    },
+)
+TEXT = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
+ROW = st.tuples(
+    st.lists(st.integers(3, 40), min_size=1, max_size=12) | st.integers(4, 12).map(lambda n: TEXT[:n]),
+    st.none() | OWN,
+    st.none() | st.integers(1, 9),
+)
+
+
 @given(
-    prompts=st.lists(st.lists(st.integers(3, 40), min_size=1, max_size=12), min_size=1, max_size=7),
+    rows=st.lists(ROW, min_size=1, max_size=7),
     batch_size=st.integers(1, 5),
+    budget=st.sampled_from([None, None, 1, 4, 9]),
+    reuse_cache=st.booleans(),
     drafts=DRAFTS,
     max_steps=st.integers(1, 24),
     ends=st.lists(st.integers(2, 49), max_size=6),
-    penalties=st.lists(st.none() | st.floats(0.5, 2.0), min_size=7, max_size=7),
-    stops_at=st.lists(st.none() | st.integers(1, 9), min_size=7, max_size=7),
     sample=st.booleans(),
     agreement=st.sampled_from(["sometimes", "always", "never"]),
     fused=st.booleans(),
     context=st.sampled_from([20, 256]),
 )
-@settings(max_examples=50)
+@settings(max_examples=120)
 def test_every_row_is_as_if_alone(
-    prompts, batch_size, drafts, max_steps, ends, penalties, stops_at, sample, agreement, fused, context
+    rows, batch_size, budget, reuse_cache, drafts, max_steps, ends, sample, agreement, fused, context
 ):
-    """Guards against slots, masks, lengths, random numbers, processors or stop conditions of other rows, and
-    against a row at the end of its context that shortens others. Rows are replaced in every order.
+    """Guards against slots, masks, lengths, random numbers, settings, processors or stop conditions of other
+    rows, against a row at the end of its context that shortens others, against a chunk of a prompt at a wrong
+    position, and against a cached prefix that another row overwrites. Rows are replaced in every order.
     """
     fused = fused or drafts.get("draft_weights") == "int4"
-    sample = sample and "strategy" not in drafts  # adaptive draws depend on time
+    is_adaptive = "strategy" in drafts  # whose drafts and draws depend on time
     requests = [
         Request(
             prompt,
             eos_token_ids=ends,
-            logits_processors=[RepetitionPenaltyLogitsProcessor(penalty)] if penalty else None,
             stopping_criteria=[MaxLengthCriteria(len(prompt) + at)] if at else None,
             seed=index,
+            config=own and GenerationConfig(**(own | ({"sample": False} if is_adaptive else {}))),
         )
-        for index, (prompt, penalty, at) in enumerate(zip(prompts, penalties, stops_at, strict=False))
+        for index, (prompt, own, at) in enumerate(rows)
     ]
     model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
-    assert_as_if_alone(model, requests, batch_size, max_steps=max_steps, sample=sample, **drafts)
+    config = {"max_steps": max_steps, "sample": sample and not is_adaptive, **drafts}
+    together = in_batch if budget is None else partial(chunked, budget=budget)
+    results = together(model, requests, batch_size, reuse_cache=reuse_cache, **config)
+    assert sorted(results) == list(range(len(requests)))
+    for index, request in enumerate(requests):
+        alone, mine = in_batch(model, [request], 1, **config)[0], results[index]
+        assert mine.predicted_tokens == alone.predicted_tokens
+        assert (mine.stop_reason, mine.end_token_id) == (alone.stop_reason, alone.end_token_id)
+        if not is_adaptive:
+            assert mine.draft_stats == alone.draft_stats
 
 
 def raises_from(length):
@@ -136,10 +149,12 @@ def nan_from(length):
 )
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_nan_stays_in_its_row(batch_size, broken, drafts):
-    """Guards against NaN that a mask lets through to another row, or that stays in a slot."""
+    """Guards against NaN that a mask lets through to another row, or that stays in a slot, and against drafts
+    that are padded with a token that the row does not have.
+    """
     model = copy.deepcopy(tiny_llama())
     with torch.no_grad():
-        model.model.embed_tokens.weight[49] = torch.nan
+        model.model.embed_tokens.weight[[0, 49]] = torch.nan
     requests = [Request(prompt) for prompt in PROMPTS[:4]]
     got = in_batch(model, [requests[0], broken, *requests[1:]], batch_size, max_steps=9, **drafts)
     assert str(got.pop(1)).startswith(("the model's logits are not numbers", "'its own'"))
@@ -147,47 +162,18 @@ def test_nan_stays_in_its_row(batch_size, broken, drafts):
     assert found == tokens_alone(model, PROMPTS[:4], max_steps=9, **drafts)
 
 
-@pytest.mark.parametrize("sample", [False, True])
-@pytest.mark.parametrize("lookup", [0, 2])
-def test_drafts_are_padded_with_a_token_that_the_row_has(lookup, sample, monkeypatch):
-    """Guards against padding by a token that may put NaN into the cache."""
-    seen, rooms, of_target = [], Batch.draft_limits, self_speculation_generator.target_logits
-
-    def target_logits(runner, batch, draft):
-        for row, length in enumerate(draft.lengths):
-            seen.append((draft.sources[row], int(batch.last[row]), draft.tokens[row, length:].tolist()))
-        return of_target(runner, batch, draft)
-
-    def shorter_by_row(batch, k):
-        return [min(room, 5 - 2 * row) for row, room in enumerate(rooms(batch, k))]
-
-    monkeypatch.setattr(Batch, "draft_limits", shorter_by_row)
-    monkeypatch.setattr(self_speculation_generator, "target_logits", target_logits)
-    model = tiny_llama(agreement="always", exit_layer=0)
-    config = GenerationConfig(
-        sample=sample, temperature=0.1, max_steps=20, exit_layer=2, num_speculations=5, prompt_lookup=lookup,
-        generation_strategy="self_speculative",
-    )  # fmt: skip
-    requests = [Request(prompt, seed=1) for prompt in PROMPTS]
-    dict(make_strategy("self_speculative").generate_batch(model, requests, config, batch_size=3))
-    sources = {"exit 2", "n-grams"} if lookup else {"exit 2"}
-    assert {source for source, _, padding in seen if padding} == sources
-    assert all({*padding} <= {last} for _, last, padding in seen)
+def ends_at(length):
+    return lambda tokens: len(tokens) == length
 
 
 def test_slots_are_reused_as_soon_as_they_are_free():
     """Guards against a batch that waits for its slowest row, and against prompts that are read early."""
-    read, order, lengths = [], [], [30, *[4] * 8]
-
-    def requests():
-        for index, length in enumerate(lengths):
-            read.append(index)
-            yield Request(PROMPTS[0], ends_text=lambda tokens, length=length: len(tokens) == length)
-
-    config = GenerationConfig(sample=False, max_steps=40)
-    for index, _ in make_strategy("autoregressive").generate_batch(tiny_llama(), requests(), config, 2):
+    lengths = iter([30, *[4] * 8])
+    requests = (Request(PROMPTS[0], ends_text=ends_at(length)) for length in lengths)
+    config, order = GenerationConfig(sample=False, max_steps=40), []
+    for index, _ in make_strategy("autoregressive").generate_batch(tiny_llama(), requests, config, 2):
         order.append(index)
-        assert len(read) <= len(order) + 2
+        assert length_hint(lengths) >= 9 - len(order) - 2
     assert order == [*range(1, 9), 0]
 
 
@@ -241,20 +227,12 @@ def test_an_invalid_prompt_is_its_own_result(wrong, why, byte_tokenizer, text_mo
             assert answer.decoded_prediction == generator.generate(prompts[index], config).decoded_prediction
 
 
-def test_times_and_sizes_of_a_batch(byte_tokenizer, text_model):
-    """Guards against a total time without the setup, and against an endless loop without rows."""
-    strategy, config = make_strategy("autoregressive"), GenerationConfig(max_steps=9, sample=False)
-    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, strategy)
-    [(_, answer)] = generator.generate_batch([[5, 6]], config)
-    result = answer.generation_strategy_result
-    assert result.prefill_time + result.decode_time <= answer.total_time
-    assert list(strategy.generate_batch(text_model, [], config, batch_size=2)) == []
-    for wrong in (
-        generator.generate_batch(["x"], config, batch_size=0),
-        strategy.generate_batch(text_model, [Request([5])], config, batch_size=0),
-    ):
-        with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
-            next(wrong)
+def test_no_rows(byte_tokenizer, text_model):
+    """Guards against an endless loop."""
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
+    assert list(generator.generate_batch([], GenerationConfig(), batch_size=2)) == []
+    with pytest.raises(ValueError, match="batch_size 0: must be at least 1"):
+        next(generator.generate_batch(["x"], GenerationConfig(), batch_size=0))
 
 
 class FailingStreamer(Shown):
@@ -297,8 +275,6 @@ def test_a_request_that_raises_fails_alone(part, kind, error, after, drafts):
     got = in_batch(model, requests, 2, max_steps=12, **drafts)
     assert isinstance(got.pop(1), error)
     assert [got[index].predicted_tokens for index in (0, 2, 3)] == tokens_alone(model, prompts, max_steps=12)
-    with pytest.raises(error):
-        generate(model, [9, 9], eos=[], max_steps=12, **{part: kind(after)}, **drafts)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
@@ -310,7 +286,7 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
 
     drafts = {**DRAFTED, "sample": True, "temperature": 1.0, "max_steps": 8}
     model, requests = tiny_llama(), [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
-    scheduler = Scheduler(make_strategy("self_speculative"), model, GenerationConfig(**drafts), batch_size=2)
+    scheduler = scheduler_of(model, 2, **drafts)
     for key in range(num_rows):
         scheduler.add_request(key, requests[key])
     with monkeypatch.context() as patches:
@@ -321,7 +297,8 @@ def test_a_batch_goes_on_after_a_round_that_was_broken_off(num_rows, monkeypatch
     for key in (3, 4):
         scheduler.add_request(key, requests[key])
     for key, result in drained(scheduler).items():
-        assert result.predicted_tokens == alone(model, requests[key], **drafts).predicted_tokens
+        alone = in_batch(model, [requests[key]], 1, **drafts)[0]
+        assert result.predicted_tokens == alone.predicted_tokens
 
 
 def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
@@ -331,8 +308,7 @@ def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
     requests = [Request(prompt) for prompt in ([3] * 9000, PROMPTS[0], [3] * 9000, PROMPTS[1])]
     got = in_batch(model, requests, 2, max_steps=5)
     assert [isinstance(got[index], MemoryError) for index in range(4)] == [True, False, True, False]
-    for index in (1, 3):
-        assert got[index].predicted_tokens == alone(model, requests[index], max_steps=5).predicted_tokens
+    assert [got[index].predicted_tokens for index in (1, 3)] == tokens_alone(model, PROMPTS[:2], max_steps=5)
 
 
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
@@ -340,11 +316,11 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     row.
     """
     monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 32)
-    config = GenerationConfig(sample=False, max_steps=200)
-    scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=2)
-    scheduler.add_request("ends early", Request([3], ends_text=lambda tokens: len(tokens) == 9))
-    scheduler.add_request("is long", Request([7], config=replace(config, max_steps=60)))
-    cache, capacities, ended = scheduler._begin()[0].runner.cache, set(), {}
+    scheduler = scheduler_of(tiny_llama(), 2, max_steps=200)
+    scheduler.add_request("ends early", Request([3], ends_text=ends_at(9)))
+    is_long = GenerationConfig(sample=False, max_steps=60)
+    scheduler.add_request("is long", Request([7], config=is_long))
+    cache, capacities, ended = scheduler._begin().runner.cache, set(), {}
     while scheduler.batch:
         scheduler.step()
         capacities.add(cache.capacity)
@@ -356,24 +332,16 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
 def test_slots_are_not_swapped_without_reuse_cache(monkeypatch):
     """Guards against copies of a removed row that nothing reads."""
     monkeypatch.setattr(KVCache, "swap", lambda *_: pytest.fail("swapped"))
-    assert_as_if_alone(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
+    in_batch(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=5)
 
 
 def test_a_scheduler_that_was_idle(monkeypatch):
-    """Guards against idle time in a prefill time, and against a request that is lost or overwrites another
-    when there are more requests than slots.
-    """
-    config = GenerationConfig(sample=False, max_steps=2)
-    seconds, idle = count(), [0]  # this clock advances by a second at each call
-    monkeypatch.setattr("time.perf_counter", lambda: next(seconds) + idle[0])
-    scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=1)
-    idle[0] = 10**6
-    for key, prompt in enumerate(PROMPTS[:3]):
-        scheduler.add_request(key, Request(prompt))
-    results = drained(scheduler)
-    assert 0 < results[0].prefill_time < 10**6
-    found = [results[key].predicted_tokens for key in range(3)]
-    assert found == tokens_alone(tiny_llama(), PROMPTS[:3], max_steps=2)
+    """Guards against idle time in a prefill time."""
+    scheduler = scheduler_of(tiny_llama(), batch_size=1)
+    seconds = count(10**6)  # this clock advances by a second at each call
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    scheduler.add_request(0, Request(PROMPTS[0]))
+    assert 0 < drained(scheduler)[0].prefill_time < 100
 
 
 @pytest.mark.parametrize("drafts", [{}, DRAFTED, {"strategy": "adaptive"}])
@@ -403,7 +371,7 @@ def test_batches_that_are_taken_from_in_turn():
     for results in zip(*both, strict=True):
         assert all(result.predicted_tokens == solo[index] for index, result in results)
     capture_decoding(model)
-    short = Request(PROMPTS[0], ends_text=lambda tokens: len(tokens) == 3)  # while the next one goes on
+    short = Request(PROMPTS[0], ends_text=ends_at(3))  # while the next one goes on
     first = strategy.generate_batch(model, [short, *requests], config, batch_size=2)
     second = strategy.generate_batch(model, requests, config, batch_size=2)
     next(first)
@@ -411,45 +379,3 @@ def test_batches_that_are_taken_from_in_turn():
     errors = [str(result) for _, result in first if isinstance(result, RuntimeError)]
     assert errors
     assert "let one end before the next begins" in errors[0]
-
-
-def see_everything(monkeypatch):
-    """No row is masked beyond its own end."""
-    ragged = AttentionContext.ragged
-
-    def unmasked(runner, positions, length):
-        context = ragged(runner, positions, length)
-        mask = torch.zeros(len(positions), 1, positions.shape[1], length)
-        context.make_mask = lambda copies: mask.repeat(1, 1, copies, 1)
-        return context
-
-    monkeypatch.setattr(AttentionContext, "ragged", unmasked)
-
-
-def one_offset(monkeypatch):
-    """All rows are where the first one is."""
-    positions = KVCache.positions
-    monkeypatch.setattr(KVCache, "positions", lambda *args: positions(*args)[:1].expand(args[0].num_rows, -1))
-
-
-def zeroed_slots(monkeypatch):
-    """What is rejected is not masked, but zeros: a zero key still takes its share of the softmax."""
-    rollback = KVCache.rollback
-
-    def zeroing(cache, counts):
-        for row, number in enumerate(counts):
-            end = cache.length(0, row)
-            for part in (part for held in cache.buffers.of_layers for part in held):
-                part[row, :, end - number :] = 0
-        rollback(cache, counts)
-
-    see_everything(monkeypatch)
-    monkeypatch.setattr(KVCache, "rollback", zeroing)
-
-
-@pytest.mark.parametrize("fault", [see_everything, one_offset, zeroed_slots])
-def test_faults_are_found(fault, monkeypatch):
-    """The comparisons above detect classic mistakes."""
-    fault(monkeypatch)
-    with pytest.raises(AssertionError):
-        assert_as_if_alone(tiny_llama(), [Request(prompt) for prompt in PROMPTS], 3, max_steps=20, **DRAFTED)

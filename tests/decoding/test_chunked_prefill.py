@@ -4,35 +4,19 @@ import copy
 
 import pytest
 import torch
-from conftest import drained, generate, strategy_name, tiny_llama
+from conftest import drained, generate, tiny_llama
+from test_batch import chunked, scheduler_of
 
-from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.scheduler import Scheduler
+from self_speculation import GenerationConfig, Request
 
 LONG = [3 + i * 7 % 40 for i in range(45)]
 PROMPTS = [[5, 9, 4, 7, 7, 3], LONG, [8, 2], [*LONG[:30], 11, 12], [6] * 9]
-DRAFTS = [
-    {},
-    {"exit_layer": 2},
-    {"exit_layer": 2, "num_speculations": 3},
-    {"exit_layer": 2, "num_speculations": 3, "prompt_lookup": 2},
-    {"strategy": "adaptive"},
-]
 
 
-def scheduler_of(model, batch_size, budget, **config):
-    strategy = strategy_name(config)
-    config.pop("strategy", None)
-    config = GenerationConfig(**{"sample": False, "max_steps": 12, **config})
-    return Scheduler(make_strategy(strategy), model, config, batch_size, budget)
-
-
-def chunked(model, prompts, batch_size, budget, **config):
-    """Results by index. All requests are added before the first step."""
-    scheduler = scheduler_of(model, batch_size, budget, **config)
-    for key, prompt in enumerate(prompts):
-        scheduler.add_request(key, Request(prompt, seed=key))
-    return drained(scheduler)
+def add(scheduler, prompts):
+    """Request each prompt by its key."""
+    for key, prompt in prompts.items():
+        scheduler.add_request(key, Request(prompt, seed=0))
 
 
 def assert_as_alone(model, results, prompts, **config):
@@ -40,29 +24,6 @@ def assert_as_alone(model, results, prompts, **config):
     for key, prompt in prompts.items():
         alone = generate(model, prompt, eos=[], **{"max_steps": 12, **config})
         assert results[key].predicted_tokens == alone.predicted_tokens
-
-
-@pytest.mark.parametrize("budget", [1, 7, 16])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-@pytest.mark.parametrize("drafts", DRAFTS)
-def test_every_output_is_the_one_alone(drafts, batch_size, budget):
-    """Guards against a chunk at a wrong position, a slot that another row overwrites or moves to, and a
-    request that is lost when there are more requests than slots.
-    """
-    model = tiny_llama()
-    found = chunked(model, PROMPTS, batch_size, budget, **drafts)
-    assert_as_alone(model, found, dict(enumerate(PROMPTS)), **drafts)
-
-
-@pytest.mark.parametrize("sample", [False, True])
-def test_cached_prefixes(sample):
-    """Guards against a prefix that is searched for in the slot that a chunk is written to."""
-    shared = {"exit_layer": 2, "num_speculations": 2, "sample": sample}
-    prompts = [*PROMPTS, *PROMPTS, [*LONG, 1, 2]]
-    without, found = (chunked(tiny_llama(), prompts, 3, 8, reuse_cache=reuse, **shared) for reuse in (0, 1))
-    for key, result in found.items():
-        assert result.predicted_tokens == without[key].predicted_tokens
-    assert sum(result.num_cached_tokens for result in found.values()) >= 30
 
 
 def test_a_long_prompt_does_not_hold_up_others():
@@ -82,67 +43,48 @@ def test_a_long_prompt_does_not_hold_up_others():
     assert len(lengths) == -(-len(LONG) // 7)  # one of the 8 tokens is the first sequence's
 
 
-def test_short_prompts_share_a_step():
-    """Guards against a step for each prompt although the token budget has room for several."""
-    scheduler = scheduler_of(tiny_llama(), 4, 16)
-    for key, prompt in enumerate([[8, 2], [5, 9, 4], [6] * 9, [7]]):
-        scheduler.add_request(key, Request(prompt))
-    scheduler.step()
-    assert len(scheduler.batch) == 4
-
-
 def test_prompts_are_read_in_turn():
-    """Guards against a short prompt that waits until a long one is read."""
+    """Guards against a short prompt that waits until a long one is read, or for a step of its own."""
     scheduler = scheduler_of(tiny_llama(), 4, 8)
     scheduler.add_request("running", Request(PROMPTS[0]))
     scheduler.step()
-    for key, prompt in (("long", LONG), ("short", PROMPTS[2]), ("third", PROMPTS[4])):
-        scheduler.add_request(key, Request(prompt))
+    add(scheduler, {"long": LONG, "short": PROMPTS[2], "third": PROMPTS[4]})
     joined = []
     while len(scheduler.batch) < 4:
         before = len(scheduler.batch)
         scheduler.step()
         joined += [sequence.key for sequence in scheduler.batch.sequences[before:]]
     assert joined == ["short", "third", "long"]
+    scheduler = scheduler_of(tiny_llama(), 4, 16)
+    add(scheduler, dict(enumerate([[8, 2], [5, 9, 4], [6] * 9, [7]])))
+    scheduler.step()
+    assert len(scheduler.batch) == 4
 
 
 @pytest.mark.parametrize("reuse_cache", [False, True])
 @pytest.mark.parametrize("cancelled", range(4))
 def test_a_prompt_leaves_while_others_are_read(cancelled, reuse_cache):
-    """Guards against keys that stay behind when a prompt changes its slot, and against a prefix in use."""
+    """Guards against keys that stay behind when a prompt changes its slot, against a prefix in use, and
+    against a slot that stays taken.
+    """
     model = tiny_llama()
     scheduler = scheduler_of(model, 5, 4, max_steps=6, reuse_cache=reuse_cache)
     running = GenerationConfig(sample=False, max_steps=30)
     scheduler.add_request("running", Request(PROMPTS[4], config=running))
     scheduler.step()
     prompts = dict(enumerate([PROMPTS[0], LONG, PROMPTS[3], [*LONG[:20], 4, 4]]))
-    for key, prompt in prompts.items():
-        scheduler.add_request(key, Request(prompt))
+    add(scheduler, prompts)
     for _ in range(7):
         scheduler.step()
     scheduler.cancel({cancelled})
     results = dict(scheduler.pop_finished())
-    scheduler.add_request(4, Request(LONG))
+    add(scheduler, {4: LONG})
     results |= drained(scheduler)
+    left = results.pop(cancelled)
+    if cancelled in (1, 2):  # the long ones
+        assert (left.predicted_tokens, left.stop_reason) == ([], "stopping_criteria")
     others = {key: prompt for key, prompt in (prompts | {4: LONG}).items() if key != cancelled}
     assert_as_alone(model, results, others, max_steps=6)
-
-
-def test_a_request_that_is_cancelled_while_its_prompt_is_read():
-    """Guards against a slot that stays taken, and against chunks that go on with the next prompt."""
-    model = tiny_llama()
-    scheduler = scheduler_of(model, 2, 8, max_steps=6)
-    scheduler.add_request("short", Request(PROMPTS[0], config=GenerationConfig(sample=False, max_steps=20)))
-    scheduler.step()
-    scheduler.add_request("long", Request(LONG))
-    scheduler.add_request("third", Request(PROMPTS[3]))
-    scheduler.step()
-    scheduler.cancel({"long"})
-    ((key, result),) = scheduler.pop_finished()
-    assert (key, result.predicted_tokens, result.stop_reason) == ("long", [], "stopping_criteria")
-    results = drained(scheduler)
-    assert_as_alone(model, results, {"third": PROMPTS[3]}, max_steps=6)
-    assert_as_alone(model, results, {"short": PROMPTS[0]}, max_steps=20)
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
@@ -170,6 +112,7 @@ def test_an_error_in_a_chunk_belongs_to_its_request():
             raise MemoryError
 
     model.model.embed_tokens.register_forward_hook(fails_in_a_prompt)
-    found = chunked(model, [PROMPTS[0], LONG, PROMPTS[2]], 2, 8, max_steps=6)
+    requests = [Request(prompt) for prompt in (PROMPTS[0], LONG, PROMPTS[2])]
+    found = chunked(model, requests, 2, 8, max_steps=6)
     assert isinstance(found[1], MemoryError)
     assert_as_alone(model, found, {0: PROMPTS[0], 2: PROMPTS[2]}, max_steps=6)

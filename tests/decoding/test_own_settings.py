@@ -1,21 +1,14 @@
 """Requests of one batch that differ in length, sampling and stop conditions."""
 
-from collections import Counter
-
-import pytest
 import torch
 from conftest import in_batch, tiny_llama
-from distributions import PROMPT, STEPS, config, expected, model, p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import DRAFTED, PROMPTS, Shown, nan_from
-from transformers import MinPLogitsWarper, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from test_batch import Shown
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from self_speculation import GenerationConfig, Request, Sampler, make_strategy
+from self_speculation import GenerationConfig, Request, Sampler
 from self_speculation.decoding.sampling import joint_sampler
-
-SAMPLES = 400
-
 
 SAMPLERS = st.builds(
     Sampler,
@@ -32,38 +25,9 @@ def test_each_row_has_the_distribution_of_its_own_sampler(samplers, width):
     """Guards against settings of another row, and against probabilities of rows that are all greedy."""
     logits = 3 * torch.randn(len(samplers), *width, 200, generator=torch.Generator().manual_seed(0))
     joint = joint_sampler(samplers, logits.device)
-    expected = torch.stack(
-        [sampler.probabilities(row) for sampler, row in zip(samplers, logits, strict=True)]
-    )
-    torch.testing.assert_close(joint.probabilities(logits), expected)
+    rows = [sampler.probabilities(row) for sampler, row in zip(samplers, logits, strict=True)]
+    torch.testing.assert_close(joint.probabilities(logits), torch.stack(rows))
     assert joint.greedy == all(sampler.greedy for sampler in samplers)
-
-
-@pytest.mark.parametrize("drafts", [{}, {**DRAFTED, "prompt_lookup": 2}])
-def test_each_row_has_its_own_settings(drafts):
-    """Guards against settings, limits, random numbers or stop conditions of another row."""
-    settings = [
-        {"sample": False},
-        {"temperature": 1.3, "top_p": 1.0},
-        {"temperature": 0.7, "top_p": 0.8, "max_steps": 9},
-        {"top_k": 5, "stop_token_ids": [7, 9, 11]},
-        {"sample": False, "no_repeat_ngram_size": 1, "max_steps": 30},
-        {"generation_strategy": "autoregressive", "sample": False},
-    ]
-    name = "self_speculative" if drafts else "autoregressive"
-    requests = [
-        Request(prompt, seed=seed, config=GenerationConfig(**{"generation_strategy": name, **own}))
-        for seed, (prompt, own) in enumerate(zip(PROMPTS, settings, strict=True))
-    ]
-    beside = in_batch(tiny_llama(), requests, 4, max_steps=20, sample=True, **drafts)
-    for index, request in enumerate(requests):
-        alone = in_batch(tiny_llama(), [request], 1, max_steps=20, sample=True, **drafts)[0]
-        assert beside[index].predicted_tokens == alone.predicted_tokens
-        assert beside[index].stop_reason == alone.stop_reason
-    assert len(beside[4].predicted_tokens) > 20  # its own limit, beyond the batch's
-    assert not beside[5].num_drafted  # it turns drafts off
-    if drafts:
-        assert beside[0].num_drafted
 
 
 def plainly(decoded, request, ends):
@@ -91,32 +55,26 @@ def meddles(how, part):
 
     def process(ids, logits):
         chance = int(ids.sum())
-        if chance % 11 != part:
+        if chance % 7 != part:
             return logits
         if how == "raises":
             raise KeyError(how)
         if how == "NaN":
-            return nan_from(0)(ids, logits)
+            return logits * torch.nan
         return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([chance % 50]), 1.0)
 
     return process
 
 
+MEDDLES = st.builds(meddles, st.sampled_from(["raises", "NaN", "one"]), st.integers(0, 6))
+PENALTY = st.builds(RepetitionPenaltyLogitsProcessor, st.sampled_from([0.7, 1.5]))
 ROW = st.fixed_dictionaries(
     {
         "prompt": st.lists(st.integers(3, 40), min_size=1, max_size=9),
-        "processors": st.lists(
-            st.one_of(
-                st.builds(meddles, st.sampled_from(["raises", "NaN", "one"]), st.integers(0, 10)),
-                st.builds(MinPLogitsWarper, st.sampled_from([0.05, 0.5])),
-                st.builds(RepetitionPenaltyLogitsProcessor, st.sampled_from([0.7, 1.5])),
-                st.builds(NoRepeatNGramLogitsProcessor, st.integers(1, 3)),
-            ),
-            max_size=3,
-        ),
+        "processors": st.lists(MEDDLES | PENALTY, min_size=1, max_size=2),
         "own": st.fixed_dictionaries(
             {
-                "max_steps": st.integers(1, 16),
+                "max_steps": st.sampled_from([16, 8, 3, 1]),
                 "sample": st.booleans(),
                 "top_k": st.sampled_from([0, 1, 5]),
                 "top_p": st.sampled_from([0.5, 1.0]),
@@ -129,12 +87,12 @@ ROW = st.fixed_dictionaries(
 @given(
     rows=st.lists(ROW, min_size=1, max_size=6),
     batch_size=st.integers(1, 4),
-    ends=st.lists(st.integers(2, 49), max_size=4),
+    ends=st.lists(st.integers(2, 49), max_size=2),
     length=st.integers(1, 7),
     lookup=st.sampled_from([0, 2]),
-    agreement=st.sampled_from(["sometimes", "always", "never"]),
+    agreement=st.sampled_from(["always", "sometimes", "never"]),
 )
-@settings(max_examples=40)
+@settings(max_examples=80)
 def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, length, lookup, agreement):
     """Guards against a drafted token that ends or changes an output of any row because processors raise or
     change logits there, against an output that goes on where draft and target are both NaN, and against a
@@ -158,27 +116,4 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, length
         if not request.config.sample or request.config.top_k == 1:
             tokens, error = plainly(decoded, request, ends)
             assert request.streamer == tokens
-            if error is not None:
-                assert type(got[index]) is type(error)
-            else:
-                assert got[index].predicted_tokens == tokens
-
-
-def test_mixed_rows_draw_from_their_own_distributions():
-    """Guards against an accept rule with another row's temperature. False alarms: 1e-4 for each row, fixed
-    seeds.
-    """
-    base = config()
-    settings = [{"temperature": 0.5}, {"temperature": 2.0, "top_p": 0.9}, {"top_k": 2}, {"sample": False}]
-    configs = [config(**own) for own in settings]
-    counts = [Counter() for _ in configs]
-    requests = [
-        Request(PROMPT, seed=seed, config=configs[seed % 4], ends_text=lambda tokens: len(tokens) >= STEPS)
-        for seed in range(4 * SAMPLES)
-    ]
-    results = dict(make_strategy("self_speculative").generate_batch(model(), requests, base, 4))
-    for index, result in results.items():
-        counts[index % 4][tuple(result.predicted_tokens[:STEPS])] += 1
-    for own, found in zip(configs[:3], counts, strict=False):
-        assert p_value(found, expected(own, [])) > 1e-4
-    assert len(counts[3]) == 1
+            assert type(got[index]) is type(error) if error else got[index].predicted_tokens == tokens

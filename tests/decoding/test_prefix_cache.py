@@ -1,15 +1,16 @@
 """The prefix cache: answers are those of prefilling every prompt as a whole."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import EOS, drained, in_batch, strategy_name, tiny_llama, transformers_generate
+from conftest import EOS, drained, strategy_name, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import DRAFTS, nan_from, raises_from
+from test_batch import DRAFTS, ends_at, nan_from, raises_from
 
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
+from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.generator_base import single_result
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.fused_layers import fuse
@@ -21,10 +22,9 @@ STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
 def answer(strategy, model, request, /, batch_size=1, **config):
     """The result of a request, or of a prompt; with the cache that the strategy keeps."""
     config.pop("strategy", None)
-    config = {"sample": False, "max_steps": 8, "generation_strategy": strategy.name, **config}
+    config = GenerationConfig(**{"sample": False, "max_steps": 8, **config})
     request = request if isinstance(request, Request) else Request(request, eos_token_ids=[EOS])
-    results = strategy.generate_batch(model, [request], GenerationConfig(**config), batch_size)
-    return single_result(results)
+    return single_result(strategy.generate_batch(model, [request], config, batch_size))
 
 
 def fresh(model, request, **config):
@@ -61,42 +61,10 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
         history += kept.predicted_tokens
 
 
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12)), min_size=3, max_size=14),
-    batch_size=st.integers(1, 4),
-    drafts=DRAFTS,
-    max_steps=st.lists(st.integers(1, 9), min_size=14, max_size=14),
-)
-@settings(max_examples=15)
-def test_rows_take_the_slots_of_those_that_ended(lengths, batch_size, drafts, max_steps):
-    """Guards against slots that are mixed up when rows move, and against a row that writes into the slot of a
-    cached prefix. Prompts are prefixes of three texts.
-    """
-    model = tiny_llama(fused=drafts.get("draft_weights") == "int4")
-    texts = [STORY, STORY[:6] + STORY[::-1], [40, *STORY]]
-    requests = [
-        Request(texts[text][:length], ends_text=lambda tokens, most=most: len(tokens) >= most)
-        for (text, length), most in zip(lengths, max_steps, strict=False)
-    ]
-    results = in_batch(model, requests, batch_size, max_steps=9, reuse_cache=True, **drafts)
-    for index, request in enumerate(requests):
-        alone = fresh(model, request, max_steps=9, **drafts)
-        assert results[index].predicted_tokens == alone.predicted_tokens
-
-
-def test_only_new_tokens_are_prefilled():
-    """Guards against a cache that is not used: it has all but the last token of the history."""
-    model, strategy = tiny_llama(), make_strategy("autoregressive")
-    first = answer(strategy, model, STORY, reuse_cache=True)
-    history = [*STORY, *first.predicted_tokens, 9, 9]
-    second = answer(strategy, model, history, reuse_cache=True)
-    assert second.num_cached_tokens == len(STORY) + len(first.predicted_tokens) - 1
-    again = answer(strategy, model, history, reuse_cache=True)
-    assert again.num_cached_tokens == len(history) - 1  # its logits are needed
-
-
 def test_the_slot_with_the_longest_prefix_is_taken():
-    """Guards against a prefix that is overwritten while another slot is free."""
+    """Guards against a cache that is not used, and against a prefix that is overwritten although another slot
+    is free.
+    """
     config = GenerationConfig(sample=False, max_steps=3, reuse_cache=True)
     scheduler = Scheduler(make_strategy("autoregressive"), tiny_llama(), config, batch_size=3)
 
@@ -110,6 +78,7 @@ def test_the_slot_with_the_longest_prefix_is_taken():
     assert cached(STORY, other, third) == [0, 0, 0]
     assert cached([*third, 9], [*STORY, 9]) == [6, 12]
     assert cached([*other, 9]) == [12]
+    assert cached([*other, 9]) == [12]  # the last token's logits are needed
     assert cached([41, 42]) == [0]  # takes the least recently used slot: the story's
     assert [cached([*prompt, 9]) for prompt in (third, other, STORY)] == [[6], [12], [0]]
 
@@ -152,26 +121,23 @@ def test_the_cache_is_for_one_exit_layer_and_batch_size(other):
     assert after.predicted_tokens == fresh(model, STORY).predicted_tokens
 
 
-@pytest.mark.parametrize("breaks", [nan_from, raises_from])
-def test_a_failed_request_leaves_no_prefix(breaks):
-    """Guards against keys of a failed round, or NaN, in a cached prefix."""
-    model, strategy = tiny_llama(), make_strategy("autoregressive")
-    with pytest.raises((KeyError, FloatingPointError)):
-        answer(strategy, model, Request(STORY, breaks(len(STORY) + 3)), reuse_cache=True)
-    after = answer(strategy, model, STORY, reuse_cache=True)
-    assert (after.num_cached_tokens, after.predicted_tokens) == (0, fresh(model, STORY).predicted_tokens)
-
-
-def test_an_output_that_ends_before_nan_leaves_no_prefix():
-    """Guards against a prefix in a slot that was filled with zeros because of NaN after the end."""
-    drafts = {"exit_layer": 2, "num_speculations": 3}
+@pytest.mark.parametrize(
+    ("breaks", "length"),
+    [(nan_from, None), (raises_from, None), (nan_from, 3)],
+    ids=["NaN", "error", "ended"],
+)
+def test_a_failed_request_leaves_no_prefix(breaks, length):
+    """Guards against keys of a failed round in a cached prefix, and against NaN there, also of a request that
+    ended before it.
+    """
+    drafts = {"exit_layer": 2, "num_speculations": 3, "reuse_cache": True}
     model, strategy = tiny_llama(agreement="always"), make_strategy("self_speculative")
-    expected = fresh(model, STORY).predicted_tokens
-    request = Request(STORY, nan_from(len(STORY) + 3), ends_text=lambda tokens: len(tokens) == 3)
-    ended = answer(strategy, model, request, reuse_cache=True, **drafts)
-    assert (ended.predicted_tokens, ended.stop_reason) == (expected[:3], "stop_word")
-    after = answer(strategy, model, STORY, reuse_cache=True, **drafts)
-    assert (after.num_cached_tokens, after.predicted_tokens) == (0, expected)
+    answer(strategy, model, [*STORY, 9], **drafts)
+    request = Request(STORY, breaks(len(STORY) + 3), ends_text=ends_at(length))
+    with nullcontext() if length else pytest.raises((KeyError, FloatingPointError)):
+        answer(strategy, model, request, **drafts)
+    after = answer(strategy, model, STORY, **drafts)
+    assert (after.num_cached_tokens, after.predicted_tokens) == (0, fresh(model, STORY).predicted_tokens)
 
 
 def test_two_threads_do_not_share_a_cache():
@@ -202,13 +168,3 @@ def test_captured_passes_write_to_no_cached_prefix():
     decode_eagerly(model)
     read = fresh(model, history, **drafts)
     assert kept.predicted_tokens == after.predicted_tokens == read.predicted_tokens
-
-
-def test_generate_keeps_its_cache(byte_tokenizer, text_model):
-    """Guards against a new cache for every prompt."""
-    generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
-    config = GenerationConfig(sample=False, max_steps=4, reuse_cache=True)
-    results = [generator.generate("def add(a, b): return", config) for _ in range(2)]
-    first, second = (result.generation_strategy_result for result in results)
-    assert second.num_cached_tokens == first.num_prompt_tokens - 1
-    assert results[0].decoded_prediction == results[1].decoded_prediction

@@ -1,7 +1,7 @@
 """Sampling: the joint distribution of the first three tokens is that of the full model.
 
-False alarms: 1e-4 for each chi-square test, fixed seeds. With 800 samples, all of 7 experiments found each
-wrong rule below, with p-values of at most 2e-9.
+False alarms: 1e-4 for each chi-square test, fixed seeds. With 800 samples, rules that accept everything,
+judge by the argmax or resample from the target have p-values of at most 2e-9.
 """
 
 import itertools
@@ -10,18 +10,9 @@ import random
 import pytest
 import torch
 from conftest import drawn_plan, planned
-from distributions import (
-    PROMPT,
-    accepts_everything,
-    config,
-    expected,
-    observed,
-    p_value,
-    resamples_from_the_target,
-)
+from distributions import PROMPT, config, expected, observed, p_value
 from transformers import RepetitionPenaltyLogitsProcessor
 
-import self_speculation.self_speculation_generator as self_speculation_generator
 from self_speculation.drafts.policy import AdaptivePolicy
 
 SAMPLES = 800
@@ -42,18 +33,11 @@ PROCESSORS = {
 }
 SETTINGS = {
     "plain": {},
-    "cold": {"temperature": 0.5},
-    "hot": {"temperature": 2.0},
-    "top_k": {"top_k": 3},
-    "top_p": {"top_p": 0.7},
     "all": {"temperature": 1.5, "top_k": 4, "top_p": 0.8},
     "processor": {},
-    "confidence": {"draft_confidence": "0.3", "num_speculations": 3},
     "confidence, learnt": {"draft_confidence": "auto", "num_speculations": 3},
     "lookup": {"prompt_lookup": 2},
     "lookup, confidence": {"prompt_lookup": 2, "draft_confidence": "0.3", "num_speculations": 3},
-    "int4": {"draft_weights": "int4", "exit_layer": 2},
-    "vocabulary": {"draft_vocabulary": 1},
     "vocabulary, processor": {"draft_vocabulary": 2, "top_p": 0.9},
     "vocabulary, all": {
         "draft_vocabulary": 1, "draft_weights": "int4", "draft_confidence": "auto", "prompt_lookup": 1,
@@ -99,14 +83,3 @@ def test_autoregressive_distribution():
     """Guards against a wrong reference or comparison."""
     plain = config(generation_strategy="autoregressive", exit_layer=-1)
     assert p_value(observed(plain, [], SAMPLES, 4), expected(plain, [])) > 1e-4
-
-
-@pytest.mark.parametrize(("rule", "samples"), [(accepts_everything, 200), (resamples_from_the_target, 600)])
-def test_a_wrong_accept_rule_is_caught(rule, samples, monkeypatch):
-    """Guards against statistics that are too weak to find classic mistakes.
-
-    All of 30 experiments of 200 samples found the first (p at most 1e-14), all of 10 of 600 samples the
-    second (p at most 4e-7).
-    """
-    monkeypatch.setattr(self_speculation_generator, "verify_draft", rule)
-    assert p_value(observed(config(), [], samples, 2), expected(config(), [])) < 1e-4

@@ -48,7 +48,6 @@ def test_draft_stats_count_the_output():
     found = stats(("a", 4, 3, 2), ("b", 2, 0, 1), ("b", 2, 2, 3))
     assert (found.num_verifications, found.num_emitted, found.mean_accepted_length) == (3, 6, 2)
     assert found.drafted_by_position == (3, 3, 1, 1)
-    assert found.judged_by_position == (3, 2, 0, 0)
     assert found.accepted_by_position == (2, 2, 0, 0)
     assert (found.acceptance_rate, found.token_acceptance) == (4 / 8, 4 / 5)
     assert found.rounds_by_length == {4: 1, 2: 2}
