@@ -115,13 +115,10 @@ class Batch:
             self.sequences[row].show_drafted(int(reading.wait()[row]))
         return reading
 
-    def stack(
-        self, sampled_tokens: abc.Sequence[SampledTokens], vocab_size: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """k times [B] tokens -> [B, k], and their distributions [B, k, V]; None when greedy."""
+    def stack(self, sampled_tokens: abc.Sequence[SampledTokens]) -> tuple[Tensor, Tensor | None]:
+        """k times [B] tokens -> [B, k], and their distributions [B, k, V]; None when greedy, or if k is 0."""
         if not sampled_tokens:
-            nothing = self.last.new_zeros(len(self), 0, vocab_size, dtype=torch.float32)
-            return self.last[:, :0], None if self.sampler.greedy else nothing
+            return self.last[:, :0], None
         q = [sampled.probabilities for sampled in sampled_tokens if sampled.probabilities is not None]
         tokens = torch.stack([sampled.tokens for sampled in sampled_tokens], 1)
         return tokens, torch.stack(q, 1) if q else None

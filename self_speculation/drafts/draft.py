@@ -31,7 +31,7 @@ class Draft:
 
     sources: abc.Sequence[str]  # [B] names
     tokens: Tensor  # [B, k]
-    probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy
+    probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy, or if k is 0
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
     # k times [B, 1, H]: the state of the token before each drafted one; and of the last one, if it is known
@@ -77,7 +77,6 @@ class PerSequence(Generic[T]):
         return value
 
 
-def no_draft(batch: Batch, vocab_size: int) -> Draft:
+def no_draft(batch: Batch) -> Draft:
     """A draft of no tokens."""
-    tokens, q = batch.stack([], vocab_size)
-    return Draft(["none"] * len(batch), tokens, q, [0] * len(batch))
+    return Draft(["none"] * len(batch), *batch.stack([]), [0] * len(batch))

@@ -118,7 +118,7 @@ class LayerDrafts(DraftSource):
             num_drafted += 1
             if not self._runs_ahead or num_drafted == max(limits):
                 limits = _shortened(goes_on, limits, num_drafted, reading, confidences)
-        tokens, probabilities = batch.stack(sampled_tokens, self._drafter.config.vocab_size)
+        tokens, probabilities = batch.stack(sampled_tokens)
         return Draft(
             [self.name] * len(limits),
             tokens,

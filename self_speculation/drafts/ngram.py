@@ -157,7 +157,7 @@ def with_copied(batch: Batch, copied: abc.Sequence[Copied], draft: Draft | None,
         draft: of the other rows; None: of no row.
         vocab_size: width of the logits.
     """
-    draft = draft or no_draft(batch, vocab_size)
+    draft = draft or no_draft(batch)
     numbers = [len(row.ids) for row in copied]
     if not any(numbers):
         return draft
