@@ -118,12 +118,10 @@ class PassTimes:
         self._excess: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
         self._drafts: dict[tuple[str, int], DecayedMean] = {}
 
-    def verification(self, num_rows: int, num_drafted: int) -> float:
-        """Of so many drafted tokens in each row."""
-        return self.plain_step(num_rows) * self._in_plain_steps(num_rows, num_drafted)
-
-    def _in_plain_steps(self, num_rows: int, num_drafted: int) -> float:
-        return 1.0 + self._slope(num_rows).value * self._estimated_excess(num_rows, num_drafted)
+    def verification(self, num_rows: int) -> Callable[[int], float]:
+        """Number of drafted tokens in each row -> time of their verification."""
+        plain, slope = self.plain_step(num_rows), self._slope(num_rows).value
+        return lambda num_drafted: plain * (1.0 + slope * self._estimated_excess(num_rows, num_drafted))
 
     def plain_step(self, num_rows: int) -> float:
         if not self._units:
@@ -152,7 +150,8 @@ class PassTimes:
 
     def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
         """Learn the time of a verification of so many tokens in each row."""
-        expected = self._in_plain_steps(num_rows, num_drafted)
+        steps = self._estimated_excess(num_rows, num_drafted)
+        expected = 1.0 + self._slope(num_rows).value * steps  # in plain steps
         # A first round has no bound and may be slow: it tells of plain steps only.
         if not self._units or (num_rows not in self._units and num_drafted):
             self._units[num_rows] = DecayedMean(0.0, weight=0.0)
@@ -161,7 +160,7 @@ class PassTimes:
         seconds = min(seconds, self._TOO_LONG * self.plain_step(num_rows) * expected)
         if not num_drafted:
             self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
-        elif (steps := self._estimated_excess(num_rows, num_drafted)) > 0.0:
+        elif steps > 0.0:
             more = seconds / self.plain_step(num_rows) - 1.0
             self._slope(num_rows).add(
                 max(0.0, more / steps), weight=min(1.0, (steps / self._PRIOR_EXCESS) ** 2)

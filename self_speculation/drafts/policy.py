@@ -147,9 +147,8 @@ class AdaptivePolicy:
             return width < plan.length
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
-        times = self._stats.times
-        more = times.verification(num_rows, width + 1) - times.verification(num_rows, width)
-        more += self._draft_step(plan.source, num_rows)
+        seconds = self._seconds(plan.source, num_rows)
+        more = seconds(width + 1) - seconds(width)
         return accepted * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
     def see(self, source: str, matched: int, is_right: bool) -> None:
@@ -235,9 +234,9 @@ class AdaptivePolicy:
 
     def _best_length(self, source: str, num_rows: int, tokens: Sequence[float]) -> Plan:
         """The best round with the source, given the expected tokens by draft length."""
-        longest, seconds = len(tokens) - 1, self._seconds(source, num_rows)
-        plans = (Plan(source, longest, (), k, tokens[k], seconds(k)) for k in range(longest + 1))
-        return max(plans, key=lambda plan: plan.rate)
+        seconds = self._seconds(source, num_rows)
+        best = max(range(len(tokens)), key=lambda k: tokens[k] / seconds(k))
+        return Plan(source, len(tokens) - 1, (), best, tokens[best], seconds(best))
 
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
         """A trial of the arm that has been due longest; None: none is due or affordable."""
@@ -278,7 +277,8 @@ class AdaptivePolicy:
     def _seconds(self, name: str, num_rows: int) -> Callable[[int], float]:
         """Draft length -> time of a round."""
         draft_step = 0.0 if name == PLAIN else self._draft_step(name, num_rows)
-        return lambda k: draft_step * k + self._stats.times.verification(num_rows, k)
+        verification = self._stats.times.verification(num_rows)
+        return lambda k: draft_step * k + verification(k)
 
     def _draft_step(self, name: str, num_rows: int) -> float:
         arm = self._arms[name]

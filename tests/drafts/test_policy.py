@@ -30,7 +30,7 @@ def line(slope, num_tokens):
 
 def curve(times, num_rows, longest):
     """What verifications of 0, 1, ... drafted tokens cost."""
-    return [times.verification(num_rows, k) for k in range(longest + 1)]
+    return [*map(times.verification(num_rows), range(longest + 1))]
 
 
 def stats(slope=0.02):
