@@ -19,7 +19,7 @@ from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import busy_processor, says_if_slow
-from self_speculation.drafts.costs import Costs
+from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.traced_runner import trace_after
 
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
@@ -103,10 +103,9 @@ class Benchmark(Job):
         alpha, config = metrics.draft_stats(records).token_acceptance, self.config
         predicted = None
         if alpha is not None and self.batch_size == 1 and not config.is_adaptive:
-            depth, length = config.exit_layer, config.num_speculations
-            weights, vocabulary = config.draft_weights, config.draft_vocabulary
-            costs = Costs.estimated(self.generator.model, depth, weights, vocabulary)
-            predicted = metrics.predicted_speedup(alpha, length, depth, costs)
+            drafts = (config.exit_layer, config.draft_weights, config.draft_vocabulary)
+            c = draft_ratio(self.generator.model, *drafts)
+            predicted = metrics.predicted_speedup(alpha, config.num_speculations, c)
         return {"token_acceptance": alpha, "predicted_decode_speedup": predicted}
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
-from self_speculation.drafts.costs import Costs
 from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.devices import broadcast_from_rank0, synchronize
@@ -28,6 +28,28 @@ from self_speculation.model.model_runner import forward, forward_early
 _LENGTHS = (0, 1, 2, 3, 4, 7, 8, 15, 16)
 _EXITS, _STEPS = 5, 4  # exit layers whose draft step is timed, at most; steps in a row, as in a draft
 _TURNS, _PATIENCE = 20, 30.0  # turns at most, with those of the warm-up; seconds after which no turn begins
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs in seconds.
+
+    Args:
+        plain_step: one autoregressive token at full depth.
+        draft_step: exit layer -> one drafted token.
+        verifications: exit layer -> everything after a draft of each of `lengths`.
+        lengths: numbers of drafted tokens, from 0 up; costs between them are interpolated.
+    """
+
+    plain_step: float
+    draft_step: Mapping[int, float]
+    verifications: Mapping[int, Sequence[float]]
+    lengths: Sequence[int]
+
+    def round(self, exit_layer: int, num_drafted: int) -> float:
+        """A draft and its verification."""
+        verification = numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer])
+        return num_drafted * self.draft_step[exit_layer] + float(verification)
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ import pandas
 import torch
 
 from runs.records import Record
-from self_speculation.drafts.costs import Costs
 from self_speculation.results import DraftStats
 
 
@@ -118,14 +117,12 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return interval and (float(interval.low), float(interval.high))
 
 
-def predicted_speedup(alpha: float, k: int, exit_layer: int, costs: Costs) -> float:
-    """E[tokens] of a round over its cost in plain steps, E[tokens] = (1 - alpha^(k+1)) / (1 - alpha).
-
-    With estimated costs that is E[tokens] / (k c + 1) (Leviathan et al., theorem 3.8). `alpha` is
-    `DraftStats.token_acceptance`.
+def predicted_speedup(alpha: float, k: int, c: float) -> float:
+    """Tokens of a round, (1 - alpha^(k+1)) / (1 - alpha), over its cost in plain steps, k c + 1 (Leviathan et
+    al., theorem 3.8). `alpha` is `DraftStats.token_acceptance`.
     """
     tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
-    return tokens * costs.plain_step / costs.round(exit_layer, k)
+    return tokens / (k * c + 1)
 
 
 def peak_memory_mib(device: torch.device) -> float:

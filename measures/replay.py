@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from measures import metrics
+from measures.calibration import Costs
 from runs.records import Record
-from self_speculation.drafts.costs import Costs
 from self_speculation.results import DraftStats
 
 

@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch.distributed.run
 
-from self_speculation.drafts.costs import Costs
+from measures.calibration import Costs
 
 TORCHRUN = torch.distributed.run.__file__
 # What a record says of the clock, and of who else was there when it was taken.

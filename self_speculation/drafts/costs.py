@@ -1,11 +1,8 @@
-"""The cost of a round: estimated from the bytes that passes read, calibrated by a sweep, corrected by the
-rounds of adaptive decoding.
-"""
+"""The cost of rounds: estimated from the bytes that passes read, corrected by those of adaptive decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,58 +18,21 @@ if TYPE_CHECKING:
     from self_speculation.model.model_runner import ModelRunner
 
 
-@dataclass(frozen=True)
-class Costs:
-    """In one unit: seconds if measured, plain steps if estimated.
+def draft_ratio(
+    model: PreTrainedModel, exit_layer: int, draft_weights: DraftWeights, draft_vocabulary: int | None = None
+) -> float:
+    """c of the formula: the cost of a drafted token in plain steps, estimated from bytes of weights.
 
-    Args:
-        plain_step: one autoregressive token at full depth.
-        draft_step: exit layer -> one drafted token.
-        verifications: exit layer -> everything after a draft of each of `lengths`; exit layer 0: all layers
-            verify.
-        lengths: numbers of drafted tokens, from 0 up; costs between them are interpolated.
+    c = (E + h) / (L + h), where the head is as large as h layers, or (E + h N / V) / (L + h) for N of its V
+    rows.
     """
-
-    plain_step: float
-    draft_step: Mapping[int, float]
-    verifications: Mapping[int, Sequence[float]]
-    lengths: Sequence[int]
-
-    def verification(self, exit_layer: int, num_drafted: int) -> float:
-        return float(numpy.interp(num_drafted, self.lengths, self.verifications[exit_layer]))
-
-    def round(self, exit_layer: int, num_drafted: int) -> float:
-        """A draft of an exit layer and its verification; exit layer 0: drafts are free."""
-        drafts = num_drafted * self.draft_step[exit_layer] if exit_layer else 0.0
-        return drafts + self.verification(exit_layer, num_drafted)
-
-    def draft_ratio(self, exit_layer: int) -> float:
-        """c of the formula: a drafted token in plain steps."""
-        return self.draft_step[exit_layer] / self.plain_step
-
-    @classmethod
-    def estimated(
-        cls,
-        model: PreTrainedModel,
-        exit_layer: int,
-        draft_weights: DraftWeights,
-        draft_vocabulary: int | None = None,
-    ) -> Costs:
-        """From bytes of weights: a draft step costs c = (E + h) / (L + h), where the head is as large as h
-        layers, or (E + h N / V) / (L + h) for N of its V rows. A verification costs a plain step.
-        """
-        layers = model.base_model.layers
-        head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
-        rows = len(model.get_output_embeddings().weight)
-        head_of_draft = head * min(draft_vocabulary or rows, rows) / rows
-        of_layers, of_head = bytes_per_weight(model, draft_weights)
-        read = (of_layers * exit_layer + of_head * head_of_draft) / model.dtype.itemsize
-        return cls(
-            plain_step=1.0,
-            draft_step={exit_layer: read / (len(layers) + head)},
-            verifications={0: (1.0,), exit_layer: (1.0,)},
-            lengths=(0,),
-        )
+    layers = model.base_model.layers
+    head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
+    rows = len(model.get_output_embeddings().weight)
+    head_of_draft = head * min(draft_vocabulary or rows, rows) / rows
+    of_layers, of_head = bytes_per_weight(model, draft_weights)
+    read = (of_layers * exit_layer + of_head * head_of_draft) / model.dtype.itemsize
+    return read / (len(layers) + head)
 
 
 # Cost of a pass over n tokens, relative to one token, by kernel; linear in between. The last is proportional.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptiveDrafts
-from self_speculation.drafts.costs import Costs, PassTimes, growth
+from self_speculation.drafts.costs import PassTimes, draft_ratio, growth
 from self_speculation.drafts.draft import DraftSource, PerSequence
 from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold, Threshold
 from self_speculation.drafts.ngram import CopiedFirst, NgramDrafts, TokenDrafts
@@ -54,8 +54,7 @@ class DraftContext:
 
     def draft_ratio(self, exit_layer: int) -> float:
         """c of the formula, estimated."""
-        weights = self.config.draft_weights
-        return Costs.estimated(self.model, exit_layer, weights, self.draft_vocabulary).draft_ratio(exit_layer)
+        return draft_ratio(self.model, exit_layer, self.config.draft_weights, self.draft_vocabulary)
 
     @cached_property
     def draft_vocabulary(self) -> int | None:

@@ -27,7 +27,7 @@ def test_every_exit_and_length_has_a_cost(flags, monkeypatch):
     assert list(costs.lengths) == [0, 1, 2, 3, 4, 7, 8, 10]
     parts = [
         costs.draft_step,
-        *({layer: costs.verification(layer, k) for layer in (1, 3, 5)} for k in range(11)),
+        *({layer: costs.round(layer, k) for layer in (1, 3, 5)} for k in range(11)),
     ]
     for part in parts:
         assert min(part.values()) > 0

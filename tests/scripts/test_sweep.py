@@ -14,11 +14,11 @@ import eval as eval_script
 import generate
 import sweep
 from arguments import GenerationConfig, ModelArguments
+from measures.calibration import Costs
 from measures.replay import predicted_cell
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
-from self_speculation.drafts.costs import Costs
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
 
@@ -28,10 +28,8 @@ FOUND = "mode,exit_layer,num_speculations,draft_weights,speedup\npredicted,2,3,e
 
 def test_costs_of_a_round():
     """Guards against draft lengths between measured ones that have no cost."""
-    costs = Costs(1.0, {2: 0.5}, {0: (3.0,) * 3, 2: (1.0, 2.0, 4.0)}, lengths=(0, 1, 3))
-    assert [costs.verification(2, k) for k in (0, 1, 2, 3)] == [1, 2, 3, 4]
-    assert costs.round(2, 3) == 3 * 0.5 + 4
-    assert costs.round(0, 3) == 3
+    costs = Costs(1.0, {2: 0.5}, {2: (1.0, 2.0, 4.0)}, lengths=(0, 1, 3))
+    assert [costs.round(2, k) for k in (0, 1, 2, 3)] == [1, 2 + 0.5, 3 + 1, 4 + 1.5]
 
 
 def test_a_predicted_cell_is_the_median_example_with_its_interval():
