@@ -137,7 +137,10 @@ def _table(summary: Record) -> list[str]:
     unit, several = _unit(summary), summary["num_ranks"] > 1
     sides = [prefix for prefix in ("", BASELINE) if f"{prefix}speed" in summary]
     names = ["this strategy", "autoregressive"][: len(sides)]
-    rows = [row(f"{summary['num_examples']} examples", *names)]
+    title, sizes = f"{summary['num_examples']} examples", summary["batch_sizes"]
+    if len(sizes) > 1:  # of a resumed run; the heading has its last one
+        title += f", batches of {', '.join(map(str, sizes))}"
+    rows = [row(title, *names)]
     if compared := summary.get("comparison"):
         middle_half = "-".join(f"{quartile:.2f}" for quartile in compared["speedup_quartiles"][::2])
         rows += [

@@ -55,7 +55,7 @@ class Run:
         try:
             run.folder.mkdir(parents=True)
         except OSError as error:
-            raise RecordError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
+            raise RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
         run.say("running")
         return run
 
@@ -117,7 +117,9 @@ def check_writable(resume: str | None, output_dir: str) -> None:
             path.mkdir(parents=True, exist_ok=True)
         try_to_write(path)
     except OSError as error:
-        raise RecordError(f"--{flag} {folder}: cannot be written ({error.strerror})") from error
+        # In /proc the system's words are "No such file or directory", which nobody would understand alone.
+        deed = "written" if os.path.isdir(path) else "created"
+        raise RecordError(f"--{flag} {folder}: cannot be {deed} ({error.strerror})") from error
 
 
 def check_same_run(resume: str, description: Record, arguments: Sequence[Any] = ()) -> Record:

@@ -330,7 +330,7 @@ class _AnswerResponse(StreamingResponse):
 
     def __init__(self, parts: AsyncGenerator[str], media_type: str, jobs: Sequence[Job]) -> None:
         super().__init__(parts, headers={"Cache-Control": "no-cache"}, media_type=media_type)
-        self._parts, self._jobs = parts, jobs
+        self._parts, self._jobs, self._has_begun = parts, jobs, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -338,15 +338,18 @@ class _AnswerResponse(StreamingResponse):
         finally:
             for job in self._jobs:
                 job.is_cancelled = True
+        if not self._has_begun:
+            raise ClientDisconnect
 
     async def stream_response(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        has_begun = False
         async for part in self._parts:
-            if not has_begun:
-                await send(start)
-            has_begun = True
-            await send({"type": "http.response.body", "body": part.encode(), "more_body": True})
+            body = part.encode()
+            if not self._has_begun:
+                if self.media_type == "application/json":  # in one part
+                    self.headers["Content-Length"] = str(len(body))
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self._has_begun = True
+            await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -10,6 +10,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import fields, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -108,20 +109,26 @@ class _TextPart(_Strict):
 _parts = TypeAdapter(Annotated[list[_TextPart], Field(max_length=_MAX_ITEMS, fail_fast=True)])
 
 
-def _joined(given: Any) -> str:
-    return given if isinstance(given, str) else "\n".join(part.text for part in _parts.validate_python(given))
+def _joined(given: Any, *, between: str = "\n") -> str:
+    if isinstance(given, str):
+        return given
+    return between.join(part.text for part in _parts.validate_python(given))
 
 
 _Text = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[_TextPart])]
+_Verbatim = Annotated[
+    str, BeforeValidator(partial(_joined, between=""), json_schema_input_type=str | list[_TextPart])
+]  # parts of one text
 
 
 class _Called(_Strict):
     name: str
-    arguments: Json[Any]
+    # Some clients send no text for a function without parameters.
+    arguments: Annotated[Json[Any], BeforeValidator(lambda given: "{}" if given == "" else given)]
 
 
 class _ToolCall(_Strict):
-    id: str = ""
+    id: str | None = None
     type: Literal["function"] = "function"
     function: _Called
 
@@ -166,7 +173,7 @@ class _ResponseFormat(_Strict):
 
 class _Prediction(_Strict):
     type: Literal["content"]
-    content: _Text
+    content: _Verbatim
 
 
 class _Message(_Strict):
@@ -185,7 +192,8 @@ class _Message(_Strict):
     @property
     def for_template(self) -> dict[str, Any]:
         role = "system" if self.role == "developer" else self.role
-        return {**self.model_dump(exclude_defaults=True), "role": role}
+        without = set() if self.tool_calls else {"tool_calls"}
+        return {**self.model_dump(exclude=without, exclude_none=True), "role": role}
 
 
 def _as_list(given: Any) -> Any:
@@ -350,10 +358,12 @@ class ChatRequest(BaseRequest):
     def _content(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         message, tools = dict[str, Any](content=text), self.tools_for_template
         if functions := find_calls(text, tools) if tools else []:
-            calls = [
-                {"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-                for i, function in enumerate(functions)
+            calls: list[dict[str, Any]] = [
+                {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+                for function in functions
             ]
+            if self.stream:
+                calls = [{"index": index, **call} for index, call in enumerate(calls)]
             message = {"content": None, "tool_calls": calls}
             finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
         if self.stream:

@@ -46,7 +46,7 @@ MISTAKES = {
         "--data_path /nowhere.jsonl": "/nowhere.jsonl: No such file",
         "--data_path /proc/self/mem": "--data_path /proc/self/mem: must be a .jsonl",
         "--model ''": "--model '': ",
-        "--output_dir /proc/nowhere": "--output_dir /proc/nowhere: cannot be written (",
+        "--output_dir /proc/nowhere": "--output_dir /proc/nowhere: cannot be created (",
         "--output_dir /proc": "--output_dir /proc: cannot be written (",
         "--resume /dev/null": "--resume /dev/null: no run.json of a run in there",
     },

@@ -136,6 +136,7 @@ def test_an_early_end_keeps_the_records(name, ending, common, unbroken, tmp_path
     kept = (folder / "records.rank0.jsonl").read_text().splitlines()[:2]
     records._write = write_record
     assert case.script.main(["--resume", str(folder), *case.resumed]) == 0
+    assert ("6 examples, batches of 2, 3" in capsys.readouterr().out) == (name == "batches")
     assert outcome(folder) == expected
     assert set(kept) <= set((folder / "records.jsonl").read_text().splitlines())
     assert (about(folder)["status"], about(folder)["began"]) == ("finished", began)

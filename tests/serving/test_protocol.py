@@ -78,10 +78,20 @@ def test_a_template_gets_the_arguments_of_calls():
     messages = [{"role": "developer", "content": parts}, {"role": "assistant", "tool_calls": calls}]
     first, second = ChatRequest(messages=messages).messages
     assert first.for_template == {"role": "system", "content": "a\nb"}
-    [call] = second.for_template["tool_calls"]
-    assert call["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    assert second.for_template["tool_calls"] == [{"id": "x", **call}]
+    function["arguments"] = ""  # of a function without parameters
+    [_, second] = ChatRequest(messages=messages).messages
+    assert second.for_template["tool_calls"][0]["function"]["arguments"] == {}
     function["arguments"] = "{"
     assert refused(ChatRequest, messages=messages)[0] == "messages.1.tool_calls.0.function.arguments"
+
+
+def test_parts_of_a_prediction_are_one_text():
+    """Guards against lines that break where a client has cut a file in parts."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = ChatRequest(messages=HELLO, prediction={"type": "content", "content": parts})
+    assert request.prediction.content == "ab"
 
 
 @pytest.mark.parametrize(

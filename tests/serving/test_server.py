@@ -53,7 +53,9 @@ def chat_text(messages):
 def test_a_chat_gets_the_generators_answer(served):
     """Streamed or not. Guards against another template, and lost characters."""
     request = {"messages": HELLO, "max_tokens": 40}
-    answer = post(served, CHAT, **request).json()
+    response = post(served, CHAT, **request)
+    assert response.headers["Content-Length"] == str(len(response.content))
+    answer = response.json()
     ChatCompletion.model_validate(answer)
     expected = served.expected(served.generator.encode(chat_text(HELLO), special_tokens=False), max_steps=40)
     [whole] = answer["choices"]
@@ -403,7 +405,11 @@ def test_an_aborted_request_has_a_status(served, monkeypatch, error, status, str
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("is_waiting", [False, True])
 def test_a_client_that_disconnects_cancels_its_job(served, stream, is_waiting):
-    """Guards against sequences that decode although their client is gone."""
+    """Guards against sequences that decode although their client is gone, and against requests that nobody
+    counts.
+    """
+    gone = 'self_speculation_refused_total{status="499"}'
+    before = counters(served).get(gone, 0)
     with held(served.engine) as at_rest:
         if is_waiting:
             for prompt in PROMPTS:
@@ -417,6 +423,7 @@ def test_a_client_that_disconnects_cancels_its_job(served, stream, is_waiting):
         until(lambda: job.is_cancelled)
     until(lambda: not served.num_jobs)
     assert post(served, prompt="x").status_code == 200
+    assert counters(served)[gone] == before + 1
 
 
 def test_a_failure_in_a_stream_is_its_last_event(served, monkeypatch):
