@@ -289,6 +289,8 @@ def _read_jsonl(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise DataError(f"{place}: lists and objects within each other, too deep to read") from error
         if not isinstance(row, dict):
             raise DataError(f"{place}: must be an object, not {type(row).__name__}")
         yield place, row

@@ -223,6 +223,7 @@ def test_values_stay_text(kind, tmp_path):
         ("a.jsonl", b'{"prompt": "a", "response": "b"}\n\n{"prompt": \n', "a.jsonl, line 3: not JSON"),
         ("a.jsonl", b'{"prompt": "", "answer": ""}\n', "line 1: no column 'response'; found: prompt, answer"),
         ("a.jsonl", b"[1]\n", "line 1: must be an object, not list"),
+        ("a.jsonl", b"[" * 99_999, "line 1: lists and objects within each other"),
         ("a.jsonl", b'{"prompt": null, "response": ""}', "line 1: column 'prompt' must be text, not None"),
         ("a.jsonl", b"\xff\xfe", "a.jsonl: 'utf-8' codec can't decode"),
         ("a.jsonl", b"", "a.jsonl: no examples"),
