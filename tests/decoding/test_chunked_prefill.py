@@ -85,6 +85,9 @@ def test_a_prompt_leaves_while_others_are_read(cancelled, reuse_cache):
         assert (left.predicted_tokens, left.stop_reason) == ([], "stopping_criteria")
     others = {key: prompt for key, prompt in (prompts | {4: LONG}).items() if key != cancelled}
     assert_as_alone(model, results, others, max_steps=6)
+    add(scheduler, dict.fromkeys(range(5), [7]))
+    scheduler.step()
+    assert len(scheduler.batch) == 5
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():

@@ -91,6 +91,7 @@ def test_a_template_gets_the_arguments_of_calls():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
+        ({"n": 0}, "n"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty"),  # infinite logits
         ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"stop": [""]}, "stop.0"),
