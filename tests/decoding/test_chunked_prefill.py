@@ -85,7 +85,7 @@ def test_a_prompt_leaves_while_others_are_read(cancelled, reuse_cache):
         assert (left.predicted_tokens, left.stop_reason) == ([], "stopping_criteria")
     others = {key: prompt for key, prompt in (prompts | {4: LONG}).items() if key != cancelled}
     assert_as_alone(model, results, others, max_steps=6)
-    add(scheduler, dict.fromkeys(range(5), [7]))
+    add(scheduler, {key: [7] for key in range(5)})
     scheduler.step()
     assert len(scheduler.batch) == 5
 
