@@ -120,11 +120,11 @@ def test_a_tokenizer_without_a_chat_template_is_refused(common, model_folder, tm
 def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, capsys):
     """Guards against prompts that are cut, or that disappear without a word."""
     path = tmp_path / "long.jsonl"
-    rows = [{"prompt": "x" * n, "response": ""} for n in (5, 4000, 7)]
+    rows = [{"prompt": "x" * n, "response": ""} for n in (5, 4000, 300, 7)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = [*common, "--data_path", str(path)]
     assert benchmark.main(args) == 0
-    assert "left out 1 of 3 examples: prompts of more than 255 tokens" in capsys.readouterr().err
+    assert "left out 2 of 4 examples: prompts of more than 255 tokens" in capsys.readouterr().err
     assert len(untimed(only_run(tmp_path))) == 2
     shots = ["--n_shot", "2", "--random_shuffle", "False"]
     assert "every prompt has more than the 255 tokens" in refused(benchmark.main, [*args, *shots], capsys)
