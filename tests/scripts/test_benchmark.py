@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy
 import pandas
@@ -258,11 +259,14 @@ def test_near_ties_are_told_from_differences(text_model):
     wide = find_difference(text_model, prompt, [best, 9], [second, 9])
     assert (wide.position, wide.best_tokens, wide.near_tie) == (0, (best, second), False)
 
-    def level(_, scores):
+    def level(_, scores, roundings=1):
         """Makes the two best logits all but equal."""
-        return scores.scatter(1, torch.tensor([[second]]), float(scores.max()) - 1e-7)
+        gap = roundings * torch.finfo(torch.float32).eps * float(logits.abs().max())
+        return scores.scatter(1, torch.tensor([[second]]), float(scores.max()) - gap)
 
-    assert find_difference(text_model, prompt, [best], [second], [level]).near_tie
+    for roundings, near in ((1, True), (14, True), (20, False)):
+        apart = partial(level, roundings=roundings)
+        assert find_difference(text_model, prompt, [best], [second], [apart]).near_tie == near
     assert not find_difference(text_model, prompt, [best], [worst], [level]).near_tie
     assert not find_difference(text_model, prompt, [best], [], [level]).near_tie  # it just stops
     assert find_difference(text_model, prompt, [best], [best]) is None
