@@ -40,6 +40,10 @@ from training.flags import RecipeArguments
 EXIT_SCORES = ("loss", "accuracy", "agreement")
 
 
+# Check so many losses and gradient norms together, unless a log row or a checkpoint comes first.
+_CHECK_EVERY = 1000
+
+
 class DivergedError(Exception):
     """A loss or a gradient is not a finite number.
 
@@ -224,6 +228,8 @@ class EarlyExitTrainer(Trainer):
             step = self.state.global_step + 1
             batches = torch.cat([documents for at, _, _, documents in self._unchecked if at == step])
             self._unchecked.append((step, "the gradient", whole.to(self.args.device), batches))
+        if len(self._unchecked) > _CHECK_EVERY:
+            self._check_losses()
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

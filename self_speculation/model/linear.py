@@ -203,10 +203,16 @@ def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
 def works(
     kind: Callable[[Tensor], Callable[[Tensor], Tensor]], device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether there is a kernel for copies of this kind, of weights of this dtype on this device."""
+    """Whether there is a kernel for copies of this kind, of weights of this dtype on this device.
+
+    Raises:
+        torch.OutOfMemoryError: the next call tries again.
+    """
     weight = torch.zeros(16, 32, device=device, dtype=dtype)
     try:
         kind(weight)(weight[:1])
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, RuntimeError):
         return False
     return True

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import drained, generate, tiny_llama
-from test_batch import chunked, scheduler_of
+from test_batch import scheduler_of
 
 from self_speculation import GenerationConfig, Request
 
@@ -85,6 +85,9 @@ def test_a_prompt_leaves_while_others_are_read(cancelled, reuse_cache):
         assert (left.predicted_tokens, left.stop_reason) == ([], "stopping_criteria")
     others = {key: prompt for key, prompt in (prompts | {4: LONG}).items() if key != cancelled}
     assert_as_alone(model, results, others, max_steps=6)
+    add(scheduler, {key: [7] for key in range(5)})
+    scheduler.step()
+    assert len(scheduler.batch) == 5
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():
@@ -112,7 +115,11 @@ def test_an_error_in_a_chunk_belongs_to_its_request():
             raise MemoryError
 
     model.model.embed_tokens.register_forward_hook(fails_in_a_prompt)
-    requests = [Request(prompt) for prompt in (PROMPTS[0], LONG, PROMPTS[2])]
-    found = chunked(model, requests, 2, 8, max_steps=6)
+    scheduler = scheduler_of(model, 2, 8, max_steps=6)
+    add(scheduler, dict(enumerate((PROMPTS[0], LONG, PROMPTS[2]))))
+    found = drained(scheduler)
     assert isinstance(found[1], MemoryError)
     assert_as_alone(model, found, {0: PROMPTS[0], 2: PROMPTS[2]}, max_steps=6)
+    add(scheduler, {3: [7], 4: [7]})
+    scheduler.step()
+    assert len(scheduler.batch) == 2  # its slot is free again

@@ -24,6 +24,7 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
+from self_speculation.model.fused_layers import fused_model
 from self_speculation.model.loading import default_model, load_config, resolve_dtype
 from self_speculation.model.sources import hub_answers
 
@@ -53,6 +54,9 @@ def test_a_folder_loads_as_the_model_it_was_saved_from(model_folder, text_model)
     assert model.dtype == torch.float32
     ids = tokenizer.encode("a man", return_tensors="pt")
     assert_close(model(ids).logits, text_model(ids).logits)
+    assert fused_model(model)[0]
+    model, _ = load_model_and_tokenizer(str(model_folder), LoadingOptions(fuse=False))
+    assert not fused_model(model)[0]
     options = LoadingOptions({"attn_implementation": "eager"}, dtype="bfloat16")
     model, _ = load_model_and_tokenizer(str(model_folder), options)
     assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")

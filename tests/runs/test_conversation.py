@@ -1,7 +1,10 @@
 """A conversation reads only what is new of each turn."""
 
+import copy
+
 import pytest
 from conftest import EOS
+from tokenizers.processors import TemplateProcessing
 
 from runs.conversation import Conversation
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
@@ -14,8 +17,10 @@ def turns(byte_tokenizer, text_model, monkeypatch):
     """Has a conversation by a template; returns prompt and result of each turn."""
 
     def converse(template, *prompts):
-        generator = HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
         monkeypatch.setattr(byte_tokenizer, "chat_template", template)
+        tokenizer, special = copy.deepcopy(byte_tokenizer), [("<s>", byte_tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
+        generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
         config = GenerationConfig(sample=False, max_steps=12, stop_token_ids=[EOS])
         talk, seen, generate = Conversation(generator, config, "none", chat=True), [], generator.generate
 
@@ -46,7 +51,9 @@ def test_a_turn_reads_on_from_what_the_model_wrote(turns, byte_tokenizer):
     "template", [TEMPLATE.replace("m.content", "m.content | upper"), TEMPLATE.replace("</s>", " -- ")]
 )
 def test_a_template_that_changes_the_history_wins(turns, byte_tokenizer, template):
-    """Guards against kept tokens of an answer that the template rewrites or does not end by a token."""
+    """Guards against kept tokens of an answer that the template rewrites or does not end by a token, and
+    against special tokens before those of the template.
+    """
     (_, wrote), (second, _) = turns(template, "Who are you?", "And who am I?")
     messages = [
         {"role": "user", "content": "Who are you?"},

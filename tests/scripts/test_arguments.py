@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import shlex
 from typing import get_type_hints
 
@@ -78,6 +79,28 @@ def test_model_args_become_python_values():
     (model,) = parse("test", ModelArguments, args=["--model_args", "a=1,b=x, c=True,d=0.5,e=nOne,f=FALSE"])
     found = {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None, "f": False}
     assert model.from_pretrained_args() == found
+
+
+OUT_OF_RANGE = {
+    GenerationConfig: {
+        "exit_layer": 0, "num_speculations": 0, "temperature": -1, "top_k": -1, "top_p": 1.5, "min_p": 1.5,
+        "repetition_penalty": 0, "frequency_penalty": 3, "presence_penalty": -3, "no_repeat_ngram_size": 0,
+        "stop_token_ids": [-1], "draft_vocabulary": 0, "prompt_lookup": 33, "shared_lookup": -1,
+    },
+    DataArguments: {"num_samples": 0},
+    BatchArguments: {"batch_size": 0},
+    SweepArguments: {"verify_top": -1},
+    ServeArguments: {"max_waiting": -1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value"), [(g, *each) for g, values in OUT_OF_RANGE.items() for each in values.items()]
+)
+def test_numbers_out_of_range_are_refused(group, field, value):
+    """Guards against a number without meaning that is taken as another one."""
+    with pytest.raises(ValueError, match=rf"^{field} {re.escape(str(value))}: must be "):
+        group(**{field: value})
 
 
 def test_help_has_every_flag_with_its_default(capsys):

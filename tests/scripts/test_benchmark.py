@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy
 import pandas
@@ -120,11 +121,11 @@ def test_a_tokenizer_without_a_chat_template_is_refused(common, model_folder, tm
 def test_prompts_beyond_the_context_are_left_out_and_counted(common, tmp_path, capsys):
     """Guards against prompts that are cut, or that disappear without a word."""
     path = tmp_path / "long.jsonl"
-    rows = [{"prompt": "x" * n, "response": ""} for n in (5, 4000, 7)]
+    rows = [{"prompt": "x" * n, "response": ""} for n in (5, 4000, 300, 7)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = [*common, "--data_path", str(path)]
     assert benchmark.main(args) == 0
-    assert "left out 1 of 3 examples: prompts of more than 255 tokens" in capsys.readouterr().err
+    assert "left out 2 of 4 examples: prompts of more than 255 tokens" in capsys.readouterr().err
     assert len(untimed(only_run(tmp_path))) == 2
     shots = ["--n_shot", "2", "--random_shuffle", "False"]
     assert "every prompt has more than the 255 tokens" in refused(benchmark.main, [*args, *shots], capsys)
@@ -258,11 +259,14 @@ def test_near_ties_are_told_from_differences(text_model):
     wide = find_difference(text_model, prompt, [best, 9], [second, 9])
     assert (wide.position, wide.best_tokens, wide.near_tie) == (0, (best, second), False)
 
-    def level(_, scores):
+    def level(_, scores, roundings=1):
         """Makes the two best logits all but equal."""
-        return scores.scatter(1, torch.tensor([[second]]), float(scores.max()) - 1e-7)
+        gap = roundings * torch.finfo(torch.float32).eps * float(logits.abs().max())
+        return scores.scatter(1, torch.tensor([[second]]), float(scores.max()) - gap)
 
-    assert find_difference(text_model, prompt, [best], [second], [level]).near_tie
+    for roundings, near in ((1, True), (14, True), (20, False)):
+        apart = partial(level, roundings=roundings)
+        assert find_difference(text_model, prompt, [best], [second], [apart]).near_tie == near
     assert not find_difference(text_model, prompt, [best], [worst], [level]).near_tie
     assert not find_difference(text_model, prompt, [best], [], [level]).near_tie  # it just stops
     assert find_difference(text_model, prompt, [best], [best]) is None

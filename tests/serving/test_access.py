@@ -31,9 +31,10 @@ def test_a_loopback_address_rejects_other_names(address):
     assert {status("0.0.0.0", host=name.encode()) for name in others} == {None}
 
 
-def test_only_the_key_opens_a_server():
-    """Guards against a check of the URL's path, which Starlette before 1.0.1 makes from the Host header, and
-    against non-ASCII characters, which HTTP decodes otherwise.
+def test_only_the_key_opens_a_server(monkeypatch):
+    """Guards against a check of the URL's path, which Starlette before 1.0.1 makes from the Host header,
+    against non-ASCII characters, which HTTP decodes otherwise, and against a key of the environment that is
+    not asked for.
     """
     for host in (b"127.0.0.1:8000/health?", b"localhost/health#", b"127.0.0.1/?", b"x/health?"):
         assert status("0.0.0.0", "sesame", host=host) == 401
@@ -42,3 +43,5 @@ def test_only_the_key_opens_a_server():
         for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
             assert status("0.0.0.0", "sésame\udcff", authorization=scheme + key) == expected
     assert status("0.0.0.0", "sesame", authorization=b"Basic sesame") == 401
+    monkeypatch.setenv("SELF_SPECULATION_API_KEY", "sesame")
+    assert (status("0.0.0.0"), status("0.0.0.0", authorization=b"Bearer sesame")) == (401, None)

@@ -65,7 +65,7 @@ def test_a_job_that_fails_fails_alone(engine, text_model):
     """Six jobs in four slots. Guards against an error that ends its neighbours, or the thread."""
     _, first = submit(engine, PROMPTS[:2])
     _, broken = submit(engine, PROMPTS[:1], stopping_criteria=failing)
-    _, too_long = submit(engine, [[5] * 300])
+    _, too_long = submit(engine, [[5] * 256])  # as many as the context has
     _, last = submit(engine, PROMPTS[2:])
     assert kinds(broken + too_long) == [ArithmeticError, ValueError]
     check(text_model, PROMPTS, first + last)

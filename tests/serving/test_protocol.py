@@ -101,6 +101,7 @@ def test_parts_of_a_prediction_are_one_text():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
+        ({"n": 0}, "n"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty"),  # infinite logits
         ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"stop": [""]}, "stop.0"),
@@ -165,5 +166,6 @@ def test_the_servers_config_has_the_defaults():
     assert (config.max_steps, config.stop_words) == (9, ["y"])
     assert (config.generation_strategy, config.exit_layer) == ("autoregressive", -1)
     assert ChatRequest(messages=HELLO, temperature=0).generation_config(GenerationConfig()).greedy
-    for limits in ({"max_tokens": 5}, {"max_tokens": 9, "max_completion_tokens": 5}):
+    more = {"max_tokens": 9, "max_completion_tokens": 9}
+    for limits in ({"max_tokens": 5}, more | {"max_tokens": 5}, more | {"max_completion_tokens": 5}):
         assert ChatRequest(messages=HELLO, **limits).max_new_tokens == 5

@@ -350,7 +350,9 @@ def test_limits_and_key(text_model, byte_tokenizer):
         for path in ("health", "", "page.css", "page.js", "markdown-it.umd.min.js"):
             response = requests.get(f"{served.url}/{path}")
             assert response.status_code == 200
-            assert "unsafe" not in response.headers.get("Content-Security-Policy", "")
+            policy = response.headers.get("Content-Security-Policy", "")
+            assert policy.startswith("default-src 'none'; ") == (path != "health")
+            assert "unsafe" not in policy
         with pytest.raises(openai.BadRequestError, match="max_tokens 11: must be at most 10"):
             served.client.completions.create(model="tiny", prompt="x", max_tokens=11)
         for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks

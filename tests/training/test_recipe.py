@@ -172,9 +172,10 @@ def test_loss_and_gradients_are_those_of_samples_one_by_one():
     model.eval()
 
 
-def test_scores_count_labels_only():
-    """Guards against scores of ignored labels or of the last position."""
-    model = tiny_llama()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scores_count_labels_only(attention):
+    """Guards against scores of ignored labels or of the last position, and a mask that is not causal."""
+    model = tiny_llama(attn_implementation=attention)
     ids, labels = batch()
     scores = exit_scores(model, ids, labels).sum(0)  # [L, 4]
     assert scores[:, 3].tolist() == [3 * 6 - 2] * 4
