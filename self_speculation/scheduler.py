@@ -290,15 +290,16 @@ class Scheduler(Generic[Key]):
 
     def _make_cache(self) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
-        valid_for = None
+        sizes = (self._batch_size, self.batch.longest_draft, self._depth)
         if self._config.reuse_cache:
-            sizes = (self._batch_size, self.batch.longest_draft, self._depth)
-            valid_for = (*sizes, cache_fingerprint(self._model))
             with suppress(IndexError):
                 kept = self._strategy.kept_caches.pop()
+                valid_for = (*sizes, cache_fingerprint(self._model))
                 if kept.fingerprint == valid_for and kept.runner.has_its_cache:
                     return kept
         runner = make_runner(self._model, 1, 1, self.batch.longest_draft + 1, self._batch_size)
+        # A new runner fuses what has changed, which counts as a change.
+        valid_for = (*sizes, cache_fingerprint(self._model)) if self._config.reuse_cache else None
         return PrefixCache(runner, self._batch_size, valid_for)
 
     def _longest_possible(self) -> int:
