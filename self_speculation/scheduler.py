@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import abc, deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -290,16 +290,17 @@ class Scheduler(Generic[Key]):
 
     def _make_cache(self) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
-        valid_for = None
         if self._config.reuse_cache:
-            sizes = (self._batch_size, self.batch.longest_draft, self._depth)
-            valid_for = (*sizes, cache_fingerprint(self._model))
             with suppress(IndexError):
                 kept = self._strategy.kept_caches.pop()
-                if kept.fingerprint == valid_for and kept.runner.has_its_cache:
+                if kept.fingerprint == self._valid_for() and kept.runner.has_its_cache:
                     return kept
         runner = make_runner(self._model, 1, 1, self.batch.longest_draft + 1, self._batch_size)
-        return PrefixCache(runner, self._batch_size, valid_for)
+        # A new runner fuses what has changed, which counts as a change.
+        return PrefixCache(runner, self._batch_size, self._valid_for() if self._config.reuse_cache else None)
+
+    def _valid_for(self) -> Hashable:
+        return self._batch_size, self.batch.longest_draft, self._depth, cache_fingerprint(self._model)
 
     def _longest_possible(self) -> int:
         """The most positions that any sequence can reach."""

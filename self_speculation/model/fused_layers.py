@@ -43,7 +43,7 @@ class _State:
     """Arguments of `fuse`, and the fused parts of a model."""
 
     fp32_activations: bool = False
-    num_calls: int = 0  # of `fuse`
+    num_changes: int = 0  # see `num_changes`
     made: dict[nn.Module, Fused] = field(default_factory=dict)  # by decoder layer; of the head by `lm_head`
 
 
@@ -69,7 +69,7 @@ def fuse(model: Any, fp32_activations: bool | None = None) -> int:
     """
     state = _STATES.setdefault(model, _State())
     state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
-    state.num_calls += 1
+    state.num_changes += 1
     state.made = {}
     try:
         parts, dtype = fused_model(model)
@@ -120,7 +120,8 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     if sum(linear.num_bytes for linear in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
         for linear in packable:
             linear.may_be_packed = True
-    follow_weights([linear for fused in made.values() for linear in fused.linears])
+    if follow_weights([linear for fused in made.values() for linear in fused.linears]) or new:
+        state.num_changes += 1
     return made, torch.float32 if fp32 else model.dtype
 
 
@@ -142,8 +143,11 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     return sum(copy.num_bytes for linear, copy in copies if for_drafts or copy is linear.packed_copy)
 
 
-def num_fuse_calls(model: Any) -> int:
-    return _STATES.get(model, _State()).num_calls
+def num_changes(model: Any) -> int:
+    """Calls of `fuse`, and generations that found other weights. Runners made before have no use of the fused
+    parts, even if the weights are the former ones again.
+    """
+    return _STATES.get(model, _State()).num_changes
 
 
 def plain_linear(head: nn.Module) -> Linear | None:

@@ -218,17 +218,21 @@ def works(
     return True
 
 
-def follow_weights(linears: Sequence[Linear]) -> None:
+def follow_weights(linears: Sequence[Linear]) -> bool:
     """Drop what was made of weights that have changed; make the copies that every pass reads, on all threads.
+
+    Returns:
+        Whether something was dropped.
 
     Raises:
         ValueError: float16 cannot hold a weight that has changed.
     """
     copied = [linear for linear in linears if linear.derived]
     current = contents([linear._parameters for linear in copied])
-    for linear, contents_now in zip(copied, current, strict=True):
-        if linear._contents_when_made != contents_now:
-            linear.derived.clear()
+    pairs = zip(copied, current, strict=True)
+    changed = [linear for linear, contents_now in pairs if linear._contents_when_made != contents_now]
+    for linear in changed:
+        linear.derived.clear()
     missing = [linear for linear in linears if linear.fp32_activations and linear.packed_copy is None]
     missing.sort(key=lambda linear: -linear.num_bytes)  # no thread ends with a large one
     with (
@@ -237,6 +241,7 @@ def follow_weights(linears: Sequence[Linear]) -> None:
     ):
         for linear, _ in zip(missing, threads.map(Linear._copy, missing), strict=True):
             advance(linear.num_bytes)
+    return bool(changed)
 
 
 def _within_float16(weight: Tensor) -> Tensor:

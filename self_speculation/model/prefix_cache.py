@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.fingerprint import fingerprint
-from self_speculation.model.fused_layers import num_fuse_calls
+from self_speculation.model.fused_layers import num_changes
 from self_speculation.model.model_runner import ModelRunner
 
 
@@ -79,4 +79,4 @@ class PrefixCache:
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:
     """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    return fingerprint(model), num_fuse_calls(model), is_captured(model), model.config._attn_implementation
+    return fingerprint(model), num_changes(model), is_captured(model), model.config._attn_implementation

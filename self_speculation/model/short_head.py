@@ -8,7 +8,7 @@ with -inf for all other ids, so processors, sampling and the accept rule stay as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.fused_layers import FusedHead, plain_linear
-from self_speculation.model.linear import Linear
+from self_speculation.model.linear import Linear, follow_weights
 from self_speculation.model.model_runner import ModelRunner, PlainHead
 from self_speculation.transfers import on_device
 
@@ -28,6 +28,10 @@ _MOST_SEEN = 2048
 
 # Counted ids of a model, the most frequent first.
 _FREQUENT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+
+# Of each head that is not fused, a `Linear`, which keeps the rows of short heads, and the structure that it
+# is valid for.
+_PLAIN: WeakKeyDictionary[nn.Module, tuple[Hashable, Linear]] = WeakKeyDictionary()
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
@@ -71,7 +75,7 @@ class ShortHead:
     def __init__(self, runner: ModelRunner, number: int) -> None:
         if isinstance(runner.head, FusedHead):
             whole = runner.head.linears[0]
-        elif (whole := plain_linear(runner.head.module)) is None:
+        elif (whole := _kept_linear(runner.head)) is None:
             raise ValueError(
                 f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
             )
@@ -86,6 +90,17 @@ class ShortHead:
         logits = hidden.new_full((len(hidden), self._size), -math.inf)
         logits.index_copy_(1, self._ids, self.linears[0](normed))
         return self.seen.add_to(logits, normed)
+
+
+def _kept_linear(head: PlainHead) -> Linear | None:
+    """See `plain_linear`."""
+    valid_for, kept = _PLAIN.get(head.module, (None, None))
+    if kept is None or valid_for != head.structure:
+        if (kept := plain_linear(head.module)) is not None:
+            _PLAIN[head.module] = head.structure, kept
+        return kept
+    follow_weights([kept])
+    return kept
 
 
 class SeenIds:

@@ -14,6 +14,7 @@ from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.generator_base import single_result
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.fused_layers import fuse
+from self_speculation.model.traced_runner import trace_after
 from self_speculation.scheduler import Scheduler
 
 STORY = [5, 9, 4, 7, 3, 3, 8, 21, 22, 30, 6, 11]
@@ -109,6 +110,39 @@ def test_a_changed_model_discards_the_cache(change, fused):
     after = answer(strategy, model, STORY, reuse_cache=True)
     assert after.num_cached_tokens == 0
     assert after.predicted_tokens == transformers_generate(model, STORY, 8)
+
+
+def replaced(model):
+    """Other tensors; returns how to put the former ones back."""
+    former = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, data in former:
+        parameter.data = data * 1.5
+    return lambda: [setattr(parameter, "data", data) for parameter, data in former]
+
+
+def doubled(model):
+    """Other numbers, where W16A32 copies are made again; returns how to restore them."""
+    weights = [layer.mlp.up_proj.weight.data for layer in model.model.layers]
+    for weight in weights:
+        weight.mul_(2)
+    return lambda: [weight.mul_(0.5) for weight in weights]
+
+
+@pytest.mark.parametrize(("change", "fp32_activations"), [(replaced, False), (doubled, True)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_weights_that_were_others_in_between(change, fp32_activations, traced):
+    """Guards against a kept runner that goes on with traces or copies of other weights."""
+    model = tiny_llama.__wrapped__().to(torch.bfloat16 if fp32_activations else torch.float32)
+    fuse(model, fp32_activations)
+    trace_after(model, 0 if traced else torch.inf)
+    strategy = make_strategy("autoregressive")
+    first = answer(strategy, model, STORY, reuse_cache=True)
+    restore = change(model)
+    fresh(model, STORY)
+    restore()
+    after = answer(strategy, model, [STORY[0], *STORY], reuse_cache=True)
+    assert first.predicted_tokens == fresh(model, STORY).predicted_tokens
+    assert after.predicted_tokens == fresh(model, [STORY[0], *STORY]).predicted_tokens
 
 
 @pytest.mark.parametrize("other", [{"exit_layer": 2}, {"batch_size": 2}])

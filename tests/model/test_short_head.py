@@ -48,9 +48,17 @@ def test_rows_are_copied_once(monkeypatch):
     assert Int4Linear not in derived
 
 
-def test_rows_follow_the_weights():
+def test_rows_of_a_plain_head_are_copied_once():
+    """Guards against new copies for each answer of a model that is not fused."""
+    runner = ModelRunner(fresh(), 1, 1)
+    heads = [ShortHead(runner, 12) for _ in range(2)]
+    assert heads[0].linears[0] is heads[1].linears[0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_follow_the_weights(fused):
     """Guards against drafts by rows of an earlier head."""
-    model = fresh(agreement="always", exit_layer=2, fused=True)
+    model = fresh(agreement="always", exit_layer=2, fused=fused)
     first = generate(model, PROMPT, draft_vocabulary=49, **DRAFTS)
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
