@@ -86,6 +86,8 @@ class GenerationStrategy:
         Yields:
             The index of a finished request, and its result or its error.
         """
+        if type(self).generate_token_ids is GenerationStrategy.generate_token_ids:
+            raise NotImplementedError(f"{type(self).__name__} needs generate_token_ids or generate_batch")
         for index, request in enumerate(requests):
             config = request.config or generation_config
             result: GenerationStrategyResult | Exception

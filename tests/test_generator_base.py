@@ -74,3 +74,9 @@ def test_a_strategy_with_generate_token_ids_alone(byte_tokenizer, text_model):
             assert result.decoded_prediction == expected[index].decoded_prediction
             assert result.num_tokens_generated == expected[index].num_tokens_generated
         assert own.generate("def", config).decoded_prediction == found[0].decoded_prediction
+
+
+def test_a_strategy_without_a_method_of_its_own_is_refused():
+    """Guards against defaults that call each other without end."""
+    with pytest.raises(NotImplementedError, match="Mine needs generate_token_ids or generate_batch"):
+        type("Mine", (GenerationStrategy,), {})().generate_token_ids(None, [1], None, GenerationConfig())
