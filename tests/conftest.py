@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,8 @@ from self_speculation.drafts.policy import PLAIN, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
 
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 

@@ -79,7 +79,7 @@ def test_weights_are_in_memory_once(model):
 
 def assigned_and_trained(model):
     """The parameters are made while the model decodes."""
-    model.load_state_dict(tiny_llama().state_dict(), assign=True)
+    model.load_state_dict(copy.deepcopy(tiny_llama()).state_dict(), assign=True)
     tokens(model, 3)
     ids = torch.tensor([PROMPT])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
