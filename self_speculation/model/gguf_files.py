@@ -4,8 +4,9 @@ transformers reads such a file three times by gguf's reader: for the config, the
 That reader makes numpy views of each token and each merge, which takes 6 to 13 s for a vocabulary of 150,000.
 Only the tokenizer needs them, and it has another reader. `Header` is gguf's reader without them.
 
-Weights in float16 are saved in the user's cache, valid for the content of the `.gguf` file, and the model is
-mapped from there: only copies that passes read are in memory, and the next start dequantises nothing.
+Weights in float16 are saved in the user's cache, with a checksum of each, and the model is mapped from there:
+only copies that passes read are in memory, and the next start dequantises nothing. They are valid for the
+content of the `.gguf` file, for parts of the config, and for the code that dequantised them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import gguf
@@ -27,14 +30,16 @@ import numpy as np
 import torch
 from gguf.constants import GGUFValueType
 from gguf.gguf_reader import ReaderField, ReaderTensor
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, __version__
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+from self_speculation.model.mapped import release
 from self_speculation.model.progress import progress
 from self_speculation.model.sources import LoadingWarning
+from self_speculation.model.user_cache import cache_folder, replacing
 
 # Longer arrays of numbers have one for each token.
 _LONGEST = 2**12
@@ -101,39 +106,56 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
         return _dequantized(header, config, dtype)
     # What a caller may change in the config, and what becomes of the weights depends on.
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
-    file = _cache_folder() / "-".join(map(str, (_digest(header.path), *shape)))
-    file = file.with_suffix(".safetensors")
+    name = "-".join(map(str, (_digest(header.path), *shape))) + ".safetensors"
     try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError):  # a power failure may have cut it short
-        weights = _dequantized(header, config, dtype)
+        if (weights := _kept(cache_folder() / name)) is not None:
+            return weights
+    except OSError:
+        pass  # to write it anew may help
+    weights = _dequantized(header, config, dtype)
     try:
-        _save(weights, file)
+        _keep(weights, file := cache_folder() / name)
+        if (kept := _kept(file)) is not None:
+            return kept
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
     except (OSError, SafetensorError) as error:
-        why = f"cannot be kept in {file.parent} ({getattr(error, 'strerror', None) or error})"
-        what = f"model {str(header.path)!r}: takes twice the memory, since its weights {why}"
-        warnings.warn(what, LoadingWarning, stacklevel=2)
+        why = f"takes twice the memory, since its weights cannot be kept in the user's cache ({error})"
+        warnings.warn(f"model {str(header.path)!r}: {why}", LoadingWarning, stacklevel=2)
         return weights
-    return load_file(file)
 
 
-def _cache_folder() -> Path:
-    """SELF_SPECULATION_CACHE, or a folder in the user's cache."""
-    named = os.environ.get("SELF_SPECULATION_CACHE")
-    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(named).expanduser() if named else users / "self-speculation"
-
-
-def _save(weights: dict[str, Tensor], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(file.parent).free < sum(weight.nbytes for weight in weights.values()) + _SPARE:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    partial = file.with_suffix(f".{os.getpid()}")
+def _kept(file: Path) -> dict[str, Tensor] | None:
+    """The weights of a file, mapped; None: there are none, not all as they were saved, or by other code."""
     try:
-        save_file(weights, partial, {"format": "pt"})
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+        with safe_open(file, "pt") as opened:
+            sums = opened.metadata()
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return weights if sums == _sums(weights) else None
+
+
+def _keep(weights: dict[str, Tensor], file: Path) -> None:
+    with replacing(file) as new:
+        if shutil.disk_usage(new.parent).free < sum(weight.nbytes for weight in weights.values()) + _SPARE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.parent))
+        save_file(weights, new, _sums(weights))
+
+
+def _sums(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Checksums of weights, and the versions of the code that made them. It reads mapped weights on all
+    threads and frees their pages, which the kernel has in its cache then.
+    """
+
+    def of_weight(weight: Tensor) -> str:
+        bits = zlib.crc32(weight.view(torch.uint8).numpy().data)
+        release(weight)
+        return str(bits)
+
+    own = zlib.crc32(Path(__file__).read_bytes())
+    versions = {"format": "pt", "versions": f"gguf {version('gguf')}, transformers {__version__}, {own}"}
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return versions | dict(zip(weights, threads.map(of_weight, weights.values()), strict=True))
 
 
 def _dequantized(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:

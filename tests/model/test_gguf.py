@@ -128,9 +128,36 @@ def test_weights_in_float16_are_mapped_from_the_cache(written, cache, text_model
     with monkeypatch.context() as patched:
         patched.setattr(gguf_files, "_dequantized", None)
         load()
-    [file] = cache.iterdir()
+    [file] = cache.glob("*.safetensors")
     os.truncate(file, file.stat().st_size - 5)
     load()
+
+
+@fp32_activations
+def test_kept_weights_are_those_that_were_saved(written, cache, text_model):
+    """Guards against nonsense from a file whose header is whole: the disk has lost a page of its weights, or
+    another file has its name.
+    """
+    load_model_and_tokenizer(str(written))
+    [file] = cache.glob("*.safetensors")
+    size = file.stat().st_size
+    for offset in (size // 2, size - 4096):
+        with file.open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(bytes(4096))
+        assert_in_float16(load_model_and_tokenizer(str(written))[0], text_model)
+
+
+@fp32_activations
+def test_kept_weights_are_those_of_this_code(written, cache, monkeypatch):
+    """Guards against weights that an earlier version has dequantised wrongly, and keeps one file a model."""
+    load_model_and_tokenizer(str(written))
+    calls, original = [], gguf_files._dequantized
+    monkeypatch.setattr(gguf_files, "_dequantized", lambda *args: calls.append(args) or original(*args))
+    monkeypatch.setattr(gguf_files, "version", lambda package: "another one")
+    for _ in range(2):
+        load_model_and_tokenizer(str(written))
+    assert len(calls) == len(list(cache.glob("*.safetensors"))) == 1
 
 
 @fp32_activations
@@ -147,7 +174,7 @@ def test_the_cache_is_valid_for_the_content_and_the_config(written, cache, byte_
         os.utime(written, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert written.stat().st_size == before.st_size
         assert_in_float16(load_model_and_tokenizer(str(written))[0], model)
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.glob("*.safetensors"))) == 3
 
 
 @fp32_activations
@@ -155,27 +182,50 @@ def test_an_interrupted_start_leaves_no_file(written, cache, monkeypatch):
     """Guards against gigabytes of a partial file in the cache."""
 
     def interrupted(_weights, file, _metadata):
-        file.write_bytes(b"partial")
+        file.with_name(".tmp").write_bytes(b"partial")  # safetensors renames it
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gguf_files, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_model_and_tokenizer(str(written))
-    assert not list(cache.iterdir())
+    assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
 @fp32_activations
-@pytest.mark.parametrize("why", ["full", "forbidden"])
+@pytest.mark.parametrize("why", ["full", "forbidden", "homeless", "folder"])
 def test_a_model_loads_without_a_cache(why, written, cache, text_model, monkeypatch):
     """Guards against a model that needs a writable home, and against twice the memory without a warning."""
+    named = f"'{cache}"
     if why == "full":
         monkeypatch.setattr(gguf_files, "_SPARE", 2**70)
-    else:
+    elif why == "forbidden":
         cache.write_text("a file")
-    with pytest.warns(LoadingWarning, match=f"takes twice the memory, since .*{cache}") as warned:
+    elif why == "homeless":
+        named = "there is no home directory"
+        for variable in ("SELF_SPECULATION_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without one
+    else:
+        load_model_and_tokenizer(str(written))
+        [file] = cache.glob("*.safetensors")
+        file.unlink()
+        file.mkdir()
+    with pytest.warns(LoadingWarning, match=f"takes twice the memory, since .*{named}") as warned:
         model, _ = load_model_and_tokenizer(str(written))
     assert (os.strerror(errno.ENOSPC) in str(warned[0].message)) == (why == "full")
     assert_in_float16(model, text_model)
+
+
+@fp32_activations
+def test_an_unreadable_file_is_replaced(written, cache, text_model):
+    """Guards against an error at every start."""
+    load_model_and_tokenizer(str(written))
+    [file] = cache.glob("*.safetensors")
+    file.unlink()
+    file.symlink_to(file)  # a circle
+    model, _ = load_model_and_tokenizer(str(written))
+    assert_in_float16(model, text_model)
+    assert not file.is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1", "BF16", "F16"])
