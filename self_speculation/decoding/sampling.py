@@ -63,25 +63,29 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(probabilities: Tensor, top_p: float, top_k: int = 0, may_look: bool | None = None) -> Tensor:
+def nucleus(probabilities: Tensor, top_p: float, may_look: bool | None = None) -> Tensor:
     """Top-p of [..., V] probabilities: keep the fewest tokens, at least one, that together reach `top_p`, and
-    scale them to sum to 1.
+    scale them to sum to 1. Of equally likely tokens it keeps those with the lowest ids.
 
     Args:
-        top_k: the limit that the probabilities have gone through, so that fewer need sorting; 0: none. If
-            `may_look` is false, ties at this limit are cut off.
-        may_look: whether to read a number from the device, to sort less; None: on a CPU only. There a read
-            costs nothing, and sorting a large vocabulary takes as long as several layers.
+        may_look: whether to read from the device, to sort less; None: on a CPU only. There a read costs
+            nothing, and sorting a large vocabulary takes as long as several layers.
     """
-    vocab_size = probabilities.shape[-1]
-    may_look = probabilities.device.type == "cpu" if may_look is None else may_look
-    number = min(_LIKELY if may_look else top_k or vocab_size, vocab_size)
-    largest, ids = probabilities.topk(number) if number < vocab_size else probabilities.sort(descending=True)
-    if number < vocab_size and may_look and bool((largest.sum(-1) < top_p).any()):
-        largest, ids = probabilities.sort(descending=True)
+    rows = probabilities.reshape(-1, probabilities.shape[-1])
+    may_look = rows.device.type == "cpu" if may_look is None else may_look
+    is_partial = may_look and rows.shape[1] > _LIKELY
+    largest, ids = rows.topk(_LIKELY) if is_partial else rows.sort(descending=True, stable=True)
     before = largest.cumsum(-1) - largest  # the mass of more likely tokens
-    largest = largest.masked_fill(before >= max(top_p, torch.finfo(torch.float32).tiny), 0.0)
-    return torch.zeros_like(probabilities).scatter_(-1, ids, largest / largest.sum(-1, keepdim=True))
+    left_out = before >= max(top_p, torch.finfo(torch.float32).tiny)
+    shares = largest.masked_fill(left_out, 0.0)
+    kept = torch.zeros_like(rows).scatter_(-1, ids, shares / shares.sum(-1, keepdim=True))
+    if is_partial:
+        end = left_out.logical_not().sum(-1, keepdim=True)
+        is_sure = largest.gather(-1, end - 1) > largest.gather(-1, end.clamp(max=_LIKELY - 1))
+        # `topk` orders equal tokens anyhow, and some rows need more. Each row is decided by itself.
+        if len(unsure := is_sure.logical_not().nonzero()[:, 0]):
+            kept[unsure] = nucleus(rows[unsure], top_p, may_look=False)
+    return kept.view(probabilities.shape)
 
 
 def random_numbers(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -130,7 +134,7 @@ class Sampler:
             logits = logits / self.temperature
         probabilities = top_k_top_p_filtering(logits, self.top_k).softmax(-1)
         if self.top_p < 1:
-            probabilities = nucleus(probabilities, self.top_p, self.top_k)
+            probabilities = nucleus(probabilities, self.top_p)
         if self.min_p:
             least = self.min_p * probabilities.amax(-1, keepdim=True)
             probabilities = probabilities.where(probabilities >= least, 0.0)

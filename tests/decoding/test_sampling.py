@@ -2,9 +2,11 @@
 
 from functools import partial
 
+import hypothesis
 import pytest
 import torch
 from conftest import generate, tiny_llama
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import MinPLogitsWarper
 
@@ -39,20 +41,40 @@ def test_filters():
 @pytest.mark.parametrize("may_look", [True, False])
 def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p, may_look, monkeypatch):
     """Guards against a nucleus among too few tokens (flat rows need more than steep ones), and against one
-    token more or less. Logits are eighths, so that there are ties, except where a GPU would cut them off. No
-    sum of probabilities is within 2e-5 of a threshold, so rounding decides nothing.
+    token more or less. Logits are eighths, so that there are ties. No sum of probabilities is within 2e-5 of
+    a threshold, so rounding decides nothing.
     """
     torch.manual_seed(0)
     monkeypatch.setattr(sampling, "nucleus", partial(sampling.nucleus, may_look=may_look))  # False: on a GPU
     for scale in (0.1, 4.0):
-        logits = torch.randn(3, vocab_size) * scale
-        if may_look or not top_k:
-            logits = logits.mul(8).round().div(8)
+        logits = (torch.randn(3, vocab_size) * scale).mul(8).round().div(8)
         kept = top_k_top_p_filtering(logits / 0.5, top_k, top_p)
         wanted = (MinPLogitsWarper(min_p)(None, kept) if min_p else kept).softmax(-1)
         got = Sampler(True, 0.5, top_k, top_p, min_p).probabilities(logits)
-        # Sorted: any of several equal tokens may be left out.
+        # Sorted: transformers leaves out other ones of several equal tokens.
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
+
+
+@hypothesis.given(
+    st.integers(0, 2**32),
+    st.lists(st.floats(0.02, 8.0), min_size=1, max_size=4),
+    st.floats(0.0, 0.999),
+    st.booleans(),
+)
+@hypothesis.settings(max_examples=60)
+def test_equal_tokens_are_kept_by_lowest_id(seed, scales, top_p, may_look):
+    """Guards against ties that are cut otherwise beside a row that needs more tokens, or on a GPU."""
+    torch.manual_seed(seed)
+    # Eighths, steep and flat rows side by side.
+    logits = (torch.randn(len(scales), 400) * torch.tensor(scales)[:, None]).mul(8).round().div(8)
+    probabilities = logits.softmax(-1)
+    kept = sampling.nucleus(probabilities, top_p, may_look)
+    for row, alone in enumerate(probabilities.split(1)):
+        assert kept[row].equal(sampling.nucleus(alone, top_p, may_look)[0])
+        assert (kept[row] > 0).equal(sampling.nucleus(alone, top_p, not may_look)[0] > 0)
+        for value in alone[0].unique():
+            is_kept = kept[row][alone[0] == value] > 0  # in order of ids
+            assert is_kept.equal(is_kept.sort(descending=True).values)
 
 
 def test_draws_follow_the_weights():
