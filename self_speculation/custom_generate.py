@@ -75,14 +75,17 @@ def self_speculative_generate(
         logits_processor, stopping_criteria: a caller's own must depend on their arguments only. They may
             treat the rows of a batch differently, but a row must not depend on the tokens of another one.
             Processors are called for drafted tokens, too; an error there is raised if the output gets there.
-            `generate` does not pass `stop_strings` on: use `StopStringCriteria(tokenizer, strings)`.
+            `generate` does not pass `stop_strings` on: use `StopStringCriteria(tokenizer, strings)`. In a
+            batch without end ids no row ends before all have met a criterion, as in `generate`.
         kwargs: exit_layer, num_speculations (by default `assistant_early_exit` and `num_assistant_tokens`)
             and the other options of drafts, see `GenerationConfig`. generation_strategy is "self_speculative"
             or "adaptive".
 
     Returns:
         As `generate`: [B, P + longest output] ids, padded on the right. Sampled ids have the same
-        distribution, but other random numbers.
+        distribution, but other random numbers. If `fuse(model, fp32_activations=True)` was called, as
+        `load_model_and_tokenizer` does for 16-bit weights on a CPU, they are computed in float32. `generate`
+        computes in the model's own dtype, so its ids may differ.
 
     Raises:
         ValueError: an argument that would change the text, by name; an exit layer that the model does not
@@ -96,7 +99,7 @@ def self_speculative_generate(
         streamer = _streamer_of_generate()
     batch_size, mask = len(input_ids), kwargs.get("attention_mask")
     seen = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    given = (generation_config, logits_processor, stopping_criteria, seen, streamer, kwargs)
+    given = (generation_config, logits_processor, seen, streamer, kwargs)
     for is_given, refusal in _refusals(*given):
         if is_given:
             raise ValueError(f"self_speculative_generate: {refusal}")
@@ -123,10 +126,12 @@ def self_speculative_generate(
         streamer = SimpleNamespace(put=lambda ids: [put(id_) for id_ in ids.split(1)], end=streamer.end)
         of_ids, others = [], [*of_ids, *others]
     end_ids = [id_ for criterion in of_ids for id_ in criterion.eos_token_id.tolist()]
+    ends_apart = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    ended: dict[int, int] | None = None if ends_apart else {}
     requests = []
     for row in range(batch_size):
         prompt = input_ids[row, seen[row]].tolist()
-        calls = _calls_for_row(row, input_ids, len(prompt), logits_processor, others)
+        calls = _calls_for_row(row, input_ids, len(prompt), logits_processor, others, ended)
         requests.append(Request(prompt, *calls, streamer, eos_token_ids=end_ids))
     outputs: list[Tensor] = [input_ids] * batch_size
     strategy = make_strategy(config.generation_strategy)
@@ -135,8 +140,10 @@ def self_speculative_generate(
             raise result
         if result.stop_reason == "context":
             warnings.warn(f"row {row} ends with the model's context, before its max_length", stacklevel=2)
-        ended = [] if result.end_token_id is None else [result.end_token_id]
-        outputs[row] = torch.tensor([*result.predicted_tokens, *ended])
+        end_id = [] if result.end_token_id is None else [result.end_token_id]
+        outputs[row] = torch.tensor([*result.predicted_tokens, *end_id])
+    if ended and len(ended) == batch_size:  # rows that were ahead of the last one
+        outputs = [output[: max(ended.values()) - input_ids.shape[1]] for output in outputs]
     padding = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
     new = torch.nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=padding)
     sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
@@ -149,11 +156,16 @@ def _calls_for_row(
     prompt_length: int,
     processors: Iterable[Callable],
     criteria: Iterable[Callable],
+    ended: dict[int, int] | None,
 ) -> tuple[Callable | None, Callable | None]:
     """A processor and a criterion for one row of [B, P] prompts, which call those of the batch.
 
     A callable that may treat rows differently gets this row B times; its result for this index counts.
-    `prompt_length` is without padding.
+
+    Args:
+        prompt_length: without padding.
+        ended: lengths at which rows have met a criterion, with padding. No row ends before all have; None:
+            each ends alone.
     """
     batch_size, padded = len(input_ids), input_ids[row, None]
     processors, criteria = [_of_row(row, processor) for processor in processors], [*criteria]
@@ -175,7 +187,12 @@ def _calls_for_row(
         ids = with_padding(ids)
         # A criterion returns one value, or one for each row. By default, `generate` passes no scores.
         results = (torch.as_tensor(criterion(ids, None)).flatten() for criterion in criteria)
-        return any(result.expand(batch_size)[row] for result in results)
+        is_met = any(result.expand(batch_size)[row] for result in results)
+        if ended is None:
+            return is_met
+        if is_met:
+            ended.setdefault(row, ids.shape[1])
+        return len(ended) == batch_size and ids.shape[1] >= max(ended.values())
 
     return process if processors else None, is_over if criteria else None
 
@@ -191,7 +208,6 @@ def _of_row(row: int, processor: Any) -> Callable:
 def _refusals(
     config: transformers.GenerationConfig,
     processors: Iterable[Callable],
-    criteria: Iterable[Callable],
     seen: Tensor,
     streamer: Any,
     kwargs: dict,
@@ -208,10 +224,6 @@ def _refusals(
         yield any(type(processor) is kind for processor in processors), stateful
     for name in _NOT_RETURNED:
         yield config.return_dict_in_generate and getattr(config, name), f"{name}: is not computed"
-    ends_together = not any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-    end_alone = any(type(criterion) is not MaxLengthCriteria for criterion in criteria)
-    together = "stopping_criteria: in a batch without eos_token_id, `generate` ends all rows together"
-    yield len(seen) > 1 and ends_together and end_alone, together
     yield streamer is not None and len(seen) > 1, f"streamer: takes one row, not {len(seen)}"
     yield kwargs.get("inputs_embeds") is not None, "inputs_embeds: prompts must be token ids"
     # transformers sets the attribute on a cache that the caller passed.

@@ -80,6 +80,8 @@ COMPARED = [
     {"stopping_criteria": [MaxLengthCriteria(15), MaxLengthCriteria(9)]},
     {"stopping_criteria": [ends_rows_apart]},
     {"stopping_criteria": [lambda ids, scores, **_: ids.shape[1] >= 9]},
+    {"stopping_criteria": [ends_rows_apart], "eos_token_id": None},
+    {"stopping_criteria": [lambda ids, scores: ids[:, -1] == 11], "eos_token_id": None},
     {"max_time": 1000.0},
     {"repetition_penalty": 1.7},
     {"encoder_repetition_penalty": 1.7},
@@ -144,8 +146,6 @@ REFUSED = [
     ({"num_speculations": -1}, "num_speculations: self_speculative needs at least 1"),
     ({"inputs": None, "inputs_embeds": torch.zeros(1, 6, 32)}, "inputs_embeds: prompts must be token ids"),
     ({"inputs": PADDED, "streamer": SimpleNamespace(put=lambda ids: None)}, "streamer: takes one row, not 3"),
-    ({"inputs": PADDED, "eos_token_id": None, "stopping_criteria": [lambda ids, scores: False]},
-     "stopping_criteria: in a batch without eos_token_id"),
 ]  # fmt: skip
 
 
