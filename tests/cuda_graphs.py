@@ -1,10 +1,11 @@
 """Stands in for CUDA graphs on a CPU: a capture records calls, and a replay makes them again.
 
 As on a GPU, a capture computes nothing, reads nothing on the host, and has its results in a pool whose
-content is lost when another graph runs.
+content is lost when another graph runs. All graphs of a stream use one workspace, which is freed when one of
+them fails or is destroyed. A failed capture leaves its stream the current one.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -33,6 +34,14 @@ class Graph(TorchDispatchMode):
         self.calls = []
         self._outer = {}  # storages from before the capture that it writes to, with their content
         self._pool = set()  # storages that it made
+        self._stream = self._workspace = None
+
+    def begin(self, stream):
+        self._stream, self._workspace = stream, stream.workspace
+
+    def __del__(self):
+        if self._stream is not None:
+            self._stream.workspace = object()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
@@ -55,6 +64,7 @@ class Graph(TorchDispatchMode):
         self._lose_pool()
 
     def replay(self):
+        assert self._workspace is self._stream.workspace, "another graph has freed the workspace"
         for function, args, kwargs, result in self.calls:
             held = {storage(tensor) for tensor in tensors_of((args, kwargs))}
             for old, new in zip(tensors_of(result), tensors_of(function(*args, **kwargs)), strict=True):
@@ -82,18 +92,39 @@ def storage(tensor):
 
 class Stream:
     def __init__(self, device=None):
-        self.device = device
+        self.device, self.workspace = device, object()
 
     def wait_stream(self, stream):
         assert isinstance(stream, Stream)
 
 
+STREAMS = [Stream()]  # the last one is current
+
+
+@contextmanager
+def on_stream(stream):
+    outer = len(STREAMS)
+    STREAMS.append(stream)
+    try:
+        yield
+    finally:
+        del STREAMS[outer:]
+
+
 @contextmanager
 def capture(graph, pool, stream, capture_error_mode):
     assert (type(pool), type(stream), capture_error_mode) == (object, Stream, "thread_local")
-    with graph:
-        yield
-    graph.end()
+    graph.begin(stream)
+    STREAMS.append(stream)
+    try:
+        with graph:
+            yield
+    except BaseException:
+        stream.workspace = object()
+        raise
+    finally:
+        graph.end()
+    STREAMS.pop()
 
 
 def stand_in(monkeypatch):
@@ -101,9 +132,10 @@ def stand_in(monkeypatch):
     the bit. Returns what was captured and replayed, by shape.
     """
     monkeypatch.setattr(Linear, "can_be_packed", False)  # as on a GPU
+    del STREAMS[1:]
     seen = SimpleNamespace(captured=[], replayed=[])
     graphs = {"Stream": Stream, "graph_pool_handle": object, "CUDAGraph": Graph, "graph": capture}
-    graphs |= {"current_stream": Stream, "stream": lambda stream: nullcontext()}
+    graphs |= {"current_stream": lambda device: STREAMS[-1], "stream": on_stream}
     for name, own in graphs.items():
         monkeypatch.setattr(f"torch.cuda.{name}", own)
     record = captured_runner.GraphRecorder.__call__

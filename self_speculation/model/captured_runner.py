@@ -125,7 +125,7 @@ class CapturedRunner(ModelRunner):
         states, positions = self.passes.inputs[shape[:2]]
         if states.shape[:2] != (num_rows, width):
             states.zero_()  # padding must be numbers: no mask keeps NaN out
-            positions.fill_(self.cache.capacity - 1)
+            positions.fill_(self.passes.capacity - 1)
         states[:num_rows, :width] = hidden
         positions[:num_rows] = self.cache.positions(first, positions.shape[1], positions.device)
         replay()
@@ -180,17 +180,29 @@ class _Passes:
         self.cache, self.rotary, self.num_rows = runner.cache, runner._rotary, runner._num_rows
         self.valid_for = runner.fingerprint
         self.num_captured = 0
-        self._record = GraphRecorder(runner.rotary.device)
-        self._replays: dict[Any, Callable[[], None]] = {}
+        self._drop_replays()
         self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [B, T, H] states, [B, T] positions
+
+    def _drop_replays(self) -> None:
+        """All graphs of a stream use one cuBLAS workspace. Destroying one of them frees it (pytorch issue
+        193402), and an exception may keep one for long. So all go together, and the stream with them.
+        """
+        self._replays: dict[Any, Callable[[], None]] = {}
+        self._record = GraphRecorder(self.rotary.tables.device)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a row in every layer. The last layer grows last."""
+        last = self.cache.buffers.of_layers[-1]
+        return 0 if last is None else last[0].shape[2]
 
     def reserve(self, num_positions: int, padding: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
         config, cache = self._runner.config, self.cache
         needed = min(num_positions, context_length(config)) + padding  # after the context there is padding
-        if needed <= cache.capacity and cache.buffers.of_layers[0] is not None:
+        if needed <= self.capacity:
             return
-        self._replays.clear()
+        self._drop_replays()
         cache.reserve(round_up(needed, _STEP), limit=round_up(needed, _STEP))
         self.rotary.reserve(cache.capacity)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -201,7 +213,9 @@ class _Passes:
     def capture(
         self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int
     ) -> Callable[[], None]:
-        """The replay of a pass over `inputs[rows, width]`. To capture it writes to padding alone."""
+        """The replay of a pass over `inputs[rows, width]`. To capture it writes to padding alone. If that
+        fails, all passes are captured anew.
+        """
         key = (runner.reads, first, last, rows, width, num_keys)
         if key not in self._replays:
             if (rows, width) not in self.inputs:
@@ -209,9 +223,13 @@ class _Passes:
                 self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
             states, positions = self.inputs[rows, width]
             states.zero_()
-            positions.fill_(self.cache.capacity - 1)
-            layers, num_keys = runner.layers[first:last], min(num_keys, self.cache.capacity)
-            self._replays[key] = self._record(partial(self._run, layers, states, positions, num_keys))
+            positions.fill_(self.capacity - 1)
+            layers, num_keys = runner.layers[first:last], min(num_keys, self.capacity)
+            try:
+                self._replays[key] = self._record(partial(self._run, layers, states, positions, num_keys))
+            except BaseException:
+                self._drop_replays()
+                raise
             self.num_captured += 1
         return self._replays[key]
 
@@ -236,12 +254,15 @@ class GraphRecorder:
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Run it once, for kernels and workspaces that are made on first use; then capture it."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            run()
-        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a server's, may use the device meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            run()
+        outer, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(outer)
+        try:
+            # If a capture fails, `torch.cuda.graph` leaves its stream the current one. This ends it.
+            with torch.cuda.stream(self._stream):
+                run()
+                # Other threads, such as a server's, may use the device meanwhile.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    run()
+        finally:
+            outer.wait_stream(self._stream)
         return graph.replay

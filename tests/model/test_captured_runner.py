@@ -1,6 +1,8 @@
 """Captured passes: the ids of eager ones, one capture per shape, and no captures that CUDA refuses."""
 
+import contextlib
 import copy
+import itertools
 from collections import Counter
 
 import pytest
@@ -213,20 +215,73 @@ def test_a_changed_model_is_captured_anew(change, fused):
     assert change in ("fused again", "dtype") or captured != before
 
 
-def captured(run):
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("fails", ["before", "capture", "growth"])
+def test_an_error_in_a_capture(fails, monkeypatch):
+    """Guards against replays of earlier passes, whose workspace the failed graph has freed, a stream that
+    stays the current one, and layers whose cache is shorter than that of others.
+    """
+    model = own_llama(max_position_embeddings=4096)
+    config = GenerationConfig(max_steps=8, sample=False)
+    prompts = [PROMPT, [8, 3], [7, 7, 9, 4]]
+    expected = [generate(model, prompt, eos=[], max_steps=8).predicted_tokens for prompt in prompts]
+    capture_decoding(model)
+    scheduler = Scheduler(make_strategy("autoregressive"), model, config, batch_size=2)
+
+    def answers(*numbers):
+        for number in numbers:
+            scheduler.add_request(number, Request(prompts[number]))
+        found = drained(scheduler)
+        return [found[number].predicted_tokens for number in numbers]
+
+    assert answers(0) == expected[:1]  # captured for one row
+    outer = torch.cuda.current_stream(model.device)
+    scheduler.add_request(0, Request(PROMPT))
+    with monkeypatch.context() as broken:
+        if fails == "growth":
+            empty = iter([torch.Tensor.new_zeros] * 3)  # of one layer, and the keys of the next
+            broken.setattr("torch.Tensor.new_zeros", lambda *a, **k: next(empty, out_of_memory)(*a, **k))
+            scheduler.add_request(1, Request([5] * 1100))
+            scheduler.step()
+        else:
+            scheduler.add_request(1, Request(prompts[1]))
+            run, calls = captured_runner._Passes._run, itertools.count()
+
+            def failing(passes, *args):
+                run(passes, *args)
+                if next(calls) == (fails == "capture"):
+                    out_of_memory()
+
+            broken.setattr(captured_runner._Passes, "_run", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                scheduler.step()
+    assert torch.cuda.current_stream(model.device) is outer
+    found = drained(scheduler)
+    assert isinstance(found[1], torch.OutOfMemoryError)
+    assert found[0] is found[1] if fails != "growth" else found[0].predicted_tokens == expected[0]
+    assert answers(0) == expected[:1]
+    assert answers(1, 2) == expected[1:]
+
+
+def captured(run, stream=None):
     """A graph, without the comparison of `cuda_graphs.stand_in`."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, object(), torch.cuda.Stream(), capture_error_mode="thread_local"):
+    stream = stream or torch.cuda.Stream()
+    with torch.cuda.graph(graph, object(), stream, capture_error_mode="thread_local"):
         run()
     return graph
 
 
 @pytest.mark.usefixtures("graphs")
 def test_the_stand_in_does_as_cuda_does():
-    """Guards against a stand-in that lets everything pass, a capture that changes its inputs, and results in
-    the pool that outlive a replay.
+    """Guards against a stand-in that lets everything pass, a capture that changes its inputs, results in the
+    pool that outlive a replay, and graphs that outlive others of their stream.
     """
-    x, kept = torch.ones(3), []
+    x, kept, stream = torch.ones(3), [], torch.cuda.Stream()
     with torch.inference_mode():
         # A read on the host, host data, a shape by value.
         for fault in (lambda: x.sum().item(), lambda: torch.tensor([1.0]), lambda: x[x > 0]):
@@ -238,8 +293,14 @@ def test_the_stand_in_does_as_cuda_does():
         assert x.tolist() == [2, 2, 2]
         x.fill_(5)
         graph.replay()
-    assert x.tolist() == [10, 10, 10]
-    assert kept[0].isnan().all()
+        assert x.tolist() == [10, 10, 10]
+        assert kept[0].isnan().all()
+        for another in (lambda: x.sum().item(), x.sum):  # one fails, one is destroyed
+            graph = captured(lambda: x.mul_(2), stream)
+            with contextlib.suppress(CaptureError):
+                captured(another, stream)
+            with pytest.raises(AssertionError, match="workspace"):
+                graph.replay()
 
 
 @pytest.mark.usefixtures("graphs")
