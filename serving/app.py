@@ -242,7 +242,7 @@ class App(Starlette):
             prompts = self._encode_chat(request)
         else:
             prompts = self._encode_prompts(request)
-        grammar = request.grammar(tokenizer.chat_template)
+        grammar = request.grammar(tokenizer)
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         choices = []
         for index, ((ids, echo), nth) in enumerate(itertools.product(prompts, range(request.n))):

@@ -27,6 +27,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from transformers import PreTrainedTokenizerBase
 
 from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
@@ -259,7 +260,7 @@ class BaseRequest(_Strict, ABC):
         config = replace(default, **{name: value for name, value in given.items() if value is not None})
         return config if self.drafts else replace(config, generation_strategy="autoregressive", exit_layer=-1)
 
-    def grammar(self, chat_template: str | None) -> Grammar | None:  # noqa: ARG002
+    def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
         """The language of the answer. Raises GrammarError for an invalid schema."""
         return self.response_format.grammar
 
@@ -340,17 +341,16 @@ class ChatRequest(BaseRequest):
         none = self.tool_choice == "none"
         return [] if none else [tool.model_dump(exclude_unset=True) for tool in self.tools]
 
-    def grammar(self, chat_template: str | None) -> Grammar | None:
+    def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice
-        if tools and known_format(chat_template) is None:
+        if tools and known_format(tokenizer.chat_template) is None:
             raise APIError("tools: the chat template of this model knows no tools", param="tools")
         if choice in ("none", "auto"):
-            return super().grammar(chat_template)
+            return super().grammar(tokenizer)
         name = choice.function.name if isinstance(choice, _Tool) else None
         if not any(name in (None, tool["function"]["name"]) for tool in tools):
             raise APIError("tool_choice: names no tool of this request", param="tool_choice")
-        assert chat_template is not None
-        return call_grammar(tools, chat_template, name)
+        return call_grammar(tools, tokenizer, name)
 
     def first_choice(self, index: int, echo: str) -> dict[str, Any]:  # noqa: ARG002
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from self_speculation.decoding.grammar import Grammar, schema_text
 
 Format = Literal["tags", "object"]
@@ -25,12 +27,16 @@ def known_format(chat_template: str | None) -> Format | None:
     return "tags" if "<tool_call>" in chat_template else "object"
 
 
-def call_grammar(tools: Sequence[Mapping[str, Any]], chat_template: str, name: str | None = None) -> Grammar:
+def call_grammar(
+    tools: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str | None = None
+) -> Grammar:
     """The language of one call of the function of this name; None: of any of them.
 
     Args:
         tools: each with `function`: its `name`, and `parameters`, a JSON schema.
+        tokenizer: its chat template knows tools.
     """
+    chat_template = tokenizer.chat_template
     functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
     is_tagged = known_format(chat_template) == "tags"
     key = "parameters" if not is_tagged and '"parameters"' in chat_template else "arguments"
@@ -50,7 +56,14 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], chat_template: str, name: s
     schema = {"anyOf": calls}
     if not is_tagged:
         return Grammar.json_schema(schema)
-    return Grammar.lark(f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema_text(schema)}')
+    begin, end = (_tag(text, tokenizer) for text in ("<tool_call>", "</tool_call>"))
+    return Grammar.lark(f'start: {begin} "\\n" call "\\n" {end}\ncall: %json {schema_text(schema)}')
+
+
+def _tag(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """In a grammar: the added token of this text, as models have learnt it, or else the text."""
+    id_ = tokenizer.get_added_vocab().get(text)
+    return json.dumps(text) if id_ is None else f"<[{id_}]>"
 
 
 def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -23,6 +23,9 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTok
 
 # Small models repeat white space without end if they may.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+# Otherwise the tokenizer chooses the tokens of a text without alternatives. It may read an added token in
+# it, or normalize it, and the matcher does not take such tokens.
+_OPTIONS = '%llguidance {"no_forcing": true}'
 # A grammar within these limits takes less than a second to compile, and less than 100 MB.
 _MAX_SCHEMA = 100_000  # characters of its JSON
 _MAX_REPEATS = 10_000  # of a pattern, whose counts multiply
@@ -39,7 +42,7 @@ class GrammarError(ValueError):
 class Grammar:
     """A language that an output must belong to."""
 
-    definition: str  # in llguidance's format; `json_schema`, `regex` and `lark` make it
+    definition: str  # in llguidance's Lark; `json_schema`, `regex` and `lark` make it
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
@@ -48,17 +51,17 @@ class Grammar:
         Raises ValueError if the schema is no JSON object, or too large.
         """
         schema = json.loads(schema) if isinstance(schema, str) else schema
-        return cls(llguidance.LLMatcher.grammar_from_json_schema(schema_text(schema)))
+        return cls.lark(f"start: %json {schema_text(schema)}")
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Text that matches a regular expression as a whole."""
-        return cls(llguidance.LLMatcher.grammar_from_regex(pattern))
+        return cls.lark(f"start: /{llguidance.regex_to_lark(pattern)}/")
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
-        """Text that a Lark grammar derives from `start`."""
-        return cls(llguidance.LLMatcher.grammar_from_lark(text))
+        """Text that a Lark grammar derives from `start`. `<name>` and `<[id]>` are single tokens."""
+        return cls(f"{text}\n{_OPTIONS}")
 
     def check(self) -> None:
         """Raises GrammarError if the grammar is invalid or too large."""
@@ -120,12 +123,11 @@ class GrammarProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: [1, n] prompt, output and draft; scores: [1, V].
 
-        Raises GrammarError if nothing can follow, or what can is beyond the limits of llguidance.
+        Raises GrammarError if nothing can follow, if what can is beyond the limits of llguidance, or after a
+        forbidden token. Of a draft, verification rejects such a token, so that its error does not count.
         """
         if not self._move_to(input_ids[0, self._prompt_length :].tolist()):
-            if self._matcher.is_error():
-                raise _error(self._matcher.get_error())
-            return scores  # after a forbidden token of a draft, which verification rejects
+            raise _error(self._matcher.get_error() or "the output has a token that the grammar forbids")
         bitmask = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8).astype(numpy.int32)
         self._of_bytes = self._of_bytes.to(scores.device)
         added = embedding(torch.from_numpy(bitmask).to(scores.device, non_blocking=True), self._of_bytes)

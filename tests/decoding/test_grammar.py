@@ -110,6 +110,15 @@ def test_a_grammar_that_matches_nothing(bundled, text, drafts):
         answer(bundled, Grammar.lark(text), **DRAFTS[drafts])
 
 
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_an_output_that_the_grammar_forbids_is_an_error(bundled, monkeypatch, drafts):
+    """Guards against free text after a token that the mask allows and the matcher does not take."""
+    every = bytes([255] * (bundled[0].config.vocab_size // 8 + 8))
+    monkeypatch.setattr("self_speculation.decoding.grammar._bitmask", lambda matcher: every)
+    with pytest.raises(GrammarError, match="a token that the grammar forbids"):
+        answer(bundled, Grammar.regex("[0-9]+ apples"), max_steps=20, **DRAFTS[drafts])
+
+
 def test_a_processor_counts_the_allowed_tokens_of_a_draft(bundled):
     """Guards against verifying what the grammar rejects, and against a matcher that a draft led nowhere."""
     model, tokenizer = bundled

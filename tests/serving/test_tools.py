@@ -1,12 +1,16 @@
 """Calls of tools: a grammar of what may be called, and calls found in answers."""
 
+import copy
 import json
 
 import jsonschema
 import pytest
+from conftest import tiny_llama
+from tokenizers import AddedToken, normalizers
 
 import self_speculation
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
+from self_speculation.decoding.grammar import Grammar
 from serving.tools import call_grammar, find_calls, known_format
 
 TAGS, OBJECT = "{% if tools %}<tool_call>{% endif %}", '{% if tools %}{"name": , "parameters": }{% endif %}'
@@ -38,13 +42,61 @@ def test_the_template_tells_the_format():
 def test_a_guided_answer_is_a_call(template, name):
     """Guards against references in the parameters of one function that lead to those of another."""
     model, tokenizer = self_speculation.load_model_and_tokenizer(self_speculation.default_model())
+    tokenizer.chat_template = template
     generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("self_speculative"))
     config = GenerationConfig(sample=False, max_steps=200, exit_layer=3, num_speculations=4)
-    result = generator.generate(Request("call = ", grammar=call_grammar(TOOLS, template, name)), config)
+    result = generator.generate(Request("call = ", grammar=call_grammar(TOOLS, tokenizer, name)), config)
     (call,) = find_calls(result.decoded_prediction, TOOLS)
     assert name in (None, call["name"])
     [schema] = [t["function"]["parameters"] for t in TOOLS if t["function"]["name"] == call["name"]]
     jsonschema.validate(json.loads(call["arguments"]), schema)
+
+
+TAG_NAMES = ["<tool_call>", "</tool_call>"]
+# Family -> what it is like here: tokenizer, added tokens that are special, and others.
+FAMILIES = {
+    "Qwen": ("byte_tokenizer", ["<|im_end|>"], TAG_NAMES),
+    "Hermes": ("byte_tokenizer", ["<|im_end|>", *TAG_NAMES], []),
+    "SmolLM2": ("byte_tokenizer", ["<|im_end|>"], []),
+    "Llama 3": ("byte_tokenizer", ["<|python_tag|>", "<|eot_id|>"], []),
+    "Llama 2": ("sentencepiece_tokenizer", [], []),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"generation_strategy": "adaptive"}]
+)
+def test_added_tokens_are_guided(family, drafts, request):
+    """Guards against an answer in words where the grammar asks for a tag that is one token, for the text of a
+    special token, or for letters that the tokenizer normalizes.
+    """
+    name, special, others = FAMILIES[family]
+    tokenizer = copy.deepcopy(request.getfixturevalue(name))
+    if family == "Qwen":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in others])
+    tokenizer.chat_template = TAGS
+    strategy = {"generation_strategy": "self_speculative"} if "exit_layer" in drafts else {}
+    config = GenerationConfig(**{**strategy, **drafts}, max_steps=200, temperature=1.0)
+    model = tiny_llama(vocab_size=len(tokenizer) + 8)  # heads are often padded
+    generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
+
+    def answer(grammar):
+        result = generator.generate(Request([5, 6], grammar=grammar, seed=0), config)
+        return result.decoded_prediction, result.generation_strategy_result.predicted_tokens
+
+    called, ids = answer(call_grammar(TOOLS[1:2], tokenizer))
+    assert find_calls(called, TOOLS)
+    tags = [id_ for id_ in ids if id_ in tokenizer.get_added_vocab().values()]
+    assert tokenizer.convert_ids_to_tokens(tags) == [tag for tag in TAG_NAMES if tag in special + others]
+    text = f"e\u0301{''.join(special + others)}"
+    assert json.loads(answer(Grammar.json_schema({"const": text}))[0]) == text
+    assert answer(Grammar.lark(f"start: {json.dumps(text)}"))[0] == text
+    for tag in special + others:
+        tagged, ids = answer(Grammar.lark(f'start: {tag} "x"'))
+        assert (tagged, ids[0]) == (f"{tag}x", tokenizer.convert_tokens_to_ids(tag))
 
 
 def test_calls_are_found():
