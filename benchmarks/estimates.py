@@ -1,6 +1,6 @@
-"""Memory of a training by arithmetic.
+"""Memory of a training, and speed of decoding on a GPU, by arithmetic.
 
-python -m benchmarks.estimates        # the table of docs/training.md
+python -m benchmarks.estimates        # the tables of docs/training.md and docs/gpu.md
 """
 
 from __future__ import annotations
@@ -8,11 +8,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from benchmarks.synthetic import MODELS
 from training import losses
 
 _GIB = 2**30
+_BANDWIDTH = 0.8 * 3.35e12  # bytes per second that an H100 reads
+# Seconds: a kernel in a graph besides its bytes; the GPU's wait for the host in a round; a sum over cards.
+_KERNEL, _WAIT, _SUM = 2.75e-6, 100e-6, 15e-6
+_AROUND = 12  # kernels of embedding, norm, head and sampling
+_POSITIONS = 1000
+_DRAFTED, _GAINED = 6, 5.2  # tokens of a round, if nine of ten drafted ones are right
 _FP32, _ADAMW = 4, 8  # bytes of a weight or gradient; of its state in AdamW
 
 
@@ -83,22 +90,36 @@ def memory(
     return Memory(weights, gradients, _ADAMW * learning / ranks, activations, loss)
 
 
-def llama(
-    hidden: int, inside: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
-) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=hidden, intermediate_size=inside, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
-        max_position_embeddings=8192,
-    )  # fmt: skip
+class Decoding(NamedTuple):
+    """Seconds of passes over one sequence in 16 bits, all captured."""
+
+    plain_step: float
+    draft_step: float
+    round: float  # of _DRAFTED tokens
 
 
-MODELS = {
-    "Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, True),
-    "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000, False),
-    "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256, False),
-    "Llama-3-70B": llama(8192, 28672, 80, 64, 8, 128256, False),
-}
+def decoding(config: PretrainedConfig, exit_layer: int, cards: int = 1, kernels: int = 12) -> Decoding:
+    """The times on so many H100s that share each layer.
+
+    Args:
+        kernels: of a layer; 0: bytes alone, without what else takes time.
+    """
+    heads, width = config.num_attention_heads + config.num_key_value_heads, config.hidden_size
+    weights = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size
+    cache = 2 * config.num_key_value_heads * config.head_dim * _POSITIONS
+    num_layers, counted = config.num_hidden_layers, float(kernels > 0)
+    of_layer = 2 * (weights + cache) / cards / _BANDWIDTH + kernels * _KERNEL + 2 * _SUM * (cards > 1)
+    outside = 2 * config.vocab_size * width / cards / _BANDWIDTH + counted * _AROUND * _KERNEL
+    wait, draft = counted * _WAIT, exit_layer * of_layer + outside
+    whole = num_layers * of_layer + outside + wait  # a verification takes as long as a plain step
+    return Decoding(whole, draft, _DRAFTED * draft + whole)
+
+
+# Exit, cards and kernels of a layer: those of transformers over two cards, ours on one.
+DECODING = {
+    "Llama-3.2-1B": (4, 1, 12), "Llama-2-7B": (8, 1, 12), "Llama-3-8B": (8, 1, 12),
+    "Llama-3-70B": (16, 2, 40),
+}  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "fsdp over 8": {"ranks": 8},
@@ -108,12 +129,39 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Print the table as Markdown."""
-    print(f"| GiB per GPU | {' | '.join(WAYS)} |\n|{'---|' * (len(WAYS) + 1)}")
+    """Print both tables as Markdown."""
+    print(training_table())
+    print()
+    print(decoding_table())
+
+
+def training_table() -> str:
+    lines = [f"| GiB per GPU | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
     for name, config in MODELS.items():
         row = [memory(config, 1, 2048, 5, **more).total / _GIB for more in WAYS.values()]
-        print(f"| {name} | {' | '.join(f'{value:.0f}' for value in row)} |")
-    print("\nA sample of 2,048 tokens per pass, 5 exits, bfloat16, with `--gradient_checkpointing`.")
+        lines.append(f"| {name} | {' | '.join(f'{value:.0f}' for value in row)} |")
+    about = "A sample of 2,048 tokens per pass, 5 exits, bfloat16, with `--gradient_checkpointing`."
+    return "\n".join([*lines, "", about])
+
+
+def decoding_table() -> str:
+    heads = ["model", "plain step", "draft step, exit", "round of 6", "tokens/s, plain", "self-speculative"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, (exit_layer, cards, kernels) in DECODING.items():
+        times = decoding(MODELS[name], exit_layer, cards, kernels)
+        bytes_alone = decoding(MODELS[name], exit_layer, cards, 0)
+        plain, plain_by_bytes = (round(1 / of.plain_step) for of in (times, bytes_alone))
+        drafted, drafted_by_bytes = (round(_GAINED / of.round) for of in (times, bytes_alone))
+        cells = [
+            f"{name}, two cards" if cards == 2 else name,
+            f"{1e3 * times.plain_step:.1f} ms",
+            f"{1e3 * times.draft_step:.1f} ms, {exit_layer}",
+            f"{1e3 * times.round:.1f} ms",
+            f"{plain} ({plain_by_bytes})",
+            f"{drafted} ({drafted_by_bytes}), {drafted / plain:.1f} x",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
 The model is a Llama of random weights in bf16 with the shape of a real one. Its early exit agrees with it
 about as often as those of the published LayerSkip checkpoints do. Prompts are random ids. The sides are
 `generate` of transformers, plain and with `assistant_early_exit` (one prompt at a time), and our strategies,
-eager and captured, with the model's own layers and with an int4 copy of them. Sides alternate. (Llama-3.2-1B
-ties its head to its embedding; here they are two.)
+eager and captured, with the model's first layers and with an int4 copy of all. Sides alternate. (Llama-3.2-1B
+ties its head to its embedding; here they are two.) Row r of a batch has a prompt of r tokens less.
 
-Above the table stand the memory bandwidth and the host's time for an eager layer and for a captured pass.
+Above the table stand the memory bandwidth, the host's time for an eager layer and for a captured pass, and
+the device's time for the products of a layer.
 
 The columns are about decoding without prefill: *tokens/s* of all sequences together; *x ours*, *x hf*:
 speed-up over eager autoregressive decoding and over transformers; *limit*: the share of the memory bandwidth
@@ -39,7 +40,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import pandas
@@ -49,8 +50,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, at_least, check, parse, refuse
-from benchmarks.estimates import MODELS, llama
-from benchmarks.inspection import Judged, host_time, judge_greedy
+from benchmarks.inspection import HostTime, Judged, ProductTime, host_time, judge_greedy, product_times
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -66,7 +66,7 @@ from benchmarks.sides import (
     strategies,
     theirs,
 )
-from benchmarks.synthetic import random_llama
+from benchmarks.synthetic import MODELS, llama, random_llama
 from data import one_line
 from measures.metrics import peak_memory_mib
 from measures.timed_runs import run_every_pass
@@ -75,7 +75,10 @@ from runs.records import Record, describe
 from self_speculation import fuse, make_strategy
 from self_speculation.model import captured_runner
 
+T = TypeVar("T")
+
 _AGREEMENT = 0.9  # of exit and model; then 70 % of 6 drafted tokens are accepted
+_TOKENS = (1, 2, 4, 8, 16, 64)  # of products
 _TINY = llama(64, 128, 4, 4, 2, 512, False)
 
 
@@ -94,7 +97,7 @@ class GpuArguments:
     new_tokens: int = 128
     """Tokens of an answer."""
     num_speculations: int = 6
-    """Tokens drafted per round; adaptive chooses for itself."""
+    """Tokens drafted per round, by the copy at most 3; adaptive chooses for itself."""
     rounds: int = 2
     """Batches of each kind; each side answers them in turn."""
     minutes: float = 8.5
@@ -134,7 +137,9 @@ class Task:
         return len(self.batches[0][0]), self.size
 
     def strategy(self, name: str) -> GenerationConfig:
-        return strategies(self.config, self.config.exit_layer)[name]
+        config = strategies(self.config, self.model.config.num_hidden_layers)[name]
+        # A drafted token of the copy costs half a step.
+        return replace(config, num_speculations=min(3, config.num_speculations)) if name == COPY else config
 
     def make(self, name: str, **changes: Any) -> Side:
         """The side with changed settings."""
@@ -316,25 +321,40 @@ def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
     )
     parts = []
     for length, size in itertools.product(args.prompts, args.batch_size):
-        batches = torch.randint(shape.vocab_size, (args.rounds, size, max(1, length // divisor))).tolist()
+        longest = max(1, length // divisor)
+        batches = torch.randint(shape.vocab_size, (args.rounds, size, longest)).tolist()
+        # Equal lengths would spare plain decoding the masks of a real batch.
+        batches = [[ids[: max(1, longest - row)] for row, ids in enumerate(batch)] for batch in batches]
         parts += [Task(model, config, batches, compiled, args.seed) for compiled in (False, True)]
     return parts
 
 
-def show_host_time(model: Any) -> Record | None:
-    """Print and return it. None if it fails, as a capture may."""
+def attempted(what: str, measure: Callable[..., T], *args: Any) -> T | None:
+    """The result, or None and a line if it fails, as a capture may."""
     try:
-        host = host_time(model)
+        return measure(*args)
     except Exception as error:
-        print(f"host: {described(error)}"[:80], flush=True)
+        print(f"{what}: {described(error)}"[:80], flush=True)
         return None
-    replay = "with" if model.device.type == "cuda" else "without"
+
+
+def show_host_time(host: HostTime, device: torch.device) -> None:
+    replay = "with" if device.type == "cuda" else "without"
     print(
         f"host: {host.layer:.0f} us for an eager layer, {host.captured:.0f} for a captured pass "
         f"{replay} its replay",
         flush=True,
     )
-    return host._asdict()
+
+
+def show_products(times: Sequence[ProductTime]) -> None:
+    """A row for each weight, a column for each number of tokens."""
+    cells: dict[str, dict[int, str]] = {}
+    for each in times:
+        row = cells.setdefault(" x ".join(map(str, each.shape)), {})
+        row[each.num_tokens] = f"{each.exact:.0f} {each.int4 / each.exact:.0%}"
+    print("products of a layer by tokens: us in 16 bits, and the share that int4 takes")
+    print(pandas.DataFrame.from_dict(cells, orient="index").to_string(), flush=True)
 
 
 def measure_all(args: GpuArguments, device: torch.device, about: Record, rows: list[Record]) -> None:
@@ -342,7 +362,15 @@ def measure_all(args: GpuArguments, device: torch.device, about: Record, rows: l
     about["read_gb_per_s"] = read_bandwidth(device) / 1e9
     print(f"{about['device']}, a product reads {about['read_gb_per_s']:.0f} GB/s", flush=True)
     parts = tasks(args, device)
-    about["host_us"] = show_host_time(parts[0].model)
+    model = parts[0].model
+    host = attempted("host", host_time, model)
+    about["host_us"] = host and host._asdict()
+    if host is not None:
+        show_host_time(host, device)
+    products = attempted("products", product_times, model, _TOKENS)
+    about["product_us"] = products and [each._asdict() for each in products]
+    if products is not None:
+        show_products(products)
     for task in parts:
         found: dict[str, Measured] = {}
         try:

@@ -1,9 +1,9 @@
-"""The host's time for a pass, and whether greedy ids are right."""
+"""The host's time for a pass, the device's for products, and whether greedy ids are right."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from self_speculation.model import captured_runner
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly, make_runner
 from self_speculation.model.devices import synchronize
 from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.quantized_layers import quantized
 
 
 class HostTime(NamedTuple):
@@ -61,6 +62,52 @@ def host_time(model: PreTrainedModel) -> HostTime:
         finally:
             decode_eagerly(model)
     return HostTime(layer, captured)
+
+
+class ProductTime(NamedTuple):
+    """Microseconds of x W^T, with W [out, in] read from memory."""
+
+    shape: tuple[int, int]
+    num_tokens: int
+    exact: float  # in the model's dtype
+    int4: float
+
+
+@torch.inference_mode()
+def product_times(model: PreTrainedModel, num_tokens: Sequence[int]) -> list[ProductTime]:
+    """Of the products of a layer, by tokens. The same product of all layers runs in one graph,
+    so no weight is in a cache. Copies in four bits are made and dropped.
+    """
+    runner = ModelRunner(model, 1, 1)
+    exact, int4 = (
+        [layer.linears for layer in of.layers] for of in (runner, quantized(runner, len(runner.layers)))
+    )
+    record = captured_runner.GraphRecorder(model.device)
+
+    def least(linears: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> float:
+        def run() -> None:
+            for linear in linears:
+                linear(x)
+
+        replay, taken = record(run), []
+        for _ in range(20):
+            synchronize(model)
+            started = time.perf_counter()
+            replay()
+            synchronize(model)
+            taken.append(time.perf_counter() - started)
+        return 1e6 * min(taken) / len(linears)
+
+    found = []
+    for own, copies in zip(zip(*exact, strict=True), zip(*int4, strict=True), strict=True):
+        size, width = own[0].shape
+        for number in num_tokens:
+            x = torch.ones(number, width, dtype=model.dtype, device=model.device)
+            found.append(ProductTime((size, width), number, least(own, x), least(copies, x)))
+    for layer in runner.layers:
+        for linear in layer.linears:
+            linear.derived.clear()
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Random Llamas of real shapes, whose early exits agree with them at a given rate."""
+"""Shapes of real Llamas, and random weights whose early exits agree with the model at a given rate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ _LOGIT_SPREAD = 6.0
 # hardly depends on the last one.
 _EMBEDDING_SPREAD = 4.0
 _POSITIONS, _HALVINGS = 512, 12  # compared positions; steps of the bisection
+
+
+def llama(
+    hidden: int, inside: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
+) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=inside, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+
+
+MODELS = {
+    "Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, True),
+    "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000, False),
+    "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256, False),
+    "Llama-3-70B": llama(8192, 28672, 80, 64, 8, 128256, False),
+}
 
 
 @torch.no_grad()

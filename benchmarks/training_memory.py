@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import ModelArguments
-from benchmarks.estimates import llama, memory
+from benchmarks.estimates import memory
+from benchmarks.synthetic import llama
 from training.flags import OptimizationArguments, RecipeArguments
 from training.from_flags import adapted, trainer_settings
 from training.losses import exit_losses
@@ -82,7 +83,7 @@ def steps(way: str) -> float:
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
         recipe = RecipeArguments(layer_dropout=0, exits=[3, 6, 9], curriculum="all")
         trainer = EarlyExitTrainer(
-            model, recipe, settings, train_dataset=data, data_collator=lambda rows: padded(0, rows)
+            model, recipe, settings, train_dataset=data, data_collator=lambda rows: padded(0, LENGTH, rows)
         )
         trainer.train()
     return peak_since(before)

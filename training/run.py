@@ -159,7 +159,7 @@ def _prepare(flags: Flags) -> Start:
         args=from_flags.trainer_settings(args, model_args, run.folder, device),
         train_dataset=training,
         eval_dataset=evaluation.select(range(min(args.eval_samples, len(evaluation)))),
-        data_collator=partial(padded, tokenizer.pad_token_id or 0),
+        data_collator=partial(padded, tokenizer.pad_token_id or 0, length),
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)

@@ -22,10 +22,12 @@ import numpy
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import DataError, cell, is_table, load_from_hub, one_line, read_table
+from self_speculation.model.kv_cache import round_up
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
 
@@ -280,10 +282,18 @@ def _pairs(
     return {"input_ids": blocks, "labels": labels, "documents": documents}
 
 
-def padded(pad_token_id: int, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """One batch of rows of different lengths, padded on the right; padding has no labels."""
-    values = {"input_ids": pad_token_id, "labels": IGNORED}
-    return {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, values.get(name, 0))
+def padded(pad_token_id: int, at_most: int, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """One batch of rows of different lengths, padded on the right; padding has no labels.
+
+    Args:
+        at_most: tokens of the longest row there can be. A batch has this length or a multiple of 128: each
+            new length would cost a plan of cuDNN's attention, or a compilation.
+    """
+    paddings = {"input_ids": pad_token_id, "labels": IGNORED}
+    batch = {
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, paddings.get(name, 0))
         for name in rows[0]
     }
+    longest = batch["labels"].shape[1]
+    missing = min(round_up(longest, 128), at_most) - longest
+    return batch | {name: pad(batch[name], (0, missing), value=value) for name, value in paddings.items()}

@@ -140,14 +140,18 @@ def nothing_is_measured(monkeypatch):
 
 
 def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
-    """Guards against compiled rows after the deadline, figures of the host that nobody sees, and timed plans
-    of cuDNN for new lengths.
+    """Guards against compiled rows after the deadline, figures of host and products that nobody sees, timed
+    plans of cuDNN for new lengths, rows of one length, which need no mask, and a copy of some layers only.
     """
     order = []
 
     def measure(task, _):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         order.append((*task.place, task.compiled))
+        copied, length, size = task.strategy("int4 copy"), *task.place
+        assert (copied.exit_layer, copied.num_speculations, copied.draft_weights) == (4, 3, "int4")
+        for batch in task.batches:
+            assert [len(ids) for ids in batch] == [max(1, length - row) for row in range(size)]
 
     nothing_is_measured(measure)
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -160,6 +164,11 @@ def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
     assert order == [
         (length, size, compiled) for length in (8, 10) for size in (1, 8) for compiled in (False, True)
     ]
+    shapes = [(128, 64), (64, 64), (256, 64), (64, 128)]  # queries, keys and values; out; gate and up; down
+    products = [(tuple(each["shape"]), each["num_tokens"]) for each in record["product_us"]]
+    assert products == [(shape, number) for shape in shapes for number in (1, 2, 4, 8, 16, 64)]
+    assert min(min(each["exact"], each["int4"]) for each in record["product_us"]) > 0
+    assert [line for line in said if line.split()[:3] == ["256", "x", "64"]]
     host = record["host_us"]
     assert min(host["layer"], host["captured"]) > 0
     assert any(

@@ -10,17 +10,18 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from benchmarks import estimates
+from benchmarks.synthetic import llama
 
 
-def test_the_page_has_the_table(capsys):
-    """Guards against a page with figures of an older formula."""
-    estimates.main()
-    assert capsys.readouterr().out in (ROOT / "docs" / "training.md").read_text()
+def test_the_pages_have_the_tables():
+    """Guards against pages with figures of an older formula."""
+    assert estimates.training_table() in (ROOT / "docs" / "training.md").read_text()
+    assert estimates.decoding_table() in (ROOT / "docs" / "gpu.md").read_text()
 
 
 def test_weights_gradients_and_optimizer_by_hand():
     """Guards against a tied model that is counted twice, and against an adapter of one matrix."""
-    config = estimates.llama(8, 16, 3, 2, 1, 50, True)
+    config = llama(8, 16, 3, 2, 1, 50, True)
     parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     full = estimates.memory(config, 1, 4, 2, computed_in=torch.float32)
     assert (full.weights, full.gradients, full.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
@@ -28,6 +29,19 @@ def test_weights_gradients_and_optimizer_by_hand():
     adapter = estimates.memory(config, 1, 4, 2, lora_rank=5)
     assert adapter.optimizer == 8 * 5 * pairs
     assert estimates.memory(config, 1, 4, 2, ranks=4).optimizer == 2 * parameters
+
+
+def test_decoding_by_hand():
+    """Guards against kernels, a head or a cache that the times leave out."""
+    config = llama(256, 1024, 4, 8, 2, 1000, False)
+    weights, cache = 256 * 256 * 2 + 2 * 256 * 64 + 3 * 256 * 1024, 2 * 64 * 1000
+    layer, head = (2 * number / (0.8 * 3.35e12) for number in (weights + cache, 256 * 1000))
+    bytes_alone = estimates.decoding(config, 1, kernels=0)
+    assert bytes_alone == pytest.approx((4 * layer + head, layer + head, 10 * layer + 7 * head))
+    times = estimates.decoding(config, 1)
+    assert times.plain_step - bytes_alone.plain_step == pytest.approx((4 * 12 + 12) * 2.75e-6 + 100e-6)
+    shared = estimates.decoding(config, 1, cards=2, kernels=0)
+    assert shared.plain_step == pytest.approx(bytes_alone.plain_step / 2 + 4 * 2 * 15e-6)
 
 
 @pytest.mark.slow

@@ -111,5 +111,11 @@ def test_prompts_are_masked(byte_tokenizer):
     assert block["input_ids"] == prompt + response
     assert block["labels"] == [IGNORED] * len(prompt) + response
     assert block["documents"][0] == block["documents"][1]
-    batch = padded(0, [block, {"input_ids": [5], "labels": [5], "documents": [0, 0]}])
-    assert batch["labels"][1].tolist() == [5] + [IGNORED] * (len(block["labels"]) - 1)
+    batch = padded(0, 12, [block, {"input_ids": [5], "labels": [5], "documents": [0, 0]}])
+    assert batch["labels"][1].tolist() == [5] + [IGNORED] * 11
+
+
+def test_batches_of_pairs_have_few_lengths():
+    """Guards against a plan of cuDNN's attention, or a compilation, at nearly every step."""
+    rows = [dict.fromkeys(("input_ids", "labels"), [5] * length) for length in range(2, 301)]
+    assert {padded(0, 300, [row])["input_ids"].shape[1] for row in rows} == {128, 256, 300}

@@ -2,17 +2,19 @@
 
 import copy
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import assert_close, tiny_llama
 from datasets import Dataset
 from transformers import LlamaConfig, TrainerCallback, TrainingArguments
 
 from training.flags import RecipeArguments
+from training.losses import exit_losses
 from training.texts import padded
-from training.trainer import DivergedError, EarlyExitTrainer
+from training.trainer import DivergedError, EarlyExitTrainer, calling, early_exit_loss
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def trainer(tmp_path):
         return EarlyExitTrainer(
             copy.deepcopy(model or tiny_llama()), recipe or RecipeArguments(), args, callbacks=callbacks,
             compute_metrics=compute_metrics,
-            train_dataset=data, eval_dataset=data, data_collator=lambda rows: padded(0, rows),
+            train_dataset=data, eval_dataset=data, data_collator=lambda rows: padded(0, 8, rows),
         )  # fmt: skip
 
     return make
@@ -94,6 +96,18 @@ def test_losses_are_checked_without_a_log(trainer):
         made.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(DivergedError, match=r"^a loss is nan at step 1$"):
         made.train()
+
+
+def test_padding_changes_no_loss():
+    """Guards against losses that depend on the other rows of a batch."""
+    model, weights = tiny_llama(), {2: 0.3, 4: 0.7}
+    rows = [{key: [*range(5, 5 + length)] for key in ("input_ids", "labels")} for length in (30, 9)]
+    with calling(model.lm_head, partial(exit_losses, model.lm_head)):
+        together, *alone = (
+            early_exit_loss(model, **padded(0, at_most, part), weights=weights, num_items_in_batch=1)["loss"]
+            for at_most, part in ((200, rows), (30, rows[:1]), (9, rows[1:]))
+        )
+    assert_close(together, sum(alone))
 
 
 def test_padding_on_the_left_is_refused(trainer):
