@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import get_type_hints
 
 from arguments import parse, refuse
@@ -29,6 +30,8 @@ from training.flags import Flags
 def main(argv: Sequence[str] | None = None) -> int:
     flags = Flags(*parse(__doc__ or "", *get_type_hints(Flags).values(), args=argv))
     model, rank = flags.model, flags.optimization.lora_rank
+    if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
+        refuse(f"torch {version('torch')}: training needs 2.13 or newer")
     if model.parallel not in ("data", "fsdp"):
         refuse(f"--parallel {model.parallel}: must be data or fsdp for training")
     if model.quantization != "none":

@@ -170,8 +170,9 @@ class LoadingOptions:
     seed: int = 42
     """Seed of all random generators."""
     dtype: DtypeName = "auto"
-    """Number format; auto: the checkpoint's own, where a CPU multiplies 16-bit weights in float32; half:
-    bfloat16 if the device computes in it, else float16; others: of weights and activations."""
+    """Number format; auto: the checkpoint's own, where a CPU multiplies 16-bit weights in float32, and half
+    for a .gguf file on a GPU; half: bfloat16 if the device computes in it, else float16; others: of weights
+    and activations."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     parallel: Parallel = "data"

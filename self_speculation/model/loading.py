@@ -123,6 +123,8 @@ def load_model_and_tokenizer(
     source, kwargs = locate(base, options.trust_remote_code)
     with explained(model):
         header = _header(base)
+        if header is not None and dtype == "auto":
+            dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype of their own
         with read_once(header):
             folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
             where = str(folder) if (folder / "tokenizer_config.json").is_file() else source

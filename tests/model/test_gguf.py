@@ -15,7 +15,7 @@ from conftest import EOS, ROOT, assert_close, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
-from self_speculation.model import gguf_files
+from self_speculation.model import gguf_files, loading
 from self_speculation.model.gguf_files import Header
 from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.mapped import MappedFiles
@@ -242,6 +242,18 @@ def test_weights_are_dequantised_as_by_gguf(kind, dtype, byte_tokenizer, tmp_pat
         if weight.dim() > 1 and ".layers." in name:
             written = torch.from_numpy(gguf.dequantize(gguf.quantize(written.numpy(), kind), kind))
         assert torch.equal(weight, written.to(weight.dtype)), name
+
+
+@pytest.mark.parametrize(("has_bf16", "wanted"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_on_a_gpu_auto_is_half(has_bf16, wanted, written, monkeypatch):
+    """Guards against float32 on a GPU: twice the bytes, and no flash attention."""
+    monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: has_bf16)
+    monkeypatch.setattr(loading, "_placement", lambda *_: {"device_map": "cpu"})
+    for dtype, expected in (("auto", wanted), ("float32", torch.float32)):
+        model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype, fuse=False))
+        assert {weight.dtype for weight in model.parameters()} == {expected}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.5, 0.999])

@@ -446,6 +446,13 @@ def test_bad_values_are_refused_early(flags, message, tmp_path, model_folder, ca
     assert message in refused(train.main, arguments(tmp_path, "no/such/*.txt", *flags), capsys)
 
 
+def test_an_older_torch_is_refused_at_once(capsys, monkeypatch):
+    """Guards against an import error: decoding runs with torch 2.11, training does not."""
+    monkeypatch.setattr("train.version", lambda _: "2.12.1+cu130")
+    monkeypatch.setitem(sys.modules, "training.run", None)
+    assert "torch 2.12.1+cu130: training needs 2.13 or newer" in refused(train.main, [], capsys)
+
+
 def test_on_a_gpu_auto_is_tf32(tmp_path, monkeypatch):
     """Guards against products in strict fp32 that nobody asked for, and TF32 where fp32 was asked for."""
     for name in ("training.from_flags", "transformers.training_args"):
