@@ -54,9 +54,12 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
     """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
     output_dir: str = field(default="./logs", metadata=MAY_DIFFER)
     """Folder for records; generate.py writes none."""
+    threads: int | None = field(default=None, metadata=MAY_DIFFER)
+    """Threads of a CPU; without it, one for each core, and fewer while other programs use the cores."""
 
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")
+        at_least(self, 1, "threads")
         self.from_pretrained_args()
         if self.parallel in ("tensor", "pipeline") and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")

@@ -78,7 +78,7 @@ def flags(
         args.seed = [model_args.seed] * 4
     if args.use_cache:
         # The harness's keys hold the request alone: without this it would reuse answers of another model.
-        key = zlib.crc32(repr((replace(model_args, output_dir=""), config)).encode())
+        key = zlib.crc32(repr((replace(model_args, output_dir="", threads=None), config)).encode())
         args.use_cache = f"{args.use_cache}_{key:08x}"
     args.output_path = args.output_path or model_args.output_dir
     _check(args, model_args)

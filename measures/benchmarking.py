@@ -18,7 +18,7 @@ from runs.examples import Job, longest_prompt
 from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from runs.status import busy_processor, says_if_slow
+from runs.status import says_if_slow
 from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.traced_runner import trace_after
 
@@ -77,12 +77,13 @@ class Benchmark(Job):
             if not self.config.greedy:
                 summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks(summary["comparison"], _unit(summary))
-        processor, wall = (
-            sum(record[f"{prefix}{name}"] for record in records for prefix, *_ in self._sides)
-            for name in ("processor_time", "wall_time")
-        )
-        if (busy := busy_processor(model, processor, wall)) is not None:
-            summary["remarks"].append(busy)
+        most = run.description["threads"]
+        slowed = [any(record.get(f"{prefix}threads", most) < most for prefix, *_ in self._sides) for record in records]
+        if any(slowed):
+            summary["remarks"].append(
+                f"other programs used the processors: {sum(slowed)} of {len(records)} examples were decoded "
+                f"with fewer than {most} threads, a quiet machine is faster"
+            )
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             summary["remarks"].append("adaptive decoding made no drafts: none promised a gain")
         predictions = [record["prediction"] for record in records]

@@ -22,6 +22,7 @@ from self_speculation.drafts.registry import make_drafter
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.devices import broadcast_from_rank0, synchronize
 from self_speculation.model.model_runner import forward, forward_early
+from self_speculation.threads import adjust_threads
 
 # Draft lengths whose verification is timed. Captured passes have widths of powers of two, so their cost jumps
 # after 0, 1, 3, 7 and 15.
@@ -123,6 +124,7 @@ def calibrate(
             late = time.perf_counter() - started > _PATIENCE
             if len(turns) > 1 and broadcast_from_rank0(model, late):
                 break
+            adjust_threads(model)
             passes = itertools.starmap(verification, itertools.product(verified, lengths))
             turns.append([plain_step(), *map(draft_step, drafted), *passes])
             bar.update()

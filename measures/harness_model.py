@@ -31,6 +31,7 @@ from self_speculation.model.families import attended_length
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
+from self_speculation.threads import adjust_threads
 
 # Supported generation arguments; the harness has four names for the number of tokens.
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
@@ -110,6 +111,7 @@ class HarnessModel(HFLM):
     ) -> Tensor:
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
+        adjust_threads(self.model)
         if self._has_fp32_activations:  # transformers' layers would round to 16 bits
             runner = ModelRunner(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
             runner.cache.set_rows([0] * len(inps))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
+import torch
 from transformers import PreTrainedModel
 
 from runs import ranks
@@ -79,9 +80,9 @@ def measure_examples(
 
     Yields:
         The index of a request, and its record or the error of a side. A side's fields have its prefix. Times
-        are in seconds. `processor_time` is that of all threads. `wall_time` is the time since the side's
-        previous completion: wall times of a batch add up, while its decode times overlap. `window` is the
-        index of the window's first request.
+        are in seconds. `wall_time` is the time since the side's previous completion: wall times of a batch
+        add up, while its decode times overlap. `window` is the index of the window's first request.
+        `threads` is the number at the end of the completion.
     """
     size = 1
     if batch_size > 1:  # a single side never drains its batch
@@ -106,7 +107,7 @@ def _measured(
     """Index and prefixed fields of each completion of one side."""
     prefix, generator, config = side
     indices = list(window)
-    started, processor_started = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
     for i, result in generator.generate_batch(window.values(), config, batch_size):
         if isinstance(result, Exception):
             yield indices[i], result
@@ -119,8 +120,8 @@ def _measured(
             **{name: getattr(took, name) for name in _RECORDED},
             "drafts": took.draft_stats and took.draft_stats.to_rows(),
             "wall_time": time.perf_counter() - started,
-            "processor_time": time.process_time() - processor_started,
+            "threads": torch.get_num_threads(),
         }
         yield indices[i], {f"{prefix}{name}": value for name, value in fields.items() if value is not None}
         # The caller's work on a completion is not part of the next one's time.
-        started, processor_started = time.perf_counter(), time.process_time()
+        started = time.perf_counter()

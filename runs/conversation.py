@@ -10,7 +10,6 @@ import signal
 import statistics
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
 from runs.startup import autoregressive
-from runs.status import busy_processor
+from runs.status import status_held
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -33,6 +32,7 @@ from self_speculation import (
 )
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.model.devices import broadcast_from_rank0
+from self_speculation.threads import adjust_threads
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does not need it
     from prompt_toolkit import PromptSession
@@ -92,12 +92,12 @@ class Conversation:
             streamer = kind(self.generator.tokenizer, stop_words=self.config.stop_words, prompt=ids)
         # The cache holds the history already.
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
-        model, processor_began = self.generator.model, time.process_time()
-        with Interrupt(model) as interrupt:
+        model = self.generator.model
+        adjust_threads(model)  # by what others did since the last answer
+        with Interrupt(model) as interrupt, status_held(streamer is not None and sys.stdout.isatty()):
             own = {"grammar": self.grammar, "prediction": self.prediction}
             request = Request(ids, stopping_criteria=[interrupt], streamer=streamer, **own)
             result = self.generator.generate(request, config)
-        busy = busy_processor(model, time.process_time() - processor_began, result.total_time)
         if streamer is None:
             print(result.decoded_prediction)
         if self.chat:
@@ -106,9 +106,8 @@ class Conversation:
             self._history += result.decoded_prediction
             self._history_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
         print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
-        for line in (busy, getattr(streamer, "legend", "")):
-            if line:
-                print(f"  {line}", file=sys.stderr)
+        if legend := getattr(streamer, "legend", ""):
+            print(f"  {legend}", file=sys.stderr)
         if self.compare and not interrupt.met:
             try:
                 print(f"  {self._comparison(ids)}", file=sys.stderr)

@@ -12,7 +12,8 @@ from runs.records import Record
 
 # These arguments stand elsewhere in the lines or in the table, or do not change the figures.
 _HIDDEN = {
-    "model", "dtype", "device", "seed", "output_dir", "dataset", "num_samples", "generation_strategy",
+    "model", "dtype", "device", "seed", "output_dir", "threads", "dataset", "num_samples",
+    "generation_strategy",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from arguments import read_run
 from runs import ranks
 from runs.failures import try_to_write
 from self_speculation.model.fused_layers import activation_dtype
+from self_speculation.threads import most_threads
 
 Record = dict[str, Any]
 
@@ -177,7 +178,7 @@ def describe_model(name: str, model: PreTrainedModel, device: torch.device | Non
         "computed_in": str(activation_dtype(model)).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": most_threads(model),
         "python": platform.python_version(),
     }
 

@@ -11,19 +11,21 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import NoReturn
 
+import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from runs.failures import reason
-from runs.status import says_if_slow
+from runs.status import FewerThreads, says_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.loading import default_model, load_config, resolve_device
 from self_speculation.model.quantized_layers import check_family
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.model.sources import LoadingWarning
+from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
 
 
 def meet(model_args: ModelArguments) -> None:
@@ -59,6 +61,12 @@ def read_config(model_args: ModelArguments) -> PretrainedConfig:
         _refuse_to_load(model_args, error)
 
 
+def set_threads(model_args: ModelArguments) -> None:
+    """Use --threads threads, if it is given."""
+    if model_args.threads is not None:
+        torch.set_num_threads(model_args.threads)
+
+
 def load_generator(
     model_args: ModelArguments,
     config: GenerationConfig,
@@ -73,6 +81,8 @@ def load_generator(
     `counted`, see `runs.tuning.counts`.
     """
     logging.set_verbosity_error()
+    set_threads(model_args)
+    governor = ThreadGovernor(on_fewer=FewerThreads())  # before loading: it sees who else is there
     model_config = model_config or read_config(model_args)
     options = model_args.loading_options()
     try:
@@ -96,6 +106,9 @@ def load_generator(
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)
         _refuse_to_load(model_args, error)
+    if model_args.threads is None and model.device.type == "cpu" and model_args.parallel == "data":
+        govern_threads(model, governor)
+        adjust_threads(model)
     gc.freeze()  # all present objects live to the end
     gc.enable()
     return HuggingfaceLlamaGenerator(tokenizer, model, strategy)

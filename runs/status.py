@@ -6,25 +6,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from runs import ranks
 
+if TYPE_CHECKING:  # it imports torch
+    from self_speculation.threads import ThreadGovernor
+
 _SILENCE = 1.0  # seconds before a line names the work
 _SECONDS_WITHOUT_BAR = 2.0
-# A program has at least this share of its threads on a quiet machine; shorter times do not tell.
-_QUIET, _TOO_SHORT_TO_TELL = 0.75, 1.0
+_held: list[str] | None = None  # lines that wait for the end of an answer
 
 
 @contextmanager
 def says_if_slow(what: str) -> Iterator[None]:
     """Print at the first process what is being done, if it takes longer than a second."""
-    timer = Timer(_SILENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    timer = Timer(_SILENCE, write_status, [f"{what} ..."])
     timer.daemon = True
-    if ranks.is_first():
-        timer.start()
+    timer.start()
     try:
         yield
     finally:
@@ -40,19 +41,36 @@ def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object
         yield bar.update
 
 
-def busy_processor(model: Any, processor_seconds: float, seconds: float) -> str | None:
-    """A remark if other programs held the processor while a model decoded, or None.
+def write_status(line: str) -> None:
+    """Print a line to standard error at the first process."""
+    if _held is not None:
+        _held.append(line)
+    elif ranks.is_first():
+        print(line, file=sys.stderr, flush=True)
 
-    Decoding threads spin while they wait for each other: their share is .95 on a quiet machine, and .6 and .5
-    of two threads beside one and two busy programs.
-    """
-    import torch
 
-    threads = torch.get_num_threads()
-    share = processor_seconds / seconds / threads
-    if model.device.type != "cpu" or seconds < _TOO_SHORT_TO_TELL or share >= _QUIET:
-        return None
-    return (
-        f"other programs held the processor: this one had {share * threads:.1f} of {threads} threads, "
-        "and may decode several times faster on a quiet machine"
-    )
+@contextmanager
+def status_held(is_held: bool) -> Iterator[None]:
+    """If `is_held`, print status lines after this block, in which an answer grows on the same terminal."""
+    global _held
+    _held = [] if is_held else None
+    try:
+        yield
+    finally:
+        lines, _held = _held or [], None
+        for line in lines:
+            write_status(line)
+
+
+class FewerThreads:
+    """Says once that other programs use processors, and what follows; given to a `ThreadGovernor`."""
+
+    def __init__(self) -> None:
+        self._is_said = False
+
+    def __call__(self, governor: ThreadGovernor) -> None:
+        if not self._is_said:
+            self._is_said = True
+            used = f"other programs use {governor.others:.1f} of {governor.num_processors} processors"
+            threads = f"{governor.num_threads} of {governor.most} threads"
+            write_status(f"{used}: decoding is slower, with {threads} while they do")

@@ -33,6 +33,7 @@ from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forw
 from self_speculation.model.overrides import check_followed
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint
 from self_speculation.results import GenerationStrategyResult
+from self_speculation.threads import adjust_threads
 
 Key = TypeVar("Key")
 
@@ -210,6 +211,7 @@ class Scheduler(Generic[Key]):
 
     def _decode(self) -> None:
         decoding = self._begin()
+        adjust_threads(self._model)
         try:
             with self._without_autocast():
                 self._strategy.step(decoding)
@@ -224,6 +226,7 @@ class Scheduler(Generic[Key]):
         """Prefill waiting prompts, a chunk each in turn, with what decoding leaves of the budget."""
         left = max(self._token_budget - len(self.batch), 1 if self.batch else PREFILL_CHUNK)
         while left > 0 and (sequence := self._next_prompt()) is not None:
+            adjust_threads(self._model)
             try:
                 with self._without_autocast():
                     left -= self._prefill_chunk(sequence, int(min(left, PREFILL_CHUNK)))

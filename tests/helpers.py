@@ -16,9 +16,9 @@ TORCHRUN = torch.distributed.run.__file__
 TIMES = [
     f"{side}{time}_time"
     for side in ("", "autoregressive_")
-    for time in ("prefill", "decode", "wall", "processor")
+    for time in ("prefill", "decode", "wall")
 ]
-TIMES += ["batch_size", "window", "rank"]
+TIMES += ["batch_size", "window", "rank", "threads", "autoregressive_threads"]
 
 
 def custom_data(folder):

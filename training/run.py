@@ -24,6 +24,7 @@ from measures.plots import curves_by_exit
 from runs import ranks, records
 from runs.heading import heading
 from runs.records import Record, RecordError, Run
+from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
 from self_speculation.model.families import attended_length
 from self_speculation.model.loading import load_config, resolve_device
@@ -65,6 +66,7 @@ class Start(NamedTuple):
 
 def train(flags: Flags) -> int:
     """Train, print the scores of all exits and save the model; return the exit status."""
+    set_threads(flags.model)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()

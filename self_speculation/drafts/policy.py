@@ -65,9 +65,15 @@ class _Trials:
 
 @dataclass
 class ArmStats:
-    """Statistics of a model's sources, across requests. Bounded by the number of sources."""
+    """Statistics of a model's sources, across requests. Bounded by the number of sources.
 
-    times: PassTimes
+    Args:
+        growth: estimated cost of a pass over n tokens, relative to one.
+        num_threads: that the next pass will use. Times are valid for one number of threads.
+    """
+
+    growth: Callable[[int], float]
+    num_threads: Callable[[], int] = lambda: 1
     num_rounds: int = 0
     acceptance: dict[tuple[str, int], DecayedMean] = field(
         default_factory=dict
@@ -78,6 +84,12 @@ class ArmStats:
     trials: dict[str, _Trials] = field(default_factory=dict)
     # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
     credit: float = 4.0
+    _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
+
+    @property
+    def times(self) -> PassTimes:
+        number = self.num_threads()
+        return self._times.get(number) or self._times.setdefault(number, PassTimes(self.growth))
 
 
 class AdaptivePolicy:
@@ -108,7 +120,8 @@ class AdaptivePolicy:
         for i, name in enumerate(self._tried, 1):
             stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
         self._plan, self._plain = Plan(), Plan()
-        self._of_layers: dict[tuple[int, int, int], Plan] = {}  # valid until something is learnt of drafts
+        # Valid until something is learnt of drafts.
+        self._of_layers: dict[tuple[PassTimes, int, int, int], Plan] = {}
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
         """Plan one round.
@@ -212,7 +225,7 @@ class AdaptivePolicy:
 
     def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
         """Drafts of the best arm of layers, or a plain step."""
-        key = (num_rows, num_drafting, longest)
+        key = (self._stats.times, num_rows, num_drafting, longest)
         if key not in self._of_layers:
             plans = [self._plain]
             for name in self._layered:

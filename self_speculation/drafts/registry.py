@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptiveDrafts
-from self_speculation.drafts.costs import PassTimes, draft_ratio, growth
+from self_speculation.drafts.costs import draft_ratio, growth
 from self_speculation.drafts.draft import DraftSource, PerSequence
 from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold, Threshold
 from self_speculation.drafts.ngram import CopiedFirst, NgramDrafts, TokenDrafts
@@ -189,8 +190,8 @@ def _stats(context: DraftContext) -> ArmStats:
         (config.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    times = PassTimes(growth(runner))
-    return _LEARNT.setdefault(model, {}).setdefault(key, ArmStats(times))
+    stats = ArmStats(growth(runner), torch.get_num_threads)
+    return _LEARNT.setdefault(model, {}).setdefault(key, stats)
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:

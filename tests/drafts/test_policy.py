@@ -36,7 +36,7 @@ def curve(times, num_rows, longest):
 
 def stats(slope=0.02):
     """Nothing is known but the estimated cost of passes."""
-    return ArmStats(PassTimes(partial(line, slope)))
+    return ArmStats(partial(line, slope))
 
 
 def policy(learnt=None, copy_takes=None):
@@ -286,6 +286,17 @@ def test_times_are_learnt_and_a_bad_moment_is_forgotten():
     assert all(now < 2 * before for now, before in zip(known(), usual, strict=True))
     learn(60, 1.0, 2.0, 0.3)
     assert known() == pytest.approx(usual, rel=0.05)
+
+
+def test_times_belong_to_a_number_of_threads():
+    """Guards against drafts that are priced by passes with more threads, and against times that are lost."""
+    threads, sure = [2], {"exit 2": 0.9, "exit 4": 0.9}
+    chooser = policy(ArmStats(partial(line, 0.02), lambda: threads[0]))
+    assert mostly(play(chooser, World(sure), 100)[-50:]) == "exit 2"
+    threads[0] = 1
+    assert mostly(play(chooser, World(sure, draft=sure), 100)[-50:]) == PLAIN
+    threads[0] = 2
+    assert mostly(play(chooser, World(sure), 10)) == "exit 2"
 
 
 def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():

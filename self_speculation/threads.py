@@ -1,0 +1,127 @@
+"""How many threads of a CPU compute: fewer while other programs hold the processors.
+
+The threads of a pass wait for each other after every product. If one of them has no processor, all wait for
+it, and a pass takes several times as long as with one thread less.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from self_speculation.model.devices import num_ranks
+
+
+# By the model whose decoding they govern.
+_GOVERNORS: WeakKeyDictionary[PreTrainedModel, ThreadGovernor] = WeakKeyDictionary()
+
+
+class _Reading(NamedTuple):
+    """Seconds of a clock, and of the processors: all that is used, and what this process uses."""
+
+    clock: float
+    used: float
+    own: float
+
+
+class ThreadGovernor:
+    """Between two rounds, sets torch's number of threads to the number of processors that others leave.
+
+    The number is at most the one at the start. It falls at once, and rises after a time without others, which
+    doubles each time that they come back.
+
+    Args:
+        on_fewer: called after the number has fallen.
+    """
+
+    _WINDOW = 0.2  # seconds between two readings; the system counts hundredths
+    _TOLERATED = 0.4  # processors that others may use: about that much, one thread less costs, too
+    _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 16.0  # seconds
+
+    def __init__(self, on_fewer: Callable[[ThreadGovernor], object] = lambda governor: None) -> None:
+        # Another model's governor may have lowered the number.
+        self.most = max(torch.get_num_threads(), *(other.most for other in _GOVERNORS.values()), 1)
+        self.num_threads = self.most
+        self.others = 0.0  # processors that other programs used in the last window
+        self._on_fewer, self._wait = on_fewer, self._SHORTEST_WAIT
+        self._raised = self._crowded = -float("inf")  # when the number rose, and when others left no more
+        self._processors = _processors(self.most)
+        self._last = self._read()
+
+    @property
+    def num_processors(self) -> int:
+        return len(self._processors)
+
+    def adjust(self) -> None:
+        """Set the number of threads for the thread that calls this."""
+        if self.most > 1 and time.perf_counter() - self._last.clock >= self._WINDOW:
+            last, self._last = self._last, self._read()
+            clock, used, own = (now - before for now, before in zip(self._last, last, strict=True))
+            self.others = max(0.0, used - own) / clock
+            self._choose(self._last.clock)
+        if torch.get_num_threads() != self.num_threads:
+            torch.set_num_threads(self.num_threads)
+
+    def _choose(self, now: float) -> None:
+        left = int(self.num_processors - self.others + self._TOLERATED)
+        left = max(1, min(left, self.most))
+        if left <= self.num_threads:
+            self._crowded = now
+        if left < self.num_threads:
+            soon = now - self._raised < self._LONGEST_WAIT
+            self._wait = min(2 * self._wait, self._LONGEST_WAIT) if soon else self._SHORTEST_WAIT
+            self.num_threads = left
+            self._on_fewer(self)
+        elif left > self.num_threads and now - self._crowded >= self._wait:
+            self.num_threads, self._raised = left, now
+
+    def _read(self) -> _Reading:
+        times = psutil.cpu_times(percpu=True)
+        # Programs of low priority give way, unless this one has it, too.
+        counted = ["user", "system", "irq", "softirq", "steal", *(["nice"] if os.nice(0) > 0 else [])]
+        used = sum(getattr(times[i], name, 0.0) for i in self._processors for name in counted)
+        return _Reading(time.perf_counter(), used, time.process_time())
+
+
+def _processors(num_threads: int) -> list[int]:
+    """The processors of this process. A library that binds threads gives this one a processor of its own:
+    then all of the machine.
+    """
+    every = range(psutil.cpu_count() or 1)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
+    return sorted(own if len(own) >= num_threads else every)
+
+
+def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> None:
+    """Let a governor set torch's number of threads while this model decodes; None: leave it as it is.
+
+    The number is that of the whole process, so the library does this only for callers who ask for it.
+
+    Raises:
+        ValueError: several ranks hold the model. They must plan alike, and what a pass takes depends on threads.
+    """
+    if governor is not None and num_ranks(model) > 1:
+        raise ValueError("govern_threads: several ranks hold this model; their threads must not change")
+    if governor is None:
+        _GOVERNORS.pop(model, None)
+    else:
+        _GOVERNORS[model] = governor
+
+
+def most_threads(model: PreTrainedModel) -> int:
+    """The number of threads that compute while other programs leave the processors alone."""
+    governor = _GOVERNORS.get(model)
+    return torch.get_num_threads() if governor is None else governor.most
+
+
+def adjust_threads(model: PreTrainedModel) -> None:
+    """Adjust the number of threads, if the model has a governor."""
+    if (governor := _GOVERNORS.get(model)) is not None:
+        governor.adjust()
