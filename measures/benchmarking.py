@@ -78,7 +78,10 @@ class Benchmark(Job):
                 summary["comparison"]["identical_outputs"] = None
             summary["remarks"] = remarks(summary["comparison"], _unit(summary))
         most = run.description["threads"]
-        slowed = [any(record.get(f"{prefix}threads", most) < most for prefix, *_ in self._sides) for record in records]
+        slowed = [
+            any(record.get(f"{prefix}threads", most) < most for prefix, *_ in self._sides)
+            for record in records
+        ]
         if any(slowed):
             summary["remarks"].append(
                 f"other programs used the processors: {sum(slowed)} of {len(records)} examples were decoded "

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.devices import num_ranks
 
-
 # By the model whose decoding they govern.
 _GOVERNORS: WeakKeyDictionary[PreTrainedModel, ThreadGovernor] = WeakKeyDictionary()
 
@@ -47,7 +46,7 @@ class ThreadGovernor:
 
     def __init__(self, on_fewer: Callable[[ThreadGovernor], object] = lambda governor: None) -> None:
         # Another model's governor may have lowered the number.
-        self.most = max(torch.get_num_threads(), *(other.most for other in _GOVERNORS.values()), 1)
+        self.most: int = max(torch.get_num_threads(), *(other.most for other in _GOVERNORS.values()), 1)
         self.num_threads = self.most
         self.others = 0.0  # processors that other programs used in the last window
         self._on_fewer, self._wait = on_fewer, self._SHORTEST_WAIT
@@ -105,7 +104,7 @@ def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> N
     The number is that of the whole process, so the library does this only for callers who ask for it.
 
     Raises:
-        ValueError: several ranks hold the model. They must plan alike, and what a pass takes depends on threads.
+        ValueError: several ranks hold the model; they must plan alike, by times that depend on threads.
     """
     if governor is not None and num_ranks(model) > 1:
         raise ValueError("govern_threads: several ranks hold this model; their threads must not change")

@@ -13,11 +13,7 @@ from measures.calibration import Costs
 
 TORCHRUN = torch.distributed.run.__file__
 # What a record says of the clock, and of who else was there when it was taken.
-TIMES = [
-    f"{side}{time}_time"
-    for side in ("", "autoregressive_")
-    for time in ("prefill", "decode", "wall")
-]
+TIMES = [f"{side}{time}_time" for side in ("", "autoregressive_") for time in ("prefill", "decode", "wall")]
 TIMES += ["batch_size", "window", "rank", "threads", "autoregressive_threads"]
 
 

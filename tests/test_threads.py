@@ -1,5 +1,6 @@
 """The number of threads follows what other programs leave."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,8 @@ def test_threads_fall_at_once_and_rise_after_a_quiet_time(monkeypatch):
     assert machine.run(60, others=0.2) == [2] * 600
     assert machine.run(60, others=1.0)[2:] == [1] * 598
     quiet = machine.run(5, others=0.0)
-    assert sorted(quiet) == quiet and quiet[-1] == 2
+    assert sorted(quiet) == quiet
+    assert quiet[-1] == 2
     assert machine.said == [1]
 
 
@@ -59,7 +61,7 @@ def test_programs_that_come_back_are_waited_for_longer_each_time(monkeypatch):
         while machine.num_threads == 1:
             machine.run(0.1, others=0.0)
             waits[-1] += 0.1
-    assert all(longer > 1.5 * shorter for shorter, longer in zip(waits[:5], waits[1:6], strict=True))
+    assert all(longer > 1.5 * shorter for shorter, longer in pairwise(waits[:6]))
     assert 16 <= waits[-1] < 17
     machine.run(60, others=0.0)
     machine.run(1, others=1.0)
@@ -94,7 +96,8 @@ def test_threads_change_between_rounds_and_ids_do_not(strategy, batch_size):
     finally:
         govern_threads(model, None)
         torch.set_num_threads(1)
-    assert len(seen) > 3 and set(seen) == {1, 2}
+    assert len(seen) > 3
+    assert set(seen) == {1, 2}
     for index, result in expected.items():
         assert found[index].predicted_tokens == result.predicted_tokens
 

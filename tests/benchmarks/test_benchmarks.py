@@ -12,12 +12,12 @@ from conftest import generate, tiny_llama
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
-from benchmarks import adaptive, gpu, serving, side_by_side
+from benchmarks import adaptive, gpu, serving, side_by_side, threads
 from benchmarks.inspection import Judged, judge_greedy
 from benchmarks.peers import fastest, in_each_format
 from benchmarks.sides import EARLY_EXIT, TRANSFORMERS, Answers, ours, theirs
 from benchmarks.synthetic import random_llama
-from self_speculation import GenerationConfig, fuse
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, fuse
 
 OURS = ["autoregressive", "self-speculative", "int4 copy", "adaptive"]
 
@@ -92,6 +92,24 @@ def test_adaptive(measured):
     ]
     assert len(rows) == 3 * 6
     assert all(row["x"] >= row["tenth"] > 0 and row["sums"] > 0 for row in rows)
+
+
+def test_threads_beside_busy_programs(measured, monkeypatch):
+    """Guards against a side that decodes with another number of threads than it is named for."""
+    used, generate = [], HuggingfaceLlamaGenerator.generate
+
+    def watched(*args):
+        used.append(torch.get_num_threads())
+        return generate(*args)
+
+    monkeypatch.setattr(HuggingfaceLlamaGenerator, "generate", watched)
+    try:
+        found = measured(threads, "--threads", 2, "--beside", 0, 1, "--rounds", 1, "--max_steps", 3)
+    finally:
+        torch.set_num_threads(1)
+    assert [row["beside"] for row in found["rows"]] == [0, 1]
+    assert all(row.keys() == {"beside", "2 threads", "1 thread", "default"} for row in found["rows"])
+    assert used == [2, *[2, 1, 2] * 2]
 
 
 def test_transformers_serves_in_its_best_way_for_each_number_of_clients():

@@ -12,7 +12,9 @@ from self_speculation.threads import _GOVERNORS, most_threads
 def test_threads_are_fixed_or_follow_other_programs(threads, model_folder):
     """Guards against --threads that is not used, or that the governor changes again."""
     try:
-        model = load_generator(ModelArguments(model=str(model_folder), threads=threads), GenerationConfig()).model
+        model = load_generator(
+            ModelArguments(model=str(model_folder), threads=threads), GenerationConfig()
+        ).model
         assert most_threads(model) == torch.get_num_threads() == (threads or 1)
         assert (model in _GOVERNORS) == (threads is None)
     finally:

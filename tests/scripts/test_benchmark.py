@@ -56,6 +56,14 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert all(name in table for name in speeds | ratios)
 
 
+def test_figures_of_a_busy_machine_say_so(common, monkeypatch, capsys):
+    """Guards against a table that does not tell that other programs slowed decoding down."""
+    monkeypatch.setattr("runs.records.most_threads", lambda model: 2)  # examples end with one thread
+    assert benchmark.main(common) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: other programs used the processors: 5 of 5 examples were decoded with fewer than 2" in said
+
+
 def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):
     """Guards against an acceptance rate without drafts, and identical outputs of two random samples."""
     assert benchmark.main([*common, "--verbose"]) == 0
