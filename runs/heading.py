@@ -45,7 +45,7 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
 def machine(run: Record) -> str:
     """Number format, GPU or processor with threads, and the number of ranks."""
     same = run["computed_in"] == run["dtype"]
-    dtype = run["dtype"] if same else f"{run['dtype']} computed in {run['computed_in']}"
+    dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
     on_cpu = run["device"] == "cpu"
     where = f"{run['processor']}, {_counted(run['threads'], 'thread')}" if on_cpu else run["device"]
     return f"{dtype}, {where}, {_counted(run['num_ranks'], 'rank')}"

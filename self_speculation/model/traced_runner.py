@@ -8,6 +8,7 @@ graph is valid for all weights of these shapes. TorchScript is in maintenance mo
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -61,11 +62,12 @@ class _Traces:
 _TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()
 
 
-def trace_after(model: PreTrainedModel, num_passes: float) -> None:
-    """Trace a range after so many passes: 0 for measurements, which warm up; infinity for comparisons of more
-    ranges than are traced.
+def trace_after(model: PreTrainedModel, num_passes: float, num_ranges: int = 0) -> None:
+    """Trace a range after so many passes: 0 for measurements, which warm up. If a comparison runs more ranges
+    than are traced, none is.
     """
-    _TRACES.setdefault(model, _Traces()).passes_before = num_passes
+    enough = num_ranges <= _TRACES_AT_MOST
+    _TRACES.setdefault(model, _Traces()).passes_before = num_passes if enough else math.inf
 
 
 def num_traces(model: PreTrainedModel) -> int:

@@ -17,12 +17,14 @@ def run(*groups, **facts):
 
 
 def test_settings_other_than_defaults_are_named():
-    """Guards against figures whose settings nobody knows, and a column of the table in its heading."""
+    """Guards against figures whose settings nobody knows, a column of the table in its heading, and a format
+    that reads like a contradiction.
+    """
     config = GenerationConfig(exit_layer=3, temperature=0)
     groups = (ModelArguments(fuse=False), config, DataArguments(n_shot=2, num_samples=5), BatchArguments(8))
     named, machine = heading(run(*groups), left_out=("exit_layer",)).splitlines()
     assert named == "a/b, fuse False, human_eval, n_shot 2, autoregressive, temperature 0"
-    assert machine == "bfloat16 computed in float32, a processor, 2 threads, 1 rank, batch size 8"
+    assert machine == "weights in bfloat16, products in float32, a processor, 2 threads, 1 rank, batch size 8"
 
 
 def test_a_gpu_a_folder_and_several_ranks(tmp_path):

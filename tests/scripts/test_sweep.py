@@ -19,6 +19,7 @@ from measures.replay import predicted_cell
 from runs.heading import heading
 from runs.tuning import TuningArguments, counts, tuned
 from self_speculation import default_model
+from self_speculation.model import traced_runner
 from self_speculation.model.linear import Linear
 from sweep import SweepArguments
 
@@ -92,6 +93,29 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra):
     pandas.testing.assert_frame_equal(predicted[COUNTS], measured[COUNTS])
     assert (predicted["num_tokens"] == measured["num_tokens"]).all()
     assert (predicted[["total_time", "speedup", "tokens_per_second_median"]] > 0).all(axis=None)
+
+
+@pytest.mark.parametrize("mode", ["predicted", "measured"])
+def test_cells_are_traced_like_other_scripts_or_none_is(common, monkeypatch, mode):
+    """Guards against speed-ups over a plain decoding that is slower than that of other scripts, whose passes
+    are traced, and against a grid of which the first cells only are traced.
+    """
+    traced, trace = [], traced_runner.TracedRunner._trace
+
+    def recorded(self, layers, hidden, first):
+        traced.append((first, len(layers)))
+        return trace(self, layers, hidden, first)
+
+    monkeypatch.setattr(traced_runner.TracedRunner, "_trace", recorded)
+    monkeypatch.setattr("measures.calibration._PATIENCE", 0.0)
+    no_pictures(monkeypatch)
+    run = [*common, "--num_samples", "1", "--num_speculations_last", "1", "--mode", mode]
+    assert sweep.main(run) == 0
+    assert {(0, 1), (0, 2), (0, 3), (0, 4), (1, 3), (3, 1)} <= {*traced}
+    traced.clear()
+    monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", 9)
+    assert sweep.main(run) == 0
+    assert traced == []
 
 
 def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
