@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from self_speculation.model.attention import AttentionKernel
 from self_speculation.model.kv_cache import ALIGNMENT, round_up
 
 # Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
@@ -24,7 +25,7 @@ class AttentionContext:
     make_mask: Callable[[int], Tensor | None]  # see `mask`
     rotations: Tensor | None = None  # [B * T, head_dim, head_dim] of heads; None: `rotary` rotates them
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [1 or B, T, head_dim] each
-    by_flash: bool = False  # flash attention masks the keys after each token itself
+    kernel: AttentionKernel = AttentionKernel.ANY  # FLASH masks the keys after each token itself
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -42,7 +43,7 @@ class AttentionContext:
             return (mask if copies == 1 else mask.repeat(copies, 1))[:, :end]
 
         rotations = _rotations(runner, cos, sin, rows)
-        return cls(rows, width, make_mask, rotations, (cos, sin), runner.has_flash and width > 1)
+        return cls(rows, width, make_mask, rotations, (cos, sin), runner.kernel)
 
     @classmethod
     def ragged(cls, runner: Any, positions: Tensor, length: int) -> AttentionContext:
@@ -59,7 +60,8 @@ class AttentionContext:
             later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
             return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
 
-        return cls(rows, width, make_mask, _rotations(runner, cos, sin, rows), (cos, sin))
+        rotations = _rotations(runner, cos, sin, rows)
+        return cls(rows, width, make_mask, rotations, (cos, sin), runner.kernel.with_mask)
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""

@@ -40,18 +40,6 @@ def synchronize(model: PreTrainedModel) -> None:
             torch.cuda.synchronize(device)
 
 
-def has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch has flash attention with a causal mask that is aligned to the last token and key."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None  # there it is aligned to the first ones
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-
-
 def free_memory(device: torch.device, num_ranks: int = 1) -> int:
     """Bytes that torch can still allocate on a device; the least of several ranks that call it together: one
     that refuses for want of memory would leave the others waiting.

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from self_speculation.model.attention import AttentionKernel, attend
 from self_speculation.model.devices import free_memory
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
@@ -27,9 +27,6 @@ from self_speculation.model.overrides import replaced_forward
 #   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
 # with or without biases and norms of q and k.
 FUSED_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss")
-
-# Its causal mask is aligned to the last token and key; that of `scaled_dot_product_attention` to the first.
-flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 # Modules that hold activation functions. Fused layers call these as they are.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -231,15 +228,14 @@ class FusedLayer:
         Query heads that share keys become more queries of one head: no fast kernel takes grouped heads with
         a mask. If all rows have one length, each key head of each row is a row of the kernel's batch.
         """
-        rows, width, attention = context.rows, context.width, scaled_dot_product_attention
+        rows, width, kernel, scale = context.rows, context.width, context.kernel, self._scaling
         if width == 1:
             heads = queries.reshape(*keys.shape[:2], self.groups, self._head_dim)
-            attended = attention(heads, keys, values, context.mask(self.groups), scale=self._scaling)
-            return attended.reshape(rows, -1)
-        if context.by_flash:  # it takes grouped heads
+            return attend(kernel, heads, keys, values, context.mask(self.groups), scale).reshape(rows, -1)
+        if kernel is AttentionKernel.FLASH:  # it takes grouped heads
             heads = queries.view(rows, width, self._num_heads, -1).transpose(1, 2)
-            shared = (part.view(rows, self._kv_heads, -1, self._head_dim) for part in (keys, values))
-            attended = flash_attention(heads, *shared, 0.0, True, scale=self._scaling)[0]
+            keys, values = (part.view(rows, self._kv_heads, -1, self._head_dim) for part in (keys, values))
+            attended = attend(kernel, heads, keys, values, None, scale, is_causal=True)
             return attended.transpose(1, 2).reshape(rows * width, -1)
         # [B, kv_heads, groups, T, head_dim]
         grouped = queries.view(rows, width, self._kv_heads, self.groups, -1).permute(0, 2, 3, 1, 4)
@@ -248,10 +244,9 @@ class FusedLayer:
         if is_wide or mask is None:
             heads = grouped.reshape(keys.shape[0], self.groups, width, -1)
             keys, values = (shared.expand(-1, self.groups, -1, -1) for shared in (keys, values))
-            attended = attention(heads, keys, values, mask, is_causal=mask is None, scale=self._scaling)
         else:
             heads = grouped.reshape(*keys.shape[:2], -1, self._head_dim)
-            attended = attention(heads, keys, values, mask, scale=self._scaling)
+        attended = attend(kernel, heads, keys, values, mask, scale, is_causal=mask is None)
         attended = attended.view(grouped.shape)
         return attended.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
 

@@ -112,8 +112,6 @@ def load_model_and_tokenizer(
     device = resolve_device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # It makes a plan for every new length of keys, which takes longer than a token.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if options.compile and device.type == "cpu":
         raise LoadingError("compile True: needs a GPU; on a CPU decoding is faster without")
     dtype = resolve_dtype(options.dtype, device)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from self_speculation.model.attention import attention_kernel, disable_cudnn_attention
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.devices import has_flash_attention, num_ranks
+from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model
@@ -116,7 +117,9 @@ class ModelRunner:
         self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))
         self.reserve(prompt_length, num_positions)
         head_dim = self.rotary.shape[2]
-        self.has_flash = has_flash_attention(like.device, self.dtype, head_dim)
+        self.kernel = attention_kernel(like.device, self.dtype, head_dim)  # of fused layers
+        if like.device.type == "cuda" and any(isinstance(layer, PlainLayer) for layer in self.layers):
+            disable_cudnn_attention()
         # To rotate in one product: x @ unit is x, x @ rotate_half is transformers' `rotate_half(x)`.
         self.unit = torch.eye(head_dim, dtype=self.dtype, device=like.device)
         self.rotate_half = self.unit.roll(head_dim // 2, 1)

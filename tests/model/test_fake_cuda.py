@@ -33,6 +33,7 @@ from self_speculation import (
 )
 from self_speculation import self_speculation_generator as generator
 from self_speculation.model import captured_runner
+from self_speculation.model.attention import AttentionKernel
 from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
@@ -66,13 +67,28 @@ def attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=Fal
 
 def flash_attention(query, key, value, dropout, is_causal, scale):
     """Asks for what the kernel does: query heads may share keys."""
-    assert (dropout, is_causal) == (0.0, True)
-    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert dropout == 0.0
+    assert query.dtype == key.dtype == value.dtype != torch.float32
     assert query.shape[1] % key.shape[1] == 0
     assert key.shape == value.shape
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value))
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, is_causal, scale=scale
+    )
+
+
+def efficient_attention(query, key, value, bias, log_sums, dropout, is_causal, scale):
+    """Asks for what the kernel does, which neither expands nor copies a mask."""
+    assert (dropout, is_causal and bias is not None) == (0.0, False)
+    assert query.dtype == key.dtype == value.dtype != torch.float64
+    assert query.shape[:2] == key.shape[:2]
+    assert key.shape == value.shape
+    assert all(map(is_aligned, (query, key, value)))
+    if bias is not None:
+        assert (bias.dtype, bias.shape) == (query.dtype, (*query.shape[:3], key.shape[2]))
+        assert is_aligned(bias)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, log_sums, dropout, is_causal, scale=scale
     )
 
 
@@ -161,9 +177,10 @@ def cuda(monkeypatch):
         torch.empty(0)
     package = "self_speculation"
     for name, value in {
-        f"{package}.model.fused_layers.scaled_dot_product_attention": attention,
-        "torch.nn.functional.scaled_dot_product_attention": attention,
-        f"{package}.model.fused_layers.flash_attention": flash_attention,
+        "torch.nn.functional.scaled_dot_product_attention": attention,  # of layers of transformers
+        f"{package}.model.attention.flash_attention": flash_attention,
+        f"{package}.model.attention.efficient_attention": efficient_attention,
+        f"{package}.model.model_runner.disable_cudnn_attention": lambda: None,
         "torch.cuda.get_device_capability": lambda device: (9, 0),
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         # A parameter of no memory is no `Parameter`, and nowhere.
@@ -196,13 +213,13 @@ def cuda(monkeypatch):
         if vars(module).get("on_device") is on_device:
             monkeypatch.setattr(module, "on_device", without_memory)
 
-    def make(heads=(6, 2), fused=True, num_layers=4):
+    def make(heads=(6, 2), fused=True, num_layers=4, dtype=torch.bfloat16):
         settings = LlamaConfig(
             vocab_size=64, hidden_size=8 * heads[0], intermediate_size=96, num_hidden_layers=num_layers,
             num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=4096,
         )  # fmt: skip
         with torch.no_grad(), torch.device(DEVICE):
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
         if fused:
             assert fuse(model) == num_layers
         return model
@@ -259,6 +276,55 @@ def test_long_prompts(cuda, fused):
         generate(cuda(fused=fused), [5] * length, max_steps=3, eos=[])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capability", "plain", "masked"),
+    [
+        (torch.bfloat16, (9, 0), "flash", "efficient"),
+        (torch.float16, (8, 0), "flash", "efficient"),
+        (torch.float16, (7, 5), "efficient", "efficient"),
+        (torch.float32, (9, 0), "efficient", "efficient"),
+    ],
+)
+def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypatch):
+    """Guards against cuDNN's attention, which makes a plan for every number of keys and which
+    `scaled_dot_product_attention` may pick, in models that the user has loaded.
+    """
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: run)
+    model = cuda(dtype=dtype, num_layers=1)
+
+    def called(lengths, *widths):
+        """By passes over the prompts of such rows, and of such widths over all rows."""
+        runner = captured_runner.make_runner(model, 30, 100, max(widths), len(lengths))
+        with torch.inference_mode(), Kernels() as ran:
+            runner.cache.set_rows([])
+            for row, length in enumerate(lengths):
+                prompt = torch.zeros(1, length, dtype=torch.long, device=DEVICE)
+                forward_early(runner.for_row(row), prompt, 1, num_logits=0)
+                runner.cache.add_row(length)
+            for width in widths:
+                ids = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
+                forward_early(runner, ids, 1, num_logits=0)
+        return [name.split("_")[4] for name in ran.calls if "scaled_dot_product" in name]
+
+    assert called([30], 1, 5, NARROW + 4) == [plain] * 4
+    assert called([30, 30], 1, 5) == [plain] * 4
+    assert called([30, 20], 1, 5, NARROW + 4) == [plain] * 2 + [masked] * 3
+    captured_runner.capture_decoding(model)
+    assert called([30], 1, 5) == [plain] + [masked] * 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_cudnn_is_disabled_for_layers_of_transformers(cuda, fused, monkeypatch):
+    """Guards against its plans where layers pick their own attention, and against a switch for the whole
+    process where none do.
+    """
+    calls, name = [], "self_speculation.model.model_runner.disable_cudnn_attention"
+    monkeypatch.setattr(name, lambda: calls.append(name))
+    ModelRunner(cuda(fused=fused, num_layers=1), 1, 1)
+    assert bool(calls) is not fused
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_same_ids_by_flash_attention(groups, monkeypatch):
     """Guards against heads in another order, and against a mask that is missing or aligned otherwise."""
@@ -274,13 +340,14 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
 
     def attention(query, key, value, _, is_causal, scale):
         """What the kernel computes: the last token sees all keys."""
-        assert is_causal
         lengths.append((query.shape[2], key.shape[2]))
-        mask = torch.ones(lengths[-1], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        mask = torch.ones(lengths[-1], dtype=torch.bool)
+        mask = mask.tril(key.shape[2] - query.shape[2]) if is_causal else mask
         return (scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True),)
 
-    monkeypatch.setattr("self_speculation.model.model_runner.has_flash_attention", lambda *_: True)
-    monkeypatch.setattr("self_speculation.model.fused_layers.flash_attention", attention)
+    flash = AttentionKernel.FLASH
+    monkeypatch.setattr("self_speculation.model.model_runner.attention_kernel", lambda *_: flash)
+    monkeypatch.setattr("self_speculation.model.attention.flash_attention", attention)
     assert [generate(model, prompt, **drafts).predicted_tokens for prompt in prompts] == expected
     assert {(6, 6), (PREFILL_CHUNK, PREFILL_CHUNK), (37, PREFILL_CHUNK + 37)} < {*lengths}
     assert any(width == 6 and length > 6 for width, length in lengths)  # verifications
@@ -290,13 +357,13 @@ def test_the_same_ids_by_flash_attention(groups, monkeypatch):
 @pytest.mark.parametrize(
     ("heads", "lengths", "width", "expected"),
     [
-        ((6, 2), [30], 1, (12, 24)),
-        ((4, 4), [30], 1, (12, 24)),
+        ((6, 2), [30], 1, (12, 22)),
+        ((4, 4), [30], 1, (12, 22)),
         ((6, 2), [30], 5, (12, 26)),
         ((6, 2), [30, 30], 5, (12, 28)),
         ((6, 2), [30], NARROW + 1, (12, 26)),
-        ((6, 2), [30, 20, 7], 1, (13, 28)),
-        ((6, 2), [30, 20, 7], 5, (14, 32)),
+        ((6, 2), [30, 20, 7], 1, (13, 26)),
+        ((6, 2), [30, 20, 7], 5, (14, 30)),
     ],
 )
 def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
@@ -320,7 +387,7 @@ def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
     assert found == expected
 
 
-@pytest.mark.parametrize(("captured", "expected"), [(False, (1055, 2187)), (True, (98, 176))])
+@pytest.mark.parametrize(("captured", "expected"), [(False, (1055, 2075)), (True, (98, 176))])
 def test_work_of_a_round(cuda, captured, expected, monkeypatch):
     """32 layers, exit 8, 6 tokens drafted: 7 passes of 8 layers, and one of 24. Guards against calls of the
     host that a replay does not save.
@@ -358,18 +425,15 @@ def test_a_read_waits_for_the_gpu_that_copies(monkeypatch):
 
 
 def test_a_model_loaded_on_a_gpu(model_folder, monkeypatch):
-    """Guards against work that goes to the first GPU instead, and against attention by cuDNN, which makes a
-    plan for every length of keys.
-    """
-    chosen, switched, load = [], [], AutoModelForCausalLM.from_pretrained
+    """Guards against work that goes to the first GPU instead."""
+    chosen, load = [], AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr("self_speculation.model.loading.resolve_device", torch.device)
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *args, device_map, **kwargs: load(*args, **kwargs)
     )
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", switched.append)
     load_model_and_tokenizer(str(model_folder), LoadingOptions(device="cuda:1"))
-    assert (chosen, switched) == ([torch.device("cuda:1")], [False])
+    assert chosen == [torch.device("cuda:1")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
