@@ -83,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
     http = Thread(target=serve, name="http")
     http.start()
-    succeeded = engine.run()
-    server.should_exit = True
-    http.join()
+    try:
+        succeeded = engine.run()
+    finally:
+        server.should_exit = True
+        http.join()
     return 0 if succeeded and server.started else 1
 
 

@@ -19,7 +19,8 @@ from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
 from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
-from self_speculation.model.devices import is_lost_rank
+from self_speculation.config import RankError
+from self_speculation.model.devices import is_lost_rank, num_ranks
 from self_speculation.model.families import context_length, sliding_window
 
 
@@ -135,7 +136,7 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             refuse(str(error))
         finished = ranks.share(run.records)
         missing = [index for index in range(job.num_steps) if index not in finished]
-        status, why = 1, ""
+        status, why, in_step = 1, "", True
         try:
             _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
             ranks.barrier()
@@ -145,9 +146,10 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             return job.conclude(run, [complete[index] for index in range(job.num_steps)])
         except (RecordError, Failed) as error:
             why = str(error)
-        except EXPLAINABLE as error:
+        except (*EXPLAINABLE, RankError) as error:
             why = reason(error, less_than(job.batch_size)) or ""
-            if not why and not is_lost_rank(error):
+            in_step = not isinstance(error, RankError)
+            if not (why or is_lost_rank(error)) or not (in_step or ranks.is_first()):
                 raise
         except KeyboardInterrupt:
             status = 130
@@ -158,6 +160,8 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             why = why or ("interrupted" if status == 130 else "another rank is gone")
             kept = f"{len(run.records())} of {job.num_steps} {job.unit} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
+        if not in_step:
+            sys.exit(status)  # without a farewell to ranks that wait in a pass
         return status
 
 
@@ -171,6 +175,8 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
     hidden = None if ranks.rank() == 0 else True  # None: unless at a terminal
     with tqdm(total=len(indices), desc=job.unit, disable=hidden) as bar:
         for index, record in job.records(indices):
+            if isinstance(record, RuntimeError) and num_ranks(job.generator.model) > 1:
+                raise RankError(str(record)) from record
             if isinstance(record, Exception):
                 wrong.append(failed(job.name(index), record, job.batch_size))
                 continue

@@ -28,6 +28,7 @@ from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
+from self_speculation.model.devices import in_step
 from self_speculation.model.families import check_supported, check_window, context_length
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.overrides import check_followed
@@ -95,8 +96,8 @@ class Scheduler(Generic[Key]):
     """Owns the sequences in flight and their KV cache.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
-    other requests go on. An error in a pass over several rows is raised. Change weights only while there are
-    no requests, and not between construction and the first one.
+    other requests go on. An error in a pass over several rows is raised, as is any RankError. Change weights
+    only while there are no requests, and not between construction and the first one.
 
     Args:
         batch_size: the most sequences at a time.
@@ -213,7 +214,7 @@ class Scheduler(Generic[Key]):
         decoding = self._begin()
         adjust_threads(self._model)
         try:
-            with self._without_autocast():
+            with self._without_autocast(), in_step(self._model):
                 self._strategy.step(decoding)
         except Exception as error:
             decoding.cache.fingerprint = None  # it may hold half a round
@@ -228,7 +229,7 @@ class Scheduler(Generic[Key]):
         while left > 0 and (sequence := self._next_prompt()) is not None:
             adjust_threads(self._model)
             try:
-                with self._without_autocast():
+                with self._without_autocast(), in_step(self._model):
                     left -= self._prefill_chunk(sequence, int(min(left, PREFILL_CHUNK)))
             except Exception as error:
                 sequence.error = error

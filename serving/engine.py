@@ -24,6 +24,7 @@ from self_speculation import (
     HuggingfaceLlamaGenerator,
     Request,
 )
+from self_speculation.config import RankError
 from self_speculation.generator_base import PreparedRequest
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.families import context_length
@@ -120,7 +121,8 @@ class Engine:
             self._changed.notify()
 
     def run(self) -> bool:
-        """Run jobs until `stop` is called; returns whether the engine worked to the end."""
+        """Run jobs until `stop` is called; returns whether the engine worked to the end. Raises RankError."""
+        in_step = True
         try:
             while True:
                 with self._changed:
@@ -131,6 +133,9 @@ class Engine:
         except Exception:
             _log.exception("the engine failed")
             return False
+        except RankError:
+            in_step = False
+            raise
         finally:
             with self._changed:
                 self.shut_down(0)
@@ -139,7 +144,8 @@ class Engine:
                 self.waiting.clear()
             for job in unfinished:
                 job.on_finish(ServerShutdown("the server failed"))
-            broadcast_from_rank0(self._model, None)
+            if in_step:
+                broadcast_from_rank0(self._model, None)
 
     def _step(self) -> None:
         """Abort and admit jobs, run one step of the scheduler, finish jobs."""

@@ -203,3 +203,53 @@ def test_pipeline_with_layers_on_disk_gives_the_same_ids(folder, expected_ids, t
     model, tokenizer = load_model_and_tokenizer(str(folder), LoadingOptions(arguments, parallel="pipeline"))
     assert model.model.layers[3].mlp.up_proj.weight.device.type == "meta"
     assert ids_of(model, tokenizer) == expected_ids
+
+
+FAILS = """
+import os, sys
+import torch
+from runs import program
+from self_speculation.model.model_runner import ModelRunner
+
+script = __import__(sys.argv.pop(1))
+own, failing, calls = ModelRunner.run_layers, int(sys.argv.pop(1)), 0
+
+def run_layers(self, hidden, first, last):
+    global calls
+    calls += 1
+    if calls > 12 and int(os.environ["RANK"]) == failing:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return own(self, hidden, first, last)
+
+ModelRunner.run_layers = run_layers
+program.run(script.main)
+"""
+
+
+@pytest.mark.parametrize(("script", "failing"), [("generate", 1), ("benchmark", 0)])
+def test_a_rank_without_memory_ends_all(script, failing, endless_folder, tmp_path):
+    """Guards against ranks that wait in a pass for one that goes on with its next request. Nobody ends the
+    others here, as torchrun does.
+    """
+    flags = ["--parallel", "tensor", "--sample", "False", "--prompt", "def"]
+    if script == "benchmark":
+        flags = [*small_run(endless_folder, tmp_path, 4, 40), *flags[:-2]]
+    else:
+        flags = ["--model", str(endless_folder), "--max_steps", "40", *flags]
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys; sys.path[:0] = {[*map(str, forks.PATHS)]}\n{FAILS}")
+    with tempfile.TemporaryFile() as said:
+        started = [
+            forks.Fork(program, script, failing, *flags, env=variables, stderr=said.fileno())
+            for variables in forks.environments(2)
+        ]
+        try:
+            assert [process.wait() for process in started] == [1, 1]
+        finally:
+            for process in started:
+                process.end()
+        errors = forks.read(said)
+    assert "Traceback" not in errors
+    assert len(re.findall("out of memory; less takes a shorter prompt", errors)) == 1
+    kept = re.findall(r"; [01] of 4 examples are kept, go on with --resume \S+logs", errors)
+    assert len(kept) == (script == "benchmark")

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from conftest import generate
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request
+from self_speculation.config import RankError
 from self_speculation.model.captured_runner import capture_decoding
-from serving.engine import ClientDisconnected, Job, QueueFull, RequestTimeout, ServerShutdown, follow
+from serving.engine import ClientDisconnected, Engine, Job, QueueFull, RequestTimeout, ServerShutdown, follow
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 
@@ -186,3 +188,15 @@ def test_an_engine_that_fails_ends_all_jobs(engine, monkeypatch):
     assert kinds(submit(engine, PROMPTS * 2)[1]) == [ServerShutdown] * 8
     assert not engine.accepts_jobs
     assert not engine.stop()
+
+
+def test_an_engine_whose_rank_fails_meets_the_others_no_more(text_model, byte_tokenizer, monkeypatch):
+    """Guards against a server that waits in an exchange while other ranks wait in a pass."""
+    engine, told, ended = Engine(tiny_generator(text_model, byte_tokenizer), GREEDY, 4, 4), [], []
+    monkeypatch.setattr("serving.engine.broadcast_from_rank0", lambda _, message: told.append(message))
+    monkeypatch.setattr(engine._scheduler, "step", Mock(side_effect=RankError("a rank failed")))
+    engine.submit([Job(Request(PROMPTS[0]), ended.append)])
+    with pytest.raises(RankError):
+        engine.run()
+    assert [type(error) for error in ended] == [ServerShutdown]
+    assert len(told) == 1  # of the step
