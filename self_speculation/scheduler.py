@@ -69,7 +69,7 @@ class DecodingStrategy(GenerationStrategy, ABC):
 
     @abstractmethod
     def step(self, decoding: Decoding) -> None:
-        """Do one round: every sequence gets at least one more token."""
+        """Do one round: every sequence gets at least one more token, now or in the next round."""
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         """Make what is made once for a model, so that no answer's time includes it."""

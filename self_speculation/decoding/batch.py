@@ -24,6 +24,11 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.transfers import Reading, on_device, read
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether the next pass is queued before the tokens of the last one are read. A CPU has no queue."""
+    return device.type != "cpu"
+
+
 class Batch:
     """See the module.
 
@@ -37,6 +42,8 @@ class Batch:
         self.longest_draft = longest_draft
         self.sequences: list[Sequence] = []
         self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] of each; not cached yet
+        # Of tokens that are not committed yet: a read of largest logits [B] and tokens [B]; [B, 1, V] logits.
+        self._unread: tuple[Reading, Tensor] | None = None
         # [B, 2K + 1] of this round: K sample the draft, K accept it, one samples the next token.
         self._numbers: Tensor | None = None
 
@@ -60,12 +67,15 @@ class Batch:
         alone = Batch(self.last.device)
         alone.sequences = [sequence]
         alone.emit(logits)
+        for batch in (self, alone):
+            batch.commit_unread()
         self.sequences.append(sequence)
         self.last = torch.cat((self.last, alone.last))
         vars(self).pop("sampler", None)
 
     def remove(self, row: int) -> Sequence:
         """Swap with the last row, then shrink."""
+        self.commit_unread()
         removed, self.sequences[row] = self.sequences[row], self.sequences[-1]
         self.sequences.pop()
         if row < len(self.sequences):
@@ -160,11 +170,27 @@ class Batch:
         return values
 
     def emit(self, logits: Tensor) -> None:
-        """Sample one token of each row from logits [B, V] and commit it. Reads from the device: one."""
+        """Sample one token of each row from logits [B, V]. Commit those of the call before, and these as well
+        unless the next pass may be queued first. Reads from the device: one for each call.
+        """
         logits = self.process(logits[:, None])  # [B, 1, V]
         tokens = self.sample(logits[:, 0]).tokens  # [B]
-        (ids,) = self.read([tokens], logits)
-        self.commit([[int(id_)] for id_ in ids], tokens[:, None], logits, [0] * len(self), [""] * len(self))
+        reading = Reading([logits.amax(-1), tokens])
+        self.commit_unread()
+        self.last, self._numbers, self._unread = tokens[:, None], None, (reading, logits)
+        go_on = (sequence.remaining > 1 and not sequence.ids_are_read for sequence in self.sequences)
+        if not (reads_late(self.last.device) and all(go_on)):
+            self.commit_unread()
+
+    def commit_unread(self) -> None:
+        """Read and commit the tokens that `emit` has left. A row that has ended takes none."""
+        if self._unread is not None:
+            (reading, logits), self._unread = self._unread, None
+            values, rows = reading.wait(), len(self)
+            for sequence, largest in zip(self.sequences, values[:rows], strict=True):
+                sequence.check([largest])
+            ids = [[int(id_)] for id_ in values[rows:]]
+            self.commit(ids, self.last, logits, [0] * rows, [""] * rows)
 
     def commit(
         self,

@@ -80,7 +80,7 @@ class Sequence:
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)
         self._processors = LogitsProcessorList(request.processors(config))
-        self._ids_are_read = bool(self._processors or self._criteria)
+        self.ids_are_read = bool(self._processors or self._criteria)  # on the device
         self._streamer = request.streamer
         self._drafts_shown = 0
         self._draft_ended = False
@@ -190,7 +190,7 @@ class Sequence:
                     self.error = errors[taken]
                     break
                 # Accepted tokens are there already if processors have read them.
-                if self._ids_are_read and not (self._processors and taken < len(tokens) - 1):
+                if self.ids_are_read and not (self._processors and taken < len(tokens) - 1):
                     self._ids[0, self.length] = tokens[taken]
                 self.tokens.append(tokens[taken])
                 self.stop_reason = self._stops(scores[taken : taken + 1])

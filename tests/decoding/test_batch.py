@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import MaxLengthCriteria
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, make_strategy
+from self_speculation.decoding import batch
 from self_speculation.model import model_runner
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.kv_cache import KVCache
@@ -91,14 +92,16 @@ ROW = st.tuples(
     agreement=st.sampled_from(["sometimes", "always", "never"]),
     fused=st.booleans(),
     context=st.sampled_from([20, 256]),
+    late=st.booleans(),
 )
 @settings(max_examples=120)
 def test_every_row_is_as_if_alone(
-    rows, batch_size, budget, reuse_cache, drafts, max_steps, ends, sample, agreement, fused, context
+    rows, batch_size, budget, reuse_cache, drafts, max_steps, ends, sample, agreement, fused, context, late
 ):
     """Guards against slots, masks, lengths, random numbers, settings, processors or stop conditions of other
     rows, against a row at the end of its context that shortens others, against a chunk of a prompt at a wrong
-    position, and against a cached prefix that another row overwrites. Rows are replaced in every order.
+    position, and against a cached prefix that another row overwrites. Rows are replaced in every order. On a
+    GPU tokens are read late: guards against a pass too many that shows.
     """
     fused = fused or drafts.get("draft_weights") == "int4"
     is_adaptive = "strategy" in drafts  # whose drafts and draws depend on time
@@ -115,7 +118,9 @@ def test_every_row_is_as_if_alone(
     model = tiny_llama(agreement=agreement, fused=fused, max_position_embeddings=context)
     config = {"max_steps": max_steps, "sample": sample and not is_adaptive, **drafts}
     together = in_batch if budget is None else partial(chunked, budget=budget)
-    results = together(model, requests, batch_size, reuse_cache=reuse_cache, **config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "reads_late", lambda device: late)
+        results = together(model, requests, batch_size, reuse_cache=reuse_cache, **config)
     assert sorted(results) == list(range(len(requests)))
     for index, request in enumerate(requests):
         alone, mine = in_batch(model, [request], 1, **config)[0], results[index]
@@ -141,17 +146,18 @@ def nan_from(length):
     return lambda ids, logits: logits * torch.nan if ids.shape[1] >= length else logits
 
 
-@pytest.mark.parametrize("drafts", [{}, DRAFTED])
+@pytest.mark.parametrize(("drafts", "late"), [({}, False), ({}, True), (DRAFTED, False)])
 @pytest.mark.parametrize(
     "broken",
     [Request([4, 49, *[5] * 30]), Request([4, 6], nan_from(6)), Request([4, 49, *[5] * 30], raises_from(1))],
     ids=["prompt", "later", "prompt, after an error"],
 )
 @pytest.mark.parametrize("batch_size", [2, 4])
-def test_nan_stays_in_its_row(batch_size, broken, drafts):
+def test_nan_stays_in_its_row(batch_size, broken, drafts, late, monkeypatch):
     """Guards against NaN that a mask lets through to another row, or that stays in a slot, and against drafts
     that are padded with a token that the row does not have.
     """
+    monkeypatch.setattr(batch, "reads_late", lambda device: late)
     model = copy.deepcopy(tiny_llama())
     with torch.no_grad():
         model.model.embed_tokens.weight[[0, 49]] = torch.nan
