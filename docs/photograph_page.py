@@ -1,10 +1,10 @@
-"""Take a screenshot of serve.py's page during an answer, with visible drafts.
+"""Take two screenshots of serve.py's page side by side: the same questions without drafts and with them.
 
     python docs/photograph_page.py docs/serve.png --model FILE.gguf [other arguments of serve.py]
 
-Needs requirements-dev.txt and Debian's package chromium. The screenshot shows unverified drafts of the last
-answer. It shows the speed of one answer without drafts and of one with drafts: use an idle machine, and take
-another picture if drafts gain nothing. The last line has both speeds as one JSON object.
+Needs requirements-dev.txt and Debian's package chromium. The first answer is complete and shows its speed;
+the second one is being written, in the right half with unverified drafts. Use an idle machine. The last line
+has both speeds as one JSON object.
 """
 
 from __future__ import annotations
@@ -22,24 +22,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.servers import SERVE, started
 
-WIDTH, HEIGHT, SCALE = 900, 780, 1.5
+WIDTH, HEIGHT, SCALE = 600, 700, 1.25  # of each half, and pixels per unit
+GAP = 4  # pixels between the halves
 # A fixed strategy: adaptive decoding depends on the load of the machine.
 DEFAULT_ARGUMENTS = [
     *("--generation_strategy", "self_speculative", "--exit_layer", "30", "--num_speculations", "5"),
     *("--draft_weights", "int4", "--sample", "False", "--served_name", "SmolLM2-135M-Instruct"),
 ]
-WARM_UP = "Give me five tips for a good breakfast."  # not in the picture: a first answer is slower
-QUESTIONS = {  # with drafts, or without
-    "Explain in one paragraph how rainbows form.": False,
-    "Write a Python function that adds two numbers.": True,
-    "Give me three tips for sleeping better.": True,
-}
+QUESTIONS = ["Explain in one paragraph how rainbows form.", "Give me three tips for sleeping better."]
 # Replace the page with a copy, so that later tokens do not show.
-FREEZE = """() => {
+FREEZE = """drafts => {
   const answer = document.querySelector(".turn:last-child .answer");
   const drafted = answer.querySelector(".draft")?.textContent ?? "";
   const isLong = drafted.trim().length >= 12 && !drafted.includes("\\n");
-  if (answer.textContent.length < 140 || !isLong) return false;
+  if (answer.textContent.length < 140 || drafts && !isLong) return false;
   document.body.replaceWith(document.body.cloneNode(true));
   return true;
 }"""
@@ -55,17 +51,29 @@ def main() -> None:
         )
         page.set_default_timeout(300_000)  # ms
         page.goto(address)
-        ask(page, WARM_UP)
+        converse(page, drafts=False)  # not in the picture: first answers are slower
+        speeds, halves = [], []
+        for drafts in (False, True):
+            page.goto(address)
+            converse(page, drafts)
+            speeds.append(float(page.locator(".figures span:first-child b").inner_text()))
+            halves.append(Image.open(io.BytesIO(page.screenshot(animations="disabled"))))
+    left, right = halves
+    picture = Image.new("RGB", (left.width + GAP + right.width, left.height), "#8a909c")
+    picture.paste(left, (0, 0))
+    picture.paste(right, (left.width + GAP, 0))
+    picture.quantize(128).save(path, optimize=True)
+    print(json.dumps({"tokens/s without drafts": speeds[0], "tokens/s": speeds[1]}))
+
+
+def converse(page: Page, drafts: bool) -> None:
+    """Ask all questions in a new chat, until the page of the last answer is frozen."""
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_role("switch").set_checked(drafts)
+    for question in QUESTIONS:
         page.get_by_role("button", name="Send").wait_for()
-        page.get_by_role("button", name="New chat").click()
-        for question, drafts in QUESTIONS.items():
-            page.get_by_role("button", name="Send").wait_for()
-            page.get_by_role("switch").set_checked(drafts)
-            ask(page, question)
-        page.wait_for_function(FREEZE)
-        Image.open(io.BytesIO(page.screenshot(animations="disabled"))).quantize(128).save(path, optimize=True)
-        without, drafted = page.locator(".figures span:first-child b").all_inner_texts()
-    print(json.dumps({"tokens/s without drafts": float(without), "tokens/s": float(drafted)}))
+        ask(page, question)
+    page.wait_for_function(FREEZE, arg=drafts)
 
 
 def ask(page: Page, question: str) -> None:

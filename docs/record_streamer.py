@@ -4,7 +4,8 @@
 
 Needs requirements-dev.txt. Drawing begins after the program has ended, since it would slow it down. A frame
 has all output of its time, so tokens appear as fast as they did. Only pauses are shortened: one comes before
-the last line, the comparison. The last line of this script's own output is one JSON object.
+the last line, the comparison. The terminal is wider than any line; lines of the film break
+between words. The last line of this script's own output is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import pyte
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-COLUMNS, LINES, FONT_SIZE = 92, 27, 14
+COLUMNS, LINES, FONT_SIZE = 92, 27, 14  # of the film
+WIDE = 1000  # columns of the terminal
 FRAME = 0.04  # seconds; viewers slow down what is faster than 0.02
 PAUSE, LAST = 1.5, 6.0  # seconds: the longest pause, and the duration of the last frame
 PALETTE = {"default": "#d7dae0", "brown": "#e5b64c", "green": "#6cc26b"}  # pyte calls ANSI 33 brown
@@ -40,7 +42,7 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
     """The program's output: seconds since the first output, text."""
     script = str(Path(__file__).parent.parent / "generate.py")
     child = pexpect.spawn(
-        sys.executable, [script, *arguments], dimensions=(LINES, COLUMNS), encoding="utf-8", timeout=300,
+        sys.executable, [script, *arguments], dimensions=(LINES, WIDE), encoding="utf-8", timeout=300,
         env={**os.environ, "TERM": "xterm-256color", "TQDM_DISABLE": "1"},
     )  # fmt: skip
     written: list[tuple[float, str]] = []
@@ -58,7 +60,7 @@ def record(arguments: list[str]) -> list[tuple[float, str]]:
 
 def film(written: list[tuple[float, str]]) -> tuple[list[Image.Image], list[int]]:
     """Frames of the terminal, and their durations in ms."""
-    screen = pyte.Screen(COLUMNS, LINES)
+    screen = pyte.Screen(WIDE, LINES)
     stream = pyte.Stream(screen)
     pictures, numbers = [], []
     for number, group in itertools.groupby(written, key=lambda part: round(part[0] / FRAME)):
@@ -74,13 +76,26 @@ def draw(screen: pyte.Screen) -> Image.Image:
     width, height = round(font.getlength("m")), round(FONT_SIZE * 1.3)
     image = Image.new("RGB", (COLUMNS * width + 16, LINES * height + 16), BACKGROUND)
     pen = ImageDraw.Draw(image)
-    for row in range(LINES):
-        for column in range(COLUMNS):
-            cell = screen.buffer[row][column]
+    rows = [[screen.buffer[row][column] for column in range(WIDE)] for row in range(screen.cursor.y + 1)]
+    lines = [line for row in rows for line in wrapped(row, COLUMNS)]
+    for row, line in enumerate(lines[-LINES:]):
+        for column, cell in enumerate(line):
             if cell.data.strip():
                 place = (8 + column * width, 8 + row * height)
                 pen.text(place, cell.data, font=font, fill=PALETTE.get(cell.fg, PALETTE["default"]))
     return image.quantize(palette=palette(), dither=Image.Dither.NONE)
+
+
+def wrapped(cells: list[pyte.screens.Char], width: int) -> list[list[pyte.screens.Char]]:
+    """Lines of at most `width` cells, broken at spaces where there are any."""
+    while cells and not cells[-1].data.strip():
+        cells = cells[:-1]
+    lines = []
+    while len(cells) > width:
+        end = next((n for n in range(width, 0, -1) if cells[n].data == " "), width)
+        lines.append(cells[:end])
+        cells = cells[end:] if cells[end].data != " " else cells[end + 1 :]
+    return [*lines, cells]
 
 
 @cache
