@@ -89,6 +89,8 @@ class GenerationConfig:
     """Sample among tokens of at least p times the probability of the most likely one; 0: off."""
     repetition_penalty: float = 1.0
     """Divides positive logits of ids in prompt and output, multiplies negative ones; 1: off."""
+    repetition_window: int | None = None
+    """The repetition penalty sees this many of the last tokens; default: prompt and output."""
     frequency_penalty: float = 0.0
     """Lowers the logit of an id by so much for each time that the output has it; 0: off."""
     presence_penalty: float = 0.0
@@ -116,7 +118,7 @@ class GenerationConfig:
         check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0")
         for name in ("frequency_penalty", "presence_penalty"):
             check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")
-        for name in ("max_steps", "draft_vocabulary", "no_repeat_ngram_size"):
+        for name in ("max_steps", "draft_vocabulary", "no_repeat_ngram_size", "repetition_window"):
             check(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
         check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")
@@ -153,6 +155,12 @@ class GenerationConfig:
     @property
     def is_adaptive(self) -> bool:
         return self.generation_strategy == "adaptive"
+
+    @property
+    def drafts_repeat(self) -> bool:
+        """Whether drafts depend on the request alone: not on time, other rows or earlier answers."""
+        is_exact = self.draft_weights == "exact" and self.draft_vocabulary is None
+        return is_exact and not (self.is_adaptive or self.shared_lookup)
 
     @property
     def greedy(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import hashlib
 import itertools
 import json
@@ -10,8 +11,8 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 _STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _SEEDS = 2**63
@@ -114,7 +116,7 @@ class App(Starlette):
         )
 
     async def _page(self, http: Request) -> Response:
-        headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"}
+        headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache", **_NO_SNIFFING}
         return FileResponse(Path(__file__).with_name(PAGE_FILES[http.scope["path"]]), headers=headers)
 
     async def _health(self, _: Request) -> Response:
@@ -224,11 +226,12 @@ class App(Starlette):
 
         def start() -> tuple[ChatRequest | CompletionRequest, list[_Choice]]:
             request = kind.model_validate_json(body)
-            return request, self._submit(request, emit)
+            with _naming_field(request):
+                return request, self._submit(request, emit)
 
         # In a thread: a long request takes a while to parse, check and tokenize.
         request, choices = await asyncio.to_thread(start)
-        events = self._events(choices, queue)
+        events = self._events(request, choices, queue)
         parts = (self._chunks if request.stream else self._whole)(request, choices, events)
         media_type = "text/event-stream" if request.stream else "application/json"
         return _AnswerResponse(parts, media_type, [choice.job for choice in choices])
@@ -243,6 +246,9 @@ class App(Starlette):
         else:
             prompts = self._encode_prompts(request)
         grammar = request.grammar(tokenizer)
+        bias = dict(request.logit_bias)
+        if request.ignore_eos:
+            bias |= dict.fromkeys(self._generator.eos_token_ids, -math.inf)
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         choices = []
         for index, ((ids, echo), nth) in enumerate(itertools.product(prompts, range(request.n))):
@@ -258,7 +264,7 @@ class App(Starlette):
                 streamer=streamer,
                 seed=(seed + nth) % _SEEDS,
                 config=config,
-                logit_bias=request.logit_bias,
+                logit_bias=bias,
                 prediction=request.prediction and request.prediction.content,
                 grammar=grammar,
             )
@@ -267,14 +273,17 @@ class App(Starlette):
         self._engine.submit([choice.job for choice in choices])
         return choices
 
-    async def _events(self, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]) -> Events:
+    async def _events(
+        self, request: BaseRequest, choices: list[_Choice], queue: asyncio.Queue[tuple[int, Any]]
+    ) -> Events:
         """Yield what the engine emits until all choices finish. Raises the error of a choice."""
         unfinished = len(choices)
         while unfinished:
             index, event = await queue.get()
             choice, job = choices[index], choices[index].job
             if isinstance(event, Exception):
-                raise event
+                with _naming_field(request):
+                    raise event
             if isinstance(event, GenerationStrategyResult):
                 unfinished -= 1
                 choice.finished = FinishedRequest(event, job.admission_time - job.arrival_time)
@@ -363,7 +372,17 @@ async def _read_body(http: Request, max_bytes: int) -> bytes:
         body += part
         if len(body) > max_bytes:
             raise APIError(f"the request has more than {max_bytes} bytes", 413)
-    return bytes(body)
+    return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows
+
+
+@contextmanager
+def _naming_field(request: BaseRequest) -> Iterator[None]:
+    """Errors of a grammar name the field that it is made from."""
+    try:
+        yield
+    except GrammarError as error:
+        (name,) = request.guides
+        raise APIError(f"{name}: {error}", param=name) from error
 
 
 def _server_sent(content: Any) -> str:
@@ -384,8 +403,6 @@ def _api_error(error: Exception) -> APIError:
         return APIError(str(error), _STATUS[type(error)])
     if isinstance(error, ValidationError):
         return validation_error(error)
-    if isinstance(error, GrammarError):
-        return APIError(f"response_format or tools: {error}", param="response_format")
     if isinstance(error, ValueError):  # the scheduler raises it for an invalid request
         return APIError(str(error))
     if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:

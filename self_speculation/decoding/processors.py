@@ -16,6 +16,18 @@ from transformers import (
 from self_speculation.config import GenerationConfig
 
 
+class RecentRepetitionPenaltyLogitsProcessor(RepetitionPenaltyLogitsProcessor):
+    """A repetition penalty that sees the last tokens only (llama.cpp's)."""
+
+    def __init__(self, penalty: float, window: int) -> None:
+        super().__init__(penalty)
+        self._window = window
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: [1, n] prompt, output and draft; scores: [1, V]"""
+        return super().__call__(input_ids[:, -self._window :], scores)
+
+
 class FrequencyPenaltyLogitsProcessor(LogitsProcessor):
     """Lowers the logit of each id by `frequency` for each time that the output has it, and by `presence` once
     (OpenAI's penalties, which transformers does not have).
@@ -41,7 +53,9 @@ def config_processors(
             SequenceBiasLogitsProcessor({(id_,): float(bias) for id_, bias in logit_bias.items()})
         )
     if config.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        penalty, window = config.repetition_penalty, config.repetition_window
+        recent = RecentRepetitionPenaltyLogitsProcessor
+        processors.append(recent(penalty, window) if window else RepetitionPenaltyLogitsProcessor(penalty))
     if config.frequency_penalty or config.presence_penalty:
         penalties = (config.frequency_penalty, config.presence_penalty)
         processors.append(FrequencyPenaltyLogitsProcessor(prompt_length, *penalties))

@@ -40,7 +40,8 @@ def test_defaults_are_the_documented_ones():
         "sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "no_repeat_ngram_size": None,
         "stop_words": None, "stop_token_ids": None, "draft_weights": "exact", "draft_confidence": None,
         "draft_vocabulary": None, "prompt_lookup": 0, "shared_lookup": 0, "reuse_cache": False,
-            "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+        "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+        "repetition_window": None,
     }  # fmt: skip
     assert values() == {
         **dataclasses.asdict(config), "model": None, "model_args": None, "seed": 42, "output_dir": "./logs",
@@ -86,6 +87,7 @@ OUT_OF_RANGE = {
         "exit_layer": 0, "num_speculations": 0, "temperature": -1, "top_k": -1, "top_p": 1.5, "min_p": 1.5,
         "repetition_penalty": 0, "frequency_penalty": 3, "presence_penalty": -3, "no_repeat_ngram_size": 0,
         "stop_token_ids": [-1], "draft_vocabulary": 0, "prompt_lookup": 33, "shared_lookup": -1,
+        "repetition_window": 0,
     },
     DataArguments: {"num_samples": 0},
     BatchArguments: {"batch_size": 0},

@@ -109,6 +109,8 @@ def test_bad_schemas(served, schema, kind):
     }[kind]
     message = refused(served, CHAT, messages=HELLO, **request)
     assert said in message
+    field = {"schema": "response_format: ", "tool": "tools: "}[kind]
+    assert message.startswith((field, "the body: Invalid JSON: recursion limit"))
     assert (len(message.splitlines()), len(message) < 500) == (1, True)
 
 

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from self_speculation import GenerationConfig
-from serving.protocol import ChatRequest, CompletionRequest, validation_error
+from self_speculation.decoding.grammar import Grammar
+from serving.protocol import APIError, ChatRequest, CompletionRequest, validation_error
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -20,54 +21,161 @@ def refused(kind, **request):
     return error.param, str(error)
 
 
-@pytest.mark.parametrize(
-    ("name", "neutral", "other"),
-    [
-        ("ignore_eos", [False], True),
-        ("chat_template_kwargs", [{}], {"x": 1}),
-        ("top_logprobs", [0], 1),
-        ("stream_options", [{}, {"include_usage": False}], {"include_usage": True}),
-        ("stream_drafts", [False], True),
-        ("frobnicate", [None], 1),
-        ("tools", [[]], 1),
-        ("tool_choice", ["none", "auto"], "maybe"),
-        ("response_format", [{}, {"type": "text"}], {"type": "json_schema"}),
-        ("logit_bias", [{}], []),
-        ("presence_penalty", [0], 3),
-        ("frequency_penalty", [0.0], 3),
-        ("repetition_penalty", [1], 0),
-        ("min_p", [0], 2),
-        ("top_k", [-1, 0], -2),
-    ],
-)
-def test_neutral_values_are_accepted_and_others_are_errors(name, neutral, other):
+# Field -> values that ask for nothing, as clients send them by default, and one that is an error.
+FIELDS = {
+    "chat_template_kwargs": ([{}], {"x": 1}),
+    "top_logprobs": ([0], 1),
+    "stream_options": ([{}, {"include_usage": True, "continuous_usage_stats": False}], {"x": 1}),
+    "stream_drafts": ([False], True),
+    "frobnicate": ([None], 1),
+    "tools": ([[]], 1),
+    "tool_choice": (["none", "auto"], "maybe"),
+    "response_format": ([{}, {"type": "text"}], {"type": "json_schema"}),
+    "structured_outputs": ([{}], {"json_object": True, "regex": "x"}),
+    "logit_bias": ([{}], []),
+    "presence_penalty": ([0], 3),
+    "frequency_penalty": ([0.0], 3),
+    "repetition_penalty": ([1], 0),
+    "min_p": ([0], 2),
+    "top_k": ([-1, 0], -2),
+    "max_tokens": ([-1], -2),
+    "stop_token_ids": ([[]], [-1]),
+    "continue_final_message": ([False], True),
+    "add_generation_prompt": ([True], False),
+    "include_reasoning": ([False], "x"),
+    "reasoning_effort": (["none", "low", "high"], "banana"),
+    "verbosity": (["high"], "x"),
+    "extra_body": ([{}], {"x": 1}),
+    "images": ([[]], ["x"]),
+    "min_tokens": ([0], 5),
+    "priority": ([0], 1),
+    "skip_special_tokens": ([True], 1.5),
+    "ignore_eos": ([False], 1),
+    **dict.fromkeys(
+        (
+            "cache_prompt", "chat_id", "include_obfuscation", "metadata", "prompt_cache_key",
+            "prompt_cache_retention", "provider_specific_fields", "safety_identifier",
+            "service_tier", "store", "user",
+        ),
+        (["x", {"x": 1}, True], None),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_neutral_values_are_accepted_and_others_are_errors(name):
     """Guards against clients that send every field's default and get an error or another text, and against a
     field that is accepted and changes nothing.
     """
+    neutral, other = FIELDS[name]
     for value in neutral:
         request = ChatRequest(messages=HELLO, **{name: value})
         assert request.generation_config(GenerationConfig()) == GenerationConfig()
         assert request.grammar(None) is None
-        assert not request.logit_bias
-        assert not request.is_buffered
-    param, message = refused(ChatRequest, messages=HELLO, **{name: other})
-    assert param.split(".")[0] == name
-    assert message.startswith(name)
+        assert not any((request.logit_bias, request.ignore_eos, request.is_buffered))
+    if other is not None:
+        param, message = refused(ChatRequest, messages=HELLO, **{name: other})
+        assert param.split(".")[0] == name
+        assert message.startswith(name)
 
 
-def test_harmless_fields_are_ignored():
-    """Guards against errors for what clients send by default, in requests and in messages."""
-    fields = {
-        "metadata": {"a": "b"}, "prompt_cache_key": "k", "safety_identifier": "s", "store": True, "user": "u",
-        "service_tier": "flex", "reasoning_effort": "low", "verbosity": "high",
-    }  # fmt: skip
+def test_fields_of_earlier_answers_are_ignored():
+    """Guards against the second turn of a chat that fails, since clients return what a model has said."""
     part = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
-    messages = [{"role": "user", "name": "Eve", "content": [part]}]
-    assert ChatRequest(messages=messages, **fields) == ChatRequest(messages=HELLO)
-    answer = {"tool_calls": [], "annotations": [], "reasoning_content": "", "refusal": None, "audio": None}
+    assert ChatRequest(messages=[{"role": "user", "name": "Eve", "content": [part]}]) == ChatRequest(
+        messages=HELLO
+    )
+    answer = {
+        "tool_calls": [], "annotations": [{"type": "url_citation"}], "refusal": "No.",
+        "reasoning": "Hm.", "reasoning_content": "Hm.", "audio": None,
+        "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}],
+        "thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}], "function_call": None,
+        "provider_specific_fields": {"refusal": None}, "images": [],
+    }  # fmt: skip
     for content in ({}, {"content": None}, {"content": ""}):
         [message] = ChatRequest(messages=[{"role": "assistant", **answer, **content}]).messages
         assert message.for_template == {"role": "assistant", "content": ""}
+    [message] = ChatRequest(messages=[{"role": "user", "content": None}]).messages
+    assert message.for_template == {"role": "user", "content": ""}
+
+
+def test_fields_of_other_servers_mean_what_they_mean_there():
+    """Those of llama.cpp and vLLM. Guards against a field that is accepted and does something else."""
+
+    def config(**given):
+        return ChatRequest(messages=HELLO, **given).generation_config(GenerationConfig())
+
+    assert config(n_predict=7, max_tokens=9).max_steps == 7
+    assert config(n_predict=-1, max_tokens=-1).max_steps == GenerationConfig().max_steps
+    for given, penalty, window in (
+        ({"repeat_penalty": 1.5}, 1.5, 64),
+        ({"repeat_penalty": 1.5, "repeat_last_n": 8}, 1.5, 8),
+        ({"repeat_penalty": 1.5, "repeat_last_n": 0}, 1.0, 1),
+        ({"repetition_penalty": 1.5}, 1.5, None),
+    ):
+        assert (config(**given).repetition_penalty, config(**given).repetition_window) == (penalty, window)
+    assert config(repeat_penalty=1.5, repeat_last_n=-1).repetition_window > 1_000_000
+    assert config(stop_token_ids=[7]).stop_token_ids == [7]
+    assert len(config(stop=["x"] * 100).stop_words) == 100
+    tool = {"function": {"name": "f"}}  # without a type
+    request = ChatRequest(messages=HELLO, tools=[tool], tool_choice="any")
+    assert request.tool_choice == "required"
+    assert request.tools_for_template == [{"type": "function", **tool}]
+    schema = {"type": "object"}
+    expected = Grammar.json_schema(schema)
+    for given, grammar in (
+        ({"guided_json": schema}, expected),
+        ({"guided_json": json.dumps(schema)}, expected),
+        ({"structured_outputs": {"json": schema}}, expected),
+        ({"structured_outputs": {"json": json.dumps(schema)}}, expected),
+        ({"structured_outputs": {"json_object": True}}, expected),
+        ({"structured_outputs": {"regex": "[0-9]+"}}, Grammar.regex("[0-9]+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Grammar.lark('start: "a" | "b"')),
+    ):
+        assert ChatRequest(messages=HELLO, **given).grammar(None) == grammar
+        with pytest.raises(APIError, match="cannot be combined") as error:
+            ChatRequest(messages=HELLO, ignore_eos=True, **given)
+        assert error.value.param == "ignore_eos"
+
+
+@pytest.mark.parametrize(
+    ("drafts", "repeat"),
+    [
+        ({"generation_strategy": "adaptive"}, False),
+        ({"draft_weights": "int4"}, False),
+        ({"shared_lookup": 100}, False),
+        ({"draft_vocabulary": 9}, False),
+        ({"draft_confidence": "auto", "prompt_lookup": 3}, True),
+    ],
+)
+def test_a_seed_holds(drafts, repeat):
+    """Guards against drafts that depend on time, on other requests or on earlier answers."""
+    strategy = "self_speculative"
+    config = GenerationConfig(
+        **{"generation_strategy": strategy, "exit_layer": 2, "num_speculations": 3} | drafts
+    )
+    for given, drafted in (
+        ({"seed": 1}, repeat),
+        ({"seed": 1, "temperature": 0.5}, repeat),
+        ({"seed": 1, "temperature": 0}, True),
+        ({"temperature": 0.5}, True),
+    ):
+        own = ChatRequest(messages=HELLO, **given).generation_config(config)
+        assert (own.generation_strategy != "autoregressive") == drafted
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"temprature": 1}, "temprature 1: this server cannot honour this field, did you mean temperature?"),
+        ({"frobnicate": 1}, "frobnicate 1: this server cannot honour this field, leave it out"),
+        ({"min_tokens": 5}, "min_tokens 5: this server can honour only 0"),
+        ({"stream_options": {"include_usages": True}}, "did you mean include_usage?"),
+        ({"x" * 1_000_000: 1}, "leave it out"),
+    ],
+)
+def test_an_error_suggests_the_nearest_field(given, says):
+    assert says in refused(ChatRequest, messages=HELLO, **given)[1]
 
 
 def test_a_template_gets_the_arguments_of_calls():
@@ -97,7 +205,12 @@ def test_parts_of_a_prediction_are_one_text():
 @pytest.mark.parametrize(
     ("request_", "param"),
     [
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role"),
+        ({"tool_choice": "maybe"}, "tool_choice"),
+        ({"tool_choice": 5}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"nam": "f"}}}, "tool_choice.function.name"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
@@ -105,11 +218,11 @@ def test_parts_of_a_prediction_are_one_text():
         ({"repetition_penalty": 1e-300}, "repetition_penalty"),  # infinite logits
         ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"stop": [""]}, "stop.0"),
-        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": ["x"] * 129}, "stop"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
-        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias.-1.[key]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
         ({"response_format": {"type": "text", "schema": {}}}, "response_format"),
         ({"response_format": {"type": "json_object", "schema": 1}}, "response_format.schema"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),

@@ -1,5 +1,6 @@
 """The protocol over HTTP, by OpenAI's client and by hand, on a tiny model in this process."""
 
+import codecs
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from servers import TEMPLATE, Running, Served, chunks, held, post, raw_request, refused, tiny_generator, until
 from tokenizers.processors import TemplateProcessing
 
+from self_speculation import GenerationConfig
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
 from serving.protocol import CompletionRequest
 
@@ -124,6 +126,32 @@ def test_a_seed_gives_the_same_answer_in_any_batch(served):
             others.submit(post, served, prompt=prompt, temperature=temperature, max_tokens=30)
         assert texts(whole_choices(served, **request, seed=1), 1) == alone[1:2]
     assert len(set(texts(whole_choices(served, **request, n=3), 3))) > 1
+
+
+def test_a_seed_holds_beside_adaptive_drafts(text_model, byte_tokenizer):
+    """Guards against a seed that is accepted and does nothing, since these drafts depend on time."""
+    config = GenerationConfig(generation_strategy="adaptive", temperature=1.0, top_p=1.0, max_steps=60)
+    request = {"prompt": PROMPTS[0], "seed": 7}
+    with Served(tiny_generator(text_model, byte_tokenizer, config), config) as served:
+        alone = post(served, **request).json()
+        assert alone["metrics"]["speculative_decoding"]["drafted"] == 0
+        with ThreadPoolExecutor() as others:
+            for prompt in PROMPTS[1:]:
+                others.submit(post, served, prompt=prompt, temperature=0)
+            assert whole_choices(served, **request)[0]["text"] == alone["choices"][0]["text"]
+
+
+def test_an_answer_that_ignores_its_end(text_model, byte_tokenizer):
+    """The end id is never picked, as in llama.cpp. Guards also against an error for a byte order mark."""
+    bias = {str(byte_tokenizer.eos_token_id): 100}
+    with Served(tiny_generator(text_model, byte_tokenizer)) as served:
+        for ignored, reason, number in ((False, "stop", 1), (True, "length", 9)):
+            body = {"prompt": "x", "max_tokens": 9, "logit_bias": bias, "ignore_eos": ignored}
+            data = codecs.BOM_UTF8 + json.dumps(body).encode()
+            url, headers = f"{served.url}/v1/completions", {"Content-Type": "application/json"}
+            answer = requests.post(url, data, headers=headers).json()
+            assert answer["choices"][0]["finish_reason"] == reason
+            assert answer["usage"]["completion_tokens"] == number
 
 
 def test_logprobs_are_those_of_the_model(served):
@@ -242,7 +270,12 @@ TOO_LONG = "maximum context length is 256 tokens"
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        (b'{"prompt": "x", "tools": [1]}', "tools", "cannot honour"),
+        (b'{"prompt": "x", "tools": [1]}', "tools", "can honour only []"),
+        (
+            b'{"prompt": "x", "structured_outputs": {"regex": "("}}',
+            "structured_outputs",
+            "structured_outputs: ",
+        ),
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens", "max_tokens 0: "),
         (b"{", None, "Invalid JSON: EOF"),
         (b"[1]", None, "should be an object"),
@@ -353,6 +386,7 @@ def test_limits_and_key(text_model, byte_tokenizer):
             policy = response.headers.get("Content-Security-Policy", "")
             assert policy.startswith("default-src 'none'; ") == (path != "health")
             assert "unsafe" not in policy
+            assert (response.headers.get("X-Content-Type-Options") == "nosniff") == (path != "health")
         with pytest.raises(openai.BadRequestError, match="max_tokens 11: must be at most 10"):
             served.client.completions.create(model="tiny", prompt="x", max_tokens=11)
         for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks
