@@ -119,14 +119,22 @@ def test_compare_ends_with_both_speeds(flags, last, said):
 @pytest.mark.parametrize(
     ("ours", "verdict"),
     [
-        ([99, 19, 21, 22], "21.0 tokens/s, autoregressive 10.0: 2.10 times as fast (1.90-2.20)"),
-        ([99, 1.9, 2.2, 36], "2.2 tokens/s, autoregressive 10.0: neither is faster (0.19-3.60)"),
+        ([99, 19, 42, 22], "42.0 tokens/s, autoregressive 20.0: 2.10 times as fast (1.90-2.20)"),
+        (
+            [99, 1.9, 2.2, 36],
+            "1.9 tokens/s, autoregressive 10.0: the machine was too busy to tell which is faster (0.11-3.60)",
+        ),
         (KeyboardInterrupt, "interrupted"),
     ],
 )
 def test_a_comparison_needs_turns_that_agree(ours, verdict, said, monkeypatch):
-    """Guards against the verdict of one turn or of the warm-up, and a Ctrl-C that ends the conversation."""
-    speeds = {"self_speculative": Mock(side_effect=ours), "autoregressive": Mock(return_value=10)}
+    """Guards against the verdict of one turn or of the warm-up, speeds that contradict their ratio, and a
+    Ctrl-C that ends the conversation.
+    """
+    speeds = {
+        "self_speculative": Mock(side_effect=ours),
+        "autoregressive": Mock(side_effect=[10, 10, 20, 10]),
+    }
     answer = HuggingfaceLlamaGenerator.generate
 
     def timed(self, request, config):
