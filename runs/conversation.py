@@ -148,9 +148,8 @@ class Conversation:
         turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # the first one warms up
         if not all(map(all, turns)):
             return "without streaming: answers of one token, nothing to compare"
-        ours, plain = sorted(turns, key=lambda turn: turn[0] / turn[1])[
-            _TURNS // 2
-        ]  # that of the median ratio
+        # Speeds of the turn with the median ratio: medians of both may contradict it.
+        ours, plain = sorted(turns, key=lambda turn: turn[0] / turn[1])[_TURNS // 2]
         speeds = f"{ours:.1f} tokens/s, autoregressive {plain:.1f}"
         return f"without streaming: {speeds}: {_verdict([a / b for a, b in turns])}"
 
