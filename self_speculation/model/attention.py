@@ -17,6 +17,10 @@ flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
 efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention.default
 
 
+# Keys of a chunk, see `attend_in_chunks`.
+CHUNK = 256
+
+
 class AttentionKernel(Enum):
     FLASH = "flash"  # splits keys; takes no mask
     EFFICIENT = "efficient"  # wants a mask at an address of 16 bytes, with strides of a multiple of 8
@@ -62,6 +66,22 @@ def attend(
     if mask is not None:
         mask = mask.expand(*queries.shape[:3], -1)
     return efficient_attention(queries, keys, values, mask, False, 0.0, is_causal, scale=scale)[0]
+
+
+def attend_in_chunks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """EFFICIENT over C chunks of keys side by side. It computes each row and head in one block of the GPU,
+    and there are few of them. Results of chunks are weighted by the sums of their exponentials.
+
+    Args:
+        queries: [B, heads, M, head_dim]
+        keys, values: [B, heads, C * CHUNK, head_dim], slices of a buffer.
+        mask: [B * heads, C, M, CHUNK], finite also where a chunk is masked.
+    """
+    chunks = [part.flatten(0, 1).unflatten(1, (-1, CHUNK)) for part in (keys, values)]
+    of_all = queries.flatten(0, 1)[:, None].expand(*mask.shape[:3], -1)
+    attended, log_sums = efficient_attention(of_all, *chunks, mask, True, 0.0, False, scale=scale)[:2]
+    weights = log_sums[..., : queries.shape[2], None].softmax(1)  # [B * heads, C, M, 1]
+    return (attended * weights).sum(1).to(queries.dtype).view(queries.shape)
 
 
 def disable_cudnn_attention() -> None:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from self_speculation.model.attention import AttentionKernel
+from self_speculation.model.attention import CHUNK, AttentionKernel
 from self_speculation.model.kv_cache import ALIGNMENT, round_up
+
+# Added to scores. exp of it is 0, and it is finite in 16 bits and times log2(e).
+_MASKED = -30_000.0
 
 # Up to this many tokens of a pass, one matrix product for each token rotates queries and keys.
 _FEW_ROTATIONS = 64
@@ -26,7 +29,8 @@ class AttentionContext:
     rotations: Tensor | None = None  # [B * T, head_dim, head_dim] of heads; None: `rotary` rotates them
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [1 or B, T, head_dim] each
     kernel: AttentionKernel = AttentionKernel.ANY  # FLASH masks the keys after each token itself
-    _masks: dict[int, Tensor | None] = field(default_factory=dict)
+    splits_keys: bool = False  # fused layers attend in chunks
+    _masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def uniform(cls, runner: Any, rows: int, start: int, width: int) -> AttentionContext:
@@ -46,22 +50,27 @@ class AttentionContext:
         return cls(rows, width, make_mask, rotations, (cos, sin), runner.kernel)
 
     @classmethod
-    def ragged(cls, runner: Any, positions: Tensor, length: int) -> AttentionContext:
+    def ragged(
+        cls, runner: Any, positions: Tensor, length: int, splits_keys: bool = False
+    ) -> AttentionContext:
         """Rows differ in length.
 
         Args:
             positions: [B, T]
             length: S, the positions of the cache that attention reads.
+            splits_keys: if the kernel is not ANY; S is a multiple of CHUNK.
         """
         rows, width = positions.shape
         cos, sin = runner.rotary.index_select(1, positions.flatten()).view(2, rows, width, -1).unbind()
 
         def make_mask(copies: int) -> Tensor:
             later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
-            return (later.to(cos.dtype) * torch.finfo(cos.dtype).min).repeat(1, 1, copies, 1)
+            return (later.to(cos.dtype) * _MASKED).repeat(1, 1, copies, 1)
 
+        kernel = runner.kernel.with_mask
+        splits_keys = splits_keys and kernel is not AttentionKernel.ANY
         rotations = _rotations(runner, cos, sin, rows)
-        return cls(rows, width, make_mask, rotations, (cos, sin), runner.kernel.with_mask)
+        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, splits_keys)
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
@@ -78,6 +87,15 @@ class AttentionContext:
         if copies not in self._masks:
             self._masks[copies] = self.make_mask(copies)
         return self._masks[copies]
+
+    def mask_of_chunks(self, copies: int, heads: int) -> Tensor:
+        """[B * heads, C, copies * T, CHUNK], see `attend_in_chunks`."""
+        if (copies, heads) not in self._masks:
+            mask: Any = self.mask(copies)
+            by_chunk = mask.expand(-1, heads, -1, -1).unflatten(3, (-1, CHUNK)).transpose(2, 3)
+            self._masks[copies, heads] = by_chunk.flatten(0, 1)
+        found: Any = self._masks[copies, heads]
+        return found
 
 
 def _by_token(table: Tensor, rows: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Decoding passes captured as CUDA graphs: a replay is one call of the host instead of hundreds.
 
-A pass is a range of layers over so many tokens of so many rows, which reads so many keys; each number is a
-power of two. Embedding, head and prompts run eagerly. The cache and the inputs stay at one address: positions
-are an input and decide where keys are written and what is masked. Padding tokens are written after a row's
-last token, padding rows at the end of the cache.
+A pass is a range of layers over so many tokens of so many rows, which reads so many keys. Tokens and rows are
+powers of two, and so are keys up to 1,024; beyond, steps are 512 and more, and keys are read in chunks.
+Embedding, head and prompts run eagerly. The cache and the inputs stay at one address: positions are an input
+and decide where keys are written and what is masked. Padding tokens are written after a row's last token,
+padding rows at the end of the cache.
 
 All captured passes of a model share one cache, which serves one generation at a time.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from self_speculation.model.attention import CHUNK
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import context_length
@@ -31,8 +33,8 @@ from self_speculation.model.traced_runner import TracedRunner, num_traces
 
 # The cache grows by so many positions. It has this many positions for padding.
 _STEP, _PADDING = 1024, 64
-# The fewest keys that a pass may read.
-_LEAST_KEYS = 256
+# The fewest keys that a pass may read, and the most that are not split.
+_LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
 
 # The models whose passes are captured.
 _PASSES: WeakKeyDictionary[nn.Module, _Passes | None] = WeakKeyDictionary()
@@ -120,7 +122,7 @@ class CapturedRunner(ModelRunner):
         if self.cache is not self.passes.cache or width > self._max_width:
             return super().run_layers(hidden, first, last)
         longest = self.cache.longest(first) + width
-        shape = (padded(num_rows), padded(width), padded(max(longest, _LEAST_KEYS)))
+        shape = (padded(num_rows), padded(width), keys_read(longest))
         replay = self.passes.capture(self, first, last, *shape)
         states, positions = self.passes.inputs[shape[:2]]
         if states.shape[:2] != (num_rows, width):
@@ -148,9 +150,9 @@ def run_every_pass(passes: Iterable[PassRange], num_rows: int, num_positions: in
         (runner, first, last, rows, width, num_keys)
         for runner, first, last, max_width in passes
         if isinstance(runner, CapturedRunner)
-        for rows in _powers(1, num_rows)
-        for width in _powers(1, max_width)
-        for num_keys in _powers(_LEAST_KEYS, num_positions)
+        for rows in _powers(num_rows)
+        for width in _powers(max_width)
+        for num_keys in sorted({keys_read(n + 1) for n in range(0, num_positions, _LEAST_KEYS)})
     ]
     with progress("capturing passes", len(shapes), "passes") as advance:
         for runner, *shape in shapes:
@@ -164,9 +166,16 @@ def padded(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _powers(least: int, most: int) -> Iterable[int]:
-    """The powers of two from `least` up, the last one at least `most`."""
-    return (least << power for power in range((padded(most) // least).bit_length() or 1))
+def keys_read(number: int) -> int:
+    """Keys that a pass reads where there are so many. Beyond 4,096 steps grow: each is a graph more."""
+    if number <= _UNSPLIT_KEYS:
+        return padded(max(number, _LEAST_KEYS))
+    return round_up(number, max(2 * CHUNK, padded(number) // 8))
+
+
+def _powers(most: int) -> Iterable[int]:
+    """The powers of two, the last one at least `most`."""
+    return (1 << power for power in range(padded(most).bit_length()))
 
 
 class _Passes:
@@ -235,7 +244,7 @@ class _Passes:
 
     def _run(self, layers: Sequence[Any], states: Tensor, positions: Tensor, num_keys: int) -> None:
         """The pass that is captured."""
-        context = AttentionContext.ragged(self._runner, positions, num_keys)
+        context = AttentionContext.ragged(self._runner, positions, num_keys, num_keys > _UNSPLIT_KEYS)
         cache = WrittenAt(self.cache.buffers.of_layers, positions, num_keys)
         hidden = states.flatten(0, 1)
         for layer in layers:

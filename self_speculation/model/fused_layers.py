@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from self_speculation.model.attention import AttentionKernel, attend
+from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks
 from self_speculation.model.devices import free_memory
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
@@ -231,7 +231,7 @@ class FusedLayer:
         rows, width, kernel, scale = context.rows, context.width, context.kernel, self._scaling
         if width == 1:
             heads = queries.reshape(*keys.shape[:2], self.groups, self._head_dim)
-            return attend(kernel, heads, keys, values, context.mask(self.groups), scale).reshape(rows, -1)
+            return self._attend_by_group(heads, keys, values, context).reshape(rows, -1)
         if kernel is AttentionKernel.FLASH:  # it takes grouped heads
             heads = queries.view(rows, width, self._num_heads, -1).transpose(1, 2)
             keys, values = (part.view(rows, self._kv_heads, -1, self._head_dim) for part in (keys, values))
@@ -244,11 +244,20 @@ class FusedLayer:
         if is_wide or mask is None:
             heads = grouped.reshape(keys.shape[0], self.groups, width, -1)
             keys, values = (shared.expand(-1, self.groups, -1, -1) for shared in (keys, values))
+            attended = attend(kernel, heads, keys, values, mask, scale, is_causal=mask is None)
         else:
             heads = grouped.reshape(*keys.shape[:2], -1, self._head_dim)
-        attended = attend(kernel, heads, keys, values, mask, scale, is_causal=mask is None)
+            attended = self._attend_by_group(heads, keys, values, context)
         attended = attended.view(grouped.shape)
         return attended.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
+
+    def _attend_by_group(self, heads: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
+        """Queries of a group of heads, [N, heads, groups * T, head_dim], over the keys that they share."""
+        if context.splits_keys:
+            mask = context.mask_of_chunks(self.groups, self._kv_heads)
+            return attend_in_chunks(heads, keys, values, mask, self._scaling)
+        mask = context.mask(self.groups)
+        return attend(context.kernel, heads, keys, values, mask, self._scaling)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a pass reads."""

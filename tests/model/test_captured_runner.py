@@ -3,17 +3,20 @@
 import contextlib
 import copy
 import itertools
+import math
 from collections import Counter
 
 import pytest
 import torch
-from conftest import drained, generate, strategy_name, tiny_llama
+from conftest import assert_close, drained, generate, in_batch, strategy_name, tiny_llama
 from cuda_graphs import CaptureError
 from test_llama_model_utils import family
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from self_speculation import GenerationConfig, Request, make_strategy
-from self_speculation.model import captured_runner
+from self_speculation.model import attention, captured_runner, model_runner
+from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.captured_runner import (
     capture_decoding,
     decode_eagerly,
@@ -84,12 +87,76 @@ def test_keys_read_are_those_there_are(graphs):
             prompt = [5 + i % 40 for i in range(length)]
             generate(model, prompt, exit_layer=exit_layer, num_speculations=k, max_steps=9, eos=[])
             for *_, num_keys in graphs.replayed:
-                assert length < num_keys <= max(256, 2 * (length + 9))
+                assert length < num_keys <= (max(256, 2 * (length + 9)) if length < 1000 else length + 520)
         capacities.append(make_runner(model, 1, 1).cache.capacity)
         num_captured.append(len(graphs.captured))
     assert capacities == [1024, 1024, 2048, *[4096] * 4]
     assert num_captured[-1] == num_captured[-2]  # all shapes were there
     assert max(Counter(graphs.captured[num_captured[2] :]).values()) == 2  # two ranges of each depth
+
+
+def efficient_attention(query, key, value, bias, log_sums, dropout, is_causal, scale):
+    """What the kernel computes. Log-sums have room for a multiple of 32 queries."""
+    assert dropout == 0.0
+    scores = query @ key.mT * scale
+    if bias is not None:
+        scores = scores + bias
+        assert bias.shape == scores.shape
+    if is_causal:
+        scores = scores + torch.full(scores.shape[2:], -30_000.0).triu(1)
+    scores = scores * math.log2(math.e)  # where the least float32 overflows
+    largest = scores.amax(-1, keepdim=True)
+    weights = torch.exp2(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    sums = (largest + total.log2())[..., 0] / math.log2(math.e)
+    room = torch.full((*sums.shape[:2], -sums.shape[2] % 32), torch.nan, dtype=sums.dtype)
+    return weights @ value / total, torch.cat((sums, room), -1) if log_sums else None
+
+
+@pytest.mark.parametrize(("rows", "heads", "width"), [(1, 2, 3), (3, 1, 1), (2, 3, 5)])
+def test_attention_in_chunks(rows, heads, width, monkeypatch):
+    """Guards against chunks of another row or head, weights of padding, -inf of masked chunks, and copies of
+    keys.
+    """
+    torch.manual_seed(0)
+    read = []
+    operator = lambda *args, **scale: read.extend(args[1:3]) or efficient_attention(*args, **scale)  # noqa: E731
+    monkeypatch.setattr(attention, "efficient_attention", operator)
+    length, groups = 6 * attention.CHUNK, 2
+    positions = torch.randint(0, length - width, (rows, 1)) // 3 + torch.arange(width)
+    runner = make_runner(own_llama(), 1, length)
+    runner.kernel = attention.AttentionKernel.EFFICIENT
+    context = AttentionContext.ragged(runner, positions, length, splits_keys=True)
+    keys, values = torch.randn(2, rows + 1, heads, length + 50, 8)[:, :rows, :, :length].unbind()
+    queries = torch.randn(rows, heads, groups * width, 8)
+    expected = scaled_dot_product_attention(queries, keys, values, context.mask(groups), scale=0.3)
+    mask = context.mask_of_chunks(groups, heads)
+    found = attention.attend_in_chunks(queries, keys, values, mask, 0.3)
+    assert_close(found, expected, roundings=8)
+    assert {part.untyped_storage().data_ptr() for part in read} == {keys.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("drafts", [{}, DRAFTS])
+def test_long_texts_in_chunks(drafts, graphs, monkeypatch):
+    """Guards against chunks in layers that are captured: of several rows, and where the text passes 1,024."""
+    model = own_llama(max_position_embeddings=4096)
+    prompts = [[5 + i % 40 for i in range(length)] for length in (1020, 1100, 9)]
+    requests = [Request(prompt) for prompt in prompts]
+    shared = {"max_steps": 9, "batch_size": 3, **drafts}
+    expected = in_batch(model, requests, **shared)
+    efficient, seen = attention.AttentionKernel.EFFICIENT, []
+    monkeypatch.setattr(model_runner, "attention_kernel", lambda *_: efficient)
+
+    def noted(query, key, *others, **scale):
+        seen.append(key.shape[2])
+        return efficient_attention(query, key, *others, **scale)
+
+    monkeypatch.setattr(attention, "efficient_attention", noted)
+    capture_decoding(model)
+    found = in_batch(model, requests, **shared)
+    assert all(found[index].predicted_tokens == expected[index].predicted_tokens for index in found)
+    assert 1536 in {num_keys for *_, num_keys in graphs.replayed}
+    assert attention.CHUNK in seen
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "n-grams", "copy", "adaptive", "adaptive copy"])

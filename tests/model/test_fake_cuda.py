@@ -295,7 +295,7 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
 
     def called(lengths, *widths):
         """By passes over the prompts of such rows, and of such widths over all rows."""
-        runner = captured_runner.make_runner(model, 30, 100, max(widths), len(lengths))
+        runner = captured_runner.make_runner(model, 30, max(lengths) + 40, max(widths), len(lengths))
         with torch.inference_mode(), Kernels() as ran:
             runner.cache.set_rows([])
             for row, length in enumerate(lengths):
@@ -312,6 +312,7 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
     assert called([30, 20], 1, 5, NARROW + 4) == [plain] * 2 + [masked] * 3
     captured_runner.capture_decoding(model)
     assert called([30], 1, 5) == [plain] + [masked] * 2
+    assert called([1100, 1030], 1, 5) == [plain] * 2 + [masked] * 2
 
 
 @pytest.mark.parametrize("fused", [True, False])
