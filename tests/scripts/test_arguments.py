@@ -47,7 +47,7 @@ def test_defaults_are_the_documented_ones():
         **dataclasses.asdict(config), "model": None, "model_args": None, "seed": 42, "output_dir": "./logs",
         "dtype": "auto", "device": "auto", "streamer": "standard", "prompt": None, "chat": False,
         "compare": False, "fuse": True, "compile": False, "parallel": "data", "quantization": "none",
-        "trust_remote_code": False, "grammar": None, "prediction": None,
+        "trust_remote_code": False, "grammar": None, "prediction": None, "threads": None,
     }  # fmt: skip
 
 
