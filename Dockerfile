@@ -23,10 +23,23 @@ ENV VIRTUAL_ENV=/opt/venv \
 WORKDIR /app
 COPY requirements.txt requirements-quantization.txt ./
 
-FROM base AS cpu
+FROM base AS cpu-libraries
 RUN --mount=type=cache,target=/uv-cache \
     uv pip install --torch-backend cpu --requirement requirements.txt
+
+# The kernel of copies in four bits, for all processors; the image needs no compiler.
+FROM cpu-libraries AS kernels
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+COPY self_speculation self_speculation
+RUN mkdir /kernels \
+    && python -c "from pathlib import Path; from self_speculation.model.kernels import build_into; build_into(Path('/kernels'))"
+
+FROM cpu-libraries AS cpu
 COPY . .
+COPY --from=kernels /kernels/ self_speculation/model/
 USER 1000
 VOLUME ["/cache", "/app/logs"]
 CMD ["python", "generate.py", "--help"]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy
 
 from self_speculation.drafts.estimates import DecayedMean
+from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.quantized_layers import bytes_per_weight
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from self_speculation.config import DraftWeights
@@ -24,37 +26,49 @@ def draft_ratio(
     """c of the formula: the cost of a drafted token in plain steps, estimated from bytes of weights.
 
     c = (E + h) / (L + h), where the head is as large as h layers, or (E + h N / V) / (L + h) for N of its V
-    rows.
+    rows. Copies in four bits have fewer bytes; their kernel may take longer than reading them.
     """
     layers = model.base_model.layers
     head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
     rows = len(model.get_output_embeddings().weight)
     head_of_draft = head * min(draft_vocabulary or rows, rows) / rows
     of_layers, of_head = bytes_per_weight(model, draft_weights)
+    if draft_weights == "int4":
+        of_layers *= _COSTS[_kernel_of_copies(model.device)][0]
+        of_head = of_layers if head_of_draft < head else of_head  # a short head is a copy, too
     read = (of_layers * exit_layer + of_head * head_of_draft) / model.dtype.itemsize
     return read / (len(layers) + head)
 
 
-# Cost of a pass over n tokens, relative to one token, by kernel; linear in between. The last is proportional.
+# Cost of a pass over n tokens by kernel, in times to read its weights; linear in between. The last is
+# proportional.
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 64_000)
-_GROWTH: Mapping[str, Sequence[float]] = {
+_COSTS: Mapping[str, Sequence[float]] = {
     "float16": (1.0, 1.06, 1.18, 1.5, 2.5, 4.6, 9.0),  # W16A32 (FBGEMM)
     "packed": (1.0, 1.04, 1.1, 1.25, 1.5, 2.5, 4.0),  # oneDNN
-    "int4": (1.0, 1.3, 1.9, 3.0, 5.6, 11.0, 22.0),
+    # Four bits: our own kernel with two kinds of instructions, and torch's.
+    "AVX512_VNNI": (1.0, 1.14, 1.33, 2.4, 4.8, 9.6, 19.0),
+    "AVX2": (1.05, 1.5, 2.5, 4.7, 9.4, 19.0, 38.0),
+    "torch": (1.7, 2.3, 3.0, 5.8, 11.0, 21.0, 42.0),
     "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory
 }
 
 
 def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callable[[int], float]:
     """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
-    if runner.rotary.device.type != "cpu":
+    device = runner.rotary.device
+    if draft_weights == "int4":
+        kind = _kernel_of_copies(device)
+    elif device.type != "cpu":
         kind = "gpu"
-    elif draft_weights == "int4":
-        kind = "int4"
     else:
         kind = "float16" if runner.dtype != runner.model.dtype else "packed"
-    costs = [*_GROWTH[kind], 1000 * _GROWTH[kind][-1]]
-    return cache(lambda num_tokens: float(numpy.interp(num_tokens, _TOKENS, costs)))
+    costs = [*_COSTS[kind], 1000 * _COSTS[kind][-1]]
+    return cache(lambda num_tokens: float(numpy.interp(num_tokens, _TOKENS, costs)) / costs[0])
+
+
+def _kernel_of_copies(device: torch.device) -> str:
+    return "gpu" if device.type != "cpu" else int4_kernel().variant or "torch"
 
 
 class PassTimes:

@@ -1,8 +1,11 @@
 """x W^T over a copy of W in four bits, for drafts.
 
-32 elements of a row share a scale and a middle and are stored in 16 steps: five bits each with those.
-Activations are in bfloat16. Scale and middle minimise the error of the product, for inputs as large as the
-model's own. Other groups and roundings are in docs/performance.md.
+32 elements of a row share a scale and a middle and are stored in 16 steps: five bits each with those. Scale
+and middle minimise the error of the product, for inputs as large as the model's own. Other groups and
+roundings are in docs/performance.md.
+
+On a CPU our own kernel (kernels.py) takes float32, rounds 32 inputs at a time to eight bits and returns
+float32. torch's kernels, on a GPU and where ours cannot be built, take and return bfloat16.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.kv_cache import round_up
 
 # Elements of a weight that are quantised at a time, about. Each piece is some 200 kernels on a GPU and takes
@@ -40,31 +44,45 @@ class Int4Linear:
     packed_copy = None  # as that of `Linear`
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, squares: Tensor | None = None) -> None:
-        self._bias = None if bias is None else bias.to(torch.bfloat16)
         self.num_bytes = self.bytes_of(weight.shape)
-        squares = weight.new_ones(weight.shape[1]) if squares is None else squares
         self._num_rows, self._padding = len(weight), -weight.shape[1] % _GROUP
+        squares = weight.new_ones(weight.shape[1]) if squares is None else squares
+        counts = _shares(pad(squares, (0, self._padding)))
+        is_on_cpu = weight.device.type == "cpu"
+        self._is_own = is_on_cpu and int4_kernel().variant is not None
+        if self._is_own:
+            self._dtype, ops = torch.float32, torch.ops.self_speculation
+            self._weight, self._scales = ops.int4_round(weight.detach().contiguous(), counts.flatten())
+        else:
+            self._dtype, ops = torch.bfloat16, torch.ops.aten
+            self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
+            self._weight, self._scales = self._rounded(weight, counts)
+        self._bias = None if bias is None else bias.to(self._dtype)
+
+    def _rounded(self, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps as torch's kernels take them, and scales and middles [groups of a row, out, 2]."""
         ops, is_on_cpu = torch.ops.aten, weight.device.type == "cpu"
-        self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
         parts, scales = [], []
         # Kernels keep rows in blocks of at most 64: multiples of 64 are packed apart.
         blocks = (_AT_A_TIME_ON_CPU if is_on_cpu else _AT_A_TIME) // weight.shape[1] // 64
         for rows in weight.split(max(1, blocks) * 64):
             padded = pad(rows, (0, self._padding, 0, -len(rows) % _BLOCK_OF_ROWS))
-            steps, scale = in_four_bits(padded, pad(squares, (0, self._padding)))
+            steps, scale = in_four_bits(padded, counts)
             parts.append(ops._convert_weight_to_int4pack_for_cpu(steps, 1) if is_on_cpu else _packed(steps))
             scales.append(scale)
-        self._weight = torch.cat(parts)
-        self._scales = torch.cat(scales, 1)  # [groups of a row, out, 2]
+        return torch.cat(parts), torch.cat(scales, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.unconverted(x).to(x.dtype)
 
     def unconverted(self, x: Tensor) -> Tensor:
-        """The product in bfloat16."""
-        x = x.to(torch.bfloat16)
-        x = pad(x, (0, self._padding)) if self._padding else x
-        product = self._kernel(x, self._weight, _GROUP, self._scales)
+        """The product in the dtype that the kernel computes: float32 or bfloat16."""
+        x = x.to(self._dtype)
+        if self._is_own:
+            product = torch.ops.self_speculation.int4_mm(x.contiguous(), self._weight, self._scales)
+        else:
+            x = pad(x, (0, self._padding)) if self._padding else x
+            product = self._kernel(x, self._weight, _GROUP, self._scales)
         if product.shape[1] != self._num_rows:
             product = product[:, : self._num_rows].contiguous()
         return product if self._bias is None else product.add_(self._bias)
@@ -83,14 +101,12 @@ class Int4Linear:
         return elements // 2 + elements // _GROUP * 4  # with scales and middles
 
 
-def in_four_bits(rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, in] and the squares of inputs [in] -> steps [n, in] of int32 from 0 to 15, and for each group
-    [groups of a row, n, 2] the size of a step and the value of step 8.
+def in_four_bits(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] and `_shares` of inputs -> steps [n, in] of int32 from 0 to 15, and for each group
+    [groups of a row, n, 2] the size of a step and the value of step 8. `int4_round` does the same on a CPU.
     """
     groups = rows.float().unflatten(1, (-1, _GROUP))  # [n, groups of a row, elements]
-    counts = squares.float().unflatten(0, (-1, _GROUP))
-    counts = counts + 1e-6 * counts.mean() + 1e-30  # an unused group must not divide by zero
-    tried = _roundings(groups, counts / counts.sum(1, keepdim=True))
+    tried = _roundings(groups, counts)
     best = next(tried)
     for other in tried:
         better = other[0] < best[0]
@@ -98,6 +114,13 @@ def in_four_bits(rows: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     _, scales, middles, steps = best
     numbers = torch.cat((scales, middles), 2).to(torch.bfloat16).transpose(0, 1).contiguous()
     return (steps + 8).to(torch.int32).flatten(1), numbers
+
+
+def _shares(squares: Tensor) -> Tensor:
+    """Squares of inputs [in] -> their shares of each group's sum [groups of a row, elements]."""
+    counts = squares.float().unflatten(0, (-1, _GROUP))
+    counts = counts + 1e-6 * counts.mean() + 1e-30  # an unused group must not divide by zero
+    return counts / counts.sum(1, keepdim=True)
 
 
 def _roundings(groups: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -117,7 +140,7 @@ def _roundings(groups: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for _ in range(2):
             scales = scales.clamp(min=1e-12).to(torch.bfloat16).float()  # as kernels read them
             middles = middles.to(torch.bfloat16).float()
-            steps = ((groups - middles) / scales).round_().clamp_(-8, 7)
+            steps = ((groups - middles) * (1 / scales)).round_().clamp_(-8, 7)
             weighted = steps * counts
             mean_step, square = weighted.sum(2, keepdim=True), (weighted * steps).sum(2, keepdim=True)
             product = (weighted * groups).sum(2, keepdim=True)

@@ -99,7 +99,7 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         learnt = {"squares": squares.get(linear)} if kind is Int4Linear else {}
         return linear.derive(kind, lambda: kind(linear.weight, bias=linear.bias, **learnt))
 
-    # On a CPU each copy is many short operations, which one thread does faster than several together.
+    # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
         for made in pool.map(copied, missing):

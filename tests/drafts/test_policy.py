@@ -12,9 +12,11 @@ import torch
 from conftest import generate, tiny_llama
 
 from self_speculation.config import LONGEST_DRAFT
-from self_speculation.drafts import registry
+from self_speculation.drafts import costs, registry
 from self_speculation.drafts.costs import PassTimes, draft_ratio
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Arm, ArmStats
+from self_speculation.model.kernels import Int4Kernel
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import head_format
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -401,14 +403,22 @@ def test_adaptive_chooses_for_itself(field):
         generate(tiny_llama(), PROMPT, "adaptive", **field)
 
 
-def test_estimated_costs_are_those_of_the_formula():
+@pytest.mark.parametrize(("variant", "slower"), [("AVX512_VNNI", 1.0), (None, 1.7)])
+def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
+    """Guards against first plans that take torch's kernel for as fast as memory, and a short head for all."""
+    monkeypatch.setattr(costs, "int4_kernel", lambda: Int4Kernel(variant))
     model = tiny_llama(num_layers=10, fused=True)
     head = model.lm_head.weight.numel() / sum(p.numel() for p in model.model.layers[0].parameters())
     assert draft_ratio(model, 3, "exact") == pytest.approx((3 + head) / (10 + head))
     # Five bits of 32 with scales; of the head 16 if there is a kernel for them, else all.
     of_head = 4 if head_format(model.device, model.dtype) is None else 2
-    wanted = (3 * 5 / 32 + head * of_head / 4) / (10 + head)
-    assert draft_ratio(model, 3, "int4") == pytest.approx(wanted)
+    of_weights = slower * 5 / 32
+    assert draft_ratio(model, 3, "int4") == pytest.approx((3 * of_weights + head * of_head / 4) / (10 + head))
+    short = (3 + head * 10 / 50) * of_weights / (10 + head)
+    assert draft_ratio(model, 3, "int4", 10) == pytest.approx(short)
+    of_draft_step = costs.growth(ModelRunner(model, 6, 20), "int4")
+    assert of_draft_step(1) == 1.0
+    assert of_draft_step(4) == pytest.approx(1.33 if variant else 3.0 / 1.7)
 
 
 def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):

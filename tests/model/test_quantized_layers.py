@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_close, generate, tiny_llama
 from helpers import refused
+from int4_layout import unpacked
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig
 
@@ -18,6 +19,7 @@ import sweep
 from self_speculation.model import int4_linear, quantized_layers
 from self_speculation.model.fused_layers import bytes_made, fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
+from self_speculation.model.kernels import Int4Kernel, int4_kernel
 from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.loading import default_model, load_model_and_tokenizer
 from self_speculation.model.model_runner import ModelRunner
@@ -30,43 +32,54 @@ SPECULATION = [
     "--draft_weights", "int4",
 ]  # fmt: skip
 CPU = torch.device("cpu")
+needs_own_kernel = pytest.mark.skipif(int4_kernel().variant is None, reason=str(int4_kernel()))
 
 
 def four_bits(weight):
     """The weight that steps, scales and middles stand for; inputs beyond whole groups are padded."""
     padding = (0, -weight.shape[1] % 32)
-    counts = nn.functional.pad(torch.ones(weight.shape[1]), padding)
+    counts = int4_linear._shares(nn.functional.pad(torch.ones(weight.shape[1]), padding))
     steps, numbers = int4_linear.in_four_bits(nn.functional.pad(weight, padding), counts)
     scales, middles = (part.float().repeat_interleave(32, 0).T for part in numbers.unbind(2))
     return ((steps - 8) * scales + middles)[:, : weight.shape[1]]
 
 
+@pytest.mark.parametrize("is_own", [pytest.param(True, marks=needs_own_kernel), False])
 @pytest.mark.parametrize("width", [1, 2, 5, 17])
 @pytest.mark.parametrize("shape", [(64, 32), (2128, 96), (50, 48), (2100, 576), (40, 100), (17, 33)])
-def test_the_kernel_multiplies_by_what_was_packed(shape, width):
+def test_a_kernel_multiplies_by_what_was_packed(shape, width, is_own, monkeypatch):
     """Guards against steps, scales or middles in another order than the kernel's, against errors where a
     large weight is packed in parts, and against padding that counts. Some shapes have whole blocks and
     groups, others have not.
     """
+    if not is_own:
+        monkeypatch.setattr(int4_linear, "int4_kernel", lambda: Int4Kernel(None))
     torch.manual_seed(0)
     linear = nn.Linear(*reversed(shape)).requires_grad_(False)
-    x = torch.randn(width, shape[1]).to(torch.bfloat16).float()
+    x = torch.randint(-127, 128, (width, shape[1])) / 64.0  # exact in eight bits of the kernels' formats
+    x[:, ::32] = 127 / 64
     copied, approximate = Int4Linear(linear.weight, linear.bias), four_bits(linear.weight)
     assert (approximate - linear.weight).norm() < 0.13 * linear.weight.norm()
     got = copied(x)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
-    assert_close(got, x @ approximate.T + linear.bias, torch.bfloat16, roundings=2)
+    computed_in = torch.float32 if is_own else torch.bfloat16
+    if is_own:  # ties may be rounded otherwise
+        steps, scales, middles = unpacked(*copied.tensors()[:2])
+        values = (steps - 8.0) * scales.T[:, :, None] + middles.T[:, :, None]
+        approximate = values.flatten(1)[: shape[0], : shape[1]]
+    assert_close(got, x @ approximate.T + linear.bias, computed_in, roundings=100 if is_own else 2)
     hidden = torch.randn(width, shape[0])
     assert_close(copied.add_to(hidden.clone(), x), hidden + got, roundings=2)
-    assert copied.unconverted(x).dtype == torch.bfloat16
-    assert sum(t.nbytes for t in copied.tensors()) == copied.num_bytes + 2 * len(linear.bias)
+    assert copied.unconverted(x).dtype == computed_in
+    of_bias = len(linear.bias) * computed_in.itemsize
+    assert sum(t.nbytes for t in copied.tensors()) == copied.num_bytes + of_bias
 
 
 def test_four_bits_reach_the_ends_of_a_group():
     """Guards against a range that always includes zero: a group of positive weights needs all 16 steps."""
     weight = torch.linspace(3.0, 4.0, 32)[None]
-    steps, _ = int4_linear.in_four_bits(weight, torch.ones(32))
+    steps, _ = int4_linear.in_four_bits(weight, int4_linear._shares(torch.ones(32)))
     assert (steps.min(), steps.max()) == (0, 15)
     assert (four_bits(weight) - weight).abs().max() < 0.6 / 15 + 4 * 2**-8
     assert not four_bits(torch.zeros(1, 32)).any()
@@ -79,7 +92,7 @@ def test_columns_of_large_inputs_are_closest():
     squares[::8] = 100.0
 
     def error(counts):
-        steps, numbers = int4_linear.in_four_bits(weight, counts)
+        steps, numbers = int4_linear.in_four_bits(weight, int4_linear._shares(counts))
         scales, middles = numbers[0].float().unbind(1)
         off = (steps - 8) * scales[:, None] + middles[:, None] - weight
         return (off.square() @ squares).mean()

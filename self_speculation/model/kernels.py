@@ -1,0 +1,161 @@
+"""Builds and loads this library's own kernel for copies in four bits on a CPU, int4_kernel.cpp.
+
+It is built once, by the compiler that is there, and kept in the user's cache. Without a compiler, or on
+another kind of processor, torch's kernel computes the products. Drafts are slower then; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from self_speculation.model.user_cache import cache_folder, replacing
+
+_SOURCE = Path(__file__).with_name("int4_kernel.cpp")
+_TORCH = Path(torch.__file__).parent
+_OPTIONS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared")
+
+# By the instructions that the kernel uses, the compiler's options for them.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+VARIANTS = {
+    "AVX512_VNNI": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    "AVX2": _AVX2,
+}
+
+# Seconds after which a compiler counts as broken; it takes 3 on a quiet machine.
+_PATIENCE = 300.0
+
+_lock = Lock()
+
+
+class Int4Kernel(NamedTuple):
+    """What multiplies copies in four bits on a CPU."""
+
+    variant: str | None  # of VARIANTS; None: it is torch's kernel
+    why_not: str = ""  # why it is torch's
+
+    def __str__(self) -> str:
+        return f"torch's kernel ({self.why_not})" if self.variant is None else f"own kernel ({self.variant})"
+
+
+def int4_kernel() -> Int4Kernel:
+    """Load the kernel, after building it if need be."""
+    with _lock:
+        return _load()
+
+
+def build_into(folder: Path) -> None:
+    """Build all variants, for an image that runs on other machines: into this module's folder.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    for variant in VARIANTS:
+        _compile(variant, folder / _file_name(variant))
+
+
+@cache
+def _load() -> Int4Kernel:
+    variant = _best_variant()
+    if variant is None:
+        return Int4Kernel(None, "there is no other one for this processor")
+    try:
+        if not any(map(_is_loaded, (_SOURCE.with_name(_file_name(variant)), *_kept(variant)))):
+            _build(variant)
+    except (RuntimeError, OSError) as error:
+        return Int4Kernel(None, f"the other one cannot be built: {error}")
+    torch.library.register_fake("self_speculation::int4_mm", _fake_mm)
+    torch.library.register_fake("self_speculation::int4_round", _fake_round)
+    return Int4Kernel(variant)
+
+
+def _best_variant() -> str | None:
+    level = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY lowers it
+    if not sys.platform.startswith("linux") or level not in ("AVX2", "AVX512"):
+        return None
+    has_vnni = level == "AVX512" and torch.cpu.get_capabilities().get("avx512_vnni", False)
+    return "AVX512_VNNI" if has_vnni else "AVX2"
+
+
+def _file_name(variant: str) -> str:
+    """Homes are shared by machines and environments: the name has all that the file depends on."""
+    parts = (torch.__version__, _SOURCE.read_text(), *_OPTIONS, *VARIANTS[variant])
+    return f"int4-{variant}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+
+
+def _kept(variant: str) -> list[Path]:
+    """The file in the user's cache; none without a home directory."""
+    try:
+        return [cache_folder() / "kernels" / _file_name(variant)]
+    except OSError:
+        return []
+
+
+def _build(variant: str) -> None:
+    """Raises RuntimeError if the kernel cannot be built, OSError if what was built cannot be loaded."""
+    for file in _kept(variant):
+        try:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_own(file.parent):
+                with replacing(file) as new:
+                    _compile(variant, new)
+        except OSError:
+            continue  # it cannot be kept
+        if _is_loaded(file):
+            return
+    with tempfile.TemporaryDirectory() as folder:  # for this process
+        _compile(variant, file := Path(folder) / "int4.so")
+        torch.ops.load_library(file)
+
+
+def _compile(variant: str, file: Path) -> None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    places = (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu")
+    command = [*compiler, *_OPTIONS, *VARIANTS[variant], str(_SOURCE), "-o", str(file), *places]
+    how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _PATIENCE}
+    try:
+        done = subprocess.run(command, **how)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{compiler[0]}: {getattr(error, 'strerror', None) or error}") from error
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "it fails")
+        raise RuntimeError(f"{compiler[0]}: {first}")
+    file.chmod(0o755)
+
+
+def _is_loaded(file: Path) -> bool:
+    """Load a file if it is there, whole, and written by this user or root."""
+    try:
+        if not (_is_own(file.parent) and _is_own(file)):
+            return False
+        torch.ops.load_library(file)
+    except OSError:
+        return False
+    return True
+
+
+def _is_own(path: Path) -> bool:
+    """Whether nobody else, except root, can have written it."""
+    status = path.stat()
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+
+
+def _fake_mm(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape[0], 16 * weight.shape[0])
+
+
+def _fake_round(weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    blocks, groups = -(-weight.shape[0] // 16), counts.shape[0] // 32
+    packed = weight.new_empty(blocks, groups, 4, 64, dtype=torch.uint8)
+    return packed, weight.new_empty(blocks, groups, 2, 16, dtype=torch.bfloat16)
