@@ -248,8 +248,19 @@ def _check_config(config: GenerationConfig, model_args: ModelArguments | None) -
             refuse(f"--stop_words {word!r}: several stand one after the other, as in {several}")
 
 
+def check_drafts(config: GenerationConfig) -> None:
+    """End the program if flags about drafts are missing or do not fit the strategy."""
+    try:
+        config.check_drafts()
+    except ValueError as error:
+        refuse(f"--{error}")
+
+
 def refuse_idle_drafts(config: GenerationConfig) -> None:
-    """End the program if the strategy makes no drafts but flags about drafts are given."""
+    """End the program as `check_drafts` does, or if the strategy makes no drafts but flags about drafts are
+    given.
+    """
+    check_drafts(config)
     if config.generation_strategy != "autoregressive":
         return
     # --exit_layer is not among them: autoregressive decoding may exit early, too.

@@ -9,6 +9,9 @@ Results are written to a folder in --output_dir as they come; --resume FOLDER co
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import runs.early  # noqa: F401
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field

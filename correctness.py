@@ -8,13 +8,25 @@ the first drafted token. The exit status is 1 for a difference that rounding can
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import runs.early  # noqa: F401
+
 import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, at_least, parse, refuse
+from arguments import (
+    BatchArguments,
+    DataArguments,
+    GenerationConfig,
+    ModelArguments,
+    at_least,
+    check_drafts,
+    parse,
+    refuse,
+)
 from data import mismatch
 from runs.program import run
 
@@ -48,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     no_drafts = batch.batch_size > 1 and config.exit_layer == config.num_speculations == -1
     if config.generation_strategy == "autoregressive" and not no_drafts:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
+    check_drafts(config)
 
     from measures.correctness import Distributions, Ids
     from runs.examples import prepare, run_examples

@@ -30,6 +30,10 @@ class DataError(ValueError):
     """The data is unusable; the message is one line with file and line, or what is allowed."""
 
 
+class ColumnError(DataError):
+    """Data lack a column."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -128,7 +132,13 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     dataset = DATASETS[args.dataset]
     source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
     assert source is not None  # or there is a `mismatch`
-    examples = _examples(dataset, _rows(source, dataset.split))
+    rows = _rows(source, dataset.split)
+    try:
+        examples = _examples(dataset, rows)
+    except ColumnError as error:
+        needs = f"--dataset {args.dataset} needs {', '.join(dataset.columns)}"
+        other = ", while columns prompt and response need --dataset custom_jsonl"
+        raise DataError(f"{error}; {needs}{'' if args.dataset == 'custom_jsonl' else other}") from error
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
     split = dataset.shots_split
@@ -200,7 +210,7 @@ def _turns(place: str, row: Row, column: str) -> list[Row]:
 def _value(place: str, row: Row, column: str) -> Any:
     if column not in row:
         found = ", ".join(map(str, row)) or "none"
-        raise DataError(f"{place}: no column {column!r}; found: {found}")
+        raise ColumnError(f"{place}: no column {column!r}; found: {found}")
     return row[column]
 
 
@@ -237,10 +247,15 @@ def load_from_hub(*source: str, **options: Any) -> Any:
 
     from self_speculation.model.sources import hub_answers
 
+    was_offline = datasets.config.HF_HUB_OFFLINE
     if not hub_answers(source[0], "dataset"):
         datasets.config.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(*source, **options)
+    except ConnectionError as error:
+        if was_offline or not datasets.config.HF_HUB_OFFLINE:
+            raise
+        raise ConnectionError("it does not answer, and the local cache lacks the data") from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise

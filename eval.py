@@ -15,6 +15,9 @@ strategy. lm_eval writes its results to --output_path; without it, to --output_d
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import runs.early  # noqa: F401
+
 import argparse
 import re
 import zlib
@@ -86,7 +89,9 @@ def flags(
 
 
 def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
-    """Refuse values that lm_eval would notice after hours, or not at all."""
+    """Refuse values that lm_eval would notice late, or not at all."""
+    if not args.tasks:
+        refuse("--tasks: needs names of tasks, such as python_functions with --include_path eval_tasks")
     size = str(getattr(args, "batch_size", 1))
     if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", size):
         refuse(f"--batch_size {size}: must be a number from 1, auto or auto:N")

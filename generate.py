@@ -9,6 +9,9 @@ The answer goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import runs.early  # noqa: F401
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,6 +8,9 @@ The flags are defaults for what requests leave out.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import runs.early  # noqa: F401
+
 import signal
 import socket
 import sys

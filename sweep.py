@@ -11,6 +11,9 @@ replays the rounds of every cell; a calibration measures their costs. Counts are
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import runs.early  # noqa: F401
+
 import dataclasses
 import sys
 from collections.abc import Sequence

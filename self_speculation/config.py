@@ -123,30 +123,39 @@ class GenerationConfig:
         check(self, "stop_words", all(self.stop_words or []), "must not be empty texts")
         check(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids or []), "must be 0 or more")
 
-    def check_depth(self, num_layers: int) -> None:
-        """Check the settings against the number of layers.
+    def check_drafts(self) -> None:
+        """Check what does not depend on the model.
 
         Raises:
-            ValueError: an exit layer that the model does not have; self_speculative without an exit layer or
-                num_speculations; settings that adaptive picks itself.
+            ValueError: self_speculative without an exit layer or num_speculations; settings that adaptive
+                picks itself.
         """
-        speculative = self.generation_strategy == "self_speculative"
-        most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
-        between = f"between 1 and {most}, the model has {num_layers} layers"
-        if speculative and self.draft_weights == "exact" and self.exit_layer == num_layers:
-            between += f"; with draft_weights int4 it may be {num_layers}"
         if self.is_adaptive:
             for name in ("exit_layer", "num_speculations", "draft_confidence"):
                 if (value := getattr(self, name)) != getattr(GenerationConfig, name):
                     raise ValueError(f"{name} {value}: adaptive chooses it, leave it out")
-            return
-        if speculative and self.exit_layer == -1:
-            raise ValueError(f"exit_layer: self_speculative needs one {between}")
+        if self.generation_strategy == "self_speculative":
+            if self.exit_layer == -1:
+                last = "the last but one layer" if self.draft_weights == "exact" else "the last layer"
+                raise ValueError(f"exit_layer: self_speculative needs one between 1 and {last}")
+            if self.num_speculations < 1:
+                raise ValueError("num_speculations: self_speculative needs at least 1")
+
+    def check_depth(self, num_layers: int) -> None:
+        """Check the settings against the number of layers.
+
+        Raises:
+            ValueError: an exit layer that the model does not have, or what `check_drafts` raises.
+        """
+        speculative = self.generation_strategy == "self_speculative"
+        most = num_layers if speculative and self.draft_weights != "exact" else num_layers - 1
+        between = f"between 1 and {most}, the model has {num_layers} layers"
+        self.check_drafts()
+        if speculative and self.draft_weights == "exact" and self.exit_layer == num_layers:
+            between += f"; with draft_weights int4 it may be {num_layers}"
         if self.exit_layer > most:
             full = "" if speculative else "; -1 is full depth"
             raise ValueError(f"exit_layer {self.exit_layer}: must be {between}{full}")
-        if speculative and self.num_speculations < 1:
-            raise ValueError("num_speculations: self_speculative needs at least 1")
 
     @property
     def longest_draft(self) -> int:

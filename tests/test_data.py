@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+from unittest.mock import Mock
 
 import datasets
 import pandas
@@ -304,3 +305,13 @@ def test_any_file_is_read_or_refused_in_one_line(folder, file, dataset, n_shot):
         assert all(
             isinstance(text, str) for example in examples for text in (example.prompt, example.reference)
         )
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch):
+    """Guards against `OfflineModeIsEnabled` for somebody who set no offline mode."""
+    said = ConnectionError("Couldn't reach 'EdinburghNLP/xsum' on the Hub (OfflineModeIsEnabled)")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("self_speculation.model.sources.hub_answers", lambda *_: False)
+    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=said))
+    with pytest.raises(DataError, match="it does not answer, and the local cache lacks the data"):
+        load_examples(DataArguments(dataset="xsum_summarization"), 0)

@@ -39,7 +39,7 @@ MISTAKES = {
         "--template x": "--template 'x': must contain {message}",
         f"--exit_layer {HUGE}": f"--exit_layer {HUGE}: must be between 1 and 3",
         "--num_speculations 3": "--num_speculations 3: autoregressive decoding drafts nothing, add",
-        "--compare True": "--exit_layer: self_speculative needs one between 1 and 3",
+        "--compare True": "--exit_layer: self_speculative needs one between 1 and the last but one layer",
         "--execute_code True": "--execute_code True: only human_eval has programs to run",
         "--execute_code True --dataset human_eval --chat": "--execute_code True: runs continuations of",
         f"--n_shot {HUGE}": f"--n_shot {HUGE}: ",
@@ -48,6 +48,8 @@ MISTAKES = {
         "--model ''": "--model '': ",
         "--output_dir /proc/nowhere": "--output_dir /proc/nowhere: cannot be created (",
         "--output_dir /proc": "--output_dir /proc: cannot be written (",
+        "--dataset human_eval": "; --dataset human_eval needs task_id, prompt, canonical_solution, test, "
+        "entry_point, while columns prompt and response need --dataset custom_jsonl",
         "--resume /dev/null": "--resume /dev/null: no run.json of a run in there",
     },
     correctness: {
@@ -62,8 +64,8 @@ MISTAKES = {
     },
     generate: {
         "--exit_layer 4": "--exit_layer 4: must be between 1 and 3, the model has 4 layers; -1 is full depth",
-        f"{SPECULATIVE} --exit_layer 4": "the model has 4 layers; with draft_weights int4 it may be 4",
-        SPECULATIVE: "--exit_layer: self_speculative needs one between 1 and 3",
+        f"{SPECULATIVE} --exit_layer 4 --num_speculations 3": "; with draft_weights int4 it may be 4",
+        SPECULATIVE: "--exit_layer: self_speculative needs one between 1 and the last but one layer",
         "--compare True": "--compare True: needs a --generation_strategy to compare",
         "--shared_lookup 9": "--shared_lookup 9: autoregressive decoding drafts nothing, add",
         "--prediction x": "--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0",
@@ -76,7 +78,7 @@ MISTAKES = {
         "--prompt \udcff": "the prompt is not valid UTF-8",
     },
     eval_script: {
-        "": "No tasks specified",
+        "": "--tasks: needs names of tasks, such as python_functions with",
         "--tasks function": "Tasks not found: function",
         "--num_fewshots 3": "unknown argument '--num_fewshots'; did you mean --num_fewshot?",
         "--limit x": "--limit/-L: invalid float value: 'x'",

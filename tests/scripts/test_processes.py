@@ -67,6 +67,41 @@ def test_a_cache_that_cannot_be_written(model_folder):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("name", ["generate", "benchmark", "eval", "sweep", "correctness", "train", "serve"])
+def test_ctrl_c_before_flags_are_read(name, tmp_path):
+    """Guards against a traceback in the first half second, and a library that turns Ctrl-C into an error."""
+    (tmp_path / "simple_parsing.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('half of a library')\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, env=env)
+    assert (run.returncode, run.stderr) == (130, b"interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("generate", "--generation_strategy self_speculative --exit_layer 2"),
+        ("generate", "--generation_strategy adaptive --exit_layer 2"),
+        ("serve", "--generation_strategy self_speculative --num_speculations 2"),
+        ("benchmark", "--generation_strategy self_speculative --exit_layer 2"),
+        ("correctness", "--sample False --exit_layer 2"),
+        ("eval", ""),
+    ],
+)
+def test_bad_usage_needs_no_library(name, flags, tmp_path):
+    """Guards against seconds of imports before an error about flags alone."""
+    for library in ("torch", "transformers", "datasets"):
+        (tmp_path / f"{library}.py").write_text(f"raise SystemExit('{library} is imported')\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / f"{name}.py", *flags.split(), "--output_dir", tmp_path / "logs"]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith(f"{name}.py: error: --")
+
+
 def test_ctrl_c_while_imports_take_their_time(model_folder):
     """Guards against a page of traceback for somebody who changed their mind early."""
     command = [sys.executable, str(ROOT / "generate.py"), "--model", str(model_folder), "--prompt", "def"]
