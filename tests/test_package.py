@@ -35,6 +35,14 @@ def test_the_readmes_example_runs_where_only_the_package_is(tmp_path):
     assert 0 < float(acceptance) <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not (ROOT / "build/oldest/test").exists(), reason="`make oldest` makes the environment")
+def test_decoding_with_the_oldest_versions():
+    """Guards against a call that torch 2.11 does not know: many a GPU has no newer one."""
+    subprocess.run(["make", "oldest"], cwd=ROOT, check=True)
+
+
 def test_it_declares_what_it_imports():
     """Guards against a library that needs the scripts' requirements, or other versions of them."""
     text = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]")[0]
