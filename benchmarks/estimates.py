@@ -107,12 +107,12 @@ def decoding(config: PretrainedConfig, exit_layer: int, cards: int = 1, kernels:
     heads, width = config.num_attention_heads + config.num_key_value_heads, config.hidden_size
     weights = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size
     cache = 2 * config.num_key_value_heads * config.head_dim * _POSITIONS
-    num_layers, counted = config.num_hidden_layers, float(kernels > 0)
+    counted = float(kernels > 0)
     of_layer = 2 * (weights + cache) / cards / _BANDWIDTH + kernels * _KERNEL + 2 * _SUM * (cards > 1)
     outside = 2 * config.vocab_size * width / cards / _BANDWIDTH + counted * _AROUND * _KERNEL
-    wait, draft = counted * _WAIT, exit_layer * of_layer + outside
-    whole = num_layers * of_layer + outside + wait  # a verification takes as long as a plain step
-    return Decoding(whole, draft, _DRAFTED * draft + whole)
+    # A verification takes as long as a plain step, which is queued before the last token is read.
+    plain, draft = (layers * of_layer + outside for layers in (config.num_hidden_layers, exit_layer))
+    return Decoding(plain, draft, _DRAFTED * draft + plain + counted * _WAIT)
 
 
 # Exit, cards and kernels of a layer: those of transformers over two cards, ours on one.

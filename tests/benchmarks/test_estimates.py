@@ -39,7 +39,8 @@ def test_decoding_by_hand():
     bytes_alone = estimates.decoding(config, 1, kernels=0)
     assert bytes_alone == pytest.approx((4 * layer + head, layer + head, 10 * layer + 7 * head))
     times = estimates.decoding(config, 1)
-    assert times.plain_step - bytes_alone.plain_step == pytest.approx((4 * 12 + 12) * 2.75e-6 + 100e-6)
+    assert times.plain_step - bytes_alone.plain_step == pytest.approx((4 * 12 + 12) * 2.75e-6)
+    assert times.round == pytest.approx(6 * times.draft_step + times.plain_step + 100e-6)
     shared = estimates.decoding(config, 1, cards=2, kernels=0)
     assert shared.plain_step == pytest.approx(bytes_alone.plain_step / 2 + 4 * 2 * 15e-6)
 
