@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import wraps
+from threading import RLock
+from typing import Any, NamedTuple, TypeVar
 
 from self_speculation.drafts.costs import PassTimes
 from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
+
+T = TypeVar("T")
 
 PLAIN = ""  # no source
 
@@ -65,7 +69,7 @@ class _Trials:
 
 @dataclass
 class ArmStats:
-    """Statistics of a model's sources, across requests. Bounded by the number of sources.
+    """Statistics of a model's sources, across requests and threads. Bounded by the number of sources.
 
     Args:
         growth: estimated cost of a pass over n tokens, relative to one.
@@ -84,12 +88,24 @@ class ArmStats:
     trials: dict[str, _Trials] = field(default_factory=dict)
     # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
     credit: float = 4.0
+    lock: Any = field(default_factory=RLock)
     _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
 
     @property
     def times(self) -> PassTimes:
         number = self.num_threads()
         return self._times.get(number) or self._times.setdefault(number, PassTimes(self.growth))
+
+
+def _alone(method: Callable[..., T]) -> Callable[..., T]:
+    """Let one thread at a time read and write the statistics."""
+
+    @wraps(method)
+    def locked(self: AdaptivePolicy, *args: Any) -> T:
+        with self._stats.lock:
+            return method(self, *args)
+
+    return locked
 
 
 class AdaptivePolicy:
@@ -123,6 +139,7 @@ class AdaptivePolicy:
         # Valid until something is learnt of drafts.
         self._of_layers: dict[tuple[PassTimes, int, int, int], Plan] = {}
 
+    @_alone
     def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
         """Plan one round.
 
@@ -149,6 +166,7 @@ class AdaptivePolicy:
         self._plan = self._trial(best, num_rows, longest) or best
         return self._plan
 
+    @_alone
     def goes_on(self, confidences: Sequence[Sequence[float]]) -> bool:
         """Whether to draft another token.
 
@@ -164,10 +182,12 @@ class AdaptivePolicy:
         more = seconds(width + 1) - seconds(width)
         return accepted * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
 
+    @_alone
     def see(self, source: str, matched: int, is_right: bool) -> None:
         """Learn whether the first token of a guess is right, drafted or not."""
         self._acceptance(source, matched).add(float(is_right))
 
+    @_alone
     def learn(
         self,
         sources: Sequence[str],

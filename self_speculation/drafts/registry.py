@@ -10,10 +10,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
@@ -26,6 +24,7 @@ from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
 from self_speculation.drafts.prediction import PredictionDrafts
 from self_speculation.drafts.shared import SharedDrafts, finished_answers, forget_answers
 from self_speculation.model.captured_runner import is_captured
+from self_speculation.model.made import discard, made
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import bytes_per_weight, quantized
 from self_speculation.model.short_head import ShortHead, default_vocabulary
@@ -37,9 +36,6 @@ _LONGEST_MATCH = 4
 _PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
 # Weight of the copy's prior: two rejections in the first rounds must not rule it out.
 _TRUST_IN_COPY = 6.0
-
-# Statistics of adaptive decoding, by model and settings.
-_LEARNT: WeakKeyDictionary[nn.Module, dict[Hashable, ArmStats]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -190,13 +186,17 @@ def _stats(context: DraftContext) -> ArmStats:
         (config.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    stats = ArmStats(growth(runner), torch.get_num_threads)
-    return _LEARNT.setdefault(model, {}).setdefault(key, stats)
+    return _learnt(model).setdefault(key, ArmStats(growth(runner), torch.get_num_threads))
+
+
+def _learnt(model: PreTrainedModel) -> dict[Hashable, ArmStats]:
+    """By settings."""
+    return made(model, ArmStats, None, dict)
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:
     """Drop the statistics of adaptive decoding and the finished answers, as in a new process."""
-    _LEARNT.pop(model, None)
+    discard(model, ArmStats)
     forget_answers(model)
 
 

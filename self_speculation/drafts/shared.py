@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import abc
 from threading import Lock
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.ngram import NgramIndex, TokenDrafts
+from self_speculation.model.made import discard, made
 
 # Sizes of the n-grams that find an output in an earlier answer. Each takes 130 bytes a token.
 _LONG, _SHORT = 6, 3
-
-# Of each model, since ids are those of its tokenizer. A change of weights does not matter: these are guesses.
-_FINISHED: WeakKeyDictionary[nn.Module, FinishedAnswers] = WeakKeyDictionary()
 
 
 class FinishedAnswers:
@@ -45,15 +42,14 @@ class FinishedAnswers:
 
 
 def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
-    """Those of a model; empty if the number of tokens is another one than before."""
-    answers = _FINISHED.get(model)
-    if answers is None or answers.num_tokens != num_tokens:
-        answers = _FINISHED[model] = FinishedAnswers(num_tokens)
-    return answers
+    """Those of a model, since ids are those of its tokenizer; empty if the number of tokens is another one
+    than before. A change of weights does not matter: these are guesses.
+    """
+    return made(model, FinishedAnswers, num_tokens, lambda: FinishedAnswers(num_tokens))
 
 
 def forget_answers(model: nn.Module) -> None:
-    _FINISHED.pop(model, None)
+    discard(model, FinishedAnswers)
 
 
 class SharedDrafts(TokenDrafts):

@@ -14,12 +14,12 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.model.attention import CHUNK
@@ -27,6 +27,7 @@ from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import WrittenAt, round_up
+from self_speculation.model.made import lock, made
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.progress import progress
 from self_speculation.model.traced_runner import TracedRunner, num_traces
@@ -36,8 +37,17 @@ _STEP, _PADDING = 1024, 64
 # The fewest keys that a pass may read, and the most that are not split.
 _LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
 
-# The models whose passes are captured.
-_PASSES: WeakKeyDictionary[nn.Module, _Passes | None] = WeakKeyDictionary()
+
+@dataclass
+class _Captured:
+    """Of a model: whether its passes are captured, and these."""
+
+    is_on: bool = False
+    passes: _Passes | None = None
+
+
+def _captured(model: PreTrainedModel) -> _Captured:
+    return made(model, _Captured, None, _Captured)
 
 
 def capture_decoding(model: PreTrainedModel) -> None:
@@ -48,20 +58,22 @@ def capture_decoding(model: PreTrainedModel) -> None:
     """
     if num_ranks(model) > 1 or len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
-    _PASSES[model] = None
+    captured = _captured(model)
+    captured.is_on, captured.passes = True, None
 
 
 def decode_eagerly(model: PreTrainedModel) -> None:
-    _PASSES.pop(model, None)
+    captured = _captured(model)
+    captured.is_on, captured.passes = False, None
 
 
 def is_captured(model: PreTrainedModel) -> bool:
-    return model in _PASSES
+    return _captured(model).is_on
 
 
 def num_prepared(model: PreTrainedModel) -> int:
     """Passes that were ever traced or captured. A round that prepares one takes ten times as long."""
-    passes = _PASSES.get(model)
+    passes = _captured(model).passes
     return num_traces(model) + (passes.num_captured if passes else 0)
 
 
@@ -85,10 +97,11 @@ class CapturedRunner(ModelRunner):
         self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
     ) -> None:
         super().__init__(model, prompt_length, num_positions, num_rows)
-        passes = _PASSES[model]
-        if passes is None or passes.valid_for != self.fingerprint or passes.num_rows < num_rows:
-            _PASSES[model] = passes = None  # free the old cache first
-            _PASSES[model] = passes = _Passes(self)
+        with lock(model):
+            captured, passes = _captured(model), _captured(model).passes
+            if passes is None or passes.valid_for != self.fingerprint or passes.num_rows < num_rows:
+                captured.passes = passes = None  # free the old cache first
+                captured.passes = passes = _Passes(self)
         self.passes, self._rotary, self._max_width = passes, passes.rotary, max_width
         self.cache = self._own_cache = passes.cache = passes.cache.row(0)  # earlier generations lose theirs
         self.reserve(prompt_length, num_positions)

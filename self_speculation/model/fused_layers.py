@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from self_speculation.model.devices import free_memory
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import NARROW, Linear, follow_weights
+from self_speculation.model.made import lock, made
 from self_speculation.model.overrides import replaced_forward
 
 # `config.model_type` of models whose layers compute
@@ -39,12 +39,14 @@ _SHARE_OF_ROOM = 1 / 3
 class _State:
     """Arguments of `fuse`, and the fused parts of a model."""
 
+    is_fused: bool = False
     fp32_activations: bool = False
     num_changes: int = 0  # see `num_changes`
     made: dict[nn.Module, Fused] = field(default_factory=dict)  # by decoder layer; of the head by `lm_head`
 
 
-_STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+def _state(model: Any) -> _State:
+    return made(model, _State, None, _State)
 
 
 def fuse(model: Any, fp32_activations: bool | None = None) -> int:
@@ -64,17 +66,19 @@ def fuse(model: Any, fp32_activations: bool | None = None) -> int:
     Raises:
         ValueError: for W16A32, there is no kernel, a part is not fused, or float16 cannot hold a weight.
     """
-    state = _STATES.setdefault(model, _State())
-    state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
-    state.num_changes += 1
-    state.made = {}
-    try:
-        parts, dtype = fused_model(model)
-        if fp32_activations and dtype != torch.float32:
-            raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
-    except ValueError:
-        state.fp32_activations = False
-        raise
+    with lock(model):
+        state = _state(model)
+        state.is_fused = True
+        state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
+        state.num_changes += 1
+        state.made = {}
+        try:
+            parts, dtype = fused_model(model)
+            if fp32_activations and dtype != torch.float32:
+                raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
+        except ValueError:
+            state.fp32_activations = False
+            raise
     return sum(layer in parts for layer in model.base_model.layers)
 
 
@@ -93,12 +97,18 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     Raises:
         ValueError: float16 cannot hold a weight of a W16A32 model any more.
     """
-    base, head = model.base_model, model.get_output_embeddings()
-    state = _STATES.get(model)
-    if state is None or not (
-        model.config.model_type in FUSED_MODEL_TYPES and model.config._attn_implementation == "sdpa"
+    state, config = _state(model), model.config
+    if not (
+        state.is_fused and config.model_type in FUSED_MODEL_TYPES and config._attn_implementation == "sdpa"
     ):
         return {}, model.dtype
+    with lock(model):
+        return _follow(model, state)
+
+
+def _follow(model: Any, state: _State) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
+    """See `fused_model`."""
+    base, head = model.base_model, model.get_output_embeddings()
     modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
     family = f"transformers.models.{model.config.model_type}."
     structures = {key: structure(*of_key) for key, of_key in modules.items()}
@@ -135,8 +145,8 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     Args:
         for_drafts: include copies that only drafts read, such as those in four bits.
     """
-    linears = [linear for fused in _STATES.get(model, _State()).made.values() for linear in fused.linears]
-    copies = ((linear, copy) for linear in linears for copy in linear.derived.values())
+    linears = [linear for fused in [*_state(model).made.values()] for linear in fused.linears]
+    copies = ((linear, copy) for linear in linears for copy in [*linear.derived.values()])
     return sum(copy.num_bytes for linear, copy in copies if for_drafts or copy is linear.packed_copy)
 
 
@@ -144,7 +154,7 @@ def num_changes(model: Any) -> int:
     """Calls of `fuse`, and generations that found other weights. Runners made before have no use of the fused
     parts, even if the weights are the former ones again.
     """
-    return _STATES.get(model, _State()).num_changes
+    return _state(model).num_changes
 
 
 def plain_linear(head: nn.Module) -> Linear | None:

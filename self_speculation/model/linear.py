@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ class Linear:
         self.may_be_packed = False  # whether memory has room for a packed copy
         self.derived: dict[Hashable, Any] = {}  # what was made of the weight
         self._contents_when_made: Hashable = None
+        self._lock = RLock()  # passes of several threads may miss the same copy
 
     def __call__(self, x: Tensor) -> Tensor:
         kernel = self._kernel(x.shape[0])
@@ -118,13 +120,16 @@ class Linear:
 
     def derive(self, key: Hashable, make: Callable[[], T]) -> T:
         """The result of `make`, kept by key until the weight changes."""
-        if key not in self.derived:
-            if not self.derived:  # a later copy must not hide that earlier ones are outdated
-                [self._contents_when_made] = contents([self._parameters])
-            self.derived[key] = make()
-            for weight in self._weights:
-                release(weight)
-        return self.derived[key]
+        if (kept := self.derived.get(key)) is not None:
+            return kept
+        with self._lock:
+            if (kept := self.derived.get(key)) is None:
+                if not self.derived:  # a later copy must not hide that earlier ones are outdated
+                    [self._contents_when_made] = contents([self._parameters])
+                kept = self.derived[key] = make()
+                for weight in self._weights:
+                    release(weight)
+        return kept
 
     @property
     def can_be_packed(self) -> bool:
@@ -232,7 +237,8 @@ def follow_weights(linears: Sequence[Linear]) -> bool:
     pairs = zip(copied, current, strict=True)
     changed = [linear for linear, contents_now in pairs if linear._contents_when_made != contents_now]
     for linear in changed:
-        linear.derived.clear()
+        with linear._lock:
+            linear.derived.clear()
     missing = [linear for linear in linears if linear.fp32_activations and linear.packed_copy is None]
     missing.sort(key=lambda linear: -linear.num_bytes)  # no thread ends with a large one
     with (

@@ -22,6 +22,7 @@ from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model
 from self_speculation.model.kv_cache import Appendable, KVCache
+from self_speculation.model.made import lock
 
 # A new cache has room for the prompt and this, divided by the number of rows, in positions.
 _FIRST_ALLOCATION = 1024
@@ -87,7 +88,9 @@ class _Rotary:
             # At least doubled, so that ever longer prompts rarely grow them. Only padding is beyond the
             # context.
             positions = torch.arange(max(num_positions, 2 * size), device=self._like.device)[None]
-            self.tables = torch.cat(self.module(self._like, position_ids=positions.clamp_(max=self._last)))
+            positions.clamp_(max=self._last)
+            with lock(self.module):  # some kinds of rotation change their module for longer positions
+                self.tables = torch.cat(self.module(self._like, position_ids=positions))
 
 
 class ModelRunner:

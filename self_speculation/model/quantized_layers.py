@@ -6,7 +6,7 @@ model's own. Each copy stays with the `Linear` that it was made of, see `Linear.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, FusedHead, Fu
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
+from self_speculation.model.made import lock
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
@@ -85,6 +86,16 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     head = short_head or runner.head
     formats: dict[Linear, Format] = {linear: Int4Linear for layer in layers for linear in layer.linears}
     formats |= {} if of_head is None else dict.fromkeys(head.linears, of_head)
+    with lock(runner.model):
+        copied = _make_copies(runner, layers, formats)
+    copies = [replace_linears(layer, copied) for layer in layers]
+    return runner.over(copies, head if of_head is None else replace_linears(head, copied))
+
+
+def _make_copies(
+    runner: ModelRunner, layers: Sequence[FusedLayer], formats: Mapping[Linear, Format]
+) -> Callable[[Linear], Int4Linear | Float16Linear]:
+    """Make what is missing on all threads. Returns a function that finds the copy of a `Linear`."""
     missing = [linear for linear, kind in formats.items() if kind not in linear.derived]
     num_bytes = sum(formats[linear].bytes_of(linear.shape) for linear in missing)
     if missing and num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
@@ -104,8 +115,7 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     with progress("copies for drafts, int4", num_bytes) as advance, ThreadPoolExecutor(num_threads) as pool:
         for made in pool.map(copied, missing):
             advance(made.num_bytes)
-    copies = [replace_linears(layer, copied) for layer in layers]
-    return runner.over(copies, head if of_head is None else replace_linears(head, copied))
+    return copied
 
 
 class _SquaresSummed:

@@ -8,16 +8,17 @@ with -inf for all other ids, so processors, sampling and the accept rule stay as
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.model.fused_layers import FusedHead, plain_linear
 from self_speculation.model.linear import Linear, follow_weights
+from self_speculation.model.made import lock, made
 from self_speculation.model.model_runner import ModelRunner, PlainHead
 from self_speculation.transfers import on_device
 
@@ -26,23 +27,23 @@ _LEAST_ROWS, _CLEARLY_CHEAPER = 16384, 0.08
 # The most rows of seen ids: of the first ones, which tokenizers give to frequent tokens.
 _MOST_SEEN = 2048
 
-# Counted ids of a model, the most frequent first.
-_FREQUENT: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
-# Of each head that is not fused, a `Linear`, which keeps the rows of short heads, and the structure that it
-# is valid for.
-_PLAIN: WeakKeyDictionary[nn.Module, tuple[Hashable, Linear]] = WeakKeyDictionary()
+@dataclass
+class _Counted:
+    """Ids of a model, the most frequent first."""
+
+    ids: tuple[int, ...] = ()
 
 
 def prefer_ids(model: PreTrainedModel, counts: Mapping[int, int]) -> None:
     """Let short heads have the ids that were counted most."""
-    _FREQUENT[model] = tuple(sorted(counts, key=lambda id_: -counts[id_]))
+    made(model, _Counted, None, _Counted).ids = tuple(sorted(counts, key=lambda id_: -counts[id_]))
 
 
 def likely_ids(model: PreTrainedModel, number: int) -> list[int]:
     """So many ids in ascending order: the most frequent ones, then the first ones of the tokenizer."""
     size = model.get_output_embeddings().weight.shape[0]
-    frequent = [id_ for id_ in _FREQUENT.get(model, ()) if 0 <= id_ < size]
+    frequent = [id_ for id_ in made(model, _Counted, None, _Counted).ids if 0 <= id_ < size]
     return sorted([*dict.fromkeys([*frequent, *range(size)[:number]])][:number])
 
 
@@ -93,13 +94,11 @@ class ShortHead:
 
 
 def _kept_linear(head: PlainHead) -> Linear | None:
-    """See `plain_linear`."""
-    valid_for, kept = _PLAIN.get(head.module, (None, None))
-    if kept is None or valid_for != head.structure:
-        if (kept := plain_linear(head.module)) is not None:
-            _PLAIN[head.module] = head.structure, kept
-        return kept
-    follow_weights([kept])
+    """See `plain_linear`. It keeps the rows of short heads."""
+    with lock(head.module):
+        kept = made(head.module, Linear, head.structure, lambda: plain_linear(head.module))
+        if kept is not None:
+            follow_weights([kept])
     return kept
 
 

@@ -2,20 +2,22 @@
 
 The products of a narrow pass are surrounded by hundreds of small operations, which cost Python more time than
 the processor. A range of fused layers is traced with widths and lengths as sizes of its inputs, so one trace
-serves every step. Weights, or copies of them, are its attributes. When they change, it gets the new ones: the
-graph is valid for all weights of these shapes. TorchScript is in maintenance mode: only this module uses it.
+serves every step. Weights, or copies of them, are its attributes. Changed ones get another call with the same
+graph, which is valid for all weights of these shapes. TorchScript is in maintenance mode: only this module
+uses it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import NARROW, Float16Linear, Linear
+from self_speculation.model.made import made
 from self_speculation.model.model_runner import ModelRunner
 
 # Passes of a range before it is traced: tracing pays back after about 40.
@@ -33,20 +36,28 @@ _PASSES_BEFORE = 32
 # Traces of a model. TorchScript never frees a graph: about a megabyte for each layer.
 _TRACES_AT_MOST = 32
 
+# Of all models, since `torch.jit.trace` has global variables. Its owner takes no model's lock.
+_TRACING = Lock()
+
 
 @dataclass
 class _Trace:
     """A range of fused layers as one call."""
 
-    module: torch.jit.ScriptModule
-    constants: Hashable  # that its graph is valid for
-    no_parts: Mapping[str, Any]  # empty ones, by name, in the place of weights
-    reads: list[Any] = field(default_factory=list)  # what its weights belong to; empty: it has none
+    graph: torch.jit.ScriptModule  # without weights
+    constants: Hashable  # that it is valid for
+    # The same with weights. Nothing in it changes, since other threads may run it.
+    bound: torch.jit.ScriptModule | None = None
+    reads: list[Any] = field(default_factory=list)  # what these weights belong to
 
-    def set_parts(self, parts: Mapping[str, Any], reads: list[Any]) -> None:
-        for name, part in parts.items():
-            setattr(self.module, name, part)
-        self.reads = reads
+    def over(self, parts: Mapping[str, Any], reads: list[Any]) -> torch.jit.ScriptModule:
+        """A call over these weights, by the same graph."""
+        if self.bound is None or self.reads != reads:
+            self.bound = torch.jit._recursive.wrap_cpp_module(copy.copy(self.graph._c))
+            for name, part in parts.items():
+                setattr(self.bound, name, part)
+            self.reads = reads
+        return self.bound
 
 
 @dataclass
@@ -58,8 +69,13 @@ class _Traces:
     made: dict[Hashable, _Trace] = field(default_factory=dict)
     num_passes: Counter[Hashable] = field(default_factory=Counter)  # that ran without a trace
 
+    def has(self, kind: Hashable, layers: Sequence[FusedLayer], dtype: torch.dtype) -> bool:
+        trace = self.made.get(kind)
+        return trace is not None and trace.constants == _constants(layers, dtype)
 
-_TRACES: WeakKeyDictionary[nn.Module, _Traces] = WeakKeyDictionary()
+
+def _traces(model: PreTrainedModel) -> _Traces:
+    return made(model, _Traces, None, _Traces)
 
 
 def trace_after(model: PreTrainedModel, num_passes: float, num_ranges: int = 0) -> None:
@@ -67,12 +83,12 @@ def trace_after(model: PreTrainedModel, num_passes: float, num_ranges: int = 0) 
     than are traced, none is.
     """
     enough = num_ranges <= _TRACES_AT_MOST
-    _TRACES.setdefault(model, _Traces()).passes_before = num_passes if enough else math.inf
+    _traces(model).passes_before = num_passes if enough else math.inf
 
 
 def num_traces(model: PreTrainedModel) -> int:
     """Traces made so far. A pass that makes one takes ten times as long."""
-    return _TRACES[model].num_made if model in _TRACES else 0
+    return _traces(model).num_made
 
 
 class TracedRunner(ModelRunner):
@@ -82,10 +98,11 @@ class TracedRunner(ModelRunner):
         super().__init__(*args)
         self._found: dict[Hashable, Callable[..., Tensor]] = {}  # traces of this generation
         linears = _linears([layer for layer in self.layers if isinstance(layer, FusedLayer)])
-        current = {id(part) for linear in linears for part in (linear, *linear.derived.values())}
-        for trace in [*_TRACES.get(self.model, _Traces()).made.values()]:
-            if not all(id(part) in current for part in trace.reads):  # free weights that have changed
-                trace.set_parts(trace.no_parts, [])
+        current = {id(part) for linear in linears for part in (linear, *[*linear.derived.values()])}
+        with _TRACING:
+            for trace in _traces(self.model).made.values():
+                if not all(id(part) in current for part in trace.reads):  # free weights that have changed
+                    trace.bound, trace.reads = None, []
 
     def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
         other: Any = super().over(layers, head)
@@ -114,29 +131,31 @@ class TracedRunner(ModelRunner):
             return False
         linears = _linears(layers)
         reads = [part for linear in linears for part in (linear, linear.packed_copy) if part is not None]
-        traces, kind = _TRACES.setdefault(self.model, _Traces()), (first, last, width == 1, type(linears[0]))
-        trace = traces.made.get(kind)
-        if trace is None or trace.reads != reads:
-            if trace is None or trace.constants != _constants(layers, self.dtype):
-                traces.made.pop(kind, None)
-                traces.num_passes[kind] += 1
-                if traces.num_passes[kind] <= traces.passes_before or traces.num_made >= _TRACES_AT_MOST:
+        traces, kind = _traces(self.model), (first, last, width == 1, type(linears[0]))
+        if not traces.has(kind, layers, self.dtype):
+            traces.num_passes[kind] += 1
+            if traces.num_passes[kind] <= traces.passes_before:
+                return False
+        with _TRACING:
+            if not traces.has(kind, layers, self.dtype):  # another thread may have made it meanwhile
+                if traces.num_made >= _TRACES_AT_MOST:
                     return False
                 traces.num_made += 1
-                trace = traces.made[kind] = self._trace(layers, hidden, first)
-            trace.set_parts(_parts(layers), reads)
-        self._found[key] = trace.module
+                traces.made[kind] = self._trace(layers, hidden, first)
+            self._found[key] = traces.made[kind].over(_parts(layers), reads)
         return True
 
     def _trace(self, layers: list[Any], hidden: Tensor, first: int) -> _Trace:
         inputs = self._inputs(first, first + len(layers), hidden.shape[1])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes that become constants: those of the model
-            module = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
+        # Sizes that become constants are those of the model. `catch_warnings` is not for threads: one could
+        # leave the filters of another one in place for ever.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"self_speculation\.")
+        warnings.filterwarnings("ignore", r"`torch\.jit\.trace", DeprecationWarning)
+        graph = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
         no_weight, not_packed = torch.empty(0), Float16Linear(torch.zeros(1, 1)).packed[0]
-        parts = _parts(layers).items()
-        no_parts = {name: no_weight if isinstance(part, Tensor) else not_packed for name, part in parts}
-        return _Trace(module, _constants(layers, self.dtype), no_parts)
+        for name, part in _parts(layers).items():
+            setattr(graph, name, no_weight if isinstance(part, Tensor) else not_packed)
+        return _Trace(graph, _constants(layers, self.dtype))
 
     def _inputs(self, first: int, last: int, width: int) -> list[Any]:
         """Inputs of `_Range` after the hidden states."""

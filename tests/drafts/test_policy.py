@@ -388,13 +388,13 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         result = generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
         assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
         assert sum(counts.rounds for counts in result.drafts_by_source.values()) == result.num_verifications
-    (learnt,) = registry._LEARNT[model].values()
+    (learnt,) = registry._learnt(model).values()
     assert {*learnt.trials} <= {PLAIN, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched
     assert {*learnt.by_confidence} <= {"exit 1"}
-    assert other not in registry._LEARNT
+    assert not registry._learnt(other)
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
-    assert len(registry._LEARNT[model]) == 2  # sampled tokens have another acceptance
+    assert len(registry._learnt(model)) == 2  # sampled tokens have another acceptance
 
 
 @pytest.mark.parametrize("field", [{"exit_layer": 2}, {"draft_confidence": "auto"}])

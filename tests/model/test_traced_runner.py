@@ -54,7 +54,7 @@ def model(request):
 
 def num_usable(model):
     """Traces with weights."""
-    return sum(bool(trace.reads) for trace in traced_runner._TRACES[model].made.values())
+    return sum(bool(trace.reads) for trace in traced_runner._traces(model).made.values())
 
 
 def tokens(model, num_tokens=20, **how):

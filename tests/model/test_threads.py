@@ -1,0 +1,325 @@
+"""Several threads decode with one model, whose weights change between generations."""
+
+import copy
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from conftest import generate, tiny_llama
+
+from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
+from self_speculation.model import fused_layers, linear
+from self_speculation.model.captured_runner import make_runner
+from self_speculation.model.fused_layers import fuse
+from self_speculation.model.model_runner import forward
+from self_speculation.model.traced_runner import num_traces, trace_after
+
+NUM_THREADS = 6
+NUM_TOKENS = 12
+PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 3, 11], [6] * 9]
+STRATEGIES = [
+    {},
+    {"exit_layer": 2, "num_speculations": 3},
+    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
+    {"exit_layer": 2, "num_speculations": 2, "draft_vocabulary": 20},
+    {"strategy": "adaptive"},
+    {"strategy": "adaptive", "draft_weights": "int4"},
+]
+
+
+def seconds():
+    """How long to look for faults: STRESS_SECONDS."""
+    return float(os.environ.get("STRESS_SECONDS", "20"))
+
+
+def ids(model, prompt, **how):
+    return generate(model, prompt, max_steps=NUM_TOKENS, eos=[], **how).predicted_tokens
+
+
+def change(model, random_):
+    """Change weights as callers do, while nobody decodes: those of a random model, scaled."""
+    prefix, scale = (
+        random_.choice(("", "model.layers.1.", "model.layers.2.mlp.")),
+        random_.choice((0.5, 0.8, 2.0)),
+    )
+    new = {name: weight.to(model.dtype) * scale for name, weight in tiny_llama().state_dict().items()}
+    changing = [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefix)]
+    how = random_.choice(("data", "to", "load", "assign", "in place", "nothing"))
+    with torch.no_grad():
+        if how == "to":
+            dtype = model.dtype
+            model.to(torch.float64).to(dtype)
+        elif how in ("load", "assign"):
+            model.load_state_dict(new, assign=how == "assign")
+        for name, parameter in changing:
+            if how == "data":
+                parameter.data = new[name]
+            elif how == "in place":
+                parameter.copy_(new[name])
+
+
+class Trial:
+    """Generations that begin together, again and again."""
+
+    def __init__(self, dtype, seed):
+        self.dtype, self.random, self.seed = dtype, random.Random(seed), seed
+        self.fp32_activations = dtype != torch.float32
+        self.faults, self.num_answers, self.num_rounds, self.next_model = [], 0, 0, 0
+
+    def begin_anew(self):
+        self.model = copy.deepcopy(tiny_llama()).to(self.dtype)
+        fuse(self.model, self.fp32_activations)
+        trace_after(self.model, self.random.choice((0, 2, 20)))
+
+    def next_round(self):
+        """Called by one thread while the others wait."""
+        if self.num_rounds == self.next_model:
+            self.begin_anew()
+            self.next_model = max(10, 2 * self.next_model)  # TorchScript never frees a graph
+        else:
+            change(self.model, self.random)
+        self.num_rounds += 1
+        model = copy.deepcopy(tiny_llama()).to(self.dtype)
+        model.load_state_dict(self.model.state_dict())
+        fuse(model, self.fp32_activations)
+        trace_after(model, torch.inf)
+        self.fresh, self.expected = model, [ids(model, prompt) for prompt in PROMPTS]
+        self.is_over = time.monotonic() > self.end or bool(self.faults)
+
+    def decode(self, number):
+        own = random.Random(self.seed * 1000 + number)
+        while True:
+            self.barrier.wait()
+            if self.is_over:
+                return
+            try:
+                if own.random() < 0.1:
+                    fuse(self.model)
+                which, how = own.randrange(len(PROMPTS)), own.choice(STRATEGIES)
+                found = ids(self.model, PROMPTS[which], **how)
+                if found != self.expected[which] and not self.is_near_tie(which, found):
+                    self.faults.append(f"round {self.num_rounds}: {how} {found} != {self.expected[which]}")
+            except Exception:
+                self.faults.append(f"round {self.num_rounds}: {traceback.format_exc()}")
+            self.num_answers += 1
+
+    def is_near_tie(self, which, found):
+        """Whether rounding explains the first difference: a pass over several tokens rounds otherwise."""
+        expected = self.expected[which]
+        first = next(i for i, pair in enumerate(zip(expected, found, strict=True)) if len({*pair}) > 1)
+        history = torch.tensor([PROMPTS[which] + expected[:first]])
+        logits = copy.deepcopy(self.fresh).float()(history).logits[0, -1]
+        return logits[expected[first]] - logits[found[first]] < 1e-5 * logits.abs().max()
+
+    def run(self, seconds):
+        self.end = time.monotonic() + seconds
+        self.barrier = threading.Barrier(NUM_THREADS, self.next_round)
+        run_all(*[partial(self.decode, number) for number in range(NUM_THREADS)])
+        return self.faults
+
+
+class Turns:
+    """Events that threads wait for, in the order that a test needs. Each is waited for once and for half
+    a second: with locks, the other thread cannot get there.
+    """
+
+    def __init__(self):
+        self._events, self._waited = defaultdict(threading.Event), set()
+
+    def reach(self, name):
+        self._events[name].set()
+
+    def wait(self, name):
+        if name not in self._waited:
+            self._waited.add(name)
+            self._events[name].wait(0.5)
+
+
+def run_all(*functions):
+    """Run each in a thread of its own. Returns their results."""
+    with ThreadPoolExecutor(len(functions)) as threads:
+        return [future.result() for future in [threads.submit(function) for function in functions]]
+
+
+def test_two_threads_fuse_one_model(monkeypatch):
+    """Guards against a layer that counts as valid and reads a tensor that no parameter has any more: its
+    structure is noted after another thread has moved the weights.
+    """
+    model, turns, is_first = copy.deepcopy(tiny_llama()), Turns(), threading.local()
+
+    class Linear(linear.Linear):
+        def __init__(self, *args, **options):
+            if hasattr(is_first, "yes"):
+                turns.reach("first has begun")
+                turns.wait("second has moved a layer's weights")
+            super().__init__(*args, **options)
+
+    class RMSNorm(fused_layers.RMSNorm):
+        def __init__(self, module):
+            if not hasattr(is_first, "yes"):
+                turns.reach("second has moved a layer's weights")
+                turns.wait("first is ready")
+            super().__init__(module)
+
+    def first():
+        is_first.yes = True
+        fuse(model)
+        turns.reach("first is ready")
+
+    def second():
+        turns.wait("first has begun")
+        ids(model, PROMPTS[0])
+
+    monkeypatch.setattr(fused_layers, "Linear", Linear)
+    monkeypatch.setattr(fused_layers, "RMSNorm", RMSNorm)
+    run_all(first, second)
+    monkeypatch.undo()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    assert ids(model, PROMPTS[0]) == ids(copy.deepcopy(model), PROMPTS[0])
+
+
+@pytest.fixture
+def never_packed(monkeypatch):
+    """Passes over packed copies are not traced."""
+    monkeypatch.setattr(linear.Linear, "can_be_packed", False)
+
+
+@pytest.mark.usefixtures("never_packed")
+def test_a_trace_in_use_stays_as_it_is():
+    """Guards against a trace that loses its weights, or gets others, while a generation runs it."""
+    model, prompt = copy.deepcopy(tiny_llama()), torch.tensor([PROMPTS[0]])
+    fuse(model)
+    trace_after(model, 0)
+
+    def step(runner):
+        runner.cache.rollback(runner.cache.length(0) - prompt.shape[1])
+        return forward(runner, prompt[:, :1]).logits
+
+    def begun():
+        runner = make_runner(model, prompt.shape[1], 20)
+        forward(runner, prompt)
+        return runner
+
+    with torch.inference_mode():
+        runner = begun()
+        before = step(runner)
+        for parameter in model.model.layers.parameters():
+            parameter.data = parameter.data * 2
+        other = begun()
+        assert step(runner).equal(before)
+        assert not step(other).equal(before)
+        assert step(runner).equal(before)
+    assert num_traces(model) == 1
+
+
+@pytest.mark.usefixtures("never_packed")
+def test_one_thread_traces_at_a_time(monkeypatch):
+    """Guards against global variables of `torch.jit.trace` that two threads write, and two traces of one
+    range.
+    """
+    model, turns, trace, num_inside = copy.deepcopy(tiny_llama()), Turns(), torch.jit.trace, [0, 0]
+    fuse(model)
+    trace_after(model, 0)
+
+    def traced(*args, **options):
+        num_inside[0] += 1
+        num_inside[1] = max(num_inside)
+        turns.reach(f"{num_inside[0]} are inside")
+        turns.wait("2 are inside")
+        num_inside[0] -= 1
+        return trace(*args, **options)
+
+    monkeypatch.setattr(torch.jit, "trace", traced)
+    found = run_all(*[lambda: ids(model, PROMPTS[0])] * 2)
+    assert found == [ids(copy.deepcopy(model), PROMPTS[0])] * 2
+    assert num_inside == [0, 1]
+    assert num_traces(model) == 1
+
+
+@pytest.mark.usefixtures("never_packed")
+def test_tracing_leaves_warnings_on(monkeypatch):
+    """Guards against all warnings off: another thread's `catch_warnings`, which begins during a trace and
+    ends after it, restores the filters of within.
+    """
+    model, trace, others = copy.deepcopy(tiny_llama()), torch.jit.trace, warnings.catch_warnings()
+
+    def traced(*args, **options):
+        others.__enter__()
+        return trace(*args, **options)
+
+    fuse(model)
+    trace_after(model, 0)
+    monkeypatch.setattr(torch.jit, "trace", traced)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids(model, PROMPTS[0])
+        others.__exit__()
+        with pytest.raises(UserWarning, match="still shown"):
+            warnings.warn("still shown", UserWarning, stacklevel=1)
+
+
+def test_a_copy_is_made_once():
+    """Guards against twice the memory and time when two threads first need a copy."""
+    turns, calls = Turns(), []
+    whole = linear.Linear(torch.nn.Linear(4, 4))
+
+    def make():
+        calls.append(1)
+        turns.reach(f"{len(calls)} make it")
+        turns.wait("2 make it")
+        return object()
+
+    first, second = run_all(*[lambda: whole.derive("key", make)] * 2)
+    assert first is second
+    assert len(calls) == 1
+
+
+def test_statistics_change_for_one_thread_at_a_time():
+    """Guards against a RuntimeError or a division by zero while another answer teaches times."""
+    turns, num_inside = Turns(), [0, 0]
+
+    def grows(num_tokens):
+        num_inside[0] += 1
+        num_inside[1] = max(num_inside)
+        turns.reach(f"{num_inside[0]} are inside")
+        turns.wait("2 are inside")
+        num_inside[0] -= 1
+        return float(num_tokens)
+
+    stats = ArmStats(grows)
+    one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
+    run_all(lambda: one.plan({}, [1]), lambda: other.learn([""], [0], [[]], [0], [0], (0.0, 1.0)))
+    assert num_inside == [0, 1]
+
+
+@pytest.fixture
+def switches_often():
+    """Threads take turns after a tenth of a millisecond."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("switches_often")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_answers_are_those_of_the_current_weights(dtype):
+    """Guards against layers over weights that no parameter has any more, a trace that is changed while it
+    runs (a crash), one that is emptied, and statistics that change while they are read.
+    """
+    trial = Trial(dtype, seed=int(time.time()))
+    faults = trial.run(seconds() / 2)
+    print(f"{trial.num_rounds} rounds, {trial.num_answers} answers")
+    assert not faults, faults[0]
