@@ -39,14 +39,12 @@ def main() -> None:
     args = parser.parse_args()
     kernel, threads = int4_kernel(), torch.get_num_threads()
     print(f"{kernel}, {threads} threads, torch {torch.__version__}, {args.layers} layers")
-    start = time.perf_counter()
-    copies = {str(kernel): layers(args.layers)}
-    seconds = time.perf_counter() - start
+    weights = [torch.randn(shape) * 0.02 for _ in range(args.layers) for shape in SHAPES]
+    copies = {str(kernel): made(str(kernel), weights)}
     if kernel.variant is not None:
         vars(int4_linear)["int4_kernel"] = lambda: Int4Kernel(None)
-        copies["torch's kernel"] = layers(args.layers)
+        copies["torch's kernel"] = made("torch's kernel", weights)
     num_bytes = sum(linear.num_bytes for linear in next(iter(copies.values())))
-    print(f"made in {seconds / args.layers * 1e3:.1f} ms a layer, weights included, on one thread")
     large = torch.ones(2**27)  # 512 MiB
     print(
         f"\n{'ms for all products, median (least)':<36} {'tokens':>8} " + " ".join(f"{n:>15}" for n in TOKENS)
@@ -71,8 +69,13 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def layers(number: int) -> list[Int4Linear]:
-    return [Int4Linear(torch.randn(shape) * 0.02) for _ in range(number) for shape in SHAPES]
+def made(name: str, weights: list[Tensor]) -> list[Int4Linear]:
+    """Copies, made one after the other. `quantized` makes as many at a time as there are threads."""
+    start = time.perf_counter()
+    copies = [Int4Linear(weight) for weight in weights]
+    seconds = time.perf_counter() - start
+    print(f"{name}: copies made in {seconds / sum(map(Tensor.numel, weights)) * 1e9:.1f} ns a weight")
+    return copies
 
 
 @torch.inference_mode()
