@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
     refuse_idle_drafts(config)
-    if args.prediction and not (config.is_adaptive or config.prompt_lookup):
+    if args.prediction and not config.looks_up:
         refuse("--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0")
     prediction = None if args.prediction is None else _read("prediction", args.prediction)
     grammar_text = None if args.grammar in (None, "json") else _read("grammar", args.grammar)
@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")
     prompt = one_prompt(args.prompt) if ranks.is_first() and not interactive else None
     generator = load_generator(model_args, config, chat=args.chat, counted=counts(tuning.tuned, model_args))
+    if grammar is not None:
+        generator.use_sandbox()
     prompt = broadcast_from_rank0(generator.model, prompt)
     talk = Conversation(generator, config, args.streamer, args.chat, args.compare, grammar, prediction)
     if interactive:

@@ -11,14 +11,13 @@ from __future__ import annotations
 if __name__ == "__main__":
     import runs.early  # noqa: F401
 
-import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from types import FrameType
 
 from arguments import (
     BatchArguments,
@@ -29,11 +28,12 @@ from arguments import (
     refuse_idle_drafts,
 )
 from runs import ranks
-from runs.program import run
+from runs.program import on_signals, run
 from runs.tuning import TuningArguments, counts, tuned
 from serving.flags import ServeArguments
 
 _GRACE = 5  # seconds in which aborted requests get their last event
+_SWITCH_INTERVAL = 5e-4  # seconds that another thread may keep the engine's waiting; Python has 5e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,40 +48,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvicorn
 
     from runs.startup import load_generator, meet, model_name
+    from self_speculation import Request
+    from self_speculation.decoding.grammar import Grammar
     from serving.app import App
     from serving.engine import Engine, follow
+    from serving.http11 import StrictProtocol
 
     meet(model_args)
     generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
+    latest_end = max(args.shutdown_time, _GRACE)
     if listener is None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first rank ends this one
+        on_signals(lambda count: None, latest_end)  # the first rank ends this one
         follow(generator, config, batch.batch_size)
         return 0
     engine = Engine(generator, config, batch.batch_size, args.max_waiting)
     name = args.served_name or _name(model_name(model_args))
     address, port = listener.getsockname()[:2]
+    app = App(generator, engine, config, args, name, address)
+    with suppress(ValueError):  # it has no fast tokenizer
+        generator.prepare(Request("", grammar=Grammar.json_schema({})), config)  # the first one takes longer
     server = uvicorn.Server(
         uvicorn.Config(
-            App(generator, engine, config, args, name, address),
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(args.shutdown_time) + _GRACE,
+            http=StrictProtocol,
+            timeout_graceful_shutdown=_GRACE - 1,
         )
     )
-
-    def shut_down(number: int, frame: FrameType | None) -> None:
-        engine.shut_down(args.shutdown_time)
-        server.handle_exit(number, frame)
 
     def serve() -> None:
         try:
             server.run([listener])
         finally:
-            engine.stop()
+            engine.shut_down(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, shut_down)
+    def shut_down(count: int) -> None:
+        """Finish what is begun, or nothing at the second signal. Meanwhile /health says 503."""
+        engine.shut_down(latest_end - _GRACE if count == 1 else 0)
+
+    on_signals(shut_down, latest_end)
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     host = f"[{address}]" if ":" in address else address
     print(f"serving {name} at http://{host}:{port}", file=sys.stderr, flush=True)
     http = Thread(target=serve, name="http")

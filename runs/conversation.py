@@ -31,6 +31,7 @@ from self_speculation import (
     StandardTextStreamer,
 )
 from self_speculation.decoding.grammar import Grammar
+from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.threads import adjust_threads
 
@@ -61,7 +62,7 @@ def read_grammar(name: str, text: str | None) -> Grammar:
         grammar = Grammar.json_schema({"type": "object"})
     else:
         grammar = Grammar.json_schema(text) if name.endswith(".json") else Grammar.lark(text)
-    grammar.check()
+    GrammarSandbox().check(grammar.definition)
     return grammar
 
 

@@ -5,11 +5,14 @@ Light: a script imports it before it reads its flags.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable
+from threading import Thread
 from typing import NoReturn
 
 from arguments import refuse
@@ -18,6 +21,29 @@ from runs.failures import EXPLAINABLE, reason
 from runs.status import work_bar
 from self_speculation.config import RankError
 from self_speculation.model.progress import shown_by
+
+
+def on_signals(act: Callable[[int], None], seconds: float) -> None:
+    """From now on a thread of its own calls `act` at SIGTERM and Ctrl-C, whatever the main thread does; with
+    the number of signals so far.
+
+    A process that still runs so many seconds after the first one is ended by faulthandler, whose thread does
+    not wait for others. It writes where each thread is.
+    """
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    signal.set_wakeup_fd(sender)  # gets a byte at once; a handler in Python waits for the main thread
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        for count in itertools.count(1):
+            os.read(receiver, 1)
+            if count == 1:
+                faulthandler.dump_traceback_later(seconds, exit=True)
+            act(count)
+
+    Thread(target=wait, name="signals", daemon=True).start()
 
 
 def run(main: Callable[[], int], **advice: str) -> NoReturn:

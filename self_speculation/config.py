@@ -172,6 +172,11 @@ class GenerationConfig:
         return is_exact and not (self.is_adaptive or self.shared_lookup)
 
     @property
+    def looks_up(self) -> bool:
+        """Whether prompts, outputs and predicted outputs are drafted from."""
+        return self.prompt_lookup > 0 or self.is_adaptive
+
+    @property
     def greedy(self) -> bool:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
 

@@ -9,14 +9,23 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+)
 
 from self_speculation.config import GenerationConfig
-from self_speculation.decoding.grammar import GrammarProcessor
+from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
+from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list
 from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
+
+_PIECE = 50_000  # characters of a prediction that are tokenized at a time
 
 T = TypeVar("T")
 
@@ -121,6 +130,8 @@ class HuggingfaceLlamaGenerator:
         generation_strategy: `make_strategy(name)` makes one.
     """
 
+    sandbox: GrammarSandbox | None = None  # see `use_sandbox`
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -207,10 +218,12 @@ class HuggingfaceLlamaGenerator:
         processors, prediction = as_list(request.logits_processors), request.prediction
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         if request.grammar is not None:
+            if self.sandbox is not None:
+                self.sandbox.check(request.grammar.definition)
             size = self.model.config.vocab_size
             processors += [GrammarProcessor(request.grammar, self.tokenizer, len(ids), size, ends)]
         if isinstance(prediction, str):
-            prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
+            prediction = self.encode_prediction(prediction, request.config or generation_config)
         prepared = {
             "prompt": ids,
             "logits_processors": processors,
@@ -250,6 +263,23 @@ class HuggingfaceLlamaGenerator:
                 "tokenizer that of another model?"
             )
         return ids
+
+    def use_sandbox(self) -> None:
+        """From now on try each grammar in a process of its own first, see `GrammarSandbox`."""
+        if isinstance(self.tokenizer, PreTrainedTokenizerFast):  # others can have no grammar
+            size = self.model.config.vocab_size
+            self.sandbox = GrammarSandbox(tokenizer_json(self.tokenizer), size, self.eos_token_ids)
+
+    def encode_prediction(self, text: str, config: GenerationConfig) -> list[int]:
+        """The token ids of a predicted output, at most as many as the context has; none if no draft uses it.
+
+        Tokenizes a piece at a time, since a prediction may be far longer than the context.
+        """
+        ids, start, context = list[int](), 0, context_length(self.model.config)
+        while config.looks_up and start < len(text) and len(ids) < context:
+            ids += self.tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False)
+            start += _PIECE
+        return ids[:context]
 
     def is_far_too_long(self, prompt: str) -> bool:
         """Whether a text has more characters than the tokens of a context can spell. Tokenizing takes seconds

@@ -1,7 +1,8 @@
-"""Who may send requests, and the id of each request."""
+"""Who may send requests, the id of each request, and its body."""
 
 from __future__ import annotations
 
+import codecs
 import hmac
 import os
 import re
@@ -89,3 +90,16 @@ def is_loopback(address: str) -> bool:
     except ValueError:
         return False
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+async def read_body(http: Request, max_bytes: int) -> bytes:
+    """Read a body of JSON. Pages of other sites cannot send this content type."""
+    content_type = http.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise APIError(f"the request has more than {max_bytes} bytes", 413)
+    return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import hashlib
 import itertools
 import json
@@ -12,8 +11,8 @@ import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from self_speculation import GenerationConfig, GenerationStrategyResult, Hugging
 from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.stopping import decode
 from self_speculation.model.families import context_length
-from serving.access import PAGE_FILES, AccessMiddleware, is_loopback
+from serving.access import PAGE_FILES, AccessMiddleware, is_loopback, read_body
 from serving.engine import Engine, Job, QueueFull, RequestAborted, RequestTimeout, ServerShutdown
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, figures
@@ -95,6 +94,8 @@ class App(Starlette):
     ) -> None:
         self._generator, self._engine, self._config, self._name = generator, engine, config, name
         self._args, self._metrics, self._created = args, Metrics(engine, name), int(time.time())
+        self._compiling, self._num_guided = asyncio.Lock(), 0
+        generator.use_sandbox()
         backend = (self_speculation.__version__, name, generator.model.dtype, config)
         self._fingerprint = f"fp_{hashlib.sha256(repr(backend).encode()).hexdigest()[:10]}"
         access = Middleware(
@@ -217,38 +218,73 @@ class App(Starlette):
 
     async def _respond(self, kind: type[ChatRequest] | type[CompletionRequest], http: Request) -> Response:
         """Generate the choices of a request."""
-        body = await _read_body(http, self._args.max_body)
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+        body = await read_body(http, self._args.max_body)
+        arrival, loop = time.perf_counter(), asyncio.get_running_loop()
+        queue = asyncio.Queue[tuple[int, Any]]()
 
         def emit(index: int, event: Any) -> None:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
-        def start() -> tuple[ChatRequest | CompletionRequest, list[_Choice]]:
-            request = kind.model_validate_json(body)
-            with _naming_field(request):
-                return request, self._submit(request, emit)
-
-        # In a thread: a long request takes a while to parse, check and tokenize.
-        request, choices = await asyncio.to_thread(start)
+        # In threads: a long request takes a while to parse, check and tokenize.
+        request, prompts, shared = await asyncio.to_thread(self._read, kind, body)
+        submit = partial(self._submit, request, prompts, shared, arrival, emit)
+        with _naming_field(request):
+            async with self._turn(http, arrival) if shared.grammar else nullcontext():
+                choices = await asyncio.to_thread(submit)
         events = self._events(request, choices, queue)
         parts = (self._chunks if request.stream else self._whole)(request, choices, events)
         media_type = "text/event-stream" if request.stream else "application/json"
         return _AnswerResponse(parts, media_type, [choice.job for choice in choices])
 
-    def _submit(
-        self, request: ChatRequest | CompletionRequest, emit: Callable[[int, Any], None]
-    ) -> list[_Choice]:
-        """Submit a job per choice; `emit` gets its index, and each `Delta` and the result of its job."""
-        tokenizer, config = self._generator.tokenizer, request.generation_config(self._config)
+    @asynccontextmanager
+    async def _turn(self, http: Request, arrival: float) -> AsyncGenerator[None]:
+        """The turn of a request whose grammar is compiled: one at a time, since others need threads too."""
+        if self._num_guided >= self._engine.max_jobs:
+            raise QueueFull(f"{self._num_guided} grammars wait already: try again later")
+        self._num_guided += 1
+        try:
+            async with self._compiling:
+                if await http.is_disconnected():
+                    raise ClientDisconnect
+                if time.perf_counter() > arrival + self._args.max_time:
+                    raise RequestTimeout(f"no answer after {self._args.max_time:g} seconds")
+                yield
+        finally:
+            self._num_guided -= 1
+
+    def _read(
+        self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes
+    ) -> tuple[ChatRequest | CompletionRequest, list[tuple[list[int], str]], self_speculation.Request]:
+        """A request, its prompts as ids and as texts to repeat, and what all its choices share."""
+        request, generator = kind.model_validate_json(body), self._generator
         if isinstance(request, ChatRequest):
             prompts = self._encode_chat(request)
         else:
             prompts = self._encode_prompts(request)
-        grammar = request.grammar(tokenizer)
-        bias = dict(request.logit_bias)
+        config, bias = request.generation_config(self._config), dict(request.logit_bias)
         if request.ignore_eos:
-            bias |= dict.fromkeys(self._generator.eos_token_ids, -math.inf)
+            bias |= dict.fromkeys(generator.eos_token_ids, -math.inf)
+        predicted = request.prediction and generator.encode_prediction(request.prediction.content, config)
+        with _naming_field(request):
+            grammar = request.grammar(generator.tokenizer)
+        shared = self_speculation.Request(
+            [], config=config, logit_bias=bias, prediction=predicted, grammar=grammar
+        )
+        return request, prompts, shared
+
+    def _submit(
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: Sequence[tuple[list[int], str]],
+        shared: self_speculation.Request,
+        arrival: float,
+        emit: Callable[[int, Any], None],
+    ) -> list[_Choice]:
+        """Submit a job per choice; `emit` gets its index, and each `Delta` and the result of its job."""
+        self._engine.check_room(len(prompts) * request.n)
+        tokenizer, config = self._generator.tokenizer, shared.config
+        assert config is not None
         seed = secrets.randbelow(_SEEDS) if request.seed is None else request.seed
         choices = []
         for index, ((ids, echo), nth) in enumerate(itertools.product(prompts, range(request.n))):
@@ -258,17 +294,9 @@ class App(Starlette):
                 streamer = kind(tokenizer, config.stop_words, ids, to_queue)
             if request.num_top_logprobs is not None:
                 logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
-            own = self_speculation.Request(
-                ids,
-                stopping_criteria=logprobs,
-                streamer=streamer,
-                seed=(seed + nth) % _SEEDS,
-                config=config,
-                logit_bias=bias,
-                prediction=request.prediction and request.prediction.content,
-                grammar=grammar,
-            )
-            job = Job(self._generator.prepare(own, config), to_queue, self._args.max_time)
+            given = {"prompt": ids, "stopping_criteria": logprobs, "streamer": streamer}
+            own = replace(shared, **given, seed=(seed + nth) % _SEEDS)
+            job = Job(self._generator.prepare(own, config), to_queue, self._args.max_time, arrival)
             choices.append(_Choice(index, job, logprobs, echo))
         self._engine.submit([choice.job for choice in choices])
         return choices
@@ -360,19 +388,6 @@ class _AnswerResponse(StreamingResponse):
             self._has_begun = True
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-
-async def _read_body(http: Request, max_bytes: int) -> bytes:
-    """Read a body of JSON. Pages of other sites cannot send this content type."""
-    content_type = http.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise APIError(f"Content-Type {content_type[:60]!r}: must be application/json")
-    body = bytearray()
-    async for part in http.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise APIError(f"the request has more than {max_bytes} bytes", 413)
-    return bytes(body.removeprefix(codecs.BOM_UTF8))  # of some clients on Windows
 
 
 @contextmanager

@@ -87,7 +87,6 @@ class Engine:
         self._keys = itertools.count()
         self._changed = Condition()  # guards the jobs
         self._deadline = math.inf  # of all jobs
-        self._is_stopped = False
 
     @property
     def accepts_jobs(self) -> bool:
@@ -100,33 +99,30 @@ class Engine:
             RequestAborted: the queue has no room, or the engine shuts down.
         """
         with self._changed:
-            if not self.accepts_jobs:
-                raise ServerShutdown("the server shuts down")
-            if len(self.waiting) + len(self.in_flight) + len(jobs) > self.max_jobs:
-                raise QueueFull(f"{len(self.waiting)} requests wait already: try again later")
+            self.check_room(len(jobs))
             self.waiting.extend(jobs)
             self._changed.notify()
 
-    def shut_down(self, seconds: float) -> None:
-        """Accept no more jobs; abort those that do not finish in time. Takes no lock: signal handlers call
-        it.
-        """
-        self._deadline = min(self._deadline, time.perf_counter() + seconds)
+    def check_room(self, num_jobs: int) -> None:
+        """Raises what `submit` does."""
+        if not self.accepts_jobs:
+            raise ServerShutdown("the server shuts down")
+        if len(self.waiting) + len(self.in_flight) + num_jobs > self.max_jobs:
+            raise QueueFull(f"{len(self.waiting)} requests wait already: try again later")
 
-    def stop(self) -> None:
-        """Make `run` return after it has aborted all jobs."""
-        self.shut_down(0)
+    def shut_down(self, seconds: float) -> None:
+        """Accept no more jobs, abort those that do not finish in time, and let `run` return."""
         with self._changed:
-            self._is_stopped = True
+            self._deadline = min(self._deadline, time.perf_counter() + seconds)
             self._changed.notify()
 
     def run(self) -> bool:
-        """Run jobs until `stop` is called; returns whether the engine worked to the end. Raises RankError."""
+        """Run jobs until `shut_down`; returns whether the engine worked to the end. Raises RankError."""
         in_step = True
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self.waiting or self.in_flight or self._is_stopped)
+                    self._changed.wait_for(lambda: self.waiting or self.in_flight or not self.accepts_jobs)
                     if not (self.waiting or self.in_flight):
                         return True
                 self._step()

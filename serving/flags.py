@@ -35,7 +35,8 @@ class ServeArguments:
     """Read control tokens in chat messages, such as <|im_end|>, as plain text. Without it a message can end
     itself and start another one in the system's role."""
     shutdown_time: float = 30.0
-    """Seconds until the remaining requests are aborted after SIGTERM or Ctrl-C."""
+    """Seconds after SIGTERM or Ctrl-C in which the server ends, at least 5. Requests that are unfinished 5
+    seconds before are aborted."""
 
     def __post_init__(self) -> None:
         check(self, "port", 0 <= self.port < 2**16, f"must be between 0 and {2**16 - 1}")

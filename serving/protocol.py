@@ -155,7 +155,8 @@ class BaseRequest(Fields, ABC):
         config = replace(default, **{name: value for name, value in given.items() if value is not None})
         # A row without drafts takes one token of each round, with random numbers of its own.
         drafts = self.drafts and (self.seed is None or config.greedy or config.drafts_repeat)
-        return config if drafts else replace(config, generation_strategy="autoregressive", exit_layer=-1)
+        none = {"generation_strategy": "autoregressive", "exit_layer": -1, "prompt_lookup": 0}
+        return config if drafts else replace(config, **none)
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002
         """The language of the answer. Raises GrammarError for an invalid schema."""

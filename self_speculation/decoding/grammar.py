@@ -5,37 +5,30 @@ Drafts are guided as well: sources sample from masked logits, and n-grams end be
 
 from __future__ import annotations
 
+import copy
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import llguidance
-import llguidance.hf
 import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from self_speculation.decoding.grammar_sandbox import LIMITS, GrammarError, grammar_error
+
 # Small models repeat white space without end if they may.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 # Otherwise the tokenizer chooses the tokens of a text without alternatives. It may read an added token in
 # it, or normalize it, and the matcher does not take such tokens.
 _OPTIONS = '%llguidance {"no_forcing": true}'
-# A grammar within these limits takes less than a second to compile, and less than 100 MB.
 _MAX_SCHEMA = 100_000  # characters of its JSON
-_MAX_REPEATS = 10_000  # of a pattern, whose counts multiply
-_LIMITS = llguidance.LLParserLimits(max_grammar_size=10_000, max_lexer_states=50_000)
 # [256, 8]: what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer.
 _OF_BYTES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8)] for byte in range(256)])
-
-
-class GrammarError(ValueError):
-    """A grammar is invalid, too large, or matches nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +56,6 @@ class Grammar:
         """Text that a Lark grammar derives from `start`. `<name>` and `<[id]>` are single tokens."""
         return cls(f"{text}\n{_OPTIONS}")
 
-    def check(self) -> None:
-        """Raises GrammarError if the grammar is invalid or too large."""
-        if problem := llguidance.LLMatcher.validate_grammar(self.definition, limits=_LIMITS):
-            raise _error(problem)
-
 
 def schema_text(schema: Any) -> str:
     """A JSON schema with our options, as JSON. Raises GrammarError if it is no object, or too large."""
@@ -77,21 +65,9 @@ def schema_text(schema: Any) -> str:
         text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
         if len(text) > _MAX_SCHEMA:
             raise GrammarError(f"the schema has {len(text)} characters, at most {_MAX_SCHEMA} are allowed")
-        json.loads(text, object_hook=_check_patterns)
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
     return text
-
-
-def _check_patterns(schema: dict[str, Any]) -> dict[str, Any]:
-    """Check the regular expressions of one object in a schema."""
-    of_names = schema.get("patternProperties")
-    for pattern in [schema.get("pattern"), *(of_names if isinstance(of_names, dict) else ())]:
-        counts = re.findall(r"\{(\d{1,9})", pattern) if isinstance(pattern, str) else ()
-        if math.prod(int(n) or 1 for n in counts) > _MAX_REPEATS:
-            message = f"the counts of a pattern multiply to more than {_MAX_REPEATS}"
-            raise GrammarError(f"pattern {pattern[:40]!r}: {message}")
-    return schema
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -127,7 +103,9 @@ class GrammarProcessor(LogitsProcessor):
         forbidden token. Of a draft, verification rejects such a token, so that its error does not count.
         """
         if not self._move_to(input_ids[0, self._prompt_length :].tolist()):
-            raise _error(self._matcher.get_error() or "the output has a token that the grammar forbids")
+            raise grammar_error(
+                self._matcher.get_error() or "the output has a token that the grammar forbids"
+            )
         bitmask = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8).astype(numpy.int32)
         self._of_bytes = self._of_bytes.to(scores.device)
         added = embedding(torch.from_numpy(bitmask).to(scores.device, non_blocking=True), self._of_bytes)
@@ -158,15 +136,23 @@ def _tokenizer(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...]
 ) -> llguidance.LLTokenizer:
     """Making one takes a tenth of a second and more."""
+    return llguidance.LLTokenizer(tokenizer_json(tokenizer), vocab_size, [*eos_token_ids])
+
+
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer as llguidance reads it. Raises ValueError if it is not a fast one."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("a grammar needs a fast tokenizer, of the library tokenizers")
-    return llguidance.hf.from_tokenizer(tokenizer, vocab_size, list(eos_token_ids))
+    backend = copy.copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend.to_str()
 
 
 @lru_cache(maxsize=8)
 def _matcher(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> llguidance.LLMatcher:
     """A matcher before its first token, to be copied: compiling a large grammar takes half a second."""
-    matcher = llguidance.LLMatcher(tokenizer, grammar.definition, log_level=0, limits=_LIMITS)
+    matcher = llguidance.LLMatcher(tokenizer, grammar.definition, log_level=0, limits=LIMITS)
     _bitmask(matcher)
     return matcher
 
@@ -175,14 +161,5 @@ def _bitmask(matcher: llguidance.LLMatcher) -> bytes:
     """One bit per token: may it follow?"""
     bits = matcher.compute_bitmask()
     if matcher.is_error():
-        raise _error(matcher.get_error())
+        raise grammar_error(matcher.get_error())
     return bits
-
-
-def _error(problem: str) -> GrammarError:
-    first, *others = problem.partition("\n<state>")[0].splitlines()
-    if first == "NoExtensionBias":
-        return GrammarError("the grammar matches nothing")
-    if first.endswith(":"):  # the reason is in the other lines
-        first = " ".join(" ".join([first, *others]).split())
-    return GrammarError(first[:300])

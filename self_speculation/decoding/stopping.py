@@ -39,7 +39,10 @@ class StopWords:
 
     def settled(self, text: str) -> str:
         """The text without an end that may become a stop word."""
-        begun = (n for word in self.words for n in range(1, len(word)) if text.endswith(word[:n]))
+        longest = len(text) + 1
+        begun = (
+            n for word in self.words for n in range(1, min(len(word), longest)) if text.endswith(word[:n])
+        )
         return text[: len(text) - max(begun, default=0)]
 
     def _in(self, text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import abc, defaultdict
+from weakref import WeakValueDictionary
 
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import PerSequence
@@ -21,7 +22,14 @@ class PredictionDrafts(TokenDrafts):
     priors = tuple(0.5 + 0.1 * matched for matched in range(_MOST_MATCHED + 1))
 
     def __init__(self) -> None:
-        self._cursors = PerSequence(lambda sequence: _Cursor(sequence.prediction))
+        self._cursors = PerSequence(self._begin)
+        self._indices: WeakValueDictionary[int, _Index] = WeakValueDictionary()  # by the id of its list
+
+    def _begin(self, sequence: Sequence) -> _Cursor:
+        """The choices of a request have one list, and one index of it."""
+        key = id(sequence.prediction)
+        index = self._indices[key] = self._indices.get(key) or _Index(sequence.prediction)
+        return _Cursor(index)
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
         if not sequence.prediction:
@@ -31,21 +39,28 @@ class PredictionDrafts(TokenDrafts):
         return 1 + min(cursor.matched, _MOST_MATCHED - 1), cursor.next(k)
 
 
+class _Index:
+    """Where the n-grams of a prediction end."""
+
+    def __init__(self, ids: abc.Sequence[int]) -> None:
+        self.ids = ids
+        self.ends: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for n in range(_SHORTEST, _LONGEST + 1):
+            for end in range(n, len(ids) + 1):
+                self.ends[tuple(ids[end - n : end])].append(end)
+
+
 class _Cursor:
     """Where in a prediction an output has come to.
 
     A token that differs is taken for a replaced one, until n-grams of the output show up elsewhere.
     """
 
-    def __init__(self, prediction: abc.Sequence[int]) -> None:
-        self._ids = prediction
+    def __init__(self, index: _Index) -> None:
+        self._ids, self._ends = index.ids, index.ends
         self._position = 0  # of the token that is expected next
         self._known = 0  # tokens of the output that were followed
         self.matched = 0  # the last tokens of the output that the prediction has as well
-        self._positions: dict[tuple[int, ...], list[int]] = defaultdict(list)  # n-gram -> positions after it
-        for n in range(_SHORTEST, _LONGEST + 1):
-            for end in range(n, len(prediction) + 1):
-                self._positions[tuple(prediction[end - n : end])].append(end)
 
     def next(self, k: int) -> list[int]:
         return list(self._ids[self._position : self._position + k])
@@ -58,7 +73,7 @@ class _Cursor:
                 continue
             self._position, self.matched = min(self._position + 1, len(self._ids)), 0
             for n in range(min(_LONGEST, length), _SHORTEST - 1, -1):
-                if found := self._positions.get(tuple(output[length - n : length])):
+                if found := self._ends.get(tuple(output[length - n : length])):
                     start = self._position - n
                     # The first one from here on, else the last one.
                     self._position = next((end for end in found if end >= start), found[-1])

@@ -153,10 +153,6 @@ def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
     return arms
 
 
-def _looks_up(config: GenerationConfig) -> bool:
-    return config.prompt_lookup > 0 or config.is_adaptive
-
-
 # In order of precedence for rows where several match.
 SOURCES: list[SourceEntry] = [
     SourceEntry(
@@ -165,10 +161,10 @@ SOURCES: list[SourceEntry] = [
         make=lambda context: _layers(context, context.config.exit_layer),
         arms=_layer_arms,
     ),
-    SourceEntry((), _looks_up, lambda context: PredictionDrafts()),
+    SourceEntry((), lambda config: config.looks_up, lambda context: PredictionDrafts()),
     SourceEntry(
         ("prompt_lookup",),
-        _looks_up,
+        lambda config: config.looks_up,
         lambda context: NgramDrafts(context.config.prompt_lookup or _LONGEST_MATCH),
     ),
     SourceEntry(

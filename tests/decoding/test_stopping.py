@@ -138,3 +138,18 @@ def test_one_callable_or_a_list(drafts):
     free = generate(tiny_llama(), [5, 6, 7], **settings).predicted_tokens
     by_id = generate(tiny_llama(), [5, 6, 7], **{**settings, "eos": free[4]}).predicted_tokens
     assert by_id == free[: free.index(free[4])]
+
+
+def test_a_long_word_is_compared_with_the_text_alone():
+    """Guards against work for each character of a word that has millions."""
+
+    class Word(str):
+        parts = 0
+
+        def __getitem__(self, part):
+            Word.parts += 1
+            return super().__getitem__(part)
+
+    word = Word("end" * 100_000)
+    assert StopWords(None, [word]).settled("the end") == "the "
+    assert Word.parts <= len("the end")

@@ -18,6 +18,7 @@ from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_s
 from serving.app import App
 from serving.engine import Engine
 from serving.flags import ServeArguments
+from serving.http11 import StrictProtocol
 
 GREEDY = GenerationConfig(
     sample=False,
@@ -45,7 +46,7 @@ class Running(Engine):
 
     def stop(self):
         """Return whether the engine worked to the end."""
-        super().stop()
+        self.shut_down(0)
         return self._has_succeeded.result()
 
 
@@ -56,7 +57,9 @@ class Served:
         self.generator, self.config, self.args = generator, config, ServeArguments(**args)
         self.engine = Running(generator, config, batch_size, self.args.max_waiting)
         app = App(generator, self.engine, config, self.args, "tiny", self.args.host)
-        self._server = uvicorn.Server(uvicorn.Config(app, self.args.host, 0, log_config=None))
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, self.args.host, 0, http=StrictProtocol, log_config=None)
+        )
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self):

@@ -140,3 +140,17 @@ def test_lm_eval_is_a_client():
         )
     assert len(scored["samples"]["python_functions"]) == 6
     assert all(sample["resps"][0][0] for sample in scored["samples"]["python_functions"])
+
+
+def test_health_during_a_shutdown(endless_folder):
+    """Guards against a server that refuses connections while it still answers, which looks like a crash."""
+    with serving("--model", endless_folder, "--shutdown_time", 600) as (script, _, url):
+        with requests.post(
+            f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 90_000, "stream": True}, stream=True
+        ) as stream:
+            next(stream.iter_content(1))
+            script.send_signal(signal.SIGTERM)
+            while (health := requests.get(f"{url}/health")).status_code == 200:
+                time.sleep(0.01)
+            assert (health.status_code, health.json()) == (503, {"status": "shutting down"})
+        assert script.wait() == 0

@@ -1,0 +1,136 @@
+"""Grammars are tried in a process of their own before this one compiles them.
+
+A grammar of 40 characters can take minutes and gigabytes to compile, whatever limits llguidance is given. The
+process forks for each grammar, and the kernel ends the fork beyond a second of processor time or 64 MB. What
+passes costs about as much again where it is compiled to be used. Later masks keep to `LIMITS`: 0.1 s each.
+
+This file is also the program of that process. It needs llguidance alone, so the process has 20 MB and the
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from functools import lru_cache
+from threading import Lock
+from typing import Any
+
+import llguidance
+import psutil
+
+LIMITS = llguidance.LLParserLimits(max_grammar_size=10_000, max_lexer_states=50_000)
+_SECONDS = 1.0  # of processor time: a busy machine refuses no grammar that a quiet one compiles
+_MEMORY = 64_000_000  # bytes beside the tokenizer
+_PATIENCE = 10.0  # seconds of any time, for a process that does nothing
+_TOO_MUCH = f"the grammar takes more than {_SECONDS:g} s or {_MEMORY // 10**6} MB to compile"
+
+
+class GrammarError(ValueError):
+    """A grammar is invalid, too large, or matches nothing."""
+
+
+def grammar_error(problem: str) -> GrammarError:
+    """The error for what llguidance says."""
+    first, *others = problem.partition("\n<state>")[0].splitlines()
+    if first == "NoExtensionBias":
+        return GrammarError("the grammar matches nothing")
+    if first.endswith(":"):  # the reason is in the other lines
+        first = " ".join(" ".join([first, *others]).split())
+    return GrammarError(first[:300])
+
+
+class GrammarSandbox:
+    """Tries grammars, one at a time, with the tokenizer of these arguments of `llguidance.LLTokenizer`.
+    Without any, it reads them only. Any thread may use it. Its process starts with the first grammar, and
+    again after it was killed.
+    """
+
+    def __init__(self, *tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._lock, self._owner = Lock(), 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._problem = lru_cache(maxsize=64)(self._try)
+
+    def check(self, definition: str) -> None:
+        """Raises GrammarError if a grammar in llguidance's format is invalid, or costs too much."""
+        if problem := self._problem(definition):
+            raise grammar_error(problem)
+
+    def _try(self, definition: str) -> str:
+        """The problem of a grammar, or an empty text."""
+        for _ in range(2):  # somebody may have killed the process since
+            with self._lock, suppress(BrokenPipeError):
+                process = self._start()
+                _send(process, definition)
+                assert process.stdout is not None
+                is_there, _, _ = select.select([process.stdout], [], [], _PATIENCE)
+                if is_there and (answer := process.stdout.readline()):
+                    return json.loads(answer)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        raise GrammarError(f"{_TOO_MUCH}, or the process that tries it was ended")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """The running process of this one: a fork of this one needs its own."""
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            self._owner, self._process = (
+                os.getpid(),
+                subprocess.Popen(
+                    [sys.executable, __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    },
+                    start_new_session=True,  # Ctrl-C is for this process
+                ),
+            )
+            _send(self._process, self._tokenizer)
+        return self._process
+
+
+def _send(process: subprocess.Popen[bytes], content: Any) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(content).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _serve() -> None:
+    """Read the arguments of a tokenizer, then grammars, as lines of JSON; write the problem of each."""
+    arguments = json.loads(sys.stdin.readline())
+    tokenizer = llguidance.LLTokenizer(*arguments) if arguments else None
+    for line in sys.stdin:
+        if (fork := os.fork()) == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # an allocator that aborts says so
+            limit = psutil.Process().memory_info().vms + _MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+            _answer(_problem(json.loads(line), tokenizer))
+            os._exit(0)
+        if os.waitpid(fork, 0)[1]:
+            _answer(_TOO_MUCH)
+
+
+def _problem(definition: str, tokenizer: llguidance.LLTokenizer | None) -> str:
+    if tokenizer is None:
+        return llguidance.LLMatcher.validate_grammar(definition, limits=LIMITS)
+    matcher = llguidance.LLMatcher(tokenizer, definition, log_level=0, limits=LIMITS)
+    matcher.compute_bitmask()
+    return matcher.get_error()
+
+
+def _answer(problem: str) -> None:
+    print(json.dumps(problem), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,60 @@
+"""Grammars are tried in a process of their own, which their authors cannot use up."""
+
+import os
+
+import psutil
+import pytest
+
+from self_speculation.decoding import grammar_sandbox
+from self_speculation.decoding.grammar import Grammar, GrammarError
+from self_speculation.decoding.grammar_sandbox import GrammarSandbox
+
+DIGITS = Grammar.regex("[0-9]+").definition
+# llguidance takes a minute and 370 MB.
+SLOW = Grammar.json_schema({"type": "integer", "multipleOf": 999983}).definition
+# It does not end, with the tokens of bytes alone.
+ENDLESS = Grammar.json_schema(
+    {"type": "string", "allOf": [{"pattern": f"a{i}"} for i in range(100)]}
+).definition
+
+
+@pytest.fixture
+def sandbox():
+    return GrammarSandbox("byte")
+
+
+@pytest.mark.parametrize("definition", [SLOW, ENDLESS], ids=["slow", "endless"])
+def test_what_takes_too_much_is_refused(sandbox, definition):
+    """Guards against a grammar that takes the whole machine. The next one has the same process."""
+    sandbox.check(DIGITS)
+    process = psutil.Process(sandbox._process.pid)
+    for _ in range(2):  # tried once
+        with pytest.raises(GrammarError, match="takes more than 1 s or 64 MB to compile"):
+            sandbox.check(definition)
+    assert process.cpu_times().children_user < 3
+    sandbox.check(Grammar.regex("[a-z]+").definition)
+    assert sandbox._process.pid == process.pid
+
+
+def test_a_killed_process_starts_again(sandbox, monkeypatch):
+    """Guards against a server that refuses all grammars once its process was killed, and against a fork of
+    this process that reads the answers to another one.
+    """
+    sandbox.check(DIGITS)
+    sandbox._process.kill()
+    sandbox.check(Grammar.regex("[a-z]+").definition)
+    first = sandbox._process
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    sandbox.check(Grammar.regex("[A-Z]+").definition)
+    assert sandbox._process is not first
+
+
+def test_a_process_that_does_nothing_is_ended(sandbox, monkeypatch):
+    """Guards against waiting for ever, and against a refusal that is kept."""
+    sandbox.check(DIGITS)
+    other = Grammar.regex("[a-z]+").definition
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_sandbox, "_PATIENCE", 0)
+        with pytest.raises(GrammarError, match="was ended"):
+            sandbox.check(other)
+    sandbox.check(other)

@@ -1,0 +1,54 @@
+"""Requests that a proxy before the server may read in another way."""
+
+import socket
+
+import pytest
+from servers import Served, tiny_generator
+
+CHUNKED = b"2\r\n{}\r\n0\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+BODY = b'{"prompt": "x", "max_tokens": 1}'
+GOOD = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def address(text_model, byte_tokenizer):
+    with Served(tiny_generator(text_model, byte_tokenizer)) as served:
+        yield "127.0.0.1", int(served.url.rpartition(":")[2])
+
+
+def statuses(address, *parts):
+    """Those of all answers until the server closes the connection."""
+    answers = b""
+    with socket.create_connection(address, timeout=60) as connection:
+        for part in parts:
+            connection.sendall(part)
+        while part := connection.recv(65536):
+            answers += part
+    return [int(answer.split()[0]) for answer in answers.split(b"HTTP/1.1 ")[1:]]
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        HEAD + b"Content-Length: 12\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED,
+        HEAD + b"transfer-encoding: chunked\r\ncontent-length: 12\r\n\r\n" + CHUNKED,
+        b"GET /health HTTP/1.1\nHost: localhost\n\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\nX: y\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\n",
+    ],
+)
+def test_ambiguous_requests_are_refused_and_close(address, refused):
+    """Also after a good one. Guards against a second request that hides in the first one."""
+    assert statuses(address, refused, HEALTH) == [400]
+    assert statuses(address, GOOD + refused + HEALTH) == [200, 400]
+
+
+def test_requests_in_pieces_and_in_a_row(address):
+    """Guards against a good request that is refused: line ends in two packets, LF in a body."""
+    body = BODY.replace(b" ", b"\n")
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    assert statuses(address, request[:30], request[30:], GOOD, HEALTH) == [200, 200, 200]
+    at = request.index(b"\r\n") + 1
+    assert statuses(address, request[:at], request[at:] + HEALTH) == [200, 200]
