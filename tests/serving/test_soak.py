@@ -4,6 +4,8 @@ import gc
 import json
 import random
 import signal
+import threading
+import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -104,3 +106,87 @@ def test_a_thousand_requests_a_kill_and_a_signal(model_folder):
             assert script.wait() == status
     assert sum(total.values()) == 1000
     assert total["no connection"]
+
+
+BAD_SCHEMAS = [
+    {"type": "integer", "multipleOf": 999983},
+    {"type": "string", "allOf": [{"pattern": f"a{i}"} for i in range(100)]},
+    {"type": "string", "allOf": [{"pattern": f"^.*{i}.*$"} for i in range(300)]},
+    {"type": "string", "pattern": "^(a{1000}){1000}$"},
+]
+
+
+def expensive_body(choose):
+    """A request that would take much of something."""
+    number = choose.randint(10**5, 10**6)
+    schemas = [
+        {"type": "integer", "multipleOf": number},
+        {
+            "type": "string",
+            "allOf": [{"pattern": f"^(.{{{number % 97 + i}}})*$"} for i in range(number % 150)],
+        },
+        {"type": "string", "allOf": [{"pattern": f"{'abcdef'[i % 6]}{i}"} for i in range(number % 200)]},
+        {"type": "string", "pattern": f"^(a{{{number % 1500}}}|b{{{number % 700}}}){{{number % 900}}}$"},
+        {"enum": [f"{i * number}" for i in range(number % 5000 + 1)]},
+        {"type": "object", "properties": {f"p{i}": {"pattern": f"^{i}.*$"} for i in range(number % 900)}},
+    ]
+    schema = {"response_format": {"type": "json_schema", "json_schema": {"schema": choose.choice(schemas)}}}
+    text = choose.choice(["x = 1\n", "a", " ", "def f():"]) * choose.randint(1, 400_000)
+    others = [
+        schema,
+        {"prediction": {"type": "content", "content": text}, "n": choose.randint(1, 8)},
+        {"stop": [text[: 10**6]], "n": 2, "stream": True},
+    ]
+    return {"prompt": "def f(x):", "max_tokens": 8, **choose.choice(others)}
+
+
+@pytest.mark.slow
+def test_expensive_bodies_beside_a_stream():
+    """From six clients, some of which leave at once. Guards against one request that takes the server from
+    everybody: its threads, its memory, its end.
+    """
+    choose = random.Random(1)
+    bad = [{"response_format": {"type": "json_object", "schema": schema}} for schema in BAD_SCHEMAS] * 2
+    bodies = [{"prompt": "x", "max_tokens": 8, **fields} for fields in bad]
+    bodies += [expensive_body(choose) for _ in range(50)]
+    stream = {"prompt": "def parse_header(line):", "max_tokens": 600, "temperature": 0, "stream": True}
+    gaps, texts, statuses = [], [], Counter()
+
+    def watch(url, is_over):
+        """Stream again and again; note the longest pause of each answer, and its text."""
+        while not is_over.is_set():
+            with requests.post(f"{url}/v1/completions", json=stream, stream=True, timeout=300) as response:
+                last, lines = time.perf_counter(), []
+                for line in response.iter_lines():
+                    lines.append(line.decode())
+                    gaps.append(time.perf_counter() - last)
+                    last = time.perf_counter()
+            parts = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+            texts.append("".join(part["choices"][0]["text"] for part in parts))
+
+    def send(index):
+        if index % 5 == 4:
+            with raw_request(url, bodies[index]):
+                return
+        response = requests.post(f"{url}/v1/completions", json=bodies[index], timeout=300)
+        statuses[response.status_code] += 1
+        assert response.status_code in (200, 400, 429), response.text[:300]
+
+    with serving("--max_waiting", 64, "--shutdown_time", 10) as (script, _, url):
+        server, is_over = psutil.Process(script.pid), threading.Event()
+        with ThreadPoolExecutor(7) as pool:
+            alone = pool.submit(watch, url, is_over)
+            until(lambda: texts)
+            before, num_alone = server.memory_info().rss, len(gaps)
+            list(pool.map(send, range(len(bodies))))
+            is_over.set()
+            alone.result()
+        print(f"longest pause alone {max(gaps[:num_alone]):.2f} s, beside {max(gaps[num_alone:]):.2f} s")
+        print(f"memory {(server.memory_info().rss - before) / 1e6:.0f} MB more; {dict(statuses)}")
+        assert len(set(texts)) == 1
+        assert server.memory_info().rss - before < 100e6
+        for body in bodies[:8]:  # all at work
+            with raw_request(url, body):
+                pass
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(60) in (0, 1)
