@@ -76,7 +76,7 @@ struct Inputs {
       : groups(groups), steps(new int8_t[tokens * groups * GROUP]), sizes(new float[tokens * groups]),
         sums(new float[tokens * groups]) {}
 
-  // A group that has an infinity or NaN becomes NaN.
+  // An infinity makes steps of 0 and a size of infinity, whose product is NaN. NaN makes a size of NaN.
   void quantise(const float* x, int64_t columns, int64_t token) {
     float last[GROUP] = {};
     std::copy(x + columns / GROUP * GROUP, x + columns, last);
@@ -91,7 +91,7 @@ struct Inputs {
         int32_t step = std::bit_cast<int32_t>(values[j] * per_step + nearest) - std::bit_cast<int32_t>(nearest);
         sum += of_group[j] = int8_t(step);
       }
-      sizes[at] = largest < 0x7f800000 ? range / 127.0f : NAN, sums[at] = sizes[at] * float(sum);
+      sizes[at] = range / 127.0f, sums[at] = sizes[at] * float(sum);
     }
   }
 };
