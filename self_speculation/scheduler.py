@@ -151,11 +151,13 @@ class Scheduler(Generic[Key]):
         return max(0, self._batch_size - len(self.batch) - len(self._waiting))
 
     @torch.inference_mode()
-    def run_every_pass(self, num_positions: int) -> None:
-        """With --compile True, capture all passes over up to so many positions before the first request."""
+    def run_every_pass(self, num_positions: int, longest: int = 0) -> None:
+        """With --compile True, capture all passes over up to so many positions before the first request, over
+        a cache that requests of `longest` positions do not outgrow, or as long a one as fits in memory.
+        """
         passes = self._strategy.passes(self._begin())
         with self._without_autocast():
-            run_every_pass(passes, self._batch_size, num_positions + self.batch.longest_draft)
+            run_every_pass(passes, self._batch_size, num_positions + self.batch.longest_draft, longest)
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.attention import CHUNK
 from self_speculation.model.attention_context import AttentionContext
-from self_speculation.model.devices import num_ranks
+from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import context_length
 from self_speculation.model.kv_cache import WrittenAt, round_up
 from self_speculation.model.made import lock, made
@@ -36,6 +36,9 @@ from self_speculation.model.traced_runner import TracedRunner, num_traces
 _STEP, _PADDING = 1024, 64
 # The fewest keys that a pass may read, and the most that are not split.
 _LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
+# Bytes of a graph for each layer: 12 to 17 kernels of some 10 kB.
+_LAYER_BYTES = 200_000
+_SHARE = 0.9  # of free memory; prompts and sampling need the rest
 
 
 @dataclass
@@ -157,19 +160,26 @@ class PassRange(NamedTuple):
     max_width: int = 1
 
 
-def run_every_pass(passes: Iterable[PassRange], num_rows: int, num_positions: int) -> None:
-    """Capture these passes for up to so many rows and positions, if the model's passes are captured."""
-    shapes = [
-        (runner, first, last, rows, width, num_keys)
+def run_every_pass(passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int = 0) -> None:
+    """Capture these passes for up to so many rows and positions, if the model's passes are captured.
+
+    Args:
+        longest: positions that a later request can reach. The cache has as many of them as fit in memory
+            with the graphs for them, so that such a request does not end the captured passes.
+    """
+    kinds = [
+        (runner, first, last, rows, width)
         for runner, first, last, max_width in passes
         if isinstance(runner, CapturedRunner)
         for rows in _powers(num_rows)
         for width in _powers(max_width)
-        for num_keys in sorted({keys_read(n + 1) for n in range(0, num_positions, _LEAST_KEYS)})
     ]
+    shapes = [(*kind, num_keys) for kind in kinds for num_keys in _lengths(num_positions)]
+    num_layers = sum(last - first for _, first, last, *_ in kinds)
+    for runner, *_ in kinds[:1]:
+        runner.reserve(1, runner.passes.fitting(num_positions, longest, num_layers * _LAYER_BYTES))
     with progress("capturing passes", len(shapes), "passes") as advance:
         for runner, *shape in shapes:
-            runner.reserve(1, num_positions)
             runner.passes.capture(runner, *shape)
             advance(1)
 
@@ -184,6 +194,11 @@ def keys_read(number: int) -> int:
     if number <= _UNSPLIT_KEYS:
         return padded(max(number, _LEAST_KEYS))
     return round_up(number, max(2 * CHUNK, padded(number) // 8))
+
+
+def _lengths(num_positions: int) -> Sequence[int]:
+    """The numbers of keys that passes over up to so many positions read."""
+    return sorted({keys_read(n + 1) for n in range(0, num_positions, _LEAST_KEYS)})
 
 
 def _powers(most: int) -> Iterable[int]:
@@ -218,6 +233,26 @@ class _Passes:
         last = self.cache.buffers.of_layers[-1]
         return 0 if last is None else last[0].shape[2]
 
+    def fitting(self, least: int, most: int, graph_bytes: int) -> int:
+        """The most positions of a row that fit in memory, if more than `least` do.
+
+        Args:
+            graph_bytes: of the graphs that read one number of keys.
+        """
+        like, room = self._like, _SHARE * free_memory(self.rotary.tables.device)
+        position = 2 * len(self._runner.layers) * self.num_rows * like.nbytes
+        for number in range(most, least, -_STEP):
+            if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:
+                return number
+        return least
+
+    @property
+    def _like(self) -> Tensor:
+        """[1, kv_heads, head_dim] keys or values of a position."""
+        config = self._runner.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return self._runner.rotary.new_empty(1, config.num_key_value_heads, head_dim)
+
     def reserve(self, num_positions: int, padding: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
         config, cache = self._runner.config, self.cache
@@ -227,10 +262,8 @@ class _Passes:
         self._drop_replays()
         cache.reserve(round_up(needed, _STEP), limit=round_up(needed, _STEP))
         self.rotary.reserve(cache.capacity)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        like = self._runner.rotary.new_empty(1, config.num_key_value_heads, head_dim)
         for layer in range(len(self._runner.layers)):
-            cache.buffers.with_room(layer, cache.capacity, like)
+            cache.buffers.with_room(layer, cache.capacity, self._like)
 
     def capture(
         self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int

@@ -390,3 +390,20 @@ def test_nothing_is_captured_where_passes_are_eager(graphs):
     config = GenerationConfig(max_steps=4, sample=False)
     Scheduler(make_strategy("autoregressive"), own_llama(), config, 2).run_every_pass(100)
     assert not graphs.captured
+
+
+@pytest.mark.usefixtures("graphs")
+def test_the_context_is_reserved_where_it_fits(monkeypatch):
+    """Guards against a long request that ends all captured passes, and against a cache that leaves their
+    graphs no room: keys and values of 8,192 positions take 5 MB, the graphs for them 10 MB.
+    """
+    config, capacities = GenerationConfig(max_steps=4, sample=False), []
+    for free in (0, 10e6, 20e6):
+        monkeypatch.setattr(captured_runner, "free_memory", lambda device, free=free: free)
+        model = own_llama(max_position_embeddings=8192)
+        capture_decoding(model)
+        scheduler = Scheduler(make_strategy("autoregressive"), model, config, batch_size=2)
+        scheduler.run_every_pass(100, longest=8192)
+        keys, _ = scheduler._begin().runner.cache.buffers.of_layers[0]
+        capacities.append(keys.shape[2])
+    assert capacities == [1024, 4096, 9216]

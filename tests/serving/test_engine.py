@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import generate
+from conftest import generate, tiny_llama
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request
@@ -57,6 +57,20 @@ def test_no_request_waits_for_a_capture(text_model, byte_tokenizer, graphs):
     assert kinds(submit(engine, PROMPTS)[1]) == [GenerationStrategyResult] * 4
     engine.stop()
     assert len(graphs.captured) == num_captured > 0
+
+
+def test_a_long_request_ends_no_captured_pass(byte_tokenizer, graphs, monkeypatch):
+    """Guards against streams that stand still while all passes are captured again."""
+    monkeypatch.setattr("serving.engine._PROMPT", 100)
+    model = copy.deepcopy(tiny_llama(4, max_position_embeddings=4096))
+    capture_decoding(model)
+    engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 2, max_waiting=4)
+    num_captured = len(graphs.captured)
+    assert kinds(submit(engine, [PROMPTS[0], [5, 6] * 550])[1]) == [GenerationStrategyResult] * 2
+    engine.stop()
+    later = set(graphs.captured[num_captured:])
+    assert later
+    assert not later & set(graphs.captured[:num_captured])
 
 
 def failing(*_, **__):
