@@ -6,19 +6,31 @@ import re
 from typing import Any
 
 import h11
+from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
+class _StrictLines(ReceiveBuffer):
+    """The lines of a head, and those after the last chunk of a body, do not end with LF alone."""
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        before = bytes(self)
+        lines = super().maybe_extract_lines()
+        if lines is not None and _BARE_LF.search(before, 0, len(before) - len(self)):
+            raise h11.RemoteProtocolError("a line ends with LF alone")
+        return lines
+
+
 class StrictConnection(h11.Connection):
-    """Refuses heads whose lines end with LF alone, and requests with two lengths (RFC 9112, 2.2 and 6.1)."""
+    """Refuses lines that end with LF alone, and requests with two lengths (RFC 9112, 2.2 and 6.1)."""
+
+    def __init__(self, our_role: type[h11.SERVER]) -> None:
+        super().__init__(our_role)
+        self._receive_buffer = _StrictLines()
 
     def next_event(self) -> Any:
-        if self.their_state is h11.IDLE:
-            head, *_ = self.trailing_data[0].partition(b"\r\n\r\n")
-            if _BARE_LF.search(head):
-                raise h11.RemoteProtocolError("a line of the head ends with LF alone")
         event = super().next_event()
         if isinstance(event, h11.Request):
             names = {name for name, _ in event.headers}

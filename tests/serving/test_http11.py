@@ -37,6 +37,8 @@ def statuses(address, *parts):
         b"GET /health HTTP/1.1\nHost: localhost\n\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\nX: y\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\n\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"X: y\n\n",
     ],
 )
 def test_ambiguous_requests_are_refused_and_close(address, refused):
