@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from self_speculation.decoding.stopping import StopWords, continuation
 from self_speculation.model.families import context_length
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
+_sandbox = lru_cache(maxsize=4)(GrammarSandbox)  # generators with one tokenizer share its process
 _PIECE = 50_000  # characters of a prediction that are tokenized at a time
 
 T = TypeVar("T")
@@ -268,7 +269,7 @@ class HuggingfaceLlamaGenerator:
         """From now on try each grammar in a process of its own first, see `GrammarSandbox`."""
         if isinstance(self.tokenizer, PreTrainedTokenizerFast):  # others can have no grammar
             size = self.model.config.vocab_size
-            self.sandbox = GrammarSandbox(tokenizer_json(self.tokenizer), size, self.eos_token_ids)
+            self.sandbox = _sandbox(tokenizer_json(self.tokenizer), size, tuple(self.eos_token_ids))
 
     def encode_prediction(self, text: str, config: GenerationConfig) -> list[int]:
         """The token ids of a predicted output, at most as many as the context has; none if no draft uses it.

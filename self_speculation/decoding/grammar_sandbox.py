@@ -28,7 +28,7 @@ import psutil
 LIMITS = llguidance.LLParserLimits(max_grammar_size=10_000, max_lexer_states=50_000)
 _SECONDS = 1.0  # of processor time: a busy machine refuses no grammar that a quiet one compiles
 _MEMORY = 64_000_000  # bytes beside the tokenizer
-_PATIENCE = 10.0  # seconds of any time, for a process that does nothing
+_PATIENCE = 5.0  # seconds of any time, for a process that does nothing
 _TOO_MUCH = f"the grammar takes more than {_SECONDS:g} s or {_MEMORY // 10**6} MB to compile"
 
 
@@ -76,6 +76,8 @@ class GrammarSandbox:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                if not is_there:
+                    break
         raise GrammarError(f"{_TOO_MUCH}, or the process that tries it was ended")
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -111,10 +113,13 @@ def _serve() -> None:
     for line in sys.stdin:
         if (fork := os.fork()) == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # an allocator that aborts says so
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             limit = psutil.Process().memory_info().vms + _MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)
-            _answer(_problem(json.loads(line), tokenizer))
+            problem = _problem(json.loads(line), tokenizer)
+            signal.setitimer(signal.ITIMER_PROF, 0)  # to be ended now would be a second answer
+            _answer(problem)
             os._exit(0)
         if os.waitpid(fork, 0)[1]:
             _answer(_TOO_MUCH)

@@ -1,6 +1,10 @@
 """Grammars are tried in a process of their own, which their authors cannot use up."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -50,11 +54,35 @@ def test_a_killed_process_starts_again(sandbox, monkeypatch):
 
 
 def test_a_process_that_does_nothing_is_ended(sandbox, monkeypatch):
-    """Guards against waiting for ever, and against a refusal that is kept."""
+    """Guards against waiting for ever or twice, and against a refusal that is kept."""
     sandbox.check(DIGITS)
+    first = sandbox._process
     other = Grammar.regex("[a-z]+").definition
     with monkeypatch.context() as patch:
         patch.setattr(grammar_sandbox, "_PATIENCE", 0)
         with pytest.raises(GrammarError, match="was ended"):
             sandbox.check(other)
+    assert sandbox._process is first
     sandbox.check(other)
+
+
+def test_each_grammar_has_one_answer():
+    """Guards against a process that is ended while it answers: then all later answers are those before."""
+    program = (
+        "import time, grammar_sandbox as sandbox\n"
+        "answer, sandbox._SECONDS = sandbox._answer, 0.1\n"
+        "def and_work(problem):\n"
+        "    answer(problem)\n"
+        "    while time.process_time() < 0.5: pass\n"
+        "sandbox._answer = and_work\n"
+        "sandbox._serve()"
+    )
+    lines = "".join(f"{json.dumps(line)}\n" for line in (["byte"], DIGITS))
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(grammar_sandbox.__file__).parent,
+        input=lines,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout == '""\n', ran.stderr

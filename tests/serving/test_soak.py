@@ -185,8 +185,29 @@ def test_expensive_bodies_beside_a_stream():
         print(f"memory {(server.memory_info().rss - before) / 1e6:.0f} MB more; {dict(statuses)}")
         assert len(set(texts)) == 1
         assert server.memory_info().rss - before < 100e6
-        for body in bodies[:8]:  # all at work
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 0.1, 0.5, 2, 6])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_beside_expensive_bodies(number, seconds):
+    """Guards against a server that does not end while grammars are compiled or predictions tokenized, and
+    against processes that outlive it.
+    """
+    choose = random.Random(seconds)
+    bodies = [
+        {"prompt": "x", "response_format": {"type": "json_object", "schema": schema}}
+        for schema in BAD_SCHEMAS
+    ]
+    with serving("--max_waiting", 64, "--shutdown_time", 5) as (script, _, url):
+        processes = psutil.Process(script.pid).children(recursive=True)
+        assert processes
+        for body in [*bodies, *[expensive_body(choose) for _ in range(8)]]:
             with raw_request(url, body):
                 pass
-        script.send_signal(signal.SIGTERM)
-        assert script.wait(60) in (0, 1)
+        time.sleep(seconds)
+        processes += psutil.Process(script.pid).children(recursive=True)
+        script.send_signal(number)
+        assert script.wait(10) in (0, 1, -signal.SIGKILL)
+        _, alive = psutil.wait_procs(processes, 5)
+        assert not alive
