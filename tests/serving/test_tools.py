@@ -37,11 +37,16 @@ def test_the_template_tells_the_format():
     assert known_format("{{ messages }}") is known_format(None) is None
 
 
+@pytest.fixture(scope="module")
+def bundled():
+    return self_speculation.load_model_and_tokenizer(self_speculation.default_model())
+
+
 @pytest.mark.parametrize("template", [TAGS, OBJECT])
 @pytest.mark.parametrize("name", [None, "weather", "stop", "south"])
-def test_a_guided_answer_is_a_call(template, name):
+def test_a_guided_answer_is_a_call(template, name, bundled):
     """Guards against references in the parameters of one function that lead to those of another."""
-    model, tokenizer = self_speculation.load_model_and_tokenizer(self_speculation.default_model())
+    model, tokenizer = bundled
     tokenizer.chat_template = template
     generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy("self_speculative"))
     config = GenerationConfig(sample=False, max_steps=200, exit_layer=3, num_speculations=4)
