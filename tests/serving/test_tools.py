@@ -68,21 +68,27 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"generation_strategy": "adaptive"}]
-)
-def test_added_tokens_are_guided(family, drafts, request):
-    """Guards against an answer in words where the grammar asks for a tag that is one token, for the text of a
-    special token, or for letters that the tokenizer normalizes.
-    """
-    name, special, others = FAMILIES[family]
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """A tokenizer, its special added tokens, and its others."""
+    name, special, others = FAMILIES[request.param]
     tokenizer = copy.deepcopy(request.getfixturevalue(name))
-    if family == "Qwen":
+    if request.param == "Qwen":
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in others])
     tokenizer.chat_template = TAGS
+    return tokenizer, special, others
+
+
+@pytest.mark.parametrize(
+    "drafts", [{}, {"exit_layer": 2, "num_speculations": 3}, {"generation_strategy": "adaptive"}]
+)
+def test_added_tokens_are_guided(family, drafts):
+    """Guards against an answer in words where the grammar asks for a tag that is one token, for the text of a
+    special token, or for letters that the tokenizer normalizes.
+    """
+    tokenizer, special, others = family
     strategy = {"generation_strategy": "self_speculative"} if "exit_layer" in drafts else {}
     config = GenerationConfig(**{**strategy, **drafts}, max_steps=200, temperature=1.0)
     model = tiny_llama(vocab_size=len(tokenizer) + 8)  # heads are often padded
