@@ -49,13 +49,22 @@ def own_llama(fused=True, num_layers=2, **config):
     return model
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        *((name, True) for name in SETTINGS),
+        *((name, False) for name in ("autoregressive", "early exit", "self-speculative", "adaptive")),
+        *(
+            pytest.param(name, False, marks=pytest.mark.slow)
+            for name in ("n-grams", "confidence", "processors", "short vocabulary")
+        ),
+    ],
+)
 def test_the_same_ids(name, fused, graphs):
     """Guards against positions, lengths or copies that are constants of a graph, results that are read after
     the next replay, and padding that is attended to.
     """
-    model = own_llama(fused or "copy" in name)  # copies are made of fused layers
+    model = own_llama(fused)
     runs = [{**SETTINGS[name], "max_steps": 20, "eos": []}]
     if not name.startswith("adaptive"):  # it picks by time, so a seed does not reproduce it
         runs.append({**runs[0], "sample": True, "temperature": 0.7, "top_p": 0.9})

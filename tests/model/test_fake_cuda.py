@@ -245,7 +245,15 @@ PATHS = {
     ("path", "heads", "fused"),
     [
         *((path, HEADS[0 if path == "int4" else 1], True) for path in PATHS),
-        *((path, HEADS[1], False) for path in PATHS if path != "int4"),  # which needs fused layers
+        *(
+            (path, HEADS[1], False)
+            for path in ("autoregressive", "early exit", "self-speculative", "adaptive")
+        ),
+        # How drafts end or where they come from has little to do with layers.
+        *(
+            pytest.param(path, HEADS[1], False, marks=pytest.mark.slow)
+            for path in ("wide", "lookups", "confidence", "short vocabulary")
+        ),
         *((path, heads, True) for path in ("self-speculative", "wide") for heads in (HEADS[0], HEADS[2])),
     ],
 )
@@ -263,7 +271,8 @@ def test_every_path(cuda, path, heads, fused, monkeypatch):
         Request([5, 6, 7, *[8] * i, 9], processors * i, config=replace(config, **each))
         for i, each in enumerate(own)
     ]
-    model, strategy = cuda(heads, fused), make_strategy(name)
+    num_layers = 4 if path == "int4" else 3
+    model, strategy = cuda(heads, fused, num_layers), make_strategy(name)
     for batch_size in (1, 2, 2):
         results = dict(strategy.generate_batch(model, requests, config, batch_size))
     assert all(result.num_cached_tokens >= 3 for result in results.values())
