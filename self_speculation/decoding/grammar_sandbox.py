@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from functools import lru_cache
+from multiprocessing.connection import wait
 from threading import Lock
 from typing import Any
 
@@ -66,18 +66,22 @@ class GrammarSandbox:
     def _try(self, definition: str) -> str:
         """The problem of a grammar, or an empty text."""
         for _ in range(2):  # somebody may have killed the process since
-            with self._lock, suppress(BrokenPipeError):
-                process = self._start()
-                _send(process, definition)
-                assert process.stdout is not None
-                is_there, _, _ = select.select([process.stdout], [], [], _PATIENCE)
-                if is_there and (answer := process.stdout.readline()):
-                    return json.loads(answer)
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                if not is_there:
-                    break
+            with self._lock:
+                answer = b""
+                try:
+                    with suppress(BrokenPipeError):
+                        process = self._start()
+                        _send(process, definition)
+                        assert process.stdout is not None
+                        if not wait([process.stdout], _PATIENCE):
+                            break
+                        if answer := process.stdout.readline():
+                            return json.loads(answer)
+                finally:  # also after Ctrl-C: the next grammar would get this one's answer
+                    if not answer and self._process and self._process.returncode is None:
+                        with suppress(ProcessLookupError):
+                            os.killpg(self._process.pid, signal.SIGKILL)
+                        self._process.wait()
         raise GrammarError(f"{_TOO_MUCH}, or the process that tries it was ended")
 
     def _start(self) -> subprocess.Popen[bytes]:

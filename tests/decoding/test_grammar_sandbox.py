@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -64,6 +65,16 @@ def test_a_process_that_does_nothing_is_ended(sandbox, monkeypatch):
             sandbox.check(other)
     assert sandbox._process is first
     sandbox.check(other)
+
+
+def test_an_interrupted_check_has_no_answer(sandbox, monkeypatch):
+    """Guards against Ctrl-C after which each grammar gets the answer to the one before."""
+    sandbox.check(DIGITS)
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_sandbox, "wait", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.check("start: nothing")
+    sandbox.check(Grammar.regex("[a-z]+").definition)
 
 
 def test_each_grammar_has_one_answer():
