@@ -73,7 +73,7 @@ class GrammarSandbox:
                         process = self._start()
                         _send(process, definition)
                         assert process.stdout is not None
-                        if not wait([process.stdout], _PATIENCE):
+                        if not wait([process.stdout.fileno()], _PATIENCE):
                             break
                         if answer := process.stdout.readline():
                             return json.loads(answer)
