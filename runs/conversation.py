@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
 from runs.startup import autoregressive
-from runs.status import status_held
+from runs.status import says_if_slow, status_held
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -114,7 +114,9 @@ class Conversation:
             print(f"  {legend}", file=sys.stderr)
         if self.compare and not interrupt.met:
             try:
-                print(f"  {self._comparison(ids)}", file=sys.stderr)
+                with says_if_slow("comparing with autoregressive decoding, without streaming"):
+                    compared = self._comparison(ids)
+                print(f"  {compared}", file=sys.stderr)
             except KeyboardInterrupt:  # the conversation goes on
                 print("\n  without streaming: interrupted", file=sys.stderr)
                 return False

@@ -51,7 +51,9 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
 
     `advice` is for `reason`.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from runs.early import end_or_raise  # not above: it handles Ctrl-C as soon as it is imported
+
+    signal.signal(signal.SIGINT, end_or_raise)
     # Loading makes many objects and no garbage, and collections would take a second. `load_generator` enables
     # the collector again.
     gc.disable()

@@ -67,16 +67,19 @@ def test_a_cache_that_cannot_be_written(model_folder):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("library", ["simple_parsing", "torch"])  # before and after a script begins
 @pytest.mark.parametrize("name", ["generate", "benchmark", "eval", "sweep", "correctness", "train", "serve"])
-def test_ctrl_c_before_flags_are_read(name, tmp_path):
-    """Guards against a traceback in the first half second, and a library that turns Ctrl-C into an error."""
-    (tmp_path / "simple_parsing.py").write_text(
+def test_ctrl_c_during_imports(name, library, tmp_path):
+    """Guards against a traceback in the first seconds, and a library that turns Ctrl-C into an error."""
+    (tmp_path / f"{library}.py").write_text(
         "import os, signal, time\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    raise ImportError('half of a library')\n"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, env=env)
+    needed = {"eval": "--tasks python_lines", "correctness": "--exit_layer 3 --num_speculations 3"}
+    flags = [*needed.get(name, "").split(), "--output_dir", tmp_path / "logs"]
+    run = subprocess.run([sys.executable, ROOT / f"{name}.py", *flags], capture_output=True, env=env)
     assert (run.returncode, run.stderr) == (130, b"interrupted\n")
 
 
