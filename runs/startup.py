@@ -89,7 +89,7 @@ def load_generator(
     try:
         resolve_device(model_args.device)
         config.check_depth(model_config.num_hidden_layers)
-        check_family(config.draft_weights, model_config.model_type)
+        check_family(config.draft_weights, model_config)
         # transformers shows its progress at a terminal only; errors are raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with quiet, warnings.catch_warnings(record=True) as warned:

@@ -6,8 +6,8 @@ from conftest import assert_close, generate, tiny_llama, transformers_generate
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from self_speculation.llama_model_utils import crop_past_key_values
-from self_speculation.model.families import SUPPORTED_MODEL_TYPES, context_length
-from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
+from self_speculation.model.families import FAMILIES, context_length, has_fused_layers
+from self_speculation.model.fused_layers import fuse
 from self_speculation.model.model_runner import (
     PREFILL_CHUNK,
     ModelRunner,
@@ -45,7 +45,7 @@ def pieces_match_the_whole(model):
     with torch.inference_mode():
         expected = model(ids).logits
     compare_pieces(model, ids, expected)
-    can_fuse = model.config.model_type in FUSED_MODEL_TYPES and model.config._attn_implementation == "sdpa"
+    can_fuse = has_fused_layers(model.config) and model.config._attn_implementation == "sdpa"
     assert fuse(model) == (4 if can_fuse else 0)
     compare_pieces(model, ids, expected)
 
@@ -73,7 +73,7 @@ def compare_pieces(model, ids, expected):
         assert_close(logits, expected[:, positions], computed_in=torch.float32)
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_family(model_type):
     """Guards against support for a family that scales embeddings, caps logits or has other arguments."""
     pieces_match_the_whole(family(model_type))

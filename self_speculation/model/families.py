@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-# `config.model_type` of decoders with a stack of residual layers between an unscaled embedding and a plain
+
+class Family(NamedTuple):
+    """A kind of models. Early exits and n-grams draft for all of them."""
+
+    name: str  # on pages
+    is_fused: bool = False  # its layers run as fused layers, and have copies in four bits
+
+
+# By `config.model_type`: decoders with a stack of residual layers between an unscaled embedding and a plain
 # `lm_head(norm(x))`. tests/test_llama_model_utils.py compares each with its own `model(...)`.
-SUPPORTED_MODEL_TYPES = (
-    "llama", "mistral", "qwen2", "qwen3", "smollm3", "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4",
-    "helium", "hunyuan_v1_dense", "ministral", "olmo", "olmo2", "phi3", "seed_oss", "stablelm", "starcoder2",
-)  # fmt: skip
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("Llama", is_fused=True),
+    "mistral": Family("Mistral", is_fused=True),
+    "ministral": Family("Ministral", is_fused=True),
+    "qwen2": Family("Qwen2", is_fused=True),
+    "qwen3": Family("Qwen3", is_fused=True),
+    "seed_oss": Family("Seed-OSS", is_fused=True),
+    "arcee": Family("Arcee"),
+    "ernie4_5": Family("ERNIE 4.5"),
+    "exaone4": Family("EXAONE 4"),
+    "gemma": Family("Gemma"),
+    "glm": Family("GLM"),
+    "glm4": Family("GLM-4"),
+    "helium": Family("Helium"),
+    "hunyuan_v1_dense": Family("Hunyuan"),
+    "olmo": Family("OLMo"),
+    "olmo2": Family("OLMo 2"),
+    "phi3": Family("Phi-3"),
+    "smollm3": Family("SmolLM3"),
+    "stablelm": Family("StableLM"),
+    "starcoder2": Family("StarCoder2"),
+}
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 
@@ -18,11 +45,17 @@ def check_supported(config: Any) -> None:
     """Raises ValueError that names the model type or attention, and lists the supported ones."""
     attention = getattr(config, "_attn_implementation", None) or "sdpa"
     for what, value, supported in (
-        ("model type", config.model_type, SUPPORTED_MODEL_TYPES),
+        ("model type", config.model_type, FAMILIES),
         ("attn_implementation", attention, SUPPORTED_ATTENTION),
     ):
         if value not in supported:
             raise ValueError(f"{what} {value!r} is not supported; supported are {', '.join(supported)}")
+
+
+def has_fused_layers(config: Any) -> bool:
+    """Whether plain layers of this kind of model run as fused layers."""
+    family = FAMILIES.get(config.model_type)
+    return family is not None and family.is_fused
 
 
 def context_length(config: Any) -> int:

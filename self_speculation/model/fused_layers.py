@@ -1,8 +1,10 @@
 """Fused layers: decoder layers with joint projections and fewer kernels, over the model's own weights.
 
-This module knows the layout that Llama's relatives share in transformers. `fuse` lays projections of the same
-input side by side in memory and changes nothing else: the model's own `forward`, saving, training and moving
-work as before. When a generation begins, layers that have changed are fused again.
+This module knows the layout that Llama's relatives share in transformers: layers that compute
+x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up) of rms-normed inputs, with
+or without biases and norms of q and k. `fuse` lays projections of the same input side by side in memory and
+changes nothing else: the model's own `forward`, saving, training and moving work as before. When a generation
+begins, layers that have changed are fused again.
 """
 
 from __future__ import annotations
@@ -17,16 +19,12 @@ from torch import Tensor, nn
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks
 from self_speculation.model.devices import free_memory
+from self_speculation.model.families import has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import NARROW, Linear, follow_weights
 from self_speculation.model.made import lock, made
 from self_speculation.model.overrides import replaced_forward
-
-# `config.model_type` of models whose layers compute
-#   x + o(attention(rotate(norm(q)), rotate(norm(k)), v)) and x + down(act(gate) * up), of rms-normed inputs,
-# with or without biases and norms of q and k.
-FUSED_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss")
 
 # Modules that hold activation functions. Fused layers call these as they are.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
@@ -52,7 +50,7 @@ def _state(model: Any) -> _State:
 def fuse(model: Any, fp32_activations: bool | None = None) -> int:
     """Decode this model by fused layers from now on.
 
-    Plain layers of FUSED_MODEL_TYPES with sdpa attention are fused; quantised, offloaded, hooked and
+    Plain layers of fused families with sdpa attention are fused; quantised, offloaded, hooked and
     adapter-wrapped modules are not. Call it again after writing single elements of weights through `.data`,
     which no fingerprint sees: it remakes all that was made of the model.
 
@@ -98,9 +96,7 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
         ValueError: float16 cannot hold a weight of a W16A32 model any more.
     """
     state, config = _state(model), model.config
-    if not (
-        state.is_fused and config.model_type in FUSED_MODEL_TYPES and config._attn_implementation == "sdpa"
-    ):
+    if not (state.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa"):
         return {}, model.dtype
     with lock(model):
         return _follow(model, state)

@@ -29,8 +29,8 @@ from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
 from self_speculation.model.captured_runner import capture_decoding
-from self_speculation.model.families import check_supported
-from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, fuse
+from self_speculation.model.families import check_supported, has_fused_layers
+from self_speculation.model.fused_layers import fuse
 from self_speculation.model.gguf_files import Header, read_once, read_weights
 from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
@@ -190,7 +190,7 @@ def _w16a32_dtype(
         if settings == ("auto", "data", "none", True)
         and "dtype" not in options.model_args
         and dtype in (torch.bfloat16, torch.float16)
-        and config.model_type in FUSED_MODEL_TYPES
+        and has_fused_layers(config)
         and device.type == "cpu"
         and works(Float16Linear, device, torch.float32)
         else None

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
-from self_speculation.model.fused_layers import FUSED_MODEL_TYPES, FusedHead, FusedLayer
+from self_speculation.model.families import FAMILIES, has_fused_layers
+from self_speculation.model.fused_layers import FusedHead, FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
@@ -58,10 +59,11 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     return of_layers, own if of_head is None else of_head.bytes_per_weight
 
 
-def check_family(draft_weights: DraftWeights, model_type: str) -> None:
-    """Raises ValueError, before any weight is read, if there are no copies of this type of model."""
-    if draft_weights != "exact" and model_type not in FUSED_MODEL_TYPES:
-        why = f"there are no copies of a {model_type} model, only of {', '.join(FUSED_MODEL_TYPES)}"
+def check_family(draft_weights: DraftWeights, config: Any) -> None:
+    """Raises ValueError, before any weight is read, if there are no copies of a model with this config."""
+    if draft_weights != "exact" and not has_fused_layers(config):
+        copied = ", ".join(name for name, family in FAMILIES.items() if family.is_fused)
+        why = f"there are no copies of a {config.model_type} model, only of {copied}"
         raise ValueError(f"draft_weights {draft_weights}: {why}")
 
 
@@ -74,7 +76,7 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     Raises:
         ValueError: another family, layers that are not fused, no kernels, or no memory for the copies.
     """
-    check_family("int4", runner.config.model_type)
+    check_family("int4", runner.config)
     layers = [layer for layer in runner.layers[:num_layers] if isinstance(layer, FusedLayer)]
     if len(layers) < num_layers or not isinstance(runner.head, FusedHead):
         raise ValueError(
