@@ -23,6 +23,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 constexpr int64_t ROWS = 16, GROUP = 32, BYTES = ROWS * GROUP / 2;
+constexpr int64_t AHEAD = 16;  // groups; the processor's own prefetching ends with each page of 4 KiB
 
 #ifdef __AVX512VNNI__
 #define VECTOR __attribute__((vector_size(64)))
@@ -105,6 +106,7 @@ void block(const uint8_t* weight, const uint16_t* scales, const Inputs& x, int64
       Ints sums[T] = {};
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
+        __builtin_prefetch(weight + (g + AHEAD) * BYTES + i * 64);
         Steps steps = load<Steps>(weight + g * BYTES + i * 64 + row * 4), lower = steps & 15, upper = steps >> 4;
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
@@ -112,6 +114,7 @@ void block(const uint8_t* weight, const uint16_t* scales, const Inputs& x, int64
           sums[t] = dot(dot(sums[t], lower, load<int32_t>(columns)), upper, load<int32_t>(columns + 4));
         }
       }
+      __builtin_prefetch(scales + (g + AHEAD) * 2 * ROWS);
       const uint16_t* of_group = scales + g * 2 * ROWS + row;
       Floats size = widen(of_group), zero = fma(size, splat(-8.0f), widen(of_group + ROWS));
 #pragma GCC unroll 8
