@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, TextIO, get_args
 
 import simple_parsing
 
-from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization, check  # noqa: F401
+from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization, check, why_no_model  # noqa: F401
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 
 DatasetName = Literal[
@@ -60,6 +60,8 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")
         at_least(self, 1, "threads")
+        if self.model and (why := why_no_model(self.model)):
+            raise ValueError(f"model {self.model!r}: {why}")
         self.from_pretrained_args()
         if self.parallel in ("tensor", "pipeline") and self.device != "auto":
             raise ValueError(f"device {self.device}: must be auto with --parallel {self.parallel}")

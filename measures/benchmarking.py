@@ -15,7 +15,7 @@ from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt
-from runs.heading import heading
+from runs.heading import counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
@@ -85,7 +85,7 @@ class Benchmark(Job):
         if any(slowed):
             summary["remarks"].append(
                 f"other programs used the processors: {sum(slowed)} of {len(records)} examples were decoded "
-                f"with fewer than {most} threads, a quiet machine is faster"
+                f"with fewer threads than the {most} above, a quiet machine is faster"
             )
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             summary["remarks"].append("adaptive decoding made no drafts: none promised a gain")
@@ -155,7 +155,8 @@ def _table(summary: Record) -> list[str]:
         ]
         if unit == "examples":
             rows.append(row("speed-up, decode, median", compared["decode_speedup"]))
-            rows.append(row("  what the formula allows", compared["predicted_decode_speedup"]))
+            if (predicted := compared["predicted_decode_speedup"]) is not None:
+                rows.append(row("  by the paper's formula", predicted))
         if (identical := compared["identical_outputs"]) is not None:
             rows.append(row("identical outputs", f"{identical} of {summary['num_examples']}"))
     by_whom = f"{summary['num_ranks']} ranks together" if several else "all tokens by wall time"
@@ -176,8 +177,12 @@ def _table(summary: Record) -> list[str]:
         shares = " ".join(f"{share:.0%}" for share in accepted["rounds_by_accepted"][:8])
         rows.append(f"{'  rounds that accept 1, 2, ... tokens':<36} {shares:>15}")
         for source, counts in accepted["drafts_by_source"].items():
-            share = f"{counts['accepted']} of {counts['drafted']}"
-            rows.append(row(f"  {source}, {counts['rounds']} rounds: accepted", share))
+            rounds = counted(counts["rounds"], "round")
+            if counts["drafted"]:
+                accepted = f"{counts['accepted']} of {counts['drafted']}"
+                rows.append(row(f"  {source}, {rounds}: accepted", accepted))
+            else:
+                rows.append(row("  without drafts", rounds))
     rows += [row(name.replace("_", " "), value) for name, value in summary["text"].items()]
     memory = "peak memory, MiB" + (", of rank 0" if several else "")
     rows.append(row(memory, summary["peak_memory_mib"], style=".0f"))

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
+from runs.heading import counted
 from runs.startup import autoregressive
 from runs.status import says_if_slow, status_held
 from self_speculation import (
@@ -308,9 +309,9 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
         sources = took.drafts_by_source or {}
         if len(sources) > 1 or config.generation_strategy == "adaptive" or config.draft_weights != "exact":
             lines += [
-                f"  {source}: {accepted} of {drafted} in {rounds} rounds"
+                f"  {source}: {accepted} of {drafted} in {counted(rounds, 'round')}"
                 if drafted
-                else f"  without drafts: {rounds} rounds"
+                else f"  without drafts: {counted(rounds, 'round')}"
                 for source, (rounds, drafted, accepted) in sources.items()
             ]
     elif config.is_adaptive and took.num_decode_tokens > 0:

@@ -35,11 +35,14 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
         own = [field for field in fields(group) if field.name in asked.keys() - {*_HIDDEN, *left_out}]
         changed = [field.name for field in own if asked[field.name] != field.default]
         parts += [*filter(None, [name]), *(f"{name} {asked[name]}" for name in changed)]
-    by = [machine(run), *([f"batch size {asked['batch_size']}"] if "batch_size" in asked else [])]
-    return "\n".join(
-        textwrap.fill(", ".join(line), 100, subsequent_indent="  ", break_on_hyphens=False)
-        for line in (parts, by)
-    )
+    sizes = [f"batch size {asked['batch_size']}"] if "batch_size" in asked else []
+    return "\n".join(_filled(line) for line in (parts, [*machine(run).split(", "), *sizes]))
+
+
+def _filled(parts: list[str]) -> str:
+    """Lines that end between two parts; no part is divided."""
+    text = ", ".join(part.replace(" ", "\xa0") for part in parts)
+    return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False).replace("\xa0", " ")
 
 
 def machine(run: Record) -> str:
@@ -47,9 +50,10 @@ def machine(run: Record) -> str:
     same = run["computed_in"] == run["dtype"]
     dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
     on_cpu = run["device"] == "cpu"
-    where = f"{run['processor']}, {_counted(run['threads'], 'thread')}" if on_cpu else run["device"]
-    return f"{dtype}, {where}, {_counted(run['num_ranks'], 'rank')}"
+    where = f"{run['processor']}, {counted(run['threads'], 'thread')}" if on_cpu else run["device"]
+    return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}"
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """Such as "1 round" or "2 rounds"."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
@@ -34,6 +35,20 @@ def check(options: Any, field: str, ok: bool, allowed: str) -> None:
     """Raise ValueError unless `ok`; the message has the field's name and value, and what is allowed."""
     if not ok:
         raise ValueError(f"{field} {getattr(options, field)!r}: {allowed}")
+
+
+def why_no_model(model: str) -> str | None:
+    """Why no model can be read from a path; None: it can, or is a hub id."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return None if path.is_file() else "no such file"
+    if path.is_dir():
+        has_config = (path / "config.json").is_file()
+        return None if has_config else "the folder has no config.json: it is no Hugging Face model"
+    if path.is_file():
+        return "is a file; must be a hub id, a folder or a .gguf file"
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    return "no such folder" if is_path else None
 
 
 @dataclass(frozen=True)

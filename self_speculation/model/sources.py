@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from self_speculation.config import LoadingOptions
+from self_speculation.config import LoadingOptions, why_no_model
 from self_speculation.model.devices import is_lost_rank
 
 _HUB_TIMEOUT = 5.0  # seconds
@@ -52,19 +52,13 @@ def locate(model: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """The source of a model and further arguments, for `from_pretrained`. Raises LoadingError if there is no
     such file or folder.
     """
+    if (why := why_no_model(model)) is not None:
+        raise LoadingError(f"model {model!r}: {why}")
     path, options = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise LoadingError(f"model {model!r}: no such file")
         return str(path.parent), {"gguf_file": path.name, **options}
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise LoadingError(f"model {model!r}: the folder has no config.json: it is no Hugging Face model")
         return str(path), options
-    if path.is_file():
-        raise LoadingError(f"model {model!r}: is a file; must be a hub id, a folder or a .gguf file")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise LoadingError(f"model {model!r}: no such folder")
     return model, {**options, "local_files_only": not hub_answers(model)}
 
 
