@@ -46,12 +46,14 @@ def _filled(parts: list[str]) -> str:
 
 
 def machine(run: Record) -> str:
-    """Number format, GPU or processor with threads, and the number of ranks."""
+    """Number format, GPU or processor with threads, number of ranks, and the kernel of copies for drafts."""
     same = run["computed_in"] == run["dtype"]
     dtype = run["dtype"] if same else f"weights in {run['dtype']}, products in {run['computed_in']}"
     on_cpu = run["device"] == "cpu"
     where = f"{run['processor']}, {counted(run['threads'], 'thread')}" if on_cpu else run["device"]
-    return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}"
+    kernel = run.get("kernel_of_copies")  # runs of earlier versions lack it
+    copies = f", copies by {kernel}" if kernel else ""
+    return f"{dtype}, {where}, {counted(run['num_ranks'], 'rank')}{copies}"
 
 
 def counted(number: int, what: str) -> str:

@@ -23,7 +23,7 @@ from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.loading import default_model, load_config, resolve_device
-from self_speculation.model.quantized_layers import check_family
+from self_speculation.model.quantized_layers import check_family, kernel_of_copies
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.model.sources import LoadingWarning
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
@@ -99,14 +99,13 @@ def load_generator(
                 print(f"warning: {warning.message}", file=sys.stderr)
         prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
-        copies_on_cpu = config.draft_weights != "exact" and model.device.type == "cpu"
-        if copies_on_cpu:
+        if config.draft_weights != "exact" and model.device.type == "cpu":
             with says_if_slow("building the kernel of copies in four bits, once for this processor"):
                 int4_kernel()
         with says_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
         if (copies := bytes_made(model) - bytes_made(model, for_drafts=False)) and ranks.is_first():
-            by = f", multiplied by {int4_kernel()}" if copies_on_cpu else ""
+            by = f", multiplied by {kernel}" if (kernel := kernel_of_copies(model)) else ""
             print(f"copies for drafts take {copies / 2**30:.2f} GiB{by}", file=sys.stderr)
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:

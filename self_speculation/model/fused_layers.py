@@ -9,7 +9,7 @@ begins, layers that have changed are fused again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -141,9 +141,17 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     Args:
         for_drafts: include copies that only drafts read, such as those in four bits.
     """
-    linears = [linear for fused in [*_state(model).made.values()] for linear in fused.linears]
-    copies = ((linear, copy) for linear in linears for copy in [*linear.derived.values()])
+    copies = ((linear, copy) for linear in _linears(model) for copy in [*linear.derived.values()])
     return sum(copy.num_bytes for linear, copy in copies if for_drafts or copy is linear.packed_copy)
+
+
+def formats_made(model: Any) -> set[Hashable]:
+    """The formats of all copies of a model's weights."""
+    return {kind for linear in _linears(model) for kind in [*linear.derived]}
+
+
+def _linears(model: Any) -> list[Linear]:
+    return [linear for fused in [*_state(model).made.values()] for linear in fused.linears]
 
 
 def num_changes(model: Any) -> int:

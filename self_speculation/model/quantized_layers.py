@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES, has_fused_layers
-from self_speculation.model.fused_layers import FusedHead, FusedLayer
+from self_speculation.model.fused_layers import FusedHead, FusedLayer, formats_made
 from self_speculation.model.int4_linear import Int4Linear
+from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
 from self_speculation.model.made import lock
@@ -57,6 +58,12 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
     of_head = head_format(model.device, model.dtype)
     of_layers = _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight
     return of_layers, own if of_head is None else of_head.bytes_per_weight
+
+
+def kernel_of_copies(model: PreTrainedModel) -> str | None:
+    """What multiplies the copies in four bits that a model has; None without, and on a GPU."""
+    has_copies = model.device.type == "cpu" and Int4Linear in formats_made(model)
+    return str(int4_kernel()) if has_copies else None
 
 
 def check_family(draft_weights: DraftWeights, config: Any) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments
-from runs.heading import heading
+from runs.heading import heading, machine
 
 MACHINE = {
     "model": "a/b", "dtype": "bfloat16", "computed_in": "float32", "device": "cpu",
@@ -22,9 +22,16 @@ def test_settings_other_than_defaults_are_named():
     """
     config = GenerationConfig(exit_layer=3, temperature=0)
     groups = (ModelArguments(fuse=False), config, DataArguments(n_shot=2, num_samples=5), BatchArguments(8))
-    named, machine = heading(run(*groups), left_out=("exit_layer",)).splitlines()
+    named, by = heading(run(*groups), left_out=("exit_layer",)).splitlines()
     assert named == "a/b, fuse False, human_eval, n_shot 2, autoregressive, temperature 0"
-    assert machine == "weights in bfloat16, products in float32, a processor, 2 threads, 1 rank, batch size 8"
+    assert by == "weights in bfloat16, products in float32, a processor, 2 threads, 1 rank, batch size 8"
+
+
+def test_copies_name_their_kernel():
+    """Guards against figures of drafts by a slower kernel that look like those by our own."""
+    assert machine(run(kernel_of_copies="own kernel (AVX2)")).endswith(
+        ", 1 rank, copies by own kernel (AVX2)"
+    )
 
 
 def test_a_gpu_a_folder_and_several_ranks(tmp_path):
