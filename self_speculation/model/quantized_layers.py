@@ -91,7 +91,7 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
             " and layers and head without hooks, adapters or quantised weights"
         )
     of_head: Format | None = head_format(runner.rotary.device, runner.model.dtype)
-    of_head = of_head if short_head is None else Int4Linear  # it misses more ids than four bits confuse
+    of_head = of_head if short_head is None else Int4Linear  # its best few are computed in 16
     head = short_head or runner.head
     formats: dict[Linear, Format] = {linear: Int4Linear for layer in layers for linear in layer.linears}
     formats |= {} if of_head is None else dict.fromkeys(head.linears, of_head)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.model.fused_layers import FusedHead, plain_linear
+from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear, follow_weights
 from self_speculation.model.made import lock, made
 from self_speculation.model.model_runner import ModelRunner, PlainHead
@@ -26,6 +27,8 @@ from self_speculation.transfers import on_device
 _LEAST_ROWS, _CLEARLY_CHEAPER = 16384, 0.08
 # The most rows of seen ids: of the first ones, which tokenizers give to frequent tokens.
 _MOST_SEEN = 2048
+# Logits of a head in four bits that are computed again. Four bits rarely rank the best one lower.
+_COMPUTED_AGAIN = 8
 
 
 @dataclass
@@ -64,7 +67,8 @@ def default_vocabulary(
 
 
 class ShortHead:
-    """Norm and head, [B, H] -> [B, V], with -inf for all but likely and seen ids.
+    """Norm and head, [B, H] -> [B, V], with -inf for all but likely and seen ids. Where the likely ids have
+    four bits, the best of them and the seen ids have the logits of the whole head.
 
     Args:
         number: of likely ids.
@@ -83,13 +87,20 @@ class ShortHead:
         ids = likely_ids(runner.model, number)
         self._norm, self._size = runner.head.norm, whole.shape[0]
         self._ids = on_device(ids, runner.rotary.device)
-        self.linears: tuple[Any, ...] = (whole.derive(tuple(ids), lambda: whole.of_rows(self._ids)),)
+        self._likely = whole.derive(tuple(ids), lambda: whole.of_rows(self._ids))
+        self.linears: tuple[Any, ...] = (self._likely,)
         self.seen = SeenIds(whole, frozenset(ids), runner.rotary)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
         logits = hidden.new_full((len(hidden), self._size), -math.inf)
-        logits.index_copy_(1, self._ids, self.linears[0](normed))
+        likely = self.linears[0](normed)  # [B, n]
+        if isinstance(self.linears[0], Int4Linear):
+            best = likely.topk(min(_COMPUTED_AGAIN, likely.shape[1]), sorted=False).indices  # [B, m]
+            weight, bias = _rows(self._likely, best, normed)
+            exact = torch.bmm(weight, normed[:, :, None])[:, :, 0]
+            likely.scatter_(1, best, exact if bias is None else exact + bias)
+        logits.index_copy_(1, self._ids, likely)
         return self.seen.add_to(logits, normed)
 
 
@@ -100,6 +111,11 @@ def _kept_linear(head: PlainHead) -> Linear | None:
         if kept is not None:
             follow_weights([kept])
     return kept
+
+
+def _rows(head: Linear, numbers: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[..., H] some rows of a head and [...] their biases, with the device and dtype of `like`."""
+    return head.rows(numbers).to(like), None if head.bias is None else head.bias[numbers].to(like)
 
 
 class SeenIds:
@@ -144,8 +160,7 @@ class SeenIds:
         self._by_row = by_row
         ids = sorted(frozenset().union(*by_row))[:_MOST_SEEN]
         self._ids = on_device(ids, self._like.device)
-        self._rows = self._whole.rows(self._ids).to(self._like)
-        self._bias = None if self._whole.bias is None else self._whole.bias[self._ids].to(self._like)
+        self._rows, self._bias = _rows(self._whole, self._ids, self._like)
         self._mask: Tensor | None = None  # [B, ids]
         if not all(seen.issuperset(ids) for seen in by_row):
             numbers = [0.0 if id_ in seen else -math.inf for seen in by_row for id_ in ids]

@@ -6,7 +6,7 @@ that outputs do not depend on it.
 
 import pytest
 import torch
-from conftest import generate, tiny_llama
+from conftest import assert_close, generate, tiny_llama
 
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
@@ -109,11 +109,29 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
         head.seen.read([seen])
         listed = [0, 1, 2, 8, 17, 31, 40, 44]
         assert known(head) == [listed]
-        whole = logits_of(make_drafter(runner, GenerationConfig(draft_weights=weights), 4).head)
+        whole = logits_of(runner.head)
         assert whole.shape == logits_of(head).shape == (1, 50)
-        # The rows have four bits, the whole head has 16.
-        error = (logits_of(head) - whole)[:, listed].norm() / whole[:, listed].norm()
-        assert error < (0.2 if weights == "int4" else 1e-5)
+        assert_close(logits_of(head)[:, listed], whole[:, listed])
+
+
+def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
+    """Guards against drafts of the second best id, which four bits confuse with the best in 6 of 100 cases,
+    against biases of other ids, and against rows of a batch that get each other's.
+    """
+    torch.manual_seed(0)
+    model = fresh()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
+    fuse(model)
+    prefer_ids(model, {49: 2, 48: 1})
+    runner, hidden = ModelRunner(model, 1, 8), torch.randn(3, 32)
+    with torch.inference_mode():
+        head = make_drafter(runner, GenerationConfig(draft_weights="int4", draft_vocabulary=40), 4).head
+        whole = runner.head(hidden)[:, [*range(38), 48, 49]]
+        logits = head(hidden)[:, [*range(38), 48, 49]]
+    best = whole.topk(4).indices
+    assert_close(logits.gather(1, best), whole.gather(1, best))
+    assert logits.topk(4).indices.equal(best)
+    assert (logits - whole).norm() < 0.2 * whole.norm()  # the others have four bits
 
 
 def test_a_row_knows_its_own_ids_alone():
