@@ -27,7 +27,7 @@ from runs.failures import failed
 from runs.records import Record
 from runs.status import says_if_slow
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
-from self_speculation.model.families import attended_length
+from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
@@ -88,7 +88,7 @@ class HarnessModel(HFLM):
         self._generator, self._settings, self._seed = generator, config, seed
         early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
         self._exit_layer = config.exit_layer if early else None
-        self._room = attended_length(generator.model.config)
+        self._room = context_length(generator.model.config)
         self._has_fp32_activations = activation_dtype(generator.model) != generator.model.dtype
         self.records: list[Record] = []
         self.has_begun = False

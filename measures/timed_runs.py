@@ -19,7 +19,7 @@ from self_speculation import (
     Request,
 )
 from self_speculation.model.captured_runner import is_captured
-from self_speculation.model.families import attended_length
+from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 BASELINE = "autoregressive_"  # prefix of the baseline's fields in a record
@@ -57,14 +57,14 @@ def run_every_pass(
     """Warm up one strategy with as few tokens as possible; cut a prompt that fills the context."""
     longest = 0 if config.generation_strategy == "autoregressive" else config.longest_draft
     num_tokens = _RUNS * (longest + 1) + 1  # the first one, and all that so many rounds may emit
-    ids = prompt[-max(1, attended_length(model.config) - num_tokens) :]
+    ids = prompt[-max(1, context_length(model.config) - num_tokens) :]
     # Rows differ in length, as in a real batch. max_steps stays, since it decides the cache's capacity.
     rows = [ids[row % len(ids) :] for row in range(batch_size)]
     requests = [Request(row, ends_text=lambda tokens: len(tokens) >= num_tokens) for row in rows]
     endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False, shared_lookup=0)
     if is_captured(model) and isinstance(strategy, DecodingStrategy):
         scheduler = Scheduler[int](strategy, model, endless, batch_size)
-        scheduler.run_every_pass(min(len(prompt) + config.max_steps, attended_length(model.config)))
+        scheduler.run_every_pass(min(len(prompt) + config.max_steps, context_length(model.config)))
     for _, result in strategy.generate_batch(model, requests, endless, batch_size):
         if isinstance(result, Exception):
             raise result

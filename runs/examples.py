@@ -21,7 +21,7 @@ from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.config import RankError
 from self_speculation.model.devices import is_lost_rank, num_ranks
-from self_speculation.model.families import context_length, sliding_window
+from self_speculation.model.families import context_length
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def prepare(
     generator = load_generator(model_args, config, model_config, data_args.chat, counted)
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
-    fitting = _examples_that_fit(generator, examples, config.max_steps, data_args.chat)
+    fitting = _examples_that_fit(generator, examples, data_args.chat)
 
     def open_run() -> Run:
         if resume is not None:
@@ -194,13 +194,10 @@ def longest_prompt(examples: Sequence[Encoded]) -> list[int]:
 
 
 def _examples_that_fit(
-    generator: HuggingfaceLlamaGenerator, examples: list[Example], max_steps: int, chat: bool
+    generator: HuggingfaceLlamaGenerator, examples: list[Example], chat: bool
 ) -> list[Encoded]:
     """Keep the examples whose prompts leave room for an answer in the context; print how many do not."""
-    room, beside = context_length(generator.model.config) - 1, ""
-    window = sliding_window(generator.model.config)  # prompt and answer share it
-    if window is not None and window - max_steps < room:
-        room, beside = max(0, window - max_steps), f" beside --max_steps {max_steps}"
+    room = context_length(generator.model.config) - 1
 
     def encoded(prompt: str) -> list[int]:
         if not chat:
@@ -218,7 +215,7 @@ def _examples_that_fit(
     except ValueError as error:
         refuse(str(error))
     if not fitting:
-        refuse(f"every prompt has more than the {room} tokens that the model has room for{beside}")
+        refuse(f"every prompt has more than the {room} tokens that the model has room for")
     if (left_out := len(examples) - len(fitting)) and ranks.rank() == 0:
         limit = f"prompts of more than {room} tokens"
         print(f"left out {left_out} of {len(examples)} examples: {limit}", file=sys.stderr)

@@ -29,7 +29,7 @@ from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.devices import in_step
-from self_speculation.model.families import check_supported, check_window, context_length
+from self_speculation.model.families import check_supported, context_length
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.overrides import check_followed
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint
@@ -168,7 +168,6 @@ class Scheduler(Generic[Key]):
             check_followed(self._model)  # the model may have changed
             context = context_length(config)
             sequence = Sequence(request, self._config, context, self._device, key, has_drafts, started)
-            check_window(config, sequence.max_length)
         except Exception as error:
             self._finished.append((key, error))
         else:

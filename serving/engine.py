@@ -27,7 +27,7 @@ from self_speculation import (
 from self_speculation.config import RankError
 from self_speculation.generator_base import PreparedRequest
 from self_speculation.model.devices import broadcast_from_rank0
-from self_speculation.model.families import attended_length
+from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
 
 _PROMPT = 1024  # tokens of a usual one
@@ -80,7 +80,7 @@ class Engine:
     ) -> None:
         self._model, self._scheduler = generator.model, _make_scheduler(generator, config, batch_size)
         # What a request that reaches further needs besides is captured while others stream.
-        longest = attended_length(self._model.config)
+        longest = context_length(self._model.config)
         self._scheduler.run_every_pass(min(longest, _PROMPT + config.max_steps), longest)
         self._batch_size, self.max_jobs = batch_size, batch_size + max_waiting
         self.waiting: deque[Job] = deque()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama, transformers_generate
+from conftest import assert_close, generate, tiny_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from self_speculation.llama_model_utils import crop_past_key_values
@@ -151,19 +151,6 @@ def test_other_architectures_and_attention_are_refused_by_name():
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="'flex_attention' is not supported; supported are sdpa, eager"):
         generate(model, [1, 2])
-
-
-def test_more_positions_than_a_sliding_window_are_refused():
-    """Guards against full attention beyond the window, and against a refusal where there is no window."""
-    model = family("mistral", sliding_window=16).float()
-    prompt = [5, 6, 7, 8]
-    assert generate(model, prompt, max_steps=12).predicted_tokens == transformers_generate(model, prompt, 12)
-    with pytest.raises(
-        ValueError, match="need 17 positions, but this mistral model has a sliding window of 16"
-    ):
-        generate(model, prompt, max_steps=13)
-    full = family("qwen2", sliding_window=16, use_sliding_window=False).float()
-    assert len(generate(full, prompt, max_steps=20, eos=[]).predicted_tokens) == 20
 
 
 @pytest.mark.parametrize("length", [3, 6, 9])

@@ -26,7 +26,7 @@ from runs.heading import heading
 from runs.records import Record, RecordError, Run
 from runs.startup import set_threads
 from self_speculation import LoadingError, load_model_and_tokenizer
-from self_speculation.model.families import attended_length
+from self_speculation.model.families import context_length
 from self_speculation.model.loading import load_config, resolve_device
 from self_speculation.model.sources import adapted_model
 from training import from_flags
@@ -172,7 +172,7 @@ def _read_config(model_args: ModelArguments, sequence_length: int) -> Pretrained
     """The config of --model; raises LoadingError, or ValueError if it does not fit."""
     assert model_args.model is not None
     config = load_config(model_args.model, model_args.loading_options())
-    if sequence_length > (most := attended_length(config)):
+    if sequence_length > (most := context_length(config)):
         raise ValueError(f"sequence_length {sequence_length}: must be at most {most}, the model's context")
     if config.num_hidden_layers < 2:
         raise ValueError(f"model {model_args.model}: has no layer to exit from before the last")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from self_speculation.model.attention import CHUNK, AttentionKernel
-from self_speculation.model.kv_cache import ALIGNMENT, round_up
+from self_speculation.model.families import AttentionType
+from self_speculation.model.kv_cache import ALIGNMENT, Appendable, SeenFrom, round_up
 
 # Added to scores. exp of it is 0, and it is finite in 16 bits and times log2(e).
 _MASKED = -30_000.0
@@ -21,7 +22,9 @@ _FEW_ROTATIONS = 64
 
 @dataclass(eq=False)
 class AttentionContext:
-    """A pass over T new positions of each of B rows; made by `uniform` or `ragged`."""
+    """A pass over T new positions of each of B rows, in layers of one `AttentionType`; made by `uniform` or
+    `ragged`.
+    """
 
     rows: int  # B
     width: int  # T
@@ -30,47 +33,69 @@ class AttentionContext:
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [1 or B, T, head_dim] each
     kernel: AttentionKernel = AttentionKernel.ANY  # FLASH masks the keys after each token itself
     splits_keys: bool = False  # fused layers attend in chunks
+    first_key: int = 0  # S begins at this position; no token sees an earlier one
     _masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def uniform(cls, runner: Any, rows: int, start: int, width: int) -> AttentionContext:
+    def uniform(cls, runner: Any, kind: AttentionType, rows: int, start: int, width: int) -> AttentionContext:
         """All rows have the same length, `start`."""
-        cos, sin = runner.rotary.narrow(1, start, width).split(1)
+        cos, sin = runner.rotary_of(kind).narrow(1, start, width).split(1)
+        end, window = start + width, kind.window
+        first = _first_key(start, window)
+        window = window if window is not None and end > window else None
 
         def make_mask(copies: int) -> Tensor | None:
             # One position sees all keys, and sdpa masks the first pass of a prompt itself.
-            if width == 1 or (start == 0 and runner.config._attn_implementation == "sdpa"):
+            is_causal = start == 0 and window is None and runner.config._attn_implementation == "sdpa"
+            if width == 1 or is_causal:
                 return None
-            end = start + width
+            num_keys = end - first
             # Attention kernels want rows at multiples of 16 bytes, or copy the mask in every layer.
-            mask = runner.lowest.expand(width, round_up(end, ALIGNMENT)).triu(start + 1)
-            return (mask if copies == 1 else mask.repeat(copies, 1))[:, :end]
+            mask = causal_mask(runner.lowest, width, round_up(num_keys, ALIGNMENT), start - first, window)
+            return (mask if copies == 1 else mask.repeat(copies, 1))[:, :num_keys]
 
+        kernel = runner.kernel if width == 1 or window is None else runner.kernel.with_mask
         rotations = _rotations(runner, cos, sin, rows)
-        return cls(rows, width, make_mask, rotations, (cos, sin), runner.kernel)
+        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, first_key=first)
 
     @classmethod
     def ragged(
-        cls, runner: Any, positions: Tensor, length: int, splits_keys: bool = False
+        cls,
+        runner: Any,
+        kind: AttentionType,
+        positions: Tensor,
+        length: int,
+        shortest: int = 0,
+        splits_keys: bool = False,
     ) -> AttentionContext:
         """Rows differ in length.
 
         Args:
             positions: [B, T]
-            length: S, the positions of the cache that attention reads.
+            length: the positions of the cache that attention reads, if no window hides the first ones.
+            shortest: at most the first of these positions of every row.
             splits_keys: if the kernel is not ANY; S is a multiple of CHUNK.
         """
         rows, width = positions.shape
-        cos, sin = runner.rotary.index_select(1, positions.flatten()).view(2, rows, width, -1).unbind()
+        tables = runner.rotary_of(kind)
+        cos, sin = tables.index_select(1, positions.flatten()).view(2, rows, width, -1).unbind()
+        window, first = kind.window, _first_key(shortest, kind.window) // ALIGNMENT * ALIGNMENT
 
         def make_mask(copies: int) -> Tensor:
-            later = torch.arange(length, device=positions.device) > positions[:, None, :, None]
-            return (later.to(cos.dtype) * _MASKED).repeat(1, 1, copies, 1)
+            keys, own = torch.arange(first, length, device=positions.device), positions[:, None, :, None]
+            hidden = keys > own
+            if window is not None and length > window:
+                hidden |= keys <= own - window
+            return (hidden.to(cos.dtype) * _MASKED).repeat(1, 1, copies, 1)
 
         kernel = runner.kernel.with_mask
         splits_keys = splits_keys and kernel is not AttentionKernel.ANY
         rotations = _rotations(runner, cos, sin, rows)
-        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, splits_keys)
+        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, splits_keys, first)
+
+    def reading(self, cache: Appendable) -> Appendable:
+        """The cache, or what its tokens see of it."""
+        return SeenFrom(cache, self.first_key) if self.first_key else cache
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate queries or keys [B * T, n, head_dim] by the angles of their positions."""
@@ -96,6 +121,26 @@ class AttentionContext:
             self._masks[copies, heads] = by_chunk.flatten(0, 1)
         found: Any = self._masks[copies, heads]
         return found
+
+
+def cos_and_sin(module: Any, like: Tensor, positions: Tensor, rotation: str | None) -> tuple[Tensor, Tensor]:
+    """[1, P, head_dim] each, by the rotary embedding of a model, for positions [1, P]."""
+    of_type = {} if rotation is None else {"layer_type": rotation}
+    return module(like, position_ids=positions, **of_type)
+
+
+def causal_mask(lowest: Tensor, width: int, num_keys: int, start: int, window: int | None) -> Tensor:
+    """[T, S] added to the scores of tokens that follow the first `start` keys: 0, or `lowest` for keys that
+    are later or out of the window.
+    """
+    everywhere = lowest.expand(width, num_keys)
+    mask = everywhere.triu(start + 1)
+    return mask if window is None else mask.add_(everywhere.tril(start - window))
+
+
+def _first_key(start: int, window: int | None) -> int:
+    """The first key that tokens from position `start` on see."""
+    return 0 if window is None else max(0, start + 1 - window)
 
 
 def _by_token(table: Tensor, rows: int) -> Tensor:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from self_speculation.model.attention import CHUNK
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import free_memory, num_ranks
-from self_speculation.model.families import context_length
+from self_speculation.model.families import AttentionType, context_length
 from self_speculation.model.kv_cache import WrittenAt, round_up
 from self_speculation.model.made import lock, made
 from self_speculation.model.model_runner import ModelRunner
@@ -225,7 +225,7 @@ class _Passes:
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
         self._replays: dict[Any, Callable[[], None]] = {}
-        self._record = GraphRecorder(self.rotary.tables.device)
+        self._record = GraphRecorder(self.rotary.like.device)
 
     @property
     def capacity(self) -> int:
@@ -239,7 +239,7 @@ class _Passes:
         Args:
             graph_bytes: of the graphs that read one number of keys.
         """
-        like, room = self._like, _SHARE * free_memory(self.rotary.tables.device)
+        like, room = self._like, _SHARE * free_memory(self.rotary.like.device)
         position = 2 * len(self._runner.layers) * self.num_rows * like.nbytes
         for number in range(most, least, -_STEP):
             if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:
@@ -279,7 +279,8 @@ class _Passes:
             states, positions = self.inputs[rows, width]
             states.zero_()
             positions.fill_(self.capacity - 1)
-            layers, num_keys = runner.layers[first:last], min(num_keys, self.capacity)
+            layers = [*zip(runner.layers, runner.attention_types, strict=False)][first:last]
+            num_keys = min(num_keys, self.capacity)
             try:
                 self._replays[key] = self._record(partial(self._run, layers, states, positions, num_keys))
             except BaseException:
@@ -288,13 +289,21 @@ class _Passes:
             self.num_captured += 1
         return self._replays[key]
 
-    def _run(self, layers: Sequence[Any], states: Tensor, positions: Tensor, num_keys: int) -> None:
-        """The pass that is captured."""
-        context = AttentionContext.ragged(self._runner, positions, num_keys, num_keys > _UNSPLIT_KEYS)
+    def _run(
+        self, layers: Sequence[tuple[Any, AttentionType]], states: Tensor, positions: Tensor, num_keys: int
+    ) -> None:
+        """The pass that is captured. Its mask hides what is out of a window: positions are data, shapes are
+        not.
+        """
+        splits = num_keys > _UNSPLIT_KEYS
+        contexts = {
+            kind: AttentionContext.ragged(self._runner, kind, positions, num_keys, splits_keys=splits)
+            for kind in {kind for _, kind in layers}
+        }
         cache = WrittenAt(self.cache.buffers.of_layers, positions, num_keys)
         hidden = states.flatten(0, 1)
-        for layer in layers:
-            hidden = layer(hidden, context, cache)
+        for layer, kind in layers:
+            hidden = layer(hidden, contexts[kind], cache)
         states.copy_(hidden.view_as(states))  # fused layers work in place: then nothing is copied
 
 

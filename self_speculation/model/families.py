@@ -41,6 +41,13 @@ FAMILIES: Mapping[str, Family] = {
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 
+class AttentionType(NamedTuple):
+    """What the attention of some layers has in common."""
+
+    window: int | None = None  # positions that a token sees, its own included; None: all up to its own
+    rotation: str | None = None  # the layer type that the rotary embedding is asked for; None: it has one
+
+
 def check_supported(config: Any) -> None:
     """Raises ValueError that names the model type or attention, and lists the supported ones."""
     attention = getattr(config, "_attn_implementation", None) or "sdpa"
@@ -67,24 +74,11 @@ def context_length(config: Any) -> int:
     return config.max_position_embeddings
 
 
-def sliding_window(config: Any) -> int | None:
-    """Positions that some layers attend to; None: all layers attend to all."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def attended_length(config: Any) -> int:
-    """Most positions of a sequence such that every layer attends to all of them."""
-    return min(context_length(config), sliding_window(config) or context_length(config))
-
-
-def check_window(config: Any, num_positions: int) -> None:
-    """Raises ValueError if a sliding window would hide some positions of a sequence."""
-    window = sliding_window(config)
-    if window is not None and num_positions > window:
-        raise ValueError(
-            f"prompt and max_steps need {num_positions} positions, but this {config.model_type} model has a "
-            f"sliding window of {window}; only full attention is supported, so at most {window} positions"
-        )
+def attention_types(config: Any) -> list[AttentionType]:
+    """[L] of each layer."""
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window, rope = getattr(config, "sliding_window", None), getattr(config, "rope_parameters", None) or {}
+    return [
+        AttentionType(window if kind == "sliding_attention" else None, kind if kind in rope else None)
+        for kind in types
+    ]

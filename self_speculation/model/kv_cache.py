@@ -108,6 +108,17 @@ class _Buffers:
                 )
 
 
+class SeenFrom(Appendable):
+    """Appends to a cache, and returns what it does from a position on."""
+
+    def __init__(self, cache: Appendable, first_key: int | Tensor) -> None:
+        self._cache, self._first_key = cache, first_key
+
+    def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        all_keys, all_values = self._cache.append(keys, values, layer)
+        return all_keys[:, :, self._first_key :], all_values[:, :, self._first_key :]
+
+
 class KVCache(Appendable):
     """Keys and values of every layer, for the rows of a batch. At first there is one row, empty.
 
@@ -164,6 +175,10 @@ class KVCache(Appendable):
     def longest(self, layer: int) -> int:
         """Positions of the longest row in a layer."""
         return self._appended[layer] - min(self._missing)
+
+    def shortest(self, layer: int) -> int:
+        """Positions of the shortest row in a layer."""
+        return self._appended[layer] - max(self._missing)
 
     def positions(self, layer: int, width: int, device: torch.device) -> Tensor:
         """[B, T] the next T positions of each row in a layer."""

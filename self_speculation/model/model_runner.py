@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.attention import attention_kernel, disable_cudnn_attention
-from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.attention_context import AttentionContext, cos_and_sin
 from self_speculation.model.devices import num_ranks
-from self_speculation.model.families import check_supported, context_length
+from self_speculation.model.families import AttentionType, attention_types, check_supported, context_length
 from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model
 from self_speculation.model.kv_cache import Appendable, KVCache
@@ -78,19 +78,22 @@ class PlainHead:
 class _Rotary:
     """Tables of cos and sin, shared by all runners over one cache."""
 
-    def __init__(self, module: nn.Module, like: Tensor, context: int) -> None:
-        self.module, self._like, self._last = module, like, context - 1
-        self.tables = like.new_empty(2, 0, 0)  # [2, positions, head_dim]
+    def __init__(self, module: nn.Module, rotations: set[str | None], like: Tensor, context: int) -> None:
+        self.module, self.like, self._last = module, like, context - 1
+        self.tables = dict.fromkeys(rotations, like.new_empty(2, 0, 0))  # [2, positions, head_dim] each
+        self._size = 0
 
     def reserve(self, num_positions: int) -> None:
-        size = self.tables.shape[1]
-        if num_positions > size:
+        if num_positions > self._size:
             # At least doubled, so that ever longer prompts rarely grow them. Only padding is beyond the
             # context.
-            positions = torch.arange(max(num_positions, 2 * size), device=self._like.device)[None]
-            positions.clamp_(max=self._last)
+            self._size = max(num_positions, 2 * self._size)
+            positions = torch.arange(self._size, device=self.like.device)[None].clamp_(max=self._last)
             with lock(self.module):  # some kinds of rotation change their module for longer positions
-                self.tables = torch.cat(self.module(self._like, position_ids=positions))
+                for rotation in self.tables:
+                    self.tables[rotation] = torch.cat(
+                        cos_and_sin(self.module, self.like, positions, rotation)
+                    )
 
 
 class ModelRunner:
@@ -110,6 +113,7 @@ class ModelRunner:
         base, head = model.base_model, model.get_output_embeddings()
         fused, self.dtype = fused_model(model)
         self.layers: list[Any] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
+        self.attention_types = attention_types(self.config)  # [L]
         self._num_rows = num_rows
         devices = [next(layer.parameters()).device for layer in base.layers]
         self.cache = KVCache(len(self.layers), num_rows, devices, num_ranks(model))
@@ -117,7 +121,8 @@ class ModelRunner:
         self.head: Any = fused.get(head) or PlainHead(base.norm, head)
 
         like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
-        self._rotary = _Rotary(base.rotary_emb, like, context_length(self.config))
+        rotations = {kind.rotation for kind in self.attention_types}
+        self._rotary = _Rotary(base.rotary_emb, rotations, like, context_length(self.config))
         self.reserve(prompt_length, num_positions)
         head_dim = self.rotary.shape[2]
         self.kernel = attention_kernel(like.device, self.dtype, head_dim)  # of fused layers
@@ -135,12 +140,17 @@ class ModelRunner:
         are valid while it is the same.
         """
         parts = [(type(part), part.structure) for part in (*self.layers, self.head)]
-        return self.dtype, structure(self._embed), fingerprint(self._rotary.module), tuple(parts)
+        modules = structure(self._embed), fingerprint(self._rotary.module)
+        return self.dtype, *modules, tuple(parts), tuple(self.attention_types)
 
     @property
     def rotary(self) -> Tensor:
-        """[2, positions, head_dim] cos and sin."""
-        return self._rotary.tables
+        """[2, positions, head_dim] cos and sin of the first layer; others' have its shape and device."""
+        return self.rotary_of(self.attention_types[0])
+
+    def rotary_of(self, kind: AttentionType) -> Tensor:
+        """[2, positions, head_dim] cos and sin of layers of this kind."""
+        return self._rotary.tables[kind.rotation]
 
     def reserve(self, prompt_length: int, num_positions: int) -> None:
         """Make room for a sequence.
@@ -194,15 +204,21 @@ class ModelRunner:
         """
         rows, width, _ = hidden.shape
         cache: Appendable = self.cache
+        kinds, shortest = self.attention_types[first:last], self.cache.shortest(first)
         if self.cache.is_uniform:
-            context = AttentionContext.uniform(self, rows, self.cache.length(first), width)
+            contexts = {
+                kind: AttentionContext.uniform(self, kind, rows, shortest, width) for kind in set(kinds)
+            }
         else:
             positions = self.cache.positions(first, width, self.rotary.device)
             scattered = cache = self.cache.scattered(positions, first, last)
-            context = AttentionContext.ragged(self, positions, scattered.length)
+            contexts = {
+                kind: AttentionContext.ragged(self, kind, positions, scattered.length, shortest)
+                for kind in set(kinds)
+            }
         states = hidden.flatten(0, 1)  # [B * T, H]
-        for layer in self.layers[first:last]:
-            states = layer(states, context, cache)
+        for layer, kind in zip(self.layers[first:last], kinds, strict=True):
+            states = layer(states, context := contexts[kind], context.reading(cache))
         return states.view(rows, width, -1)
 
     def logits(self, hidden: Tensor, num_logits: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from self_speculation.model.captured_runner import is_captured
+from self_speculation.model.families import attention_types
 from self_speculation.model.fingerprint import fingerprint
 from self_speculation.model.fused_layers import num_changes
 from self_speculation.model.model_runner import ModelRunner
@@ -79,4 +80,6 @@ class PrefixCache:
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:
     """Keys and values are valid while this is the same: it covers the model and how its passes are made."""
-    return fingerprint(model), num_changes(model), is_captured(model), model.config._attn_implementation
+    config = model.config
+    attention = config._attn_implementation, *attention_types(config)
+    return fingerprint(model), num_changes(model), is_captured(model), attention

@@ -10,6 +10,7 @@ uses it.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.attention_context import AttentionContext
+from self_speculation.model.families import AttentionType
 from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
-from self_speculation.model.kv_cache import Appendable
+from self_speculation.model.kv_cache import Appendable, SeenFrom
 from self_speculation.model.linear import NARROW, Float16Linear, Linear
 from self_speculation.model.made import made
 from self_speculation.model.model_runner import ModelRunner
@@ -69,9 +71,9 @@ class _Traces:
     made: dict[Hashable, _Trace] = field(default_factory=dict)
     num_passes: Counter[Hashable] = field(default_factory=Counter)  # that ran without a trace
 
-    def has(self, kind: Hashable, layers: Sequence[FusedLayer], dtype: torch.dtype) -> bool:
+    def has(self, kind: Hashable, constants: Hashable) -> bool:
         trace = self.made.get(kind)
-        return trace is not None and trace.constants == _constants(layers, dtype)
+        return trace is not None and trace.constants == constants
 
 
 def _traces(model: PreTrainedModel) -> _Traces:
@@ -132,38 +134,44 @@ class TracedRunner(ModelRunner):
         linears = _linears(layers)
         reads = [part for linear in linears for part in (linear, linear.packed_copy) if part is not None]
         traces, kind = _traces(self.model), (first, last, width == 1, type(linears[0]))
-        if not traces.has(kind, layers, self.dtype):
+        attention = self.attention_types[first:last]
+        constants = _constants(layers, attention, self.dtype)
+        if not traces.has(kind, constants):
             traces.num_passes[kind] += 1
             if traces.num_passes[kind] <= traces.passes_before:
                 return False
         with _TRACING:
-            if not traces.has(kind, layers, self.dtype):  # another thread may have made it meanwhile
+            if not traces.has(kind, constants):  # another thread may have made it meanwhile
                 if traces.num_made >= _TRACES_AT_MOST:
                     return False
                 traces.num_made += 1
-                traces.made[kind] = self._trace(layers, hidden, first)
+                traces.made[kind] = _Trace(self._trace(layers, attention, hidden, first), constants)
             self._found[key] = traces.made[kind].over(_parts(layers), reads)
         return True
 
-    def _trace(self, layers: list[Any], hidden: Tensor, first: int) -> _Trace:
+    def _trace(
+        self, layers: list[Any], attention: list[AttentionType], hidden: Tensor, first: int
+    ) -> torch.jit.ScriptModule:
         inputs = self._inputs(first, first + len(layers), hidden.shape[1])
         # Sizes that become constants are those of the model. `catch_warnings` is not for threads: one could
         # leave the filters of another one in place for ever.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"self_speculation\.")
         warnings.filterwarnings("ignore", r"`torch\.jit\.trace", DeprecationWarning)
-        graph = torch.jit.trace(_Range(layers), (hidden[0].clone(), *inputs), check_trace=False)
+        graph = torch.jit.trace(_Range(layers, attention), (hidden[0].clone(), *inputs), check_trace=False)
         no_weight, not_packed = torch.empty(0), Float16Linear(torch.zeros(1, 1)).packed[0]
         for name, part in _parts(layers).items():
             setattr(graph, name, no_weight if isinstance(part, Tensor) else not_packed)
-        return _Trace(graph, _constants(layers, self.dtype))
+        return graph
 
     def _inputs(self, first: int, last: int, width: int) -> list[Any]:
         """Inputs of `_Range` after the hidden states."""
         past = self.rotary.new_empty(self.cache.length(first), 0)
-        context = AttentionContext.uniform(self, 1, len(past), width)
-        mask = context.mask(self.layers[first].groups)
-        buffers = (part for pair in self.cache.with_room(first, last, width) for part in pair)
-        return [context.rotations, past, past if mask is None else mask, *buffers]
+        inputs: list[Any] = [past]
+        for kind in dict.fromkeys(self.attention_types[first:last]):
+            context = AttentionContext.uniform(self, kind, 1, len(past), width)
+            mask = context.mask(self.layers[first].groups)
+            inputs += context.rotations, past if mask is None else mask, past[: context.first_key]
+        return [*inputs, *(part for pair in self.cache.with_room(first, last, width) for part in pair)]
 
 
 def _linears(layers: Sequence[FusedLayer]) -> list[Any]:
@@ -188,7 +196,9 @@ def _parts(layers: Sequence[FusedLayer]) -> dict[str, Any]:
     return {f"part{index}": part for index, part in enumerate((*tensors, *packed))}
 
 
-def _constants(layers: Sequence[FusedLayer], dtype: torch.dtype) -> Hashable:
+def _constants(
+    layers: Sequence[FusedLayer], attention: Sequence[AttentionType], dtype: torch.dtype
+) -> Hashable:
     """Equal only if one graph serves both, over hidden states of this dtype."""
     parts = _parts(layers).values()
     values = [value for layer in layers for value in vars(layer).values()]
@@ -196,15 +206,15 @@ def _constants(layers: Sequence[FusedLayer], dtype: torch.dtype) -> Hashable:
     shapes = [(t.shape, t.stride(), t.dtype) for t in parts if isinstance(t, Tensor)]
     first: dict[int, int] = {}  # one part of several layers is one attribute in the graph
     which = [first.setdefault(id(part), index) for index, part in enumerate(parts)]
-    return dtype, tuple(numbers), tuple(shapes), tuple(which)
+    return dtype, tuple(attention), tuple(numbers), tuple(shapes), tuple(which)
 
 
 class _Range(nn.Module):
     """Fused layers one after the other, as a function of tensors."""
 
-    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+    def __init__(self, layers: Sequence[FusedLayer], attention: Sequence[AttentionType]) -> None:
         super().__init__()
-        self._layers = layers
+        self._layers, self._attention = layers, attention
         # TorchScript never frees the constants of a graph: weights must be attributes.
         for name, part in _parts(layers).items():
             if isinstance(part, Tensor):
@@ -212,24 +222,29 @@ class _Range(nn.Module):
             else:
                 setattr(self, name, part)
 
-    def forward(
-        self, hidden: Tensor, rotations: Tensor, past: Tensor, mask: Tensor, *buffers: Tensor
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, past: Tensor, *others: Tensor) -> Tensor:
         """[T, H] -> [T, H]; keys and values are in the buffers.
 
         Args:
-            rotations: [T, head_dim, head_dim], see `AttentionContext`.
             past: [start, 0]: its size is the number of positions before these.
-            mask: [G * T, S]; not read if T is 1.
-            buffers: keys and values of each layer, [1 or more, kv_heads, capacity, head_dim].
+            others: for each type of attention, rotations [T, head_dim, head_dim], see `AttentionContext`,
+                mask [G * T, S], not read if T is 1, and [first_key, 0]; then keys and values of each layer,
+                [1 or more, kv_heads, capacity, head_dim].
         """
-        width = 1 if len(rotations) == 1 else rotations.shape[0]  # the latter is traced
-        of_width = None if width == 1 else mask
-        context = AttentionContext(1, width, lambda copies: of_width, rotations)
-        for index, layer in enumerate(self._layers):
-            keys, values = buffers[2 * index : 2 * index + 2]
-            hidden = layer(hidden, context, _Cache(keys, values, past))
+        inputs = iter(others)
+        contexts = {kind: _context(*itertools.islice(inputs, 3)) for kind in dict.fromkeys(self._attention)}
+        for layer, kind in zip(self._layers, self._attention, strict=True):
+            context, cache = contexts[kind], _Cache(next(inputs), next(inputs), past)
+            seen = cache if kind.window is None else SeenFrom(cache, context.first_key)
+            hidden = layer(hidden, context, seen)
         return hidden
+
+
+def _context(rotations: Tensor, mask: Tensor, before: Tensor) -> AttentionContext:
+    """See `_Range.forward`. Sizes are traced, except that of a single token."""
+    width = 1 if len(rotations) == 1 else rotations.shape[0]
+    of_width = None if width == 1 else mask
+    return AttentionContext(1, width, lambda _: of_width, rotations, first_key=before.shape[0])
 
 
 class _Cache(Appendable):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from self_speculation.model.attention_context import causal_mask, cos_and_sin
+from self_speculation.model.families import AttentionType, attention_types
 from self_speculation.transfers import on_device
 
 if TYPE_CHECKING:  # the library does not need it
@@ -28,23 +30,31 @@ def hidden_after_each_layer(
     """
     base = model.base_model
     hidden = base.embed_tokens(input_ids)
-    width = input_ids.shape[1]
-    rotary = base.rotary_emb(hidden, position_ids=torch.arange(width, device=hidden.device)[None])
-    mask = None  # sdpa masks by itself
-    if model.config._attn_implementation == "eager":
-        lowest = torch.finfo(hidden.dtype).min
-        mask = torch.full((1, 1, width, width), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)
+    types = attention_types(model.config)
+    arguments = {kind: _of_attention(model, kind, hidden) for kind in set(types)}
     runs = [None] * len(base.layers) if kept is None else _rows(kept, hidden.device)
-    for index, (layer, rows) in enumerate(zip(base.layers, runs, strict=True)):
+    for index, (layer, kind, rows) in enumerate(zip(base.layers, types, runs, strict=True)):
         if rows is None:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            hidden = layer(hidden, **arguments[kind])
         else:
             before = hidden[rows]
-            after = layer(before, attention_mask=mask, position_embeddings=rotary).to(hidden.dtype)
+            after = layer(before, **arguments[kind]).to(hidden.dtype)
             if kept is not None and not kept[index].any():
                 after = torch.where(torch.zeros_like(after, dtype=torch.bool), after, before)
             hidden = hidden.index_copy(0, rows, after)
         yield hidden
+
+
+def _of_attention(model: PreTrainedModel, kind: AttentionType, hidden: Tensor) -> Mapping[str, Any]:
+    """What layers take beside [B, T, H] hidden states."""
+    width, mask = hidden.shape[1], None
+    window = kind.window if kind.window is not None and width > kind.window else None
+    if window is not None or model.config._attn_implementation == "eager":  # else sdpa masks by itself
+        lowest = hidden.new_full((), torch.finfo(hidden.dtype).min)
+        mask = causal_mask(lowest, width, width, 0, window)[None, None]
+    positions = torch.arange(width, device=hidden.device)[None]
+    rotary = cos_and_sin(model.base_model.rotary_emb, hidden, positions, kind.rotation)
+    return {"attention_mask": mask, "position_embeddings": rotary}
 
 
 def _rows(kept: numpy.ndarray, device: torch.device) -> list[Tensor | None]:

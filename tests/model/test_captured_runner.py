@@ -22,6 +22,7 @@ from self_speculation.model.captured_runner import (
     decode_eagerly,
     make_runner,
 )
+from self_speculation.model.families import AttentionType
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.model_runner import PREFILL_CHUNK, forward
 from self_speculation.scheduler import Scheduler
@@ -122,8 +123,10 @@ def efficient_attention(query, key, value, bias, log_sums, dropout, is_causal, s
     return weights @ value / total, torch.cat((sums, room), -1) if log_sums else None
 
 
-@pytest.mark.parametrize(("rows", "heads", "width"), [(1, 2, 3), (3, 1, 1), (2, 3, 5)])
-def test_attention_in_chunks(rows, heads, width, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "heads", "width", "window"), [(1, 2, 3, None), (3, 1, 1, None), (2, 3, 5, None), (2, 2, 3, 100)]
+)
+def test_attention_in_chunks(rows, heads, width, window, monkeypatch):
     """Guards against chunks of another row or head, weights of padding, -inf of masked chunks, and copies of
     keys.
     """
@@ -135,7 +138,8 @@ def test_attention_in_chunks(rows, heads, width, monkeypatch):
     positions = torch.randint(0, length - width, (rows, 1)) // 3 + torch.arange(width)
     runner = make_runner(own_llama(), 1, length)
     runner.kernel = attention.AttentionKernel.EFFICIENT
-    context = AttentionContext.ragged(runner, positions, length, splits_keys=True)
+    kind = AttentionType(window)
+    context = AttentionContext.ragged(runner, kind, positions, length, splits_keys=True)
     keys, values = torch.randn(2, rows + 1, heads, length + 50, 8)[:, :rows, :, :length].unbind()
     queries = torch.randn(rows, heads, groups * width, 8)
     expected = scaled_dot_product_attention(queries, keys, values, context.mask(groups), scale=0.3)

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoModelForCausalLM, LlamaConfig, RepetitionPenaltyLogitsProcessor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, RepetitionPenaltyLogitsProcessor
 
 from self_speculation import (
     GenerationConfig,
@@ -213,11 +213,13 @@ def cuda(monkeypatch):
         if vars(module).get("on_device") is on_device:
             monkeypatch.setattr(module, "on_device", without_memory)
 
-    def make(heads=(6, 2), fused=True, num_layers=4, dtype=torch.bfloat16):
-        settings = LlamaConfig(
-            vocab_size=64, hidden_size=8 * heads[0], intermediate_size=96, num_hidden_layers=num_layers,
-            num_attention_heads=heads[0], num_key_value_heads=heads[1], max_position_embeddings=4096,
-        )  # fmt: skip
+    def make(heads=(6, 2), fused=True, num_layers=4, dtype=torch.bfloat16, window=None):
+        size = {
+            "vocab_size": 64, "hidden_size": 8 * heads[0], "intermediate_size": 96,
+            "num_hidden_layers": num_layers, "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1], "max_position_embeddings": 4096,
+        }  # fmt: skip
+        settings = MistralConfig(**size, sliding_window=window) if window else LlamaConfig(**size)
         with torch.no_grad(), torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
         if fused:
@@ -242,22 +244,27 @@ PATHS = {
 
 
 @pytest.mark.parametrize(
-    ("path", "heads", "fused"),
+    ("path", "heads", "fused", "window"),
     [
-        *((path, HEADS[0 if path == "int4" else 1], True) for path in PATHS),
+        *((path, HEADS[0 if path == "int4" else 1], True, None) for path in PATHS),
         *(
-            (path, HEADS[1], False)
+            (path, HEADS[1], False, None)
             for path in ("autoregressive", "early exit", "self-speculative", "adaptive")
         ),
         # How drafts end or where they come from has little to do with layers.
         *(
-            pytest.param(path, HEADS[1], False, marks=pytest.mark.slow)
+            pytest.param(path, HEADS[1], False, None, marks=pytest.mark.slow)
             for path in ("wide", "lookups", "confidence", "short vocabulary")
         ),
-        *((path, heads, True) for path in ("self-speculative", "wide") for heads in (HEADS[0], HEADS[2])),
+        *(
+            (path, heads, True, None)
+            for path in ("self-speculative", "wide")
+            for heads in (HEADS[0], HEADS[2])
+        ),
+        *(("self-speculative", HEADS[1], fused, 5) for fused in (True, False)),
     ],
 )
-def test_every_path(cuda, path, heads, fused, monkeypatch):
+def test_every_path(cuda, path, heads, fused, window, monkeypatch):
     """Guards against a tensor made on the CPU, and against attention that only a CPU is good at: of one row,
     and where rows differ in length and settings, end, make room for others, and take what others have left.
     """
@@ -272,17 +279,18 @@ def test_every_path(cuda, path, heads, fused, monkeypatch):
         for i, each in enumerate(own)
     ]
     num_layers = 4 if path == "int4" else 3
-    model, strategy = cuda(heads, fused, num_layers), make_strategy(name)
+    model, strategy = cuda(heads, fused, num_layers, window=window), make_strategy(name)
     for batch_size in (1, 2, 2):
         results = dict(strategy.generate_batch(model, requests, config, batch_size))
     assert all(result.num_cached_tokens >= 3 for result in results.values())
 
 
+@pytest.mark.parametrize("window", [None, 1000])
 @pytest.mark.parametrize("fused", [True, False])
-def test_long_prompts(cuda, fused):
-    """Guards against scores in memory where a later chunk needs a mask."""
+def test_long_prompts(cuda, fused, window):
+    """Guards against scores in memory where a later chunk or a window needs a mask."""
     for length in (PREFILL_CHUNK + 1, PREFILL_CHUNK + 37):
-        generate(cuda(fused=fused), [5] * length, max_steps=3, eos=[])
+        generate(cuda(fused=fused, window=window), [5] * length, max_steps=3, eos=[])
 
 
 @pytest.mark.parametrize(
@@ -300,7 +308,6 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
     """
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.setattr(captured_runner, "GraphRecorder", lambda _: lambda run: run)
-    model = cuda(dtype=dtype, num_layers=1)
 
     def called(lengths, *widths):
         """By passes over the prompts of such rows, and of such widths over all rows."""
@@ -316,6 +323,10 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
                 forward_early(runner, ids, 1, num_logits=0)
         return [name.split("_")[4] for name in ran.calls if "scaled_dot_product" in name]
 
+    model = cuda(dtype=dtype, num_layers=1, window=60)  # hides nothing yet
+    assert called([30], 1, 5) == [plain] * 3
+    assert called([65], 1, 5) == [masked, plain, masked]
+    model = cuda(dtype=dtype, num_layers=1)
     assert called([30], 1, 5, NARROW + 4) == [plain] * 4
     assert called([30, 30], 1, 5) == [plain] * 4
     assert called([30, 20], 1, 5, NARROW + 4) == [plain] * 2 + [masked] * 3

@@ -125,11 +125,3 @@ def test_a_prompt_of_100_megabytes_is_refused_before_it_is_tokenized(model_folde
     line = refused(generate.main, ["--model", str(model_folder)], capsys)
     said = "the prompt has 105000000 characters and leaves no room in the model's context of 256 tokens"
     assert said in line
-
-
-def test_a_sliding_window_holds_prompt_and_answer(common, monkeypatch, capsys):
-    """Guards against answers beyond the window, and `more than the -6 tokens`."""
-    monkeypatch.setattr("runs.examples.sliding_window", lambda _: 30)
-    assert benchmark.main([*common, "--max_steps", "8"]) == 0
-    said = "every prompt has more than the 0 tokens that the model has room for beside --max_steps 36"
-    assert said in refused(benchmark.main, [*common, "--max_steps", "36"], capsys)

@@ -1,0 +1,81 @@
+"""Layers that see the last positions only give the ids of transformers' `generate` far beyond the window."""
+
+import pytest
+from conftest import in_batch, transformers_generate
+from test_llama_model_utils import family, pieces_match_the_whole
+
+from self_speculation import GenerationConfig, Request, make_strategy
+from self_speculation.generator_base import single_result
+from self_speculation.model.captured_runner import capture_decoding
+from self_speculation.model.fused_layers import fuse
+from self_speculation.model.traced_runner import num_traces, trace_after
+
+WINDOW, MAX_STEPS = 7, 16
+WINDOWED = {
+    "mistral": {}, "phi3": {}, "starcoder2": {},
+    "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "exaone4": {"sliding_window_pattern": 2},
+}  # fmt: skip
+LAYERS = {"exit_layer": 2, "num_speculations": 4}
+STRATEGIES = [{}, {**LAYERS, "prompt_lookup": 2}, {"strategy": "adaptive"}]
+PROMPTS = [[5 + 7 * i % 50 for i in range(length)] for length in (3, 40, WINDOW)]
+
+
+def windowed(model_type, attention="sdpa"):
+    return family(model_type, attention, sliding_window=WINDOW, **WINDOWED[model_type])
+
+
+def gives_ids_of_transformers(model, strategies=STRATEGIES, batch_size=2, max_steps=MAX_STEPS):
+    expected = [transformers_generate(model, prompt, max_steps, eos=-1) for prompt in PROMPTS]
+    fuse(model)
+    for how in strategies:
+        results = in_batch(model, map(Request, PROMPTS), batch_size, max_steps=max_steps, **how)
+        assert [results[row].predicted_tokens for row in range(len(PROMPTS))] == expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_pieces(model_type, attention):
+    """Guards against positions out of the window in chunks of prompts, drafts, verifications and training."""
+    pieces_match_the_whole(windowed(model_type, attention))
+
+
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_ids(model_type, batch_size):
+    """Guards against rows of other lengths, and against windows of the wrong layers."""
+    gives_ids_of_transformers(windowed(model_type), batch_size=batch_size)
+
+
+def test_traces():
+    """Guards against lengths, masks and windows of one step that are constants of a trace."""
+    model = windowed("qwen2")
+    trace_after(model, 0)
+    gives_ids_of_transformers(model, [{}, LAYERS], batch_size=1)
+    assert num_traces(model) == 4
+
+
+def test_captured_passes(graphs):
+    """Guards against masks of one position in all replays, and of one window in all layers."""
+    model = windowed("qwen2")
+    capture_decoding(model)
+    gives_ids_of_transformers(model, [LAYERS], max_steps=8)
+    assert graphs.replayed
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_another_window_discards_what_was_kept(captured, request):
+    """Guards against kept prefixes and captured passes of a window that a user has changed since."""
+    model, strategy = windowed("mistral"), make_strategy("autoregressive")
+    if captured:
+        request.getfixturevalue("graphs")
+        capture_decoding(model)
+    config = GenerationConfig(max_steps=6, sample=False, reuse_cache=True)
+    for window in (WINDOW, 20, 20):
+        model.config.sliding_window = window
+        results = strategy.generate_batch(model, [Request(PROMPTS[1])], config, 1)
+        answer = single_result(results)
+        expected = transformers_generate(model, PROMPTS[1], 6, eos=-1)
+        assert answer.predicted_tokens == expected
+    assert answer.num_cached_tokens == len(PROMPTS[1]) - 1
