@@ -39,7 +39,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from self_speculation.model.mapped import release
 from self_speculation.model.progress import progress
 from self_speculation.model.sources import LoadingWarning
-from self_speculation.model.user_cache import cache_folder, replacing
+from self_speculation.model.user_cache import cache_folder, drop_oldest, mark_used, replacing
 
 # Longer arrays of numbers have one for each token.
 _LONGEST = 2**12
@@ -47,8 +47,11 @@ _LONGEST = 2**12
 # Elements that are dequantised at a time: they stay in the processor's cache.
 _AT_A_TIME = 2**18
 
-# Bytes that must stay free on the disk.
-_SPARE = 2**30
+# Bytes that must stay free on the disk, and those that kept weights may take. A larger model is kept alone.
+_SPARE, _MOST = 2**30, 2**35
+
+# A user's own folder may have other files.
+_KEPT_NAMES = "[0-9a-f]" * 64 + "-*-*-*.safetensors"
 
 
 class Header(gguf.GGUFReader):
@@ -132,12 +135,15 @@ def _kept(file: Path) -> dict[str, Tensor] | None:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
         return None
+    mark_used(file)
     return weights if sums == _sums(weights) else None
 
 
 def _keep(weights: dict[str, Tensor], file: Path) -> None:
+    num_bytes = sum(weight.nbytes for weight in weights.values())
     with replacing(file) as new:
-        if shutil.disk_usage(new.parent).free < sum(weight.nbytes for weight in weights.values()) + _SPARE:
+        drop_oldest((kept for kept in file.parent.glob(_KEPT_NAMES) if kept != file), _MOST - num_bytes)
+        if shutil.disk_usage(new.parent).free < num_bytes + _SPARE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.parent))
         save_file(weights, new, _sums(weights))
 

@@ -178,6 +178,27 @@ def test_the_cache_is_valid_for_the_content_and_the_config(written, cache, byte_
 
 
 @fp32_activations
+def test_the_cache_is_bounded(written, cache, monkeypatch):
+    """Guards against a disk that fills with models nobody uses, and against the loss of files that are used,
+    or that others have put there.
+    """
+
+    def load(num_layers):
+        load_model_and_tokenizer(str(written), LoadingOptions(model_args={"num_hidden_layers": num_layers}))
+        return {file.name.split("-")[1] for file in cache.glob("*-*.safetensors")}
+
+    for num_layers in (1, 2, 1):
+        load(num_layers)
+    (cache / "own.safetensors").write_bytes(bytes(2**20))
+    largest = max(file.stat().st_size for file in cache.glob("*-*.safetensors"))
+    monkeypatch.setattr(gguf_files, "_MOST", 2 * largest)
+    assert load(3) == {"1", "3"}
+    monkeypatch.setattr(gguf_files, "_MOST", 0)
+    assert load(2) == {"2"}
+    assert (cache / "own.safetensors").exists()
+
+
+@fp32_activations
 def test_an_interrupted_start_leaves_no_file(written, cache, monkeypatch):
     """Guards against gigabytes of a partial file in the cache."""
 
