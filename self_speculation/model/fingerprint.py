@@ -36,9 +36,12 @@ def fingerprint(*roots: nn.Module) -> Hashable:
     return structure(*roots), *contents([tensors.values()])
 
 
-def structure(*roots: nn.Module) -> Hashable:
+def structure(*roots: nn.Module) -> tuple[tuple[Any, ...], ...]:
     """Changes when a module, a `forward`, a hook, a number or a tensor in these modules is replaced, and when
     a tensor moves or is converted. Reads nothing from a device.
+
+    Returns:
+        For each module its `id`, and what else is seen of it.
     """
     return tuple(map(_structure_of, _modules(roots)))
 
@@ -74,7 +77,7 @@ def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
     return modules
 
 
-def _structure_of(module: nn.Module) -> Hashable:
+def _structure_of(module: nn.Module) -> tuple[Any, ...]:
     """It holds functions, not their `id`: a later function could have the `id` of a freed one."""
     attributes = [*vars(module).items()]  # a copy: another thread's pass may add one
     read = [(name, _frozen(value)) for name, value in attributes if name not in _OF_ALL]

@@ -1,10 +1,10 @@
 """Narrow passes over one row on a CPU as single calls of TorchScript.
 
 The products of a narrow pass are surrounded by hundreds of small operations, which cost Python more time than
-the processor. A range of fused layers is traced with widths and lengths as sizes of its inputs, so one trace
-serves every step. Weights, or copies of them, are its attributes. Changed ones get another call with the same
-graph, which is valid for all weights of these shapes. TorchScript is in maintenance mode: only this module
-uses it.
+the processor. One fused layer is traced with widths and lengths as sizes of its inputs, so one graph serves
+every step and every layer like it; a range is one call of these graphs, one after the other. Weights, or
+copies of them, are attributes. Changed ones get another call with the same graphs, which are valid for all
+weights of these shapes. TorchScript is in maintenance mode: only this module uses it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from types import MethodType
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.families import AttentionType
+from self_speculation.model.fingerprint import structure
 from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import Appendable, SeenFrom
@@ -33,9 +34,9 @@ from self_speculation.model.linear import NARROW, Float16Linear, Linear
 from self_speculation.model.made import made
 from self_speculation.model.model_runner import ModelRunner
 
-# Passes of a range before it is traced: tracing pays back after about 40.
-_PASSES_BEFORE = 32
-# Traces of a model. TorchScript never frees a graph: about a megabyte for each layer.
+# Passes of a range before it is traced: tracing pays back after about six.
+_PASSES_BEFORE = 4
+# Traces of a model. TorchScript never frees a graph: a tenth of a megabyte for each layer.
 _TRACES_AT_MOST = 32
 
 # Of all models, since `torch.jit.trace` has global variables. Its owner takes no model's lock.
@@ -46,18 +47,17 @@ _TRACING = Lock()
 class _Trace:
     """A range of fused layers as one call."""
 
-    graph: torch.jit.ScriptModule  # without weights
-    constants: Hashable  # that it is valid for
+    graph: torch.jit.ScriptModule  # calls those of the layers
+    layers: list[torch.jit.ScriptModule]  # without weights
+    constants: list[Hashable]  # that they are valid for
     # The same with weights. Nothing in it changes, since other threads may run it.
     bound: torch.jit.ScriptModule | None = None
     reads: list[Any] = field(default_factory=list)  # what these weights belong to
 
-    def over(self, parts: Mapping[str, Any], reads: list[Any]) -> torch.jit.ScriptModule:
-        """A call over these weights, by the same graph."""
+    def over(self, layers: Sequence[FusedLayer], reads: list[Any]) -> torch.jit.ScriptModule:
+        """A call over the weights of these layers, by the same graphs."""
         if self.bound is None or self.reads != reads:
-            self.bound = torch.jit._recursive.wrap_cpp_module(copy.copy(self.graph._c))
-            for name, part in parts.items():
-                setattr(self.bound, name, part)
+            self.bound = _with(self.graph, _named(map(_with, self.layers, map(_parts, layers))))
             self.reads = reads
         return self.bound
 
@@ -69,9 +69,10 @@ class _Traces:
     passes_before: float = _PASSES_BEFORE
     num_made: int = 0  # including those that were replaced
     made: dict[Hashable, _Trace] = field(default_factory=dict)
+    of_layers: dict[Hashable, torch.jit.ScriptModule] = field(default_factory=dict)  # without weights
     num_passes: Counter[Hashable] = field(default_factory=Counter)  # that ran without a trace
 
-    def has(self, kind: Hashable, constants: Hashable) -> bool:
+    def has(self, kind: Hashable, constants: list[Hashable]) -> bool:
         trace = self.made.get(kind)
         return trace is not None and trace.constants == constants
 
@@ -135,7 +136,8 @@ class TracedRunner(ModelRunner):
         reads = [part for linear in linears for part in (linear, linear.packed_copy) if part is not None]
         traces, kind = _traces(self.model), (first, last, width == 1, type(linears[0]))
         attention = self.attention_types[first:last]
-        constants = _constants(layers, attention, self.dtype)
+        pairs = zip(layers, attention, strict=True)
+        constants = [_constants(layer, of_layer, self.dtype) for layer, of_layer in pairs]
         if not traces.has(kind, constants):
             traces.num_passes[kind] += 1
             if traces.num_passes[kind] <= traces.passes_before:
@@ -145,26 +147,31 @@ class TracedRunner(ModelRunner):
                 if traces.num_made >= _TRACES_AT_MOST:
                     return False
                 traces.num_made += 1
-                traces.made[kind] = _Trace(self._trace(layers, attention, hidden, first), constants)
-            self._found[key] = traces.made[kind].over(_parts(layers), reads)
+                traces.made[kind] = self._trace(layers, constants, hidden, first)
+            self._found[key] = traces.made[kind].over(layers, reads)
         return True
 
-    def _trace(
-        self, layers: list[Any], attention: list[AttentionType], hidden: Tensor, first: int
-    ) -> torch.jit.ScriptModule:
-        inputs = self._inputs(first, first + len(layers), hidden.shape[1])
+    def _trace(self, layers: list[Any], constants: list[Hashable], hidden: Tensor, first: int) -> _Trace:
+        width, graphs = hidden.shape[1], _traces(self.model).of_layers
+        attention = self.attention_types[first : first + len(layers)]
+        inputs = (hidden[0].clone(), *self._inputs(first, first + len(layers), width))
         # Sizes that become constants are those of the model. `catch_warnings` is not for threads: one could
         # leave the filters of another one in place for ever.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"self_speculation\.")
         warnings.filterwarnings("ignore", r"`torch\.jit\.trace", DeprecationWarning)
-        graph = torch.jit.trace(_Range(layers, attention), (hidden[0].clone(), *inputs), check_trace=False)
-        no_weight, not_packed = torch.empty(0), Float16Linear(torch.zeros(1, 1)).packed[0]
-        for name, part in _parts(layers).items():
-            setattr(graph, name, no_weight if isinstance(part, Tensor) else not_packed)
-        return graph
+        with torch.jit.optimized_execution(False):
+            for index, (layer, own) in enumerate(zip(layers, constants, strict=True), first):
+                if (own, width == 1) not in graphs:
+                    alone = (hidden[0].clone(), *self._inputs(index, index + 1, width))
+                    graph = torch.jit.trace(_Layer(layer, attention[index - first]), alone, check_trace=False)
+                    graphs[own, width == 1] = _with(graph, _without_weights(layer))
+            of_layers = [graphs[own, width == 1] for own in constants]
+            called = _Range([*map(_with, of_layers, map(_parts, layers))], attention)
+            graph = torch.jit.trace(called, inputs, check_trace=False)
+        return _Trace(_with(graph, _named(of_layers)), of_layers, constants)
 
     def _inputs(self, first: int, last: int, width: int) -> list[Any]:
-        """Inputs of `_Range` after the hidden states."""
+        """Inputs of a range's graph after the hidden states."""
         past = self.rotary.new_empty(self.cache.length(first), 0)
         inputs: list[Any] = [past]
         for kind in dict.fromkeys(self.attention_types[first:last]):
@@ -188,39 +195,92 @@ def _can_be_traced(layer: Any, index: int, width: int) -> bool:
     )
 
 
-def _parts(layers: Sequence[FusedLayer]) -> dict[str, Any]:
-    """All that passes over these layers read, by its attribute of their trace."""
-    tensors = [tensor for layer in layers for tensor in layer.tensors()]
-    copies = [linear.packed_copy for linear in _linears(layers)]
+def _parts(layer: FusedLayer) -> dict[str, Any]:
+    """All that a pass over this layer reads, by its attribute of the graph."""
+    copies = [linear.packed_copy for linear in layer.linears]
     packed = [piece for copy in copies if isinstance(copy, Float16Linear) for piece in copy.packed]
-    return {f"part{index}": part for index, part in enumerate((*tensors, *packed))}
+    return {f"part{index}": part for index, part in enumerate((*layer.tensors(), *packed))}
 
 
-def _constants(
-    layers: Sequence[FusedLayer], attention: Sequence[AttentionType], dtype: torch.dtype
-) -> Hashable:
-    """Equal only if one graph serves both, over hidden states of this dtype."""
-    parts = _parts(layers).values()
-    values = [value for layer in layers for value in vars(layer).values()]
-    numbers = [value for value in values if isinstance(value, int | float | MethodType)]
+def _without_weights(layer: FusedLayer) -> dict[str, Any]:
+    """Something small for each part."""
+    no_weight, not_packed = torch.empty(0), Float16Linear(torch.zeros(1, 1)).packed[0]
+    parts = _parts(layer).items()
+    return {name: no_weight if isinstance(part, Tensor) else not_packed for name, part in parts}
+
+
+def _named(layers: Iterable[torch.jit.ScriptModule]) -> dict[str, Any]:
+    """Graphs of layers, by their attributes of a range's graph."""
+    return {f"layer{index}": layer for index, layer in enumerate(layers)}
+
+
+def _with(graph: torch.jit.ScriptModule, attributes: Mapping[str, Any]) -> torch.jit.ScriptModule:
+    """The same graph with other attributes."""
+    other = torch.jit._recursive.wrap_cpp_module(copy.copy(graph._c))
+    for name, value in attributes.items():
+        setattr(other, name, value)
+    return other
+
+
+def _constants(layer: FusedLayer, attention: AttentionType, dtype: torch.dtype) -> Hashable:
+    """Equal only if one graph serves both layers, over hidden states of this dtype."""
+    parts = _parts(layer).values()
+    values = [value for name, value in vars(layer).items() if name != "index"]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    # Each layer has an activation of its own: they are alike if all but the modules' `id` is.
+    methods: list[Any] = [value for value in values if isinstance(value, MethodType)]
+    activations = [(m.__func__, *(each[1:] for each in structure(m.__self__))) for m in methods]
     shapes = [(t.shape, t.stride(), t.dtype) for t in parts if isinstance(t, Tensor)]
-    first: dict[int, int] = {}  # one part of several layers is one attribute in the graph
+    first: dict[int, int] = {}  # a part that is read twice is one attribute in the graph
     which = [first.setdefault(id(part), index) for index, part in enumerate(parts)]
-    return dtype, tuple(attention), tuple(numbers), tuple(shapes), tuple(which)
+    return dtype, attention, tuple(numbers), tuple(activations), tuple(shapes), tuple(which)
 
 
-class _Range(nn.Module):
-    """Fused layers one after the other, as a function of tensors."""
+class _Layer(nn.Module):
+    """A fused layer as a function of tensors."""
 
-    def __init__(self, layers: Sequence[FusedLayer], attention: Sequence[AttentionType]) -> None:
+    def __init__(self, layer: FusedLayer, attention: AttentionType) -> None:
         super().__init__()
-        self._layers, self._attention = layers, attention
+        self._layer, self._attention = layer, attention
         # TorchScript never frees the constants of a graph: weights must be attributes.
-        for name, part in _parts(layers).items():
+        for name, part in _parts(layer).items():
             if isinstance(part, Tensor):
                 self.register_buffer(name, part)
             else:
                 setattr(self, name, part)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        past: Tensor,
+        rotations: Tensor,
+        mask: Tensor,
+        before: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        """[T, H] -> [T, H]; see `_Range`. Sizes are traced, except that of a single token."""
+        width = 1 if len(rotations) == 1 else rotations.shape[0]
+        of_width = None if width == 1 else mask
+        context = AttentionContext(1, width, lambda _: of_width, rotations, first_key=before.shape[0])
+        cache = _Cache(keys, values, past)
+        seen = cache if self._attention.window is None else SeenFrom(cache, context.first_key)
+        return self._layer(hidden, context, seen)
+
+
+class _Range(nn.Module):
+    """Calls of layers one after the other.
+
+    Args:
+        layers: graphs of `_Layer`.
+        attention: of each.
+    """
+
+    def __init__(self, layers: Sequence[torch.jit.ScriptModule], attention: Sequence[AttentionType]) -> None:
+        super().__init__()
+        self._attention = attention
+        for name, layer in _named(layers).items():
+            setattr(self, name, layer)
 
     def forward(self, hidden: Tensor, past: Tensor, *others: Tensor) -> Tensor:
         """[T, H] -> [T, H]; keys and values are in the buffers.
@@ -232,19 +292,10 @@ class _Range(nn.Module):
                 [1 or more, kv_heads, capacity, head_dim].
         """
         inputs = iter(others)
-        contexts = {kind: _context(*itertools.islice(inputs, 3)) for kind in dict.fromkeys(self._attention)}
-        for layer, kind in zip(self._layers, self._attention, strict=True):
-            context, cache = contexts[kind], _Cache(next(inputs), next(inputs), past)
-            seen = cache if kind.window is None else SeenFrom(cache, context.first_key)
-            hidden = layer(hidden, context, seen)
+        contexts = {kind: [*itertools.islice(inputs, 3)] for kind in dict.fromkeys(self._attention)}
+        for layer, kind in zip(self.children(), self._attention, strict=True):
+            hidden = layer(hidden, past, *contexts[kind], next(inputs), next(inputs))
         return hidden
-
-
-def _context(rotations: Tensor, mask: Tensor, before: Tensor) -> AttentionContext:
-    """See `_Range.forward`. Sizes are traced, except that of a single token."""
-    width = 1 if len(rotations) == 1 else rotations.shape[0]
-    of_width = None if width == 1 else mask
-    return AttentionContext(1, width, lambda _: of_width, rotations, first_key=before.shape[0])
 
 
 class _Cache(Appendable):

@@ -158,6 +158,16 @@ def test_a_range_is_traced_after_some_passes():
     assert num_usable(model) == 1
 
 
+def test_layers_that_are_alike_have_one_graph():
+    """Guards against a first answer that waits until every layer is traced, in every range."""
+    model = fused()
+    tokens(model, 8)
+    tokens(model, 8, **DRAFTS)
+    traces = traced_runner._traces(model)
+    assert len(traces.made) == 4  # all layers; those that draft; the others; all but those, of one token
+    assert len(traces.of_layers) == 2  # of one token, of several
+
+
 def weights(model):
     """Weak references to all weights and copies; their storages."""
     linears = [each for layer in model.model.layers for each in fused_model(model)[0][layer].linears]
