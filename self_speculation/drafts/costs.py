@@ -47,8 +47,8 @@ _COSTS: Mapping[str, Sequence[float]] = {
     "float16": (1.0, 1.06, 1.18, 1.5, 2.5, 4.6, 9.0),  # W16A32 (FBGEMM)
     "packed": (1.0, 1.04, 1.1, 1.25, 1.5, 2.5, 4.0),  # oneDNN
     # Four bits: our own kernel with two kinds of instructions, and torch's.
-    "AVX512_VNNI": (1.0, 1.14, 1.33, 2.4, 4.8, 9.6, 19.0),
-    "AVX2": (1.05, 1.5, 2.5, 4.7, 9.4, 19.0, 38.0),
+    "AVX512_VNNI": (1.0, 1.1, 1.2, 1.5, 2.8, 5.5, 11.0),
+    "AVX2": (1.1, 1.35, 1.8, 3.2, 6.2, 12.4, 25.0),
     "torch": (1.7, 2.3, 3.0, 5.8, 11.0, 21.0, 42.0),
     "gpu": (1.0, 1.0, 1.01, 1.03, 1.06, 1.12, 1.25),  # bound by memory
 }
