@@ -314,6 +314,7 @@ def switches_often():
     sys.setswitchinterval(interval)
 
 
+@pytest.mark.timeout(0)  # STRESS_SECONDS says how long
 @pytest.mark.slow
 @pytest.mark.usefixtures("switches_often")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
