@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_args
@@ -51,7 +51,7 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
     """Which model to load, how, and onto which device."""
 
     model_args: str | None = None  # type: ignore[assignment]  # `loading_options` has the parsed ones
-    """k=v,k=v passed to from_pretrained, such as attn_implementation=eager."""
+    """k=v,k=v passed to from_pretrained, such as attn_implementation=eager; v may be a dictionary."""
     output_dir: str = field(default="./logs", metadata=MAY_DIFFER)
     """Folder for records; generate.py writes none."""
     threads: int | None = field(default=None, metadata=MAY_DIFFER)
@@ -72,7 +72,7 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
     def from_pretrained_args(self) -> dict[str, Any]:
         """Parse `model_args`: Python literals, also true, false and none in any case, or else text."""
         found: dict[str, Any] = {}
-        for pair in filter(str.strip, (self.model_args or "").split(",")):
+        for pair in filter(str.strip, _outside_brackets(self.model_args or "")):
             key, equals, value = map(str.strip, pair.partition("="))
             check(self, "model_args", key.isidentifier() and bool(equals), "must be k=v,k=v")
             is_word = value.lower() in ("true", "false", "none")
@@ -116,6 +116,19 @@ class DataArguments:
         names = get_args(DatasetName)
         check(self, "dataset", self.dataset in names, f"must be one of {', '.join(names)}")
         check(self, "template", "{message}" in (self.template or "{message}"), "must contain {message}")
+
+
+def _outside_brackets(text: str) -> Iterator[str]:
+    """The parts of a text between commas that are in no brackets."""
+    part = ""
+    for piece in text.split(","):
+        part += piece
+        if sum(map(part.count, "([{")) > sum(map(part.count, ")]}")):
+            part += ","
+        else:
+            yield part
+            part = ""
+    yield part
 
 
 def _why_same_batch_size(run: dict[str, Any], *_: Any) -> str | None:

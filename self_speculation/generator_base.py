@@ -22,7 +22,7 @@ from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list
 from self_speculation.decoding.stopping import StopWords, continuation
-from self_speculation.model.families import context_length
+from self_speculation.model.families import context_length, described_context
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
 _sandbox = lru_cache(maxsize=4)(GrammarSandbox)  # generators with one tokenizer share its process
@@ -251,7 +251,7 @@ class HuggingfaceLlamaGenerator:
         elif self.is_far_too_long(prompt):
             raise ValueError(
                 f"the prompt has {len(prompt)} characters and leaves no room in the model's context of "
-                f"{context_length(self.model.config)} tokens"
+                f"{described_context(self.model.config)}"
             )
         else:
             ids = self.tokenizer.encode(prompt, add_special_tokens=special_tokens)

@@ -29,7 +29,7 @@ from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.devices import in_step
-from self_speculation.model.families import check_supported, context_length
+from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
 from self_speculation.model.overrides import check_followed
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint
@@ -166,7 +166,10 @@ class Scheduler(Generic[Key]):
         config, has_drafts = self._model.config, self._strategy.has_drafts
         try:
             check_followed(self._model)  # the model may have changed
-            context = context_length(config)
+            context, length = context_length(config), len(request.ids)
+            if length >= context:
+                room = f"leaves no room in the model's context of {described_context(config)}"
+                raise ValueError(f"the prompt has {length} tokens and {room}")
             sequence = Sequence(request, self._config, context, self._device, key, has_drafts, started)
         except Exception as error:
             self._finished.append((key, error))

@@ -118,6 +118,8 @@ def test_longrope_ends_at_its_original_context():
     )
     assert context_length(model.config) == 32
     pieces_match_the_whole(model)
+    with pytest.raises(ValueError, match=r"context of 32 tokens .rope_type longrope is supported within"):
+        generate(model, [5] * 32)
 
 
 def test_no_layer_sees_a_token_twice_at_the_same_position():
@@ -150,6 +152,9 @@ def test_other_architectures_and_attention_are_refused_by_name():
     model = family("llama")
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="'flex_attention' is not supported; supported are sdpa, eager"):
+        generate(model, [1, 2])
+    model = family("gemma3_text", final_logit_softcapping=30.0)
+    with pytest.raises(ValueError, match=r"final_logit_softcapping 30\.0 of a gemma3_text model"):
         generate(model, [1, 2])
 
 

@@ -30,11 +30,11 @@ class Sequence:
 
     Args:
         request: in token ids. Its own config overrides `config`, that of the batch.
-        context: the most tokens of prompt and output.
+        context: the most tokens of prompt and output, more than the prompt has.
         has_drafts: whether to count drafts.
         started: `time.perf_counter` at its start; None: now.
 
-    Raises ValueError for a prompt without tokens, or without room for an output in the context.
+    Raises ValueError for a prompt without tokens.
     """
 
     def __init__(
@@ -53,10 +53,6 @@ class Sequence:
         room = context - len(prompt)
         if not prompt:
             raise ValueError("the prompt has no tokens")
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}"
-            )
         self.key, self.prompt, self.prediction = key, [*prompt], request.predicted_ids
         self.max_length = len(prompt) + min(config.max_steps, room)
         self._at_limit: StopReason = "max_steps" if config.max_steps <= room else "context"

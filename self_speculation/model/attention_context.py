@@ -86,7 +86,7 @@ class AttentionContext:
             hidden = keys > own
             if window is not None and length > window:
                 hidden |= keys <= own - window
-            return (hidden.to(cos.dtype) * _MASKED).repeat(1, 1, copies, 1)
+            return (hidden.to(runner.dtype) * _MASKED).repeat(1, 1, copies, 1)
 
         kernel = runner.kernel.with_mask
         splits_keys = splits_keys and kernel is not AttentionKernel.ANY

@@ -26,12 +26,14 @@ FAMILIES: Mapping[str, Family] = {
     "ernie4_5": Family("ERNIE 4.5"),
     "exaone4": Family("EXAONE 4"),
     "gemma": Family("Gemma"),
+    "gemma3_text": Family("Gemma 3 (text)"),
     "glm": Family("GLM"),
     "glm4": Family("GLM-4"),
     "helium": Family("Helium"),
     "hunyuan_v1_dense": Family("Hunyuan"),
     "olmo": Family("OLMo"),
     "olmo2": Family("OLMo 2"),
+    "olmo3": Family("OLMo 3"),
     "phi3": Family("Phi-3"),
     "smollm3": Family("SmolLM3"),
     "stablelm": Family("StableLM"),
@@ -39,6 +41,9 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
+
+# Settings of configs that no pass here heeds.
+_UNSUPPORTED_SETTINGS = ("final_logit_softcapping", "use_bidirectional_attention")
 
 
 class AttentionType(NamedTuple):
@@ -49,7 +54,9 @@ class AttentionType(NamedTuple):
 
 
 def check_supported(config: Any) -> None:
-    """Raises ValueError that names the model type or attention, and lists the supported ones."""
+    """Raises ValueError that names the model type or attention, and lists the supported ones, or names a
+    setting that no pass heeds.
+    """
     attention = getattr(config, "_attn_implementation", None) or "sdpa"
     for what, value, supported in (
         ("model type", config.model_type, FAMILIES),
@@ -57,6 +64,9 @@ def check_supported(config: Any) -> None:
     ):
         if value not in supported:
             raise ValueError(f"{what} {value!r} is not supported; supported are {', '.join(supported)}")
+    for name in _UNSUPPORTED_SETTINGS:
+        if value := getattr(config, name, None):
+            raise ValueError(f"{name} {value!r} of a {config.model_type} model is not supported, only none")
 
 
 def has_fused_layers(config: Any) -> bool:
@@ -67,11 +77,50 @@ def has_fused_layers(config: Any) -> bool:
 
 def context_length(config: Any) -> int:
     """Positions of the model, for prompt and output together."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope, positions = _scaled_rotation(config), config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings", positions)
     if rope.get("rope_type") == "longrope":
         # Beyond its original context it rotates the whole past by other frequencies; cached keys are rotated.
-        return rope.get("original_max_position_embeddings", config.max_position_embeddings)
-    return config.max_position_embeddings
+        return original
+    if rope.get("rope_type") == "yarn":  # model cards add it and leave max_position_embeddings as it was
+        return max(positions, int(original * rope["factor"]))
+    return positions
+
+
+def described_context(config: Any) -> str:
+    """The context in words, for errors."""
+    number = context_length(config)
+    if _scaled_rotation(config).get("rope_type") != "longrope":
+        return f"{number} tokens"
+    return f"{number} tokens (rope_type longrope is supported within its original context only)"
+
+
+def scale_rotation(config: Any, scaling: Any) -> None:
+    """Set the rotation of a config to a `rope_scaling`, as model cards write it. In models with a rotation
+    for each layer type, it is that of full attention.
+
+    Raises:
+        ValueError: it rotates by the length of a sequence, or lacks a number.
+    """
+    kinds = ("linear", "llama3", "yarn")
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else None
+    if kind not in kinds:
+        must = f"must be a dictionary whose rope_type is one of {', '.join(kinds)}"
+        raise ValueError(f"model_args rope_scaling {scaling!r}: {must}")
+    own = _scaled_rotation(config)
+    kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+    if kind != "linear":
+        kept["original_max_position_embeddings"] = config.max_position_embeddings
+    scaled = {**kept, **scaling, "rope_type": kind}
+    by_type = "full_attention" in config.rope_parameters
+    config.rope_parameters = {**config.rope_parameters, "full_attention": scaled} if by_type else scaled
+    config.validate_rope()
+
+
+def _scaled_rotation(config: Any) -> Mapping[str, Any]:
+    """`rope_parameters`, of full attention where layer types have their own."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention") or rope
 
 
 def attention_types(config: Any) -> list[AttentionType]:

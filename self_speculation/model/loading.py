@@ -29,7 +29,7 @@ from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
 from self_speculation.model.captured_runner import capture_decoding
-from self_speculation.model.families import check_supported, has_fused_layers
+from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.gguf_files import Header, read_once, read_weights
 from self_speculation.model.linear import Float16Linear, works
@@ -86,8 +86,11 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
     model = adapted_model(model, options) or model
     source, kwargs = locate(model, options.trust_remote_code)
     with explained(model), read_once(_header(model)):
-        config = AutoConfig.from_pretrained(source, **kwargs, **options.model_args)
+        scaling = (given := {**options.model_args}).pop("rope_scaling", None)
+        config = AutoConfig.from_pretrained(source, **kwargs, **given)
         check_supported(config)
+        if scaling is not None:
+            scale_rotation(config, scaling)
     return config
 
 
@@ -137,6 +140,8 @@ def load_model_and_tokenizer(
         kwargs |= _placement(options.parallel, device, config)
         kwargs |= _quantized(options.quantization, dtype, config, base)
         kwargs |= options.model_args
+        if kwargs.pop("rope_scaling", None) is not None:  # by itself transformers forgets the base
+            kwargs["rope_parameters"] = config.rope_parameters
         dtype_of_16_bits = None if adapted else _w16a32_dtype(model, options, config, device)
         if dtype_of_16_bits is not None:
             loaded = _load(model, source, {**kwargs, "dtype": dtype_of_16_bits}, config, header)

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama
+from conftest import assert_close, generate, tiny_llama, transformers_generate
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +24,7 @@ from self_speculation import (
     load_model_and_tokenizer,
     make_strategy,
 )
+from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import fused_model
 from self_speculation.model.loading import default_model, load_config, resolve_dtype
 from self_speculation.model.sources import hub_answers
@@ -100,6 +101,36 @@ def cut_short(folder):
 def without_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
+
+
+def test_rope_scaling_as_model_cards_write_it(folder):
+    """Guards against a base that is forgotten, and against a context that stays as short as it was."""
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["rope_parameters"]
+    scaling = {"type": "yarn", "factor": 4.0}
+    results = []
+    for in_config, model_args in (({}, {"rope_scaling": scaling}), ({"rope_scaling": scaling}, {})):
+        (folder / "config.json").write_text(json.dumps({**settings, "rope_theta": 5e5, **in_config}))
+        options = LoadingOptions({"attn_implementation": "sdpa", **model_args}, dtype="float32")
+        model, _ = load_model_and_tokenizer(str(folder), options)
+        assert (model.config.rope_parameters["rope_theta"], context_length(model.config)) == (5e5, 1024)
+        prompt = [5 + 7 * i % 50 for i in range(300)]
+        results.append(generate(model, prompt, max_steps=8).predicted_tokens)
+        assert results[-1] == transformers_generate(model, prompt, 8)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "says"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, "whose rope_type is one of linear, llama3, yarn"),
+        ("yarn", "model_args rope_scaling 'yarn': must be a dictionary"),
+        ({"rope_type": "yarn"}, "factor"),
+    ],
+)
+def test_other_scaled_rotations_are_refused(scaling, says, folder):
+    """Guards against a rotation that depends on the length of a sequence, and one that lacks numbers."""
+    assert says in refusal(str(folder), model_args={"rope_scaling": scaling})
 
 
 DAMAGED = {

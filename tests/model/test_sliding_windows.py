@@ -16,6 +16,8 @@ WINDOWED = {
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "exaone4": {"sliding_window_pattern": 2},
+    "gemma3_text": {"sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
+    "olmo3": {},
 }  # fmt: skip
 LAYERS = {"exit_layer": 2, "num_speculations": 4}
 STRATEGIES = [{}, {**LAYERS, "prompt_lookup": 2}, {"strategy": "adaptive"}]
