@@ -69,7 +69,7 @@ class DraftContext:
         number = self.draft_vocabulary
         if number is None or number >= self.runner.config.vocab_size:
             return None
-        return ShortHead(self.runner, number)
+        return ShortHead(self.runner, number, grows=self.config.draft_vocabulary is None)
 
     def drafter(self, num_layers: int) -> ModelRunner:
         """Runs so many layers that draft and their head. Raises what `quantized` and `ShortHead` do."""

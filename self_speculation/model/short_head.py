@@ -2,7 +2,8 @@
 
 After Zhao et al., FR-Spec (arXiv 2502.14856) and VocabTrim (arXiv 2506.22694). The rows are those of a fixed
 list of likely ids, and those of the ids in a sequence's own prompt and output. Logits have their full width,
-with -inf for all other ids, so processors, sampling and the accept rule stay as they are.
+with -inf for all other ids, so processors, sampling and the accept rule stay as they are. Texts with many
+other ids, such as Chinese ones, get all rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from self_speculation.model.devices import free_memory
 from self_speculation.model.fused_layers import FusedHead, plain_linear
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear, follow_weights
@@ -27,6 +29,9 @@ from self_speculation.transfers import on_device
 _LEAST_ROWS, _CLEARLY_CHEAPER = 16384, 0.08
 # The most rows of seen ids: of the first ones, which tokenizers give to frequent tokens.
 _MOST_SEEN = 2048
+# A text gets all rows if this share of its last ids, about so many, are neither likely nor seen: drafts would
+# miss them. All rows lengthen a draft step by a quarter.
+_MANY_NEW, _LAST = 0.2, 20
 # Logits of a head in four bits that are computed again. Four bits rarely rank the best one lower.
 _COMPUTED_AGAIN = 8
 
@@ -67,17 +72,19 @@ def default_vocabulary(
 
 
 class ShortHead:
-    """Norm and head, [B, H] -> [B, V], with -inf for all but likely and seen ids. Where the likely ids have
-    four bits, the best of them and the seen ids have the logits of the whole head.
+    """Norm and head, [B, H] -> [B, V], with -inf for all but likely and seen ids. If its rows have four bits,
+    the best of them have the logits of the model's own head, as seen ids do.
 
     Args:
         number: of likely ids.
+        grows: texts with many new ids get all rows, in the format of the likely ones. The first such text
+            makes their copy, if there is memory for it.
 
     Raises:
         ValueError: the head's weight is not a plain tensor.
     """
 
-    def __init__(self, runner: ModelRunner, number: int) -> None:
+    def __init__(self, runner: ModelRunner, number: int, grows: bool = False) -> None:
         if isinstance(runner.head, FusedHead):
             whole = runner.head.linears[0]
         elif (whole := _kept_linear(runner.head)) is None:
@@ -85,23 +92,43 @@ class ShortHead:
                 f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
             )
         ids = likely_ids(runner.model, number)
-        self._norm, self._size = runner.head.norm, whole.shape[0]
+        self._norm, self._whole = runner.head.norm, whole
         self._ids = on_device(ids, runner.rotary.device)
         self._likely = whole.derive(tuple(ids), lambda: whole.of_rows(self._ids))
         self.linears: tuple[Any, ...] = (self._likely,)
-        self.seen = SeenIds(whole, frozenset(ids), runner.rotary)
+        # A copy of all rows is made by way of one in their own format.
+        grows = grows and (
+            Int4Linear in whole.derived or free_memory(runner.rotary.device) > 2 * whole.num_bytes
+        )
+        self.seen = SeenIds(whole, frozenset(ids), runner.rotary, _MANY_NEW if grows else math.inf)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
-        logits = hidden.new_full((len(hidden), self._size), -math.inf)
-        likely = self.linears[0](normed)  # [B, n]
+        if all(self.seen.has_many_new):
+            return self._all(normed)
+        logits = hidden.new_full((len(hidden), self._whole.shape[0]), -math.inf)
+        logits.index_copy_(1, self._ids, _logits(self.linears[0], self._likely, normed))
+        logits = self.seen.add_to(logits, normed)
+        if any(self.seen.has_many_new):
+            logits = torch.where(self.seen.mask_of_many_new, self._all(normed), logits)
+        return logits
+
+    def _all(self, normed: Tensor) -> Tensor:
+        whole: Any = self._whole
         if isinstance(self.linears[0], Int4Linear):
-            best = likely.topk(min(_COMPUTED_AGAIN, likely.shape[1]), sorted=False).indices  # [B, m]
-            weight, bias = _rows(self._likely, best, normed)
-            exact = torch.bmm(weight, normed[:, :, None])[:, :, 0]
-            likely.scatter_(1, best, exact if bias is None else exact + bias)
-        logits.index_copy_(1, self._ids, likely)
-        return self.seen.add_to(logits, normed)
+            whole = whole.derive(Int4Linear, lambda: Int4Linear(self._whole.weight, bias=self._whole.bias))
+        return _logits(whole, self._whole, normed)
+
+
+def _logits(head: Any, exact: Linear, normed: Tensor) -> Tensor:
+    """[B, n] of normed states [B, H]. If the head has four bits, the exact one computes the best again."""
+    logits: Tensor = head(normed)
+    if isinstance(head, Int4Linear):
+        best = logits.topk(min(_COMPUTED_AGAIN, logits.shape[1]), sorted=False).indices  # [B, m]
+        weight, bias = _rows(exact, best, normed)
+        again = torch.bmm(weight, normed[:, :, None])[:, :, 0]
+        logits.scatter_(1, best, again if bias is None else again + bias)
+    return logits
 
 
 def _kept_linear(head: PlainHead) -> Linear | None:
@@ -118,32 +145,55 @@ def _rows(head: Linear, numbers: Tensor, like: Tensor) -> tuple[Tensor, Tensor |
     return head.rows(numbers).to(like), None if head.bias is None else head.bias[numbers].to(like)
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What was read of a text."""
+
+    length: int = 0
+    seen: frozenset[int] = frozenset()  # ids that are not likely
+    new: float = 0.0  # share of the last ids that were neither likely nor seen
+
+
 class SeenIds:
     """Rows of a head for ids of sequences that are not among the likely ones.
 
     Args:
         like: a tensor with the device and dtype of hidden states.
+        many_new: a share of ids, see `has_many_new`.
     """
 
-    def __init__(self, whole: Linear, likely: frozenset[int], like: Tensor) -> None:
-        self._whole, self._likely, self._like = whole, likely, like
-        self._sequences: dict[Any, tuple[int, frozenset[int]]] = {}  # ids that were read; seen ids
+    def __init__(
+        self, whole: Linear, likely: frozenset[int], like: Tensor, many_new: float = math.inf
+    ) -> None:
+        self._whole, self._likely, self._like, self._many_new = whole, likely, like, many_new
+        self._sequences: dict[Any, _Text] = {}
         self._by_row: list[frozenset[int]] = []
+        # [B] whether so many of the last ids were neither likely nor seen; the same as [B, 1] on the device.
+        self.has_many_new, self.mask_of_many_new = [False], torch.empty(0)
 
     def read(self, sequences: Iterable[Any]) -> None:
         """Read new ids of these sequences (see `decoding.sequence`), one for each row of the next passes."""
         before, self._sequences = self._sequences, {}
         for sequence in sequences:
-            length, seen = before.get(sequence, (0, frozenset()))
-            if new := {*sequence.ids_from(length)} - self._likely - seen:
-                seen |= new
-            self._sequences[sequence] = sequence.length, seen
-        self._copy_rows([seen for _, seen in self._sequences.values()])
+            text = before.get(sequence, _Text())
+            self._sequences[sequence] = self._after(text, sequence.ids_from(text.length))
+        self._set_rows([*self._sequences.values()])
 
     def read_text(self, ids: Sequence[int], num_positions: int) -> None:
         """Read a text, for a pass over its last positions: each knows the ids up to its own."""
-        ends = range(len(ids) - num_positions + 1, len(ids) + 1)
-        self._copy_rows([frozenset(ids[:end]) - self._likely for end in ends])
+        texts = [self._after(_Text(), ids[: len(ids) - num_positions + 1])]
+        for id_ in ids[len(ids) - num_positions + 1 :]:
+            texts.append(self._after(texts[-1], [id_]))
+        self._set_rows(texts)
+
+    def _after(self, text: _Text, ids: Sequence[int]) -> _Text:
+        seen, new = set(text.seen), text.new
+        for id_ in ids:
+            is_new = id_ not in self._likely and id_ not in seen
+            new += (is_new - new) / _LAST
+            if is_new:
+                seen.add(id_)
+        return _Text(text.length + len(ids), frozenset(seen), new)
 
     def add_to(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """Write the logits of seen ids to logits [B, V]; hidden states [B, H] are normed."""
@@ -153,8 +203,13 @@ class SeenIds:
         own = own if self._bias is None else own + self._bias
         return logits.index_copy_(1, self._ids, own if self._mask is None else own + self._mask)
 
-    def _copy_rows(self, by_row: list[frozenset[int]]) -> None:
-        """Copy the head's rows of these ids, and mask for each row of a batch those that it has not seen."""
+    def _set_rows(self, texts: Sequence[_Text]) -> None:
+        """Copy the head's rows of seen ids, and mask for each row of a batch those that it has not seen."""
+        has_many_new = [text.new >= self._many_new for text in texts]
+        if has_many_new != self.has_many_new:
+            self.has_many_new = has_many_new
+            self.mask_of_many_new = on_device(has_many_new, self._like.device).bool()[:, None]
+        by_row = [text.seen for text in texts]
         if by_row == self._by_row:
             return
         self._by_row = by_row

@@ -12,7 +12,7 @@ from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.registry import DraftContext, make_drafter
 from self_speculation.model import short_head
-from self_speculation.model.fused_layers import fuse, fused_model
+from self_speculation.model.fused_layers import FusedHead, fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
 from self_speculation.model.model_runner import ModelRunner
@@ -164,6 +164,54 @@ def test_each_position_of_a_text_knows_the_ids_before_it():
         seen = sequence(7, 8)
         head.seen.read([seen])  # a sequence after a text
         assert known(head) == [[0, 1, 2, 7, 8]]
+
+
+@pytest.mark.parametrize("weights", ["exact", "int4"])
+def test_a_row_with_many_new_ids_has_all_rows(weights):
+    """Guards against a row that gets the ids of its neighbours, against one that keeps all rows once its text
+    is an ordinary one again, and against ids in four bits of which another one is the best.
+    """
+    runner = ModelRunner(fresh(fused=True), 1, 8)
+    config = GenerationConfig(generation_strategy="adaptive", draft_weights=weights)
+    head = DraftContext(runner, config).drafter(4).head
+    assert isinstance(head, FusedHead)  # by default a small vocabulary is whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DraftContext, "draft_vocabulary", 3)
+        head = DraftContext(runner, config).drafter(4).head
+    new, ordinary = sequence(*range(30, 38)), sequence(0, 1, 2, 2, 1, 9)
+    with torch.inference_mode():
+        whole = logits_of(runner.head)
+        head.seen.read([ordinary, new])
+        assert known(head, 2) == [[0, 1, 2, 9], [*range(50)]]
+        best = whole.topk(4).indices
+        assert_close(logits_of(head, 2)[1:].gather(1, best), whole.gather(1, best))
+        head.seen.read([new])
+        assert known(head) == [[*range(50)]]
+        assert_close(logits_of(head).gather(1, best), whole.gather(1, best))
+        new.tokens += [0, 1, 2, 30, 31] * 3
+        head.seen.read([new])
+        assert known(head) == [[0, 1, 2, *range(30, 38)]]
+        head.seen.read_text([0, 1, 40, 41, 42, 43, 44, 45, 0, 1, 0, 1, 0, 1], 12)
+        assert [len(ids) for ids in known(head, 12)] == [4, 5, 6, 7, *[50] * 7, 9]
+
+
+def test_texts_of_other_ids_are_drafted(monkeypatch):
+    """Guards against drafts that are never right in a language whose tokens are not among the first."""
+    monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)
+    model = fresh(agreement="always", exit_layer=0)
+    with torch.no_grad():  # the token after i is i + 1
+        model.lm_head.weight.copy_(torch.nn.functional.normalize(model.model.embed_tokens.weight).roll(1, 0))
+    fuse(model)
+
+    def num_accepted(**config):
+        drafts = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4", **config}
+        result = generate(model, [*range(16, 24)], max_steps=24, eos=[], **drafts)
+        assert result.predicted_tokens == [*range(24, 48)]
+        return result.num_accepted
+
+    assert num_accepted(draft_vocabulary=16) == 0
+    assert num_accepted() > 12
 
 
 def test_rows_of_seen_ids_are_limited(monkeypatch):
