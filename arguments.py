@@ -18,7 +18,15 @@ from typing import Any, Literal, NoReturn, TextIO, get_args
 
 import simple_parsing
 
-from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization, check, why_no_model  # noqa: F401
+from self_speculation.config import (
+    DtypeName,  # noqa: F401
+    LoadingOptions,
+    Parallel,  # noqa: F401
+    Quantization,  # noqa: F401
+    check,
+    check_template_kwargs,
+    why_no_model,
+)
 from self_speculation.config import GenerationConfig as GenerationConfig  # scripts import it from here
 
 DatasetName = Literal[
@@ -70,16 +78,8 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
                 raise ValueError(f"compile True: not with --{name} {value}")
 
     def from_pretrained_args(self) -> dict[str, Any]:
-        """Parse `model_args`: Python literals, also true, false and none in any case, or else text."""
-        found: dict[str, Any] = {}
-        for pair in filter(str.strip, _outside_brackets(self.model_args or "")):
-            key, equals, value = map(str.strip, pair.partition("="))
-            check(self, "model_args", key.isidentifier() and bool(equals), "must be k=v,k=v")
-            is_word = value.lower() in ("true", "false", "none")
-            try:
-                found[key] = ast.literal_eval(value.capitalize() if is_word else value)
-            except (ValueError, SyntaxError):
-                found[key] = value
+        """Parse `model_args`."""
+        found = _key_values(self, "model_args", "must be k=v,k=v")
         own_flag = "trust_remote_code" in found
         check(self, "model_args", not own_flag, "--trust_remote_code is a flag of its own")
         return found
@@ -90,8 +90,51 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
         return LoadingOptions(**{**own, "model_args": self.from_pretrained_args(), **changes})
 
 
+def _key_values(group: Any, name: str, allowed: str) -> dict[str, Any]:
+    """Parse a flag of k=v,k=v: Python literals, also true, false and none in any case, or else text."""
+    found: dict[str, Any] = {}
+    for pair in filter(str.strip, _outside_brackets(getattr(group, name) or "")):
+        key, equals, value = map(str.strip, pair.partition("="))
+        check(group, name, key.isidentifier() and bool(equals), allowed)
+        is_word = value.lower() in ("true", "false", "none")
+        try:
+            found[key] = ast.literal_eval(value.capitalize() if is_word else value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
 @dataclass(frozen=True)
-class DataArguments:
+class TemplateArguments:
+    """A base class of those who apply the tokenizer's chat template."""
+
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template, as JSON or k=v,k=v, such as enable_thinking=false. The template ignores
+    unknown ones."""
+
+    def __post_init__(self) -> None:
+        name, kwargs = "chat_template_kwargs", self.template_kwargs
+        try:
+            check_template_kwargs(kwargs)
+        except ValueError as error:
+            check(self, name, False, str(error))
+        check(self, name, not kwargs or getattr(self, "chat", True), "needs --chat True")
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Parse `chat_template_kwargs`."""
+        name, allowed = "chat_template_kwargs", "must be a JSON object or k=v,k=v"
+        if not (self.chat_template_kwargs or "").lstrip().startswith("{"):
+            return _key_values(self, name, allowed)
+        try:
+            return json.loads(self.chat_template_kwargs or "")
+        except (ValueError, RecursionError):
+            check(self, name, False, allowed)
+            raise
+
+
+@dataclass(frozen=True)
+class DataArguments(TemplateArguments):
     """Which examples."""
 
     dataset: DatasetName = "human_eval"
@@ -111,6 +154,7 @@ class DataArguments:
     """Apply the tokenizer's chat template; a prompt, with its shots and --template, is one message."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "num_samples")
         at_least(self, 0, "n_shot")
         names = get_args(DatasetName)

@@ -18,13 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from arguments import GenerationConfig, ModelArguments, parse, refuse, refuse_idle_drafts
+from arguments import (
+    GenerationConfig,
+    ModelArguments,
+    TemplateArguments,
+    parse,
+    refuse,
+    refuse_idle_drafts,
+)
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
 
 
 @dataclass(frozen=True)
-class GenerateArguments:
+class GenerateArguments(TemplateArguments):
     """Prompts and answers."""
 
     streamer: Literal["standard", "none", "speculative"] = "standard"
@@ -75,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if grammar is not None:
         generator.use_sandbox()
     prompt = broadcast_from_rank0(generator.model, prompt)
-    talk = Conversation(generator, config, args.streamer, args.chat, args.compare, grammar, prediction)
+    own = (args.chat, args.compare, grammar, prediction, args.template_kwargs)
+    talk = Conversation(generator, config, args.streamer, *own)
     if interactive:
         return converse(talk)
     try:

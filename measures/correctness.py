@@ -17,11 +17,11 @@ from transformers import LogitsProcessorList
 
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
-from runs.examples import Job, OneByOne
+from runs.examples import Encoded, Job, OneByOne
 from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from self_speculation import GenerationResult, HuggingfaceLlamaGenerator, Request
+from self_speculation import GenerationResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.processors import config_processors
 from self_speculation.decoding.stopping import StopWords
 from self_speculation.model.captured_runner import is_captured
@@ -49,17 +49,17 @@ class Ids(Job):
             try:
                 if isinstance(result, Exception):
                     raise result
-                yield indices[i], self._compared(self.examples[indices[i]].ids, result)
+                yield indices[i], self._compared(self.examples[indices[i]], result)
             except Exception as error:
                 yield indices[i], error
 
-    def _compared(self, prompt: list[int], result: GenerationResult) -> Record:
+    def _compared(self, example: Encoded, result: GenerationResult) -> Record:
         tokens = with_end(result.generation_strategy_result)
-        plain = self._plain.generate(prompt, self._plain_config).generation_strategy_result
+        plain = self._plain.generate(example.request(), self._plain_config).generation_strategy_result
         references = {"autoregressive": with_end(plain)}
         if self.reference == "transformers":
-            references["transformers"] = self._by_transformers(prompt)
-        found = (self._difference(prompt, tokens, *reference) for reference in references.items())
+            references["transformers"] = self._by_transformers(example)
+        found = (self._difference(example.ids, tokens, *reference) for reference in references.items())
         return {"num_tokens": len(tokens), "differences": [difference for difference in found if difference]}
 
     def progress(self, records: Sequence[Record]) -> str:
@@ -106,9 +106,9 @@ class Ids(Job):
         }  # fmt: skip
 
     @torch.inference_mode()
-    def _by_transformers(self, prompt: list[int]) -> list[int]:
-        model, config = self.generator.model, self.config
-        stop = StopWords(self.generator.tokenizer, config.stop_words or [], prompt)
+    def _by_transformers(self, example: Encoded) -> list[int]:
+        model, config, prompt = self.generator.model, self.config, example.ids
+        stop = StopWords(self.generator.tokenizer, config.stop_words or [], prompt, example.thinking)
         end_ids = [*self.generator.eos_token_ids, *(config.stop_token_ids or [])]
         room = context_length(model.config) - len(prompt)
 
@@ -139,21 +139,21 @@ class Distributions(OneByOne):
         self.config = dataclasses.replace(self.config, max_steps=max_steps)
 
     def measure(self, index: int) -> Record:
-        prompt = self.examples[index].ids
-        drafted = self._draw(self.generator, self.config, prompt, f"{index}")
-        plain = self._draw(*autoregressive(self.generator, self.config), prompt, f"{index}, reference")
+        example = self.examples[index]
+        drafted = self._draw(self.generator, self.config, example, f"{index}")
+        plain = self._draw(*autoregressive(self.generator, self.config), example, f"{index}, reference")
         p_value, num_kinds = same_distribution(drafted, plain)
         return {"p_value": p_value, "num_kinds": num_kinds}
 
     def _draw(
-        self, side: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: list[int], name: str
+        self, side: HuggingfaceLlamaGenerator, config: GenerationConfig, example: Encoded, name: str
     ) -> list[int | None]:
         """A sample of the first drafted token; None stands for a completion that ended before it.
 
         Each completion has a seed of its own, made from `name`: no batch size changes it.
         """
         seeds = [zlib.crc32(f"{self.seed}, {name}, {i}".encode()) for i in range(self.num_samples)]
-        requests = [Request(prompt, seed=seed) for seed in seeds]
+        requests = [example.request(seed) for seed in seeds]
         drawn: list[int | None] = []
         for _, result in side.generate_batch(requests, config, self.batch_size):
             if isinstance(result, Exception):

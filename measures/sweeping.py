@@ -179,7 +179,7 @@ class Predicted(Sweep):
         """One output, and for every exit layer of the grid a string of 1 (guessed right) and 0."""
         _, plain, config = self._plain
         prompt = self.examples[index].ids
-        result = plain.generate(prompt, config).generation_strategy_result
+        result = plain.generate(self.examples[index].request(), config).generation_strategy_result
         tokens = with_end(result)
         model = self.generator.model
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)

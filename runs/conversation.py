@@ -10,9 +10,9 @@ import signal
 import statistics
 import sys
 import termios
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ from self_speculation import (
 )
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
+from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.threads import adjust_threads
 
@@ -78,6 +79,7 @@ class Conversation:
     compare: bool = False
     grammar: Grammar | None = None
     prediction: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._messages: list[dict[str, str]] = []  # empty without --chat
@@ -90,17 +92,18 @@ class Conversation:
             ValueError: the prompt leaves no room in the model's context.
         """
         prompt = prompt.replace("\r\n", "\n")  # line breaks of Windows
-        ids = self._ids(prompt)
+        ids, thinking = self._encoded(prompt)
+        own = {"grammar": self.grammar, "prediction": self.prediction, "thinking": thinking}
         streamer: Any = None
         if self.streamer != "none":
             kind = SpeculativeTextStreamer if self.streamer == "speculative" else StandardTextStreamer
-            streamer = kind(self.generator.tokenizer, stop_words=self.config.stop_words, prompt=ids)
+            words = self.config.stop_words
+            streamer = kind(self.generator.tokenizer, words, prompt=ids, thinking=thinking)
         # The cache holds the history already.
         config = replace(self.config, reuse_cache=self.chat or self.config.reuse_cache)
         model = self.generator.model
         adjust_threads(model)  # by what others did since the last answer
         with Interrupt(model) as interrupt, status_held(streamer is not None and sys.stdout.isatty()):
-            own = {"grammar": self.grammar, "prediction": self.prediction}
             request = Request(ids, stopping_criteria=[interrupt], streamer=streamer, **own)
             result = self.generator.generate(request, config)
         if streamer is None:
@@ -108,6 +111,9 @@ class Conversation:
         if self.chat:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
+            if result.thinking:  # whether the model sees it again is up to the template
+                self._messages[-1]["reasoning_content"] = result.thinking
+                self._history = ""
             self._history += result.decoded_prediction
             self._history_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
         print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
@@ -116,20 +122,20 @@ class Conversation:
         if self.compare and not interrupt.met:
             try:
                 with says_if_slow("comparing with autoregressive decoding, without streaming"):
-                    compared = self._comparison(ids)
+                    compared = self._comparison(Request(ids, **own))
                 print(f"  {compared}", file=sys.stderr)
             except KeyboardInterrupt:  # the conversation goes on
                 print("\n  without streaming: interrupted", file=sys.stderr)
                 return False
         return not interrupt.met
 
-    def _ids(self, prompt: str) -> list[int]:
-        """The prompt's token ids; with --chat, those of the whole conversation."""
+    def _encoded(self, prompt: str) -> tuple[list[int], Thinking | None]:
+        """The prompt's token ids; with --chat, those of the whole conversation, and how the answer thinks."""
         if not self.chat:
-            return self.generator.encode(prompt)
+            return self.generator.encode(prompt), None
         messages = [*self._messages, {"role": "user", "content": prompt}]
         tokenizer = self.generator.tokenizer
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = self.generator.render_chat(messages, self.template_kwargs)
         before, new = list[int](), text
         # Encoding an answer's text may give other tokens than the model wrote, which are in the cache. If a
         # special token follows the answer, the model's own tokens mean the same text.
@@ -138,15 +144,15 @@ class Conversation:
             if rest.startswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))):
                 before, new = self._history_ids, rest
         self._history = text
-        return [*before, *self.generator.encode(new, special_tokens=False)]  # the template adds them
+        ids = [*before, *self.generator.encode(new, special_tokens=False)]  # the template adds them
+        return ids, Thinking.of(tokenizer, text)
 
-    def _comparison(self, ids: list[int]) -> str:
+    def _comparison(self, request: Request) -> str:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""
         drafting = replace(self.config, shared_lookup=0)  # it would find its own answer
         sides = [(self.generator, drafting), autoregressive(self.generator, self.config)]
 
         def speed(generator: HuggingfaceLlamaGenerator, config: GenerationConfig) -> float:
-            request = Request(ids, grammar=self.grammar, prediction=self.prediction)
             return generator.generate(request, config).generation_strategy_result.decode_tokens_per_second
 
         turns = [[speed(*side) for side in sides] for _ in range(1 + _TURNS)][1:]  # the first one warms up
@@ -295,9 +301,10 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
     ended = "interrupted" if interrupted else f"stopped by {took.stop_reason}"
     early = config.generation_strategy == "autoregressive" and config.exit_layer != -1
     whose = f"; by the early exit at layer {config.exit_layer} alone, not by the full model" if early else ""
+    thought = f", {result.num_thinking_tokens} of them thinking," if result.num_thinking_tokens else ""
     cached = f", {took.num_cached_tokens} of them cached" if took.num_cached_tokens else ""
     lines = [
-        f"{result.num_tokens_generated} tokens in {result.total_time:.2f} s, {ended}{whose}",
+        f"{result.num_tokens_generated} tokens{thought} in {result.total_time:.2f} s, {ended}{whose}",
         f"decode {took.decode_tokens_per_second:.1f} tokens/s, "
         f"prefill {took.prefill_time * 1000:.0f} ms for {took.num_prompt_tokens} tokens{cached}",
     ]

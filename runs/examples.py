@@ -20,6 +20,7 @@ from runs.records import Record, RecordError, Run, check_same_run, check_writabl
 from runs.startup import load_generator, meet, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.config import RankError
+from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.devices import is_lost_rank, num_ranks
 from self_speculation.model.families import context_length
 
@@ -29,6 +30,10 @@ class Encoded(Example):
     """An example that fits into the model's context."""
 
     ids: list[int]  # the prompt's, with --chat True in the chat template
+    thinking: Thinking | None  # of the answer, with --chat True
+
+    def request(self, seed: int | None = None) -> Request:
+        return Request(self.ids, seed=seed, thinking=self.thinking)
 
 
 @dataclass
@@ -53,7 +58,7 @@ class Job(ABC):
         return f"example {index}"
 
     def requests(self, indices: Iterable[int]) -> dict[int, Request]:
-        return {index: Request(self.examples[index].ids, seed=self.seed + index) for index in indices}
+        return {index: self.examples[index].request(self.seed + index) for index in indices}
 
     @abstractmethod
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
@@ -114,7 +119,7 @@ def prepare(
     generator = load_generator(model_args, config, model_config, data_args.chat, counted)
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
-    fitting = _examples_that_fit(generator, examples, data_args.chat)
+    fitting = _examples_that_fit(generator, examples, data_args)
 
     def open_run() -> Run:
         if resume is not None:
@@ -194,24 +199,22 @@ def longest_prompt(examples: Sequence[Encoded]) -> list[int]:
 
 
 def _examples_that_fit(
-    generator: HuggingfaceLlamaGenerator, examples: list[Example], chat: bool
+    generator: HuggingfaceLlamaGenerator, examples: list[Example], data_args: DataArguments
 ) -> list[Encoded]:
     """Keep the examples whose prompts leave room for an answer in the context; print how many do not."""
     room = context_length(generator.model.config) - 1
 
-    def encoded(prompt: str) -> list[int]:
-        if not chat:
-            return generator.encode(prompt)
-        message = [{"role": "user", "content": prompt}]
-        text = generator.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return generator.encode(text, special_tokens=False)  # the template adds them
+    def encoded(example: Example) -> Encoded:
+        if not data_args.chat:
+            return Encoded(**vars(example), ids=generator.encode(example.prompt), thinking=None)
+        message = [{"role": "user", "content": example.prompt}]
+        text = generator.render_chat(message, data_args.template_kwargs)
+        ids = generator.encode(text, special_tokens=False)  # the template adds them
+        return Encoded(**vars(example), ids=ids, thinking=Thinking.of(generator.tokenizer, text))
 
     try:
-        fitting = [
-            Encoded(example.prompt, example.reference, example.row, ids)
-            for example in examples
-            if not generator.is_far_too_long(example.prompt) and len(ids := encoded(example.prompt)) <= room
-        ]
+        short = (example for example in examples if not generator.is_far_too_long(example.prompt))
+        fitting = [example for example in map(encoded, short) if len(example.ids) <= room]
     except ValueError as error:
         refuse(str(error))
     if not fitting:

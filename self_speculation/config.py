@@ -51,6 +51,22 @@ def why_no_model(model: str) -> str | None:
     return "no such folder" if is_path else None
 
 
+# Arguments of transformers' `apply_chat_template` that are no variables of templates, and variables that are
+# set here.
+_NO_TEMPLATE_KWARGS = {
+    "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+
+
+def check_template_kwargs(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return variables for a chat template. Raises ValueError for a name that is none."""
+    if wrong := sorted(_NO_TEMPLATE_KWARGS & given.keys()):
+        raise ValueError(f"{wrong[0]} is no variable of chat templates")
+    return given
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to generate.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
@@ -21,7 +22,8 @@ from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list
-from self_speculation.decoding.stopping import StopWords, continuation
+from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.texts import continuation
 from self_speculation.model.families import context_length, described_context
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
@@ -40,18 +42,29 @@ class PreparedRequest(Request):
     started: float
 
     def finish(self, result: GenerationStrategyResult) -> GenerationResult:
-        """Decode the output up to its stop word."""
-        text = self.stop_words.cut(continuation(self.tokenizer, self.ids, result.predicted_tokens))
+        """Decode the output up to its stop word, and separate its thinking."""
+        if (reader := self.stop_words.reader) is None:
+            text, thinking = continuation(self.tokenizer, self.ids, result.predicted_tokens), ""
+        else:
+            reader.end(result.predicted_tokens)
+            text, thinking = reader.answer, reader.thinking
         total_time = time.perf_counter() - self.started
         num_tokens = len(result.predicted_tokens)
         return GenerationResult(
             generation_strategy_result=result,
-            decoded_prediction=text,
+            decoded_prediction=self.stop_words.cut(text),
             num_tokens_generated=num_tokens,
             total_time=total_time,
             time_per_token=total_time / max(num_tokens, 1),
             tokens_per_second=num_tokens / total_time,
+            thinking=thinking,
+            num_thinking_tokens=self.num_thinking_tokens,
         )
+
+    @property
+    def num_thinking_tokens(self) -> int:
+        """Tokens of the output's thinking so far."""
+        return self.stop_words.reader.num_thinking if self.stop_words.reader else 0
 
 
 class GenerationStrategy:
@@ -214,15 +227,18 @@ class HuggingfaceLlamaGenerator:
         started = time.perf_counter() if started is None else started
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
-        words = StopWords(self.tokenizer, (request.config or generation_config).stop_words or [], ids)
-        ends_text = [*([words] if words.words else []), *as_list(request.ends_text)]
+        own_words = (request.config or generation_config).stop_words or []
+        words = StopWords(self.tokenizer, own_words, ids, request.thinking)
+        ends_text = [*([words] if words.words or words.reader else []), *as_list(request.ends_text)]
         processors, prediction = as_list(request.logits_processors), request.prediction
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
-        if request.grammar is not None:
+        if (grammar := request.grammar) is not None:
+            if request.thinking is not None:
+                grammar = grammar.after(request.thinking, self.tokenizer.added_tokens_decoder, ends)
             if self.sandbox is not None:
-                self.sandbox.check(request.grammar.definition)
+                self.sandbox.check(grammar.definition)
             size = self.model.config.vocab_size
-            processors += [GrammarProcessor(request.grammar, self.tokenizer, len(ids), size, ends)]
+            processors += [GrammarProcessor(grammar, self.tokenizer, len(ids), size, ends)]
         if isinstance(prediction, str):
             prediction = self.encode_prediction(prediction, request.config or generation_config)
         prepared = {
@@ -264,6 +280,24 @@ class HuggingfaceLlamaGenerator:
                 "tokenizer that of another model?"
             )
         return ids
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], **own: Any
+    ) -> Any:
+        """The prompt for the next turn, by the tokenizer's chat template.
+
+        Args:
+            template_kwargs: variables of the template, such as enable_thinking. It ignores unknown ones.
+            own: further arguments of `apply_chat_template`, which returns a text without them.
+
+        Raises:
+            ValueError: the template cannot render this.
+        """
+        given = {"add_generation_prompt": True, "tokenize": False, **own}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **template_kwargs, **given)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template fails: {error}") from error
 
     def use_sandbox(self) -> None:
         """From now on try each grammar in a process of its own first, see `GrammarSandbox`."""

@@ -6,60 +6,40 @@ that may become a stop word is held back.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
 from operator import eq, itemgetter
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from transformers import PreTrainedTokenizerBase
 from wcwidth import wcwidth
 
-from self_speculation.decoding.stopping import StopWords, continuation
-
-Cell = tuple[str, str]  # one character and its style
+from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.texts import Detokenizer
+from self_speculation.decoding.thinking import Part, Splitter, Thinking
 
 _COLORS = {"draft": "\x1b[33m", "accepted": "\x1b[32m", "target": ""}
-_RESET = "\x1b[0m"
-_CONTEXT = 8  # runs of ids that are decoded before a new token, since its text depends on them
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 # Characters that do more to a terminal than to move the cursor right or to the next line -> what is printed.
 _PRINTED = {code: chr(0x2400 + code) for code in range(0x20)}  # pictures of control characters
 _PRINTED |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {9: "    ", 10: "\n", 13: ""}
 
 
-class _Detokenizer:
-    """Token ids -> text, token by token.
+class Cell(NamedTuple):
+    """One character."""
 
-    Ids of an incomplete character wait. Decoding starts at the start of a character: some decoders replace
-    all bytes of a run if one character in it is incomplete.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._pieces = [[*prompt]]  # runs of ids with complete text
-        self._waiting: list[int] = []
-
-    def add(self, id_: int) -> str:
-        """The characters that this token completes."""
-        self._waiting.append(id_)
-        text = self.rest()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self._pieces = [*self._pieces, self._waiting][-_CONTEXT:]
-        self._waiting = []
-        return text
-
-    def rest(self, drafts: Sequence[int] = ()) -> str:
-        """The text of the ids that wait, and of drafts after them."""
-        known = [id_ for piece in self._pieces for id_ in piece]
-        return continuation(self._tokenizer, known, [*self._waiting, *drafts])
+    char: str
+    style: str  # a key of _COLORS
+    is_thinking: bool = False
 
 
 class StandardTextStreamer:
-    """Prints committed text.
+    """Prints committed text. On a terminal thinking is dim; a file gets the answer alone.
 
     Args:
         tokenizer: the model's.
@@ -67,6 +47,7 @@ class StandardTextStreamer:
         file: standard output by default.
         end_with: printed after the answer.
         prompt: the ids before the answer; they tell how its first token reads.
+        thinking: how outputs think.
     """
 
     def __init__(
@@ -76,16 +57,20 @@ class StandardTextStreamer:
         file: TextIO | None = None,
         end_with: str = "\n",
         prompt: Sequence[int] = (),
+        thinking: Thinking | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._thinking = tokenizer, thinking
         self._stop_words = StopWords(tokenizer, stop_words or ())
         self._file = file or sys.stdout
         self._end_with = end_with
         self._on_terminal = self._file.isatty() and os.environ.get("TERM") != "dumb"
+        self._is_colored = "NO_COLOR" not in os.environ
         self._begin(prompt)
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
-        self._text = _Detokenizer(self._tokenizer, prompt)
+        self._text = Detokenizer(self._tokenizer, prompt)
+        self._splitter = None if self._thinking is None else Splitter(self._thinking)
+        self._was_thinking = False  # in what was shown last
         self._held: list[Cell] = []  # committed, but is a stop word or may become one
 
     def put(self, ids: Iterable[int]) -> None:
@@ -96,7 +81,7 @@ class StandardTextStreamer:
 
     def end(self) -> None:
         """Show the text that is held back, end the line, and get ready for the next answer."""
-        self._held += [(char, "target") for char in self._text.rest()]
+        self._held += _cells(_parts(self._splitter, self._text.rest(), finished=True), "target")
         self._flush(finished=True)
         self._file.write(self._end_with)
         self._file.flush()
@@ -117,7 +102,7 @@ class StandardTextStreamer:
 
     def _decide(self, ids: Iterable[int], style: str) -> None:
         for id_ in map(int, ids):
-            self._held += [(char, style) for char in self._text.add(id_)]
+            self._held += _cells(_parts(self._splitter, self._text.add(id_), id_), style)
 
     def _flush(self, finished: bool = False) -> None:
         """Show what cannot become a stop word."""
@@ -127,14 +112,27 @@ class StandardTextStreamer:
 
     def _visible(self, cells: list[Cell], finished: bool) -> list[Cell]:
         """Leave out stop words, the text after them and, unless finished, what may become one."""
-        shown = self._stop_words.cut("".join(char for char, _ in cells))
-        return cells[: len(shown if finished else self._stop_words.settled(shown))]
+        start = sum(cell.is_thinking for cell in cells)
+        shown = self._stop_words.cut(_text(cells[start:]))
+        return cells[: start + len(shown if finished else self._stop_words.settled(shown))]
 
     def _show(self, cells: list[Cell]) -> None:
         """Print decided cells."""
-        text = "".join(char for char, _ in cells)
-        self._file.write(text.translate(_PRINTED) if self._on_terminal else text)
+        if self._on_terminal:
+            for is_thinking, run in groupby(self._printed(cells), key=itemgetter(2)):
+                dim = _DIM if is_thinking and self._is_colored else ""
+                self._file.write(f"{dim}{_text(run)}{dim and _RESET}")
+        else:
+            self._file.write(_text(cell for cell in cells if not cell.is_thinking))
         self._file.flush()
+
+    def _printed(self, cells: list[Cell]) -> Iterator[Cell]:
+        """What a terminal gets for decided cells, with an empty line between thinking and answer."""
+        for cell in cells:
+            if self._was_thinking and not cell.is_thinking:
+                yield from _cells([("\n\n", True)], "target")
+            self._was_thinking = cell.is_thinking
+            yield from _printed(cell)
 
 
 class SpeculativeTextStreamer(StandardTextStreamer):
@@ -157,12 +155,13 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         prompt: Sequence[int] = (),
         non_blocking: bool = False,  # noqa: ARG002
         skip_prompt: bool = False,  # noqa: ARG002
+        thinking: Thinking | None = None,
     ) -> None:
-        super().__init__(tokenizer, stop_words, file, end_with, prompt)
+        super().__init__(tokenizer, stop_words, file, end_with, prompt, thinking)
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
         super()._begin(prompt)
-        self._screen = _Screen(self._file)
+        self._screen = _Screen(self._file, self._is_colored)
         self._drafts: list[int] = []
         self._verified: list[int] = []  # deleted drafts; the next decided ids are compared with them
 
@@ -209,16 +208,32 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         if not self._drafts:
             return []
         text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
-        return self._visible([*self._held, *((char, "draft") for char in text)], finished=False)
+        drafted = _cells(_parts(copy.copy(self._splitter), text), "draft")
+        return self._visible([*self._held, *drafted], finished=False)
 
     def _show(self, cells: list[Cell]) -> None:
         if not self._on_terminal:
             return super()._show(cells)
-        self._screen.show(_printed(cells), _printed(self._pending()))
+        drafts = [printed for cell in self._pending() for printed in _printed(cell)]
+        self._screen.show([*self._printed(cells)], drafts)
 
 
-def _printed(cells: list[Cell]) -> list[Cell]:
-    return [(printed, style) for char, style in cells for printed in char.translate(_PRINTED)]
+def _parts(
+    splitter: Splitter | None, text: str, id_: int | None = None, finished: bool = False
+) -> list[Part]:
+    return [(text, False)] if splitter is None else splitter.add(text, id_, finished)
+
+
+def _cells(parts: Iterable[Part], style: str) -> list[Cell]:
+    return [Cell(char, style, is_thinking) for text, is_thinking in parts for char in text]
+
+
+def _text(cells: Iterable[Cell]) -> str:
+    return "".join(cell.char for cell in cells)
+
+
+def _printed(cell: Cell) -> list[Cell]:
+    return [cell._replace(char=char) for char in cell.char.translate(_PRINTED)]
 
 
 class _Screen:
@@ -228,9 +243,8 @@ class _Screen:
     be put after a character at the margin, and a draft may be an accent on it.
     """
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._colored = "NO_COLOR" not in os.environ
+    def __init__(self, file: TextIO, is_colored: bool) -> None:
+        self._file, self._is_colored = file, is_colored
         self._column = 0  # of the first cell that can be drawn again
         self._kept: list[Cell] = []  # the last decided character
         self._cells: list[Cell] = []  # that, and the drafts
@@ -247,22 +261,22 @@ class _Screen:
             unchanged, row = 0, self._positions(self._cells, width)[-1][0]
             back = (f"\x1b[{row}A" if row else "") + (f"\x1b[{self._column}C" if self._column else "")
             self._file.write(f"\r{back}\x1b[J")
-        for style, run in groupby(cells[unchanged:], key=itemgetter(1)):
-            self._file.write(self.colored("".join(char for char, _ in run), style))
+        for (style, is_thinking), run in groupby(cells[unchanged:], key=itemgetter(1, 2)):
+            self._file.write(self.colored(_text(run), style, is_thinking))
         self._file.flush()
-        drawn = (i for i, (char, _) in enumerate(cells[:end]) if wcwidth(char) > 0)
+        drawn = (i for i, cell in enumerate(cells[:end]) if wcwidth(cell.char) > 0)
         first = max(drawn, default=0)
         self._kept, self._cells, self._column = cells[first:end], cells[first:], positions[first][1]
 
-    def colored(self, text: str, style: str) -> str:
-        color = _COLORS[style] if self._colored else ""
+    def colored(self, text: str, style: str, is_thinking: bool = False) -> str:
+        color = (_COLORS[style] + _DIM * is_thinking) if self._is_colored else ""
         return f"{color}{text}{_RESET}" if color else text
 
     def _positions(self, cells: list[Cell], width: int) -> list[tuple[int, int]]:
         """(row, column) of each cell, and of the cursor after the last; column `width` after a full line."""
         row, column = 0, self._column
         positions = []
-        for char, _ in cells:
+        for char, *_ in cells:
             advance = max(0, wcwidth(char))
             if column + advance > width:
                 row, column = row + 1, 0

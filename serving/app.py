@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -32,7 +31,8 @@ import self_speculation
 from runs.failures import reason
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.grammar import GrammarError
-from self_speculation.decoding.stopping import decode
+from self_speculation.decoding.texts import decode
+from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.families import context_length
 from serving.access import PAGE_FILES, AccessMiddleware, is_loopback, read_body
 from serving.engine import Engine, Job, QueueFull, RequestAborted, RequestTimeout, ServerShutdown
@@ -171,21 +171,25 @@ class App(Starlette):
             encoded.append((ids, echo))
         return encoded
 
-    def _encode_chat(self, request: ChatRequest) -> list[tuple[list[int], str]]:
+    def _encode_chat(self, request: ChatRequest) -> tuple[list[tuple[list[int], str]], Thinking | None]:
+        """Token ids of the chat as the only prompt, and how its answer thinks."""
         self._check(request, 1)
         tokenizer = self._generator.tokenizer
         if not tokenizer.chat_template:
             raise APIError("messages: the model has no chat template, use /v1/completions", param="messages")
         messages = [message.for_template for message in request.messages]
         tools = request.tools_for_template or None
-        apply = partial(tokenizer.apply_chat_template, messages, tools=tools, add_generation_prompt=True)
+        kwargs = {**self._args.template_kwargs, **request.template_kwargs}
+        render = partial(self._generator.render_chat, messages, kwargs, tools=tools)
         try:
-            prompt = apply(tokenize=False)
+            prompt = render()
+            thinking = Thinking.of(tokenizer, prompt)
             if self._args.sanitize_control_tokens and not self._generator.is_far_too_long(prompt):
-                prompt = apply(sanitize_control_tokens=True, return_dict=False)  # ids
-        except (TemplateError, TypeError, ValueError) as error:
+                prompt = render(tokenize=True, sanitize_control_tokens=True, return_dict=False)  # ids
+        except ValueError as error:
             raise APIError(f"messages: {error}", param="messages") from error
-        return [(self._encode(prompt, "messages", special_tokens=False), "")]  # the template adds them
+        # The template adds special tokens.
+        return [(self._encode(prompt, "messages", special_tokens=False), "")], thinking
 
     def _encode(self, prompt: str | list[int], param: str, special_tokens: bool = True) -> list[int]:
         generator, length = self._generator, f"{len(prompt)} characters"
@@ -257,9 +261,9 @@ class App(Starlette):
         self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes
     ) -> tuple[ChatRequest | CompletionRequest, list[tuple[list[int], str]], self_speculation.Request]:
         """A request, its prompts as ids and as texts to repeat, and what all its choices share."""
-        request, generator = kind.model_validate_json(body), self._generator
+        request, generator, thinking = kind.model_validate_json(body), self._generator, None
         if isinstance(request, ChatRequest):
-            prompts = self._encode_chat(request)
+            prompts, thinking = self._encode_chat(request)
         else:
             prompts = self._encode_prompts(request)
         config, bias = request.generation_config(self._config), dict(request.logit_bias)
@@ -268,9 +272,8 @@ class App(Starlette):
         predicted = request.prediction and generator.encode_prediction(request.prediction.content, config)
         with _naming_field(request):
             grammar = request.grammar(generator.tokenizer)
-        shared = self_speculation.Request(
-            [], config=config, logit_bias=bias, prediction=predicted, grammar=grammar
-        )
+        given = {"prediction": predicted, "grammar": grammar, "thinking": thinking}
+        shared = self_speculation.Request([], config=config, logit_bias=bias, **given)
         return request, prompts, shared
 
     def _submit(
@@ -289,14 +292,16 @@ class App(Starlette):
         choices = []
         for index, ((ids, echo), nth) in enumerate(itertools.product(prompts, range(request.n))):
             streamer, logprobs, to_queue = None, None, partial(emit, index)
-            if request.stream and not request.is_buffered:
+            if request.stream and not (request.is_buffered and shared.thinking is None):
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
-                streamer = kind(tokenizer, config.stop_words, ids, to_queue)
+                streamer = kind(tokenizer, config.stop_words, ids, shared.thinking, to_queue)
+            own = replace(shared, prompt=ids, streamer=streamer, seed=(seed + nth) % _SEEDS)
+            prepared = self._generator.prepare(own, config)
             if request.num_top_logprobs is not None:
-                logprobs = LogprobCollector(tokenizer, request.num_top_logprobs)
-            given = {"prompt": ids, "stopping_criteria": logprobs, "streamer": streamer}
-            own = replace(shared, **given, seed=(seed + nth) % _SEEDS)
-            job = Job(self._generator.prepare(own, config), to_queue, self._args.max_time, arrival)
+                reader = prepared.stop_words.reader
+                logprobs = LogprobCollector(tokenizer, request.num_top_logprobs, reader)
+                prepared = replace(prepared, stopping_criteria=logprobs)
+            job = Job(prepared, to_queue, self._args.max_time, arrival)
             choices.append(_Choice(index, job, logprobs, echo))
         self._engine.submit([choice.job for choice in choices])
         return choices
@@ -314,9 +319,17 @@ class App(Starlette):
                     raise event
             if isinstance(event, GenerationStrategyResult):
                 unfinished -= 1
-                choice.finished = FinishedRequest(event, job.admission_time - job.arrival_time)
+                queue_time, delta = job.admission_time - job.arrival_time, Delta("")
+                if job.request.streamer is None or request.is_buffered:
+                    whole = job.request.finish(event)
+                    delta = Delta(
+                        whole.decoded_prediction, thinking="" if job.request.streamer else whole.thinking
+                    )
+                choice.finished = FinishedRequest(event, queue_time, job.request.num_thinking_tokens)
                 self._metrics.count(choice.finished)
-                event = Delta("" if job.request.streamer else job.request.finish(event).decoded_prediction)
+                event = delta
+            elif request.is_buffered and not event.thinking:
+                continue  # it may be part of a call
             yield choice, event
 
     async def _whole(
@@ -324,7 +337,7 @@ class App(Starlette):
     ) -> AsyncGenerator[str]:
         """Format the choices as one JSON object."""
         by_index = {
-            choice.index: choice.as_json(request, Delta(choice.echo + delta.text))
+            choice.index: choice.as_json(request, delta._replace(text=choice.echo + delta.text))
             async for choice, delta in events
         }
         head = request.head(self._name, self._fingerprint)

@@ -33,7 +33,7 @@ from self_speculation.scheduler import DecodingStrategy, Scheduler
 _PROMPT = 1024  # tokens of a usual one
 _log = logging.getLogger(__name__)
 # The fields of a request that the other ranks need.
-_SHARED = ("prompt", "seed", "config", "logit_bias", "prediction", "grammar")
+_SHARED = ("prompt", "seed", "config", "logit_bias", "prediction", "grammar", "thinking")
 
 
 class RequestAborted(Exception):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,7 +26,10 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
+from self_speculation.config import check_template_kwargs
 from self_speculation.decoding.grammar import Grammar
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 # Fields that the server cannot honour -> values that ask for nothing. Null always asks for nothing.
 _NEUTRAL: dict[str, list[Any]] = {
@@ -36,7 +40,7 @@ _NEUTRAL: dict[str, list[Any]] = {
     "include_reasoning": [False, True], "include_stop_str_in_output": [False], "length_penalty": [1],
     "min_tokens": [0], "mirostat": [0], "modalities": [["text"]], "parallel_tool_calls": [True, False],
     "priority": [0], "reasoning": [{}],
-    "reasoning_effort": ["none", "minimal", "low", "medium", "high", "xhigh"], "return_token_ids": [False],
+    "reasoning_effort": [*get_args(Effort)], "return_token_ids": [False],
     "skip_special_tokens": [True, False], "spaces_between_special_tokens": [True], "suffix": [""],
     "tool_calls": [[]], "tool_choice": ["none", "auto"], "tools": [[]], "typical_p": [1],
     "use_beam_search": [False], "verbosity": ["low", "medium", "high"], "xtc_probability": [0],
@@ -48,9 +52,7 @@ _IGNORED = {
     "service_tier", "session_id", "store", "strict", "user",
 }  # fmt: skip
 # What models of other servers add to their answers. Clients send it back, and templates do not read it.
-_IGNORED_IN_MESSAGES = {
-    "annotations", "reasoning", "reasoning_content", "reasoning_details", "refusal", "thinking_blocks"
-}  # fmt: skip
+_IGNORED_IN_MESSAGES = {"annotations", "reasoning_details", "refusal", "thinking_blocks"}
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
 # first fault.
 MAX_ITEMS = 2048  # messages of a chat, parts of a message, prompts
@@ -152,12 +154,20 @@ class Message(Fields):
     content: _Text = ""
     tool_calls: list[_ToolCall] = Field([], max_length=MAX_ITEMS)
     tool_call_id: str | None = None
+    # Texts of thinking, by either name. Some servers have other things under these names.
+    reasoning_content: Any = None
+    reasoning: Any = None
 
     @property
     def for_template(self) -> dict[str, Any]:
+        """The template decides whether the model sees earlier thinking."""
         role = "system" if self.role == "developer" else self.role
-        without = set() if self.tool_calls else {"tool_calls"}
-        return {**self.model_dump(exclude=without, exclude_none=True), "role": role}
+        without = {"reasoning", "reasoning_content"} | (set() if self.tool_calls else {"tool_calls"})
+        message = {**self.model_dump(exclude=without, exclude_none=True), "role": role}
+        for thought in (self.reasoning, self.reasoning_content):
+            if thought and isinstance(thought, str):
+                message["reasoning_content"] = thought
+        return message
 
 
 class _Function(Fields):
@@ -221,6 +231,8 @@ class ResponseFormat(Fields):
 def _as_object(given: Any) -> Any:
     return from_json(given) if isinstance(given, str) else given
 
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(check_template_kwargs)]
 
 Schema = Annotated[
     dict[str, Any], BeforeValidator(_as_object, json_schema_input_type=dict[str, Any] | Json[dict[str, Any]])

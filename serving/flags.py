@@ -6,11 +6,11 @@ import math
 import os
 from dataclasses import dataclass
 
-from arguments import at_least, check
+from arguments import TemplateArguments, at_least, check
 
 
 @dataclass(frozen=True)
-class ServeArguments:
+class ServeArguments(TemplateArguments):
     """Address, access and limits of the server."""
 
     host: str = "127.0.0.1"
@@ -39,6 +39,7 @@ class ServeArguments:
     seconds before are aborted."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self, "port", 0 <= self.port < 2**16, f"must be between 0 and {2**16 - 1}")
         check(self, "api_key", self.api_key != "", "must not be empty")
         at_least(self, 0, "max_waiting", "max_time")

@@ -19,6 +19,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 class FinishedRequest(NamedTuple):
     result: GenerationStrategyResult
     queue_time: float
+    num_reasoning: int = 0  # tokens of the thinking
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +106,7 @@ def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
         "completion_tokens_details": {
             "accepted_prediction_tokens": predicted.accepted,
             "rejected_prediction_tokens": predicted.drafted - predicted.accepted,
+            "reasoning_tokens": sum(each.num_reasoning for each in finished),
         },
         "prompt_tokens_details": {"cached_tokens": sum(result.num_cached_tokens for result in of_prompts)},
     }

@@ -3,7 +3,7 @@ const $ = id => document.getElementById(id);
 const markdown = markdownit({html: false, breaks: true}).disable("image");
 const FENCE_ENDS = /^[ >]*(`{3,}|~{3,})[ \t]*$/m;
 let model;            // its name
-let turns = [];       // the chat: of each turn question, drafts, text, kinds, ending, usage, metrics
+let turns = [];       // the chat: of each turn question, drafts, thinking, text, kinds of both, ending, usage, metrics
 let writing = null;   // the AbortController of the answer that is being written
 
 // The Content-Security-Policy allows no style attributes.
@@ -95,7 +95,19 @@ class Answer {
     this.pending.ariaHidden = true;
   }
 
+  /** Thinking comes before the answer, and is folded away. */
+  think(text, kinds) {
+    if (!this.thought) {
+      const details = document.createElement("details");
+      add(details, "summary", "", "Thinking");
+      this.thought = add(details, "div", "");
+      this.tail.before(details);
+    }
+    this.thought.append(painted(text, kinds, "accepted confirmed"), this.pending);
+  }
+
   write(text, kinds) {
+    if (this.pending.parentElement === this.thought) this.line.append(this.pending);
     this.text += text;
     this.kinds += kinds;
     this.#append(text, kinds);
@@ -194,9 +206,10 @@ function restore() {
   try {
     turns = JSON.parse(sessionStorage.getItem("chat")) ?? [];
   } catch { /* the browser forbids storage; `save` tells */ }
-  turns = turns.filter(turn => turn.text || turn.ending);
+  turns = turns.filter(turn => turn.text || turn.thinking || turn.ending);
   for (const turn of turns) {
     const {section, answer} = addTurn(turn);
+    if (turn.thinking) answer.think(turn.thinking, turn.thinkingKinds);
     answer.write(turn.text, turn.kinds);
     answer.end();
     addFigures(section, turn);
@@ -216,6 +229,7 @@ function addFigures(section, {drafts, ending, usage, metrics}) {
     [metrics?.tokens_per_second?.toFixed(1), drafts ? "tokens/s" : "tokens/s without drafts"],
     [speculative?.drafted && `${Math.round(100 * speculative.accepted / speculative.drafted)} %`,
       `of ${speculative?.drafted} drafted tokens accepted`],
+    [usage?.completion_tokens_details?.reasoning_tokens, `of ${usage?.completion_tokens} tokens thinking`],
     [metrics && `${metrics.time_to_first_token.toFixed(2)} s`, "to the first token"],
     [usage && `${usage.prompt_tokens_details?.cached_tokens ?? 0}`,
       `of ${usage?.prompt_tokens} prompt tokens cached`],
@@ -231,10 +245,11 @@ function addFigures(section, {drafts, ending, usage, metrics}) {
 }
 
 async function ask(question) {
-  const messages = turns.flatMap(({question, text}) => [
-    {role: "user", content: question}, {role: "assistant", content: text},
+  // The model's template decides whether the model sees its earlier thinking.
+  const messages = turns.flatMap(({question, thinking, text}) => [
+    {role: "user", content: question}, {role: "assistant", content: text, reasoning_content: thinking || undefined},
   ]);
-  const turn = {question, drafts: $("drafts").checked, text: "", kinds: ""};
+  const turn = {question, drafts: $("drafts").checked, thinking: "", thinkingKinds: "", text: "", kinds: ""};
   const {section, element, answer} = addTurn(turn);
   element.ariaBusy = true;
   turns.push(turn);
@@ -249,12 +264,19 @@ async function ask(question) {
       turn.metrics = chunk.metrics ?? turn.metrics;
       for (const {delta, draft, finish_reason} of chunk.choices) {
         turn.ending = finish_reason ?? turn.ending;
-        const text = delta.content ?? "";
+        const thought = delta.reasoning_content;
+        const text = thought ?? delta.content ?? "";
         const accepted = [...text].slice(0, draft?.accepted ?? 0).join("").length;  // the server counts code points
         const kinds = "a".repeat(accepted) + "o".repeat(text.length - accepted);
-        turn.text += text;
-        turn.kinds += kinds;
-        answer.write(text, kinds);
+        if (thought) {
+          turn.thinking += text;
+          turn.thinkingKinds += kinds;
+          answer.think(text, kinds);
+        } else if (text) {
+          turn.text += text;
+          turn.kinds += kinds;
+          answer.write(text, kinds);
+        }
         if (draft) answer.pending.textContent = draft.pending;
       }
     }
@@ -265,7 +287,7 @@ async function ask(question) {
   element.ariaBusy = null;
   addFigures(section, turn);
   if (!section.isConnected) return;  // a new chat has begun
-  if (!turn.ending && !turn.text) {  // no answer: offer the question again
+  if (!turn.ending && !turn.text && !turn.thinking) {  // no answer: offer the question again
     section.remove();
     turns.pop();
     $("question").value ||= question;

@@ -16,6 +16,7 @@ from self_speculation import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from serving.fields import (
     MAX_ITEMS,
+    Effort,
     Fields,
     Id,
     Limit,
@@ -27,6 +28,7 @@ from serving.fields import (
     Schema,
     StreamOptions,
     StructuredOutputs,
+    TemplateKwargs,
     Tool,
     ToolChoice,
     Words,
@@ -40,6 +42,7 @@ _FINISH_REASONS = {"eos": "stop", "stop_word": "stop", "max_steps": "length", "c
 _NEEDED = {"stream_drafts": "stream", "top_logprobs": "logprobs"}
 _REPEAT_LAST_N = 64  # llama.cpp's default; -1 is all
 _MOST_TOKENS = 2**31
+_REASONING = ("reasoning_content", "reasoning")  # DeepSeek's name, which vLLM had as well; vLLM's name now
 
 
 class APIError(Exception):
@@ -202,14 +205,14 @@ class BaseRequest(Fields, ABC):
             "index": index,
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
             "finish_reason": finish_reason,
-            **self._content(delta.text, finish_reason),
+            **self._content(delta, finish_reason),
         }
         if self.stream_drafts:
             choice["draft"] = {"accepted": delta.accepted, "pending": delta.pending}
         return choice
 
     @abstractmethod
-    def _content(self, text: str, finish_reason: str | None) -> dict[str, Any]: ...
+    def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]: ...
 
     @abstractmethod
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]: ...
@@ -226,6 +229,9 @@ class ChatRequest(BaseRequest):
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[Tool] = Field([], max_length=128)
     tool_choice: ToolChoice = "auto"
+    chat_template_kwargs: TemplateKwargs = Field({})
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool = True  # of vLLM
 
     @property
     def guides(self) -> list[str]:
@@ -245,6 +251,13 @@ class ChatRequest(BaseRequest):
         none = self.tool_choice == "none"
         return [] if none else [tool.for_template for tool in self.tools]
 
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the template. An effort turns thinking on or off, too, as in vLLM."""
+        effort = self.reasoning_effort
+        of_effort = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
+        return {**of_effort, **self.chat_template_kwargs}
+
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice
         if tools and known_format(tokenizer.chat_template) is None:
@@ -259,9 +272,13 @@ class ChatRequest(BaseRequest):
     def first_choice(self, index: int, echo: str) -> dict[str, Any]:  # noqa: ARG002
         return {**self.choice(index, Delta("")), "delta": {"role": "assistant", "content": ""}}
 
-    def _content(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        message, tools = dict[str, Any](content=text), self.tools_for_template
-        if functions := find_calls(text, tools) if tools else []:
+    def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
+        reasoning = dict.fromkeys(_REASONING, delta.thinking) if delta.thinking else {}
+        reasoning = reasoning if self.include_reasoning else {}
+        if self.stream and delta.thinking:
+            return {"delta": reasoning, "finish_reason": finish_reason}
+        message, tools = dict[str, Any](content=delta.text), self.tools_for_template
+        if functions := find_calls(delta.text, tools) if tools else []:
             calls: list[dict[str, Any]] = [
                 {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
                 for function in functions
@@ -272,7 +289,7 @@ class ChatRequest(BaseRequest):
             finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
         if self.stream:
             return {"delta": message, "finish_reason": finish_reason}
-        message = {"role": "assistant", **message, "refusal": None}
+        message = {"role": "assistant", **message, **reasoning, "refusal": None}
         return {"message": message, "finish_reason": finish_reason}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
@@ -300,8 +317,8 @@ class CompletionRequest(BaseRequest):
     def num_top_logprobs(self) -> int | None:
         return self.logprobs
 
-    def _content(self, text: str, finish_reason: str | None) -> dict[str, Any]:  # noqa: ARG002
-        return {"text": text}
+    def _content(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:  # noqa: ARG002
+        return {"text": delta.text}
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
         return {

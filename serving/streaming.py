@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.stopping import decode
+from self_speculation.decoding.texts import decode
+from self_speculation.decoding.thinking import Thinking, ThinkingReader
 from self_speculation.speculative_streamer import Cell
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of SentencePiece vocabularies
@@ -29,6 +31,7 @@ class Delta(NamedTuple):
     text: str
     accepted: int = 0  # leading characters that are accepted drafts
     pending: str = ""  # the draft after all text so far
+    thinking: str = ""  # of a stream: then `text` is empty, and it has the accepted characters
 
 
 class DeltaStreamer(StandardTextStreamer):
@@ -39,14 +42,15 @@ class DeltaStreamer(StandardTextStreamer):
         tokenizer: PreTrainedTokenizerBase,
         stop_words: Iterable[str] | None,
         prompt: Sequence[int],
+        thinking: Thinking | None,
         on_delta: Callable[[Delta], None],
     ) -> None:
-        super().__init__(tokenizer, stop_words, io.StringIO(), end_with="", prompt=prompt)
+        super().__init__(tokenizer, stop_words, io.StringIO(), "", prompt, thinking=thinking)
         self._on_delta = on_delta
 
     def _show(self, cells: list[Cell]) -> None:
-        if cells:
-            self._on_delta(Delta("".join(char for char, _ in cells)))
+        for is_thinking, run in groupby(cells, key=itemgetter(2)):
+            self._on_delta(_delta(run, is_thinking))
 
 
 class DraftDeltaStreamer(DeltaStreamer, SpeculativeTextStreamer):
@@ -55,13 +59,19 @@ class DraftDeltaStreamer(DeltaStreamer, SpeculativeTextStreamer):
     _sent_pending = ""
 
     def _show(self, cells: list[Cell]) -> None:
-        pending = "".join(char for char, _ in self._pending())
-        for style, run in groupby(cells, key=lambda cell: cell[1]):
-            text = "".join(char for char, _ in run)
-            self._on_delta(Delta(text, len(text) if style == "accepted" else 0, pending))
+        pending = "".join(cell.char for cell in self._pending())
+        for (style, is_thinking), run in groupby(cells, key=itemgetter(1, 2)):
+            delta = _delta(run, is_thinking)
+            accepted = len(delta.text + delta.thinking) if style == "accepted" else 0
+            self._on_delta(delta._replace(accepted=accepted, pending=pending))
         if not cells and pending != self._sent_pending:
             self._on_delta(Delta("", 0, pending))
         self._sent_pending = pending
+
+
+def _delta(cells: Iterable[Cell], is_thinking: bool) -> Delta:
+    text = "".join(cell.char for cell in cells)
+    return Delta("", thinking=text) if is_thinking else Delta(text)
 
 
 class Token(NamedTuple):
@@ -82,11 +92,13 @@ class LogprobCollector:
     """A stopping criterion that never stops and records each token's log-probability.
 
     It sees the target's logits after logits processors, before temperature and top-p. It does not see an end
-    id or the last token of a stop word: they are not part of the answer.
+    id, the last token of a stop word, or what `reader` reads as thinking: they are not part of the answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_top: int) -> None:
-        self._tokenizer, self._num_top = tokenizer, num_top
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, num_top: int, reader: ThinkingReader | None = None
+    ) -> None:
+        self._tokenizer, self._num_top, self._reader = tokenizer, num_top, reader
         self._added_ids = tokenizer.added_tokens_decoder.keys()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel(" in repr(getattr(backend, "decoder", None))
@@ -95,6 +107,8 @@ class LogprobCollector:
         self._num_chars = 0  # complete ones
 
     def __call__(self, history: Tensor, scores: Tensor, **_: object) -> bool:
+        if self._reader is not None and not self._reader.in_answer:
+            return False
         *before, id_ = history[0, -_CONTEXT:].tolist()
         logprobs = scores[0].float().log_softmax(-1).clamp(min=_MIN_LOGPROB)
         highest = logprobs.topk(min(self._num_top, len(logprobs)))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.decoding.grammar import Grammar, schema_text
+from self_speculation.decoding.texts import Tag
 
 Format = Literal["tags", "object"]
 
@@ -56,14 +57,8 @@ def call_grammar(
     schema = {"anyOf": calls}
     if not is_tagged:
         return Grammar.json_schema(schema)
-    begin, end = (_tag(text, tokenizer) for text in ("<tool_call>", "</tool_call>"))
+    begin, end = (Tag.of(text, tokenizer).in_grammar for text in ("<tool_call>", "</tool_call>"))
     return Grammar.lark(f'start: {begin} "\\n" call "\\n" {end}\ncall: %json {schema_text(schema)}')
-
-
-def _tag(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """In a grammar: the added token of this text, as models have learnt it, or else the text."""
-    id_ = tokenizer.get_added_vocab().get(text)
-    return json.dumps(text) if id_ is None else f"<[{id_}]>"
 
 
 def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -11,11 +11,14 @@ import torch
 from conftest import TEXTS, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinkers import TAGS, thinking_tokenizer
 from transformers import TextStreamer
 from wcwidth import wcwidth
 
 from self_speculation import SpeculativeTextStreamer, StandardTextStreamer
-from self_speculation.decoding.stopping import StopWords, decode
+from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.texts import decode
+from self_speculation.decoding.thinking import Thinking
 
 
 class Screen(pyte.Screen):
@@ -103,6 +106,26 @@ def test_a_terminal_shows_the_answer_alone_in_the_end(request, name, text, round
     play(SpeculativeTextStreamer(tokenizer, stop_words, file=terminal), rounds, ids)
     printed.write(StopWords(tokenizer, stop_words).cut(decode(tokenizer, ids)) + "\n")
     assert terminal.shown() == printed.shown()
+
+
+@pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
+@pytest.mark.parametrize("no_color", [False, True])
+def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, monkeypatch, kind, no_color):
+    """Guards against tags on the screen, thinking in a pipe, and stop words that hide it."""
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    tokenizer = thinking_tokenizer(byte_tokenizer, kind="spelled")
+    ids = tokenizer.encode(f"{TAGS[0]}\nHm stop\n{TAGS[1]}\n\nYes stop no", add_special_tokens=False)
+    for file, expected in ((io.StringIO(), "Yes \n"), (Terminal(), None)):
+        streamer = kind(tokenizer, ["stop"], file, thinking=Thinking.of(tokenizer, ""))
+        for id_ in ids:
+            streamer.put([id_])
+        streamer.end()
+        if file.isatty():
+            assert file.shown() == "Hm stop\n\nYes"
+            assert ("\x1b[2m" in file.getvalue()) != no_color
+        else:
+            assert file.getvalue() == expected
 
 
 @pytest.mark.parametrize("no_color", [False, True])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn.functional import embedding
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from self_speculation.decoding.grammar_sandbox import LIMITS, GrammarError, grammar_error
+from self_speculation.decoding.thinking import Thinking
 
 # Small models repeat white space without end if they may.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
@@ -35,7 +37,7 @@ _OF_BYTES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8
 class Grammar:
     """A language that an output must belong to."""
 
-    definition: str  # in llguidance's Lark; `json_schema`, `regex` and `lark` make it
+    definition: str  # for llguidance, in Lark or JSON; `json_schema`, `regex` and `lark` make it
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
@@ -56,6 +58,25 @@ class Grammar:
         """Text that a Lark grammar derives from `start`. `<name>` and `<[id]>` are single tokens."""
         return cls(f"{text}\n{_OPTIONS}")
 
+    def after(self, thinking: Thinking, added_ids: Iterable[int], end_ids: Iterable[int]) -> Grammar:
+        """The language of outputs that think, in whatever tokens but end ids, and then belong to this one.
+
+        A grammar of the whole output follows drafts, and knows the token, or the part of one, that ends the
+        thinking. If the end tag is spelled, thinking is valid UTF-8 and has tokens of `added_ids`.
+        """
+        begin, end = thinking.begin.in_grammar, thinking.end
+        if end.id is not None:
+            rules = [f"thought: <[^{_ids({end.id, *end_ids})}]>* {end.in_grammar} BREAKS"]
+        else:
+            others = _ids({*added_ids} - {*end_ids})
+            last = llguidance.regex_to_lark(f"(?s:.*){re.escape(end.text)}")
+            rules = [f"thought: {f'(SOME? <[{others}]>)*' if others else ''} last BREAKS"]
+            rules += ["SOME: /(?s:.+)/", f"last[lazy]: /{last}/"]
+        start = "thought" if thinking.has_begun else f"({begin} thought)?"
+        rules += [f"start: {start} @answer", "BREAKS: /\\n{0,4}/", _OPTIONS]
+        grammars = [{"lark_grammar": "\n".join(rules)}, {"name": "answer", "lark_grammar": self.definition}]
+        return Grammar(json.dumps({"grammars": grammars}))
+
 
 def schema_text(schema: Any) -> str:
     """A JSON schema with our options, as JSON. Raises GrammarError if it is no object, or too large."""
@@ -68,6 +89,10 @@ def schema_text(schema: Any) -> str:
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
     return text
+
+
+def _ids(ids: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(ids)))
 
 
 class GrammarProcessor(LogitsProcessor):

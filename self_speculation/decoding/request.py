@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from self_speculation.decoding.processors import config_processors
+from self_speculation.decoding.thinking import Thinking
 
 T = TypeVar("T")
 
@@ -45,6 +46,8 @@ class Request:
     adaptive decoding, and where `prompt_lookup` is above 0."""
     grammar: Grammar | None = None
     """The language that the output must belong to; only `HuggingfaceLlamaGenerator` knows the tokenizer."""
+    thinking: Thinking | None = None
+    """How the output thinks: `Thinking.of(tokenizer, prompt)`. Grammar and stop words begin after it."""
 
     @property
     def ids(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Stop words, and texts of ids."""
+"""Stop words."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from self_speculation.decoding.texts import continuation, decode
+from self_speculation.decoding.thinking import Thinking, ThinkingReader
+
 
 class StopWords:
     """Finds stop words in the output, at any token boundary. The prompt, which is not searched, tells how the
-    output's first token reads.
+    output's first token reads. Thinking is not searched either, nor are its tags.
     """
 
     # After each token, this many tokens beyond the longest word are decoded instead of the whole output.
     _SLACK = 16
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, words: Iterable[str], prompt: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        words: Iterable[str],
+        prompt: Sequence[int] = (),
+        thinking: Thinking | None = None,
     ) -> None:
         self.words = tuple(words)
+        self.reader = None if thinking is None else ThinkingReader(tokenizer, thinking, prompt)
         self._tokenizer = tokenizer
         self._prompt = prompt
         # Every token but a special one adds at least one byte to the text.
@@ -26,6 +34,10 @@ class StopWords:
 
     def __call__(self, output: Sequence[int]) -> bool:
         """Whether `output` contains a stop word, given that it did not one token earlier."""
+        if self.reader is not None:
+            if self.words or not self.reader.answer:
+                self.reader.read(output)
+            return self._in(self.reader.answer)
         if len(output) > self._window:
             text = decode(self._tokenizer, output[-self._window :])
             # A window that begins inside a character may decode to replacement characters only.
@@ -47,13 +59,3 @@ class StopWords:
 
     def _in(self, text: str) -> bool:
         return any(word in text for word in self.words)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The exact text of `ids`, special tokens included."""
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def continuation(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to `before`. Decoded alone, they may lose a leading space."""
-    return decode(tokenizer, [*before, *ids])[len(decode(tokenizer, before)) :]

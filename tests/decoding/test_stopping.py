@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
-from self_speculation.decoding.stopping import StopWords, decode
+from self_speculation.decoding.stopping import StopWords
+from self_speculation.decoding.texts import decode
 
 
 def first_stop(tokenizer, words, ids):

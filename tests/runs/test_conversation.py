@@ -1,9 +1,11 @@
 """A conversation reads only what is new of each turn."""
 
 import copy
+import re
 
 import pytest
 from conftest import EOS
+from thinkers import QWEN3, TAGS, Teller, thinking_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from runs.conversation import Conversation, _verdict
@@ -62,6 +64,21 @@ def test_a_template_that_changes_the_history_wins(turns, byte_tokenizer, templat
     ]
     text = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert second == byte_tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])
+def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys, kwargs, keeps):
+    """Guards against thinking that stays in the history because its tokens are kept."""
+    teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text=f"{TAGS[0]}\nHm.\n{TAGS[1]}\n\nI am</s>")
+    talk = Conversation(teller, GenerationConfig(sample=False), "none", chat=True, template_kwargs=kwargs)
+    talk.answer("Who?")
+    printed = capsys.readouterr()
+    assert printed.out == "I am\n"
+    assert re.search(r"\d+ tokens, \d+ of them thinking, in", printed.err)
+    ids, thinking = talk._encoded("And I?")
+    kept = f"{TAGS[0]}\nHm.\n{TAGS[1]}\n\n" if keeps else ""
+    assert teller.tokenizer.decode(ids) == f"user: Who?\nassistant: {kept}I am\nuser: And I?\nassistant: "
+    assert not thinking.has_begun
 
 
 @pytest.mark.parametrize(

@@ -133,13 +133,13 @@ def test_a_conversation_goes_on(error, says, common, fails_at, monkeypatch, caps
     monkeypatch.setattr("runs.conversation._ask", Mock(side_effect=["one", "two", "three", EOFError]))
     monkeypatch.setattr("runs.conversation._unechoed", nullcontext)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    answer, asked = Conversation._ids, []
+    answer, asked = Conversation._encoded, []
 
-    def ids(self, prompt):
+    def encoded(self, prompt):
         asked.append([message["content"] for message in self._messages if message["role"] == "user"])
         return answer(self, prompt)
 
-    monkeypatch.setattr(Conversation, "_ids", ids)
+    monkeypatch.setattr(Conversation, "_encoded", encoded)
     fails_at(error, 1, 1)
     assert generate.main([*common, "--chat", "True"]) == 0
     assert asked == [[], ["one"], ["one"]]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 import shlex
@@ -11,8 +12,17 @@ import pytest
 from conftest import EOS, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
-from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, given_flags, parse
+from arguments import (
+    BatchArguments,
+    DataArguments,
+    GenerationConfig,
+    ModelArguments,
+    TemplateArguments,
+    given_flags,
+    parse,
+)
 from benchmark import MeasurementArguments
 from correctness import CorrectnessArguments
 from generate import GenerateArguments
@@ -48,6 +58,7 @@ def test_defaults_are_the_documented_ones():
         "dtype": "auto", "device": "auto", "streamer": "standard", "prompt": None, "chat": False,
         "compare": False, "fuse": True, "compile": False, "parallel": "data", "quantization": "none",
         "trust_remote_code": False, "grammar": None, "prediction": None, "threads": None,
+        "chat_template_kwargs": None,
     }  # fmt: skip
 
 
@@ -82,6 +93,20 @@ def test_model_args_become_python_values():
     found = {"a": 1, "b": "x", "c": True, "d": 0.5, "e": None, "f": False}
     found |= {"g": {"h": 4.0, "i": [1, 2], "j": "k"}, "l": 3}
     assert model.from_pretrained_args() == found
+
+
+def test_variables_of_the_chat_template():
+    """Guards against an argument of transformers' own that a client could set."""
+    for text, found in (
+        ("enable_thinking=false, effort=low", {"enable_thinking": False, "effort": "low"}),
+        ('{"enable_thinking": false, "a": {"b": [1]}}', {"enable_thinking": False, "a": {"b": [1]}}),
+        (None, {}),
+    ):
+        assert TemplateArguments(text).template_kwargs == found
+    own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"kwargs"}
+    for name in own | {"messages"}:
+        with pytest.raises(ValueError, match=f"{name} is no variable of chat templates"):
+            TemplateArguments(f"{name}=1")
 
 
 OUT_OF_RANGE = {

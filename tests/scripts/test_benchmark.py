@@ -13,6 +13,7 @@ from helpers import about, only_run, refused, small_run, untimed
 
 import benchmark
 import correctness
+import generate
 import self_speculation.self_speculation_generator as self_speculation_generator
 from measures import timed_runs
 from measures.comparison import find_difference, same_distribution
@@ -104,8 +105,13 @@ def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys)
     assert "running the programs that the model wrote" in captured.err
 
 
-def test_prompts_go_through_the_chat_template(common, monkeypatch):
-    """Guards against a prompt without the template, and special tokens that the template has already."""
+def test_prompts_go_through_the_chat_template(common, model_folder, tmp_path, monkeypatch):
+    """Guards against a prompt without the template, special tokens that the template has already, and
+    variables that it does not get.
+    """
+    shutil.copytree(model_folder, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{{ x }}, {{ y }}: {{ messages[0].content }}")
+    model = ["--model", str(tmp_path / "chat"), "--chat", "--chat_template_kwargs"]
     asked, encode = set(), HuggingfaceLlamaGenerator.encode
 
     def watch(self, prompt, special_tokens=True):
@@ -114,8 +120,11 @@ def test_prompts_go_through_the_chat_template(common, monkeypatch):
         return encode(self, prompt, special_tokens)
 
     monkeypatch.setattr(HuggingfaceLlamaGenerator, "encode", watch)
-    assert benchmark.main([*common, "--num_samples", "12", "--chat", "True"]) == 0
-    assert asked == {(f"user: def add{i}(a, b):\nassistant:", False) for i in range(12)}
+    assert benchmark.main([*common, "--num_samples", "12", *model, "x=1, y=false"]) == 0
+    assert asked == {(f"1, False: def add{i}(a, b):", False) for i in range(12)}
+    asked.clear()
+    assert generate.main([*model, '{"x": [1], "z": null}', "--prompt", "def", "--max_steps", "2"]) == 0
+    assert asked == {("[1], : def", False)}
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(common, model_folder, tmp_path, monkeypatch, capsys):

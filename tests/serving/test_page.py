@@ -130,10 +130,12 @@ def say_key(page):
 
 
 def answer_with(page, pieces):
-    """Have the server answer with pieces of text: (text, number of accepted characters, pending draft)."""
+    """Have the server answer with pieces of text: (text, number of accepted characters, pending draft, name
+    of the field).
+    """
 
-    def choice(text, accepted, pending):
-        return {"delta": {"content": text}, "draft": {"accepted": accepted, "pending": pending}}
+    def choice(text, accepted, pending, name="content"):
+        return {"delta": {name: text}, "draft": {"accepted": accepted, "pending": pending}}
 
     chunks = [{"choices": [choice(*piece)]} for piece in pieces]
     chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
@@ -233,6 +235,33 @@ def test_markdown(page, size):
     assert page.locator("td").last.evaluate("cell => getComputedStyle(cell).textAlign").endswith("right")
     assert "monospace" in page.locator("code").last.evaluate("code => getComputedStyle(code).fontFamily")
     assert len(page.evaluate("drafted")) > 20
+
+
+def test_thinking_is_folded_away(page):
+    """Guards against thinking in the answer, markup in it that is rendered, and thinking that a reload or the
+    next question loses: the template decides whether the model sees it.
+    """
+    thought, sent = "The WORD *is* <b>x</b>\n\nso", []
+    page.on("request", lambda request: sent.append(request.post_data_json))
+    pieces = [(*piece, "reasoning_content") for piece in in_pieces(thought, 3)]
+    answer_with(page, [*pieces, *in_pieces("An *ANSWER*.", 1000)])
+    ask(page, "Why?")
+    for _ in range(2):
+        thinking = page.locator(".answer details > div")
+        expect(thinking).to_be_hidden()
+        page.get_by_text("Thinking", exact=True).click()
+        expect(thinking).to_be_visible()
+        assert thinking.text_content() == thought
+        assert "".join(thinking.locator(".accepted").all_text_contents()) == "WORD"
+        assert page.locator(".answer > p").text_content() == "An ANSWER."
+        page.reload()
+    say_key(page)
+    answer_with(page, pieces[:3])
+    ask(page, "And?")
+    assert sent[-1]["messages"][1] == {
+        "role": "assistant", "content": "An *ANSWER*.", "reasoning_content": thought,
+    }  # fmt: skip
+    assert page.locator(".turn").last.locator("details").count() == 1
 
 
 def test_code_is_copied(page):

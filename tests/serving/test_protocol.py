@@ -23,7 +23,7 @@ def refused(kind, **request):
 
 # Field -> values that ask for nothing, as clients send them by default, and one that is an error.
 FIELDS = {
-    "chat_template_kwargs": ([{}], {"x": 1}),
+    "chat_template_kwargs": ([{}, {"enable_thinking": False}], {"messages": []}),
     "top_logprobs": ([0], 1),
     "stream_options": ([{}, {"include_usage": True, "continuous_usage_stats": False}], {"x": 1}),
     "stream_drafts": ([False], True),
@@ -42,8 +42,8 @@ FIELDS = {
     "stop_token_ids": ([[]], [-1]),
     "continue_final_message": ([False], True),
     "add_generation_prompt": ([True], False),
-    "include_reasoning": ([False], "x"),
-    "reasoning_effort": (["none", "low", "high"], "banana"),
+    "include_reasoning": ([False, True], "x"),
+    "reasoning_effort": (["none", "low", "high", "max"], "banana"),
     "verbosity": (["high"], "x"),
     "extra_body": ([{}], {"x": 1}),
     "images": ([[]], ["x"]),
@@ -87,7 +87,7 @@ def test_fields_of_earlier_answers_are_ignored():
     )
     answer = {
         "tool_calls": [], "annotations": [{"type": "url_citation"}], "refusal": "No.",
-        "reasoning": "Hm.", "reasoning_content": "Hm.", "audio": None,
+        "reasoning": {"effort": "low"}, "audio": None,
         "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}],
         "thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}], "function_call": None,
         "provider_specific_fields": {"refusal": None}, "images": [],

@@ -1,0 +1,141 @@
+"""Thinking: the part of an output before its answer, between tags that the chat template knows.
+
+This module alone knows the tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from self_speculation.decoding.texts import Detokenizer, Tag
+
+# Opening and closing tags that templates write without naming them in the tokenizer's config.
+_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+
+
+Part = tuple[str, bool]  # a text, and whether it is thinking
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How the output to a prompt may think."""
+
+    begin: Tag
+    end: Tag
+    has_begun: bool
+    """The prompt ends inside the thinking. Otherwise an output thinks if it starts with the opening tag."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Thinking | None:
+        """For a prompt by the chat template; None: the template has no tags, or the prompt ends with an empty
+        thinking, as some templates write to turn it off.
+        """
+        tags = _tags(tokenizer)
+        if tags is None or prompt.rstrip().endswith(tags[1]):
+            return None
+        begin, end = (Tag.of(text, tokenizer) for text in tags)
+        return cls(begin, end, has_begun=prompt.rstrip().endswith(begin.text.rstrip()))
+
+
+def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Those that the tokenizer's config names, or that its chat template writes or removes."""
+    fields = (getattr(tokenizer, "response_template", None) or {}).get("fields", {})
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        begin, end = (fields.get(name, {}).get(side) for side in ("open", "close"))
+        if isinstance(begin, str) and isinstance(end, str):
+            return begin, end
+    template = str(tokenizer.chat_template or "")
+    return next((tags for tags in _TAGS if tags[1] in template), None)
+
+
+class Splitter:
+    """Separates thinking from answer in an output that comes in pieces. Leaves out tags and the line breaks
+    next to them, as templates do with earlier answers.
+    """
+
+    def __init__(self, thinking: Thinking) -> None:
+        self._begin, self._end = thinking.begin, thinking.end
+        self.has_thought, self.in_answer = thinking.has_begun, False
+        self._held = ""  # may belong to a tag, or is line breaks that may be next to one
+        self._at_start = self.has_thought  # of thinking or answer, where line breaks are left out
+
+    def add(self, text: str, id_: int | None = None, finished: bool = False) -> list[Part]:
+        """What is settled after a new text, whose last token is `id_`; if the output has finished, all."""
+        settled = self._settle(text, id_)
+        if finished:
+            text, self._held = self._held.rstrip("\n"), ""
+            settled += self._part(text, is_thinking=self.has_thought)
+        return settled
+
+    def _settle(self, text: str, id_: int | None) -> list[Part]:
+        text, self._held = self._held + text, ""
+        if not (self.has_thought or self.in_answer):
+            at = self._begin.find(text, id_)
+            self.has_thought = self._at_start = at >= 0 and not text[:at].strip()
+            if self.has_thought:
+                text = text[at + len(self._begin.text) :]
+            elif self._begin.text.startswith(text.lstrip()):
+                self._held = text
+                return []
+            else:
+                self.in_answer = True
+        if self.in_answer:
+            return self._part(text, is_thinking=False)
+        if (at := self._end.find(text, id_)) < 0:
+            settled = text[: len(text) - self._end.begun(text)].rstrip("\n")
+            self._held = text[len(settled) :]
+            return self._part(settled, is_thinking=True)
+        thought = self._part(text[:at].rstrip("\n"), is_thinking=True)
+        self.in_answer = self._at_start = True
+        return [*thought, *self._part(text[at + len(self._end.text) :], is_thinking=False)]
+
+    def _part(self, text: str, is_thinking: bool) -> list[Part]:
+        text = text.lstrip("\n") if self._at_start else text
+        self._at_start = self._at_start and not text
+        return [(text, is_thinking)] if text else []
+
+
+class ThinkingReader:
+    """Reads an output token by token: the text of its thinking, and that of its answer."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, thinking: Thinking, prompt: Sequence[int] = ()
+    ) -> None:
+        self.thinking = self.answer = ""
+        self._text, self._splitter = Detokenizer(tokenizer, prompt), Splitter(thinking)
+        self._num_read = self._num_before = 0  # tokens read; those before the answer
+
+    def read(self, output: Sequence[int]) -> None:
+        """Read the tokens of an output that it has not read yet."""
+        for id_ in output[self._num_read :]:
+            self._num_before += not self._splitter.in_answer
+            self._take(self._splitter.add(self._text.add(id_), id_))
+        self._num_read = len(output)
+
+    def end(self, output: Sequence[int]) -> None:
+        """Read the rest of an output that has finished; an answer at once."""
+        if not self._splitter.in_answer:
+            self.read(output)
+        unread, self._num_read = output[self._num_read :], len(output)
+        self._take(self._splitter.add(self._text.rest(unread), finished=True))
+
+    @property
+    def num_thinking(self) -> int:
+        """Tokens of the thinking and its tags."""
+        return self._num_before if self._splitter.has_thought else 0
+
+    @property
+    def in_answer(self) -> bool:
+        """Whether the last token adds to the text of the answer."""
+        is_thinking = self._splitter.has_thought and not self._splitter.in_answer
+        return bool(self.answer) or (self._text.is_waiting and not is_thinking)
+
+    def _take(self, parts: Iterable[Part]) -> None:
+        for text, is_thinking in parts:
+            if is_thinking:
+                self.thinking += text
+            else:
+                self.answer += text
