@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.servers import started
+from self_speculation.model.families import FAMILIES
 from self_speculation.model.loading import default_model
 
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
@@ -159,6 +160,21 @@ def test_the_readme_links_every_page():
     """Guards against a page that nobody finds."""
     text = (ROOT / "README.md").read_text()
     assert [page for page in PAGES if page != "README.md" and f"({page})" not in text] == []
+
+
+def test_the_readme_lists_every_family_and_its_drafts():
+    """Guards against a list that promises drafts which the code refuses, or forgets a family."""
+    rows = re.findall(
+        r"^\| (.+) \| (first layers.*) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    listed = {name: (drafts, layers) for names, drafts, layers in rows for name in names.split(", ")}
+    assert listed == {
+        family.name: (
+            "first layers, n-grams, copies in four bits",
+            "fused" if family.is_fused else "of transformers",
+        )
+        for family in FAMILIES.values()
+    }
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS])

@@ -65,7 +65,7 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     """Guards against errors in length limits, rollback, stops inside a draft, the history of processors and
     stop conditions, and against keys and values that an inexact draft leaves in the cache.
     """
-    model = tiny_llama(agreement=agreement, fused=fused or "draft_weights" in drafts)
+    model = tiny_llama(agreement=agreement, fused=fused)
 
     def ends(output):
         return stops_at is not None and sum(output[-2:]) % stops_at == 0
@@ -100,18 +100,19 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     shared=SHARED,
     agreement=st.sampled_from(["never", "always", "sometimes"]),
     weights=st.sampled_from(["exact", "int4"]),
+    fused=st.booleans(),
     draft_vocabulary=st.sampled_from([None, 5, 30]),
     processors=st.sampled_from(sorted(PROCESSORS)),
     prompt=st.lists(st.integers(3, 9), min_size=1, max_size=30),
 )
 def test_ids_equal_for_every_sequence_of_plans(
-    data, shared, agreement, weights, draft_vocabulary, processors, prompt
+    data, shared, agreement, weights, fused, draft_vocabulary, processors, prompt
 ):
     """Guards against keys, values or ids that one draft source leaves to another. Plans are random: on a tiny
     model, the policy always has the same best plan.
     """
     weights = "exact" if agreement == "never" else weights  # a hooked layer has no copy
-    model = tiny_llama(num_layers=8, agreement=agreement, fused=weights != "exact")
+    model = tiny_llama(num_layers=8, agreement=agreement, fused=fused)
     shared = {**shared, "max_steps": 2 * shared["max_steps"]}
 
     def plan(matched, limits):

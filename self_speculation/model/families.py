@@ -10,7 +10,7 @@ class Family(NamedTuple):
     """A kind of models. Early exits and n-grams draft for all of them."""
 
     name: str  # on pages
-    is_fused: bool = False  # its layers run as fused layers, and have copies in four bits
+    is_fused: bool = False  # plain layers run as fused layers
 
 
 # By `config.model_type`: decoders with a stack of residual layers between an unscaled embedding and a plain

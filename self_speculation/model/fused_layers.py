@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks
 from self_speculation.model.devices import free_memory
@@ -26,8 +27,9 @@ from self_speculation.model.linear import NARROW, Linear, follow_weights
 from self_speculation.model.made import lock, made
 from self_speculation.model.overrides import replaced_forward
 
-# Modules that hold activation functions. Fused layers call these as they are.
+# Modules of plain layers that are not those of their family. Fused layers call activations as they are.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+_OF_TORCH = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
 
 # The share of the free memory that packed copies may take.
 _SHARE_OF_ROOM = 1 / 3
@@ -41,6 +43,7 @@ class _State:
     fp32_activations: bool = False
     num_changes: int = 0  # see `num_changes`
     made: dict[nn.Module, Fused] = field(default_factory=dict)  # by decoder layer; of the head by `lm_head`
+    linears: dict[nn.Module, tuple[Hashable, Linear]] = field(default_factory=dict)  # see `linear_of`
 
 
 def _state(model: Any) -> _State:
@@ -69,7 +72,7 @@ def fuse(model: Any, fp32_activations: bool | None = None) -> int:
         state.is_fused = True
         state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
         state.num_changes += 1
-        state.made = {}
+        state.made, state.linears = {}, {}
         try:
             parts, dtype = fused_model(model)
             if fp32_activations and dtype != torch.float32:
@@ -96,20 +99,23 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
         ValueError: float16 cannot hold a weight of a W16A32 model any more.
     """
     state, config = _state(model), model.config
-    if not (state.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa"):
-        return {}, model.dtype
     with lock(model):
-        return _follow(model, state)
+        kept = state.linears = {
+            module: pair for module, pair in state.linears.items() if pair[0] == structure(module)
+        }
+        follow_weights([linear for _, linear in kept.values()])
+        if state.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
+            return _follow(model, state)
+    return {}, model.dtype
 
 
 def _follow(model: Any, state: _State) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     """See `fused_model`."""
     base, head = model.base_model, model.get_output_embeddings()
     modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
-    family = f"transformers.models.{model.config.model_type}."
     structures = {key: structure(*of_key) for key, of_key in modules.items()}
     made = {key: fused for key, fused in state.made.items() if fused.structure == structures.get(key)}
-    plain = [key for key, of_key in modules.items() if key in made or _is_plain(family, *of_key)]
+    plain = [key for key, of_key in modules.items() if key in made or difference(model, *of_key) is None]
     fp32 = state.fp32_activations and len(plain) == len(modules) and _fits_float16(model)
     # Free outdated parts before new ones are made.
     state.made = made = {key: fused for key, fused in made.items() if fused.fp32_activations == fp32}
@@ -151,7 +157,9 @@ def formats_made(model: Any) -> set[Hashable]:
 
 
 def _linears(model: Any) -> list[Linear]:
-    return [linear for fused in [*_state(model).made.values()] for linear in fused.linears]
+    state = _state(model)
+    of_fused = [linear for fused in [*state.made.values()] for linear in fused.linears]
+    return of_fused + [linear for _, linear in [*state.linears.values()]]
 
 
 def num_changes(model: Any) -> int:
@@ -161,9 +169,36 @@ def num_changes(model: Any) -> int:
     return _state(model).num_changes
 
 
-def plain_linear(head: nn.Module) -> Linear | None:
-    """A `Linear` of a head that is not fused; None if its weight is in parts, quantised or offloaded."""
-    return Linear(head) if type(head) is nn.Linear and _is_plain("", head) else None
+def linear_of(model: Any, module: nn.Module) -> Linear:
+    """A `Linear` of a plain module that is in no fused part. The model keeps it and what is made of it until
+    a generation finds another weight.
+    """
+    linears = _state(model).linears
+    with lock(model):
+        if module not in linears:
+            linears[module] = structure(module), Linear(module)
+        return linears[module][1]
+
+
+def difference(model: Any, *roots: nn.Module) -> str | None:
+    """What tells these modules from plain ones: those of the model's family, with weights of one dtype on one
+    device, and without hooks; None: nothing.
+    """
+    family = f"transformers.models.{model_type_to_module_name(model.config.model_type)}."
+    named = [pair for root in roots for pair in root.named_modules()]
+    for name, module in named:
+        kind = type(module)
+        if kind not in _OF_TORCH and not kind.__module__.startswith((family, *_ACTIVATIONS)):
+            return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
+        if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
+            return f"{name or 'it'} has a hook or another forward"
+    weights = [weight for root in roots for weight in root.parameters()]
+    for weight in weights:
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            return f"its weights are in fewer bits or in parts ({type(weight).__name__}, {weight.dtype})"
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device.type == "meta":
+        return "its weights differ in dtype or device, or are offloaded"
+    return None
 
 
 class RMSNorm:
@@ -210,7 +245,7 @@ class FusedLayer:
             linear(mlp.gate_proj, mlp.up_proj),
             linear(mlp.down_proj),
         )
-        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `_is_plain`: there are no hooks
+        self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `difference`: there are no hooks
         self._width = mlp.gate_proj.out_features
         self._input_norm = RMSNorm(layer.input_layernorm)
         self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
@@ -292,21 +327,3 @@ class FusedHead:
 
 
 Fused = FusedLayer | FusedHead
-
-
-def _is_plain(family: str, *roots: nn.Module) -> bool:
-    """Whether all modules are those of a transformers family, with weights of one dtype on one device."""
-    weights = [weight for root in roots for weight in root.parameters()]
-    return (
-        len({(weight.dtype, weight.device) for weight in weights}) == 1
-        and weights[0].is_floating_point()
-        and weights[0].device.type != "meta"
-        and all(type(weight) is nn.Parameter for weight in weights)
-        and all(_is_as_built(module, family) for root in roots for module in root.modules())
-    )
-
-
-def _is_as_built(module: nn.Module, family: str) -> bool:
-    kind = type(module)
-    known = kind is nn.Linear or kind.__module__.startswith((family, *_ACTIVATIONS))
-    return known and not (module._forward_hooks or module._forward_pre_hooks or replaced_forward(module))

@@ -41,15 +41,15 @@ class PlainLayer:
     """A decoder layer of transformers with the interface of `FusedLayer`."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+        self.module = layer
 
     @property
     def structure(self) -> Hashable:
-        return structure(self._layer)
+        return structure(self.module)
 
     def __call__(self, hidden: Tensor, context: AttentionContext, cache: Appendable) -> Tensor:
         mask = context.mask()
-        return self._layer(
+        return self.module(
             hidden.view(context.rows, context.width, -1),
             attention_mask=mask[None, None] if mask is not None and mask.dim() == 2 else mask,
             position_embeddings=context.rotary,
@@ -62,17 +62,18 @@ class PlainHead:
     """Final norm and head of transformers with the interface of `FusedHead`."""
 
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
-        self._norm, self.module = norm, head
+        self.modules = norm, head
 
     @property
     def structure(self) -> Hashable:
-        return structure(self._norm, self.module)
+        return structure(*self.modules)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.module(self._norm(hidden[None]))[0]
+        norm, head = self.modules
+        return head(norm(hidden[None]))[0]
 
     def norm(self, hidden: Tensor) -> Tensor:
-        return self._norm(hidden[None])[0]
+        return self.modules[0](hidden[None])[0]
 
 
 class _Rotary:

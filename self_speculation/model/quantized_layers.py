@@ -1,30 +1,31 @@
-"""Fused layers in four bits, made from the model's own: for cheap drafts, never for the target.
+"""Layers in four bits, made from the model's own: for cheap drafts, never for the target.
 
-A head in four bits costs most agreement, so it gets more: float16 in a float32 model on a CPU, else it is the
-model's own. Each copy stays with the `Linear` that it was made of, see `Linear.derive`.
+A copy of a layer that is not fused is transformers' own layer with other products in place of each
+`nn.Linear`. A head in four bits costs most agreement, so it gets more: float16 in a float32 model on a CPU,
+else it is the model's own. Each copy stays with the `Linear` that it was made of, see `Linear.derive`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
-from self_speculation.model.families import FAMILIES, has_fused_layers
-from self_speculation.model.fused_layers import FusedHead, FusedLayer, formats_made
+from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, formats_made, linear_of
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import int4_kernel
-from self_speculation.model.kv_cache import KVCache
+from self_speculation.model.kv_cache import Appendable, KVCache
 from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
 from self_speculation.model.made import lock
-from self_speculation.model.model_runner import ModelRunner, forward_early
+from self_speculation.model.model_runner import ModelRunner, PlainHead, PlainLayer, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 
@@ -66,14 +67,6 @@ def kernel_of_copies(model: PreTrainedModel) -> str | None:
     return str(int4_kernel()) if has_copies else None
 
 
-def check_family(draft_weights: DraftWeights, config: Any) -> None:
-    """Raises ValueError, before any weight is read, if there are no copies of a model with this config."""
-    if draft_weights != "exact" and not has_fused_layers(config):
-        copied = ", ".join(name for name, family in FAMILIES.items() if family.is_fused)
-        why = f"there are no copies of a {config.model_type} model, only of {copied}"
-        raise ValueError(f"draft_weights {draft_weights}: {why}")
-
-
 def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None = None) -> ModelRunner:
     """The first layers in four bits and a head, over the runner's own cache. Each copy is made once.
 
@@ -81,28 +74,90 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         short_head: replaces the head.
 
     Raises:
-        ValueError: another family, layers that are not fused, no kernels, or no memory for the copies.
+        ValueError: layers or head with hooks, adapters or quantised weights, no kernels, or no memory for the
+            copies.
     """
-    check_family("int4", runner.config)
-    layers = [layer for layer in runner.layers[:num_layers] if isinstance(layer, FusedLayer)]
-    if len(layers) < num_layers or not isinstance(runner.head, FusedHead):
-        raise ValueError(
-            "draft_weights int4: needs fused layers, so fuse(model), attn_implementation sdpa,"
-            " and layers and head without hooks, adapters or quantised weights"
-        )
+    layers = [_with_linears(runner, f"layer {i}", part) for i, part in enumerate(runner.layers[:num_layers])]
+    head = _with_linears(runner, "head", runner.head)
     of_head: Format | None = head_format(runner.rotary.device, runner.model.dtype)
     of_head = of_head if short_head is None else Int4Linear  # its best few are computed in 16
-    head = short_head or runner.head
     formats: dict[Linear, Format] = {linear: Int4Linear for layer in layers for linear in layer.linears}
+    head = short_head or head
     formats |= {} if of_head is None else dict.fromkeys(head.linears, of_head)
     with lock(runner.model):
         copied = _make_copies(runner, layers, formats)
     copies = [replace_linears(layer, copied) for layer in layers]
-    return runner.over(copies, head if of_head is None else replace_linears(head, copied))
+    return runner.over(copies, runner.head if of_head is None else replace_linears(head, copied))
+
+
+def _with_linears(runner: ModelRunner, name: str, part: Any) -> Any:
+    """A layer or head with a `Linear` for each product. Raises ValueError if it is not plain."""
+    if isinstance(part, FusedLayer | FusedHead):
+        return part
+    modules = (part.module,) if isinstance(part, PlainLayer) else part.modules
+    if (why := difference(runner.model, *modules)) is not None:
+        only = "only layers and a head without hooks, adapters and quantised weights are copied"
+        raise ValueError(f"draft_weights int4: {name}: {why}; {only}")
+    return (_UnfusedLayer if isinstance(part, PlainLayer) else _UnfusedHead)(runner.model, part)
+
+
+class _UnfusedLayer:
+    """A layer of transformers whose `nn.Linear` are replaced; all other modules are its own."""
+
+    def __init__(self, model: PreTrainedModel, layer: PlainLayer) -> None:
+        self._layer = layer
+        self._replaced = [module for module in layer.module.modules() if type(module) is nn.Linear]
+        self.linears = tuple(linear_of(model, module) for module in self._replaced)
+
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        return self._linears
+
+    @linears.setter
+    def linears(self, linears: tuple[Any, ...]) -> None:
+        self._linears, self._run = linears, copy.copy(self._layer)
+        products: dict[nn.Module, nn.Module] = dict(zip(self._replaced, map(_Product, linears), strict=True))
+        self._run.module = _with_modules(self._layer.module, products)
+
+    def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
+        return self._run(hidden, context, cache)
+
+
+class _UnfusedHead:
+    """A norm of transformers and another head."""
+
+    def __init__(self, model: PreTrainedModel, head: PlainHead) -> None:
+        self._norm, self.linears = head.norm, (linear_of(model, head.modules[1]),)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.linears[0](self._norm(hidden))
+
+
+class _Product(nn.Module):
+    """A `Linear`, or a copy of one, in place of a `nn.Linear`."""
+
+    def __init__(self, linear: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+
+def _with_modules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A copy with some of its modules replaced. It shares all parameters and buffers."""
+    if module in others:
+        return others[module]
+    copied = copy.copy(module)
+    copied._modules = {
+        name: None if child is None else _with_modules(child, others)
+        for name, child in module._modules.items()
+    }
+    return copied
 
 
 def _make_copies(
-    runner: ModelRunner, layers: Sequence[FusedLayer], formats: Mapping[Linear, Format]
+    runner: ModelRunner, layers: Sequence[Any], formats: Mapping[Linear, Format]
 ) -> Callable[[Linear], Int4Linear | Float16Linear]:
     """Make what is missing on all threads. Returns a function that finds the copy of a `Linear`."""
     missing = [linear for linear, kind in formats.items() if kind not in linear.derived]
@@ -145,7 +200,7 @@ class _SquaresSummed:
 
 
 @torch.no_grad()
-def _squares_of_inputs(runner: ModelRunner, layers: Sequence[FusedLayer]) -> Mapping[Linear, Tensor]:
+def _squares_of_inputs(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Linear, Tensor]:
     """[in] for every `Linear` of these layers, summed over some tokens.
 
     Layers decide which inputs are large, more than the text does: tokens from all over the vocabulary show it

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.devices import free_memory
-from self_speculation.model.fused_layers import FusedHead, plain_linear
+from self_speculation.model.fused_layers import FusedHead, difference, linear_of
 from self_speculation.model.int4_linear import Int4Linear
-from self_speculation.model.linear import Linear, follow_weights
-from self_speculation.model.made import lock, made
-from self_speculation.model.model_runner import ModelRunner, PlainHead
+from self_speculation.model.linear import Linear
+from self_speculation.model.made import made
+from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
 
 # The fewest rows by default, and the share of a draft step that they must save.
@@ -61,7 +61,7 @@ def default_vocabulary(
     """A quarter of the rows if that makes a draft step of so many layers clearly cheaper; None: all rows.
     Weights of layers and of the head have these numbers of bytes.
     """
-    if isinstance(runner.head, PlainHead) and plain_linear(runner.head.module) is None:
+    if _whole_linear(runner) is None:
         return None
     size, width = runner.model.get_output_embeddings().weight.shape
     rows = max(_LEAST_ROWS, 2 ** round(math.log2(size / 4)))
@@ -85,9 +85,8 @@ class ShortHead:
     """
 
     def __init__(self, runner: ModelRunner, number: int, grows: bool = False) -> None:
-        if isinstance(runner.head, FusedHead):
-            whole = runner.head.linears[0]
-        elif (whole := _kept_linear(runner.head)) is None:
+        whole = _whole_linear(runner)
+        if whole is None:
             raise ValueError(
                 f"draft_vocabulary {number}: needs the whole head on one device, not with --parallel tensor"
             )
@@ -131,13 +130,13 @@ def _logits(head: Any, exact: Linear, normed: Tensor) -> Tensor:
     return logits
 
 
-def _kept_linear(head: PlainHead) -> Linear | None:
-    """See `plain_linear`. It keeps the rows of short heads."""
-    with lock(head.module):
-        kept = made(head.module, Linear, head.structure, lambda: plain_linear(head.module))
-        if kept is not None:
-            follow_weights([kept])
-    return kept
+def _whole_linear(runner: ModelRunner) -> Linear | None:
+    """Of the head; None if its weight is in parts, quantised or offloaded."""
+    if isinstance(runner.head, FusedHead):
+        return runner.head.linears[0]
+    head = runner.head.modules[1]
+    is_plain = type(head) is nn.Linear and difference(runner.model, head) is None
+    return linear_of(runner.model, head) if is_plain else None
 
 
 def _rows(head: Linear, numbers: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -103,7 +103,6 @@ def test_every_row_is_as_if_alone(
     position, and against a cached prefix that another row overwrites. Rows are replaced in every order. On a
     GPU tokens are read late: guards against a pass too many that shows.
     """
-    fused = fused or drafts.get("draft_weights") == "int4"
     is_adaptive = "strategy" in drafts  # whose drafts and draws depend on time
     requests = [
         Request(

@@ -49,7 +49,7 @@ def test_a_conversation_reads_on(turns, forgets, batch_size, drafts, max_steps, 
 
     forgets: length of the history that the next turn keeps, as a template drops old messages.
     """
-    model = tiny_llama(agreement=agreement, fused=fused or drafts.get("draft_weights") == "int4")
+    model = tiny_llama(agreement=agreement, fused=fused)
     strategy = make_strategy(strategy_name(drafts))
     settings = {"max_steps": max_steps, "batch_size": batch_size, **drafts}
     history: list[int] = []

@@ -184,7 +184,7 @@ def cuda(monkeypatch):
         "torch.cuda.get_device_capability": lambda device: (9, 0),
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         # A parameter of no memory is no `Parameter`, and nowhere.
-        f"{package}.model.fused_layers._is_plain": lambda *modules: True,
+        f"{package}.model.fused_layers.difference": lambda *modules: None,
         f"{package}.model.fused_layers.structure": lambda *modules: (),
         f"{package}.model.linear.contents": lambda groups: [()] * len(groups),
         f"{package}.model.fingerprint.contents": lambda groups: [()] * len(groups),

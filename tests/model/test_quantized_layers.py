@@ -1,4 +1,4 @@
-"""Copies of layers in four bits: their products, their memory, and models that have none.
+"""Copies of layers in four bits: their products, their memory, and layers that have none.
 
 test_self_speculation_generator.py and decoding/test_sampling_distribution.py check that outputs do not depend
 on them.
@@ -6,17 +6,18 @@ on them.
 
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama
+from conftest import assert_close, generate, tiny_llama, transformers_generate
 from helpers import refused
 from int4_layout import unpacked
+from test_llama_model_utils import family
 from torch import nn
-from transformers import AutoModelForCausalLM, GemmaConfig
 
 import benchmark
 import correctness
 import generate as generate_script
 import sweep
 from self_speculation.model import int4_linear, quantized_layers
+from self_speculation.model.families import FAMILIES
 from self_speculation.model.fused_layers import bytes_made, fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import Int4Kernel, int4_kernel
@@ -186,27 +187,99 @@ def test_copies_that_do_not_fit_are_refused(monkeypatch):
         quantized(runner, 3)
 
 
-GEMMA = GemmaConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=16, vocab_size=50,
-)  # fmt: skip
+def in_sixteen_steps(model):
+    """Weights that four bits hold."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            steps = torch.randint(-8, 8, module.weight.shape)
+            steps[:, ::32], steps[:, 1::32] = -8, 7
+            module.weight.data = steps * 0.06
+    return model
 
 
-def test_models_without_copies():
-    """Guards against an error that names neither `fuse` nor the families that have copies."""
-    drafts = {**DRAFTS, "exit_layer": 2}
-    with pytest.raises(ValueError, match=r"draft_weights int4: needs fused layers, so fuse\(model\)"):
-        generate(tiny_llama(), PROMPT, **drafts)
-    with pytest.raises(ValueError, match="int4: there are no copies of a gemma model, only of llama"):
-        generate(AutoModelForCausalLM.from_config(GEMMA).eval(), PROMPT, **drafts)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_copy_of_every_family(model_type):
+    """Guards against copies of layers that leave a product, a bias or a norm out, and against a draft that
+    changes the output.
+    """
+    model = in_sixteen_steps(family(model_type, num_hidden_layers=2).float())
+    expected = transformers_generate(model, PROMPT, 12, eos=-1)
+    result = generate(model, PROMPT, max_steps=12, eos=[], **{**DRAFTS, "exit_layer": 2})
+    assert result.predicted_tokens == expected
+    assert result.acceptance_rate > 0.7
+    copied = {name for name, module in model.named_modules() if type(module) is nn.Linear} - {"lm_head"}
+    assert bytes_made(model) - Float16Linear.bytes_of(model.lm_head.weight.shape) == sum(
+        Int4Linear.bytes_of(model.get_submodule(name).weight.shape) for name in copied
+    )
 
 
-def test_another_family_is_refused_before_it_is_loaded(common, tmp_path, monkeypatch, capsys):
-    """Guards against minutes of loading before an error that the config alone shows."""
-    GEMMA.save_pretrained(tmp_path / "model")  # there are no weights
-    monkeypatch.setattr("runs.startup.load_model_and_tokenizer", lambda *_: pytest.fail("it was loaded"))
-    line = refused(benchmark.main, [*common, *SPECULATION, "--model", str(tmp_path / "model")], capsys)
-    assert "--draft_weights int4: there are no copies of a gemma model" in line
+def test_a_copy_of_transformers_layers_follows_their_weights():
+    """Guards against a copy made for each generation, against drafts of former weights or by a norm that the
+    model no longer has, and against a model that keeps both.
+    """
+    model = in_sixteen_steps(family("olmo2", num_hidden_layers=2).float())
+
+    def drafted():
+        return generate(model, PROMPT, max_steps=12, eos=[], **{**DRAFTS, "exit_layer": 2})
+
+    def copies():
+        return quantized(ModelRunner(model, 6, 20), 2).layers[0].linears
+
+    drafted()
+    before, size = copies(), bytes_made(model)
+    assert all(mine is theirs for mine, theirs in zip(copies(), before, strict=True))
+    q_proj, norm = model.model.layers[0].self_attn.q_proj, model.model.layers[1].post_feedforward_layernorm
+    norm.weight = nn.Parameter(-norm.weight.detach())
+    q_proj.weight.data.neg_()
+    assert drafted().acceptance_rate > 0.7
+    assert [mine is theirs for mine, theirs in zip(copies(), before, strict=True)].count(False) == 1
+    assert bytes_made(model) == size
+    fuse(model)
+    assert not bytes_made(model)
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def with_another_forward(model):
+    model.model.layers[1].mlp.forward = lambda x: x
+
+
+def adapted(model):
+    class Lora(nn.Linear):
+        pass
+
+    model.model.layers[1].mlp.up_proj = Lora(32, 48, bias=False)
+
+
+def in_fewer_bits(model):
+    weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.char(), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (hooked, "layer 1: mlp has a hook or another forward"),
+        (with_another_forward, "layer 1: mlp has a hook or another forward"),
+        (adapted, "layer 1: mlp.up_proj is a Lora of test_quantized_layers"),
+        (in_fewer_bits, r"layer 1: its weights are in fewer bits or in parts \(Parameter, torch.int8\)"),
+        (lambda model: model.lm_head.register_forward_hook(lambda *_: None), "head: it has a hook"),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])
+def test_layers_that_are_not_plain_have_no_copies(model_type, change, message):
+    """Guards against a copy that ignores a hook, an adapter or the format of weights, and against an error
+    that does not name them.
+    """
+    model = family(model_type, num_hidden_layers=2).float()
+    fuse(model)
+    change(model)
+    with pytest.raises(ValueError, match=f"^draft_weights int4: {message}.*; only layers and a head without"):
+        quantized(ModelRunner(model, 6, 20), 2)
+    if "layer 1" in message:
+        quantized(ModelRunner(model, 6, 20), 1)
 
 
 @pytest.mark.parametrize("script", [generate_script, benchmark, correctness, sweep])
