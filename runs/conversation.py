@@ -111,10 +111,10 @@ class Conversation:
         if self.chat:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
-            if result.thinking:  # whether the model sees it again is up to the template
+            self._history += result.decoded_prediction
+            if result.num_thinking_tokens:  # whether the model sees it again is up to the template
                 self._messages[-1]["reasoning_content"] = result.thinking
                 self._history = ""
-            self._history += result.decoded_prediction
             self._history_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
         print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
         if legend := getattr(streamer, "legend", ""):

@@ -6,7 +6,6 @@ that may become a stop word is held back.
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import sys
@@ -208,8 +207,8 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         if not self._drafts:
             return []
         text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
-        drafted = _cells(_parts(copy.copy(self._splitter), text), "draft")
-        return self._visible([*self._held, *drafted], finished=False)
+        drafted = self._splitter.preview(text) if self._splitter else [(text, False)]
+        return self._visible([*self._held, *_cells(drafted, "draft")], finished=False)
 
     def _show(self, cells: list[Cell]) -> None:
         if not self._on_terminal:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import itertools
 import json
-import logging
 import math
 import secrets
 import time
@@ -18,37 +17,33 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 import self_speculation
-from runs.failures import reason
 from self_speculation import GenerationConfig, GenerationStrategyResult, HuggingfaceLlamaGenerator
 from self_speculation.decoding.grammar import GrammarError
 from self_speculation.decoding.texts import decode
 from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.families import context_length
 from serving.access import PAGE_FILES, AccessMiddleware, is_loopback, read_body
-from serving.engine import Engine, Job, QueueFull, RequestAborted, RequestTimeout, ServerShutdown
+from serving.engine import Engine, Job, QueueFull, RequestTimeout
 from serving.flags import ServeArguments
 from serving.metrics import FinishedRequest, Metrics, figures
 from serving.openapi import document
-from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest, validation_error
+from serving.protocol import APIError, BaseRequest, ChatRequest, CompletionRequest
+from serving.responses import AnswerResponse, api_error
 from serving.streaming import Delta, DeltaStreamer, DraftDeltaStreamer, LogprobCollector
 
-_log = logging.getLogger(__name__)
 _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
-_STATUS = {QueueFull: 429, ClientDisconnect: 499, ServerShutdown: 503, RequestTimeout: 504}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _SEEDS = 2**63
 
@@ -154,7 +149,7 @@ class App(Starlette):
         return JSONResponse(error.body, error.status, headers)
 
     def _count_error(self, exception: Exception) -> APIError:
-        error = _api_error(exception)
+        error = api_error(exception)
         self._metrics.count_error(error.status)
         return error
 
@@ -239,7 +234,7 @@ class App(Starlette):
         events = self._events(request, choices, queue)
         parts = (self._chunks if request.stream else self._whole)(request, choices, events)
         media_type = "text/event-stream" if request.stream else "application/json"
-        return _AnswerResponse(parts, media_type, [choice.job for choice in choices])
+        return AnswerResponse(parts, media_type, [choice.job for choice in choices])
 
     @asynccontextmanager
     async def _turn(self, http: Request, arrival: float) -> AsyncGenerator[None]:
@@ -373,36 +368,6 @@ class App(Starlette):
         yield "data: [DONE]\n\n"
 
 
-class _AnswerResponse(StreamingResponse):
-    """Begins with its first part, so that an error before has a status of its own. Its end cancels the jobs,
-    also when the client disconnects.
-    """
-
-    def __init__(self, parts: AsyncGenerator[str], media_type: str, jobs: Sequence[Job]) -> None:
-        super().__init__(parts, headers={"Cache-Control": "no-cache"}, media_type=media_type)
-        self._parts, self._jobs, self._has_begun = parts, jobs, False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for job in self._jobs:
-                job.is_cancelled = True
-        if not self._has_begun:
-            raise ClientDisconnect
-
-    async def stream_response(self, send: Send) -> None:
-        async for part in self._parts:
-            body = part.encode()
-            if not self._has_begun:
-                if self.media_type == "application/json":  # in one part
-                    self.headers["Content-Length"] = str(len(body))
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            self._has_begun = True
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
 @contextmanager
 def _naming_field(request: BaseRequest) -> Iterator[None]:
     """Errors of a grammar name the field that it is made from."""
@@ -419,20 +384,3 @@ def _server_sent(content: Any) -> str:
 
 def _figures(request: BaseRequest, choices: Sequence[_Choice]) -> dict[str, Any]:
     return figures([choice.finished for choice in choices if choice.finished], request.n)
-
-
-def _api_error(error: Exception) -> APIError:
-    """Turn any error into the one that the client gets."""
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, HTTPException):
-        return APIError(error.detail, error.status_code)
-    if isinstance(error, RequestAborted | ClientDisconnect):
-        return APIError(str(error), _STATUS[type(error)])
-    if isinstance(error, ValidationError):
-        return validation_error(error)
-    if isinstance(error, ValueError):  # the scheduler raises it for an invalid request
-        return APIError(str(error))
-    if (why := reason(error, less="a shorter prompt or less max_tokens")) is None:
-        _log.error("a request failed", exc_info=error)
-    return APIError(why or "the server failed at this request", 500)

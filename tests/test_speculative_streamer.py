@@ -108,6 +108,21 @@ def test_a_terminal_shows_the_answer_alone_in_the_end(request, name, text, round
     assert terminal.shown() == printed.shown()
 
 
+@pytest.mark.parametrize("kind", ["added", "spelled"])
+def test_drafts_of_thinking_have_no_tags(byte_tokenizer, kind):
+    """Guards against tags that are shown until they are verified."""
+    tokenizer, terminal = thinking_tokenizer(byte_tokenizer, kind=kind), Terminal()
+    streamer = SpeculativeTextStreamer(tokenizer, file=terminal, thinking=Thinking.of(tokenizer, ""))
+    ids = tokenizer.encode(f"{TAGS[0]}\nHm\n{TAGS[1]}\n\nYes", add_special_tokens=False)
+    for num_decided in range(3):
+        streamer.put(ids[:num_decided])
+        for id_ in ids[num_decided:]:
+            streamer.put([id_], is_draft=True)
+        assert terminal.shown() == "HmYes"
+        streamer.delete(len(ids) - num_decided, is_draft=True)
+        ids = ids[num_decided:]
+
+
 @pytest.mark.parametrize("kind", [StandardTextStreamer, SpeculativeTextStreamer])
 @pytest.mark.parametrize("no_color", [False, True])
 def test_thinking_is_dim_and_not_in_a_file(byte_tokenizer, monkeypatch, kind, no_color):

@@ -5,6 +5,7 @@ This module alone knows the tags.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,12 @@ class Splitter:
             text, self._held = self._held.rstrip("\n"), ""
             settled += self._part(text, is_thinking=self.has_thought)
         return settled
+
+    def preview(self, text: str) -> list[Part]:
+        """What drafts of this text would settle, where tags are found by their texts."""
+        other = copy.copy(self)
+        other._begin, other._end = (tag._replace(id=None) for tag in (self._begin, self._end))
+        return other.add(text)
 
     def _settle(self, text: str, id_: int | None) -> list[Part]:
         text, self._held = self._held + text, ""

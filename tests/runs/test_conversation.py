@@ -67,17 +67,19 @@ def test_a_template_that_changes_the_history_wins(turns, byte_tokenizer, templat
 
 
 @pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])
-def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys, kwargs, keeps):
+@pytest.mark.parametrize("thought", ["Hm.", ""])
+def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys, kwargs, keeps, thought):
     """Guards against thinking that stays in the history because its tokens are kept."""
-    teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text=f"{TAGS[0]}\nHm.\n{TAGS[1]}\n\nI am</s>")
+    block = f"{TAGS[0]}\n{thought}\n{TAGS[1]}\n\n"
+    teller = Teller(thinking_tokenizer(byte_tokenizer, QWEN3), text=f"{block}u</s>")
     talk = Conversation(teller, GenerationConfig(sample=False), "none", chat=True, template_kwargs=kwargs)
     talk.answer("Who?")
     printed = capsys.readouterr()
-    assert printed.out == "I am\n"
+    assert printed.out == "u\n"
     assert re.search(r"\d+ tokens, \d+ of them thinking, in", printed.err)
     ids, thinking = talk._encoded("And I?")
-    kept = f"{TAGS[0]}\nHm.\n{TAGS[1]}\n\n" if keeps else ""
-    assert teller.tokenizer.decode(ids) == f"user: Who?\nassistant: {kept}I am\nuser: And I?\nassistant: "
+    answer = f"{block if keeps else ''}u"
+    assert teller.tokenizer.decode(ids) == f"user: Who?\nassistant: {answer}\nuser: And I?\nassistant: "
     assert not thinking.has_begun
 
 
