@@ -6,7 +6,7 @@ that outputs do not depend on it.
 
 import pytest
 import torch
-from conftest import assert_close, generate, tiny_llama
+from conftest import assert_close, generate, in_batch, tiny_llama
 
 from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
@@ -196,7 +196,9 @@ def test_a_row_with_many_new_ids_has_all_rows(weights):
 
 
 def test_texts_of_other_ids_are_drafted(monkeypatch):
-    """Guards against drafts that are never right in a language whose tokens are not among the first."""
+    """Guards against drafts that are never right in a language whose tokens are not among the first, and
+    against rows of a batch that get each other's logits while some have all rows.
+    """
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)
     model = fresh(agreement="always", exit_layer=0)
@@ -206,12 +208,14 @@ def test_texts_of_other_ids_are_drafted(monkeypatch):
 
     def num_accepted(**config):
         drafts = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4", **config}
-        result = generate(model, [*range(16, 24)], max_steps=24, eos=[], **drafts)
-        assert result.predicted_tokens == [*range(24, 48)]
-        return result.num_accepted
+        results = in_batch(model, [Request([*range(16, 24)]), Request([0, 1])], 2, max_steps=24, **drafts)
+        assert [results[row].predicted_tokens for row in (0, 1)] == [[*range(24, 48)], [*range(2, 26)]]
+        return [results[row].num_accepted for row in (0, 1)]
 
-    assert num_accepted(draft_vocabulary=16) == 0
-    assert num_accepted() > 12
+    # The second one has likely ids up to 15, and has all rows from its sixth new id on.
+    short, grown = num_accepted(draft_vocabulary=16), num_accepted()
+    assert short[0] == 0 < short[1] < 12
+    assert min(grown) > 12
 
 
 def test_rows_of_seen_ids_are_limited(monkeypatch):
