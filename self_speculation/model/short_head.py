@@ -32,6 +32,8 @@ _MOST_SEEN = 2048
 # A text gets all rows if this share of its last ids, about so many, are neither likely nor seen: drafts would
 # miss them. All rows lengthen a draft step by a quarter.
 _MANY_NEW, _LAST = 0.2, 20
+# Tokens of such texts before all rows are copied: so many decoded tokens save the time that copying takes.
+_WORTH_COPYING = 256
 # Logits of a head in four bits that are computed again. Four bits rarely rank the best one lower.
 _COMPUTED_AGAIN = 8
 
@@ -77,8 +79,8 @@ class ShortHead:
 
     Args:
         number: of likely ids.
-        grows: texts with many new ids get all rows, in the format of the likely ones. The first such text
-            makes their copy, if there is memory for it.
+        grows: texts with many new ids get all rows, in the format of the likely ones, once there were enough
+            such texts to pay for copying them, and if there is memory for the copy.
 
     Raises:
         ValueError: the head's weight is not a plain tensor.
@@ -99,7 +101,8 @@ class ShortHead:
         grows = grows and (
             Int4Linear in whole.derived or free_memory(runner.rotary.device) > 2 * whole.num_bytes
         )
-        self.seen = SeenIds(whole, frozenset(ids), runner.rotary, _MANY_NEW if grows else math.inf)
+        many_new, demand = _MANY_NEW if grows else math.inf, whole.derive(_Demand, _Demand)
+        self.seen = SeenIds(whole, frozenset(ids), runner.rotary, many_new, demand)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
@@ -153,18 +156,27 @@ class _Text:
     new: float = 0.0  # share of the last ids that were neither likely nor seen
 
 
+@dataclass
+class _Demand:
+    """Tokens of texts with many new ids, in all answers."""
+
+    num_tokens: int = 0
+
+
 class SeenIds:
     """Rows of a head for ids of sequences that are not among the likely ones.
 
     Args:
         like: a tensor with the device and dtype of hidden states.
         many_new: a share of ids, see `has_many_new`.
+        demand: counts tokens; `has_many_new` is False before there are enough.
     """
 
     def __init__(
-        self, whole: Linear, likely: frozenset[int], like: Tensor, many_new: float = math.inf
+        self, whole: Linear, likely: frozenset[int], like: Tensor, many_new: float, demand: _Demand
     ) -> None:
-        self._whole, self._likely, self._like, self._many_new = whole, likely, like, many_new
+        self._whole, self._likely, self._like = whole, likely, like
+        self._many_new, self._demand = many_new, demand
         self._sequences: dict[Any, _Text] = {}
         self._by_row: list[frozenset[int]] = []
         # [B] whether so many of the last ids were neither likely nor seen; the same as [B, 1] on the device.
@@ -175,8 +187,10 @@ class SeenIds:
         before, self._sequences = self._sequences, {}
         for sequence in sequences:
             text = before.get(sequence, _Text())
-            self._sequences[sequence] = self._after(text, sequence.ids_from(text.length))
-        self._set_rows([*self._sequences.values()])
+            after = self._sequences[sequence] = self._after(text, sequence.ids_from(text.length))
+            if after.new >= self._many_new:
+                self._demand.num_tokens += after.length - text.length
+        self._set_rows([*self._sequences.values()], self._demand.num_tokens >= _WORTH_COPYING)
 
     def read_text(self, ids: Sequence[int], num_positions: int) -> None:
         """Read a text, for a pass over its last positions: each knows the ids up to its own."""
@@ -202,9 +216,9 @@ class SeenIds:
         own = own if self._bias is None else own + self._bias
         return logits.index_copy_(1, self._ids, own if self._mask is None else own + self._mask)
 
-    def _set_rows(self, texts: Sequence[_Text]) -> None:
+    def _set_rows(self, texts: Sequence[_Text], may_grow: bool = True) -> None:
         """Copy the head's rows of seen ids, and mask for each row of a batch those that it has not seen."""
-        has_many_new = [text.new >= self._many_new for text in texts]
+        has_many_new = [may_grow and text.new >= self._many_new for text in texts]
         if has_many_new != self.has_many_new:
             self.has_many_new = has_many_new
             self.mask_of_many_new = on_device(has_many_new, self._like.device).bool()[:, None]

@@ -167,7 +167,7 @@ def test_each_position_of_a_text_knows_the_ids_before_it():
 
 
 @pytest.mark.parametrize("weights", ["exact", "int4"])
-def test_a_row_with_many_new_ids_has_all_rows(weights):
+def test_a_row_with_many_new_ids_has_all_rows(weights, monkeypatch):
     """Guards against a row that gets the ids of its neighbours, against one that keeps all rows once its text
     is an ordinary one again, and against ids in four bits of which another one is the best.
     """
@@ -175,9 +175,9 @@ def test_a_row_with_many_new_ids_has_all_rows(weights):
     config = GenerationConfig(generation_strategy="adaptive", draft_weights=weights)
     head = DraftContext(runner, config).drafter(4).head
     assert isinstance(head, FusedHead)  # by default a small vocabulary is whole
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DraftContext, "draft_vocabulary", 3)
-        head = DraftContext(runner, config).drafter(4).head
+    monkeypatch.setattr(DraftContext, "draft_vocabulary", 3)
+    monkeypatch.setattr(short_head, "_WORTH_COPYING", 0)
+    head = DraftContext(runner, config).drafter(4).head
     new, ordinary = sequence(*range(30, 38)), sequence(0, 1, 2, 2, 1, 9)
     with torch.inference_mode():
         whole = logits_of(runner.head)
@@ -197,10 +197,12 @@ def test_a_row_with_many_new_ids_has_all_rows(weights):
 
 def test_texts_of_other_ids_are_drafted(monkeypatch):
     """Guards against drafts that are never right in a language whose tokens are not among the first, and
-    against rows of a batch that get each other's logits while some have all rows.
+    against rows of a batch that get each other's logits while some have all rows, and against an answer that
+    waits for a copy of the head before it is worth it.
     """
     monkeypatch.setattr(short_head, "_LEAST_ROWS", 8)
     monkeypatch.setattr(short_head, "_CLEARLY_CHEAPER", 0.0)
+    monkeypatch.setattr(short_head, "_WORTH_COPYING", 40)
     model = fresh(agreement="always", exit_layer=0)
     with torch.no_grad():  # the token after i is i + 1
         model.lm_head.weight.copy_(torch.nn.functional.normalize(model.model.embed_tokens.weight).roll(1, 0))
@@ -213,8 +215,9 @@ def test_texts_of_other_ids_are_drafted(monkeypatch):
         return [results[row].num_accepted for row in (0, 1)]
 
     # The second one has likely ids up to 15, and has all rows from its sixth new id on.
-    short, grown = num_accepted(draft_vocabulary=16), num_accepted()
+    short, first, grown = num_accepted(draft_vocabulary=16), num_accepted(), num_accepted()
     assert short[0] == 0 < short[1] < 12
+    assert max(first) < 12
     assert min(grown) > 12
 
 
