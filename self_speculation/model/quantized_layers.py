@@ -29,8 +29,8 @@ from self_speculation.model.model_runner import ModelRunner, PlainHead, PlainLay
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 
-# Tokens that the size of inputs is learnt from, and those in one pass.
-_TOKENS_TO_LEARN, _TOKENS_OF_A_PASS = 256, 64
+# Tokens that the size of inputs is learnt from.
+_TOKENS_TO_LEARN = 64
 
 # Bytes that CUDA reads while torch's kernel multiplies by a weight in four bits. A whole model in four and in
 # 16 bits gave 187 and 95 tokens/s (A100, groups of 32; pytorch/ao, pull request 880).
@@ -211,9 +211,8 @@ def _squares_of_inputs(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Li
     summing = runner.over(summed, runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
-    # Far apart in the vocabulary, so that neighbours are not alike.
-    for ids in tokens.view(16, -1).T.reshape(-1, 1, _TOKENS_OF_A_PASS):
-        summing.cache = KVCache(len(layers))
-        summing.reserve(_TOKENS_OF_A_PASS, _TOKENS_OF_A_PASS)
-        forward_early(summing, ids, len(layers), num_logits=0)
+    ids = tokens.view(16, -1).T.reshape(1, -1)  # neighbours are not alike
+    summing.cache = KVCache(len(layers))
+    summing.reserve(_TOKENS_TO_LEARN, _TOKENS_TO_LEARN)
+    forward_early(summing, ids, len(layers), num_logits=0)
     return squares
