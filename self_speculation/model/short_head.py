@@ -101,7 +101,7 @@ class ShortHead:
         grows = grows and (
             Int4Linear in whole.derived or free_memory(runner.rotary.device) > 2 * whole.num_bytes
         )
-        many_new, demand = _MANY_NEW if grows else math.inf, whole.derive(_Demand, _Demand)
+        many_new, demand = _MANY_NEW if grows else math.inf, made(runner.model, _Demand, None, _Demand)
         self.seen = SeenIds(whole, frozenset(ids), runner.rotary, many_new, demand)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class _Text:
 
 @dataclass
 class _Demand:
-    """Tokens of texts with many new ids, in all answers."""
+    """Tokens of texts with many new ids, in all answers of a model."""
 
     num_tokens: int = 0
 

@@ -12,7 +12,7 @@ from self_speculation import GenerationConfig, Request
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.registry import DraftContext, make_drafter
 from self_speculation.model import short_head
-from self_speculation.model.fused_layers import FusedHead, fuse, fused_model
+from self_speculation.model.fused_layers import FusedHead, bytes_made, fuse, fused_model
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
 from self_speculation.model.model_runner import ModelRunner
@@ -219,6 +219,7 @@ def test_texts_of_other_ids_are_drafted(monkeypatch):
     assert short[0] == 0 < short[1] < 12
     assert max(first) < 12
     assert min(grown) > 12
+    assert bytes_made(model) > 0  # of all that is kept with the head
 
 
 def test_rows_of_seen_ids_are_limited(monkeypatch):
