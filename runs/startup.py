@@ -23,7 +23,7 @@ from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.loading import default_model, load_config, resolve_device
-from self_speculation.model.quantized_layers import kernel_of_copies
+from self_speculation.model.quantized_layers import check_family, kernel_of_copies
 from self_speculation.model.short_head import prefer_ids
 from self_speculation.model.sources import LoadingWarning
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
@@ -89,6 +89,7 @@ def load_generator(
     try:
         resolve_device(model_args.device)
         config.check_depth(model_config.num_hidden_layers)
+        check_family(config.draft_weights, model_config)
         # transformers shows its progress at a terminal only; errors are raised.
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with quiet, warnings.catch_warnings(record=True) as warned:

@@ -24,9 +24,13 @@ SHAPE = {
 }  # fmt: skip
 
 
+OF_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
 def family(model_type, attention="sdpa", **config):
     torch.manual_seed(0)
-    settings = CONFIG_MAPPING[model_type](**{**SHAPE, **config})
+    experts = OF_EXPERTS if model_type in ("mixtral", "olmoe", "qwen3_moe") else {}
+    settings = CONFIG_MAPPING[model_type](**{**SHAPE, **experts, **config})
     model = AutoModelForCausalLM.from_config(
         settings, dtype=torch.float64, attn_implementation=attention
     ).eval()
@@ -34,6 +38,8 @@ def family(model_type, attention="sdpa", **config):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     model.tie_weights()
+    if experts:
+        model.set_experts_implementation("eager")  # the default has no kernel in float64
     return model
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from self_speculation.drafts.estimates import DecayedMean
+from self_speculation.model.experts import bytes_read, with_experts
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.quantized_layers import bytes_per_weight
 
@@ -29,7 +30,8 @@ def draft_ratio(
     rows. Copies in four bits have fewer bytes; their kernel may take longer than reading them.
     """
     layers = model.base_model.layers
-    head = model.get_output_embeddings().weight.nbytes / sum(p.nbytes for p in layers[0].parameters())
+    of_layer = bytes_read(layers, model.config)[0] / len(layers)
+    head = model.get_output_embeddings().weight.nbytes / of_layer
     rows = len(model.get_output_embeddings().weight)
     head_of_draft = head * min(draft_vocabulary or rows, rows) / rows
     of_layers, of_head = bytes_per_weight(model, draft_weights)
@@ -64,7 +66,9 @@ def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callab
     else:
         kind = "float16" if runner.dtype != runner.model.dtype else "packed"
     costs = [*_COSTS[kind], 1000 * _COSTS[kind][-1]]
-    return cache(lambda num_tokens: float(numpy.interp(num_tokens, _TOKENS, costs)) / costs[0])
+    return cache(
+        with_experts(lambda number: float(numpy.interp(number, _TOKENS, costs)) / costs[0], runner.model)
+    )
 
 
 def _kernel_of_copies(device: torch.device) -> str:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from self_speculation.model.attention import CHUNK
 from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import free_memory, num_ranks
+from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
 from self_speculation.model.kv_cache import WrittenAt, round_up
 from self_speculation.model.made import lock, made
@@ -57,12 +58,21 @@ def capture_decoding(model: PreTrainedModel) -> None:
     """From now on `make_runner` captures for this model.
 
     Raises:
-        ValueError: the model is on several devices or ranks.
+        ValueError: the model is on several devices or ranks, or a mixture of experts.
     """
+    check_can_be_captured(model.config)
     if num_ranks(model) > 1 or len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
     captured = _captured(model)
     captured.is_on, captured.passes = True, None
+
+
+def check_can_be_captured(config: Any) -> None:
+    """Raises ValueError for mixtures of experts: their kernels depend on the experts that tokens choose, and
+    some of transformers' read those from the device.
+    """
+    if experts_per_token(config) is not None:
+        raise ValueError(f"compile True: not with a mixture of experts ({config.model_type})")
 
 
 def decode_eagerly(model: PreTrainedModel) -> None:

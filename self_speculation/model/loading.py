@@ -28,7 +28,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
-from self_speculation.model.captured_runner import capture_decoding
+from self_speculation.model.captured_runner import capture_decoding, check_can_be_captured
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.gguf_files import Header, read_once, read_weights
@@ -119,6 +119,8 @@ def load_model_and_tokenizer(
         raise LoadingError("compile True: needs a GPU; on a CPU decoding is faster without")
     dtype = resolve_dtype(options.dtype, device)
     config = config or load_config(model, options)
+    if options.compile:
+        check_can_be_captured(config)
     adapted = adapted_model(model, options)
     base = adapted or model
     source, kwargs = locate(base, options.trust_remote_code)

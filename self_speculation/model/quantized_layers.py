@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
+from self_speculation.model.families import FAMILIES
 from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, formats_made, linear_of
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import int4_kernel
@@ -67,6 +68,13 @@ def kernel_of_copies(model: PreTrainedModel) -> str | None:
     return str(int4_kernel()) if has_copies else None
 
 
+def check_family(draft_weights: DraftWeights, config: Any) -> None:
+    """Raises ValueError, before any weight is read, if there are no copies of a model with this config."""
+    if draft_weights != "exact" and not FAMILIES[config.model_type].has_copies:
+        kind = f"{config.model_type} model: its verifications read more experts than a copy saves"
+        raise ValueError(f"draft_weights {draft_weights}: there are no copies of a {kind}; it must be exact")
+
+
 def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None = None) -> ModelRunner:
     """The first layers in four bits and a head, over the runner's own cache. Each copy is made once.
 
@@ -74,9 +82,10 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
         short_head: replaces the head.
 
     Raises:
-        ValueError: layers or head with hooks, adapters or quantised weights, no kernels, or no memory for the
-            copies.
+        ValueError: a mixture of experts, layers or head with hooks, adapters or quantised weights, no
+            kernels, or no memory for the copies.
     """
+    check_family("int4", runner.config)
     layers = [_with_linears(runner, f"layer {i}", part) for i, part in enumerate(runner.layers[:num_layers])]
     head = _with_linears(runner, "head", runner.head)
     of_head: Format | None = head_format(runner.rotary.device, runner.model.dtype)

@@ -1,0 +1,51 @@
+"""Mixtures of experts: which of their weights a pass reads.
+
+Every token chooses its experts, so a pass over more tokens reads more of them: a verification costs more
+plain steps than that of a dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+
+def experts_per_token(config: Any) -> tuple[int, int] | None:
+    """How many experts of a layer a token chooses, and of how many; None: the model is dense."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return None if chosen is None else (chosen, config.num_experts)
+
+
+def bytes_read(modules: Iterable[nn.Module], config: Any) -> tuple[float, float]:
+    """Bytes of weights that a pass over one token reads: of all in these modules, and of experts alone, whose
+    weights transformers keeps as [experts, out, in].
+    """
+    chosen, of = experts_per_token(config) or (1, 1)
+    weights = [(weight.dim(), weight.nbytes) for module in modules for weight in module.parameters()]
+    of_experts = sum(size for dim, size in weights if dim == 3) * chosen / of
+    return of_experts + sum(size for dim, size in weights if dim < 3), of_experts
+
+
+def distinct_experts(chosen: int, of: int, num_tokens: float) -> float:
+    """Expected number of experts of a layer that tokens choose, if they choose independently.
+
+    >>> round(distinct_experts(2, 8, 4), 2)
+    5.47
+    """
+    return of * (1.0 - (1.0 - chosen / of) ** num_tokens)
+
+
+def with_experts(growth: Callable[[float], float], model: Any) -> Callable[[float], float]:
+    """The cost of a pass over n tokens relative to one, from that of a dense model."""
+    if (experts := experts_per_token(model.config)) is None:
+        return growth
+    all_read, of_experts = bytes_read([*model.base_model.layers, model.get_output_embeddings()], model.config)
+    share = of_experts / all_read
+
+    def of_mixture(num_tokens: float) -> float:
+        more = distinct_experts(*experts, num_tokens) / experts[0]  # each for 1 / more of the tokens
+        return (1.0 - share) * growth(num_tokens) + share * more * growth(num_tokens / more)
+
+    return of_mixture

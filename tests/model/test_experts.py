@@ -1,0 +1,94 @@
+"""Mixtures of experts: ids as by transformers, what passes cost, and what is refused by name."""
+
+import pytest
+from conftest import EOS, generate, in_batch, transformers_generate
+from helpers import refused
+from test_llama_model_utils import OF_EXPERTS, family
+
+import benchmark
+from self_speculation import Request
+from self_speculation.drafts.costs import draft_ratio, growth
+from self_speculation.model.captured_runner import capture_decoding
+from self_speculation.model.experts import bytes_read, distinct_experts
+from self_speculation.model.model_runner import ModelRunner
+
+KINDS = ["mixtral", "olmoe", "qwen3_moe"]
+PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 6], [5, 9, 4, 5, 9, 4, 5, 9], [11, 12, 13]]
+DRAFTS = {
+    "autoregressive": {},
+    "self_speculative": {"exit_layer": 2, "num_speculations": 3, "prompt_lookup": 2},
+    "adaptive": {"prompt_lookup": 3},
+}
+
+
+def mixture(kind, **config):
+    """With the kernel that transformers picks."""
+    model = family(kind, **config).float()
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_transformers(kind):
+    """Guards against tokens of other experts: in a batch of several lengths, whose drafts end at different
+    tokens, and after a rejected draft.
+    """
+    model = mixture(kind)
+    expected = [transformers_generate(model, prompt, 20) for prompt in PROMPTS]
+    requests = [Request(prompt, eos_token_ids=[EOS]) for prompt in PROMPTS]
+    for strategy, drafts in DRAFTS.items():
+        found = in_batch(model, requests, 3, strategy=strategy, max_steps=20, **drafts)
+        assert [found[row].predicted_tokens for row in range(4)] == expected
+        alone = generate(model, PROMPTS[2], strategy, max_steps=20, **drafts)
+        assert alone.predicted_tokens == expected[2]
+
+
+def test_layers_without_experts():
+    """Guards against a model that has experts in some layers only."""
+    model = mixture("qwen3_moe", mlp_only_layers=[1])
+    result = generate(model, PROMPTS[0], max_steps=20, eos=[], **DRAFTS["self_speculative"])
+    assert result.predicted_tokens == transformers_generate(model, PROMPTS[0], 20, -1)
+
+
+def test_estimated_costs_know_which_experts_a_pass_reads():
+    """Guards against a verification that seems as cheap as that of a dense model, against drafts that seem to
+    read all experts, and against the same number for any mixture.
+    """
+    model = mixture("mixtral", num_local_experts=8)
+    experts = model.model.layers[0].mlp.experts
+    all_read, of_experts = bytes_read([model.model.layers[0]], model.config)
+    assert of_experts == sum(weight.nbytes for weight in experts.parameters()) / 4
+    rest = sum(weight.nbytes for weight in model.model.layers[0].parameters()) - 4 * of_experts
+    assert all_read == of_experts + rest
+    assert distinct_experts(2, 8, 1) == pytest.approx(2)
+    assert distinct_experts(2, 8, 1000) == pytest.approx(8)
+
+    cost, dense = (growth(ModelRunner(each, 6, 20)) for each in (model, family("llama").float()))
+    of_all = 4 * of_experts / (4 * all_read + model.lm_head.weight.nbytes)
+    assert cost(1) == 1.0
+    assert cost(2) == pytest.approx(1 + of_all * 0.75 + (dense(2) - 1) * (1 - of_all), abs=0.03)
+    assert dense(4) < cost(4)
+    assert all(cost(n) < cost(n + 1) < cost(n) + 1.5 for n in range(1, 40))
+    head = model.lm_head.weight.nbytes / all_read
+    assert draft_ratio(model, 1, "exact") == pytest.approx((1 + head) / (4 + head))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_captured_passes_are_refused_by_name(kind):
+    """Guards against copies that cost more than they save, and against a captured pass, which would replay
+    the experts of the tokens that it was captured with.
+    """
+    model = mixture(kind)
+    with pytest.raises(ValueError, match=f"draft_weights int4: there are no copies of a {kind} model"):
+        generate(model, PROMPTS[0], exit_layer=4, num_speculations=2, draft_weights="int4")
+    with pytest.raises(ValueError, match=rf"compile True: not with a mixture of experts \({kind}\)"):
+        capture_decoding(model)
+
+
+def test_copies_of_experts_are_refused_before_weights_are_loaded(common, tmp_path, monkeypatch, capsys):
+    """Guards against minutes of loading before an error that the config alone shows."""
+    family("olmoe", **OF_EXPERTS).config.save_pretrained(tmp_path / "model")  # there are no weights
+    monkeypatch.setattr("runs.startup.load_model_and_tokenizer", lambda *_: pytest.fail("it was loaded"))
+    flags = ["--generation_strategy", "adaptive", "--draft_weights", "int4", "--model"]
+    line = refused(benchmark.main, [*common, *flags, str(tmp_path / "model")], capsys)
+    assert "--draft_weights int4: there are no copies of a olmoe model" in line
