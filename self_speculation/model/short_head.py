@@ -34,7 +34,7 @@ _MOST_SEEN = 2048
 # miss them. All rows lengthen a draft step by a quarter.
 _MANY_NEW, _LAST = 0.2, 20
 # Tokens of such texts before all rows are copied: so many decoded tokens save the time that copying takes.
-_WORTH_COPYING = 256
+_WORTH_COPYING = 128
 # Logits of a head in four bits that are computed again. Four bits rarely rank the best one lower.
 _COMPUTED_AGAIN = 8
 
