@@ -22,6 +22,7 @@ from self_speculation.config import (
     DtypeName,  # noqa: F401
     LoadingOptions,
     Parallel,  # noqa: F401
+    PrefillDtype,  # noqa: F401
     Quantization,  # noqa: F401
     check,
     check_template_kwargs,

@@ -13,6 +13,10 @@ prompt, or two batches, at a turn. The sides:
 - here: autoregressive; self-speculative by the flags of drafting; by an int4 copy of all layers; adaptive
   (with a copy if --draft_weights asks for one).
 
+--prompt_tokens 1000 4000 measures the first token after prompts of so many tokens instead (HumanEval's, one
+after the other): transformers in bfloat16, autoregressive decoding here, and with --prefill_dtype bfloat16
+both with it and without.
+
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns, *x plain* the speed-up over autoregressive decoding here; *decode* tokens/s without prefill; *per
 round* tokens of a row per verification. The sums below are all tokens by all time. The last line is one JSON
@@ -21,12 +25,13 @@ object.
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +58,7 @@ from benchmarks.sides import (
     in_turns,
     ours,
     strategies,
+    theirs,
 )
 from measures.metrics import quartiles
 from measures.plots import save
@@ -61,6 +67,8 @@ from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator
+from self_speculation.model.families import context_length
+from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
 
 _OURS = {PLAIN, SPECULATIVE, COPY, ADAPTIVE}
 _COLORS = {"this library": "#4878a8", "other software": "#a0a0a0"}
@@ -77,13 +85,15 @@ class SideBySideArguments:
     """Batch sizes, measured one after the other."""
     rounds: int = 3
     """How often each prompt is answered by each side."""
+    prompt_tokens: list[int] = field(default_factory=list)
+    """Lengths of prompts, to measure the first token alone."""
     peers: list[str] = field(default_factory=list)
     """llama.cpp: run llama-cpp-python, which is not among the requirements, on a .gguf model."""
     picture: str | None = None
     """Path of a bar chart, without suffix."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_prompts", "rounds", "batch_size")
+        at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
         check(self, "peers", {*self.peers} <= {"llama.cpp"}, "must be llama.cpp")
 
     def prompts(self) -> list[str]:
@@ -94,8 +104,9 @@ class SideBySideArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, SideBySideArguments)
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
-    config = replace(config, generation_strategy="self_speculative", sample=False)
-    if config.max_steps < 2:
+    strategy = "autoregressive" if args.prompt_tokens else "self_speculative"
+    config = replace(config, generation_strategy=strategy, sample=False)
+    if config.max_steps < 2 and not args.prompt_tokens:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
     if args.peers:
         find_llama_cpp(Path(model_name(model_args)))
@@ -105,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = describe("side_by_side", (model_args, config), "") | describe_model(model_name(model_args), model)
     about["arguments"]["dataset"] = "human_eval"
     print(title := heading(about))
+    if args.prompt_tokens:
+        print(json.dumps({**about, "rows": first_tokens(generator, config, args.prompt_tokens, args.rounds)}))
+        return 0
     rows: list[dict[str, Any]] = []
     formats: dict[int, dict[str, str]] = {}
     with TemporaryDirectory() as folder:
@@ -126,6 +140,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     about |= {"transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}
     print(json.dumps({**about, "rows": rows}))
     return 0
+
+
+def first_tokens(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, lengths: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Measure and print the seconds until the first token after prompts of these lengths, by side."""
+    model, config = generator.model, replace(config, max_steps=1)
+    ids = generator.encode("\n".join(problem["prompt"] for problem in read_problems().values()))
+    if max(lengths) > (most := min(len(ids), context_length(model.config) - 1)):
+        refuse(f"--prompt_tokens {max(lengths)}: must be at most {most}")
+    plain = ours(model, [], config)
+    base = f"{TRANSFORMERS}, bfloat16"
+    sides = {base: theirs(TRANSFORMERS, copy.deepcopy(model).bfloat16(), [], config), "here": plain}
+    if prefills_in_bfloat16(model):
+        sides["here"] = partial(_read_in, False, model, plain)
+        sides["here, bfloat16"] = partial(_read_in, True, model, plain)
+    rows = []
+    for length in lengths:
+        turns = list(in_turns(sides, [[ids[:length]]], 1 + rounds, 0, f"{length} tokens"))[1:]  # one warms up
+        for name in sides:
+            pairs = [(turn[name].prefill_time, turn[base].prefill_time) for turn in turns]
+            low, ratio, high = quartiles([own / other for own, other in pairs])
+            seconds = [own for own, _ in pairs]
+            rows.append(
+                {
+                    "tokens": length, "side": name, "seconds": statistics.median(seconds),
+                    "least": min(seconds), "of transformers": ratio, "low": low, "high": high,
+                }
+            )  # fmt: skip
+    print(pandas.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format))
+    return rows
+
+
+def _read_in(bfloat16: bool, model: Any, side: Side, prompts: Sequence[list[int]]) -> Answers:
+    """The side's answers, with long prompts read in bfloat16 or not."""
+    fuse(model, bfloat16_prefill=bfloat16)
+    return side(prompts)
 
 
 def compare(

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from self_speculation import GenerationStrategyResult
-from self_speculation.model.fused_layers import activation_dtype
+from self_speculation.model.fused_layers import activation_dtype, prefills_in_bfloat16
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
@@ -27,7 +27,7 @@ _RARE = 5
 
 def near_tie_bound(model: PreTrainedModel, largest: Any) -> Any:
     """The largest gap between two logits that rounding may reverse, given the largest logit."""
-    dtype = activation_dtype(model)
+    dtype = torch.bfloat16 if prefills_in_bfloat16(model) else activation_dtype(model)
     return _NEAR_TIE_IN_EPS[dtype] * torch.finfo(dtype).eps * largest
 
 

@@ -117,7 +117,7 @@ class HarnessModel(HFLM):
             runner.cache.set_rows([0] * len(inps))
             with torch.inference_mode():
                 last = self._exit_layer or len(runner.layers)
-                return forward_early(runner, inps, last, inps.shape[1]).logits
+                return forward_early(runner.for_prompts(), inps, last, inps.shape[1]).logits
         if self._exit_layer is None:
             return super()._model_call(inps, attn_mask, labels)
         with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 GenerationStrategyName = Literal["autoregressive", "self_speculative", "adaptive"]
 DraftWeights = Literal["exact", "int4"]
+PrefillDtype = Literal["auto", "bfloat16"]
 DtypeName = Literal["auto", "half", "float32", "bfloat16", "float16"]
 Parallel = Literal["data", "tensor", "pipeline", "fsdp"]
 Quantization = Literal["none", "int8", "int4"]
@@ -233,6 +234,9 @@ class LoadingOptions:
     """Number format; auto: the checkpoint's own, where a CPU multiplies 16-bit weights in float32, and half
     for a .gguf file on a GPU; half: bfloat16 if the device computes in it, else float16; others: of weights
     and activations."""
+    prefill_dtype: PrefillDtype = "auto"
+    """bfloat16: read long prompts by products in bfloat16, on a CPU with AMX or AVX512_BF16 and with 16-bit
+    weights that it multiplies in float32; decoding stays as it is. auto: as decoding."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto: a GPU if there is one."""
     parallel: Parallel = "data"

@@ -30,7 +30,8 @@ from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.devices import in_step
 from self_speculation.model.families import check_supported, context_length, described_context
-from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
+from self_speculation.model.linear import warn_of_fp32_precision
+from self_speculation.model.model_runner import ModelRunner, forward_early, prefill_chunk
 from self_speculation.model.overrides import check_followed
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint
 from self_speculation.results import GenerationStrategyResult
@@ -128,6 +129,8 @@ class Scheduler(Generic[Key]):
         self._strategy, self._model, self._config, self._batch_size = strategy, model, config, batch_size
         self._token_budget = math.inf if token_budget is None else token_budget
         self._device = model.get_input_embeddings().weight.device
+        if self._device.type == "cpu":
+            warn_of_fp32_precision()
         longest, self._depth = 0, model.config.num_hidden_layers
         if strategy.has_drafts:
             longest = min(config.longest_draft, config.max_steps, context_length(model.config))
@@ -229,12 +232,13 @@ class Scheduler(Generic[Key]):
 
     def _prefill_waiting(self) -> None:
         """Prefill waiting prompts, a chunk each in turn, with what decoding leaves of the budget."""
-        left = max(self._token_budget - len(self.batch), 1 if self.batch else PREFILL_CHUNK)
+        chunk = prefill_chunk(self._model)
+        left = max(self._token_budget - len(self.batch), 1 if self.batch else chunk)
         while left > 0 and (sequence := self._next_prompt()) is not None:
             adjust_threads(self._model)
             try:
                 with self._without_autocast(), in_step(self._model):
-                    left -= self._prefill_chunk(sequence, int(min(left, PREFILL_CHUNK)))
+                    left -= self._prefill_chunk(sequence, int(min(left, chunk)))
             except Exception as error:
                 sequence.error = error
                 self._drop_waiting(sequence)

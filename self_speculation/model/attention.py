@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 # Its causal mask is aligned to the last token and key; those of the others to the first ones.
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
 efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention.default
-
+_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 # Keys of a chunk, see `attend_in_chunks`.
 CHUNK = 256
@@ -66,6 +66,20 @@ def attend(
     if mask is not None:
         mask = mask.expand(*queries.shape[:3], -1)
     return efficient_attention(queries, keys, values, mask, False, 0.0, is_causal, scale=scale)[0]
+
+
+def attend_to_past(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """[N, heads, T, head_dim] queries of the last T of S positions, each over [N, heads, S, head_dim] keys
+    and values up to its own, on a CPU. No mask is read: results over the past and, causally, over the last T
+    positions are weighted by the sums of their exponentials.
+    """
+    past = keys.shape[2] - queries.shape[2]
+    own, own_sums = _on_cpu(queries, keys[:, :, past:], values[:, :, past:], 0.0, True, scale=scale)
+    if past == 0:
+        return own
+    of_past, past_sums = _on_cpu(queries, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale)
+    share = torch.sigmoid(past_sums - own_sums)[..., None]
+    return torch.lerp(own.to(share.dtype), of_past.to(share.dtype), share).to(own.dtype)
 
 
 def attend_in_chunks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

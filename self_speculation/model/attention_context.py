@@ -34,6 +34,7 @@ class AttentionContext:
     kernel: AttentionKernel = AttentionKernel.ANY  # FLASH masks the keys after each token itself
     splits_keys: bool = False  # fused layers attend in chunks
     first_key: int = 0  # S begins at this position; no token sees an earlier one
+    is_causal: bool = False  # rows have one length, and a token sees all keys up to its own
     _masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -56,7 +57,8 @@ class AttentionContext:
 
         kernel = runner.kernel if width == 1 or window is None else runner.kernel.with_mask
         rotations = _rotations(runner, cos, sin, rows)
-        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, first_key=first)
+        is_causal = window is None
+        return cls(rows, width, make_mask, rotations, (cos, sin), kernel, False, first, is_causal)
 
     @classmethod
     def ragged(

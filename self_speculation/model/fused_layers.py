@@ -18,18 +18,22 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks
+from self_speculation.model.attention import AttentionKernel, attend, attend_in_chunks, attend_to_past
 from self_speculation.model.devices import free_memory
 from self_speculation.model.families import has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
-from self_speculation.model.linear import NARROW, Linear, follow_weights
+from self_speculation.model.linear import NARROW, BFloat16Linear, Linear, follow_weights, replace_linears
 from self_speculation.model.made import lock, made
 from self_speculation.model.overrides import replaced_forward
 
 # Modules of plain layers that are not those of their family. Fused layers call activations as they are.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _OF_TORCH = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
+
+# Tokens of a long pass that go through an MLP at a time on a CPU: larger intermediate results, of which each
+# layer allocates new ones, are new pages of memory each time.
+_MLP_PIECE = 512
 
 # The share of the free memory that packed copies may take.
 _SHARE_OF_ROOM = 1 / 3
@@ -41,6 +45,7 @@ class _State:
 
     is_fused: bool = False
     fp32_activations: bool = False
+    bfloat16_prefill: bool = False
     num_changes: int = 0  # see `num_changes`
     made: dict[nn.Module, Fused] = field(default_factory=dict)  # by decoder layer; of the head by `lm_head`
     linears: dict[nn.Module, tuple[Hashable, Linear]] = field(default_factory=dict)  # see `linear_of`
@@ -50,7 +55,7 @@ def _state(model: Any) -> _State:
     return made(model, _State, None, _State)
 
 
-def fuse(model: Any, fp32_activations: bool | None = None) -> int:
+def fuse(model: Any, fp32_activations: bool | None = None, bfloat16_prefill: bool | None = None) -> int:
     """Decode this model by fused layers from now on.
 
     Plain layers of fused families with sdpa attention are fused; quantised, offloaded, hooked and
@@ -60,27 +65,42 @@ def fuse(model: Any, fp32_activations: bool | None = None) -> int:
     Args:
         fp32_activations: multiply weights in 16 bits by float32 activations (W16A32), on a CPU, if all
             layers and the head are fused. The output is that of a float32 model. None: no change.
+        bfloat16_prefill: with W16A32, multiply in bfloat16 in passes over at least LONG tokens of a prompt.
+            The output is that of a prompt read in bfloat16, whatever drafts. None: no change.
 
     Returns:
         The number of fused layers.
 
     Raises:
-        ValueError: for W16A32, there is no kernel, a part is not fused, or float16 cannot hold a weight.
+        ValueError: for W16A32, there is no kernel, a part is not fused, or float16 cannot hold a weight. For
+            prompts in bfloat16, there is no W16A32 or no kernel.
     """
     with lock(model):
         state = _state(model)
         state.is_fused = True
         state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
+        state.bfloat16_prefill = state.bfloat16_prefill if bfloat16_prefill is None else bfloat16_prefill
         state.num_changes += 1
         state.made, state.linears = {}, {}
         try:
             parts, dtype = fused_model(model)
             if fp32_activations and dtype != torch.float32:
                 raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
+            has_kernel = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            if bfloat16_prefill and not (has_kernel and prefills_in_bfloat16(model)):
+                raise ValueError(
+                    "prompts in bfloat16 need weights in 16 bits multiplied in float32, and oneDNN"
+                )
         except ValueError:
-            state.fp32_activations = False
+            state.fp32_activations = state.bfloat16_prefill = False
             raise
     return sum(layer in parts for layer in model.base_model.layers)
+
+
+def prefills_in_bfloat16(model: Any) -> bool:
+    """Whether long passes over prompts multiply in bfloat16."""
+    state = _state(model)
+    return state.bfloat16_prefill and any(fused.fp32_activations for fused in state.made.values())
 
 
 def activation_dtype(model: Any) -> torch.dtype:
@@ -230,6 +250,8 @@ class RMSNorm:
 class FusedLayer:
     """A decoder layer with joint projections."""
 
+    products: torch.dtype | None = None  # of attention over many tokens on a CPU; None: as its inputs
+
     def __init__(self, layer: Any, fp32_activations: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self._head_dim = attention.layer_idx, attention.head_dim
@@ -267,9 +289,12 @@ class FusedLayer:
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = cache.append(keys, values, self.index)
         hidden = out.add_to(hidden, self._attend(queries, all_keys, all_values, context))
-        joint = gate_up.unconverted(self._mlp_norm(hidden))
-        gate, up = joint.split_with_sizes((self._width, self._width), 1)
-        return down.add_to(hidden, self._activation(gate).mul_(up))
+        is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
+        for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
+            joint = gate_up.unconverted(self._mlp_norm(piece))
+            gate, up = joint.split_with_sizes((self._width, self._width), 1)
+            down.add_to(piece, self._activation(gate).mul_(up))
+        return hidden
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
         """[B * T, heads, head_dim] queries, keys and values of the cache -> [B * T, heads * head_dim].
@@ -289,11 +314,17 @@ class FusedLayer:
         # [B, kv_heads, groups, T, head_dim]
         grouped = queries.view(rows, width, self._kv_heads, self.groups, -1).permute(0, 2, 3, 1, 4)
         is_wide = width > NARROW and keys.shape[1] == 1
-        mask = context.mask(1 if is_wide else self.groups)
+        to_past = is_wide and context.is_causal and keys.device.type == "cpu"
+        mask = None if to_past else context.mask(1 if is_wide else self.groups)
         if is_wide or mask is None:
             heads = grouped.reshape(keys.shape[0], self.groups, width, -1)
+            if self.products is not None:
+                heads, keys, values = (part.to(self.products) for part in (heads, keys, values))
             keys, values = (shared.expand(-1, self.groups, -1, -1) for shared in (keys, values))
-            attended = attend(kernel, heads, keys, values, mask, scale, is_causal=mask is None)
+            if to_past:
+                attended = attend_to_past(heads, keys, values, scale)
+            else:
+                attended = attend(kernel, heads, keys, values, mask, scale, is_causal=mask is None)
         else:
             heads = grouped.reshape(*keys.shape[:2], -1, self._head_dim)
             attended = self._attend_by_group(heads, keys, values, context)
@@ -307,6 +338,12 @@ class FusedLayer:
             return attend_in_chunks(heads, keys, values, mask, self._scaling)
         mask = context.mask(self.groups)
         return attend(context.kernel, heads, keys, values, mask, self._scaling)
+
+    def in_bfloat16(self) -> FusedLayer:
+        """This layer with products in bfloat16, for one long pass on a CPU. It has a copy of the weights."""
+        layer = replace_linears(self, BFloat16Linear)
+        layer.products = torch.bfloat16
+        return layer
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a pass reads."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -25,11 +26,17 @@ T = TypeVar("T")
 
 # Passes over more tokens are those of prompts and use ordinary kernels.
 NARROW = 16
+# Passes over prompts, of at least so many tokens, may multiply in bfloat16. With fewer, conversion of the
+# weights takes longer than float32 products (measured: docs/performance.md).
+LONG = 128
 # By dtype of the weight, the numbers of tokens for which oneDNN is fastest on a CPU, over a packed copy
 # (measured: docs/performance.md).
 _PACKED = {torch.float32: range(5, NARROW + 1), torch.bfloat16: range(1, NARROW + 1)}
 # MKL multiplies one token on a single thread, but blocks of rows on all threads.
 _BLOCKS = 16
+# Elements that become bfloat16 at a time, by way of float32 in the processor's cache: twice as fast as by
+# torch's own conversion of float16.
+_CONVERTED = 2**18
 # The most elements that a thread packs in float16 at a time, from a copy in float32.
 _PIECE = 2**24
 
@@ -155,11 +162,11 @@ class Linear:
 
 
 class PackedLinear:
-    """x W^T over a copy of W packed for oneDNN."""
+    """x W^T over a copy of W packed for oneDNN, best for so many tokens."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight, self.num_bytes = weight, weight.nbytes
-        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight, NARROW)
+    def __init__(self, weight: Tensor, num_tokens: int = NARROW) -> None:
+        self.num_bytes = weight.nbytes
+        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._copy, None, "none", [], "")
@@ -194,6 +201,31 @@ class Float16Linear:
     def bytes_of(shape: torch.Size) -> int:
         """Size of the copy of a weight [out, in]."""
         return 2 * shape.numel()
+
+
+class BFloat16Linear:
+    """x W^T + b with x, W and the product in bfloat16 and sums in float32, over a copy of W."""
+
+    def __init__(self, linear: Linear) -> None:
+        joint = torch.empty(linear.shape, dtype=torch.bfloat16)
+        rows = math.ceil(_CONVERTED / joint.shape[1])
+        of_projections = joint.split([len(weight) for weight in linear._weights])
+        for part, weight in zip(of_projections, linear._weights, strict=True):
+            for copied, piece in zip(part.split(rows), weight.detach().split(rows), strict=True):
+                copied.copy_(piece.float() if weight.dtype == torch.float16 else piece)
+            release(weight)
+        self._packed, self._bias = PackedLinear(joint, LONG), linear.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.unconverted(x).float()
+
+    def unconverted(self, x: Tensor) -> Tensor:
+        """In bfloat16, or with a bias in float32."""
+        product = self._packed(x.bfloat16())
+        return product if self._bias is None else product.float().add_(self._bias)
+
+    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return hidden.add_(self.unconverted(x))
 
 
 def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
@@ -248,6 +280,23 @@ def follow_weights(linears: Sequence[Linear]) -> bool:
         for linear, _ in zip(missing, threads.map(Linear._copy, missing), strict=True):
             advance(linear.num_bytes)
     return bool(changed)
+
+
+def warn_of_fp32_precision() -> None:
+    """Warn if this process lets oneDNN round the inputs of float32 products, which it does with AMX."""
+    backends: Any = torch.backends.mkldnn
+    precision = backends.matmul.fp32_precision
+    if precision not in ("none", "ieee") and _rounds_inputs():
+        why = "torch.set_float32_matmul_precision or an fp32_precision of torch.backends"
+        warnings.warn(
+            f"float32 products round their inputs ({precision}, by {why}): texts change", stacklevel=3
+        )
+
+
+def _rounds_inputs() -> bool:
+    """Whether products of float32 matrices on the CPU are less exact than float32."""
+    fine = torch.full((64, 64), 1 + 2.0**-20)
+    return not torch.equal(torch.mm(fine, torch.eye(64)), fine)
 
 
 def _within_float16(weight: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from self_speculation.config import DtypeName, LoadingOptions, Parallel, Quantization
+from self_speculation.config import DtypeName, LoadingOptions, Parallel, PrefillDtype, Quantization
 from self_speculation.model.captured_runner import capture_decoding, check_can_be_captured
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
 from self_speculation.model.fused_layers import fuse
@@ -80,6 +80,20 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return torch.float16
 
 
+def check_prefill_dtype(options: LoadingOptions, device: torch.device) -> None:
+    """Raises LoadingError if the prefill dtype is unknown, or does not make prompts faster on this device."""
+    name = options.prefill_dtype
+    if name not in get_args(PrefillDtype):
+        raise LoadingError(f"prefill_dtype {name!r}: must be one of {', '.join(get_args(PrefillDtype))}")
+    if name == "auto":
+        return
+    if device.type != "cpu":
+        raise LoadingError(f"prefill_dtype {name}: is for a CPU, not for {device.type}; use --dtype {name}")
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        why = "this processor has neither AMX nor AVX512_BF16, and is no faster in it"
+        raise LoadingError(f"prefill_dtype {name}: {why}; use auto")
+
+
 def load_config(model: str, options: LoadingOptions | None = None) -> PretrainedConfig:
     """The config of a supported model; arguments and errors as `load_model_and_tokenizer`."""
     options = options or LoadingOptions()
@@ -118,6 +132,7 @@ def load_model_and_tokenizer(
     if options.compile and device.type == "cpu":
         raise LoadingError("compile True: needs a GPU; on a CPU decoding is faster without")
     dtype = resolve_dtype(options.dtype, device)
+    check_prefill_dtype(options, device)
     config = config or load_config(model, options)
     if options.compile:
         check_can_be_captured(config)
@@ -145,12 +160,19 @@ def load_model_and_tokenizer(
         if kwargs.pop("rope_scaling", None) is not None:  # by itself transformers forgets the base
             kwargs["rope_parameters"] = config.rope_parameters
         dtype_of_16_bits = None if adapted else _w16a32_dtype(model, options, config, device)
+        if dtype_of_16_bits is None and options.prefill_dtype != "auto":
+            raise LoadingError(
+                f"prefill_dtype {options.prefill_dtype}: needs weights in 16 bits and products in float32, so"
+                " dtype auto, fuse True, parallel data, quantization none, no adapter, and a fused family"
+            )
         if dtype_of_16_bits is not None:
             loaded = _load(model, source, {**kwargs, "dtype": dtype_of_16_bits}, config, header)
             try:
-                fuse(loaded, fp32_activations=True)
+                fuse(loaded, fp32_activations=True, bfloat16_prefill=options.prefill_dtype == "bfloat16")
                 return loaded, tokenizer
             except ValueError as error:
+                if options.prefill_dtype != "auto":
+                    raise LoadingError(f"prefill_dtype {options.prefill_dtype}: {error}") from error
                 warnings.warn(f"model {model!r}: in float32, since {error}", LoadingWarning, stacklevel=2)
         loaded = _load(model, source, kwargs, config, header)
         if adapted is not None:

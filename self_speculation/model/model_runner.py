@@ -20,15 +20,22 @@ from self_speculation.model.attention_context import AttentionContext, cos_and_s
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import AttentionType, attention_types, check_supported, context_length
 from self_speculation.model.fingerprint import fingerprint, structure
-from self_speculation.model.fused_layers import fused_model
+from self_speculation.model.fused_layers import fused_model, prefills_in_bfloat16
 from self_speculation.model.kv_cache import Appendable, KVCache
+from self_speculation.model.linear import LONG
 from self_speculation.model.made import lock
 
 # A new cache has room for the prompt and this, divided by the number of rows, in positions.
 _FIRST_ALLOCATION = 1024
 
-# Most positions of one pass over a prompt: they bound its memory.
+# Most positions of one pass over a prompt: they bound its memory. In bfloat16, a pass converts all weights.
 PREFILL_CHUNK = 1024
+_BFLOAT16_CHUNK = 2048
+
+
+def prefill_chunk(model: PreTrainedModel) -> int:
+    """Most positions of one pass over a prompt."""
+    return _BFLOAT16_CHUNK if prefills_in_bfloat16(model) else PREFILL_CHUNK
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ class ModelRunner:
         self.layers: list[Any] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.attention_types = attention_types(self.config)  # [L]
         self._num_rows = num_rows
+        self.prefills_in_bfloat16 = False
         devices = [next(layer.parameters()).device for layer in base.layers]
         self.cache = KVCache(len(self.layers), num_rows, devices, num_ranks(model))
         self._embed = base.embed_tokens
@@ -166,8 +174,14 @@ class ModelRunner:
 
     def for_row(self, row: int, length: int = 0) -> ModelRunner:
         """A runner over one row of this cache, to prefill it; see `KVCache.row`."""
-        other = copy.copy(self)
+        other = self.for_prompts()
         other.cache = self.cache.row(row, length)
+        return other
+
+    def for_prompts(self) -> ModelRunner:
+        """A runner over this cache whose long passes multiply in bfloat16, if the model's prompts are to."""
+        other = copy.copy(self)
+        other.prefills_in_bfloat16 = prefills_in_bfloat16(self.model)
         return other
 
     @property
@@ -218,7 +232,9 @@ class ModelRunner:
                 for kind in set(kinds)
             }
         states = hidden.flatten(0, 1)  # [B * T, H]
+        in_bfloat16 = self.prefills_in_bfloat16 and len(states) >= LONG
         for layer, kind in zip(self.layers[first:last], kinds, strict=True):
+            layer = layer.in_bfloat16() if in_bfloat16 else layer
             states = layer(states, context := contexts[kind], context.reading(cache))
         return states.view(rows, width, -1)
 

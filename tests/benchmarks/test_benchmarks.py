@@ -33,6 +33,14 @@ def measured(endless_folder, capsys):
     return run
 
 
+def test_first_tokens(measured):
+    """Guards against a length that is not the prompt's, and a ratio to another side."""
+    rows = measured(side_by_side, "--prompt_tokens", "20", "70", "--rounds", "2")["rows"]
+    sides = ("transformers, bfloat16", "here")
+    assert [(row["tokens"], row["side"]) for row in rows] == [(n, side) for n in (20, 70) for side in sides]
+    assert all(row["of transformers"] == 1 for row in rows[::2])
+
+
 def test_side_by_side(measured, tmp_path):
     """Guards against different outputs, different draft lengths (transformers reads its own elsewhere), and
     padding that counts as tokens.

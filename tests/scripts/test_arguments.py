@@ -59,6 +59,7 @@ def test_defaults_are_the_documented_ones():
         "compare": False, "fuse": True, "compile": False, "parallel": "data", "quantization": "none",
         "trust_remote_code": False, "grammar": None, "prediction": None, "threads": None,
         "chat_template_kwargs": None,
+        "prefill_dtype": "auto",
     }  # fmt: skip
 
 

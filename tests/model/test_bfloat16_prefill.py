@@ -1,0 +1,180 @@
+"""Long prompts in bfloat16: all decoding over them is in float32, so no strategy changes an id."""
+
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+from conftest import EOS, generate, in_batch, strategy_name, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from self_speculation import (
+    GenerationConfig,
+    LoadingOptions,
+    Request,
+    load_model_and_tokenizer,
+    make_strategy,
+)
+from self_speculation.generator_base import single_result
+from self_speculation.model import linear
+from self_speculation.model.attention import attend_to_past
+from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
+from self_speculation.model.linear import LONG, Float16Linear, works
+from self_speculation.model.loading import check_prefill_dtype, default_model
+from self_speculation.model.model_runner import ModelRunner, forward_early
+from self_speculation.model.sources import LoadingError
+
+CPU = torch.device("cpu")
+PROMPTS = [[3 + (i * i + i // n) % 40 for i in range(length)] for n, length in ((3, 170), (5, 331), (7, 20))]
+DRAFTS = [
+    {"exit_layer": 2, "num_speculations": 3},
+    {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
+    {"generation_strategy": "adaptive"},
+]
+needs_kernels = pytest.mark.skipif(
+    not (works(Float16Linear, CPU, torch.float32) and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="torch without FBGEMM or oneDNN in bfloat16",
+)
+
+
+@functools.cache
+def model_of(dtype=torch.float16, **config):
+    model = copy.deepcopy(tiny_llama(max_position_embeddings=512, **config)).half().to(dtype)
+    fuse(model, fp32_activations=True, bfloat16_prefill=True)
+    return model
+
+
+def states(model, ids, *borders, for_prompts=True):
+    """[T, H] after the last layer, of a prompt that is read in chunks."""
+    runner = ModelRunner(model, len(ids), len(ids))
+    runner = runner.for_row(0) if for_prompts else runner
+    chunks = torch.tensor([ids]).tensor_split(borders, 1)
+    with torch.inference_mode():
+        return torch.cat([forward_early(runner, chunk, 4, num_logits=0).hidden[0] for chunk in chunks])
+
+
+def error(found, expected):
+    """Relative, of all elements together."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@needs_kernels
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_no_strategy_and_no_batch_changes_an_id(drafts):
+    """Guards against verification, or another row's prompt, in bfloat16."""
+    model = model_of()
+    plain = [generate(model, prompt, max_steps=24).predicted_tokens for prompt in PROMPTS]
+    requests = [Request(prompt, eos_token_ids=[EOS]) for prompt in PROMPTS]
+    for batch_size in (1, 3):
+        found = in_batch(model, requests, batch_size, max_steps=24, **drafts)
+        assert [found[row].predicted_tokens for row in range(len(PROMPTS))] == plain
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_only_long_passes_over_prompts_are_in_bfloat16(dtype, config):
+    """Guards against an option without effect, an inexact product, a forgotten bias, and bfloat16 in drafts
+    and verifications, however wide.
+    """
+    model = model_of(dtype, **config)
+    exact = copy.deepcopy(model)
+    fuse(exact, fp32_activations=True, bfloat16_prefill=False)
+    for ids, is_long in ((PROMPTS[1], True), (PROMPTS[1][: LONG - 1], False)):
+        expected = states(exact, ids)
+        assert torch.equal(states(model, ids, for_prompts=False), expected)
+        assert (0 < error(states(model, ids), expected) < 2**-4) == is_long
+
+
+@needs_kernels
+@settings(max_examples=8)
+@given(borders=st.lists(st.integers(1, 330), max_size=3).map(sorted))
+def test_chunks_change_nothing_but_rounding(borders):
+    """Guards against keys that a later chunk does not see, or sees twice."""
+    whole, chunked = (states(model_of(), PROMPTS[1], *cuts) for cuts in ((), borders))
+    assert error(chunked, whole) < 2**-4
+
+
+@settings(max_examples=20)
+@given(width=st.integers(1, 70), past=st.integers(0, 90), seed=st.integers(0, 99))
+def test_attention_without_a_mask(width, past, seed):
+    """Guards against wrong weights of the two parts of attention."""
+    torch.manual_seed(seed)
+    queries = torch.randn(2, 3, width, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 1, past + width, 8, dtype=torch.float64).expand(-1, -1, 3, -1, -1)
+    mask = torch.ones(width, past + width, dtype=torch.bool).tril(past)
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=0.5)
+    torch.testing.assert_close(attend_to_past(queries, keys, values, 0.5), expected)
+
+
+@needs_kernels
+def test_kept_prefixes_are_of_one_kind():
+    """Guards against keys of a prompt in bfloat16 in an answer in float32, and the other way round."""
+    model, strategy = copy.deepcopy(model_of()), make_strategy(strategy_name({}))
+    config = GenerationConfig(sample=False, max_steps=4, reuse_cache=True)
+    for in_bfloat16, cached in ((True, 0), (True, 169), (False, 0), (False, 169), (True, 0)):
+        if prefills_in_bfloat16(model) != in_bfloat16 or not cached:
+            fuse(model, fp32_activations=True, bfloat16_prefill=in_bfloat16)
+        request = Request(PROMPTS[0], eos_token_ids=[EOS])
+        result = single_result(strategy.generate_batch(model, [request], config, 1))
+        assert result.num_cached_tokens == cached
+
+
+def has(monkeypatch, *, amx=False, avx512_bf16=False):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+
+
+@needs_kernels
+def test_loading(monkeypatch):
+    """Guards against an option that is lost on the way."""
+    has(monkeypatch, avx512_bf16=True)
+    options = LoadingOptions(device="cpu", prefill_dtype="bfloat16")
+    assert prefills_in_bfloat16(load_model_and_tokenizer(default_model(), options)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "amx", "why"),
+    [
+        ({}, False, "neither AMX nor AVX512_BF16"),
+        ({"dtype": "float32"}, True, "dtype auto"),
+        ({"dtype": "bfloat16"}, True, "dtype auto"),
+        ({"fuse": False}, True, "fuse True"),
+        ({"prefill_dtype": "float16"}, True, "'float16': must be one of auto, bfloat16"),
+    ],
+)
+def test_refusals(monkeypatch, options, amx, why):
+    """Guards against an option that is ignored."""
+    has(monkeypatch, amx=amx)
+    with pytest.raises(LoadingError, match=f"^prefill_dtype .*{why}"):
+        load_model_and_tokenizer(
+            default_model(), LoadingOptions(**{"device": "cpu", "prefill_dtype": "bfloat16", **options})
+        )
+
+
+def test_refusals_of_devices_and_of_fuse():
+    with pytest.raises(LoadingError, match="not for cuda; use --dtype bfloat16"):
+        check_prefill_dtype(LoadingOptions(prefill_dtype="bfloat16"), torch.device("cuda"))
+    model = tiny_llama.__wrapped__()
+    with pytest.raises(ValueError, match="need weights in 16 bits"):
+        fuse(model, bfloat16_prefill=True)
+    assert not prefills_in_bfloat16(model)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_rounded_float32_products_are_said(monkeypatch, rounds):
+    """Guards against text that changes silently, and against a warning where nothing changes."""
+    with warnings.catch_warnings(record=True) as before:
+        generate(tiny_llama(), [5, 9, 4], max_steps=2)
+    assert not before
+    monkeypatch.setattr(linear, "_rounds_inputs", lambda: rounds)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            generate(tiny_llama(), [5, 9, 4], max_steps=2)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [("float32 products" in str(each.message)) for each in said] == [True] * rounds
