@@ -27,6 +27,9 @@ from self_speculation.model.linear import NARROW, BFloat16Linear, Linear, follow
 from self_speculation.model.made import lock, made
 from self_speculation.model.overrides import replaced_forward
 
+# Norms that multiply by 1 + weight, in float32.
+_CENTRED_NORMS = ("Gemma3RMSNorm",)
+
 # Modules of plain layers that are not those of their family. Fused layers call activations as they are.
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _OF_TORCH = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
@@ -136,7 +139,9 @@ def _follow(model: Any, state: _State) -> tuple[Mapping[nn.Module, Any], torch.d
     structures = {key: structure(*of_key) for key, of_key in modules.items()}
     made = {key: fused for key, fused in state.made.items() if fused.structure == structures.get(key)}
     plain = [key for key, of_key in modules.items() if key in made or difference(model, *of_key) is None]
-    fp32 = state.fp32_activations and len(plain) == len(modules) and _fits_float16(model)
+    embed, can_widen = base.embed_tokens, len(plain) == len(modules) and _fits_float16(model)
+    is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
+    fp32 = state.fp32_activations and can_widen and is_as_built  # `ModelRunner.embed` scales by itself
     # Free outdated parts before new ones are made.
     state.made = made = {key: fused for key, fused in made.items() if fused.fp32_activations == fp32}
     new = [key for key in plain if key not in made]
@@ -225,7 +230,9 @@ class RMSNorm:
     """[..., n] -> [..., n], over the weight of a module."""
 
     def __init__(self, module: Any) -> None:
-        self.weight, self._epsilon = module.weight.data, module.variance_epsilon
+        self._is_centred = type(module).__name__ in _CENTRED_NORMS
+        self._epsilon = module.eps if self._is_centred else module.variance_epsilon
+        self.weight = module.weight.data
         self._shape = self.weight.shape
         self._on_cpu = self.weight.device.type == "cpu"
         self._root = len(self.weight) ** 0.5
@@ -233,6 +240,9 @@ class RMSNorm:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._on_cpu:
+            if self._is_centred:
+                weight = self.weight.float() + 1
+                return torch.rms_norm(hidden.float(), self._shape, weight, self._epsilon).type_as(hidden)
             return torch.rms_norm(hidden, self._shape, self.weight, self._epsilon)  # one kernel
         # On a CPU `rms_norm` is twice as many kernels as these.
         is_exact = hidden.dtype == torch.float32
@@ -240,6 +250,8 @@ class RMSNorm:
         norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
         scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
+        if self._is_centred:
+            return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
         return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
 
     def tensors(self) -> list[Tensor]:
@@ -270,8 +282,13 @@ class FusedLayer:
         self._activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward  # `difference`: there are no hooks
         self._width = mlp.gate_proj.out_features
         self._input_norm = RMSNorm(layer.input_layernorm)
-        self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
-        self._query_norm = self._key_norm = None
+        self._attended_norm = self._output_norm = self._query_norm = self._key_norm = None
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            self._attended_norm = RMSNorm(layer.post_attention_layernorm)
+            self._mlp_norm = RMSNorm(layer.pre_feedforward_layernorm)
+            self._output_norm = RMSNorm(layer.post_feedforward_layernorm)
+        else:
+            self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
         self.fp32_activations, self.structure = fp32_activations, structure(layer)
@@ -288,12 +305,13 @@ class FusedLayer:
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = cache.append(keys, values, self.index)
-        hidden = out.add_to(hidden, self._attend(queries, all_keys, all_values, context))
+        attended = self._attend(queries, all_keys, all_values, context)
+        hidden = _add(hidden, out, attended, self._attended_norm)
         is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
         for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
             joint = gate_up.unconverted(self._mlp_norm(piece))
             gate, up = joint.split_with_sizes((self._width, self._width), 1)
-            down.add_to(piece, self._activation(gate).mul_(up))
+            _add(piece, down, self._activation(gate).mul_(up), self._output_norm)
         return hidden
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, context: Any) -> Tensor:
@@ -347,8 +365,14 @@ class FusedLayer:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a pass reads."""
-        norms = (self._input_norm, self._mlp_norm, self._query_norm, self._key_norm)
-        return [t for part in (*self.linears, *norms) if part is not None for t in part.tensors()]
+        of_attention = (self._input_norm, self._query_norm, self._key_norm, self._attended_norm)
+        parts = (*self.linears, *of_attention, self._mlp_norm, self._output_norm)
+        return [tensor for part in parts if part is not None for tensor in part.tensors()]
+
+
+def _add(hidden: Tensor, linear: Any, x: Tensor, norm: RMSNorm | None) -> Tensor:
+    """hidden + norm(linear(x)), in place; None: without a norm."""
+    return linear.add_to(hidden, x) if norm is None else hidden.add_(norm(linear(x)))
 
 
 class FusedHead:

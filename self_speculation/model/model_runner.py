@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from self_speculation.model.attention import attention_kernel, disable_cudnn_attention
@@ -206,7 +207,10 @@ class ModelRunner:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, H]"""
-        return self._embed(input_ids).to(self.dtype)
+        scale = getattr(self._embed, "scalar_embed_scale", None)
+        if scale is None or self._embed.weight.dtype == self.dtype:
+            return self._embed(input_ids).to(self.dtype)
+        return embedding(input_ids, self._embed.weight).to(self.dtype) * scale  # not rounded to 16 bits
 
     def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
         """Layers first..last-1 over T new positions.

@@ -9,6 +9,7 @@ import torch
 from conftest import assert_close, generate, in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_llama_model_utils import family
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +73,16 @@ def test_logits_are_those_of_current_weights_in_float32(models, monkeypatch):
     generate(model, PROMPTS[0], max_steps=5)
     model.lm_head.weight.data[7] = 3.0
     assert_logits(model, copy.deepcopy(model).float())
+
+
+def test_scaled_embeddings_are_not_rounded():
+    """Guards against embeddings that are scaled in 16 bits, by a scale in 16 bits."""
+    model = family("gemma3_text").half()
+    exact = copy.deepcopy(model).float()
+    embed = exact.model.embed_tokens
+    embed.embed_scale.fill_(embed.scalar_embed_scale)
+    assert fuse(model, fp32_activations=True) == 4
+    assert_logits(model, exact)
 
 
 shared_pair = functools.cache(pair)
