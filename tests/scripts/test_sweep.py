@@ -102,9 +102,9 @@ def test_cells_are_traced_like_other_scripts_or_none_is(common, monkeypatch, mod
     """
     traced, trace = [], traced_runner.TracedRunner._trace
 
-    def recorded(self, layers, hidden, first):
+    def recorded(self, layers, constants, hidden, first):
         traced.append((first, len(layers)))
-        return trace(self, layers, hidden, first)
+        return trace(self, layers, constants, hidden, first)
 
     monkeypatch.setattr(traced_runner.TracedRunner, "_trace", recorded)
     monkeypatch.setattr("measures.calibration._PATIENCE", 0.0)
