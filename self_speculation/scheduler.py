@@ -261,7 +261,10 @@ class Scheduler(Generic[Key]):
         runner = decoding.runner.for_row(self._slots[sequence], sequence.num_computed)
         tokens = sequence.history()[:, sequence.num_computed :][:, :num_tokens]
         is_last = sequence.num_computed + tokens.shape[1] == len(sequence.prompt)
-        logits = forward_early(runner, tokens, decoding.depth, num_logits=int(is_last)).logits
+        if is_last and decoding.source is not None:
+            logits = decoding.source.read_prompt(runner, sequence, tokens)
+        else:
+            logits = forward_early(runner, tokens, decoding.depth, num_logits=int(is_last)).logits
         sequence.num_computed += tokens.shape[1]
         if is_last:
             self._join(sequence, logits[0])

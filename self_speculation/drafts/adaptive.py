@@ -1,21 +1,31 @@
-"""Picks the draft source with the best expected speed, or none, in each round."""
+"""Picks the draft source with the best expected speed, or none, in each round.
+
+Each prompt judges early exits: a pass tells how often each of them is right (see `measures.replay`).
+"""
 
 from __future__ import annotations
 
 from collections import abc
 from collections.abc import Mapping
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import Copied, TokenDrafts, with_copied
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy
 from self_speculation.model.captured_runner import PassRange, num_prepared
 from self_speculation.model.devices import broadcast_from_rank0
+from self_speculation.model.linear import NARROW
 from self_speculation.model.model_runner import ModelRunner
-from self_speculation.transfers import Stopwatch
+from self_speculation.model.short_head import ShortHead
+from self_speculation.transfers import Reading, Stopwatch
+
+# The last positions of a prompt that judge exits.
+_JUDGING = 16
 
 
 class AdaptiveDrafts(DraftSource):
@@ -25,14 +35,14 @@ class AdaptiveDrafts(DraftSource):
 
     Args:
         model: all its ranks make the same plans.
-        sources: by name.
+        sources: by name; all have one head.
         ngrams: sources that cost nothing, by name.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        sources: Mapping[str, DraftSource],
+        sources: Mapping[str, LayerDrafts],
         ngrams: Mapping[str, TokenDrafts],
         policy: AdaptivePolicy,
     ) -> None:
@@ -42,10 +52,39 @@ class AdaptiveDrafts(DraftSource):
             source.goes_on = lambda confidences: [policy.goes_on(confidences)] * len(confidences)
         self._stopwatch, self._num_prepared = Stopwatch(self._device), 0
         self._guesses: list[tuple[Copied, Sequence, int]] = []  # of the last round, with their positions
+        # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
+        self._judgements: list[tuple[list[str], int, Reading]] = []
+
+    def read_prompt(self, runner: ModelRunner, sequence: Sequence, tokens: Tensor) -> Tensor:
+        """Prefill, and judge exits by the last tokens: would they have drafted what the whole model says?
+
+        Reads from the device: none before the next round, when the prompt's first token has been read.
+        """
+        width = tokens.shape[1]
+        # A pass over few tokens behind a kept prefix would be traced, range by range.
+        exits = self._policy.to_be_judged() if width > NARROW or not runner.cache.length(0) else []
+        if not exits:
+            return super().read_prompt(runner, sequence, tokens)
+        num_positions, states, first = min(width, _JUDGING), [], 0
+        hidden = runner.embed(tokens)
+        for last in (*(self._sources[name].exit_layer for name in exits), len(runner.layers)):
+            hidden, first = runner.run_layers(hidden, first, last), last
+            states.append(hidden[:, -num_positions:].clone())  # layers overwrite their input
+        drafter = self._sources[exits[0]].drafter
+        if isinstance(drafter.head, ShortHead):
+            drafter.head.seen.read_text(sequence.prompt, num_positions, may_grow=False)
+        states = [state.to(hidden.device) for state in states]
+        best = [drafter.logits(state, num_positions).argmax(-1) for state in states]  # [1, n] each
+        num_right = [(own == best[-1]).sum() for own in best[:-1]]
+        self._judgements.append((exits, num_positions, Reading(num_right)))
+        return runner.logits(hidden, 1)
 
     def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:
         self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
         self._check_guesses()
+        for exits, num_positions, reading in self._judgements:
+            self._policy.judge(dict(zip(exits, reading.wait(), strict=True)), num_positions)
+        self._judgements = []
         matched: dict[str, list[int | None]] = {}
         for name, source in self._ngrams.items():
             guesses = [source.copied(sequence, 1) for sequence in batch.sequences]

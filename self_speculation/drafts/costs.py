@@ -114,12 +114,16 @@ class PassTimes:
             ratio: estimated cost for one row, in plain steps.
             growth: of the source's passes.
         """
-        estimate = self.plain_step(num_rows) / self._growth(num_rows) * ratio * growth(num_rows)
+        estimate = self.estimated_draft_step(num_rows, ratio, growth)
         known = self._drafts.get((source, num_rows))
         if known is None:
             return estimate
         # A slow first draft must not rule out a second one.
         return known.value if known.count > 1.0 else min(known.value, estimate)
+
+    def estimated_draft_step(self, num_rows: int, ratio: float, growth: Callable[[int], float]) -> float:
+        """See `draft_step`."""
+        return self.plain_step(num_rows) / self._growth(num_rows) * ratio * growth(num_rows)
 
     def add_draft(self, source: str, num_rows: int, seconds: float, expected: float) -> None:
         """Learn the time of a drafted token; `expected`: that of `draft_step`."""

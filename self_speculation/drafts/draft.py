@@ -17,7 +17,7 @@ from torch import Tensor
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.model.captured_runner import PassRange
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.model_runner import ModelRunner, forward
 
 T = TypeVar("T")
 
@@ -54,6 +54,14 @@ class DraftSource(ABC):
         Args:
             limits: [B] the most tokens of each row.
         """
+
+    def read_prompt(self, runner: ModelRunner, sequence: Sequence, tokens: Tensor) -> Tensor:  # noqa: ARG002
+        """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them.
+
+        Args:
+            runner: over the row of the sequence.
+        """
+        return forward(runner, tokens).logits
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:  # noqa: B027
         """Learn from the outcome of the last draft; num_accepted: [B]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 _BINS = 10  # ranges of confidence
@@ -12,19 +12,18 @@ class DecayedMean:
     """The mean of a prior and of observations, whose weight decays.
 
     Args:
-        prior: a number, or a function that returns it.
+        prior: the mean without observations.
         weight: of the prior, in observations.
         decay: factor on all observations with each new one.
     """
 
-    def __init__(self, prior: float | Callable[[], float], weight: float = 2.0, decay: float = 0.95) -> None:
+    def __init__(self, prior: float, weight: float = 2.0, decay: float = 0.95) -> None:
         self._prior, self._weight, self._decay = prior, weight, decay
         self._sum = self.count = 0.0  # count: weight of the observations
 
     @property
     def value(self) -> float:
-        prior = self._prior() if callable(self._prior) else self._prior
-        return (prior * self._weight + self._sum) / (self._weight + self.count)
+        return (self._prior * self._weight + self._sum) / (self._weight + self.count)
 
     def add(self, value: float, weight: float = 1.0) -> None:
         """Add a value that counts as `weight` observations."""

@@ -86,14 +86,14 @@ class LayerDrafts(DraftSource):
         draft_weights: DraftWeights = "exact",
         thresholds: PerSequence[Threshold] | None = None,
     ) -> None:
-        self._drafter, self._exit_layer, self._thresholds = drafter, exit_layer, thresholds
+        self.drafter, self.exit_layer, self._thresholds = drafter, exit_layer, thresholds
         self._keeps_cache = draft_weights == "exact"
         self.name = f"exit {exit_layer}" if self._keeps_cache else f"exit {exit_layer}, {draft_weights}"
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        if isinstance(self._drafter.head, ShortHead):
-            self._drafter.head.seen.read(batch.sequences)
+        if isinstance(self.drafter.head, ShortHead):
+            self.drafter.head.seen.read(batch.sequences)
         goes_on = self.goes_on
         if goes_on is None and self._thresholds is not None:
             goes_on = partial(_by_thresholds, [self._thresholds[sequence] for sequence in batch.sequences])
@@ -103,7 +103,7 @@ class LayerDrafts(DraftSource):
         confidences: list[list[float]] = [[] for _ in limits]
         # The token that ends a draft stays in it: dropping tokens by their value would bias the output.
         while num_drafted < max(limits):
-            early = forward_early(self._drafter, inputs, self._exit_layer)
+            early = forward_early(self.drafter, inputs, self.exit_layer)
             exit_hidden.append(early.hidden)
             if self._runs_ahead:  # by the last token: this pass is queued already
                 limits = _shortened(goes_on, limits, num_drafted, reading, confidences)
@@ -124,14 +124,14 @@ class LayerDrafts(DraftSource):
             tokens,
             probabilities,
             limits,
-            self._exit_layer if self._keeps_cache else 0,
+            self.exit_layer if self._keeps_cache else 0,
             exit_hidden if self._keeps_cache else [],
             confidences,
         )
 
     def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:
-        yield PassRange(self._drafter, 0, self._exit_layer)
-        yield PassRange(runner, self._exit_layer if self._keeps_cache else 0, len(runner.layers), longest + 1)
+        yield PassRange(self.drafter, 0, self.exit_layer)
+        yield PassRange(runner, self.exit_layer if self._keeps_cache else 0, len(runner.layers), longest + 1)
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: Sequence[int]) -> None:
         if self._thresholds is None:

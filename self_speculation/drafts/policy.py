@@ -5,6 +5,7 @@ Knows nothing of models, tokens or tensors.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,14 +30,14 @@ class Arm:
         growth: estimated cost of a draft step of n rows, relative to one row.
         priors: [i] prior acceptance of a token after i matched ones; only [0] for sources without n-grams.
         weight: of the priors, in observations.
-        deeper: name of an arm whose acceptance is at least as high.
+        is_judged: prompts tell its acceptance, see `AdaptivePolicy.judge`.
     """
 
     draft_ratio: float = 0.0
     growth: Callable[[int], float] = lambda num_rows: 1.0
     priors: Sequence[float] = (0.4,)
     weight: float = 2.0
-    deeper: str = ""
+    is_judged: bool = False
 
 
 class Plan(NamedTuple):
@@ -61,10 +62,14 @@ class Plan(NamedTuple):
 
 @dataclass
 class _Trials:
-    """When to try an arm again, in rounds; the wait doubles with each trial."""
+    """When to try an arm again, or to judge exits, in rounds; the wait doubles each time."""
 
-    wait: int
-    due: int
+    wait: float
+    due: float
+
+    def postpone(self, now: int, most: float = math.inf) -> None:
+        self.wait = min(2 * self.wait, most)
+        self.due = now + self.wait
 
 
 @dataclass
@@ -86,6 +91,7 @@ class ArmStats:
         default_factory=lambda: defaultdict(AcceptanceByConfidence)
     )
     trials: dict[str, _Trials] = field(default_factory=dict)
+    judging: _Trials = field(default_factory=lambda: _Trials(8, 0))  # of exits, by prompts
     # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
     credit: float = 4.0
     lock: Any = field(default_factory=RLock)
@@ -111,8 +117,9 @@ def _alone(method: Callable[..., T]) -> Callable[..., T]:
 class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
-    Other arms get trials within a small share of the time, each after a longer wait, and only if they could
-    beat plain steps. A draft ends when another token would cost more than it is expected to save.
+    Prompts judge early exits. Other arms get trials within a small share of the time, each after a longer
+    wait, and only if they could beat plain steps. A draft ends when another token would cost more than it is
+    expected to save.
 
     Args:
         arms: by name of the source.
@@ -122,8 +129,9 @@ class AdaptivePolicy:
 
     # Expected speed of drafts over that of plain steps, at least: it is an estimate.
     _MARGIN = 1.03
-    # Rounds before the first trial; the most rounds between plain steps; share of the time.
-    _WAIT, _WAIT_FOR_PLAIN, _SHARE = 8, 64, 0.01
+    # Rounds before the first trial; the most rounds between plain steps, and between prompts that judge
+    # exits; share of the time.
+    _WAIT, _WAIT_FOR_PLAIN, _WAIT_FOR_PROMPT, _SHARE = 8, 64, 512, 0.01
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_OF_LAYERS = 8
     # A trial whose acceptance exceeds the estimate by this is repeated soon.
@@ -132,6 +140,7 @@ class AdaptivePolicy:
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
         self._layered = [name for name, arm in arms.items() if arm.draft_ratio > 0.0]
+        self._judged = [name for name, arm in arms.items() if arm.is_judged]
         self._tried = (PLAIN, *self._layered)
         for i, name in enumerate(self._tried, 1):
             stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
@@ -178,9 +187,25 @@ class AdaptivePolicy:
             return width < plan.length
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
-        seconds = self._seconds(plan.source, num_rows)
+        seconds = self._seconds(num_rows, self._draft_step(plan.source, num_rows))
         more = seconds(width + 1) - seconds(width)
         return accepted * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
+
+    @_alone
+    def to_be_judged(self) -> list[str]:
+        """The exits that the next prompt shall judge: all, ever more rarely."""
+        judging, now = self._stats.judging, self._stats.num_rounds
+        if judging.due > now:
+            return []
+        judging.postpone(now, self._WAIT_FOR_PROMPT)
+        return self._judged
+
+    @_alone
+    def judge(self, num_right: Mapping[str, float], num_positions: int) -> None:
+        """Learn from a prompt: at so many of its positions these exits would have drafted a right token."""
+        for name, number in num_right.items():
+            self._acceptance(name, 0).add(number / num_positions, weight=num_positions)
+        self._of_layers.clear()
 
     @_alone
     def see(self, source: str, matched: int, is_right: bool) -> None:
@@ -251,7 +276,8 @@ class AdaptivePolicy:
             for name in self._layered:
                 of_row = _expected_tokens([self._acceptance(name, 0).value], longest)
                 tokens = [num_rows + num_drafting * (expected - 1.0) for expected in of_row]
-                plans.append(self._best_length(name, num_rows, tokens))
+                seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
+                plans.append(_best_length(name, tokens, seconds))
             self._of_layers[key] = max(plans, key=lambda plan: plan.rate)
         return self._of_layers[key]
 
@@ -261,15 +287,10 @@ class AdaptivePolicy:
         """N-grams, and drafts of the source for rows where more of them is expected to be accepted."""
         own = 0.0 if source == PLAIN else self._acceptance(source, 0).value
         tokens = _expected_tokens([max(chance, own) for chance in chances], longest)
-        plan = self._best_length(source, len(lookups), tokens)
+        seconds = self._seconds(len(lookups), self._draft_step(source, len(lookups)))
+        plan = _best_length(source, tokens, seconds)
         pairs = zip(lookups, chances, strict=True)
         return plan._replace(lookups=[name if chance > own else PLAIN for name, chance in pairs])
-
-    def _best_length(self, source: str, num_rows: int, tokens: Sequence[float]) -> Plan:
-        """The best round with the source, given the expected tokens by draft length."""
-        seconds = self._seconds(source, num_rows)
-        best = max(range(len(tokens)), key=lambda k: tokens[k] / seconds(k))
-        return Plan(source, len(tokens) - 1, (), best, tokens[best], seconds(best))
 
     def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
         """A trial of the arm that has been due longest; None: none is due or affordable."""
@@ -290,30 +311,35 @@ class AdaptivePolicy:
             if price > stats.credit:
                 return None  # cheaper arms must not use up the credit
             stats.credit -= price
-            trials = stats.trials[name]
-            most = self._WAIT_FOR_PLAIN if name == PLAIN else 2 * trials.wait
-            trials.wait = min(2 * trials.wait, most)
-            trials.due = stats.num_rounds + trials.wait
+            most = self._WAIT_FOR_PLAIN if name == PLAIN else math.inf
+            stats.trials[name].postpone(stats.num_rounds, most)
             return trial._replace(is_trial=True)
         return None
 
     def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
-        """A trial of an arm; None: it could not pay with the acceptance of its deeper arm, or with 1."""
-        deeper, seconds = self._arms[name].deeper, self._seconds(name, num_rows)
-        most = self._acceptance(deeper, 0).value if deeper else 1.0
-        hoped = self._best_length(name, num_rows, _expected_tokens([most] * num_rows, self._longest))
+        """A trial of an arm; None: it could not pay even if all its tokens were accepted. A judged arm, whose
+        acceptance is known, is tried if it would pay at its estimated price.
+        """
+        times, arm, known = self._stats.times, self._arms[name], self._acceptance(name, 0).value
+        seconds = hoped_seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
+        if arm.is_judged:
+            estimate = times.estimated_draft_step(num_rows, arm.draft_ratio, arm.growth)
+            hoped_seconds = self._seconds(num_rows, estimate)
+        chances = [known if arm.is_judged else 1.0] * num_rows
+        hoped = _best_length(name, _expected_tokens(chances, self._longest), hoped_seconds)
         if not length or hoped.rate <= self._MARGIN * self._plain.rate:
             return None
-        tokens = _expected_tokens([self._acceptance(name, 0).value] * num_rows, length)
+        tokens = _expected_tokens([known] * num_rows, length)
         return Plan(name, length, (), 0, tokens[-1], seconds(length))
 
-    def _seconds(self, name: str, num_rows: int) -> Callable[[int], float]:
+    def _seconds(self, num_rows: int, draft_step: float) -> Callable[[int], float]:
         """Draft length -> time of a round."""
-        draft_step = 0.0 if name == PLAIN else self._draft_step(name, num_rows)
         verification = self._stats.times.verification(num_rows)
         return lambda k: draft_step * k + verification(k)
 
     def _draft_step(self, name: str, num_rows: int) -> float:
+        if name == PLAIN:
+            return 0.0
         arm = self._arms[name]
         return self._stats.times.draft_step(name, num_rows, arm.draft_ratio, arm.growth)
 
@@ -322,12 +348,14 @@ class AdaptivePolicy:
         means = self._stats.acceptance
         if (name, matched) not in means:
             arm = self._arms[name]
-            prior = arm.priors[matched]
-            deeper = self._acceptance(arm.deeper, 0) if arm.deeper else None
-            means[name, matched] = DecayedMean(
-                prior if deeper is None else lambda: min(prior, deeper.value), arm.weight, decay=0.97
-            )
+            means[name, matched] = DecayedMean(arm.priors[matched], arm.weight, decay=0.97)
         return means[name, matched]
+
+
+def _best_length(source: str, tokens: Sequence[float], seconds: Callable[[int], float]) -> Plan:
+    """The best round with a source, given its expected tokens and its time by draft length."""
+    best = max(range(len(tokens)), key=lambda k: tokens[k] / seconds(k))
+    return Plan(source, len(tokens) - 1, (), best, tokens[best], seconds(best))
 
 
 def _expected_tokens(chances: Sequence[float], longest: int) -> list[float]:

@@ -32,8 +32,9 @@ from self_speculation.model.short_head import ShortHead, default_vocabulary
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4
 
-# Prior acceptance of early exits, which may be untrained, and of a copy of all layers.
-_PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.4,), (0.9,)
+# Prior acceptance of early exits, which may be untrained until a prompt says otherwise, and of a copy of all
+# layers.
+_PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.0,), (0.9,)
 # Weight of the copy's prior: two rejections in the first rounds must not rule it out.
 _TRUST_IN_COPY = 6.0
 
@@ -92,7 +93,7 @@ class SourceEntry(NamedTuple):
     asked_for: Callable[[GenerationConfig], bool]
     make: Callable[[DraftContext], DraftSource | TokenDrafts]
     # By name, what adaptive decoding picks from; None: the source itself, which copies tokens.
-    arms: Callable[[DraftContext], Mapping[str, tuple[DraftSource, Arm]]] | None = None
+    arms: Callable[[DraftContext], Mapping[str, tuple[LayerDrafts, Arm]]] | None = None
 
 
 def make_source(context: DraftContext) -> DraftSource:
@@ -108,7 +109,7 @@ def make_adaptive(context: DraftContext) -> DraftSource:
 
     Raises what `DraftContext.drafter` does.
     """
-    sources: dict[str, DraftSource] = {}
+    sources: dict[str, LayerDrafts] = {}
     ngrams: dict[str, TokenDrafts] = {}
     arms: dict[str, Arm] = {}
     for kind in SOURCES:
@@ -138,17 +139,16 @@ def _layers(context: DraftContext, exit_layer: int) -> LayerDrafts:
     return LayerDrafts(context.drafter(exit_layer), exit_layer, weights, thresholds)
 
 
-def _layer_arms(context: DraftContext) -> Mapping[str, tuple[DraftSource, Arm]]:
-    arms: dict[str, tuple[DraftSource, Arm]] = {}
-    weights, num_layers, deeper = context.config.draft_weights, len(context.runner.layers), ""
+def _layer_arms(context: DraftContext) -> Mapping[str, tuple[LayerDrafts, Arm]]:
+    arms: dict[str, tuple[LayerDrafts, Arm]] = {}
+    weights, num_layers = context.config.draft_weights, len(context.runner.layers)
     of_draft_step = growth(context.runner, weights)
-    for layer in reversed(candidate_layers(num_layers, weights)):
+    for layer in candidate_layers(num_layers, weights):
         source, ratio = _layers(context, layer), context.draft_ratio(layer)
         if layer == num_layers:
             arm = Arm(ratio, of_draft_step, _PRIOR_OF_COPY, _TRUST_IN_COPY)
         else:
-            arm = Arm(ratio, of_draft_step, _PRIOR_OF_EXIT, deeper=deeper)
-            deeper = source.name
+            arm = Arm(ratio, of_draft_step, _PRIOR_OF_EXIT, is_judged=True)
         arms[source.name] = (source, arm)
     return arms
 

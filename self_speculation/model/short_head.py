@@ -195,12 +195,16 @@ class SeenIds:
                 self._demand.num_tokens += after.length - text.length
         self._set_rows([*self._sequences.values()], self._demand.num_tokens >= _WORTH_COPYING)
 
-    def read_text(self, ids: Sequence[int], num_positions: int) -> None:
-        """Read a text, for a pass over its last positions: each knows the ids up to its own."""
+    def read_text(self, ids: Sequence[int], num_positions: int, may_grow: bool = True) -> None:
+        """Read a text, for a pass over its last positions: each knows the ids up to its own.
+
+        Args:
+            may_grow: to all rows, however few texts need them.
+        """
         texts = [self._after(_Text(), ids[: len(ids) - num_positions + 1])]
         for id_ in ids[len(ids) - num_positions + 1 :]:
             texts.append(self._after(texts[-1], [id_]))
-        self._set_rows(texts)
+        self._set_rows(texts, may_grow)
 
     def _after(self, text: _Text, ids: Sequence[int]) -> _Text:
         seen, new = set(text.seen), text.new
