@@ -29,6 +29,7 @@ from transformers.distributed import DistributedConfig
 
 from self_speculation.config import DtypeName, LoadingOptions, Parallel, PrefillDtype, Quantization
 from self_speculation.model.captured_runner import capture_decoding, check_can_be_captured
+from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.gguf_files import Header, read_once, read_weights
@@ -103,6 +104,8 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
         scaling = (given := {**options.model_args}).pop("rope_scaling", None)
         config = AutoConfig.from_pretrained(source, **kwargs, **given)
         check_supported(config)
+        if model.endswith(".gguf") and experts_per_token(config) is not None:
+            raise ValueError(f"experts of a {config.model_type} model are read from safetensors only")
         if scaling is not None:
             scale_rotation(config, scaling)
     return config

@@ -8,9 +8,11 @@ from test_llama_model_utils import OF_EXPERTS, family
 import benchmark
 from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio, growth
+from self_speculation.model import loading
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.experts import bytes_read, distinct_experts
 from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.sources import LoadingError
 
 KINDS = ["mixtral", "olmoe", "qwen3_moe"]
 PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 6], [5, 9, 4, 5, 9, 4, 5, 9], [11, 12, 13]]
@@ -92,3 +94,14 @@ def test_copies_of_experts_are_refused_before_weights_are_loaded(common, tmp_pat
     flags = ["--generation_strategy", "adaptive", "--draft_weights", "int4", "--model"]
     line = refused(benchmark.main, [*common, *flags, str(tmp_path / "model")], capsys)
     assert "--draft_weights int4: there are no copies of a olmoe model" in line
+
+
+def test_experts_of_a_gguf_file_are_refused_before_they_are_read(monkeypatch):
+    """Guards against minutes of unpacking before an error about missing tensors."""
+    monkeypatch.setattr(loading, "_header", lambda *_: None)
+    monkeypatch.setattr(loading, "locate", lambda *_: ("", {}))
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: family("qwen3_moe").config)
+    with pytest.raises(
+        LoadingError, match=r"\.gguf': experts of a qwen3_moe model are read from safetensors"
+    ):
+        loading.load_config("some.gguf")
