@@ -102,12 +102,17 @@ class LogprobCollector:
         self._added_ids = tokenizer.added_tokens_decoder.keys()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel(" in repr(getattr(backend, "decoder", None))
+        self._clear()
+
+    def _clear(self) -> None:
         self._tokens: list[TokenLogprob] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_chars = 0  # complete ones
 
     def __call__(self, history: Tensor, scores: Tensor, **_: object) -> bool:
         if self._reader is not None and not self._reader.in_answer:
+            if self._tokens:  # of the opening tag
+                self._clear()
             return False
         *before, id_ = history[0, -_CONTEXT:].tolist()
         logprobs = scores[0].float().log_softmax(-1).clamp(min=_MIN_LOGPROB)

@@ -136,9 +136,10 @@ class ThinkingReader:
 
     @property
     def in_answer(self) -> bool:
-        """Whether the last token adds to the text of the answer."""
-        is_thinking = self._splitter.has_thought and not self._splitter.in_answer
-        return bool(self.answer) or (self._text.is_waiting and not is_thinking)
+        """Whether the last token adds to the text of the answer, or will, unless an opening tag has begun."""
+        if not self._splitter.has_thought:
+            return True
+        return bool(self.answer) or (self._text.is_waiting and self._splitter.in_answer)
 
     def _take(self, parts: Iterable[Part]) -> None:
         for text, is_thinking in parts:

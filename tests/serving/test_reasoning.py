@@ -128,6 +128,18 @@ def test_stop_words_and_log_probabilities_are_of_the_answer(served):
             assert b"".join(bytes(token["bytes"]) for token in tokens) == said.encode()
 
 
+@pytest.mark.parametrize("text", ["<b>yes", "\n yes", "<think", f"\n{TAGS[0]}a{TAGS[1]}yes"])
+def test_log_probabilities_of_an_answer_that_may_begin_a_tag(served, text):
+    """Guards against tokens that were held back and are missing, and against those of an opening tag."""
+    for drafts in (True, False):
+        choice, _ = answered(served, f"{text}</s>", logprobs=True, drafts=drafts)
+        tokens = [bytes(token["bytes"]) for token in choice["logprobs"]["content"]]
+        parts = streamed(served, f"{text}</s>", logprobs=True, drafts=drafts)
+        in_stream = [bytes(token["bytes"]) for part in parts for token in part["logprobs"]["content"]]
+        assert b"".join(tokens).decode() == choice["message"]["content"] == text.split(TAGS[1])[-1]
+        assert in_stream == tokens
+
+
 @pytest.mark.parametrize("template", [QWEN3, R1, SMOLLM3])
 def test_requests_and_flags_set_variables_of_the_template(byte_tokenizer, template):
     """Guards against a flag that wins over a request, and efforts that no template gets."""
