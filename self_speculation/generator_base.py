@@ -227,20 +227,21 @@ class HuggingfaceLlamaGenerator:
         started = time.perf_counter() if started is None else started
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
-        own_words = (request.config or generation_config).stop_words or []
-        words = StopWords(self.tokenizer, own_words, ids, request.thinking)
+        config = request.config or generation_config
+        words = StopWords(self.tokenizer, config.stop_words or [], ids, request.thinking)
         ends_text = [*([words] if words.words or words.reader else []), *as_list(request.ends_text)]
         processors, prediction = as_list(request.logits_processors), request.prediction
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         if (grammar := request.grammar) is not None:
             if request.thinking is not None:
-                grammar = grammar.after(request.thinking, self.tokenizer.added_tokens_decoder, ends)
+                all_ends = [*ends, *(config.stop_token_ids or [])]
+                grammar = grammar.after(request.thinking, self.tokenizer.added_tokens_decoder, all_ends)
             if self.sandbox is not None:
                 self.sandbox.check(grammar.definition)
             size = self.model.config.vocab_size
             processors += [GrammarProcessor(grammar, self.tokenizer, len(ids), size, ends)]
         if isinstance(prediction, str):
-            prediction = self.encode_prediction(prediction, request.config or generation_config)
+            prediction = self.encode_prediction(prediction, config)
         prepared = {
             "prompt": ids,
             "logits_processors": processors,

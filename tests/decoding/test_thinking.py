@@ -176,6 +176,16 @@ def test_a_grammar_without_thinking(told):
         assert re.fullmatch(PATTERN, result.decoded_prediction)
 
 
+def test_guided_thinking_has_no_stop_token_of_the_request(byte_tokenizer):
+    """Guards against an answer that is no JSON, since a stop token of the request ended its thinking."""
+    tokenizer = thinking_tokenizer(byte_tokenizer, R1)
+    teller = Teller(tokenizer, text=f"a<s>b{TAGS[1]}", max_position_embeddings=512)
+    config = GenerationConfig(sample=False, max_steps=60, stop_token_ids=[tokenizer.bos_token_id])
+    request = Request([5], thinking=Thinking.of(tokenizer, TAGS[0]), grammar=ANSWER)
+    result = teller.generate(request, config)
+    assert re.fullmatch(PATTERN, result.decoded_prediction)
+
+
 def test_an_end_tag_within_a_token(byte_tokenizer):
     """Guards against the rest of a token that both ends the thinking and begins the answer."""
     state = json.loads(byte_tokenizer.backend_tokenizer.to_str())
