@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from self_speculation.model.families import declared
+
 
 def experts_per_token(config: Any) -> tuple[int, int] | None:
     """How many experts of a layer a token chooses, and of how many; None: the model is dense."""
-    chosen = getattr(config, "num_experts_per_tok", None)
+    chosen = declared(config, "num_experts_per_tok")
     return None if chosen is None else (chosen, config.num_experts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -127,10 +128,17 @@ def _scaled_rotation(config: Any) -> Mapping[str, Any]:
     return rope.get("full_attention") or rope
 
 
+def declared(config: Any, name: str) -> Any:
+    """A setting; None if the family has no such setting. A config file may hold settings of another family,
+    such as the one that the model was converted from: its layers ignore them.
+    """
+    return getattr(config, name, None) if name in inspect.signature(type(config)).parameters else None
+
+
 def attention_types(config: Any) -> list[AttentionType]:
     """[L] of each layer."""
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    window, rope = getattr(config, "sliding_window", None), getattr(config, "rope_parameters", None) or {}
+    types = declared(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    window, rope = declared(config, "sliding_window"), getattr(config, "rope_parameters", None) or {}
     return [
         AttentionType(window if kind == "sliding_attention" else None, kind if kind in rope else None)
         for kind in types

@@ -1,7 +1,7 @@
 """Layers that see the last positions only give the ids of transformers' `generate` far beyond the window."""
 
 import pytest
-from conftest import in_batch, transformers_generate
+from conftest import generate, in_batch, transformers_generate
 from test_llama_model_utils import family, pieces_match_the_whole
 
 from self_speculation import GenerationConfig, Request, make_strategy
@@ -64,6 +64,17 @@ def test_captured_passes(graphs):
     capture_decoding(model)
     gives_ids_of_transformers(model, [LAYERS], max_steps=8)
     assert graphs.replayed
+
+
+def test_settings_of_another_family():
+    """Guards against a window, or experts, of a config whose family has none: a Llama that was converted
+    from Mistral or Mixtral keeps their settings, and its own `forward` ignores them.
+    """
+    kept = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 4, "num_experts_per_tok": 2}
+    model = family("llama", **kept)
+    pieces_match_the_whole(model)
+    expected = transformers_generate(model, PROMPTS[1], MAX_STEPS, eos=-1, use_cache=False)
+    assert generate(model, PROMPTS[1], "adaptive", (), max_steps=MAX_STEPS).predicted_tokens == expected
 
 
 @pytest.mark.parametrize("captured", [False, True])
