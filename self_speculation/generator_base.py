@@ -297,7 +297,7 @@ class HuggingfaceLlamaGenerator:
         given = {"add_generation_prompt": True, "tokenize": False, **own}
         try:
             return self.tokenizer.apply_chat_template(messages, **template_kwargs, **given)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, AttributeError, ArithmeticError) as error:  # of a variable's value
             raise ValueError(f"the chat template fails: {error}") from error
 
     def use_sandbox(self) -> None:

@@ -188,6 +188,15 @@ def test_variables_that_are_none(served, given, says):
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("template", ["{{ 1 // x }}", "{{ x | dictsort }}", "{{ x + 'a' }}", "{{ x.y.z }}"])
+def test_variables_that_a_template_cannot_use(byte_tokenizer, template):
+    """Guards against the status of a fault of the server."""
+    teller = Teller(thinking_tokenizer(byte_tokenizer, template), GREEDY.generation_strategy)
+    with Served(teller, GREEDY) as served:
+        message = refused(served, CHAT, messages=HELLO, chat_template_kwargs={"x": 0})
+        assert message.startswith("messages: the chat template fails: ")
+
+
 def test_earlier_thinking_goes_to_the_template():
     """By either name. Guards against other servers' objects of that name."""
     for fields, expected in (
