@@ -30,6 +30,15 @@ def bytes_read(modules: Iterable[nn.Module], config: Any) -> tuple[float, float]
     return of_experts + sum(size for dim, size in weights if dim < 3), of_experts
 
 
+def bytes_of_layer(model: Any) -> float:
+    """Bytes of weights that a pass over one token reads, in a layer on average. All layers of a dense model
+    are alike; to ask each for its weights takes a millisecond.
+    """
+    layers, config = model.base_model.layers, model.config
+    asked = layers[:1] if experts_per_token(config) is None else layers
+    return bytes_read(asked, config)[0] / len(asked)
+
+
 def distinct_experts(chosen: int, of: int, num_tokens: float) -> float:
     """Expected number of experts of a layer that tokens choose, if they choose independently.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.devices import free_memory
-from self_speculation.model.experts import bytes_read
+from self_speculation.model.experts import bytes_of_layer
 from self_speculation.model.fused_layers import FusedHead, difference, linear_of
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
@@ -69,9 +69,7 @@ def default_vocabulary(
     size, width = runner.model.get_output_embeddings().weight.shape
     rows = max(_LEAST_ROWS, 2 ** round(math.log2(size / 4)))
     of_layers, of_head = bytes_per_weight
-    all_layers = runner.model.base_model.layers
-    own_bytes = bytes_read(all_layers, runner.config)[0] / len(all_layers)
-    layers = num_layers * of_layers * own_bytes / runner.model.dtype.itemsize
+    layers = num_layers * of_layers * bytes_of_layer(runner.model) / runner.model.dtype.itemsize
     saved = of_head * (size - rows) * width
     return rows if saved > _CLEARLY_CHEAPER * (layers + of_head * size * width) else None
 
