@@ -198,8 +198,8 @@ def linear_of(model: Any, module: nn.Module) -> Linear:
     """A `Linear` of a plain module that is in no fused part. The model keeps it and what is made of it until
     a generation finds another weight.
     """
-    linears = _state(model).linears
     with lock(model):
+        linears = _state(model).linears
         if module not in linears:
             linears[module] = structure(module), Linear(module)
         return linears[module][1]
@@ -215,6 +215,8 @@ def difference(model: Any, *roots: nn.Module) -> str | None:
         kind = type(module)
         if kind not in _OF_TORCH and not kind.__module__.startswith((family, *_ACTIVATIONS)):
             return f"{name or 'it'} is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
+        if kind.__module__.startswith(_ACTIVATIONS) and [*module.parameters()]:
+            return f"{name or 'it'} is a {kind.__name__}, an activation with weights"
         if module._forward_hooks or module._forward_pre_hooks or replaced_forward(module):
             return f"{name or 'it'} has a hook or another forward"
     weights = [weight for root in roots for weight in root.parameters()]
