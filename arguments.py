@@ -69,7 +69,8 @@ class ModelArguments(LoadingOptions, _ModelName):  # simple_parsing resolves inh
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"must be between 0 and {2**32 - 1}")
         at_least(self, 1, "threads")
-        if self.model and (why := why_no_model(self.model)):
+        is_adapter = (Path(self.model or "").expanduser() / "adapter_config.json").is_file()
+        if self.model and not is_adapter and (why := why_no_model(self.model)):
             raise ValueError(f"model {self.model!r}: {why}")
         self.from_pretrained_args()
         if self.parallel in ("tensor", "pipeline") and self.device != "auto":

@@ -47,8 +47,8 @@ class DraftStats:
         return DraftStats(self.rounds + other.rounds)
 
     def add(self, source: str, drafted: int, accepted: int, emitted: int) -> None:
-        """Count one round."""
-        self.rounds[DraftRound(source, drafted, accepted, emitted)] += 1
+        """Count one round, of source "none" if nothing was drafted."""
+        self.rounds[DraftRound(source if drafted else "none", drafted, accepted, emitted)] += 1
 
     @property
     def num_verifications(self) -> int:

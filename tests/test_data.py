@@ -297,7 +297,7 @@ def test_any_file_is_read_or_refused_in_one_line(folder, file, dataset, n_shot):
     path.write_bytes(written)
     shots = 0 if DATASETS[dataset].between is None else n_shot
     try:
-        examples = load_examples(DataArguments(dataset, data_path=str(path), n_shot=shots), seed=1)
+        examples = load_examples(DataArguments(dataset=dataset, data_path=str(path), n_shot=shots), seed=1)
     except DataError as error:
         assert "\n" not in str(error)  # noqa: PT017
     else:
