@@ -24,7 +24,7 @@ from self_speculation.model.loading import default_model
 FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 PAGES = sorted({*FILES} - {"CHANGELOG.md"})
 # The commands of these pages are not run: one of them takes two hours.
-CARDS = ["CHANGELOG.md", "checkpoints/python-10m/README.md", "eval_tasks/README.md"]
+CARDS = ["CHANGELOG.md", "checkpoints/python-10m/README.md", "eval_tasks/README.md", "hub/README.md"]
 # These commands would start this test or not end.
 INSTEAD = {
     "make test": "make --dry-run test",
