@@ -68,6 +68,17 @@ def check_template_kwargs(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return given
 
 
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+# Metadata of a flag whose dataclass refuses texts, and not the parser.
+_NUMBER_OR_TEXT = {"custom_args": {"type": _number_or_text}}
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to generate.
@@ -102,9 +113,9 @@ class GenerationConfig:
     """int4: draft with a copy of the layers in four bits; exit_layer may be all of them. It takes 0.63 bytes
     for each of their weights and, for a float32 model on a CPU, 2 for each of the head. exact: the model's
     own."""
-    draft_confidence: str | None = None
-    """End a draft after a token whose own probability is below this, or, with auto, when another token would
-    cost more time than it is expected to save; default: drafts have num_speculations tokens."""
+    draft_confidence: float | None = field(default=None, metadata=_NUMBER_OR_TEXT)
+    """End a draft after a token whose own probability is below this; default: drafts have num_speculations
+    tokens."""
     draft_vocabulary: int | None = None
     """Draft with this many rows of the head: the most frequent ids of the sweep of --tuned, or the first ids
     of the tokenizer, and the ids of prompt and output. Default: a quarter of a large head for a copy in fewer
@@ -138,8 +149,10 @@ class GenerationConfig:
         layer, length = self.exit_layer, self.num_speculations
         check(self, "exit_layer", layer == -1 or layer >= 1, "must be -1 (full depth) or at least 1")
         check(self, "num_speculations", length == -1 or length >= 1, "must be -1 or at least 1")
-        is_confidence = _is_confidence(self.draft_confidence)
-        check(self, "draft_confidence", is_confidence, "must be auto or between 0 and 1")
+        confidence: Any = self.draft_confidence
+        better = "; generation_strategy adaptive does better than auto did" if confidence == "auto" else ""
+        is_confidence = not isinstance(confidence, str) and 0 <= (confidence or 0) <= 1
+        check(self, "draft_confidence", is_confidence, f"must be between 0 and 1{better}")
         compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
         check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
         check(self, "shared_lookup", self.shared_lookup >= 0, "must be 0 (off) or more")
@@ -211,13 +224,6 @@ class GenerationConfig:
     @property
     def greedy(self) -> bool:
         return not self.sample or self.temperature < LEAST_TEMPERATURE
-
-
-def _is_confidence(text: str | None) -> bool:
-    try:
-        return text in (None, "auto") or 0 <= float(text) <= 1
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,9 @@ def reads(monkeypatch):
         ({"draft_weights": "int4"}, False),
         ({"draft_vocabulary": 9}, False),
         ({"prompt_lookup": 3}, False),
-        ({"draft_confidence": "0.1"}, True),
-        ({"draft_confidence": "auto"}, True),
+        ({"draft_confidence": 0.1}, True),
         ({"streamer": Mock()}, True),  # which shows drafts
-        ({"streamer": Mock(), "draft_confidence": "auto"}, True),
+        ({"streamer": Mock(), "draft_confidence": 0.3}, True),
     ],
 )
 def test_one_read_a_round_and_at_most_one_for_a_drafted_token(config, reads_drafts, reads):

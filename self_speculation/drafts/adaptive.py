@@ -49,7 +49,7 @@ class AdaptiveDrafts(DraftSource):
         self._model, self._device, self._policy = model, model.device, policy
         self._sources, self._ngrams = sources, ngrams
         for source in sources.values():
-            source.goes_on = lambda confidences: [policy.goes_on(confidences)] * len(confidences)
+            source.should_continue = policy.should_continue
         self._stopwatch, self._num_prepared = Stopwatch(self._device), 0
         self._guesses: list[tuple[Copied, Sequence, int]] = []  # of the last round, with their positions
         # Of prompts since the last round: exits, positions, and a read of how many of these each had right.

@@ -22,7 +22,7 @@ from self_speculation.model.model_runner import ModelRunner, forward
 T = TypeVar("T")
 
 Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] probabilities of drafted tokens
-GoesOn = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft another token
+ShouldContinue = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft another token
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Draft:
     probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy, or if k is 0
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
-    # k times [B, 1, H]: the state of the token before each drafted one; and of the last one, if it is known
+    # k or k+1 states [B, 1, H]: inputs of the drafted tokens, then optionally the last one
     exit_hidden: list[Tensor] = field(default_factory=list)
     confidences: Confidences = ()  # empty unless drafts end by them
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched
@@ -42,8 +42,6 @@ class Draft:
 
 class DraftSource(ABC):
     """Makes the drafts of one batch."""
-
-    goes_on: GoesOn | None = None  # ends drafts; None: the source's own rule does, if it has one
 
     @abstractmethod
     def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:

@@ -176,20 +176,21 @@ class AdaptivePolicy:
         return self._plan
 
     @_alone
-    def goes_on(self, confidences: Sequence[Sequence[float]]) -> bool:
-        """Whether to draft another token.
+    def should_continue(self, confidences: Sequence[Sequence[float]]) -> list[bool]:
+        """[B] whether to draft another token: the rows of a batch end together.
 
         Args:
             confidences: [B] probabilities of the tokens drafted so far.
         """
         plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
         if plan.is_trial:
-            return width < plan.length
+            return [width < plan.length] * num_rows
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
         seconds = self._seconds(num_rows, self._draft_step(plan.source, num_rows))
         more = seconds(width + 1) - seconds(width)
-        return accepted * self._acceptance(plan.source, 0).value > more * max(plan.rate, self._plain.rate)
+        gain = accepted * self._acceptance(plan.source, 0).value
+        return [gain > more * max(plan.rate, self._plain.rate)] * num_rows
 
     @_alone
     def to_be_judged(self) -> list[str]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptiveDrafts
 from self_speculation.drafts.costs import draft_ratio, growth
-from self_speculation.drafts.draft import DraftSource, PerSequence
-from self_speculation.drafts.layers import FixedThreshold, LayerDrafts, LearnedThreshold, Threshold
+from self_speculation.drafts.draft import DraftSource, ShouldContinue
+from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import CopiedFirst, NgramDrafts, TokenDrafts
 from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
 from self_speculation.drafts.prediction import PredictionDrafts
@@ -129,14 +129,14 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
 
 
 def _layers(context: DraftContext, exit_layer: int) -> LayerDrafts:
-    weights, confidence = context.config.draft_weights, context.config.draft_confidence
-    thresholds: PerSequence[Threshold] | None = None
-    if confidence == "auto":
-        ratio = context.draft_ratio(exit_layer)
-        thresholds = PerSequence(lambda _: LearnedThreshold(ratio))
-    elif confidence is not None:
-        thresholds = PerSequence(lambda _: FixedThreshold(float(confidence)))
-    return LayerDrafts(context.drafter(exit_layer), exit_layer, weights, thresholds)
+    config = context.config
+    should_continue = None if config.draft_confidence is None else _last_is(config.draft_confidence)
+    return LayerDrafts(context.drafter(exit_layer), exit_layer, config.draft_weights, should_continue)
+
+
+def _last_is(threshold: float) -> ShouldContinue:
+    """End a draft after a token whose own probability is below the threshold."""
+    return lambda confidences: [bool(row) and row[-1] >= threshold for row in confidences]
 
 
 def _layer_arms(context: DraftContext) -> Mapping[str, tuple[LayerDrafts, Arm]]:

@@ -35,20 +35,20 @@ SETTINGS = {
     "plain": {},
     "all": {"temperature": 1.5, "top_k": 4, "top_p": 0.8},
     "processor": {},
-    "confidence, learnt": {"draft_confidence": "auto", "num_speculations": 3},
+    "confidence": {"draft_confidence": 0.3, "num_speculations": 3},
     "lookup": {"prompt_lookup": 2},
-    "lookup, confidence": {"prompt_lookup": 2, "draft_confidence": "0.3", "num_speculations": 3},
+    "lookup, confidence": {"prompt_lookup": 2, "draft_confidence": 0.3, "num_speculations": 3},
     "vocabulary, processor": {"draft_vocabulary": 2, "top_p": 0.9},
     "vocabulary, all": {
-        "draft_vocabulary": 1, "draft_weights": "int4", "draft_confidence": "auto", "prompt_lookup": 1,
+        "draft_vocabulary": 1, "draft_weights": "int4", "draft_confidence": 0.3, "prompt_lookup": 1,
     },
     "int4, lookup, confidence": {
-        "draft_weights": "int4", "draft_confidence": "0.2", "prompt_lookup": 1, "top_p": 0.8,
+        "draft_weights": "int4", "draft_confidence": 0.2, "prompt_lookup": 1, "top_p": 0.8,
     },
 }  # fmt: skip
 # Rows may have drafts of several sources. This guards against n-grams that are always accepted because
 # another row has no draft.
-FAST = ("plain", "all", "processor", "confidence, learnt", "lookup", "vocabulary, all",
+FAST = ("plain", "all", "processor", "confidence", "lookup", "vocabulary, all",
         "int4, lookup, confidence")  # fmt: skip
 DEFAULT = [(name, 4) for name in FAST]
 SLOW = [how for how in itertools.product(SETTINGS, (1, 2, 4)) if how not in DEFAULT]

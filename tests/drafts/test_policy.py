@@ -126,7 +126,7 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
                     accepted[row] += 1
         own = [row for row, source in enumerate(sources) if source == PLAIN and plan.source != PLAIN]
         steps = 0
-        while own and steps < min(plan.length, 8) and (not steps or policy.goes_on(confidences)):
+        while own and steps < min(plan.length, 8) and (not steps or all(policy.should_continue(confidences))):
             for row in own:
                 sources[row] = plan.source
                 confidences[row].append(world.confidence(plan.source, draws))
@@ -371,7 +371,7 @@ def settled(num_rows=1):
 
 
 @pytest.mark.parametrize(
-    ("confidences", "goes_on"),
+    ("confidences", "expected"),
     [
         ([[0.99, 0.98, 0.99]], True),
         ([[0.99, 0.05]], False),
@@ -379,23 +379,24 @@ def settled(num_rows=1):
         ([[0.85]], True),
         ([[0.85] * 8], False),
         ([[0.99], [0.99], [0.99], [0.05]], True),
-        ([[0.05], [0.05], [0.05], [0.99]], False),  # a batch does not go on for a single row
+        ([[0.05], [0.05], [0.05], [0.99]], False),  # a batch does not continue for a single row
         ([[], [], [], [0.99]], False),  # the other rows have n-grams
     ],
 )
-def test_a_draft_goes_on_while_its_next_token_is_worth_its_cost(confidences, goes_on):
+def test_a_draft_continues_while_its_next_token_is_worth_its_cost(confidences, expected):
     """Guards against drafts of one length, whatever the probabilities of their tokens."""
-    assert settled(len(confidences)).goes_on(confidences) == goes_on
+    num_rows = len(confidences)
+    assert settled(num_rows).should_continue(confidences) == [expected] * num_rows
 
 
 def test_acceptance_by_probability_is_learnt():
     """Guards against a copy that is confident and wrong."""
     chooser = settled()
-    assert chooser.goes_on([[0.95]])
+    assert chooser.should_continue([[0.95]]) == [True]
     for _ in range(60):
         chooser.learn([COPY], [0], [[0.95]], [1], [0], None)
         chooser.learn([COPY], [0], [[0.99]], [1], [1], None)  # overall acceptance stays
-    assert not chooser.goes_on([[0.95, 0.95]])
+    assert chooser.should_continue([[0.95, 0.95]]) == [False]
 
 
 def test_what_is_learnt_is_as_large_as_there_are_sources():
@@ -462,9 +463,9 @@ def test_a_first_answer_knows_its_exits(agreement, drafts, monkeypatch):
     assert bool({*found} & {"exit 1", "exit 2", "exit 3"}) == drafts
 
 
-@pytest.mark.parametrize("field", [{"exit_layer": 2}, {"draft_confidence": "auto"}])
+@pytest.mark.parametrize("field", [{"exit_layer": 2}, {"draft_confidence": 0.3}])
 def test_adaptive_chooses_for_itself(field):
-    with pytest.raises(ValueError, match=r"\w+ \w+: adaptive chooses it, leave it out"):
+    with pytest.raises(ValueError, match=r"\w+ [\d.]+: adaptive chooses it, leave it out"):
         generate(tiny_llama(), PROMPT, "adaptive", **field)
 
 

@@ -34,7 +34,7 @@ SETTINGS = {
     "early exit": {"exit_layer": 1},
     "self-speculative": DRAFTS,
     "n-grams": {**DRAFTS, "prompt_lookup": 2},
-    "confidence": {**DRAFTS, "draft_confidence": "0.2"},
+    "confidence": {**DRAFTS, "draft_confidence": 0.2},
     "processors": {**DRAFTS, "logits_processors": [RepetitionPenaltyLogitsProcessor(1.3)]},
     "short vocabulary": {**DRAFTS, "draft_vocabulary": 20},
     "copy": {"exit_layer": 2, "num_speculations": 3, "draft_weights": "int4"},

@@ -236,7 +236,7 @@ PATHS = {
     "self-speculative": {"exit_layer": 2, "num_speculations": 5},
     "wide": {"exit_layer": 1, "num_speculations": NARROW + 4},
     "lookups": {"exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3},
-    "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": "auto"},
+    "confidence": {"exit_layer": 2, "num_speculations": 5, "draft_confidence": 0.3},
     "short vocabulary": {"exit_layer": 2, "num_speculations": 5, "draft_vocabulary": 9},
     "adaptive": {"strategy": "adaptive"},
     "int4": {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},

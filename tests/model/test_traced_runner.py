@@ -25,7 +25,7 @@ STRATEGIES = [
     {},
     {"exit_layer": 2},
     DRAFTS,
-    {**DRAFTS, "prompt_lookup": 2, "draft_confidence": "auto"},
+    {**DRAFTS, "prompt_lookup": 2, "draft_confidence": 0.3},
     {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"},
     {"strategy": "adaptive", "draft_weights": "int4"},
     {**DRAFTS, "num_speculations": NARROW + 3},

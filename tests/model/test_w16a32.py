@@ -33,7 +33,7 @@ DRAFTS = [
     {},
     {"exit_layer": 2},
     {"exit_layer": 2, "num_speculations": 3},
-    {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 2, "draft_confidence": "auto"},
+    {"exit_layer": 3, "num_speculations": 4, "prompt_lookup": 2, "draft_confidence": 0.3},
     INT4_DRAFTS,
     {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
 ]

@@ -204,7 +204,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(case):
     stop_token_ids=st.none() | st.lists(st.integers(-1, 60), max_size=3),
     prompt_lookup=st.integers(-1, 40),
     shared_lookup=st.integers(-1, 40) | st.just(10**30),
-    draft_confidence=st.none() | st.sampled_from(["auto", "0", "0.5", "1", "-1", "x", "nan"]),
+    draft_confidence=st.none() | st.sampled_from(["auto", 0, 0.5, 1, -1, "x", float("nan")]),
 )
 @settings(max_examples=300)
 def test_any_setting_works_or_is_refused(strategy, **values):

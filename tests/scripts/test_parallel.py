@@ -28,7 +28,7 @@ CASES = {
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "speculative": {"exit_layer": 2, "num_speculations": 3},
     "lookups, confidence": {
-        "exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3, "draft_confidence": "auto",
+        "exit_layer": 2, "num_speculations": 5, "prompt_lookup": 3, "draft_confidence": 0.3,
     },
     "adaptive": {"generation_strategy": "adaptive"},
     "sampled": {"sample": True},

@@ -145,7 +145,7 @@ def test_fields_of_other_servers_mean_what_they_mean_there():
         ({"draft_weights": "int4"}, False),
         ({"shared_lookup": 100}, False),
         ({"draft_vocabulary": 9}, False),
-        ({"draft_confidence": "auto", "prompt_lookup": 3}, True),
+        ({"draft_confidence": 0.3, "prompt_lookup": 3}, True),
     ],
 )
 def test_a_seed_holds(drafts, repeat):
