@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,13 +30,13 @@ SHAPES = ((1152, 896), (896, 896), (9728, 896), (896, 4864))
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=15, help="timed passes over all products")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     kernel, threads = int4_kernel(), torch.get_num_threads()
     print(f"{kernel}, {threads} threads, torch {torch.__version__}, {args.layers} layers")
     weights = [torch.randn(shape) * 0.02 for _ in range(args.layers) for shape in SHAPES]

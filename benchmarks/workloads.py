@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 NAMES = ("chat", "code", "repeat", "translate", "summarise", "question", "maths", "retrieve")
 
 
-def texts() -> dict[str, list[str]]:
-    """Name -> prompts."""
+def texts(num_code: int = 20) -> dict[str, list[str]]:
+    """Name -> prompts, `num_code` of them of HumanEval."""
     said = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
-    code = [problem["prompt"] for problem in list(read_problems().values())[:20]]
+    code = [problem["prompt"] for problem in list(read_problems().values())[:num_code]]
     return {name: said.get(name, code) for name in NAMES}
 
 
-def workloads(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+def workloads(tokenizer: PreTrainedTokenizerBase, num_code: int = 20) -> dict[str, list[list[int]]]:
     """Name -> token ids of prompts, in the chat template if there is one (code: without)."""
 
     def said(text: str) -> list[int]:
@@ -30,5 +30,5 @@ def workloads(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
 
     return {
         name: [*map(tokenizer.encode if name == "code" else said, prompts)]
-        for name, prompts in texts().items()
+        for name, prompts in texts(num_code).items()
     }
