@@ -38,6 +38,7 @@ DatasetName = Literal[
     "top_v2",
     "custom_jsonl",
     "chat_format",
+    "spec_bench",
 ]
 
 # Metadata of a flag that may differ when a run is resumed. A function of the description of the run
@@ -147,6 +148,10 @@ class DataArguments(TemplateArguments):
     """Shuffle the examples by the seed; False: keep the order of the dataset."""
     num_samples: int | None = None
     """Number of examples; without it, all."""
+    prompt_field: str = "prompt"
+    """Column of the prompts of custom_jsonl."""
+    response_field: str = "response"
+    """Column of the reference answers of custom_jsonl."""
     n_shot: int = 0
     """Solved examples before each prompt, from the training split or else from examples that are then not
     evaluated."""

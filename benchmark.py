@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from arguments import (
     MAY_DIFFER,
@@ -27,6 +28,7 @@ from arguments import (
     refuse_idle_drafts,
 )
 from data import mismatch
+from runs.failures import try_to_write
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
 
@@ -39,6 +41,9 @@ class MeasurementArguments:
     """Also decode each prompt autoregressively, in turn, and report the speed-up."""
     execute_code: bool = field(default=False, metadata=MAY_DIFFER)
     """Run the programs that the model writes for human_eval, for pass@1: nobody has checked this code."""
+    answer_file: str | None = field(default=None, metadata=MAY_DIFFER)
+    """Also write the answers to spec_bench in its own format; with --compare True, those of autoregressive
+    decoding to a second file beside it."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""
     verbose: bool = field(default=False, metadata=MAY_DIFFER)
@@ -57,6 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse("--execute_code True: runs continuations of prompts, not answers in a chat; leave --chat out")
     if wrong := mismatch(data_args):
         refuse(wrong)
+    if args.answer_file is not None:
+        if data_args.dataset != "spec_bench":
+            refuse(f"--answer_file {args.answer_file}: is a format of spec_bench, not of {data_args.dataset}")
+        if batch.batch_size > 1:
+            refuse(f"--answer_file {args.answer_file}: needs --batch_size 1, it has the time of each answer")
+        path = Path(args.answer_file).expanduser()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try_to_write(path.parent)
+        except OSError as error:
+            refuse(f"--answer_file {path}: cannot be written ({error.strerror})")
+        if path.is_dir():
+            refuse(f"--answer_file {path}: is a folder, must be a file")
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     refuse_idle_drafts(config)
@@ -68,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "benchmark", model_args, config, data_args, args, batch, counted=counts(tuning.tuned, model_args)
     )
     common = (generator, config, examples, model_args.seed, batch.batch_size)
-    job = Benchmark(*common, args.compare, args.execute_code, args.verbose)
+    job = Benchmark(*common, args.compare, args.execute_code, args.verbose, args.answer_file)
     job.warm_up()
     return run_examples(job, open_run)
 

@@ -13,8 +13,8 @@ import io
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args
 
@@ -46,6 +46,47 @@ class Example:
     prompt: str
     reference: str
     row: Row  # of the dataset
+    later_turns: tuple[str, ...]  # prompts that follow the answer to this one
+
+
+def cell(place: str, row: Row, column: str) -> str:
+    """A column's value as text.
+
+    Raises:
+        DataError: there is no such column, or it is neither text nor a number.
+    """
+    if isinstance(value := _value(place, row, column), int | float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
+    return value.replace("\r\n", "\n")  # line breaks of Windows
+
+
+def _turns(place: str, row: Row, column: str) -> list[Row]:
+    turns = _value(place, row, column)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{place}: column {column!r} must be a list of turns, each with role and message")
+    return [{part: cell(place, turn, part) for part in ("role", "message")} for turn in turns]
+
+
+def _texts(place: str, row: Row, column: str) -> list[str]:
+    texts = _value(place, row, column)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{place}: column {column!r} must be a list of texts, one or more")
+    return texts
+
+
+def _whole_number(place: str, row: Row, column: str) -> int:
+    if not isinstance(number := _value(place, row, column), int):
+        raise DataError(f"{place}: column {column!r} must be a whole number")
+    return number
+
+
+def _value(place: str, row: Row, column: str) -> Any:
+    if column not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise ColumnError(f"{place}: no column {column!r}; found: {found}")
+    return row[column]
 
 
 @dataclass(frozen=True)
@@ -53,19 +94,21 @@ class Dataset:
     """The source of a dataset, and how its rows become examples.
 
     Args:
-        columns: columns to read; text, except for chat's list of turns.
-        pairs: makes the (prompt, reference) pairs of a row.
+        columns: columns to read.
+        pairs: makes the (prompt, reference) pairs of a row; prompts of later turns may follow.
         source: arguments of `datasets.load_dataset`, or a file of a package; None: --data_path only.
         split, shots_split: splits on the hub, or file names in a folder of --data_path.
         between: the text between prompt and reference in a shot; None: no shots.
+        read: readers of columns that are not text.
     """
 
     columns: tuple[str, ...]
-    pairs: Callable[[Row], Iterable[tuple[str, str]]]
+    pairs: Callable[[Row], Iterable[tuple[str, ...]]]
     source: tuple[str, ...] | Path | None = None
     split: str = "test"
     shots_split: str | None = "train"
     between: str | None = " "
+    read: Mapping[str, Callable[[str, Row, str], Any]] = field(default_factory=dict)
 
 
 def _summary(text: str, summary: str) -> Callable[[Row], Iterable[tuple[str, str]]]:
@@ -106,7 +149,13 @@ DATASETS: dict[str, Dataset] = {
         ("WillHeld/top_v2",),
     ),
     "custom_jsonl": Dataset(("prompt", "response"), lambda row: [(row["prompt"], row["response"])]),
-    "chat_format": Dataset(("data",), _turns_of_parser, between=None),
+    "chat_format": Dataset(("data",), _turns_of_parser, between=None, read={"data": _turns}),
+    "spec_bench": Dataset(
+        ("question_id", "category", "turns"),
+        lambda row: [(row["turns"][0], "", *row["turns"][1:])],
+        between=None,
+        read={"question_id": _whole_number, "turns": _texts},
+    ),
 }
 assert tuple(DATASETS) == get_args(DatasetName)
 
@@ -118,6 +167,9 @@ def mismatch(args: DataArguments) -> str | None:
         return f"--n_shot {args.n_shot}: {args.dataset} takes no shots"
     if args.data_path is None and dataset.source is None:
         return f"--dataset {args.dataset}: needs --data_path"
+    for name in ("prompt_field", "response_field"):
+        if args.dataset != "custom_jsonl" and (value := getattr(args, name)) != getattr(DataArguments, name):
+            return f"--{name} {value}: is for custom_jsonl, {args.dataset} has columns of its own"
     return None
 
 
@@ -130,6 +182,9 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     if wrong := mismatch(args):
         raise DataError(wrong)
     dataset = DATASETS[args.dataset]
+    if args.dataset == "custom_jsonl":
+        columns = (args.prompt_field, args.response_field)
+        dataset = replace(dataset, columns=columns, pairs=lambda row: [tuple(row[name] for name in columns)])
     source = dataset.source if args.data_path is None else Path(args.data_path).expanduser()
     assert source is not None  # or there is a `mismatch`
     rows = _rows(source, dataset.split)
@@ -138,7 +193,9 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     except ColumnError as error:
         needs = f"--dataset {args.dataset} needs {', '.join(dataset.columns)}"
         other = ", while columns prompt and response need --dataset custom_jsonl"
-        raise DataError(f"{error}; {needs}{'' if args.dataset == 'custom_jsonl' else other}") from error
+        if args.dataset == "custom_jsonl":
+            other = " or the names of others in --prompt_field and --response_field"
+        raise DataError(f"{error}; {needs}{other}") from error
     examples = _shuffled(examples, args.random_shuffle, f"examples {seed}")
     shots: list[Example] = []
     split = dataset.shots_split
@@ -156,18 +213,22 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     if not examples:
         raise DataError(f"{where}: no examples" + (" besides the shots" if shots else ""))
     before = "".join(_shot(dataset, shot) for shot in shots)
-    template = args.template or "{message}"  # str.format would fail on its other braces
+    template = args.template or "{message}"
+
+    def said(text: str) -> str:
+        return template.replace("{message}", text)  # str.format would fail on its other braces
+
     return [
-        Example(template.replace("{message}", before + example.prompt), example.reference, example.row)
-        for example in examples[: args.num_samples]
+        Example(said(before + each.prompt), each.reference, each.row, tuple(map(said, each.later_turns)))
+        for each in examples[: args.num_samples]
     ]
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """A hash of the prompts and references, in their order."""
+    """A hash of the turns and references, in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.reference]).encode())
+        digest.update(json.dumps([example.prompt, example.reference, *example.later_turns]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -182,36 +243,13 @@ def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
 
 
 def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example]:
-    read = {column: _turns if column == "data" else cell for column in dataset.columns}
+    read = {column: dataset.read.get(column, cell) for column in dataset.columns}
     clean = [{column: read[column](place, row, column) for column in read} for place, row in rows]
-    return [Example(*pair, row) for row in clean for pair in dataset.pairs(row)]
-
-
-def cell(place: str, row: Row, column: str) -> str:
-    """A column's value as text.
-
-    Raises:
-        DataError: there is no such column, or it is neither text nor a number.
-    """
-    if isinstance(value := _value(place, row, column), int | float):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise DataError(f"{place}: column {column!r} must be text, not {type(value).__name__}")
-    return value.replace("\r\n", "\n")  # line breaks of Windows
-
-
-def _turns(place: str, row: Row, column: str) -> list[Row]:
-    turns = _value(place, row, column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{place}: column {column!r} must be a list of turns, each with role and message")
-    return [{part: cell(place, turn, part) for part in ("role", "message")} for turn in turns]
-
-
-def _value(place: str, row: Row, column: str) -> Any:
-    if column not in row:
-        found = ", ".join(map(str, row)) or "none"
-        raise ColumnError(f"{place}: no column {column!r}; found: {found}")
-    return row[column]
+    return [
+        Example(prompt, reference, row, tuple(later))
+        for row in clean
+        for prompt, reference, *later in dataset.pairs(row)
+    ]
 
 
 def _rows(

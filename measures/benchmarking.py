@@ -6,11 +6,12 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from measures import metrics
+from measures import metrics, spec_bench
 from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
@@ -19,7 +20,9 @@ from runs.heading import counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
+from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
+from self_speculation.model.families import context_length
 from self_speculation.model.traced_runner import trace_after
 
 _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
@@ -32,6 +35,7 @@ class Benchmark(Job):
     compare: bool
     execute_code: bool
     verbose: bool
+    answer_file: str | None
 
     def __post_init__(self) -> None:
         self._sides: list[TimedSide] = [("", self.generator, self.config)]
@@ -41,10 +45,20 @@ class Benchmark(Job):
     def warm_up(self) -> None:
         trace_after(self.generator.model, 0)
         with says_if_slow("warming up"):
-            warm_up(self._sides, longest_prompt(self.examples), self.batch_size)
+            prompt = longest_prompt(self.examples)
+            # Later turns read the answers to earlier ones.
+            read = max(len(example.later_turns) for example in self.examples) * self.config.max_steps
+            warm_up(self._sides, [*prompt, *prompt[:1] * read], self.batch_size)
+
+    def next_turn(self, index: int, answers: Sequence[str]) -> Request | None:
+        """The next turn of a conversation; None if there is none, or no room for it in the context."""
+        request = self.examples[index].next_turn(answers, self.seed + index)
+        room = context_length(self.generator.model.config)
+        return request if request is not None and len(request.ids) < room else None
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
-        for index, record in measure_examples(self._sides, self.requests(indices), self.batch_size):
+        requests = self.requests(indices)
+        for index, record in measure_examples(self._sides, requests, self.batch_size, self.next_turn):
             example = self.examples[index]
             if not isinstance(record, Exception):
                 record = {"prompt": example.prompt, "reference": example.reference, **record}
@@ -89,18 +103,37 @@ class Benchmark(Job):
             )
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
             summary["remarks"].append("adaptive decoding made no drafts: none promised a gain")
+        pairs = zip(self.examples, records, strict=True)
+        if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
+            summary["remarks"].append(f"{cut} conversations have turns for which the context has no room")
         predictions = [record["prediction"] for record in records]
-        summary["text"] = text_quality(predictions, [record["reference"] for record in records])
+        references = [record["reference"] for record in records]
+        summary["text"] = text_quality(predictions, references) if any(references) else {}
         if self.execute_code:
             print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
             summary["text"]["pass_at_1"] = pass_at_1([example.row for example in self.examples], predictions)
         summary["peak_memory_mib"] = metrics.peak_memory_mib(model.device)
+        title = heading(run.description)
+        lines = [title, "", *_table(summary)]
+        rows = [example.row for example in self.examples]
+        if run.description["arguments"]["dataset"] == "spec_bench" and summary["batch_sizes"] == [1]:
+            summary["by_category"] = spec_bench.by_category(rows, records)
+            lines += ["", spec_bench.show(summary["by_category"], title, run.folder / "categories")]
+        if self.answer_file is not None:
+            self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
         run.finish(records, summary)
-        print("\n".join([heading(run.description), "", *_table(summary)]))
+        print("\n".join(lines))
         for remark in summary["remarks"]:
             print("\n" + textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False))
         print(f"\n{run.folder}/: run.json, records.jsonl")
         return 0
+
+    def _write_answers(self, run: Run, rows: list[Record], records: list[Record], path: Path) -> None:
+        """One file for each strategy."""
+        for prefix, _, config in self._sides:
+            name = path.with_stem(f"{path.stem}-autoregressive") if prefix else path
+            model_id = f"{Path(run.description['model']).name}-{config.generation_strategy}"
+            run.replace(str(name), spec_bench.answers(rows, records, model_id, prefix))
 
     def _predicted_speedup(self, records: Sequence[Record]) -> Record:
         """By the formula, which holds for one sequence, one exit layer and one draft length."""

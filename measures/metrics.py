@@ -27,12 +27,14 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
         for record in records
         if record[f"{prefix}num_decode_tokens"]
     ]
+    turns = (turn for r in records for turn in r.get(f"{prefix}turns", [without_prefix(r, prefix)]))
+    first = [turn["prefill_time"] for turn in turns]
     total_time = float(_sums(records, "rank", prefix)["seconds"].max())
     return {
         "tokens_per_second": sum(num_tokens) / total_time,
         "tokens_per_second_median": float(_sums(records, "window", prefix)["rate"].median()),
         "decode_tokens_per_second_median": statistics.median(decode) if decode else None,
-        "time_to_first_token_ms": 1000 * statistics.median(r[f"{prefix}prefill_time"] for r in records),
+        "time_to_first_token_ms": 1000 * statistics.median(first),
         "total_time": total_time,
         "num_tokens": sum(num_tokens),
         "empty_answers": num_tokens.count(0),
@@ -61,6 +63,11 @@ def speedup(records: Sequence[Record], baseline: str) -> Record:
         "decode_speedup": statistics.median(decode) if decode else None,
         "identical_outputs": sum(record["tokens"] == record[f"{baseline}tokens"] for record in records),
     }
+
+
+def without_prefix(record: Record, prefix: str) -> Record:
+    """One strategy's fields of a record."""
+    return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
 def _sums(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,35 @@ def heat_maps(table: pandas.DataFrame, mode: str, title: str, path: Path) -> Non
     frame = pyplot.Rectangle((0, 0), 1, 1, label="best speed-up", **_FRAME)
     figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)
     figure.suptitle(title, fontsize=_SMALL)
+    save(figure, path)
+
+
+def bars(series: Mapping[str, pandas.DataFrame], label: str, title: str, path: Path) -> None:
+    """Draw a bar for each row and each series, to `value`, with a line from `low` to `high` where they are.
+
+    Args:
+        series: name -> table; all have the same index, the names of the rows.
+        label: of the axis of values.
+        path: without suffix.
+    """
+    names = next(iter(series.values())).index
+    height = 0.8 / len(series)
+    size = (8.0, 1.2 + 0.22 * len(names) * (1 + len(series)))
+    figure, axes = pyplot.subplots(figsize=size, constrained_layout=True)
+    for number, (name, table) in enumerate(series.items()):
+        places = numpy.arange(len(names)) + (number - (len(series) - 1) / 2) * height
+        value = table["value"].astype(float)
+        low, high = (table[end].astype(float).fillna(value) for end in ("low", "high"))
+        spread = [value - low, high - value]
+        drawn = axes.barh(places, value, height, xerr=spread, ecolor="#333333", label=name)
+        axes.bar_label(drawn, fmt="%.2f", padding=4, fontsize=_SMALL)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(label, fontsize=_SMALL)
+    if len(series) > 1:
+        axes.legend(fontsize=_SMALL)
+    axes.set_title(title, fontsize=_SMALL)
     save(figure, path)
 
 

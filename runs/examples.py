@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,10 @@ from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.devices import is_lost_rank, num_ranks
 from self_speculation.model.families import context_length
 
+# Prompts of a conversation and the answers to all but the last one -> the ids of all of them, and how the
+# next answer thinks.
+Encode = Callable[[Sequence[str], Sequence[str]], tuple[list[int], Thinking | None]]
+
 
 @dataclass(frozen=True)
 class Encoded(Example):
@@ -31,9 +36,17 @@ class Encoded(Example):
 
     ids: list[int]  # the prompt's, with --chat True in the chat template
     thinking: Thinking | None  # of the answer, with --chat True
+    encode: Encode
 
     def request(self, seed: int | None = None) -> Request:
         return Request(self.ids, seed=seed, thinking=self.thinking)
+
+    def next_turn(self, answers: Sequence[str], seed: int) -> Request | None:
+        """The turn after these answers, or None."""
+        if len(answers) > len(self.later_turns):
+            return None
+        ids, thinking = self.encode([self.prompt, *self.later_turns[: len(answers)]], answers)
+        return Request(ids, seed=seed, thinking=thinking)
 
 
 @dataclass
@@ -120,6 +133,8 @@ def prepare(
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
+    if script != "benchmark" and any(example.later_turns for example in fitting) and ranks.is_first():
+        print(f"{script}.py asks the first turn of each conversation only", file=sys.stderr)
 
     def open_run() -> Run:
         if resume is not None:
@@ -203,14 +218,25 @@ def _examples_that_fit(
 ) -> list[Encoded]:
     """Keep the examples whose prompts leave room for an answer in the context; print how many do not."""
     room = context_length(generator.model.config) - 1
+    # Turns of a conversation need the template, where there is one.
+    chat = data_args.chat or (data_args.dataset == "spec_bench" and generator.tokenizer.chat_template)
+
+    def encode(prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[int], Thinking | None]:
+        *earlier, last = prompts
+        pairs = list(zip(earlier, answers, strict=True))
+        if not chat:
+            before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs)
+            return generator.encode(before + last), None
+        said = [text for pair in pairs for text in pair] + [last]
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+        text = generator.render_chat(messages, data_args.template_kwargs)
+        ids = generator.encode(text, special_tokens=False)  # the template adds them
+        return ids, Thinking.of(generator.tokenizer, text)
 
     def encoded(example: Example) -> Encoded:
-        if not data_args.chat:
-            return Encoded(**vars(example), ids=generator.encode(example.prompt), thinking=None)
-        message = [{"role": "user", "content": example.prompt}]
-        text = generator.render_chat(message, data_args.template_kwargs)
-        ids = generator.encode(text, special_tokens=False)  # the template adds them
-        return Encoded(**vars(example), ids=ids, thinking=Thinking.of(generator.tokenizer, text))
+        ids, thinking = encode([example.prompt], [])
+        return Encoded(**vars(example), ids=ids, thinking=thinking, encode=encode)
 
     try:
         short = (example for example in examples if not generator.is_far_too_long(example.prompt))

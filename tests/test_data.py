@@ -36,6 +36,9 @@ EXAMPLES = {  # a row, its first prompt and the reference; # stands for the numb
         {"data": [{"role": role, "message": message} for role, message in CHAT]},
         "USER: hi #\nPARSER:", "[A]",
     ),
+    "spec_bench": (
+        {"question_id": 81, "category": "stem", "turns": ["ask #", "more"], "reference": ["x"]}, "ask #", ""
+    ),
 }  # fmt: skip
 FIRST = {name: tuple(text.replace("#", "0") for text in texts) for name, (_, *texts) in EXAMPLES.items()}
 ROWS = {
@@ -69,7 +72,8 @@ def in_order(dataset, path=None, **kwargs):
 
 
 KINDS = ["jsonl", "jsonl.gz", "parquet", "parquet.gz", "csv", "csv.gz"]
-FILES = [(dataset, kind) for dataset in ROWS for kind in (KINDS[:4] if dataset == "chat_format" else KINDS)]
+WITH_LISTS = ("chat_format", "spec_bench")  # which CSV cannot have
+FILES = [(dataset, kind) for dataset in ROWS for kind in (KINDS[:4] if dataset in WITH_LISTS else KINDS)]
 
 
 @pytest.mark.parametrize(("dataset", "kind"), FILES)
@@ -82,6 +86,8 @@ def test_local_files_of_every_kind(dataset, kind, tmp_path):
     if dataset == "chat_format":
         second = "USER: hi 0\nPARSER: [A]\nUSER: more\nPARSER:"
         assert (examples[1].prompt, examples[1].reference) == (second, "[B]")
+    later = ("more",) if dataset == "spec_bench" else ()
+    assert {example.later_turns for example in examples} == {later}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +243,8 @@ def test_values_stay_text(kind, tmp_path):
         ("", None, "must hold one file test"),
         ("chat.jsonl", b'{"data": [{"role": "USER"}]}', "line 1: no column 'message'; found: role"),
         ("chat.jsonl", b'{"data": "hi"}', "line 1: column 'data' must be a list of turns"),
+        ("spec.jsonl", b'{"question_id": "a"}', "line 1: column 'question_id' must be a whole number"),
+        ("spec.jsonl", b'{"question_id": 1, "category": "", "turns": []}', "'turns' must be a list of texts"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message, tmp_path):
@@ -244,13 +252,30 @@ def test_a_bad_file_is_refused_in_one_line_with_its_place(name, content, message
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load("chat_format" if name == "chat.jsonl" else "custom_jsonl", str(tmp_path / name))
+        load(
+            {"chat.jsonl": "chat_format", "spec.jsonl": "spec_bench"}.get(name, "custom_jsonl"),
+            str(tmp_path / name),
+        )
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+def test_columns_of_other_names(tmp_path):
+    """Guards against columns that are read as those of another dataset, and an error that lists none."""
+    path = write(tmp_path / "a.jsonl", [{"turns": "2 + 2?", "data": "4", "task_id": 7}])
+    fields = {"prompt_field": "turns", "response_field": "data"}
+    (example,) = load("custom_jsonl", path, **fields)
+    assert (example.prompt, example.reference, example.later_turns) == ("2 + 2?", "4", ())
+    with pytest.raises(
+        DataError, match=r"no column 'x'; found: turns, data, task_id; .* in --prompt_field and"
+    ):
+        load("custom_jsonl", path, **{**fields, "prompt_field": "x"})
+
+
 def test_flags_that_do_not_fit_the_dataset():
     """Guards against shots or rows that are not there."""
+    with pytest.raises(DataError, match=r"^--prompt_field x: is for custom_jsonl, human_eval has columns of"):
+        load("human_eval", prompt_field="x")
     with pytest.raises(DataError, match=r"^--n_shot 1: cnn_dm_lm takes no shots$"):
         load("cnn_dm_lm", n_shot=1)
     with pytest.raises(DataError, match=r"^--dataset custom_jsonl: needs --data_path$"):

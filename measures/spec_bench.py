@@ -1,0 +1,101 @@
+"""Spec-Bench: results by category, and answers in its own format (github.com/hemingkx/Spec-Bench)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from measures import metrics
+from measures.plots import bars
+from measures.timed_runs import BASELINE
+from runs.records import Record
+from self_speculation.results import DraftStats
+
+# The categories of its conversations of two turns, which it reports as one.
+_MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+_HEADINGS = {
+    "questions": "questions", "tokens_per_second": "tokens/s", "autoregressive": "autoregressive",
+    "speedup": "speed-up", "low": "from", "high": "to", "mean_accepted_length": "accepted length",
+}  # fmt: skip
+
+
+def by_category(rows: Sequence[Record], records: Sequence[Record]) -> dict[str, Record]:
+    """The figures of each category.
+
+    `speedup` is the median over questions, `low` and `high` are its 90 % confidence interval.
+
+    Args:
+        rows: of the dataset, one for each record.
+    """
+    groups: dict[str, list[Record]] = {}
+    for row, record in zip(rows, records, strict=True):
+        name = "mt_bench" if row["category"] in _MT_BENCH else row["category"]
+        groups.setdefault(name, []).append(record)
+    return {name: _figures(own) for name, own in groups.items()}
+
+
+def _figures(records: Sequence[Record]) -> dict[str, float | None]:
+    found = {
+        "questions": len(records),
+        "tokens_per_second": metrics.speed(records)["tokens_per_second_median"],
+    }
+    if f"{BASELINE}tokens" in records[0]:
+        found["autoregressive"] = metrics.speed(records, BASELINE)["tokens_per_second_median"]
+        compared = metrics.speedup(records, BASELINE)
+        found["speedup"] = compared["speedup"]
+        found["low"], found["high"] = compared["speedup_interval"] or (None, None)
+    if "drafts" in records[0]:
+        found["mean_accepted_length"] = metrics.draft_stats(records).mean_accepted_length
+    return found
+
+
+def show(categories: dict[str, Record], title: str, path: Path) -> str:
+    """Draw the speed-up of each category, or else its speed; return a table of at most 85 columns."""
+    table = pandas.DataFrame(categories).T
+    value, label = table["tokens_per_second"], "tokens/s, median of questions"
+    if "speedup" in table:
+        value = table["speedup"]
+        label = "speed-up over autoregressive decoding: median of questions, 90 % confidence interval"
+    drawn = pandas.DataFrame({"value": value, "low": table.get("low"), "high": table.get("high")})
+    bars({"": drawn}, label, title, path)
+    shown = table.astype({"questions": int}).rename(columns=_HEADINGS)
+    lines = shown.to_string(float_format="{:.2f}".format, na_rep="-")
+    return f"medians of questions; from and to are the 90 % confidence interval\n{lines}"
+
+
+def answers(rows: Sequence[Record], records: Sequence[Record], model_id: str, prefix: str = "") -> str:
+    """JSON lines in the order of the questions, as its `speed.py` and `equal.py` read them.
+
+    `new_tokens` leaves out the end id, `wall_time` [s] has the prefill. `decoding_steps` are passes of the
+    full model after the prefill, `accept_lengths` the tokens of each; in no order.
+    """
+    lines = []
+    for row, record in sorted(zip(rows, records, strict=True), key=lambda pair: pair[0]["question_id"]):
+        own = metrics.without_prefix(record, prefix)
+        turns = own.get("turns") or [own]
+        accepted = [_accept_lengths(turn) for turn in turns]
+        choice: dict[str, Any] = {
+            "index": 0,
+            "turns": [turn["prediction"] for turn in turns],
+            "decoding_steps": [len(lengths) for lengths in accepted],
+            "new_tokens": [turn["num_tokens"] for turn in turns],
+            "wall_time": [turn["wall_time"] for turn in turns],
+            "accept_lengths": [length for lengths in accepted for length in lengths],
+        }
+        named = {"question_id": row["question_id"], "category": row["category"]}
+        ids = {"answer_id": f"{model_id}-{row['question_id']}", "model_id": model_id}
+        lines.append(json.dumps({**named, **ids, "choices": [choice], "tstamp": time.time()}) + "\n")
+    return "".join(lines)
+
+
+def _accept_lengths(turn: Record) -> list[int]:
+    if "drafts" not in turn:
+        return [1] * turn["num_decode_tokens"]
+    rounds = DraftStats.from_rows(turn["drafts"]).rounds
+    return [kind.emitted for kind, n in rounds.items() for _ in range(n)]

@@ -1,0 +1,80 @@
+"""Spec-Bench: conversations of several turns, results by category, answers in its format."""
+
+import json
+
+import pytest
+from helpers import about, only_run, small_run
+
+import benchmark
+import correctness
+from self_speculation import HuggingfaceLlamaGenerator
+
+QUESTIONS = [
+    (241, "summarization", ["Summarize: he has"]),
+    (82, "writing", ["a letter", "shorter"]),
+    (81, "stem", ["why", "how"]),
+    (161, "translation", ["one"]),
+]
+
+
+@pytest.fixture
+def asked(model_folder, tmp_path):
+    """Flags of a script over four questions."""
+    path = tmp_path / "question.jsonl"
+    names = ("question_id", "category", "turns")
+    path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in QUESTIONS))
+    flags = ["--dataset", "spec_bench", "--data_path", str(path), "--sample", "False"]
+    flags += ["--generation_strategy", "self_speculative", "--exit_layer", "2", "--num_speculations", "3"]
+    return [*small_run(model_folder, tmp_path, 4, 9), *flags]
+
+
+def test_answers_results_and_turns_of_spec_bench(asked, tmp_path, monkeypatch, capsys):
+    """Guards against a file that its speed.py and equal.py cannot read, turns that do not see those before, a
+    question that is in no category, and tokens, time or drafts of one turn alone.
+    """
+    seen, encode = [], HuggingfaceLlamaGenerator.encode
+    monkeypatch.setattr(
+        HuggingfaceLlamaGenerator,
+        "encode",
+        lambda self, *args, **own: seen.append(args[0]) or encode(self, *args, **own),
+    )
+    file = tmp_path / "answers" / "adaptive.jsonl"
+    assert benchmark.main([*asked, "--compare", "True", "--answer_file", str(file)]) == 0
+    paths = (file, file.with_stem("adaptive-autoregressive"))
+    drafted, plain = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    assert [row["question_id"] for row in drafted] == [81, 82, 161, 241]
+    assert {row["question_id"]: row["category"] for row in plain} == {n: kind for n, kind, _ in QUESTIONS}
+    fields = {"index", "turns", "decoding_steps", "new_tokens", "wall_time", "accept_lengths"}
+    for row, other in zip(drafted, plain, strict=True):
+        (choice,), (expected,) = row["choices"], other["choices"]
+        assert choice.keys() == expected.keys() == fields
+        assert choice["turns"] == expected["turns"]
+        assert choice["new_tokens"] == expected["new_tokens"]
+        assert min(choice["wall_time"]) > 0
+        assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
+        assert sum(choice["accept_lengths"]) == len(expected["accept_lengths"])  # all but the first tokens
+    (first, _), (answer, _) = QUESTIONS[2][2], drafted[0]["choices"][0]["turns"]
+    assert f"user: {first}\nassistant: {answer}\nuser: how\nassistant:" in seen
+    metrics, output = about(only_run(tmp_path))["metrics"], capsys.readouterr().out
+    found = metrics["by_category"]
+    assert {name: own["questions"] for name, own in found.items()} == {
+        "mt_bench": 2, "summarization": 1, "translation": 1,
+    }  # fmt: skip
+    assert metrics["text"] == {}
+    tokens = sum(sum(row["choices"][0]["new_tokens"]) for row in drafted)
+    assert metrics["speed"]["num_tokens"] == tokens
+    seconds = sum(sum(row["choices"][0]["wall_time"]) for row in drafted)
+    assert metrics["speed"]["total_time"] == pytest.approx(seconds)
+    assert all(name in output for name in ("mt_bench", "translation", "accepted length"))
+    assert (only_run(tmp_path) / "categories.png").stat().st_size > 10_000
+
+
+def test_turns_without_room_are_counted(asked, tmp_path, capsys):
+    """Guards against an error in the middle of a run, and a question that loses a turn without a word."""
+    (tmp_path / "question.jsonl").write_text(
+        json.dumps({"question_id": 1, "category": "stem", "turns": ["why", "x" * 300]}) + "\n"
+    )
+    assert benchmark.main(asked) == 0
+    assert "1 conversations have turns for which the context has no room" in capsys.readouterr().out
+    assert correctness.main(asked) == 0
+    assert "correctness.py asks the first turn of each conversation only" in capsys.readouterr().err
