@@ -33,11 +33,13 @@ def host_time(model: PreTrainedModel) -> HostTime:
     hidden = torch.zeros(1, 32, model.config.hidden_size, dtype=model.dtype, device=model.device)
 
     def passes(runner: ModelRunner) -> Callable[[int], None]:
-        def run(depth: int) -> None:
-            runner.cache.set_rows([32])
-            runner.run_layers(hidden[:, :1], 0, depth)
+        cache = runner.new_cache(32, 64)
 
-        runner.run_layers(hidden, 0, len(runner.layers))
+        def run(depth: int) -> None:
+            cache.set_rows([32])
+            runner.run_layers(cache, hidden[:, :1], 0, depth)
+
+        runner.run_layers(cache, hidden, 0, len(runner.layers))
         return run
 
     def least(run: Callable[[int], None], depth: int) -> float:
@@ -51,14 +53,14 @@ def host_time(model: PreTrainedModel) -> HostTime:
         return min(taken) * 1e6
 
     depth = model.config.num_hidden_layers
-    eager = passes(ModelRunner(model, 32, 64))
+    eager = passes(ModelRunner(model))
     eager(depth)
     layer = (least(eager, depth) - least(eager, 1)) / (depth - 1)
     no_graphs = patch.object(captured_runner, "GraphRecorder", lambda _: lambda _: bool)
     with nullcontext() if model.device.type == "cuda" else no_graphs:
         capture_decoding(model)
         try:
-            captured = least(passes(make_runner(model, 32, 64)), depth)
+            captured = least(passes(make_runner(model)), depth)
         finally:
             decode_eagerly(model)
     return HostTime(layer, captured)
@@ -78,7 +80,7 @@ def product_times(model: PreTrainedModel, num_tokens: Sequence[int]) -> list[Pro
     """Of the products of a layer, by tokens. The same product of all layers runs in one graph,
     so no weight is in a cache. Copies in four bits are made and dropped.
     """
-    runner = ModelRunner(model, 1, 1)
+    runner = ModelRunner(model)
     exact, int4 = (
         [layer.linears for layer in of.layers] for of in (runner, quantized(runner, len(runner.layers)))
     )

@@ -74,44 +74,45 @@ def calibrate(
         longest: the longest draft.
     """
     sampler, num_layers = Sampler.of(config), model.config.num_hidden_layers
-    runner = make_runner(model, context, context + longest + _STEPS, longest + 1, 1)
+    runner = make_runner(model)
+    cache = runner.new_cache(context, context + longest + _STEPS)
     drafter = make_drafter(runner, config, exit_layers[-1])
     ids = torch.zeros(1, longest + 1, dtype=torch.long, device=model.device)
-    forward(runner, ids[:, :1])  # allocates the cache
+    forward(runner, cache, ids[:, :1])  # allocates the cache
 
     def now() -> float:
         synchronize(model)
         return time.perf_counter()
 
     def plain_step() -> float:
-        runner.cache.set_rows([context])
+        cache.set_rows([context])
         started = now()
         for _ in range(_STEPS):
-            sampler(forward(runner, ids[:, :1]).logits[:, 0]).tokens.item()
+            sampler(forward(runner, cache, ids[:, :1]).logits[:, 0]).tokens.item()
         return (now() - started) / _STEPS
 
     def draft_step(exit_layer: int) -> float:
-        runner.cache.set_rows([context])
+        cache.set_rows([context])
         tokens = ids[:, :1]
-        forward(runner, tokens)  # as before a real draft
+        forward(runner, cache, tokens)  # as before a real draft
         started = now()
         for _ in range(_STEPS):
-            tokens = sampler(forward_early(drafter, tokens, exit_layer).logits[:, 0]).tokens[:, None]
+            tokens = sampler(forward_early(drafter, cache, tokens, exit_layer).logits[:, 0]).tokens[:, None]
         return (now() - started) / _STEPS
 
     def verification(exit_layer: int, k: int) -> float:
-        runner.cache.set_rows([context])
+        cache.set_rows([context])
         inputs, states = ids[:, : k + 1], list[Tensor]()
         if exit_layer and k:  # the exit states of a draft, in one pass
-            states.append(forward_early(runner, ids[:, :k], exit_layer, num_logits=0).hidden)
+            states.append(forward_early(runner, cache, ids[:, :k], exit_layer, num_logits=0).hidden)
         started = now()
         if exit_layer:  # the last drafted token
-            states.append(forward_early(runner, ids[:, :1], exit_layer, num_logits=0).hidden)
+            states.append(forward_early(runner, cache, ids[:, :1], exit_layer, num_logits=0).hidden)
             inputs = torch.cat(states, 1)  # [1, k+1, H]
-        choice = sampler(runner.run(inputs, exit_layer, num_layers, k + 1).logits[0]).tokens  # [k+1]
+        choice = sampler(runner.run(cache, inputs, exit_layer, num_layers, k + 1).logits[0]).tokens  # [k+1]
         accepted = (choice[:-1] == ids[0, :k]).cumprod(0).sum()
         torch.cat((accepted[None], choice[accepted][None], ids[0, :k])).tolist()
-        runner.cache.rollback(k)
+        cache.rollback(k)
         return now() - started
 
     lengths = [*(k for k in _LENGTHS if k < longest), longest]

@@ -113,11 +113,13 @@ class HarnessModel(HFLM):
         self.has_begun = True
         adjust_threads(self.model)
         if self._has_fp32_activations:  # transformers' layers would round to 16 bits
-            runner = ModelRunner(self.model, inps.shape[1], inps.shape[1], num_rows=len(inps))
-            runner.cache.set_rows([0] * len(inps))
+            (rows, width), runner = inps.shape, ModelRunner(self.model)
+            cache = runner.new_cache(width, width, num_slots=rows)
+            cache.set_rows([0] * rows)
+            cache.is_prompt = True
             with torch.inference_mode():
                 last = self._exit_layer or len(runner.layers)
-                return forward_early(runner.for_prompts(), inps, last, inps.shape[1]).logits
+                return forward_early(runner, cache, inps, last, width).logits
         if self._exit_layer is None:
             return super()._model_call(inps, attn_mask, labels)
         with torch.no_grad():

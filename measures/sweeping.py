@@ -184,14 +184,15 @@ class Predicted(Sweep):
         model = self.generator.model
         ids = torch.tensor([[*prompt, *tokens]], device=model.device)
         expected = ids[0, len(prompt) :]  # [n]
-        runner = ModelRunner(model, ids.shape[1], ids.shape[1])
+        runner = ModelRunner(model)
+        cache = runner.new_cache(ids.shape[1], ids.shape[1])
         drafter = make_drafter(runner, self.config, self._exit_layers[-1])
         if isinstance(drafter.head, ShortHead):
             drafter.head.seen.read_text([*prompt, *tokens[:-1]], len(tokens))
         matches = {}
         hidden, done = drafter.embed(ids[:, :-1]), 0
         for layer in self._exit_layers:
-            hidden, done = drafter.run_layers(hidden, done, layer), layer
+            hidden, done = drafter.run_layers(cache, hidden, done, layer), layer
             logits = drafter.logits(hidden, len(tokens))[0]  # [n, V]
             guesses = self._processed(ids, len(prompt), logits).argmax(-1)  # [n]
             matches[str(layer)] = "".join("01"[match] for match in (guesses == expected).tolist())

@@ -22,4 +22,5 @@ class AutoRegressiveGenerationStrategy(DecodingStrategy):
     def step(self, decoding: Decoding) -> None:
         """Reads from the device: one."""
         batch = decoding.batch
-        batch.emit(forward_early(decoding.runner, batch.last, decoding.depth).logits[:, 0])
+        logits = forward_early(decoding.runner, decoding.cache, batch.last, decoding.depth).logits
+        batch.emit(logits[:, 0])

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.config import GenerationConfig, GenerationStrategyName
@@ -30,6 +29,7 @@ from self_speculation.generator_base import GenerationStrategy
 from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
 from self_speculation.model.devices import in_step
 from self_speculation.model.families import check_supported, context_length, described_context
+from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
 from self_speculation.model.model_runner import ModelRunner, forward_early, prefill_chunk
 from self_speculation.model.overrides import check_followed
@@ -41,16 +41,14 @@ Key = TypeVar("Key")
 
 
 class Decoding(NamedTuple):
-    """What the steps of a strategy use."""
+    """Inputs of `DecodingStrategy.step`."""
 
+    runner: ModelRunner
+    cache: KVCache
     batch: Batch
-    cache: PrefixCache
     depth: int  # number of layers that run for prompts
     source: Any  # of drafts; None: no drafts
-
-    @property
-    def runner(self) -> ModelRunner:
-        return self.cache.runner
+    slots: PrefixCache
 
 
 class DecodingStrategy(GenerationStrategy, ABC):
@@ -73,7 +71,7 @@ class DecodingStrategy(GenerationStrategy, ABC):
         """Do one round: every sequence gets at least one more token, now or in the next round."""
 
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Make what is made once for a model, so that no answer's time includes it."""
+        """Build draft copies before timing starts."""
 
     def generate_batch(
         self,
@@ -138,10 +136,9 @@ class Scheduler(Generic[Key]):
             self._depth = config.exit_layer
         self.batch = Batch(self._device, longest)
         self._waiting: deque[Sequence] = deque()  # whose prompts are not prefilled yet, in turn
-        self._slots: dict[Sequence, int] = {}  # of those whose prefill has begun
         self._finished: list[tuple[Key, GenerationStrategyResult | Exception]] = []
         self._prepared: Decoding | None = None  # None: idle, the weights may change
-        self._begin()
+        self._ensure_prepared()
         self._setup_time = time.perf_counter() - began  # counts as the first request's
 
     @property
@@ -158,9 +155,9 @@ class Scheduler(Generic[Key]):
         """With --compile True, capture all passes over up to so many positions before the first request, over
         a cache that requests of `longest` positions do not outgrow, or as long a one as fits in memory.
         """
-        passes = self._strategy.passes(self._begin())
+        decoding, most = self._ensure_prepared(), num_positions + self.batch.longest_draft
         with self._without_autocast():
-            run_every_pass(passes, self._batch_size, num_positions + self.batch.longest_draft, longest)
+            run_every_pass(decoding.cache, self._strategy.passes(decoding), self._batch_size, most, longest)
 
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
@@ -203,28 +200,28 @@ class Scheduler(Generic[Key]):
         rows = [row for row, sequence in enumerate(self.batch.sequences) if not sequence.remaining]
         for row in reversed(rows):
             sequence = self.batch.remove(row)
-            self._begin().cache.remove_row(row, () if sequence.error else sequence.ids, sequence.is_damaged)
+            self._ensure_prepared().slots.release(sequence)
             if self._config.shared_lookup and self._strategy.has_drafts and sequence.error is None:
                 finished_answers(self._model, self._config.shared_lookup).add(sequence)
             self._finished.append((sequence.key, sequence.result()))
         if self.batch or self._waiting:
             if rows:
-                self._begin().runner.cache.buffers.limit = self._longest_possible()
+                self._ensure_prepared().cache.buffers.limit = self._longest_possible()
         elif self._prepared is not None:  # leave the cache to the next scheduler; the weights may change
-            if self._prepared.cache.fingerprint is not None:
-                self._strategy.kept_caches.append(self._prepared.cache)
+            if self._prepared.slots.fingerprint is not None:
+                self._strategy.kept_caches.append(self._prepared.slots)
             self._prepared = None
         finished, self._finished = self._finished, []
         return finished
 
     def _decode(self) -> None:
-        decoding = self._begin()
+        decoding = self._ensure_prepared()
         adjust_threads(self._model)
         try:
             with self._without_autocast(), in_step(self._model):
                 self._strategy.step(decoding)
         except Exception as error:
-            decoding.cache.fingerprint = None  # it may hold half a round
+            decoding.slots.discard_prefixes()
             for sequence in self.batch.sequences:
                 sequence.error = sequence.error or error
             if len(self.batch) > 1:
@@ -244,78 +241,63 @@ class Scheduler(Generic[Key]):
                 self._drop_waiting(sequence)
 
     def _next_prompt(self) -> Sequence | None:
-        has_slot = len(self.batch) + len(self._slots) < self._batch_size
-        return next((each for each in self._waiting if has_slot or each in self._slots), None)
+        begun = [each for each in self._waiting if each.slot is not None]
+        has_slot = len(self.batch) + len(begun) < self._batch_size
+        return self._waiting[0] if has_slot and self._waiting else next(iter(begun), None)
 
     def _prefill_chunk(self, sequence: Sequence, num_tokens: int) -> int:
         """Prefill up to so many tokens of a waiting sequence; returns their number. The last ones add it to
         the batch.
         """
-        decoding = self._begin()
-        if sequence not in self._slots:
-            decoding.runner.reserve(len(sequence.prompt), self._longest_possible())
-            slots = range(len(self.batch), self._batch_size)
-            free = [slot for slot in slots if slot not in self._slots.values()]
-            sequence.num_computed = sequence.num_cached = decoding.cache.take_prefix(sequence.prompt, free)
-            self._slots[sequence] = free[0]
-        runner = decoding.runner.for_row(self._slots[sequence], sequence.num_computed)
+        decoding = self._ensure_prepared()
+        if sequence.slot is None:
+            decoding.cache.reserve(len(sequence.prompt), self._longest_possible())
+            decoding.slots.acquire(sequence)
+        cache = decoding.slots.prompt_view(sequence)
         tokens = sequence.history()[:, sequence.num_computed :][:, :num_tokens]
         is_last = sequence.num_computed + tokens.shape[1] == len(sequence.prompt)
         if is_last and decoding.source is not None:
-            logits = decoding.source.read_prompt(runner, sequence, tokens)
+            logits = decoding.source.read_prompt(decoding.runner, cache, sequence, tokens)
         else:
-            logits = forward_early(runner, tokens, decoding.depth, num_logits=int(is_last)).logits
+            passed = forward_early(decoding.runner, cache, tokens, decoding.depth, num_logits=int(is_last))
+            logits = passed.logits
         sequence.num_computed += tokens.shape[1]
         if is_last:
-            self._join(sequence, logits[0])
+            self.batch.add(sequence, logits[0])
+            decoding.slots.join(sequence)
         self._waiting.remove(sequence)
         if not is_last:
             self._waiting.append(sequence)
         return tokens.shape[1]
 
-    def _join(self, sequence: Sequence, logits: Tensor) -> None:
-        """Add a sequence to the batch, with the logits [1, V] of its first token. It swaps slots with what is
-        where the next row belongs.
-        """
-        cache = self._begin().cache
-        slot, row, longest = self._slots.pop(sequence), len(self.batch), sequence.num_computed
-        for other, its_slot in self._slots.items():
-            if its_slot == row:
-                self._slots[other], longest = slot, max(longest, other.num_computed)
-        cache.swap(slot, row, longest)
-        self.batch.add(sequence, logits)
-        cache.runner.cache.add_row(len(sequence.prompt))
-
     def _drop_waiting(self, sequence: Sequence) -> None:
-        if (slot := self._slots.pop(sequence, None)) is not None:
-            runner = self._begin().runner
-            if runner.has_its_cache:
-                runner.cache.clear_slot(slot)
+        if sequence.slot is not None:
+            self._ensure_prepared().slots.release(sequence)
         self._waiting.remove(sequence)
         self._finished.append((sequence.key, sequence.result()))
 
-    def _begin(self) -> Decoding:
+    def _ensure_prepared(self) -> Decoding:
         """Prepare for the model's current weights, unless that is done."""
         if self._prepared is None:
             with self._without_autocast():
-                cache = self._make_cache()
-                source = self._strategy.make_source(DraftContext(cache.runner, self._config))
-                self._prepared = Decoding(self.batch, cache, self._depth, source)
+                runner = make_runner(self._model)
+                slots = self._make_slots(runner)
+                source = self._strategy.make_source(DraftContext(runner, self._config))
+                self._prepared = Decoding(runner, slots.cache, self.batch, self._depth, source, slots)
         return self._prepared
 
-    def _make_cache(self) -> PrefixCache:
+    def _make_slots(self, runner: ModelRunner) -> PrefixCache:
         """The cache of an earlier scheduler, if it is valid here, or else a new one."""
+        fingerprint: Hashable = None
         if self._config.reuse_cache:
+            # Take the fingerprint after the runner was made: fusing changes it.
+            settings = self._batch_size, self.batch.longest_draft, self._depth
+            fingerprint = (*settings, cache_fingerprint(self._model))
             with suppress(IndexError):
                 kept = self._strategy.kept_caches.pop()
-                if kept.fingerprint == self._valid_for() and kept.runner.has_its_cache:
+                if kept.fingerprint == fingerprint and kept.cache.is_valid:
                     return kept
-        runner = make_runner(self._model, 1, 1, self.batch.longest_draft + 1, self._batch_size)
-        # A new runner fuses what has changed, which counts as a change.
-        return PrefixCache(runner, self._batch_size, self._valid_for() if self._config.reuse_cache else None)
-
-    def _valid_for(self) -> Hashable:
-        return self._batch_size, self.batch.longest_draft, self._depth, cache_fingerprint(self._model)
+        return PrefixCache(runner.new_cache(1, 1, self._batch_size), self._batch_size, fingerprint)
 
     def _longest_possible(self) -> int:
         """The most positions that any sequence can reach."""

@@ -20,6 +20,7 @@ from self_speculation.decoding.sampling import Verification, verify_draft
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.registry import DraftContext, make_adaptive, make_source
 from self_speculation.model.captured_runner import PassRange, make_runner
+from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.scheduler import Decoding, DecodingStrategy
 from self_speculation.transfers import on_device
@@ -35,13 +36,13 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         """Make the copies of layers that draft; the model keeps them. Raises what `make_source` does."""
-        self.make_source(DraftContext(make_runner(model, prompt_length=1, num_positions=1), config))
+        self.make_source(DraftContext(make_runner(model), config))
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
         return decoding.source.passes(decoding.runner, decoding.batch.longest_draft)
 
     def step(self, decoding: Decoding) -> None:
-        speculate(decoding.runner, decoding.batch, decoding.source, decoding.batch.longest_draft)
+        speculate(decoding.runner, decoding.cache, decoding.batch, decoding.source)
 
 
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
@@ -55,23 +56,23 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     make_source = staticmethod(make_adaptive)
 
 
-def speculate(runner: ModelRunner, batch: Batch, source: DraftSource, longest: int) -> None:
-    """One round: draft at most `longest` tokens, verify, learn, roll back, commit.
+def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, source: DraftSource) -> None:
+    """One round: draft, verify, learn, roll back, commit.
 
     Between two rounds the cache holds all tokens of a row but the last. One read from the device, and those
     of the source.
     """
-    draft = source.draft(batch, batch.draft_limits(longest))  # k tokens, k <= longest
-    logits = target_logits(runner, batch, draft)  # [B, k+1, V]
+    draft = source.draft(batch, cache, batch.draft_limits())  # k tokens, k <= K
+    logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits)  # [B] accepted, [B] next token
     num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
     source.learn(batch, draft, num_accepted)
     k = draft.tokens.shape[1]
-    runner.cache.rollback([k - accepted for accepted in num_accepted])
+    cache.rollback([k - accepted for accepted in num_accepted])
     batch.commit(tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
 
 
-def target_logits(runner: ModelRunner, batch: Batch, draft: Draft) -> Tensor:
+def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> Tensor:
     """[B, k+1, V] processed logits of the full model: [:, i] for drafted token i, [:, k] for the token after.
     The layers that did not draft run once, over all k+1 tokens.
     """
@@ -80,11 +81,11 @@ def target_logits(runner: ModelRunner, batch: Batch, draft: Draft) -> Tensor:
     if layer:  # the first layers drafted
         states = draft.exit_hidden
         if len(states) == k:  # the last column has no state yet
-            states = [*states, forward_early(runner, inputs[:, -1:], layer, num_logits=0).hidden]
+            states = [*states, forward_early(runner, cache, inputs[:, -1:], layer, num_logits=0).hidden]
         inputs = torch.cat(states, dim=1)  # [B, k+1, H]
     else:
-        runner.cache.forget_draft()  # what a copy appended
-    logits = runner.run(inputs, layer, len(runner.layers), k + 1).logits
+        cache.rollback_draft()  # what a copy appended
+    logits = runner.run(cache, inputs, layer, len(runner.layers), k + 1).logits
     return batch.process(logits, counts=[length + 1 for length in draft.lengths])
 
 

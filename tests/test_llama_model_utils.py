@@ -59,14 +59,17 @@ def pieces_match_the_whole(model):
 def compare_pieces(model, ids, expected):
     with torch.inference_mode():
         again_by_transformers = model(ids).logits
-        runner = ModelRunner(model, prompt_length=6, num_positions=12)
-        prompt = torch.cat([forward(runner, part, 3).logits for part in ids[:, :6].split(3, 1)], 1)  # chunks
-        hidden = [forward_early(runner, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
-        last = forward_early(runner, ids[:, 9:10], 2, num_logits=0)
+        runner = ModelRunner(model)
+        cache = runner.new_cache(prompt_length=6, num_positions=12)
+        prompt = torch.cat(
+            [forward(runner, cache, part, 3).logits for part in ids[:, :6].split(3, 1)], 1
+        )  # chunks
+        hidden = [forward_early(runner, cache, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
+        last = forward_early(runner, cache, ids[:, 9:10], 2, num_logits=0)
         assert last.logits.numel() == 0
-        verified = forward_remainder(runner, torch.cat([*hidden, last.hidden], 1), 2).logits
-        runner.cache.rollback(2)
-        again = forward(runner, ids[:, 8:12], num_logits=4).logits
+        verified = forward_remainder(runner, cache, torch.cat([*hidden, last.hidden], 1), 2).logits
+        cache.rollback(2)
+        again = forward(runner, cache, ids[:, 8:12], num_logits=4).logits
         *_, trained_on = hidden_after_each_layer(model, ids)
         trained_on = exit_logits(model, trained_on)
     for logits, positions in (

@@ -55,10 +55,10 @@ class Batch:
         """Of all rows; valid until a row is added or removed."""
         return joint_sampler([sequence.sampler for sequence in self.sequences], self.last.device)
 
-    def draft_limits(self, k: int) -> list[int]:
-        """[B] the most tokens to draft for each row, at most k. A round outputs up to one token more."""
+    def draft_limits(self) -> list[int]:
+        """[B] the most tokens to draft for each row. A round outputs up to one token more."""
         return [
-            max(0, min(k, sequence.remaining - 1)) if sequence.wants_drafts else 0
+            max(0, min(self.longest_draft, sequence.remaining - 1)) if sequence.wants_drafts else 0
             for sequence in self.sequences
         ]
 

@@ -72,6 +72,7 @@ class Sequence:
         self.wants_drafts = request.config is None or config.generation_strategy != "autoregressive"
         self.num_cached = 0  # tokens of the prompt that were in the KV cache already
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
+        self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(prompt)] = on_device(prompt, device)

@@ -19,6 +19,7 @@ from self_speculation.drafts.ngram import Copied, TokenDrafts, with_copied
 from self_speculation.drafts.policy import PLAIN, AdaptivePolicy
 from self_speculation.model.captured_runner import PassRange, num_prepared
 from self_speculation.model.devices import broadcast_from_rank0
+from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import NARROW
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.short_head import ShortHead
@@ -55,20 +56,20 @@ class AdaptiveDrafts(DraftSource):
         # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
         self._judgements: list[tuple[list[str], int, Reading]] = []
 
-    def read_prompt(self, runner: ModelRunner, sequence: Sequence, tokens: Tensor) -> Tensor:
+    def read_prompt(self, runner: ModelRunner, cache: KVCache, sequence: Sequence, tokens: Tensor) -> Tensor:
         """Prefill, and judge exits by the last tokens: would they have drafted what the whole model says?
 
         Reads from the device: none before the next round, when the prompt's first token has been read.
         """
         width = tokens.shape[1]
         # A pass over few tokens behind a kept prefix would be traced, range by range.
-        exits = self._policy.to_be_judged() if width > NARROW or not runner.cache.length(0) else []
+        exits = self._policy.to_be_judged() if width > NARROW or not cache.length(0) else []
         if not exits:
-            return super().read_prompt(runner, sequence, tokens)
+            return super().read_prompt(runner, cache, sequence, tokens)
         num_positions, states, first = min(width, _JUDGING), [], 0
         hidden = runner.embed(tokens)
         for last in (*(self._sources[name].exit_layer for name in exits), len(runner.layers)):
-            hidden, first = runner.run_layers(hidden, first, last), last
+            hidden, first = runner.run_layers(cache, hidden, first, last), last
             states.append(hidden[:, -num_positions:].clone())  # layers overwrite their input
         drafter = self._sources[exits[0]].drafter
         if isinstance(drafter.head, ShortHead):
@@ -79,7 +80,7 @@ class AdaptiveDrafts(DraftSource):
         self._judgements.append((exits, num_positions, Reading(num_right)))
         return runner.logits(hidden, 1)
 
-    def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:
+    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
         self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
         self._check_guesses()
         for exits, num_positions, reading in self._judgements:
@@ -102,7 +103,7 @@ class AdaptiveDrafts(DraftSource):
             rows = zip(looked_up, limits, strict=True)
             rest = [min(limit, plan.length) if name == PLAIN else 0 for name, limit in rows]
             if any(rest):
-                draft = self._sources[plan.source].draft(batch, rest)
+                draft = self._sources[plan.source].draft(batch, cache, rest)
         draft = with_copied(batch, copied, draft, self._model.config.vocab_size)
         self._stopwatch.split()
         return draft

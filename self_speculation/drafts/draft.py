@@ -17,6 +17,7 @@ from torch import Tensor
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.model.captured_runner import PassRange
+from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, forward
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class DraftSource(ABC):
     """Makes the drafts of one batch."""
 
     @abstractmethod
-    def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:
+    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
         """Draft tokens for each row.
 
         Layers that draft may append to the cache. If `Draft.exit_layer` is 0, that is rolled back.
@@ -53,13 +54,15 @@ class DraftSource(ABC):
             limits: [B] the most tokens of each row.
         """
 
-    def read_prompt(self, runner: ModelRunner, sequence: Sequence, tokens: Tensor) -> Tensor:  # noqa: ARG002
-        """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them.
-
-        Args:
-            runner: over the row of the sequence.
-        """
-        return forward(runner, tokens).logits
+    def read_prompt(
+        self,
+        runner: ModelRunner,
+        cache: KVCache,
+        sequence: Sequence,  # noqa: ARG002
+        tokens: Tensor,
+    ) -> Tensor:
+        """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them."""
+        return forward(runner, cache, tokens).logits
 
     def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:  # noqa: B027
         """Learn from the outcome of the last draft; num_accepted: [B]."""

@@ -11,6 +11,7 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
 from self_speculation.drafts.draft import Draft, DraftSource, ShouldContinue
 from self_speculation.model.captured_runner import PassRange
+from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, forward_early
 from self_speculation.model.short_head import ShortHead
 
@@ -42,7 +43,7 @@ class LayerDrafts(DraftSource):
         self.name = f"exit {exit_layer}" if self._keeps_cache else f"exit {exit_layer}, {draft_weights}"
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
-    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
+    def draft(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> Draft:
         if isinstance(self.drafter.head, ShortHead):
             self.drafter.head.seen.read(batch.sequences)
         sampled_tokens: list[SampledTokens] = []
@@ -50,7 +51,7 @@ class LayerDrafts(DraftSource):
         confidences: list[list[float]] = [[] for _ in limits]
 
         def run(ids: Tensor) -> Tensor:  # [B, 1] -> [B, V]
-            early = forward_early(self.drafter, ids, self.exit_layer)
+            early = forward_early(self.drafter, cache, ids, self.exit_layer)
             exit_hidden.append(early.hidden)
             return early.logits[:, 0]
 

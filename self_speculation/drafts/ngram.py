@@ -17,6 +17,7 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.draft import Draft, DraftSource, PerSequence, no_draft
 from self_speculation.model.captured_runner import PassRange
+from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
 
@@ -129,10 +130,10 @@ class CopiedFirst(DraftSource):
     def __init__(self, sources: abc.Sequence[TokenDrafts], otherwise: DraftSource, vocab_size: int) -> None:
         self._sources, self._otherwise, self._vocab_size = sources, otherwise, vocab_size
 
-    def draft(self, batch: Batch, limits: abc.Sequence[int]) -> Draft:
+    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
         copied = [self._copied(*row) for row in zip(batch.sequences, limits, strict=True)]
         rest = [0 if row.ids else limit for row, limit in zip(copied, limits, strict=True)]
-        draft = self._otherwise.draft(batch, rest) if any(rest) else None
+        draft = self._otherwise.draft(batch, cache, rest) if any(rest) else None
         return with_copied(batch, copied, draft, self._vocab_size)
 
     def _copied(self, sequence: Sequence, limit: int) -> Copied:

@@ -76,9 +76,8 @@ class DraftContext:
         """Runs so many layers that draft and their head. Raises what `quantized` and `ShortHead` do."""
         if self.config.draft_weights != "exact":
             return quantized(self.runner, num_layers, self.short_head)
-        return (
-            self.runner if self.short_head is None else self.runner.over(self.runner.layers, self.short_head)
-        )
+        runner, head = self.runner, self.short_head
+        return runner if head is None else runner.with_layers(runner.layers, head)
 
 
 def make_drafter(runner: ModelRunner, config: GenerationConfig, num_layers: int) -> ModelRunner:

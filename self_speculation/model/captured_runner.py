@@ -6,7 +6,7 @@ Embedding, head and prompts run eagerly. The cache and the inputs stay at one ad
 and decide where keys are written and what is masked. Padding tokens are written after a row's last token,
 padding rows at the end of the cache.
 
-All captured passes of a model share one cache, which serves one generation at a time.
+All captured passes of a model share one cache. It serves one generation at a time: the latest one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
-from self_speculation.model.kv_cache import WrittenAt, round_up
+from self_speculation.model.kv_cache import KVCache, WrittenAt, round_up
 from self_speculation.model.made import lock, made
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.progress import progress
 from self_speculation.model.traced_runner import TracedRunner, num_traces
 
-# The cache grows by so many positions. It has this many positions for padding.
+# The cache grows by so many positions. It has this many positions for padding, so wider passes are eager.
 _STEP, _PADDING = 1024, 64
 # The fewest keys that a pass may read, and the most that are not split.
 _LEAST_KEYS, _UNSPLIT_KEYS = 256, 1024
@@ -90,75 +90,79 @@ def num_prepared(model: PreTrainedModel) -> int:
     return num_traces(model) + (passes.num_captured if passes else 0)
 
 
-def make_runner(
-    model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int = 1, num_rows: int = 1
-) -> ModelRunner:
-    """The runner of one batch, see `ModelRunner`; its decoding passes have up to `max_width` tokens a row."""
+def make_runner(model: PreTrainedModel) -> ModelRunner:
+    """The runner with the least work for the host."""
     if is_captured(model):
-        return CapturedRunner(model, prompt_length, num_positions, max_width, num_rows)
-    runner = TracedRunner if model.device.type == "cpu" else ModelRunner
-    return runner(model, prompt_length, num_positions, num_rows)
+        return CapturedRunner(model)
+    return (TracedRunner if model.device.type == "cpu" else ModelRunner)(model)
 
 
 class CapturedRunner(ModelRunner):
-    """Replays passes over at most `max_width` tokens of each row, and runs wider ones eagerly."""
+    """Replays passes over a `CapturedCache`, except prompts and passes over more than _PADDING tokens."""
 
-    passes: Any = None  # `_Passes`; None until the runner is made
-    reads: tuple[weakref.ref, ...] = ()  # what the layers of `over` read; equal only while it exists
+    reads: tuple[weakref.ref, ...] = ()  # weak references to the draft linears; part of the graph key
 
-    def __init__(
-        self, model: PreTrainedModel, prompt_length: int, num_positions: int, max_width: int, num_rows: int
-    ) -> None:
-        super().__init__(model, prompt_length, num_positions, num_rows)
-        with lock(model):
-            captured, passes = _captured(model), _captured(model).passes
-            if passes is None or passes.valid_for != self.fingerprint or passes.num_rows < num_rows:
+    def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
+        """The one cache of the model's captured passes; earlier generations lose it."""
+        with lock(self.model):
+            captured, passes = _captured(self.model), _captured(self.model).passes
+            if passes is None or passes.valid_for != self.fingerprint or passes.num_slots < num_slots:
                 captured.passes = passes = None  # free the old cache first
-                captured.passes = passes = _Passes(self)
-        self.passes, self._rotary, self._max_width = passes, passes.rotary, max_width
-        self.cache = self._own_cache = passes.cache = passes.cache.row(0)  # earlier generations lose theirs
-        self.reserve(prompt_length, num_positions)
+                captured.passes = passes = _Passes(self, num_slots)
+            cache = CapturedCache(passes)
+        cache.reserve(prompt_length, num_positions)
+        return cache
 
-    def reserve(self, prompt_length: int, num_positions: int) -> None:
-        if self.passes is None:
-            super().reserve(prompt_length, num_positions)
-        else:
-            self._check_cache()
-            self.passes.reserve(num_positions, max(padded(self._max_width), _PADDING))
-
-    @property
-    def has_its_cache(self) -> bool:
-        return self.passes.cache is self._own_cache
-
-    def _check_cache(self) -> None:
-        if not self.has_its_cache:
-            why = "another generation has this one's cache; let one end before the next begins"
-            raise RuntimeError(f"compile True: {why}")
-
-    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
-        other: Any = super().over(layers, head)
+    def with_layers(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
+        other: Any = super().with_layers(layers, head)
         if layers is not self.layers:
             other.reads = tuple(weakref.ref(linear) for layer in layers for linear in layer.linears)
         return other
 
-    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
-        self._check_cache()
+    def _run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         num_rows, width, _ = hidden.shape
-        # A prompt is in a view of one row.
-        if self.cache is not self.passes.cache or width > self._max_width:
-            return super().run_layers(hidden, first, last)
-        longest = self.cache.longest(first) + width
-        shape = (padded(num_rows), padded(width), keys_read(longest))
-        replay = self.passes.capture(self, first, last, *shape)
-        states, positions = self.passes.inputs[shape[:2]]
+        if isinstance(cache, CapturedCache):
+            cache.check()
+        if not isinstance(cache, CapturedCache) or cache.is_prompt or width > _PADDING:
+            return super()._run_layers(cache, hidden, first, last)
+        passes = cache.passes
+        shape = (padded(num_rows), padded(width), keys_read(cache.longest(first) + width))
+        replay = passes.capture(self, first, last, *shape)
+        states, positions = passes.inputs[shape[:2]]
         if states.shape[:2] != (num_rows, width):
             states.zero_()  # padding must be numbers: no mask keeps NaN out
-            positions.fill_(self.passes.capacity - 1)
+            positions.fill_(passes.capacity - 1)
         states[:num_rows, :width] = hidden
-        positions[:num_rows] = self.cache.positions(first, positions.shape[1], positions.device)
+        positions[:num_rows] = cache.positions(first, positions.shape[1], positions.device)
         replay()
-        self.cache.advance(first, last, width)
+        cache.advance(first, last, width)
         return states[:num_rows, :width].clone()
+
+
+class CapturedCache(KVCache):
+    """The cache that captured passes read and write."""
+
+    def __init__(self, passes: _Passes) -> None:
+        self.passes, passes.buffers = passes, copy.copy(passes.buffers)
+        super().__init__(passes.buffers)
+
+    @property
+    def is_valid(self) -> bool:
+        return self.passes.buffers is self.buffers
+
+    @property
+    def limit(self) -> int:
+        return self.passes.capacity
+
+    def check(self) -> None:
+        """Raises RuntimeError if a later generation has the cache."""
+        if not self.is_valid:
+            why = "another generation has this one's cache; let one end before the next begins"
+            raise RuntimeError(f"compile True: {why}")
+
+    def reserve(self, prompt_length: int, num_positions: int) -> None:  # noqa: ARG002
+        self.check()
+        self.passes.reserve(num_positions)
 
 
 class PassRange(NamedTuple):
@@ -170,27 +174,30 @@ class PassRange(NamedTuple):
     max_width: int = 1
 
 
-def run_every_pass(passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int = 0) -> None:
-    """Capture these passes for up to so many rows and positions, if the model's passes are captured.
+def run_every_pass(
+    cache: KVCache, passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int = 0
+) -> None:
+    """Capture these passes for up to so many rows and positions, if it is the cache of captured passes.
 
     Args:
         longest: positions that a later request can reach. The cache has as many of them as fit in memory
             with the graphs for them, so that such a request does not end the captured passes.
     """
+    if not isinstance(cache, CapturedCache):
+        return
+    captured = cache.passes
     kinds = [
         (runner, first, last, rows, width)
         for runner, first, last, max_width in passes
-        if isinstance(runner, CapturedRunner)
         for rows in _powers(num_rows)
         for width in _powers(max_width)
     ]
     shapes = [(*kind, num_keys) for kind in kinds for num_keys in _lengths(num_positions)]
     num_layers = sum(last - first for _, first, last, *_ in kinds)
-    for runner, *_ in kinds[:1]:
-        runner.reserve(1, runner.passes.fitting(num_positions, longest, num_layers * _LAYER_BYTES))
+    cache.reserve(1, captured.fitting(num_positions, longest, num_layers * _LAYER_BYTES))
     with progress("capturing passes", len(shapes), "passes") as advance:
         for runner, *shape in shapes:
-            runner.passes.capture(runner, *shape)
+            captured.capture(runner, *shape)
             advance(1)
 
 
@@ -217,15 +224,15 @@ def _powers(most: int) -> Iterable[int]:
 
 
 class _Passes:
-    """The captured passes of a model, and the cache of the latest generation over their buffers. The first
-    runner leaves its own to them.
-    """
+    """Captured passes of a model, and the buffers of the latest `CapturedCache`."""
 
-    def __init__(self, runner: CapturedRunner) -> None:
-        self._runner = copy.copy(runner)
+    def __init__(self, runner: CapturedRunner, num_slots: int) -> None:
+        self._runner = ModelRunner(
+            runner.model
+        )  # graphs read its tables of cos and sin, which only grow here
+        self.buffers = self._runner.new_cache(1, 1, num_slots).buffers
+        self.num_slots, self.valid_for = num_slots, runner.fingerprint
         del self._runner.model  # the key of these passes: it would never be freed
-        self.cache, self.rotary, self.num_rows = runner.cache, runner._rotary, runner._num_rows
-        self.valid_for = runner.fingerprint
         self.num_captured = 0
         self._drop_replays()
         self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [B, T, H] states, [B, T] positions
@@ -235,12 +242,12 @@ class _Passes:
         193402), and an exception may keep one for long. So all go together, and the stream with them.
         """
         self._replays: dict[Any, Callable[[], None]] = {}
-        self._record = GraphRecorder(self.rotary.like.device)
+        self._record = GraphRecorder(self._runner.rotary.device)
 
     @property
     def capacity(self) -> int:
         """Positions of a row in every layer. The last layer grows last."""
-        last = self.cache.buffers.of_layers[-1]
+        last = self.buffers.of_layers[-1]
         return 0 if last is None else last[0].shape[2]
 
     def fitting(self, least: int, most: int, graph_bytes: int) -> int:
@@ -249,8 +256,8 @@ class _Passes:
         Args:
             graph_bytes: of the graphs that read one number of keys.
         """
-        like, room = self._like, _SHARE * free_memory(self.rotary.like.device)
-        position = 2 * len(self._runner.layers) * self.num_rows * like.nbytes
+        like, room = self._like, _SHARE * free_memory(self._runner.rotary.device)
+        position = 2 * len(self._runner.layers) * self.num_slots * like.nbytes
         for number in range(most, least, -_STEP):
             if (number + _STEP) * position + len(_lengths(number)) * graph_bytes <= room:
                 return number
@@ -263,20 +270,19 @@ class _Passes:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return self._runner.rotary.new_empty(1, config.num_key_value_heads, head_dim)
 
-    def reserve(self, num_positions: int, padding: int) -> None:
+    def reserve(self, num_positions: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
-        config, cache = self._runner.config, self.cache
-        needed = min(num_positions, context_length(config)) + padding  # after the context there is padding
+        needed = round_up(min(num_positions, context_length(self._runner.config)) + _PADDING, _STEP)
         if needed <= self.capacity:
             return
         self._drop_replays()
-        cache.reserve(round_up(needed, _STEP), limit=round_up(needed, _STEP))
-        self.rotary.reserve(cache.capacity)
+        self.buffers.capacity = needed
+        self._runner._rotary.reserve(needed)
         for layer in range(len(self._runner.layers)):
-            cache.buffers.with_room(layer, cache.capacity, self._like)
+            self.buffers.with_room(layer, needed, self._like)
 
     def capture(
-        self, runner: CapturedRunner, first: int, last: int, rows: int, width: int, num_keys: int
+        self, runner: Any, first: int, last: int, rows: int, width: int, num_keys: int
     ) -> Callable[[], None]:
         """The replay of a pass over `inputs[rows, width]`. To capture it writes to padding alone. If that
         fails, all passes are captured anew.
@@ -284,7 +290,7 @@ class _Passes:
         key = (runner.reads, first, last, rows, width, num_keys)
         if key not in self._replays:
             if (rows, width) not in self.inputs:
-                states = runner.unit.new_empty(min(rows, self.num_rows), width, runner.config.hidden_size)
+                states = runner.unit.new_empty(min(rows, self.num_slots), width, runner.config.hidden_size)
                 self.inputs[rows, width] = states, torch.empty_like(states[..., 0], dtype=torch.long)
             states, positions = self.inputs[rows, width]
             states.zero_()
@@ -310,7 +316,7 @@ class _Passes:
             kind: AttentionContext.ragged(self._runner, kind, positions, num_keys, splits_keys=splits)
             for kind in {kind for _, kind in layers}
         }
-        cache = WrittenAt(self.cache.buffers.of_layers, positions, num_keys)
+        cache = WrittenAt(self.buffers.of_layers, positions, num_keys)
         hidden = states.flatten(0, 1)
         for layer, kind in layers:
             hidden = layer(hidden, contexts[kind], cache)

@@ -21,6 +21,9 @@ from self_speculation.transfers import on_device
 # Attention kernels need masks, and so lengths, in multiples of so many positions.
 ALIGNMENT = 8
 
+# A new cache has room for a prompt and this, divided by the number of slots, in positions.
+_FIRST_ALLOCATION = 1024
+
 
 def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
@@ -52,13 +55,20 @@ class Appendable(ABC):
         return all_keys, all_values
 
 
-class _Buffers:
-    """Keys and values by layer, each [rows, kv_heads, capacity, head_dim]; None until the layer runs."""
+class Buffers:
+    """Keys and values by layer, each [slots, kv_heads, capacity, head_dim]; None until the layer runs.
+
+    Args:
+        num_slots: the most rows at a time.
+        devices: of each layer's weights; empty: all layers are on the device of the first keys.
+        num_ranks: processes that hold the model together, see `free_memory`.
+    """
 
     def __init__(
-        self, num_layers: int, num_rows: int, devices: Sequence[torch.device], num_ranks: int
+        self, num_layers: int, num_slots: int = 1, devices: Sequence[torch.device] = (), num_ranks: int = 1
     ) -> None:
-        self.num_rows, self.capacity, self._devices, self._num_ranks = num_rows, ALIGNMENT, devices, num_ranks
+        self.num_slots, self.capacity = num_slots, ALIGNMENT
+        self._devices, self._num_ranks = devices, num_ranks
         self.limit = sys.maxsize  # the most positions that a row can reach
         self.of_layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._fitting = 0  # a capacity that fits in memory
@@ -84,7 +94,7 @@ class _Buffers:
             self._check_room(like, wanted)
             self._fitting = self.capacity = wanted
         # Zeros: a mask does not keep NaN out of positions after a row's last one.
-        shape = (self.num_rows, like.shape[1], self.capacity, like.shape[-1])
+        shape = (self.num_slots, like.shape[1], self.capacity, like.shape[-1])
         larger = (like.new_zeros(shape), like.new_zeros(shape))
         for new, part in zip(larger, old or (), strict=False):
             new[:, :, : part.shape[2]] = part
@@ -100,11 +110,11 @@ class _Buffers:
             row = 2 * num_layers * like.shape[1] * capacity * like.shape[-1] * like.itemsize
             pairs = (pair for at, pair in zip(devices, self.of_layers, strict=True) if at == device)
             taken = sum(part.nbytes for pair in pairs for part in pair or ())
-            if (free := taken + free_memory(device, self._num_ranks)) < self.num_rows * row:
+            if (free := taken + free_memory(device, self._num_ranks)) < self.num_slots * row:
                 fitting = f"; batch_size {free // row} would fit" if free >= row else ""
                 raise MemoryError(
-                    f"{self.num_rows} times {capacity} positions of keys and values take "
-                    f"{self.num_rows * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
+                    f"{self.num_slots} times {capacity} positions of keys and values take "
+                    f"{self.num_slots * row / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free{fitting}"
                 )
 
 
@@ -125,25 +135,21 @@ class KVCache(Appendable):
     The buffers of a layer are allocated when it first runs, with the device and dtype of its keys. Appending
     writes in place, and rolling back moves a position. Buffers that are too small double, up to a limit.
 
-    A pass appends equally many positions to each row, and all layers hold the same positions of a row. So two
-    lists give all lengths: positions appended to each layer, and how many of these each row misses. The cache
-    is *uniform* while all rows have one length.
+    A pass appends equally many positions to each row, and all layers hold the same positions of a row:
 
-    Args:
-        num_rows: the most at a time.
-        devices: of each layer's weights; empty: all layers are on the device of the first keys.
-        num_ranks: processes that hold the model together, see `free_memory`.
+        length(layer, row) = appended[layer] - missing[row]
+
+    The cache is *uniform* while all rows have one length.
     """
 
-    def __init__(
-        self, num_layers: int, num_rows: int = 1, devices: Sequence[torch.device] = (), num_ranks: int = 1
-    ) -> None:
-        self.buffers = _Buffers(num_layers, num_rows, devices, num_ranks)
-        self._first_row = 0
+    is_prompt = False  # the next positions are a prompt's
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers, self._first_row = buffers, 0
         self.set_rows([0])
 
     def set_rows(self, lengths: Sequence[int]) -> None:
-        """Have these rows, whose positions, so many in every layer, are in their slots already."""
+        """Set row lengths; keys and values are already in the slots."""
         self._committed = max(lengths, default=0)  # appended to every layer when the last round began
         self._appended = [self._committed] * len(self.buffers.of_layers)  # by layer
         self._missing = [self._committed - length for length in lengths]  # by row, of the appended positions
@@ -159,10 +165,26 @@ class KVCache(Appendable):
         """Positions of a row."""
         return self.buffers.capacity
 
-    def reserve(self, num_positions: int, limit: int) -> None:
-        """Allocate later buffers for so many positions, and let them grow to `limit`."""
-        self.buffers.capacity = max(self.capacity, round_up(num_positions, ALIGNMENT))
-        self.buffers.limit = limit
+    @property
+    def limit(self) -> int:
+        """The most positions that a row can reach."""
+        return self.buffers.limit
+
+    def reserve(self, prompt_length: int, num_positions: int) -> None:
+        """Make room for a sequence.
+
+        Args:
+            prompt_length: positions of its prompt.
+            num_positions: the most that it or one in flight can reach, prompt included.
+        """
+        first = min(num_positions, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
+        self.buffers.capacity = max(self.capacity, round_up(first, ALIGNMENT))
+        self.buffers.limit = num_positions
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether no other cache has the buffers."""
+        return True
 
     @property
     def is_uniform(self) -> bool:
@@ -248,16 +270,16 @@ class KVCache(Appendable):
             self._missing_on_device = None
         self._committed = least
 
-    def forget_draft(self) -> None:
+    def rollback_draft(self) -> None:
         """Drop positions appended since the last `rollback` or `add_row`."""
         self._appended = [self._committed] * len(self._appended)
 
-    def row(self, row: int, length: int = 0) -> KVCache:
-        """A one-row view of slot `row`, with its first `length` positions."""
-        alone = copy.copy(self)
-        alone._first_row = row
-        alone.set_rows([length])
-        return alone
+    def prompt_view(self, slot: int, length: int = 0) -> KVCache:
+        """A view of one slot, to prefill it after its first `length` positions."""
+        view = copy.copy(self)
+        view._first_row, view.is_prompt = slot, True
+        view.set_rows([length])
+        return view
 
     def _lengths(self) -> list[int]:
         """[B] of the first layer; layers beyond an early exit never run."""

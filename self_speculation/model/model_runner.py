@@ -1,7 +1,7 @@
 """Runs ranges of a transformers model's layers over a KV cache: ids or hidden states in, logits and hidden
 states out.
 
-Knows nothing of sampling or strategies.
+A runner has weights and kernels. The cache is an argument. Knows nothing of sampling or strategies.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import AttentionType, attention_types, check_supported, context_length
 from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model, prefills_in_bfloat16
-from self_speculation.model.kv_cache import Appendable, KVCache
+from self_speculation.model.kv_cache import Appendable, Buffers, KVCache
 from self_speculation.model.linear import LONG
 from self_speculation.model.made import lock
-
-# A new cache has room for the prompt and this, divided by the number of rows, in positions.
-_FIRST_ALLOCATION = 1024
 
 # Most positions of one pass over a prompt: they bound its memory. In bfloat16, a pass converts all weights.
 PREFILL_CHUNK = 1024
@@ -85,12 +82,13 @@ class PlainHead:
 
 
 class _Rotary:
-    """Tables of cos and sin, shared by all runners over one cache."""
+    """Tables of cos and sin by kind of rotation."""
 
     def __init__(self, module: nn.Module, rotations: set[str | None], like: Tensor, context: int) -> None:
         self.module, self.like, self._last = module, like, context - 1
         self.tables = dict.fromkeys(rotations, like.new_empty(2, 0, 0))  # [2, positions, head_dim] each
         self._size = 0
+        self.reserve(1)
 
     def reserve(self, num_positions: int) -> None:
         if num_positions > self._size:
@@ -106,34 +104,27 @@ class _Rotary:
 
 
 class ModelRunner:
-    """A model over the KV cache of one batch: embeds, runs layers [first:last], applies norm and head.
+    """Embeds, runs layers [first:last] over a KV cache, applies norm and head. Valid until weights change.
 
     Args:
         model: a `...ForCausalLM` of a supported type, fused or not.
-        prompt_length, num_positions: see `reserve`.
-        num_rows: the most sequences at a time.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, prompt_length: int, num_positions: int, num_rows: int = 1
-    ) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model.config)
         self.model, self.config = model, model.config
         base, head = model.base_model, model.get_output_embeddings()
         fused, self.dtype = fused_model(model)
         self.layers: list[Any] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.attention_types = attention_types(self.config)  # [L]
-        self._num_rows = num_rows
-        self.prefills_in_bfloat16 = False
-        devices = [next(layer.parameters()).device for layer in base.layers]
-        self.cache = KVCache(len(self.layers), num_rows, devices, num_ranks(model))
+        self._prefills_in_bfloat16 = prefills_in_bfloat16(model)
+        self._devices = [next(layer.parameters()).device for layer in base.layers]
         self._embed = base.embed_tokens
         self.head: Any = fused.get(head) or PlainHead(base.norm, head)
 
         like = torch.empty(0, dtype=self.dtype, device=self._embed.weight.device)
         rotations = {kind.rotation for kind in self.attention_types}
         self._rotary = _Rotary(base.rotary_emb, rotations, like, context_length(self.config))
-        self.reserve(prompt_length, num_positions)
         head_dim = self.rotary.shape[2]
         self.kernel = attention_kernel(like.device, self.dtype, head_dim)  # of fused layers
         if like.device.type == "cuda" and any(isinstance(layer, PlainLayer) for layer in self.layers):
@@ -162,47 +153,31 @@ class ModelRunner:
         """[2, positions, head_dim] cos and sin of layers of this kind."""
         return self._rotary.tables[kind.rotation]
 
-    def reserve(self, prompt_length: int, num_positions: int) -> None:
-        """Make room for a sequence.
+    def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
+        """A cache of one empty row for all layers.
 
         Args:
-            prompt_length: positions of its prompt.
-            num_positions: the most that it or one in flight can reach, prompt included.
+            prompt_length, num_positions: see `KVCache.reserve`.
+            num_slots: the most rows at a time.
         """
-        self._rotary.reserve(num_positions)
-        first = min(num_positions, prompt_length + _FIRST_ALLOCATION // self._num_rows)
-        self.cache.reserve(first, limit=num_positions)
+        number = len(self.layers)
+        cache = KVCache(Buffers(number, num_slots, self._devices[:number], num_ranks(self.model)))
+        cache.reserve(prompt_length, num_positions)
+        return cache
 
-    def for_row(self, row: int, length: int = 0) -> ModelRunner:
-        """A runner over one row of this cache, to prefill it; see `KVCache.row`."""
-        other = self.for_prompts()
-        other.cache = self.cache.row(row, length)
-        return other
-
-    def for_prompts(self) -> ModelRunner:
-        """A runner over this cache whose long passes multiply in bfloat16, if the model's prompts are to."""
-        other = copy.copy(self)
-        other.prefills_in_bfloat16 = prefills_in_bfloat16(self.model)
-        return other
-
-    @property
-    def has_its_cache(self) -> bool:
-        """Whether the cache is still this runner's. Captured runners of a model share one."""
-        return True
-
-    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
-        """A runner of other layers and another head ([T, H] -> [T, V], norm included) over this cache."""
+    def with_layers(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
+        """A runner of other layers and another head ([T, H] -> [T, V], norm included)."""
         other = copy.copy(self)
         other.layers, other.head = layers, head
         return other
 
-    def run(self, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
+    def run(self, cache: KVCache, inputs: Tensor, first: int, last: int, num_logits: int) -> ForwardResult:
         """Layers first..last-1 over T new positions, norm and head over the last `num_logits` of them.
 
         Args:
             inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`.
         """
-        hidden = self.run_layers(inputs.clone() if first else self.embed(inputs), first, last)
+        hidden = self.run_layers(cache, inputs.clone() if first else self.embed(inputs), first, last)
         return ForwardResult(self.logits(hidden, num_logits), hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -212,7 +187,7 @@ class ModelRunner:
             return self._embed(input_ids).to(self.dtype)
         return embedding(input_ids, self._embed.weight).to(self.dtype) * scale  # not rounded to 16 bits
 
-    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         """Layers first..last-1 over T new positions.
 
         Args:
@@ -221,25 +196,30 @@ class ModelRunner:
         Returns:
             [B, T, H] the output of layer `last - 1`.
         """
+        self._rotary.reserve(cache.limit)
+        return self._run_layers(cache, hidden, first, last)
+
+    def _run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+        """See `run_layers`."""
         rows, width, _ = hidden.shape
-        cache: Appendable = self.cache
-        kinds, shortest = self.attention_types[first:last], self.cache.shortest(first)
-        if self.cache.is_uniform:
+        takes_keys: Appendable = cache
+        kinds, shortest = self.attention_types[first:last], cache.shortest(first)
+        if cache.is_uniform:
             contexts = {
                 kind: AttentionContext.uniform(self, kind, rows, shortest, width) for kind in set(kinds)
             }
         else:
-            positions = self.cache.positions(first, width, self.rotary.device)
-            scattered = cache = self.cache.scattered(positions, first, last)
+            positions = cache.positions(first, width, self.rotary.device)
+            scattered = takes_keys = cache.scattered(positions, first, last)
             contexts = {
                 kind: AttentionContext.ragged(self, kind, positions, scattered.length, shortest)
                 for kind in set(kinds)
             }
         states = hidden.flatten(0, 1)  # [B * T, H]
-        in_bfloat16 = self.prefills_in_bfloat16 and len(states) >= LONG
+        in_bfloat16 = self._prefills_in_bfloat16 and cache.is_prompt and len(states) >= LONG
         for layer, kind in zip(self.layers[first:last], kinds, strict=True):
             layer = layer.in_bfloat16() if in_bfloat16 else layer
-            states = layer(states, context := contexts[kind], context.reading(cache))
+            states = layer(states, context := contexts[kind], context.reading(takes_keys))
         return states.view(rows, width, -1)
 
     def logits(self, hidden: Tensor, num_logits: int) -> Tensor:
@@ -252,18 +232,20 @@ class ModelRunner:
         return self.head(states).view(rows, num_logits, -1).to(self.rotary.device)
 
 
-def forward(runner: ModelRunner, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
+def forward(runner: ModelRunner, cache: KVCache, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:
     """All layers over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    return forward_early(runner, input_ids, len(runner.layers), num_logits)
+    return forward_early(runner, cache, input_ids, len(runner.layers), num_logits)
 
 
 def forward_early(
-    runner: ModelRunner, input_ids: Tensor, exit_layer: int, num_logits: int = 1
+    runner: ModelRunner, cache: KVCache, input_ids: Tensor, exit_layer: int, num_logits: int = 1
 ) -> ForwardResult:
     """Layers 0..exit_layer-1 over T new tokens [B, T]; logits for the last `num_logits` of them."""
-    return runner.run(input_ids, 0, exit_layer, num_logits)
+    return runner.run(cache, input_ids, 0, exit_layer, num_logits)
 
 
-def forward_remainder(runner: ModelRunner, exit_hidden: Tensor, exit_layer: int) -> ForwardResult:
+def forward_remainder(
+    runner: ModelRunner, cache: KVCache, exit_hidden: Tensor, exit_layer: int
+) -> ForwardResult:
     """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
-    return runner.run(exit_hidden, exit_layer, len(runner.layers), exit_hidden.shape[1])
+    return runner.run(cache, exit_hidden, exit_layer, len(runner.layers), exit_hidden.shape[1])

@@ -1,10 +1,12 @@
-"""Prefixes that the free slots of a KV cache hold, so that a prompt with a known prefix is not read again."""
+"""The slots of a KV cache: rows of the batch, prompts that are being read, and what finished requests left.
+A prompt with a known prefix is not read again.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -12,10 +14,12 @@ from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.families import attention_types
 from self_speculation.model.fingerprint import fingerprint
 from self_speculation.model.fused_layers import num_changes
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.kv_cache import KVCache
 
 
 class _Prefix(NamedTuple):
+    """What a free slot holds."""
+
     ids: Sequence[int] = ()
     age: int = 0  # the number of the answer that left it: higher is younger
 
@@ -26,56 +30,77 @@ class _Prefix(NamedTuple):
 
 
 class PrefixCache:
-    """A KV cache, and the ids whose keys and values its free slots hold. Slots of rows come first.
+    """Hands out the slots of a KV cache to sequences (see `decoding.sequence`). Slots of rows come first.
 
     Args:
-        runner: a new one, with the cache.
+        cache: a new one.
         fingerprint: of what the keys and values are valid for; None: no prefixes are kept.
     """
 
-    def __init__(self, runner: ModelRunner, num_slots: int, fingerprint: Hashable = None) -> None:
-        self.runner, self.fingerprint = runner, fingerprint
-        runner.cache.set_rows([])
-        self._prefixes = [_Prefix()] * num_slots
+    def __init__(self, cache: KVCache, num_slots: int, fingerprint: Hashable = None) -> None:
+        self.cache, self.fingerprint = cache, fingerprint
+        cache.set_rows([])
+        self._holders: list[Any] = [_Prefix()] * num_slots  # a sequence or a prefix
         self._answers = itertools.count(1)
 
-    def take_prefix(self, prompt: Sequence[int], free: Sequence[int]) -> int:
-        """Move the longest known prefix of a prompt into the first of these slots; returns its length.
+    def acquire(self, sequence: Any) -> None:
+        """Give a sequence the free slot with the longest prefix of its prompt, the oldest one of equals.
 
-        The oldest of equal prefixes is taken. The last token of a prompt is never found: its logits are
-        needed.
+        The last token of a prompt is never found: its logits are needed.
         """
-        if self.fingerprint is None:
-            return 0
-        known = [(self._prefixes[slot], slot) for slot in free]
-        length, _, found = max((prefix.shared(prompt[:-1]), -prefix.age, slot) for prefix, slot in known)
-        self.swap(found, free[0])
-        self._prefixes[free[0]] = _Prefix()  # from now on it is written to
-        return length
+        prompt, holders = sequence.prompt[:-1], enumerate(self._holders)
+        free = [(held, slot) for slot, held in holders if isinstance(held, _Prefix)]
+        length, _, slot = max((prefix.shared(prompt), -prefix.age, -slot) for prefix, slot in free)
+        sequence.num_computed = sequence.num_cached = length
+        sequence.slot = -slot
+        self._holders[-slot] = sequence
 
-    def remove_row(self, row: int, ids: Sequence[int], damaged: bool) -> None:
-        """Free the slot of a row; the last row moves there.
+    def prompt_view(self, sequence: Any) -> KVCache:
+        """The sequence's slot, to go on with its prompt."""
+        return self.cache.prompt_view(sequence.slot, sequence.num_computed)
 
-        Args:
-            ids: prompt and output, which become a prefix; empty: they do not.
-            damaged: its keys and values may be NaN.
+    def join(self, sequence: Any) -> None:
+        """Make a sequence the next row, once its prompt is read. Swap its slot with slot B, where the row
+        belongs.
         """
-        cache = self.runner.cache
-        if self.runner.has_its_cache:
-            keep = bool(ids) and not damaged and self.fingerprint is not None
-            if keep:
-                self._prefixes[cache.num_rows - 1] = _Prefix(ids[: cache.length(0, row)], next(self._answers))
-            if damaged:
-                cache.clear_slot(row)
-            cache.remove_row(row, keep)
+        slot, row = sequence.slot, self.cache.num_rows
+        other = self._holders[row]
+        if other is not sequence:
+            its_length = len(other.ids) if isinstance(other, _Prefix) else other.num_computed
+            self.cache.swap(slot, row, max(its_length, sequence.num_computed))
+            self._put(other, slot)
+            self._put(sequence, row)
+        self.cache.add_row(sequence.num_computed)
 
-    def swap(self, slot: int, other: int, length: int = 0) -> None:
-        """Exchange two slots without rows: their prefixes, and at least their first `length` positions."""
-        prefixes = self._prefixes
-        length = max(length, len(prefixes[slot].ids), len(prefixes[other].ids))
-        if slot != other and length:
-            self.runner.cache.swap(slot, other, length)
-            prefixes[slot], prefixes[other] = prefixes[other], prefixes[slot]
+    def release(self, sequence: Any) -> None:
+        """Take a sequence's slot; its keys and values become a prefix, unless it failed or is not a row. The
+        last row takes the place of a row.
+        """
+        slot, sequence.slot, cache = sequence.slot, None, self.cache
+        if not cache.is_valid:
+            return
+        is_row, left = slot < cache.num_rows, _Prefix()
+        if is_row and not (sequence.error or sequence.is_damaged or self.fingerprint is None):
+            left = _Prefix(sequence.ids[: cache.length(0, slot)], next(self._answers))
+        if sequence.is_damaged or not is_row:
+            cache.clear_slot(slot)
+        if is_row:
+            last = cache.num_rows - 1
+            cache.remove_row(slot, keep=bool(left.ids))
+            if slot != last:
+                self._put(self._holders[last], slot)
+            slot = last
+        self._holders[slot] = left
+
+    def discard_prefixes(self) -> None:
+        """Keep none from now on: a failed round may have written anywhere."""
+        self.fingerprint = None
+        self._holders = [_Prefix() if isinstance(held, _Prefix) else held for held in self._holders]
+
+    def _put(self, holder: Any, slot: int) -> None:
+        self._holders[slot] = holder
+        if not isinstance(holder, _Prefix):
+            holder.slot = slot
 
 
 def cache_fingerprint(model: PreTrainedModel) -> Hashable:

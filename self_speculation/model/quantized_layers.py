@@ -23,7 +23,7 @@ from self_speculation.model.families import FAMILIES
 from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, formats_made, linear_of
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import int4_kernel
-from self_speculation.model.kv_cache import Appendable, KVCache
+from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
 from self_speculation.model.made import lock
 from self_speculation.model.model_runner import ModelRunner, PlainHead, PlainLayer, forward_early
@@ -76,7 +76,7 @@ def check_family(draft_weights: DraftWeights, config: Any) -> None:
 
 
 def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None = None) -> ModelRunner:
-    """The first layers in four bits and a head, over the runner's own cache. Each copy is made once.
+    """A runner of the first layers in four bits and a head. Each copy is made once.
 
     Args:
         short_head: replaces the head.
@@ -96,7 +96,7 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     with lock(runner.model):
         copied = _make_copies(runner, layers, formats)
     copies = [replace_linears(layer, copied) for layer in layers]
-    return runner.over(copies, runner.head if of_head is None else replace_linears(head, copied))
+    return runner.with_layers(copies, runner.head if of_head is None else replace_linears(head, copied))
 
 
 def _with_linears(runner: ModelRunner, name: str, part: Any) -> Any:
@@ -217,11 +217,10 @@ def _squares_of_inputs(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Li
     """
     squares: dict[Linear, Tensor] = {}
     summed = [replace_linears(layer, partial(_SquaresSummed, squares)) for layer in layers]
-    summing = runner.over(summed, runner.head)
+    summing = runner.with_layers(summed, runner.head)
     vocabulary = runner.config.vocab_size
     tokens = torch.arange(_TOKENS_TO_LEARN, device=runner.rotary.device) * vocabulary // _TOKENS_TO_LEARN
     ids = tokens.view(16, -1).T.reshape(1, -1)  # neighbours are not alike
-    summing.cache = KVCache(len(layers))
-    summing.reserve(_TOKENS_TO_LEARN, _TOKENS_TO_LEARN)
-    forward_early(summing, ids, len(layers), num_logits=0)
+    cache = ModelRunner.new_cache(summing, _TOKENS_TO_LEARN, _TOKENS_TO_LEARN)  # not that of captured passes
+    forward_early(summing, cache, ids, len(layers), num_logits=0)
     return squares

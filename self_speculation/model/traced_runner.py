@@ -29,7 +29,7 @@ from self_speculation.model.families import AttentionType
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
-from self_speculation.model.kv_cache import Appendable, SeenFrom
+from self_speculation.model.kv_cache import Appendable, KVCache, SeenFrom
 from self_speculation.model.linear import NARROW, Float16Linear, Linear
 from self_speculation.model.made import made
 from self_speculation.model.model_runner import ModelRunner
@@ -54,7 +54,7 @@ class _Trace:
     bound: torch.jit.ScriptModule | None = None
     reads: list[Any] = field(default_factory=list)  # what these weights belong to
 
-    def over(self, layers: Sequence[FusedLayer], reads: list[Any]) -> torch.jit.ScriptModule:
+    def with_weights(self, layers: Sequence[FusedLayer], reads: list[Any]) -> torch.jit.ScriptModule:
         """A call over the weights of these layers, by the same graphs."""
         if self.bound is None or self.reads != reads:
             self.bound = _with(self.graph, _named(map(_with, self.layers, map(_parts, layers))))
@@ -97,8 +97,8 @@ def num_traces(model: PreTrainedModel) -> int:
 class TracedRunner(ModelRunner):
     """Runs passes over at most NARROW tokens of one row by traced layers, all others as `ModelRunner`."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
         self._found: dict[Hashable, Callable[..., Tensor]] = {}  # traces of this generation
         linears = _linears([layer for layer in self.layers if isinstance(layer, FusedLayer)])
         current = {id(part) for linear in linears for part in (linear, *[*linear.derived.values()])}
@@ -107,24 +107,24 @@ class TracedRunner(ModelRunner):
                 if not all(id(part) in current for part in trace.reads):  # free weights that have changed
                     trace.bound, trace.reads = None, []
 
-    def over(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
-        other: Any = super().over(layers, head)
+    def with_layers(self, layers: list[Any], head: Callable[[Tensor], Tensor]) -> ModelRunner:
+        other: Any = super().with_layers(layers, head)
         other._found = {}
         return other
 
-    def run_layers(self, hidden: Tensor, first: int, last: int) -> Tensor:
+    def _run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         rows, width, _ = hidden.shape
-        if rows > 1 or width > NARROW or self.cache.length(first) == 0:
-            return super().run_layers(hidden, first, last)
+        if rows > 1 or width > NARROW or cache.length(first) == 0:
+            return super()._run_layers(cache, hidden, first, last)
         key = (first, last, width)
-        if key not in self._found and not self._find(key, hidden):
-            return super().run_layers(hidden, first, last)
+        if key not in self._found and not self._find(key, cache, hidden):
+            return super()._run_layers(cache, hidden, first, last)
         with torch.jit.optimized_execution(False):  # it gains nothing and makes two runs slow
-            states = self._found[key](hidden[0], *self._inputs(first, last, width))
-        self.cache.advance(first, last, width)
+            states = self._found[key](hidden[0], *self._inputs(cache, first, last, width))
+        cache.advance(first, last, width)
         return states[None]
 
-    def _find(self, key: tuple[int, int, int], hidden: Tensor) -> bool:
+    def _find(self, key: tuple[int, int, int], cache: KVCache, hidden: Tensor) -> bool:
         """Get a trace of this range, or make one if it has run often enough. One trace is for a single token,
         one for all other widths.
         """
@@ -147,14 +147,16 @@ class TracedRunner(ModelRunner):
                 if traces.num_made >= _TRACES_AT_MOST:
                     return False
                 traces.num_made += 1
-                traces.made[kind] = self._trace(layers, constants, hidden, first)
-            self._found[key] = traces.made[kind].over(layers, reads)
+                traces.made[kind] = self._trace(cache, layers, constants, hidden, first)
+            self._found[key] = traces.made[kind].with_weights(layers, reads)
         return True
 
-    def _trace(self, layers: list[Any], constants: list[Hashable], hidden: Tensor, first: int) -> _Trace:
+    def _trace(
+        self, cache: KVCache, layers: list[Any], constants: list[Hashable], hidden: Tensor, first: int
+    ) -> _Trace:
         width, graphs = hidden.shape[1], _traces(self.model).of_layers
         attention = self.attention_types[first : first + len(layers)]
-        inputs = (hidden[0].clone(), *self._inputs(first, first + len(layers), width))
+        inputs = (hidden[0].clone(), *self._inputs(cache, first, first + len(layers), width))
         # Sizes that become constants are those of the model. `catch_warnings` is not for threads: one could
         # leave the filters of another one in place for ever.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"self_speculation\.")
@@ -162,7 +164,7 @@ class TracedRunner(ModelRunner):
         with torch.jit.optimized_execution(False):
             for index, (layer, own) in enumerate(zip(layers, constants, strict=True), first):
                 if (own, width == 1) not in graphs:
-                    alone = (hidden[0].clone(), *self._inputs(index, index + 1, width))
+                    alone = (hidden[0].clone(), *self._inputs(cache, index, index + 1, width))
                     graph = torch.jit.trace(_Layer(layer, attention[index - first]), alone, check_trace=False)
                     graphs[own, width == 1] = _with(graph, _without_weights(layer))
             of_layers = [graphs[own, width == 1] for own in constants]
@@ -170,15 +172,15 @@ class TracedRunner(ModelRunner):
             graph = torch.jit.trace(called, inputs, check_trace=False)
         return _Trace(_with(graph, _named(of_layers)), of_layers, constants)
 
-    def _inputs(self, first: int, last: int, width: int) -> list[Any]:
+    def _inputs(self, cache: KVCache, first: int, last: int, width: int) -> list[Any]:
         """Inputs of a range's graph after the hidden states."""
-        past = self.rotary.new_empty(self.cache.length(first), 0)
+        past = self.rotary.new_empty(cache.length(first), 0)
         inputs: list[Any] = [past]
         for kind in dict.fromkeys(self.attention_types[first:last]):
             context = AttentionContext.uniform(self, kind, 1, len(past), width)
             mask = context.mask(self.layers[first].groups)
             inputs += context.rotations, past if mask is None else mask, past[: context.first_key]
-        return [*inputs, *(part for pair in self.cache.with_room(first, last, width) for part in pair)]
+        return [*inputs, *(part for pair in cache.with_room(first, last, width) for part in pair)]
 
 
 def _linears(layers: Sequence[FusedLayer]) -> list[Any]:
@@ -203,7 +205,7 @@ def _parts(layer: FusedLayer) -> dict[str, Any]:
 
 
 def _without_weights(layer: FusedLayer) -> dict[str, Any]:
-    """Something small for each part."""
+    """A placeholder for each part."""
     no_weight, not_packed = torch.empty(0), Float16Linear(torch.zeros(1, 1)).packed[0]
     parts = _parts(layer).items()
     return {name: no_weight if isinstance(part, Tensor) else not_packed for name, part in parts}

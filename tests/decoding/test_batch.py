@@ -320,12 +320,12 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """Guards against a cache that doubles beyond the longest possible sequence, or beyond that of a finished
     row.
     """
-    monkeypatch.setattr("self_speculation.model.model_runner._FIRST_ALLOCATION", 32)
+    monkeypatch.setattr("self_speculation.model.kv_cache._FIRST_ALLOCATION", 32)
     scheduler = scheduler_of(tiny_llama(), 2, max_steps=200)
     scheduler.add_request("ends early", Request([3], ends_text=ends_at(9)))
     is_long = GenerationConfig(sample=False, max_steps=60)
     scheduler.add_request("is long", Request([7], config=is_long))
-    cache, capacities, ended = scheduler._begin().runner.cache, set(), {}
+    cache, capacities, ended = scheduler._ensure_prepared().cache, set(), {}
     while scheduler.batch:
         scheduler.step()
         capacities.add(cache.capacity)

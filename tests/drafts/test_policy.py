@@ -482,7 +482,7 @@ def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
     assert draft_ratio(model, 3, "int4") == pytest.approx((3 * of_weights + head * of_head / 4) / (10 + head))
     short = (3 + head * 10 / 50) * of_weights / (10 + head)
     assert draft_ratio(model, 3, "int4", 10) == pytest.approx(short)
-    of_draft_step = costs.growth(ModelRunner(model, 6, 20), "int4")
+    of_draft_step = costs.growth(ModelRunner(model), "int4")
     assert of_draft_step(1) == 1.0
     assert of_draft_step(4) == pytest.approx(1.2 if variant else 3.0 / 1.7)
 

@@ -48,11 +48,12 @@ def model_of(dtype=torch.float16, **config):
 
 def states(model, ids, *borders, for_prompts=True):
     """[T, H] after the last layer, of a prompt that is read in chunks."""
-    runner = ModelRunner(model, len(ids), len(ids))
-    runner = runner.for_row(0) if for_prompts else runner
+    runner = ModelRunner(model)
+    cache = runner.new_cache(len(ids), len(ids))
+    cache = cache.prompt_view(0) if for_prompts else cache
     chunks = torch.tensor([ids]).tensor_split(borders, 1)
     with torch.inference_mode():
-        return torch.cat([forward_early(runner, chunk, 4, num_logits=0).hidden[0] for chunk in chunks])
+        return torch.cat([forward_early(runner, cache, chunk, 4, num_logits=0).hidden[0] for chunk in chunks])
 
 
 def error(found, expected):

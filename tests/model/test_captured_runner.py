@@ -98,7 +98,7 @@ def test_keys_read_are_those_there_are(graphs):
             generate(model, prompt, exit_layer=exit_layer, num_speculations=k, max_steps=9, eos=[])
             for *_, num_keys in graphs.replayed:
                 assert length < num_keys <= (max(256, 2 * (length + 9)) if length < 1000 else length + 520)
-        capacities.append(make_runner(model, 1, 1).cache.capacity)
+        capacities.append(make_runner(model).new_cache(1, 1).passes.capacity)
         num_captured.append(len(graphs.captured))
     assert capacities == [1024, 1024, 2048, *[4096] * 4]
     assert num_captured[-1] == num_captured[-2]  # all shapes were there
@@ -136,7 +136,8 @@ def test_attention_in_chunks(rows, heads, width, window, monkeypatch):
     monkeypatch.setattr(attention, "efficient_attention", operator)
     length, groups = 6 * attention.CHUNK, 2
     positions = torch.randint(0, length - width, (rows, 1)) // 3 + torch.arange(width)
-    runner = make_runner(own_llama(), 1, length)
+    runner = make_runner(own_llama())
+    runner._rotary.reserve(length)
     runner.kernel = attention.AttentionKernel.EFFICIENT
     kind = AttentionType(window)
     context = AttentionContext.ragged(runner, kind, positions, length, splits_keys=True)
@@ -242,7 +243,7 @@ def test_rotary_embeddings_of_a_part_of_a_head(graphs):
     shared = {"max_steps": 8, "eos": [], "exit_layer": 1, "num_speculations": 3}
     expected = generate(model, PROMPT, **shared).predicted_tokens
     capture_decoding(model)
-    assert make_runner(model, 1, 10).rotary.shape[2] == 4
+    assert make_runner(model).rotary.shape[2] == 4
     assert generate(model, PROMPT, **shared).predicted_tokens == expected
     assert graphs.captured
 
@@ -389,12 +390,13 @@ def test_padding_rows_write_to_no_free_slot():
     model = own_llama()
     capture_decoding(model)
     with torch.inference_mode():
-        runner = make_runner(model, 1, 40, num_rows=4)
-        runner.cache.set_rows([0] * 3)
-        kept = [part[3, :, :-1] for pair in runner.cache.buffers.of_layers for part in pair]
+        runner = make_runner(model)
+        cache = runner.new_cache(1, 40, num_slots=4)
+        cache.set_rows([0] * 3)
+        kept = [part[3, :, :-1] for pair in cache.buffers.of_layers for part in pair]
         for part in kept:
             part.fill_(7)
-        forward(runner, torch.zeros(3, 1, dtype=torch.long))
+        forward(runner, cache, torch.zeros(3, 1, dtype=torch.long))
     assert all(bool((part == 7).all()) for part in kept)
 
 
@@ -417,6 +419,6 @@ def test_the_context_is_reserved_where_it_fits(monkeypatch):
         capture_decoding(model)
         scheduler = Scheduler(make_strategy("autoregressive"), model, config, batch_size=2)
         scheduler.run_every_pass(100, longest=8192)
-        keys, _ = scheduler._begin().runner.cache.buffers.of_layers[0]
+        keys, _ = scheduler._ensure_prepared().cache.buffers.of_layers[0]
         capacities.append(keys.shape[2])
     assert capacities == [1024, 4096, 9216]

@@ -202,24 +202,25 @@ def test_a_trace_in_use_stays_as_it_is():
     fuse(model)
     trace_after(model, 0)
 
-    def step(runner):
-        runner.cache.rollback(runner.cache.length(0) - prompt.shape[1])
-        return forward(runner, prompt[:, :1]).logits
+    def step(runner, cache):
+        cache.rollback(cache.length(0) - prompt.shape[1])
+        return forward(runner, cache, prompt[:, :1]).logits
 
     def begun():
-        runner = make_runner(model, prompt.shape[1], 20)
-        forward(runner, prompt)
-        return runner
+        runner = make_runner(model)
+        cache = runner.new_cache(prompt.shape[1], 20)
+        forward(runner, cache, prompt)
+        return runner, cache
 
     with torch.inference_mode():
         runner = begun()
-        before = step(runner)
+        before = step(*runner)
         for parameter in model.model.layers.parameters():
             parameter.data = parameter.data * 2
         other = begun()
-        assert step(runner).equal(before)
-        assert not step(other).equal(before)
-        assert step(runner).equal(before)
+        assert step(*runner).equal(before)
+        assert not step(*other).equal(before)
+        assert step(*runner).equal(before)
     assert num_traces(model) == 1
 
 

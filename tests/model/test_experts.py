@@ -65,7 +65,7 @@ def test_estimated_costs_know_which_experts_a_pass_reads():
     assert distinct_experts(2, 8, 1) == pytest.approx(2)
     assert distinct_experts(2, 8, 1000) == pytest.approx(8)
 
-    cost, dense = (growth(ModelRunner(each, 6, 20)) for each in (model, family("llama").float()))
+    cost, dense = (growth(ModelRunner(each)) for each in (model, family("llama").float()))
     of_all = 4 * of_experts / (4 * all_read + model.lm_head.weight.nbytes)
     assert cost(1) == 1.0
     assert cost(2) == pytest.approx(1 + of_all * 0.75 + (dense(2) - 1) * (1 - of_all), abs=0.03)

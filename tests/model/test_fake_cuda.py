@@ -311,16 +311,17 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
 
     def called(lengths, *widths):
         """By passes over the prompts of such rows, and of such widths over all rows."""
-        runner = captured_runner.make_runner(model, 30, max(lengths) + 40, max(widths), len(lengths))
+        runner = captured_runner.make_runner(model)
+        cache = runner.new_cache(30, max(lengths) + 40, len(lengths))
         with torch.inference_mode(), Kernels() as ran:
-            runner.cache.set_rows([])
+            cache.set_rows([])
             for row, length in enumerate(lengths):
                 prompt = torch.zeros(1, length, dtype=torch.long, device=DEVICE)
-                forward_early(runner.for_row(row), prompt, 1, num_logits=0)
-                runner.cache.add_row(length)
+                forward_early(runner, cache.prompt_view(row), prompt, 1, num_logits=0)
+                cache.add_row(length)
             for width in widths:
                 ids = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
-                forward_early(runner, ids, 1, num_logits=0)
+                forward_early(runner, cache, ids, 1, num_logits=0)
         return [name.split("_")[4] for name in ran.calls if "scaled_dot_product" in name]
 
     model = cuda(dtype=dtype, num_layers=1, window=60)  # hides nothing yet
@@ -342,7 +343,7 @@ def test_cudnn_is_disabled_for_layers_of_transformers(cuda, fused, monkeypatch):
     """
     calls, name = [], "self_speculation.model.model_runner.disable_cudnn_attention"
     monkeypatch.setattr(name, lambda: calls.append(name))
-    ModelRunner(cuda(fused=fused, num_layers=1), 1, 1)
+    ModelRunner(cuda(fused=fused, num_layers=1))
     assert bool(calls) is not fused
 
 
@@ -391,17 +392,19 @@ def test_work_of_a_fused_layer(cuda, heads, lengths, width, expected):
     """Guards against another kernel or view in each layer, such as for masks and positions, and copies of
     keys: the host has no time for it. Counts one more layer in a pass over rows of such lengths.
     """
-    runner, ran = ModelRunner(cuda(heads), 30, 100, num_rows=len(lengths)), []
+    runner, ran = ModelRunner(cuda(heads)), []
+    cache = runner.new_cache(30, 100, len(lengths))
     with torch.inference_mode():
-        runner.cache.set_rows([])
+        cache.set_rows([])
         for row, length in enumerate(lengths):
-            forward_early(runner.for_row(row), torch.zeros(1, length, dtype=torch.long, device=DEVICE), 4)
-            runner.cache.add_row(length)
+            prompt = torch.zeros(1, length, dtype=torch.long, device=DEVICE)
+            forward_early(runner, cache.prompt_view(row), prompt, 4)
+            cache.add_row(length)
         for depth in (1, 2):
-            runner.cache.set_rows(lengths)
+            cache.set_rows(lengths)
             with Kernels() as counts:
                 ids = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
-                forward_early(runner, ids, depth)
+                forward_early(runner, cache, ids, depth)
             ran.append(counts)
     one, two = ran
     found = len(two.kernels) - len(one.kernels), len(two.calls) - len(one.calls)

@@ -56,7 +56,7 @@ def assert_logits(model):
     """The logits are those of transformers' layers over the current weights."""
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
-        mine = forward(ModelRunner(model, 6, 6), ids, 6).logits
+        mine = forward(runner := ModelRunner(model), runner.new_cache(6, 6), ids, 6).logits
         assert_close(mine, model(ids).logits, roundings=100 if model.dtype == torch.float32 else 4)
 
 
@@ -155,7 +155,8 @@ def test_drafts_use_copies_of_current_weights(model, change):
 
     def draft_logits(model):
         with torch.inference_mode():
-            return forward(quantized(ModelRunner(model, 6, 6), 4), torch.tensor([PROMPT]), 6).logits
+            runner = quantized(ModelRunner(model), 4)
+            return forward(runner, runner.new_cache(6, 6), torch.tensor([PROMPT]), 6).logits
 
     fuse(model)
     before = draft_logits(model)

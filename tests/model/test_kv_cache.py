@@ -1,11 +1,14 @@
 """Keys and values: appended in place, rolled back by count."""
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from self_speculation.model.kv_cache import KVCache
+from self_speculation.model.kv_cache import Buffers, KVCache
 
 
 def block(first, n):
@@ -19,7 +22,7 @@ def contents(view):
 
 def test_append_grow_and_roll_back():
     """Guards against buffers that are made anew at each call, or lose what was there when they grow."""
-    cache = KVCache(2)
+    cache = KVCache(Buffers(2))
     first, _ = cache.update(block(0, 3), block(0, 3), 0)
     cache.update(block(3, 2), block(3, 2), 0)
     keys, _ = cache.update(block(0, 5), block(0, 5), 1)
@@ -36,7 +39,7 @@ def test_append_grow_and_roll_back():
 
 
 def test_rolling_back_more_than_there_is_fails_early():
-    cache = KVCache(2)
+    cache = KVCache(Buffers(2))
     cache.update(block(0, 2), block(0, 2), 0)
     with pytest.raises(ValueError, match="cannot roll back 1"):
         cache.rollback(1)  # layer 1 is empty
@@ -57,4 +60,59 @@ def test_each_device_is_asked_for_what_its_layers_need(missing, monkeypatch):
     monkeypatch.setattr("self_speculation.model.kv_cache.free_memory", free.get)
     refused = pytest.raises(MemoryError, match="1 times 8 positions") if any(missing) else nullcontext()
     with refused:
-        KVCache(3, devices=devices).update(block(0, 1), block(0, 1), 0)
+        KVCache(Buffers(3, devices=devices)).update(block(0, 1), block(0, 1), 0)
+
+
+@given(data=st.data(), num_slots=st.integers(1, 4))
+@settings(max_examples=50)
+def test_rows_hold_what_was_written_to_them(data, num_slots):
+    """Guards against rows that take another one's place with its contents or its length, and against a
+    roll back, an append or a swap that reaches a neighbour's slot.
+    """
+    cache, rows, free, numbers = KVCache(Buffers(1, num_slots)), [], {}, itertools.count(1)
+    cache.set_rows([])
+
+    def new(number):
+        return [next(numbers) for _ in range(number)]
+
+    for _ in range(data.draw(st.integers(1, 12))):
+        what = data.draw(st.sampled_from(["prompt", "append", "roll back", "remove", "keep"]))
+        if what == "prompt" and len(rows) < num_slots:
+            ids, row = new(data.draw(st.integers(1, 5))), len(rows)
+            slot = data.draw(st.integers(row, num_slots - 1))
+            cache.prompt_view(slot).append(*pair([ids]), 0)
+            free[slot], free[row] = free.get(row, []), []
+            cache.swap(slot, row, max(len(ids), len(free[slot])))
+            cache.add_row(len(ids))
+            rows.append(ids)
+        elif what == "append" and rows:
+            width = data.draw(st.integers(1, 3))
+            added = [new(width) for _ in rows]
+            if cache.is_uniform:
+                cache.append(*pair(added), 0)
+            else:
+                positions = cache.positions(0, width, torch.device("cpu"))
+                cache.scattered(positions, 0, 1).append(*pair(added), 0)
+            rows = [row + more for row, more in zip(rows, added, strict=True)]
+        elif what == "roll back" and rows:
+            dropped = [data.draw(st.integers(0, min(3, len(row)))) for row in rows]
+            cache.rollback(dropped)
+            rows = [row[: len(row) - number] for row, number in zip(rows, dropped, strict=True)]
+        elif what in ("remove", "keep") and rows:
+            row = data.draw(st.integers(0, len(rows) - 1))
+            cache.remove_row(row, keep=what == "keep")
+            last = len(rows) - 1
+            free[last] = rows[row] if what == "keep" else []
+            rows[row] = rows[last]
+            rows.pop()
+        assert [cache.length(0, row) for row in range(len(rows))] == list(map(len, rows))
+        for slot, ids in (*enumerate(rows), *free.items()):
+            if ids:
+                keys, values = cache.buffers.of_layers[0]
+                assert keys[slot, 0, : len(ids), 0].tolist() == values[slot, 1, : len(ids), 1].tolist() == ids
+
+
+def pair(rows):
+    """Keys and values [B * T, heads, head_dim] of positions with these numbers, row by row."""
+    both = torch.tensor(rows, dtype=torch.float32).flatten()[:, None, None].expand(-1, 2, 3)
+    return both, both

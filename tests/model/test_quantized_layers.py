@@ -99,11 +99,10 @@ def test_columns_of_large_inputs_are_closest():
         return (off.square() @ squares).mean()
 
     assert error(squares) < 0.7 * error(torch.ones(32))
-    runner = ModelRunner(tiny_llama(fused=True), 6, 20)
+    runner = ModelRunner(tiny_llama(fused=True))
     found = quantized_layers._squares_of_inputs(runner, runner.layers)
     assert set(found) == {linear for layer in runner.layers for linear in layer.linears}
     assert all(len(squares) == linear.shape[1] for linear, squares in found.items())
-    assert runner.cache.length(0) == 0
     linear, copied = runner.layers[0].linears[1], quantized(runner, 1).layers[0].linears[1]
     expected = Int4Linear(linear.weight, squares=found[linear])
     assert all(map(torch.equal, copied.tensors(), expected.tensors()))
@@ -126,14 +125,13 @@ def test_the_layout_of_a_gpu(monkeypatch):
     assert packed[0][0] == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2]
 
 
-def test_copies_are_made_once_over_the_same_cache():
+def test_copies_are_made_once():
     """Guards against a new copy for each generation."""
     model = tiny_llama.__wrapped__(fused=True)
-    runner = ModelRunner(model, 6, 20)
+    runner = ModelRunner(model)
     twin = quantized(runner, 3)
     assert len(twin.layers) == 3
-    assert twin.cache is runner.cache
-    again = quantized(ModelRunner(model, 6, 20), 4)
+    again = quantized(ModelRunner(model), 4)
     for part, other in ((again.layers[0], twin.layers[0]), (again.head, twin.head)):
         assert all(mine is theirs for mine, theirs in zip(part.linears, other.linears, strict=True))
     assert fused_model(model)[0][model.model.layers[0]] is runner.layers[0]
@@ -145,7 +143,7 @@ def test_formats_of_the_head(monkeypatch):
     model = tiny_llama.__wrapped__()
     model.lm_head.bias = nn.Parameter(torch.randn(50))
     fuse(model)
-    runner, hidden = ModelRunner(model, 6, 20), torch.randn(3, 32)
+    runner, hidden = ModelRunner(model), torch.randn(3, 32)
     with torch.inference_mode():
         head = quantized(runner, 2).head
         assert isinstance(head.linears[0], Float16Linear)
@@ -172,10 +170,10 @@ def test_at_full_depth_drafts_are_mostly_right():
 def test_copies_that_do_not_fit_are_refused(monkeypatch):
     """Guards against a machine that swaps because copies fill its memory."""
     model = tiny_llama.__wrapped__(num_layers=3, fused=True)
-    quantized(ModelRunner(model, 6, 20), 2)
+    quantized(ModelRunner(model), 2)
     needed = bytes_made(model) - bytes_made(model, for_drafts=False)
     fuse(model)
-    runner, free = ModelRunner(model, 6, 20), needed - 1
+    runner, free = ModelRunner(model), needed - 1
     monkeypatch.setattr(quantized_layers, "free_memory", lambda *_: free)
     with pytest.raises(ValueError, match=r"draft_weights int4: takes 0.00 GiB more .* 0.00 GiB are free"):
         quantized(runner, 2)
@@ -223,7 +221,7 @@ def test_a_copy_of_transformers_layers_follows_their_weights():
         return generate(model, PROMPT, max_steps=12, eos=[], **{**DRAFTS, "exit_layer": 2})
 
     def copies():
-        return quantized(ModelRunner(model, 6, 20), 2).layers[0].linears
+        return quantized(ModelRunner(model), 2).layers[0].linears
 
     drafted()
     before, size = copies(), bytes_made(model)
@@ -277,9 +275,9 @@ def test_layers_that_are_not_plain_have_no_copies(model_type, change, message):
     fuse(model)
     change(model)
     with pytest.raises(ValueError, match=f"^draft_weights int4: {message}.*; only layers and a head without"):
-        quantized(ModelRunner(model, 6, 20), 2)
+        quantized(ModelRunner(model), 2)
     if "layer 1" in message:
-        quantized(ModelRunner(model, 6, 20), 1)
+        quantized(ModelRunner(model), 1)
 
 
 @pytest.mark.parametrize("script", [generate_script, benchmark, correctness, sweep])

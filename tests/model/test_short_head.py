@@ -50,7 +50,7 @@ def test_rows_are_copied_once(monkeypatch):
 
 def test_rows_of_a_plain_head_are_copied_once():
     """Guards against new copies for each answer of a model that is not fused."""
-    runner = ModelRunner(fresh(), 1, 1)
+    runner = ModelRunner(fresh())
     heads = [ShortHead(runner, 12) for _ in range(2)]
     assert heads[0].linears[0] is heads[1].linears[0]
 
@@ -69,7 +69,7 @@ def test_rows_follow_the_weights(fused):
 
 def test_the_whole_vocabulary_is_the_whole_head():
     """Guards against a copy of all rows."""
-    runner = ModelRunner(tiny_llama(), 1, 8)
+    runner = ModelRunner(tiny_llama())
     for number in (50, 10**9, None):
         assert make_drafter(runner, GenerationConfig(draft_vocabulary=number), 2) is runner
 
@@ -99,7 +99,7 @@ def test_likely_and_seen_ids_have_the_logits_of_the_whole_head(fused, weights):
     if fused:
         fuse(model)
     prefer_ids(model, {31: 2, 17: 1})
-    runner, seen = ModelRunner(model, 1, 8), sequence(40, 8, 31, 40)
+    runner, seen = ModelRunner(model), sequence(40, 8, 31, 40)
     with torch.inference_mode():
         head = make_drafter(runner, GenerationConfig(draft_weights=weights, draft_vocabulary=5), 4).head
         assert known(head) == [[0, 1, 2, 17, 31]]
@@ -123,7 +123,7 @@ def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
     model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
     fuse(model)
     prefer_ids(model, {49: 2, 48: 1})
-    runner, hidden = ModelRunner(model, 1, 8), torch.randn(3, 32)
+    runner, hidden = ModelRunner(model), torch.randn(3, 32)
     with torch.inference_mode():
         head = make_drafter(runner, GenerationConfig(draft_weights="int4", draft_vocabulary=40), 4).head
         whole = runner.head(hidden)[:, [*range(38), 48, 49]]
@@ -136,7 +136,7 @@ def test_the_best_ids_in_four_bits_have_the_logits_of_the_whole_head():
 
 def test_a_row_knows_its_own_ids_alone():
     """Guards against drafts that depend on other rows, also after rows move, leave or join."""
-    head = ShortHead(ModelRunner(fresh(), 1, 8), 3)
+    head = ShortHead(ModelRunner(fresh()), 3)
     likely, first, second, third = [0, 1, 2], sequence(7, 9), sequence(9, 30), sequence(41)
     with torch.inference_mode():
         head.seen.read([first, second])
@@ -155,7 +155,7 @@ def test_a_row_knows_its_own_ids_alone():
 
 def test_each_position_of_a_text_knows_the_ids_before_it():
     """Guards against a predicted sweep whose drafts know later ids."""
-    head = ShortHead(ModelRunner(fresh(), 1, 8), 3)
+    head = ShortHead(ModelRunner(fresh()), 3)
     with torch.inference_mode():
         head.seen.read_text([9, 7, 1, 30, 9], 3)
         assert known(head, 3) == [[0, 1, 2, 7, 9], [0, 1, 2, 7, 9, 30], [0, 1, 2, 7, 9, 30]]
@@ -171,7 +171,7 @@ def test_a_row_with_many_new_ids_has_all_rows(weights, monkeypatch):
     """Guards against a row that gets the ids of its neighbours, against one that keeps all rows once its text
     is an ordinary one again, and against ids in four bits of which another one is the best.
     """
-    runner = ModelRunner(fresh(fused=True), 1, 8)
+    runner = ModelRunner(fresh(fused=True))
     config = GenerationConfig(generation_strategy="adaptive", draft_weights=weights)
     head = DraftContext(runner, config).drafter(4).head
     assert isinstance(head, FusedHead)  # by default a small vocabulary is whole
@@ -227,7 +227,7 @@ def test_rows_of_seen_ids_are_limited(monkeypatch):
     learning ids because rows of ended sequences stay.
     """
     monkeypatch.setattr(short_head, "_MOST_SEEN", 4)
-    head = ShortHead(ModelRunner(fresh(), 1, 8), 3)
+    head = ShortHead(ModelRunner(fresh()), 3)
     first, second = sequence(10, 11, 22), sequence(12, 20, 21, 22)
     with torch.inference_mode():
         head.seen.read([first, second])
@@ -252,7 +252,7 @@ def test_a_head_is_short_by_default_where_that_saves_time(monkeypatch):
 
     def vocabulary(**config):
         asked = {"exit_layer": 4, "num_speculations": 3, "generation_strategy": "self_speculative", **config}
-        return DraftContext(ModelRunner(model, 1, 8), GenerationConfig(**asked)).draft_vocabulary
+        return DraftContext(ModelRunner(model), GenerationConfig(**asked)).draft_vocabulary
 
     assert vocabulary(draft_weights="int4") is None
     monkeypatch.setattr("self_speculation.model.quantized_layers.works", lambda *_: True)

@@ -77,15 +77,19 @@ def untraced(model):
 )
 def test_traced_passes_give_the_same_bits(widths, exit_layer, prompt_length, back):
     """Guards against a width or a length that becomes a constant of the trace."""
-    runners = [ModelRunner(MODEL, prompt_length, 200), TracedRunner(MODEL, prompt_length, 200)]
+    runners = [
+        (made, made.new_cache(prompt_length, 200)) for made in (ModelRunner(MODEL), TracedRunner(MODEL))
+    ]
     with torch.inference_mode():
-        found = [[forward_early(d, torch.arange(5, 5 + prompt_length)[None], 4).logits] for d in runners]
+        found = [
+            [forward_early(*pair, torch.arange(5, 5 + prompt_length)[None], 4).logits] for pair in runners
+        ]
         for width in widths:
             ids = torch.arange(9, 9 + width)[None]
-            for runner, results in zip(runners, found, strict=True):
-                early = forward_early(runner, ids, exit_layer, 1)
-                late = forward_remainder(runner, early.hidden, exit_layer)
-                runner.cache.rollback(min(back, width))
+            for (runner, cache), results in zip(runners, found, strict=True):
+                early = forward_early(runner, cache, ids, exit_layer, 1)
+                late = forward_remainder(runner, cache, early.hidden, exit_layer)
+                cache.rollback(min(back, width))
                 results += [early.hidden, late.logits]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

@@ -214,12 +214,12 @@ from self_speculation.model.model_runner import ModelRunner
 script = __import__(sys.argv.pop(1))
 own, failing, calls = ModelRunner.run_layers, int(sys.argv.pop(1)), 0
 
-def run_layers(self, hidden, first, last):
+def run_layers(self, cache, hidden, first, last):
     global calls
     calls += 1
     if calls > 12 and int(os.environ["RANK"]) == failing:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return own(self, hidden, first, last)
+    return own(self, cache, hidden, first, last)
 
 ModelRunner.run_layers = run_layers
 program.run(script.main)
