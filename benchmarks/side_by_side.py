@@ -19,8 +19,8 @@ both with it and without.
 
 The columns: *x* is the speed-up over transformers, the median of paired turns, *mid. half* the middle half of
 the turns, *x plain* the speed-up over autoregressive decoding here; *decode* tokens/s without prefill; *per
-round* tokens of a row per verification. The sums below are all tokens by all time. The last line is one JSON
-object.
+round* tokens of a row per verification. The sums below are all tokens by all time. The last line but one is
+for a citation, the last one is one JSON object.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from benchmarks.sides import (
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
 from measures.plots import save
-from runs.heading import heading
+from runs.heading import citation, heading
 from runs.program import run
 from runs.records import describe, describe_model
 from runs.startup import load_generator, model_name
@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_args, config, args = parse(__doc__ or "", *groups, args=argv)
     strategy = "autoregressive" if args.prompt_tokens else "self_speculative"
     config = replace(config, generation_strategy=strategy, sample=False)
+    if args.prompt_tokens:
+        config = replace(config, max_steps=1)
     if config.max_steps < 2 and not args.prompt_tokens:
         refuse(f"--max_steps {config.max_steps}: must be at least 2, decoding begins after the first token")
     if args.peers:
@@ -122,7 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["arguments"]["dataset"] = "human_eval" if args.workload == "code" else args.workload
     print(title := heading(about))
     if args.prompt_tokens:
-        print(json.dumps({**about, "rows": first_tokens(generator, config, args.prompt_tokens, args.rounds)}))
+        found = first_tokens(generator, config, args.prompt_tokens, args.rounds)
+        said = [
+            f"{each['side']} {_spread(each, 'of transformers', '')} after {each['tokens']}" for each in found
+        ]
+        figure = f"seconds to the first token over those of {found[0]['side']}: {', '.join(said)} tokens"
+        _end(about, found, figure, args.rounds)
         return 0
     rows: list[dict[str, Any]] = []
     formats: dict[int, dict[str, str]] = {}
@@ -143,8 +150,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             table["side"] += ", batch " + table["batch_size"].astype(str)
         draw_bars(table.set_index("side"), title, path)
     about |= {"transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}
-    print(json.dumps({**about, "rows": rows}))
+    said = []
+    for size in args.batch_size:
+        own = [row for row in rows if row["batch_size"] == size and row["side"] in _OURS]
+        for ratio, base, others in (
+            ("ratio", f"generate of transformers in {formats[size][TRANSFORMERS]}", own),
+            ("ratio_to_plain", "autoregressive decoding here", [row for row in own if row["side"] != PLAIN]),
+        ):
+            speedups = ", ".join(f"{row['side']} {_spread(row, ratio, f'{ratio}_')}" for row in others)
+            said.append(f"over {base}, batch size {size}: {speedups}")
+    _end(about, rows, f"speed-ups of {len(prompts)} prompts {'; '.join(said)}", args.rounds)
     return 0
+
+
+def _spread(row: Mapping[str, Any], middle: str, ends: str) -> str:
+    return f"{row[middle]:.2f} ({row[f'{ends}low']:.2f}-{row[f'{ends}high']:.2f})"
+
+
+def _end(about: dict[str, Any], rows: Sequence[Mapping[str, Any]], figure: str, rounds: int) -> None:
+    """Print the last two lines."""
+    line = citation(about, f"{figure} (median of paired turns, {rounds} rounds, middle half in parentheses)")
+    print(f"\n{line}\n{json.dumps({**about, 'citation': line, 'rows': rows})}")
 
 
 def first_tokens(

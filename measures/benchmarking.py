@@ -16,7 +16,7 @@ from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Job, longest_prompt
-from runs.heading import counted, heading
+from runs.heading import citation, counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
 from runs.status import says_if_slow
@@ -121,11 +121,12 @@ class Benchmark(Job):
             lines += ["", spec_bench.show(summary["by_category"], title, run.folder / "categories")]
         if self.answer_file is not None:
             self._write_answers(run, rows, records, Path(self.answer_file).expanduser().absolute())
+        summary["citation"] = citation(run.description, _figure(summary, records))
         run.finish(records, summary)
         print("\n".join(lines))
         for remark in summary["remarks"]:
             print("\n" + textwrap.fill(f"note: {remark}", 80, subsequent_indent="  ", break_on_hyphens=False))
-        print(f"\n{run.folder}/: run.json, records.jsonl")
+        print(f"\n{run.folder}/: run.json, records.jsonl\n\n{summary['citation']}")
         return 0
 
     def _write_answers(self, run: Run, rows: list[Record], records: list[Record], path: Path) -> None:
@@ -158,6 +159,23 @@ def remarks(compared: Record, unit: str) -> list[str]:
     if max(median / totals, totals / median) > _TOTALS_DISAGREE:
         found.append(f"a few slow or long {unit} dominate the speed-up of totals")
     return found
+
+
+def _figure(summary: Record, records: Sequence[Record]) -> str:
+    """The headline, for a citation."""
+    if compared := summary.get("comparison"):
+        value, interval, number = (compared[f"speedup{of}"] for of in ("", "_interval", "_windows"))
+        if value is None:
+            return "no answers to compare"
+        figure = f"speed-up {value:.2f} over autoregressive decoding by the same program"
+    else:
+        interval, number = metrics.speed_interval(records), len({record["window"] for record in records})
+        figure = f"{summary['speed']['tokens_per_second_median']:.1f} tokens/s"
+    spread = "no interval for fewer than five"
+    if interval is not None:
+        spread = f"90 % confidence interval {interval[0]:.2f} to {interval[1]:.2f}"
+    whose = "examples" if (unit := _unit(summary)) == "examples" else f"{unit} of {len(records)} examples"
+    return f"{figure}, median of {number} {whose}, {spread}"
 
 
 def _unit(summary: Record) -> str:

@@ -41,6 +41,11 @@ def speed(records: Sequence[Record], prefix: str = "") -> Record:
     }
 
 
+def speed_interval(records: Sequence[Record]) -> tuple[float, float] | None:
+    """The 90 % confidence interval of `tokens_per_second_median`; None for fewer than five windows."""
+    return median_interval(_sums(records, "window", "")["rate"].tolist())
+
+
 def speedup(records: Sequence[Record], baseline: str) -> Record:
     """Speed-up of one strategy over another: the median over windows of the ratio of tokens per second.
 

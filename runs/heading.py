@@ -1,4 +1,4 @@
-"""The lines above a run's tables and in its pictures: model, data, strategy, settings, machine."""
+"""Model, data, strategy, settings and machine of a run: above its tables, in its pictures, in a citation."""
 
 from __future__ import annotations
 
@@ -24,6 +24,32 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
         run: the content of `run.json`.
         left_out: arguments that vary in the table, or that it shows.
     """
+    parts = _settings(run, left_out)
+    return "\n".join(_filled(line) for line in (parts, _machine_with_batch(run)))
+
+
+def citation(run: Record, figure: str) -> str:
+    """One line for a paper: a figure, with the settings that it holds for.
+
+    Args:
+        figure: with its baseline, the number of examples and an interval.
+    """
+    asked, libraries = run["arguments"], run["libraries"]
+    picked = "greedy"
+    if asked["sample"] and asked["temperature"]:
+        picked = (
+            f"sampled at temperature {asked['temperature']}, top_p {asked['top_p']}, top_k {asked['top_k']}"
+        )
+    parts = _settings(run, {"sample", "temperature", "top_p", "top_k", "max_steps"})
+    settings = ", ".join([*parts, picked, f"at most {asked['max_steps']} new tokens"])
+    used = ", ".join(f"{name} {libraries[name]}" for name in ("torch", "transformers"))
+    commit = f"commit {run['commit']}" if run["commit"] else "no commit"
+    by = f"self-speculation {run['version']}, {commit}, {used}"
+    line = f"{figure}; {settings}; {', '.join(_machine_with_batch(run))}; {by}"
+    return " ".join(line.split())  # a template may have several lines
+
+
+def _settings(run: Record, left_out: Collection[str]) -> list[str]:
     asked, path = run["arguments"], Path(run["model"]).expanduser()
     names = (
         path.name if path.exists() else run["model"],
@@ -35,8 +61,13 @@ def heading(run: Record, left_out: Collection[str] = ()) -> str:
         own = [field for field in fields(group) if field.name in asked.keys() - {*_HIDDEN, *left_out}]
         changed = [field.name for field in own if asked[field.name] != field.default]
         parts += [*filter(None, [name]), *(f"{name} {asked[name]}" for name in changed)]
+    return parts
+
+
+def _machine_with_batch(run: Record) -> list[str]:
+    asked = run["arguments"]
     sizes = [f"batch size {asked['batch_size']}"] if "batch_size" in asked else []
-    return "\n".join(_filled(line) for line in (parts, [*machine(run).split(", "), *sizes]))
+    return [*machine(run).split(", "), *sizes]
 
 
 def _filled(parts: list[str]) -> str:

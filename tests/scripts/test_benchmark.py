@@ -52,7 +52,11 @@ def test_benchmark_writes_files_that_others_can_read(common, tmp_path, capsys):
     assert metrics["text"].keys() == qualities
     table = capsys.readouterr().out
     assert table.startswith(f"{heading(run)}\n\n5 examples ")
-    assert all(len(line) <= 100 for line in table.splitlines() if "run.json" not in line)
+    *lines, cited = table.splitlines()
+    assert all(len(line) <= 100 for line in lines if "run.json" not in line)
+    over = f"speed-up {metrics['comparison']['speedup']:.2f} over autoregressive decoding by the same program"
+    assert cited == metrics["citation"]
+    assert cited.startswith(f"{over}, median of 5 examples, 90 % confidence interval ")
     speeds = {"tokens/s, all tokens by wall time", "tokens/s, decode, median answer", "ms to first token"}
     ratios = {"speed-up, median of examples", "speed-up, decode", "paper's formula", "acceptance rate"}
     assert all(name in table for name in speeds | ratios)
@@ -72,6 +76,7 @@ def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):
     assert "acceptance" not in about(only_run(tmp_path))["metrics"]
     output = capsys.readouterr().out
     assert "acceptance" not in output
+    assert " tokens/s, median of 5 examples, 90 % confidence interval " in output.splitlines()[-1]
     assert "--- 0\ndef add" in output
     assert benchmark.main([*common, "--compare", "True", *SPECULATION]) == 0
     assert "identical outputs" not in capsys.readouterr().out
