@@ -56,11 +56,8 @@ class Batch:
         return joint_sampler([sequence.sampler for sequence in self.sequences], self.last.device)
 
     def draft_limits(self) -> list[int]:
-        """[B] the most tokens to draft for each row. A round outputs up to one token more."""
-        return [
-            max(0, min(self.longest_draft, sequence.remaining - 1)) if sequence.wants_drafts else 0
-            for sequence in self.sequences
-        ]
+        """[B] the most tokens to draft for each row."""
+        return [sequence.draft_limit(self.longest_draft) for sequence in self.sequences]
 
     def add(self, sequence: Sequence, logits: Tensor) -> None:
         """Append a row and sample its first token from logits [1, V]."""
@@ -117,12 +114,13 @@ class Batch:
         for row in drafting:
             self.sequences[row].write_drafted(tokens[row], position)
         # A draft may go on after an end id. The rest is not shown.
-        shown = [row for row in drafting if self.sequences[row].shows_draft]
+        shown = [row for row in drafting if self.sequences[row].stream.shows_draft]
         if confidence is None and not shown:
             return None
         reading = Reading([tokens] if confidence is None else [tokens, confidence])
         for row in shown:
-            self.sequences[row].show_drafted(int(reading.wait()[row]))
+            with self.sequences[row].failing_alone():
+                self.sequences[row].stream.show_drafted(int(reading.wait()[row]))
         return reading
 
     def stack(self, sampled_tokens: abc.Sequence[SampledTokens]) -> tuple[Tensor, Tensor | None]:
@@ -208,8 +206,7 @@ class Batch:
             sources: [B] names of the draft sources; "": no verification.
         """
         for row, sequence in enumerate(self.sequences):
-            if not sequence.stop_reason:
-                sequence.commit(tokens[row], scores[row], num_drafted[row], sources[row])
+            sequence.commit(tokens[row], scores[row], num_drafted[row], sources[row])
         self.last, self._numbers = last, None
 
     def _round_numbers(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""One request in flight: its ids, stop conditions, logits processors, streamer and times."""
+"""One request in flight: its ids, stop conditions, logits processors, random numbers and times."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import time
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 from self_speculation.config import GenerationConfig
+from self_speculation.decoding.output_stream import OutputStream
 from self_speculation.decoding.request import Request, as_list
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
 _NOT_A_NUMBER = "the model's logits are not numbers (NaN): its weights are damaged, or need --dtype float32"
-_NO_DISTRIBUTION = (
-    "no token can be drawn: the largest logit is infinite, as where logits processors leave -inf alone"
-)
+_NO_DISTRIBUTION = "cannot sample: the largest logit is infinite; do logits processors forbid every token?"
+
+
+class Failure(NamedTuple):
+    """The first error of a round. It is raised only if the output reaches its position."""
+
+    position: int  # 0, 1, ... after the output and as many drafted tokens
+    error: Exception
 
 
 class Sequence:
@@ -49,59 +55,58 @@ class Sequence:
     ) -> None:
         self._started = time.perf_counter() if started is None else started
         self._first_token_at: float | None = None
-        config, prompt = request.config or config, request.ids
-        room = context - len(prompt)
-        if not prompt:
+        if not request.ids:
             raise ValueError("the prompt has no tokens")
-        self.key, self.prompt, self.prediction = key, [*prompt], request.predicted_ids
-        self.max_length = len(prompt) + min(config.max_steps, room)
-        self._at_limit: StopReason = "max_steps" if config.max_steps <= room else "context"
-        self._end_ids = {*as_list(request.eos_token_ids), *(config.stop_token_ids or [])}
-        self._ends_text, self._criteria = as_list(request.ends_text), as_list(request.stopping_criteria)
+        self.key, self._request, self._config = key, request, request.config or config
+        self.prompt = [*request.ids]
         self.tokens: list[int] = []  # of the output, with an end id
+        self.max_length = min(len(self.prompt) + self._config.max_steps, context)
+        self._end_ids = {*as_list(request.eos_token_ids), *(self._config.stop_token_ids or [])}
+        self._ends_text, self._criteria = as_list(request.ends_text), as_list(request.stopping_criteria)
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
+        self._failure: Failure | None = None  # of this round
         self.is_damaged = False  # its keys and values may be NaN, beyond its end, too
-        # Errors of this round by position after the output. They count if the output gets there; most
-        # positions are rejected drafts.
-        self._errors: dict[int, Exception] = {}
-        self.sampler = Sampler.of(config)
+        self.sampler = Sampler.of(self._config)
         self.generator: torch.Generator | None = None  # of random numbers; None: torch's own
         if request.seed is not None:
             self.generator = torch.Generator(device).manual_seed(request.seed)
-        self.wants_drafts = request.config is None or config.generation_strategy != "autoregressive"
         self.num_cached = 0  # tokens of the prompt that were in the KV cache already
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
+        self.stream = OutputStream(request.streamer, self._end_ids)
+        self._processors = LogitsProcessorList(request.processors(self._config))
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
-        self._ids[0, : len(prompt)] = on_device(prompt, device)
-        self._processors = LogitsProcessorList(request.processors(config))
-        self.ids_are_read = bool(self._processors or self._criteria)  # on the device
-        self._streamer = request.streamer
-        self._drafts_shown = 0
-        self._draft_ended = False
+        self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
+
+    @property
+    def prediction(self) -> abc.Sequence[int]:
+        """The ids that the output is expected to resemble."""
+        return self._request.predicted_ids
 
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated; 0: finished."""
         return 0 if self.stop_reason or self.error else self.max_length - self.length
 
-    def check(self, largest: abc.Sequence[float]) -> None:
-        """Note the positions of this round whose largest logit is invalid."""
-        self.is_damaged = self.is_damaged or any(map(math.isnan, largest))
-        for position, number in enumerate(largest):
-            if math.isnan(number) or (math.isinf(number) and not self.sampler.greedy):
-                why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
-                self._errors.setdefault(position, FloatingPointError(why))
-
     @contextmanager
-    def _own_errors(self) -> Iterator[None]:
+    def failing_alone(self) -> Iterator[None]:
         """Errors of criteria and streamer end this sequence only."""
         try:
             yield
         except Exception as error:
             self.error = self.error or error
+
+    def check(self, largest: abc.Sequence[float]) -> None:
+        """Find the first position of this round whose largest logit is invalid."""
+        self.is_damaged = self.is_damaged or any(map(math.isnan, largest))
+        end = None if self._failure is None else self._failure.position
+        for position, number in enumerate(largest[:end]):
+            if math.isnan(number) or (math.isinf(number) and not self.sampler.greedy):
+                why = _NOT_A_NUMBER if math.isnan(number) else _NO_DISTRIBUTION
+                self._failure = Failure(position, FloatingPointError(why))
+                break
 
     @property
     def length(self) -> int:
@@ -126,23 +131,34 @@ class Sequence:
     def has_processors(self) -> bool:
         return bool(self._processors)
 
+    @property
+    def ids_are_read(self) -> bool:
+        """On the device."""
+        return bool(self._processors or self._criteria)
+
     def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
         """[n, V] logits in fp32, the first `count` of them processed, one row [1, V] at a time.
 
         Row i follows the history with `num_drafted + i` drafted tokens. Where processors raise, it stays
-        unprocessed; `commit` raises the error if the output gets there.
+        unprocessed, and the round has a `Failure`.
         """
         logits = logits.float()
         if not self._processors or not count:
             return logits
+        self._failure = None  # of a draft: verification processes its positions again
         processed = logits.clone()  # processors may change what they are given
         for i, position in enumerate(range(num_drafted, num_drafted + count)):
-            self._errors.pop(position, None)
             try:
                 processed[i] = self._processors(self.history(position), logits[i : i + 1])
             except Exception as error:
-                self._errors[position] = error
+                self._failure = self._failure or Failure(position, error)
         return processed
+
+    def draft_limit(self, k: int) -> int:
+        """The most tokens to draft, at most k. A round outputs up to one token more."""
+        own = self._request.config
+        is_drafting = own is None or own.generation_strategy != "autoregressive"
+        return max(0, min(k, self.remaining - 1)) if is_drafting else 0
 
     def write_drafted(self, token: Tensor, position: int) -> None:
         """Write the draft's token at position 0, 1, ... if processors read it."""
@@ -156,47 +172,37 @@ class Sequence:
                 draft = draft[: processor.count_allowed(self.tokens, draft)]
         return draft
 
-    @property
-    def shows_draft(self) -> bool:
-        """Whether to stream the next drafted token."""
-        return hasattr(self._streamer, "delete") and not self._draft_ended
-
-    def show_drafted(self, id_: int) -> None:
-        self._draft_ended = id_ in self._end_ids
-        if not self._draft_ended:
-            self._drafts_shown += 1
-            with self._own_errors():
-                self._streamer.put(torch.tensor([id_]), is_draft=True)
-
     def commit(
         self, tokens: abc.Sequence[int], scores: Tensor, num_drafted: int = 0, source: str = ""
     ) -> None:
-        """Append tokens to the output, up to the one that ends it or to a position with an error.
+        """Append tokens to the output, up to the one that ends it or to a failure.
 
         Args:
             tokens: the accepted ones of a draft and one more.
             scores: [n or more, V] their processed logits.
             num_drafted: tokens that `source` drafted in this round.
         """
-        errors, self._errors, taken = self._errors, {}, 0
-        if self.error is not None:  # its streamer failed at a draft
+        failure, self._failure = self._failure, None
+        if not self.remaining:
             return
-        with self._own_errors():
-            while taken < len(tokens) and not self.stop_reason:
-                if taken in errors:
-                    self.error = errors[taken]
+        before = len(self.tokens)
+        with self.failing_alone():
+            for i, token in enumerate(tokens):
+                if failure is not None and i == failure.position:
+                    self.error = failure.error
                     break
                 # Accepted tokens are there already if processors have read them.
-                if self.ids_are_read and not (self._processors and taken < len(tokens) - 1):
-                    self._ids[0, self.length] = tokens[taken]
-                self.tokens.append(tokens[taken])
-                self.stop_reason = self._stops(scores[taken : taken + 1])
-                taken += 1
+                if self.ids_are_read and not (self._processors and i < len(tokens) - 1):
+                    self._ids[0, self.length] = token
+                self.tokens.append(token)
+                self.stop_reason = self._stops(scores[i : i + 1])
+                if self.stop_reason:
+                    break
+            new = self.tokens[before:]
             if self.draft_stats is not None and source:
-                self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=taken)
+                self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
             self._first_token_at = self._first_token_at or time.perf_counter()
-            if self._streamer is not None:
-                self._stream(tokens[: taken - 1 if self.stop_reason == "eos" else taken])
+            self.stream.commit(new[:-1] if self.stop_reason == "eos" else new)
 
     def _stops(self, scores: Tensor) -> StopReason | None:
         """Why the output ends after its last token, of these processed logits [1, V]; None: it goes on."""
@@ -207,15 +213,15 @@ class Sequence:
         # One by one: only a result on a GPU has to be waited for.
         if any(bool(torch.as_tensor(met(self.history(), scores)).any()) for met in self._criteria):
             return "stopping_criteria"
-        return self._at_limit if self.length >= self.max_length else None
+        if self.length < self.max_length:
+            return None
+        return "max_steps" if len(self.tokens) == self._config.max_steps else "context"
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of its processors, criteria, streamer or logits."""
         finished = time.perf_counter()
-        with self._own_errors():
-            if self._streamer is not None:
-                self._stream(())  # deletes a draft that is still shown
-                self._streamer.end()
+        with self.failing_alone():
+            self.stream.end()
         if self.error is not None:
             return self.error
         first_token_at = self._first_token_at or finished
@@ -232,10 +238,3 @@ class Sequence:
             decode_time=finished - first_token_at,
             draft_stats=self.draft_stats,
         )
-
-    def _stream(self, tokens: abc.Sequence[int]) -> None:
-        if self._drafts_shown:
-            self._streamer.delete(self._drafts_shown, is_draft=True)
-        self._drafts_shown, self._draft_ended = 0, False
-        if tokens:
-            self._streamer.put(torch.tensor(tokens))
