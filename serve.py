@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     address, port = listener.getsockname()[:2]
     app = App(generator, engine, config, args, name, address)
     with suppress(ValueError):  # it has no fast tokenizer
-        generator.prepare(Request("", grammar=Grammar.json_schema({})), config)  # the first one takes longer
+        generator.tokenize(Request("", grammar=Grammar.json_schema({})), config)  # the first one takes longer
     server = uvicorn.Server(
         uvicorn.Config(
             app,

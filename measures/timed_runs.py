@@ -70,7 +70,7 @@ def run_every_pass(
     ids = prompt[-max(1, context_length(model.config) - num_tokens) :]
     # Rows differ in length, as in a real batch. max_steps stays, since it decides the cache's capacity.
     rows = [ids[row % len(ids) :] for row in range(batch_size)]
-    requests = [Request(row, ends_text=lambda tokens: len(tokens) >= num_tokens) for row in rows]
+    requests = [Request(row, stop_checks=lambda tokens: len(tokens) >= num_tokens) for row in rows]
     endless = replace(config, stop_words=None, stop_token_ids=None, reuse_cache=False, shared_lookup=0)
     if is_captured(model) and isinstance(strategy, DecodingStrategy):
         scheduler = Scheduler[int](strategy, model, endless, batch_size)

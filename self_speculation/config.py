@@ -204,6 +204,7 @@ class GenerationConfig:
 
     @property
     def longest_draft(self) -> int:
+        """The most tokens of a draft."""
         return LONGEST_DRAFT if self.is_adaptive else self.num_speculations
 
     @property

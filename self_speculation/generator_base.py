@@ -34,8 +34,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreparedRequest(Request):
-    """A request in token ids, with all that ends its answer; see `HuggingfaceLlamaGenerator.prepare`."""
+class TokenizedRequest(Request):
+    """A request in token ids, with all that ends its answer; see `HuggingfaceLlamaGenerator.tokenize`."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_words: StopWords
@@ -68,9 +68,7 @@ class PreparedRequest(Request):
 
 
 class GenerationStrategy:
-    """A way to generate token ids. One of your own needs `generate_token_ids` or `generate_batch`: each has
-    a default that calls the other.
-    """
+    """Base strategy. Override `generate_token_ids` or `generate_batch`: each calls the other."""
 
     def generate_token_ids(
         self,
@@ -116,7 +114,7 @@ class GenerationStrategy:
             result: GenerationStrategyResult | Exception
             try:
                 processors, criteria = request.processors(config), as_list(request.stopping_criteria)
-                criteria += [_as_criterion(ends, len(request.ids)) for ends in as_list(request.ends_text)]
+                criteria += [_as_criterion(check, len(request.ids)) for check in as_list(request.stop_checks)]
                 result = self.generate_token_ids(
                     model,
                     request.ids,
@@ -131,8 +129,8 @@ class GenerationStrategy:
             yield index, result
 
 
-def _as_criterion(ends_text: Callable, num_prompt: int) -> Callable:
-    return lambda ids, *_, **__: torch.tensor([ends_text(ids[0, num_prompt:].tolist())])
+def _as_criterion(stop_check: Callable, num_prompt: int) -> Callable:
+    return lambda ids, *_, **__: torch.tensor([stop_check(ids[0, num_prompt:].tolist())])
 
 
 class HuggingfaceLlamaGenerator:
@@ -194,14 +192,14 @@ class HuggingfaceLlamaGenerator:
             ValueError: batch_size below 1, or an exit layer that the model does not have.
         """
         began = time.perf_counter()  # the first answer's time includes the setup
-        begun: list[tuple[int, PreparedRequest]] = []  # in the order of the strategy
+        begun: list[tuple[int, TokenizedRequest]] = []  # in the order of the strategy
         failed: list[tuple[int, Exception]] = []
 
         def requests() -> Iterator[Request]:
             for index, given in enumerate(prompts):
                 started = time.perf_counter() if begun else began
                 try:
-                    begun.append((index, self.prepare(given, generation_config, started)))
+                    begun.append((index, self.tokenize(given, generation_config, started)))
                 except Exception as error:
                     failed.append((index, error))
                 else:
@@ -213,23 +211,26 @@ class HuggingfaceLlamaGenerator:
             yield index, result if isinstance(result, Exception) else request.finish(result)
         yield from failed
 
-    def prepare(
+    def tokenize(
         self,
         given: str | list[int] | Request,
         generation_config: GenerationConfig,
         started: float | None = None,
-    ) -> PreparedRequest:
-        """Tokenize a prompt and add what ends its answer. Raises what `encode` does.
+    ) -> TokenizedRequest:
+        """Tokenize the prompt and attach its stop conditions.
 
         Args:
             started: when the request's time began, by `time.perf_counter`; None: now.
+
+        Raises:
+            ValueError: see `encode`; or an invalid grammar, as a GrammarError.
         """
         started = time.perf_counter() if started is None else started
         request = given if isinstance(given, Request) else Request(given)
         ids = self.encode(request.prompt)
         config = request.config or generation_config
         words = StopWords(self.tokenizer, config.stop_words or [], ids, request.thinking)
-        ends_text = [*([words] if words.words or words.reader else []), *as_list(request.ends_text)]
+        stop_checks = [*([words] if words.words or words.reader else []), *as_list(request.stop_checks)]
         processors, prediction = as_list(request.logits_processors), request.prediction
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         if (grammar := request.grammar) is not None:
@@ -247,12 +248,12 @@ class HuggingfaceLlamaGenerator:
             "logits_processors": processors,
             "prediction": prediction,
             "eos_token_ids": ends,
-            "ends_text": ends_text,
+            "stop_checks": stop_checks,
             "tokenizer": self.tokenizer,
             "stop_words": words,
             "started": started,
         }
-        return PreparedRequest(**{**vars(request), **prepared})
+        return TokenizedRequest(**{**vars(request), **prepared})
 
     def encode(self, prompt: str | list[int], special_tokens: bool = True) -> list[int]:
         """The prompt's token ids.

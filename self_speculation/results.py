@@ -52,6 +52,7 @@ class DraftStats:
 
     @property
     def num_verifications(self) -> int:
+        """Rounds with and without drafts."""
         return self.rounds.total()
 
     @property
@@ -155,6 +156,7 @@ class GenerationStrategyResult:
 
     @property
     def decode_tokens_per_second(self) -> float:
+        """Of all tokens but the first one; 0 if there are none."""
         return self.num_decode_tokens / self.decode_time if self.num_decode_tokens else 0.0
 
 

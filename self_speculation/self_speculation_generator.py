@@ -35,7 +35,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
-        """Make the copies of layers that draft; the model keeps them. Raises what `make_source` does."""
+        """Build draft copies before timing starts. Raises ValueError if the model can have none."""
         self.make_source(DraftContext(make_runner(model), config))
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
@@ -109,7 +109,7 @@ def read_verification(
     for NaN.
     """
     k = draft.tokens.shape[1]
-    on_host = batch.read([verification.num_accepted, verification.next_token, draft.tokens], logits)
+    on_host = batch.read_and_check([verification.num_accepted, verification.next_token, draft.tokens], logits)
     num_accepted, next_tokens, drafted = (list(map(int, numbers)) for numbers in on_host)
     tokens = [[*drafted[row * k :][:m], next_tokens[row]] for row, m in enumerate(num_accepted)]
     return num_accepted, tokens

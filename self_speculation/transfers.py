@@ -32,6 +32,7 @@ class Reading:
             self._copied = _event(values.device)
 
     def wait(self) -> list[float]:
+        """The numbers of all tensors, one tensor after the other."""
         if self._numbers is None:
             if self._copied is not None:
                 self._copied.synchronize()

@@ -291,7 +291,7 @@ class App(Starlette):
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
                 streamer = kind(tokenizer, config.stop_words, ids, shared.thinking, to_queue)
             own = replace(shared, prompt=ids, streamer=streamer, seed=(seed + nth) % _SEEDS)
-            prepared = self._generator.prepare(own, config)
+            prepared = self._generator.tokenize(own, config)
             if request.num_top_logprobs is not None:
                 reader = prepared.stop_words.reader
                 logprobs = LogprobCollector(tokenizer, request.num_top_logprobs, reader)

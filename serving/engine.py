@@ -25,7 +25,7 @@ from self_speculation import (
     Request,
 )
 from self_speculation.config import RankError
-from self_speculation.generator_base import PreparedRequest
+from self_speculation.generator_base import TokenizedRequest
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.families import context_length
 from self_speculation.scheduler import DecodingStrategy, Scheduler
@@ -60,7 +60,7 @@ class ServerShutdown(RequestAborted):
 class Job:
     """A request in the engine."""
 
-    request: PreparedRequest
+    request: TokenizedRequest
     on_finish: Callable[[GenerationStrategyResult | Exception], None]  # called by the engine's thread, once
     timeout: float = math.inf  # seconds from arrival to end
     arrival_time: float = field(default_factory=time.perf_counter)
@@ -186,7 +186,7 @@ def follow(generator: HuggingfaceLlamaGenerator, config: GenerationConfig, batch
         aborted, requests = message
         scheduler.cancel(aborted)
         for fields in requests:
-            scheduler.add_request(next(keys), generator.prepare(Request(**fields), fields["config"]))
+            scheduler.add_request(next(keys), generator.tokenize(Request(**fields), fields["config"]))
         with suppress(Exception):  # the first rank reports it
             scheduler.step()
         scheduler.pop_finished()

@@ -56,7 +56,7 @@ def observed(config, processors, samples, batch_size):
     strategy = make_strategy(config.generation_strategy)
     ends = [STEPS, STEPS + 2, STEPS + 1] if batch_size > 1 else [STEPS + 2]
     requests = [
-        Request(PROMPT, processors, seed=seed, ends_text=lambda tokens, end=end: len(tokens) >= end)
+        Request(PROMPT, processors, seed=seed, stop_checks=lambda tokens, end=end: len(tokens) >= end)
         for seed, end in zip(range(samples), itertools.cycle(ends), strict=False)
     ]
     decoded = model(config.draft_weights != "exact")

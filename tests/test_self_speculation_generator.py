@@ -65,14 +65,14 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
     """Guards against errors in length limits, rollback, stops inside a draft, the history of processors and
     stop conditions, and against keys and values that an inexact draft leaves in the cache.
     """
-    model = tiny_llama(agreement=agreement, fused=fused)
+    model, given = tiny_llama(agreement=agreement, fused=fused), PROCESSORS[processors]
 
     def ends(output):
         return stops_at is not None and sum(output[-2:]) % stops_at == 0
 
     with patch("self_speculation.model.model_runner._FIRST_ALLOCATION", 3):  # so that the cache grows
         plain, speculative = (
-            generate(model, prompt, logits_processors=PROCESSORS[processors], ends_text=ends, **shared, **own)
+            generate(model, prompt, logits_processors=given, stop_checks=ends, **shared, **own)
             for own in ({}, drafts)
         )
     assert speculative.predicted_tokens == plain.predicted_tokens
@@ -83,7 +83,7 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
         prompt,
         shared["max_steps"],
         shared["eos"] or -1,
-        logits_processor=PROCESSORS[processors],
+        logits_processor=given,
         stopping_criteria=criterion,
         no_repeat_ngram_size=shared["no_repeat_ngram_size"],
         repetition_penalty=shared["repetition_penalty"],

@@ -68,8 +68,8 @@ class Teller(HuggingfaceLlamaGenerator):
         super().__init__(tokenizer, model, make_strategy(strategy))
         self.text = text
 
-    def prepare(self, given, generation_config, started=None):
+    def tokenize(self, given, generation_config, started=None):
         given = given if isinstance(given, Request) else Request(given)
         ids = self.tokenizer.encode(self.text, add_special_tokens=False)
         own = [Told(len(self.encode(given.prompt)), ids)]
-        return super().prepare(replace(given, logits_processors=own), generation_config, started)
+        return super().tokenize(replace(given, logits_processors=own), generation_config, started)

@@ -1,4 +1,4 @@
-"""The sequences in flight, side by side in tensors with one row each.
+"""Sequences in flight, one per tensor row.
 
 Rows share passes only. Each sequence has its own history, processors, random numbers, stop conditions and
 streamer, so no other row changes its distribution. Knows nothing of layers or caches.
@@ -63,7 +63,7 @@ class Batch:
         """Append a row and sample its first token from logits [1, V]."""
         alone = Batch(self.last.device)
         alone.sequences = [sequence]
-        alone.emit(logits)
+        alone.sample_and_commit(logits)
         for batch in (self, alone):
             batch.commit_unread()
         self.sequences.append(sequence)
@@ -92,8 +92,7 @@ class Batch:
     ) -> tuple[SampledTokens, Tensor]:
         """Sample the draft token at position 0, 1, ... from logits [B, V]; returns the processed ones, too.
 
-        Rows that are not drafting [B] get `last`: padding is cached, and must be finite, since masks do not
-        stop NaN.
+        Non-drafting rows [B] repeat `last`, so cached padding stays finite: masks do not stop NaN.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
         sampled = self.sample(logits, position)
@@ -156,7 +155,7 @@ class Batch:
             return None
         return torch.cat((numbers[:, self.longest_draft :][:, :k], numbers[:, -1:]), 1)
 
-    def read(self, tensors: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
+    def read_and_check(self, tensors: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
         """Copy tensors to the host in one read, as flat lists, and check the logits [B, n, V] of the round.
 
         All positions are checked: the argmax of NaN is a token, so a draft may agree with it.
@@ -167,7 +166,7 @@ class Batch:
             sequence.check(largest[row * n :][:n])
         return values
 
-    def emit(self, logits: Tensor) -> None:
+    def sample_and_commit(self, logits: Tensor) -> None:
         """Sample one token of each row from logits [B, V]. Commit those of the call before, and these as well
         unless the next pass may be queued first. Reads from the device: one for each call.
         """
@@ -181,7 +180,7 @@ class Batch:
             self.commit_unread()
 
     def commit_unread(self) -> None:
-        """Read and commit the tokens that `emit` has left. A row that has ended takes none."""
+        """Read and commit the tokens that `sample_and_commit` has left. A row that has ended takes none."""
         if self._unread is not None:
             (reading, logits), self._unread = self._unread, None
             values, rows = reading.wait(), len(self)
@@ -194,7 +193,7 @@ class Batch:
         self,
         tokens: abc.Sequence[abc.Sequence[int]],
         last: Tensor,
-        scores: Tensor,
+        logits: Tensor,
         num_drafted: abc.Sequence[int],
         sources: abc.Sequence[str],
     ) -> None:
@@ -202,11 +201,11 @@ class Batch:
 
         Args:
             last: [B, 1] the last token of each row, on the device.
-            scores: [B, n, V] processed logits, n >= tokens.
+            logits: [B, n, V] processed, n >= tokens.
             sources: [B] names of the draft sources; "": no verification.
         """
         for row, sequence in enumerate(self.sequences):
-            sequence.commit(tokens[row], scores[row], num_drafted[row], sources[row])
+            sequence.commit(tokens[row], logits[row], num_drafted[row], sources[row])
         self.last, self._numbers = last, None
 
     def _round_numbers(self) -> Tensor | None:

@@ -33,7 +33,7 @@ class Request:
     """Seed of the request's own random numbers; None: torch's generator."""
     eos_token_ids: int | Sequence[int] | None = None
     """End the output. `HuggingfaceLlamaGenerator` adds those of tokenizer and model."""
-    ends_text: Callables = None
+    stop_checks: Callables = None
     """Called after each token with the output ids; True ends the output. Stop words reach a strategy by
     this, since it has no tokenizer."""
     config: GenerationConfig | None = None
@@ -68,6 +68,7 @@ class Request:
 
 
 def as_list(values: T | Iterable[T] | None) -> list[T]:
+    """None: no values; one value: a list of it."""
     if values is None:
         return []
     return list(values) if isinstance(values, Iterable) else [values]

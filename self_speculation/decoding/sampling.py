@@ -1,6 +1,6 @@
 """Logits to probabilities to tokens, and the accept rule of drafted tokens.
 
-Tensors in, tensors out. Nothing here reads a value back from a GPU, unless `nucleus` is told to.
+Tensors in, tensors out. Nothing here reads a value back from a GPU, unless `nucleus` is told so.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def top_k_top_p_filtering(
     return rows.reshape(logits.shape)
 
 
-def nucleus(probabilities: Tensor, top_p: float, may_look: bool | None = None) -> Tensor:
+def nucleus(probabilities: Tensor, top_p: float, allow_sync: bool | None = None) -> Tensor:
     """Top-p of [..., V] probabilities: keep the fewest tokens, at least one, that together reach `top_p`, and
     scale them to sum to 1. Of equally likely tokens it keeps those with the lowest ids.
 
     Args:
-        may_look: whether to read from the device, to sort less; None: on a CPU only. There a read costs
+        allow_sync: whether to read from the device, to sort less; None: on a CPU only. There a read costs
             nothing, and sorting a large vocabulary takes as long as several layers.
     """
     rows = probabilities.reshape(-1, probabilities.shape[-1])
-    may_look = rows.device.type == "cpu" if may_look is None else may_look
-    is_partial = may_look and rows.shape[1] > _LIKELY
+    allow_sync = rows.device.type == "cpu" if allow_sync is None else allow_sync
+    is_partial = allow_sync and rows.shape[1] > _LIKELY
     largest, ids = rows.topk(_LIKELY) if is_partial else rows.sort(descending=True, stable=True)
     before = largest.cumsum(-1) - largest  # the mass of more likely tokens
     left_out = before >= max(top_p, torch.finfo(torch.float32).tiny)
@@ -84,7 +84,7 @@ def nucleus(probabilities: Tensor, top_p: float, may_look: bool | None = None) -
         is_sure = largest.gather(-1, end - 1) > largest.gather(-1, end.clamp(max=_LIKELY - 1))
         # `topk` orders equal tokens anyhow, and some rows need more. Each row is decided by itself.
         if len(unsure := is_sure.logical_not().nonzero()[:, 0]):
-            kept[unsure] = nucleus(rows[unsure], top_p, may_look=False)
+            kept[unsure] = nucleus(rows[unsure], top_p, allow_sync=False)
     return kept.view(probabilities.shape)
 
 

@@ -62,7 +62,7 @@ class Sequence:
         self.tokens: list[int] = []  # of the output, with an end id
         self.max_length = min(len(self.prompt) + self._config.max_steps, context)
         self._end_ids = {*as_list(request.eos_token_ids), *(self._config.stop_token_ids or [])}
-        self._ends_text, self._criteria = as_list(request.ends_text), as_list(request.stopping_criteria)
+        self._stop_checks, self._criteria = as_list(request.stop_checks), as_list(request.stopping_criteria)
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self._failure: Failure | None = None  # of this round
@@ -173,13 +173,13 @@ class Sequence:
         return draft
 
     def commit(
-        self, tokens: abc.Sequence[int], scores: Tensor, num_drafted: int = 0, source: str = ""
+        self, tokens: abc.Sequence[int], logits: Tensor, num_drafted: int = 0, source: str = ""
     ) -> None:
         """Append tokens to the output, up to the one that ends it or to a failure.
 
         Args:
             tokens: the accepted ones of a draft and one more.
-            scores: [n or more, V] their processed logits.
+            logits: [n or more, V] processed; those of the tokens.
             num_drafted: tokens that `source` drafted in this round.
         """
         failure, self._failure = self._failure, None
@@ -195,7 +195,7 @@ class Sequence:
                 if self.ids_are_read and not (self._processors and i < len(tokens) - 1):
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
-                self.stop_reason = self._stops(scores[i : i + 1])
+                self.stop_reason = self._stops(logits[i : i + 1])
                 if self.stop_reason:
                     break
             new = self.tokens[before:]
@@ -204,14 +204,14 @@ class Sequence:
             self._first_token_at = self._first_token_at or time.perf_counter()
             self.stream.commit(new[:-1] if self.stop_reason == "eos" else new)
 
-    def _stops(self, scores: Tensor) -> StopReason | None:
+    def _stops(self, logits: Tensor) -> StopReason | None:
         """Why the output ends after its last token, of these processed logits [1, V]; None: it goes on."""
         if self.tokens[-1] in self._end_ids:
             return "eos"
-        if any(ends(self.tokens) for ends in self._ends_text):
+        if any(check(self.tokens) for check in self._stop_checks):
             return "stop_word"
         # One by one: only a result on a GPU has to be waited for.
-        if any(bool(torch.as_tensor(met(self.history(), scores)).any()) for met in self._criteria):
+        if any(bool(torch.as_tensor(met(self.history(), logits)).any()) for met in self._criteria):
             return "stopping_criteria"
         if self.length < self.max_length:
             return None

@@ -174,7 +174,7 @@ def ends_at(length):
 def test_slots_are_reused_as_soon_as_they_are_free():
     """Guards against a batch that waits for its slowest row, and against prompts that are read early."""
     lengths = iter([30, *[4] * 8])
-    requests = (Request(PROMPTS[0], ends_text=ends_at(length)) for length in lengths)
+    requests = (Request(PROMPTS[0], stop_checks=ends_at(length)) for length in lengths)
     config, order = GenerationConfig(sample=False, max_steps=40), []
     for index, _ in make_strategy("autoregressive").generate_batch(tiny_llama(), requests, config, 2):
         order.append(index)
@@ -322,7 +322,7 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """
     monkeypatch.setattr("self_speculation.model.kv_cache._FIRST_ALLOCATION", 32)
     scheduler = scheduler_of(tiny_llama(), 2, max_steps=200)
-    scheduler.add_request("ends early", Request([3], ends_text=ends_at(9)))
+    scheduler.add_request("ends early", Request([3], stop_checks=ends_at(9)))
     is_long = GenerationConfig(sample=False, max_steps=60)
     scheduler.add_request("is long", Request([7], config=is_long))
     cache, capacities, ended = scheduler._ensure_prepared().cache, set(), {}
@@ -376,7 +376,7 @@ def test_batches_that_are_taken_from_in_turn():
     for results in zip(*both, strict=True):
         assert all(result.predicted_tokens == solo[index] for index, result in results)
     capture_decoding(model)
-    short = Request(PROMPTS[0], ends_text=ends_at(3))  # while the next one goes on
+    short = Request(PROMPTS[0], stop_checks=ends_at(3))  # while the next one goes on
     first = strategy.generate_batch(model, [short, *requests], config, batch_size=2)
     second = strategy.generate_batch(model, requests, config, batch_size=2)
     next(first)

@@ -167,7 +167,7 @@ def test_a_failed_request_leaves_no_prefix(breaks, length):
     drafts = {"exit_layer": 2, "num_speculations": 3, "reuse_cache": True}
     model, strategy = tiny_llama(agreement="always"), make_strategy("self_speculative")
     answer(strategy, model, [*STORY, 9], **drafts)
-    request = Request(STORY, breaks(len(STORY) + 3), ends_text=ends_at(length))
+    request = Request(STORY, breaks(len(STORY) + 3), stop_checks=ends_at(length))
     with nullcontext() if length else pytest.raises((KeyError, FloatingPointError)):
         answer(strategy, model, request, **drafts)
     after = answer(strategy, model, STORY, **drafts)

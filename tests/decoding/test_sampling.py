@@ -38,14 +38,15 @@ def test_filters():
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("top_k", [0, 2, 50])
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
-@pytest.mark.parametrize("may_look", [True, False])
-def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p, may_look, monkeypatch):
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p, allow_sync, monkeypatch):
     """Guards against a nucleus among too few tokens (flat rows need more than steep ones), and against one
     token more or less. Logits are eighths, so that there are ties. No sum of probabilities is within 2e-5 of
     a threshold, so rounding decides nothing.
     """
     torch.manual_seed(0)
-    monkeypatch.setattr(sampling, "nucleus", partial(sampling.nucleus, may_look=may_look))  # False: on a GPU
+    nucleus = partial(sampling.nucleus, allow_sync=allow_sync)  # False: on a GPU
+    monkeypatch.setattr(sampling, "nucleus", nucleus)
     for scale in (0.1, 4.0):
         logits = (torch.randn(3, vocab_size) * scale).mul(8).round().div(8)
         kept = top_k_top_p_filtering(logits / 0.5, top_k, top_p)
@@ -62,16 +63,16 @@ def test_probabilities_are_those_of_transformers(vocab_size, top_p, top_k, min_p
     st.booleans(),
 )
 @hypothesis.settings(max_examples=60)
-def test_equal_tokens_are_kept_by_lowest_id(seed, scales, top_p, may_look):
+def test_equal_tokens_are_kept_by_lowest_id(seed, scales, top_p, allow_sync):
     """Guards against ties that are cut otherwise beside a row that needs more tokens, or on a GPU."""
     torch.manual_seed(seed)
     # Eighths, steep and flat rows side by side.
     logits = (torch.randn(len(scales), 400) * torch.tensor(scales)[:, None]).mul(8).round().div(8)
     probabilities = logits.softmax(-1)
-    kept = sampling.nucleus(probabilities, top_p, may_look)
+    kept = sampling.nucleus(probabilities, top_p, allow_sync)
     for row, alone in enumerate(probabilities.split(1)):
-        assert kept[row].equal(sampling.nucleus(alone, top_p, may_look)[0])
-        assert (kept[row] > 0).equal(sampling.nucleus(alone, top_p, not may_look)[0] > 0)
+        assert kept[row].equal(sampling.nucleus(alone, top_p, allow_sync)[0])
+        assert (kept[row] > 0).equal(sampling.nucleus(alone, top_p, not allow_sync)[0] > 0)
         for value in alone[0].unique():
             is_kept = kept[row][alone[0] == value] > 0  # in order of ids
             assert is_kept.equal(is_kept.sort(descending=True).values)

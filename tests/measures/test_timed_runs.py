@@ -67,7 +67,7 @@ def test_after_a_warm_up_nothing_is_captured(config, graphs):
     run_every_pass(make_strategy(settings.generation_strategy), model, list(range(3, 43)), settings)
     config = {key: value for key, value in config.items() if key != "generation_strategy"}
     num_captured = len(graphs.captured)
-    shared = {"eos": [], "ends_text": lambda ids: len(ids) > 40, **config}
+    shared = {"eos": [], "stop_checks": lambda ids: len(ids) > 40, **config}
     for max_steps in (1200, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20):
         generate(model, [5, 9, 4, 7], max_steps=max_steps, **shared)
     assert len(graphs.captured) == num_captured > 0

@@ -183,15 +183,15 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
 
 def test_out_of_memory_in_a_batch_asks_for_a_smaller_one(dataset, monkeypatch, capsys):
     """Guards against a traceback, and advice that leaves out the flag that helps."""
-    emit, rounds = Batch.emit, []
+    sample_and_commit, rounds = Batch.sample_and_commit, []
 
     def fails(self, logits):
         rounds.append(len(self))
         if rounds.count(2) > 12:
             raise CUDA
-        return emit(self, logits)
+        return sample_and_commit(self, logits)
 
-    monkeypatch.setattr(Batch, "emit", fails)
+    monkeypatch.setattr(Batch, "sample_and_commit", fails)
     assert benchmark.main([*dataset, "--batch_size", "2"]) == 1
     line = last_line(capsys)
     assert line.startswith("out of memory; less takes a --batch_size below 2, a shorter prompt")

@@ -183,7 +183,7 @@ def test_ranks_take_the_same_steps_with_one_broadcast_each(text_model, byte_toke
     for index, result in enumerate(results):
         criterion = None if index else ends_two
         request = Request(PROMPTS[index % 4], stopping_criteria=criterion, seed=index, config=config)
-        jobs.append(Job(generator.prepare(request, config), result.put))
+        jobs.append(Job(generator.tokenize(request, config), result.put))
     engine = Running(generator, config, 4, max_waiting=4)
     engine.submit(jobs)
     ended = kinds(results)
