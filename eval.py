@@ -32,11 +32,12 @@ from arguments import GenerationConfig, ModelArguments, given_flags, parse, refu
 from runs.failures import try_to_write
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
+from self_speculation.config import SAMPLING_RULES
 
 # Flags that override settings of tasks, and the harness's names of these settings.
 OF_TASKS = {
-    "max_steps": "max_gen_toks", "sample": "do_sample", "temperature": "temperature", "top_k": "top_k",
-    "top_p": "top_p", "no_repeat_ngram_size": "no_repeat_ngram_size", "stop_words": "until",
+    "max_steps": "max_gen_toks", "sample": "do_sample", "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "stop_words": "until", **{name: name for name in SAMPLING_RULES},
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from measures.timed_runs import TimedSide, measure_examples, warm_up
 from runs.failures import failed
 from runs.records import Record
 from runs.status import says_if_slow
-from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request
+from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, Sampler
+from self_speculation.config import SAMPLING_RULES
 from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.model_runner import ModelRunner, forward_early
@@ -35,7 +36,9 @@ from self_speculation.threads import adjust_threads
 
 # Supported generation arguments; the harness has four names for the number of tokens.
 _NUMBER_OF_TOKENS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
-_SUPPORTED = {"until", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size"}
+_SUPPORTED = {"until", "do_sample", *SAMPLING_RULES, "no_repeat_ngram_size"}
+# Sampling rules without a value, as in transformers' `generate`.
+_DEFAULTS = {**asdict(Sampler()), "top_k": 50}
 
 
 class UnsupportedError(ValueError):
@@ -45,23 +48,27 @@ class UnsupportedError(ValueError):
 def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_model: Any) -> GenerationConfig:
     """`config` with the generation arguments of a request.
 
-    Defaults of top_k and top_p are those of the model's settings, as in transformers' `generate`. Raises
-    UnsupportedError, which names unsupported arguments, or a value that is out of range.
+    Defaults of sampling rules are those of the model's settings, as in transformers' `generate`.
+
+    Raises:
+        UnsupportedError: names unsupported arguments, or a value that is out of range.
     """
     known = _SUPPORTED | _NUMBER_OF_TOKENS
     if wrong := {k: v for k, v in gen_kwargs.items() if k not in known and (k, v) != ("num_beams", 1)}:
-        given = ", ".join(f"{name}={value}" for name, value in wrong.items())
-        raise UnsupportedError(f"{given}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
-    top_k, top_p = getattr(of_model, "top_k", None), getattr(of_model, "top_p", None)
+        names = ", ".join(f"{name}={value}" for name, value in wrong.items())
+        raise UnsupportedError(f"{names}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
+
+    def rule(name: str) -> float:
+        candidates = (given.get(name), getattr(of_model, name, None), _DEFAULTS[name])
+        return next(value for value in candidates if value is not None)
+
     try:
         given = normalize_gen_kwargs(gen_kwargs)
         return replace(
             config,
             max_steps=given["max_gen_toks"],
             sample=bool(given["do_sample"]),
-            temperature=given.get("temperature", 1.0),
-            top_k=given.get("top_k", 50 if top_k is None else top_k) or 0,
-            top_p=given.get("top_p", 1.0 if top_p is None else top_p),
+            **{name: rule(name) for name in SAMPLING_RULES},
             no_repeat_ngram_size=given.get("no_repeat_ngram_size") or None,
             stop_words=[str(text) for text in given["until"] if text not in (None, "")],
         )

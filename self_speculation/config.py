@@ -28,6 +28,15 @@ _LONGEST_NGRAM = 32
 # The longest draft of adaptive decoding.
 LONGEST_DRAFT = 16
 
+# The rules that `decoding.sampling.Sampler` computes, with their least and most values. Scripts, server and
+# harness derive their flags and fields from these.
+SAMPLING_RULES: dict[str, tuple[float, float | None]] = {
+    "temperature": (0, 1000),
+    "top_k": (0, None),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
+
 # Below this, as at 0, decoding is greedy: logits divided by it might overflow fp32.
 LEAST_TEMPERATURE = 1e-5
 
@@ -156,10 +165,9 @@ class GenerationConfig:
         compared = f"must be between 0 (off) and {_LONGEST_NGRAM}"
         check(self, "prompt_lookup", 0 <= self.prompt_lookup <= _LONGEST_NGRAM, compared)
         check(self, "shared_lookup", self.shared_lookup >= 0, "must be 0 (off) or more")
-        check(self, "temperature", 0 <= self.temperature <= 1000, "must be between 0 (greedy) and 1000")
-        check(self, "top_k", self.top_k >= 0, "must be 0 (off) or more")
-        for name in ("top_p", "min_p"):
-            check(self, name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        for name, (least, most) in SAMPLING_RULES.items():
+            bounds = f"must be {least} or more" if most is None else f"must be between {least} and {most}"
+            check(self, name, least <= getattr(self, name) <= (math.inf if most is None else most), bounds)
         check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be above 0")
         for name in ("frequency_penalty", "presence_penalty"):
             check(self, name, -2 <= getattr(self, name) <= 2, "must be between -2 and 2")

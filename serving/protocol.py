@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from self_speculation import GenerationConfig
+from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.decoding.grammar import Grammar
 from serving.fields import (
     MAX_ITEMS,
@@ -72,7 +72,15 @@ def validation_error(error: ValidationError) -> APIError:
     return APIError(f"{param or 'the body'}{value}: {message}", param=param or None)
 
 
-class BaseRequest(Fields, ABC):
+def _rule_field(name: str) -> Any:
+    least, most = SAMPLING_RULES[name]
+    return type(getattr(GenerationConfig, name)) | None, Field(None, ge=least, le=most)
+
+
+_Rules = create_model("_Rules", __base__=Fields, **{name: _rule_field(name) for name in SAMPLING_RULES})
+
+
+class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
     """The fields that both kinds of requests share. `drafts` and `stream_drafts` are this server's own."""
 
     object_name: ClassVar[str]
@@ -82,10 +90,8 @@ class BaseRequest(Fields, ABC):
     max_tokens: Limit = None
     max_completion_tokens: Limit = None
     n_predict: Limit = None  # of llama.cpp
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)  # as in OpenAI's
+    top_k: int | None = Field(None, ge=-1)  # -1: off, as in vLLM
     repetition_penalty: Penalty = None
     repeat_penalty: Penalty = None  # of llama.cpp, where it sees the last tokens only
     repeat_last_n: int = Field(_REPEAT_LAST_N, ge=-1)
@@ -144,7 +150,7 @@ class BaseRequest(Fields, ABC):
 
     def generation_config(self, default: GenerationConfig) -> GenerationConfig:
         """Replace what the request sets."""
-        given = {
+        given: dict[str, Any] = {
             **self.model_dump(include={field.name for field in fields(default)}),
             "max_steps": self.max_new_tokens,
             "sample": None if self.temperature is None else self.temperature > 0,
@@ -158,7 +164,7 @@ class BaseRequest(Fields, ABC):
         config = replace(default, **{name: value for name, value in given.items() if value is not None})
         # A row without drafts takes one token of each round, with random numbers of its own.
         drafts = self.drafts and (self.seed is None or config.greedy or config.drafts_repeat)
-        none = {"generation_strategy": "autoregressive", "exit_layer": -1, "prompt_lookup": 0}
+        none: dict[str, Any] = {"generation_strategy": "autoregressive", "exit_layer": -1, "prompt_lookup": 0}
         return config if drafts else replace(config, **none)
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:  # noqa: ARG002

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from self_speculation.config import LEAST_TEMPERATURE, GenerationConfig
+from self_speculation.config import LEAST_TEMPERATURE, SAMPLING_RULES, GenerationConfig
 from self_speculation.transfers import on_device
 
 # On a CPU, top-p first sorts this many of the most likely tokens: it hardly ever keeps more.
@@ -109,7 +109,9 @@ def draw(weights: Tensor, numbers: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Turns logits into tokens: greedy, or by temperature, top-k and top-p. Draft and target share it."""
+    """Turns logits into tokens: greedy, or by `SAMPLING_RULES`. By default no rule changes probabilities.
+    Draft and target share it.
+    """
 
     sample: bool = True
     temperature: float = 1.0
@@ -119,7 +121,7 @@ class Sampler:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Sampler:
-        return cls(config.sample, config.temperature, config.top_k, config.top_p, config.min_p)
+        return cls(config.sample, **{name: getattr(config, name) for name in SAMPLING_RULES})
 
     @property
     def greedy(self) -> bool:

@@ -1,6 +1,7 @@
 """Logits to tokens, and the accept rule, as functions of tensors."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import MinPLogitsWarper
 
+from arguments import parse
+from self_speculation.config import SAMPLING_RULES, GenerationConfig
 from self_speculation.decoding import sampling
 from self_speculation.decoding.sampling import (
     Sampler,
@@ -18,6 +21,7 @@ from self_speculation.decoding.sampling import (
     top_k_top_p_filtering,
     verify_draft,
 )
+from serving.protocol import ChatRequest
 
 SAMPLING = Sampler(sample=True)
 
@@ -32,6 +36,23 @@ def test_filters():
         ({"top_k": 1, "top_p": 0.5, "min_tokens_to_keep": 3}, [4, 3, 2, -9]),
     ):
         assert (top_k_top_p_filtering(logits, filter_value=-9, **settings) == torch.tensor(kept)).all()
+
+
+@pytest.mark.parametrize("rule", SAMPLING_RULES)
+def test_a_rule_reaches_scripts_server_and_harness(rule):
+    """Guards against a rule that one of them, or the sampler, does not have."""
+    from measures.harness_model import request_config
+
+    [by_flag] = parse("test", GenerationConfig, args=[f"--{rule}", "1"])
+    asked = ChatRequest(messages=[{"role": "user", "content": "x"}], **{rule: 1})
+    task = {"until": [], "do_sample": True}
+    configs = [
+        by_flag,
+        asked.generation_config(GenerationConfig()),
+        request_config({**task, rule: 1}, GenerationConfig(), None),
+        request_config(task, GenerationConfig(), SimpleNamespace(**{rule: 1})),
+    ]
+    assert [getattr(Sampler.of(config), rule) for config in configs] == [1] * 4
 
 
 @pytest.mark.parametrize("vocab_size", [7, 300])
