@@ -173,19 +173,19 @@ def _calls_for_row(
     def with_padding(ids: Tensor) -> Tensor:  # [1, n] -> [B, P + output]
         return torch.cat([padded.to(ids.device), ids[:, prompt_length:]], dim=1).expand(batch_size, -1)
 
-    def process(ids: Tensor, scores: Tensor) -> Tensor:  # [1, n], [1, V] -> [1, V]
+    def process(ids: Tensor, logits: Tensor) -> Tensor:  # [1, n], [1, V] -> [1, V]
         ids = with_padding(ids)
         for processor in processors:
             is_own = type(processor).__module__ != transformers.LogitsProcessor.__module__
             if batch_size > 1 and (is_own or isinstance(processor, _BY_ROW)):
-                scores = processor(ids, scores.repeat(batch_size, 1))[row, None]
+                logits = processor(ids, logits.repeat(batch_size, 1))[row, None]
             else:
-                scores = processor(ids[:1], scores)
-        return scores
+                logits = processor(ids[:1], logits)
+        return logits
 
-    def is_over(ids: Tensor, _scores: Tensor) -> bool:
+    def is_over(ids: Tensor, _logits: Tensor) -> bool:
         ids = with_padding(ids)
-        # A criterion returns one value, or one for each row. By default, `generate` passes no scores.
+        # A criterion returns one value, or one for each row. By default, `generate` passes no logits.
         results = (torch.as_tensor(criterion(ids, None)).flatten() for criterion in criteria)
         is_met = any(result.expand(batch_size)[row] for result in results)
         if ended is None:
@@ -237,7 +237,8 @@ def _refusals(
 
 
 def _streamer_of_generate() -> Any:
-    """The `streamer` argument of the calling `generate`: transformers 5.24 does not pass it to a callable."""
+    """The `streamer` of the calling `generate`."""
+    # transformers 5.24 passes a callable only keywords that `generate` has no parameter for, and it has one.
     caller = sys._getframe(2)
     is_generate = caller.f_globals.get("__name__") == transformers.GenerationMixin.__module__
     return caller.f_locals.get("streamer") if is_generate else None
