@@ -96,7 +96,7 @@ def self_speculative_generate(
     """
     check_followed(model)
     if streamer is None:
-        streamer = _streamer_of_generate()
+        streamer = _generate_streamer()
     batch_size, mask = len(input_ids), kwargs.get("attention_mask")
     seen = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     given = (generation_config, logits_processor, seen, streamer, kwargs)
@@ -117,15 +117,15 @@ def self_speculative_generate(
         top_p=1.0,
         **{"generation_strategy": "self_speculative", **drafting},
     )
-    of_ids = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+    eos_criteria = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
     others = [c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     if streamer is not None and not hasattr(streamer, "delete"):
         # Streamers of transformers expect one token at a time, and end ids. A strategy streams an end id only
         # if a criterion ends the output.
         put = streamer.put
         streamer = SimpleNamespace(put=lambda ids: [put(id_) for id_ in ids.split(1)], end=streamer.end)
-        of_ids, others = [], [*of_ids, *others]
-    end_ids = [id_ for criterion in of_ids for id_ in criterion.eos_token_id.tolist()]
+        eos_criteria, others = [], [*eos_criteria, *others]
+    end_ids = [id_ for criterion in eos_criteria for id_ in criterion.eos_token_id.tolist()]
     ends_apart = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     ended: dict[int, int] | None = None if ends_apart else {}
     requests = []
@@ -168,7 +168,7 @@ def _calls_for_row(
             each ends alone.
     """
     batch_size, padded = len(input_ids), input_ids[row, None]
-    processors, criteria = [_of_row(row, processor) for processor in processors], [*criteria]
+    processors, criteria = [_for_row(row, processor) for processor in processors], [*criteria]
 
     def with_padding(ids: Tensor) -> Tensor:  # [1, n] -> [B, P + output]
         return torch.cat([padded.to(ids.device), ids[:, prompt_length:]], dim=1).expand(batch_size, -1)
@@ -197,7 +197,7 @@ def _calls_for_row(
     return process if processors else None, is_over if criteria else None
 
 
-def _of_row(row: int, processor: Any) -> Callable:
+def _for_row(row: int, processor: Any) -> Callable:
     """A processor that calls `prefix_allowed_tokens_fn` with the index of this row's prompt only."""
     if type(processor) is not transformers.PrefixConstrainedLogitsProcessor:
         return processor
@@ -236,7 +236,7 @@ def _refusals(
         yield kwargs[name] is not None, f"{name}: does not reach the model"
 
 
-def _streamer_of_generate() -> Any:
+def _generate_streamer() -> Any:
     """The `streamer` of the calling `generate`."""
     # transformers 5.24 passes a callable only keywords that `generate` has no parameter for, and it has one.
     caller = sys._getframe(2)

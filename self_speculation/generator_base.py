@@ -331,8 +331,8 @@ class HuggingfaceLlamaGenerator:
     @property
     def eos_token_ids(self) -> list[int]:
         """Of the tokenizer and the model's generation config."""
-        of_model = getattr(self.model.generation_config, "eos_token_id", None)
-        return sorted({self.tokenizer.eos_token_id, *as_list(of_model)} - {None})
+        model_ids = getattr(self.model.generation_config, "eos_token_id", None)
+        return sorted({self.tokenizer.eos_token_id, *as_list(model_ids)} - {None})
 
 
 def single_result(results: Iterable[tuple[int, T | Exception]]) -> T:

@@ -126,7 +126,7 @@ class DraftStats:
         return tuple(counts)
 
 
-def _of_drafts(name: str) -> property:
+def _draft_count(name: str) -> property:
     """A count of `draft_stats`; None without drafts."""
     return property(lambda result: result.draft_stats and getattr(result.draft_stats, name))
 
@@ -146,13 +146,13 @@ class GenerationStrategyResult:
     decode_time: float = 0.0  # seconds for all later tokens
     draft_stats: DraftStats | None = None
 
-    num_verifications = _of_drafts("num_verifications")
-    num_drafted = _of_drafts("num_drafted")
-    num_accepted = _of_drafts("num_accepted")
-    mean_accepted_length = _of_drafts("mean_accepted_length")
-    drafted_by_position = _of_drafts("drafted_by_position")
-    accepted_by_position = _of_drafts("accepted_by_position")
-    drafts_by_source = _of_drafts("by_source")
+    num_verifications = _draft_count("num_verifications")
+    num_drafted = _draft_count("num_drafted")
+    num_accepted = _draft_count("num_accepted")
+    mean_accepted_length = _draft_count("mean_accepted_length")
+    drafted_by_position = _draft_count("drafted_by_position")
+    accepted_by_position = _draft_count("accepted_by_position")
+    drafts_by_source = _draft_count("by_source")
 
     @property
     def decode_tokens_per_second(self) -> float:

@@ -3,13 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import drained, generate, tiny_llama
+from conftest import generate, tiny_llama
 from transformers import MaxLengthCriteria
 
-from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation import autoregressive_generator as generator
 from self_speculation.decoding import batch
-from self_speculation.scheduler import Scheduler
 from self_speculation.transfers import Reading
 
 PROMPT = [5, 9, 4]
@@ -43,19 +41,3 @@ def test_the_next_pass_is_queued_before_a_read(late, request_, expected, monkeyp
     monkeypatch.setattr(Reading, "wait", noted("read", Reading.wait))
     generate(tiny_llama(), PROMPT, max_steps=6, **{"eos": [], **request_})
     assert order == expected
-
-
-def test_a_request_is_cancelled_before_its_last_token_is_read(monkeypatch):
-    """Guards against a token that a cancelled request still gets, and that others lose."""
-    monkeypatch.setattr(batch, "reads_late", lambda device: True)
-    model, prompts = tiny_llama(), [PROMPT, [7], [3, 3, 8]]
-    config = GenerationConfig(sample=False, max_steps=12)
-    scheduler = Scheduler(make_strategy("autoregressive"), model, config, batch_size=3)
-    for key, prompt in enumerate(prompts):
-        scheduler.add_request(key, Request(prompt))
-    for _ in range(3):
-        scheduler.step()
-    scheduler.cancel([1])
-    found = {key: result.predicted_tokens for key, result in drained(scheduler).items()}
-    expected = [generate(model, prompt, max_steps=12, eos=[]).predicted_tokens for prompt in prompts]
-    assert found == {0: expected[0], 1: expected[1][:3], 2: expected[2]}

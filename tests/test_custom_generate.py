@@ -214,7 +214,7 @@ def test_text_of_a_streamer(byte_tokenizer, text_model, capsys):
 
 
 def test_the_streamer_is_read_from_the_frame_of_generate():
-    """If this fails, transformers passes the streamer on, and `_streamer_of_generate` can go."""
+    """If this fails, transformers passes the streamer on, and `_generate_streamer` can go."""
     caught = Mock(return_value=PROMPT)
     tiny_llama().generate(PROMPT, custom_generate=caught, max_new_tokens=4, streamer=Listener())
     assert caught.call_args.kwargs.get("streamer") is None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import MinNewTokensLengthLogitsProcessor, SequenceBiasLogitsProcessor
 
 from self_speculation import GenerationConfig, make_strategy
+from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor
 from self_speculation.drafts.policy import AdaptivePolicy
 
 PROMPT = [5, 9, 4, 7, 7, 3]
@@ -47,6 +48,8 @@ SHARED = st.fixed_dictionaries(
         "eos": st.lists(st.integers(0, 49), max_size=6, unique=True),
         "no_repeat_ngram_size": st.sampled_from([None, 1, 2]),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "frequency_penalty": st.sampled_from([0.0, 0.4]),
+        "presence_penalty": st.sampled_from([0.0, 0.3]),
     }
 )
 
@@ -77,13 +80,14 @@ def test_ids_equal_for_every_setting(drafts, shared, agreement, fused, processor
         )
     assert speculative.predicted_tokens == plain.predicted_tokens
     assert speculative.stop_reason == plain.stop_reason
+    penalties = shared["frequency_penalty"], shared["presence_penalty"]
     criterion = [lambda ids, *_, **__: torch.tensor([ends(ids[0, len(prompt) :].tolist())])]
     assert plain.predicted_tokens == transformers_generate(
         model,
         prompt,
         shared["max_steps"],
         shared["eos"] or -1,
-        logits_processor=given,
+        logits_processor=[FrequencyPenaltyLogitsProcessor(len(prompt), *penalties), *given],
         stopping_criteria=criterion,
         no_repeat_ngram_size=shared["no_repeat_ngram_size"],
         repetition_penalty=shared["repetition_penalty"],

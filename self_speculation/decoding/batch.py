@@ -146,7 +146,7 @@ class Batch:
             return logits
         counts = [logits.shape[1]] * len(self) if counts is None else counts
         rows = zip(self.sequences, logits.unbind(), counts, strict=True)
-        return torch.stack([sequence.process(of_row, num_drafted, n) for sequence, of_row, n in rows])
+        return torch.stack([sequence.process(own, num_drafted, n) for sequence, own, n in rows])
 
     def verify_numbers(self, k: int) -> Tensor | None:
         """[B, k + 1] random numbers that verify a draft; None when greedy."""

@@ -30,7 +30,7 @@ _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 _OPTIONS = '%llguidance {"no_forcing": true}'
 _MAX_SCHEMA = 100_000  # characters of its JSON
 # [256, 8]: what each byte of a bitmask adds to the logits of its 8 ids. Boolean masks take longer.
-_OF_BYTES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8)] for byte in range(256)])
+_BYTE_BIASES = torch.tensor([[0.0 if byte >> i & 1 else -torch.inf for i in range(8)] for byte in range(256)])
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class GrammarProcessor(LogitsProcessor):
         self._prompt_length, self._vocab_size = prompt_length, vocab_size
         self._unused = _matcher(_tokenizer(tokenizer, vocab_size, tuple(eos_token_ids)), grammar)
         self._matcher, self._consumed = self._unused.deep_copy(), list[int]()
-        self._of_bytes = _OF_BYTES
+        self._byte_biases = _BYTE_BIASES
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: [1, n] prompt, output and draft; scores: [1, V].
@@ -132,8 +132,8 @@ class GrammarProcessor(LogitsProcessor):
                 self._matcher.get_error() or "the output has a token that the grammar forbids"
             )
         bitmask = numpy.frombuffer(_bitmask(self._matcher), dtype=numpy.uint8).astype(numpy.int32)
-        self._of_bytes = self._of_bytes.to(scores.device)
-        added = embedding(torch.from_numpy(bitmask).to(scores.device, non_blocking=True), self._of_bytes)
+        self._byte_biases = self._byte_biases.to(scores.device)
+        added = embedding(torch.from_numpy(bitmask).to(scores.device, non_blocking=True), self._byte_biases)
         return scores + added.flatten()[: self._vocab_size]
 
     def count_allowed(self, output: Sequence[int], draft: Sequence[int]) -> int:

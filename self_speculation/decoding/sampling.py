@@ -167,7 +167,7 @@ class SamplerOfRows:
         rows: defaultdict[Sampler, list[int]] = defaultdict(list)
         for row, sampler in enumerate(samplers):
             rows[Sampler(False) if sampler.greedy else sampler].append(row)
-        self._rows = {sampler: on_device(of_sampler, device) for sampler, of_sampler in rows.items()}
+        self._rows = {sampler: on_device(own, device) for sampler, own in rows.items()}
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """[B, ..., V] logits -> [B, ..., V] probabilities in fp32."""
@@ -186,8 +186,8 @@ class SamplerOfRows:
         confidence = torch.empty(len(logits), device=logits.device)
         for sampler, rows in self._rows.items():
             assert sampled.probabilities is not None
-            of_rows = SampledTokens(sampled.tokens[rows], sampled.probabilities[rows])
-            confidence.index_copy_(0, rows, sampler.confidence(of_rows, logits[rows]))
+            own = SampledTokens(sampled.tokens[rows], sampled.probabilities[rows])
+            confidence.index_copy_(0, rows, sampler.confidence(own, logits[rows]))
         return confidence
 
 
@@ -274,11 +274,11 @@ def verify_draft(
         padding = torch.arange(k + 1, device=q.device) >= lengths[..., None]
         q.masked_fill_(padding[..., None], 0.0)
     x = draft_tokens[..., None]  # [B, k, 1]
-    q_x, p_x = (of_all[..., :k, :].gather(-1, x)[..., 0] for of_all in (q, p))
+    q_x, p_x = (each[..., :k, :].gather(-1, x)[..., 0] for each in (q, p))
     num_accepted = _prefix_length(numbers[..., :k] * q_x < p_x, lengths)
 
     index = num_accepted[..., None, None]
-    p_next, q_next = (torch.take_along_dim(of_all, index, -2)[..., 0, :] for of_all in (p, q))  # [B, V]
+    p_next, q_next = (each.take_along_dim(index, -2)[..., 0, :] for each in (p, q))  # [B, V]
     residual = (p_next - q_next).clamp(min=0)
     # The sum is 0 where rounding makes p at most q everywhere, and NaN where q is: then p decides.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)

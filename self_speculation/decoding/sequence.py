@@ -15,8 +15,9 @@ from transformers import LogitsProcessorList
 
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.output_stream import OutputStream
-from self_speculation.decoding.request import Request, as_list
+from self_speculation.decoding.request import Request
 from self_speculation.decoding.sampling import Sampler
+from self_speculation.decoding.stopping import StopConditions
 from self_speculation.results import DraftStats, GenerationStrategyResult, StopReason
 from self_speculation.transfers import on_device
 
@@ -57,17 +58,16 @@ class Sequence:
         self._first_token_at: float | None = None
         if not request.ids:
             raise ValueError("the prompt has no tokens")
-        self.key, self._request, self._config = key, request, request.config or config
-        self.prompt = [*request.ids]
+        config = request.config or config
+        self.key, self._request, self.prompt = key, request, [*request.ids]
         self.tokens: list[int] = []  # of the output, with an end id
-        self.max_length = min(len(self.prompt) + self._config.max_steps, context)
-        self._end_ids = {*as_list(request.eos_token_ids), *(self._config.stop_token_ids or [])}
-        self._stop_checks, self._criteria = as_list(request.stop_checks), as_list(request.stopping_criteria)
+        self.max_length = min(len(self.prompt) + config.max_steps, context)
+        self._stopping = StopConditions(request, config, context)
         self.stop_reason: StopReason | None = None
         self.error: Exception | None = None
         self._failure: Failure | None = None  # of this round
         self.is_damaged = False  # its keys and values may be NaN, beyond its end, too
-        self.sampler = Sampler.of(self._config)
+        self.sampler = Sampler.of(config)
         self.generator: torch.Generator | None = None  # of random numbers; None: torch's own
         if request.seed is not None:
             self.generator = torch.Generator(device).manual_seed(request.seed)
@@ -75,8 +75,8 @@ class Sequence:
         self.num_computed = 0  # tokens of the prompt that are in it now, until the sequence joins the batch
         self.slot: int | None = None  # of the KV cache; set by its owner, `PrefixCache`
         self.draft_stats = DraftStats() if has_drafts else None
-        self.stream = OutputStream(request.streamer, self._end_ids)
-        self._processors = LogitsProcessorList(request.processors(self._config))
+        self.stream = OutputStream(request.streamer, self._stopping.end_ids)
+        self._processors = LogitsProcessorList(request.processors(config))
         self._ids = torch.empty(1, self.max_length + 1, dtype=torch.long, device=device)
         self._ids[0, : len(self.prompt)] = on_device(self.prompt, device)
 
@@ -134,7 +134,7 @@ class Sequence:
     @property
     def ids_are_read(self) -> bool:
         """On the device."""
-        return bool(self._processors or self._criteria)
+        return bool(self._processors or self._stopping.criteria)
 
     def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
         """[n, V] logits in fp32, the first `count` of them processed, one row [1, V] at a time.
@@ -195,27 +195,15 @@ class Sequence:
                 if self.ids_are_read and not (self._processors and i < len(tokens) - 1):
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
-                self.stop_reason = self._stops(logits[i : i + 1])
+                self.stop_reason = self._stopping.reason(self.tokens, self.history(), logits[i : i + 1])
                 if self.stop_reason:
                     break
-            new = self.tokens[before:]
-            if self.draft_stats is not None and source:
-                self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
-            self._first_token_at = self._first_token_at or time.perf_counter()
+        new = self.tokens[before:]
+        if self.draft_stats is not None and source:
+            self.draft_stats.add(source, num_drafted, accepted=len(tokens) - 1, emitted=len(new))
+        self._first_token_at = self._first_token_at or time.perf_counter()
+        with self.failing_alone():
             self.stream.commit(new[:-1] if self.stop_reason == "eos" else new)
-
-    def _stops(self, logits: Tensor) -> StopReason | None:
-        """Why the output ends after its last token, of these processed logits [1, V]; None: it goes on."""
-        if self.tokens[-1] in self._end_ids:
-            return "eos"
-        if any(check(self.tokens) for check in self._stop_checks):
-            return "stop_word"
-        # One by one: only a result on a GPU has to be waited for.
-        if any(bool(torch.as_tensor(met(self.history(), logits)).any()) for met in self._criteria):
-            return "stopping_criteria"
-        if self.length < self.max_length:
-            return None
-        return "max_steps" if len(self.tokens) == self._config.max_steps else "context"
 
     def result(self) -> GenerationStrategyResult | Exception:
         """The result, or the error of its processors, criteria, streamer or logits."""

@@ -2,12 +2,11 @@
 
 import copy
 
-import pytest
 import torch
 from conftest import drained, generate, tiny_llama
 from test_batch import scheduler_of
 
-from self_speculation import GenerationConfig, Request
+from self_speculation import Request
 
 LONG = [3 + i * 7 % 40 for i in range(45)]
 PROMPTS = [[5, 9, 4, 7, 7, 3], LONG, [8, 2], [*LONG[:30], 11, 12], [6] * 9]
@@ -59,35 +58,6 @@ def test_prompts_are_read_in_turn():
     add(scheduler, dict(enumerate([[8, 2], [5, 9, 4], [6] * 9, [7]])))
     scheduler.step()
     assert len(scheduler.batch) == 4
-
-
-@pytest.mark.parametrize("reuse_cache", [False, True])
-@pytest.mark.parametrize("cancelled", range(4))
-def test_a_prompt_leaves_while_others_are_read(cancelled, reuse_cache):
-    """Guards against keys that stay behind when a prompt changes its slot, against a prefix in use, and
-    against a slot that stays taken.
-    """
-    model = tiny_llama()
-    scheduler = scheduler_of(model, 5, 4, max_steps=6, reuse_cache=reuse_cache)
-    running = GenerationConfig(sample=False, max_steps=30)
-    scheduler.add_request("running", Request(PROMPTS[4], config=running))
-    scheduler.step()
-    prompts = dict(enumerate([PROMPTS[0], LONG, PROMPTS[3], [*LONG[:20], 4, 4]]))
-    add(scheduler, prompts)
-    for _ in range(7):
-        scheduler.step()
-    scheduler.cancel({cancelled})
-    results = dict(scheduler.pop_finished())
-    add(scheduler, {4: LONG})
-    results |= drained(scheduler)
-    left = results.pop(cancelled)
-    if cancelled in (1, 2):  # the long ones
-        assert (left.predicted_tokens, left.stop_reason) == ([], "stopping_criteria")
-    others = {key: prompt for key, prompt in (prompts | {4: LONG}).items() if key != cancelled}
-    assert_as_alone(model, results, others, max_steps=6)
-    add(scheduler, {key: [7] for key in range(5)})
-    scheduler.step()
-    assert len(scheduler.batch) == 5
 
 
 def test_nan_of_a_cancelled_prompt_does_not_stay_in_its_slot():

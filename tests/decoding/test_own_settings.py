@@ -1,13 +1,15 @@
-"""Requests of one batch that differ in length, sampling and stop conditions."""
+"""Requests of one batch that differ in length, sampling and stop conditions, or fail."""
 
+import pytest
 import torch
 from conftest import in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import Shown
+from test_batch import DRAFTED, Shown, raises_from
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from self_speculation import GenerationConfig, Request, Sampler
+from self_speculation.decoding import batch
 from self_speculation.decoding.sampling import joint_sampler
 
 SAMPLERS = st.builds(
@@ -40,14 +42,22 @@ def plainly(decoded, request, ends):
         try:
             for processor in request.logits_processors:
                 logits = processor(ids, logits)
+            if logits.isnan().any() or (request.config.sample and logits.max().isinf()):
+                return tokens, FloatingPointError()
+            if (token := int(logits.argmax())) in ends:
+                break
+            tokens.append(token)
+            for criterion in request.stopping_criteria:
+                criterion(torch.tensor([[*request.prompt, *tokens]]), logits)
         except KeyError as error:
             return tokens, error
-        if logits.isnan().any() or (request.config.sample and logits.max().isinf()):
-            return tokens, FloatingPointError()
-        if (token := int(logits.argmax())) in ends:
-            break
-        tokens.append(token)
     return tokens, None
+
+
+def fails_from(length):
+    """A stopping criterion that raises where a history has so many ids, and is never met before."""
+    process = raises_from(length)
+    return lambda ids, logits: process(ids, logits) is None
 
 
 def meddles(how, part):
@@ -71,7 +81,8 @@ PENALTY = st.builds(RepetitionPenaltyLogitsProcessor, st.sampled_from([0.7, 1.5]
 ROW = st.fixed_dictionaries(
     {
         "prompt": st.lists(st.integers(3, 40), min_size=1, max_size=9),
-        "processors": st.lists(MEDDLES | PENALTY, min_size=1, max_size=2),
+        "processors": st.lists(MEDDLES | PENALTY, max_size=2),
+        "criteria": st.lists(st.builds(fails_from, st.integers(2, 16)), max_size=1),
         "own": st.fixed_dictionaries(
             {
                 "max_steps": st.sampled_from([16, 8, 3, 1]),
@@ -88,21 +99,30 @@ ROW = st.fixed_dictionaries(
     rows=st.lists(ROW, min_size=1, max_size=6),
     batch_size=st.integers(1, 4),
     ends=st.lists(st.integers(2, 49), max_size=2),
-    length=st.integers(1, 7),
-    lookup=st.sampled_from([0, 2]),
+    drafts=st.one_of(
+        st.sampled_from([{}, {"strategy": "adaptive"}]),
+        st.builds(
+            lambda length, lookup: {**DRAFTED, "num_speculations": length, "prompt_lookup": lookup},
+            st.integers(1, 7),
+            st.sampled_from([0, 2]),
+        ),
+    ),
     agreement=st.sampled_from(["always", "sometimes", "never"]),
+    late=st.booleans(),
 )
 @settings(max_examples=80)
-def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, length, lookup, agreement):
+def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, drafts, agreement, late):
     """Guards against a drafted token that ends or changes an output of any row because processors raise or
-    change logits there, against an output that goes on where draft and target are both NaN, and against a
-    streamer that does not show all tokens before an error. With top-k 1, sampling is deterministic.
+    change logits there, against an output that goes on where draft and target are both NaN, against an error
+    that reaches another row, and against a streamer that does not show all tokens before an error. With
+    top-k 1, sampling is deterministic.
     """
     decoded = tiny_llama(agreement=agreement)
     requests = [
         Request(
             row["prompt"],
             row["processors"],
+            row["criteria"],
             streamer=Shown(),
             seed=0,
             eos_token_ids=ends,
@@ -110,8 +130,9 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, length
         )
         for row in rows
     ]
-    drafts = {"exit_layer": 2, "num_speculations": length, "prompt_lookup": lookup}
-    got = in_batch(decoded, requests, batch_size, **drafts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "reads_late", lambda device: late)
+        got = in_batch(decoded, requests, batch_size, **drafts)
     for index, request in enumerate(requests):
         if not request.config.sample or request.config.top_k == 1:
             tokens, error = plainly(decoded, request, ends)
