@@ -4,14 +4,20 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import EOS, drawn_plan, generate, planned, tiny_llama, transformers_generate
+from conftest import EOS, ROOT, drawn_plan, generate, planned, tiny_llama, transformers_generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MinNewTokensLengthLogitsProcessor, SequenceBiasLogitsProcessor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MinNewTokensLengthLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
-from self_speculation import GenerationConfig, make_strategy
+from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy, make_strategy
 from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor
 from self_speculation.drafts.policy import AdaptivePolicy
+from self_speculation.scheduler import Scheduler
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
@@ -175,6 +181,56 @@ def test_tokens_after_an_end_id_inside_an_accepted_draft_do_not_count():
     assert result.predicted_tokens == ids[:end]
     assert (result.num_verifications, result.num_accepted) == (1, end)
     assert result.num_decode_tokens == end
+
+
+def counting_model():
+    """Its first layer counts on: the best token after n is n + 1. The whole model says 0 after 5."""
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)).eval()
+    for parameter in model.model.layers.parameters():
+        parameter.data *= parameter.ndim == 1  # norms
+    model.model.embed_tokens.weight.data = torch.eye(16)
+    model.lm_head.weight.data = torch.eye(16).roll(1, 0)
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj.weight.data[0, 5] = mlp.up_proj.weight.data[0, 5] = 1  # finds a 5
+    mlp.down_proj.weight.data[15, 0] = 1  # and makes it a 15
+    return model
+
+
+class WatchedRound(SelfSpeculativeGenerationStrategy):
+    """Keeps the ids and the number of cached positions of each row, before and after a round."""
+
+    def step(self, decoding):
+        self.ids, self.cached = [], []
+        for do in (lambda _: None, super().step):
+            do(decoding)
+            self.ids.append([sequence.ids for sequence in decoding.batch.sequences])
+            self.cached.append([[decoding.cache.length(1, row)] for row in range(len(decoding.batch))])
+
+
+def test_the_worked_round_of_the_page():
+    """Guards against a page that shows another round than the code does."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    lines = [line.strip("| ").split("|") for line in page.splitlines() if line.startswith("| ")]
+    table = {name.strip(): [[int(id_) for id_ in row.split()] for row in rows] for name, *rows in lines[1:]}
+    model, strategy, streamers = counting_model(), WatchedRound(), [Mock(), Mock()]
+    config = GenerationConfig(max_steps=9, sample=False, exit_layer=1, num_speculations=3)
+    scheduler = Scheduler(strategy, model, config, batch_size=2)
+    for row, (ids, streamer) in enumerate(zip(table["ids"], streamers, strict=True)):
+        scheduler.add_request(row, Request(ids[:-1], streamer=streamer))
+    scheduler.step()
+    (before, after), (cached, cached_after) = strategy.ids, strategy.cached
+    drafts = [[int(put.args[0]) for put in each.put.mock_calls if put.kwargs] for each in streamers]
+    texts = torch.tensor([[*ids, *draft][-4:] for ids, draft in zip(before, drafts, strict=True)])
+    assert table == {
+        "ids": before,
+        "cached positions": cached,
+        "draft": drafts,
+        "the whole model after each token": model(texts).logits.argmax(-1).tolist(),
+        "accepted": [[len(new) - len(old) - 1] for old, new in zip(before, after, strict=True)],
+        "cached positions after the round": cached_after,
+        "ids after the round": after,
+    }
 
 
 def test_a_processor_runs_once_per_row_of_logits():
