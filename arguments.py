@@ -315,32 +315,14 @@ def _check_config(config: GenerationConfig, model_args: ModelArguments | None) -
 
 
 def check_drafts(config: GenerationConfig) -> None:
-    """End the program if flags about drafts are missing or do not fit the strategy."""
+    """End the program if flags about drafts are missing, do not fit the strategy or are not used by it."""
     try:
         config.check_drafts()
     except ValueError as error:
         refuse(f"--{error}")
-
-
-def refuse_idle_drafts(config: GenerationConfig) -> None:
-    """End the program as `check_drafts` does, or if the strategy makes no drafts but flags about drafts are
-    given.
-    """
-    check_drafts(config)
-    if config.generation_strategy != "autoregressive":
-        return
-    # --exit_layer is not among them: autoregressive decoding may exit early, too.
-    for name, strategy in (
-        ("num_speculations", "self_speculative"),
-        ("draft_confidence", "self_speculative"),
-        ("draft_weights", "adaptive"),
-        ("draft_vocabulary", "adaptive"),
-        ("prompt_lookup", "adaptive"),
-        ("shared_lookup", "adaptive"),
-    ):
-        if (value := getattr(config, name)) != getattr(type(config), name):
-            add = f"add --generation_strategy {strategy}"
-            refuse(f"--{name} {value}: autoregressive decoding drafts nothing, {add}")
+    for idle in config.idle_fields():
+        add = f"add --generation_strategy {idle.metadata['used_by'][0]}"
+        refuse(f"--{idle.name} {getattr(config, idle.name)}: autoregressive decoding drafts nothing, {add}")
 
 
 def given_flags(args: Sequence[str] | None, group: type) -> set[str]:

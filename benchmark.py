@@ -23,9 +23,9 @@ from arguments import (
     DataArguments,
     GenerationConfig,
     ModelArguments,
+    check_drafts,
     parse,
     refuse,
-    refuse_idle_drafts,
 )
 from data import mismatch
 from runs.failures import try_to_write
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse(f"--answer_file {path}: is a folder, must be a file")
     if args.compare and config.generation_strategy == "autoregressive":
         config = dataclasses.replace(config, generation_strategy="self_speculative")
-    refuse_idle_drafts(config)
+    check_drafts(config)
 
     from measures.benchmarking import Benchmark
     from runs.examples import prepare, run_examples

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from lm_eval._cli.run import Run
 
-from arguments import GenerationConfig, ModelArguments, given_flags, parse, refuse, refuse_idle_drafts
+from arguments import GenerationConfig, ModelArguments, check_drafts, given_flags, parse, refuse
 from runs.failures import try_to_write
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
@@ -63,7 +63,7 @@ def flags(
     groups = (ModelArguments, GenerationConfig, TuningArguments)
     model_args, config, tuning, args = parse(__doc__ or "", *groups, args=argv, rest=commands.choices["run"])
     config = tuned(config, tuning, model_args, argv)
-    refuse_idle_drafts(config)
+    check_drafts(config)
     _read_config_file(args)
     given = given_flags(argv, GenerationConfig)
     asked = {theirs: getattr(config, ours) for ours, theirs in OF_TASKS.items() if ours in given}

@@ -22,9 +22,9 @@ from arguments import (
     GenerationConfig,
     ModelArguments,
     TemplateArguments,
+    check_drafts,
     parse,
     refuse,
-    refuse_idle_drafts,
 )
 from runs.program import run
 from runs.tuning import TuningArguments, counts, tuned
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tuned(config, tuning, model_args, argv)
     if args.compare and config.generation_strategy == "autoregressive":
         refuse("--compare True: needs a --generation_strategy to compare, such as self_speculative")
-    refuse_idle_drafts(config)
+    check_drafts(config)
     if args.prediction and not config.looks_up:
         refuse("--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0")
     prediction = None if args.prediction is None else _read("prediction", args.prediction)

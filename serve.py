@@ -23,9 +23,9 @@ from arguments import (
     BatchArguments,
     GenerationConfig,
     ModelArguments,
+    check_drafts,
     parse,
     refuse,
-    refuse_idle_drafts,
 )
 from runs import ranks
 from runs.program import on_signals, run
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = (ModelArguments, GenerationConfig, BatchArguments, ServeArguments, TuningArguments)
     model_args, config, batch, args, tuning = parse(__doc__ or "", *groups, args=argv)
     config = replace(tuned(config, tuning, model_args, argv), reuse_cache=True)
-    refuse_idle_drafts(config)
+    check_drafts(config)
     if model_args.parallel == "data" and not ranks.is_first():
         return 0  # only one process can have the port
     listener = _listen(args) if ranks.is_first() else None

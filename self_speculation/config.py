@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -84,7 +84,10 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-# Metadata of a flag whose dataclass refuses texts, and not the parser.
+# Metadata of fields about drafts: the strategies that use them, the one to suggest first.
+_FIXED: Mapping[str, Any] = {"used_by": ("self_speculative",)}
+_DRAFTS: Mapping[str, Any] = {"used_by": ("adaptive", "self_speculative")}
+# The dataclass refuses texts, not the parser.
 _NUMBER_OR_TEXT = {"custom_args": {"type": _number_or_text}}
 
 
@@ -98,9 +101,9 @@ class GenerationConfig:
 
     max_steps: int = 512
     """The most new tokens; at least 1."""
-    exit_layer: int = -1
+    exit_layer: int = field(default=-1, metadata={"used_by": ("autoregressive", "self_speculative")})
     """Layers of the draft (self_speculative) or of the whole generation (autoregressive); -1: full depth."""
-    num_speculations: int = -1
+    num_speculations: int = field(default=-1, metadata=_FIXED)
     """Tokens drafted per round; self_speculative needs at least 1."""
     generation_strategy: GenerationStrategyName = "autoregressive"
     """How to decode; adaptive: self-speculative, picks exit layer, draft length and n-grams in each round."""
@@ -118,20 +121,20 @@ class GenerationConfig:
     """Texts; the output ends before the first of them. Several follow one another, as in: return if."""
     stop_token_ids: list[int] | None = None
     """Token ids that end the output, besides the EOS ids of tokenizer and model."""
-    draft_weights: DraftWeights = "exact"
+    draft_weights: DraftWeights = field(default="exact", metadata=_DRAFTS)
     """int4: draft with a copy of the layers in four bits; exit_layer may be all of them. It takes 0.63 bytes
     for each of their weights and, for a float32 model on a CPU, 2 for each of the head. exact: the model's
     own."""
-    draft_confidence: float | None = field(default=None, metadata=_NUMBER_OR_TEXT)
+    draft_confidence: float | None = field(default=None, metadata={**_FIXED, **_NUMBER_OR_TEXT})
     """End a draft after a token whose own probability is below this; default: drafts have num_speculations
     tokens."""
-    draft_vocabulary: int | None = None
+    draft_vocabulary: int | None = field(default=None, metadata=_DRAFTS)
     """Draft with this many rows of the head: the most frequent ids of the sweep of --tuned, or the first ids
     of the tokenizer, and the ids of prompt and output. Default: a quarter of a large head for a copy in fewer
     bits and adaptive decoding, unless a text has many other ids; otherwise the whole head."""
-    prompt_lookup: int = 0
+    prompt_lookup: int = field(default=0, metadata=_DRAFTS)
     """Find the last tokens, up to this many, earlier in prompt and output; draft what followed; 0: off."""
-    shared_lookup: int = 0
+    shared_lookup: int = field(default=0, metadata=_DRAFTS)
     """Draft what followed the last tokens in earlier answers of this process, of which this many tokens are
     kept; 0: off."""
     reuse_cache: bool = False
@@ -183,10 +186,8 @@ class GenerationConfig:
             ValueError: self_speculative without an exit layer or num_speculations; settings that adaptive
                 picks itself.
         """
-        if self.is_adaptive:
-            for name in ("exit_layer", "num_speculations", "draft_confidence"):
-                if (value := getattr(self, name)) != getattr(GenerationConfig, name):
-                    raise ValueError(f"{name} {value}: adaptive chooses it, leave it out")
+        if self.is_adaptive and (idle := next(self.idle_fields(), None)):
+            raise ValueError(f"{idle.name} {getattr(self, idle.name)}: adaptive chooses it, leave it out")
         if self.generation_strategy == "self_speculative":
             if self.exit_layer == -1:
                 last = "the last but one layer" if self.draft_weights == "exact" else "the last layer"
@@ -209,6 +210,13 @@ class GenerationConfig:
         if self.exit_layer > most:
             full = "" if speculative else "; -1 is full depth"
             raise ValueError(f"exit_layer {self.exit_layer}: must be {between}{full}")
+
+    def idle_fields(self) -> Iterator[Field[Any]]:
+        """Fields about drafts that are given, but not used by the strategy."""
+        for each in fields(self):
+            used_by = each.metadata.get("used_by", (self.generation_strategy,))
+            if self.generation_strategy not in used_by and getattr(self, each.name) != each.default:
+                yield each
 
     @property
     def longest_draft(self) -> int:

@@ -22,7 +22,7 @@ from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.request import Request
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import DraftSource
+from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
@@ -56,7 +56,7 @@ class DecodingStrategy(GenerationStrategy, ABC):
 
     name: GenerationStrategyName
     has_drafts = True
-    make_source: Callable[[DraftContext], DraftSource | None] = staticmethod(lambda context: None)
+    make_source: Callable[[DraftContext], DraftComposer | None] = staticmethod(lambda context: None)
 
     def __init__(self) -> None:
         # The cache of the last scheduler with reuse_cache. A deque, so that only one thread gets it.

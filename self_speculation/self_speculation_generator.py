@@ -9,6 +9,7 @@ of a copy of the layers are verified by all layers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel
 from self_speculation.config import GenerationConfig, GenerationStrategyName
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Verification, verify_draft
-from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.registry import DraftContext, make_adaptive, make_source
+from self_speculation.drafts.composer import DraftComposer
+from self_speculation.drafts.draft import Draft
+from self_speculation.drafts.registry import DraftContext, make_source
 from self_speculation.model.captured_runner import PassRange, make_runner
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, forward_early
@@ -36,6 +38,7 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         """Build draft copies before timing starts. Raises ValueError if the model can have none."""
+        config = replace(config, generation_strategy=self.name)
         self.make_source(DraftContext(make_runner(model), config))
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
@@ -53,10 +56,8 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
 
     name: GenerationStrategyName = "adaptive"
 
-    make_source = staticmethod(make_adaptive)
 
-
-def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, source: DraftSource) -> None:
+def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, source: DraftComposer) -> None:
     """One round: draft, verify, learn, roll back, commit.
 
     Between two rounds the cache holds all tokens of a row but the last. One read from the device, and those

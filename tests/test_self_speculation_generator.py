@@ -16,7 +16,7 @@ from transformers import (
 
 from self_speculation import GenerationConfig, Request, SelfSpeculativeGenerationStrategy, make_strategy
 from self_speculation.decoding.processors import FrequencyPenaltyLogitsProcessor
-from self_speculation.drafts.policy import AdaptivePolicy
+from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.scheduler import Scheduler
 
 PROMPT = [5, 9, 4, 7, 7, 3]

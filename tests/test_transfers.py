@@ -8,7 +8,7 @@ import torch
 from conftest import drawn_plan, generate, planned, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from self_speculation.drafts.policy import AdaptivePolicy
+from self_speculation.drafts.adaptive import AdaptivePolicy
 
 PROMPT = [5, 9, 4, 7, 7, 3, 9, 4]
 

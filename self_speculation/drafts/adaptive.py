@@ -1,133 +1,307 @@
-"""Picks the draft source with the best expected speed, or none, in each round.
+"""A bandit over draft sources: plans each round by acceptance so far and the time of passes.
 
-Each prompt judges early exits: a pass tells how often each of them is right (see `measures.replay`).
+Knows nothing of models, tokens or tensors.
 """
 
 from __future__ import annotations
 
-from collections import abc
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from threading import RLock
+from typing import Any, TypeVar
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from self_speculation.drafts.costs import PassTimes
+from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
+from self_speculation.drafts.policy import PLAIN, Arm, Confidences, Plan, Policy, RoundOutcome
 
-from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource
-from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import Copied, TokenDrafts, with_copied
-from self_speculation.drafts.policy import PLAIN, AdaptivePolicy
-from self_speculation.model.captured_runner import PassRange, num_prepared
-from self_speculation.model.devices import broadcast_from_rank0
-from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.linear import NARROW
-from self_speculation.model.model_runner import ModelRunner
-from self_speculation.model.short_head import ShortHead
-from self_speculation.transfers import Reading, Stopwatch
-
-# The last positions of a prompt that judge exits.
-_JUDGING = 16
+T = TypeVar("T")
 
 
-class AdaptiveDrafts(DraftSource):
-    """Drafts as an `AdaptivePolicy` plans: from layers, from n-grams, from both, or not at all.
+@dataclass
+class _Trials:
+    """When to try an arm again, or to judge exits, in rounds; the wait doubles each time."""
 
-    Reads from the device: those of the sources that draft.
+    wait: float
+    due: float
+
+    def postpone(self, now: int, most: float = math.inf) -> None:
+        self.wait = min(2 * self.wait, most)
+        self.due = now + self.wait
+
+
+@dataclass
+class ArmStats:
+    """Statistics of a model's sources, across requests and threads. Bounded by the number of sources.
 
     Args:
-        model: all its ranks make the same plans.
-        sources: by name; all have one head.
-        ngrams: sources that cost nothing, by name.
+        growth: estimated cost of a pass over n tokens, relative to one.
+        num_threads: that the next pass will use. Times are valid for one number of threads.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sources: Mapping[str, LayerDrafts],
-        ngrams: Mapping[str, TokenDrafts],
-        policy: AdaptivePolicy,
-    ) -> None:
-        self._model, self._device, self._policy = model, model.device, policy
-        self._sources, self._ngrams = sources, ngrams
-        for source in sources.values():
-            source.should_continue = policy.should_continue
-        self._stopwatch, self._num_prepared = Stopwatch(self._device), 0
-        self._guesses: list[tuple[Copied, Sequence, int]] = []  # of the last round, with their positions
-        # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
-        self._judgements: list[tuple[list[str], int, Reading]] = []
+    growth: Callable[[int], float]
+    num_threads: Callable[[], int] = lambda: 1
+    num_rounds: int = 0
+    # By source and matched tokens.
+    acceptance: dict[tuple[str, int], DecayedMean] = field(default_factory=dict)
+    by_confidence: defaultdict[str, AcceptanceByConfidence] = field(  # by source
+        default_factory=lambda: defaultdict(AcceptanceByConfidence)
+    )
+    trials: dict[str, _Trials] = field(default_factory=dict)
+    judging: _Trials = field(default_factory=lambda: _Trials(8, 0))  # of exits, by prompts
+    # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
+    credit: float = 4.0
+    lock: Any = field(default_factory=RLock)
+    _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
 
-    def read_prompt(self, runner: ModelRunner, cache: KVCache, sequence: Sequence, tokens: Tensor) -> Tensor:
-        """Prefill, and judge exits by the last tokens: would they have drafted what the whole model says?
+    @property
+    def times(self) -> PassTimes:
+        number = self.num_threads()
+        return self._times.get(number) or self._times.setdefault(number, PassTimes(self.growth))
 
-        Reads from the device: none before the next round, when the prompt's first token has been read.
+
+def _alone(method: Callable[..., T]) -> Callable[..., T]:
+    """Let one thread at a time read and write the statistics."""
+
+    @wraps(method)
+    def locked(self: AdaptivePolicy, *args: Any) -> T:
+        with self._stats.lock:
+            return method(self, *args)
+
+    return locked
+
+
+class AdaptivePolicy(Policy):
+    """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
+
+    Prompts judge early exits. Other arms get trials within a small share of the time, each after a longer
+    wait, and only if they could beat plain steps. A draft ends when another token would cost more than it is
+    expected to save.
+
+    Args:
+        arms: by name of the source.
+        longest: the most tokens of a draft.
+        stats: of the model.
+    """
+
+    # Expected speed of drafts over that of plain steps, at least: it is an estimate.
+    _MARGIN = 1.03
+    # Rounds before the first trial; the most rounds between plain steps, and between prompts that judge
+    # exits; share of the time.
+    _WAIT, _WAIT_FOR_PLAIN, _WAIT_FOR_PROMPT, _SHARE = 8, 64, 512, 0.01
+    # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
+    _LONGEST_BY_LAYERS = 8
+    # A trial whose acceptance exceeds the estimate by this is repeated soon.
+    _HOPE = 0.3
+
+    def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
+        self._arms, self._longest, self._stats = arms, longest, stats
+        self._layered = [name for name, arm in arms.items() if not arm.is_free]
+        self._judged = [name for name, arm in arms.items() if arm.is_judged]
+        self._tried = (PLAIN, *self._layered)
+        for i, name in enumerate(self._tried, 1):
+            stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
+        self._plan, self._plain = Plan(), Plan()
+        # Valid until something is learnt of drafts.
+        self._layer_plans: dict[tuple[PassTimes, int, int, int], Plan] = {}
+
+    @_alone
+    def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
+        stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
+        best = self._plain = Plan(tokens=float(num_rows), seconds=stats.times.plain_step(num_rows))
+        if longest:
+            num_drafting = sum(limit > 0 for limit in limits)
+            layers = self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_BY_LAYERS))
+            plans = [layers]
+            lookups, chances = self._looked_up(matched, limits)
+            if any(chances):
+                plans.append(self._with_lookups(PLAIN, lookups, chances, longest))
+                if layers.length:
+                    plans.append(self._with_lookups(layers.source, lookups, chances, layers.length))
+            promising = max(plans, key=lambda plan: plan.rate)
+            if promising.rate > self._MARGIN * self._plain.rate:
+                best = promising
+        stats.num_rounds += 1
+        stats.credit += self._SHARE * best.seconds / self._plain.seconds
+        self._plan = self._trial(best, num_rows, longest) or best
+        return self._plan
+
+    @_alone
+    def should_continue(self, confidences: Confidences) -> list[bool]:
+        """[B] whether to draft another token: the rows of a batch end together.
+
+        Args:
+            confidences: [B] probabilities of the tokens drafted so far.
         """
-        width = tokens.shape[1]
-        # A pass over few tokens behind a kept prefix would be traced, range by range.
-        exits = self._policy.to_be_judged() if width > NARROW or not cache.length(0) else []
-        if not exits:
-            return super().read_prompt(runner, cache, sequence, tokens)
-        num_positions, states, first = min(width, _JUDGING), [], 0
-        hidden = runner.embed(tokens)
-        for last in (*(self._sources[name].exit_layer for name in exits), len(runner.layers)):
-            hidden, first = runner.run_layers(cache, hidden, first, last), last
-            states.append(hidden[:, -num_positions:].clone())  # layers overwrite their input
-        drafter = self._sources[exits[0]].drafter
-        if isinstance(drafter.head, ShortHead):
-            drafter.head.seen.read_text(sequence.prompt, num_positions, may_grow=False)
-        states = [state.to(hidden.device) for state in states]
-        best = [drafter.logits(state, num_positions).argmax(-1) for state in states]  # [1, n] each
-        num_right = [(own == best[-1]).sum() for own in best[:-1]]
-        self._judgements.append((exits, num_positions, Reading(num_right)))
-        return runner.logits(hidden, 1)
+        plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
+        if plan.is_trial:
+            return [width < plan.length] * num_rows
+        by_confidence = self._stats.by_confidence[plan.source]
+        accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
+        seconds = self._seconds(num_rows, self._draft_step(plan.source, num_rows))
+        more = seconds(width + 1) - seconds(width)
+        gain = accepted * self._acceptance(plan.source, 0).value
+        return [gain > more * max(plan.rate, self._plain.rate)] * num_rows
 
-    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
-        self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
-        self._check_guesses()
-        for exits, num_positions, reading in self._judgements:
-            self._policy.judge(dict(zip(exits, reading.wait(), strict=True)), num_positions)
-        self._judgements = []
-        matched: dict[str, list[int | None]] = {}
-        for name, source in self._ngrams.items():
-            guesses = [source.copied(sequence, 1) for sequence in batch.sequences]
-            matched[name] = [guess.matched if guess.ids else None for guess in guesses]
-            pairs = zip(guesses, batch.sequences, strict=True)
-            self._guesses += [(guess, sequence, sequence.length) for guess, sequence in pairs if guess.ids]
-        plan = self._policy.plan(matched, limits)
-        copied, draft = [Copied()] * len(batch), None
-        for row, name in enumerate(plan.lookups):
-            if name != PLAIN:
-                limit = min(limits[row], plan.looked_up)
-                copied[row] = self._ngrams[name].copied(batch.sequences[row], limit)
-        if plan.source != PLAIN:
-            looked_up = plan.lookups or [PLAIN] * len(batch)
-            rows = zip(looked_up, limits, strict=True)
-            rest = [min(limit, plan.length) if name == PLAIN else 0 for name, limit in rows]
-            if any(rest):
-                draft = self._sources[plan.source].draft(batch, cache, rest)
-        draft = with_copied(batch, copied, draft, self._model.config.vocab_size)
-        self._stopwatch.split()
-        return draft
+    @_alone
+    def to_be_judged(self) -> list[str]:
+        """The exits that the next prompt shall judge: all, ever more rarely."""
+        judging, now = self._stats.judging, self._stats.num_rounds
+        if judging.due > now:
+            return []
+        judging.postpone(now, self._WAIT_FOR_PROMPT)
+        return self._judged
 
-    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
-        yield from super().passes(runner, longest)
-        for source in self._sources.values():
-            yield from source.passes(runner, longest)
+    @_alone
+    def judge(self, num_right: Mapping[str, float], num_positions: int) -> None:
+        """Learn from a prompt: at so many of its positions these exits would have drafted a right token."""
+        for name, number in num_right.items():
+            self._acceptance(name, 0).add(number / num_positions, weight=num_positions)
+        self._layer_plans.clear()
 
-    def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
-        seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
-        self._policy.learn(
-            draft.sources,
-            draft.matched or [0] * len(batch),
-            draft.confidences,
-            draft.lengths,
-            num_accepted,
-            # A round that traces or captures a pass takes ten times as long.
-            seconds if num_prepared(self._model) == self._num_prepared else None,
-        )
+    @_alone
+    def see(self, source: str, matched: int, is_right: bool) -> None:
+        """Learn whether the first token of a guess is right, drafted or not."""
+        self._acceptance(source, matched).add(float(is_right))
 
-    def _check_guesses(self) -> None:
-        """Compare the guesses of the last round with the committed tokens."""
-        for guess, sequence, position in self._guesses:
-            if sequence.length > position:
-                self._policy.see(guess.source, guess.matched, sequence.ids_from(position)[0] == guess.ids[0])
-        self._guesses = []
+    @_alone
+    def learn(self, outcome: RoundOutcome) -> None:
+        """Learn from the outcome of a round."""
+        stats, plan = self._stats, self._plan
+        sources, matched, confidences, drafted, accepted, seconds = outcome
+        if plan.is_trial and plan.source != PLAIN:
+            hoped = self._acceptance(plan.source, 0).value + self._HOPE
+            if sum(accepted) > hoped * sum(drafted):
+                stats.trials[plan.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
+        if any(drafted) or stats.num_rounds % self._WAIT == 0:
+            self._layer_plans.clear()
+        for row, source in enumerate(sources if any(drafted) else ()):
+            # `see` has learnt the first token of an n-gram.
+            for i in range(0 if source in self._layered else 1, min(accepted[row] + 1, drafted[row])):
+                is_right = float(i < accepted[row])
+                self._acceptance(source, matched[row]).add(is_right)
+                if confidences and confidences[row]:
+                    stats.by_confidence[source][confidences[row][i]].add(is_right)
+        if seconds is None:
+            return
+        times, num_rows, (draft_seconds, verify_seconds) = stats.times, len(sources), seconds
+        if plan.is_trial:  # the price was an estimate
+            beyond = times.bounded(sum(seconds), plan.seconds) - plan.seconds
+            stats.credit -= beyond / self._plain.seconds
+        own = max((n for n, source in zip(drafted, sources, strict=True) if source == plan.source), default=0)
+        if own:
+            draft_step = self._arms[plan.source].draft_step
+            times.add_draft(plan.source, num_rows, draft_seconds / own, draft_step)
+        times.add_verification(num_rows, max(drafted), verify_seconds)
+
+    def _looked_up(
+        self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]
+    ) -> tuple[list[str], list[float]]:
+        """[B] the best n-gram source of each row, and the acceptance of its tokens."""
+        lookups, chances = [PLAIN] * len(limits), [0.0] * len(limits)
+        for name, numbers in matched.items():
+            for row, number in enumerate(numbers):
+                if number is not None and limits[row]:
+                    chance = self._acceptance(name, number).value
+                    if chance > chances[row]:
+                        lookups[row], chances[row] = name, chance
+        return lookups, chances
+
+    def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
+        """Drafts of the best arm of layers, or a plain step."""
+        key = (self._stats.times, num_rows, num_drafting, longest)
+        if key not in self._layer_plans:
+            plans = [self._plain]
+            for name in self._layered:
+                row_tokens = _expected_tokens([self._acceptance(name, 0).value], longest)
+                tokens = [num_rows + num_drafting * (expected - 1.0) for expected in row_tokens]
+                seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
+                plans.append(_best_length(name, tokens, seconds))
+            self._layer_plans[key] = max(plans, key=lambda plan: plan.rate)
+        return self._layer_plans[key]
+
+    def _with_lookups(
+        self, source: str, lookups: Sequence[str], chances: Sequence[float], longest: int
+    ) -> Plan:
+        """N-grams, and drafts of the source for rows where more of them is expected to be accepted."""
+        own = 0.0 if source == PLAIN else self._acceptance(source, 0).value
+        tokens = _expected_tokens([max(chance, own) for chance in chances], longest)
+        seconds = self._seconds(len(lookups), self._draft_step(source, len(lookups)))
+        plan = _best_length(source, tokens, seconds)
+        pairs = zip(lookups, chances, strict=True)
+        return plan._replace(lookups=[name if chance > own else PLAIN for name, chance in pairs])
+
+    def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
+        """A trial of the arm that has been due longest; None: none is due or affordable."""
+        stats = self._stats
+        if best.source != PLAIN or not best.length:  # in use
+            stats.trials[best.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
+        dates = [(stats.trials[name].due, name) for name in self._tried]
+        due = sorted(date for date in dates if date[0] <= stats.num_rounds)
+        # A single row drafts two tokens per trial, a batch one.
+        length = min(2 if num_rows == 1 else 1, longest)
+        for _, name in due:
+            trial = self._plain if name == PLAIN else self._hoped(name, num_rows, length)
+            if trial is None:
+                stats.trials[name].due += self._WAIT
+                continue
+            # Priced as if nothing were accepted: the estimate must not pay for the trial.
+            price = max(0.0, trial.seconds - num_rows / best.rate) / self._plain.seconds
+            if price > stats.credit:
+                return None  # cheaper arms must not use up the credit
+            stats.credit -= price
+            most = self._WAIT_FOR_PLAIN if name == PLAIN else math.inf
+            stats.trials[name].postpone(stats.num_rounds, most)
+            return trial._replace(is_trial=True)
+        return None
+
+    def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
+        """A trial of an arm; None: it could not pay even if all its tokens were accepted. A judged arm, whose
+        acceptance is known, is tried if it would pay at its estimated price.
+        """
+        times, arm, known = self._stats.times, self._arms[name], self._acceptance(name, 0).value
+        seconds = hoped_seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
+        if arm.is_judged:
+            estimate = times.estimated_draft_step(num_rows, arm.draft_step)
+            hoped_seconds = self._seconds(num_rows, estimate)
+        chances = [known if arm.is_judged else 1.0] * num_rows
+        hoped = _best_length(name, _expected_tokens(chances, self._longest), hoped_seconds)
+        if not length or hoped.rate <= self._MARGIN * self._plain.rate:
+            return None
+        tokens = _expected_tokens([known] * num_rows, length)
+        return Plan(name, length, (), 0, tokens[-1], seconds(length))
+
+    def _seconds(self, num_rows: int, draft_step: float) -> Callable[[int], float]:
+        """Draft length -> time of a round."""
+        verification = self._stats.times.verification(num_rows)
+        return lambda k: draft_step * k + verification(k)
+
+    def _draft_step(self, name: str, num_rows: int) -> float:
+        if name == PLAIN:
+            return 0.0
+        return self._stats.times.draft_step(name, num_rows, self._arms[name].draft_step)
+
+    def _acceptance(self, name: str, matched: int) -> DecayedMean:
+        """Acceptance of a token after accepted ones."""
+        means = self._stats.acceptance
+        if (name, matched) not in means:
+            arm = self._arms[name]
+            means[name, matched] = DecayedMean(arm.priors[matched], arm.weight, decay=0.97)
+        return means[name, matched]
+
+
+def _best_length(source: str, tokens: Sequence[float], seconds: Callable[[int], float]) -> Plan:
+    """The best round with a source, given its expected tokens and its time by draft length."""
+    best = max(range(len(tokens)), key=lambda k: tokens[k] / seconds(k))
+    return Plan(source, len(tokens) - 1, (), best, tokens[best], seconds(best))
+
+
+def _expected_tokens(chances: Sequence[float], longest: int) -> list[float]:
+    """Acceptance per token of each row -> [longest + 1] expected tokens of a round, by draft length."""
+    tokens, accepted = [float(len(chances))], [1.0] * len(chances)  # P(the tokens so far are accepted)
+    for _ in range(longest):
+        accepted = [so_far * chance for so_far, chance in zip(accepted, chances, strict=True)]
+        tokens.append(tokens[-1] + sum(accepted))
+    return tokens

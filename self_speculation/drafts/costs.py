@@ -32,12 +32,12 @@ def draft_ratio(
     layers = model.base_model.layers
     head = model.get_output_embeddings().weight.nbytes / bytes_of_layer(model)
     rows = len(model.get_output_embeddings().weight)
-    head_of_draft = head * min(draft_vocabulary or rows, rows) / rows
-    of_layers, of_head = bytes_per_weight(model, draft_weights)
+    draft_head = head * min(draft_vocabulary or rows, rows) / rows
+    layer_bytes, head_bytes = bytes_per_weight(model, draft_weights)
     if draft_weights == "int4":
-        of_layers *= _COSTS[_kernel_of_copies(model.device)][0]
-        of_head = of_layers if head_of_draft < head else of_head  # a short head is a copy, too
-    read = (of_layers * exit_layer + of_head * head_of_draft) / model.dtype.itemsize
+        layer_bytes *= _COSTS[_copy_kernel(model.device)][0]
+        head_bytes = layer_bytes if draft_head < head else head_bytes  # a short head is a copy, too
+    read = (layer_bytes * exit_layer + head_bytes * draft_head) / model.dtype.itemsize
     return read / (len(layers) + head)
 
 
@@ -59,7 +59,7 @@ def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callab
     """Estimates the cost of a pass over n tokens, relative to one token, through a model or its copy."""
     device = runner.rotary.device
     if draft_weights == "int4":
-        kind = _kernel_of_copies(device)
+        kind = _copy_kernel(device)
     elif device.type != "cpu":
         kind = "gpu"
     else:
@@ -70,7 +70,7 @@ def growth(runner: ModelRunner, draft_weights: DraftWeights = "exact") -> Callab
     )
 
 
-def _kernel_of_copies(device: torch.device) -> str:
+def _copy_kernel(device: torch.device) -> str:
     return "gpu" if device.type != "cpu" else int4_kernel().variant or "torch"
 
 
@@ -78,7 +78,7 @@ class PassTimes:
     """Seconds of passes, learnt from rounds: one curve over the tokens of a verification, and one number for
     each source's drafted token.
 
-    Both begin as estimates, in plain steps of one row until the first round. Old observations decay.
+    Both begin as estimates, for which a plain step of one row takes a second. Old observations decay.
 
     Args:
         growth: estimated cost of a pass over n tokens, relative to one.
@@ -91,9 +91,9 @@ class PassTimes:
 
     def __init__(self, growth: Callable[[int], float]) -> None:
         self._growth = growth
-        self._units: dict[int, DecayedMean] = {}  # seconds of a plain step, by rows
-        self._excess: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
-        self._drafts: dict[tuple[str, int], DecayedMean] = {}
+        self._plain_steps: dict[int, DecayedMean] = {}  # by rows
+        self._slopes: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
+        self._draft_steps: dict[tuple[str, int], DecayedMean] = {}
 
     def verification(self, num_rows: int) -> Callable[[int], float]:
         """Number of drafted tokens in each row -> time of their verification."""
@@ -101,54 +101,60 @@ class PassTimes:
         return lambda num_drafted: plain * (1.0 + slope * self._estimated_excess(num_rows, num_drafted))
 
     def plain_step(self, num_rows: int) -> float:
-        if not self._units:
+        if not self._plain_steps:
             return self._growth(num_rows)
-        known = min(self._units, key=lambda rows: abs(rows - num_rows))
-        return self._units[known].value * self._growth(num_rows) / self._growth(known)
+        known = min(self._plain_steps, key=lambda rows: abs(rows - num_rows))
+        return self._plain_steps[known].value * self._growth(num_rows) / self._growth(known)
 
-    def draft_step(self, source: str, num_rows: int, ratio: float, growth: Callable[[int], float]) -> float:
+    def draft_step(self, source: str, num_rows: int, estimate: Callable[[int], float]) -> float:
         """A drafted token of each row.
 
         Args:
-            ratio: estimated cost for one row, in plain steps.
-            growth: of the source's passes.
+            estimate: see `Arm.draft_step`.
         """
-        estimate = self.estimated_draft_step(num_rows, ratio, growth)
-        known = self._drafts.get((source, num_rows))
+        expected = self.estimated_draft_step(num_rows, estimate)
+        known = self._draft_steps.get((source, num_rows))
         if known is None:
-            return estimate
+            return expected
         # A slow first draft must not rule out a second one.
-        return known.value if known.count > 1.0 else min(known.value, estimate)
+        return known.value if known.count > 1.0 else min(known.value, expected)
 
-    def estimated_draft_step(self, num_rows: int, ratio: float, growth: Callable[[int], float]) -> float:
+    def estimated_draft_step(self, num_rows: int, estimate: Callable[[int], float]) -> float:
         """See `draft_step`."""
-        return self.plain_step(num_rows) / self._growth(num_rows) * ratio * growth(num_rows)
+        return self.plain_step(num_rows) / self._growth(num_rows) * estimate(num_rows)
 
-    def add_draft(self, source: str, num_rows: int, seconds: float, expected: float) -> None:
-        """Learn the time of a drafted token; `expected`: that of `draft_step`."""
-        known = self._drafts.setdefault((source, num_rows), DecayedMean(0.0, weight=0.0))
-        known.add(min(seconds, self._TOO_LONG * expected) if self._units else seconds)
+    def bounded(self, seconds: float, expected: float) -> float:
+        """A stall of the machine counts as a few times the expected time. Nothing is expected of a first
+        round.
+        """
+        return min(seconds, self._TOO_LONG * expected) if self._plain_steps else seconds
+
+    def add_draft(self, source: str, num_rows: int, seconds: float, estimate: Callable[[int], float]) -> None:
+        """Learn the time of a drafted token, see `draft_step`."""
+        expected = self.draft_step(source, num_rows, estimate)
+        known = self._draft_steps.setdefault((source, num_rows), DecayedMean(0.0, weight=0.0))
+        known.add(self.bounded(seconds, expected))
 
     def add_verification(self, num_rows: int, num_drafted: int, seconds: float) -> None:
         """Learn the time of a verification of so many tokens in each row."""
-        steps = self._estimated_excess(num_rows, num_drafted)
-        expected = 1.0 + self._slope(num_rows).value * steps  # in plain steps
-        # A first round has no bound and may be slow: it tells of plain steps only.
-        if not self._units or (num_rows not in self._units and num_drafted):
-            self._units[num_rows] = DecayedMean(0.0, weight=0.0)
-            self._units[num_rows].add(seconds / expected, weight=0.1)
+        excess = self._estimated_excess(num_rows, num_drafted)
+        expected = 1.0 + self._slope(num_rows).value * excess  # in plain steps
+        # The first round may include warm-up; use it for plain steps only.
+        if not self._plain_steps or (num_rows not in self._plain_steps and num_drafted):
+            self._plain_steps[num_rows] = DecayedMean(0.0, weight=0.0)
+            self._plain_steps[num_rows].add(seconds / expected, weight=0.1)
             return
-        seconds = min(seconds, self._TOO_LONG * self.plain_step(num_rows) * expected)
+        seconds = self.bounded(seconds, self.plain_step(num_rows) * expected)
         if not num_drafted:
-            self._units.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
-        elif steps > 0.0:
+            self._plain_steps.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
+        elif excess > 0.0:
             more = seconds / self.plain_step(num_rows) - 1.0
             self._slope(num_rows).add(
-                max(0.0, more / steps), weight=min(1.0, (steps / self._PRIOR_EXCESS) ** 2)
+                max(0.0, more / excess), weight=min(1.0, (excess / self._PRIOR_EXCESS) ** 2)
             )
 
     def _slope(self, num_rows: int) -> DecayedMean:
-        return self._excess.setdefault(num_rows, DecayedMean(1.0, weight=1.0))
+        return self._slopes.setdefault(num_rows, DecayedMean(1.0, weight=1.0))
 
     def _estimated_excess(self, num_rows: int, num_drafted: int) -> float:
         """Cost of a verification beyond a plain step, in plain steps."""

@@ -1,4 +1,4 @@
-"""The interface of draft sources: `draft` proposes tokens, `learn` gets the outcome.
+"""The interface of draft sources.
 
 The output is exact for any draft that states the distribution its tokens were sampled from.
 """
@@ -7,23 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import abc
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
+from self_speculation.drafts.policy import Arm, Confidences, ShouldContinue
 from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, forward
-
-T = TypeVar("T")
-
-Confidences = abc.Sequence[abc.Sequence[float]]  # [B][k] probabilities of drafted tokens
-ShouldContinue = Callable[[Confidences], abc.Sequence[bool]]  # [B] whether to draft another token
+from self_speculation.model.model_runner import ModelRunner
+from self_speculation.transfers import on_device
 
 
 @dataclass(frozen=True)
@@ -38,54 +34,67 @@ class Draft:
     # k or k+1 states [B, 1, H]: inputs of the drafted tokens, then optionally the last one
     exit_hidden: list[Tensor] = field(default_factory=list)
     confidences: Confidences = ()  # empty unless drafts end by them
-    matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched
+    matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams
 
 
 class DraftSource(ABC):
-    """Makes the drafts of one batch."""
+    """Drafts tokens for rows of a batch."""
+
+    name: str
+    arm: Arm
 
     @abstractmethod
-    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
+    def draft(
+        self,
+        batch: Batch,
+        cache: KVCache,
+        limits: abc.Sequence[int],
+        should_continue: ShouldContinue | None,
+    ) -> Draft:
         """Draft tokens for each row.
 
         Layers that draft may append to the cache. If `Draft.exit_layer` is 0, that is rolled back.
 
         Args:
             limits: [B] the most tokens of each row.
+            should_continue: is asked after each token that layers draft; None: drafts have the most tokens.
         """
 
-    def read_prompt(
-        self,
-        runner: ModelRunner,
-        cache: KVCache,
-        sequence: Sequence,  # noqa: ARG002
-        tokens: Tensor,
-    ) -> Tensor:
-        """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them."""
-        return forward(runner, cache, tokens).logits
+    def lookup(self, sequence: Sequence, limit: int) -> tuple[int, list[int]]:  # noqa: ARG002
+        """Of a free source: the number of tokens that match, and at most `limit` tokens to draft."""
+        return 0, []
 
-    def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:  # noqa: B027
-        """Learn from the outcome of the last draft; num_accepted: [B]."""
-
-    def passes(self, runner: ModelRunner, longest: int) -> Iterator[PassRange]:
+    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
         yield PassRange(runner, 0, len(runner.layers), longest + 1)
-
-
-class PerSequence(Generic[T]):
-    """A value for each sequence, made on first access and dropped with the sequence."""
-
-    def __init__(self, make: Callable[[Sequence], T]) -> None:
-        self._make = make
-        self._made: WeakKeyDictionary[Sequence, T] = WeakKeyDictionary()
-
-    def __getitem__(self, sequence: Sequence) -> T:
-        value = self._made.get(sequence)
-        if value is None:
-            value = self._made[sequence] = self._make(sequence)
-        return value
 
 
 def no_draft(batch: Batch) -> Draft:
     """A draft of no tokens."""
     return Draft(["none"] * len(batch), *batch.stack([]), [0] * len(batch))
+
+
+def join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:
+    """One draft of drafts for different rows. All layers verify it, since none has processed all rows."""
+    drafts = [draft for draft in drafts if any(draft.lengths)] or [*drafts, no_draft(batch)][:1]
+    if len(drafts) == 1:
+        return drafts[0]
+    width = max(draft.tokens.shape[1] for draft in drafts)
+    tokens, q = batch.last.expand(-1, width), None
+    for draft in drafts:
+        is_own = on_device(draft.lengths, tokens.device).bool()[:, None]  # [B, 1]
+        padding = width - draft.tokens.shape[1]
+        tokens = torch.where(is_own, torch.cat((draft.tokens, tokens[:, width - padding :]), 1), tokens)
+        if draft.probabilities is not None:
+            own = pad(draft.probabilities, (0, 0, 0, padding))
+            q = own if q is None else torch.where(is_own[..., None], own, q)
+    owners = [next((draft for draft in drafts if draft.lengths[row]), drafts[0]) for row in range(len(batch))]
+    rows = [*enumerate(owners)]
+    return Draft(
+        [draft.sources[row] for row, draft in rows],
+        tokens,
+        q,
+        [draft.lengths[row] for row, draft in rows],
+        confidences=[draft.confidences[row] if draft.confidences else () for row, draft in rows],
+        matched=[draft.matched[row] if draft.matched else 0 for row, draft in rows],
+    )

@@ -9,7 +9,8 @@ from torch import Tensor
 from self_speculation.config import DraftWeights
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
-from self_speculation.drafts.draft import Draft, DraftSource, ShouldContinue
+from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.drafts.policy import Arm, ShouldContinue
 from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, forward_early
@@ -28,22 +29,18 @@ class LayerDrafts(DraftSource):
         exit_layer: number of layers that draft.
         draft_weights: exact: the model's own layers draft, and verification starts from their cache and exit
             states. Those of a copy are less exact, and dropped.
-        should_continue: ends drafts; None: drafts are as long as their limits.
+        arm: what a policy knows of these drafts.
     """
 
-    def __init__(
-        self,
-        drafter: ModelRunner,
-        exit_layer: int,
-        draft_weights: DraftWeights = "exact",
-        should_continue: ShouldContinue | None = None,
-    ) -> None:
-        self.drafter, self.exit_layer, self.should_continue = drafter, exit_layer, should_continue
+    def __init__(self, drafter: ModelRunner, exit_layer: int, draft_weights: DraftWeights, arm: Arm) -> None:
+        self.drafter, self.exit_layer, self.arm = drafter, exit_layer, arm
         self._keeps_cache = draft_weights == "exact"
         self.name = f"exit {exit_layer}" if self._keeps_cache else f"exit {exit_layer}, {draft_weights}"
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
-    def draft(self, batch: Batch, cache: KVCache, limits: Sequence[int]) -> Draft:
+    def draft(
+        self, batch: Batch, cache: KVCache, limits: Sequence[int], should_continue: ShouldContinue | None
+    ) -> Draft:
         if isinstance(self.drafter.head, ShortHead):
             self.drafter.head.seen.read(batch.sequences)
         sampled_tokens: list[SampledTokens] = []
@@ -61,19 +58,17 @@ class LayerDrafts(DraftSource):
             logits = run(ids) if logits is None else logits
             sampled, logits = batch.sample_draft(logits, position, is_drafting)
             sampled_tokens.append(sampled)
-            confidence = None
-            if self.should_continue is not None:
-                confidence = batch.sampler.confidence(sampled, logits)
+            confidence = None if should_continue is None else batch.sampler.confidence(sampled, logits)
             reading = batch.record_draft(sampled.tokens, position, is_drafting, confidence)
             ids, logits = sampled.tokens[:, None], None
-            if self.should_continue is None or reading is None:
+            if should_continue is None or reading is None:
                 continue
             if self._runs_ahead and position + 1 < max(limits):
                 logits = run(ids)
             for row, latest in enumerate(reading.wait()[len(limits) :]):  # behind the tokens
                 confidences[row] += [latest] * is_drafting[row]
             # The token that ends a draft stays in it: dropping tokens by their value would bias the output.
-            pairs = zip(limits, self.should_continue(confidences), strict=True)
+            pairs = zip(limits, should_continue(confidences), strict=True)
             limits = [limit if more else min(limit, position + 1) for limit, more in pairs]
         tokens, probabilities = batch.stack(sampled_tokens)
         return Draft(

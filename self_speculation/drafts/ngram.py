@@ -4,22 +4,22 @@ tokens that followed them there are the draft.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import abc
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import Draft, DraftSource, PerSequence, no_draft
-from self_speculation.model.captured_runner import PassRange
+from self_speculation.drafts.draft import Draft, DraftSource
+from self_speculation.drafts.policy import Arm, ShouldContinue
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner
 from self_speculation.transfers import on_device
+
+T = TypeVar("T")
 
 
 class NgramIndex:
@@ -69,33 +69,61 @@ class NgramIndex:
         return 0, []
 
 
-class Copied(NamedTuple):
-    """Tokens of one row that are copied from somewhere."""
+class PerSequence(Generic[T]):
+    """A value for each sequence, made on first access and dropped with the sequence."""
 
-    source: str = "none"
-    matched: int = 0  # tokens before them that occurred before these tokens, too
-    ids: abc.Sequence[int] = ()
+    def __init__(self, make: abc.Callable[[Sequence], T]) -> None:
+        self._make = make
+        self._made: WeakKeyDictionary[Sequence, T] = WeakKeyDictionary()
+
+    def __getitem__(self, sequence: Sequence) -> T:
+        value = self._made.get(sequence)
+        if value is None:
+            value = self._made[sequence] = self._make(sequence)
+        return value
 
 
-class TokenDrafts(ABC):
-    """Finds tokens to copy. They cost nothing: no layer runs."""
+class LookupDrafts(DraftSource):
+    """Copies tokens from somewhere. They cost nothing: no layer runs.
 
-    name: str
-    priors: abc.Sequence[float]  # [i] prior acceptance of a token after i matched ones
-    least_match = 1  # tokens that must match to draft instead of another source
+    Args:
+        vocab_size: width of the logits.
+    """
 
-    def copied(self, sequence: Sequence, limit: int) -> Copied:
-        """At most `limit` tokens, without what a grammar forbids: verification would reject it."""
-        matched, ids = self._find(sequence, limit) if limit else (0, [])
-        ids = sequence.allowed(ids)
-        return Copied(self.name, matched, ids) if ids else Copied()
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
 
     @abstractmethod
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
         """How many tokens match, and at most k tokens that follow; 0 and none if nothing matches."""
 
+    def lookup(self, sequence: Sequence, limit: int) -> tuple[int, list[int]]:
+        """Without what a grammar forbids: verification would reject it."""
+        matched, ids = self._find(sequence, limit) if limit else (0, [])
+        return matched, sequence.allowed(ids)
 
-class NgramDrafts(TokenDrafts):
+    def draft(
+        self,
+        batch: Batch,
+        cache: KVCache,  # noqa: ARG002
+        limits: abc.Sequence[int],
+        should_continue: ShouldContinue | None,  # noqa: ARG002
+    ) -> Draft:
+        """Reads from the device only to show drafts."""
+        found = [self.lookup(*row) for row in zip(batch.sequences, limits, strict=True)]
+        lengths = [len(ids) for _, ids in found]
+        # Padded with each row's last token, as in `Batch.sample_draft`.
+        last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
+        padded = [[*ids, *end * (max(lengths) - len(ids))] for (_, ids), end in zip(found, last, strict=True)]
+        tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), -1)
+        for i in range(max(lengths)):
+            batch.record_draft(tokens[:, i], i, [i < length for length in lengths])
+        q = None if batch.sampler.greedy else one_hot(tokens, self._vocab_size)
+        matched = [matched if ids else 0 for matched, ids in found]
+        return Draft([self.name] * len(batch), tokens, q, lengths, matched=matched)
+
+
+class NgramDrafts(LookupDrafts):
     """What followed the longest n-gram at the end where it occurred before.
 
     Args:
@@ -104,10 +132,12 @@ class NgramDrafts(TokenDrafts):
 
     name = "n-grams"
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, vocab_size: int) -> None:
+        super().__init__(vocab_size)
         self._longest, self._indices = longest, PerSequence(self._index)
-        self.priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
-        self.least_match = min(2, longest)  # what followed a single token is mostly chance
+        priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
+        # What followed a single token is mostly chance.
+        self.arm = Arm(priors=priors, least_match=min(2, longest))
 
     def _index(self, sequence: Sequence) -> NgramIndex:
         index = NgramIndex(range(self._longest, 0, -1))
@@ -118,76 +148,6 @@ class NgramDrafts(TokenDrafts):
         index = self._indices[sequence]
         index.extend(sequence.tokens[len(index) - len(sequence.prompt) :])
         return index.lookup(k)
-
-
-class CopiedFirst(DraftSource):
-    """Copies tokens where enough of them match; another source drafts for the other rows.
-
-    Args:
-        sources: the first one that matches is taken.
-    """
-
-    def __init__(self, sources: abc.Sequence[TokenDrafts], otherwise: DraftSource, vocab_size: int) -> None:
-        self._sources, self._otherwise, self._vocab_size = sources, otherwise, vocab_size
-
-    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
-        copied = [self._copied(*row) for row in zip(batch.sequences, limits, strict=True)]
-        rest = [0 if row.ids else limit for row, limit in zip(copied, limits, strict=True)]
-        draft = self._otherwise.draft(batch, cache, rest) if any(rest) else None
-        return with_copied(batch, copied, draft, self._vocab_size)
-
-    def _copied(self, sequence: Sequence, limit: int) -> Copied:
-        found = ((source, source.copied(sequence, limit)) for source in self._sources)
-        return next((copied for source, copied in found if copied.matched >= source.least_match), Copied())
-
-    def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
-        yield from super().passes(runner, longest)
-        yield from self._otherwise.passes(runner, longest)
-
-    def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
-        self._otherwise.learn(batch, draft, num_accepted)
-
-
-def with_copied(batch: Batch, copied: abc.Sequence[Copied], draft: Draft | None, vocab_size: int) -> Draft:
-    """The copied tokens of the rows that have some, and the drafted ones of the others.
-
-    All layers verify the result, since none has processed all rows. The device is read only to show drafts.
-
-    Args:
-        copied: [B]
-        draft: of the other rows; None: of no row.
-        vocab_size: width of the logits.
-    """
-    draft = draft or no_draft(batch)
-    numbers = [len(row.ids) for row in copied]
-    if not any(numbers):
-        return draft
-    k = draft.tokens.shape[1]
-    width = max(k, *numbers)
-    # Padded with each row's last token, as in `Batch.sample_draft`.
-    last = [sequence.ids_from(sequence.length - 1) for sequence in batch.sequences]
-    padded = [[*row.ids, *end * (width - len(row.ids))] for row, end in zip(copied, last, strict=True)]
-    tokens = on_device([id_ for ids in padded for id_ in ids], batch.last.device).view(len(batch), width)
-    for i in range(max(numbers)):
-        batch.record_draft(tokens[:, i], i, [i < number for number in numbers])
-    q = None if batch.sampler.greedy else one_hot(tokens, vocab_size)
-    if k:
-        is_copied = on_device(numbers, tokens.device).bool()[:, None]  # [B, 1]
-        tokens = torch.where(is_copied, tokens, torch.cat((draft.tokens, tokens[:, k:]), 1))
-        if q is not None and draft.probabilities is not None:
-            q = torch.where(is_copied[..., None], q, pad(draft.probabilities, (0, 0, 0, width - k)))
-    return replace(
-        draft,
-        sources=[
-            row.source if row.ids else source for row, source in zip(copied, draft.sources, strict=True)
-        ],
-        tokens=tokens,
-        probabilities=q,
-        lengths=[number or length for number, length in zip(numbers, draft.lengths, strict=True)],
-        exit_layer=0,
-        exit_hidden=[],
-        matched=[row.matched for row in copied],
-    )
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -1,43 +1,47 @@
-"""A bandit over draft sources: plans each round by acceptance so far and the time of passes.
+"""Plans each round: which source drafts for which row, and the most tokens.
 
 Knows nothing of models, tokens or tensors.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import wraps
-from threading import RLock
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from self_speculation.drafts.costs import PassTimes
-from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
-
-T = TypeVar("T")
+Confidences = Sequence[Sequence[float]]  # [B][k] probabilities of drafted tokens
+ShouldContinue = Callable[[Confidences], Sequence[bool]]  # [B] whether to draft another token
 
 PLAIN = ""  # no source
 
 
+def _free(num_rows: int) -> float:  # noqa: ARG001
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Arm:
-    """A draft source as the policy sees it.
+    """A draft source as a policy sees it.
 
     Args:
-        draft_ratio: estimated cost of a drafted token of one row, in plain steps; 0: free.
-        growth: estimated cost of a draft step of n rows, relative to one row.
-        priors: [i] prior acceptance of a token after i matched ones; only [0] for sources without n-grams.
+        draft_step: number of rows -> estimated cost of a drafted token of each, in plain steps of one row;
+            by default free, since no layer runs.
+        priors: [i] prior acceptance of a token after i matched ones; only [0] for layers.
         weight: of the priors, in observations.
         is_judged: prompts tell its acceptance, see `AdaptivePolicy.judge`.
+        least_match: tokens that must match before a fixed policy drafts with it.
     """
 
-    draft_ratio: float = 0.0
-    growth: Callable[[int], float] = lambda num_rows: 1.0
-    priors: Sequence[float] = (0.4,)
+    draft_step: Callable[[int], float] = _free
+    priors: Sequence[float] = (0.0,)
     weight: float = 2.0
     is_judged: bool = False
+    least_match: int = 1
+
+    @property
+    def is_free(self) -> bool:
+        return self.draft_step is _free
 
 
 class Plan(NamedTuple):
@@ -55,100 +59,24 @@ class Plan(NamedTuple):
     def rate(self) -> float:
         return self.tokens / self.seconds
 
-    @property
-    def drafts(self) -> bool:
-        return self.length > 0
+
+class RoundOutcome(NamedTuple):
+    """What became of a round."""
+
+    sources: Sequence[str]  # [B] that drafted
+    matched: Sequence[int]  # [B] tokens that an n-gram matched
+    confidences: Confidences  # empty if unknown
+    drafted: Sequence[int]  # [B] tokens
+    accepted: Sequence[int]  # [B] tokens
+    seconds: tuple[float, float] | None  # of drafting and of verifying; None: not typical
 
 
-@dataclass
-class _Trials:
-    """When to try an arm again, or to judge exits, in rounds; the wait doubles each time."""
+class Policy(ABC):
+    """Plans rounds."""
 
-    wait: float
-    due: float
+    should_continue: ShouldContinue | None = None  # None: drafts are as long as planned
 
-    def postpone(self, now: int, most: float = math.inf) -> None:
-        self.wait = min(2 * self.wait, most)
-        self.due = now + self.wait
-
-
-@dataclass
-class ArmStats:
-    """Statistics of a model's sources, across requests and threads. Bounded by the number of sources.
-
-    Args:
-        growth: estimated cost of a pass over n tokens, relative to one.
-        num_threads: that the next pass will use. Times are valid for one number of threads.
-    """
-
-    growth: Callable[[int], float]
-    num_threads: Callable[[], int] = lambda: 1
-    num_rounds: int = 0
-    acceptance: dict[tuple[str, int], DecayedMean] = field(
-        default_factory=dict
-    )  # by (source, tokens matched)
-    by_confidence: defaultdict[str, AcceptanceByConfidence] = field(  # by source
-        default_factory=lambda: defaultdict(AcceptanceByConfidence)
-    )
-    trials: dict[str, _Trials] = field(default_factory=dict)
-    judging: _Trials = field(default_factory=lambda: _Trials(8, 0))  # of exits, by prompts
-    # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
-    credit: float = 4.0
-    lock: Any = field(default_factory=RLock)
-    _times: dict[int, PassTimes] = field(default_factory=dict)  # by number of threads
-
-    @property
-    def times(self) -> PassTimes:
-        number = self.num_threads()
-        return self._times.get(number) or self._times.setdefault(number, PassTimes(self.growth))
-
-
-def _alone(method: Callable[..., T]) -> Callable[..., T]:
-    """Let one thread at a time read and write the statistics."""
-
-    @wraps(method)
-    def locked(self: AdaptivePolicy, *args: Any) -> T:
-        with self._stats.lock:
-            return method(self, *args)
-
-    return locked
-
-
-class AdaptivePolicy:
-    """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
-
-    Prompts judge early exits. Other arms get trials within a small share of the time, each after a longer
-    wait, and only if they could beat plain steps. A draft ends when another token would cost more than it is
-    expected to save.
-
-    Args:
-        arms: by name of the source.
-        longest: the most tokens of a draft.
-        stats: of the model.
-    """
-
-    # Expected speed of drafts over that of plain steps, at least: it is an estimate.
-    _MARGIN = 1.03
-    # Rounds before the first trial; the most rounds between plain steps, and between prompts that judge
-    # exits; share of the time.
-    _WAIT, _WAIT_FOR_PLAIN, _WAIT_FOR_PROMPT, _SHARE = 8, 64, 512, 0.01
-    # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
-    _LONGEST_OF_LAYERS = 8
-    # A trial whose acceptance exceeds the estimate by this is repeated soon.
-    _HOPE = 0.3
-
-    def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
-        self._arms, self._longest, self._stats = arms, longest, stats
-        self._layered = [name for name, arm in arms.items() if arm.draft_ratio > 0.0]
-        self._judged = [name for name, arm in arms.items() if arm.is_judged]
-        self._tried = (PLAIN, *self._layered)
-        for i, name in enumerate(self._tried, 1):
-            stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
-        self._plan, self._plain = Plan(), Plan()
-        # Valid until something is learnt of drafts.
-        self._of_layers: dict[tuple[PassTimes, int, int, int], Plan] = {}
-
-    @_alone
+    @abstractmethod
     def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
         """Plan one round.
 
@@ -156,213 +84,26 @@ class AdaptivePolicy:
             matched: by free source, [B] tokens that an n-gram matched; None: no draft for the row.
             limits: [B] the most tokens to draft.
         """
-        stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
-        best = self._plain = Plan(tokens=float(num_rows), seconds=stats.times.plain_step(num_rows))
-        if longest:
-            num_drafting = sum(limit > 0 for limit in limits)
-            layers = self._layers_alone(num_rows, num_drafting, min(longest, self._LONGEST_OF_LAYERS))
-            plans = [layers]
-            lookups, chances = self._looked_up(matched, limits)
-            if any(chances):
-                plans.append(self._with_lookups(PLAIN, lookups, chances, longest))
-                if layers.drafts:
-                    plans.append(self._with_lookups(layers.source, lookups, chances, layers.length))
-            promising = max(plans, key=lambda plan: plan.rate)
-            if promising.rate > self._MARGIN * self._plain.rate:
-                best = promising
-        stats.num_rounds += 1
-        stats.credit += self._SHARE * best.seconds / self._plain.seconds
-        self._plan = self._trial(best, num_rows, longest) or best
-        return self._plan
-
-    @_alone
-    def should_continue(self, confidences: Sequence[Sequence[float]]) -> list[bool]:
-        """[B] whether to draft another token: the rows of a batch end together.
-
-        Args:
-            confidences: [B] probabilities of the tokens drafted so far.
-        """
-        plan, num_rows, width = self._plan, len(confidences), max(map(len, confidences))
-        if plan.is_trial:
-            return [width < plan.length] * num_rows
-        by_confidence = self._stats.by_confidence[plan.source]
-        accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
-        seconds = self._seconds(num_rows, self._draft_step(plan.source, num_rows))
-        more = seconds(width + 1) - seconds(width)
-        gain = accepted * self._acceptance(plan.source, 0).value
-        return [gain > more * max(plan.rate, self._plain.rate)] * num_rows
-
-    @_alone
-    def to_be_judged(self) -> list[str]:
-        """The exits that the next prompt shall judge: all, ever more rarely."""
-        judging, now = self._stats.judging, self._stats.num_rounds
-        if judging.due > now:
-            return []
-        judging.postpone(now, self._WAIT_FOR_PROMPT)
-        return self._judged
-
-    @_alone
-    def judge(self, num_right: Mapping[str, float], num_positions: int) -> None:
-        """Learn from a prompt: at so many of its positions these exits would have drafted a right token."""
-        for name, number in num_right.items():
-            self._acceptance(name, 0).add(number / num_positions, weight=num_positions)
-        self._of_layers.clear()
-
-    @_alone
-    def see(self, source: str, matched: int, is_right: bool) -> None:
-        """Learn whether the first token of a guess is right, drafted or not."""
-        self._acceptance(source, matched).add(float(is_right))
-
-    @_alone
-    def learn(
-        self,
-        sources: Sequence[str],
-        matched: Sequence[int],
-        confidences: Sequence[Sequence[float]],
-        drafted: Sequence[int],
-        accepted: Sequence[int],
-        seconds: tuple[float, float] | None,
-    ) -> None:
-        """Learn from the outcome of a round.
-
-        Args:
-            sources: [B] that drafted.
-            matched, drafted, accepted: [B] tokens.
-            confidences: [B] probabilities of drafted tokens, if known.
-            seconds: of drafting and of verifying; None: not typical.
-        """
-        stats, plan = self._stats, self._plan
-        if plan.is_trial and plan.source != PLAIN:
-            hoped = self._acceptance(plan.source, 0).value + self._HOPE
-            if sum(accepted) > hoped * sum(drafted):
-                stats.trials[plan.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
-        if any(drafted) or stats.num_rounds % self._WAIT == 0:
-            self._of_layers.clear()
-        for row, source in enumerate(sources if any(drafted) else ()):
-            # `see` has learnt the first token of an n-gram.
-            for i in range(0 if source in self._layered else 1, min(accepted[row] + 1, drafted[row])):
-                is_right = float(i < accepted[row])
-                self._acceptance(source, matched[row]).add(is_right)
-                if confidences and confidences[row]:
-                    stats.by_confidence[source][confidences[row][i]].add(is_right)
-        own = max((n for n, source in zip(drafted, sources, strict=True) if source == plan.source), default=0)
-        if seconds is not None:
-            num_rows, (of_draft, of_verification) = len(sources), seconds
-            if plan.is_trial:  # the price was an estimate; the bound is for stalls
-                beyond = min(sum(seconds), 3.0 * plan.seconds) - plan.seconds
-                stats.credit -= beyond / self._plain.seconds
-            if own:
-                expected = self._draft_step(plan.source, num_rows)
-                stats.times.add_draft(plan.source, num_rows, of_draft / own, expected)
-            stats.times.add_verification(num_rows, max(drafted), of_verification)
-
-    def _looked_up(
-        self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]
-    ) -> tuple[list[str], list[float]]:
-        """[B] the best n-gram source of each row, and the acceptance of its tokens."""
-        lookups, chances = [PLAIN] * len(limits), [0.0] * len(limits)
-        for name, numbers in matched.items():
-            for row, number in enumerate(numbers):
-                if number is not None and limits[row]:
-                    chance = self._acceptance(name, number).value
-                    if chance > chances[row]:
-                        lookups[row], chances[row] = name, chance
-        return lookups, chances
-
-    def _layers_alone(self, num_rows: int, num_drafting: int, longest: int) -> Plan:
-        """Drafts of the best arm of layers, or a plain step."""
-        key = (self._stats.times, num_rows, num_drafting, longest)
-        if key not in self._of_layers:
-            plans = [self._plain]
-            for name in self._layered:
-                of_row = _expected_tokens([self._acceptance(name, 0).value], longest)
-                tokens = [num_rows + num_drafting * (expected - 1.0) for expected in of_row]
-                seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
-                plans.append(_best_length(name, tokens, seconds))
-            self._of_layers[key] = max(plans, key=lambda plan: plan.rate)
-        return self._of_layers[key]
-
-    def _with_lookups(
-        self, source: str, lookups: Sequence[str], chances: Sequence[float], longest: int
-    ) -> Plan:
-        """N-grams, and drafts of the source for rows where more of them is expected to be accepted."""
-        own = 0.0 if source == PLAIN else self._acceptance(source, 0).value
-        tokens = _expected_tokens([max(chance, own) for chance in chances], longest)
-        seconds = self._seconds(len(lookups), self._draft_step(source, len(lookups)))
-        plan = _best_length(source, tokens, seconds)
-        pairs = zip(lookups, chances, strict=True)
-        return plan._replace(lookups=[name if chance > own else PLAIN for name, chance in pairs])
-
-    def _trial(self, best: Plan, num_rows: int, longest: int) -> Plan | None:
-        """A trial of the arm that has been due longest; None: none is due or affordable."""
-        stats = self._stats
-        if best.source != PLAIN or not best.drafts:  # in use
-            stats.trials[best.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
-        dates = [(stats.trials[name].due, name) for name in self._tried]
-        due = sorted(date for date in dates if date[0] <= stats.num_rounds)
-        # A row tells by a second token what several rows tell by their first ones.
-        length = min(2 if num_rows == 1 else 1, longest)
-        for _, name in due:
-            trial = self._plain if name == PLAIN else self._hoped(name, num_rows, length)
-            if trial is None:
-                stats.trials[name].due += self._WAIT
-                continue
-            # Priced as if nothing were accepted: the estimate must not pay for the trial.
-            price = max(0.0, trial.seconds - num_rows / best.rate) / self._plain.seconds
-            if price > stats.credit:
-                return None  # cheaper arms must not use up the credit
-            stats.credit -= price
-            most = self._WAIT_FOR_PLAIN if name == PLAIN else math.inf
-            stats.trials[name].postpone(stats.num_rounds, most)
-            return trial._replace(is_trial=True)
-        return None
-
-    def _hoped(self, name: str, num_rows: int, length: int) -> Plan | None:
-        """A trial of an arm; None: it could not pay even if all its tokens were accepted. A judged arm, whose
-        acceptance is known, is tried if it would pay at its estimated price.
-        """
-        times, arm, known = self._stats.times, self._arms[name], self._acceptance(name, 0).value
-        seconds = hoped_seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
-        if arm.is_judged:
-            estimate = times.estimated_draft_step(num_rows, arm.draft_ratio, arm.growth)
-            hoped_seconds = self._seconds(num_rows, estimate)
-        chances = [known if arm.is_judged else 1.0] * num_rows
-        hoped = _best_length(name, _expected_tokens(chances, self._longest), hoped_seconds)
-        if not length or hoped.rate <= self._MARGIN * self._plain.rate:
-            return None
-        tokens = _expected_tokens([known] * num_rows, length)
-        return Plan(name, length, (), 0, tokens[-1], seconds(length))
-
-    def _seconds(self, num_rows: int, draft_step: float) -> Callable[[int], float]:
-        """Draft length -> time of a round."""
-        verification = self._stats.times.verification(num_rows)
-        return lambda k: draft_step * k + verification(k)
-
-    def _draft_step(self, name: str, num_rows: int) -> float:
-        if name == PLAIN:
-            return 0.0
-        arm = self._arms[name]
-        return self._stats.times.draft_step(name, num_rows, arm.draft_ratio, arm.growth)
-
-    def _acceptance(self, name: str, matched: int) -> DecayedMean:
-        """Acceptance of a token after accepted ones."""
-        means = self._stats.acceptance
-        if (name, matched) not in means:
-            arm = self._arms[name]
-            means[name, matched] = DecayedMean(arm.priors[matched], arm.weight, decay=0.97)
-        return means[name, matched]
 
 
-def _best_length(source: str, tokens: Sequence[float], seconds: Callable[[int], float]) -> Plan:
-    """The best round with a source, given its expected tokens and its time by draft length."""
-    best = max(range(len(tokens)), key=lambda k: tokens[k] / seconds(k))
-    return Plan(source, len(tokens) - 1, (), best, tokens[best], seconds(best))
+class FixedPolicy(Policy):
+    """Drafts up to the limits: by the first free source that matches enough, else by layers.
 
+    Args:
+        arms: by name of the source.
+        confidence: ends a draft after a token whose own probability is below; None: nothing does.
+    """
 
-def _expected_tokens(chances: Sequence[float], longest: int) -> list[float]:
-    """Acceptance per token of each row -> [longest + 1] expected tokens of a round, by draft length."""
-    tokens, accepted = [float(len(chances))], [1.0] * len(chances)  # P(the tokens so far are accepted)
-    for _ in range(longest):
-        accepted = [so_far * chance for so_far, chance in zip(accepted, chances, strict=True)]
-        tokens.append(tokens[-1] + sum(accepted))
-    return tokens
+    def __init__(self, arms: Mapping[str, Arm], confidence: float | None) -> None:
+        self._arms = arms
+        *_, self._drafting = (name for name, arm in arms.items() if not arm.is_free)
+        if confidence is not None:
+            self.should_continue = lambda rows: [bool(row) and row[-1] >= confidence for row in rows]
+
+    def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
+        lookups = []
+        for row in range(len(limits)):
+            found = ((name, numbers[row] or 0) for name, numbers in matched.items())
+            enough = (name for name, number in found if number >= self._arms[name].least_match)
+            lookups.append(next(enough, PLAIN))
+        return Plan(self._drafting, max(limits), lookups, max(limits))

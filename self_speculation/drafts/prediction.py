@@ -6,8 +6,8 @@ from collections import abc, defaultdict
 from weakref import WeakValueDictionary
 
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.draft import PerSequence
-from self_speculation.drafts.ngram import TokenDrafts
+from self_speculation.drafts.ngram import LookupDrafts, PerSequence
+from self_speculation.drafts.policy import Arm
 
 # The n-grams that find the output in the prediction again: fewer tokens occur in too many places.
 _SHORTEST, _LONGEST = 2, 8
@@ -15,17 +15,18 @@ _SHORTEST, _LONGEST = 2, 8
 _MOST_MATCHED = 4
 
 
-class PredictionDrafts(TokenDrafts):
+class PredictionDrafts(LookupDrafts):
     """What follows in `Sequence.prediction`; nothing for sequences without one."""
 
     name = "prediction"
-    priors = tuple(0.5 + 0.1 * matched for matched in range(_MOST_MATCHED + 1))
+    arm = Arm(priors=[0.5 + 0.1 * matched for matched in range(_MOST_MATCHED + 1)])
 
-    def __init__(self) -> None:
-        self._cursors = PerSequence(self._begin)
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self._cursors = PerSequence(self._new_cursor)
         self._indices: WeakValueDictionary[int, _Index] = WeakValueDictionary()  # by the id of its list
 
-    def _begin(self, sequence: Sequence) -> _Cursor:
+    def _new_cursor(self, sequence: Sequence) -> _Cursor:
         """The choices of a request have one list, and one index of it."""
         key = id(sequence.prediction)
         index = self._indices[key] = self._indices.get(key) or _Index(sequence.prediction)
@@ -51,10 +52,7 @@ class _Index:
 
 
 class _Cursor:
-    """Where in a prediction an output has come to.
-
-    A token that differs is taken for a replaced one, until n-grams of the output show up elsewhere.
-    """
+    """Position in the prediction; a mismatch counts as a substitution until an n-gram matches."""
 
     def __init__(self, index: _Index) -> None:
         self._ids, self._ends = index.ids, index.ends

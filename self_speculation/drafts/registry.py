@@ -1,26 +1,23 @@
-"""The draft sources by name. A new source is a class, an entry here, and its flags.
-
-The flags that ask for drafts, the arms of adaptive decoding and the predictable settings of a sweep follow
-from these entries.
-"""
+"""The draft sources. A new source is a class, an entry here, and fields of `GenerationConfig`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
-from self_speculation.drafts.adaptive import AdaptiveDrafts
+from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
+from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, growth
-from self_speculation.drafts.draft import DraftSource, ShouldContinue
+from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.ngram import CopiedFirst, NgramDrafts, TokenDrafts
-from self_speculation.drafts.policy import AdaptivePolicy, Arm, ArmStats
+from self_speculation.drafts.ngram import NgramDrafts
+from self_speculation.drafts.policy import Arm, FixedPolicy, Policy
 from self_speculation.drafts.prediction import PredictionDrafts
 from self_speculation.drafts.shared import SharedDrafts, finished_answers, forget_answers
 from self_speculation.model.captured_runner import is_captured
@@ -32,11 +29,8 @@ from self_speculation.model.short_head import ShortHead, default_vocabulary
 # Tokens that n-grams match in adaptive decoding, without `prompt_lookup`.
 _LONGEST_MATCH = 4
 
-# Prior acceptance of early exits, which may be untrained until a prompt says otherwise, and of a copy of all
-# layers.
-_PRIOR_OF_EXIT, _PRIOR_OF_COPY = (0.0,), (0.9,)
-# Weight of the copy's prior: two rejections in the first rounds must not rule it out.
-_TRUST_IN_COPY = 6.0
+# Prior acceptance of a copy of all layers, and its weight: two rejections must not rule it out.
+_COPY_PRIOR, _TRUST_IN_COPY = (0.9,), 6.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,10 @@ class DraftContext:
     @property
     def model(self) -> PreTrainedModel:
         return self.runner.model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.runner.config.vocab_size
 
     def draft_ratio(self, exit_layer: int) -> float:
         """c of the formula, estimated."""
@@ -66,14 +64,22 @@ class DraftContext:
 
     @cached_property
     def short_head(self) -> ShortHead | None:
-        """Shared by all exits; None: drafts read the whole head. Raises what `ShortHead` does."""
+        """Shared by all exits; None: drafts read the whole head.
+
+        Raises:
+            ValueError: the head is on several devices.
+        """
         number = self.draft_vocabulary
-        if number is None or number >= self.runner.config.vocab_size:
+        if number is None or number >= self.vocab_size:
             return None
         return ShortHead(self.runner, number, grows=self.config.draft_vocabulary is None)
 
     def drafter(self, num_layers: int) -> ModelRunner:
-        """Runs so many layers that draft and their head. Raises what `quantized` and `ShortHead` do."""
+        """Runs so many layers that draft and their head.
+
+        Raises:
+            ValueError: layers or head cannot be copied, or the head is on several devices.
+        """
         if self.config.draft_weights != "exact":
             return quantized(self.runner, num_layers, self.short_head)
         runner, head = self.runner, self.short_head
@@ -88,37 +94,24 @@ def make_drafter(runner: ModelRunner, config: GenerationConfig, num_layers: int)
 class SourceEntry(NamedTuple):
     """A kind of drafts."""
 
-    flags: tuple[str, ...]  # its fields of `GenerationConfig`
     asked_for: Callable[[GenerationConfig], bool]
-    make: Callable[[DraftContext], DraftSource | TokenDrafts]
-    # By name, what adaptive decoding picks from; None: the source itself, which copies tokens.
-    arms: Callable[[DraftContext], Mapping[str, tuple[LayerDrafts, Arm]]] | None = None
+    make: Callable[[DraftContext], Iterable[DraftSource]]  # several: what adaptive decoding picks from
 
 
-def make_source(context: DraftContext) -> DraftSource:
-    """The source that the config asks for. Raises what `DraftContext.drafter` does."""
-    made = [kind.make(context) for kind in SOURCES if kind.asked_for(context.config)]
-    copying = [source for source in made if isinstance(source, TokenDrafts)]
-    *_, drafting = (source for source in made if isinstance(source, DraftSource))
-    return CopiedFirst(copying, drafting, context.model.config.vocab_size) if copying else drafting
+def make_source(context: DraftContext) -> DraftComposer:
+    """The sources that the config asks for.
 
-
-def make_adaptive(context: DraftContext) -> DraftSource:
-    """Picks among all entries in each round, by the statistics of earlier answers.
-
-    Raises what `DraftContext.drafter` does.
+    Raises:
+        ValueError: layers or head cannot be copied, or the head is on several devices.
     """
-    sources: dict[str, LayerDrafts] = {}
-    ngrams: dict[str, TokenDrafts] = {}
-    arms: dict[str, Arm] = {}
-    for kind in SOURCES:
-        if kind.arms is not None:
-            for name, (drafting, arm) in kind.arms(context).items():
-                sources[name], arms[name] = drafting, arm
-        elif kind.asked_for(context.config) and isinstance(source := kind.make(context), TokenDrafts):
-            ngrams[source.name], arms[source.name] = source, Arm(priors=source.priors)
-    policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
-    return AdaptiveDrafts(context.model, sources, ngrams, policy)
+    config = context.config
+    made = (source for kind in SOURCES if kind.asked_for(config) for source in kind.make(context))
+    sources = {source.name: source for source in made}
+    arms = {name: source.arm for name, source in sources.items()}
+    policy: Policy = FixedPolicy(arms, config.draft_confidence)
+    if config.is_adaptive:
+        policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
+    return DraftComposer(context.model, sources, policy)
 
 
 def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
@@ -127,49 +120,35 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
     return sorted(early) if draft_weights == "exact" else [*sorted(early), num_layers]
 
 
-def _layers(context: DraftContext, exit_layer: int) -> LayerDrafts:
-    config = context.config
-    should_continue = None if config.draft_confidence is None else _last_is(config.draft_confidence)
-    return LayerDrafts(context.drafter(exit_layer), exit_layer, config.draft_weights, should_continue)
-
-
-def _last_is(threshold: float) -> ShouldContinue:
-    """End a draft after a token whose own probability is below the threshold."""
-    return lambda confidences: [bool(row) and row[-1] >= threshold for row in confidences]
-
-
-def _layer_arms(context: DraftContext) -> Mapping[str, tuple[LayerDrafts, Arm]]:
-    arms: dict[str, tuple[LayerDrafts, Arm]] = {}
-    weights, num_layers = context.config.draft_weights, len(context.runner.layers)
-    of_draft_step = growth(context.runner, weights)
-    for layer in candidate_layers(num_layers, weights):
-        source, ratio = _layers(context, layer), context.draft_ratio(layer)
+def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
+    config, num_layers = context.config, len(context.runner.layers)
+    weights, grows = config.draft_weights, growth(context.runner, config.draft_weights)
+    for layer in candidate_layers(num_layers, weights) if config.is_adaptive else [config.exit_layer]:
+        drafter = context.drafter(layer)
+        draft_step = partial(_draft_step, context.draft_ratio(layer), grows)
+        arm = Arm(draft_step, is_judged=True)  # no prior: it may be untrained
         if layer == num_layers:
-            arm = Arm(ratio, of_draft_step, _PRIOR_OF_COPY, _TRUST_IN_COPY)
-        else:
-            arm = Arm(ratio, of_draft_step, _PRIOR_OF_EXIT, is_judged=True)
-        arms[source.name] = (source, arm)
-    return arms
+            arm = Arm(draft_step, _COPY_PRIOR, _TRUST_IN_COPY)
+        yield LayerDrafts(drafter, layer, weights, arm)
+
+
+def _draft_step(ratio: float, grows: Callable[[int], float], num_rows: int) -> float:
+    return ratio * grows(num_rows)
 
 
 # In order of precedence for rows where several match.
 SOURCES: list[SourceEntry] = [
+    SourceEntry(lambda config: True, _layers),
+    SourceEntry(lambda config: config.looks_up, lambda context: [PredictionDrafts(context.vocab_size)]),
     SourceEntry(
-        ("exit_layer", "num_speculations", "draft_weights", "draft_confidence", "draft_vocabulary"),
-        asked_for=lambda config: True,
-        make=lambda context: _layers(context, context.config.exit_layer),
-        arms=_layer_arms,
-    ),
-    SourceEntry((), lambda config: config.looks_up, lambda context: PredictionDrafts()),
-    SourceEntry(
-        ("prompt_lookup",),
         lambda config: config.looks_up,
-        lambda context: NgramDrafts(context.config.prompt_lookup or _LONGEST_MATCH),
+        lambda context: [NgramDrafts(context.config.prompt_lookup or _LONGEST_MATCH, context.vocab_size)],
     ),
     SourceEntry(
-        ("shared_lookup",),
-        asked_for=lambda config: config.shared_lookup > 0,
-        make=lambda context: SharedDrafts(finished_answers(context.model, context.config.shared_lookup)),
+        lambda config: config.shared_lookup > 0,
+        lambda context: [
+            SharedDrafts(finished_answers(context.model, context.config.shared_lookup), context.vocab_size)
+        ],
     ),
 ]
 
@@ -197,8 +176,8 @@ def forget_what_was_learnt(model: PreTrainedModel) -> None:
 
 def driving_flags() -> tuple[str, ...]:
     """The fields of a config that change how drafts are made; none changes the output."""
-    of_sources = {name for kind in SOURCES for name in kind.flags}
-    return ("generation_strategy", *(f.name for f in fields(GenerationConfig) if f.name in of_sources))
+    drafting = (field.name for field in fields(GenerationConfig) if "used_by" in field.metadata)
+    return ("generation_strategy", *drafting)
 
 
 def is_replayable(config: GenerationConfig) -> bool:

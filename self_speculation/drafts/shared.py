@@ -8,7 +8,8 @@ from threading import Lock
 from torch import nn
 
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.ngram import NgramIndex, TokenDrafts
+from self_speculation.drafts.ngram import LookupDrafts, NgramIndex
+from self_speculation.drafts.policy import Arm
 from self_speculation.model.made import discard, made
 
 # Sizes of the n-grams that find an output in an earlier answer. Each takes 130 bytes a token.
@@ -52,14 +53,14 @@ def forget_answers(model: nn.Module) -> None:
     discard(model, FinishedAnswers)
 
 
-class SharedDrafts(TokenDrafts):
+class SharedDrafts(LookupDrafts):
     """What followed the longest n-gram at the end of a sequence in finished answers."""
 
     name = "shared"
-    priors = tuple(0.2 + 0.1 * matched for matched in range(_LONG + 1))
-    least_match = _LONG
+    arm = Arm(priors=[0.2 + 0.1 * matched for matched in range(_LONG + 1)], least_match=_LONG)
 
-    def __init__(self, answers: FinishedAnswers) -> None:
+    def __init__(self, answers: FinishedAnswers, vocab_size: int) -> None:
+        super().__init__(vocab_size)
         self._answers = answers
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:

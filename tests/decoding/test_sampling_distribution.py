@@ -13,7 +13,7 @@ from conftest import drawn_plan, planned
 from distributions import PROMPT, config, expected, observed, p_value
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from self_speculation.drafts.policy import AdaptivePolicy
+from self_speculation.drafts.adaptive import AdaptivePolicy
 
 SAMPLES = 800
 

@@ -1,9 +1,14 @@
-"""The index of n-grams."""
+"""The index of n-grams, and examples in docstrings."""
 
+import doctest
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from self_speculation.drafts import ngram
 from self_speculation.drafts.ngram import NgramIndex
+from self_speculation.model import experts
 
 
 def by_scanning(ids, longest, num_tokens):
@@ -25,3 +30,10 @@ def test_the_index_finds_what_a_scan_finds(ids, longest, num_tokens, step):
     for start in range(0, len(ids), step):
         index.extend(ids[start : start + step])
         assert index.lookup(num_tokens) == by_scanning(ids[: len(index)], longest, num_tokens)
+
+
+@pytest.mark.parametrize("module", [ngram, experts])
+def test_examples_of_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed

@@ -15,8 +15,9 @@ from conftest import generate, tiny_llama
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.config import LONGEST_DRAFT
 from self_speculation.drafts import costs, registry
+from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import PassTimes, draft_ratio
-from self_speculation.drafts.policy import PLAIN, AdaptivePolicy, Arm, ArmStats
+from self_speculation.drafts.policy import PLAIN, Arm, RoundOutcome
 from self_speculation.generator_base import single_result
 from self_speculation.model.kernels import Int4Kernel
 from self_speculation.model.model_runner import ModelRunner
@@ -52,11 +53,11 @@ def policy(learnt=None, copy_takes=None):
         copy_takes: estimated cost of a token drafted by a copy of all ten layers; None: there is none.
     """
     arms = {
-        **{name: Arm(ratio, priors=(0.0,), is_judged=True) for name, ratio in RATIOS.items()},
+        **{name: Arm(lambda num_rows, ratio=ratio: ratio, is_judged=True) for name, ratio in RATIOS.items()},
         "n-grams": Arm(priors=[0.3, 0.5, 0.7, 0.9]),
     }
     if copy_takes is not None:
-        arms[COPY] = Arm(copy_takes, priors=(0.9,), weight=6.0)
+        arms[COPY] = Arm(lambda num_rows: copy_takes, (0.9,), weight=6.0)
     return AdaptivePolicy(arms, LONGEST_DRAFT, learnt or stats())
 
 
@@ -139,7 +140,7 @@ def play(policy, world, rounds=300, num_rows=1, seed=0, stalled=None):
         if (plan.source, seen[plan.source]) == stalled:
             scatter = 1000.0 / sum(times)
         seconds = (times[0] * scatter, times[1] * scatter)
-        policy.learn(sources, matched, confidences, drafted, accepted, seconds)
+        policy.learn(RoundOutcome(sources, matched, confidences, drafted, accepted, seconds))
         made.append(Round(plan.source, plan, sum(accepted) + num_rows, sum(times)))
     return made
 
@@ -188,21 +189,6 @@ def test_a_model_that_has_changed_its_ways_is_noticed():
     assert mostly(changed[50:]) == "exit 4"
 
 
-@pytest.mark.parametrize("num_rows", [1, 4])
-def test_short_answers_of_exits_that_are_never_right_cost_next_to_nothing(num_rows):
-    """Guards against answers that each pay for the same disappointment, and against trials that begin anew
-    with each answer.
-    """
-    learnt, world = stats(), World()
-    made = [each for _ in range(120) for each in play(policy(learnt, 0.35), world, 64, num_rows)]
-    tried = Counter(each.source for each in made[: 60 * 64] if each.plan.is_trial)
-    assert 0 < tried[COPY] < 20
-    assert {each.source for each in made} == {PLAIN, COPY}
-    assert speed(made[:320], world, num_rows) > 0.95
-    assert speed(made[320:], world, num_rows) > 0.99
-    assert sum(each.source != PLAIN for each in made[-3200:]) <= 6  # ever more rarely
-
-
 @pytest.mark.parametrize("num_rows", [1, 8])
 def test_a_good_exit_drafts_from_the_first_round_on(num_rows):
     """Guards against a first answer that tries one exit after the other."""
@@ -222,27 +208,6 @@ def test_prompts_judge_exits_ever_more_rarely():
         play(chooser, World(), 16)
     assert judged[:2] == [0, 1]
     assert 3 < len(judged) < 8
-
-
-DEAR = {COPY: 0.9, "exit 2": 0.5, "exit 4": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("world", "estimated", "copy_takes", "num_rows"),
-    [
-        # Passes cost by the token, as is estimated or twice that.
-        *((World(DEAR, slope), slope / wrong, 0.35, 8) for slope in (0.15, 0.4) for wrong in (1, 2)),
-        # N-grams may not be longer than the drafts of a copy beside them: all rows verify the longest.
-        (World({"exit 4": 0.9, COPY: 0.95, "n-grams": 0.9}, 0.1, finds=0.6, noise=0.2), 0.05, 0.5, 8),
-        # Drafts are dearer than estimated, which plain steps, hardly ever made, seemed to be as well.
-        (World({COPY: 0.95}, draft={"exit 2": 0.6, "exit 4": 0.9, COPY: 1.1}), 0.02, 0.35, 1),
-    ],
-)
-def test_drafts_that_gain_nothing_are_given_up(world, estimated, copy_takes, num_rows):
-    """Guards against drafts at a loss, which lost up to half the speed of plain steps."""
-    chooser = policy(stats(estimated), copy_takes)
-    play(chooser, world, 100, num_rows)
-    assert speed(play(chooser, world, 400, num_rows), world, num_rows) > 0.98
 
 
 @pytest.mark.parametrize(
@@ -288,17 +253,16 @@ def test_times_are_learnt_and_a_bad_moment_is_forgotten():
     sure, chooser = {"exit 2": 0.9, "exit 4": 0.9}, policy()
     assert mostly(play(chooser, World(sure, draft=sure))[-100:]) == PLAIN
     assert mostly(play(chooser, World(sure), 3000)[-100:]) == "exit 2"
-    grows = partial(line, 0.05)
-    times = PassTimes(grows)
+    times, estimate = PassTimes(partial(line, 0.05)), lambda num_rows: 0.2 * line(0.05, num_rows)
 
     def known():
-        return [*curve(times, 1, 4), times.draft_step("exit 2", 1, 0.2, grows)]
+        return [*curve(times, 1, 4), times.draft_step("exit 2", 1, estimate)]
 
     def learn(rounds, plain, verification, draft):
         for _ in range(rounds):
             times.add_verification(1, 0, plain)
             times.add_verification(1, 4, verification)
-            times.add_draft("exit 2", 1, draft, times.draft_step("exit 2", 1, 0.2, grows))
+            times.add_draft("exit 2", 1, draft, estimate)
 
     learn(40, 1.0, 2.0, 0.3)
     usual = known()
@@ -325,10 +289,10 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
     has to be tried to find out that a shorter one is dear already.
     """
     grows = partial(line, 0.1)
-    times = PassTimes(grows)
+    times, estimate = PassTimes(grows), lambda num_rows: 0.2 * grows(num_rows)
 
     def known(num_rows):
-        return [*curve(times, num_rows, 2), times.draft_step("exit 2", num_rows, 0.2, grows)]
+        return [*curve(times, num_rows, 2), times.draft_step("exit 2", num_rows, estimate)]
 
     assert known(1) == pytest.approx([1.0, 1.1, 1.2, 0.2])
     times.add_verification(1, 0, 0.01)
@@ -394,8 +358,8 @@ def test_acceptance_by_probability_is_learnt():
     chooser = settled()
     assert chooser.should_continue([[0.95]]) == [True]
     for _ in range(60):
-        chooser.learn([COPY], [0], [[0.95]], [1], [0], None)
-        chooser.learn([COPY], [0], [[0.99]], [1], [1], None)  # overall acceptance stays
+        chooser.learn(RoundOutcome([COPY], [0], [[0.95]], [1], [0], None))
+        chooser.learn(RoundOutcome([COPY], [0], [[0.99]], [1], [1], None))  # overall acceptance stays
     assert chooser.should_continue([[0.95, 0.95]]) == [False]
 
 

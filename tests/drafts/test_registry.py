@@ -15,9 +15,10 @@ import sweep
 from self_speculation import custom_generate
 from self_speculation.config import GenerationConfig
 from self_speculation.drafts import registry
+from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.ngram import one_hot
-from self_speculation.drafts.policy import AdaptivePolicy, Arm, Plan
+from self_speculation.drafts.policy import Arm, Plan
 
 SCRIPTS = {
     generate: [],
@@ -33,12 +34,12 @@ HOW = ["--generation_strategy", "self_speculative", "--exit_layer", "1", "--num_
 class Always(DraftSource):
     """Guesses one token, over and over."""
 
-    made = 0
+    name, arm, made = "always", Arm(lambda num_rows: 0.1), 0
 
     def __init__(self, context):
-        self._token, self._vocab_size = context.config.always or 7, context.model.config.vocab_size
+        self._token, self._vocab_size = context.config.always, context.model.config.vocab_size
 
-    def draft(self, batch, limits):
+    def draft(self, batch, cache, limits, should_continue):  # noqa: ARG002
         Always.made += 1
         tokens = torch.full((len(batch), max(limits)), self._token)
         for i in range(max(limits)):
@@ -49,17 +50,17 @@ class Always(DraftSource):
 
 @dataclasses.dataclass(frozen=True)
 class WithAlways(GenerationConfig):
-    always: int | None = None
+    always: int | None = dataclasses.field(
+        default=None, metadata={"used_by": ("adaptive", "self_speculative")}
+    )
     """Guess this token."""
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     kind = registry.SourceEntry(
-        flags=("always",),
         asked_for=lambda config: getattr(config, "always", None) is not None,
-        make=Always,
-        arms=lambda context: {"always": (Always(context), Arm(draft_ratio=0.1))},
+        make=lambda context: [Always(context)],
     )
     monkeypatch.setattr(registry, "SOURCES", [*registry.SOURCES, kind])
     monkeypatch.setattr(registry, "GenerationConfig", WithAlways)
@@ -110,5 +111,5 @@ def test_adaptive_decoding_chooses_among_it(monkeypatch):
 
     monkeypatch.setattr(AdaptivePolicy, "plan", planned(plan))
     monkeypatch.setattr("conftest.GenerationConfig", WithAlways)
-    result = ids_of(tiny_llama(), [5, 9, 4, 7], "adaptive", max_steps=9, eos=[])
+    result = ids_of(tiny_llama(), [5, 9, 4, 7], "adaptive", max_steps=9, eos=[], always=9)
     assert "always" in result.drafts_by_source

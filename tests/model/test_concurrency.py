@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 
-from self_speculation.drafts.policy import AdaptivePolicy, ArmStats
+from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.model import fused_layers, linear
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.fused_layers import fuse

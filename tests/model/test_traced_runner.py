@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from self_speculation.drafts.policy import AdaptivePolicy
+from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.model import linear, traced_runner
 from self_speculation.model.fused_layers import activation_dtype, fuse, fused_model
 from self_speculation.model.linear import NARROW
@@ -239,9 +239,9 @@ def test_rounds_that_trace_teach_no_times(model, monkeypatch):
     """Guards against a source that seems slow because a round traced its layers."""
     made, learn = [], AdaptivePolicy.learn
 
-    def learnt(policy, *numbers):
-        made.append((traced_runner.num_traces(model), numbers[-1]))
-        learn(policy, *numbers)
+    def learnt(policy, outcome):
+        made.append((traced_runner.num_traces(model), outcome.seconds))
+        learn(policy, outcome)
 
     ticks = count()  # a busy machine would change the plans
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks) / 1000)
