@@ -41,8 +41,8 @@ DatasetName = Literal[
     "spec_bench",
 ]
 
-# Metadata of a flag that may differ when a run is resumed. A function of the description of the run
-# (see `runs.records.describe`), its value and the new value returns why they must be equal, or None.
+# Metadata of a flag that may differ when a run is resumed. `metadata["resume"](run, was, now)` returns why
+# values must match, or None; `run` is by `runs.records.describe`.
 MAY_DIFFER = {"resume": lambda run, was, now: None}
 
 # `refuse` writes to this stream, or to standard error if it is None. Ranks whose standard error is silenced
@@ -278,7 +278,7 @@ def parse(
 
 
 def _earlier_arguments(args: Sequence[str]) -> dict[str, Any]:
-    """The arguments of the run that --resume names, if it is given; raises ValueError as `read_run` does."""
+    """The arguments of the run that --resume names, if it is given; raises ValueError if it has none."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", nargs="?")
     folder = parser.parse_known_args(args)[0].resume

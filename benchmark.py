@@ -80,15 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_drafts(config)
 
     from measures.benchmarking import Benchmark
-    from runs.examples import prepare, run_examples
+    from runs.examples import run_examples, set_up_experiment
 
-    generator, examples, open_run = prepare(
+    common, open_run = set_up_experiment(
         "benchmark", model_args, config, data_args, args, batch, counted=counts(tuning.tuned, model_args)
     )
-    common = (generator, config, examples, model_args.seed, batch.batch_size)
-    job = Benchmark(*common, args.compare, args.execute_code, args.verbose, args.answer_file)
-    job.warm_up()
-    return run_examples(job, open_run)
+    experiment = Benchmark(*common, args.compare, args.execute_code, args.verbose, args.answer_file)
+    experiment.warm_up()
+    return run_examples(experiment, open_run)
 
 
 if __name__ == "__main__":

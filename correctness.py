@@ -62,16 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = dataclasses.replace(config, generation_strategy="self_speculative")
     check_drafts(config)
 
-    from measures.correctness import Distributions, Ids
-    from runs.examples import prepare, run_examples
+    from measures.correctness import CompareDistributions, CompareIds
+    from runs.examples import run_examples, set_up_experiment
 
-    generator, examples, open_run = prepare("correctness", model_args, config, data_args, args, batch)
+    common, open_run = set_up_experiment("correctness", model_args, config, data_args, args, batch)
     if config.greedy:
-        job = Ids(generator, config, examples, model_args.seed, batch.batch_size, args.reference)
-        return run_examples(job, open_run)
+        return run_examples(CompareIds(*common, args.reference), open_run)
     print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
-    common = (generator, config, examples[: args.sampled_prompts], model_args.seed, batch.batch_size)
-    return run_examples(Distributions(*common, args.samples_per_prompt), open_run)
+    experiment = CompareDistributions(*common, args.sampled_prompts, args.samples_per_prompt)
+    return run_examples(experiment, open_run)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def _continuation(row: Row) -> Iterable[tuple[str, str]]:
     yield " ".join(words[:100]), " ".join(words[100:])
 
 
-def _turns_of_parser(row: Row) -> Iterable[tuple[str, str]]:
+def _parser_turns(row: Row) -> Iterable[tuple[str, str]]:
     lines: list[str] = []
     for turn in row["data"]:
         if turn["role"] == "PARSER":
@@ -149,7 +149,7 @@ DATASETS: dict[str, Dataset] = {
         ("WillHeld/top_v2",),
     ),
     "custom_jsonl": Dataset(("prompt", "response"), lambda row: [(row["prompt"], row["response"])]),
-    "chat_format": Dataset(("data",), _turns_of_parser, between=None, read={"data": _turns}),
+    "chat_format": Dataset(("data",), _parser_turns, between=None, read={"data": _turns}),
     "spec_bench": Dataset(
         ("question_id", "category", "turns"),
         lambda row: [(row["turns"][0], "", *row["turns"][1:])],
@@ -224,7 +224,7 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     ]
 
 
-def fingerprint(examples: Iterable[Example]) -> str:
+def hash_examples(examples: Iterable[Example]) -> str:
     """A hash of the turns and references, in their order."""
     digest = hashlib.sha256()
     for example in examples:

@@ -35,7 +35,7 @@ from runs.tuning import TuningArguments, counts, tuned
 from self_speculation.config import SAMPLING_RULES
 
 # Flags that override settings of tasks, and the harness's names of these settings.
-OF_TASKS = {
+TASK_SETTINGS = {
     "max_steps": "max_gen_toks", "sample": "do_sample", "no_repeat_ngram_size": "no_repeat_ngram_size",
     "stop_words": "until", **{name: name for name in SAMPLING_RULES},
 }  # fmt: skip
@@ -66,7 +66,7 @@ def flags(
     check_drafts(config)
     _read_config_file(args)
     given = given_flags(argv, GenerationConfig)
-    asked = {theirs: getattr(config, ours) for ours, theirs in OF_TASKS.items() if ours in given}
+    asked = {theirs: getattr(config, ours) for ours, theirs in TASK_SETTINGS.items() if ours in given}
     # Sampling needs a temperature: greedy tasks set it to 0.
     warm = {"temperature": config.temperature} if asked.get("do_sample") else {}
     args.gen_kwargs = {**warm, **(args.gen_kwargs or {}), **asked}
@@ -75,7 +75,7 @@ def flags(
         for group in (model_args, config)
         for each in fields(group)
         if (value := getattr(group, each.name)) != each.default
-        and each.name not in (*OF_TASKS, "model", "output_dir")
+        and each.name not in (*TASK_SETTINGS, "model", "output_dir")
     }
     args.device, args.trust_remote_code = model_args.device, model_args.trust_remote_code
     if "seed" in given_flags(argv, ModelArguments):

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from runs import ranks
     from runs.conversation import Conversation, converse, one_prompt, read_grammar
-    from runs.startup import load_generator, meet
+    from runs.startup import join_ranks, load_generator
     from self_speculation.model.devices import broadcast_from_rank0
 
     if model_args.parallel == "data" and not ranks.is_first():
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grammar = None if args.grammar is None else read_grammar(args.grammar, grammar_text)
     except ValueError as error:
         refuse(f"--grammar {args.grammar}: {error}")
-    meet(model_args)
+    join_ranks(model_args)
     interactive = args.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if interactive and ranks.num_processes() > 1:
         refuse("--parallel tensor: answers --prompt or a pipe; a conversation is for one process")

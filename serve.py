@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import uvicorn
 
-    from runs.startup import load_generator, meet, model_name
+    from runs.startup import join_ranks, load_generator, model_name
     from self_speculation import Request
     from self_speculation.decoding.grammar import Grammar
     from serving.app import App
     from serving.engine import Engine, follow
     from serving.http11 import StrictProtocol
 
-    meet(model_args)
+    join_ranks(model_args)
     generator = load_generator(model_args, config, counted=counts(tuning.tuned, model_args))
     latest_end = max(args.shutdown_time, _GRACE)
     if listener is None:

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from measures.sweeping import Measured, Predicted
     from runs import ranks
-    from runs.examples import prepare, run_examples
+    from runs.examples import run_examples, set_up_experiment
     from runs.startup import read_config
     from self_speculation.drafts.registry import is_replayable
 
@@ -134,13 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
         notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
-    generator, examples, open_run = prepare(
+    common, open_run = set_up_experiment(
         "sweep", model_args, config, data_args, args, batch, model_config, counted
     )
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
     kind = Measured if args.mode == "measured" else Predicted
-    sweep = kind(generator, config, examples, model_args.seed, batch.batch_size, grid, args.verify_top)
+    sweep = kind(*common, grid, args.verify_top)
     sweep.warm_up()
     return run_examples(sweep, open_run)
 

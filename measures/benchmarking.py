@@ -15,11 +15,11 @@ from measures import metrics, spec_bench
 from measures.text_quality import pass_at_1, text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
-from runs.examples import Job, longest_prompt
+from runs.examples import Experiment, longest_prompt
 from runs.heading import citation, counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from runs.status import says_if_slow
+from runs.status import log_if_slow
 from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.families import context_length
@@ -29,7 +29,7 @@ _TOTALS_DISAGREE = 1.1  # ratio of the median speed-up and that of totals
 
 
 @dataclass
-class Benchmark(Job):
+class Benchmark(Experiment):
     """Decodes examples, and sums up speed, acceptance and text quality."""
 
     compare: bool
@@ -44,7 +44,7 @@ class Benchmark(Job):
 
     def warm_up(self) -> None:
         trace_after(self.generator.model, 0)
-        with says_if_slow("warming up"):
+        with log_if_slow("warming up"):
             prompt = longest_prompt(self.examples)
             # Later turns read the answers to earlier ones.
             read = max(len(example.later_turns) for example in self.examples) * self.config.max_steps
@@ -102,7 +102,7 @@ class Benchmark(Job):
                 f"with fewer threads than the {most} above, a quiet machine is faster"
             )
         if self.config.is_adaptive and {*summary["acceptance"]["drafts_by_source"]} <= {"none"}:
-            summary["remarks"].append("adaptive decoding made no drafts: none promised a gain")
+            summary["remarks"].append("adaptive decoding made no drafts: none was expected to be faster")
         pairs = zip(self.examples, records, strict=True)
         if cut := sum(len(record.get("turns", "1")) <= len(example.later_turns) for example, record in pairs):
             summary["remarks"].append(f"{cut} conversations have turns for which the context has no room")

@@ -48,6 +48,7 @@ class Difference:
 
     @property
     def near_tie(self) -> bool:
+        """Whether rounding explains the difference."""
         return self.gap is not None and self.gap <= self.bound
 
 

@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 
 from arguments import GenerationConfig
 from measures.comparison import find_difference, same_distribution, with_end
-from runs.examples import Encoded, Job, OneByOne
+from runs.examples import Encoded, Experiment, OneByOne
 from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
@@ -32,7 +32,7 @@ _FIRST_DRAFTED = 1  # the prompt's own pass gives token 0
 
 
 @dataclass
-class Ids(Job):
+class CompareIds(Experiment):
     """Greedy: the ids must be equal, up to near-ties."""
 
     reference: str
@@ -128,12 +128,14 @@ class Ids(Job):
 
 
 @dataclass
-class Distributions(OneByOne):
+class CompareDistributions(OneByOne):
     """Sampling: the first drafted token must have the distribution of plain decoding, on every prompt."""
 
+    num_prompts: int  # that are compared, the first ones
     num_samples: int  # of each strategy, for each prompt
 
     def __post_init__(self) -> None:
+        self.examples = self.examples[: self.num_prompts]
         # Room for a whole draft: max_steps cuts none short.
         max_steps = _FIRST_DRAFTED + 1 + max(0, self.config.longest_draft)
         self.config = dataclasses.replace(self.config, max_steps=max_steps)

@@ -21,7 +21,7 @@ from runs import ranks
 from runs.failures import Failed, reason
 from runs.heading import machine
 from runs.records import Record, describe, describe_model
-from runs.startup import load_generator, meet, model_name
+from runs.startup import join_ranks, load_generator, model_name
 
 _NAME = "self_speculation"  # what lm_eval calls our model
 _LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
@@ -37,7 +37,7 @@ def evaluate(
 
     `config` has the settings that tasks do not have, such as the exit layer; `args` has lm_eval's flags.
     """
-    meet(model_args)
+    join_ranks(model_args)
     try:
         request_config(args.gen_kwargs, config, None)
     except UnsupportedError as error:
@@ -61,9 +61,9 @@ def evaluate(
         setup_logging(args.verbosity or logging.INFO)
         args.func(args)
         if loader.model is not None:
-            of_ranks = loader.model.gather_object(loader.model.records)
-            if of_ranks is not None:  # at rank 0
-                _show(list(itertools.chain.from_iterable(of_ranks)))
+            gathered = loader.model.gather_object(loader.model.records)
+            if gathered is not None:  # at rank 0
+                _show(list(itertools.chain.from_iterable(gathered)))
                 print(f"\nresults are in {args.output_path}")
     except KeyboardInterrupt:
         if ranks.is_first():

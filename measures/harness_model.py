@@ -25,7 +25,7 @@ from tqdm import tqdm
 from measures.timed_runs import TimedSide, measure_examples, warm_up
 from runs.failures import failed
 from runs.records import Record
-from runs.status import says_if_slow
+from runs.status import log_if_slow
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, Request, Sampler
 from self_speculation.config import SAMPLING_RULES
 from self_speculation.model.families import context_length
@@ -45,7 +45,7 @@ class UnsupportedError(ValueError):
     """A request has generation arguments that this model does not support."""
 
 
-def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_model: Any) -> GenerationConfig:
+def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, defaults: Any) -> GenerationConfig:
     """`config` with the generation arguments of a request.
 
     Defaults of sampling rules are those of the model's settings, as in transformers' `generate`.
@@ -59,7 +59,7 @@ def request_config(gen_kwargs: dict[str, Any], config: GenerationConfig, of_mode
         raise UnsupportedError(f"{names}: supported are max_gen_toks, {', '.join(sorted(_SUPPORTED))}")
 
     def rule(name: str) -> float:
-        candidates = (given.get(name), getattr(of_model, name, None), _DEFAULTS[name])
+        candidates = (given.get(name), getattr(defaults, name, None), _DEFAULTS[name])
         return next(value for value in candidates if value is not None)
 
     try:
@@ -201,7 +201,7 @@ class HarnessModel(HFLM):
             longest = tasks[max(requests, key=lambda index: len(requests[index].ids))]
             sides: list[TimedSide] = [("", self._generator, longest.config)]
             try:
-                with says_if_slow("warming up"):
+                with log_if_slow("warming up"):
                     warm_up(sides, longest.request.ids, size)
             except Exception as error:
                 raise failed(longest.name, error, size) from error

@@ -27,7 +27,7 @@ from runs.failures import failed
 from runs.heading import heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from runs.status import says_if_slow
+from runs.status import log_if_slow
 from runs.tuning import COUNTS
 from self_speculation.decoding.processors import config_processors
 from self_speculation.drafts.registry import make_drafter
@@ -49,7 +49,7 @@ HEADINGS = {
 }  # fmt: skip
 
 _ROWS_SHOWN = 20
-_RANGES_OF_CELL = 3  # a token through the layers that draft; a token, and several, through the others
+_CELL_RANGES = 3  # a token through the layers that draft; a token, and several, through the others
 
 Cell = tuple[int, int]  # exit layer, draft length
 
@@ -76,7 +76,7 @@ class Sweep(OneByOne):
         none is if there are too many, so all run alike.
         """
         trace_after(self.generator.model, 0, self.num_ranges)
-        with says_if_slow("warming up"):
+        with log_if_slow("warming up"):
             warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
 
     def measure_cell(self, cell: Cell) -> Record:
@@ -141,7 +141,7 @@ class Measured(Sweep):
 
     @property
     def num_ranges(self) -> int:
-        return 1 + _RANGES_OF_CELL * len({layer for layer, _ in self.grid})
+        return 1 + _CELL_RANGES * len({layer for layer, _ in self.grid})
 
     @property
     def num_steps(self) -> int:
@@ -168,7 +168,7 @@ class Predicted(Sweep):
 
     @property
     def num_ranges(self) -> int:
-        return NUM_RANGES + _RANGES_OF_CELL * self.verify_top
+        return NUM_RANGES + _CELL_RANGES * self.verify_top
 
     @property
     def _exit_layers(self) -> list[int]:

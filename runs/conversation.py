@@ -22,7 +22,7 @@ from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
 from runs.heading import counted
 from runs.startup import autoregressive
-from runs.status import says_if_slow, status_held
+from runs.status import log_if_slow, status_held
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -121,7 +121,7 @@ class Conversation:
             print(f"  {legend}", file=sys.stderr)
         if self.compare and not interrupt.met:
             try:
-                with says_if_slow("comparing with autoregressive decoding, without streaming"):
+                with log_if_slow("comparing with autoregressive decoding, without streaming"):
                     compared = self._comparison(Request(ids, **own))
                 print(f"  {compared}", file=sys.stderr)
             except KeyboardInterrupt:  # the conversation goes on
@@ -322,5 +322,5 @@ def _statistics(result: GenerationResult, config: GenerationConfig, interrupted:
                 for source, (rounds, drafted, accepted) in sources.items()
             ]
     elif config.is_adaptive and took.num_decode_tokens > 0:
-        lines.append("no drafts: none promised to be faster than decoding without")
+        lines.append("no drafts: none was expected to be faster")
     return "\n" + "\n".join(f"  {line}" for line in lines)

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
-from data import DataError, Example, fingerprint, load_examples
+from data import DataError, Example, hash_examples, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
-from runs.startup import load_generator, meet, model_name
+from runs.startup import join_ranks, load_generator, model_name
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.config import RankError
 from self_speculation.decoding.thinking import Thinking
@@ -39,6 +39,7 @@ class Encoded(Example):
     encode: Encode
 
     def request(self, seed: int | None = None) -> Request:
+        """The request of this example; without a seed, of random draws that differ from call to call."""
         return Request(self.ids, seed=seed, thinking=self.thinking)
 
     def next_turn(self, answers: Sequence[str], seed: int) -> Request | None:
@@ -50,7 +51,7 @@ class Encoded(Example):
 
 
 @dataclass
-class Job(ABC):
+class Experiment(ABC):
     """A script's work: a record for each example, the progress bar's text, and the conclusion."""
 
     generator: HuggingfaceLlamaGenerator
@@ -71,6 +72,7 @@ class Job(ABC):
         return f"example {index}"
 
     def requests(self, indices: Iterable[int]) -> dict[int, Request]:
+        """The requests of these examples, by index, each with its own seed."""
         return {index: self.examples[index].request(self.seed + index) for index in indices}
 
     @abstractmethod
@@ -89,8 +91,8 @@ class Job(ABC):
         """Finish the run with all records in order; the exit status."""
 
 
-class OneByOne(Job):
-    """A job that makes its records one after the other."""
+class OneByOne(Experiment):
+    """A experiment that makes its records one after the other."""
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         for index in indices:
@@ -105,7 +107,7 @@ class OneByOne(Job):
         """The record of an index."""
 
 
-def prepare(
+def set_up_experiment(
     script: str,
     model_args: ModelArguments,
     config: GenerationConfig,
@@ -114,17 +116,18 @@ def prepare(
     batch: BatchArguments,
     model_config: PretrainedConfig | None = None,
     counted: Mapping[int, int] | None = None,
-) -> tuple[HuggingfaceLlamaGenerator, list[Encoded], Callable[[], Run]]:
-    """Load the model and the examples that fit it; also return a function that opens the run.
+) -> tuple[tuple[HuggingfaceLlamaGenerator, GenerationConfig, list[Encoded], int, int], Callable[[], Run]]:
+    """Load the model and the examples that fit it: the first fields of an `Experiment`, and a function that
+    opens the run.
 
     `args` are the script's own arguments, with `resume`; for the last two see `load_generator`.
     """
-    meet(model_args)
+    join_ranks(model_args)
     try:
         check_writable(args.resume, model_args.output_dir)
         examples = load_examples(data_args, model_args.seed)
         arguments = (model_args, config, data_args, args, batch)
-        description = describe(script, arguments, fingerprint(examples))
+        description = describe(script, arguments, hash_examples(examples))
         if args.resume is not None:
             check_same_run(args.resume, description, arguments)
     except (DataError, RecordError) as error:
@@ -135,16 +138,17 @@ def prepare(
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting) and ranks.is_first():
         print(f"{script}.py asks the first turn of each conversation only", file=sys.stderr)
+    common = (generator, config, fitting, model_args.seed, batch.batch_size)
 
     def open_run() -> Run:
         if resume is not None:
             return Run.resume(resume, description)
         return Run.create(output_dir, script, description)
 
-    return generator, fitting, open_run
+    return common, open_run
 
 
-def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
+def run_examples(experiment: Experiment, open_run: Callable[[], Run]) -> int:
     """Make the missing records, each rank its share; then rank 0 concludes.
 
     The exit status is that of the conclusion, 130 after Ctrl-C, or 1 if records are missing.
@@ -155,19 +159,19 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
         except RecordError as error:
             refuse(str(error))
         finished = ranks.share(run.records)
-        missing = [index for index in range(job.num_steps) if index not in finished]
+        missing = [index for index in range(experiment.num_steps) if index not in finished]
         status, why, in_step = 1, "", True
         try:
-            _measure(job, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
+            _measure(experiment, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
             ranks.barrier()
             if ranks.rank() != 0:
                 return 0
             complete = run.records()
-            return job.conclude(run, [complete[index] for index in range(job.num_steps)])
+            return experiment.conclude(run, [complete[index] for index in range(experiment.num_steps)])
         except (RecordError, Failed) as error:
             why = str(error)
         except (*EXPLAINABLE, RankError) as error:
-            why = reason(error, less_than(job.batch_size)) or ""
+            why = reason(error, less_than(experiment.batch_size)) or ""
             in_step = not isinstance(error, RankError)
             if not (why or is_lost_rank(error)) or not (in_step or ranks.is_first()):
                 raise
@@ -175,17 +179,17 @@ def run_examples(job: Job, open_run: Callable[[], Run]) -> int:
             status = 130
             if ranks.rank() == 0:
                 with suppress(RecordError):
-                    run.say("interrupted")
+                    run.write_status("interrupted")
         if why or ranks.is_first():
             why = why or ("interrupted" if status == 130 else "another rank is gone")
-            kept = f"{len(run.records())} of {job.num_steps} {job.unit} are kept"
+            kept = f"{len(run.records())} of {experiment.num_steps} {experiment.unit} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
         if not in_step:
             sys.exit(status)  # without a farewell to ranks that wait in a pass
         return status
 
 
-def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) -> None:
+def _measure(experiment: Experiment, run: Run, indices: Sequence[int], records: list[Record]) -> None:
     """Write the records of this rank's indices; `records` are those of the interrupted run.
 
     Raises:
@@ -193,16 +197,16 @@ def _measure(job: Job, run: Run, indices: Sequence[int], records: list[Record]) 
     """
     wrong = []
     hidden = None if ranks.rank() == 0 else True  # None: unless at a terminal
-    with tqdm(total=len(indices), desc=job.unit, disable=hidden) as bar:
-        for index, record in job.records(indices):
-            if isinstance(record, RuntimeError) and num_ranks(job.generator.model) > 1:
+    with tqdm(total=len(indices), desc=experiment.unit, disable=hidden) as bar:
+        for index, record in experiment.records(indices):
+            if isinstance(record, RuntimeError) and num_ranks(experiment.generator.model) > 1:
                 raise RankError(str(record)) from record
             if isinstance(record, Exception):
-                wrong.append(failed(job.name(index), record, job.batch_size))
+                wrong.append(failed(experiment.name(index), record, experiment.batch_size))
                 continue
             records.append({"index": index, **record})
             run.append(records[-1], ranks.rank())
-            bar.set_postfix_str(job.progress(records), refresh=False)
+            bar.set_postfix_str(experiment.progress(records), refresh=False)
             bar.update()
     if wrong:
         raise wrong[0]

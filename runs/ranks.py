@@ -36,6 +36,7 @@ _last_barrier: dist.Work | None = None
 
 
 def num_processes() -> int:
+    """The number of processes of torchrun, or 1."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -116,7 +117,7 @@ def share(make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def first_of_machine_first(make: Callable[[], T]) -> T:
+def local_main_first(make: Callable[[], T]) -> T:
     """Call `make` at the first rank of each machine, then at the others, which find its cached files."""
     from accelerate import PartialState
 

@@ -58,12 +58,12 @@ class Run:
             run.folder.mkdir(parents=True)
         except OSError as error:
             raise RecordError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
-        run.say("running")
+        run.write_status("running")
         return run
 
     @classmethod
     def resume(cls, path: str, description: Record) -> Run:
-        """Open the folder of an interrupted run; raises RecordError as `check_same_run` does."""
+        """Open the folder of an interrupted run; raises RecordError if there is none, or it differs."""
         earlier = check_same_run(path, description)
         began = {"began": earlier["began"]} if "began" in earlier else {}
         run = cls(Path(path).expanduser(), description | began)
@@ -88,11 +88,11 @@ class Run:
     def finish(self, records: list[Record], metrics: Record) -> None:
         """Write all records in order into one file, and the metrics into run.json."""
         self.replace("records.jsonl", "".join(map(_line, records)))
-        self.say("finished", metrics=metrics)
+        self.write_status("finished", metrics=metrics)
         for part in self.folder.glob("records.rank*.jsonl"):
             part.unlink()
 
-    def say(self, status: str, **more: Any) -> None:
+    def write_status(self, status: str, **more: Any) -> None:
         """Write description and status into run.json."""
         ended = {} if status == "running" else {"ended": _now()}
         content = {**self.description, "status": status, **ended, **more}
@@ -119,7 +119,7 @@ def check_writable(resume: str | None, output_dir: str) -> None:
             path.mkdir(parents=True, exist_ok=True)
         try_to_write(path)
     except OSError as error:
-        # In /proc the system's words are "No such file or directory", which nobody would understand alone.
+        # mkdir below /proc reports ENOENT.
         deed = "written" if os.path.isdir(path) else "created"
         raise RecordError(f"--{flag} {folder}: cannot be {deed} ({error.strerror})") from error
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from runs.failures import reason
-from runs.status import FewerThreads, says_if_slow
+from runs.status import FewerThreads, log_if_slow
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import int4_kernel
@@ -29,7 +29,7 @@ from self_speculation.model.sources import LoadingWarning
 from self_speculation.threads import ThreadGovernor, adjust_threads, govern_threads
 
 
-def meet(model_args: ModelArguments) -> None:
+def join_ranks(model_args: ModelArguments) -> None:
     """Join the other ranks if all hold one model together; call it before anything is read."""
     if model_args.parallel == "fsdp":
         refuse("--parallel fsdp: is for train.py; must be data, tensor or pipeline")
@@ -100,9 +100,9 @@ def load_generator(
         prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
         if config.draft_weights != "exact" and model.device.type == "cpu":
-            with says_if_slow("building the kernel of copies in four bits, once for this processor"):
+            with log_if_slow("building the kernel of copies in four bits, once for this processor"):
                 int4_kernel()
-        with says_if_slow("preparing the layers that draft"):
+        with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
         if (copies := bytes_made(model) - bytes_made(model, for_drafts=False)) and ranks.is_first():
             by = f", multiplied by {kernel}" if (kernel := kernel_of_copies(model)) else ""

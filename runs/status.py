@@ -21,9 +21,9 @@ _held: list[str] | None = None  # lines that wait for the end of an answer
 
 
 @contextmanager
-def says_if_slow(what: str) -> Iterator[None]:
+def log_if_slow(what: str) -> Iterator[None]:
     """Print at the first process what is being done, if it takes longer than a second."""
-    timer = Timer(_SILENCE, write_status, [f"{what} ..."])
+    timer = Timer(_SILENCE, print_status, [f"{what} ..."])
     timer.daemon = True
     timer.start()
     try:
@@ -41,7 +41,7 @@ def work_bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], object
         yield bar.update
 
 
-def write_status(line: str) -> None:
+def print_status(line: str) -> None:
     """Print a line to standard error at the first process."""
     if _held is not None:
         _held.append(line)
@@ -59,7 +59,7 @@ def status_held(is_held: bool) -> Iterator[None]:
     finally:
         lines, _held = _held or [], None
         for line in lines:
-            write_status(line)
+            print_status(line)
 
 
 class FewerThreads:
@@ -73,4 +73,4 @@ class FewerThreads:
             self._is_said = True
             used = f"other programs use {governor.others:.1f} of {governor.num_processors} processors"
             threads = f"{governor.num_threads} of {governor.most} threads"
-            write_status(f"{used}: decoding is slower, with {threads} while they do")
+            print_status(f"{used}: decoding is slower, with {threads} while they do")

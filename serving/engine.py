@@ -41,19 +41,19 @@ class RequestAborted(Exception):
 
 
 class QueueFull(RequestAborted):
-    pass
+    """The queue has no room for it."""
 
 
 class ClientDisconnected(RequestAborted):
-    pass
+    """Its client no longer waits."""
 
 
 class RequestTimeout(RequestAborted):
-    pass
+    """It is older than --max_time."""
 
 
 class ServerShutdown(RequestAborted):
-    pass
+    """The engine stops before its end."""
 
 
 @dataclass(eq=False)
@@ -91,13 +91,15 @@ class Engine:
 
     @property
     def accepts_jobs(self) -> bool:
+        """False once the engine shuts down."""
         return self._deadline == math.inf
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of the jobs or none.
 
         Raises:
-            RequestAborted: the queue has no room, or the engine shuts down.
+            QueueFull: the queue has no room for them.
+            ServerShutdown: the engine accepts no more jobs.
         """
         with self._changed:
             self.check_room(len(jobs))
@@ -105,7 +107,7 @@ class Engine:
             self._changed.notify()
 
     def check_room(self, num_jobs: int) -> None:
-        """Raises what `submit` does."""
+        """Raises ServerShutdown, or QueueFull if the queue has no room for so many jobs."""
         if not self.accepts_jobs:
             raise ServerShutdown("the server shuts down")
         if len(self.waiting) + len(self.in_flight) + num_jobs > self.max_jobs:

@@ -17,8 +17,10 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 
 
 class FinishedRequest(NamedTuple):
+    """An answer and its times in seconds."""
+
     result: GenerationStrategyResult
-    queue_time: float
+    queue_time: float  # from arrival to admission
     num_reasoning: int = 0  # tokens of the thinking
 
     @property
@@ -28,6 +30,7 @@ class FinishedRequest(NamedTuple):
 
     @property
     def time_to_first_token(self) -> float:
+        """From arrival on."""
         return self.queue_time + self.result.prefill_time
 
     @property
@@ -90,8 +93,8 @@ def _num_drafts(drafts: DraftStats) -> int:
 
 def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
     """`usage` and `metrics` over the choices of a request, n per prompt; see docs/serving.md."""
-    results, of_prompts = [each.result for each in finished], [each.result for each in finished[::n]]
-    prompt = sum(result.num_prompt_tokens for result in of_prompts)
+    results, prompted = [each.result for each in finished], [each.result for each in finished[::n]]
+    prompt = sum(result.num_prompt_tokens for result in prompted)
     completion = sum(each.num_tokens for each in finished)
     seconds = max(result.decode_time for result in results)
     decoded = sum(result.num_decode_tokens for result in results)
@@ -108,7 +111,7 @@ def figures(finished: Sequence[FinishedRequest], n: int) -> dict[str, Any]:
             "rejected_prediction_tokens": predicted.drafted - predicted.accepted,
             "reasoning_tokens": sum(each.num_reasoning for each in finished),
         },
-        "prompt_tokens_details": {"cached_tokens": sum(result.num_cached_tokens for result in of_prompts)},
+        "prompt_tokens_details": {"cached_tokens": sum(result.num_cached_tokens for result in prompted)},
     }
     speculative_decoding = {
         "drafted": drafts.num_drafted,

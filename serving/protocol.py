@@ -54,6 +54,7 @@ class APIError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """The JSON that a client gets."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -122,6 +123,7 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
 
     @property
     def max_new_tokens(self) -> int | None:
+        """The lowest of the limits by three names; None: the server's default."""
         limits = (self.max_tokens, self.max_completion_tokens, self.n_predict)
         return min(filter(None, limits), default=None)
 
@@ -261,8 +263,8 @@ class ChatRequest(BaseRequest):
     def template_kwargs(self) -> dict[str, Any]:
         """Variables of the template. An effort turns thinking on or off, too, as in vLLM."""
         effort = self.reasoning_effort
-        of_effort = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
-        return {**of_effort, **self.chat_template_kwargs}
+        by_effort = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
+        return {**by_effort, **self.chat_template_kwargs}
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice

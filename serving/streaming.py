@@ -75,6 +75,8 @@ def _delta(cells: Iterable[Cell], is_thinking: bool) -> Delta:
 
 
 class Token(NamedTuple):
+    """A token as a client sees it."""
+
     text: str  # part of a character is U+FFFD or empty
     bytes: bytes
 

@@ -31,8 +31,8 @@ class TrainingDataArguments:
     """Read the dataset of the hub while training; it needs no space on the disk."""
 
     def __post_init__(self) -> None:
-        of_hub = self.data_path is None and self.data != "python_stdlib"
-        check(self, "streaming", of_hub or not self.streaming, "is for a dataset of the hub, by --data")
+        is_on_hub = self.data_path is None and self.data != "python_stdlib"
+        check(self, "streaming", is_on_hub or not self.streaming, "is for a dataset of the hub, by --data")
         check(self, "eval_fraction", 0 < self.eval_fraction < 1, "must be between 0 and 1")
         at_least(self, 2, "sequence_length")
 

@@ -57,6 +57,7 @@ def computed_in(name: DtypeName, device: torch.device) -> str:
 def trainer_settings(
     args: OptimizationArguments, model_args: ModelArguments, folder: Path, device: torch.device
 ) -> TrainerSettings:
+    """The arguments of the Trainer; of FSDP2 with --parallel fsdp, on a GPU or a CPU."""
     mixed = resolve_dtype(model_args.dtype, device)
     is_sharded = model_args.parallel == "fsdp"
     sharding = {  # FSDP2. Other numbers of ranks can read sharded checkpoints.

@@ -36,6 +36,7 @@ class Stop(TrainerCallback):
         trainer.add_callback(self)
 
     def after_this_step(self, status: int, reason: str) -> None:
+        """End the training after the current step, with this exit status."""
         self._requested = status, reason
 
     @contextmanager

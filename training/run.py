@@ -35,7 +35,7 @@ from training.progress import Progress, Stop
 from training.texts import (
     Stream,
     Texts,
-    fingerprint,
+    hash_texts,
     is_stream,
     load_texts,
     named,
@@ -71,7 +71,7 @@ def train(flags: Flags) -> int:
     logging.disable_progress_bar()  # of saving
     datasets.disable_progress_bars()
     try:
-        start = _prepare(flags)
+        start = _set_up(flags)
     except (LoadingError, ValueError, RecordError) as error:
         refuse(str(error) if str(error).startswith("--") else f"--{error}")
     except OSError as error:  # of the cache of datasets
@@ -102,7 +102,7 @@ def train(flags: Flags) -> int:
         bar.close()
     if ranks.rank() == 0:
         with suppress(RecordError):
-            run.say("interrupted" if stop.status > 1 else "failed")
+            run.write_status("interrupted" if stop.status > 1 else "failed")
         last = newest_checkpoint(run.folder)
         kept = f"step {step_of(last)} is kept" if last else "no checkpoint was written yet"
         go_on = f", go on with --resume {run.folder}" if last or stop.status > 1 else ""
@@ -110,7 +110,7 @@ def train(flags: Flags) -> int:
     return stop.status
 
 
-def _prepare(flags: Flags) -> Start:
+def _set_up(flags: Flags) -> Start:
     """Check and open everything; quick checks come first.
 
     Raises:
@@ -126,8 +126,8 @@ def _prepare(flags: Flags) -> Start:
     backend = {"backend": "cuda:nccl,cpu:gloo"} if device.type == "cuda" and ranks.num_processes() > 1 else {}
     PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
     ranks.share(lambda: records.check_writable(args.resume, model_args.output_dir))
-    texts = ranks.first_of_machine_first(lambda: load_texts(data_args))
-    run = ranks.share(partial(_open_run, flags, fingerprint(*texts)))
+    texts = ranks.local_main_first(lambda: load_texts(data_args))
+    run = ranks.share(partial(_open_run, flags, hash_texts(*texts)))
     if config is None:
         trained = ranks.share(lambda: _own_tokenizer(run, texts[0], shape.vocabulary_size))
         tokenizer = tokenizer_from_json(trained, length)
@@ -139,7 +139,7 @@ def _prepare(flags: Flags) -> Start:
     if args.lora_rank:
         assert model_args.model is not None
         model = from_flags.adapted(model, model_args.model, args.lora_rank)
-    training, evaluation = ranks.first_of_machine_first(
+    training, evaluation = ranks.local_main_first(
         lambda: [to_blocks(part, tokenizer, length, seed) for part in texts]
     )
     if is_stream(training):
@@ -192,7 +192,7 @@ def _open_run(flags: Flags, content: str) -> Run:
             f"--batch_size and --gradient_accumulation must make {was} together"
         )
     run = Run.resume(resume, description)
-    run.say("running")  # it may have more steps than before
+    run.write_status("running")  # it may have more steps than before
     return run
 
 
@@ -243,7 +243,7 @@ def _save_and_show(run: Run, trainer: EarlyExitTrainer, metrics: dict[str, float
     asked = run.description["arguments"]
     title = heading(run.description | {"arguments": asked | {"dataset": asked["data_path"] or asked["data"]}})
     curves_by_exit(table, list(EXIT_SCORES), asked["exits"] or (), title, run.folder / "exits")
-    run.say("finished", metrics=metrics)
+    run.write_status("finished", metrics=metrics)
     print(f"{title}\n\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     print(f"perplexity {math.exp(metrics['eval_loss']):.2f} at the last layer")
     written = ("model", "adapter", "exits.csv", "exits.png", "exits.pdf", "log.csv", "run.json")

@@ -74,7 +74,7 @@ def _content(row: dict[str, str]) -> list[str]:
     return [value for name, value in row.items() if name != "source"]
 
 
-def fingerprint(*parts: Texts) -> str:
+def hash_texts(*parts: Texts) -> str:
     """A hash of all texts; of a stream, of the first ones."""
     digest = hashlib.sha256()
     for row in chain(*(part.take(100) if is_stream(part) else part for part in parts)):
@@ -97,7 +97,7 @@ def _read(args: TrainingDataArguments) -> Texts:
         paths = standard_library() if args.data_path is None else _files(args.data_path)
         files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         kwargs = {"files": files, "column": args.text_column}
-        make = partial(datasets.Dataset.from_generator, _rows_of_files, gen_kwargs=kwargs)
+        make = partial(datasets.Dataset.from_generator, _file_rows, gen_kwargs=kwargs)
     try:
         return make()
     except Exception as error:  # the hub, Arrow and generators raise errors without a common base
@@ -125,7 +125,7 @@ def standard_library() -> list[Path]:
     ]
 
 
-def _rows_of_files(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
+def _file_rows(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
     """The rows of tables; any other file is one text, unless it is blank."""
     columns: list[str] = []
     for name, *_ in files:
@@ -230,6 +230,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def shuffled(texts: Texts, seed: int) -> Texts:
+    """All texts in random order; a stream within a buffer of texts."""
     return texts.shuffle(seed, **({"buffer_size": _STREAM_BUFFER} if is_stream(texts) else {}))
 
 

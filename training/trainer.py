@@ -71,6 +71,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The optimizer steps before a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -316,8 +317,8 @@ def _why_not_written(error: BaseException, folder: Path) -> str:
         error, _ = next(iter(error.failures.values()))
     try:
         try_to_write(folder)
-    except OSError as of_probe:
-        error = of_probe
+    except OSError as probe_error:
+        error = probe_error
     return one_line(error)
 
 

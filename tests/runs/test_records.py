@@ -33,7 +33,7 @@ def test_a_full_disk_keeps_what_is_written(run, monkeypatch):
     with pytest.raises(RecordError, match=r"records.rank0.jsonl: No space left on device"):
         run.append({"index": 1})
     with pytest.raises(RecordError, match="No space left"):
-        run.say("finished")
+        run.write_status("finished")
     assert about(run.folder)["status"] == "running"
     assert sorted(path.name for path in run.folder.iterdir()) == ["records.rank0.jsonl", "run.json"]
 
