@@ -12,7 +12,6 @@ if __name__ == "__main__":
     import runs.early  # noqa: F401
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,11 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from measures.correctness import CompareDistributions, CompareIds
     from runs.examples import run_examples, set_up_experiment
+    from runs.status import print_status
 
     common, open_run = set_up_experiment("correctness", model_args, config, data_args, args, batch)
     if config.greedy:
         return run_examples(CompareIds(*common, args.reference), open_run)
-    print("--sample True: ids differ from run to run, so distributions are compared", file=sys.stderr)
+    print_status("--sample True: ids differ from run to run, so distributions are compared")
     experiment = CompareDistributions(*common, args.sampled_prompts, args.samples_per_prompt)
     return run_examples(experiment, open_run)
 

@@ -15,7 +15,6 @@ if __name__ == "__main__":
     import runs.early  # noqa: F401
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -94,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(wrong)
 
     from measures.sweeping import Measured, Predicted
-    from runs import ranks
     from runs.examples import run_examples, set_up_experiment
     from runs.startup import read_config
+    from runs.status import print_status
     from self_speculation.drafts.registry import is_replayable
 
     if args.tuned is not None and config.draft_vocabulary is None:
@@ -105,17 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.tuned is not None and not counted:
         refuse(f"--tuned {args.tuned}: has no {COUNTS}, which --mode predicted writes")
 
-    def notice(text: str) -> None:
-        if ranks.is_first():
-            print(text, file=sys.stderr)
-
     if args.mode == "predicted" and not config.greedy:
-        notice("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
+        print_status("predicted mode decodes greedily, as with --sample False; --mode measured can sample")
         config = dataclasses.replace(config, sample=False)
     unused = given_flags(argv, GenerationConfig) & {"exit_layer", "num_speculations", "generation_strategy"}
     for name in sorted(unused):
         if (value := getattr(config, name)) != "self_speculative":
-            notice(
+            print_status(
                 f"--{name} {value}: not used; cells are self_speculative, on the grid of the flags of sweeps"
             )
     config = dataclasses.replace(
@@ -133,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not exit_layers:
         refuse(f"--exit_layer_first {args.exit_layer_first}: must be between 1 and {last}, the grid is empty")
     if args.exit_layer_last > last:
-        notice(f"--exit_layer_last {args.exit_layer_last}: cut to {last}, the model has {num_layers} layers")
+        cut = f"cut to {last}, the model has {num_layers} layers"
+        print_status(f"--exit_layer_last {args.exit_layer_last}: {cut}")
     common, open_run = set_up_experiment(
         "sweep", model_args, config, data_args, args, batch, model_config, counted
     )

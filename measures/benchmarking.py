@@ -19,7 +19,7 @@ from runs.examples import Experiment, longest_prompt
 from runs.heading import citation, counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from runs.status import log_if_slow
+from runs.status import log_if_slow, print_status
 from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.families import context_length
@@ -110,7 +110,7 @@ class Benchmark(Experiment):
         references = [record["reference"] for record in records]
         summary["text"] = text_quality(predictions, references) if any(references) else {}
         if self.execute_code:
-            print("running the programs that the model wrote, each in a process of its own", file=sys.stderr)
+            print_status("running the programs that the model wrote, each in a process of its own")
             summary["text"]["pass_at_1"] = pass_at_1([example.row for example in self.examples], predictions)
         summary["peak_memory_mib"] = metrics.peak_memory_mib(model.device)
         title = heading(run.description)

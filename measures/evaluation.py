@@ -22,6 +22,7 @@ from runs.failures import Failed, reason
 from runs.heading import machine
 from runs.records import Record, describe, describe_model
 from runs.startup import join_ranks, load_generator, model_name
+from runs.status import print_status
 
 _NAME = "self_speculation"  # what lm_eval calls our model
 _LESS = "a smaller --batch_size, --dtype half, --quantization int8 or int4"
@@ -66,8 +67,7 @@ def evaluate(
                 _show(list(itertools.chain.from_iterable(gathered)))
                 print(f"\nresults are in {args.output_path}")
     except KeyboardInterrupt:
-        if ranks.is_first():
-            print(f"interrupted; {_kept(args)}", file=sys.stderr)
+        print_status(f"interrupted; {_kept(args)}")
         return 130
     except Exception as error:
         if (why := str(error) if isinstance(error, Failed) else reason(error, _LESS)) is not None:

@@ -22,7 +22,7 @@ from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
 from runs.heading import counted
 from runs.startup import autoregressive
-from runs.status import log_if_slow, status_held
+from runs.status import log_if_slow, print_status, status_held
 from self_speculation import (
     GenerationConfig,
     GenerationResult,
@@ -116,16 +116,16 @@ class Conversation:
                 self._messages[-1]["reasoning_content"] = result.thinking
                 self._history = ""
             self._history_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
-        print(_statistics(result, self.config, interrupt.met), file=sys.stderr)
+        print_status(_statistics(result, self.config, interrupt.met))
         if legend := getattr(streamer, "legend", ""):
-            print(f"  {legend}", file=sys.stderr)
+            print_status(f"  {legend}")
         if self.compare and not interrupt.met:
             try:
                 with log_if_slow("comparing with autoregressive decoding, without streaming"):
                     compared = self._comparison(Request(ids, **own))
-                print(f"  {compared}", file=sys.stderr)
+                print_status(f"  {compared}")
             except KeyboardInterrupt:  # the conversation goes on
-                print("\n  without streaming: interrupted", file=sys.stderr)
+                print_status("\n  without streaming: interrupted")
                 return False
         return not interrupt.met
 
@@ -219,17 +219,14 @@ def _unechoed() -> Iterator[None]:
 def converse(talk: Conversation) -> int:
     """Answer prompts from the terminal until /exit or Ctrl-D; the exit status."""
     session = _session()
-    print(
-        "Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.",
-        file=sys.stderr,
-    )
+    print_status("Type a prompt, Enter sends it. Ctrl-C stops an answer; /exit leaves, /help tells more.")
     may_drop = False  # what was typed while the model was loaded is a prompt
     while True:
         try:
             prompt, may_drop = _ask(session, may_drop), True
         except KeyboardInterrupt:  # Ctrl-C
             if not session.default_buffer.text:
-                print("/exit or Ctrl-D leaves", file=sys.stderr)
+                print_status("/exit or Ctrl-D leaves")
             continue
         except EOFError:  # Ctrl-D without text
             return 0
@@ -238,17 +235,17 @@ def converse(talk: Conversation) -> int:
             return 0
         if re.fullmatch(r"\s*/\w*\s*", prompt):
             unknown = f"{last_line}: no such command, there are /help, /exit"
-            print(_HELP if last_line == "/help" else unknown, file=sys.stderr)
+            print_status(_HELP if last_line == "/help" else unknown)
             continue
         try:
             with _unechoed():
                 talk.answer(prompt)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_status(f"error: {error}")
         except EXPLAINABLE as error:
             if (why := reason(error)) is None:
                 raise
-            print(f"\nerror: {why}", file=sys.stderr)  # in the middle of an answer
+            print_status(f"\nerror: {why}")  # in the middle of an answer
 
 
 def _session() -> PromptSession[str]:

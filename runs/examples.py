@@ -19,6 +19,7 @@ from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
 from runs.startup import join_ranks, load_generator, model_name
+from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.config import RankError
 from self_speculation.decoding.thinking import Thinking
@@ -136,8 +137,8 @@ def set_up_experiment(
     resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
-    if script != "benchmark" and any(example.later_turns for example in fitting) and ranks.is_first():
-        print(f"{script}.py asks the first turn of each conversation only", file=sys.stderr)
+    if script != "benchmark" and any(example.later_turns for example in fitting):
+        print_status(f"{script}.py asks the first turn of each conversation only")
     common = (generator, config, fitting, model_args.seed, batch.batch_size)
 
     def open_run() -> Run:
@@ -249,7 +250,6 @@ def _examples_that_fit(
         refuse(str(error))
     if not fitting:
         refuse(f"every prompt has more than the {room} tokens that the model has room for")
-    if (left_out := len(examples) - len(fitting)) and ranks.rank() == 0:
-        limit = f"prompts of more than {room} tokens"
-        print(f"left out {left_out} of {len(examples)} examples: {limit}", file=sys.stderr)
+    if left_out := len(examples) - len(fitting):
+        print_status(f"left out {left_out} of {len(examples)} examples: prompts of more than {room} tokens")
     return fitting

@@ -18,7 +18,7 @@ from typing import NoReturn
 from arguments import refuse
 from runs import ranks
 from runs.failures import EXPLAINABLE, reason
-from runs.status import work_bar
+from runs.status import print_status, work_bar
 from self_speculation.config import RankError
 from self_speculation.model.progress import shown_by
 
@@ -64,8 +64,7 @@ def run(main: Callable[[], int], **advice: str) -> NoReturn:
         ranks.leave()
     except KeyboardInterrupt:
         status = 130
-        if ranks.is_first():
-            print("interrupted", file=sys.stderr)
+        print_status("interrupted")
     except BrokenPipeError:  # the reader of the output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE

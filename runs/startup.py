@@ -18,7 +18,7 @@ from transformers.utils import logging
 from arguments import GenerationConfig, ModelArguments, refuse
 from runs import ranks
 from runs.failures import reason
-from runs.status import FewerThreads, log_if_slow
+from runs.status import FewerThreads, log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import int4_kernel
@@ -95,8 +95,8 @@ def load_generator(
         with quiet, warnings.catch_warnings(record=True) as warned:
             model, tokenizer = load_model_and_tokenizer(model_name(model_args), options, model_config, chat)
         for warning in warned:
-            if issubclass(warning.category, LoadingWarning) and ranks.is_first():
-                print(f"warning: {warning.message}", file=sys.stderr)
+            if issubclass(warning.category, LoadingWarning):
+                print_status(f"warning: {warning.message}")
         prefer_ids(model, counted or {})
         strategy = make_strategy(config.generation_strategy)
         if config.draft_weights != "exact" and model.device.type == "cpu":
@@ -104,9 +104,9 @@ def load_generator(
                 int4_kernel()
         with log_if_slow("preparing the layers that draft"):
             strategy.prepare(model, config)
-        if (copies := bytes_made(model) - bytes_made(model, for_drafts=False)) and ranks.is_first():
+        if copies := bytes_made(model) - bytes_made(model, for_drafts=False):
             by = f", multiplied by {kernel}" if (kernel := kernel_of_copies(model)) else ""
-            print(f"copies for drafts take {copies / 2**30:.2f} GiB{by}", file=sys.stderr)
+            print_status(f"copies for drafts take {copies / 2**30:.2f} GiB{by}")
     except (LoadingError, ValueError) as error:
         if (why := reason(error)) is not None:
             refuse(f"--model {model_name(model_args)}: {why}", status=1)

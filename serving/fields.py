@@ -249,10 +249,8 @@ class StructuredOutputs(Fields):
 
     @model_validator(mode="after")
     def _check_number(self) -> StructuredOutputs:
-        if (
-            sum((self.json_schema is not None, self.json_object, self.regex is not None, bool(self.choice)))
-            > 1
-        ):
+        given = (self.json_schema is not None, self.json_object, self.regex is not None, bool(self.choice))
+        if sum(given) > 1:
             raise ValueError("must have one of json, json_object, regex and choice")
         return self
 
