@@ -238,6 +238,25 @@ def endless_folder(byte_tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A glob of twenty small files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for index in range(20):
+        lines = [f"def add_{index}_{line}(a, b):\n    return a + b + {line * index}\n" for line in range(30)]
+        (folder / f"{index}.py").write_text("\n".join(lines))
+    return str(folder / "*.py")
+
+
+@pytest.fixture(scope="module")
+def served(text_model, byte_tokenizer):
+    """A server in this process, over the tiny Llama."""
+    from servers import Served, tiny_generator  # tests/serving is the place of its tests
+
+    with Served(tiny_generator(text_model, byte_tokenizer), max_waiting=4, max_time=500) as served:
+        yield served
+
+
 @pytest.fixture(scope="module")
 def few_files_are_read():
     """The harness does not read its thousands of tasks and the installed packages: this takes seconds."""

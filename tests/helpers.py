@@ -11,18 +11,42 @@ import torch.distributed.run
 
 from measures.calibration import Costs
 
+PYTHON_FUNCTIONS = ["--include_path", str(forks.ROOT / "eval_tasks"), "--tasks", "python_functions"]
+SMALL_TRAINING = [
+    "--vocabulary_size", "300", "--num_layers", "3", "--hidden_size", "16", "--intermediate_size", "24",
+    "--num_heads", "2", "--num_kv_heads", "1", "--sequence_length", "32", "--batch_size", "4", "--seed", "1",
+    "--warmup_steps", "2", "--learning_rate", "3e-3", "--eval_fraction", "0.2", "--device", "cpu",
+]  # fmt: skip
 TORCHRUN = torch.distributed.run.__file__
 # What a record says of the clock, and of who else was there when it was taken.
 TIMES = [f"{side}{time}_time" for side in ("", "autoregressive_") for time in ("prefill", "decode", "wall")]
 TIMES += ["batch_size", "window", "rank", "threads", "autoregressive_threads"]
 
 
-def custom_data(folder):
-    """A file for `--dataset custom_jsonl`: 12 rows."""
-    path = folder / "data.jsonl"
-    rows = [{"prompt": f"add{i}(a, b):", "response": f"    return a + b + {i}"} for i in range(12)]
+def write_rows(path, rows):
+    """Write a JSONL file; its path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def custom_data(folder):
+    """A file for `--dataset custom_jsonl`: 12 rows."""
+    rows = [{"prompt": f"add{i}(a, b):", "response": f"    return a + b + {i}"} for i in range(12)]
+    return write_rows(folder / "data.jsonl", rows)
+
+
+def watch(monkeypatch, owner, name, before=lambda *_, **__: None):
+    """The calls of a function from now on: arguments and result. `before` gets the arguments first."""
+    calls, function = [], getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        before(*args, **kwargs)
+        result = function(*args, **kwargs)
+        calls.append((args, result))
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
+    return calls
 
 
 def only_run(tmp_path):
@@ -42,11 +66,16 @@ def torchrun(ranks, script, *args):
     return forks.run(TORCHRUN, "--nproc_per_node", ranks, script, *args)
 
 
-def run_program(ranks, folder, code, *args):
-    """Run code that may import this repository and its tests, as a program of so many ranks."""
+def write_program(folder, code):
+    """The path of a program of this code, which may import this repository and its tests."""
     program = folder / "program.py"
     program.write_text(f"import sys; sys.path[:0] = {[*map(str, forks.PATHS)]}\n{code}")
-    return forks.run_ranks(ranks, program, *args)
+    return program
+
+
+def run_program(ranks, folder, code, *args):
+    """Run such a program with so many ranks."""
+    return forks.run_ranks(ranks, write_program(folder, code), *args)
 
 
 def no_calibration(monkeypatch):

@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 from conftest import tiny_llama
+from helpers import watch
 
 from measures import calibration
 from measures.calibration import calibrate, medians
@@ -40,14 +41,9 @@ def test_passes_are_those_of_rounds(weights, monkeypatch):
     flags = {"config": replace(GREEDY, draft_weights=weights), "exit_layers": [1, 3], "longest": 2, "most": 2}
     model = tiny_llama(num_layers=4, fused=True)
     costs_of(model, **flags)  # copies are made by passes of their own
-    passes, run = set(), ModelRunner.run
-
-    def seen(self, inputs, first, last, num_logits):
-        passes.add((first, last, inputs.shape[1], num_logits))
-        return run(self, inputs, first, last, num_logits)
-
-    monkeypatch.setattr(ModelRunner, "run", seen)
+    calls = watch(monkeypatch, ModelRunner, "run")
     costs_of(model, **flags)
+    passes = {(first, last, ids.shape[1], num_logits) for (*_, ids, first, last, num_logits), _ in calls}
     drafts = {(0, last, 1, 1) for last in (1, 3, 4)}  # and plain steps
     verifications = {(0, 4, width, width) for width in (1, 2, 3)}
     if weights == "exact":

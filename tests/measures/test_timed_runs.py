@@ -4,6 +4,7 @@ import copy
 
 import pytest
 from conftest import generate, tiny_llama
+from helpers import watch
 
 from measures.metrics import speed
 from measures.timed_runs import measure_examples, run_every_pass
@@ -17,19 +18,13 @@ SPECULATION = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_
 @pytest.mark.parametrize(("config", "widths"), [({}, {1: 3}), (SPECULATION, {6: 3})])
 def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
     """Guards against a draft length that is not drafted in full, and a warm-up that is longer than needed."""
-    seen, run = [], ModelRunner.run
-
-    def watch(self, inputs, first, last, num_logits):
-        if last == len(self.layers):
-            seen.append(inputs.shape[1])
-        return run(self, inputs, first, last, num_logits)
-
-    monkeypatch.setattr(ModelRunner, "run", watch)
+    calls = watch(monkeypatch, ModelRunner, "run")
     model = tiny_llama(agreement="always")  # all is accepted: the fewest rounds
     settings = GenerationConfig(sample=False, stop_words=["a"], stop_token_ids=list(range(50)), **config)
     strategy = make_strategy(settings.generation_strategy)
     run_every_pass(strategy, model, [5, 9, 4, 7] * 100, settings)
-    longest = config.get("num_speculations", 0)
+    depth, longest = model.config.num_hidden_layers, config.get("num_speculations", 0)
+    seen = [inputs.shape[1] for (*_, inputs, _, last, _), _ in calls if last == depth]
     assert seen[0] == model.config.max_position_embeddings - (3 * (longest + 1) + 1)  # the prompt, cut
     assert {width: seen[1:].count(width) for width in seen[1:]} == widths
 
@@ -38,13 +33,8 @@ def test_a_warm_up_runs_every_width_three_times(config, widths, monkeypatch):
 @pytest.mark.parametrize("config", [SPECULATION, {"generation_strategy": "adaptive", "prompt_lookup": 2}])
 def test_all_the_time_that_an_answer_takes_is_in_its_figure(config, batch_size, byte_tokenizer, monkeypatch):
     """By a clock that passes of the model move. Guards against passes between answers that no figure has."""
-    now, run = [0.0], ModelRunner.run
-
-    def moves_the_clock(self, *args, **kwargs):
-        now[0] += 1.0
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(ModelRunner, "run", moves_the_clock)
+    now = [0.0]
+    watch(monkeypatch, ModelRunner, "run", lambda *_, **__: now.append(now.pop() + 1.0))
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     model = tiny_llama(vocab_size=len(byte_tokenizer))
     settings = GenerationConfig(sample=False, max_steps=24, **config)

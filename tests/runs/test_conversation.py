@@ -5,10 +5,11 @@ import re
 
 import pytest
 from conftest import EOS
+from helpers import watch
 from thinkers import QWEN3, TAGS, Teller, thinking_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from runs.conversation import Conversation, _verdict
+from runs.conversation import Conversation
 from self_speculation import GenerationConfig, HuggingfaceLlamaGenerator, make_strategy
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
@@ -24,17 +25,11 @@ def turns(byte_tokenizer, text_model, monkeypatch):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=special)
         generator = HuggingfaceLlamaGenerator(tokenizer, text_model, make_strategy("autoregressive"))
         config = GenerationConfig(sample=False, max_steps=12, stop_token_ids=[EOS])
-        talk, seen, generate = Conversation(generator, config, "none", chat=True), [], generator.generate
-
-        def watched(request, *args, **kwargs):
-            result = generate(request, *args, **kwargs)
-            seen.append((request.ids, result.generation_strategy_result))
-            return result
-
-        monkeypatch.setattr(generator, "generate", watched)
+        talk = Conversation(generator, config, "none", chat=True)
+        seen = watch(monkeypatch, generator, "generate")
         for prompt in prompts:
             talk.answer(prompt)
-        return seen
+        return [(request.ids, result.generation_strategy_result) for (request, _), result in seen]
 
     return converse
 
@@ -81,17 +76,3 @@ def test_earlier_thinking_comes_back_if_the_template_asks(byte_tokenizer, capsys
     answer = f"{block if keeps else ''}u"
     assert teller.tokenizer.decode(ids) == f"user: Who?\nassistant: {answer}\nuser: And I?\nassistant: "
     assert not thinking.has_begun
-
-
-@pytest.mark.parametrize(
-    ("ratios", "said"),
-    [
-        ([1.31, 1.2, 1.25], "1.25 times as fast (1.20-1.31)"),
-        ([1.04, 0.97, 1.01], "neither is faster (0.97-1.04)"),
-        ([3.41, 0.69, 1.2], "the machine was too busy to tell which is faster (0.69-3.41)"),
-        ([0.98, 0.99, 3.0], "the machine was too busy to tell which is faster (0.98-3.00)"),
-    ],
-)
-def test_turns_that_disagree_tell_nothing(ratios, said):
-    """Guards against a busy machine that is taken for drafts without a gain."""
-    assert _verdict(ratios) == said

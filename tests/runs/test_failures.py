@@ -7,8 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT
-from helpers import about, no_calibration, only_run, refused, small_run
+from helpers import PYTHON_FUNCTIONS, about, no_calibration, only_run, refused, small_run, watch
 
 import benchmark
 import eval as eval_script
@@ -64,8 +63,7 @@ def last_line(capsys):
 
 
 def by_eval(common):
-    tasks = ["--include_path", str(ROOT / "eval_tasks"), "--tasks", "python_functions", "--limit", "3"]
-    return eval_script.main([*common[:4], *tasks, "--max_steps", "6", "--sample", "False"])
+    return eval_script.main([*common[:4], *PYTHON_FUNCTIONS, "--limit", "3", *common[6:8], *common[-2:]])
 
 
 def by_sweep(common):
@@ -133,16 +131,11 @@ def test_a_conversation_goes_on(error, says, common, fails_at, monkeypatch, caps
     monkeypatch.setattr("runs.conversation._ask", Mock(side_effect=["one", "two", "three", EOFError]))
     monkeypatch.setattr("runs.conversation._unechoed", nullcontext)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    answer, asked = Conversation._encoded, []
-
-    def encoded(self, prompt):
-        asked.append([message["content"] for message in self._messages if message["role"] == "user"])
-        return answer(self, prompt)
-
-    monkeypatch.setattr(Conversation, "_encoded", encoded)
+    encoded = watch(monkeypatch, Conversation, "_encoded")
     fails_at(error, 1, 1)
     assert generate.main([*common, "--chat", "True"]) == 0
-    assert asked == [[], ["one"], ["one"]]
+    (talk, _), _ = encoded[-1]
+    assert [m["content"] for m in talk._messages if m["role"] == "user"] == ["one", "three"]
     said = capsys.readouterr().err
     assert said.count(f"error: {says}") == 1
     assert said.count("tokens in") == 2
@@ -164,8 +157,8 @@ def test_an_example_without_numbers_is_named_and_its_neighbours_are_kept(
     """Guards against a NaN that ends the batch, or that is blamed on the example at its place in there."""
     run, prompts = ModelRunner.run, []
 
-    def damaged(self, inputs, first, last, num_logits):
-        result = run(self, inputs, first, last, num_logits)
+    def damaged(self, cache, inputs, first, last, num_logits):
+        result = run(self, cache, inputs, first, last, num_logits)
         if inputs.shape[1] > 4 and first == 0 and num_logits:  # a prompt's pass
             prompts.append(1)
             if len(prompts) == 2 + 3:  # two warm up

@@ -44,18 +44,14 @@ def test_a_citation_names_all_that_its_figure_holds_for():
     assert "autoregressive, greedy, at most 512" in citation(run(*greedy, **made_by), "")
 
 
-def test_copies_name_their_kernel():
-    """Guards against figures of drafts by a slower kernel that look like those by our own."""
-    assert machine(run(kernel_of_copies="own kernel (AVX2)")).endswith(
-        ", 1 rank, copies by own kernel (AVX2)"
-    )
-
-
-def test_a_gpu_a_folder_and_several_ranks(tmp_path):
-    """Guards against the host's threads beside a GPU, and a path where a name is enough."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    facts = {"device": "a GPU", "computed_in": "bfloat16", "model": str(folder), "num_ranks": 2}
+def test_machines(tmp_path):
+    """Guards against figures of drafts by a slower kernel that look like those by our own, the host's threads
+    beside a GPU, and a path where a name is enough.
+    """
+    copies = machine(run(kernel_of_copies="own kernel (AVX2)"))
+    assert copies.endswith(", 1 rank, copies by own kernel (AVX2)")
+    (tmp_path / "tiny").mkdir()
+    facts = {"device": "a GPU", "computed_in": "bfloat16", "model": str(tmp_path / "tiny"), "num_ranks": 2}
     assert heading(run(DataArguments(), **facts)) == "tiny, human_eval\nbfloat16, a GPU, 2 ranks"
 
 

@@ -6,14 +6,15 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
-from helpers import refused
+from helpers import PYTHON_FUNCTIONS, SMALL_TRAINING, refused
 
 import benchmark
 import correctness
 import eval as eval_script
 import generate
+import serve
 import sweep
+import train
 
 HUGE = str(10**30)
 SPECULATIVE = "--generation_strategy self_speculative"
@@ -24,6 +25,8 @@ NO_COPIES = "--draft_weights int4: not with --quantization int8"
 MISTAKES = {
     benchmark: {
         "--max_steps 0": "--max_steps 0: must be at least 1",
+        "--num_samples 0": "--num_samples 0: must be at least 1",
+        "--batch_size 0": "--batch_size 0: must be at least 1",
         "--max_steps x": "--max_steps: invalid int value: 'x'",
         "--max_step 3": "unknown argument '--max_step'; did you mean --max_steps?",
         "stray": "unknown argument 'stray'",
@@ -41,6 +44,7 @@ MISTAKES = {
         "--chat --chat_template_kwargs {a": "--chat_template_kwargs '{a': must be a JSON object or k=v,k=v",
         "--chat --chat_template_kwargs tokenize=True": "tokenize is no variable of chat templates",
         "--n_shot -1": "--n_shot -1: must be at least 0",
+        "--n_shot 1 --dataset cnn_dm_lm": "--n_shot 1: cnn_dm_lm takes no shots",
         "--dataset x": "choose from 'cnn_dm_summarization', 'xsum_summarization', 'cnn_dm_lm'",
         "--template x": "--template 'x': must contain {message}",
         f"--exit_layer {HUGE}": f"--exit_layer {HUGE}: must be between 1 and 3",
@@ -71,6 +75,7 @@ MISTAKES = {
         "--exit_layer_first 4 --exit_layer_last 3": "--exit_layer_first 4: beyond --exit_layer_last 3",
         "--exit_layer_first 9": "--exit_layer_first 9: must be between 1 and 3",
         "--num_speculations_step 0": "--num_speculations_step 0: must be at least 1",
+        "--verify_top -1": "--verify_top -1: must be at least 0",
         "--shared_lookup 9": "--shared_lookup 9: must be 0, each cell has the same prompts",
     },
     generate: {
@@ -83,6 +88,7 @@ MISTAKES = {
         "--grammar /nowhere": "--grammar /nowhere: No such file or directory",
         "--model /nowhere": "--model '/nowhere': no such folder",
         "--device tpu": "--device 'tpu': not on this machine",
+        "--device tpu --model_args x=1": "(with --model_args 'x=1')",
         "--chat_template_kwargs a=1": "--chat_template_kwargs 'a=1': needs --chat True",
         "--parallel fsdp": "--parallel fsdp: is for train.py",
         "--prompt": "argument --prompt: expected one argument",
@@ -105,8 +111,32 @@ MISTAKES = {
         f"{TASK} --output_path /dev/null/x": "--output_path /dev/null/x: cannot be",
         f"{TASK} --use_cache x --parallel tensor": "--use_cache: not with",
     },
+    serve: {
+        "--port 70000": "--port 70000: must be between 0 and 65535",
+        "--host nowhere.invalid": "--host nowhere.invalid --port 8000: ",
+        "--max_waiting -1": "--max_waiting -1: must be at least 0",
+        "--shutdown_time inf": "--shutdown_time inf: must be 0 or more",
+        "--api_key ''": "--api_key '': must not be empty",
+        "--num_speculations 3": "--num_speculations 3: autoregressive decoding drafts nothing",
+    },
+    train: {
+        "--layer_dropout 1.5": "--layer_dropout 1.5: must be between 0 and 1",
+        "--exits 1 3": "--exits [1, 3]: must be between 1 and 2",
+        "--num_kv_heads 3": "--num_kv_heads 3: must divide --num_heads 2",
+        "--hidden_size 18": "--hidden_size 18: must be a multiple of 2 x num_heads",
+        "--num_steps 2": "--warmup_steps 2: must be below --num_steps 2",
+        "--dtype float16": "--dtype float16: mixed precision on a CPU is bfloat16",
+        "--parallel fsdp": "--parallel fsdp: needs two or more processes; start them by torchrun",
+        "--quantization int8": "--quantization int8: must be none for training",
+        "--offload": "--offload True: is for --parallel fsdp",
+        "--lora_rank 2": "--lora_rank 2: needs a --model to adapt",
+        "--device cuda:1": "must be auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES=1 chooses the GPU",
+        "--streaming": "--streaming True: is for a dataset of the hub, by --data",
+        "--output_dir /proc": "--output_dir /proc: cannot be written (",
+        "--model MODEL --sequence_length 257": "--sequence_length 257: must be at most 256",
+    },
 }
-for script in MISTAKES:  # of every script
+for script in (benchmark, correctness, sweep, generate, eval_script, serve):
     MISTAKES[script][f"{TASK if script is eval_script else ''} {OF_FEWER_BITS}"] = NO_COPIES
 
 
@@ -120,9 +150,13 @@ def test_bad_usage_is_refused_before_weights_are_read(
 ):
     """Guards against a traceback, a message without flag and value, and minutes of loading before it."""
     monkeypatch.setattr("self_speculation.model.loading._load", lambda *_: pytest.fail("weights were read"))
-    own = {generate: [*common[:2], "--prompt", "def"]}
-    own[eval_script] = [*common[:4], "--include_path", str(ROOT / "eval_tasks")]
-    line = refused(script.main, [*own.get(script, common), *shlex.split(flags)], capsys)
+    own = {
+        generate: [*common[:2], "--prompt", "def"],
+        eval_script: [*common[:4], *PYTHON_FUNCTIONS[:2]],
+        serve: [],
+        train: [*SMALL_TRAINING, *common[2:4], "--data_path", "no/such/*.txt"],
+    }.get(script, common)
+    line = refused(script.main, [*own, *shlex.split(flags.replace("MODEL", common[1]))], capsys)
     assert says in line
     assert line.startswith(os.path.basename(sys.argv[0]) + ": error: ")
     assert not list((tmp_path / "logs").glob("*/*"))

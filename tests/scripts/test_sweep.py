@@ -6,8 +6,7 @@ from collections import Counter
 
 import pandas
 import pytest
-from conftest import ROOT
-from helpers import about, no_calibration, no_pictures, only_run, refused, small_run
+from helpers import PYTHON_FUNCTIONS, about, no_calibration, no_pictures, only_run, refused, small_run, watch
 
 import benchmark
 import eval as eval_script
@@ -100,22 +99,17 @@ def test_cells_are_traced_like_other_scripts_or_none_is(common, monkeypatch, mod
     """Guards against speed-ups over a plain decoding that is slower than that of other scripts, whose passes
     are traced, and against a grid of which the first cells only are traced.
     """
-    traced, trace = [], traced_runner.TracedRunner._trace
-
-    def recorded(self, layers, constants, hidden, first):
-        traced.append((first, len(layers)))
-        return trace(self, layers, constants, hidden, first)
-
-    monkeypatch.setattr(traced_runner.TracedRunner, "_trace", recorded)
+    traces = watch(monkeypatch, traced_runner.TracedRunner, "_trace")
     monkeypatch.setattr("measures.calibration._PATIENCE", 0.0)
     no_pictures(monkeypatch)
     run = [*common, "--num_samples", "1", "--num_speculations_last", "1", "--mode", mode]
     assert sweep.main(run) == 0
-    assert {(0, 1), (0, 2), (0, 3), (0, 4), (1, 3), (3, 1)} <= {*traced}
-    traced.clear()
+    traced = {(first, len(layers)) for (_, layers, _, _, first), _ in traces}
+    assert {(0, 1), (0, 2), (0, 3), (0, 4), (1, 3), (3, 1)} <= traced
+    traces.clear()
     monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", 9)
     assert sweep.main(run) == 0
-    assert traced == []
+    assert traces == []
 
 
 def test_pictures_table_and_flags(common, tmp_path, monkeypatch, capsys):
@@ -184,8 +178,7 @@ def test_all_layers_of_a_copy_are_in_the_grid_by_default():
 
 
 def by_eval(args):
-    tasks = ["--include_path", str(ROOT / "eval_tasks"), "--tasks", "python_functions", "--limit", "1"]
-    return eval_script.main([*args, *tasks, "--max_steps", "3"])
+    return eval_script.main([*args, *PYTHON_FUNCTIONS, "--limit", "1", "--max_steps", "3"])
 
 
 @pytest.mark.parametrize(
@@ -203,31 +196,27 @@ def test_every_script_makes_a_short_head_of_the_counted_ids(main, end, more, com
     """Guards against a head that is made before the counts are known, and a script that ignores them."""
     (tmp_path / "vocabulary.json").write_text('{"299": 3, "131": 2, "222": 1}')
     (tmp_path / "sweep.csv").write_text(FOUND)
-    made, of_rows = [], Linear.of_rows
-    monkeypatch.setattr(Linear, "of_rows", lambda self, ids: made.append(ids.tolist()) or of_rows(self, ids))
+    made = watch(monkeypatch, Linear, "of_rows")
     flags = [*common[: common.index(end) if end else None], *more, "--sample", "False"]
     assert main([*flags, "--tuned", str(tmp_path / "sweep.csv"), "--draft_vocabulary", "4"]) == 0
-    assert made == [[0, 131, 222, 299]]
+    assert [ids.tolist() for (_, ids), _ in made] == [[0, 131, 222, 299]]
 
 
 @pytest.mark.parametrize(
-    ("counted", "flags", "message"),
+    ("counted", "size", "message"),
     [
-        ("{}", [], "sweep.csv: gives the ids of --draft_vocabulary here; give that flag too"),
-        (
-            None,
-            ["--draft_vocabulary", "9"],
-            "sweep.csv: has no vocabulary.json, which --mode predicted writes",
-        ),
-        ("[1]", ["--draft_vocabulary", "9"], "sweep.csv: vocabulary.json: "),
+        ("{}", "", "gives the ids of --draft_vocabulary here; give that flag too"),
+        (None, "9", "has no vocabulary.json, which --mode predicted writes"),
+        ("[1]", "9", "vocabulary.json: "),
     ],
 )
-def test_tuned_without_ids_is_refused_by_a_sweep(counted, flags, message, common, tmp_path, capsys):
+def test_tuned_without_ids_is_refused_by_a_sweep(counted, size, message, common, tmp_path, capsys):
     """Guards against --tuned that does nothing."""
     (tmp_path / "sweep.csv").write_text(FOUND)
     if counted is not None:
         (tmp_path / "vocabulary.json").write_text(counted)
-    assert message in refused(sweep.main, [*common, "--tuned", str(tmp_path / "sweep.csv"), *flags], capsys)
+    flags = ["--tuned", str(tmp_path / "sweep.csv"), *(["--draft_vocabulary", size] if size else [])]
+    assert f"sweep.csv: {message}" in refused(sweep.main, [*common, *flags], capsys)
 
 
 @pytest.mark.usefixtures("timeless")

@@ -86,6 +86,11 @@ class Served:
         return alone.generate(prompt, config).decoded_prediction
 
 
+def post_bytes(served, body, path="completions", **headers):
+    headers = {"Content-Type": "application/json", **headers}
+    return requests.post(f"{served.url}/v1/{path}", data=body, headers=headers, timeout=60)
+
+
 def post(served, path="completions", **request):
     return requests.post(f"{served.url}/v1/{path}", json=request, timeout=60)
 

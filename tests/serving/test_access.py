@@ -1,6 +1,9 @@
-"""Who may send requests, without a server."""
+"""Who may send requests, and how."""
 
+import openai
 import pytest
+import requests
+from servers import Served, post_bytes, tiny_generator
 
 from serving.access import AccessMiddleware, is_loopback
 from serving.flags import ServeArguments
@@ -45,3 +48,47 @@ def test_only_the_key_opens_a_server(monkeypatch):
     assert status("0.0.0.0", "sesame", authorization=b"Basic sesame") == 401
     monkeypatch.setenv("SELF_SPECULATION_API_KEY", "sesame")
     assert (status("0.0.0.0"), status("0.0.0.0", authorization=b"Bearer sesame")) == (401, None)
+
+
+def test_headers_and_methods_that_clients_expect(served, monkeypatch):
+    """Guards against health checks by HEAD that fail, errors that cannot be traced, and requests that forms
+    on pages of other sites can send to this machine.
+    """
+    for path in ("/", "/health"):
+        assert requests.head(served.url + path).status_code == 200
+    assert requests.get(f"{served.url}/v1/completions").headers["Allow"] == "POST"
+    ids = {requests.get(f"{served.url}/health").headers["x-request-id"] for _ in range(2)}
+    assert len(ids) == 2
+    monkeypatch.setattr("serving.app.generate_latest", lambda _: 1 / 0)
+    named = {"X-Request-Id": "mine", "Origin": "http://elsewhere"}
+    for path, status, kind in (("v1/x", 404, "invalid_request_error"), ("metrics", 500, "server_error")):
+        failed = requests.get(f"{served.url}/{path}", headers=named)
+        assert (failed.status_code, failed.headers["x-request-id"]) == (status, "mine")
+        assert failed.json()["error"]["type"] == kind
+        assert "access-control-allow-origin" not in failed.headers
+    for content_type in ("text/plain", "application/x-www-form-urlencoded"):
+        response = post_bytes(served, b'{"prompt": "x"}', **{"Content-Type": content_type})
+        assert (response.status_code, "application/json" in response.text) == (400, True)
+
+
+def test_limits_and_key(text_model, byte_tokenizer):
+    """Guards against a body that is read before the key is checked, and against a body without a length."""
+    args = {"api_key": "sesame", "max_body": 1000, "max_tokens": 10}
+    with Served(tiny_generator(text_model, byte_tokenizer), **args) as served:
+        assert len(served.client.completions.create(model="tiny", prompt="x", max_tokens=10).choices) == 1
+        for path in ("v1/completions", "v1/models", "metrics"):
+            response = requests.get(f"{served.url}/{path}", headers={"Authorization": "Bearer sesam"})
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert response.headers["WWW-Authenticate"] == "Bearer"
+        for path in ("health", "", "page.css", "page.js", "markdown-it.umd.min.js"):
+            response = requests.get(f"{served.url}/{path}")
+            assert response.status_code == 200
+            policy = response.headers.get("Content-Security-Policy", "")
+            assert policy.startswith("default-src 'none'; ") == (path != "health")
+            assert "unsafe" not in policy
+            assert (response.headers.get("X-Content-Type-Options") == "nosniff") == (path != "health")
+        with pytest.raises(openai.BadRequestError, match="max_tokens 11: must be at most 10"):
+            served.client.completions.create(model="tiny", prompt="x", max_tokens=11)
+        for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks
+            response = post_bytes(served, content, Authorization="Bearer sesame")
+            assert (response.status_code, "1000 bytes" in response.text) == (413, True)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
-import torch
 from conftest import generate, tiny_llama
+from helpers import watch
 from servers import GREEDY, Running, held, tiny_generator
 
 from self_speculation import GenerationStrategyResult, Request
@@ -48,29 +48,22 @@ def check(model, prompts, results):
         assert result.get(timeout=60).predicted_tokens == alone.predicted_tokens
 
 
-def test_no_request_waits_for_a_capture(text_model, byte_tokenizer, graphs):
-    """Guards against streams that stand still while a pass for one more row is captured."""
-    model = copy.deepcopy(text_model)
+@pytest.mark.parametrize("longest", [[5, 6, 7], [5, 6] * 550])
+def test_no_request_waits_for_a_capture(longest, byte_tokenizer, graphs, monkeypatch):
+    """Guards against streams that stand still while a pass for one more row is captured, or while all are
+    captured again for a long request: this one only adds its own.
+    """
+    monkeypatch.setattr("serving.engine._PROMPT", 100)
+    model = copy.deepcopy(tiny_llama(max_position_embeddings=4096))
     capture_decoding(model)
     engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 4, max_waiting=4)
-    num_captured = len(graphs.captured)
-    assert kinds(submit(engine, PROMPTS)[1]) == [GenerationStrategyResult] * 4
+    before = list(graphs.captured)
+    assert kinds(submit(engine, [longest, *PROMPTS[1:]])[1]) == [GenerationStrategyResult] * 4
     engine.stop()
-    assert len(graphs.captured) == num_captured > 0
-
-
-def test_a_long_request_ends_no_captured_pass(byte_tokenizer, graphs, monkeypatch):
-    """Guards against streams that stand still while all passes are captured again."""
-    monkeypatch.setattr("serving.engine._PROMPT", 100)
-    model = copy.deepcopy(tiny_llama(4, max_position_embeddings=4096))
-    capture_decoding(model)
-    engine = Running(tiny_generator(model, byte_tokenizer), GREEDY, 2, max_waiting=4)
-    num_captured = len(graphs.captured)
-    assert kinds(submit(engine, [PROMPTS[0], [5, 6] * 550])[1]) == [GenerationStrategyResult] * 2
-    engine.stop()
-    later = set(graphs.captured[num_captured:])
-    assert later
-    assert not later & set(graphs.captured[:num_captured])
+    later = graphs.captured[len(before) :]
+    assert before
+    assert bool(later) == (len(longest) > 100)
+    assert not set(later) & set(before)
 
 
 def failing(*_, **__):
@@ -86,21 +79,6 @@ def test_a_job_that_fails_fails_alone(engine, text_model):
     assert kinds(broken + too_long) == [ArithmeticError, ValueError]
     check(text_model, PROMPTS, first + last)
     check(text_model, PROMPTS[:1], submit(engine, PROMPTS[:1])[1])
-
-
-def test_a_step_that_fails_ends_its_batch_and_nothing_else(engine, text_model, monkeypatch):
-    """Out of memory in a pass over several sequences. Guards against a thread that ends with them."""
-
-    def out_of_memory(_):
-        monkeypatch.undo()
-        raise torch.OutOfMemoryError("out of memory")
-
-    with held(engine, num_steps=len(PROMPTS)) as at_rest:  # each prefills a prompt
-        _, results = submit(engine, PROMPTS)
-        assert at_rest.wait(60)
-        monkeypatch.setattr(engine._scheduler._strategy, "step", out_of_memory)
-    assert kinds(results) == [torch.OutOfMemoryError] * 4
-    check(text_model, PROMPTS, submit(engine, PROMPTS)[1])
 
 
 def test_the_queue_is_bounded_and_takes_all_or_none(engine):
@@ -162,21 +140,16 @@ def test_ranks_take_the_same_steps_with_one_broadcast_each(text_model, byte_toke
         jobs[2].timeout = 0 if ids.shape[1] > 20 else 600
         return False
 
-    def recorded_steps(strategy):
-        """The ids of each sequence before each step."""
-        steps, step = [], strategy.step
-
-        def recorded(decoding):
-            steps.append([list(sequence.ids) for sequence in decoding.batch.sequences])
-            step(decoding)
-
-        strategy.step = recorded
-        return steps
-
     monkeypatch.setattr("serving.engine.broadcast_from_rank0", broadcast)
     config = replace(GREEDY, sample=sample, max_steps=40)
     generator, other = (tiny_generator(text_model, byte_tokenizer, config) for _ in range(2))
-    first, second = (recorded_steps(each.generation_strategy) for each in (generator, other))
+    first, second = steps = [], []  # the ids of each sequence before each step
+    for each, seen in zip((generator, other), steps, strict=True):
+
+        def note(decoding, seen=seen):
+            seen.append([list(sequence.ids) for sequence in decoding.batch.sequences])
+
+        watch(monkeypatch, each.generation_strategy, "step", note)
     follower = threading.Thread(target=follow, args=(other, config, 4))
     follower.start()
     results = [queue.Queue() for _ in range(8)]

@@ -4,7 +4,6 @@ import contextlib
 import socket
 
 import pytest
-from servers import Served, tiny_generator
 
 CHUNKED = b"2\r\n{}\r\n0\r\n\r\n"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -14,9 +13,8 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def address(text_model, byte_tokenizer):
-    with Served(tiny_generator(text_model, byte_tokenizer)) as served:
-        yield "127.0.0.1", int(served.url.rpartition(":")[2])
+def address(served):
+    return "127.0.0.1", int(served.url.rpartition(":")[2])
 
 
 def statuses(address, *parts):

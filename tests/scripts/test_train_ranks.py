@@ -1,0 +1,154 @@
+"""train.py with several ranks, and with adapters, which need a process of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import forks
+import pandas
+import pytest
+import torch
+from conftest import ROOT, assert_close
+from helpers import only_run
+from safetensors.torch import load_file
+from test_train import (
+    GENERATE,
+    arguments,
+    assert_learns,
+    assert_similar,
+    log,
+    program,
+    run,
+    stream_of,
+    weights,
+)
+from transformers import AutoModelForCausalLM
+
+SHARDS = '"torch.distributed.checkpoint:FileSystemWriter"'
+NO_SPACE = 'OSError(28, "No space left on device")'
+NOT_WRITTEN = "checkpoint-4: [Errno 28] No space left on device; no checkpoint was written yet"
+REFUSED = '"training.run", "load_texts", ValueError("data_path x: no such files")'
+
+
+@pytest.mark.parametrize(
+    ("patch", "parallel", "status", "message"),
+    [
+        ("at_step(5, SIGTERM, rank=1)", "data", 143, "interrupted; step 6 is kept"),
+        (f'at_rank(1, {SHARDS}, "write_data", {NO_SPACE})', "fsdp", 1, NOT_WRITTEN),
+        (f"at_rank(0, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
+        (f"at_rank(1, {REFUSED})", "data", None, "program.py: error: --data_path x: no such files\n"),
+    ],
+    ids=["signal", "disk_full_of_a_shard", "refused_by_0", "refused_by_1"],
+)
+def test_an_event_at_one_rank_ends_all(patch, parallel, status, message, tmp_path, texts):
+    """Guards against ranks that wait for one another, and that fail with errors of their own."""
+    command = arguments(tmp_path, texts, "--batch_size", "2", "--parallel", parallel)
+    ended = forks.run_ranks(2, program(tmp_path, patch), *command)
+    if status is None:
+        assert ended.returncode != 0
+        assert ended.stderr == message
+    else:
+        assert ended.returncode == status, ended.stderr
+        assert message in ended.stderr
+
+
+DROPPING = ["--layer_dropout", "0.7", "--exit_weighting", "equal", "--rotation", "2"]
+
+
+@pytest.mark.slow
+def test_a_sharded_training_resumes_with_other_ranks(tmp_path, texts, model_folder):
+    """Guards against shards that only the same number of ranks can read: one of two ranks is killed, four
+    ranks resume, with activation checkpointing, and match a run of one process.
+    """
+    more = [*DROPPING, "--model", str(model_folder), "--exit_loss", "distill"]
+    whole = run(tmp_path / "one", texts, *more)
+    shared = [*arguments(tmp_path, texts, *more), "--parallel", "fsdp", "--gradient_checkpointing"]
+    killed = program(tmp_path, "at_step(10, sends(signal.SIGKILL), rank=1)")
+    assert forks.run_ranks(2, killed, *shared, "--batch_size", "2").returncode != 0
+    folder = only_run(tmp_path)
+    assert (folder / "checkpoint-8" / "pytorch_model_fsdp_0").is_dir()
+    wrong = forks.run_ranks(4, ROOT / "train.py", "--resume", folder)
+    assert wrong.returncode == 2
+    assert "a step of that run has 4 samples, this one's 8: ranks, --batch_size and" in wrong.stderr
+    result = forks.run_ranks(4, ROOT / "train.py", "--resume", folder, "--batch_size", "1")
+    assert result.returncode == 0, result.stderr
+    assert_similar(folder, whole)
+    shutil.rmtree(folder / "model")  # killed during the last evaluation
+    again = forks.run_ranks(4, ROOT / "train.py", "--resume", folder)
+    assert again.returncode == 0, again.stderr
+    assert_similar(folder, whole)
+    assert forks.run(ROOT / "generate.py", "--model", folder / "model", *GENERATE).returncode == 0
+
+
+def with_peft(ranks, program, *args):
+    """In a new process: transformers looks for peft, which has a folder of its own, at its import."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks] if ranks > 1 else []
+    own = {"PYTHONPATH": f"{Path(sys.prefix) / 'lora'}{os.pathsep}{ROOT}"}
+    command = [*map(str, [sys.executable, *launcher, program, *args])]
+    return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_adapter_learns_alone(ranks, tmp_path, texts, model_folder):
+    """Guards against an adapter that a resumption loses, against checkpoints with the weights of the model,
+    and against a merge that changes head, norms or logits.
+    """
+    more = ["--model", str(model_folder), "--lora_rank", "4", "--exit_loss", "distill"]
+    more += ["--num_steps", "20", "--learning_rate", "3e-2", "--log_steps", "4"]
+    if ranks > 1:
+        more += ["--parallel", "fsdp", "--batch_size", "2"]
+    ways = {}
+    for name, step in (("whole", 99), ("parts", 10)):
+        (tmp_path / name).mkdir()
+        killed = program(tmp_path, f"at_step({step}, sends(signal.SIGKILL))")
+        result = with_peft(ranks, killed, *arguments(tmp_path / name, texts, *more))
+        assert (result.returncode == 0) == (name == "whole"), result.stderr
+        ways[name] = only_run(tmp_path / name)
+    assert {path.name for path in ways["parts"].glob("checkpoint-8/*model*")} == (
+        {"adapter_model.safetensors"} if ranks == 1 else {"pytorch_model_fsdp_0"}
+    )
+    result = with_peft(ranks, ROOT / "train.py", "--resume", ways["parts"])
+    assert result.returncode == 0, result.stderr
+    pandas.testing.assert_frame_equal(log(ways["parts"]), log(ways["whole"]), check_exact=ranks == 1)
+    assert_learns(log(ways["whole"]), 0.1)
+    before, after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict(), weights(ways["parts"])
+    changed = {name for name, value in before.items() if not torch.equal(value.bfloat16(), after[name])}
+    assert changed == {name for name in before if name.endswith("proj.weight")}
+    adapter = load_file(ways["parts"] / "adapter" / "adapter_model.safetensors")
+    for name in changed:
+        a, b = (adapter[f"base_model.model.{name.replace('weight', f'lora_{ab}.weight')}"] for ab in "AB")
+        assert_close(after[name], before[name] + 2 * b @ a, computed_in=torch.bfloat16, roundings=1)
+    config = json.loads((ways["parts"] / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model_folder.resolve())
+    if ranks == 1:  # Guards against weights that stay frozen after a merge, and an adapter of an adapter.
+        again = arguments(tmp_path, texts, "--model", str(ways["parts"] / "adapter"))
+        assert with_peft(1, ROOT / "train.py", *again).returncode == 0
+        result = with_peft(1, ROOT / "train.py", *again, "--lora_rank", "2")
+        assert result.returncode == 2
+        assert "adapter is an adapter, and one on top of it would be of no use" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data"),
+    [
+        pytest.param("data", "texts", marks=pytest.mark.slow),
+        pytest.param("data", "stream", marks=pytest.mark.slow),
+        ("fsdp", "texts"),
+    ],
+)
+def test_two_ranks_learn_what_one_does(parallel, data, tmp_path, texts):
+    """Guards against drops that depend on the number of ranks, against ranks that read files of their own,
+    and against a rank that waits forever since another one skips a layer: at this dropout, all samples of a
+    rank often do.
+    """
+    flags = [*(stream_of(tmp_path) if data == "stream" else arguments(tmp_path, texts)), *DROPPING]
+    shared = ["--parallel", parallel, "--batch_size", "1", "--gradient_accumulation", "2"]
+    for name, ranks, more in (("one", 1, []), ("two", 2, shared)):
+        output = ["--output_dir", tmp_path / name / "logs"]
+        result = forks.run_ranks(ranks, ROOT / "train.py", *flags, *more, *output)
+        assert result.returncode == 0, result.stderr
+    assert_similar(only_run(tmp_path / "two"), only_run(tmp_path / "one"))
