@@ -3,6 +3,8 @@
 import re
 import shutil
 import sys
+from importlib import metadata
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,6 +75,7 @@ def test_a_models_own_repository_makes_its_generate_draft(there, rounds):
 def test_the_package_is_asked_for_by_name_and_version(monkeypatch):
     """Guards against advice to install a package of the index that has the name of our module."""
     monkeypatch.setitem(sys.modules, "self_speculation", None)
+    monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
     with pytest.raises(ImportError) as error:
         tiny_llama().generate(PROMPT, custom_generate="OWNER/self-speculation", trust_remote_code=True)
     assert "self-speculation>=" in str(error.value)

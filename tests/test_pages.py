@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ FILES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob
 PAGES = sorted({*FILES} - {"CHANGELOG.md"})
 # The commands of these pages are not run: one of them takes two hours.
 CARDS = ["CHANGELOG.md", "checkpoints/python-10m/README.md", "eval_tasks/README.md", "hub/README.md"]
+NOTEBOOK = "docs/tour.ipynb"
 # These commands would start this test or not end.
 INSTEAD = {
     "make test": "make --dry-run test",
@@ -142,7 +144,7 @@ def test_every_example_in_python_runs(page, checkout):
     assert "Warning" not in result.stderr
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS])
+@pytest.mark.parametrize("page", [*PAGES, *CARDS, NOTEBOOK])
 def test_every_link_leads_somewhere(page):
     """Guards against a page, a picture or a heading that was moved or deleted."""
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
@@ -154,6 +156,37 @@ def test_every_link_leads_somewhere(page):
         headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if heading else []
         anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
         assert not heading or heading in anchors, target
+
+
+def notebook_cells(root):
+    cells = json.loads((root / NOTEBOOK).read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def texts(cell):
+    return "".join(line for output in cell["outputs"] for line in output.get("text", []))
+
+
+def test_the_notebook_is_read_without_running_it():
+    """Guards against a cell without output, a path of one machine, and a file too large to open quickly."""
+    cells = notebook_cells(ROOT)
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert all(cell["outputs"] for cell in cells)
+    assert not re.search(r"(^|\s)/\w", "".join(map(texts, cells)))
+    assert (ROOT / NOTEBOOK).stat().st_size < 400_000
+
+
+@pytest.mark.slow
+def test_the_notebook_prints_what_it_shows(checkout):
+    """Guards against a cell that fails, and outputs of other cells or another model. Cells with times run."""
+    result = run(f".venv/bin/python docs/run_notebook.py {NOTEBOOK}", checkout)
+    assert result.returncode == 0, result.stderr
+    for stored, now in zip(notebook_cells(ROOT), notebook_cells(checkout), strict=True):
+        assert [output["output_type"] for output in now["outputs"]] == [
+            output["output_type"] for output in stored["outputs"]
+        ]
+        if "timed" not in stored["metadata"]["tags"]:
+            assert texts(now) == texts(stored)
 
 
 def test_the_readme_links_every_page():
@@ -177,7 +210,7 @@ def test_the_readme_lists_every_family_and_its_drafts():
     }
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS])
+@pytest.mark.parametrize("page", [*PAGES, *CARDS, NOTEBOOK])
 def test_every_program_that_a_page_names_is_there(page):
     """Guards against the name of a module that was renamed or deleted."""
     names = set(re.findall(r"[\w/.-]+\.py\b", (ROOT / page).read_text())) - {"X.py"}
