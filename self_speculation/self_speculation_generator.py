@@ -63,9 +63,10 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, source: DraftCo
     Between two rounds the cache holds all tokens of a row but the last. One read from the device, and those
     of the source.
     """
-    draft = source.draft(batch, cache, batch.draft_limits())  # k tokens, k <= K
+    numbers = batch.draw_numbers()
+    draft = source.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
-    verification = verify(batch, draft, logits)  # [B] accepted, [B] next token
+    verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
     num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
     source.learn(batch, draft, num_accepted)
     k = draft.tokens.shape[1]
@@ -90,17 +91,18 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
     return batch.process(logits, counts=[length + 1 for length in draft.lengths])
 
 
-def verify(batch: Batch, draft: Draft, logits: Tensor) -> Verification:
-    """Apply the accept rule to all rows, with the random numbers of each."""
+def verify(batch: Batch, draft: Draft, logits: Tensor, numbers: Tensor | None) -> Verification:
+    """Apply the accept rule to all rows, by `RandomNumbers.verify`."""
     k = draft.tokens.shape[1]
+    if numbers is not None:
+        numbers = torch.cat((numbers[:, :k], numbers[:, -1:]), 1)  # [B, k+1]
     if not k:  # a shortcut with the same result
-        return Verification(batch.last.new_zeros(len(batch)), batch.sample(logits[:, 0]).tokens)
+        sampled = batch.sampler(logits[:, 0], None if numbers is None else numbers[:, 0])
+        return Verification(batch.last.new_zeros(len(batch)), sampled.tokens)
     lengths = None  # all drafts have k tokens
     if min(draft.lengths) < k:
         lengths = on_device(draft.lengths, draft.tokens.device)
-    return verify_draft(
-        draft.tokens, draft.probabilities, logits, batch.sampler, lengths, batch.verify_numbers(k)
-    )
+    return verify_draft(draft.tokens, draft.probabilities, logits, batch.sampler, lengths, numbers)
 
 
 def read_verification(

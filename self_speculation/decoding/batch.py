@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +30,19 @@ def reads_late(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+class RandomNumbers(NamedTuple):
+    """Uniform ones of one round, as many for short drafts as for long ones; None when greedy."""
+
+    draft: Tensor | None  # [B, K] sample drafted tokens
+    verify: Tensor | None  # [B, K + 1] accept drafted tokens, and sample the next one
+
+
 class Batch:
     """See the module.
 
     Args:
         device: of the model's input ids.
-        longest_draft: K, the most tokens of a draft. Every round draws 2K + 1 random numbers for each row,
-            so that they do not depend on draft lengths.
+        longest_draft: K, the most tokens of a draft.
     """
 
     def __init__(self, device: torch.device, longest_draft: int = 0) -> None:
@@ -44,8 +51,6 @@ class Batch:
         self.last = torch.empty(0, 1, dtype=torch.long, device=device)  # [B, 1] of each; not cached yet
         # Of tokens that are not committed yet: a read of largest logits [B] and tokens [B]; [B, 1, V] logits.
         self._unread: tuple[Reading, Tensor] | None = None
-        # [B, 2K + 1] of this round: K sample the draft, K accept it, one samples the next token.
-        self._numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -63,7 +68,7 @@ class Batch:
         """Append a row and sample its first token from logits [1, V]."""
         alone = Batch(self.last.device)
         alone.sequences = [sequence]
-        alone.sample_and_commit(logits)
+        alone.sample_and_commit(logits, alone.draw_numbers().verify)
         for batch in (self, alone):
             batch.commit_unread()
         self.sequences.append(sequence)
@@ -78,24 +83,30 @@ class Batch:
         if row < len(self.sequences):
             self.last[row] = self.last[-1]
         self.last = self.last[:-1]
-        self._numbers = None  # a failed round may have left some
         vars(self).pop("sampler", None)
         return removed
 
-    def sample(self, logits: Tensor, number: int = -1) -> SampledTokens:
-        """Sample a token of each row from processed logits [B, V], with one of the round's random numbers."""
-        numbers = self._round_numbers()
-        return self.sampler(logits, None if numbers is None else numbers[:, number])
+    def draw_numbers(self) -> RandomNumbers:
+        """Draw those of a round, each row from its own generator."""
+        if self.sampler.greedy:
+            return RandomNumbers(None, None)
+        k, device = self.longest_draft, self.last.device
+        rows = [random_numbers(2 * k + 1, device, sequence.generator) for sequence in self.sequences]
+        numbers = torch.stack(rows)
+        return RandomNumbers(numbers[:, :k], numbers[:, k:])
 
     def sample_draft(
-        self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool]
+        self, logits: Tensor, position: int, is_drafting: abc.Sequence[bool], numbers: Tensor | None
     ) -> tuple[SampledTokens, Tensor]:
         """Sample the draft token at position 0, 1, ... from logits [B, V]; returns the processed ones, too.
 
         Non-drafting rows [B] repeat `last`, so cached padding stays finite: masks do not stop NaN.
+
+        Args:
+            numbers: `RandomNumbers.draft`.
         """
         logits = self.process(logits[:, None], position, is_drafting)[:, 0]
-        sampled = self.sample(logits, position)
+        sampled = self.sampler(logits, None if numbers is None else numbers[:, position])
         if not all(is_drafting):
             mask = on_device(is_drafting, logits.device).bool()
             sampled = replace(sampled, tokens=sampled.tokens.where(mask, self.last[:, 0]))
@@ -148,13 +159,6 @@ class Batch:
         rows = zip(self.sequences, logits.unbind(), counts, strict=True)
         return torch.stack([sequence.process(own, num_drafted, n) for sequence, own, n in rows])
 
-    def verify_numbers(self, k: int) -> Tensor | None:
-        """[B, k + 1] random numbers that verify a draft; None when greedy."""
-        numbers = self._round_numbers()
-        if numbers is None:
-            return None
-        return torch.cat((numbers[:, self.longest_draft :][:, :k], numbers[:, -1:]), 1)
-
     def read_and_check(self, tensors: abc.Sequence[Tensor], logits: Tensor) -> list[list[float]]:
         """Copy tensors to the host in one read, as flat lists, and check the logits [B, n, V] of the round.
 
@@ -166,15 +170,18 @@ class Batch:
             sequence.check(largest[row * n :][:n])
         return values
 
-    def sample_and_commit(self, logits: Tensor) -> None:
+    def sample_and_commit(self, logits: Tensor, numbers: Tensor | None) -> None:
         """Sample one token of each row from logits [B, V]. Commit those of the call before, and these as well
         unless the next pass may be queued first. Reads from the device: one for each call.
+
+        Args:
+            numbers: `RandomNumbers.verify`.
         """
         logits = self.process(logits[:, None])  # [B, 1, V]
-        tokens = self.sample(logits[:, 0]).tokens  # [B]
+        tokens = self.sampler(logits[:, 0], None if numbers is None else numbers[:, -1]).tokens  # [B]
         reading = Reading([logits.amax(-1), tokens])
         self.commit_unread()
-        self.last, self._numbers, self._unread = tokens[:, None], None, (reading, logits)
+        self.last, self._unread = tokens[:, None], (reading, logits)
         go_on = (sequence.remaining > 1 and not sequence.ids_are_read for sequence in self.sequences)
         if not (reads_late(self.last.device) and all(go_on)):
             self.commit_unread()
@@ -206,13 +213,4 @@ class Batch:
         """
         for row, sequence in enumerate(self.sequences):
             sequence.commit(tokens[row], logits[row], num_drafted[row], sources[row])
-        self.last, self._numbers = last, None
-
-    def _round_numbers(self) -> Tensor | None:
-        """`_numbers`, made once a round; None when greedy."""
-        if self._numbers is None and not self.sampler.greedy:
-            n, device = 2 * self.longest_draft + 1, self.last.device
-            self._numbers = torch.stack(
-                [random_numbers(n, device, sequence.generator) for sequence in self.sequences]
-            )
-        return self._numbers
+        self.last = last

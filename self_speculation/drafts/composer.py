@@ -89,13 +89,14 @@ class DraftComposer:
         self._judgements.append((names, num_positions, Reading(num_right)))
         return runner.logits(hidden, 1)
 
-    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int]) -> Draft:
+    def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
         """Draft tokens for each row.
 
         Layers that draft may append to the cache. If `Draft.exit_layer` is 0, that is rolled back.
 
         Args:
             limits: [B] the most tokens of each row.
+            numbers: [B, K] random numbers that sample tokens; None when greedy.
         """
         if self._learner:
             self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
@@ -113,7 +114,8 @@ class DraftComposer:
         for name in dict.fromkeys(filter(None, names)):
             most = plan.length if name == plan.source else plan.looked_up
             own = [min(limit, most) if each == name else 0 for each, limit in zip(names, limits, strict=True)]
-            drafts.append(self._sources[name].draft(batch, cache, own, self._policy.should_continue))
+            source, should_continue = self._sources[name], self._policy.should_continue
+            drafts.append(source.draft(batch, cache, own, numbers, should_continue))
         draft = join(batch, drafts)
         if self._learner:
             self._stopwatch.split()

@@ -49,6 +49,7 @@ class DraftSource(ABC):
         batch: Batch,
         cache: KVCache,
         limits: abc.Sequence[int],
+        numbers: Tensor | None,
         should_continue: ShouldContinue | None,
     ) -> Draft:
         """Draft tokens for each row.
@@ -57,6 +58,7 @@ class DraftSource(ABC):
 
         Args:
             limits: [B] the most tokens of each row.
+            numbers: [B, K] random numbers that sample tokens; None when greedy.
             should_continue: is asked after each token that layers draft; None: drafts have the most tokens.
         """
 

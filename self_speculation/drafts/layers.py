@@ -39,7 +39,12 @@ class LayerDrafts(DraftSource):
         self._runs_ahead = self._keeps_cache and drafter.rotary.device.type == "cuda"
 
     def draft(
-        self, batch: Batch, cache: KVCache, limits: Sequence[int], should_continue: ShouldContinue | None
+        self,
+        batch: Batch,
+        cache: KVCache,
+        limits: Sequence[int],
+        numbers: Tensor | None,
+        should_continue: ShouldContinue | None,
     ) -> Draft:
         if isinstance(self.drafter.head, ShortHead):
             self.drafter.head.seen.read(batch.sequences)
@@ -56,7 +61,7 @@ class LayerDrafts(DraftSource):
         while (position := len(sampled_tokens)) < max(limits):
             is_drafting = [position < limit for limit in limits]
             logits = run(ids) if logits is None else logits
-            sampled, logits = batch.sample_draft(logits, position, is_drafting)
+            sampled, logits = batch.sample_draft(logits, position, is_drafting, numbers)
             sampled_tokens.append(sampled)
             confidence = None if should_continue is None else batch.sampler.confidence(sampled, logits)
             reading = batch.record_draft(sampled.tokens, position, is_drafting, confidence)

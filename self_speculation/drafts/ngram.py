@@ -107,6 +107,7 @@ class LookupDrafts(DraftSource):
         batch: Batch,
         cache: KVCache,  # noqa: ARG002
         limits: abc.Sequence[int],
+        numbers: Tensor | None,  # noqa: ARG002
         should_continue: ShouldContinue | None,  # noqa: ARG002
     ) -> Draft:
         """Reads from the device only to show drafts."""

@@ -178,11 +178,11 @@ def test_out_of_memory_in_a_batch_asks_for_a_smaller_one(dataset, monkeypatch, c
     """Guards against a traceback, and advice that leaves out the flag that helps."""
     sample_and_commit, rounds = Batch.sample_and_commit, []
 
-    def fails(self, logits):
+    def fails(self, *args):
         rounds.append(len(self))
         if rounds.count(2) > 12:
             raise CUDA
-        return sample_and_commit(self, logits)
+        return sample_and_commit(self, *args)
 
     monkeypatch.setattr(Batch, "sample_and_commit", fails)
     assert benchmark.main([*dataset, "--batch_size", "2"]) == 1
