@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from conftest import generate, tiny_llama
+from helpers import watch
 from transformers import LlamaConfig
 
 from arguments import ModelArguments
@@ -109,13 +110,8 @@ def test_adaptive(measured):
 
 def test_threads_beside_busy_programs(measured, monkeypatch):
     """Guards against a side that decodes with another number of threads than it is named for."""
-    used, generate = [], HuggingfaceLlamaGenerator.generate
-
-    def watched(*args):
-        used.append(torch.get_num_threads())
-        return generate(*args)
-
-    monkeypatch.setattr(HuggingfaceLlamaGenerator, "generate", watched)
+    used = []
+    watch(monkeypatch, HuggingfaceLlamaGenerator, "generate", lambda *_: used.append(torch.get_num_threads()))
     try:
         found = measured(threads, "--threads", 2, "--beside", 0, 1, "--rounds", 1, "--max_steps", 3)
     finally:
@@ -207,8 +203,8 @@ def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
     )
 
 
-def test_gpu_keeps_what_it_has_when_it_is_interrupted(dry, nothing_is_measured):
-    """Guards against the loss of the figures of an unfinished part."""
+def test_gpu_keeps_what_it_has_when_it_ends_early(dry, nothing_is_measured):
+    """Guards against the loss of the figures of an unfinished part, and a run without a deadline."""
 
     def measure(_, found):
         answers = gpu.Answers([[1, 2, 3]], 1, 1.0, 2.0)
@@ -220,10 +216,6 @@ def test_gpu_keeps_what_it_has_when_it_is_interrupted(dry, nothing_is_measured):
     assert (status, record["ended"]) == (130, "interrupted")
     assert [(row["side"], row["tokens/s"]) for row in record["rows"]] == [("autoregressive", 2.0)]
     assert any(line.startswith("interrupted: 1 rows") for line in said)
-
-
-def test_gpu_ends_when_its_time_is_over(dry):
-    """Guards against a run without a deadline."""
     status, _, record = dry("--minutes", "0")
     assert (status, record["ended"], record["rows"]) == (0, "stopped after 0 minutes", [])
 
@@ -234,17 +226,16 @@ def test_gpu_goes_on_when_a_side_fails(dry, monkeypatch):
     """
 
     out_of_memory = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch"))
-    sides, warm_up = gpu.theirs, gpu.run_every_pass
+    sides = gpu.theirs
 
-    def warms_up(strategy, model, prompt, config, batch_size):
-        if config.draft_weights == "int4":
+    def no_room(*args):
+        if args[3].draft_weights == "int4":
             raise MemoryError("no room")
-        warm_up(strategy, model, prompt, config, batch_size)
 
     monkeypatch.setattr(
         gpu, "theirs", lambda name, *rest: out_of_memory if name == EARLY_EXIT else sides(name, *rest)
     )
-    monkeypatch.setattr(gpu, "run_every_pass", warms_up)
+    watch(monkeypatch, gpu, "run_every_pass", no_room)
     for module in ("sides", "inspection"):
         no_capture = Mock(side_effect=ValueError("compile True: needs one GPU"))
         monkeypatch.setattr(f"benchmarks.{module}.capture_decoding", no_capture)

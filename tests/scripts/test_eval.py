@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_close, tiny_llama
-from helpers import refused, run_program
+from helpers import refused, run_program, watch, write_rows
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -62,9 +62,8 @@ def task_folder(tmp_path_factory):
     for name, config in TASKS.items():
         config = {"task": name, **config}
         if name in ROWS:
-            data = folder / f"{name}.jsonl"
-            data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
-            config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
+            data = write_rows(folder / f"{name}.jsonl", ROWS[name])
+            config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}}
             config |= {"test_split": "test", "target_delimiter": ""}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -208,15 +207,14 @@ def test_an_interrupted_evaluation_goes_on_from_its_cache(
 ):
     """Guards against answers that are generated again, and answers of another exit layer."""
     cache = ["--use_cache", str(tmp_path / "cache" / "answers")]
-    answered, answer = [], HarnessModel._answer
+    answered = []
 
-    def interrupted(self, task, record):
+    def interrupts(_, task, __):
         answered.append(task.instance.doc_id)
         if len(answered) == 4:
             raise KeyboardInterrupt
-        return answer(self, task, record)
 
-    monkeypatch.setattr(HarnessModel, "_answer", interrupted)
+    watch(monkeypatch, HarnessModel, "_answer", interrupts)
     assert eval_script.main(arguments("functions", *cache)) == 130
     assert "the same command goes on with what --use_cache kept" in capsys.readouterr().err
     assert len(evaluated("functions", *cache).answers["functions"]) == 6
@@ -267,14 +265,6 @@ def test_mistakes_of_the_program_are_not_explained_away(arguments, monkeypatch):
     monkeypatch.setattr(HarnessModel, "_answer", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         eval_script.main(arguments("functions"))
-
-
-def test_help_has_our_flags_and_those_of_lm_eval(capsys):
-    """Guards against flags that work and that nobody can find."""
-    with pytest.raises(SystemExit, match="0"):
-        eval_script.main(["--help"])
-    said = capsys.readouterr().out
-    assert all(flag in said for flag in ("--exit_layer", "--tuned", "--num_fewshot", "--predict_only"))
 
 
 def test_the_tasks_of_the_repository(model_folder, tmp_path, monkeypatch):

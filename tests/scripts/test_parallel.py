@@ -9,7 +9,7 @@ import forks
 import psutil
 import pytest
 from conftest import ROOT, tiny_llama
-from helpers import TORCHRUN, run_program, small_run
+from helpers import TORCHRUN, run_program, small_run, write_program
 
 from arguments import ModelArguments
 from self_speculation import (
@@ -102,48 +102,44 @@ def test_tensor_parallel_ids_are_those_of_one_process(num_ranks, tensor, expecte
     assert int(heads) == 4 // num_ranks
 
 
-def test_a_prompt_that_one_rank_has_no_room_for_fails_on_all(tensor):
-    """Guards against a rank that refuses by its own memory while the others wait in the first pass."""
-    (types,) = tensor(
-        2,
-        "import psutil; from types import SimpleNamespace; available = psutil.virtual_memory().available\n"
-        "def answers(free):\n"
-        "    psutil.virtual_memory = lambda: SimpleNamespace(available=free)\n"
-        "    requests = [Request([5, 6, 7])] * 2\n"
-        "    config = GenerationConfig(sample=False, max_steps=4)\n"
-        "    batch = make_strategy('autoregressive').generate_batch(model, requests, config, 2)\n"
-        "    return [type(result).__name__ for _, result in batch]\n"
-        "print(*answers(available if ranks.is_first() else 0), *answers(available))",
-    )
-    assert types.split() == ["MemoryError"] * 2 + ["GenerationStrategyResult"] * 2
+EXCHANGES = """
+import psutil
+import torch.distributed as dist
+from types import SimpleNamespace
+from torch.profiler import profile
+from self_speculation.scheduler import Scheduler
+
+available = psutil.virtual_memory().available
+for free in (available if ranks.is_first() else 0, available):
+    psutil.virtual_memory = lambda: SimpleNamespace(available=free)
+    config = GenerationConfig(sample=False, max_steps=4)
+    batch = make_strategy("autoregressive").generate_batch(model, [Request([5, 6, 7])] * 2, config, 2)
+    print(*(type(result).__name__ for _, result in batch))
+
+seen, broadcast = [], dist.broadcast_object_list
+dist.broadcast_object_list = lambda *args, **kw: (seen.append(1), broadcast(*args, **kw))
+drafts = {"exit_layer": 2, "num_speculations": 3}
+for strategy, own in (("autoregressive", {}), ("self_speculative", drafts), ("adaptive", {})):
+    config = GenerationConfig(sample=False, max_steps=30, **own)
+    scheduler = Scheduler(make_strategy(strategy), model, config, 2)
+    for key in range(2):
+        scheduler.add_request(key, Request([5, 6, 7 + key]))
+    seen.clear()
+    with profile() as profiler:
+        scheduler.step()
+    print([event.name for event in profiler.events()].count("c10d::allreduce_"), len(seen))
+"""
 
 
-@pytest.mark.parametrize(
-    ("strategy", "drafts", "sums", "broadcasts"),
-    [
-        ("autoregressive", {}, 1 + 4 * 2, 0),  # of the embedding, and two of each layer
-        ("self_speculative", {"exit_layer": 2, "num_speculations": 3}, 4 * (1 + 2 * 2) + 2 * 2, 0),
-        ("adaptive", {}, None, 1),  # it drafts by time
-    ],
-)
-def test_exchanges_of_a_round(tensor, strategy, drafts, sums, broadcasts):
-    """Of two rows. Guards against a broadcast for each token or row, and layers that sum more than twice."""
-    (counts,) = tensor(
-        2,
-        "import torch.distributed as dist; from torch.profiler import profile\n"
-        "from self_speculation.scheduler import Scheduler\n"
-        f"config = GenerationConfig(sample=False, max_steps=30, **{drafts!r})\n"
-        f"scheduler = Scheduler(make_strategy({strategy!r}), model, config, 2)\n"
-        "for key in range(2):\n"
-        "    scheduler.add_request(key, Request([5, 6, 7 + key]))\n"
-        "seen, broadcast = [], dist.broadcast_object_list\n"
-        "dist.broadcast_object_list = lambda *args, **kw: (seen.append(1), broadcast(*args, **kw))\n"
-        "with profile() as profiler:\n"
-        "    scheduler.step()\n"
-        "print([event.name for event in profiler.events()].count('c10d::allreduce_'), len(seen))",
-    )
-    found = [*map(int, counts.split())]
-    assert found == [sums or found[0], broadcasts]
+def test_exchanges_of_ranks(tensor):
+    """Guards against a rank that refuses a prompt by its own memory while the others wait in the first pass;
+    in a round of two rows, against a broadcast for each token or row, and layers that sum more than twice.
+    """
+    short, enough, plain, drafted, adaptive = map(str.split, tensor(2, EXCHANGES))
+    assert (short, enough) == (["MemoryError"] * 2, ["GenerationStrategyResult"] * 2)
+    assert plain == [f"{1 + 4 * 2}", "0"]  # of the embedding, and two of each layer
+    assert drafted == [f"{4 * (1 + 2 * 2) + 2 * 2}", "0"]
+    assert adaptive[1] == "1"  # it drafts by time
 
 
 @pytest.mark.slow
@@ -236,8 +232,7 @@ def test_a_rank_without_memory_ends_all(script, failing, endless_folder, tmp_pat
         flags = [*small_run(endless_folder, tmp_path, 4, 40), *flags[:-2]]
     else:
         flags = ["--model", str(endless_folder), "--max_steps", "40", *flags]
-    program = tmp_path / "program.py"
-    program.write_text(f"import sys; sys.path[:0] = {[*map(str, forks.PATHS)]}\n{FAILS}")
+    program = write_program(tmp_path, FAILS)
     with tempfile.TemporaryFile() as said:
         started = [
             forks.Fork(program, script, failing, *flags, env=variables, stderr=said.fileno())

@@ -14,26 +14,20 @@ from pathlib import Path
 import forks
 import pytest
 from conftest import ROOT
-from helpers import torchrun
+from helpers import PYTHON_FUNCTIONS, SMALL_TRAINING, torchrun
 
 SHORT = ["--max_steps", "4", "--sample", "False"]
-TRAINING = [
-    "--vocabulary_size", "300", "--num_layers", "2", "--hidden_size", "16", "--intermediate_size", "24",
-    "--num_heads", "2", "--num_kv_heads", "1", "--sequence_length", "32", "--batch_size", "2",
-    "--num_steps", "2", "--warmup_steps", "1", "--device", "cpu",
-]  # fmt: skip
 
 
 @pytest.fixture
 def command(model_folder, tmp_path):
     """Script and flags for little work; what its standard output holds once."""
     model, output = ["--model", model_folder], ["--output_dir", tmp_path / "logs"]
-    tasks = ["--tasks", "python_functions", "--include_path", ROOT / "eval_tasks", "--limit", "2"]
     data = ["--data_path", ROOT / "runs/*.py", "--eval_fraction", "0.4"]
     flags = {
         "generate": ([*model, *SHORT, "--prompt", "def"], "\n"),
-        "eval": ([*model, *output, *SHORT, *tasks], "python_functions: 2 answers"),
-        "train": ([*output, *TRAINING, *data], "exits.csv"),
+        "eval": ([*model, *output, *SHORT, *PYTHON_FUNCTIONS, "--limit", "2"], "python_functions: 2 answers"),
+        "train": ([*output, *SMALL_TRAINING, "--num_steps", "3", *data], "exits.csv"),
     }
 
     def of(name):
@@ -67,8 +61,13 @@ def test_a_cache_that_cannot_be_written(model_folder):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("library", ["simple_parsing", "torch"])  # before and after a script begins
-@pytest.mark.parametrize("name", ["generate", "benchmark", "eval", "sweep", "correctness", "train", "serve"])
+SCRIPTS = ["generate", "benchmark", "eval", "sweep", "correctness", "train", "serve"]
+
+
+# Before a script begins, which each arranges for itself, and after.
+@pytest.mark.parametrize(
+    ("name", "library"), [*((name, "simple_parsing") for name in SCRIPTS), ("generate", "torch")]
+)
 def test_ctrl_c_during_imports(name, library, tmp_path):
     """Guards against a traceback in the first seconds, and a library that turns Ctrl-C into an error."""
     (tmp_path / f"{library}.py").write_text(
@@ -77,9 +76,7 @@ def test_ctrl_c_during_imports(name, library, tmp_path):
         "except KeyboardInterrupt:\n    raise ImportError('half of a library')\n"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    needed = {"eval": "--tasks python_lines", "correctness": "--exit_layer 3 --num_speculations 3"}
-    flags = [*needed.get(name, "").split(), "--output_dir", tmp_path / "logs"]
-    run = subprocess.run([sys.executable, ROOT / f"{name}.py", *flags], capture_output=True, env=env)
+    run = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, env=env)
     assert (run.returncode, run.stderr) == (130, b"interrupted\n")
 
 

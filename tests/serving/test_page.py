@@ -222,7 +222,9 @@ def test_a_conversation(page, server):
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_markdown(page, size):
-    """Guards against lines that are rendered otherwise than the whole, and a word in another's colour."""
+    """Guards against lines that are rendered otherwise than the whole, a word in another's colour, and a copy
+    of code that has the button's word or lacks a line.
+    """
     answer_with(page, in_pieces(MARKDOWN, size))
     ask(page, "Markdown?")
     check_shown(page, 0, MARKDOWN)
@@ -235,6 +237,10 @@ def test_markdown(page, size):
     assert page.locator("td").last.evaluate("cell => getComputedStyle(cell).textAlign").endswith("right")
     assert "monospace" in page.locator("code").last.evaluate("code => getComputedStyle(code).fontFamily")
     assert len(page.evaluate("drafted")) > 20
+    page.get_by_role("button", name="Copy").first.click()
+    expect(page.locator(".copy").first).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == CODE
+    expect(page.locator(".copy").first).to_have_text("Copy")
 
 
 def test_thinking_is_folded_away(page):
@@ -262,16 +268,6 @@ def test_thinking_is_folded_away(page):
         "role": "assistant", "content": "An *ANSWER*.", "reasoning_content": thought,
     }  # fmt: skip
     assert page.locator(".turn").last.locator("details").count() == 1
-
-
-def test_code_is_copied(page):
-    """Guards against a copy that has the button's word or lacks a line."""
-    answer_with(page, in_pieces(MARKDOWN, 1000))
-    ask(page, "Markdown?")
-    page.get_by_role("button", name="Copy").first.click()
-    expect(page.locator(".copy").first).to_have_text("Copied")
-    assert page.evaluate("navigator.clipboard.readText()") == CODE
-    expect(page.locator(".copy").first).to_have_text("Copy")
 
 
 def test_a_long_answer(page):
