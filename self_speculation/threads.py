@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from typing import ClassVar, NamedTuple
+from weakref import WeakSet
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
 from self_speculation.model.devices import num_ranks
-
-# By the model whose decoding they govern.
-_GOVERNORS: WeakKeyDictionary[PreTrainedModel, ThreadGovernor] = WeakKeyDictionary()
+from self_speculation.model.made import discard, found, made
 
 
 class _Reading(NamedTuple):
@@ -43,10 +41,12 @@ class ThreadGovernor:
     _WINDOW = 0.2  # seconds between two readings; the system counts hundredths
     _TOLERATED = 0.4  # processors that others may use: about that much, one thread less costs, too
     _SHORTEST_WAIT, _LONGEST_WAIT = 0.5, 16.0  # seconds
+    _all: ClassVar[WeakSet[ThreadGovernor]] = WeakSet()
 
     def __init__(self, on_fewer: Callable[[ThreadGovernor], object] = lambda governor: None) -> None:
         # Another model's governor may have lowered the number.
-        self.most: int = max(torch.get_num_threads(), *(other.most for other in _GOVERNORS.values()), 1)
+        self.most: int = max(torch.get_num_threads(), *(other.most for other in self._all), 1)
+        self._all.add(self)
         self.num_threads = self.most
         self.others = 0.0  # processors that other programs used in the last window
         self._on_fewer, self._wait = on_fewer, self._SHORTEST_WAIT
@@ -108,19 +108,18 @@ def govern_threads(model: PreTrainedModel, governor: ThreadGovernor | None) -> N
     """
     if governor is not None and num_ranks(model) > 1:
         raise ValueError("govern_threads: several ranks hold this model; their threads must not change")
-    if governor is None:
-        _GOVERNORS.pop(model, None)
-    else:
-        _GOVERNORS[model] = governor
+    discard(model, ThreadGovernor)
+    if governor is not None:
+        made(model, ThreadGovernor, None, lambda: governor)
 
 
 def most_threads(model: PreTrainedModel) -> int:
     """The number of threads that compute while other programs leave the processors alone."""
-    governor = _GOVERNORS.get(model)
+    governor = found(model, ThreadGovernor)
     return torch.get_num_threads() if governor is None else governor.most
 
 
 def adjust_threads(model: PreTrainedModel) -> None:
     """Adjust the number of threads, if the model has a governor."""
-    if (governor := _GOVERNORS.get(model)) is not None:
+    if (governor := found(model, ThreadGovernor)) is not None:
         governor.adjust()

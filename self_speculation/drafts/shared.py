@@ -46,7 +46,7 @@ def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
     """Those of a model, since ids are those of its tokenizer; empty if the number of tokens is another one
     than before. A change of weights does not matter: these are guesses.
     """
-    return made(model, FinishedAnswers, num_tokens, lambda: FinishedAnswers(num_tokens))
+    return made(model, FinishedAnswers, lambda: num_tokens, lambda: FinishedAnswers(num_tokens))
 
 
 def forget_answers(model: nn.Module) -> None:

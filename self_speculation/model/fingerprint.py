@@ -1,4 +1,4 @@
-"""Values that change when modules or their weights change: they tell whether what was made of them is valid.
+"""Fingerprints: derived objects are valid while theirs is unchanged.
 
 The structure of modules needs no read from a device. The contents of tensors are torch's versions, and a
 sample that meets every row and every column. Single elements written through `.data` may change neither: call
@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,12 @@ def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _structure_of(module: nn.Module) -> tuple[Any, ...]:
-    """It holds functions, not their `id`: a later function could have the `id` of a freed one."""
+    """It refers to functions weakly, since they may have the model. Of their `id`, another function could be
+    the next owner.
+    """
     attributes = [*vars(module).items()]  # a copy: another thread's pass may add one
     read = [(name, _frozen(value)) for name, value in attributes if name not in _OF_ALL]
-    hooks = (*module._forward_pre_hooks.values(), None, *module._forward_hooks.values())
+    hooks = _frozen([[*module._forward_pre_hooks.values()], [*module._forward_hooks.values()]])
     tensors = _own_tensors(module)
     addresses = [
         (part.data_ptr(), part.shape, part.stride(), part.dtype, part.device)
@@ -92,10 +95,12 @@ def _structure_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _frozen(value: Any) -> Hashable:
-    """Numbers and functions, also in containers; the type of anything else."""
+    """Numbers and references to functions, also in containers; the type of anything else."""
     kind: Any = type(value)
-    if kind in _NUMBERS or callable(value):
+    if kind in _NUMBERS:
         return value
+    if callable(value):
+        return ref(value) if kind.__weakrefoffset__ else value
     if kind is dict:
         return tuple((key, _frozen(each)) for key, each in value.items())
     return tuple(map(_frozen, value)) if kind in (list, tuple, set) else kind

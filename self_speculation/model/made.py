@@ -15,46 +15,57 @@ from torch import nn
 T = TypeVar("T")
 
 
-class _Made:
-    """Of one model."""
+class _Shelf:
+    """What is kept with one model."""
 
     def __init__(self) -> None:
         self.lock = RLock()
         self.by_key: dict[Hashable, tuple[Hashable, Any]] = {}  # what it is valid for, and itself
 
 
-_MADE: WeakKeyDictionary[nn.Module, _Made] = WeakKeyDictionary()
+_SHELVES: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
 _LOCK = Lock()
 
 
-def _of(model: nn.Module) -> _Made:
-    of_model = _MADE.get(model)
-    if of_model is None:
+def _shelf(model: nn.Module) -> _Shelf:
+    shelf = _SHELVES.get(model)
+    if shelf is None:
         with _LOCK:
-            of_model = _MADE.setdefault(model, _Made())
-    return of_model
+            shelf = _SHELVES.setdefault(model, _Shelf())
+    return shelf
 
 
-def made(model: nn.Module, key: Hashable, valid_for: Hashable, make: Callable[[], T]) -> T:
-    """The result of `make`, kept by key until it is asked for with another `valid_for`."""
-    of_model = _of(model)
-    kept = of_model.by_key.get(key)
-    if kept is None or kept[0] != valid_for:
-        with of_model.lock:
-            kept = of_model.by_key.get(key)  # another thread may have made it meanwhile
-            if kept is None or kept[0] != valid_for:
+def made(
+    model: nn.Module, key: Hashable, valid_for: Callable[[], Hashable] | None, make: Callable[[], T]
+) -> T:
+    """The result of `make`, kept by key while `valid_for` returns what it did once that was made: making may
+    move weights. None: it is valid as long as the model.
+    """
+    shelf, current = _shelf(model), valid_for or (lambda: None)
+    kept = shelf.by_key.get(key)
+    if kept is None or kept[0] != current():
+        with shelf.lock:
+            kept = shelf.by_key.get(key)  # another thread may have made it meanwhile
+            if kept is None or kept[0] != current():
                 kept = None
-                of_model.by_key.pop(key, None)  # free its memory first
-                kept = of_model.by_key[key] = valid_for, make()
+                shelf.by_key.pop(key, None)  # free its memory first
+                result = make()
+                kept = shelf.by_key[key] = current(), result
     return kept[1]
 
 
+def found(model: nn.Module, key: Hashable) -> Any:
+    """What is kept by key, valid or not; None: nothing."""
+    kept = _shelf(model).by_key.get(key)
+    return None if kept is None else kept[1]
+
+
 def discard(model: nn.Module, key: Hashable) -> None:
-    _of(model).by_key.pop(key, None)
+    _shelf(model).by_key.pop(key, None)
 
 
 def lock(model: nn.Module) -> AbstractContextManager[bool]:
     """Held by a thread, re-entrantly, while it makes something from a model, or changes what is kept. Passes
     do not hold it: they read what is made, which nobody changes afterwards.
     """
-    return _of(model).lock
+    return _shelf(model).lock

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import nn
 
-from self_speculation.model.made import discard, lock, made
+from self_speculation.model.made import discard, found, lock, made
 
 
 class Part:
@@ -17,27 +17,45 @@ class Part:
 def test_it_is_kept_while_it_is_valid():
     """Guards against a part that is made again, one of before a change, and one of another model."""
     model, other = nn.Linear(1, 1), nn.Linear(1, 1)
-    part = made(model, "key", (1, 2), Part)
-    assert made(model, "key", (1, 2), Part) is part
-    assert made(model, "another key", (1, 2), Part) is not part
-    assert made(other, "key", (1, 2), Part) is not part
-    changed = made(model, "key", (1, 3), Part)
-    assert changed is not part
-    assert made(model, "key", (1, 2), Part) is not part
+
+    def current():
+        return made(model, "key", lambda: tuple(model.weight.shape), Part)
+
+    part = current()
+    assert current() is found(model, "key") is part
+    assert made(model, "another key", None, Part) is not part
+    assert made(other, "key", None, Part) is not part
+    model.weight = nn.Parameter(model.weight[None])
+    assert found(model, "key") is part
+    changed = current()
+    assert current() is changed is not part
     discard(model, "key")
-    assert made(model, "key", (1, 3), Part) is not changed
+    assert found(model, "key") is None
+    assert current() is not changed
+
+
+def test_making_may_change_the_model():
+    """Guards against a part that is made twice, since making it has moved weights."""
+    model = nn.Linear(1, 1)
+
+    def make():
+        model.weight = nn.Parameter(model.weight[None])
+        return Part()
+
+    parts = {made(model, "key", lambda: tuple(model.weight.shape), make) for _ in range(2)}
+    assert len(parts) == 1
 
 
 def test_it_is_freed_before_the_next_one_is_made_and_with_its_model():
     """Guards against twice the memory, and against memory of a model that is gone."""
     model = nn.Linear(1, 1)
-    part = weakref.ref(made(model, "key", 1, Part))
+    part = weakref.ref(made(model, "key", lambda: 1, Part))
 
     def make():
         assert part() is None
         return Part()
 
-    part = weakref.ref(made(model, "key", 2, make))
+    part = weakref.ref(made(model, "key", lambda: 2, make))
     assert part() is not None
     del model
     gc.collect()
@@ -50,7 +68,7 @@ def test_threads_make_it_once():
 
     def ask():
         both_ask.wait(10)
-        return made(model, "key", 1, lambda: both_ask.n_waiting or Part())
+        return made(model, "key", None, lambda: both_ask.n_waiting or Part())
 
     with ThreadPoolExecutor(2) as threads:
         first, second = (threads.submit(ask) for _ in range(2))
@@ -60,6 +78,6 @@ def test_threads_make_it_once():
 def test_reading_does_not_wait_for_making():
     """Guards against decoding that waits while another thread makes copies for seconds."""
     model = nn.Linear(1, 1)
-    part = made(model, "key", 1, Part)
+    part = made(model, "key", None, Part)
     with ThreadPoolExecutor(1) as threads, lock(model):
-        assert threads.submit(made, model, "key", 1, Part).result(10) is part
+        assert threads.submit(made, model, "key", None, Part).result(10) is part
