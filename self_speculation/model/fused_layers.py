@@ -10,7 +10,7 @@ begins, layers that have changed are fused again.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from self_speculation.model.families import has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import NARROW, BFloat16Linear, Linear, follow_weights, replace_linears
-from self_speculation.model.made import lock, made
+from self_speculation.model.made import discard, found, lock, made
 from self_speculation.model.overrides import replaced_forward
 
 # Norms that multiply by 1 + weight, in float32.
@@ -43,19 +43,53 @@ _SHARE_OF_ROOM = 1 / 3
 
 
 @dataclass
-class _State:
-    """Arguments of `fuse`, and the fused parts of a model."""
+class _Settings:
+    """Arguments of `fuse`."""
 
     is_fused: bool = False
     fp32_activations: bool = False
     bfloat16_prefill: bool = False
     num_changes: int = 0  # see `num_changes`
-    made: dict[nn.Module, Fused] = field(default_factory=dict)  # by decoder layer; of the head by `lm_head`
-    linears: dict[nn.Module, tuple[Hashable, Linear]] = field(default_factory=dict)  # see `linear_of`
 
 
-def _state(model: Any) -> _State:
-    return made(model, _State, None, _State)
+class _Parts:
+    """What is made of a model's layers and head. A change of their structure discards it as a whole."""
+
+    def __init__(self, model: Any) -> None:
+        settings, config = _settings(model), model.config
+        settings.num_changes += 1
+        self.fused: dict[nn.Module, Fused] = {}  # by decoder layer; of the final norm and head by `lm_head`
+        self.plain: dict[nn.Module, Linear] = {}  # see `linear_of`
+        self.dtype, self.prefills_in_bfloat16 = model.dtype, False
+        if settings.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
+            self._fuse(model, settings)
+
+    def _fuse(self, model: Any, settings: _Settings) -> None:
+        base, head = model.base_model, model.get_output_embeddings()
+        modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
+        plain = {key: parts for key, parts in modules.items() if difference(model, *parts) is None}
+        embed, can_widen = base.embed_tokens, len(plain) == len(modules) and _fits_float16(model)
+        is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
+        fp32 = settings.fp32_activations and can_widen and is_as_built  # `ModelRunner.embed` scales by itself
+        if fp32:
+            self.dtype, self.prefills_in_bfloat16 = torch.float32, settings.bfloat16_prefill
+        # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
+        with torch.inference_mode(False), torch.no_grad():
+            for key, parts in plain.items():
+                kind: Any = FusedHead if key is head else FusedLayer
+                self.fused[key] = kind(*parts, fp32)
+        packable = [linear for linear in self.linears() if linear.can_be_packed]
+        if sum(linear.num_bytes for linear in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
+            for linear in packable:
+                linear.may_be_packed = True
+
+    def linears(self) -> list[Linear]:
+        fused = (linear for part in self.fused.values() for linear in part.linears)
+        return [*fused, *self.plain.copy().values()]  # a copy: another thread may add one
+
+
+def _settings(model: Any) -> _Settings:
+    return made(model, _Settings, None, _Settings)
 
 
 def fuse(model: Any, fp32_activations: bool | None = None, bfloat16_prefill: bool | None = None) -> int:
@@ -79,14 +113,13 @@ def fuse(model: Any, fp32_activations: bool | None = None, bfloat16_prefill: boo
             prompts in bfloat16, there is no W16A32 or no kernel.
     """
     with lock(model):
-        state = _state(model)
-        state.is_fused = True
-        state.fp32_activations = state.fp32_activations if fp32_activations is None else fp32_activations
-        state.bfloat16_prefill = state.bfloat16_prefill if bfloat16_prefill is None else bfloat16_prefill
-        state.num_changes += 1
-        state.made, state.linears = {}, {}
+        settings = _settings(model)
+        given = {"fp32_activations": fp32_activations, "bfloat16_prefill": bfloat16_prefill}
+        vars(settings).update({name: value for name, value in given.items() if value is not None})
+        settings.is_fused = True
+        discard(model, _Parts)
         try:
-            parts, dtype = fused_model(model)
+            fused, dtype = fused_model(model)
             if fp32_activations and dtype != torch.float32:
                 raise ValueError("weights in 16 bits: those of this model cannot be multiplied in float32")
             has_kernel = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -95,24 +128,25 @@ def fuse(model: Any, fp32_activations: bool | None = None, bfloat16_prefill: boo
                     "prompts in bfloat16 need weights in 16 bits multiplied in float32, and oneDNN"
                 )
         except ValueError:
-            state.fp32_activations = state.bfloat16_prefill = False
+            settings.fp32_activations = settings.bfloat16_prefill = False
+            discard(model, _Parts)
             raise
-    return sum(layer in parts for layer in model.base_model.layers)
+    return sum(layer in fused for layer in model.base_model.layers)
 
 
 def prefills_in_bfloat16(model: Any) -> bool:
     """Whether long passes over prompts multiply in bfloat16."""
-    state = _state(model)
-    return state.bfloat16_prefill and any(fused.fp32_activations for fused in state.made.values())
+    parts = found(model, _Parts)
+    return parts is not None and parts.prefills_in_bfloat16
 
 
 def activation_dtype(model: Any) -> torch.dtype:
-    """The dtype of activations, keys, values and logits. Raises what `fused_model` does."""
+    """The dtype of activations, keys, values and logits. Raises ValueError as `fused_model`."""
     return fused_model(model)[1]
 
 
 def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
-    """Fuse what has changed since the last generation.
+    """Follow what has changed since the last generation.
 
     Returns:
         The fused parts, by decoder layer; of the final norm and head by `lm_head`. The dtype of activations,
@@ -121,42 +155,17 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     Raises:
         ValueError: float16 cannot hold a weight of a W16A32 model any more.
     """
-    state, config = _state(model), model.config
+    base = model.base_model
+    modules = base.embed_tokens, *base.layers, base.norm, model.get_output_embeddings()
+
+    def valid_for() -> Hashable:
+        return model.config._attn_implementation, structure(*modules)
+
     with lock(model):
-        kept = state.linears = {
-            module: pair for module, pair in state.linears.items() if pair[0] == structure(module)
-        }
-        follow_weights([linear for _, linear in kept.values()])
-        if state.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
-            return _follow(model, state)
-    return {}, model.dtype
-
-
-def _follow(model: Any, state: _State) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
-    """See `fused_model`."""
-    base, head = model.base_model, model.get_output_embeddings()
-    modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
-    structures = {key: structure(*of_key) for key, of_key in modules.items()}
-    made = {key: fused for key, fused in state.made.items() if fused.structure == structures.get(key)}
-    plain = [key for key, of_key in modules.items() if key in made or difference(model, *of_key) is None]
-    embed, can_widen = base.embed_tokens, len(plain) == len(modules) and _fits_float16(model)
-    is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
-    fp32 = state.fp32_activations and can_widen and is_as_built  # `ModelRunner.embed` scales by itself
-    # Free outdated parts before new ones are made.
-    state.made = made = {key: fused for key, fused in made.items() if fused.fp32_activations == fp32}
-    new = [key for key in plain if key not in made]
-    for key in new:
-        # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
-        with torch.inference_mode(False), torch.no_grad():
-            kind: Any = FusedHead if key is head else FusedLayer
-            made[key] = kind(*modules[key], fp32)
-    packable = [linear for key in new for linear in made[key].linears if linear.can_be_packed]
-    if sum(linear.num_bytes for linear in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
-        for linear in packable:
-            linear.may_be_packed = True
-    if follow_weights([linear for fused in made.values() for linear in fused.linears]) or new:
-        state.num_changes += 1
-    return made, torch.float32 if fp32 else model.dtype
+        parts = made(model, _Parts, valid_for, lambda: _Parts(model))
+        if follow_weights(parts.linears()):
+            _settings(model).num_changes += 1
+        return parts.fused, parts.dtype
 
 
 def _fits_float16(model: Any) -> bool:
@@ -182,27 +191,26 @@ def formats_made(model: Any) -> set[Hashable]:
 
 
 def _linears(model: Any) -> list[Linear]:
-    state = _state(model)
-    of_fused = [linear for fused in [*state.made.values()] for linear in fused.linears]
-    return of_fused + [linear for _, linear in [*state.linears.values()]]
+    parts = found(model, _Parts)
+    return [] if parts is None else parts.linears()
 
 
 def num_changes(model: Any) -> int:
-    """Calls of `fuse`, and generations that found other weights. Runners made before have no use of the fused
-    parts, even if the weights are the former ones again.
+    """A number that grows whenever parts or copies of the model are discarded. Runners from an earlier count
+    are invalid, even if weights are restored.
     """
-    return _state(model).num_changes
+    return _settings(model).num_changes
 
 
 def linear_of(model: Any, module: nn.Module) -> Linear:
-    """A `Linear` of a plain module that is in no fused part. The model keeps it and what is made of it until
-    a generation finds another weight.
+    """A `Linear` of a plain module that is in no fused part, for a runner of this model. It is kept with the
+    fused parts.
     """
     with lock(model):
-        linears = _state(model).linears
-        if module not in linears:
-            linears[module] = structure(module), Linear(module)
-        return linears[module][1]
+        plain = found(model, _Parts).plain
+        if module not in plain:
+            plain[module] = Linear(module)
+        return plain[module]
 
 
 def difference(model: Any, *roots: nn.Module) -> str | None:
@@ -293,7 +301,7 @@ class FusedLayer:
             self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
-        self.fp32_activations, self.structure = fp32_activations, structure(layer)
+        self.structure = structure(layer)
 
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
@@ -383,7 +391,7 @@ class FusedHead:
     def __init__(self, norm: Any, head: nn.Linear, fp32_activations: bool) -> None:
         self.norm = RMSNorm(norm)
         self.linears: tuple[Any, ...] = (Linear(head, fp32_activations=fp32_activations),)
-        self.fp32_activations, self.structure = fp32_activations, structure(norm, head)
+        self.structure = structure(norm, head)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.linears[0](self.norm(hidden))

@@ -5,6 +5,7 @@ current weights. test_llama_model_utils.py compares every family with transforme
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -170,7 +171,9 @@ def test_drafts_use_copies_of_current_weights(model, change):
 
 @pytest.mark.usefixtures("graphs")
 def test_unused_parts_are_freed(model):
-    """Guards against caches that keep a model, or a layer that was removed from it, in memory for ever."""
+    """Guards against caches that keep a model, or a layer that was removed from it, in memory for ever, also
+    if a hook has the model.
+    """
     fuse(model)
     tokens(model, 3)
     pruned = weakref.ref(model.model.layers[3])
@@ -178,14 +181,19 @@ def test_unused_parts_are_freed(model):
     tokens(model, 6, strategy="adaptive", draft_weights="int4")
     gc.collect()
     assert pruned() is None
-    own = copy.deepcopy(model)
-    fuse(own)
-    capture_decoding(own)
-    tokens(own, 6, exit_layer=2, num_speculations=3)
-    whole = weakref.ref(own)
-    del own
-    gc.collect()
-    assert whole() is None
+
+    def hooked(model):
+        model.model.layers[0].register_forward_hook(partial(lambda model, *_: None, model))
+
+    for change in (capture_decoding, hooked):
+        own = copy.deepcopy(model)
+        fuse(own)
+        change(own)
+        tokens(own, 6, exit_layer=2, num_speculations=3)
+        whole = weakref.ref(own)
+        del own
+        gc.collect()
+        assert whole() is None
 
 
 def test_inference_mode_and_autocast(model):

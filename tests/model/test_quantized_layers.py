@@ -227,10 +227,11 @@ def test_a_copy_of_transformers_layers_follows_their_weights():
     before, size = copies(), bytes_made(model)
     assert all(mine is theirs for mine, theirs in zip(copies(), before, strict=True))
     q_proj, norm = model.model.layers[0].self_attn.q_proj, model.model.layers[1].post_feedforward_layernorm
-    norm.weight = nn.Parameter(-norm.weight.detach())
     q_proj.weight.data.neg_()
     assert drafted().acceptance_rate > 0.7
     assert [mine is theirs for mine, theirs in zip(copies(), before, strict=True)].count(False) == 1
+    norm.weight = nn.Parameter(-norm.weight.detach())
+    assert drafted().acceptance_rate > 0.7
     assert bytes_made(model) == size
     fuse(model)
     assert not bytes_made(model)
