@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import TrainingArguments as TrainerSettings
@@ -92,7 +92,7 @@ def trainer_settings(
     settings._n_gpu = min(settings.n_gpu, 1)  # torchrun drives several GPUs, not DataParallel
     if is_sharded and device.type == "cpu":
         # accelerate shards over GPUs only. torch shards over CPU ranks, too.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        settings.distributed_state.distributed_type = DistributedType.MULTI_GPU
     if is_sharded and isinstance(mixed, torch.dtype) and mixed != torch.float32:
         # accelerate's default sums gradients and rounds the loss in 16 bits.
         policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32)

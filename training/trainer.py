@@ -13,12 +13,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import patch
 
 import numpy
 import torch
@@ -123,11 +122,16 @@ def exit_scores(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, **_: 
     return scores.view(len(scores), len(labels), -1, 4).sum(2).transpose(0, 1)
 
 
-def calling(module: nn.Module, function: Callable) -> AbstractContextManager:
-    """A context in which `function` is the module's `forward`; its hooks, which may gather sharded weights,
-    still run.
-    """
-    return patch.object(module, "forward", function)
+@contextmanager
+def calling(module: nn.Module, function: Callable) -> Iterator[None]:
+    """In this block `function` is the module's `forward`. Hooks, which may gather sharded weights, run."""
+    own, module.forward = vars(module).get("forward"), function
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
