@@ -1,8 +1,9 @@
 """Models in `.gguf` files: their headers, and their weights in any format.
 
-transformers reads such a file three times by gguf's reader: for the config, the tokenizer and the weights.
-That reader makes numpy views of each token and each merge, which takes 6 to 13 s for a vocabulary of 150,000.
-Only the tokenizer needs them, and it has another reader. `Header` is gguf's reader without them.
+gguf's reader makes numpy views of each token and each merge, which takes 6 to 13 s for a vocabulary of
+150,000. Only the tokenizer needs them, and transformers reads that otherwise. `Header` is gguf's reader
+without them. Configs of the families here are made by `_settings`, which transformers calls with what its
+own fast reader returns: for other families it calls gguf's.
 
 Weights in float16 are saved in the user's cache, with a checksum of each, and the model is mapped from there:
 only copies that passes read are in memory, and the next start dequantises nothing. They are valid for the
@@ -19,23 +20,26 @@ import shutil
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from gguf.constants import GGUFValueType
-from gguf.gguf_reader import ReaderField, ReaderTensor
+from gguf.gguf_reader import ReaderTensor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, __version__
+from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+from self_speculation.model.families import FAMILIES
 from self_speculation.model.mapped import release
 from self_speculation.model.progress import progress
 from self_speculation.model.sources import LoadingWarning
@@ -50,13 +54,18 @@ _AT_A_TIME = 2**18
 # Bytes that must stay free on the disk, and those that kept weights may take. A larger model is kept alone.
 _SPARE, _MOST = 2**30, 2**35
 
+# Families by their names in files, where those differ.
+_FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
+
 # A user's own folder may have other files.
 _KEPT_NAMES = "[0-9a-f]" * 64 + "-*-*-*.safetensors"
 
 
 class Header(gguf.GGUFReader):
-    """Fields and tensors of a file, without long arrays and those of strings. All tokens are empty. Raises
-    ValueError if the file is cut short, or is no GGUF file.
+    """Fields and tensors of a file, without long arrays and those of strings.
+
+    Raises:
+        ValueError: the file is cut short, or is no GGUF file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -82,23 +91,32 @@ class Header(gguf.GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         return end - orig_offs, [kind, count], [], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
 
-    def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
-        if field.name == "tokenizer.ggml.tokens":  # the config needs their number
-            number, empty = int(field.parts[-1][0]), np.empty(0, np.uint8)
-            field = field._replace(parts=[*field.parts, empty], data=[len(field.parts)] * number)
-        return super()._push_field(field, skip_sum)
+
+def _settings(metadata: Mapping[str, Any], tensors: tuple[str, ...]) -> dict[str, Any]:
+    """Settings of a config, by transformers' names for fields. Arrays of strings are their lengths."""
+    architecture = metadata["general.architecture"]
+    family = _FAMILIES.get(architecture, architecture)
+    own = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[family]
+    names = {f"{architecture}.{key}": name for key, name in own.items()}
+    names |= {f"tokenizer.{key}": name for key, name in GGUF_CONFIG_MAPPING["tokenizer"].items()}
+    of_stablelm = {
+        "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+    }
+    return {
+        "model_type": family,
+        "vocab_size": metadata["tokenizer.ggml.tokens"],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **GGUF_CONFIG_DEFAULTS_MAPPING.get(family, {}),
+        **(of_stablelm if family == "stablelm" else {}),
+        **{name: metadata[key] for key, name in names.items() if name and key in metadata},
+    }
 
 
-@contextmanager
-def read_once(header: Header | None) -> Iterator[None]:
-    """Give transformers this header when it calls gguf's reader."""
-    reader = gguf.GGUFReader
-    if header is not None:
-        vars(gguf)["GGUFReader"] = lambda *_: header
-    try:
-        yield
-    finally:
-        vars(gguf)["GGUFReader"] = reader
+# transformers calls these functions, where it has none of its own.
+for _architecture in (*_FAMILIES, *GGUF_CONFIG_MAPPING):
+    if _FAMILIES.get(_architecture, _architecture) in FAMILIES:
+        GGUF_CONFIG_ARCHS.setdefault(_architecture, _settings)
 
 
 def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:

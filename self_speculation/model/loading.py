@@ -32,7 +32,7 @@ from self_speculation.model.captured_runner import capture_decoding, check_can_b
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.gguf_files import Header, read_once, read_weights
+from self_speculation.model.gguf_files import Header, read_weights
 from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
 
@@ -100,7 +100,8 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
     options = options or LoadingOptions()
     model = adapted_model(model, options) or model
     source, kwargs = locate(model, options.trust_remote_code)
-    with explained(model), read_once(_header(model)):
+    with explained(model):
+        _header(model)  # refuses a file that is cut short
         scaling = (given := {**options.model_args}).pop("rope_scaling", None)
         config = AutoConfig.from_pretrained(source, **kwargs, **given)
         check_supported(config)
@@ -146,10 +147,9 @@ def load_model_and_tokenizer(
         header = _header(base)
         if header is not None and dtype == "auto":
             dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype of their own
-        with read_once(header):
-            folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
-            where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
-            tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
+        where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
+        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
         if tokenizer.vocab_size > config.vocab_size:
