@@ -108,7 +108,7 @@ def product_times(model: PreTrainedModel, num_tokens: Sequence[int]) -> list[Pro
             found.append(ProductTime((size, width), number, least(own, x), least(copies, x)))
     for layer in runner.layers:
         for linear in layer.linears:
-            linear.derived.clear()
+            linear.copies.clear()
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from self_speculation.drafts.estimates import DecayedMean
-from self_speculation.model.experts import bytes_of_layer, with_experts
+from self_speculation.model.experts import bytes_per_layer, with_experts
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.quantized_layers import bytes_per_weight
 
@@ -30,7 +30,7 @@ def draft_ratio(
     rows. Copies in four bits have fewer bytes; their kernel may take longer than reading them.
     """
     layers = model.base_model.layers
-    head = model.get_output_embeddings().weight.nbytes / bytes_of_layer(model)
+    head = model.get_output_embeddings().weight.nbytes / bytes_per_layer(model)
     rows = len(model.get_output_embeddings().weight)
     draft_head = head * min(draft_vocabulary or rows, rows) / rows
     layer_bytes, head_bytes = bytes_per_weight(model, draft_weights)

@@ -22,12 +22,15 @@ CHUNK = 256
 
 
 class AttentionKernel(Enum):
+    """A kernel of torch."""
+
     FLASH = "flash"  # splits keys; takes no mask
     EFFICIENT = "efficient"  # wants a mask at an address of 16 bytes, with strides of a multiple of 8
     ANY = "any"  # torch picks one; not cuDNN's, which takes no format that FLASH does not
 
     @property
     def with_mask(self) -> AttentionKernel:
+        """The kernel of the same passes with a mask."""
         return AttentionKernel.EFFICIENT if self is AttentionKernel.FLASH else self
 
 
@@ -77,9 +80,9 @@ def attend_to_past(queries: Tensor, keys: Tensor, values: Tensor, scale: float) 
     own, own_sums = _on_cpu(queries, keys[:, :, past:], values[:, :, past:], 0.0, True, scale=scale)
     if past == 0:
         return own
-    of_past, past_sums = _on_cpu(queries, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale)
+    over_past, past_sums = _on_cpu(queries, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale)
     share = torch.sigmoid(past_sums - own_sums)[..., None]
-    return torch.lerp(own.to(share.dtype), of_past.to(share.dtype), share).to(own.dtype)
+    return torch.lerp(own.to(share.dtype), over_past.to(share.dtype), share).to(own.dtype)
 
 
 def attend_in_chunks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -92,8 +95,8 @@ def attend_in_chunks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
         mask: [B * heads, C, M, CHUNK], finite also where a chunk is masked.
     """
     chunks = [part.flatten(0, 1).unflatten(1, (-1, CHUNK)) for part in (keys, values)]
-    of_all = queries.flatten(0, 1)[:, None].expand(*mask.shape[:3], -1)
-    attended, log_sums = efficient_attention(of_all, *chunks, mask, True, 0.0, False, scale=scale)[:2]
+    all_queries = queries.flatten(0, 1)[:, None].expand(*mask.shape[:3], -1)
+    attended, log_sums = efficient_attention(all_queries, *chunks, mask, True, 0.0, False, scale=scale)[:2]
     weights = log_sums[..., : queries.shape[2], None].softmax(1)  # [B * heads, C, M, 1]
     return (attended * weights).sum(1).to(queries.dtype).view(queries.shape)
 

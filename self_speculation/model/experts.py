@@ -26,11 +26,11 @@ def bytes_read(modules: Iterable[nn.Module], config: Any) -> tuple[float, float]
     """
     chosen, of = experts_per_token(config) or (1, 1)
     weights = [(weight.dim(), weight.nbytes) for module in modules for weight in module.parameters()]
-    of_experts = sum(size for dim, size in weights if dim == 3) * chosen / of
-    return of_experts + sum(size for dim, size in weights if dim < 3), of_experts
+    expert_bytes = sum(size for dim, size in weights if dim == 3) * chosen / of
+    return expert_bytes + sum(size for dim, size in weights if dim < 3), expert_bytes
 
 
-def bytes_of_layer(model: Any) -> float:
+def bytes_per_layer(model: Any) -> float:
     """Bytes of weights that a pass over one token reads, in a layer on average. All layers of a dense model
     are alike; to ask each for its weights takes a millisecond.
     """
@@ -52,11 +52,13 @@ def with_experts(growth: Callable[[float], float], model: Any) -> Callable[[floa
     """The cost of a pass over n tokens relative to one, from that of a dense model."""
     if (experts := experts_per_token(model.config)) is None:
         return growth
-    all_read, of_experts = bytes_read([*model.base_model.layers, model.get_output_embeddings()], model.config)
-    share = of_experts / all_read
+    all_read, expert_bytes = bytes_read(
+        [*model.base_model.layers, model.get_output_embeddings()], model.config
+    )
+    share = expert_bytes / all_read
 
-    def of_mixture(num_tokens: float) -> float:
+    def mixture_growth(num_tokens: float) -> float:
         more = distinct_experts(*experts, num_tokens) / experts[0]  # each for 1 / more of the tokens
         return (1.0 - share) * growth(num_tokens) + share * more * growth(num_tokens / more)
 
-    return of_mixture
+    return mixture_growth

@@ -62,12 +62,12 @@ def contents(groups: Sequence[Iterable[Tensor]]) -> list[Hashable]:
                 found[-1].append(address)
             elif part.device.type != "meta" and part.numel():
                 samples[part.device][part.dtype].append((found[-1], _sample(part)))
-    for of_device in samples.values():
-        of_dtypes = [torch.cat([part for _, part in pairs]).view(torch.uint8) for pairs in of_device.values()]
-        bits = io.BytesIO(torch.cat(of_dtypes).cpu().numpy().data)  # the read
-        for of_group, sample in itertools.chain.from_iterable(of_device.values()):
-            of_group.append(bits.read(sample.nbytes))
-    return [tuple(of_group) for of_group in found]
+    for by_dtype in samples.values():
+        joined = [torch.cat([part for _, part in pairs]).view(torch.uint8) for pairs in by_dtype.values()]
+        bits = io.BytesIO(torch.cat(joined).cpu().numpy().data)  # the read
+        for values, sample in itertools.chain.from_iterable(by_dtype.values()):
+            values.append(bits.read(sample.nbytes))
+    return [tuple(values) for values in found]
 
 
 def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:

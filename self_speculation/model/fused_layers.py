@@ -59,7 +59,7 @@ class _Parts:
         settings, config = _settings(model), model.config
         settings.num_changes += 1
         self.fused: dict[nn.Module, Fused] = {}  # by decoder layer; of the final norm and head by `lm_head`
-        self.plain: dict[nn.Module, Linear] = {}  # see `linear_of`
+        self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
         self.dtype, self.prefills_in_bfloat16 = model.dtype, False
         if settings.is_fused and has_fused_layers(config) and config._attn_implementation == "sdpa":
             self._fuse(model, settings)
@@ -141,7 +141,7 @@ def prefills_in_bfloat16(model: Any) -> bool:
 
 
 def activation_dtype(model: Any) -> torch.dtype:
-    """The dtype of activations, keys, values and logits. Raises ValueError as `fused_model`."""
+    """Of activations, keys, values and logits. Raises ValueError if float16 cannot hold a weight."""
     return fused_model(model)[1]
 
 
@@ -181,13 +181,13 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     Args:
         for_drafts: include copies that only drafts read, such as those in four bits.
     """
-    copies = ((linear, copy) for linear in _linears(model) for copy in [*linear.derived.values()])
+    copies = ((linear, copy) for linear in _linears(model) for copy in [*linear.copies.values()])
     return sum(copy.num_bytes for linear, copy in copies if for_drafts or copy is linear.packed_copy)
 
 
 def formats_made(model: Any) -> set[Hashable]:
     """The formats of all copies of a model's weights."""
-    return {kind for linear in _linears(model) for kind in [*linear.derived]}
+    return {kind for linear in _linears(model) for kind in [*linear.copies]}
 
 
 def _linears(model: Any) -> list[Linear]:
@@ -202,7 +202,7 @@ def num_changes(model: Any) -> int:
     return _settings(model).num_changes
 
 
-def linear_of(model: Any, module: nn.Module) -> Linear:
+def plain_linear(model: Any, module: nn.Module) -> Linear:
     """A `Linear` of a plain module that is in no fused part, for a runner of this model. It is kept with the
     fused parts.
     """
@@ -319,7 +319,7 @@ class FusedLayer:
         hidden = _add(hidden, out, attended, self._attended_norm)
         is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
         for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):
-            joint = gate_up.unconverted(self._mlp_norm(piece))
+            joint = gate_up.matmul_bf16(self._mlp_norm(piece))
             gate, up = joint.split_with_sizes((self._width, self._width), 1)
             _add(piece, down, self._activation(gate).mul_(up), self._output_norm)
         return hidden
@@ -375,8 +375,8 @@ class FusedLayer:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a pass reads."""
-        of_attention = (self._input_norm, self._query_norm, self._key_norm, self._attended_norm)
-        parts = (*self.linears, *of_attention, self._mlp_norm, self._output_norm)
+        norms = (self._input_norm, self._query_norm, self._key_norm, self._attended_norm)
+        parts = (*self.linears, *norms, self._mlp_norm, self._output_norm)
         return [tensor for part in parts if part is not None for tensor in part.tensors()]
 
 

@@ -82,9 +82,9 @@ class Header(gguf.GGUFReader):
         start, number = orig_offs + 12, int(count[0])
         number_type = self.gguf_scalar_to_np.get(GGUFValueType(kind[0]))
         if kind[0] == GGUFValueType.STRING:
-            length_of, view, end = struct.Struct("=Q").unpack_from, self.data.data, start
+            read_length, view, end = struct.Struct("=Q").unpack_from, self.data.data, start
             for _ in range(number):
-                end += 8 + length_of(view, end)[0]
+                end += 8 + read_length(view, end)[0]
         elif number_type is not None and number > _LONGEST:
             end = start + number * np.dtype(number_type).itemsize
         else:
@@ -99,7 +99,7 @@ def _settings(metadata: Mapping[str, Any], tensors: tuple[str, ...]) -> dict[str
     own = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[family]
     names = {f"{architecture}.{key}": name for key, name in own.items()}
     names |= {f"tokenizer.{key}": name for key, name in GGUF_CONFIG_MAPPING["tokenizer"].items()}
-    of_stablelm = {
+    stablelm = {
         "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
         "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
     }
@@ -108,7 +108,7 @@ def _settings(metadata: Mapping[str, Any], tensors: tuple[str, ...]) -> dict[str
         "vocab_size": metadata["tokenizer.ggml.tokens"],
         "tie_word_embeddings": "output.weight" not in tensors,
         **GGUF_CONFIG_DEFAULTS_MAPPING.get(family, {}),
-        **(of_stablelm if family == "stablelm" else {}),
+        **(stablelm if family == "stablelm" else {}),
         **{name: metadata[key] for key, name in names.items() if name and key in metadata},
     }
 
@@ -125,7 +125,7 @@ def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
     """
     if dtype != torch.float16:
         return _dequantized(header, config, dtype)
-    # What a caller may change in the config, and what becomes of the weights depends on.
+    # Config fields that affect dequantised weights.
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     name = "-".join(map(str, (_digest(header.path), *shape))) + ".safetensors"
     try:
@@ -171,7 +171,7 @@ def _sums(weights: Mapping[str, Tensor]) -> dict[str, str]:
     threads and frees their pages, which the kernel has in its cache then.
     """
 
-    def of_weight(weight: Tensor) -> str:
+    def checksum(weight: Tensor) -> str:
         bits = zlib.crc32(weight.view(torch.uint8).numpy().data)
         release(weight)
         return str(bits)
@@ -179,7 +179,7 @@ def _sums(weights: Mapping[str, Tensor]) -> dict[str, str]:
     own = zlib.crc32(Path(__file__).read_bytes())
     versions = {"format": "pt", "versions": f"gguf {version('gguf')}, transformers {__version__}, {own}"}
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return versions | dict(zip(weights, threads.map(of_weight, weights.values()), strict=True))
+        return versions | dict(zip(weights, threads.map(checksum, weights.values()), strict=True))
 
 
 def _dequantized(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -213,13 +213,13 @@ def _dequantized(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
 
 def _read(path: Path, tensor: ReaderTensor, dtype: torch.dtype) -> Tensor:
     shape = [*reversed(tensor.shape.tolist())]
-    row, bytes_of_row = math.prod(shape[1:]), tensor.n_bytes // shape[0]
+    row, row_bytes = math.prod(shape[1:]), tensor.n_bytes // shape[0]
     weight = torch.empty(shape, dtype=dtype)
     start = int(tensor.data_offset)
     for rows in weight.split(max(1, _AT_A_TIME // row)):
         # Read, not mapped: pages of a mapping count as memory of this process. gguf dequantises 16 rows at a
         # time; these are one row of many blocks.
-        blocks = np.fromfile(path, np.uint8, len(rows) * bytes_of_row, offset=start)[None]
+        blocks = np.fromfile(path, np.uint8, len(rows) * row_bytes, offset=start)[None]
         rows.copy_(torch.from_numpy(gguf.dequantize(blocks, tensor.tensor_type)).view(rows.shape))
         start += blocks.nbytes
     return weight

@@ -44,7 +44,7 @@ class Int4Linear:
     packed_copy = None  # as that of `Linear`
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, squares: Tensor | None = None) -> None:
-        self.num_bytes = self.bytes_of(weight.shape)
+        self.num_bytes = self.copy_bytes(weight.shape)
         self._num_rows, self._padding = len(weight), -weight.shape[1] % _GROUP
         squares = weight.new_ones(weight.shape[1]) if squares is None else squares
         counts = _shares(pad(squares, (0, self._padding)))
@@ -73,10 +73,10 @@ class Int4Linear:
         return torch.cat(parts), torch.cat(scales, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.unconverted(x).to(x.dtype)
+        return self.matmul_bf16(x).to(x.dtype)
 
-    def unconverted(self, x: Tensor) -> Tensor:
-        """The product in the dtype that the kernel computes: float32 or bfloat16."""
+    def matmul_bf16(self, x: Tensor) -> Tensor:
+        """In bfloat16, or in float32 by our own kernel."""
         x = x.to(self._dtype)
         if self._is_own:
             product = torch.ops.self_speculation.int4_mm(x.contiguous(), self._weight, self._scales)
@@ -88,14 +88,15 @@ class Int4Linear:
         return product if self._bias is None else product.add_(self._bias)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        return hidden.add_(self.unconverted(x))
+        """See `Linear.add_to`."""
+        return hidden.add_(self.matmul_bf16(x))
 
     def tensors(self) -> list[Tensor]:
         """As those of `Linear`."""
         return [part for part in (self._weight, self._scales, self._bias) if part is not None]
 
     @staticmethod
-    def bytes_of(shape: torch.Size) -> int:
+    def copy_bytes(shape: torch.Size) -> int:
         """Size of the copy of a weight [out, in]."""
         elements = round_up(shape[0], _BLOCK_OF_ROWS) * round_up(shape[1], _GROUP)
         return elements // 2 + elements // _GROUP * 4  # with scales and middles
@@ -145,8 +146,8 @@ def _roundings(groups: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
             mean_step, square = weighted.sum(2, keepdim=True), (weighted * steps).sum(2, keepdim=True)
             product = (weighted * groups).sum(2, keepdim=True)
             # Sum of (middle + scale * step - element)^2, without what no choice changes.
-            of_scales = scales * (scales * square + 2 * (middles * mean_step - product))
-            yield of_scales + middles * (middles - 2 * mean), scales, middles, steps
+            scale_error = scales * (scales * square + 2 * (middles * mean_step - product))
+            yield scale_error + middles * (middles - 2 * mean), scales, middles, steps
             variance = square - mean_step.square()
             scales = (product - mean_step * mean) / variance.clamp(min=1e-12)
             middles = mean - scales * mean_step

@@ -60,7 +60,7 @@ class Linear:
         self._weight_t: Any = None if joint is None else joint.t()
         self._left: Any = None if joint is None else _blocks(joint)
         self.may_be_packed = False  # whether memory has room for a packed copy
-        self.derived: dict[Hashable, Any] = {}  # what was made of the weight
+        self.copies: dict[Hashable, Any] = {}  # what was made of the weight
         self._contents_when_made: Hashable = None
         self._lock = RLock()  # passes of several threads may miss the same copy
 
@@ -69,7 +69,7 @@ class Linear:
         product = torch.mm(x, self._weight_t) if kernel is None else kernel(x).contiguous()
         return product if self.bias is None else product.add_(self.bias)
 
-    unconverted = __call__  # copies in four bits have another dtype here
+    matmul_bf16 = __call__  # copies that compute in bfloat16 return it here
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         """hidden += x W^T + b, in one kernel."""
@@ -106,6 +106,7 @@ class Linear:
 
     @property
     def num_bytes(self) -> int:
+        """Of the weight, without copies."""
         return sum(weight.nbytes for weight in self._weights)
 
     def tensors(self) -> list[Tensor]:
@@ -117,7 +118,7 @@ class Linear:
         (weight,) = self._weights
         return weight.data[ids.to(weight.device)]
 
-    def of_rows(self, ids: Tensor) -> Linear:
+    def select_rows(self, ids: Tensor) -> Linear:
         """A `Linear` over a copy of some rows [n] of the weight."""
         bias = None if self.bias is None else self.bias[ids]
         projection = SimpleNamespace(weight=self.rows(ids), bias=bias)
@@ -125,15 +126,17 @@ class Linear:
         rows.may_be_packed = self.may_be_packed
         return rows
 
-    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of `make`, kept by key until the weight changes."""
-        if (kept := self.derived.get(key)) is not None:
+    def cached_copy(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result of `make`, kept by key until `follow_weights` finds other weights. Unlike in `made`,
+        nothing is compared: every product gets its copy here.
+        """
+        if (kept := self.copies.get(key)) is not None:
             return kept
         with self._lock:
-            if (kept := self.derived.get(key)) is None:
-                if not self.derived:  # a later copy must not hide that earlier ones are outdated
+            if (kept := self.copies.get(key)) is None:
+                if not self.copies:  # the first copy fixes the contents for all later ones
                     [self._contents_when_made] = contents([self._parameters])
-                kept = self.derived[key] = make()
+                kept = self.copies[key] = make()
                 for weight in self._weights:
                     release(weight)
         return kept
@@ -152,13 +155,15 @@ class Linear:
 
     def _copy(self) -> Callable[[Tensor], Tensor]:
         if self.fp32_activations:
-            return self.derive(Float16Linear, lambda: Float16Linear(*map(_within_float16, self._weights)))
-        return self.derive(PackedLinear, lambda: PackedLinear(self.weight))
+            return self.cached_copy(
+                Float16Linear, lambda: Float16Linear(*map(_within_float16, self._weights))
+            )
+        return self.cached_copy(PackedLinear, lambda: PackedLinear(self.weight))
 
     @property
     def packed_copy(self) -> Float16Linear | PackedLinear | None:
         """The copy that passes of the target read, if it was made."""
-        return self.derived.get(Float16Linear if self.fp32_activations else PackedLinear)
+        return self.copies.get(Float16Linear if self.fp32_activations else PackedLinear)
 
 
 class PackedLinear:
@@ -186,7 +191,7 @@ class Float16Linear:
 
     def __init__(self, *weights: Tensor, bias: Tensor | None = None) -> None:
         joint = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.num_bytes = self.bytes_of(joint.shape)
+        self.num_bytes = self.copy_bytes(joint.shape)
         rows = math.ceil(len(joint) / math.ceil(joint.numel() / _PIECE))
         pieces = joint.detach().split(rows)
         biases = [None] * len(pieces) if bias is None else bias.split(rows)
@@ -198,7 +203,7 @@ class Float16Linear:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     @staticmethod
-    def bytes_of(shape: torch.Size) -> int:
+    def copy_bytes(shape: torch.Size) -> int:
         """Size of the copy of a weight [out, in]."""
         return 2 * shape.numel()
 
@@ -209,23 +214,24 @@ class BFloat16Linear:
     def __init__(self, linear: Linear) -> None:
         joint = torch.empty(linear.shape, dtype=torch.bfloat16)
         rows = math.ceil(_CONVERTED / joint.shape[1])
-        of_projections = joint.split([len(weight) for weight in linear._weights])
-        for part, weight in zip(of_projections, linear._weights, strict=True):
+        parts = joint.split([len(weight) for weight in linear._weights])
+        for part, weight in zip(parts, linear._weights, strict=True):
             for copied, piece in zip(part.split(rows), weight.detach().split(rows), strict=True):
                 copied.copy_(piece.float() if weight.dtype == torch.float16 else piece)
             release(weight)
         self._packed, self._bias = PackedLinear(joint, LONG), linear.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.unconverted(x).float()
+        return self.matmul_bf16(x).float()
 
-    def unconverted(self, x: Tensor) -> Tensor:
+    def matmul_bf16(self, x: Tensor) -> Tensor:
         """In bfloat16, or with a bias in float32."""
         product = self._packed(x.bfloat16())
         return product if self._bias is None else product.float().add_(self._bias)
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        return hidden.add_(self.unconverted(x))
+        """See `Linear.add_to`."""
+        return hidden.add_(self.matmul_bf16(x))
 
 
 def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
@@ -264,13 +270,13 @@ def follow_weights(linears: Sequence[Linear]) -> bool:
     Raises:
         ValueError: float16 cannot hold a weight that has changed.
     """
-    copied = [linear for linear in linears if linear.derived]
+    copied = [linear for linear in linears if linear.copies]
     current = contents([linear._parameters for linear in copied])
     pairs = zip(copied, current, strict=True)
     changed = [linear for linear, contents_now in pairs if linear._contents_when_made != contents_now]
     for linear in changed:
         with linear._lock:
-            linear.derived.clear()
+            linear.copies.clear()
     missing = [linear for linear in linears if linear.fp32_activations and linear.packed_copy is None]
     missing.sort(key=lambda linear: -linear.num_bytes)  # no thread ends with a large one
     with (

@@ -61,6 +61,7 @@ def found(model: nn.Module, key: Hashable) -> Any:
 
 
 def discard(model: nn.Module, key: Hashable) -> None:
+    """Drop what is kept by key, if anything."""
     _shelf(model).by_key.pop(key, None)
 
 

@@ -36,8 +36,8 @@ def replaced_forward(module: nn.Module, name: str = "forward") -> Any:
     """The function that replaces a module's `forward`; None: it has that of its class, compiled or not."""
     forward: Any = vars(module).get(name)
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    is_of_class = getattr(forward, "__func__", None) is type(module).forward
-    return None if is_of_class and forward.__self__ is module else forward
+    is_own = getattr(forward, "__func__", None) is type(module).forward
+    return None if is_own and forward.__self__ is module else forward
 
 
 def _around_layers(model: PreTrainedModel) -> Iterator[str]:
@@ -46,18 +46,18 @@ def _around_layers(model: PreTrainedModel) -> Iterator[str]:
         kind = type(part)
         for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
             yield f"{kind.__name__} has the hook {_name(hook)}"
-        if (replacement := _instead_of_forward(part)) is not None:
+        if (replacement := _replacement(part)) is not None:
             yield f"{kind.__name__} has {_name(replacement)} instead of its forward"
-        if not _is_of_transformers(kind.forward):
+        if not _is_transformers_own(kind.forward):
             yield f"{kind.__name__} has a forward of its own, {_name(kind.forward)}"
     for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
         for hook in hooks.values():
             yield f"all modules have the hook {_name(hook)}"
-    if not _is_of_transformers(prepares := model.prepare_inputs_for_generation):
+    if not _is_transformers_own(prepares := model.prepare_inputs_for_generation):
         yield f"its inputs are made by {_name(prepares)}, as for prompt tuning"
 
 
-def _instead_of_forward(module: nn.Module) -> Any:
+def _replacement(module: nn.Module) -> Any:
     """What replaces `forward`, apart from hooks of accelerate that only move tensors; None: nothing."""
     replacement = replaced_forward(module)
     if getattr(getattr(replacement, "func", None), "__module__", "") != "accelerate.hooks":
@@ -67,7 +67,7 @@ def _instead_of_forward(module: nn.Module) -> Any:
     return others[0] if others else replaced_forward(module, "_old_forward")
 
 
-def _is_of_transformers(function: Any) -> bool:
+def _is_transformers_own(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "").startswith("transformers.")
 
 

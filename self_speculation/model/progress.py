@@ -22,4 +22,5 @@ def shown_by(bar: Bar) -> Iterator[None]:
 
 
 def progress(title: str, size: int, unit: str = "B") -> AbstractContextManager[Callable[[int], object]]:
+    """A context that gives a function to call with what was done since its last call."""
     return _bars[-1](title, size, unit) if _bars and size else nullcontext(lambda done: None)

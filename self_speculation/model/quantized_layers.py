@@ -2,7 +2,7 @@
 
 A copy of a layer that is not fused is transformers' own layer with other products in place of each
 `nn.Linear`. A head in four bits costs most agreement, so it gets more: float16 in a float32 model on a CPU,
-else it is the model's own. Each copy stays with the `Linear` that it was made of, see `Linear.derive`.
+else it is the model's own. Each copy stays with the `Linear` that it was made of, see `Linear.cached_copy`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES
-from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, formats_made, linear_of
+from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, formats_made, plain_linear
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.kv_cache import Appendable
@@ -52,14 +52,14 @@ def head_format(device: torch.device, dtype: torch.dtype) -> type[Float16Linear]
 
 def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tuple[float, float]:
     """Bytes by weight of a draft's layers, and of its head, that memory reads in the time of its products.
-    Raises what `head_format` does.
+    Raises ValueError if there are no kernels for layers in four bits.
     """
     own = float(model.dtype.itemsize)
     if draft_weights == "exact":
         return own, own
-    of_head = head_format(model.device, model.dtype)
-    of_layers = _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight
-    return of_layers, own if of_head is None else of_head.bytes_per_weight
+    head_kind = head_format(model.device, model.dtype)
+    layer_bytes = _INT4_ON_CUDA if model.device.type == "cuda" else Int4Linear.bytes_per_weight
+    return layer_bytes, own if head_kind is None else head_kind.bytes_per_weight
 
 
 def kernel_of_copies(model: PreTrainedModel) -> str | None:
@@ -88,15 +88,15 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     check_family("int4", runner.config)
     layers = [_with_linears(runner, f"layer {i}", part) for i, part in enumerate(runner.layers[:num_layers])]
     head = _with_linears(runner, "head", runner.head)
-    of_head: Format | None = head_format(runner.rotary.device, runner.model.dtype)
-    of_head = of_head if short_head is None else Int4Linear  # its best few are computed in 16
+    head_kind: Format | None = head_format(runner.rotary.device, runner.model.dtype)
+    head_kind = head_kind if short_head is None else Int4Linear  # its best few are computed in 16
     formats: dict[Linear, Format] = {linear: Int4Linear for layer in layers for linear in layer.linears}
     head = short_head or head
-    formats |= {} if of_head is None else dict.fromkeys(head.linears, of_head)
+    formats |= {} if head_kind is None else dict.fromkeys(head.linears, head_kind)
     with lock(runner.model):
         copied = _make_copies(runner, layers, formats)
     copies = [replace_linears(layer, copied) for layer in layers]
-    return runner.with_layers(copies, runner.head if of_head is None else replace_linears(head, copied))
+    return runner.with_layers(copies, runner.head if head_kind is None else replace_linears(head, copied))
 
 
 def _with_linears(runner: ModelRunner, name: str, part: Any) -> Any:
@@ -116,7 +116,7 @@ class _UnfusedLayer:
     def __init__(self, model: PreTrainedModel, layer: PlainLayer) -> None:
         self._layer = layer
         self._replaced = [module for module in layer.module.modules() if type(module) is nn.Linear]
-        self.linears = tuple(linear_of(model, module) for module in self._replaced)
+        self.linears = tuple(plain_linear(model, module) for module in self._replaced)
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -136,7 +136,7 @@ class _UnfusedHead:
     """A norm of transformers and another head."""
 
     def __init__(self, model: PreTrainedModel, head: PlainHead) -> None:
-        self._norm, self.linears = head.norm, (linear_of(model, head.modules[1]),)
+        self._norm, self.linears = head.norm, (plain_linear(model, head.modules[1]),)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.linears[0](self._norm(hidden))
@@ -169,19 +169,19 @@ def _make_copies(
     runner: ModelRunner, layers: Sequence[Any], formats: Mapping[Linear, Format]
 ) -> Callable[[Linear], Int4Linear | Float16Linear]:
     """Make what is missing on all threads. Returns a function that finds the copy of a `Linear`."""
-    missing = [linear for linear, kind in formats.items() if kind not in linear.derived]
-    num_bytes = sum(formats[linear].bytes_of(linear.shape) for linear in missing)
+    missing = [linear for linear, kind in formats.items() if kind not in linear.copies]
+    num_bytes = sum(formats[linear].copy_bytes(linear.shape) for linear in missing)
     if missing and num_bytes > (free := free_memory(runner.rotary.device, num_ranks(runner.model))):
         raise ValueError(
             f"draft_weights int4: takes {num_bytes / 2**30:.2f} GiB more than the model, and "
             f"{free / 2**30:.2f} GiB are free; fewer layers (exit_layer) take less"
         )
-    squares = _squares_of_inputs(runner, layers) if missing else {}
+    squares = _input_squares(runner, layers) if missing else {}
 
     def copied(linear: Linear) -> Int4Linear | Float16Linear:
         kind: Any = formats[linear]
         learnt = {"squares": squares.get(linear)} if kind is Int4Linear else {}
-        return linear.derive(kind, lambda: kind(linear.weight, bias=linear.bias, **learnt))
+        return linear.cached_copy(kind, lambda: kind(linear.weight, bias=linear.bias, **learnt))
 
     # On a CPU one thread makes each copy: our own kernel, or many short operations of torch.
     num_threads = torch.get_num_threads() if runner.rotary.device.type == "cpu" else 1
@@ -202,14 +202,14 @@ class _SquaresSummed:
         self._squares[self._linear] = self._squares.get(self._linear, 0) + sums
         return self._linear(x)
 
-    unconverted = __call__
+    matmul_bf16 = __call__
 
     def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
         return hidden.add_(self(x))
 
 
 @torch.no_grad()
-def _squares_of_inputs(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Linear, Tensor]:
+def _input_squares(runner: ModelRunner, layers: Sequence[Any]) -> Mapping[Linear, Tensor]:
     """[in] for every `Linear` of these layers, summed over some tokens.
 
     Layers decide which inputs are large, more than the text does: tokens from all over the vocabulary show it

@@ -1,4 +1,4 @@
-"""A head of some rows for drafts: the head is a third of a small model.
+"""Draft head over a subset of the vocabulary: the head is a third of a small model.
 
 After Zhao et al., FR-Spec (arXiv 2502.14856) and VocabTrim (arXiv 2506.22694). The rows are those of a fixed
 list of likely ids, and those of the ids in a sequence's own prompt and output. Logits have their full width,
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self_speculation.model.devices import free_memory
-from self_speculation.model.experts import bytes_of_layer
-from self_speculation.model.fused_layers import FusedHead, difference, linear_of
+from self_speculation.model.experts import bytes_per_layer
+from self_speculation.model.fused_layers import FusedHead, difference, plain_linear
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.linear import Linear
 from self_speculation.model.made import made
@@ -68,10 +68,10 @@ def default_vocabulary(
         return None
     size, width = runner.model.get_output_embeddings().weight.shape
     rows = max(_LEAST_ROWS, 2 ** round(math.log2(size / 4)))
-    of_layers, of_head = bytes_per_weight
-    layers = num_layers * of_layers * bytes_of_layer(runner.model) / runner.model.dtype.itemsize
-    saved = of_head * (size - rows) * width
-    return rows if saved > _CLEARLY_CHEAPER * (layers + of_head * size * width) else None
+    layer_bytes, head_bytes = bytes_per_weight
+    layers = num_layers * layer_bytes * bytes_per_layer(runner.model) / runner.model.dtype.itemsize
+    saved = head_bytes * (size - rows) * width
+    return rows if saved > _CLEARLY_CHEAPER * (layers + head_bytes * size * width) else None
 
 
 class ShortHead:
@@ -96,11 +96,11 @@ class ShortHead:
         ids = likely_ids(runner.model, number)
         self._norm, self._whole = runner.head.norm, whole
         self._ids = on_device(ids, runner.rotary.device)
-        self._likely = whole.derive(tuple(ids), lambda: whole.of_rows(self._ids))
+        self._likely = whole.cached_copy(tuple(ids), lambda: whole.select_rows(self._ids))
         self.linears: tuple[Any, ...] = (self._likely,)
         # A copy of all rows is made by way of one in their own format.
         grows = grows and (
-            Int4Linear in whole.derived or free_memory(runner.rotary.device) > 2 * whole.num_bytes
+            Int4Linear in whole.copies or free_memory(runner.rotary.device) > 2 * whole.num_bytes
         )
         many_new, demand = _MANY_NEW if grows else math.inf, made(runner.model, _Demand, None, _Demand)
         self.seen = SeenIds(whole, frozenset(ids), runner.rotary, many_new, demand)
@@ -113,13 +113,15 @@ class ShortHead:
         logits.index_copy_(1, self._ids, _logits(self.linears[0], self._likely, normed))
         logits = self.seen.add_to(logits, normed)
         if any(self.seen.has_many_new):
-            logits = torch.where(self.seen.mask_of_many_new, self._all(normed), logits)
+            logits = torch.where(self.seen.many_new_mask, self._all(normed), logits)
         return logits
 
     def _all(self, normed: Tensor) -> Tensor:
         whole: Any = self._whole
         if isinstance(self.linears[0], Int4Linear):
-            whole = whole.derive(Int4Linear, lambda: Int4Linear(self._whole.weight, bias=self._whole.bias))
+            whole = whole.cached_copy(
+                Int4Linear, lambda: Int4Linear(self._whole.weight, bias=self._whole.bias)
+            )
         return _logits(whole, self._whole, normed)
 
 
@@ -140,7 +142,7 @@ def _whole_linear(runner: ModelRunner) -> Linear | None:
         return runner.head.linears[0]
     head = runner.head.modules[1]
     is_plain = type(head) is nn.Linear and difference(runner.model, head) is None
-    return linear_of(runner.model, head) if is_plain else None
+    return plain_linear(runner.model, head) if is_plain else None
 
 
 def _rows(head: Linear, numbers: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -181,10 +183,10 @@ class SeenIds:
         self._sequences: dict[Any, _Text] = {}
         self._by_row: list[frozenset[int]] = []
         # [B] whether so many of the last ids were neither likely nor seen; the same as [B, 1] on the device.
-        self.has_many_new, self.mask_of_many_new = [False], torch.empty(0)
+        self.has_many_new, self.many_new_mask = [False], torch.empty(0)
 
     def read(self, sequences: Iterable[Any]) -> None:
-        """Read new ids of these sequences (see `decoding.sequence`), one for each row of the next passes."""
+        """Add new ids; sequence i (see `decoding.sequence`) is row i of the next passes."""
         before, self._sequences = self._sequences, {}
         for sequence in sequences:
             text = before.get(sequence, _Text())
@@ -226,7 +228,7 @@ class SeenIds:
         has_many_new = [may_grow and text.new >= self._many_new for text in texts]
         if has_many_new != self.has_many_new:
             self.has_many_new = has_many_new
-            self.mask_of_many_new = on_device(has_many_new, self._like.device).bool()[:, None]
+            self.many_new_mask = on_device(has_many_new, self._like.device).bool()[:, None]
         by_row = [text.seen for text in texts]
         if by_row == self._by_row:
             return

@@ -101,7 +101,7 @@ class TracedRunner(ModelRunner):
         super().__init__(model)
         self._found: dict[Hashable, Callable[..., Tensor]] = {}  # traces of this generation
         linears = _linears([layer for layer in self.layers if isinstance(layer, FusedLayer)])
-        current = {id(part) for linear in linears for part in (linear, *[*linear.derived.values()])}
+        current = {id(part) for linear in linears for part in (linear, *[*linear.copies.values()])}
         with _TRACING:
             for trace in _traces(self.model).made.values():
                 if not all(id(part) in current for part in trace.reads):  # free weights that have changed

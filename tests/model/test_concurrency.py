@@ -283,7 +283,7 @@ def test_a_copy_is_made_once():
         turns.wait("2 make it")
         return object()
 
-    first, second = run_all(*[lambda: whole.derive("key", make)] * 2)
+    first, second = run_all(*[lambda: whole.cached_copy("key", make)] * 2)
     assert first is second
     assert len(calls) == 1
 

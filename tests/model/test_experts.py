@@ -58,15 +58,15 @@ def test_estimated_costs_know_which_experts_a_pass_reads():
     """
     model = mixture("mixtral", num_local_experts=8)
     experts = model.model.layers[0].mlp.experts
-    all_read, of_experts = bytes_read([model.model.layers[0]], model.config)
-    assert of_experts == sum(weight.nbytes for weight in experts.parameters()) / 4
-    rest = sum(weight.nbytes for weight in model.model.layers[0].parameters()) - 4 * of_experts
-    assert all_read == of_experts + rest
+    all_read, expert_bytes = bytes_read([model.model.layers[0]], model.config)
+    assert expert_bytes == sum(weight.nbytes for weight in experts.parameters()) / 4
+    rest = sum(weight.nbytes for weight in model.model.layers[0].parameters()) - 4 * expert_bytes
+    assert all_read == expert_bytes + rest
     assert distinct_experts(2, 8, 1) == pytest.approx(2)
     assert distinct_experts(2, 8, 1000) == pytest.approx(8)
 
     cost, dense = (growth(ModelRunner(each)) for each in (model, family("llama").float()))
-    of_all = 4 * of_experts / (4 * all_read + model.lm_head.weight.nbytes)
+    of_all = 4 * expert_bytes / (4 * all_read + model.lm_head.weight.nbytes)
     assert cost(1) == 1.0
     assert cost(2) == pytest.approx(1 + of_all * 0.75 + (dense(2) - 1) * (1 - of_all), abs=0.03)
     assert dense(4) < cost(4)

@@ -54,11 +54,11 @@ def test_copies_are_dropped_when_a_bias_changes():
     """Guards against comparing weights alone, and against a new copy that hides an outdated one."""
     own = nn.Linear(32, 32)
     some = Linear(own)
-    some.derive("a copy", object)
+    some.cached_copy("a copy", object)
     follow_weights([some])
-    assert "a copy" in some.derived
+    assert "a copy" in some.copies
     with torch.no_grad():
         own.bias[3] += 1
-    some.derive("another copy", object)
+    some.cached_copy("another copy", object)
     follow_weights([some])
-    assert "a copy" not in some.derived
+    assert "a copy" not in some.copies

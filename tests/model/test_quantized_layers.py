@@ -72,7 +72,7 @@ def test_a_kernel_multiplies_by_what_was_packed(shape, width, is_own, monkeypatc
     assert_close(got, x @ approximate.T + linear.bias, computed_in, roundings=100 if is_own else 2)
     hidden = torch.randn(width, shape[0])
     assert_close(copied.add_to(hidden.clone(), x), hidden + got, roundings=2)
-    assert copied.unconverted(x).dtype == computed_in
+    assert copied.matmul_bf16(x).dtype == computed_in
     of_bias = len(linear.bias) * computed_in.itemsize
     assert sum(t.nbytes for t in copied.tensors()) == copied.num_bytes + of_bias
 
@@ -100,7 +100,7 @@ def test_columns_of_large_inputs_are_closest():
 
     assert error(squares) < 0.7 * error(torch.ones(32))
     runner = ModelRunner(tiny_llama(fused=True))
-    found = quantized_layers._squares_of_inputs(runner, runner.layers)
+    found = quantized_layers._input_squares(runner, runner.layers)
     assert set(found) == {linear for layer in runner.layers for linear in layer.linears}
     assert all(len(squares) == linear.shape[1] for linear, squares in found.items())
     linear, copied = runner.layers[0].linears[1], quantized(runner, 1).layers[0].linears[1]
@@ -206,8 +206,8 @@ def test_a_copy_of_every_family(model_type):
     assert result.predicted_tokens == expected
     assert result.acceptance_rate > 0.7
     copied = {name for name, module in model.named_modules() if type(module) is nn.Linear} - {"lm_head"}
-    assert bytes_made(model) - Float16Linear.bytes_of(model.lm_head.weight.shape) == sum(
-        Int4Linear.bytes_of(model.get_submodule(name).weight.shape) for name in copied
+    assert bytes_made(model) - Float16Linear.copy_bytes(model.lm_head.weight.shape) == sum(
+        Int4Linear.copy_bytes(model.get_submodule(name).weight.shape) for name in copied
     )
 
 

@@ -37,15 +37,15 @@ def test_likely_ids_are_the_counted_and_then_the_first():
 def test_rows_are_copied_once(monkeypatch):
     """Guards against new copies for each answer, and against a copy in four bits of the whole head."""
     model, copied = fresh(fused=True), []
-    of_rows = Linear.of_rows
-    monkeypatch.setattr(Linear, "of_rows", lambda self, ids: copied.append(ids) or of_rows(self, ids))
+    select_rows = Linear.select_rows
+    monkeypatch.setattr(Linear, "select_rows", lambda self, ids: copied.append(ids) or select_rows(self, ids))
     for weights in ("exact", "int4", "int4"):
         generate(model, PROMPT, draft_vocabulary=12, draft_weights=weights, **DRAFTS)
     assert len(copied) == 1
-    derived = fused_model(model)[0][model.lm_head].linears[0].derived
-    (rows,) = [rows for rows in derived.values() if isinstance(rows, Linear)]
-    assert Int4Linear in rows.derived
-    assert Int4Linear not in derived
+    copies = fused_model(model)[0][model.lm_head].linears[0].copies
+    (rows,) = [rows for rows in copies.values() if isinstance(rows, Linear)]
+    assert Int4Linear in rows.copies
+    assert Int4Linear not in copies
 
 
 def test_rows_of_a_plain_head_are_copied_once():

@@ -175,7 +175,7 @@ def test_layers_that_are_alike_have_one_graph():
 def weights(model):
     """Weak references to all weights and copies; their storages."""
     linears = [each for layer in model.model.layers for each in fused_model(model)[0][layer].linears]
-    parts = [part for each in linears for part in (each, *each.derived.values())]
+    parts = [part for each in linears for part in (each, *each.copies.values())]
     read = [tensor for part in parts if hasattr(part, "tensors") for tensor in part.tensors()]
     return [weakref.ref(part) for part in parts], [StorageWeakRef(t.untyped_storage()) for t in read]
 

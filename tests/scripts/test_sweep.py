@@ -196,7 +196,7 @@ def test_every_script_makes_a_short_head_of_the_counted_ids(main, end, more, com
     """Guards against a head that is made before the counts are known, and a script that ignores them."""
     (tmp_path / "vocabulary.json").write_text('{"299": 3, "131": 2, "222": 1}')
     (tmp_path / "sweep.csv").write_text(FOUND)
-    made = watch(monkeypatch, Linear, "of_rows")
+    made = watch(monkeypatch, Linear, "select_rows")
     flags = [*common[: common.index(end) if end else None], *more, "--sample", "False"]
     assert main([*flags, "--tuned", str(tmp_path / "sweep.csv"), "--draft_vocabulary", "4"]) == 0
     assert [ids.tolist() for (_, ids), _ in made] == [[0, 131, 222, 299]]
