@@ -29,7 +29,7 @@ OF_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediat
 
 def family(model_type, attention="sdpa", **config):
     torch.manual_seed(0)
-    experts = OF_EXPERTS if model_type in ("mixtral", "olmoe", "qwen3_moe") else {}
+    experts = {} if FAMILIES[model_type].has_copies else OF_EXPERTS
     settings = CONFIG_MAPPING[model_type](**{**SHAPE, **experts, **config})
     model = AutoModelForCausalLM.from_config(
         settings, dtype=torch.float64, attn_implementation=attention

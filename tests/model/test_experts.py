@@ -11,10 +11,11 @@ from self_speculation.drafts.costs import draft_ratio, growth
 from self_speculation.model import loading
 from self_speculation.model.captured_runner import capture_decoding
 from self_speculation.model.experts import bytes_read, distinct_experts
+from self_speculation.model.families import FAMILIES
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.sources import LoadingError
 
-KINDS = ["mixtral", "olmoe", "qwen3_moe"]
+KINDS = [kind for kind, family in FAMILIES.items() if not family.has_copies]
 PROMPTS = [[5, 9, 4, 7, 7, 3], [8, 6], [5, 9, 4, 5, 9, 4, 5, 9], [11, 12, 13]]
 DRAFTS = {
     "autoregressive": {},

@@ -1,31 +1,45 @@
 """Layers that see the last positions only give the ids of transformers' `generate` far beyond the window."""
 
+import inspect
+
 import pytest
 from conftest import generate, in_batch, transformers_generate
 from test_llama_model_utils import family, pieces_match_the_whole
+from transformers import CONFIG_MAPPING
 
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.generator_base import single_result
 from self_speculation.model.captured_runner import capture_decoding
+from self_speculation.model.families import FAMILIES, attention_types
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.traced_runner import num_traces, trace_after
 
 WINDOW, MAX_STEPS = 7, 16
-WINDOWED = {
-    "mistral": {}, "phi3": {}, "starcoder2": {},
-    "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "exaone4": {"sliding_window_pattern": 2},
-    "gemma3_text": {"sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
-    "olmo3": {},
+# Those of a family that has them: windows in every second layer, or in all.
+SETTINGS = {
+    "sliding_window": WINDOW, "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 LAYERS = {"exit_layer": 2, "num_speculations": 4}
 STRATEGIES = [{}, {**LAYERS, "prompt_lookup": 2}, {"strategy": "adaptive"}]
 PROMPTS = [[5 + 7 * i % 50 for i in range(length)] for length in (3, 40, WINDOW)]
 
 
+def settings(model_type):
+    known = inspect.signature(CONFIG_MAPPING[model_type]).parameters
+    return {name: value for name, value in SETTINGS.items() if name in known}
+
+
+def has_windows(model_type):
+    config = CONFIG_MAPPING[model_type](num_hidden_layers=4, **settings(model_type))
+    return any(kind.window for kind in attention_types(config))
+
+
+WINDOWED = [*filter(has_windows, FAMILIES)]
+
+
 def windowed(model_type, attention="sdpa"):
-    return family(model_type, attention, sliding_window=WINDOW, **WINDOWED[model_type])
+    return family(model_type, attention, **settings(model_type))
 
 
 def gives_ids_of_transformers(model, strategies=STRATEGIES, batch_size=2, max_steps=MAX_STEPS):
