@@ -69,11 +69,11 @@ def bars(series: Mapping[str, pandas.DataFrame], label: str, title: str, path: P
         axes.bar_label(drawn, fmt="%.2f", padding=4, fontsize=_SMALL)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.02)
     axes.set_xlabel(label, fontsize=_SMALL)
     if len(series) > 1:
-        axes.legend(fontsize=_SMALL)
-    axes.set_title(title, fontsize=_SMALL)
+        figure.legend(loc="outside lower center", ncols=len(series), fontsize=_SMALL)
+    figure.suptitle(title, fontsize=_SMALL)
     save(figure, path)
 
 

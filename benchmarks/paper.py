@@ -1,0 +1,193 @@
+"""Published results of the LayerSkip checkpoints beside measured ones.
+
+    python benchmarks/paper.py --rows llama2-7B --num_samples 100
+    python benchmarks/paper.py --model checkpoints/python-10m --rows human_eval --num_samples 5
+
+benchmarks/paper.csv has the published rows: the paper's, and those of its authors' post about transformers,
+whose defaults draft up to 20 tokens while the draft's own probabilities are above 0.4. Each row is a run of
+benchmark.py with --compare True, greedy, in a process of its own. A checkpoint or a dataset that is not at
+hand is named, and the other rows run. --resume FOLDER goes on with an interrupted run.
+
+With --model, all rows decode with that model: a rehearsal, which a CPU can do. The exit is at the same share
+of its layers.
+
+The columns: *acc* accepted / drafted tokens; *x* the speed-up over autoregressive decoding; *formula* the
+speed-up by the published acceptance, (1 + k acc) / (1 + k exit / layers); *tok/s* those of whole answers. The
+columns with a star are measured here: medians, with the 90 % confidence interval. The CSV of the run also has
+mean accepted lengths, text metrics, numbers of examples, machines and lines for a citation.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from arguments import MAY_DIFFER, ModelArguments, at_least, check, parse, refuse
+from measures.plots import bars
+from runs.heading import machine
+from runs.program import run
+from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe
+from runs.startup import read_config
+
+PUBLISHED = pandas.read_csv(Path(__file__).with_suffix(".csv"))
+PUBLISHED["row"] = [
+    f"{model.removeprefix('facebook/layerskip-')} {data.removesuffix('_summarization')}" + " 1-shot" * shots
+    for model, data, shots in PUBLISHED[["model", "dataset", "n_shot"]].to_numpy()
+]
+_COLUMNS = {
+    "row": "row", "exit": "exit", "num_speculations": "k", "acceptance": "acc", "measured_acceptance": "acc*",
+    "speedup": "x", "formula": "formula", "measured_speedup": "x*", "low": "from", "high": "to",
+    "tokens_per_second": "tok/s", "measured_tokens_per_second": "tok/s*",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PaperArguments:
+    """Which rows, and on how much data."""
+
+    rows: list[str] = field(default_factory=list, metadata=MAY_DIFFER)
+    """Only rows whose model or dataset contains one of these."""
+    num_samples: int | None = None
+    """Examples of each row; without it, all."""
+    max_steps: int | None = None
+    """New tokens at most; without it, as published."""
+    data_path: str | None = field(default=None, metadata=MAY_DIFFER)
+    """Folder of local data: a file or a folder for each dataset, such as xsum_summarization.jsonl."""
+    resume: str | None = None
+    """Folder of an interrupted run to continue."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_samples", "max_steps")
+        is_folder = self.data_path is None or Path(self.data_path).expanduser().is_dir()
+        check(self, "data_path", is_folder, "must be a folder, with a file or a folder for each dataset")
+        names = ", ".join(pandas.unique(PUBLISHED[["model", "dataset"]].to_numpy().ravel()))
+        check(self, "rows", not self.chosen().empty, f"must be a part of one of {names}")
+
+    def chosen(self) -> pandas.DataFrame:
+        named = PUBLISHED["model"] + " " + PUBLISHED["dataset"]
+        return PUBLISHED[[not self.rows or any(part in name for part in self.rows) for name in named]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    model_args, args = parse(__doc__ or "", ModelArguments, PaperArguments, args=argv)
+    rows = args.chosen().assign(exit=lambda rows: rows["exit_layer"])
+    if model_args.model:
+        share = rows["exit_layer"] / rows["layers"]
+        rows["exit"] = (share * read_config(model_args).num_hidden_layers).round().clip(lower=1).astype(int)
+    description = describe("paper", (model_args, args), "")
+    try:
+        check_writable(args.resume, model_args.output_dir)
+        if args.resume is not None:
+            check_same_run(args.resume, description, (model_args, args))
+            paper = Run.resume(args.resume, description)
+        else:
+            paper = Run.create(model_args.output_dir, "paper", description)
+        missing: dict[int, str] = {}
+        try:
+            for number in rows.index.difference(list(paper.records())):
+                print(f"{rows['row'][number]} ...", file=sys.stderr)
+                found = _measured(_flags(rows.loc[number], model_args, args), paper.folder / f"row{number}")
+                if isinstance(found, str):
+                    missing[number] = found
+                    print(f"  not measured: {found}", file=sys.stderr)
+                else:
+                    paper.append({"index": number, **found})
+        except KeyboardInterrupt:
+            paper.write_status("interrupted")
+            print(f"interrupted; go on with --resume {paper.folder}", file=sys.stderr)
+            return 130
+        return _conclude(paper, rows, missing, model_args.model)
+    except RecordError as error:
+        refuse(str(error))
+
+
+def _flags(row: pandas.Series, model_args: ModelArguments, args: PaperArguments) -> dict[str, Any]:
+    """The flags of benchmark.py for a row, but for its --output_dir."""
+    given = {each.name: getattr(model_args, each.name) for each in fields(model_args)}
+    changed = {each.name for each in fields(model_args) if given[each.name] != each.default} - {"output_dir"}
+    flags = {
+        "model": row["model"], **{name: given[name] for name in changed}, "dataset": row["dataset"],
+        "n_shot": row["n_shot"], "generation_strategy": "self_speculative", "exit_layer": row["exit"],
+        "num_speculations": row["num_speculations"], "draft_confidence": row["draft_confidence"],
+        "max_steps": args.max_steps or row["max_steps"], "num_samples": args.num_samples,
+        "sample": False, "compare": True,
+    }  # fmt: skip
+    if args.data_path is not None:
+        flags["data_path"] = next(Path(args.data_path).expanduser().glob(f"{row['dataset']}*"), None)
+    return {name: value for name, value in flags.items() if not pandas.isna(value)}
+
+
+def _measured(flags: dict[str, Any], folder: Path) -> Record | str:
+    """The figures of a row, or why there are none; goes on with what is in `folder`."""
+    begun = next(folder.glob("benchmark_*"), None)
+    given = {**flags, "output_dir": folder} if begun is None else {"resume": begun}
+    command = [sys.executable, str(Path(__file__).parent.parent / "benchmark.py")]
+    command += [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode == 130:
+        raise KeyboardInterrupt
+    if ended.returncode != 0:
+        lines = ended.stderr.splitlines() or [f"benchmark.py ended with status {ended.returncode}"]
+        return lines[-1].removeprefix("benchmark.py: error: ")
+    (done,) = folder.glob("benchmark_*")
+    report = json.loads((done / "run.json").read_text("utf-8"))
+    metrics, compared = report["metrics"], report["metrics"]["comparison"]
+    low, high = compared["speedup_interval"] or (None, None)
+    return {
+        "measured_acceptance": metrics["acceptance"]["acceptance_rate"],
+        "mean_accepted_length": metrics["acceptance"]["mean_accepted_length"],
+        "measured_speedup": compared["speedup"], "low": low, "high": high,
+        "measured_tokens_per_second": metrics["speed"]["tokens_per_second_median"],
+        "decode_speedup": compared["decode_speedup"],
+        "predicted_decode_speedup": compared["predicted_decode_speedup"],
+        "examples": metrics["num_examples"], "identical_outputs": compared["identical_outputs"],
+        **metrics["text"], "machine": machine(report), "citation": metrics["citation"],
+    }  # fmt: skip
+
+
+def _conclude(paper: Run, rows: pandas.DataFrame, missing: dict[int, str], rehearsed: str | None) -> int:
+    """Write, draw and print the table. The exit status is 1 if no row is measured."""
+    records = [record for number, record in sorted(paper.records().items()) if number in rows.index]
+    k = rows["num_speculations"]
+    rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * rows["exit_layer"] / rows["layers"])
+    table = rows.join(
+        pandas.DataFrame({record["index"]: record for record in records}).T.drop(columns="index")
+    )
+    table["not_measured"] = pandas.Series(missing, dtype=str)
+    table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
+    paper.replace("paper.csv", table.to_csv(index=False))
+    paper.finish(records, {"not_measured": {rows["row"][number]: why for number, why in missing.items()}})
+    measured = "measured here"
+    if rehearsed:
+        measured = f"a rehearsal with {Path(rehearsed).name} in place of the checkpoints"
+    title = "; ".join(dict.fromkeys(record["machine"] for record in records))
+    table.index = table["row"] + ", exit " + table["exit_layer"].astype(str) + ", k " + k.astype(str)
+    series = {
+        "published": table.assign(value=table["speedup"], low=None, high=None),
+        "by the formula": table.assign(value=table["formula"], low=None, high=None),
+        measured: table.assign(value=table["measured_speedup"]),
+    }
+    bars(series, "speed-up over autoregressive decoding", title, paper.folder / "paper")
+    print(f"{title}\n* {measured}\n")
+    print(
+        table.rename(columns=_COLUMNS)[[*_COLUMNS.values()]].to_string(
+            index=False, float_format="{:.2f}".format, na_rep="-"
+        )
+    )
+    for number, why in missing.items():
+        print(f"\nnot measured: {rows['row'][number]}, exit {rows['exit'][number]}: {why}")
+    print(f"\n{paper.folder}/: run.json, records.jsonl, paper.csv, paper.png")
+    return 0 if records else 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,99 @@
+"""Published results beside measured ones."""
+
+import io
+import json
+import subprocess
+from contextlib import redirect_stderr, redirect_stdout
+
+import pandas
+import pytest
+from helpers import about, only_run, refused
+
+import benchmark
+from benchmarks import paper
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The flags of the rows' programs, which run in this process."""
+    flags, run = [], subprocess.run
+
+    def run_here(command, **options):
+        if not command[1].endswith("benchmark.py"):
+            return run(command, **options)
+        flags.append(command[2:])
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
+            try:
+                status = benchmark.main(command[2:])
+            except SystemExit as end:
+                status = end.code
+        return subprocess.CompletedProcess(command, status, "", errors.getvalue())
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+    return flags
+
+
+def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
+    started, endless_folder, tmp_path, monkeypatch, capsys
+):
+    """Guards against a row by other settings than the published ones, a missing dataset that ends the others,
+    rows that are measured twice, and a rehearsal that looks like a measurement.
+    """
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "xsum_summarization.jsonl").write_text(json.dumps({"document": "a", "summary": "b"}) + "\n")
+    args = ["--rows", "7B xsum", "llama3-8B", "--max_steps", "4", "--data_path", str(data)]
+    args += ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--dtype", "float32"]
+    assert paper.main(args) == 0
+    folder = only_run(tmp_path)
+    output = capsys.readouterr().out
+    assert f"a rehearsal with {endless_folder.name} in place of the checkpoints" in output
+    assert (
+        "error: cannot load abisee/cnn_dailymail from the hub"
+        in output.partition("not measured: llama3-8B cnn_dm")[2]
+    )
+    table = pandas.read_csv(folder / "paper.csv").set_index("row")
+    measured, missing = table.loc["llama2-7B xsum"], table.loc["llama3-8B cnn_dm"]
+    assert measured["formula"] == pytest.approx((1 + 12 * 0.546) / (1 + 12 * 8 / 32))
+    assert (measured["exit"], measured["examples"]) == (1, 1)
+    assert measured["measured_speedup"] > 0 < measured["mean_accepted_length"]
+    assert "--data_path" in missing["not_measured"]
+    assert (folder / "paper.png").stat().st_size > 10_000
+
+    flags = dict(zip(started[0][::2], started[0][1::2], strict=True))
+    asked = {
+        "--dataset": "xsum_summarization",
+        "--n_shot": "0",
+        "--num_speculations": "12",
+        "--sample": "False",
+    }
+    assert asked.items() <= flags.items()
+    assert ("--draft_confidence" in flags, flags["--max_steps"], flags["--dtype"]) == (False, "4", "float32")
+    assert ["--draft_confidence", "0.4"] in [started[1][i : i + 2] for i in range(len(started[1]))]
+
+    (data / "cnn_dm_summarization.jsonl").write_text(json.dumps({"article": "a", "highlights": "b"}) + "\n")
+    monkeypatch.setattr(paper, "bars", lambda *_: None)
+    assert paper.main(["--resume", str(folder)]) == 0
+    assert len(started) == 3
+    assert "not measured: " not in capsys.readouterr().out
+    assert [row["index"] for row in map(json.loads, (folder / "records.jsonl").open())] == [1, 10]
+
+
+def test_ctrl_c_in_a_row_is_continued_there(started, endless_folder, tmp_path, monkeypatch, capsys):
+    """Guards against examples of a row that are measured again."""
+    begun = tmp_path / "begun" / "benchmark_1"
+    begun.mkdir(parents=True)
+    monkeypatch.setattr(benchmark, "main", lambda flags: 130)
+    with pytest.raises(KeyboardInterrupt):
+        paper._measured({}, begun.parent)
+    assert started == [["--resume", str(begun)]]
+    args = ["--rows", "human_eval", "--model", str(endless_folder), "--output_dir", str(tmp_path / "logs")]
+    assert paper.main(args) == 130
+    assert about(only_run(tmp_path))["status"] == "interrupted"
+    assert f"go on with --resume {only_run(tmp_path)}" in capsys.readouterr().err
+
+
+def test_rows_that_there_are_not(capsys):
+    """Guards against a run over nothing."""
+    line = refused(paper.main, ["--rows", "gpt-4"], capsys)
+    assert "--rows ['gpt-4']: must be a part of one of facebook/layerskip-llama2-7B, cnn_dm" in line
