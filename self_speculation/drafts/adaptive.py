@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from self_speculation.drafts.costs import PassTimes
 from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
-from self_speculation.drafts.policy import PLAIN, Arm, Confidences, Plan, Policy, RoundOutcome
+from self_speculation.drafts.policy import PLAIN, Arm, Confidences, Plan, RoundOutcome
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def _alone(method: Callable[..., T]) -> Callable[..., T]:
     return locked
 
 
-class AdaptivePolicy(Policy):
+class AdaptivePolicy:
     """Picks the round with the most expected tokens per second (after Zarch et al., DEL, arXiv 2504.05598).
 
     Prompts judge early exits. Other arms get trials within a small share of the time, each after a longer
@@ -109,6 +109,12 @@ class AdaptivePolicy(Policy):
 
     @_alone
     def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
+        """Plan one round.
+
+        Args:
+            matched: by free source, [B] tokens that an n-gram matched; None: no draft for the row.
+            limits: [B] the most tokens to draft.
+        """
         stats, longest, num_rows = self._stats, min(max(limits), self._longest), len(limits)
         best = self._plain = Plan(tokens=float(num_rows), seconds=stats.times.plain_step(num_rows))
         if longest:
@@ -140,7 +146,7 @@ class AdaptivePolicy(Policy):
             return [width < plan.length] * num_rows
         by_confidence = self._stats.by_confidence[plan.source]
         accepted = sum(by_confidence.all_accepted(row) for row in confidences if row)
-        seconds = self._seconds(num_rows, self._draft_step(plan.source, num_rows))
+        seconds = self._seconds(plan.source, num_rows)
         more = seconds(width + 1) - seconds(width)
         gain = accepted * self._acceptance(plan.source, 0).value
         return [gain > more * max(plan.rate, self._plain.rate)] * num_rows
@@ -215,10 +221,9 @@ class AdaptivePolicy(Policy):
         if key not in self._layer_plans:
             plans = [self._plain]
             for name in self._layered:
-                row_tokens = _expected_tokens([self._acceptance(name, 0).value], longest)
-                tokens = [num_rows + num_drafting * (expected - 1.0) for expected in row_tokens]
-                seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
-                plans.append(_best_length(name, tokens, seconds))
+                acceptance = self._acceptance(name, 0).value
+                chances = [acceptance] * num_drafting + [0.0] * (num_rows - num_drafting)
+                plans.append(self._best_length(name, chances, longest))
             self._layer_plans[key] = max(plans, key=lambda plan: plan.rate)
         return self._layer_plans[key]
 
@@ -227,9 +232,7 @@ class AdaptivePolicy(Policy):
     ) -> Plan:
         """N-grams, and drafts of the source for rows where more of them is expected to be accepted."""
         own = 0.0 if source == PLAIN else self._acceptance(source, 0).value
-        tokens = _expected_tokens([max(chance, own) for chance in chances], longest)
-        seconds = self._seconds(len(lookups), self._draft_step(source, len(lookups)))
-        plan = _best_length(source, tokens, seconds)
+        plan = self._best_length(source, [max(chance, own) for chance in chances], longest)
         pairs = zip(lookups, chances, strict=True)
         return plan._replace(lookups=[name if chance > own else PLAIN for name, chance in pairs])
 
@@ -261,27 +264,31 @@ class AdaptivePolicy(Policy):
         """A trial of an arm; None: it could not pay even if all its tokens were accepted. A judged arm, whose
         acceptance is known, is tried if it would pay at its estimated price.
         """
-        times, arm, known = self._stats.times, self._arms[name], self._acceptance(name, 0).value
-        seconds = hoped_seconds = self._seconds(num_rows, self._draft_step(name, num_rows))
-        if arm.is_judged:
-            estimate = times.estimated_draft_step(num_rows, arm.draft_step)
-            hoped_seconds = self._seconds(num_rows, estimate)
-        chances = [known if arm.is_judged else 1.0] * num_rows
-        hoped = _best_length(name, _expected_tokens(chances, self._longest), hoped_seconds)
+        known, is_judged = self._acceptance(name, 0).value, self._arms[name].is_judged
+        hoped = self._best_length(
+            name, [known if is_judged else 1.0] * num_rows, self._longest, is_estimate=is_judged
+        )
         if not length or hoped.rate <= self._MARGIN * self._plain.rate:
             return None
         tokens = _expected_tokens([known] * num_rows, length)
-        return Plan(name, length, (), 0, tokens[-1], seconds(length))
+        return Plan(name, length, (), 0, tokens[-1], self._seconds(name, num_rows)(length))
 
-    def _seconds(self, num_rows: int, draft_step: float) -> Callable[[int], float]:
-        """Draft length -> time of a round."""
-        verification = self._stats.times.verification(num_rows)
+    def _best_length(
+        self, name: str, chances: Sequence[float], longest: int, is_estimate: bool = False
+    ) -> Plan:
+        """The best round of rows with these chances per token."""
+        tokens, seconds = _expected_tokens(chances, longest), self._seconds(name, len(chances), is_estimate)
+        best = max(range(longest + 1), key=lambda k: tokens[k] / seconds(k))
+        return Plan(name, longest, (), best, tokens[best], seconds(best))
+
+    def _seconds(self, name: str, num_rows: int, is_estimate: bool = False) -> Callable[[int], float]:
+        """Draft length -> time of a round; `is_estimate`: whatever drafts took so far."""
+        verification, draft_step = self._stats.times.verification(num_rows), 0.0
+        if name != PLAIN:
+            estimate = self._arms[name].draft_step
+            known = None if is_estimate else name
+            draft_step = self._stats.times.draft_step(known, num_rows, estimate)
         return lambda k: draft_step * k + verification(k)
-
-    def _draft_step(self, name: str, num_rows: int) -> float:
-        if name == PLAIN:
-            return 0.0
-        return self._stats.times.draft_step(name, num_rows, self._arms[name].draft_step)
 
     def _acceptance(self, name: str, matched: int) -> DecayedMean:
         """Acceptance of a token after accepted ones."""
@@ -290,12 +297,6 @@ class AdaptivePolicy(Policy):
             arm = self._arms[name]
             means[name, matched] = DecayedMean(arm.priors[matched], arm.weight, decay=0.97)
         return means[name, matched]
-
-
-def _best_length(source: str, tokens: Sequence[float], seconds: Callable[[int], float]) -> Plan:
-    """The best round with a source, given its expected tokens and its time by draft length."""
-    best = max(range(len(tokens)), key=lambda k: tokens[k] / seconds(k))
-    return Plan(source, len(tokens) - 1, (), best, tokens[best], seconds(best))
 
 
 def _expected_tokens(chances: Sequence[float], longest: int) -> list[float]:

@@ -19,7 +19,8 @@ from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.drafts.draft import Draft, DraftSource, join
 from self_speculation.drafts.layers import LayerDrafts
-from self_speculation.drafts.policy import PLAIN, Policy, RoundOutcome
+from self_speculation.drafts.ngram import LookupDrafts
+from self_speculation.drafts.policy import PLAIN, FixedPolicy, RoundOutcome
 from self_speculation.model.captured_runner import PassRange, num_prepared
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
@@ -53,9 +54,14 @@ class DraftComposer:
         policy: an `AdaptivePolicy` learns from rounds and prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, sources: Mapping[str, DraftSource], policy: Policy) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sources: Mapping[str, DraftSource],
+        policy: FixedPolicy | AdaptivePolicy,
+    ) -> None:
         self._model, self._device, self._sources, self._policy = model, model.device, sources, policy
-        self._free = [source for source in sources.values() if source.arm.is_free]
+        self._free = [source for source in sources.values() if isinstance(source, LookupDrafts)]
         self._learner = policy if isinstance(policy, AdaptivePolicy) else None
         self._stopwatch, self._num_prepared = Stopwatch(self._device), 0
         self._guesses: list[_Guess] = []  # of the last round
@@ -144,5 +150,5 @@ class DraftComposer:
 
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
-        of_sources = (source.passes(runner, longest) for source in self._sources.values())
-        yield from dict.fromkeys(chain.from_iterable(of_sources))
+        passes = (source.passes(runner, longest) for source in self._sources.values())
+        yield from dict.fromkeys(chain.from_iterable(passes))

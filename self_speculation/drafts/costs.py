@@ -93,7 +93,7 @@ class PassTimes:
         self._growth = growth
         self._plain_steps: dict[int, DecayedMean] = {}  # by rows
         self._slopes: dict[int, DecayedMean] = {}  # measured over estimated slope of the curve, by rows
-        self._draft_steps: dict[tuple[str, int], DecayedMean] = {}
+        self._draft_steps: dict[tuple[str | None, int], DecayedMean] = {}
 
     def verification(self, num_rows: int) -> Callable[[int], float]:
         """Number of drafted tokens in each row -> time of their verification."""
@@ -106,22 +106,19 @@ class PassTimes:
         known = min(self._plain_steps, key=lambda rows: abs(rows - num_rows))
         return self._plain_steps[known].value * self._growth(num_rows) / self._growth(known)
 
-    def draft_step(self, source: str, num_rows: int, estimate: Callable[[int], float]) -> float:
+    def draft_step(self, source: str | None, num_rows: int, estimate: Callable[[int], float]) -> float:
         """A drafted token of each row.
 
         Args:
+            source: None: as estimated.
             estimate: see `Arm.draft_step`.
         """
-        expected = self.estimated_draft_step(num_rows, estimate)
+        expected = self.plain_step(num_rows) / self._growth(num_rows) * estimate(num_rows)
         known = self._draft_steps.get((source, num_rows))
         if known is None:
             return expected
         # A slow first draft must not rule out a second one.
         return known.value if known.count > 1.0 else min(known.value, expected)
-
-    def estimated_draft_step(self, num_rows: int, estimate: Callable[[int], float]) -> float:
-        """See `draft_step`."""
-        return self.plain_step(num_rows) / self._growth(num_rows) * estimate(num_rows)
 
     def bounded(self, seconds: float, expected: float) -> float:
         """A stall of the machine counts as a few times the expected time. Nothing is expected of a first

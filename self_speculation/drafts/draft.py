@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from self_speculation.decoding.batch import Batch
-from self_speculation.decoding.sequence import Sequence
 from self_speculation.drafts.policy import Arm, Confidences, ShouldContinue
 from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.kv_cache import KVCache
@@ -62,23 +61,16 @@ class DraftSource(ABC):
             should_continue: is asked after each token that layers draft; None: drafts have the most tokens.
         """
 
-    def lookup(self, sequence: Sequence, limit: int) -> tuple[int, list[int]]:  # noqa: ARG002
-        """Of a free source: the number of tokens that match, and at most `limit` tokens to draft."""
-        return 0, []
-
     def passes(self, runner: ModelRunner, longest: int) -> abc.Iterator[PassRange]:
         """The passes that draft up to `longest` tokens, and those of `runner` that verify them."""
         yield PassRange(runner, 0, len(runner.layers), longest + 1)
 
 
-def no_draft(batch: Batch) -> Draft:
-    """A draft of no tokens."""
-    return Draft(["none"] * len(batch), *batch.stack([]), [0] * len(batch))
-
-
 def join(batch: Batch, drafts: abc.Sequence[Draft]) -> Draft:
     """One draft of drafts for different rows. All layers verify it, since none has processed all rows."""
-    drafts = [draft for draft in drafts if any(draft.lengths)] or [*drafts, no_draft(batch)][:1]
+    if not drafts:
+        return Draft(["none"] * len(batch), *batch.stack([]), [0] * len(batch))
+    drafts = [draft for draft in drafts if any(draft.lengths)] or drafts[:1]
     if len(drafts) == 1:
         return drafts[0]
     width = max(draft.tokens.shape[1] for draft in drafts)

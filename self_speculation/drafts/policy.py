@@ -5,7 +5,6 @@ Knows nothing of models, tokens or tensors.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,28 +70,15 @@ class RoundOutcome(NamedTuple):
     seconds: tuple[float, float] | None  # of drafting and of verifying; None: not typical
 
 
-class Policy(ABC):
-    """Plans rounds."""
-
-    should_continue: ShouldContinue | None = None  # None: drafts are as long as planned
-
-    @abstractmethod
-    def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
-        """Plan one round.
-
-        Args:
-            matched: by free source, [B] tokens that an n-gram matched; None: no draft for the row.
-            limits: [B] the most tokens to draft.
-        """
-
-
-class FixedPolicy(Policy):
+class FixedPolicy:
     """Drafts up to the limits: by the first free source that matches enough, else by layers.
 
     Args:
         arms: by name of the source.
         confidence: ends a draft after a token whose own probability is below; None: nothing does.
     """
+
+    should_continue: ShouldContinue | None = None  # None: drafts are as long as planned
 
     def __init__(self, arms: Mapping[str, Arm], confidence: float | None) -> None:
         self._arms = arms
@@ -101,6 +87,7 @@ class FixedPolicy(Policy):
             self.should_continue = lambda rows: [bool(row) and row[-1] >= confidence for row in rows]
 
     def plan(self, matched: Mapping[str, Sequence[int | None]], limits: Sequence[int]) -> Plan:
+        """See `AdaptivePolicy.plan`."""
         lookups = []
         for row in range(len(limits)):
             found = ((name, numbers[row] or 0) for name, numbers in matched.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from self_speculation.drafts.costs import draft_ratio, growth
 from self_speculation.drafts.draft import DraftSource
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import NgramDrafts
-from self_speculation.drafts.policy import Arm, FixedPolicy, Policy
+from self_speculation.drafts.policy import Arm, FixedPolicy
 from self_speculation.drafts.prediction import PredictionDrafts
 from self_speculation.drafts.shared import SharedDrafts, finished_answers, forget_answers
 from self_speculation.model.captured_runner import is_captured
@@ -47,10 +47,6 @@ class DraftContext:
     @property
     def vocab_size(self) -> int:
         return self.runner.config.vocab_size
-
-    def draft_ratio(self, exit_layer: int) -> float:
-        """c of the formula, estimated."""
-        return draft_ratio(self.model, exit_layer, self.config.draft_weights, self.draft_vocabulary)
 
     @cached_property
     def draft_vocabulary(self) -> int | None:
@@ -105,13 +101,12 @@ def make_source(context: DraftContext) -> DraftComposer:
         ValueError: layers or head cannot be copied, or the head is on several devices.
     """
     config = context.config
-    made = (source for kind in SOURCES if kind.asked_for(config) for source in kind.make(context))
-    sources = {source.name: source for source in made}
+    asked_for = (source for kind in SOURCES if kind.asked_for(config) for source in kind.make(context))
+    sources = {source.name: source for source in asked_for}
     arms = {name: source.arm for name, source in sources.items()}
-    policy: Policy = FixedPolicy(arms, config.draft_confidence)
     if config.is_adaptive:
-        policy = AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context))
-    return DraftComposer(context.model, sources, policy)
+        return DraftComposer(context.model, sources, AdaptivePolicy(arms, LONGEST_DRAFT, _stats(context)))
+    return DraftComposer(context.model, sources, FixedPolicy(arms, config.draft_confidence))
 
 
 def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
@@ -123,17 +118,17 @@ def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
     config, num_layers = context.config, len(context.runner.layers)
     weights, grows = config.draft_weights, growth(context.runner, config.draft_weights)
+
+    def draft_step(layer: int) -> Callable[[int], float]:
+        ratio = draft_ratio(context.model, layer, weights, context.draft_vocabulary)
+        return lambda num_rows: ratio * grows(num_rows)
+
     for layer in candidate_layers(num_layers, weights) if config.is_adaptive else [config.exit_layer]:
         drafter = context.drafter(layer)
-        draft_step = partial(_draft_step, context.draft_ratio(layer), grows)
-        arm = Arm(draft_step, is_judged=True)  # no prior: it may be untrained
+        arm = Arm(draft_step(layer), is_judged=True)
         if layer == num_layers:
-            arm = Arm(draft_step, _COPY_PRIOR, _TRUST_IN_COPY)
+            arm = replace(arm, is_judged=False, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
         yield LayerDrafts(drafter, layer, weights, arm)
-
-
-def _draft_step(ratio: float, grows: Callable[[int], float], num_rows: int) -> float:
-    return ratio * grows(num_rows)
 
 
 # In order of precedence for rows where several match.
