@@ -5,7 +5,6 @@ Knows nothing of models, tokens or tensors.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +18,19 @@ from self_speculation.drafts.policy import PLAIN, Arm, Confidences, Plan, RoundO
 
 T = TypeVar("T")
 
+# Rounds before the first trial of an arm, and the most between two trials, or two prompts that judge exits.
+_WAIT, _LONGEST_WAIT = 8, 512
+
 
 @dataclass
 class _Trials:
-    """When to try an arm again, or to judge exits, in rounds; the wait doubles each time."""
+    """When to try an arm again, or to judge exits; the wait doubles each time."""
 
-    wait: float
-    due: float
+    due: int
+    wait: int = _WAIT
 
-    def postpone(self, now: int, most: float = math.inf) -> None:
-        self.wait = min(2 * self.wait, most)
+    def postpone(self, now: int) -> None:
+        self.wait = min(2 * self.wait, _LONGEST_WAIT)
         self.due = now + self.wait
 
 
@@ -50,7 +52,7 @@ class ArmStats:
         default_factory=lambda: defaultdict(AcceptanceByConfidence)
     )
     trials: dict[str, _Trials] = field(default_factory=dict)
-    judging: _Trials = field(default_factory=lambda: _Trials(8, 0))  # of exits, by prompts
+    judging: _Trials = field(default_factory=lambda: _Trials(due=0))  # of exits, by prompts
     # Time that trials may take, in plain steps. It begins above 0, so that a good source is found early.
     credit: float = 4.0
     lock: Any = field(default_factory=RLock)
@@ -88,13 +90,10 @@ class AdaptivePolicy:
 
     # Expected speed of drafts over that of plain steps, at least: it is an estimate.
     _MARGIN = 1.03
-    # Rounds before the first trial; the most rounds between plain steps, and between prompts that judge
-    # exits; share of the time.
-    _WAIT, _WAIT_FOR_PLAIN, _WAIT_FOR_PROMPT, _SHARE = 8, 64, 512, 0.01
+    # Of the time, for trials.
+    _SHARE = 0.01
     # The most tokens that layers draft: longer drafts are hardly ever accepted as a whole.
     _LONGEST_BY_LAYERS = 8
-    # A trial whose acceptance exceeds the estimate by this is repeated soon.
-    _HOPE = 0.3
 
     def __init__(self, arms: Mapping[str, Arm], longest: int, stats: ArmStats) -> None:
         self._arms, self._longest, self._stats = arms, longest, stats
@@ -102,7 +101,7 @@ class AdaptivePolicy:
         self._judged = [name for name, arm in arms.items() if arm.is_judged]
         self._tried = (PLAIN, *self._layered)
         for i, name in enumerate(self._tried, 1):
-            stats.trials.setdefault(name, _Trials(self._WAIT, stats.num_rounds + self._WAIT * i))
+            stats.trials.setdefault(name, _Trials(stats.num_rounds + _WAIT * i))
         self._plan, self._plain = Plan(), Plan()
         # Valid until something is learnt of drafts.
         self._layer_plans: dict[tuple[PassTimes, int, int, int], Plan] = {}
@@ -157,7 +156,7 @@ class AdaptivePolicy:
         judging, now = self._stats.judging, self._stats.num_rounds
         if judging.due > now:
             return []
-        judging.postpone(now, self._WAIT_FOR_PROMPT)
+        judging.postpone(now)
         return self._judged
 
     @_alone
@@ -177,11 +176,9 @@ class AdaptivePolicy:
         """Learn from the outcome of a round."""
         stats, plan = self._stats, self._plan
         sources, matched, confidences, drafted, accepted, seconds = outcome
-        if plan.is_trial and plan.source != PLAIN:
-            hoped = self._acceptance(plan.source, 0).value + self._HOPE
-            if sum(accepted) > hoped * sum(drafted):
-                stats.trials[plan.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
-        if any(drafted) or stats.num_rounds % self._WAIT == 0:
+        if plan.is_trial and plan.source != PLAIN and sum(accepted) == sum(drafted):  # try it again soon
+            stats.trials[plan.source] = _Trials(stats.num_rounds + _WAIT)
+        if any(drafted) or stats.num_rounds % _WAIT == 0:
             self._layer_plans.clear()
         for row, source in enumerate(sources if any(drafted) else ()):
             # `see` has learnt the first token of an n-gram.
@@ -240,7 +237,7 @@ class AdaptivePolicy:
         """A trial of the arm that has been due longest; None: none is due or affordable."""
         stats = self._stats
         if best.source != PLAIN or not best.length:  # in use
-            stats.trials[best.source] = _Trials(self._WAIT, stats.num_rounds + self._WAIT)
+            stats.trials[best.source] = _Trials(stats.num_rounds + _WAIT)
         dates = [(stats.trials[name].due, name) for name in self._tried]
         due = sorted(date for date in dates if date[0] <= stats.num_rounds)
         # A single row drafts two tokens per trial, a batch one.
@@ -248,15 +245,14 @@ class AdaptivePolicy:
         for _, name in due:
             trial = self._plain if name == PLAIN else self._hoped(name, num_rows, length)
             if trial is None:
-                stats.trials[name].due += self._WAIT
+                stats.trials[name].due += _WAIT
                 continue
             # Priced as if nothing were accepted: the estimate must not pay for the trial.
             price = max(0.0, trial.seconds - num_rows / best.rate) / self._plain.seconds
             if price > stats.credit:
                 return None  # cheaper arms must not use up the credit
             stats.credit -= price
-            most = self._WAIT_FOR_PLAIN if name == PLAIN else math.inf
-            stats.trials[name].postpone(stats.num_rounds, most)
+            stats.trials[name].postpone(stats.num_rounds)
             return trial._replace(is_trial=True)
         return None
 
@@ -295,7 +291,7 @@ class AdaptivePolicy:
         means = self._stats.acceptance
         if (name, matched) not in means:
             arm = self._arms[name]
-            means[name, matched] = DecayedMean(arm.priors[matched], arm.weight, decay=0.97)
+            means[name, matched] = DecayedMean(arm.priors[matched], arm.weight)
         return means[name, matched]
 
 

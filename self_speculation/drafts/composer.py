@@ -120,8 +120,8 @@ class DraftComposer:
         for name in dict.fromkeys(filter(None, names)):
             most = plan.length if name == plan.source else plan.looked_up
             own = [min(limit, most) if each == name else 0 for each, limit in zip(names, limits, strict=True)]
-            source, should_continue = self._sources[name], self._policy.should_continue
-            drafts.append(source.draft(batch, cache, own, numbers, should_continue))
+            should_continue = self._policy.should_continue
+            drafts.append(self._sources[name].draft(batch, cache, own, numbers, should_continue))
         draft = join(batch, drafts)
         if self._learner:
             self._stopwatch.split()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 _BINS = 10  # ranges of confidence
+_DECAY = 0.97  # of the weight of all observations, with each new one
 
 
 class DecayedMean:
@@ -14,11 +15,10 @@ class DecayedMean:
     Args:
         prior: the mean without observations.
         weight: of the prior, in observations.
-        decay: factor on all observations with each new one.
     """
 
-    def __init__(self, prior: float, weight: float = 2.0, decay: float = 0.95) -> None:
-        self._prior, self._weight, self._decay = prior, weight, decay
+    def __init__(self, prior: float, weight: float = 2.0) -> None:
+        self._prior, self._weight = prior, weight
         self._sum = self.count = 0.0  # count: weight of the observations
 
     @property
@@ -27,7 +27,7 @@ class DecayedMean:
 
     def add(self, value: float, weight: float = 1.0) -> None:
         """Add a value that counts as `weight` observations."""
-        share = self._decay**weight
+        share = _DECAY**weight
         self._sum = share * self._sum + weight * value
         self.count = share * self.count + weight
 
@@ -36,7 +36,7 @@ class AcceptanceByConfidence:
     """How often drafted tokens of a probability are accepted, learnt by ranges of probability."""
 
     def __init__(self) -> None:
-        self._means = [DecayedMean((i + 0.5) / _BINS, weight=1.0, decay=0.98) for i in range(_BINS)]
+        self._means = [DecayedMean((i + 0.5) / _BINS) for i in range(_BINS)]
 
     def __getitem__(self, confidence: float) -> DecayedMean:
         return self._means[min(int(confidence * _BINS), _BINS - 1)]

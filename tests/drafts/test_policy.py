@@ -5,7 +5,6 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from typing import NamedTuple
 
 import pytest
@@ -214,7 +213,9 @@ def test_prompts_judge_exits_ever_more_rarely():
     "worlds", [pytest.param(24, id="few"), pytest.param(400, id="many", marks=pytest.mark.slow)]
 )
 def test_nothing_is_worse_than_plain_steps(worlds):
-    """Whatever is accepted, and whatever passes cost: up to twice and down to half of what was estimated."""
+    """Whatever is accepted, and whatever passes cost: up to twice and down to half of what was estimated.
+    Guards against drafts at a loss, and against short answers that each pay for the same trials.
+    """
     draws, found = random.Random(3), []
     for number in range(worlds):
         num_rows, estimated = draws.choice([1, 1, 2, 4, 8]), draws.choice([0.005, 0.02, 0.05, 0.15])
@@ -234,7 +235,8 @@ def test_nothing_is_worse_than_plain_steps(worlds):
             noise=draws.choice([0.05, 0.2]),
         )
         learnt = stats(estimated)
-        play(policy(learnt, copy_takes), world, 200, num_rows, number)
+        for answer in range(4):
+            play(policy(learnt, copy_takes), world, 50, num_rows, number + answer)
         found.append(speed(play(policy(learnt, copy_takes), world, 300, num_rows, number), world, num_rows))
     assert min(found) > 0.97
     assert sum(each < 0.98 for each in found) <= worlds // 20
@@ -298,7 +300,7 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
     times.add_verification(1, 0, 0.01)
     assert known(1) == pytest.approx([0.01, 0.011, 0.012, 0.002])
     assert known(8) == pytest.approx([0.017, 0.025, 0.033, 0.0034])
-    for _ in range(60):
+    for _ in range(100):
         times.add_verification(4, 0, 1.0)
         times.add_verification(4, 3, 3.0)
     found, estimated = (curve(of, 4, 8) for of in (times, PassTimes(grows)))
@@ -417,20 +419,14 @@ def test_the_last_tokens_of_a_prompt_judge_exits(draft_vocabulary, monkeypatch):
         judged.clear()
 
 
-@pytest.mark.parametrize(("agreement", "drafts"), [("never", False), ("always", True)])
-def test_a_first_answer_knows_its_exits(agreement, drafts, monkeypatch):
-    """Guards against a first answer that spends a fifth of its rounds on exits that are never right."""
-    ticks = count()  # a busy machine would change the plans
-    monkeypatch.setattr("time.perf_counter", lambda: next(ticks) / 1000)
-    model = copy.deepcopy(tiny_llama(num_layers=8, agreement=agreement))
-    found = generate(model, PROMPT, "adaptive", max_steps=40, eos=[]).drafts_by_source
-    assert bool({*found} & {"exit 1", "exit 2", "exit 3"}) == drafts
-
-
 @pytest.mark.parametrize("field", [{"exit_layer": 2}, {"draft_confidence": 0.3}])
 def test_adaptive_chooses_for_itself(field):
     with pytest.raises(ValueError, match=r"\w+ [\d.]+: adaptive chooses it, leave it out"):
         generate(tiny_llama(), PROMPT, "adaptive", **field)
+
+
+def head_in_layers(model):
+    return model.lm_head.weight.numel() / sum(p.numel() for p in model.model.layers[0].parameters())
 
 
 @pytest.mark.parametrize(("variant", "slower"), [("AVX512_VNNI", 1.0), (None, 1.7)])
@@ -438,17 +434,15 @@ def test_estimated_costs_are_those_of_the_formula(variant, slower, monkeypatch):
     """Guards against first plans that take torch's kernel for as fast as memory, and a short head for all."""
     monkeypatch.setattr(costs, "int4_kernel", lambda: Int4Kernel(variant))
     model = tiny_llama(num_layers=10, fused=True)
-    head = model.lm_head.weight.numel() / sum(p.numel() for p in model.model.layers[0].parameters())
+    head = head_in_layers(model)
     assert draft_ratio(model, 3, "exact") == pytest.approx((3 + head) / (10 + head))
     # Five bits of 32 with scales; of the head 16 if there is a kernel for them, else all.
-    of_head = 4 if head_format(model.device, model.dtype) is None else 2
-    of_weights = slower * 5 / 32
-    assert draft_ratio(model, 3, "int4") == pytest.approx((3 * of_weights + head * of_head / 4) / (10 + head))
-    short = (3 + head * 10 / 50) * of_weights / (10 + head)
-    assert draft_ratio(model, 3, "int4", 10) == pytest.approx(short)
-    of_draft_step = costs.growth(ModelRunner(model), "int4")
-    assert of_draft_step(1) == 1.0
-    assert of_draft_step(4) == pytest.approx(1.2 if variant else 3.0 / 1.7)
+    weights, head_share = slower * 5 / 32, 1 if head_format(model.device, model.dtype) is None else 0.5
+    whole, short = draft_ratio(model, 3, "int4"), draft_ratio(model, 3, "int4", 10)
+    assert whole == pytest.approx((3 * weights + head * head_share) / (10 + head))
+    assert short == pytest.approx((3 + head * 10 / 50) * weights / (10 + head))
+    grows = costs.growth(ModelRunner(model), "int4")
+    assert (grows(1), grows(4)) == (1.0, pytest.approx(1.2 if variant else 3.0 / 1.7))
 
 
 def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):
@@ -456,6 +450,6 @@ def test_a_copy_on_a_gpu_costs_half_a_step(monkeypatch):
     model = copy.deepcopy(tiny_llama(num_layers=10)).bfloat16()
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr("self_speculation.model.quantized_layers.works", lambda *_: True)
-    head = model.lm_head.weight.numel() / sum(p.numel() for p in model.model.layers[0].parameters())
+    head = head_in_layers(model)
     assert draft_ratio(model, 10, "int4") == pytest.approx((10 * 95 / 187 + head) / (10 + head))
     assert draft_ratio(model, 3, "exact") == pytest.approx((3 + head) / (10 + head))

@@ -17,6 +17,7 @@ import torch
 from conftest import generate, tiny_llama
 
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
+from self_speculation.drafts.policy import RoundOutcome
 from self_speculation.model import fused_layers, linear
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.fused_layers import fuse
@@ -302,7 +303,8 @@ def test_statistics_change_for_one_thread_at_a_time():
 
     stats = ArmStats(grows)
     one, other = AdaptivePolicy({}, 4, stats), AdaptivePolicy({}, 4, stats)
-    run_all(lambda: one.plan({}, [1]), lambda: other.learn([""], [0], [[]], [0], [0], (0.0, 1.0)))
+    outcome = RoundOutcome([""], [0], [[]], [0], [0], (0.0, 1.0))
+    run_all(lambda: one.plan({}, [1]), lambda: other.learn(outcome))
     assert num_inside == [0, 1]
 
 
