@@ -12,9 +12,9 @@ With --model, all rows decode with that model: a rehearsal, which a CPU can do. 
 of its layers.
 
 The columns: *acc* accepted / drafted tokens; *x* the speed-up over autoregressive decoding; *formula* the
-speed-up by the published acceptance, (1 + k acc) / (1 + k exit / layers); *tok/s* those of whole answers. The
-columns with a star are measured here: medians, with the 90 % confidence interval. The CSV of the run also has
-mean accepted lengths, text metrics, numbers of examples, machines and lines for a citation.
+speed-up by the published acceptance, (1 + k acc) / (1 + k exit / layers); *len* the mean accepted length;
+*tok/s* those of whole answers. The columns with a star are measured here: medians, with the 90 % confidence
+interval. The CSV of the run also has text metrics, numbers of examples, machines and lines for a citation.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ PUBLISHED["row"] = [
 ]
 _COLUMNS = {
     "row": "row", "exit": "exit", "num_speculations": "k", "acceptance": "acc", "measured_acceptance": "acc*",
-    "speedup": "x", "formula": "formula", "measured_speedup": "x*", "low": "from", "high": "to",
-    "tokens_per_second": "tok/s", "measured_tokens_per_second": "tok/s*",
+    "mean_accepted_length": "len*", "speedup": "x", "formula": "formula", "measured_speedup": "x*",
+    "low": "from", "high": "to", "tokens_per_second": "tok/s", "measured_tokens_per_second": "tok/s*",
 }  # fmt: skip
 
 
@@ -156,7 +156,8 @@ def _measured(flags: dict[str, Any], folder: Path) -> Record | str:
 
 def _conclude(paper: Run, rows: pandas.DataFrame, missing: dict[int, str], rehearsed: str | None) -> int:
     """Write, draw and print the table. The exit status is 1 if no row is measured."""
-    records = [record for number, record in sorted(paper.records().items()) if number in rows.index]
+    kept = [record for _, record in sorted(paper.records().items())]
+    records = [record for record in kept if record["index"] in rows.index]
     k = rows["num_speculations"]
     rows["formula"] = (1 + k * rows["acceptance"]) / (1 + k * rows["exit_layer"] / rows["layers"])
     table = rows.join(
@@ -165,7 +166,7 @@ def _conclude(paper: Run, rows: pandas.DataFrame, missing: dict[int, str], rehea
     table["not_measured"] = pandas.Series(missing, dtype=str)
     table = table.astype(dict.fromkeys(list(_COLUMNS)[3:], float))
     paper.replace("paper.csv", table.to_csv(index=False))
-    paper.finish(records, {"not_measured": {rows["row"][number]: why for number, why in missing.items()}})
+    paper.finish(kept, {"not_measured": {rows["row"][number]: why for number, why in missing.items()}})
     measured = "measured here"
     if rehearsed:
         measured = f"a rehearsal with {Path(rehearsed).name} in place of the checkpoints"

@@ -37,7 +37,7 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
     started, endless_folder, tmp_path, monkeypatch, capsys
 ):
     """Guards against a row by other settings than the published ones, a missing dataset that ends the others,
-    rows that are measured twice, and a rehearsal that looks like a measurement.
+    rows that are measured twice or lost, and a rehearsal that looks like a measurement.
     """
     data = tmp_path / "data"
     data.mkdir()
@@ -73,7 +73,7 @@ def test_rows_are_measured_or_named_and_an_interrupted_run_goes_on(
 
     (data / "cnn_dm_summarization.jsonl").write_text(json.dumps({"article": "a", "highlights": "b"}) + "\n")
     monkeypatch.setattr(paper, "bars", lambda *_: None)
-    assert paper.main(["--resume", str(folder)]) == 0
+    assert paper.main(["--resume", str(folder), "--rows", "llama3-8B"]) == 0
     assert len(started) == 3
     assert "not measured: " not in capsys.readouterr().out
     assert [row["index"] for row in map(json.loads, (folder / "records.jsonl").open())] == [1, 10]
