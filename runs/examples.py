@@ -93,7 +93,7 @@ class Experiment(ABC):
 
 
 class OneByOne(Experiment):
-    """A experiment that makes its records one after the other."""
+    """Makes its records one after the other."""
 
     def records(self, indices: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
         for index in indices:

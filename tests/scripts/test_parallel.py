@@ -52,7 +52,7 @@ def ids_of(model, tokenizer):
     for name, case in CASES.items():
         strategy = "self_speculative" if "num_speculations" in case else "autoregressive"
         config = GenerationConfig(
-            **{"sample": False, "max_steps": 16, "generation_strategy": strategy, **case}
+            **{"sample": False, "max_steps": 10, "generation_strategy": strategy, **case}
         )
         generator = HuggingfaceLlamaGenerator(tokenizer, model, make_strategy(config.generation_strategy))
         for size in (1, 2):

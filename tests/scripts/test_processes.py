@@ -17,34 +17,20 @@ from conftest import ROOT
 from helpers import PYTHON_FUNCTIONS, SMALL_TRAINING, torchrun
 
 SHORT = ["--max_steps", "4", "--sample", "False"]
-
-
-@pytest.fixture
-def command(model_folder, tmp_path):
-    """Script and flags for little work; what its standard output holds once."""
-    model, output = ["--model", model_folder], ["--output_dir", tmp_path / "logs"]
-    data = ["--data_path", ROOT / "runs/*.py", "--eval_fraction", "0.4"]
-    flags = {
-        "generate": ([*model, *SHORT, "--prompt", "def"], "\n"),
-        "eval": ([*model, *output, *SHORT, *PYTHON_FUNCTIONS, "--limit", "2"], "python_functions: 2 answers"),
-        "train": ([*output, *SMALL_TRAINING, "--num_steps", "3", *data], "exits.csv"),
-    }
-
-    def of(name):
-        args, once = flags[name]
-        return [str(ROOT / f"{name}.py"), *map(str, args)], once
-
-    return of
-
-
+COMMANDS = {  # flags for little work, and what the standard output holds once
+    "generate": (["--model", "MODEL", *SHORT, "--prompt", "def"], "\n"),
+    "eval": (["--model", "MODEL", *SHORT, *PYTHON_FUNCTIONS, "--limit", "2"], "python_functions: 2 answers"),
+    "train": ([*SMALL_TRAINING, "--num_steps", "3", "--data_path", ROOT / "runs/*.py"], "exits.csv"),
+}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "train")]
 
 
 @pytest.mark.parametrize("name", ["generate", *SLOW])
-def test_by_torchrun(name, command):
+def test_by_torchrun(name, model_folder, tmp_path):
     """Guards against ranks that differ from forks in torchrun's variables."""
-    words, once = command(name)
-    done = torchrun(2, *words)
+    flags, once = COMMANDS[name]
+    words = [model_folder if word == "MODEL" else word for word in flags]
+    done = torchrun(2, ROOT / f"{name}.py", *words, "--output_dir", tmp_path / "logs")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(once) == 1
 

@@ -86,7 +86,7 @@ def test_predicted_counts_are_the_measured_ones(common, tmp_path, extra):
     """
     for mode in ("predicted", "measured"):
         output = ["--output_dir", str(tmp_path / mode / "logs")]
-        assert sweep.main([*common, *extra, "--mode", mode, *output]) == 0
+        assert sweep.main([*common, "--num_samples", "3", *extra, "--mode", mode, *output]) == 0
     predicted, measured = table(tmp_path / "predicted"), table(tmp_path / "measured")
     assert len(predicted) == 12
     pandas.testing.assert_frame_equal(predicted[COUNTS], measured[COUNTS])
