@@ -4,7 +4,7 @@ import copy
 
 import torch
 from conftest import drained, generate, tiny_llama
-from test_batch import scheduler_of
+from test_batch import scheduler_of, together
 
 from self_speculation import Request
 
@@ -85,11 +85,6 @@ def test_an_error_in_a_chunk_belongs_to_its_request():
             raise MemoryError
 
     model.model.embed_tokens.register_forward_hook(fails_in_a_prompt)
-    scheduler = scheduler_of(model, 2, 8, max_steps=6)
-    add(scheduler, dict(enumerate((PROMPTS[0], LONG, PROMPTS[2]))))
-    found = drained(scheduler)
+    found = together(model, [Request(prompt) for prompt in PROMPTS[:3]], 2, 8, max_steps=6)
     assert isinstance(found[1], MemoryError)
     assert_as_alone(model, found, {0: PROMPTS[0], 2: PROMPTS[2]}, max_steps=6)
-    add(scheduler, {3: [7], 4: [7]})
-    scheduler.step()
-    assert len(scheduler.batch) == 2  # its slot is free again

@@ -125,20 +125,23 @@ def test_empty_prompts_and_rates(answer, text_model, byte_tokenizer):
 def test_one_callable_or_a_list(drafts):
     """Guards against `'function' object is not iterable`, and against a call of transformers' lists."""
     processor, criterion = SuppressTokensLogitsProcessor([7, 9]), lambda ids, scores: ids.shape[1] >= 9
-    settings = {"eos": [], "max_steps": 20, **drafts}
-    found = [
-        generate(tiny_llama(), [5, 6, 7], **settings, logits_processors=of, stopping_criteria=ends)
-        for of, ends in (
+
+    def ids(**own):
+        settings = {"eos": [], "max_steps": 20, **drafts, **own}
+        return generate(tiny_llama(), [5, 6, 7], **settings).predicted_tokens
+
+    one, lists, theirs = (
+        ids(logits_processors=processors, stopping_criteria=criteria)
+        for processors, criteria in (
             (processor, criterion),
             ([processor], [criterion]),
             (LogitsProcessorList([processor]), StoppingCriteriaList([criterion])),
         )
-    ]
-    assert [result.predicted_tokens for result in found] == [found[0].predicted_tokens] * 3
-    assert len(found[0].predicted_tokens) == 6
-    free = generate(tiny_llama(), [5, 6, 7], **settings).predicted_tokens
-    by_id = generate(tiny_llama(), [5, 6, 7], **{**settings, "eos": free[4]}).predicted_tokens
-    assert by_id == free[: free.index(free[4])]
+    )
+    assert one == lists == theirs
+    assert len(one) == 6
+    free = ids()
+    assert ids(eos=free[4]) == free[: free.index(free[4])]
 
 
 def test_a_long_word_is_compared_with_the_text_alone():
