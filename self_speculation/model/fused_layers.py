@@ -163,8 +163,7 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
 
     with lock(model):
         parts = made(model, _Parts, valid_for, lambda: _Parts(model))
-        if follow_weights(parts.linears()):
-            _settings(model).num_changes += 1
+        follow_weights(parts.linears())
         return parts.fused, parts.dtype
 
 
@@ -196,9 +195,7 @@ def _linears(model: Any) -> list[Linear]:
 
 
 def num_changes(model: Any) -> int:
-    """A number that grows whenever parts or copies of the model are discarded. Runners from an earlier count
-    are invalid, even if weights are restored.
-    """
+    """How often parts were made. Runners from an earlier count are invalid, even if weights are restored."""
     return _settings(model).num_changes
 
 
@@ -301,7 +298,6 @@ class FusedLayer:
             self._mlp_norm = RMSNorm(layer.post_attention_layernorm)
         if hasattr(attention, "q_norm"):
             self._query_norm, self._key_norm = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
-        self.structure = structure(layer)
 
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
@@ -391,7 +387,6 @@ class FusedHead:
     def __init__(self, norm: Any, head: nn.Linear, fp32_activations: bool) -> None:
         self.norm = RMSNorm(norm)
         self.linears: tuple[Any, ...] = (Linear(head, fp32_activations=fp32_activations),)
-        self.structure = structure(norm, head)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.linears[0](self.norm(hidden))

@@ -261,11 +261,8 @@ def works(
     return True
 
 
-def follow_weights(linears: Sequence[Linear]) -> bool:
+def follow_weights(linears: Sequence[Linear]) -> None:
     """Drop what was made of weights that have changed; make the copies that every pass reads, on all threads.
-
-    Returns:
-        Whether something was dropped.
 
     Raises:
         ValueError: float16 cannot hold a weight that has changed.
@@ -285,7 +282,6 @@ def follow_weights(linears: Sequence[Linear]) -> bool:
     ):
         for linear, _ in zip(missing, threads.map(Linear._copy, missing), strict=True):
             advance(linear.num_bytes)
-    return bool(changed)
 
 
 def warn_of_fp32_precision() -> None:

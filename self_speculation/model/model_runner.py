@@ -20,8 +20,8 @@ from self_speculation.model.attention import attention_kernel, disable_cudnn_att
 from self_speculation.model.attention_context import AttentionContext, cos_and_sin
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import AttentionType, attention_types, check_supported, context_length
-from self_speculation.model.fingerprint import fingerprint, structure
-from self_speculation.model.fused_layers import fused_model, prefills_in_bfloat16
+from self_speculation.model.fingerprint import fingerprint
+from self_speculation.model.fused_layers import fused_model, num_changes, prefills_in_bfloat16
 from self_speculation.model.kv_cache import Appendable, Buffers, KVCache
 from self_speculation.model.linear import LONG
 from self_speculation.model.made import lock
@@ -48,10 +48,6 @@ class PlainLayer:
     def __init__(self, layer: nn.Module) -> None:
         self.module = layer
 
-    @property
-    def structure(self) -> Hashable:
-        return structure(self.module)
-
     def __call__(self, hidden: Tensor, context: AttentionContext, cache: Appendable) -> Tensor:
         mask = context.mask()
         return self.module(
@@ -68,10 +64,6 @@ class PlainHead:
 
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         self.modules = norm, head
-
-    @property
-    def structure(self) -> Hashable:
-        return structure(*self.modules)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         norm, head = self.modules
@@ -115,6 +107,7 @@ class ModelRunner:
         self.model, self.config = model, model.config
         base, head = model.base_model, model.get_output_embeddings()
         fused, self.dtype = fused_model(model)
+        self._num_changes = num_changes(model)
         self.layers: list[Any] = [fused.get(layer) or PlainLayer(layer) for layer in base.layers]
         self.attention_types = attention_types(self.config)  # [L]
         self._prefills_in_bfloat16 = prefills_in_bfloat16(model)
@@ -140,9 +133,7 @@ class ModelRunner:
         """Changes with the structure of all modules and the contents of the rotary embedding: captured passes
         are valid while it is the same.
         """
-        parts = [(type(part), part.structure) for part in (*self.layers, self.head)]
-        modules = structure(self._embed), fingerprint(self._rotary.module)
-        return self.dtype, *modules, tuple(parts), tuple(self.attention_types)
+        return self._num_changes, fingerprint(self._rotary.module), tuple(self.attention_types)
 
     @property
     def rotary(self) -> Tensor:
