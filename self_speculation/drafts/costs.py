@@ -99,6 +99,7 @@ class PassTimes:
         return lambda num_drafted: plain * (1.0 + slope * self._estimated_excess(num_rows, num_drafted))
 
     def plain_step(self, num_rows: int) -> float:
+        """A pass over one token of each row."""
         if not self._plain_steps:
             return self._growth(num_rows)
         known = min(self._plain_steps, key=lambda rows: abs(rows - num_rows))

@@ -38,6 +38,7 @@ class NgramIndex:
         return len(self._ids)
 
     def extend(self, ids: abc.Sequence[int]) -> None:
+        """Append tokens to the text."""
         for token in ids:
             # N-grams that end before this token have a follower only now, so none finds itself.
             position = len(self._ids)

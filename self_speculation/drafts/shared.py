@@ -50,6 +50,7 @@ def finished_answers(model: nn.Module, num_tokens: int) -> FinishedAnswers:
 
 
 def forget_answers(model: nn.Module) -> None:
+    """Drop the finished answers, as in a new process."""
     discard(model, FinishedAnswers)
 
 

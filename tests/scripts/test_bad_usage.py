@@ -84,6 +84,7 @@ MISTAKES = {
         SPECULATIVE: "--exit_layer: self_speculative needs one between 1 and the last but one layer",
         "--compare True": "--compare True: needs a --generation_strategy to compare",
         "--shared_lookup 9": "--shared_lookup 9: autoregressive decoding drafts nothing, add",
+        "--generation_strategy adaptive --exit_layer 2": "--exit_layer 2: adaptive chooses it, leave it out",
         "--prediction x": "--prediction: needs --generation_strategy adaptive or --prompt_lookup above 0",
         "--grammar /nowhere": "--grammar /nowhere: No such file or directory",
         "--model /nowhere": "--model '/nowhere': no such folder",
