@@ -56,7 +56,7 @@ def test_the_cards_example_runs(rounds):
 
 @pytest.mark.usefixtures("installed")
 def test_a_models_own_repository_makes_its_generate_draft(there, rounds):
-    """Guards against a `generate` that calls itself, and against positional prompts."""
+    """Guards against a `generate` that calls itself, and one that loses positional prompts or a streamer."""
     model = tiny_llama()
     folder = there / "model"
     model.save_pretrained(folder)
@@ -67,8 +67,10 @@ def test_a_models_own_repository_makes_its_generate_draft(there, rounds):
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
     assert not rounds
-    torch.testing.assert_close(loaded.generate(PROMPT), expected)
+    streamer = Mock()
+    torch.testing.assert_close(loaded.generate(PROMPT, streamer=streamer), expected)
     assert max(rounds) == 3
+    assert streamer.put.call_count > 1
 
 
 @pytest.mark.usefixtures("there")
