@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -106,6 +107,27 @@ def drained(scheduler):
         scheduler.step()
         results |= scheduler.pop_finished()
     return results
+
+
+class Recorder:
+    """A streamer that keeps what it is given. After so many calls, `put` raises."""
+
+    def __init__(self, calls=math.inf):
+        self.decided, self.drafts, self.num_drafted, self.ended, self._left = [], [], 0, 0, calls
+
+    def put(self, ids, is_draft=False):
+        self._left -= 1
+        if self._left < 0:
+            raise KeyError("its own")
+        (self.drafts if is_draft else self.decided).extend(ids.tolist())
+        self.num_drafted += is_draft
+
+    def delete(self, num_tokens, is_draft=False):
+        assert (num_tokens, is_draft) == (len(self.drafts), True)
+        self.drafts = []
+
+    def end(self):
+        self.ended += 1
 
 
 def planned(choose):

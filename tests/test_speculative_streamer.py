@@ -8,7 +8,7 @@ from functools import partial
 import pyte
 import pytest
 import torch
-from conftest import TEXTS, generate, tiny_llama
+from conftest import TEXTS, Recorder, generate, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinkers import TAGS, thinking_tokenizer
@@ -239,24 +239,6 @@ def test_only_drafts_can_be_deleted(byte_tokenizer):
     streamer.delete(1, is_draft=True)
     streamer.put([], is_draft=True)
     assert terminal.shown() == "ab" + byte_tokenizer.decode(drafts[:-1])
-
-
-class Recorder:
-    """A streamer that keeps its calls."""
-
-    def __init__(self):
-        self.decided, self.drafts, self.num_drafted, self.ended = [], [], 0, 0
-
-    def put(self, ids, is_draft=False):
-        (self.drafts if is_draft else self.decided).extend(ids.tolist())
-        self.num_drafted += is_draft
-
-    def delete(self, num_tokens, is_draft=False):
-        assert (num_tokens, is_draft) == (len(self.drafts), True)
-        self.drafts = []
-
-    def end(self):
-        self.ended += 1
 
 
 @pytest.mark.parametrize("agreement", ["sometimes", "always"])

@@ -1,7 +1,6 @@
 """Batches: the output of a sequence does not depend on other sequences."""
 
 import copy
-import math
 from collections import deque
 from contextlib import nullcontext
 from itertools import count
@@ -9,7 +8,7 @@ from operator import length_hint
 
 import pytest
 import torch
-from conftest import drained, generate, in_batch, strategy_name, tiny_llama
+from conftest import Recorder, drained, generate, in_batch, strategy_name, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MaxLengthCriteria
@@ -200,25 +199,6 @@ def test_slots_are_reused_as_soon_as_they_are_free():
     assert order == [*range(1, 9), 0]
 
 
-class Shown(list):
-    """A streamer that keeps the ids on the screen, with drafts. It raises after so many calls of `put`."""
-
-    def __init__(self, left=math.inf):
-        self.left = left
-
-    def put(self, ids, is_draft=False):  # noqa: ARG002
-        self.left -= 1
-        if self.left < 0:
-            raise KeyError("its own")
-        self.extend(ids.tolist())
-
-    def delete(self, num_tokens, is_draft=False):  # noqa: ARG002
-        del self[-num_tokens:]
-
-    def end(self):
-        pass
-
-
 @pytest.fixture
 def generator(byte_tokenizer, text_model):
     return HuggingfaceLlamaGenerator(byte_tokenizer, text_model, make_strategy("autoregressive"))
@@ -255,7 +235,7 @@ def test_a_streamer_that_raises_ends_its_own_request(after, drafts):
     """Guards against an error of one request that ends or changes other requests."""
     model, prompts = tiny_llama(), [[5, 9, 4], [7, 8], [3, 3, 8]]
     requests = [Request(prompt) for prompt in prompts]
-    requests.insert(1, Request([9, 9], streamer=Shown(after)))
+    requests.insert(1, Request([9, 9], streamer=Recorder(after)))
     got = in_batch(model, requests, 2, max_steps=12, **drafts)
     assert isinstance(got.pop(1), KeyError)
     assert [got[index].predicted_tokens for index in (0, 2, 3)] == tokens_alone(model, prompts, max_steps=12)

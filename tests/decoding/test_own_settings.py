@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import in_batch, tiny_llama
+from conftest import Recorder, in_batch, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import DRAFTED, Shown, raises_from
+from test_batch import DRAFTED, raises_from
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from self_speculation import GenerationConfig, Request, Sampler
@@ -123,7 +123,7 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, drafts
             row["prompt"],
             row["processors"],
             row["criteria"],
-            streamer=Shown(),
+            streamer=Recorder(),
             seed=0,
             eos_token_ids=ends,
             config=GenerationConfig(generation_strategy="self_speculative", **row["own"]),
@@ -136,5 +136,5 @@ def test_mixed_rows_end_where_plain_decoding_does(rows, batch_size, ends, drafts
     for index, request in enumerate(requests):
         if not request.config.sample or request.config.top_k == 1:
             tokens, error = plainly(decoded, request, ends)
-            assert request.streamer == tokens
+            assert (request.streamer.decided, request.streamer.drafts) == (tokens, [])
             assert type(got[index]) is type(error) if error else got[index].predicted_tokens == tokens
