@@ -86,7 +86,7 @@ class Served:
         return alone.generate(prompt, config).decoded_prediction
 
 
-def post_bytes(served, body, path="completions", **headers):
+def send(served, body, path="completions", **headers):
     headers = {"Content-Type": "application/json", **headers}
     return requests.post(f"{served.url}/v1/{path}", data=body, headers=headers, timeout=60)
 

@@ -3,7 +3,7 @@
 import openai
 import pytest
 import requests
-from servers import Served, post_bytes, tiny_generator
+from servers import Served, send, tiny_generator
 
 from serving.access import AccessMiddleware, is_loopback
 from serving.flags import ServeArguments
@@ -67,7 +67,7 @@ def test_headers_and_methods_that_clients_expect(served, monkeypatch):
         assert failed.json()["error"]["type"] == kind
         assert "access-control-allow-origin" not in failed.headers
     for content_type in ("text/plain", "application/x-www-form-urlencoded"):
-        response = post_bytes(served, b'{"prompt": "x"}', **{"Content-Type": content_type})
+        response = send(served, b'{"prompt": "x"}', **{"Content-Type": content_type})
         assert (response.status_code, "application/json" in response.text) == (400, True)
 
 
@@ -90,5 +90,5 @@ def test_limits_and_key(text_model, byte_tokenizer):
         with pytest.raises(openai.BadRequestError, match="max_tokens 11: must be at most 10"):
             served.client.completions.create(model="tiny", prompt="x", max_tokens=11)
         for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks
-            response = post_bytes(served, content, Authorization="Bearer sesame")
+            response = send(served, content, Authorization="Bearer sesame")
             assert (response.status_code, "1000 bytes" in response.text) == (413, True)
