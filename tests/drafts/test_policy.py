@@ -35,11 +35,6 @@ def line(slope, num_tokens):
     return 1.0 + slope * (num_tokens - 1)
 
 
-def curve(times, num_rows, longest):
-    """What verifications of 0, 1, ... drafted tokens cost."""
-    return [*map(times.verification(num_rows), range(longest + 1))]
-
-
 def stats(slope=0.02):
     """Nothing is known but the estimated cost of passes."""
     return ArmStats(partial(line, slope))
@@ -243,36 +238,18 @@ def test_nothing_is_worse_than_plain_steps(worlds):
     assert sorted(found)[worlds // 2] > 1.1
 
 
-@pytest.mark.parametrize("stalled", [(PLAIN, 1), ("exit 4", 1), ("exit 4", 2)])
-def test_a_stall_among_the_first_rounds_rules_out_no_source(stalled):
-    """Guards against a process that is stopped for a while, in a round of a source that is hardly known."""
+@pytest.mark.parametrize("stalled", [(PLAIN, 1), ("exit 4", 1), ("exit 4", 2), ("exit 4", 400)])
+def test_a_stall_rules_out_no_source(stalled):
+    """Guards against a process that stands still for a while, also while a source is hardly known."""
     world = World({"exit 2": 0.2, "exit 4": 0.95})
     assert mostly(play(policy(), world, 1000, stalled=stalled)[-100:]) == "exit 4"
 
 
-def test_times_are_learnt_and_a_bad_moment_is_forgotten():
-    """Guards against an estimate that is believed for ever, and against one stall that rules out a source."""
+def test_times_are_learnt_and_forgotten():
+    """Guards against an estimate that is believed for ever, and against times of a slow hour."""
     sure, chooser = {"exit 2": 0.9, "exit 4": 0.9}, policy()
     assert mostly(play(chooser, World(sure, draft=sure))[-100:]) == PLAIN
     assert mostly(play(chooser, World(sure), 3000)[-100:]) == "exit 2"
-    times, estimate = PassTimes(partial(line, 0.05)), lambda num_rows: 0.2 * line(0.05, num_rows)
-
-    def known():
-        return [*curve(times, 1, 4), times.draft_step("exit 2", 1, estimate)]
-
-    def learn(rounds, plain, verification, draft):
-        for _ in range(rounds):
-            times.add_verification(1, 0, plain)
-            times.add_verification(1, 4, verification)
-            times.add_draft("exit 2", 1, draft, estimate)
-
-    learn(40, 1.0, 2.0, 0.3)
-    usual = known()
-    assert [usual[0], *usual[4:]] == pytest.approx([1.0, 2.0, 0.3], rel=0.15)
-    learn(1, 1000.0, 1000.0, 1000.0)
-    assert all(now < 2 * before for now, before in zip(known(), usual, strict=True))
-    learn(60, 1.0, 2.0, 0.3)
-    assert known() == pytest.approx(usual, rel=0.05)
 
 
 def test_times_belong_to_a_number_of_threads():
@@ -287,32 +264,23 @@ def test_times_belong_to_a_number_of_threads():
 
 
 def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
-    """Guards against seconds of one source that are compared with plain steps of another, and a length that
-    has to be tried to find out that a shorter one is dear already.
+    """Guards against seconds of one source that are compared with plain steps of another, and against noise
+    that makes the longest draft look the cheapest.
     """
-    grows = partial(line, 0.1)
-    times, estimate = PassTimes(grows), lambda num_rows: 0.2 * grows(num_rows)
+    times, estimate = PassTimes(partial(line, 0.1)), lambda num_rows: 0.2 * line(0.1, num_rows)
 
     def known(num_rows):
-        return [*curve(times, num_rows, 2), times.draft_step("exit 2", num_rows, estimate)]
+        verifications = map(times.verification(num_rows), range(3))
+        return [*verifications, times.draft_step("exit 2", num_rows, estimate)]
 
     assert known(1) == pytest.approx([1.0, 1.1, 1.2, 0.2])
     times.add_verification(1, 0, 0.01)
     assert known(1) == pytest.approx([0.01, 0.011, 0.012, 0.002])
     assert known(8) == pytest.approx([0.017, 0.025, 0.033, 0.0034])
-    for _ in range(100):
-        times.add_verification(4, 0, 1.0)
-        times.add_verification(4, 3, 3.0)
-    found, estimated = (curve(of, 4, 8) for of in (times, PassTimes(grows)))
-    assert found[3] == pytest.approx(3.0, rel=0.1)
-    ratios = [(a - found[0]) / (b - estimated[0]) for a, b in zip(found[1:], estimated[1:], strict=True)]
-    assert ratios == pytest.approx(ratios[:1] * 8)
-    assert known(1) == pytest.approx([0.01, 0.011, 0.012, 0.002])  # of one row
     for _ in range(40):
-        times.add_verification(2, 0, 1.0)
-        times.add_verification(2, 8, 0.5)  # by noise; the longest draft must not look the cheapest
-    found = curve(times, 2, 8)
-    assert 0.0 < found[0] <= min(found[1:])
+        times.add_verification(1, 0, 0.01)
+        times.add_verification(1, 8, 0.005)
+    assert 0.0 < times.plain_step(1) <= min(known(1)[:3])
 
 
 def test_ngrams_go_before_a_copy_row_by_row():
