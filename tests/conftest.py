@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.drafts.policy import PLAIN, Plan
 from self_speculation.generator_base import single_result
 from self_speculation.model.fused_layers import fuse
+from self_speculation.model.linear import Float16Linear, works
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,6 +79,18 @@ def tiny_llama(
     if fused:
         fuse(model)
     return model
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    """A tiny Llama that a test may change."""
+    return copy.deepcopy(tiny_llama())
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+needs_fbgemm = pytest.mark.skipif(
+    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
+)
 
 
 def strategy_name(config):

@@ -90,6 +90,15 @@ def test_only_long_passes_over_prompts_are_in_bfloat16(dtype, config):
 
 
 @needs_kernels
+def test_layers_that_are_not_fused_any_more():
+    """Guards against an AttributeError: they have no copies in bfloat16."""
+    model = copy.deepcopy(model_of())
+    generate(model, PROMPTS[1], max_steps=2)
+    model.config._attn_implementation = "eager"
+    assert len(generate(model, PROMPTS[1], max_steps=2, eos=[]).predicted_tokens) == 2
+
+
+@needs_kernels
 @settings(max_examples=8)
 @given(borders=st.lists(st.integers(1, 330), max_size=3).map(sorted))
 def test_chunks_change_nothing_but_rounding(borders):

@@ -18,7 +18,7 @@ from conftest import generate, tiny_llama
 
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.policy import RoundOutcome
-from self_speculation.model import fused_layers, linear
+from self_speculation.model import linear
 from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.model_runner import forward
@@ -149,45 +149,6 @@ def run_all(*functions):
     """Run each in a thread of its own. Returns their results."""
     with ThreadPoolExecutor(len(functions)) as threads:
         return [future.result() for future in [threads.submit(function) for function in functions]]
-
-
-def test_two_threads_fuse_one_model(monkeypatch):
-    """Guards against a layer that counts as valid and reads a tensor that no parameter has any more: its
-    structure is noted after another thread has moved the weights.
-    """
-    model, turns, is_first = copy.deepcopy(tiny_llama()), Turns(), threading.local()
-
-    class Linear(linear.Linear):
-        def __init__(self, *args, **options):
-            if hasattr(is_first, "yes"):
-                turns.reach("first has begun")
-                turns.wait("second has moved a layer's weights")
-            super().__init__(*args, **options)
-
-    class RMSNorm(fused_layers.RMSNorm):
-        def __init__(self, module):
-            if not hasattr(is_first, "yes"):
-                turns.reach("second has moved a layer's weights")
-                turns.wait("first is ready")
-            super().__init__(module)
-
-    def first():
-        is_first.yes = True
-        fuse(model)
-        turns.reach("first is ready")
-
-    def second():
-        turns.wait("first has begun")
-        ids(model, PROMPTS[0])
-
-    monkeypatch.setattr(fused_layers, "Linear", Linear)
-    monkeypatch.setattr(fused_layers, "RMSNorm", RMSNorm)
-    run_all(first, second)
-    monkeypatch.undo()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
-    assert ids(model, PROMPTS[0]) == ids(copy.deepcopy(model), PROMPTS[0])
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import gc
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from test_fake_cuda import DEVICE
@@ -18,11 +17,6 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from self_speculation.model import fingerprint as fingerprints
 from self_speculation.model.fingerprint import contents, fingerprint, structure
-
-
-@pytest.fixture
-def model():
-    return copy.deepcopy(tiny_llama())
 
 
 def norm(model):

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from conftest import assert_close, generate, tiny_llama, transformers_generate
+from conftest import assert_close, generate, needs_onednn, tiny_llama, transformers_generate
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -25,13 +25,7 @@ from self_speculation.model.quantized_layers import quantized
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 INT4_DRAFTS = {"exit_layer": 4, "num_speculations": 3, "draft_weights": "int4"}
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 packed_or_not = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_onednn)])
-
-
-@pytest.fixture
-def model():
-    return copy.deepcopy(tiny_llama())
 
 
 def tokens(model, num_tokens=20, **config):

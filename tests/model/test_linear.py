@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, needs_fbgemm, needs_onednn
 from torch import nn
 
 from self_speculation.model import linear
-from self_speculation.model.linear import NARROW, Float16Linear, Linear, follow_weights, works
-
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-needs_fbgemm = pytest.mark.skipif(
-    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
-)
+from self_speculation.model.linear import NARROW, Float16Linear, Linear, follow_weights
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, NARROW, NARROW + 1])

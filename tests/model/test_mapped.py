@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import generate, tiny_llama
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from self_speculation.model.fused_layers import fuse
+from self_speculation.model.fused_layers import bytes_made, fuse
 from self_speculation.model.mapped import MappedFiles, release
 
 SHAPE = (300, 64)  # in float32 more than 18 pages
@@ -76,11 +77,16 @@ def test_without_proc_all_weights_are_read_and_kept(weights, monkeypatch):
 
 
 def test_a_packed_model_takes_no_memory_for_its_file(tmp_path):
-    """Guards against four bytes per weight: a fingerprint would read the pages of the file again."""
+    """Guards against four bytes per weight: a fingerprint would read the pages of the file again, and against
+    weights that are copied out of it.
+    """
     tiny_llama.__wrapped__(vocab_size=1000).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    places = [weight.data_ptr() for weight in model.parameters()]
     for _ in range(2):
         fuse(model, fp32_activations=True)
         generate(model, [5, 9], max_steps=2)
         assert pages_in_memory(model.model.layers[1].mlp.up_proj.weight) <= 1
         assert MappedFiles().address(model.lm_head.weight) is not None
+    assert [weight.data_ptr() for weight in model.parameters()] == places
+    assert bytes_made(model) == sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))

@@ -6,12 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import assert_close, generate, in_batch, tiny_llama
+from conftest import assert_close, generate, in_batch, needs_fbgemm, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llama_model_utils import family
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from arguments import ModelArguments
 from runs.startup import load_generator
@@ -23,8 +21,7 @@ from self_speculation import (
     make_strategy,
 )
 from self_speculation.model import linear, progress
-from self_speculation.model.fused_layers import activation_dtype, bytes_made, fuse
-from self_speculation.model.linear import Float16Linear, works
+from self_speculation.model.fused_layers import activation_dtype, fuse
 from self_speculation.model.model_runner import ModelRunner, forward
 
 PROMPTS = [[5, 9, 4], [7], [3, 3, 8, 3, 3, 8, 3], [6, 4, 11, 30, 12], [9, 8, 7, 6, 5, 4, 3, 9, 8], [21, 22]]
@@ -37,9 +34,7 @@ DRAFTS = [
     INT4_DRAFTS,
     {"exit_layer": 2, "num_speculations": 3, "draft_vocabulary": 20},
 ]
-pytestmark = pytest.mark.skipif(
-    not works(Float16Linear, torch.device("cpu"), torch.float32), reason="torch without FBGEMM"
-)
+pytestmark = needs_fbgemm
 
 
 def pair(dtype):
@@ -116,19 +111,6 @@ def test_a_hooked_model_computes_in_16_bits(models):
     assert len(generate(model, PROMPTS[0], max_steps=5, eos=[]).predicted_tokens) == 5
     handle.remove()
     assert activation_dtype(model) == torch.float32
-
-
-def test_parameters_stay_in_their_file(tmp_path):
-    """Guards against weights that are copied out of the file they are mapped from: they take memory twice."""
-    copy.deepcopy(tiny_llama()).to(torch.bfloat16).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
-    fuse(model, fp32_activations=True)
-    generate(model, PROMPTS[0], max_steps=5)
-    for name, weight in model.state_dict().items():
-        assert weight.data_ptr() == before[name][0]
-        assert torch.equal(weight, before[name][1])
-    assert bytes_made(model) == sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
 
 
 def test_progress_is_shown(models):
