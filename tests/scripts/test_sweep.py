@@ -104,7 +104,7 @@ def test_cells_are_traced_like_other_scripts_or_none_is(common, monkeypatch, mod
     no_pictures(monkeypatch)
     run = [*common, "--num_samples", "1", "--num_speculations_last", "1", "--mode", mode]
     assert sweep.main(run) == 0
-    traced = {(first, len(layers)) for (_, layers, _, _, first), _ in traces}
+    traced = {(first, len(layers)) for (*_, layers, _, _, first), _ in traces}
     assert {(0, 1), (0, 2), (0, 3), (0, 4), (1, 3), (3, 1)} <= traced
     traces.clear()
     monkeypatch.setattr(traced_runner, "_TRACES_AT_MOST", 9)
