@@ -1,13 +1,16 @@
 """Who may send requests, and how."""
 
+import threading
+
 import openai
 import pytest
 import requests
-from servers import Served, send, tiny_generator
+from helpers import watch
+from servers import Served, post, send, tiny_generator
 
 from serving.access import AccessMiddleware, is_loopback
 from serving.flags import ServeArguments
-from serving.protocol import APIError
+from serving.protocol import APIError, CompletionRequest
 
 
 def status(address, key=None, path="/v1/models", **headers):
@@ -92,3 +95,13 @@ def test_limits_and_key(text_model, byte_tokenizer):
         for content in (b"x" * 2000, iter([b"x" * 600] * 4)):  # with a length, and in chunks
             response = send(served, content, Authorization="Bearer sesame")
             assert (response.status_code, "1000 bytes" in response.text) == (413, True)
+
+
+def test_a_long_request_blocks_no_other(served, monkeypatch):
+    """It is validated, tokenized and prepared in another thread. Guards against work on the event loop."""
+    threads, own = [], served.generator
+    for owner, name in ((CompletionRequest, "model_validate_json"), (own, "encode"), (own, "tokenize")):
+        watch(monkeypatch, owner, name, lambda *_, **__: threads.append(threading.current_thread().name))
+    assert post(served, prompt="x").status_code == 200
+    assert len(threads) >= 3
+    assert all(name.startswith("asyncio_") for name in threads)  # asyncio's name of a worker

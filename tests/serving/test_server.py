@@ -28,7 +28,6 @@ from servers import (
 from tokenizers.processors import TemplateProcessing
 
 from serving.engine import QueueFull, RequestTimeout, ServerShutdown
-from serving.protocol import CompletionRequest
 
 CHAT = "chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -331,16 +330,6 @@ def test_control_tokens_in_messages_can_be_text(text_model, byte_tokenizer, monk
     assert prompts[0] == tokenizer.encode(texts[0], add_special_tokens=False)
     assert [tokenizer.decode(ids) for ids in prompts[:2]] == texts
     assert [ids.count(end_id) for ids in prompts] == ([3, 2, 1] if sanitize else [3, 3, 3])
-
-
-def test_a_long_request_blocks_no_other(served, monkeypatch):
-    """It is validated, tokenized and prepared in another thread. Guards against work on the event loop."""
-    threads, own = [], served.generator
-    for owner, name in ((CompletionRequest, "model_validate_json"), (own, "encode"), (own, "tokenize")):
-        watch(monkeypatch, owner, name, lambda *_, **__: threads.append(threading.current_thread().name))
-    assert post(served, prompt="x").status_code == 200
-    assert len(threads) >= 3
-    assert all(name.startswith("asyncio_") for name in threads)  # asyncio's name of a worker
 
 
 @pytest.mark.parametrize("stream", [False, True])
