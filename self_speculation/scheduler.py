@@ -44,11 +44,14 @@ class Decoding(NamedTuple):
     """Inputs of `DecodingStrategy.step`."""
 
     runner: ModelRunner
-    cache: KVCache
+    slots: PrefixCache
     batch: Batch
     depth: int  # number of layers that run for prompts
-    source: Any  # of drafts; None: no drafts
-    slots: PrefixCache
+    composer: Any  # `DraftComposer`; None: no drafts
+
+    @property
+    def cache(self) -> KVCache:
+        return self.slots.cache
 
 
 class DecodingStrategy(GenerationStrategy, ABC):
@@ -56,7 +59,7 @@ class DecodingStrategy(GenerationStrategy, ABC):
 
     name: GenerationStrategyName
     has_drafts = True
-    make_source: Callable[[DraftContext], DraftComposer | None] = staticmethod(lambda context: None)
+    make_composer: Callable[[DraftContext], DraftComposer | None] = staticmethod(lambda context: None)
 
     def __init__(self) -> None:
         # The cache of the last scheduler with reuse_cache. A deque, so that only one thread gets it.
@@ -92,7 +95,10 @@ class DecodingStrategy(GenerationStrategy, ABC):
 
 
 class Scheduler(Generic[Key]):
-    """Owns the sequences in flight and their KV cache.
+    """Admits requests and does rounds for the sequences in flight.
+
+    Row i of `batch`, row i of the KV cache and slot i of its `PrefixCache` are one sequence's. Only
+    `pop_finished` and `_prefill_chunk` change rows, in all three.
 
     If a request is invalid, or its processors, criteria or streamer raise, the error is its result and the
     other requests go on. An error in a pass over several rows is raised, as is any RankError. Change weights
@@ -100,8 +106,10 @@ class Scheduler(Generic[Key]):
 
     Args:
         batch_size: the most sequences at a time.
-        token_budget: tokens of a step. Decoding sequences come first; prompts are prefilled in chunks of the
-            rest, in turn (as in Sarathi-Serve, arXiv 2403.02310). None: a prompt is prefilled at once.
+        token_budget: tokens of a step (as in Sarathi-Serve, arXiv 2403.02310). A decoding row counts as one,
+            whatever it drafts; waiting prompts are prefilled in chunks of the rest, in turn, at least one
+            token. Nobody waits for a step without decoding rows, so it prefills whole chunks. None: a prompt
+            is prefilled at once.
 
     Raises:
         ValueError: an unsupported model or config, or a batch size below 1.
@@ -162,7 +170,8 @@ class Scheduler(Generic[Key]):
     @torch.inference_mode()
     def add_request(self, key: Key, request: Request) -> None:
         """Queue a request. Without a token budget, and with a free slot, its prompt is prefilled at once."""
-        started, self._setup_time = time.perf_counter() - self._setup_time, 0.0
+        started = time.perf_counter() - self._setup_time
+        self._setup_time = 0.0
         config, has_drafts = self._model.config, self._strategy.has_drafts
         try:
             check_followed(self._model)  # the model may have changed
@@ -189,7 +198,9 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Do one round for all sequences, unless one has finished and waits to be popped; then prefill."""
+        """Do one round for all sequences, unless one has finished and waits to be popped. Then prefill in any
+        case.
+        """
         if self.batch and all(sequence.remaining for sequence in self.batch.sequences):
             self._decode()
         self._prefill_waiting()
@@ -256,8 +267,8 @@ class Scheduler(Generic[Key]):
         cache = decoding.slots.prompt_view(sequence)
         tokens = sequence.history()[:, sequence.num_computed :][:, :num_tokens]
         is_last = sequence.num_computed + tokens.shape[1] == len(sequence.prompt)
-        if is_last and decoding.source is not None:
-            logits = decoding.source.read_prompt(decoding.runner, cache, sequence, tokens)
+        if is_last and decoding.composer is not None:
+            logits = decoding.composer.prefill(decoding.runner, cache, sequence, tokens)
         else:
             passed = forward_early(decoding.runner, cache, tokens, decoding.depth, num_logits=int(is_last))
             logits = passed.logits
@@ -282,8 +293,8 @@ class Scheduler(Generic[Key]):
             with self._without_autocast():
                 runner = make_runner(self._model)
                 slots = self._make_slots(runner)
-                source = self._strategy.make_source(DraftContext(runner, self._config))
-                self._prepared = Decoding(runner, slots.cache, self.batch, self._depth, source, slots)
+                composer = self._strategy.make_composer(DraftContext(runner, self._config))
+                self._prepared = Decoding(runner, slots, self.batch, self._depth, composer)
         return self._prepared
 
     def _make_slots(self, runner: ModelRunner) -> PrefixCache:

@@ -2,8 +2,8 @@
 2404.16710, §3.3).
 
 Draft and verification share one KV cache. Verification starts from the hidden states at the exit layer,
-which the draft kept (the paper's exit query cache): no layer processes a token twice. Drafts of n-grams or
-of a copy of the layers are verified by all layers.
+which the draft kept (the paper's exit query cache): no layer processes a token twice. Drafts of n-grams, of
+a copy of the layers, or of several sources for different rows are verified by all layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import Verification, verify_draft
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.draft import Draft
-from self_speculation.drafts.registry import DraftContext, make_source
+from self_speculation.drafts.registry import DraftContext, make_composer
 from self_speculation.model.captured_runner import PassRange, make_runner
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.model_runner import ModelRunner, forward_early
@@ -33,19 +33,19 @@ class SelfSpeculativeGenerationStrategy(DecodingStrategy):
 
     name: GenerationStrategyName = "self_speculative"
 
-    make_source = staticmethod(make_source)
+    make_composer = staticmethod(make_composer)
 
     @torch.inference_mode()
     def prepare(self, model: PreTrainedModel, config: GenerationConfig) -> None:
         """Build draft copies before timing starts. Raises ValueError if the model can have none."""
         config = replace(config, generation_strategy=self.name)
-        self.make_source(DraftContext(make_runner(model), config))
+        self.make_composer(DraftContext(make_runner(model), config))
 
     def passes(self, decoding: Decoding) -> Iterator[PassRange]:
-        return decoding.source.passes(decoding.runner, decoding.batch.longest_draft)
+        return decoding.composer.passes(decoding.runner, decoding.batch.longest_draft)
 
     def step(self, decoding: Decoding) -> None:
-        speculate(decoding.runner, decoding.cache, decoding.batch, decoding.source)
+        speculate(decoding.runner, decoding.cache, decoding.batch, decoding.composer)
 
 
 class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
@@ -57,18 +57,18 @@ class AdaptiveGenerationStrategy(SelfSpeculativeGenerationStrategy):
     name: GenerationStrategyName = "adaptive"
 
 
-def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, source: DraftComposer) -> None:
+def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: DraftComposer) -> None:
     """One round: draft, verify, learn, roll back, commit.
 
     Between two rounds the cache holds all tokens of a row but the last. One read from the device, and those
     of the source.
     """
     numbers = batch.draw_numbers()
-    draft = source.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
+    draft = composer.draft(batch, cache, batch.draft_limits(), numbers.draft)  # k tokens, k <= K
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
     num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
-    source.learn(batch, draft, num_accepted)
+    composer.learn(batch, draft, num_accepted)
     k = draft.tokens.shape[1]
     cache.rollback([k - accepted for accepted in num_accepted])
     batch.commit(tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)
@@ -76,7 +76,9 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, source: DraftCo
 
 def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draft) -> Tensor:
     """[B, k+1, V] processed logits of the full model: [:, i] for drafted token i, [:, k] for the token after.
-    The layers that did not draft run once, over all k+1 tokens.
+
+    The layers that did not draft run once, over all k+1 tokens; those that did, over the last one, which no
+    token was drafted from. Drops what a draft has cached that verification cannot use.
     """
     k, layer = draft.tokens.shape[1], draft.exit_layer
     inputs = torch.cat((batch.last, draft.tokens), 1)  # [B, k+1] ids
@@ -86,7 +88,7 @@ def target_logits(runner: ModelRunner, cache: KVCache, batch: Batch, draft: Draf
             states = [*states, forward_early(runner, cache, inputs[:, -1:], layer, num_logits=0).hidden]
         inputs = torch.cat(states, dim=1)  # [B, k+1, H]
     else:
-        cache.rollback_draft()  # what a copy appended
+        cache.rollback_draft()
     logits = runner.run(cache, inputs, layer, len(runner.layers), k + 1).logits
     return batch.process(logits, counts=[length + 1 for length in draft.lengths])
 

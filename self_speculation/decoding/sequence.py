@@ -33,7 +33,7 @@ class Failure(NamedTuple):
 
 
 class Sequence:
-    """Prompt, output and draft, in this order in one buffer on the device.
+    """Prompt and output of one request. They are on the host; see `mirrors_ids`.
 
     Args:
         request: in token ids. Its own config overrides `config`, that of the batch.
@@ -132,8 +132,10 @@ class Sequence:
         return bool(self._processors)
 
     @property
-    def ids_are_read(self) -> bool:
-        """On the device."""
+    def mirrors_ids(self) -> bool:
+        """Whether the ids of the output are also on the device, behind the prompt: processors or criteria
+        read them, and processors the draft behind them.
+        """
         return bool(self._processors or self._stopping.criteria)
 
     def process(self, logits: Tensor, num_drafted: int, count: int) -> Tensor:
@@ -192,7 +194,7 @@ class Sequence:
                     self.error = failure.error
                     break
                 # Accepted tokens are there already if processors have read them.
-                if self.ids_are_read and not (self._processors and i < len(tokens) - 1):
+                if self.mirrors_ids and not (self._processors and i < len(tokens) - 1):
                     self._ids[0, self.length] = token
                 self.tokens.append(token)
                 self.stop_reason = self._stopping.reason(self.tokens, self.history(), logits[i : i + 1])

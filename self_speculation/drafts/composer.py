@@ -68,7 +68,7 @@ class DraftComposer:
         # Of prompts since the last round: exits, positions, and a read of how many of these each had right.
         self._judgements: list[tuple[list[str], int, Reading]] = []
 
-    def read_prompt(self, runner: ModelRunner, cache: KVCache, sequence: Sequence, tokens: Tensor) -> Tensor:
+    def prefill(self, runner: ModelRunner, cache: KVCache, sequence: Sequence, tokens: Tensor) -> Tensor:
         """Prefill the last tokens [1, T] of a prompt; returns the logits [1, 1, V] after them.
 
         For adaptive decoding, judge exits by the last tokens: would they have drafted what the model says?

@@ -30,7 +30,7 @@ class Draft:
     probabilities: Tensor | None  # [B, k, V] that they were sampled from; None when greedy, or if k is 0
     lengths: abc.Sequence[int]  # [B] of the k tokens; the rest is padding
     exit_layer: int = 0  # layers that have processed the draft; 0: none, or a copy of them
-    # k or k+1 states [B, 1, H]: inputs of the drafted tokens, then optionally the last one
+    # States [B, 1, H] of the last token and the drafted ones, without the last of these (k) or with it (k+1).
     exit_hidden: list[Tensor] = field(default_factory=list)
     confidences: Confidences = ()  # empty unless drafts end by them
     matched: abc.Sequence[int] = ()  # [B] tokens that an n-gram matched; empty without n-grams

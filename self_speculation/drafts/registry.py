@@ -94,7 +94,7 @@ class SourceEntry(NamedTuple):
     make: Callable[[DraftContext], Iterable[DraftSource]]  # several: what adaptive decoding picks from
 
 
-def make_source(context: DraftContext) -> DraftComposer:
+def make_composer(context: DraftContext) -> DraftComposer:
     """The sources that the config asks for.
 
     Raises:

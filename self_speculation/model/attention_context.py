@@ -95,7 +95,7 @@ class AttentionContext:
         rotations = _rotations(runner, cos, sin, rows)
         return cls(rows, width, make_mask, rotations, (cos, sin), kernel, splits_keys, first)
 
-    def reading(self, cache: Appendable) -> Appendable:
+    def visible(self, cache: Appendable) -> Appendable:
         """The cache, or what its tokens see of it."""
         return SeenFrom(cache, self.first_key) if self.first_key else cache
 

@@ -139,7 +139,8 @@ class KVCache(Appendable):
 
         length(layer, row) = appended[layer] - missing[row]
 
-    The cache is *uniform* while all rows have one length.
+    Appended positions include those that were dropped. A row misses them, and those by which it was shorter
+    than the longest row. The cache is *uniform* while all rows have one length.
     """
 
     is_prompt = False  # the next positions are a prompt's
@@ -150,9 +151,9 @@ class KVCache(Appendable):
 
     def set_rows(self, lengths: Sequence[int]) -> None:
         """Set row lengths; keys and values are already in the slots."""
-        self._committed = max(lengths, default=0)  # appended to every layer when the last round began
+        self._committed = max(lengths, default=0)  # appended to every layer between two rounds
         self._appended = [self._committed] * len(self.buffers.of_layers)  # by layer
-        self._missing = [self._committed - length for length in lengths]  # by row, of the appended positions
+        self._missing = [self._committed - length for length in lengths]  # by row
         self._missing_on_device: Tensor | None = None  # the same on the device, [B, 1]
 
     @property
@@ -271,7 +272,7 @@ class KVCache(Appendable):
         self._committed = least
 
     def rollback_draft(self) -> None:
-        """Drop positions appended since the last `rollback` or `add_row`."""
+        """Drop positions appended since the last `rollback` or `set_rows`."""
         self._appended = [self._committed] * len(self._appended)
 
     def prompt_view(self, slot: int, length: int = 0) -> KVCache:

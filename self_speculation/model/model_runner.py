@@ -210,7 +210,7 @@ class ModelRunner:
         in_bfloat16 = self._prefills_in_bfloat16 and cache.is_prompt and len(states) >= LONG
         for layer, kind in zip(self.layers[first:last], kinds, strict=True):
             layer = layer.in_bfloat16() if in_bfloat16 else layer
-            states = layer(states, context := contexts[kind], context.reading(takes_keys))
+            states = layer(states, context := contexts[kind], context.visible(takes_keys))
         return states.view(rows, width, -1)
 
     def logits(self, hidden: Tensor, num_logits: int) -> Tensor:

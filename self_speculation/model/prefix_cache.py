@@ -48,12 +48,11 @@ class PrefixCache:
 
         The last token of a prompt is never found: its logits are needed.
         """
-        prompt, holders = sequence.prompt[:-1], enumerate(self._holders)
-        free = [(held, slot) for slot, held in holders if isinstance(held, _Prefix)]
-        length, _, slot = max((prefix.shared(prompt), -prefix.age, -slot) for prefix, slot in free)
-        sequence.num_computed = sequence.num_cached = length
-        sequence.slot = -slot
-        self._holders[-slot] = sequence
+        prompt = sequence.prompt[:-1]
+        free = {slot: held for slot, held in enumerate(self._holders) if isinstance(held, _Prefix)}
+        slot = max(free, key=lambda slot: (free[slot].shared(prompt), -free[slot].age, -slot))
+        sequence.num_computed = sequence.num_cached = free[slot].shared(prompt)
+        self._put(sequence, slot)
 
     def prompt_view(self, sequence: Any) -> KVCache:
         """The sequence's slot, to go on with its prompt."""

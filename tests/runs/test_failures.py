@@ -52,7 +52,7 @@ def fails_at(monkeypatch):
             return run(self, *args)
 
         count = staticmethod(lambda context: answers.append(1))  # it makes no source of drafts
-        monkeypatch.setattr(AutoRegressiveGenerationStrategy, "make_source", count)
+        monkeypatch.setattr(AutoRegressiveGenerationStrategy, "make_composer", count)
         monkeypatch.setattr(ModelRunner, "run", maybe)
 
     return arrange
