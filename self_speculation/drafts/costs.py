@@ -86,6 +86,9 @@ class PassTimes:
 
     # Longer times count as this many times the expected time.
     _TOO_LONG = 3.0
+    # The estimated slope weighs as much as one pass that costs this many plain steps more than a plain step.
+    # On a GPU two tokens more cost half a hundredth of a step, and the noise of a pass is ten times that.
+    _PRIOR_EXCESS = 0.3
 
     def __init__(self, growth: Callable[[int], float]) -> None:
         self._growth = growth
@@ -145,10 +148,11 @@ class PassTimes:
             self._plain_steps.setdefault(num_rows, DecayedMean(0.0, weight=0.0)).add(seconds)
         elif excess > 0.0:
             more = seconds / self.plain_step(num_rows) - 1.0
-            self._slope(num_rows).add(max(0.0, more / excess))
+            weight = min(1.0, (excess / self._PRIOR_EXCESS) ** 2)
+            self._slope(num_rows).add(max(0.0, more / excess), weight)
 
     def _slope(self, num_rows: int) -> DecayedMean:
-        return self._slopes.setdefault(num_rows, DecayedMean(1.0))
+        return self._slopes.setdefault(num_rows, DecayedMean(1.0, weight=1.0))
 
     def _estimated_excess(self, num_rows: int, num_drafted: int) -> float:
         """Cost of a verification beyond a plain step, in plain steps."""

@@ -283,6 +283,15 @@ def test_times_of_rows_and_lengths_that_are_not_known_are_estimated():
     assert 0.0 < times.plain_step(1) <= min(known(1)[:3])
 
 
+def test_noise_of_passes_that_cost_hardly_more_is_no_slope():
+    """Guards against long drafts that seem dear on a GPU, after short ones in rounds of uneven length."""
+    times, noise = PassTimes(partial(line, 0.002)), random.Random(0)
+    for number in range(400):
+        drafted = 2 * (number % 4 > 0)
+        times.add_verification(1, drafted, 0.02 * line(0.002, 1 + drafted) * noise.gauss(1.0, 0.08))
+    assert times.verification(1)(16) < 1.1 * times.plain_step(1)
+
+
 def test_ngrams_go_before_a_copy_row_by_row():
     """Guards against one source for all rows."""
     chooser, shared = policy(copy_takes=0.05), {"slope": 0.005, "draft": {COPY: 0.05}}
