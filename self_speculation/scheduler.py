@@ -274,8 +274,8 @@ class Scheduler(Generic[Key]):
             logits = passed.logits
         sequence.num_computed += tokens.shape[1]
         if is_last:
+            decoding.slots.join(sequence)  # may find no memory: before it is a row of the batch
             self.batch.add(sequence, logits[0])
-            decoding.slots.join(sequence)
         self._waiting.remove(sequence)
         if not is_last:
             self._waiting.append(sequence)

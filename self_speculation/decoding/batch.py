@@ -129,8 +129,9 @@ class Batch:
             return None
         reading = Reading([tokens] if confidence is None else [tokens, confidence])
         for row in shown:
+            id_ = int(reading.wait()[row])  # an error of the device is not the streamer's
             with self.sequences[row].failing_alone():
-                self.sequences[row].stream.show_drafted(int(reading.wait()[row]))
+                self.sequences[row].stream.show_drafted(id_)
         return reading
 
     def stack(self, sampled_tokens: abc.Sequence[SampledTokens]) -> tuple[Tensor, Tensor | None]:

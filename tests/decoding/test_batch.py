@@ -275,6 +275,25 @@ def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
     assert [got[index].predicted_tokens for index in (1, 3)] == tokens_alone(model, PROMPTS[:2], max_steps=5)
 
 
+def test_a_prompt_that_finds_no_memory_to_join_fails_alone(monkeypatch):
+    """Guards against a row of the batch without a slot, which ended all requests of a scheduler."""
+    model, prompts = tiny_llama(), {"decodes": [9, 9, 9], "is read": [*range(3, 40)], "joins": [5, 6, 7]}
+    scheduler, swap = scheduler_of(model, 3, budget=4), KVCache.swap
+
+    def out_of_memory(*_):
+        monkeypatch.setattr(KVCache, "swap", swap)
+        raise torch.OutOfMemoryError
+
+    for key in prompts:
+        scheduler.add_request(key, Request(prompts[key]))
+        scheduler.step()
+        monkeypatch.setattr(KVCache, "swap", out_of_memory)
+    got = drained(scheduler)
+    assert isinstance(got.pop("joins"), torch.OutOfMemoryError)
+    alone = tokens_alone(model, [prompts[key] for key in got], max_steps=12)
+    assert [result.predicted_tokens for result in got.values()] == alone
+
+
 def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     """Guards against a cache that doubles beyond the longest possible sequence, or beyond that of a finished
     row.
