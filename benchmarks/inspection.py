@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from measures.comparison import exact_logits, near_tie_bound
 from self_speculation.model import captured_runner
-from self_speculation.model.captured_runner import capture_decoding, decode_eagerly, make_runner
+from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.devices import synchronize
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import quantized
+from self_speculation.model.runners import make_runner
 
 
 class HostTime(NamedTuple):

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from self_speculation.config import GenerationConfig
 from self_speculation.decoding.sampling import Sampler
 from self_speculation.drafts.registry import make_drafter
-from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.devices import broadcast_from_rank0, synchronize
 from self_speculation.model.model_runner import forward, forward_early
+from self_speculation.model.runners import make_runner
 from self_speculation.threads import adjust_threads
 
 # Draft lengths whose verification is timed. Captured passes have widths of powers of two, so their cost jumps

@@ -26,14 +26,15 @@ from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.registry import DraftContext
 from self_speculation.drafts.shared import finished_answers
 from self_speculation.generator_base import GenerationStrategy
-from self_speculation.model.captured_runner import PassRange, make_runner, run_every_pass
+from self_speculation.model.captured_runner import run_every_pass
 from self_speculation.model.devices import in_step
 from self_speculation.model.families import check_supported, context_length, described_context
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import warn_of_fp32_precision
-from self_speculation.model.model_runner import ModelRunner, forward_early, prefill_chunk
+from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early, prefill_chunk
 from self_speculation.model.overrides import check_followed
 from self_speculation.model.prefix_cache import PrefixCache, cache_fingerprint
+from self_speculation.model.runners import make_runner
 from self_speculation.results import GenerationStrategyResult
 from self_speculation.threads import adjust_threads
 

@@ -21,11 +21,11 @@ from self_speculation.drafts.draft import Draft, DraftSource, join
 from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import LookupDrafts
 from self_speculation.drafts.policy import PLAIN, FixedPolicy, RoundOutcome
-from self_speculation.model.captured_runner import PassRange, num_prepared
 from self_speculation.model.devices import broadcast_from_rank0
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.model.linear import NARROW
-from self_speculation.model.model_runner import ModelRunner, forward
+from self_speculation.model.model_runner import ModelRunner, PassRange, forward
+from self_speculation.model.runners import num_prepared
 from self_speculation.model.short_head import ShortHead
 from self_speculation.transfers import Reading, Stopwatch
 

@@ -15,9 +15,8 @@ from torch.nn.functional import pad
 
 from self_speculation.decoding.batch import Batch
 from self_speculation.drafts.policy import Arm, Confidences, ShouldContinue
-from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.model_runner import ModelRunner, PassRange
 from self_speculation.transfers import on_device
 
 

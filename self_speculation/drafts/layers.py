@@ -11,9 +11,8 @@ from self_speculation.decoding.batch import Batch
 from self_speculation.decoding.sampling import SampledTokens
 from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.policy import Arm, ShouldContinue
-from self_speculation.model.captured_runner import PassRange
 from self_speculation.model.kv_cache import KVCache
-from self_speculation.model.model_runner import ModelRunner, forward_early
+from self_speculation.model.model_runner import ModelRunner, PassRange, forward_early
 from self_speculation.model.short_head import ShortHead
 
 

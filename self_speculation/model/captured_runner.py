@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,8 @@ from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
 from self_speculation.model.kv_cache import KVCache, WrittenAt, round_up
 from self_speculation.model.made import lock, made
-from self_speculation.model.model_runner import ModelRunner
+from self_speculation.model.model_runner import ModelRunner, PassRange
 from self_speculation.model.progress import progress
-from self_speculation.model.traced_runner import TracedRunner, num_traces
 
 # The cache grows by so many positions. It has this many positions for padding, so wider passes are eager.
 _STEP, _PADDING = 1024, 64
@@ -84,17 +83,10 @@ def is_captured(model: PreTrainedModel) -> bool:
     return _captured(model).is_on
 
 
-def num_prepared(model: PreTrainedModel) -> int:
-    """Passes that were ever traced or captured. A round that prepares one takes ten times as long."""
+def num_captures(model: PreTrainedModel) -> int:
+    """Passes captured so far, of those that are kept now."""
     passes = _captured(model).passes
-    return num_traces(model) + (passes.num_captured if passes else 0)
-
-
-def make_runner(model: PreTrainedModel) -> ModelRunner:
-    """The runner with the least work for the host."""
-    if is_captured(model):
-        return CapturedRunner(model)
-    return (TracedRunner if model.device.type == "cpu" else ModelRunner)(model)
+    return passes.num_captured if passes else 0
 
 
 class CapturedRunner(ModelRunner):
@@ -165,15 +157,6 @@ class CapturedCache(KVCache):
         self.passes.reserve(num_positions)
 
 
-class PassRange(NamedTuple):
-    """Passes over 1 to `max_width` tokens of each row."""
-
-    runner: ModelRunner
-    first: int  # layer
-    last: int  # the layer after the last one
-    max_width: int = 1
-
-
 def run_every_pass(
     cache: KVCache, passes: Iterable[PassRange], num_rows: int, num_positions: int, longest: int = 0
 ) -> None:
@@ -190,7 +173,7 @@ def run_every_pass(
         (runner, first, last, rows, width)
         for runner, first, last, max_width in passes
         for rows in _powers(num_rows)
-        for width in _powers(max_width)
+        for width in _powers(min(max_width, _PADDING))
     ]
     shapes = [(*kind, num_keys) for kind in kinds for num_keys in _lengths(num_positions)]
     num_layers = sum(last - first for _, first, last, *_ in kinds)
@@ -272,7 +255,9 @@ class _Passes:
 
     def reserve(self, num_positions: int) -> None:
         """Make room for so many positions and padding. A larger cache ends all captured passes."""
-        needed = round_up(min(num_positions, context_length(self._runner.config)) + _PADDING, _STEP)
+        # After the context there is padding, or what a wider pass rolls back.
+        least = min(num_positions, context_length(self._runner.config)) + _PADDING
+        needed = round_up(max(least, num_positions), _STEP)
         if needed <= self.capacity:
             return
         self._drop_replays()

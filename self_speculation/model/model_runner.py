@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,15 @@ class ModelRunner:
         states = hidden[:, -num_logits:].flatten(0, 1)
         # The head may be elsewhere; callers expect the embedding's device.
         return self.head(states).view(rows, num_logits, -1).to(self.rotary.device)
+
+
+class PassRange(NamedTuple):
+    """Passes over 1 to `max_width` tokens of each row."""
+
+    runner: ModelRunner
+    first: int  # layer
+    last: int  # the layer after the last one
+    max_width: int = 1
 
 
 def forward(runner: ModelRunner, cache: KVCache, input_ids: Tensor, num_logits: int = 1) -> ForwardResult:

@@ -20,11 +20,11 @@ from self_speculation.model.attention_context import AttentionContext
 from self_speculation.model.captured_runner import (
     capture_decoding,
     decode_eagerly,
-    make_runner,
 )
 from self_speculation.model.families import AttentionType
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.model_runner import PREFILL_CHUNK, forward
+from self_speculation.model.runners import make_runner
 from self_speculation.scheduler import Scheduler
 
 PROMPT = [5, 9, 4, 7, 7, 3]

@@ -19,9 +19,9 @@ from conftest import generate, tiny_llama
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.policy import RoundOutcome
 from self_speculation.model import linear
-from self_speculation.model.captured_runner import make_runner
 from self_speculation.model.fused_layers import fuse
 from self_speculation.model.model_runner import forward
+from self_speculation.model.runners import make_runner
 from self_speculation.model.traced_runner import num_traces, trace_after
 
 NUM_THREADS = 6

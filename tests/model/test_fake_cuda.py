@@ -37,6 +37,7 @@ from self_speculation.model.attention import AttentionKernel
 from self_speculation.model.fused_layers import NARROW, fuse
 from self_speculation.model.loading import resolve_device
 from self_speculation.model.model_runner import PREFILL_CHUNK, ModelRunner, forward_early
+from self_speculation.model.runners import make_runner
 from self_speculation.model.traced_runner import trace_after
 from self_speculation.scheduler import Scheduler
 from self_speculation.transfers import Reading, on_device
@@ -311,7 +312,7 @@ def test_operators_of_attention(cuda, dtype, capability, plain, masked, monkeypa
 
     def called(lengths, *widths):
         """By passes over the prompts of such rows, and of such widths over all rows."""
-        runner = captured_runner.make_runner(model)
+        runner = make_runner(model)
         cache = runner.new_cache(30, max(lengths) + 40, len(lengths))
         with torch.inference_mode(), Kernels() as ran:
             cache.set_rows([])
