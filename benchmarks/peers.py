@@ -16,7 +16,7 @@ from benchmarks.sides import EARLY_EXIT, LOOKUP, TRANSFORMERS, Answers, Side, th
 from self_speculation import GenerationConfig
 
 # Formats of llama.cpp by their number in `llama_ftype`: the weights as they are, and in fewer bits.
-LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3}
+LLAMA_CPP = {"F16": 1, "BF16": 32, "Q8_0": 7, "Q4_1": 3, "Q4_0": 2, "Q4_K_M": 15}
 
 _TRIES = 2  # of each format; the first one warms up
 

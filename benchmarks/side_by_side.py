@@ -9,7 +9,7 @@ or two batches, at a turn. The sides:
 - `generate` of transformers, on a CPU in its fastest format for each side and batch size: plain; with
   `assistant_early_exit` at the same exit layer and draft length; with prompt lookup. The latter two take one
   prompt at a time.
-- llama.cpp with --peers llama.cpp: in 16 bits, and in fewer (Q8_0, Q4_1).
+- llama.cpp with --peers llama.cpp: in 16 bits, and in fewer (Q8_0, Q4_1, Q4_0, Q4_K_M).
 - here: autoregressive; self-speculative by the flags of drafting; by an int4 copy of all layers; adaptive
   (with a copy if --draft_weights asks for one).
 
