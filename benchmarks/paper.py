@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import MAY_DIFFER, ModelArguments, at_least, check, parse, refuse
 from measures.plots import bars
+from runs import ranks
 from runs.heading import machine
 from runs.program import run
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe
@@ -93,14 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             paper = Run.create(model_args.output_dir, "paper", description)
         missing: dict[int, str] = {}
         try:
-            for number in rows.index.difference(list(paper.records())):
-                print(f"{rows['row'][number]} ...", file=sys.stderr)
-                found = _measured(_flags(rows.loc[number], model_args, args), paper.folder / f"row{number}")
-                if isinstance(found, str):
-                    missing[number] = found
-                    print(f"  not measured: {found}", file=sys.stderr)
-                else:
-                    paper.append({"index": number, **found})
+            with ranks.process_group():  # SIGTERM ends the program of a row, too
+                for number in rows.index.difference(list(paper.records())):
+                    print(f"{rows['row'][number]} ...", file=sys.stderr)
+                    flags = _flags(rows.loc[number], model_args, args)
+                    found = _measured(flags, paper.folder / f"row{number}")
+                    if isinstance(found, str):
+                        missing[number] = found
+                        print(f"  not measured: {found}", file=sys.stderr)
+                    else:
+                        paper.append({"index": number, **found})
         except KeyboardInterrupt:
             paper.write_status("interrupted")
             print(f"interrupted; go on with --resume {paper.folder}", file=sys.stderr)

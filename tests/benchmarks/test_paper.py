@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pandas
@@ -91,6 +94,24 @@ def test_ctrl_c_in_a_row_is_continued_there(started, endless_folder, tmp_path, m
     assert paper.main(args) == 130
     assert about(only_run(tmp_path))["status"] == "interrupted"
     assert f"go on with --resume {only_run(tmp_path)}" in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_program_of_a_row(endless_folder, tmp_path, monkeypatch, capsys):
+    """Guards against a row that goes on without its table."""
+    program, pid = tmp_path / "program", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {pid}\nkill $PPID\nexec sleep 20\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)  # of this process, which is the parent
+    try:
+        args = ["--rows", "human_eval", "--model", str(endless_folder)]
+        assert paper.main([*args, "--output_dir", str(tmp_path / "logs")]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert about(only_run(tmp_path))["status"] == "interrupted"
+    assert "interrupted; go on with --resume" in capsys.readouterr().err
 
 
 def test_rows_that_there_are_not(capsys):
