@@ -289,7 +289,7 @@ def read_run(folder: str) -> dict[str, Any]:
     """Read `run.json` in the folder of --resume.
 
     Raises:
-        ValueError: there is none, or it is not of a run.
+        ValueError: there is none, it is not of a run, or of one with a value that is gone.
     """
     try:
         described = json.loads((Path(folder).expanduser() / "run.json").read_text("utf-8"))
@@ -297,6 +297,11 @@ def read_run(folder: str) -> dict[str, Any]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"resume {folder}: no run.json of a run in there") from error
+    confidence = described["arguments"].get("draft_confidence")
+    if confidence == "auto":
+        raise ValueError(f"resume {folder}: that run had --draft_confidence auto, which is gone; begin anew")
+    if isinstance(confidence, str):  # as earlier versions recorded it
+        described["arguments"]["draft_confidence"] = float(confidence)
     return described
 
 

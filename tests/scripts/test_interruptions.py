@@ -207,3 +207,17 @@ def test_tuned_refuses_an_interrupted_sweep(common, tmp_path, monkeypatch, capsy
     assert sweep.main([*common, *GRID]) == 130
     said = refused(benchmark.main, [*common[:2], "--tuned", str(tmp_path / "logs")], capsys)
     assert f"unfinished, go on with sweep.py --resume {only_run(tmp_path)}" in said
+
+
+def test_a_confidence_that_was_recorded_as_text(common, tmp_path, capsys):
+    """Guards against runs of earlier versions that cannot go on."""
+    assert benchmark.main([*common, *SPECULATION, "--draft_confidence", "0.4"]) == 0
+    folder = only_run(tmp_path)
+    run = about(folder)
+    run["arguments"]["draft_confidence"] = "0.40"
+    (folder / "run.json").write_text(json.dumps(run))
+    assert benchmark.main(["--resume", str(folder)]) == 0
+    run["arguments"]["draft_confidence"] = "auto"
+    (folder / "run.json").write_text(json.dumps(run))
+    said = refused(benchmark.main, ["--resume", str(folder)], capsys)
+    assert said.endswith(f"--resume {folder}: that run had --draft_confidence auto, which is gone; begin anew")
