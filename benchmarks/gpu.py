@@ -9,8 +9,8 @@ about as often as those of the published LayerSkip checkpoints do. Prompts are r
 eager and captured, with the model's first layers and with an int4 copy of all. Sides alternate. (Llama-3.2-1B
 ties its head to its embedding; here they are two.) Row r of a batch has a prompt of r tokens less.
 
-Above the table stand the memory bandwidth, the host's time for an eager layer and for a captured pass, and
-the device's time for the products of a layer.
+Above the table stand the memory bandwidth, the host's time for an eager layer and for a captured pass, the
+kernels of an eager plain step and round, and the device's time for the products of a layer.
 
 The columns are about decoding without prefill: *tokens/s* of all sequences together; *x ours*, *x hf*:
 speed-up over eager autoregressive decoding and over transformers; *limit*: the share of the memory bandwidth
@@ -50,7 +50,15 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, at_least, check, parse, refuse
-from benchmarks.inspection import HostTime, Judged, ProductTime, host_time, judge_greedy, product_times
+from benchmarks.inspection import (
+    HostTime,
+    Judged,
+    ProductTime,
+    count_work,
+    host_time,
+    judge_greedy,
+    product_times,
+)
 from benchmarks.sides import (
     ADAPTIVE,
     COPY,
@@ -367,6 +375,10 @@ def measure_all(args: GpuArguments, device: torch.device, about: Record, rows: l
     about["host_us"] = host and host._asdict()
     if host is not None:
         show_host_time(host, device)
+    for name in (PLAIN, SPECULATIVE):
+        if (work := attempted("kernels", count_work, model, parts[0].strategy(name))) is not None:
+            about.setdefault("work", {})[name] = work._asdict()
+            print(f"{name}, eager round: {work.kernels} kernels, {work.calls} calls", flush=True)
     products = attempted("products", product_times, model, _TOKENS)
     about["product_us"] = products and [each._asdict() for each in products]
     if products is not None:

@@ -1,4 +1,6 @@
-"""The host's time for a pass, the device's for products, and whether greedy ids are right."""
+"""The host's time for a pass, the kernels of a round, the device's time for products, and whether greedy ids
+are right.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +8,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from measures.comparison import exact_logits, near_tie_bound
+from measures.timed_runs import run_every_pass
+from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.model import captured_runner
 from self_speculation.model.captured_runner import capture_decoding, decode_eagerly
 from self_speculation.model.devices import synchronize
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import quantized
 from self_speculation.model.runners import make_runner
+from self_speculation.scheduler import Scheduler
+
+_NO_KERNELS = ("device", "empty", "empty_like", "empty_strided")
 
 
 class HostTime(NamedTuple):
@@ -65,6 +73,41 @@ def host_time(model: PreTrainedModel) -> HostTime:
         finally:
             decode_eagerly(model)
     return HostTime(layer, captured)
+
+
+class Work(NamedTuple):
+    """What one round of a strategy calls."""
+
+    kernels: int
+    calls: int  # views, too
+
+
+class _Counter(TorchDispatchMode):
+    """Counts calls of operators, and those that are kernels: neither views nor memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.calls = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_view = function.is_view
+        if is_view and isinstance(result, torch.Tensor):  # such as `reshape`, which may copy
+            is_view = result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+        self.calls += 1
+        self.kernels += not (is_view or function._opname in _NO_KERNELS)
+        return result
+
+
+def count_work(model: PreTrainedModel, config: GenerationConfig) -> Work:
+    """The work of one eager round of this strategy over one sequence."""
+    strategy, prompt = make_strategy(config.generation_strategy), [1] * 32
+    run_every_pass(strategy, model, prompt, config)
+    scheduler = Scheduler[int](strategy, model, config, batch_size=1)
+    scheduler.add_request(0, Request(prompt))
+    with _Counter() as counter:
+        scheduler.step()
+    return Work(counter.kernels, counter.calls)
 
 
 class ProductTime(NamedTuple):

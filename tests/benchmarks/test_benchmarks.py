@@ -196,6 +196,9 @@ def test_parts_and_head_of_the_table_of_a_gpu(dry, nothing_is_measured):
     assert products == [(shape, number) for shape in shapes for number in (1, 2, 4, 8, 16, 64)]
     assert min(min(each["exact"], each["int4"]) for each in record["product_us"]) > 0
     assert [line for line in said if line.split()[:3] == ["256", "x", "64"]]
+    work = record["work"]
+    assert work["self-speculative"]["kernels"] > work["autoregressive"]["kernels"] > 4 * 12
+    assert f"autoregressive, eager round: {work['autoregressive']['kernels']} kernels" in "\n".join(said)
     host = record["host_us"]
     assert min(host["layer"], host["captured"]) > 0
     assert any(
