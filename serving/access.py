@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,7 +34,7 @@ class AccessMiddleware:
         app: ASGIApp,
         args: ServeArguments,
         is_local: bool,
-        on_error: Callable[[Request, Exception], Awaitable[Response]],
+        on_error: Callable[[HTTPRequest, Exception], Awaitable[Response]],
     ) -> None:
         self._app, self._args, self._is_local, self._on_error = app, args, is_local, on_error
         # Headers are bytes; a key may hold non-ASCII characters or bytes that are no characters.
@@ -60,7 +60,7 @@ class AccessMiddleware:
         except Exception as error:
             if has_begun:
                 raise
-            response = await self._on_error(Request(scope), error)
+            response = await self._on_error(HTTPRequest(scope), error)
             await response(scope, receive, send_with_id)
 
     def _check(self, scope: Scope) -> None:
@@ -92,7 +92,7 @@ def is_loopback(address: str) -> bool:
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
-async def read_body(http: Request, max_bytes: int) -> bytes:
+async def read_body(http: HTTPRequest, max_bytes: int) -> bytes:
     """Read a body of JSON. Pages of other sites cannot send this content type."""
     content_type = http.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":

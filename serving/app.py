@@ -20,7 +20,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -46,6 +47,9 @@ _PAGE_POLICY = (  # nothing comes from elsewhere, whatever a model writes
 _NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 _SEEDS = 2**63
+
+_AnyRequest = ChatRequest | CompletionRequest
+_Prompt = tuple[list[int], str]  # token ids, and the text if the answer repeats it, or else an empty one
 
 
 @dataclass
@@ -111,25 +115,25 @@ class App(Starlette):
             exception_handlers={HTTPException: self._respond_error},
         )
 
-    async def _page(self, http: Request) -> Response:
+    async def _page(self, http: HTTPRequest) -> Response:
         headers = {"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache", **_NO_SNIFFING}
         return FileResponse(Path(__file__).with_name(PAGE_FILES[http.scope["path"]]), headers=headers)
 
-    async def _health(self, _: Request) -> Response:
+    async def _health(self, _: HTTPRequest) -> Response:
         if self._engine.accepts_jobs:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "shutting down"}, 503)
 
-    async def _exposition(self, _: Request) -> Response:
+    async def _exposition(self, _: HTTPRequest) -> Response:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _openapi(self, _: Request) -> Response:
+    async def _openapi(self, _: HTTPRequest) -> Response:
         return JSONResponse(document(self._args.key is not None))
 
-    async def _models(self, _: Request) -> Response:
+    async def _models(self, _: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_entry]})
 
-    async def _model(self, http: Request) -> Response:
+    async def _model(self, http: HTTPRequest) -> Response:
         self._check_model(http.path_params["name"])
         return JSONResponse(self._model_entry)
 
@@ -143,7 +147,7 @@ class App(Starlette):
             "max_model_len": context_length(self._generator.model.config),
         }
 
-    async def _respond_error(self, _: Request, exception: Exception) -> Response:
+    async def _respond_error(self, _: HTTPRequest, exception: Exception) -> Response:
         error = self._count_error(exception)
         headers = getattr(exception, "headers", None) or _HEADERS.get(error.status)
         return JSONResponse(error.body, error.status, headers)
@@ -153,8 +157,7 @@ class App(Starlette):
         self._metrics.count_error(error.status)
         return error
 
-    def _encode_prompts(self, request: CompletionRequest) -> list[tuple[list[int], str]]:
-        """Token ids of each prompt, and its text if the answer repeats it."""
+    def _encode_prompts(self, request: CompletionRequest) -> list[_Prompt]:
         self._check(request, len(request.prompt))
         if request.echo and request.logprobs is not None:
             raise APIError("echo: cannot be combined with logprobs", param="echo")
@@ -166,7 +169,7 @@ class App(Starlette):
             encoded.append((ids, echo))
         return encoded
 
-    def _encode_chat(self, request: ChatRequest) -> tuple[list[tuple[list[int], str]], Thinking | None]:
+    def _encode_chat(self, request: ChatRequest) -> tuple[list[_Prompt], Thinking | None]:
         """Token ids of the chat as the only prompt, and how its answer thinks."""
         self._check(request, 1)
         tokenizer = self._generator.tokenizer
@@ -215,7 +218,7 @@ class App(Starlette):
         if any(id_ >= size for id_ in request.logit_bias):
             raise APIError(f"logit_bias: must be by token ids below {size}", param="logit_bias")
 
-    async def _respond(self, kind: type[ChatRequest] | type[CompletionRequest], http: Request) -> Response:
+    async def _respond(self, kind: type[_AnyRequest], http: HTTPRequest) -> Response:
         """Generate the choices of a request."""
         body = await read_body(http, self._args.max_body)
         arrival, loop = time.perf_counter(), asyncio.get_running_loop()
@@ -226,7 +229,7 @@ class App(Starlette):
                 loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
         # In threads: a long request takes a while to parse, check and tokenize.
-        request, prompts, shared = await asyncio.to_thread(self._read, kind, body)
+        request, prompts, shared = await asyncio.to_thread(self._parse, kind, body)
         submit = partial(self._submit, request, prompts, shared, arrival, emit)
         with _naming_field(request):
             async with self._turn(http, arrival) if shared.grammar else nullcontext():
@@ -237,7 +240,7 @@ class App(Starlette):
         return AnswerResponse(parts, media_type, [choice.job for choice in choices])
 
     @asynccontextmanager
-    async def _turn(self, http: Request, arrival: float) -> AsyncGenerator[None]:
+    async def _turn(self, http: HTTPRequest, arrival: float) -> AsyncGenerator[None]:
         """The turn of a request whose grammar is compiled: one at a time, since others need threads too."""
         if self._num_guided >= self._engine.max_jobs:
             raise QueueFull(f"{self._num_guided} grammars wait already: try again later")
@@ -252,9 +255,9 @@ class App(Starlette):
         finally:
             self._num_guided -= 1
 
-    def _read(
-        self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes
-    ) -> tuple[ChatRequest | CompletionRequest, list[tuple[list[int], str]], self_speculation.Request]:
+    def _parse(
+        self, kind: type[_AnyRequest], body: bytes
+    ) -> tuple[_AnyRequest, list[_Prompt], self_speculation.Request]:
         """A request, its prompts as ids and as texts to repeat, and what all its choices share."""
         request, generator, thinking = kind.model_validate_json(body), self._generator, None
         if isinstance(request, ChatRequest):
@@ -273,8 +276,8 @@ class App(Starlette):
 
     def _submit(
         self,
-        request: ChatRequest | CompletionRequest,
-        prompts: Sequence[tuple[list[int], str]],
+        request: _AnyRequest,
+        prompts: Sequence[_Prompt],
         shared: self_speculation.Request,
         arrival: float,
         emit: Callable[[int, Any], None],
@@ -287,7 +290,7 @@ class App(Starlette):
         choices = []
         for index, ((ids, echo), nth) in enumerate(itertools.product(prompts, range(request.n))):
             streamer, logprobs, to_queue = None, None, partial(emit, index)
-            if request.stream and not (request.is_buffered and shared.thinking is None):
+            if request.stream:
                 kind = DraftDeltaStreamer if request.stream_drafts else DeltaStreamer
                 streamer = kind(tokenizer, config.stop_words, ids, shared.thinking, to_queue)
             own = replace(shared, prompt=ids, streamer=streamer, seed=(seed + nth) % _SEEDS)
@@ -315,16 +318,14 @@ class App(Starlette):
             if isinstance(event, GenerationStrategyResult):
                 unfinished -= 1
                 queue_time, delta = job.admission_time - job.arrival_time, Delta("")
-                if job.request.streamer is None or request.is_buffered:
+                if not request.streams_text:
                     whole = job.request.finish(event)
-                    delta = Delta(
-                        whole.decoded_prediction, thinking="" if job.request.streamer else whole.thinking
-                    )
+                    delta = Delta(whole.decoded_prediction, thinking="" if request.stream else whole.thinking)
                 choice.finished = FinishedRequest(event, queue_time, job.request.num_thinking_tokens)
                 self._metrics.count(choice.finished)
                 event = delta
-            elif request.is_buffered and not event.thinking:
-                continue  # it may be part of a call
+            elif not (request.streams_text or event.thinking):
+                continue  # the whole text comes at the end
             yield choice, event
 
     async def _whole(

@@ -36,11 +36,11 @@ _NEUTRAL: dict[str, list[Any]] = {
     "add_generation_prompt": [True], "add_special_tokens": [False], "annotations": [[]], "bad_words": [[]],
     "best_of": [1], "chat_template_kwargs": [{}], "continue_final_message": [False],
     "continuous_usage_stats": [False], "documents": [[]], "dry_multiplier": [0], "dynatemp_range": [0],
-    "echo": [False], "extra_body": [{}], "function_call": ["none", "auto"], "functions": [[]], "images": [[]],
+    "echo": [False], "exclude": [False], "extra_body": [{}], "function_call": ["none", "auto"],
+    "functions": [[]], "images": [[]],
     "include_reasoning": [False, True], "include_stop_str_in_output": [False], "length_penalty": [1],
     "min_tokens": [0], "mirostat": [0], "modalities": [["text"]], "parallel_tool_calls": [True, False],
-    "priority": [0], "reasoning": [{}],
-    "reasoning_effort": [*get_args(Effort)], "return_token_ids": [False],
+    "priority": [0], "reasoning": [{}], "reasoning_effort": [*get_args(Effort)], "return_token_ids": [False],
     "skip_special_tokens": [True, False], "spaces_between_special_tokens": [True], "suffix": [""],
     "tool_calls": [[]], "tool_choice": ["none", "auto"], "tools": [[]], "typical_p": [1],
     "use_beam_search": [False], "verbosity": ["low", "medium", "high"], "xtc_probability": [0],
@@ -133,6 +133,14 @@ _Verbatim = Annotated[
 class Prediction(Fields):
     type: Literal["content"]
     content: _Verbatim
+
+
+class ThinkingSwitch(Fields):
+    type: Literal["enabled", "disabled"]
+
+
+class Reasoning(Fields):
+    effort: Effort | None = None
 
 
 class _Called(Fields):

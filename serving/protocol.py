@@ -24,11 +24,13 @@ from serving.fields import (
     Penalty,
     Prediction,
     Prompts,
+    Reasoning,
     ResponseFormat,
     Schema,
     StreamOptions,
     StructuredOutputs,
     TemplateKwargs,
+    ThinkingSwitch,
     Tool,
     ToolChoice,
     Words,
@@ -176,9 +178,9 @@ class BaseRequest(_Rules, ABC):  # type: ignore[misc, valid-type]
         return self.response_format.grammar or self.structured_outputs.grammar
 
     @property
-    def is_buffered(self) -> bool:
-        """Whether a stream gets the whole text at its end, because it may be a call."""
-        return False
+    def streams_text(self) -> bool:
+        """Whether text is sent as it comes."""
+        return self.stream
 
     @property
     @abstractmethod
@@ -240,6 +242,9 @@ class ChatRequest(BaseRequest):
     chat_template_kwargs: TemplateKwargs = Field({})
     reasoning_effort: Effort | None = None
     include_reasoning: bool = True  # of vLLM
+    enable_thinking: bool | None = None  # of Qwen's service
+    thinking: ThinkingSwitch | None = None  # of DeepSeek's
+    reasoning: Reasoning = Reasoning()  # of OpenRouter's
 
     @property
     def guides(self) -> list[str]:
@@ -250,8 +255,8 @@ class ChatRequest(BaseRequest):
         return self.top_logprobs if self.logprobs else None
 
     @property
-    def is_buffered(self) -> bool:
-        return bool(self.tools_for_template)
+    def streams_text(self) -> bool:
+        return self.stream and not self.tools_for_template  # it may be a call
 
     @property
     def tools_for_template(self) -> list[dict[str, Any]]:
@@ -262,9 +267,13 @@ class ChatRequest(BaseRequest):
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Variables of the template. An effort turns thinking on or off, too, as in vLLM."""
-        effort = self.reasoning_effort
-        by_effort = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
-        return {**by_effort, **self.chat_template_kwargs}
+        effort = self.reasoning_effort or self.reasoning.effort
+        found = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
+        if self.thinking is not None:
+            found["enable_thinking"] = self.thinking.type == "enabled"
+        if self.enable_thinking is not None:
+            found["enable_thinking"] = self.enable_thinking
+        return {**found, **self.chat_template_kwargs}
 
     def grammar(self, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
         tools, choice = self.tools_for_template, self.tool_choice

@@ -43,9 +43,13 @@ class Thinking:
 
 def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """Those that the tokenizer's config names, or that its chat template writes or removes."""
-    fields = (getattr(tokenizer, "response_template", None) or {}).get("fields", {})
+    given = getattr(tokenizer, "response_template", None) or {}
     for name in ("reasoning_content", "thinking", "reasoning"):
-        begin, end = (fields.get(name, {}).get(side) for side in ("open", "close"))
+        try:
+            field = given.get("fields", {}).get(name, {})
+            begin, end = field.get("open"), field.get("close")
+        except AttributeError as error:
+            raise ValueError("response_template of the tokenizer: must have fields that are objects") from error
         if isinstance(begin, str) and isinstance(end, str):
             return begin, end
     template = str(tokenizer.chat_template or "")

@@ -44,6 +44,9 @@ FIELDS = {
     "add_generation_prompt": ([True], False),
     "include_reasoning": ([False, True], "x"),
     "reasoning_effort": (["none", "low", "high", "max"], "banana"),
+    "enable_thinking": ([True, False], "no"),
+    "thinking": ([{"type": "enabled"}], {"type": "enabled", "budget_tokens": 9}),
+    "reasoning": ([{}, {"effort": "low", "exclude": False}], {"exclude": True}),
     "verbosity": (["high"], "x"),
     "extra_body": ([{}], {"x": 1}),
     "images": ([[]], ["x"]),
@@ -72,7 +75,7 @@ def test_neutral_values_are_accepted_and_others_are_errors(name):
         request = ChatRequest(messages=HELLO, **{name: value})
         assert request.generation_config(GenerationConfig()) == GenerationConfig()
         assert request.grammar(None) is None
-        assert not any((request.logit_bias, request.ignore_eos, request.is_buffered))
+        assert not any((request.logit_bias, request.ignore_eos, request.tools_for_template))
     if other is not None:
         param, message = refused(ChatRequest, messages=HELLO, **{name: other})
         assert param.split(".")[0] == name

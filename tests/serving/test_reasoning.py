@@ -152,6 +152,8 @@ def test_requests_and_flags_set_variables_of_the_template(byte_tokenizer, templa
         assert prompt(chat_template_kwargs={"enable_thinking": False, "unknown": {"a": [1]}}) == off
         on = prompt(chat_template_kwargs={"enable_thinking": True})
         assert on == (off if template == R1 else off.partition(TAGS[0])[0])
+        assert prompt(thinking={"type": "enabled"}) == prompt(enable_thinking=True) == on
+        assert prompt(thinking={"type": "disabled"}, reasoning={"exclude": False}) == off
         effort = "effort {}\nassistant:" if template == SMOLLM3 else "assistant:"
         for name, thinks, request in (
             ("low", True, {}),
@@ -160,6 +162,7 @@ def test_requests_and_flags_set_variables_of_the_template(byte_tokenizer, templa
         ):
             expected = (on if thinks else off).replace("assistant:", effort.format(name))
             assert prompt(reasoning_effort=name, **request) == expected
+            assert prompt(reasoning={"effort": name}, **request) == expected
         thought = [*HELLO, {"role": "assistant", "content": "A", "reasoning": "THOUGHT"}, *HELLO]
         assert "THOUGHT" not in prompt(messages=thought)
         assert "THOUGHT" in prompt(messages=thought, chat_template_kwargs={"keep": True})
