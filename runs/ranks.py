@@ -117,14 +117,6 @@ def share(make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def local_main_first(make: Callable[[], T]) -> T:
-    """Call `make` at the first rank of each machine, then at the others, which find its cached files."""
-    from accelerate import PartialState
-
-    with PartialState().local_main_process_first():
-        return make()
-
-
 def barrier() -> None:
     """Wait for the other ranks."""
     global _last_barrier

@@ -124,9 +124,10 @@ def _set_up(flags: Flags) -> Start:
     from_flags.check_precision(model_args, device)
     # All ranks join before rank 0 does anything alone. gloo reduces offloaded gradients.
     backend = {"backend": "cuda:nccl,cpu:gloo"} if device.type == "cuda" and ranks.num_processes() > 1 else {}
-    PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
+    state = PartialState(cpu=device.type == "cpu", timeout=ranks.PATIENCE, **backend)
     ranks.share(lambda: records.check_writable(args.resume, model_args.output_dir))
-    texts = ranks.local_main_first(lambda: load_texts(data_args))
+    with state.local_main_process_first():  # the others find its cached files
+        texts = load_texts(data_args)
     run = ranks.share(partial(_open_run, flags, hash_texts(*texts)))
     if config is None:
         trained = ranks.share(lambda: _own_tokenizer(run, texts[0], shape.vocabulary_size))
@@ -139,9 +140,8 @@ def _set_up(flags: Flags) -> Start:
     if args.lora_rank:
         assert model_args.model is not None
         model = from_flags.adapted(model, model_args.model, args.lora_rank)
-    training, evaluation = ranks.local_main_first(
-        lambda: [to_blocks(part, tokenizer, length, seed) for part in texts]
-    )
+    with state.local_main_process_first():
+        training, evaluation = (to_blocks(part, tokenizer, length, seed) for part in texts)
     if is_stream(training):
         training = Stream(training)
         evaluation = datasets.Dataset.from_list([*evaluation.take(args.eval_samples)])
