@@ -69,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse(f"--answer_file {args.answer_file}: needs --batch_size 1, it has the time of each answer")
         path = Path(args.answer_file).expanduser()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             try_to_write(path.parent)
         except OSError as error:
             refuse(f"--answer_file {path}: cannot be written ({error.strerror})")

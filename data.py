@@ -99,7 +99,7 @@ class Dataset:
         source: arguments of `datasets.load_dataset`, or a file of a package; None: --data_path only.
         split, shots_split: splits on the hub, or file names in a folder of --data_path.
         between: the text between prompt and reference in a shot; None: no shots.
-        read: readers of columns that are not text.
+        readers: those of columns that are not text.
     """
 
     columns: tuple[str, ...]
@@ -108,7 +108,7 @@ class Dataset:
     split: str = "test"
     shots_split: str | None = "train"
     between: str | None = " "
-    read: Mapping[str, Callable[[str, Row, str], Any]] = field(default_factory=dict)
+    readers: Mapping[str, Callable[[str, Row, str], Any]] = field(default_factory=dict)
 
 
 def _summary(text: str, summary: str) -> Callable[[Row], Iterable[tuple[str, str]]]:
@@ -149,12 +149,12 @@ DATASETS: dict[str, Dataset] = {
         ("WillHeld/top_v2",),
     ),
     "custom_jsonl": Dataset(("prompt", "response"), lambda row: [(row["prompt"], row["response"])]),
-    "chat_format": Dataset(("data",), _parser_turns, between=None, read={"data": _turns}),
+    "chat_format": Dataset(("data",), _parser_turns, between=None, readers={"data": _turns}),
     "spec_bench": Dataset(
         ("question_id", "category", "turns"),
         lambda row: [(row["turns"][0], "", *row["turns"][1:])],
         between=None,
-        read={"question_id": _whole_number, "turns": _texts},
+        readers={"question_id": _whole_number, "turns": _texts},
     ),
 }
 assert tuple(DATASETS) == get_args(DatasetName)
@@ -200,9 +200,9 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     shots: list[Example] = []
     split = dataset.shots_split
     if args.n_shot and split and (isinstance(source, tuple) or any(source.glob(f"{split}.*"))):
-        # The training split may be large: shuffle its row numbers, and read the needed rows only.
-        def chosen(number: int) -> list[int]:
-            return _shuffled(range(number), args.random_shuffle, f"shots {seed}")[: args.n_shot]
+        # The training split may be large: shuffle its indices, and read the needed rows only.
+        def chosen(num_rows: int) -> list[int]:
+            return _shuffled(range(num_rows), args.random_shuffle, f"shots {seed}")[: args.n_shot]
 
         shots = _examples(dataset, _rows(source, split, chosen))
     if args.n_shot and not shots:  # without a training split, the first examples are shots
@@ -224,11 +224,11 @@ def load_examples(args: DataArguments, seed: int) -> list[Example]:
     ]
 
 
-def hash_examples(examples: Iterable[Example]) -> str:
-    """A hash of the turns and references, in their order."""
+def hash_texts(rows: Iterable[Sequence[str]]) -> str:
+    """A hash of all texts of all rows, in their order."""
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.prompt, example.reference, *example.later_turns]).encode())
+    for texts in rows:
+        digest.update(json.dumps(texts).encode())
     return digest.hexdigest()[:16]
 
 
@@ -243,8 +243,8 @@ def _shuffled(things: Sequence[T], shuffle: bool, seed: str) -> list[T]:
 
 
 def _examples(dataset: Dataset, rows: Sequence[tuple[str, Row]]) -> list[Example]:
-    read = {column: dataset.read.get(column, cell) for column in dataset.columns}
-    clean = [{column: read[column](place, row, column) for column in read} for place, row in rows]
+    readers = {column: dataset.readers.get(column, cell) for column in dataset.columns}
+    clean = [{column: read(place, row, column) for column, read in readers.items()} for place, row in rows]
     return [
         Example(prompt, reference, row, tuple(later))
         for row in clean
@@ -264,7 +264,7 @@ def _rows(
                 f"cannot load {source[0]} from the hub ({one_line(error)}); check the network, or give the "
                 "same columns by --data_path"
             ) from error
-        return [(f"{source[0]}, row {number + 1}", found[number]) for number in chosen(len(found))]
+        return [(f"{source[0]}, row {index + 1}", found[index]) for index in chosen(len(found))]
     if source.is_dir():
         files = sorted(source.glob(f"{split}.*"))
         if len(files) != 1:
@@ -274,7 +274,7 @@ def _rows(
         allowed = "must be a .jsonl, .csv or .parquet file (also .gz) or a folder"
         raise DataError(f"--data_path {source}: {allowed}")
     rows = list(read_table(source))
-    return [rows[number] for number in chosen(len(rows))]
+    return [rows[index] for index in chosen(len(rows))]
 
 
 def load_from_hub(*source: str, **options: Any) -> Any:

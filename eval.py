@@ -102,7 +102,6 @@ def _check(args: argparse.Namespace, model_args: ModelArguments) -> None:
     path = Path(args.output_path)
     folder = path.parent if path.suffix == ".json" else path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         try_to_write(folder)
     except OSError as error:
         refuse(f"--output_path {path}: cannot be written: {error.strerror}")

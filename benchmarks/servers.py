@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from arguments import refuse
+from runs import ranks
 
 SERVE = [sys.executable, str(Path(__file__).parent.parent / "serve.py")]
 
@@ -31,7 +32,7 @@ def started(name: str, command: Sequence[str]) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    with TemporaryFile("w+", errors="replace") as log:
+    with ranks.process_group(), TemporaryFile("w+", errors="replace") as log:  # SIGTERM ends it, too
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, ModelArguments, at_least, parse
 from benchmarks.workloads import workloads
+from runs import ranks
 from runs.heading import heading
 from runs.program import run
 from runs.records import describe, describe_model
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def spinning(number: int) -> Iterator[None]:
     """So many processes spin in this block."""
-    with ExitStack() as stack:
+    with ranks.process_group(), ExitStack() as stack:  # SIGTERM ends them, too
         for _ in range(number):
             spinner = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
             stack.callback(spinner.kill)

@@ -47,8 +47,8 @@ class Benchmark(Experiment):
         with log_if_slow("warming up"):
             prompt = longest_prompt(self.examples)
             # Later turns read the answers to earlier ones.
-            read = max(len(example.later_turns) for example in self.examples) * self.config.max_steps
-            warm_up(self._sides, [*prompt, *prompt[:1] * read], self.batch_size)
+            earlier = max(len(example.later_turns) for example in self.examples) * self.config.max_steps
+            warm_up(self._sides, [*prompt, *prompt[:1] * earlier], self.batch_size)
 
     def next_turn(self, index: int, answers: Sequence[str]) -> Request | None:
         """The next turn of a conversation; None if there is none, or no room for it in the context."""

@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,6 @@ from self_speculation.config import SAMPLING_RULES
 from self_speculation.model.families import context_length
 from self_speculation.model.fused_layers import activation_dtype
 from self_speculation.model.model_runner import ModelRunner, forward_early
-from self_speculation.model.whole_texts import exit_logits, hidden_after_each_layer
 from self_speculation.threads import adjust_threads
 
 # Supported generation arguments; the harness has four names for the number of tokens.
@@ -119,19 +118,16 @@ class HarnessModel(HFLM):
         """[B, T] ids, padded on the right -> [B, T, V] logits of the full model or of the early exit."""
         self.has_begun = True
         adjust_threads(self.model)
-        if self._has_fp32_activations:  # transformers' layers would round to 16 bits
-            (rows, width), runner = inps.shape, ModelRunner(self.model)
-            cache = runner.new_cache(width, width, num_slots=rows)
-            cache.set_rows([0] * rows)
-            cache.is_prompt = True
-            with torch.inference_mode():
-                last = self._exit_layer or len(runner.layers)
-                return forward_early(runner, cache, inps, last, width).logits
-        if self._exit_layer is None:
+        # transformers' layers would round fp32 activations to 16 bits.
+        if self._exit_layer is None and not self._has_fp32_activations:
             return super()._model_call(inps, attn_mask, labels)
-        with torch.no_grad():
-            states = hidden_after_each_layer(self.model, inps)
-            return exit_logits(self.model, next(islice(states, self._exit_layer - 1, None)))
+        (rows, width), runner = inps.shape, ModelRunner(self.model)
+        cache = runner.new_cache(width, width, num_slots=rows)
+        cache.set_rows([0] * rows)
+        cache.is_prompt = True
+        with torch.inference_mode():
+            last = self._exit_layer or len(runner.layers)
+            return forward_early(runner, cache, inps, last, width).logits
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As in the harness, with one progress bar instead of one for each batch of windows."""

@@ -144,7 +144,7 @@ class Measured(Sweep):
         return 1 + _CELL_RANGES * len({layer for layer, _ in self.grid})
 
     @property
-    def num_steps(self) -> int:
+    def num_records(self) -> int:
         return len(self.grid)
 
     def name(self, index: int) -> str:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from arguments import refuse
 from runs.failures import EXPLAINABLE, reason
 from runs.heading import counted
-from runs.startup import autoregressive
+from runs.startup import autoregressive, encode_chat
 from runs.status import log_if_slow, print_status, status_held
 from self_speculation import (
     GenerationConfig,
@@ -83,7 +83,6 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self._messages: list[dict[str, str]] = []  # empty without --chat
-        self._history, self._history_ids = "", list[int]()  # the last prompt and its answer
 
     def answer(self, prompt: str) -> bool:
         """Print the answer and its statistics; False if Ctrl-C ended it.
@@ -111,11 +110,8 @@ class Conversation:
         if self.chat:
             self._messages.append({"role": "user", "content": prompt})
             self._messages.append({"role": "assistant", "content": result.decoded_prediction})
-            self._history += result.decoded_prediction
             if result.num_thinking_tokens:  # whether the model sees it again is up to the template
                 self._messages[-1]["reasoning_content"] = result.thinking
-                self._history = ""
-            self._history_ids = [*ids, *result.generation_strategy_result.predicted_tokens]
         print_status(_statistics(result, self.config, interrupt.met))
         if legend := getattr(streamer, "legend", ""):
             print_status(f"  {legend}")
@@ -134,18 +130,7 @@ class Conversation:
         if not self.chat:
             return self.generator.encode(prompt), None
         messages = [*self._messages, {"role": "user", "content": prompt}]
-        tokenizer = self.generator.tokenizer
-        text = self.generator.render_chat(messages, self.template_kwargs)
-        before, new = list[int](), text
-        # Encoding an answer's text may give other tokens than the model wrote, which are in the cache. If a
-        # special token follows the answer, the model's own tokens mean the same text.
-        if self._history and text.startswith(self._history):
-            rest = text.removeprefix(self._history)
-            if rest.startswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))):
-                before, new = self._history_ids, rest
-        self._history = text
-        ids = [*before, *self.generator.encode(new, special_tokens=False)]  # the template adds them
-        return ids, Thinking.of(tokenizer, text)
+        return encode_chat(self.generator, messages, self.template_kwargs)
 
     def _comparison(self, request: Request) -> str:
         """Decode the prompt again by both strategies in turn, without output, and compare their speeds."""

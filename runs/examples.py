@@ -14,11 +14,11 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from arguments import BatchArguments, DataArguments, GenerationConfig, ModelArguments, refuse
-from data import DataError, Example, hash_examples, load_examples
+from data import DataError, Example, hash_texts, load_examples
 from runs import ranks
 from runs.failures import EXPLAINABLE, Failed, failed, less_than, reason
 from runs.records import Record, RecordError, Run, check_same_run, check_writable, describe, describe_model
-from runs.startup import join_ranks, load_generator, model_name
+from runs.startup import encode_chat, join_ranks, load_generator, model_name
 from runs.status import print_status
 from self_speculation import HuggingfaceLlamaGenerator, Request
 from self_speculation.config import RankError
@@ -64,7 +64,7 @@ class Experiment(ABC):
     unit = "examples"  # that the progress bar counts
 
     @property
-    def num_steps(self) -> int:
+    def num_records(self) -> int:
         """The number of records, with indices from 0."""
         return len(self.examples)
 
@@ -128,7 +128,8 @@ def set_up_experiment(
         check_writable(args.resume, model_args.output_dir)
         examples = load_examples(data_args, model_args.seed)
         arguments = (model_args, config, data_args, args, batch)
-        description = describe(script, arguments, hash_examples(examples))
+        content = hash_texts([each.prompt, each.reference, *each.later_turns] for each in examples)
+        description = describe(script, arguments, content)
         if args.resume is not None:
             check_same_run(args.resume, description, arguments)
     except (DataError, RecordError) as error:
@@ -160,21 +161,21 @@ def run_examples(experiment: Experiment, open_run: Callable[[], Run]) -> int:
         except RecordError as error:
             refuse(str(error))
         finished = ranks.share(run.records)
-        missing = [index for index in range(experiment.num_steps) if index not in finished]
-        status, why, in_step = 1, "", True
+        missing = [index for index in range(experiment.num_records) if index not in finished]
+        status, why, in_lockstep = 1, "", True
         try:
             _measure(experiment, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
             ranks.barrier()
             if ranks.rank() != 0:
                 return 0
             complete = run.records()
-            return experiment.conclude(run, [complete[index] for index in range(experiment.num_steps)])
+            return experiment.conclude(run, [complete[index] for index in range(experiment.num_records)])
         except (RecordError, Failed) as error:
             why = str(error)
         except (*EXPLAINABLE, RankError) as error:
             why = reason(error, less_than(experiment.batch_size)) or ""
-            in_step = not isinstance(error, RankError)
-            if not (why or is_lost_rank(error)) or not (in_step or ranks.is_first()):
+            in_lockstep = not isinstance(error, RankError)
+            if not (why or is_lost_rank(error)) or not (in_lockstep or ranks.is_first()):
                 raise
         except KeyboardInterrupt:
             status = 130
@@ -183,9 +184,9 @@ def run_examples(experiment: Experiment, open_run: Callable[[], Run]) -> int:
                     run.write_status("interrupted")
         if why or ranks.is_first():
             why = why or ("interrupted" if status == 130 else "another rank is gone")
-            kept = f"{len(run.records())} of {experiment.num_steps} {experiment.unit} are kept"
+            kept = f"{len(run.records())} of {experiment.num_records} {experiment.unit} are kept"
             print(f"{why}; {kept}, go on with --resume {run.folder}", file=sys.stderr)
-        if not in_step:
+        if not in_lockstep:
             sys.exit(status)  # without a farewell to ranks that wait in a pass
         return status
 
@@ -235,9 +236,7 @@ def _examples_that_fit(
         said = [text for pair in pairs for text in pair] + [last]
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
-        text = generator.render_chat(messages, data_args.template_kwargs)
-        ids = generator.encode(text, special_tokens=False)  # the template adds them
-        return ids, Thinking.of(generator.tokenizer, text)
+        return encode_chat(generator, messages, data_args.template_kwargs)
 
     def encoded(example: Example) -> Encoded:
         ids, thinking = encode([example.prompt], [])

@@ -55,7 +55,8 @@ def failed(what: str, error: Exception, batch_size: int = 1) -> Failed:
 
 
 def try_to_write(folder: Path) -> None:
-    """Write a small file to a folder and delete it again; raises OSError."""
+    """Make a folder if there is none, write a small file to it and delete that again; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(_PROBE))
         file.flush()

@@ -33,8 +33,8 @@ def on_signals(act: Callable[[int], None], seconds: float) -> None:
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     signal.set_wakeup_fd(sender)  # gets a byte at once; a handler in Python waits for the main thread
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)
 
     def wait() -> None:
         for count in itertools.count(1):

@@ -115,8 +115,6 @@ def check_writable(resume: str | None, output_dir: str) -> None:
     flag, folder = ("output_dir", output_dir) if resume is None else ("resume", resume)
     path = Path(folder).expanduser()
     try:
-        if resume is None:
-            path.mkdir(parents=True, exist_ok=True)
         try_to_write(path)
     except OSError as error:
         # mkdir below /proc reports ENOENT.

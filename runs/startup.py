@@ -6,10 +6,10 @@ import gc
 import io
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers import PretrainedConfig
@@ -20,6 +20,7 @@ from runs import ranks
 from runs.failures import reason
 from runs.status import FewerThreads, log_if_slow, print_status
 from self_speculation import HuggingfaceLlamaGenerator, LoadingError, load_model_and_tokenizer, make_strategy
+from self_speculation.decoding.thinking import Thinking
 from self_speculation.model.fused_layers import bytes_made
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.loading import default_model, load_config, resolve_device
@@ -47,6 +48,17 @@ def autoregressive(
     plain = replace(config, generation_strategy="autoregressive", exit_layer=-1)
     strategy = make_strategy("autoregressive")
     return HuggingfaceLlamaGenerator(generator.tokenizer, generator.model, strategy), plain
+
+
+def encode_chat(
+    generator: HuggingfaceLlamaGenerator,
+    messages: Sequence[Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any],
+) -> tuple[list[int], Thinking | None]:
+    """The ids of a conversation, and how its next answer thinks. Raises ValueError if the template fails."""
+    text = generator.render_chat(messages, template_kwargs)
+    ids = generator.encode(text, special_tokens=False)  # the template adds them
+    return ids, Thinking.of(generator.tokenizer, text)
 
 
 def model_name(model_args: ModelArguments) -> str:

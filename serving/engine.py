@@ -121,7 +121,7 @@ class Engine:
 
     def run(self) -> bool:
         """Run jobs until `shut_down`; returns whether the engine worked to the end. Raises RankError."""
-        in_step = True
+        in_lockstep = True
         try:
             while True:
                 with self._changed:
@@ -133,7 +133,7 @@ class Engine:
             _log.exception("the engine failed")
             return False
         except RankError:
-            in_step = False
+            in_lockstep = False
             raise
         finally:
             with self._changed:
@@ -143,7 +143,7 @@ class Engine:
                 self.waiting.clear()
             for job in unfinished:
                 job.on_finish(ServerShutdown("the server failed"))
-            if in_step:
+            if in_lockstep:
                 broadcast_from_rank0(self._model, None)
 
     def _step(self) -> None:

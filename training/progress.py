@@ -42,18 +42,18 @@ class Stop(TrainerCallback):
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Handle SIGINT and SIGTERM in this block of the main thread."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
-    def _handle(self, number: int, _: Any) -> None:
-        again = number == signal.SIGINT and self._requested[0] > 128 and num_processes() == 1
-        self.after_this_step(128 + number, "interrupted")
+    def _handle(self, signum: int, _: Any) -> None:
+        again = signum == signal.SIGINT and self._requested[0] > 128 and num_processes() == 1
+        self.after_this_step(128 + signum, "interrupted")
         if again or self._is_over or not self._trainer.is_in_train:
-            self.status = 128 + number
+            self.status = 128 + signum
             raise KeyboardInterrupt
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
@@ -67,7 +67,7 @@ class Stop(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """A bar with the loss, a line for each evaluation, and a table of all logged numbers.
+    """A bar with the loss, a line for each evaluation, and a table of all logged values.
 
     Args:
         write_table: writes the CSV after each new row. If it raises RecordError, `stop` ends the training.

@@ -35,7 +35,7 @@ from training.progress import Progress, Stop
 from training.texts import (
     Stream,
     Texts,
-    hash_texts,
+    hash_parts,
     is_stream,
     load_texts,
     named,
@@ -128,7 +128,7 @@ def _set_up(flags: Flags) -> Start:
     ranks.share(lambda: records.check_writable(args.resume, model_args.output_dir))
     with state.local_main_process_first():  # the others find its cached files
         texts = load_texts(data_args)
-    run = ranks.share(partial(_open_run, flags, hash_texts(*texts)))
+    run = ranks.share(partial(_open_run, flags, hash_parts(texts)))
     if config is None:
         trained = ranks.share(lambda: _own_tokenizer(run, texts[0], shape.vocabulary_size))
         tokenizer = tokenizer_from_json(trained, length)

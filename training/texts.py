@@ -6,11 +6,9 @@ The content of a text alone decides whether it is held out, so no text is both l
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data import DataError, cell, is_table, load_from_hub, one_line, read_table
+from data import DataError, cell, hash_texts, is_table, load_from_hub, one_line, read_table
 from self_speculation.model.kv_cache import round_up
 from training.flags import TrainingDataArguments
 from training.recipe import IGNORED
@@ -74,12 +72,10 @@ def _content(row: dict[str, str]) -> list[str]:
     return [value for name, value in row.items() if name != "source"]
 
 
-def hash_texts(*parts: Texts) -> str:
+def hash_parts(parts: Iterable[Texts]) -> str:
     """A hash of all texts; of a stream, of the first ones."""
-    digest = hashlib.sha256()
-    for row in chain(*(part.take(100) if is_stream(part) else part for part in parts)):
-        digest.update(json.dumps(_content(row)).encode())
-    return digest.hexdigest()[:16]
+    rows = chain(*(part.take(100) if is_stream(part) else part for part in parts))
+    return hash_texts(map(_content, rows))
 
 
 def is_stream(texts: Texts) -> bool:
@@ -237,12 +233,12 @@ def shuffled(texts: Texts, seed: int) -> Texts:
 def named(texts: Texts, seed: int, documents: list[list[int]], at_most: int = 8) -> str:
     """Names of these documents [first, last]: their files, or the beginnings of the texts."""
     texts = shuffled(texts, seed)
-    numbers = sorted({number for first, last in documents for number in range(first, last + 1)})
+    indices = sorted({index for first, last in documents for index in range(first, last + 1)})
     if is_stream(texts):
-        return f"texts {', '.join(map(str, numbers[:at_most]))} of the stream"
-    rows = (texts[number] for number in numbers[:at_most])
+        return f"texts {', '.join(map(str, indices[:at_most]))} of the stream"
+    rows = (texts[index] for index in indices[:at_most])
     names = [row.get("source") or repr(next(iter(row.values()))[:40]) for row in rows]
-    more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
+    more = f" and {len(indices) - at_most} more" if len(indices) > at_most else ""
     return ", ".join(dict.fromkeys(names)) + more
 
 
@@ -251,13 +247,13 @@ class Joined:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self._tokenizer, self._length = tokenizer, length
-        self._rest = numpy.empty((2, 0), int)  # ids, and the number of each id's text
+        self._rest = numpy.empty((2, 0), int)  # ids, and the index of each id's text
 
-    def __call__(self, rows: dict[str, list[str]], numbers: list[int]) -> dict[str, Any]:
+    def __call__(self, rows: dict[str, list[str]], indices: list[int]) -> dict[str, Any]:
         encoded = self._tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
         texts = [[*text, self._tokenizer.eos_token_id] for text in encoded]
-        new = numpy.stack([numpy.concatenate(texts), numpy.repeat(numbers, [len(text) for text in texts])])
-        if numbers[0] == 0:  # the first call, or a stream that starts again
+        new = numpy.stack([numpy.concatenate(texts), numpy.repeat(indices, [len(text) for text in texts])])
+        if indices[0] == 0:  # the first call, or a stream that starts again
             self._rest = self._rest[:, :0]
         both = numpy.concatenate([self._rest, new], axis=1)
         whole = both.shape[1] // self._length * self._length
@@ -267,10 +263,10 @@ class Joined:
 
 
 def _pairs(
-    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]], numbers: list[int]
+    tokenizer: PreTrainedTokenizerBase, length: int, rows: dict[str, list[str]], indices: list[int]
 ) -> dict[str, Any]:
     blocks, labels, documents = [], [], []
-    for prompt, response, number in zip(rows["prompt"], rows["response"], numbers, strict=True):
+    for prompt, response, index in zip(rows["prompt"], rows["response"], indices, strict=True):
         before = tokenizer(prompt, verbose=False)["input_ids"]
         if tokenizer.eos_token_id in before[-1:]:  # some tokenizers end every text
             before.pop()
@@ -279,7 +275,7 @@ def _pairs(
         if len(before) < length and len(before) + len(answer) > 1:  # else there is no label to learn
             blocks.append([*before, *answer][:length])
             labels.append([*[IGNORED] * len(before), *answer][:length])
-            documents.append([number, number])
+            documents.append([index, index])
     return {"input_ids": blocks, "labels": labels, "documents": documents}
 
 

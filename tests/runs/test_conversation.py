@@ -34,24 +34,12 @@ def turns(byte_tokenizer, text_model, monkeypatch):
     return converse
 
 
-def test_a_turn_reads_on_from_what_the_model_wrote(turns, byte_tokenizer):
-    """Guards against a turn that reads the whole conversation because its text gives other tokens."""
-    (first, wrote), (second, took) = turns(TEMPLATE, "Who are you?", "And who am I?")
-    said = [*first, *wrote.predicted_tokens]
-    assert byte_tokenizer.encode(byte_tokenizer.decode(said), add_special_tokens=False) != said
-    assert second[: len(said)] == said
-    assert took.num_cached_tokens == len(said) - 1  # nobody has read the last one yet
-    assert byte_tokenizer.decode(second).endswith("</s>user:And who am I?</s>assistant:")
-
-
-@pytest.mark.parametrize(
-    "template", [TEMPLATE.replace("m.content", "m.content | upper"), TEMPLATE.replace("</s>", " -- ")]
-)
-def test_a_template_that_changes_the_history_wins(turns, byte_tokenizer, template):
-    """Guards against kept tokens of an answer that the template rewrites or does not end by a token, and
-    against special tokens before those of the template.
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | upper")])
+def test_a_turn_reads_what_the_template_changes(turns, byte_tokenizer, template):
+    """Guards against tokens of an answer that the template rewrites, special tokens before those of the
+    template, and a turn that reads the whole conversation.
     """
-    (_, wrote), (second, _) = turns(template, "Who are you?", "And who am I?")
+    (first, wrote), (second, took) = turns(template, "Who are you?", "And who am I?")
     messages = [
         {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": byte_tokenizer.decode(wrote.predicted_tokens)},
@@ -59,6 +47,7 @@ def test_a_template_that_changes_the_history_wins(turns, byte_tokenizer, templat
     ]
     text = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert second == byte_tokenizer.encode(text, add_special_tokens=False)
+    assert template != TEMPLATE or took.num_cached_tokens > len(first) // 2
 
 
 @pytest.mark.parametrize(("kwargs", "keeps"), [({}, False), ({"keep": True}, True)])
