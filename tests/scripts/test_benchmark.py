@@ -71,12 +71,11 @@ def test_figures_of_a_busy_machine_say_so(common, monkeypatch, capsys):
 
 def test_figures_that_mean_nothing_are_left_out(common, tmp_path, capsys):
     """Guards against an acceptance rate without drafts, and identical outputs of two random samples."""
-    assert benchmark.main([*common, "--verbose"]) == 0
+    assert benchmark.main(common) == 0
     assert "acceptance" not in about(only_run(tmp_path))["metrics"]
     output = capsys.readouterr().out
     assert "acceptance" not in output
     assert " tokens/s, median of 5 examples, 90 % confidence interval " in output.splitlines()[-1]
-    assert "--- 0\ndef add" in output
     assert benchmark.main([*common, "--compare", "True", *SPECULATION]) == 0
     assert "identical outputs" not in capsys.readouterr().out
 
@@ -94,18 +93,6 @@ def test_shared_beginnings_of_prompts_are_read_once(common, tmp_path):
     first, *others = sorted(records_of(only_run(tmp_path))["num_cached_tokens"])
     assert first == 0
     assert min(others) >= 20  # of some 40
-
-
-def test_pass_at_1_is_computed_only_when_asked(endless_folder, tmp_path, capsys):
-    """Guards against programs of a model that run without consent or without a word."""
-    args = ["--model", str(endless_folder), "--output_dir", str(tmp_path / "logs"), "--max_steps", "5"]
-    args += ["--num_samples", "2"]
-    benchmark.main(args)
-    assert "pass at 1" not in capsys.readouterr().out
-    benchmark.main([*args, "--execute_code", "True"])
-    captured = capsys.readouterr()
-    assert "pass at 1" in captured.out
-    assert "running the programs that the model wrote" in captured.err
 
 
 def test_prompts_go_through_the_chat_template(common, model_folder, tmp_path, monkeypatch):
