@@ -51,13 +51,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from arguments import GenerationConfig, at_least, check, parse, refuse
 from benchmarks.inspection import (
-    HostTime,
     Judged,
     ProductTime,
     count_work,
     host_time,
     judge_greedy,
     product_times,
+    read_bandwidth,
 )
 from benchmarks.sides import (
     ADAPTIVE,
@@ -100,8 +100,6 @@ class GpuArguments:
     """Tokens of the prompts; the last chunk of 2081 has 33, one more than masks are aligned to."""
     batch_size: list[int] = field(default_factory=lambda: [1, 8])
     """Sequences at a time."""
-    sample: bool = False
-    """Draw tokens; False: greedy, and every id is checked."""
     new_tokens: int = 128
     """Tokens of an answer."""
     num_speculations: int = 6
@@ -113,7 +111,7 @@ class GpuArguments:
     dry: bool = False
     """Try the program on a CPU: a tiny model, prompts a sixteenth as long, answers an eighth."""
     seed: int = 0
-    """Of weights, prompts and sampling."""
+    """Of weights and prompts."""
 
     def __post_init__(self) -> None:
         check(self, "model_shape", self.model_shape in MODELS, f"must be one of {', '.join(MODELS)}")
@@ -133,7 +131,6 @@ class Task:
     config: GenerationConfig  # of self-speculation
     batches: list[list[list[int]]]  # [turn][row], token ids
     compiled: bool
-    seed: int
 
     @property
     def size(self) -> int:
@@ -219,9 +216,8 @@ def measure(task: Task, found: dict[str, Measured]) -> None:
         attempt(warm_up, name)
     for turn, batch in enumerate(task.batches):
         for name in rotated(list(found), turn):
-            torch.manual_seed(task.seed + turn)
             attempt(answer, name, batch)
-    for name in found if not task.config.sample else ():  # last: the deadline may cut this short
+    for name in found:  # last: the deadline may cut this short
         attempt(judge, name)
 
 
@@ -292,23 +288,6 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-@torch.inference_mode()
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a product of a matrix and a vector reads on the device."""
-    rows = 2**16 if device.type == "cuda" else 2**12
-    matrix = torch.ones(rows, 2**13, dtype=torch.bfloat16, device=device)  # a GiB on a GPU
-    vector = torch.ones(2**13, dtype=torch.bfloat16, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(8):
-        wait()
-        started = time.perf_counter()
-        torch.mv(matrix, vector)
-        wait()
-        seconds.append(time.perf_counter() - started)
-    return matrix.nbytes / min(seconds)
-
-
 def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
     """The parts of the table in order."""
     shape, divisor = (_TINY, 16) if args.dry else (copy.deepcopy(MODELS[args.model_shape]), 1)
@@ -319,12 +298,12 @@ def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
     config = GenerationConfig(
         max_steps=max(16, args.new_tokens // 8) if args.dry else args.new_tokens,
         exit_layer=exit_layer, num_speculations=args.num_speculations,
-        generation_strategy="self_speculative", sample=args.sample,
+        generation_strategy="self_speculative", sample=False,
     )  # fmt: skip
-    dtype, picked = str(model.dtype).removeprefix("torch."), "greedy" if config.greedy else "sampled"
+    dtype = str(model.dtype).removeprefix("torch.")
     print(
         f"{args.model_shape}, {dtype}; exit {exit_layer} agrees at {agreement:.0%} of positions\n"
-        f"{config.num_speculations} drafted, {picked}, {config.max_steps} tokens",
+        f"{config.num_speculations} drafted, greedy, {config.max_steps} tokens",
         flush=True,
     )
     parts = []
@@ -333,7 +312,7 @@ def tasks(args: GpuArguments, device: torch.device) -> list[Task]:
         batches = torch.randint(shape.vocab_size, (args.rounds, size, longest)).tolist()
         # Equal lengths would spare plain decoding the masks of a real batch.
         batches = [[ids[: max(1, longest - row)] for row, ids in enumerate(batch)] for batch in batches]
-        parts += [Task(model, config, batches, compiled, args.seed) for compiled in (False, True)]
+        parts += [Task(model, config, batches, compiled) for compiled in (False, True)]
     return parts
 
 
@@ -344,15 +323,6 @@ def attempted(what: str, measure: Callable[..., T], *args: Any) -> T | None:
     except Exception as error:
         print(f"{what}: {described(error)}"[:80], flush=True)
         return None
-
-
-def show_host_time(host: HostTime, device: torch.device) -> None:
-    replay = "with" if device.type == "cuda" else "without"
-    print(
-        f"host: {host.layer:.0f} us for an eager layer, {host.captured:.0f} for a captured pass "
-        f"{replay} its replay",
-        flush=True,
-    )
 
 
 def show_products(times: Sequence[ProductTime]) -> None:
@@ -374,7 +344,9 @@ def measure_all(args: GpuArguments, device: torch.device, about: Record, rows: l
     host = attempted("host", host_time, model)
     about["host_us"] = host and host._asdict()
     if host is not None:
-        show_host_time(host, device)
+        replay = "with" if device.type == "cuda" else "without"
+        captured = f"{host.captured:.0f} for a captured pass {replay} its replay"
+        print(f"host: {host.layer:.0f} us for an eager layer, {captured}", flush=True)
     for name in (PLAIN, SPECULATIVE):
         if (work := attempted("kernels", count_work, model, parts[0].strategy(name))) is not None:
             about.setdefault("work", {})[name] = work._asdict()

@@ -29,6 +29,23 @@ from self_speculation.scheduler import Scheduler
 _NO_KERNELS = ("device", "empty", "empty_like", "empty_strided")
 
 
+@torch.inference_mode()
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a product of a matrix and a vector reads on the device."""
+    rows = 2**16 if device.type == "cuda" else 2**12
+    matrix = torch.ones(rows, 2**13, dtype=torch.bfloat16, device=device)  # a GiB on a GPU
+    vector = torch.ones(2**13, dtype=torch.bfloat16, device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(8):
+        wait()
+        started = time.perf_counter()
+        torch.mv(matrix, vector)
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return matrix.nbytes / min(seconds)
+
+
 class HostTime(NamedTuple):
     """Microseconds of the host, which does not wait for the device."""
 

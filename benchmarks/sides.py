@@ -124,14 +124,12 @@ class TimingStreamer:
 
 
 def theirs(name: str, model: Any, end_ids: Sequence[int], config: GenerationConfig, size: int = 1) -> Side:
-    """`generate` of transformers, over batches of prompts in order, padded on the left.
+    """Greedy `generate` of transformers, over batches of prompts in order, padded on the left.
 
     Args:
         name: TRANSFORMERS; EARLY_EXIT or LOOKUP, which take one prompt at a time.
     """
-    options: dict[str, Any] = {"do_sample": not config.greedy}
-    if not config.greedy:
-        options |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    options: dict[str, Any] = {"do_sample": False}
     assistant: dict[str, Any] = {}
     if name == LOOKUP:
         options["prompt_lookup_num_tokens"] = config.num_speculations
