@@ -28,8 +28,6 @@ from self_speculation.threads import adjust_threads
 # after 0, 1, 3, 7 and 15.
 _LENGTHS = (0, 1, 2, 3, 4, 7, 8, 15, 16)
 _EXITS, _STEPS = 5, 4  # exit layers whose draft step is timed, at most; steps in a row, as in a draft
-# Ranges that are timed, at most: a plain step, draft steps, and the parts of two verifications.
-NUM_RANGES = 1 + _EXITS + 2 * 3
 _TURNS, _PATIENCE = 20, 30.0  # turns at most, with those of the warm-up; seconds after which no turn begins
 
 

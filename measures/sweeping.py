@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from measures import metrics
-from measures.calibration import NUM_RANGES, calibrate
+from measures.calibration import calibrate
 from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import predicted_cell
@@ -49,7 +48,6 @@ HEADINGS = {
 }  # fmt: skip
 
 _ROWS_SHOWN = 20
-_CELL_RANGES = 3  # a token through the layers that draft; a token, and several, through the others
 
 Cell = tuple[int, int]  # exit layer, draft length
 
@@ -63,19 +61,12 @@ class Sweep(OneByOne):
 
     mode = ""
 
-    @property
-    @abstractmethod
-    def num_ranges(self) -> int:
-        """At most so many ranges of layers are timed, single tokens and several counted apart."""
-
     def __post_init__(self) -> None:
         self._plain: TimedSide = (BASELINE, *autoregressive(self.generator, self.config))
 
     def warm_up(self) -> None:
-        """Warm up plain decoding; `measure_cell` warms up its cell. Passes are traced as in other scripts, or
-        none is if there are too many, so all run alike.
-        """
-        trace_after(self.generator.model, 0, self.num_ranges)
+        """Warm up plain decoding; `measure_cell` warms up its cell."""
+        trace_after(self.generator.model, 0)
         with log_if_slow("warming up"):
             warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
 
@@ -140,10 +131,6 @@ class Measured(Sweep):
     mode, unit = "measured", "cells"
 
     @property
-    def num_ranges(self) -> int:
-        return 1 + _CELL_RANGES * len({layer for layer, _ in self.grid})
-
-    @property
     def num_records(self) -> int:
         return len(self.grid)
 
@@ -165,10 +152,6 @@ class Predicted(Sweep):
     """Generates each example once and replays the rounds of every cell; a record is an example."""
 
     mode = "predicted"
-
-    @property
-    def num_ranges(self) -> int:
-        return NUM_RANGES + _CELL_RANGES * self.verify_top
 
     @property
     def _exit_layers(self) -> list[int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -37,7 +36,7 @@ from self_speculation.model.model_runner import ModelRunner
 # Passes of a range before it is traced: tracing pays back after about six.
 _PASSES_BEFORE = 4
 # Traces of a model. TorchScript never frees a graph: a tenth of a megabyte for each layer.
-_TRACES_AT_MOST = 32
+_TRACES_AT_MOST = 128
 
 # Of all models, since `torch.jit.trace` has global variables. Its owner takes no model's lock.
 _TRACING = Lock()
@@ -81,12 +80,9 @@ def _traces(model: PreTrainedModel) -> _Traces:
     return made(model, _Traces, None, _Traces)
 
 
-def trace_after(model: PreTrainedModel, num_passes: float, num_ranges: int = 0) -> None:
-    """Trace a range after so many passes: 0 for measurements, which warm up. If a comparison runs more ranges
-    than are traced, none is.
-    """
-    enough = num_ranges <= _TRACES_AT_MOST
-    _traces(model).passes_before = num_passes if enough else math.inf
+def trace_after(model: PreTrainedModel, num_passes: float) -> None:
+    """Trace a range after so many passes: 0 for measurements, which warm up."""
+    _traces(model).passes_before = num_passes
 
 
 def num_traces(model: PreTrainedModel) -> int:
