@@ -49,7 +49,7 @@ def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
             field = given.get("fields", {}).get(name, {})
             begin, end = field.get("open"), field.get("close")
         except AttributeError as error:
-            raise ValueError("response_template of the tokenizer: must have fields that are objects") from error
+            raise ValueError("response_template of the tokenizer: its fields must be objects") from error
         if isinstance(begin, str) and isinstance(end, str):
             return begin, end
     template = str(tokenizer.chat_template or "")

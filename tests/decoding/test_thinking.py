@@ -128,7 +128,9 @@ def test_the_config_of_a_tokenizer_may_name_the_tags(byte_tokenizer):
     assert Thinking.of(tokenizer, "") == Thinking(Tag("[a]", None), Tag("[b]", None), has_begun=False)
     for odd in ("x", ["x"], {"fields": []}, {"fields": {"thinking": "x"}}):
         tokenizer.response_template = odd
-        with pytest.raises(ValueError, match="response_template of the tokenizer: must have fields"):
+        with pytest.raises(
+            ValueError, match="response_template of the tokenizer: its fields must be objects"
+        ):
             Thinking.of(tokenizer, "")
 
 

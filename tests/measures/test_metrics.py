@@ -141,4 +141,3 @@ def test_text_quality():
     assert quality["rouge1"] == pytest.approx(0.5)
     assert quality["edit_distance"] == 1.0  # one space, one letter
     assert 0 < quality["bleu"] <= 100
-

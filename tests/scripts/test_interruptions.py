@@ -220,4 +220,6 @@ def test_a_confidence_that_was_recorded_as_text(common, tmp_path, capsys):
     run["arguments"]["draft_confidence"] = "auto"
     (folder / "run.json").write_text(json.dumps(run))
     said = refused(benchmark.main, ["--resume", str(folder)], capsys)
-    assert said.endswith(f"--resume {folder}: that run had --draft_confidence auto, which is gone; begin anew")
+    assert said.endswith(
+        f"--resume {folder}: that run had --draft_confidence auto, which is gone; begin anew"
+    )
