@@ -45,7 +45,7 @@ def heat_maps(table: pandas.DataFrame, mode: str, title: str, path: Path) -> Non
     frame = pyplot.Rectangle((0, 0), 1, 1, label="best speed-up", **_FRAME)
     figure.legend(handles=[frame], loc="outside lower right", fontsize=_SMALL)
     figure.suptitle(title, fontsize=_SMALL)
-    _save(figure, path)
+    save(figure, path)
 
 
 def bars(series: Mapping[str, pandas.DataFrame], label: str, title: str, path: Path) -> None:
@@ -74,10 +74,10 @@ def bars(series: Mapping[str, pandas.DataFrame], label: str, title: str, path: P
     if len(series) > 1:
         figure.legend(loc="outside lower center", ncols=len(series), fontsize=_SMALL)
     figure.suptitle(title, fontsize=_SMALL)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """`path` has no suffix."""
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
@@ -127,4 +127,4 @@ def curves_by_exit(
     if len(marked):
         axes[-1].legend(loc="lower right", fontsize=_SMALL)
     figure.suptitle(title, fontsize=_SMALL)
-    _save(figure, path)
+    save(figure, path)

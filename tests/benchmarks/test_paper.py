@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pandas
@@ -98,18 +96,22 @@ def test_ctrl_c_in_a_row_is_continued_there(started, endless_folder, tmp_path, m
 
 def test_sigterm_ends_the_program_of_a_row(endless_folder, tmp_path, monkeypatch, capsys):
     """Guards against a row that goes on without its table."""
-    program, pid = tmp_path / "program", tmp_path / "pid"
-    program.write_text(f"#!/bin/sh\necho $$ > {pid}\nkill $PPID\nexec sleep 20\n")
-    program.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(program))
-    previous = signal.signal(signal.SIGTERM, lambda *_: None)  # of this process, which is the parent
+    rows, communicate = [], subprocess.Popen.communicate
+
+    def sigterm_meanwhile(process, *args, **kwargs):
+        if process.args[1].endswith("benchmark.py"):
+            rows.append(process)
+            signal.raise_signal(signal.SIGTERM)
+        return communicate(process, *args, **kwargs)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", sigterm_meanwhile)
+    previous = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the default would end the parent alone"))
     try:
         args = ["--rows", "human_eval", "--model", str(endless_folder)]
         assert paper.main([*args, "--output_dir", str(tmp_path / "logs")]) == 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert [row.returncode for row in rows] == [-signal.SIGKILL]
     assert about(only_run(tmp_path))["status"] == "interrupted"
     assert "interrupted; go on with --resume" in capsys.readouterr().err
 
