@@ -44,10 +44,12 @@ class ThreadGovernor:
     _all: ClassVar[WeakSet[ThreadGovernor]] = WeakSet()
 
     def __init__(self, on_fewer: Callable[[ThreadGovernor], object] = lambda governor: None) -> None:
-        # Another model's governor may have lowered the number.
-        self.most: int = max(torch.get_num_threads(), *(other.most for other in self._all), 1)
+        number = torch.get_num_threads()
+        # Another model's governor may have set it. What a caller has set since is the caller's choice.
+        set_by = [other.most for other in self._all if other.num_threads == number]
+        self.most: int = max([number, *set_by])
         self._all.add(self)
-        self.num_threads = self.most
+        self.num_threads: int = self.most
         self.others = 0.0  # processors that other programs used in the last window
         self._on_fewer, self._wait = on_fewer, self._SHORTEST_WAIT
         self._raised = self._crowded = -float("inf")  # when the number rose, and when others left no more
