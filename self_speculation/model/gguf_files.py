@@ -20,10 +20,12 @@ import shutil
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import gguf
@@ -60,6 +62,8 @@ _FAMILIES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
 # A user's own folder may have other files.
 _KEPT_NAMES = "[0-9a-f]" * 64 + "-*-*-*.safetensors"
 
+_lock = Lock()
+
 
 class Header(gguf.GGUFReader):
     """Fields and tensors of a file, without long arrays and those of strings.
@@ -93,7 +97,11 @@ class Header(gguf.GGUFReader):
 
 
 def _settings(metadata: Mapping[str, Any], tensors: tuple[str, ...]) -> dict[str, Any]:
-    """Settings of a config, by transformers' names for fields. Arrays of strings are their lengths."""
+    """Settings of a config, by transformers' names for fields. Arrays of strings are their lengths. Raises
+    ValueError for a file without a vocabulary.
+    """
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise ValueError("the file has no tokenizer (tokenizer.ggml.tokens)")
     architecture = metadata["general.architecture"]
     family = _FAMILIES.get(architecture, architecture)
     own = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[family]
@@ -113,10 +121,20 @@ def _settings(metadata: Mapping[str, Any], tensors: tuple[str, ...]) -> dict[str
     }
 
 
-# transformers calls these functions, where it has none of its own.
-for _architecture in (*_FAMILIES, *GGUF_CONFIG_MAPPING):
-    if _FAMILIES.get(_architecture, _architecture) in FAMILIES:
-        GGUF_CONFIG_ARCHS.setdefault(_architecture, _settings)
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """In this block, transformers reads configs of the families here by `_settings`, unless it has a function
+    of its own. Its table is that of the process, so one thread at a time is in such a block.
+    """
+    names = (*_FAMILIES, *GGUF_CONFIG_MAPPING)
+    with _lock:
+        added = {name for name in names if _FAMILIES.get(name, name) in FAMILIES} - GGUF_CONFIG_ARCHS.keys()
+        GGUF_CONFIG_ARCHS.update(dict.fromkeys(added, _settings))
+        try:
+            yield
+        finally:
+            for name in added:
+                del GGUF_CONFIG_ARCHS[name]
 
 
 def read_weights(header: Header, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:

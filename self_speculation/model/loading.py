@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +33,7 @@ from self_speculation.model.captured_runner import capture_decoding, check_can_b
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import check_supported, has_fused_layers, scale_rotation
 from self_speculation.model.fused_layers import fuse
-from self_speculation.model.gguf_files import Header, read_weights
+from self_speculation.model.gguf_files import Header, own_settings, read_weights
 from self_speculation.model.linear import Float16Linear, works
 from self_speculation.model.sources import LoadingError, LoadingWarning, adapted_model, explained, locate
 
@@ -101,11 +102,12 @@ def load_config(model: str, options: LoadingOptions | None = None) -> Pretrained
     model = adapted_model(model, options) or model
     source, kwargs = locate(model, options.trust_remote_code)
     with explained(model):
-        _header(model)  # refuses a file that is cut short
+        header = _header(model)  # refuses a file that is cut short
         scaling = (given := {**options.model_args}).pop("rope_scaling", None)
-        config = AutoConfig.from_pretrained(source, **kwargs, **given)
+        with nullcontext() if header is None else own_settings():
+            config = AutoConfig.from_pretrained(source, **kwargs, **given)
         check_supported(config)
-        if model.endswith(".gguf") and experts_per_token(config) is not None:
+        if header is not None and experts_per_token(config) is not None:
             raise ValueError(f"experts of a {config.model_type} model are read from safetensors only")
         if scaling is not None:
             scale_rotation(config, scaling)
@@ -149,7 +151,8 @@ def load_model_and_tokenizer(
             dtype = resolve_dtype("half", device)  # blocks of a few bits have no dtype of their own
         folder = Path(model).expanduser()  # an adapter may have another tokenizer than its model
         where = str(folder) if (folder / "tokenizer_config.json").is_file() else source
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        with nullcontext() if header is None else own_settings():
+            tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         if chat and not tokenizer.chat_template:
             raise LoadingError("chat True: the model's tokenizer has no chat template")
         if tokenizer.vocab_size > config.vocab_size:

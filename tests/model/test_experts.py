@@ -99,7 +99,7 @@ def test_copies_of_experts_are_refused_before_weights_are_loaded(common, tmp_pat
 
 def test_experts_of_a_gguf_file_are_refused_before_they_are_read(monkeypatch):
     """Guards against minutes of unpacking before an error about missing tensors."""
-    monkeypatch.setattr(loading, "_header", lambda *_: None)
+    monkeypatch.setattr(loading, "_header", lambda *_: object())
     monkeypatch.setattr(loading, "locate", lambda *_: ("", {}))
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: family("qwen3_moe").config)
     with pytest.raises(

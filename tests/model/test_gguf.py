@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import EOS, ROOT, assert_close, needs_fbgemm, tiny_llama
 from transformers import AutoModelForCausalLM
+from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
 from self_speculation import LoadingError, LoadingOptions, load_model_and_tokenizer
 from self_speculation.model import gguf_files, loading
@@ -278,6 +280,22 @@ def test_a_truncated_file_is_refused(share, written, cache):
         load_model_and_tokenizer(str(written))
     assert "\n" not in str(refused.value)
     assert not cache.exists()
+
+
+def test_a_file_without_a_tokenizer_is_refused(text_model, byte_tokenizer, tmp_path, monkeypatch):
+    """Guards against the name of a key as the whole message."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda *_: None)
+    write(tmp_path / "tiny.gguf", text_model, byte_tokenizer)
+    with pytest.raises(LoadingError, match=r"': the file has no tokenizer \(tokenizer.ggml.tokens\)$"):
+        load_model_and_tokenizer(str(tmp_path / "tiny.gguf"))
+
+
+def test_other_callers_of_transformers_have_its_own_settings(written):
+    """Guards against configs that this library has made for somebody else's `from_pretrained`."""
+    for arguments in ({}, {"attn_implementation": "flex_attention"}):
+        with nullcontext() if not arguments else pytest.raises(LoadingError):
+            load_model_and_tokenizer(str(written), LoadingOptions(arguments, dtype="float32"))
+        assert gguf_files._settings not in GGUF_CONFIG_ARCHS.values()
 
 
 def test_model_args_change_the_config(written):
