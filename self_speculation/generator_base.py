@@ -23,7 +23,6 @@ from self_speculation.decoding.grammar import GrammarProcessor, tokenizer_json
 from self_speculation.decoding.grammar_sandbox import GrammarSandbox
 from self_speculation.decoding.request import Callables, Request, as_list
 from self_speculation.decoding.stopping import StopWords
-from self_speculation.decoding.texts import continuation
 from self_speculation.model.families import context_length, described_context
 from self_speculation.results import GenerationResult, GenerationStrategyResult
 
@@ -37,34 +36,30 @@ T = TypeVar("T")
 class TokenizedRequest(Request):
     """A request in token ids, with all that ends its answer; see `HuggingfaceLlamaGenerator.tokenize`."""
 
-    tokenizer: PreTrainedTokenizerBase
     stop_words: StopWords
     started: float
 
     def finish(self, result: GenerationStrategyResult) -> GenerationResult:
         """Decode the output up to its stop word, and separate its thinking."""
-        if (reader := self.stop_words.reader) is None:
-            text, thinking = continuation(self.tokenizer, self.ids, result.predicted_tokens), ""
-        else:
-            reader.end(result.predicted_tokens)
-            text, thinking = reader.answer, reader.thinking
+        reader = self.stop_words.reader
+        reader.end(result.predicted_tokens)
         total_time = time.perf_counter() - self.started
         num_tokens = len(result.predicted_tokens)
         return GenerationResult(
             generation_strategy_result=result,
-            decoded_prediction=self.stop_words.cut(text),
+            decoded_prediction=self.stop_words.cut(reader.answer),
             num_tokens_generated=num_tokens,
             total_time=total_time,
             time_per_token=total_time / max(num_tokens, 1),
             tokens_per_second=num_tokens / total_time,
-            thinking=thinking,
+            thinking=reader.thinking,
             num_thinking_tokens=self.num_thinking_tokens,
         )
 
     @property
     def num_thinking_tokens(self) -> int:
         """Tokens of the output's thinking so far."""
-        return self.stop_words.reader.num_thinking if self.stop_words.reader else 0
+        return self.stop_words.reader.num_thinking
 
 
 class GenerationStrategy:
@@ -230,7 +225,8 @@ class HuggingfaceLlamaGenerator:
         ids = self.encode(request.prompt)
         config = request.config or generation_config
         words = StopWords(self.tokenizer, config.stop_words or [], ids, request.thinking)
-        stop_checks = [*([words] if words.words or words.reader else []), *as_list(request.stop_checks)]
+        is_read = words.words or request.thinking is not None
+        stop_checks = [*([words] if is_read else []), *as_list(request.stop_checks)]
         processors, prediction = as_list(request.logits_processors), request.prediction
         ends = [*self.eos_token_ids, *as_list(request.eos_token_ids)]
         if (grammar := request.grammar) is not None:
@@ -249,7 +245,6 @@ class HuggingfaceLlamaGenerator:
             "prediction": prediction,
             "eos_token_ids": ends,
             "stop_checks": stop_checks,
-            "tokenizer": self.tokenizer,
             "stop_words": words,
             "started": started,
         }

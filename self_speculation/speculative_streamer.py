@@ -68,7 +68,7 @@ class StandardTextStreamer:
 
     def _begin(self, prompt: Sequence[int] = ()) -> None:
         self._text = Detokenizer(self._tokenizer, prompt)
-        self._splitter = None if self._thinking is None else Splitter(self._thinking)
+        self._splitter = Splitter(self._thinking)
         self._was_thinking = False  # in what was shown last
         self._held: list[Cell] = []  # committed, but is a stop word or may become one
 
@@ -80,7 +80,7 @@ class StandardTextStreamer:
 
     def end(self) -> None:
         """Show the text that is held back, end the line, and get ready for the next answer."""
-        self._held += _cells(_parts(self._splitter, self._text.rest(), finished=True), "target")
+        self._held += _cells(self._splitter.add(self._text.rest(), finished=True), "target")
         self._flush(finished=True)
         self._file.write(self._end_with)
         self._file.flush()
@@ -101,7 +101,7 @@ class StandardTextStreamer:
 
     def _decide(self, ids: Iterable[int], style: str) -> None:
         for id_ in map(int, ids):
-            self._held += _cells(_parts(self._splitter, self._text.add(id_), id_), style)
+            self._held += _cells(self._splitter.add(self._text.add(id_), id_), style)
 
     def _flush(self, finished: bool = False) -> None:
         """Show what cannot become a stop word."""
@@ -207,20 +207,14 @@ class SpeculativeTextStreamer(StandardTextStreamer):
         if not self._drafts:
             return []
         text = self._text.rest(self._drafts).rstrip("\ufffd")  # without an incomplete character
-        drafted = self._splitter.preview(text) if self._splitter else [(text, False)]
-        return self._visible([*self._held, *_cells(drafted, "draft")], finished=False)
+        drafted = _cells(self._splitter.preview(text), "draft")
+        return self._visible([*self._held, *drafted], finished=False)
 
     def _show(self, cells: list[Cell]) -> None:
         if not self._on_terminal:
             return super()._show(cells)
         drafts = [printed for cell in self._pending() for printed in _printed(cell)]
         self._screen.show([*self._printed(cells)], drafts)
-
-
-def _parts(
-    splitter: Splitter | None, text: str, id_: int | None = None, finished: bool = False
-) -> list[Part]:
-    return [(text, False)] if splitter is None else splitter.add(text, id_, finished)
 
 
 def _cells(parts: Iterable[Part], style: str) -> list[Cell]:

@@ -63,7 +63,7 @@ class StopWords:
         thinking: Thinking | None = None,
     ) -> None:
         self.words = tuple(words)
-        self.reader = None if thinking is None else ThinkingReader(tokenizer, thinking, prompt)
+        self.reader, self._thinks = ThinkingReader(tokenizer, thinking, prompt), thinking is not None
         self._tokenizer = tokenizer
         self._prompt = prompt
         # Every token but a special one adds at least one byte to the text.
@@ -71,7 +71,7 @@ class StopWords:
 
     def __call__(self, output: Sequence[int]) -> bool:
         """Whether `output` contains a stop word, given that it did not one token earlier."""
-        if self.reader is not None:
+        if self._thinks:
             if self.words or not self.reader.answer:
                 self.reader.read(output)
             return self._in(self.reader.answer)

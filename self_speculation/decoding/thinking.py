@@ -59,11 +59,15 @@ def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
 class Splitter:
     """Separates thinking from answer in an output that comes in pieces. Leaves out tags and the line breaks
     next to them, as templates do with earlier answers.
+
+    Args:
+        thinking: None: the output is an answer from its start.
     """
 
-    def __init__(self, thinking: Thinking) -> None:
-        self._begin, self._end = thinking.begin, thinking.end
-        self.has_thought, self.in_answer = thinking.has_begun, False
+    def __init__(self, thinking: Thinking | None) -> None:
+        self.in_answer, self.has_thought = thinking is None, False
+        if thinking is not None:
+            self._begin, self._end, self.has_thought = thinking.begin, thinking.end, thinking.has_begun
         self._held = ""  # may belong to a tag, or is line breaks that may be next to one
         self._at_start = self.has_thought  # of thinking or answer, where line breaks are left out
 
@@ -78,7 +82,8 @@ class Splitter:
     def preview(self, text: str) -> list[Part]:
         """What drafts of this text would settle, where tags are found by their texts."""
         other = copy.copy(self)
-        other._begin, other._end = (tag._replace(id=None) for tag in (self._begin, self._end))
+        if not self.in_answer:
+            other._begin, other._end = (tag._replace(id=None) for tag in (self._begin, self._end))
         return other.add(text)
 
     def _settle(self, text: str, id_: int | None) -> list[Part]:
@@ -113,7 +118,7 @@ class ThinkingReader:
     """Reads an output token by token: the text of its thinking, and that of its answer."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, thinking: Thinking, prompt: Sequence[int] = ()
+        self, tokenizer: PreTrainedTokenizerBase, thinking: Thinking | None, prompt: Sequence[int] = ()
     ) -> None:
         self.thinking = self.answer = ""
         self._text, self._splitter = Detokenizer(tokenizer, prompt), Splitter(thinking)
