@@ -71,8 +71,8 @@ class Batch:
         alone.sample_and_commit(logits, alone.draw_numbers().verify)
         for batch in (self, alone):
             batch.commit_unread()
+        self.last = torch.cat((self.last, alone.last))  # may find no memory: before it is a row
         self.sequences.append(sequence)
-        self.last = torch.cat((self.last, alone.last))
         vars(self).pop("sampler", None)
 
     def remove(self, row: int) -> Sequence:

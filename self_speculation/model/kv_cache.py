@@ -88,14 +88,17 @@ class Buffers:
         like: Any = new_keys if old is None else old[0]  # [.., kv_heads, .., head_dim]
         if self.capacity < end:
             self.capacity = round_up(max(end, min(2 * self.capacity, self.limit)), ALIGNMENT)
-        if self._fitting < self.capacity:
-            # If this raises, a shorter sequence may still fit.
-            wanted, self.capacity = self.capacity, self._fitting or ALIGNMENT
-            self._check_room(like, wanted)
-            self._fitting = self.capacity = wanted
-        # Zeros: a mask does not keep NaN out of positions after a row's last one.
-        shape = (self.num_slots, like.shape[1], self.capacity, like.shape[-1])
-        larger = (like.new_zeros(shape), like.new_zeros(shape))
+        try:
+            if self._fitting < self.capacity:
+                self._check_room(like, self.capacity)
+                self._fitting = self.capacity
+            # Zeros: a mask does not keep NaN out of positions after a row's last one.
+            shape = (self.num_slots, like.shape[1], self.capacity, like.shape[-1])
+            larger = (like.new_zeros(shape), like.new_zeros(shape))
+        except (MemoryError, RuntimeError):  # a shorter sequence may still fit
+            self._fitting = min(0 if pair is None else pair[0].shape[2] for pair in self.of_layers)
+            self.capacity = self._fitting or ALIGNMENT
+            raise
         for new, part in zip(larger, old or (), strict=False):
             new[:, :, : part.shape[2]] = part
         self.of_layers[layer] = larger
@@ -211,6 +214,7 @@ class KVCache(Appendable):
         return torch.arange(start, start + width, device=device) - self._missing_on_device
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """See `Appendable`. Rows have one length; `scattered` is for others."""
         rows = len(self._missing)
         total, heads, size = keys.shape
         width = total // rows
@@ -307,13 +311,16 @@ class KVCache(Appendable):
             buffer[slot].zero_()
 
     def swap(self, slot: int, other: int, length: int) -> None:
-        """Exchange the first `length` positions of two slots."""
-        if slot != other:
-            for buffer in self._all_buffers():
-                one, another = buffer[slot, :, :length], buffer[other, :, :length]
-                copied = one.clone()
-                one.copy_(another)
-                another.copy_(copied)
+        """Exchange the first `length` positions of two slots. It allocates nothing, so memory cannot run out
+        when some layers are exchanged and others are not.
+        """
+        if slot == other:
+            return
+        for buffer in self._all_buffers():
+            bits = buffer[:, :, :length].view(getattr(torch, f"int{8 * buffer.itemsize}"))
+            one, another = bits[slot], bits[other]
+            for target, source in ((one, another), (another, one), (one, another)):
+                target.bitwise_xor_(source)
 
     def _all_buffers(self) -> Iterator[Tensor]:
         return (part for pair in self.buffers.of_layers for part in pair or ())

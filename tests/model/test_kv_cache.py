@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from self_speculation.model.kv_cache import Buffers, KVCache
 
@@ -35,7 +37,7 @@ def test_append_grow_and_roll_back():
     assert contents(keys) == [0, 1, 2, 7, 8, 9, 10, 11, 12]
     keys, _ = cache.update(block(5, 1), block(5, 1), 1)  # where only the other layer has grown
     assert contents(keys) == [0, 1, 2, 5]
-    assert cache.capacity == 16
+    assert cache.buffers.capacity == 16
 
 
 def test_rolling_back_more_than_there_is_fails_early():
@@ -116,3 +118,58 @@ def pair(rows):
     """Keys and values [B * T, heads, head_dim] of positions with these numbers, row by row."""
     both = torch.tensor(rows, dtype=torch.float32).flatten()[:, None, None].expand(-1, 2, 3)
     return both, both
+
+
+class OutOfMemory(TorchDispatchMode):
+    """No tensor is allocated after so many."""
+
+    def __init__(self, left):
+        super().__init__()
+        self._left = left
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        held = {part.untyped_storage()._cdata for part in tree_leaves(args) if isinstance(part, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in held:
+            self._left -= 1
+            if self._left < 0:
+                raise torch.OutOfMemoryError
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_are_swapped_without_memory(dtype):
+    """Guards against two slots that are exchanged in some layers only, and against bits that change."""
+    cache = KVCache(Buffers(3, num_slots=3))
+    buffers = [(torch.randn(3, 2, 8, 3, dtype=dtype), torch.randn(3, 2, 8, 3, dtype=dtype)) for _ in range(3)]
+    cache.buffers.of_layers = buffers
+    parts = [part for pair in buffers for part in pair]
+    parts[0][0, 0, 0] = torch.tensor([torch.nan, torch.inf, -0.0])
+    before = [part.clone() for part in parts]
+    with OutOfMemory(0):
+        cache.swap(2, 0, 5)
+        cache.swap(1, 1, 5)
+    for part, was in zip(parts, before, strict=True):
+        expected = was.clone()
+        expected[0, :, :5], expected[2, :, :5] = was[2, :, :5], was[0, :, :5]
+        assert torch.equal(part.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("left", range(5))
+def test_growing_without_memory_keeps_what_is_there(left):
+    """Guards against lost positions, and against a capacity that is not there, so that shorter sequences fail
+    as well.
+    """
+    cache = KVCache(Buffers(2))
+    for layer in range(2):
+        cache.update(block(0, 8), block(0, 8), layer)
+    cache.reserve(1000, 2000)  # of another sequence
+    try:
+        with OutOfMemory(left):
+            cache.with_room(0, 2, 1)
+    except torch.OutOfMemoryError:
+        assert (cache.buffers.capacity, cache.length(0), cache.length(1)) == (8, 8, 8)
+    cache.rollback(4)
+    for layer in range(2):
+        keys, values = cache.update(block(4, 4), block(4, 4), layer)
+        assert contents(keys) == contents(values) == [*range(8)]
