@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "context"]
+StopReason = Literal["eos", "stop_word", "stopping_criteria", "max_steps", "context", "cancelled"]
 
 
 class DraftRound(NamedTuple):

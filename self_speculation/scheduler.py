@@ -190,10 +190,10 @@ class Scheduler(Generic[Key]):
 
     @torch.inference_mode()
     def cancel(self, keys: Container[Key]) -> None:
-        """Finish these requests before the next step, with the tokens they have."""
+        """Finish these requests before the next step, with the tokens they have, as "cancelled"."""
         for sequence in (*self.batch.sequences, *self._waiting):
             if sequence.key in keys and sequence.remaining:
-                sequence.stop_reason = "stopping_criteria"
+                sequence.stop_reason = "cancelled"
         for sequence in [waiting for waiting in self._waiting if not waiting.remaining]:
             self._drop_waiting(sequence)
 
@@ -275,7 +275,7 @@ class Scheduler(Generic[Key]):
             logits = passed.logits
         sequence.num_computed += tokens.shape[1]
         if is_last:
-            decoding.slots.join(sequence)  # may find no memory: before it is a row of the batch
+            decoding.slots.join(sequence)  # without a row of the batch, `release` undoes it
             self.batch.add(sequence, logits[0])
         self._waiting.remove(sequence)
         if not is_last:

@@ -44,7 +44,7 @@ def together(model, requests, batch_size, budget=None, cancelled=None, **config)
         if cancelled and cancelled[0] == step:
             scheduler.cancel({cancelled[1]})
             rows = scheduler.batch.sequences
-            ended = {row.key: [*row.tokens] for row in rows if row.stop_reason == "stopping_criteria"}
+            ended = {row.key: [*row.tokens] for row in rows if row.stop_reason == "cancelled"}
         scheduler.step()
         results |= scheduler.pop_finished()
         if not (waiting or scheduler.has_requests):
@@ -137,7 +137,7 @@ def test_every_row_is_as_if_alone(
     assert sorted(results) == list(range(len(requests)))
     for index, request in enumerate(requests):
         alone, mine = in_batch(model, [request], 1, **config)[0], results[index]
-        if cancelled and cancelled[1] == index and mine.stop_reason == "stopping_criteria":
+        if cancelled and cancelled[1] == index and mine.stop_reason == "cancelled":
             assert mine.predicted_tokens == alone.predicted_tokens[: len(mine.predicted_tokens)]
             continue
         assert mine.predicted_tokens == alone.predicted_tokens
@@ -275,19 +275,24 @@ def test_a_prompt_that_finds_no_memory_leaves_it_to_the_others(monkeypatch):
     assert [got[index].predicted_tokens for index in (1, 3)] == tokens_alone(model, PROMPTS[:2], max_steps=5)
 
 
-def test_a_prompt_that_finds_no_memory_to_join_fails_alone(monkeypatch):
-    """Guards against a row of the batch without a slot, which ended all requests of a scheduler."""
+@pytest.mark.parametrize(("owner", "name"), [(KVCache, "swap"), (torch, "cat")], ids=["slot", "row"])
+def test_a_prompt_that_finds_no_memory_to_join_fails_alone(owner, name, monkeypatch):
+    """Guards against a row of the batch without a slot, and a slot without a row, which ended all requests of
+    a scheduler.
+    """
     model, prompts = tiny_llama(), {"decodes": [9, 9, 9], "is read": [*range(3, 40)], "joins": [5, 6, 7]}
-    scheduler, swap = scheduler_of(model, 3, budget=4), KVCache.swap
+    scheduler, working = scheduler_of(model, 3, budget=4), getattr(owner, name)
 
-    def out_of_memory(*_):
-        monkeypatch.setattr(KVCache, "swap", swap)
+    def out_of_memory(first, *others, **kwargs):
+        if owner is torch and first[0].dtype != torch.long:  # not the rows' last tokens
+            return working(first, *others, **kwargs)
+        monkeypatch.setattr(owner, name, working)
         raise torch.OutOfMemoryError
 
     for key in prompts:
         scheduler.add_request(key, Request(prompts[key]))
         scheduler.step()
-        monkeypatch.setattr(KVCache, "swap", out_of_memory)
+        monkeypatch.setattr(owner, name, out_of_memory)
     got = drained(scheduler)
     assert isinstance(got.pop("joins"), torch.OutOfMemoryError)
     alone = tokens_alone(model, [prompts[key] for key in got], max_steps=12)
@@ -306,7 +311,7 @@ def test_room_for_no_more_than_the_rows_can_reach(monkeypatch):
     cache, capacities, ended = scheduler._ensure_prepared().cache, set(), {}
     while scheduler.batch:
         scheduler.step()
-        capacities.add(cache.capacity)
+        capacities.add(cache.buffers.capacity)
         ended |= scheduler.pop_finished()
     assert capacities == {24, 48, 64}
     assert [len(result.predicted_tokens) for result in ended.values()] == [9, 60]
