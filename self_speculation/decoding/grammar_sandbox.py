@@ -87,18 +87,14 @@ class GrammarSandbox:
     def _start(self) -> subprocess.Popen[bytes]:
         """The running process of this one: a fork of this one needs its own."""
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._owner, self._process = (
-                os.getpid(),
-                subprocess.Popen(
-                    [sys.executable, __file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env={
-                        **os.environ,
-                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                    },
-                    start_new_session=True,  # Ctrl-C is for this process
-                ),
+            path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+            self._owner = os.getpid()
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for this process
             )
             _send(self._process, self._tokenizer)
         return self._process

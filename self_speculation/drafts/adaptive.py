@@ -9,17 +9,33 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from math import prod
 from threading import RLock
 from typing import Any, TypeVar
 
-from self_speculation.drafts.costs import PassTimes
-from self_speculation.drafts.estimates import AcceptanceByConfidence, DecayedMean
+from self_speculation.drafts.costs import DecayedMean, PassTimes
 from self_speculation.drafts.policy import PLAIN, Arm, Confidences, Plan, RoundOutcome
 
 T = TypeVar("T")
 
 # Rounds before the first trial of an arm, and the most between two trials, or two prompts that judge exits.
 _WAIT, _LONGEST_WAIT = 8, 512
+
+_BINS = 10  # ranges of confidence
+
+
+class AcceptanceByConfidence:
+    """How often drafted tokens of a probability are accepted, learnt by ranges of probability."""
+
+    def __init__(self) -> None:
+        self._means = [DecayedMean((i + 0.5) / _BINS) for i in range(_BINS)]
+
+    def __getitem__(self, confidence: float) -> DecayedMean:
+        return self._means[min(int(confidence * _BINS), _BINS - 1)]
+
+    def all_accepted(self, confidences: Sequence[float]) -> float:
+        """The chance that a draft of tokens with these probabilities is accepted as a whole."""
+        return prod(self[confidence].value for confidence in confidences)
 
 
 @dataclass

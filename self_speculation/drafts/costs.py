@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from self_speculation.drafts.estimates import DecayedMean
 from self_speculation.model.experts import bytes_per_layer, with_experts
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.quantized_layers import bytes_per_weight
@@ -19,6 +18,32 @@ if TYPE_CHECKING:
 
     from self_speculation.config import DraftWeights
     from self_speculation.model.model_runner import ModelRunner
+
+
+_DECAY = 0.97  # of the weight of all observations, with each new one
+
+
+class DecayedMean:
+    """The mean of a prior and of observations, whose weight decays.
+
+    Args:
+        prior: the mean without observations.
+        weight: of the prior, in observations.
+    """
+
+    def __init__(self, prior: float, weight: float = 2.0) -> None:
+        self._prior, self._weight = prior, weight
+        self._sum = self.count = 0.0  # count: weight of the observations
+
+    @property
+    def value(self) -> float:
+        return (self._prior * self._weight + self._sum) / (self._weight + self.count)
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        """Add a value that counts as `weight` observations."""
+        share = _DECAY**weight
+        self._sum = share * self._sum + weight * value
+        self.count = share * self.count + weight
 
 
 def draft_ratio(
