@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import abc
-from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +17,6 @@ from self_speculation.drafts.draft import Draft, DraftSource
 from self_speculation.drafts.policy import Arm, ShouldContinue
 from self_speculation.model.kv_cache import KVCache
 from self_speculation.transfers import on_device
-
-T = TypeVar("T")
 
 
 class NgramIndex:
@@ -68,20 +65,6 @@ class NgramIndex:
                 period = len(self._ids) - position
                 return n, [self._ids[position + i % period] for i in range(num_tokens)]
         return 0, []
-
-
-class PerSequence(Generic[T]):
-    """A value for each sequence, made on first access and dropped with the sequence."""
-
-    def __init__(self, make: abc.Callable[[Sequence], T]) -> None:
-        self._make = make
-        self._made: WeakKeyDictionary[Sequence, T] = WeakKeyDictionary()
-
-    def __getitem__(self, sequence: Sequence) -> T:
-        value = self._made.get(sequence)
-        if value is None:
-            value = self._made[sequence] = self._make(sequence)
-        return value
 
 
 class LookupDrafts(DraftSource):
@@ -138,19 +121,17 @@ class NgramDrafts(LookupDrafts):
 
     def __init__(self, longest: int, vocab_size: int) -> None:
         super().__init__(vocab_size)
-        self._longest, self._indices = longest, PerSequence(self._index)
+        self._longest = longest
+        self._indices: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
         priors = [0.3 + 0.6 * matched / longest for matched in range(longest + 1)]
         # What followed a single token is mostly chance.
         self.arm = Arm(priors=priors, least_match=min(2, longest))
 
-    def _index(self, sequence: Sequence) -> NgramIndex:
-        index = NgramIndex(range(self._longest, 0, -1))
-        index.extend(sequence.prompt)
-        return index
-
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
-        index = self._indices[sequence]
-        index.extend(sequence.tokens[len(index) - len(sequence.prompt) :])
+        index = self._indices.get(sequence)
+        if index is None:
+            index = self._indices[sequence] = NgramIndex(range(self._longest, 0, -1))
+        index.extend(sequence.ids_from(len(index)))
         return index.lookup(k)
 
 

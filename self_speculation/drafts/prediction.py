@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import abc, defaultdict
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 from self_speculation.decoding.sequence import Sequence
-from self_speculation.drafts.ngram import LookupDrafts, PerSequence
+from self_speculation.drafts.ngram import LookupDrafts
 from self_speculation.drafts.policy import Arm
 
 # The n-grams that find the output in the prediction again: fewer tokens occur in too many places.
@@ -23,39 +23,27 @@ class PredictionDrafts(LookupDrafts):
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
-        self._cursors = PerSequence(self._new_cursor)
-        self._indices: WeakValueDictionary[int, _Index] = WeakValueDictionary()  # by the id of its list
-
-    def _new_cursor(self, sequence: Sequence) -> _Cursor:
-        """The choices of a request have one list, and one index of it."""
-        key = id(sequence.prediction)
-        index = self._indices[key] = self._indices.get(key) or _Index(sequence.prediction)
-        return _Cursor(index)
+        self._cursors: WeakKeyDictionary[Sequence, _Cursor] = WeakKeyDictionary()
 
     def _find(self, sequence: Sequence, k: int) -> tuple[int, list[int]]:
         if not sequence.prediction:
             return 0, []
-        cursor = self._cursors[sequence]
+        cursor = self._cursors.get(sequence)
+        if cursor is None:
+            cursor = self._cursors[sequence] = _Cursor(sequence.prediction)
         cursor.follow(sequence.tokens)
         return 1 + min(cursor.matched, _MOST_MATCHED - 1), cursor.next(k)
-
-
-class _Index:
-    """Where the n-grams of a prediction end."""
-
-    def __init__(self, ids: abc.Sequence[int]) -> None:
-        self.ids = ids
-        self.ends: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for n in range(_SHORTEST, _LONGEST + 1):
-            for end in range(n, len(ids) + 1):
-                self.ends[tuple(ids[end - n : end])].append(end)
 
 
 class _Cursor:
     """Position in the prediction; a mismatch counts as a substitution until an n-gram matches."""
 
-    def __init__(self, index: _Index) -> None:
-        self._ids, self._ends = index.ids, index.ends
+    def __init__(self, prediction: abc.Sequence[int]) -> None:
+        self._ids = prediction
+        self._ends: dict[tuple[int, ...], list[int]] = defaultdict(list)  # where n-grams end
+        for n in range(_SHORTEST, _LONGEST + 1):
+            for end in range(n, len(prediction) + 1):
+                self._ends[tuple(prediction[end - n : end])].append(end)
         self._position = 0  # of the token that is expected next
         self._known = 0  # tokens of the output that were followed
         self.matched = 0  # the last tokens of the output that the prediction has as well

@@ -5,14 +5,14 @@ from conftest import generate, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from self_speculation.drafts.prediction import _Cursor, _Index
+from self_speculation.drafts.prediction import _Cursor
 
 PROMPT = [5, 9, 4, 7, 7, 3]
 
 
 def test_a_cursor_follows_what_is_replaced_left_out_and_put_in():
     text, output = list(range(10, 60)), []
-    cursor = _Cursor(_Index(text))
+    cursor = _Cursor(text)
     assert cursor.next(3) == [10, 11, 12]  # before the first token
     for more, expected, matched in (
         (text[:20], [30, 31], 20),
@@ -30,7 +30,7 @@ def test_a_cursor_follows_what_is_replaced_left_out_and_put_in():
 def test_of_several_places_the_next_one_is_taken():
     """Guards against jumping back to the first of many lines that begin alike."""
     line = [1, 2, 3]
-    cursor = _Cursor(_Index([*line, 10, *line, 20, *line, 30]))
+    cursor = _Cursor([*line, 10, *line, 20, *line, 30])
     cursor.follow([*line, 10, 99, *line])
     assert cursor.next(1) == [20]
 
@@ -41,8 +41,7 @@ def test_of_several_places_the_next_one_is_taken():
     cut=st.integers(0, 30),
 )
 def test_a_cursor_does_not_depend_on_when_it_is_asked(prediction, output, cut):
-    index = _Index(prediction)
-    at_once, in_two = _Cursor(index), _Cursor(index)
+    at_once, in_two = _Cursor(prediction), _Cursor(prediction)
     at_once.follow(output)
     in_two.follow(output[:cut])
     in_two.follow(output)
