@@ -18,7 +18,6 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from self_speculation.model.user_cache import cache_folder, replacing
 
@@ -75,8 +74,6 @@ def _load() -> Int4Kernel:
             _build(variant)
     except (RuntimeError, OSError) as error:
         return Int4Kernel(None, f"the other one cannot be built: {error}")
-    torch.library.register_fake("self_speculation::int4_mm", _fake_mm)
-    torch.library.register_fake("self_speculation::int4_round", _fake_round)
     return Int4Kernel(variant)
 
 
@@ -149,13 +146,3 @@ def _is_own(path: Path) -> bool:
     """Whether nobody else, except root, can have written it."""
     status = path.stat()
     return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
-
-
-def _fake_mm(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:  # noqa: ARG001
-    return x.new_empty(x.shape[0], 16 * weight.shape[0])
-
-
-def _fake_round(weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    blocks, groups = -(-weight.shape[0] // 16), counts.shape[0] // 32
-    packed = weight.new_empty(blocks, groups, 4, 64, dtype=torch.uint8)
-    return packed, weight.new_empty(blocks, groups, 2, 16, dtype=torch.bfloat16)

@@ -148,7 +148,6 @@ def builds(tmp_path, monkeypatch):
         loaded.append(file)
 
     monkeypatch.setattr(torch.ops, "load_library", load)
-    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
     return tmp_path / "cache/kernels" / kernels._file_name(variant), compiler, loaded
 
 
