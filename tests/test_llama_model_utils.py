@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT
 from self_speculation.llama_model_utils import crop_past_key_values
 from self_speculation.model.families import FAMILIES, context_length, has_fused_layers
 from self_speculation.model.fused_layers import fuse
+from self_speculation.model.kv_cache import Buffers, KVCache
 from self_speculation.model.model_runner import (
     PREFILL_CHUNK,
     ModelRunner,
@@ -67,7 +68,10 @@ def compare_pieces(model, ids, expected):
         hidden = [forward_early(runner, cache, ids[:, i : i + 1], 2).hidden for i in range(6, 9)]
         last = forward_early(runner, cache, ids[:, 9:10], 2, num_logits=0)
         assert last.logits.numel() == 0
-        verified = forward_remainder(runner, cache, torch.cat([*hidden, last.hidden], 1), 2).logits
+        states = torch.cat([*hidden, last.hidden], 1)
+        before = states.clone()
+        verified = forward_remainder(runner, cache, states, 2).logits
+        assert torch.equal(states, before)
         cache.rollback(2)
         again = forward(runner, cache, ids[:, 8:12], num_logits=4).logits
         *_, trained_on = hidden_after_each_layer(model, ids)
@@ -179,3 +183,19 @@ def test_a_cache_of_transformers_is_cropped_to_a_length(length):
         assert cache.get_seq_length() == kept
         following = model(ids[:, :1], cache=cache).logits
         assert_close(following, model(torch.cat([ids[:, :kept], ids[:, :1]], 1)).logits[:, -1:])
+
+
+@pytest.mark.parametrize(
+    "new_cache",
+    [lambda runner: KVCache(Buffers(4)), lambda runner: runner.new_cache(1, 1)],
+    ids=["not reserved", "outgrown"],
+)
+def test_a_cache_grows_beyond_what_was_reserved(new_cache):
+    """Guards against rotations for as many positions as a number can count, and for too few."""
+    model, ids = tiny_llama(), torch.tensor([[5, 9, 4] * 20])
+    with torch.inference_mode():
+        runner = ModelRunner(model)
+        cache = new_cache(runner)
+        for piece in ids.split(7, 1):
+            logits = forward(runner, cache, piece).logits
+        assert_close(logits, model(ids).logits[:, -1:])

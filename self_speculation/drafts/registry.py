@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from self_speculation.config import LONGEST_DRAFT, DraftWeights, GenerationConfig
+from self_speculation.config import LONGEST_DRAFT, GenerationConfig
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.composer import DraftComposer
 from self_speculation.drafts.costs import draft_ratio, growth
@@ -19,7 +19,7 @@ from self_speculation.drafts.layers import LayerDrafts
 from self_speculation.drafts.ngram import NgramDrafts
 from self_speculation.drafts.policy import Arm, FixedPolicy
 from self_speculation.drafts.prediction import PredictionDrafts
-from self_speculation.drafts.shared import SharedDrafts, finished_answers, forget_answers
+from self_speculation.drafts.shared import FinishedAnswers, SharedDrafts, finished_answers
 from self_speculation.model.captured_runner import is_captured
 from self_speculation.model.made import discard, made
 from self_speculation.model.model_runner import ModelRunner
@@ -48,15 +48,24 @@ class DraftContext:
     def vocab_size(self) -> int:
         return self.runner.config.vocab_size
 
+    @property
+    def exit_layers(self) -> list[int]:
+        """In ascending order. Adaptive decoding has exits from a twelfth to a third of the layers; of a copy
+        in fewer bits also all layers.
+        """
+        config, num_layers = self.config, len(self.runner.layers)
+        if not config.is_adaptive:
+            return [config.exit_layer]
+        early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
+        return sorted(early) if config.draft_weights == "exact" else [*sorted(early), num_layers]
+
     @cached_property
     def draft_vocabulary(self) -> int | None:
         """From the config, or the default of copies and adaptive decoding; None: the whole head."""
-        config, layers = self.config, len(self.runner.layers)
-        if config.draft_vocabulary is not None or not (config.draft_weights != "exact" or config.is_adaptive):
+        config, weights = self.config, self.config.draft_weights
+        if config.draft_vocabulary is not None or (weights == "exact" and not config.is_adaptive):
             return config.draft_vocabulary
-        candidates = candidate_layers(layers, config.draft_weights)
-        deepest = candidates[-1] if config.is_adaptive else config.exit_layer
-        return default_vocabulary(self.runner, deepest, bytes_per_weight(self.model, config.draft_weights))
+        return default_vocabulary(self.runner, self.exit_layers[-1], bytes_per_weight(self.model, weights))
 
     @cached_property
     def short_head(self) -> ShortHead | None:
@@ -109,24 +118,18 @@ def make_composer(context: DraftContext) -> DraftComposer:
     return DraftComposer(context.model, sources, FixedPolicy(arms, config.draft_confidence))
 
 
-def candidate_layers(num_layers: int, draft_weights: DraftWeights) -> list[int]:
-    """Exits from a twelfth to a third of the layers; of a copy in fewer bits also all layers."""
-    early = {max(1, round(num_layers * share)) for share in (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3)}
-    return sorted(early) if draft_weights == "exact" else [*sorted(early), num_layers]
-
-
 def _layers(context: DraftContext) -> Iterator[LayerDrafts]:
-    config, num_layers = context.config, len(context.runner.layers)
-    weights, grows = config.draft_weights, growth(context.runner, config.draft_weights)
+    weights = context.config.draft_weights
+    grows = growth(context.runner, weights)
 
     def draft_step(layer: int) -> Callable[[int], float]:
         ratio = draft_ratio(context.model, layer, weights, context.draft_vocabulary)
         return lambda num_rows: ratio * grows(num_rows)
 
-    for layer in candidate_layers(num_layers, weights) if config.is_adaptive else [config.exit_layer]:
+    for layer in context.exit_layers:
         drafter = context.drafter(layer)
         arm = Arm(draft_step(layer), is_judged=True)
-        if layer == num_layers:
+        if layer == len(context.runner.layers):
             arm = replace(arm, is_judged=False, priors=_COPY_PRIOR, weight=_TRUST_IN_COPY)
         yield LayerDrafts(drafter, layer, weights, arm)
 
@@ -155,18 +158,14 @@ def _stats(context: DraftContext) -> ArmStats:
         (config.draft_weights, context.draft_vocabulary, config.greedy, config.prompt_lookup),
         (model.device, model.dtype, runner.dtype, is_captured(model)),
     )
-    return _learnt(model).setdefault(key, ArmStats(growth(runner), torch.get_num_threads))
-
-
-def _learnt(model: PreTrainedModel) -> dict[Hashable, ArmStats]:
-    """By settings."""
-    return made(model, ArmStats, None, dict)
+    learnt: dict[Hashable, ArmStats] = made(model, ArmStats, None, dict)
+    return learnt.setdefault(key, ArmStats(growth(runner), torch.get_num_threads))
 
 
 def forget_what_was_learnt(model: PreTrainedModel) -> None:
     """Drop the statistics of adaptive decoding and the finished answers, as in a new process."""
     discard(model, ArmStats)
-    forget_answers(model)
+    discard(model, FinishedAnswers)
 
 
 def driving_flags() -> tuple[str, ...]:

@@ -40,8 +40,8 @@ class AttentionContext:
     @classmethod
     def uniform(cls, runner: Any, kind: AttentionType, rows: int, start: int, width: int) -> AttentionContext:
         """All rows have the same length, `start`."""
-        cos, sin = runner.rotary_of(kind).narrow(1, start, width).split(1)
         end, window = start + width, kind.window
+        cos, sin = runner.rotary_of(kind, end).narrow(1, start, width).split(1)
         first = _first_key(start, window)
         window = window if window is not None and end > window else None
 
@@ -79,7 +79,7 @@ class AttentionContext:
             splits_keys: if the kernel is not ANY; S is a multiple of CHUNK.
         """
         rows, width = positions.shape
-        tables = runner.rotary_of(kind)
+        tables = runner.rotary_of(kind, length)
         cos, sin = tables.index_select(1, positions.flatten()).view(2, rows, width, -1).unbind()
         window, first = kind.window, _first_key(shortest, kind.window) // ALIGNMENT * ALIGNMENT
 

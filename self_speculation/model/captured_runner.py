@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.experts import experts_per_token
 from self_speculation.model.families import AttentionType, context_length
 from self_speculation.model.kv_cache import KVCache, WrittenAt, round_up
-from self_speculation.model.made import lock, made
+from self_speculation.model.made import discard, found, lock, made, state
 from self_speculation.model.model_runner import ModelRunner, PassRange
 from self_speculation.model.progress import progress
 
@@ -41,16 +40,8 @@ _LAYER_BYTES = 200_000
 _SHARE = 0.9  # of free memory; prompts and sampling need the rest
 
 
-@dataclass
-class _Captured:
-    """Of a model: whether its passes are captured, and these."""
-
-    is_on: bool = False
-    passes: _Passes | None = None
-
-
-def _captured(model: PreTrainedModel) -> _Captured:
-    return made(model, _Captured, None, _Captured)
+class _IsCaptured:
+    """Kept with a model whose passes are captured."""
 
 
 def capture_decoding(model: PreTrainedModel) -> None:
@@ -62,8 +53,8 @@ def capture_decoding(model: PreTrainedModel) -> None:
     check_can_be_captured(model.config)
     if num_ranks(model) > 1 or len({parameter.device for parameter in model.parameters()}) > 1:
         raise ValueError("compile True: needs the whole model on one GPU")
-    captured = _captured(model)
-    captured.is_on, captured.passes = True, None
+    state(model, _IsCaptured)
+    discard(model, _Passes)
 
 
 def check_can_be_captured(config: Any) -> None:
@@ -75,17 +66,17 @@ def check_can_be_captured(config: Any) -> None:
 
 
 def decode_eagerly(model: PreTrainedModel) -> None:
-    captured = _captured(model)
-    captured.is_on, captured.passes = False, None
+    for kept in (_IsCaptured, _Passes):
+        discard(model, kept)
 
 
 def is_captured(model: PreTrainedModel) -> bool:
-    return _captured(model).is_on
+    return found(model, _IsCaptured) is not None
 
 
 def num_captures(model: PreTrainedModel) -> int:
     """Passes captured so far, of those that are kept now."""
-    passes = _captured(model).passes
+    passes = found(model, _Passes)
     return passes.num_captured if passes else 0
 
 
@@ -96,11 +87,12 @@ class CapturedRunner(ModelRunner):
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
         """The one cache of the model's captured passes; earlier generations lose it."""
+
+        def valid_for(passes: _Passes) -> Hashable:
+            return self.fingerprint, passes.num_slots >= num_slots
+
         with lock(self.model):
-            captured, passes = _captured(self.model), _captured(self.model).passes
-            if passes is None or passes.valid_for != self.fingerprint or passes.num_slots < num_slots:
-                captured.passes = passes = None  # free the old cache first
-                captured.passes = passes = _Passes(self, num_slots)
+            passes = made(self.model, _Passes, valid_for, lambda: _Passes(self, num_slots))
             cache = CapturedCache(passes)
         cache.reserve(prompt_length, num_positions)
         return cache
@@ -111,12 +103,12 @@ class CapturedRunner(ModelRunner):
             other.reads = tuple(weakref.ref(linear) for layer in layers for linear in layer.linears)
         return other
 
-    def _run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         num_rows, width, _ = hidden.shape
         if isinstance(cache, CapturedCache):
             cache.check()
         if not isinstance(cache, CapturedCache) or cache.is_prompt or width > _PADDING:
-            return super()._run_layers(cache, hidden, first, last)
+            return super().run_layers(cache, hidden, first, last)
         passes = cache.passes
         shape = (padded(num_rows), padded(width), keys_read(cache.longest(first) + width))
         replay = passes.capture(self, first, last, *shape)
@@ -141,10 +133,6 @@ class CapturedCache(KVCache):
     @property
     def is_valid(self) -> bool:
         return self.passes.buffers is self.buffers
-
-    @property
-    def limit(self) -> int:
-        return self.passes.capacity
 
     def check(self) -> None:
         """Raises RuntimeError if a later generation has the cache."""
@@ -210,11 +198,10 @@ class _Passes:
     """Captured passes of a model, and the buffers of the latest `CapturedCache`."""
 
     def __init__(self, runner: CapturedRunner, num_slots: int) -> None:
-        self._runner = ModelRunner(
-            runner.model
-        )  # graphs read its tables of cos and sin, which only grow here
+        # Graphs read its tables of cos and sin, which only grow here.
+        self._runner = ModelRunner(runner.model)
         self.buffers = self._runner.new_cache(1, 1, num_slots).buffers
-        self.num_slots, self.valid_for = num_slots, runner.fingerprint
+        self.num_slots = num_slots
         del self._runner.model  # the key of these passes: it would never be freed
         self.num_captured = 0
         self._drop_replays()

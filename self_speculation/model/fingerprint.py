@@ -37,14 +37,17 @@ def fingerprint(*roots: nn.Module) -> Hashable:
     return structure(*roots), *contents([tensors.values()])
 
 
-def structure(*roots: nn.Module) -> tuple[tuple[Any, ...], ...]:
+def structure(*roots: nn.Module, attributes: bool = True) -> tuple[tuple[Any, ...], ...]:
     """Changes when a module, a `forward`, a hook, a number or a tensor in these modules is replaced, and when
     a tensor moves or is converted. Reads nothing from a device.
+
+    Args:
+        attributes: False: leave out numbers, functions but `forward`, and tensors that are no parameters.
 
     Returns:
         For each module its `id`, and what else is seen of it.
     """
-    return tuple(map(_structure_of, _modules(roots)))
+    return tuple(_structure_of(module, attributes) for module in _modules(roots))
 
 
 @torch.no_grad()
@@ -78,14 +81,17 @@ def _modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
     return modules
 
 
-def _structure_of(module: nn.Module) -> tuple[Any, ...]:
+def _structure_of(module: nn.Module, attributes: bool) -> tuple[Any, ...]:
     """It refers to functions weakly, since they may have the model. Of their `id`, another function could be
     the next owner.
     """
-    attributes = [*vars(module).items()]  # a copy: another thread's pass may add one
-    read = [(name, _frozen(value)) for name, value in attributes if name not in _OF_ALL]
+    read = [
+        (name, _frozen(value))
+        for name, value in [*vars(module).items()]  # a copy: another thread's pass may add one
+        if name == "forward" or (attributes and name not in _OF_ALL)
+    ]
     hooks = _frozen([[*module._forward_pre_hooks.values()], [*module._forward_hooks.values()]])
-    tensors = _own_tensors(module)
+    tensors = _own_tensors(module) if attributes else [*module.parameters(recurse=False)]
     addresses = [
         (part.data_ptr(), part.shape, part.stride(), part.dtype, part.device)
         for tensor in tensors

@@ -24,7 +24,7 @@ from self_speculation.model.families import has_fused_layers
 from self_speculation.model.fingerprint import structure
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import NARROW, BFloat16Linear, Linear, follow_weights, replace_linears
-from self_speculation.model.made import discard, found, lock, made
+from self_speculation.model.made import discard, found, lock, made, state
 from self_speculation.model.overrides import replaced_forward
 
 # Norms that multiply by 1 + weight, in float32.
@@ -56,7 +56,7 @@ class _Parts:
     """What is made of a model's layers and head. A change of their structure discards it as a whole."""
 
     def __init__(self, model: Any) -> None:
-        settings, config = _settings(model), model.config
+        settings, config = state(model, _Settings), model.config
         settings.num_changes += 1
         self.fused: dict[nn.Module, Fused] = {}  # by decoder layer; of the final norm and head by `lm_head`
         self.plain: dict[nn.Module, Linear] = {}  # see `plain_linear`
@@ -67,7 +67,7 @@ class _Parts:
     def _fuse(self, model: Any, settings: _Settings) -> None:
         base, head = model.base_model, model.get_output_embeddings()
         modules = {layer: (layer,) for layer in base.layers} | {head: (base.norm, head)}
-        plain = {key: parts for key, parts in modules.items() if difference(model, *parts) is None}
+        plain = [key for key, parts in modules.items() if difference(model, *parts) is None]
         embed, can_widen = base.embed_tokens, len(plain) == len(modules) and _fits_float16(model)
         is_as_built = not hasattr(embed, "scalar_embed_scale") or difference(model, embed) is None
         fp32 = settings.fp32_activations and can_widen and is_as_built  # `ModelRunner.embed` scales by itself
@@ -75,9 +75,11 @@ class _Parts:
             self.dtype, self.prefills_in_bfloat16 = torch.float32, settings.bfloat16_prefill
         # Not in inference mode: parameters point at tensors that are made here, and must stay trainable.
         with torch.inference_mode(False), torch.no_grad():
-            for key, parts in plain.items():
-                kind: Any = FusedHead if key is head else FusedLayer
-                self.fused[key] = kind(*parts, fp32)
+            for key in plain:
+                if key is head:
+                    self.fused[key] = FusedHead(RMSNorm(base.norm), Linear(head, fp32_activations=fp32))
+                else:
+                    self.fused[key] = FusedLayer(key, fp32)
         packable = [linear for linear in self.linears() if linear.can_be_packed]
         if sum(linear.num_bytes for linear in packable) <= _SHARE_OF_ROOM * free_memory(torch.device("cpu")):
             for linear in packable:
@@ -86,10 +88,6 @@ class _Parts:
     def linears(self) -> list[Linear]:
         fused = (linear for part in self.fused.values() for linear in part.linears)
         return [*fused, *self.plain.copy().values()]  # a copy: another thread may add one
-
-
-def _settings(model: Any) -> _Settings:
-    return made(model, _Settings, None, _Settings)
 
 
 def fuse(model: Any, fp32_activations: bool | None = None, bfloat16_prefill: bool | None = None) -> int:
@@ -113,7 +111,7 @@ def fuse(model: Any, fp32_activations: bool | None = None, bfloat16_prefill: boo
             prompts in bfloat16, there is no W16A32 or no kernel.
     """
     with lock(model):
-        settings = _settings(model)
+        settings = state(model, _Settings)
         given = {"fp32_activations": fp32_activations, "bfloat16_prefill": bfloat16_prefill}
         vars(settings).update({name: value for name, value in given.items() if value is not None})
         settings.is_fused = True
@@ -155,11 +153,15 @@ def fused_model(model: Any) -> tuple[Mapping[nn.Module, Any], torch.dtype]:
     Raises:
         ValueError: float16 cannot hold a weight of a W16A32 model any more.
     """
-    base = model.base_model
-    modules = base.embed_tokens, *base.layers, base.norm, model.get_output_embeddings()
+    base, head = model.base_model, model.get_output_embeddings()
 
-    def valid_for() -> Hashable:
-        return model.config._attn_implementation, structure(*modules)
+    def valid_for(parts: _Parts) -> Hashable:
+        # Fused parts have copied the numbers of these modules. All others are called as they are, and a hook
+        # in one may write numbers to it at each pass.
+        copied = {*parts.fused, *([base.norm] if head in parts.fused else [])}
+        modules = base.embed_tokens, *base.layers, base.norm, head
+        seen = [structure(module, attributes=module in copied) for module in modules]
+        return model.config._attn_implementation, tuple(seen)
 
     with lock(model):
         parts = made(model, _Parts, valid_for, lambda: _Parts(model))
@@ -180,23 +182,19 @@ def bytes_made(model: Any, for_drafts: bool = True) -> int:
     Args:
         for_drafts: include copies that only drafts read, such as those in four bits.
     """
-    copies = ((linear, copy) for linear in _linears(model) for copy in [*linear.copies.values()])
+    copies = ((linear, copy) for linear in linears_made(model) for copy in [*linear.copies.values()])
     return sum(copy.num_bytes for linear, copy in copies if for_drafts or copy is linear.packed_copy)
 
 
-def formats_made(model: Any) -> set[Hashable]:
-    """The formats of all copies of a model's weights."""
-    return {kind for linear in _linears(model) for kind in [*linear.copies]}
-
-
-def _linears(model: Any) -> list[Linear]:
+def linears_made(model: Any) -> list[Linear]:
+    """All of a model's fused parts, and those of plain modules."""
     parts = found(model, _Parts)
     return [] if parts is None else parts.linears()
 
 
 def num_changes(model: Any) -> int:
     """How often parts were made. Runners from an earlier count are invalid, even if weights are restored."""
-    return _settings(model).num_changes
+    return state(model, _Settings).num_changes
 
 
 def plain_linear(model: Any, module: nn.Module) -> Linear:
@@ -378,15 +376,17 @@ class FusedLayer:
 
 def _add(hidden: Tensor, linear: Any, x: Tensor, norm: RMSNorm | None) -> Tensor:
     """hidden + norm(linear(x)), in place; None: without a norm."""
-    return linear.add_to(hidden, x) if norm is None else hidden.add_(norm(linear(x)))
+    if norm is not None:
+        return hidden.add_(norm(linear(x)))
+    return linear.add_to(hidden, x) if isinstance(linear, Linear) else hidden.add_(linear.matmul_bf16(x))
 
 
 class FusedHead:
     """Final norm and head, [T, H] -> [T, V]."""
 
-    def __init__(self, norm: Any, head: nn.Linear, fp32_activations: bool) -> None:
-        self.norm = RMSNorm(norm)
-        self.linears: tuple[Any, ...] = (Linear(head, fp32_activations=fp32_activations),)
+    def __init__(self, norm: Callable[[Tensor], Tensor], linear: Linear) -> None:
+        self.norm = norm
+        self.linears: tuple[Any, ...] = (linear,)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.linears[0](self.norm(hidden))

@@ -87,10 +87,6 @@ class Int4Linear:
             product = product[:, : self._num_rows].contiguous()
         return product if self._bias is None else product.add_(self._bias)
 
-    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """See `Linear.add_to`."""
-        return hidden.add_(self.matmul_bf16(x))
-
     def tensors(self) -> list[Tensor]:
         """As those of `Linear`."""
         return [part for part in (self._weight, self._scales, self._bias) if part is not None]

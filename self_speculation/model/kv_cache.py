@@ -164,16 +164,6 @@ class KVCache(Appendable):
         """B: rows that have a sequence."""
         return len(self._missing)
 
-    @property
-    def capacity(self) -> int:
-        """Positions of a row."""
-        return self.buffers.capacity
-
-    @property
-    def limit(self) -> int:
-        """The most positions that a row can reach."""
-        return self.buffers.limit
-
     def reserve(self, prompt_length: int, num_positions: int) -> None:
         """Make room for a sequence.
 
@@ -182,7 +172,7 @@ class KVCache(Appendable):
             num_positions: the most that it or one in flight can reach, prompt included.
         """
         first = min(num_positions, prompt_length + _FIRST_ALLOCATION // self.buffers.num_slots)
-        self.buffers.capacity = max(self.capacity, round_up(first, ALIGNMENT))
+        self.buffers.capacity = max(self.buffers.capacity, round_up(first, ALIGNMENT))
         self.buffers.limit = num_positions
 
     @property

@@ -229,10 +229,6 @@ class BFloat16Linear:
         product = self._packed(x.bfloat16())
         return product if self._bias is None else product.float().add_(self._bias)
 
-    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """See `Linear.add_to`."""
-        return hidden.add_(self.matmul_bf16(x))
-
 
 def replace_linears(part: T, make: Callable[[Linear], Any]) -> T:
     """A copy of a fused layer or a head with each `Linear` replaced by `make(linear)`."""

@@ -36,22 +36,30 @@ def _shelf(model: nn.Module) -> _Shelf:
 
 
 def made(
-    model: nn.Module, key: Hashable, valid_for: Callable[[], Hashable] | None, make: Callable[[], T]
+    model: nn.Module,
+    key: Hashable,
+    valid_for: Callable[[T], Hashable] | None,
+    make: Callable[[], T],
 ) -> T:
-    """The result of `make`, kept by key while `valid_for` returns what it did once that was made: making may
-    move weights. None: it is valid as long as the model.
+    """The result of `make`, kept by key while `valid_for(result)` is what it was once that was made: making
+    may move weights. None: it is valid as long as the model.
     """
-    shelf, current = _shelf(model), valid_for or (lambda: None)
+    shelf, current = _shelf(model), valid_for or (lambda _: None)
     kept = shelf.by_key.get(key)
-    if kept is None or kept[0] != current():
+    if kept is None or kept[0] != current(kept[1]):
         with shelf.lock:
             kept = shelf.by_key.get(key)  # another thread may have made it meanwhile
-            if kept is None or kept[0] != current():
+            if kept is None or kept[0] != current(kept[1]):
                 kept = None
                 shelf.by_key.pop(key, None)  # free its memory first
                 result = make()
-                kept = shelf.by_key[key] = current(), result
+                kept = shelf.by_key[key] = current(result), result
     return kept[1]
+
+
+def state(model: nn.Module, kind: Callable[[], T]) -> T:
+    """The one object of this class that is kept with a model, as long as the model."""
+    return made(model, kind, None, kind)
 
 
 def found(model: nn.Module, key: Hashable) -> Any:

@@ -20,7 +20,7 @@ from self_speculation.model.attention import attention_kernel, disable_cudnn_att
 from self_speculation.model.attention_context import AttentionContext, cos_and_sin
 from self_speculation.model.devices import num_ranks
 from self_speculation.model.families import AttentionType, attention_types, check_supported, context_length
-from self_speculation.model.fingerprint import fingerprint
+from self_speculation.model.fingerprint import fingerprint, structure
 from self_speculation.model.fused_layers import fused_model, num_changes, prefills_in_bfloat16
 from self_speculation.model.kv_cache import Appendable, Buffers, KVCache
 from self_speculation.model.linear import LONG
@@ -77,17 +77,18 @@ class _Rotary:
     """Tables of cos and sin by kind of rotation."""
 
     def __init__(self, module: nn.Module, rotations: set[str | None], like: Tensor, context: int) -> None:
-        self.module, self.like, self._last = module, like, context - 1
+        self.module, self.like, self._context = module, like, context
         self.tables = dict.fromkeys(rotations, like.new_empty(2, 0, 0))  # [2, positions, head_dim] each
         self._size = 0
         self.reserve(1)
 
     def reserve(self, num_positions: int) -> None:
+        """Have tables of at least so many positions."""
         if num_positions > self._size:
-            # At least doubled, so that ever longer prompts rarely grow them. Only padding is beyond the
+            # Twice as many, so that a longer and longer text rarely grows them. Only padding is beyond the
             # context.
-            self._size = max(num_positions, 2 * self._size)
-            positions = torch.arange(self._size, device=self.like.device)[None].clamp_(max=self._last)
+            self._size = max(num_positions, min(2 * num_positions, self._context))
+            positions = torch.arange(self._size, device=self.like.device)[None].clamp_(max=self._context - 1)
             with lock(self.module):  # some kinds of rotation change their module for longer positions
                 for rotation in self.tables:
                     self.tables[rotation] = torch.cat(
@@ -133,15 +134,18 @@ class ModelRunner:
         """Changes with the structure of all modules and the contents of the rotary embedding: captured passes
         are valid while it is the same.
         """
-        return self._num_changes, fingerprint(self._rotary.module), tuple(self.attention_types)
+        plain = [layer.module for layer in self.layers if isinstance(layer, PlainLayer)]
+        rotary = fingerprint(self._rotary.module)
+        return self._num_changes, structure(*plain), rotary, tuple(self.attention_types)
 
     @property
     def rotary(self) -> Tensor:
         """[2, positions, head_dim] cos and sin of the first layer; others' have its shape and device."""
-        return self.rotary_of(self.attention_types[0])
+        return self._rotary.tables[self.attention_types[0].rotation]
 
-    def rotary_of(self, kind: AttentionType) -> Tensor:
-        """[2, positions, head_dim] cos and sin of layers of this kind."""
+    def rotary_of(self, kind: AttentionType, num_positions: int) -> Tensor:
+        """[2, at least so many positions, head_dim] cos and sin of layers of this kind."""
+        self._rotary.reserve(num_positions)
         return self._rotary.tables[kind.rotation]
 
     def new_cache(self, prompt_length: int, num_positions: int, num_slots: int = 1) -> KVCache:
@@ -166,9 +170,10 @@ class ModelRunner:
         """Layers first..last-1 over T new positions, norm and head over the last `num_logits` of them.
 
         Args:
-            inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`.
+            inputs: [B, T] ids if `first` is 0, else [B, T, H] the input of layer `first`, which fused layers
+                overwrite.
         """
-        hidden = self.run_layers(cache, inputs.clone() if first else self.embed(inputs), first, last)
+        hidden = self.run_layers(cache, inputs if first else self.embed(inputs), first, last)
         return ForwardResult(self.logits(hidden, num_logits), hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -187,11 +192,6 @@ class ModelRunner:
         Returns:
             [B, T, H] the output of layer `last - 1`.
         """
-        self._rotary.reserve(cache.limit)
-        return self._run_layers(cache, hidden, first, last)
-
-    def _run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
-        """See `run_layers`."""
         rows, width, _ = hidden.shape
         takes_keys: Appendable = cache
         kinds, shortest = self.attention_types[first:last], cache.shortest(first)
@@ -248,4 +248,4 @@ def forward_remainder(
     runner: ModelRunner, cache: KVCache, exit_hidden: Tensor, exit_layer: int
 ) -> ForwardResult:
     """Layers exit_layer..L-1 over the exit hidden states [B, T, H] of T tokens; logits for all of them."""
-    return runner.run(cache, exit_hidden, exit_layer, len(runner.layers), exit_hidden.shape[1])
+    return runner.run(cache, exit_hidden.clone(), exit_layer, len(runner.layers), exit_hidden.shape[1])

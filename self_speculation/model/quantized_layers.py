@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES
-from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, formats_made, plain_linear
+from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, linears_made, plain_linear
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.kv_cache import Appendable
 from self_speculation.model.linear import Float16Linear, Linear, replace_linears, works
 from self_speculation.model.made import lock
-from self_speculation.model.model_runner import ModelRunner, PlainHead, PlainLayer, forward_early
+from self_speculation.model.model_runner import ModelRunner, PlainLayer, forward_early
 from self_speculation.model.progress import progress
 from self_speculation.model.short_head import ShortHead
 
@@ -64,8 +64,8 @@ def bytes_per_weight(model: PreTrainedModel, draft_weights: DraftWeights) -> tup
 
 def kernel_of_copies(model: PreTrainedModel) -> str | None:
     """What multiplies the copies in four bits that a model has; None without, and on a GPU."""
-    has_copies = model.device.type == "cpu" and Int4Linear in formats_made(model)
-    return str(int4_kernel()) if has_copies else None
+    has_copies = any(Int4Linear in linear.copies for linear in linears_made(model))
+    return str(int4_kernel()) if has_copies and model.device.type == "cpu" else None
 
 
 def check_family(draft_weights: DraftWeights, config: Any) -> None:
@@ -107,7 +107,9 @@ def _with_linears(runner: ModelRunner, name: str, part: Any) -> Any:
     if (why := difference(runner.model, *modules)) is not None:
         only = "only layers and a head without hooks, adapters and quantised weights are copied"
         raise ValueError(f"draft_weights int4: {name}: {why}; {only}")
-    return (_UnfusedLayer if isinstance(part, PlainLayer) else _UnfusedHead)(runner.model, part)
+    if isinstance(part, PlainLayer):
+        return _UnfusedLayer(runner.model, part)
+    return FusedHead(part.norm, plain_linear(runner.model, part.modules[1]))
 
 
 class _UnfusedLayer:
@@ -130,16 +132,6 @@ class _UnfusedLayer:
 
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         return self._run(hidden, context, cache)
-
-
-class _UnfusedHead:
-    """A norm of transformers and another head."""
-
-    def __init__(self, model: PreTrainedModel, head: PlainHead) -> None:
-        self._norm, self.linears = head.norm, (plain_linear(model, head.modules[1]),)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.linears[0](self._norm(hidden))
 
 
 class _Product(nn.Module):
@@ -203,9 +195,6 @@ class _SquaresSummed:
         return self._linear(x)
 
     matmul_bf16 = __call__
-
-    def add_to(self, hidden: Tensor, x: Tensor) -> Tensor:
-        return hidden.add_(self(x))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from self_speculation.model.fused_layers import FusedLayer
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kv_cache import Appendable, KVCache, SeenFrom
 from self_speculation.model.linear import NARROW, Float16Linear, Linear
-from self_speculation.model.made import made
+from self_speculation.model.made import state
 from self_speculation.model.model_runner import ModelRunner
 
 # Passes of a range before it is traced: tracing pays back after about six.
@@ -76,18 +76,14 @@ class _Traces:
         return trace is not None and trace.constants == constants
 
 
-def _traces(model: PreTrainedModel) -> _Traces:
-    return made(model, _Traces, None, _Traces)
-
-
 def trace_after(model: PreTrainedModel, num_passes: float) -> None:
     """Trace a range after so many passes: 0 for measurements, which warm up."""
-    _traces(model).passes_before = num_passes
+    state(model, _Traces).passes_before = num_passes
 
 
 def num_traces(model: PreTrainedModel) -> int:
     """Traces made so far. A pass that makes one takes ten times as long."""
-    return _traces(model).num_made
+    return state(model, _Traces).num_made
 
 
 class TracedRunner(ModelRunner):
@@ -99,7 +95,7 @@ class TracedRunner(ModelRunner):
         linears = _linears([layer for layer in self.layers if isinstance(layer, FusedLayer)])
         current = {id(part) for linear in linears for part in (linear, *[*linear.copies.values()])}
         with _TRACING:
-            for trace in _traces(self.model).made.values():
+            for trace in state(self.model, _Traces).made.values():
                 if not all(id(part) in current for part in trace.reads):  # free weights that have changed
                     trace.bound, trace.reads = None, []
 
@@ -108,13 +104,13 @@ class TracedRunner(ModelRunner):
         other._found = {}
         return other
 
-    def _run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run_layers(self, cache: KVCache, hidden: Tensor, first: int, last: int) -> Tensor:
         rows, width, _ = hidden.shape
         if rows > 1 or width > NARROW or cache.length(first) == 0:
-            return super()._run_layers(cache, hidden, first, last)
+            return super().run_layers(cache, hidden, first, last)
         key = (first, last, width)
         if key not in self._found and not self._find(key, cache, hidden):
-            return super()._run_layers(cache, hidden, first, last)
+            return super().run_layers(cache, hidden, first, last)
         with torch.jit.optimized_execution(False):  # it gains nothing and makes two runs slow
             states = self._found[key](hidden[0], *self._inputs(cache, first, last, width))
         cache.advance(first, last, width)
@@ -130,7 +126,7 @@ class TracedRunner(ModelRunner):
             return False
         linears = _linears(layers)
         reads = [part for linear in linears for part in (linear, linear.packed_copy) if part is not None]
-        traces, kind = _traces(self.model), (first, last, width == 1, type(linears[0]))
+        traces, kind = state(self.model, _Traces), (first, last, width == 1, type(linears[0]))
         attention = self.attention_types[first:last]
         pairs = zip(layers, attention, strict=True)
         constants = [_constants(layer, of_layer, self.dtype) for layer, of_layer in pairs]
@@ -150,7 +146,7 @@ class TracedRunner(ModelRunner):
     def _trace(
         self, cache: KVCache, layers: list[Any], constants: list[Hashable], hidden: Tensor, first: int
     ) -> _Trace:
-        width, graphs = hidden.shape[1], _traces(self.model).of_layers
+        width, graphs = hidden.shape[1], state(self.model, _Traces).of_layers
         attention = self.attention_types[first : first + len(layers)]
         inputs = (hidden[0].clone(), *self._inputs(cache, first, first + len(layers), width))
         # Sizes that become constants are those of the model. `catch_warnings` is not for threads: one could
@@ -247,17 +243,9 @@ class _Layer(nn.Module):
             else:
                 setattr(self, name, part)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        past: Tensor,
-        rotations: Tensor,
-        mask: Tensor,
-        before: Tensor,
-        keys: Tensor,
-        values: Tensor,
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, past: Tensor, *others: Tensor) -> Tensor:
         """[T, H] -> [T, H]; see `_Range`. Sizes are traced, except that of a single token."""
+        rotations, mask, before, keys, values = others
         width = 1 if len(rotations) == 1 else rotations.shape[0]
         of_width = None if width == 1 else mask
         context = AttentionContext(1, width, lambda _: of_width, rotations, first_key=before.shape[0])

@@ -13,11 +13,12 @@ from conftest import generate, tiny_llama
 
 from self_speculation import GenerationConfig, Request, make_strategy
 from self_speculation.config import LONGEST_DRAFT
-from self_speculation.drafts import costs, registry
+from self_speculation.drafts import costs
 from self_speculation.drafts.adaptive import AdaptivePolicy, ArmStats
 from self_speculation.drafts.costs import PassTimes, draft_ratio
 from self_speculation.drafts.policy import PLAIN, Arm, FixedPolicy, RoundOutcome
 from self_speculation.generator_base import single_result
+from self_speculation.model import made
 from self_speculation.model.kernels import Int4Kernel
 from self_speculation.model.model_runner import ModelRunner
 from self_speculation.model.quantized_layers import head_format
@@ -358,13 +359,13 @@ def test_what_is_learnt_is_as_large_as_there_are_sources():
         result = generate(model, [seed + 1, *PROMPT], "adaptive", max_steps=20, eos=[])
         assert {*result.drafts_by_source} <= {"none", "n-grams", "exit 1"}
         assert sum(counts.rounds for counts in result.drafts_by_source.values()) == result.num_verifications
-    (learnt,) = registry._learnt(model).values()
+    (learnt,) = made.found(model, ArmStats).values()
     assert {*learnt.trials} <= {PLAIN, "exit 1"}
     assert len(learnt.acceptance) <= 1 + 5  # an exit, and tokens that an n-gram matched
     assert {*learnt.by_confidence} <= {"exit 1"}
-    assert not registry._learnt(other)
+    assert made.found(other, ArmStats) is None
     generate(model, PROMPT, "adaptive", max_steps=20, eos=[], sample=True)
-    assert len(registry._learnt(model)) == 2  # sampled tokens have another acceptance
+    assert len(made.found(model, ArmStats)) == 2  # sampled tokens have another acceptance
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 20])

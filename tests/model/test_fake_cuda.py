@@ -186,7 +186,7 @@ def cuda(monkeypatch):
         "torch.cuda.mem_get_info": lambda device: (2**36, 2**36),
         # A parameter of no memory is no `Parameter`, and nowhere.
         f"{package}.model.fused_layers.difference": lambda *modules: None,
-        f"{package}.model.fused_layers.structure": lambda *modules: (),
+        f"{package}.model.fused_layers.structure": lambda *modules, **_: (),
         f"{package}.model.linear.contents": lambda groups: [()] * len(groups),
         f"{package}.model.fingerprint.contents": lambda groups: [()] * len(groups),
         "torch.from_dlpack": lambda part: part,

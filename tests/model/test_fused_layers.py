@@ -240,6 +240,38 @@ def test_changed_layers_are_not_fused(model, change):
     assert_logits(model)
 
 
+def test_hooks_may_write_to_their_modules(model):
+    """Guards against layers that are all fused again for each answer, and against numbers that hooks or fused
+    layers read and somebody changes.
+    """
+
+    def count(module, _inputs, output):
+        module.calls, module.output = module.calls + 1, output
+        return output * module.gain
+
+    hooked = model.model.layers[1], model.model.embed_tokens
+    for module in hooked:
+        module.calls, module.gain = 0, -1.0
+        module.register_forward_hook(count)
+    fuse(model)
+    strategy = make_strategy("autoregressive")
+    config = GenerationConfig(sample=False, reuse_cache=True, max_steps=20)
+
+    def assert_followed():
+        found = strategy.generate_token_ids(model, PROMPT, [], config).predicted_tokens
+        assert found == transformers_generate(model, PROMPT, 20, -1)
+        return fused_model(model)[0]
+
+    parts = assert_followed()
+    assert fused(model) == [True, False, True, True, True]
+    hooked[0].gain = 2.0
+    assert assert_followed() is parts
+    hooked[1].gain = 0.5
+    assert assert_followed() is parts
+    model.model.layers[2].input_layernorm.variance_epsilon = 0.5
+    assert assert_followed() is not parts
+
+
 def test_a_layer_is_fused_again_without_its_hook(model):
     """Guards against a model that stays slow without its hook: accelerate leaves a `forward` behind."""
     fuse(model)

@@ -19,7 +19,7 @@ def test_it_is_kept_while_it_is_valid():
     model, other = nn.Linear(1, 1), nn.Linear(1, 1)
 
     def current():
-        return made(model, "key", lambda: tuple(model.weight.shape), Part)
+        return made(model, "key", lambda _: tuple(model.weight.shape), Part)
 
     part = current()
     assert current() is found(model, "key") is part
@@ -34,6 +34,16 @@ def test_it_is_kept_while_it_is_valid():
     assert current() is not changed
 
 
+def test_it_says_itself_what_it_is_valid_for():
+    """Guards against a part that is made again for a change of what it does not depend on."""
+    model = nn.Linear(1, 1)
+
+    def of_size(least):
+        return made(model, "key", lambda kept: len(kept) >= least, lambda: [0] * least)
+
+    assert [len(of_size(least)) for least in (3, 2, 4)] == [3, 3, 4]
+
+
 def test_making_may_change_the_model():
     """Guards against a part that is made twice, since making it has moved weights."""
     model = nn.Linear(1, 1)
@@ -42,20 +52,20 @@ def test_making_may_change_the_model():
         model.weight = nn.Parameter(model.weight[None])
         return Part()
 
-    parts = {made(model, "key", lambda: tuple(model.weight.shape), make) for _ in range(2)}
+    parts = {made(model, "key", lambda _: tuple(model.weight.shape), make) for _ in range(2)}
     assert len(parts) == 1
 
 
 def test_it_is_freed_before_the_next_one_is_made_and_with_its_model():
     """Guards against twice the memory, and against memory of a model that is gone."""
     model = nn.Linear(1, 1)
-    part = weakref.ref(made(model, "key", lambda: 1, Part))
+    part = weakref.ref(made(model, "key", lambda _: 1, Part))
 
     def make():
         assert part() is None
         return Part()
 
-    part = weakref.ref(made(model, "key", lambda: 2, make))
+    part = weakref.ref(made(model, "key", lambda _: 2, make))
     assert part() is not None
     del model
     gc.collect()

@@ -16,6 +16,7 @@ from self_speculation.drafts.adaptive import AdaptivePolicy
 from self_speculation.model import linear, traced_runner
 from self_speculation.model.fused_layers import activation_dtype, fuse, fused_model
 from self_speculation.model.linear import NARROW
+from self_speculation.model.made import state
 from self_speculation.model.model_runner import ModelRunner, forward_early, forward_remainder
 from self_speculation.model.traced_runner import TracedRunner, trace_after
 
@@ -54,7 +55,7 @@ def model(request):
 
 def num_usable(model):
     """Traces with weights."""
-    return sum(bool(trace.reads) for trace in traced_runner._traces(model).made.values())
+    return sum(bool(trace.reads) for trace in state(model, traced_runner._Traces).made.values())
 
 
 def tokens(model, num_tokens=20, **how):
@@ -167,7 +168,7 @@ def test_layers_that_are_alike_have_one_graph():
     model = fused()
     tokens(model, 8)
     tokens(model, 8, **DRAFTS)
-    traces = traced_runner._traces(model)
+    traces = state(model, traced_runner._Traces)
     assert len(traces.made) == 4  # all layers; those that draft; the others; all but those, of one token
     assert len(traces.of_layers) == 2  # of one token, of several
 
