@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from arguments import (
@@ -71,14 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_drafts(config)
 
     from measures.benchmarking import Benchmark
-    from runs.examples import run_examples, set_up_experiment
+    from runs.examples import run_experiment
 
-    common, open_run = set_up_experiment(
-        "benchmark", model_args, config, data_args, args, batch, counted=counts(tuning.tuned, model_args)
-    )
-    experiment = Benchmark(*common, args.compare, args.answer_file)
-    experiment.warm_up()
-    return run_examples(experiment, open_run)
+    make = partial(Benchmark, compare=args.compare, answer_file=args.answer_file)
+    flags = (model_args, config, data_args, args, batch)
+    return run_experiment("benchmark", make, *flags, counted=counts(tuning.tuned, model_args))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ if __name__ == "__main__":
     import runs.early  # noqa: F401
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from arguments import (
@@ -62,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_drafts(config)
 
     from measures.correctness import CompareDistributions, CompareIds
-    from runs.examples import run_examples, set_up_experiment
+    from runs.examples import Experiment, run_experiment
     from runs.status import print_status
 
-    common, open_run = set_up_experiment("correctness", model_args, config, data_args, args, batch)
-    if config.greedy:
-        return run_examples(CompareIds(*common, args.reference), open_run)
-    print_status("--sample True: ids differ from run to run, so distributions are compared")
-    experiment = CompareDistributions(*common, args.sampled_prompts, args.samples_per_prompt)
-    return run_examples(experiment, open_run)
+    make: Callable[..., Experiment] = partial(CompareIds, reference=args.reference)
+    if not config.greedy:
+        print_status("--sample True: ids differ from run to run, so distributions are compared")
+        numbers = {"num_prompts": args.sampled_prompts, "num_samples": args.samples_per_prompt}
+        make = partial(CompareDistributions, **numbers)
+    return run_experiment("correctness", make, model_args, config, data_args, args, batch)
 
 
 if __name__ == "__main__":

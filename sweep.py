@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from arguments import (
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(wrong)
 
     from measures.sweeping import Measured, Predicted
-    from runs.examples import run_examples, set_up_experiment
+    from runs.examples import run_experiment
     from runs.startup import read_config
     from runs.status import print_status
     from self_speculation.drafts.registry import is_replayable
@@ -130,15 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.exit_layer_last > last:
         cut = f"cut to {last}, the model has {num_layers} layers"
         print_status(f"--exit_layer_last {args.exit_layer_last}: {cut}")
-    common, open_run = set_up_experiment(
-        "sweep", model_args, config, data_args, args, batch, model_config, counted
-    )
     lengths = range(args.num_speculations_first, args.num_speculations_last + 1, args.num_speculations_step)
     grid = [(layer, k) for layer in exit_layers for k in lengths]
-    kind = Measured if args.mode == "measured" else Predicted
-    sweep = kind(*common, grid, args.verify_top)
-    sweep.warm_up()
-    return run_examples(sweep, open_run)
+    make = partial(Measured if args.mode == "measured" else Predicted, grid=grid, verify_top=args.verify_top)
+    flags = (model_args, config, data_args, args, batch)
+    return run_experiment("sweep", make, *flags, model_config, counted)
 
 
 if __name__ == "__main__":

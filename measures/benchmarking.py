@@ -12,7 +12,7 @@ from measures import metrics, spec_bench
 from measures.text_quality import text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
 from runs import ranks
-from runs.examples import Experiment, longest_prompt
+from runs.examples import Experiment
 from runs.heading import citation, counted, heading
 from runs.records import Record, Run
 from runs.startup import autoregressive
@@ -40,7 +40,7 @@ class Benchmark(Experiment):
     def warm_up(self) -> None:
         trace_after(self.generator.model, 0)
         with log_if_slow("warming up"):
-            prompt = longest_prompt(self.examples)
+            prompt = self.longest_prompt
             # Later turns read the answers to earlier ones.
             earlier = max(len(example.later_turns) for example in self.examples) * self.config.max_steps
             warm_up(self._sides, [*prompt, *prompt[:1] * earlier], self.batch_size)

@@ -21,7 +21,7 @@ from measures.comparison import with_end
 from measures.plots import heat_maps
 from measures.replay import predicted_cell
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
-from runs.examples import OneByOne, longest_prompt
+from runs.examples import OneByOne
 from runs.failures import failed
 from runs.heading import heading
 from runs.records import Record, Run
@@ -68,13 +68,13 @@ class Sweep(OneByOne):
         """Warm up plain decoding; `measure_cell` warms up its cell."""
         trace_after(self.generator.model, 0)
         with log_if_slow("warming up"):
-            warm_up([self._plain], longest_prompt(self.examples), self.batch_size)
+            warm_up([self._plain], self.longest_prompt, self.batch_size)
 
     def measure_cell(self, cell: Cell) -> Record:
         """All examples by this cell and by plain decoding, in turn."""
         config = replace(self.config, exit_layer=cell[0], num_speculations=cell[1])
         sides: list[TimedSide] = [("", self.generator, config), self._plain]
-        warm_up(sides, longest_prompt(self.examples), self.batch_size)
+        warm_up(sides, self.longest_prompt, self.batch_size)
         records = []
         requests = self.requests(range(len(self.examples)))
         for _, record in measure_examples(sides, requests, self.batch_size):

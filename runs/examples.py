@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -72,6 +73,14 @@ class Experiment(ABC):
         """The name of an index in messages."""
         return f"example {index}"
 
+    @property
+    def longest_prompt(self) -> list[int]:
+        """The prompt to warm up with."""
+        return max((example.ids for example in self.examples), key=len)
+
+    def warm_up(self) -> None:  # noqa: B027  # not all experiments are timed
+        """Run every pass that will be timed."""
+
     def requests(self, indices: Iterable[int]) -> dict[int, Request]:
         """The requests of these examples, by index, each with its own seed."""
         return {index: self.examples[index].request(self.seed + index) for index in indices}
@@ -108,8 +117,9 @@ class OneByOne(Experiment):
         """The record of an index."""
 
 
-def set_up_experiment(
+def run_experiment(
     script: str,
+    make: Callable[..., Experiment],
     model_args: ModelArguments,
     config: GenerationConfig,
     data_args: DataArguments,
@@ -117,11 +127,16 @@ def set_up_experiment(
     batch: BatchArguments,
     model_config: PretrainedConfig | None = None,
     counted: Mapping[int, int] | None = None,
-) -> tuple[tuple[HuggingfaceLlamaGenerator, GenerationConfig, list[Encoded], int, int], Callable[[], Run]]:
-    """Load the model and the examples that fit it: the first fields of an `Experiment`, and a function that
-    opens the run.
+) -> int:
+    """Load the model and the examples that fit it, make the missing records, each rank its share, and let
+    rank 0 conclude.
 
-    `args` are the script's own arguments, with `resume`; for the last two see `load_generator`.
+    The exit status is that of the conclusion, 130 after Ctrl-C, or 1 if records are missing.
+
+    Args:
+        make: called with the first fields of an `Experiment`.
+        args: the script's own arguments, with `resume`.
+        model_config, counted: see `load_generator`.
     """
     join_ranks(model_args)
     try:
@@ -135,26 +150,18 @@ def set_up_experiment(
     except (DataError, RecordError) as error:
         refuse(str(error))
     generator = load_generator(model_args, config, model_config, data_args.chat, counted)
-    resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
     description |= describe_model(model_name(model_args), generator.model)
     fitting = _examples_that_fit(generator, examples, data_args)
     if script != "benchmark" and any(example.later_turns for example in fitting):
         print_status(f"{script}.py asks the first turn of each conversation only")
-    common = (generator, config, fitting, model_args.seed, batch.batch_size)
-
-    def open_run() -> Run:
-        if resume is not None:
-            return Run.resume(resume, description)
-        return Run.create(output_dir, script, description)
-
-    return common, open_run
+    experiment = make(generator, config, fitting, model_args.seed, batch.batch_size)
+    experiment.warm_up()
+    resume, output_dir = ranks.place_to_write(args.resume, model_args.output_dir)
+    create = partial(Run.create, output_dir, script) if resume is None else partial(Run.resume, resume)
+    return _run(experiment, partial(create, description))
 
 
-def run_examples(experiment: Experiment, open_run: Callable[[], Run]) -> int:
-    """Make the missing records, each rank its share; then rank 0 concludes.
-
-    The exit status is that of the conclusion, 130 after Ctrl-C, or 1 if records are missing.
-    """
+def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
     with ranks.process_group():
         try:
             run = ranks.share(open_run)
@@ -212,11 +219,6 @@ def _measure(experiment: Experiment, run: Run, indices: Sequence[int], records: 
             bar.update()
     if wrong:
         raise wrong[0]
-
-
-def longest_prompt(examples: Sequence[Encoded]) -> list[int]:
-    """The prompt to warm up with."""
-    return max((example.ids for example in examples), key=len)
 
 
 def _examples_that_fit(

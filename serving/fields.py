@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -33,7 +33,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 # Fields that the server cannot honour -> values that ask for nothing. Null always asks for nothing.
 _NEUTRAL: dict[str, list[Any]] = {
-    "add_generation_prompt": [True], "add_special_tokens": [False], "annotations": [[]], "bad_words": [[]],
+    "add_generation_prompt": [True], "add_special_tokens": [False], "bad_words": [[]],
     "best_of": [1], "chat_template_kwargs": [{}], "continue_final_message": [False],
     "continuous_usage_stats": [False], "documents": [[]], "dry_multiplier": [0], "dynatemp_range": [0],
     "echo": [False], "exclude": [False], "extra_body": [{}], "function_call": ["none", "auto"],
@@ -45,14 +45,14 @@ _NEUTRAL: dict[str, list[Any]] = {
     "tool_calls": [[]], "tool_choice": ["none", "auto"], "tools": [[]], "typical_p": [1],
     "use_beam_search": [False], "verbosity": ["low", "medium", "high"], "xtc_probability": [0],
 }  # fmt: skip
-# Fields that do not change the text of an answer.
+# Fields that do not change the text of an answer; some are in answers of other servers, and clients send them
+# back.
 _IGNORED = {
-    "cache_control", "cache_prompt", "chat_id", "include_obfuscation", "index", "metadata", "name",
-    "prompt_cache_key", "prompt_cache_retention", "provider_specific_fields", "safety_identifier",
-    "service_tier", "session_id", "store", "strict", "user",
+    "annotations", "cache_control", "cache_prompt", "chat_id", "include_obfuscation", "index", "metadata",
+    "name", "prompt_cache_key", "prompt_cache_retention", "provider_specific_fields", "reasoning_details",
+    "refusal", "safety_identifier", "service_tier", "session_id", "store", "strict", "thinking_blocks",
+    "user",
 }  # fmt: skip
-# What models of other servers add to their answers. Clients send it back, and templates do not read it.
-_IGNORED_IN_MESSAGES = {"annotations", "reasoning_details", "refusal", "thinking_blocks"}
 # Limits besides --max_body, because each item takes time to validate. With fail_fast, a list stops at its
 # first fault.
 MAX_ITEMS = 2048  # messages of a chat, parts of a message, prompts
@@ -63,7 +63,6 @@ class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     """Allows its own fields, and other fields with neutral values."""
 
     model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": {"type": "null"}})
-    ignored: ClassVar[set[str]] = _IGNORED
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +73,7 @@ class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
             raise ValueError(f"must have at most {_MAX_FIELDS} fields, not {len(given)}")
 
         def asks(name: str, value: Any) -> bool:
-            return name in cls.model_fields or not (name in cls.ignored or value in _NEUTRAL.get(name, []))
+            return name in cls.model_fields or not (name in _IGNORED or value in _NEUTRAL.get(name, []))
 
         return {name: value for name, value in given.items() if value is not None and asks(name, value)}
 
@@ -156,8 +155,6 @@ class _ToolCall(Fields):
 
 
 class Message(Fields):
-    ignored = _IGNORED | _IGNORED_IN_MESSAGES
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text = ""
     tool_calls: list[_ToolCall] = Field([], max_length=MAX_ITEMS)
