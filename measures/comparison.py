@@ -13,7 +13,9 @@ from torch.func import functional_call
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from self_speculation import GenerationStrategyResult
+from self_speculation.model.families import attention_types
 from self_speculation.model.fused_layers import activation_dtype, prefills_in_bfloat16
+from self_speculation.model.whole_texts import attention_arguments
 
 # A pass over k+1 tokens and one over a single token sum in another order. Over 30 layers of a real model
 # (SmolLM2-135M, 260 positions) the gap between the two best logits differed between the two by at most 8.3
@@ -112,9 +114,8 @@ def exact_logits(model: PreTrainedModel, ids: torch.Tensor, num_positions: int) 
     """
     base: Any = model.base_model
     hidden = base.embed_tokens(ids).float()  # [1, T, H]
-    rotary = base.rotary_emb(hidden, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
-    for layer in base.layers:
-        hidden = _in_fp32(layer, hidden, attention_mask=None, position_embeddings=rotary)
+    for layer, kind in zip(base.layers, attention_types(model.config), strict=True):
+        hidden = _in_fp32(layer, hidden, **attention_arguments(model, kind, hidden))
     return _in_fp32(model.get_output_embeddings(), _in_fp32(base.norm, hidden[0, -num_positions:]))
 
 
