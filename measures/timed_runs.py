@@ -50,11 +50,10 @@ TimedSide = tuple[str, HuggingfaceLlamaGenerator, GenerationConfig]
 NextTurn = Callable[[int, Sequence[str]], Request | None]
 
 
-def warm_up(sides: Sequence[TimedSide], prompt: str | list[int], batch_size: int = 1) -> None:
+def warm_up(sides: Sequence[TimedSide], prompt: list[int], batch_size: int) -> None:
     """Run every pass that will be timed three times by each side; `prompt` is the longest one."""
     for _, generator, config in sides:
-        ids = generator.encode(prompt)
-        run_every_pass(generator.generation_strategy, generator.model, ids, config, batch_size)
+        run_every_pass(generator.generation_strategy, generator.model, prompt, config, batch_size)
 
 
 def run_every_pass(
