@@ -235,27 +235,27 @@ class RMSNorm:
     """[..., n] -> [..., n], over the weight of a module."""
 
     def __init__(self, module: Any) -> None:
-        self._is_centred = type(module).__name__ in _CENTRED_NORMS
-        self._epsilon = module.eps if self._is_centred else module.variance_epsilon
+        self.is_centred = type(module).__name__ in _CENTRED_NORMS
+        self.epsilon = module.eps if self.is_centred else module.variance_epsilon
         self.weight = module.weight.data
         self._shape = self.weight.shape
         self._on_cpu = self.weight.device.type == "cpu"
         self._root = len(self.weight) ** 0.5
-        self._zero, self._least = torch.tensor([0.0, self._root * self._epsilon**0.5]).unbind()
+        self._zero, self._least = torch.tensor([0.0, self._root * self.epsilon**0.5]).unbind()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._on_cpu:
-            if self._is_centred:
+            if self.is_centred:
                 weight = self.weight.float() + 1
-                return torch.rms_norm(hidden.float(), self._shape, weight, self._epsilon).type_as(hidden)
-            return torch.rms_norm(hidden, self._shape, self.weight, self._epsilon)  # one kernel
+                return torch.rms_norm(hidden.float(), self._shape, weight, self.epsilon).type_as(hidden)
+            return torch.rms_norm(hidden, self._shape, self.weight, self.epsilon)  # one kernel
         # On a CPU `rms_norm` is twice as many kernels as these.
         is_exact = hidden.dtype == torch.float32
         exact = hidden if is_exact else hidden.float()
         norms = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         norms = torch.hypot(norms, self._least)  # sqrt(|x|^2 + n epsilon)
         scaled = torch.addcdiv(self._zero, exact, norms, value=self._root)
-        if self._is_centred:
+        if self.is_centred:
             return scaled.addcmul_(scaled, self.weight.float()).type_as(hidden)
         return (scaled if is_exact else scaled.type_as(hidden)).mul_(self.weight)
 
@@ -299,8 +299,7 @@ class FusedLayer:
 
     def __call__(self, hidden: Tensor, context: Any, cache: Appendable) -> Tensor:
         """[B * T, H] -> [B * T, H], in place; appends keys and values to the cache."""
-        qkv, out, gate_up, down = self.linears
-        heads = qkv(self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        heads = self._project(hidden).view(hidden.shape[0], -1, self._head_dim)
         # [B * T, heads + kv_heads, head_dim] and [B * T, kv_heads, head_dim]
         queries_keys, values = heads.split_with_sizes((self._num_rotated, self._kv_heads), 1)
         if self._query_norm is not None and self._key_norm is not None:
@@ -309,7 +308,15 @@ class FusedLayer:
         rotated = context.rotate(queries_keys)
         queries, keys = rotated.split_with_sizes((self._num_heads, self._kv_heads), 1)
         all_keys, all_values = cache.append(keys, values, self.index)
-        attended = self._attend(queries, all_keys, all_values, context)
+        return self._finish(hidden, self._attend(queries, all_keys, all_values, context))
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T, heads * head_dim] queries, keys and values."""
+        return self.linears[0](self._input_norm(hidden))
+
+    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention, in place."""
+        _, out, gate_up, down = self.linears
         hidden = _add(hidden, out, attended, self._attended_norm)
         is_long = hidden.shape[0] > _MLP_PIECE and hidden.device.type == "cpu"
         for piece in hidden.split(_MLP_PIECE) if is_long else (hidden,):

@@ -49,15 +49,15 @@ class Int4Linear:
         squares = weight.new_ones(weight.shape[1]) if squares is None else squares
         counts = _shares(pad(squares, (0, self._padding)))
         is_on_cpu = weight.device.type == "cpu"
-        self._is_own = is_on_cpu and int4_kernel().variant is not None
-        if self._is_own:
+        self.is_own = is_on_cpu and int4_kernel().variant is not None
+        if self.is_own:
             self._dtype, ops = torch.float32, torch.ops.self_speculation
             self._weight, self._scales = ops.int4_round(weight.detach().contiguous(), counts.flatten())
         else:
             self._dtype, ops = torch.bfloat16, torch.ops.aten
             self._kernel = ops._weight_int4pack_mm_for_cpu if is_on_cpu else ops._weight_int4pack_mm
             self._weight, self._scales = self._rounded(weight, counts)
-        self._bias = None if bias is None else bias.to(self._dtype)
+        self.bias = None if bias is None else bias.to(self._dtype)
 
     def _rounded(self, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Steps as torch's kernels take them, and scales and middles [groups of a row, out, 2]."""
@@ -75,21 +75,26 @@ class Int4Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self.matmul_bf16(x).to(x.dtype)
 
-    def matmul_bf16(self, x: Tensor) -> Tensor:
-        """In bfloat16, or in float32 by our own kernel."""
+    def matmul_bf16(self, x: Tensor, norm: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
+        """In bfloat16, or in float32 by our own kernel.
+
+        Args:
+            norm: [in] weight of a root mean square norm of x, with its epsilon; only if `is_own`.
+        """
         x = x.to(self._dtype)
-        if self._is_own:
-            product = torch.ops.self_speculation.int4_mm(x.contiguous(), self._weight, self._scales)
+        if self.is_own:
+            int4_mm = torch.ops.self_speculation.int4_mm
+            product = int4_mm(x.contiguous(), self._weight, self._scales, norm, epsilon)
         else:
             x = pad(x, (0, self._padding)) if self._padding else x
             product = self._kernel(x, self._weight, _GROUP, self._scales)
         if product.shape[1] != self._num_rows:
             product = product[:, : self._num_rows].contiguous()
-        return product if self._bias is None else product.add_(self._bias)
+        return product if self.bias is None else product.add_(self.bias)
 
     def tensors(self) -> list[Tensor]:
         """As those of `Linear`."""
-        return [part for part in (self._weight, self._scales, self._bias) if part is not None]
+        return [part for part in (self._weight, self._scales, self.bias) if part is not None]
 
     @staticmethod
     def copy_bytes(shape: torch.Size) -> int:

@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from self_speculation.model.user_cache import cache_folder, replacing
 
@@ -74,6 +75,10 @@ def _load() -> Int4Kernel:
             _build(variant)
     except (RuntimeError, OSError) as error:
         return Int4Kernel(None, f"the other one cannot be built: {error}")
+    torch.library.register_fake("self_speculation::int4_mm", _fake_mm)
+    torch.library.register_fake("self_speculation::int4_attend", _fake_attend)
+    torch.library.register_fake("self_speculation::int4_mlp", lambda *_: None)
+    torch.library.register_fake("self_speculation::int4_round", _fake_round)
     return Int4Kernel(variant)
 
 
@@ -146,3 +151,18 @@ def _is_own(path: Path) -> bool:
     """Whether nobody else, except root, can have written it."""
     status = path.stat()
     return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+
+
+def _fake_mm(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], 16 * weight.shape[0])
+
+
+def _fake_attend(hidden: Tensor, *others: Any) -> Tensor:
+    keys, heads = others[6], others[-1]
+    return hidden.new_empty(1, heads * keys.shape[3])
+
+
+def _fake_round(weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    blocks, groups = -(-weight.shape[0] // 16), counts.shape[0] // 32
+    packed = weight.new_empty(blocks, groups, 4, 64, dtype=torch.uint8)
+    return packed, weight.new_empty(blocks, groups, 2, 16, dtype=torch.bfloat16)

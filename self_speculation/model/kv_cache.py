@@ -32,6 +32,10 @@ def round_up(number: int, step: int) -> int:
 class Appendable(ABC):
     """Takes keys and values from layers."""
 
+    # Of one row and one layer: buffers [1 or more, kv_heads, capacity, head_dim], whose slot 0 it is, and
+    # [S, 0], its length as a size. None: only `append` knows where they are.
+    one_row: tuple[Tensor, Tensor, Tensor] | None = None
+
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append T positions to each of B rows of a layer.

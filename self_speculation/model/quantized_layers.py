@@ -21,6 +21,7 @@ from self_speculation.config import DraftWeights
 from self_speculation.model.devices import free_memory, num_ranks
 from self_speculation.model.families import FAMILIES
 from self_speculation.model.fused_layers import FusedHead, FusedLayer, difference, linears_made, plain_linear
+from self_speculation.model.int4_layer import Int4Layer
 from self_speculation.model.int4_linear import Int4Linear
 from self_speculation.model.kernels import int4_kernel
 from self_speculation.model.kv_cache import Appendable
@@ -96,6 +97,8 @@ def quantized(runner: ModelRunner, num_layers: int, short_head: ShortHead | None
     with lock(runner.model):
         copied = _make_copies(runner, layers, formats)
     copies = [replace_linears(layer, copied) for layer in layers]
+    if runner.dtype == torch.float32:  # of activations, as the kernel takes them
+        copies = [Int4Layer(layer) if Int4Layer.fits(layer) else layer for layer in copies]
     return runner.with_layers(copies, runner.head if head_kind is None else replace_linears(head, copied))
 
 

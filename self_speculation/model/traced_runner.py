@@ -289,6 +289,7 @@ class _Cache(Appendable):
 
     def __init__(self, keys: Tensor, values: Tensor, past: Tensor) -> None:
         self._buffers, self._past = (keys, values), past
+        self.one_row = keys, values, past
 
     def append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         start = self._past.shape[0]
