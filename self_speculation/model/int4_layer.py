@@ -31,11 +31,13 @@ class Int4Layer(FusedLayer):
 
     @staticmethod
     def fits(layer: Any) -> bool:
-        """Whether it is a fused layer that the kernel computes: as Llama's, over copies that it multiplies."""
+        """Whether the kernel computes this layer: one as Llama's, over copies of its own format."""
         if type(layer) is not FusedLayer:
             return False
         is_own = all(isinstance(linear, Int4Linear) and linear.is_own for linear in layer.linears)
-        has_llamas_norms = layer._attended_norm is layer._output_norm is None and not layer._mlp_norm.is_centred
+        has_llamas_norms = (
+            layer._attended_norm is layer._output_norm is None and not layer._mlp_norm.is_centred
+        )
         activation: Any = layer._activation
         is_silu = type(activation.__self__).__name__ in _SILU
         return is_own and has_llamas_norms and is_silu and all(x.bias is None for x in layer.linears[1:])
@@ -46,8 +48,8 @@ class Int4Layer(FusedLayer):
         keys, values, past = cache.one_row
         qkv, norm = self.linears[0], self._input_norm
         attended = torch.ops.self_speculation.int4_attend(
-            hidden, norm.weight, norm.epsilon, *qkv.tensors()[:2], qkv.bias, context.rotations, keys, values, past,
-            self._scaling, self._num_heads,
+            hidden, norm.weight, norm.epsilon, *qkv.tensors()[:2], qkv.bias, context.rotations, keys, values,
+            past, self._scaling, self._num_heads,
         )  # fmt: skip
         return self._finish(hidden, attended)
 
