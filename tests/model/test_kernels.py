@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from int4_layout import unpacked
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from self_speculation.model import kernels
 from self_speculation.model.int4_linear import Int4Linear, _shares, in_four_bits
@@ -93,6 +94,26 @@ torch.save((int4_kernel(), *copied.tensors(), copied(x)), sys.argv[1])
 
 
 @needs_kernel
+def test_shapes_of_fake_tensors():
+    """Guards against operators that `FakeTensorMode`, and so a dry run, cannot pass through."""
+    ops = torch.ops.self_speculation
+    layer = [Int4Linear(torch.randn(shape)).tensors() for shape in ((64, 32), (32, 32), (96, 32), (32, 48))]
+    norm, past, buffers = torch.ones(32), torch.empty(5, 0), torch.zeros(2, 1, 1, 8, 16)
+
+    def run(hidden):
+        attended = ops.int4_attend(
+            hidden, norm, 1e-5, *layer[0], None, torch.eye(16)[None], *buffers, past, 1.0, 2
+        )
+        ops.int4_mlp(hidden, attended, *layer[1], norm, 1e-5, *layer[2], *layer[3], 48)
+        return attended, hidden, ops.int4_mm(hidden, *layer[0]), *ops.int4_round(hidden, torch.ones(32))
+
+    computed = run(torch.ones(1, 32))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        faked = run(mode.from_tensor(torch.ones(1, 32)))
+    assert [(t.shape, t.dtype) for t in faked] == [(t.shape, t.dtype) for t in computed]
+
+
+@needs_kernel
 def test_all_variants_give_the_same(tmp_path):
     """Guards against a kernel for older processors that nobody runs here: it rounds and multiplies alike."""
     torch.manual_seed(0)
@@ -148,6 +169,7 @@ def builds(tmp_path, monkeypatch):
         loaded.append(file)
 
     monkeypatch.setattr(torch.ops, "load_library", load)
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
     return tmp_path / "cache/kernels" / kernels._file_name(variant), compiler, loaded
 
 
