@@ -11,7 +11,6 @@ from typing import Any
 from measures import metrics, spec_bench
 from measures.text_quality import text_quality
 from measures.timed_runs import BASELINE, TimedSide, measure_examples, warm_up
-from runs import ranks
 from runs.examples import Experiment
 from runs.heading import citation, counted, heading
 from runs.records import Record, Run
@@ -58,13 +57,6 @@ class Benchmark(Experiment):
             if not isinstance(record, Exception):
                 record = {"prompt": example.prompt, "reference": example.reference, **record}
             yield index, record
-
-    def progress(self, records: Sequence[Record]) -> str:
-        own = [record for record in records if record["rank"] == ranks.rank()]
-        text = f"{metrics.speed(own)['tokens_per_second']:.1f} tokens/s"
-        if "drafts" in records[-1]:
-            text += f", acceptance {metrics.draft_stats(own).acceptance_rate or 0:.1%}"
-        return text
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         model = self.generator.model

@@ -61,9 +61,6 @@ class CompareIds(Experiment):
         found = (self._difference(example.ids, tokens, *reference) for reference in references.items())
         return {"num_tokens": len(tokens), "differences": [difference for difference in found if difference]}
 
-    def progress(self, records: Sequence[Record]) -> str:
-        return f"{sum(not record['differences'] for record in records)} of {len(records)} identical"
-
     def conclude(self, run: Run, records: list[Record]) -> int:
         found = [(record["index"], d) for record in records for d in record["differences"]]
         near_ties = sum(d["near_tie"] for _, d in found)
@@ -165,9 +162,6 @@ class CompareDistributions(OneByOne):
             output = with_end(result.generation_strategy_result)
             drawn.append(output[_FIRST_DRAFTED] if len(output) > _FIRST_DRAFTED else None)
         return drawn
-
-    def progress(self, records: Sequence[Record]) -> str:
-        return f"smallest p-value {min(record['p_value'] for record in records):.3g}"
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         p_value = float(combine_pvalues([record["p_value"] for record in records]).pvalue)

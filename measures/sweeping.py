@@ -140,10 +140,6 @@ class Measured(Sweep):
     def measure(self, index: int) -> Record:
         return self.measure_cell(self.grid[index])
 
-    def progress(self, records: Sequence[Record]) -> str:
-        best = max(records, key=lambda record: record["speedup"] or 0.0)
-        return f"best {best['speedup'] or 0.0:.2f}x at {best['exit_layer']}/{best['num_speculations']}"
-
     def conclude(self, run: Run, records: list[Record]) -> int:
         return self.show(run, records, records, {})
 
@@ -187,9 +183,6 @@ class Predicted(Sweep):
             "matches": matches,
             "prefill_time": result.prefill_time,
         }
-
-    def progress(self, records: Sequence[Record]) -> str:
-        return f"{sum(record['num_tokens'] for record in records)} tokens"
 
     def conclude(self, run: Run, records: list[Record]) -> int:
         run.replace(COUNTS, json.dumps(Counter(id_ for record in records for id_ in record["tokens"])))

@@ -54,7 +54,7 @@ class Encoded(Example):
 
 @dataclass
 class Experiment(ABC):
-    """A script's work: a record for each example, the progress bar's text, and the conclusion."""
+    """A script's work: a record for each example, and the conclusion."""
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
@@ -91,10 +91,6 @@ class Experiment(ABC):
 
         A record depends on index and flags alone, except for its times.
         """
-
-    @abstractmethod
-    def progress(self, records: Sequence[Record]) -> str:
-        """The progress bar's text about the records so far, the newest last."""
 
     @abstractmethod
     def conclude(self, run: Run, records: list[Record]) -> int:
@@ -171,7 +167,7 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
         missing = [index for index in range(experiment.num_records) if index not in finished]
         status, why, in_lockstep = 1, "", True
         try:
-            _measure(experiment, run, missing[ranks.rank() :: ranks.world_size()], list(finished.values()))
+            _measure(experiment, run, missing[ranks.rank() :: ranks.world_size()])
             ranks.barrier()
             if ranks.rank() != 0:
                 return 0
@@ -198,8 +194,8 @@ def _run(experiment: Experiment, open_run: Callable[[], Run]) -> int:
         return status
 
 
-def _measure(experiment: Experiment, run: Run, indices: Sequence[int], records: list[Record]) -> None:
-    """Write the records of this rank's indices; `records` are those of the interrupted run.
+def _measure(experiment: Experiment, run: Run, indices: Sequence[int]) -> None:
+    """Write the records of this rank's indices.
 
     Raises:
         Failed: the first error, after all other records are written.
@@ -213,9 +209,7 @@ def _measure(experiment: Experiment, run: Run, indices: Sequence[int], records: 
             if isinstance(record, Exception):
                 wrong.append(failed(experiment.name(index), record, experiment.batch_size))
                 continue
-            records.append({"index": index, **record})
-            run.append(records[-1], ranks.rank())
-            bar.set_postfix_str(experiment.progress(records), refresh=False)
+            run.append({"index": index, **record}, ranks.rank())
             bar.update()
     if wrong:
         raise wrong[0]
