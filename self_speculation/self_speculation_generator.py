@@ -68,7 +68,7 @@ def speculate(runner: ModelRunner, cache: KVCache, batch: Batch, composer: Draft
     logits = target_logits(runner, cache, batch, draft)  # [B, k+1, V]
     verification = verify(batch, draft, logits, numbers.verify)  # [B] accepted, [B] next token
     num_accepted, tokens = read_verification(batch, draft, logits, verification)  # on the host
-    composer.learn(batch, draft, num_accepted)
+    composer.learn(draft, num_accepted)
     k = draft.tokens.shape[1]
     cache.rollback([k - accepted for accepted in num_accepted])
     batch.commit(tokens, verification.next_token[:, None], logits, draft.lengths, draft.sources)

@@ -96,14 +96,7 @@ class DraftComposer:
         return runner.logits(hidden, 1)
 
     def draft(self, batch: Batch, cache: KVCache, limits: abc.Sequence[int], numbers: Tensor | None) -> Draft:
-        """Draft tokens for each row.
-
-        Layers that draft may append to the cache. If `Draft.exit_layer` is 0, that is rolled back.
-
-        Args:
-            limits: [B] the most tokens of each row.
-            numbers: [B, K] random numbers that sample tokens; None when greedy.
-        """
+        """Draft tokens for each row, see `DraftSource.draft`."""
         if self._learner:
             self._stopwatch, self._num_prepared = Stopwatch(self._device), num_prepared(self._model)
             self._learn_pending(self._learner)
@@ -127,14 +120,14 @@ class DraftComposer:
             self._stopwatch.split()
         return draft
 
-    def learn(self, batch: Batch, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
+    def learn(self, draft: Draft, num_accepted: abc.Sequence[int]) -> None:
         """Learn from the outcome of the last draft; num_accepted: [B]."""
         if not self._learner:
             return
         seconds = broadcast_from_rank0(self._model, self._stopwatch.stop())
         # A round that traces or captures a pass takes ten times as long.
         is_typical = num_prepared(self._model) == self._num_prepared
-        matched = draft.matched or [0] * len(batch)
+        matched = draft.matched or [0] * len(num_accepted)
         drafted = draft.sources, matched, draft.confidences, draft.lengths
         self._learner.learn(RoundOutcome(*drafted, num_accepted, seconds if is_typical else None))
 

@@ -124,16 +124,16 @@ class TracedRunner(ModelRunner):
         layers: list[Any] = self.layers[first:last]
         if not all(_can_be_traced(layer, index, width) for index, layer in enumerate(layers, first)):
             return False
-        linears = _linears(layers)
+        linears, traces = _linears(layers), state(self.model, _Traces)
+        kind = (first, last, width == 1, type(linears[0]))
+        if kind not in traces.made:  # to compare constants of all layers takes most of a millisecond
+            traces.num_passes[kind] += 1
+            if traces.num_passes[kind] <= traces.passes_before or traces.num_made >= _TRACES_AT_MOST:
+                return False
         reads = [part for linear in linears for part in (linear, linear.packed_copy) if part is not None]
-        traces, kind = state(self.model, _Traces), (first, last, width == 1, type(linears[0]))
         attention = self.attention_types[first:last]
         pairs = zip(layers, attention, strict=True)
         constants = [_constants(layer, of_layer, self.dtype) for layer, of_layer in pairs]
-        if not traces.has(kind, constants):
-            traces.num_passes[kind] += 1
-            if traces.num_passes[kind] <= traces.passes_before:
-                return False
         with _TRACING:
             if not traces.has(kind, constants):  # another thread may have made it meanwhile
                 if traces.num_made >= _TRACES_AT_MOST:
